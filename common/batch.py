@@ -1,0 +1,83 @@
+"""Sample and Batch: the one contract between datasets and models."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Supervision = Literal["boxes", "instances", "semantic", "panoptic", "image_labels"]
+
+
+@dataclass
+class Sample:
+    """One image with what its dataset says of it.
+
+    image:         (3, H, W) uint8 RGB
+    dataset:       name of the dataset; `labels` are meaningless without it
+    supervision:   which of the fields below carry the ground truth
+    image_id:      the dataset's own id
+    index:         row of the image in its dataset
+    original_size: (height, width) of the file, before any transform
+    boxes:         (N, 4) float32 xyxy, absolute pixels of `image`
+    labels:        (N,) int64, index into the vocabulary of `dataset`
+    masks:         (N, H, W) bool, or None
+    image_labels:  (K,) int64, or None
+    """
+
+    image: Tensor
+    dataset: str
+    supervision: Supervision
+    image_id: int | str
+    index: int
+    original_size: tuple[int, int]
+    boxes: Tensor
+    labels: Tensor
+    masks: Tensor | None = None
+    image_labels: Tensor | None = None
+
+    @classmethod
+    def unlabelled(cls, image: Tensor, dataset: str, image_id: int | str, index: int) -> "Sample":
+        """An image (3, H, W) of which nothing is known."""
+        none, size = torch.zeros(0, dtype=torch.long), tuple(image.shape[-2:])
+        return cls(image, dataset, "boxes", image_id, index, size, torch.zeros(0, 4), none)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return tuple(self.image.shape[-2:])
+
+
+@dataclass
+class Batch:
+    """Images padded with zeros at the right and bottom, their true sizes, and the samples without their pixels.
+
+    images: (B, 3, H, W) uint8, H and W multiples of `divisor`
+    sizes:  B pairs (height, width) before padding
+    """
+
+    images: Tensor
+    sizes: list[tuple[int, int]]
+    samples: list[Sample]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def to(self, device: torch.device) -> "Batch":
+        self.images = self.images.to(device, non_blocking=True)
+        for sample in self.samples:
+            sample.image = sample.image.to(device, non_blocking=True)
+            for field in ("boxes", "labels", "masks", "image_labels"):
+                value = getattr(sample, field)
+                if value is not None:
+                    setattr(sample, field, value.to(device, non_blocking=True))
+        return self
+
+
+def collate(samples: list[Sample], divisor: int = 32, square: int = 0) -> Batch:
+    """Pad a list of samples to one batch; `square` > 0 pads to that side so that every batch has one shape."""
+    height = max(square, *(s.size[0] for s in samples))
+    width = max(square, *(s.size[1] for s in samples))
+    height, width = (-(-side // divisor) * divisor for side in (height, width))
+    padded = [F.pad(s.image, (0, width - s.size[1], 0, height - s.size[0])) for s in samples]
+    return Batch(torch.stack(padded), [s.size for s in samples], samples)

@@ -1,0 +1,53 @@
+"""Box deltas and RoI pooling as in detectron2; IoU, NMS and clipping are torchvision's."""
+
+import math
+
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align
+
+MAX_LOG_SCALE = math.log(1000 / 16)  # a delta may enlarge a box at most this much
+
+
+def _centre_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    size = boxes[:, 2:] - boxes[:, :2]
+    return boxes[:, :2] + 0.5 * size, size
+
+
+def encode_boxes(boxes: Tensor, targets: Tensor, weights: tuple[float, ...]) -> Tensor:
+    """(N, 4) xyxy boxes and the (N, 4) boxes they should become -> (N, 4) weighted (dx, dy, dw, dh).
+
+    Source: facebookresearch/detectron2:detectron2/modeling/box_regression.py (Box2BoxTransform).
+    """
+    centre, size = _centre_size(boxes)
+    target_centre, target_size = _centre_size(targets)
+    deltas = torch.cat([(target_centre - centre) / size, torch.log(target_size / size)], dim=1)  # (N, 4)
+    return deltas * deltas.new_tensor(weights)
+
+
+def decode_boxes(boxes: Tensor, deltas: Tensor, weights: tuple[float, ...]) -> Tensor:
+    """The inverse of `encode_boxes`: (N, 4) xyxy boxes moved by (N, 4) weighted deltas; growth is capped."""
+    centre, size = _centre_size(boxes)
+    deltas = deltas / deltas.new_tensor(weights)
+    centre = centre + deltas[:, :2] * size
+    size = size * deltas[:, 2:].clamp(max=MAX_LOG_SCALE).exp()
+    return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=1)  # (N, 4)
+
+
+def pool_rois(features: list[Tensor], strides: list[int], boxes: list[Tensor], resolution: int) -> Tensor:
+    """RoIAlign of every box on the level that fits its size: L maps (B, F, h, w), B lists of (Q, 4) -> (sum Q, F, r, r).
+
+    A 224-pixel box goes to the stride-16 level. Half-pixel aligned, adaptive sampling.
+    Source: facebookresearch/detectron2:detectron2/modeling/poolers.py.
+    """
+    flat = torch.cat(boxes)  # (sum Q, 4)
+    image = torch.repeat_interleave(torch.tensor([len(b) for b in boxes], device=flat.device))
+    rois = torch.cat([image[:, None].to(flat), flat], dim=1)  # (sum Q, 5)
+    size = (flat[:, 2:] - flat[:, :2]).prod(1).clamp(min=0).sqrt()
+    level = torch.floor(4 + torch.log2(size / 224 + 1e-8)) - math.log2(strides[0])
+    level = level.clamp(0, len(features) - 1).long()  # (sum Q,)
+    pooled = flat.new_zeros(len(flat), features[0].shape[1], resolution, resolution)
+    for i, (feature, stride) in enumerate(zip(features, strides)):
+        rows = (level == i).nonzero().squeeze(1)
+        pooled = pooled.index_copy(0, rows, roi_align(feature, rois[rows], resolution, 1 / stride, aligned=True))
+    return pooled

@@ -1,0 +1,116 @@
+"""COCO-format json: COCO, LVIS, Objects365 and anyone's own file."""
+
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import orjson
+
+from common.datasets.base import Dataset
+from common.datasets.index import Index
+from common.errors import InputError
+from common.labels import DATA, Vocabulary
+
+
+def read_coco(name: str, annotations: Path, images: Path, metric: str) -> Dataset:
+    """Read a COCO, LVIS or Objects365 json.
+
+    Classes are the file's categories in the order of their ids; a dataset with a list in data/vocabularies takes its
+    names from there (Objects365 publishes some misspelt). Raises InputError naming the file, the field and the remedy.
+    """
+    record = read_json(annotations)
+    for field in ("images", "annotations", "categories"):
+        if not isinstance(record.get(field), list):
+            raise InputError(f"{annotations}: the list '{field}' is missing; a COCO-format json is needed")
+    try:
+        vocabulary = read_vocabulary(name, annotations, record["categories"])
+        index = read_index(annotations, record, vocabulary)
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{annotations}: {what} in an entry; a COCO-format json is needed") from None
+    instances = index.segmentations is not None
+    frequency = None
+    if metric == "lvis":
+        by_id = {c["id"]: c["frequency"] for c in record["categories"]}
+        frequency = "".join(by_id[id] for id in vocabulary.ids)
+    supervision = "instances" if instances else "boxes"
+    return Dataset(name, vocabulary, index, images, metric, supervision, frequency=frequency)
+
+
+def read_json(path: Path) -> dict:
+    try:
+        record = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise InputError(f"{path} is not valid json ({error}); was it cut off? copy or download it again") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{path} holds a json {type(record).__name__}; a COCO-format json object is needed")
+    return record
+
+
+def read_vocabulary(name: str, path: Path, categories: list[dict]) -> Vocabulary:
+    names = {c["id"]: str(c["name"]) for c in sorted(categories, key=lambda c: c["id"])}
+    if len(names) < len(categories):
+        raise InputError(f"{path}: two categories share an id; give each its own")
+    if (DATA / "vocabularies" / f"{name}.json").is_file():
+        known = Vocabulary.known(name)
+        for id, given in names.items():
+            if id not in known.index_of_id:
+                raise InputError(f"{path}: category id {id} ('{given}') is not one of '{name}'; is it another dataset's file? "
+                                 "then name it: --datasets my=ANN.json:IMAGES/")  # fmt: skip
+        names = {id: known.names[known.index_of_id[id]] for id in names}
+    return Vocabulary(name, tuple(names.values()), tuple(names))
+
+
+def read_index(path: Path, record: dict, vocabulary: Vocabulary) -> Index:
+    images = record["images"]
+    row_of = {image["id"]: row for row, image in enumerate(images)}
+    if len(row_of) < len(images):
+        raise InputError(f"{path}: two images share an id; give each its own")
+    entries = record["annotations"]
+    for entry in entries:
+        if entry["image_id"] not in row_of:
+            raise InputError(
+                f"{path}: annotation {entry.get('id')} is of image {entry['image_id']}, which is not listed"
+            )
+        if entry["category_id"] not in vocabulary.index_of_id:
+            raise InputError(f"{path}: annotation {entry.get('id')} has the unknown category_id {entry['category_id']}; "
+                             "list it under 'categories' or remove the annotation")  # fmt: skip
+    boxes = np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]  # xywh -> xyxy
+    per_image = {"neg_category_ids": {}, "not_exhaustive_category_ids": {}}
+    for field, found in per_image.items():
+        for row, image in enumerate(images):
+            if image.get(field):
+                found[row] = [vocabulary.index_of_id[id] for id in image[field]]
+    return Index.build(
+        source=str(path),
+        file_names=[file_name(path, image) for image in images],
+        image_ids=[image["id"] for image in images],
+        sizes=[(image.get("height", 0), image.get("width", 0)) for image in images],
+        image_of=[row_of[entry["image_id"]] for entry in entries],
+        boxes=boxes,
+        labels=[vocabulary.index_of_id[entry["category_id"]] for entry in entries],
+        areas=[entry.get("area", entry["bbox"][2] * entry["bbox"][3]) for entry in entries],
+        ignore=[entry.get("iscrowd", 0) for entry in entries],
+        segmentations=[e["segmentation"] for e in entries]
+        if entries and all("segmentation" in e for e in entries)
+        else None,
+        negatives=per_image["neg_category_ids"],
+        not_exhaustive=per_image["not_exhaustive_category_ids"],
+    )
+
+
+def file_name(path: Path, image: dict) -> str:
+    """The image's path below its folder. LVIS gives `coco_url`, Objects365 v2 `images/v2/patch3/x.jpg` for patch3/x.jpg.
+
+    Raises InputError for a name that leaves the image folder.
+    """
+    if "coco_url" in image and "file_name" not in image:
+        return "/".join(image["coco_url"].split("/")[-2:])
+    name = str(image["file_name"])
+    if name.startswith(("images/v1/", "images/v2/")):
+        return "/".join(name.split("/")[-2:])
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise InputError(f"{path}: file_name '{name}' leaves the image folder; give a path below it")
+    return name

@@ -1,0 +1,77 @@
+"""All annotations of one dataset as flat arrays: small, shareable, and enough for every sampler and metric."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from common.errors import InputError
+
+
+@dataclass
+class Index:
+    """I images and A annotations; the annotations of image i are rows offsets[i]:offsets[i + 1].
+
+    source:     the annotation file, for messages
+    file_names: (I,) str, relative to the image folder
+    image_ids:  (I,) the dataset's own ids, int or str
+    sizes:      (I, 2) int32 height, width; 0 where the format does not tell
+    offsets:    (I + 1,) int64
+    boxes:      (A, 4) float32 xyxy in pixels, or in fractions of the image where `relative`
+    labels:     (A,) int32 index into the dataset's vocabulary
+    areas:      (A,) float32 square pixels as annotated (COCO: of the mask), for the metrics' size ranges
+    ignore:     (A,) bool: crowd or group-of; never trained on, neither hit nor miss in the metric
+    segmentations: A COCO polygons or RLEs, or None
+    negatives, not_exhaustive: per image the labels verified absent, and those annotated in part (LVIS, OpenImages)
+    """
+
+    source: str
+    file_names: np.ndarray
+    image_ids: list
+    sizes: np.ndarray
+    offsets: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    areas: np.ndarray
+    ignore: np.ndarray
+    relative: bool = False
+    segmentations: list | None = None
+    negatives: dict[int, list[int]] = field(default_factory=dict)
+    not_exhaustive: dict[int, list[int]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.file_names)
+
+    def rows(self, image: int) -> slice:
+        return slice(int(self.offsets[image]), int(self.offsets[image + 1]))
+
+    @classmethod
+    def build(cls, source, file_names, image_ids, sizes, image_of, boxes, labels, areas, ignore, **extra) -> "Index":
+        """Sort A annotations by `image_of` (A,) into an Index; checks every box.
+
+        Raises InputError naming `source` and the image for a box with NaN or negative size.
+        """
+        image_of = np.asarray(image_of, dtype=np.int64)
+        boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
+        bad = ~np.isfinite(boxes).all(1) | (boxes[:, 2:] < boxes[:, :2]).any(1)
+        if bad.any():
+            row = int(np.flatnonzero(bad)[0])
+            raise InputError(
+                f"{source}: image '{file_names[image_of[row]]}' has the box {boxes[row].tolist()} (x1, y1, x2, y2), "
+                f"with NaN or negative size ({int(bad.sum())} such boxes in the file); mend or remove it"
+            )
+        order = np.argsort(image_of, kind="stable")
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(image_of, minlength=len(file_names)))]).astype(np.int64)
+        segmentations = extra.pop("segmentations", None)
+        return cls(
+            source=source,
+            file_names=np.asarray(file_names),
+            image_ids=list(image_ids),
+            sizes=np.asarray(sizes, dtype=np.int32).reshape(-1, 2),
+            offsets=offsets,
+            boxes=boxes[order],
+            labels=np.asarray(labels, dtype=np.int32)[order],
+            areas=np.asarray(areas, dtype=np.float32)[order],
+            ignore=np.asarray(ignore, dtype=bool)[order],
+            segmentations=[segmentations[i] for i in order] if segmentations is not None else None,
+            **extra,
+        )

@@ -1,0 +1,102 @@
+"""OpenImages csv files: boxes in fractions of the image, group-of boxes, verified image labels, the class tree."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from common.datasets.base import Dataset
+from common.datasets.coco import read_json
+from common.datasets.index import Index
+from common.errors import InputError
+from common.labels import Vocabulary
+
+CLASSES, TREE = "class-descriptions-boxable.csv", "bbox_labels_600_hierarchy.json"
+
+
+def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> Dataset:
+    """Read `*-annotations-bbox.csv`; the class list, the tree and the verified labels are looked for beside it or above.
+
+    Raises InputError naming the file, the row and the remedy.
+    """
+    classes = beside(annotations, CLASSES)
+    if classes:
+        pairs = [row for row in read_rows(classes) if row]
+        vocabulary = Vocabulary(name, tuple(p[1] for p in pairs), tuple(p[0] for p in pairs))
+    else:
+        vocabulary = Vocabulary.known("oid")
+    tree = beside(annotations, TREE)
+    index = read_index(annotations, vocabulary)
+    verified = beside(
+        annotations, annotations.name.replace("annotations-bbox", "annotations-human-imagelabels-boxable")
+    )
+    if verified and verified != annotations:
+        index.negatives = read_negatives(verified, index, vocabulary)
+    return Dataset(name, vocabulary, index, images, metric, hierarchy=read_json(tree) if tree else None)
+
+
+def beside(annotations: Path, name: str) -> Path | None:
+    """`name` in the folder of the annotations or the one above."""
+    return next((p for p in (annotations.parent / name, annotations.parent.parent / name) if p.is_file()), None)
+
+
+def read_rows(path: Path):
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            yield from csv.reader(file)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is not a csv file ({error}); download it again") from None
+
+
+def read_table(path: Path, columns: list[str]):
+    """The named columns of a csv file with a header, row by row, after the row's number."""
+    rows = read_rows(path)
+    header = next(rows, [])
+    missing = [c for c in columns if c not in header]
+    if missing:
+        raise InputError(f"{path}: column '{missing[0]}' is missing; the official OpenImages csv has it")
+    at = [header.index(c) for c in columns]
+    for number, row in enumerate(rows, 2):
+        if len(row) != len(header):
+            raise InputError(f"{path}: line {number} has {len(row)} of {len(header)} columns; was the file cut off?")
+        yield number, [row[i] for i in at]
+
+
+def read_index(path: Path, vocabulary: Vocabulary) -> Index:
+    row_of: dict[str, int] = {}
+    image_of, boxes, labels, group = [], [], [], []
+    for line, (image, mid, *corners, group_of) in read_table(
+        path, ["ImageID", "LabelName", "XMin", "YMin", "XMax", "YMax", "IsGroupOf"]
+    ):
+        if mid not in vocabulary.index_of_id:
+            raise InputError(f"{path}: line {line} has the unknown LabelName '{mid}'; {CLASSES} must list it")
+        try:
+            boxes.append([float(c) for c in corners])
+        except ValueError:
+            raise InputError(f"{path}: line {line} has a box that is no number ({', '.join(corners)})") from None
+        image_of.append(row_of.setdefault(image, len(row_of)))
+        labels.append(vocabulary.index_of_id[mid])
+        group.append(group_of == "1")
+    corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    return Index.build(
+        source=str(path),
+        file_names=[f"{image}.jpg" for image in row_of],
+        image_ids=list(row_of),
+        sizes=np.zeros((len(row_of), 2)),  # the csv does not tell
+        image_of=image_of,
+        boxes=corners,
+        labels=labels,
+        areas=(corners[:, 2:] - corners[:, :2]).prod(1),
+        ignore=group,
+        relative=True,
+    )
+
+
+def read_negatives(path: Path, index: Index, vocabulary: Vocabulary) -> dict[int, list[int]]:
+    """Labels that people verified to be absent, per row of the index."""
+    row_of = {id: row for row, id in enumerate(index.image_ids)}
+    negatives: dict[int, list[int]] = {}
+    for _, (image, mid, confidence) in read_table(path, ["ImageID", "LabelName", "Confidence"]):
+        if float(confidence) == 0 and image in row_of and mid in vocabulary.index_of_id:
+            negatives.setdefault(row_of[image], []).append(vocabulary.index_of_id[mid])
+    return negatives

