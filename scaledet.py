@@ -49,26 +49,24 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.ops import batched_nms, clip_boxes_to_image
-from tqdm import tqdm
 
 from common.backbone import STRIDES, Backbone
-from common.batch import Batch, Sample, collate
+from common.batch import Batch, collate
 from common.boxes import decode_boxes, encode_boxes, pool_rois
 from common.centernet import CenterNet
-from common.datasets import Dataset, load_datasets
-from common.datasets.base import read_image
+from common.datasets import Dataset, default_eval, load_datasets
 from common.errors import InputError
-from common.evaluation import evaluate_boxes, format_table, to_coco_json
+from common.evaluation import evaluate_boxes, format_table
+from common.inference import draw_predictions, predict_dataset, predict_files
 from common.labels import LabelSpace, Vocabulary
 from common.matcher import match_by_iou, sample_fg_bg
 from common.paths import atomic_path
-from common.sampling import Mixture, RepeatFactorSampler, Transformed, repeat_factors, shard
+from common.sampling import Mixture, RepeatFactorSampler, derangement, repeat_factors
 from common.text import embed
 from common.training import (
     RunLog,
     amp_context,
     check_finite,
-    gather_on_main,
     learning_rate,
     load_checkpoint,
     load_weights,
@@ -84,7 +82,7 @@ from common.training import (
     world_size,
 )
 from common.transforms import LargeScaleJitter, ResizeShortest
-from common.visualize import draw_boxes, label_report, prediction_grid, save_image, similarity_heatmap, training_grid
+from common.visualize import label_report, save_image, similarity_heatmap, training_grid
 
 # Shapes: B images, Q proposals of an image, R regions of all images, N ground truths of an image, C classes of the
 # active label space, D text embedding width, F feature channels, H W pixels, h w feature cells.
@@ -164,6 +162,8 @@ class Args:
     """federated loss: 50 classes per step, drawn by the square root of their frequency (Detic; for LVIS)"""
     repeat_threshold: float = 0.001
     """t of repeat-factor sampling over the union (LVIS, Detic)"""
+    jitter: tuple[float, float] = (0.1, 2.0)
+    """range of the random scale of large-scale jitter; 1 fits the image into the square (EfficientDet's, Detic)"""
     prompts: Literal["auto", "imagenet", "a", "name"] = "auto"
     """the 80 ImageNet templates of CLIP (auto, for CLIP), "a {name}" as Detic, or the plain name (auto, for minilm)"""
     one_class_per_proposal: bool = False
@@ -179,23 +179,24 @@ class Args:
 
 
 # what --tiny changes: the model shrinks to a CPU's measure, the ideas stay
-TINY = dict(
-    backbone="tf_efficientnet_lite0",
-    text_encoder="minilm",
-    image_size=192,
-    test_size=192,
-    batch_size=8,
-    base_batch_size=8,
-    steps=600,
-    lr=5e-4,
-    warmup_steps=50,
-    checkpoint_every=200,
-    workers=1,
-    channels=64,
-    fc_dim=256,
-    rois_per_image=64,
-    cls_bias=-4.6,
-)
+TINY = {
+    "backbone": "tf_efficientnet_lite0",
+    "text_encoder": "minilm",
+    "image_size": 192,
+    "test_size": 192,
+    "batch_size": 8,
+    "base_batch_size": 8,
+    "steps": 600,
+    "lr": 1e-3,
+    "warmup_steps": 50,
+    "checkpoint_every": 200,
+    "workers": 0,
+    "jitter": (0.8, 1.5),
+    "channels": 64,
+    "fc_dim": 256,
+    "rois_per_image": 32,
+    "cls_bias": -4.6,
+}
 ZERO_SHOT = "lineart"  # the generated dataset that nothing trains on
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias", "channels", "fc_dim"]
 
@@ -287,14 +288,14 @@ class Model(nn.Module):
     def forward(self, images: Tensor, sizes: list[tuple[int, int]], ground_truth: list["Targets"] | None = None):
         """images (B, 3, H, W) uint8 -> objectness per image [(Q,)], a StageOutput per stage, the proposal losses."""
         with amp_context(self.args.amp, images.device):
-            features = self.backbone(images)
+            features = self.backbone(self.backbone.normalise(images, sizes))
         features = [f.float() for f in features]  # P3 .. P7
         proposals, losses = self.centernet(features, ground_truth and [t.boxes for t in ground_truth])
         boxes = [b for b, _ in proposals]
         return [s for _, s in proposals], self.cascade(features[:3], boxes, sizes, ground_truth), losses
 
     def cascade(self, features: list[Tensor], boxes: list[Tensor], sizes: list, ground_truth: list | None):
-        """Each stage classifies and refines the boxes of the one before; boxes carry no gradient from stage to stage."""
+        """Each stage classifies and refines the boxes of the one before, which carry no gradient."""
         outputs = []
         for k, stage in enumerate(self.stages):
             targets = []
@@ -466,6 +467,7 @@ def predict(model: Model, batch: Batch, vocabulary: Vocabulary) -> list[dict]:
     A score is sqrt(mean over stages of sigmoid(c / tau) * objectness), as in Detic.
     """
     model.eval()
+    batch = batch.to(model.text.device)
     objectness, outputs, _ = model(batch.images, batch.sizes)
     counts = [len(o) for o in objectness]
     p = torch.stack([out.logits.sigmoid() for out in outputs]).mean(0).split(counts)  # B times (Q, C)
@@ -502,7 +504,7 @@ def build_dataloader(args: Args, datasets: list[Dataset], label_space: LabelSpac
     """
     if args.batch_size % world_size():
         raise InputError(f"--batch-size {args.batch_size} is not a multiple of the {world_size()} ranks; make it one")
-    jitter = LargeScaleJitter(args.image_size)
+    jitter = LargeScaleJitter(args.image_size, args.jitter)
     mixture = Mixture(datasets, {d.name: jitter for d in datasets}, args.seed)
     factors = repeat_factors(datasets, label_space, args.repeat_threshold)
     return DataLoader(
@@ -512,28 +514,24 @@ def build_dataloader(args: Args, datasets: list[Dataset], label_space: LabelSpac
         collate_fn=partial(collate, square=args.image_size),
         num_workers=args.workers,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own: making a loader must not disturb the run's random numbers
     )
 
 
-def train(args: Args, folder: Path, device: torch.device) -> tuple[Model, list[str]]:
-    """The whole training; returns the model and the names of the datasets it was trained on."""
-    datasets = load_datasets(args.datasets, "train", args.data_root, args.tiny and args.image_size)
+def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.device) -> Model:
+    """The whole training, written out."""
     for dataset in datasets:
         log.info(dataset.summary())
     label_space, text = build_label_space(args, [d.vocabulary for d in datasets])
-    tables = LabelTables.of(
-        args, text.to(device), torch.from_numpy(np.concatenate([d.image_counts() for d in datasets]))
-    )
+    frequency = torch.from_numpy(np.concatenate([d.image_counts() for d in datasets]))
+    tables = LabelTables.of(args, text.to(device), frequency)
     if rank() == 0:
         (folder / "label_space.md").write_text(label_report(text @ text.T, label_space))
         similarity_heatmap(text @ text.T, label_space, folder / "label_space.png")
 
     model = Model(args, text).to(device).train()
-    metadata = {
-        "method": "scaledet",
-        "args": asdict(args),
-        "vocabularies": {d.name: d.vocabulary.names for d in datasets},
-    }
+    vocabularies = {d.name: d.vocabulary.names for d in datasets}
+    metadata = {"method": "scaledet", "args": asdict(args), "vocabularies": vocabularies}
     if args.weights:
         load_weights(args.weights, model)
     lr = args.lr * args.batch_size / args.base_batch_size
@@ -556,7 +554,7 @@ def train(args: Args, folder: Path, device: torch.device) -> tuple[Model, list[s
 
         _, outputs, proposal_losses = parallel(batch.images, batch.sizes, ground_truth_of(batch, label_space))
         losses = compute_losses(args, outputs, proposal_losses, tables)
-        check_finite(losses, step)
+        check_finite({name: value.detach() for name, value in losses.items()}, step)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         nn.utils.clip_grad_value_(model.parameters(), 1.0)
@@ -568,7 +566,7 @@ def train(args: Args, folder: Path, device: torch.device) -> tuple[Model, list[s
     run_log.close()
     if rank() == 0:
         save_weights(folder / "weights.safetensors", model, metadata)
-    return model, label_space.datasets
+    return model
 
 
 # ------------------------------------------------------------------------------------------------------------ Evaluate
@@ -577,57 +575,29 @@ def train(args: Args, folder: Path, device: torch.device) -> tuple[Model, list[s
 def evaluate(args: Args, model: Model, folder: Path, trained_on: list[str]) -> None:
     """Every evaluation dataset by its own metric, in its own label space: one table, results.json, pictures.
 
-    A dataset that was not trained on is zero-shot; its control deals the class names out at random.
+    A dataset that was not trained on is zero-shot; its control deals the text embeddings out at random.
     """
     results = {}
-    for dataset in load_datasets(
-        evaluation_names(args, trained_on), "val", args.data_root, args.tiny and args.image_size
-    ):
+    names = args.eval_datasets or default_eval(args.datasets) + f",{ZERO_SHOT}" * args.tiny
+    for dataset in load_datasets(names, "val", args.data_root, args.tiny and args.image_size):
         text = embed(dataset.vocabulary.names, args.text_encoder, args.prompts, dataset.name)
-        results[dataset.name] = evaluate_dataset(model, dataset, text, folder, args.score_threshold)
-        if dataset.name not in trained_on:
-            order = torch.randperm(len(text), generator=torch.Generator().manual_seed(args.seed))
-            shuffled = torch.empty_like(text)
-            shuffled[order] = text[order.roll(1)]  # no name keeps its own embedding
-            results[f"{dataset.name} (shuffled text)"] = evaluate_dataset(model, dataset, shuffled)
+        for control in (False, True)[: 1 + (dataset.name not in trained_on)]:
+            model.set_vocabulary(text[derangement(len(text), args.seed)] if control else text)
+            predictions = predict_dataset(
+                partial(predict, model, vocabulary=dataset.vocabulary),
+                dataset,
+                ResizeShortest(args.test_size),
+                model.text.device,
+                args.workers,
+            )
+            if rank() == 0:
+                results[dataset.name + " (shuffled text)" * control] = evaluate_boxes(dataset, predictions)
+            if rank() == 0 and not control:
+                draw_predictions(dataset, predictions, folder / f"predictions-{dataset.name}.jpg", args.score_threshold)
     if rank() == 0:
         with atomic_path(folder / "results.json") as path:
             path.write_text(json.dumps(results, indent=1))
         log.info("\n" + format_table(results))
-
-
-def evaluation_names(args: Args, trained_on: list[str]) -> str:
-    """--eval-datasets, else the validation split of what was trained on, and with --tiny the zero-shot dataset."""
-    named = [part.split(":")[0] for part in args.datasets.split(",") if part and "=" not in part] or trained_on
-    return args.eval_datasets or ",".join(named + [ZERO_SHOT] * args.tiny)
-
-
-def evaluate_dataset(
-    model: Model, dataset: Dataset, text: Tensor, folder: Path | None = None, drawn: float = 0.3
-) -> dict:
-    """Metrics of one dataset on rank 0, {} elsewhere; every image is predicted once, by one rank, alone in its batch."""
-    model.set_vocabulary(text)
-    device = next(model.parameters()).device
-    rows = shard(len(dataset), rank(), world_size())
-    samples = Transformed(dataset, ResizeShortest(model.args.test_size), rows)
-    loader = DataLoader(samples, batch_size=1, collate_fn=collate, num_workers=model.args.workers)
-    predictions = {}
-    for row, batch in zip(rows, tqdm(loader, f"evaluate {dataset.name}", unit="img", disable=rank() > 0)):
-        predictions[row] = predict(model, batch.to(device), dataset.vocabulary)[0]
-    predictions = {row: p for part in gather_on_main(predictions) for row, p in part.items()}
-    if rank() > 0:
-        return {}
-    if folder:
-        truth = [dataset.load(row) for row in range(min(8, len(dataset)))]
-        pictures = prediction_grid(
-            [s.image for s in truth],
-            [{"boxes": s.boxes, "labels": s.labels} for s in truth],
-            [predictions[s.index] for s in truth],
-            dataset.vocabulary.names,
-            min_score=drawn,
-        )
-        save_image(pictures, folder / f"predictions-{dataset.name}.jpg")
-    return evaluate_boxes(dataset, predictions)
 
 
 # ---------------------------------------------------------------------------------------------------------------- Main
@@ -643,46 +613,26 @@ def load_trained(args: Args, device: torch.device) -> tuple[Model, dict[str, Voc
     return model, vocabularies
 
 
-def predict_files(args: Args, model: Model, vocabulary: Vocabulary, folder: Path) -> None:
-    """--predict: one drawn image per file and predictions.json in COCO format with a score per annotation."""
-    images, annotations = [], []
-    model.set_vocabulary(embed(vocabulary.names, args.text_encoder, args.prompts, vocabulary.dataset))
-    for i, file in enumerate(args.predict):
-        image = read_image(Path(file))
-        sample = Sample.unlabelled(image, vocabulary.dataset, file, i)
-        batch = collate([ResizeShortest(args.test_size)(sample)]).to(next(model.parameters()).device)
-        found = predict(model, batch, vocabulary)[0]
-        shown = found["scores"] >= args.score_threshold
-        names = [name for name, show in zip(found["class_names"], shown.tolist()) if show]
-        path = folder / f"{Path(file).stem}-{i}.jpg"
-        save_image(draw_boxes(image, found["boxes"][shown], names, found["scores"][shown]), path)
-        images.append({"id": i, "file_name": file, "height": image.shape[1], "width": image.shape[2]})
-        annotations += to_coco_json(vocabulary, {i: found}, range(len(args.predict)))
-        log.info(f"{file}: {len(names)} objects with a score of at least {args.score_threshold:g}, drawn in {path}")
-    categories = [{"id": id, "name": name} for id, name in zip(vocabulary.ids, vocabulary.names)]
-    with atomic_path(folder / "predictions.json") as path:
-        path.write_text(json.dumps({"images": images, "categories": categories, "annotations": annotations}))
-
-
 def main() -> None:
     args = parse_args(Args, TINY, MODEL_FIELDS)
-    if (args.predict or args.eval_only) and not args.weights:
-        raise InputError("--predict and --eval-only need --weights: a .safetensors file or a run folder")
-    if not (args.predict or args.datasets):
-        raise InputError("nothing to do: name --datasets to train on, or --predict images with --weights")
     device = setup_device(args.device, args.seed)
-    folder = make_run_folder(args, "scaledet")
-    if args.predict:
+    if args.predict or args.eval_only:
         model, vocabularies = load_trained(args, device)
-        names = dict.fromkeys(name for v in vocabularies.values() for name in v.names)
-        vocabulary = Vocabulary.parse(args.vocabulary) if args.vocabulary else Vocabulary("trained", tuple(names))
-        predict_files(args, model, vocabulary, folder)
+        folder = make_run_folder(args, "scaledet")
+        trained_on = list(vocabularies)
     else:
-        if args.eval_only:
-            model, trained_on = load_trained(args, device)
-        else:
-            model, trained_on = train(args, folder, device)
-        evaluate(args, model, folder, list(trained_on))
+        datasets = load_datasets(args.datasets, "train", args.data_root, args.tiny and args.image_size)
+        folder = make_run_folder(args, "scaledet")
+        model = train(args, datasets, folder, device)
+        trained_on = [d.name for d in datasets]
+    if args.predict:
+        trained_names = dict.fromkeys(name for v in vocabularies.values() for name in v.names)
+        vocabulary = Vocabulary.parse(args.vocabulary or ",".join(trained_names))
+        model.set_vocabulary(embed(vocabulary.names, args.text_encoder, args.prompts, vocabulary.dataset))
+        resize, detect = ResizeShortest(args.test_size), partial(predict, model, vocabulary=vocabulary)
+        predict_files(detect, args.predict, vocabulary, resize, folder, args.score_threshold)
+    else:
+        evaluate(args, model, folder, trained_on)
     log.info(f"results and pictures: {folder}/")
 
 

@@ -19,7 +19,7 @@ LITE0 = "tf_efficientnet_lite0"
 
 
 class Backbone(nn.Module):
-    """RGB images (B, 3, H, W) uint8 -> [P3 .. P7], each (B, channels, H / stride, W / stride).
+    """Normalised RGB images (B, 3, H, W) -> [P3 .. P7], each (B, channels, H / stride, W / stride).
 
     P6 and P7 come from P5 by stride-2 convolutions (facebookresearch/Detic:detic/modeling/backbone/timm.py).
     BatchNorm is frozen where the weights are pretrained, as in detectron2, and trained where they are not.
@@ -54,8 +54,16 @@ class Backbone(nn.Module):
                     module.requires_grad_(False)
         return self
 
+    def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
+        """uint8 (B, 3, H, W) padded beyond `sizes` -> (B, 3, H, W) float32 whose padding is 0 after normalisation."""
+        images = (images - self.mean) / self.std
+        for image, (height, width) in zip(images, sizes):
+            image[:, height:] = 0
+            image[:, :, width:] = 0
+        return images.contiguous(memory_format=torch.channels_last)
+
     def forward(self, images: Tensor) -> list[Tensor]:
-        features = self.body(((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last))
+        features = self.body(images)
         features = [features[i] for i in self.used]
         if self.channels_last:
             features = [f.permute(0, 3, 1, 2) for f in features]

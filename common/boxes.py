@@ -35,17 +35,19 @@ def decode_boxes(boxes: Tensor, deltas: Tensor, weights: tuple[float, ...]) -> T
 
 
 def pool_rois(features: list[Tensor], strides: list[int], boxes: list[Tensor], resolution: int) -> Tensor:
-    """RoIAlign of every box on the level that fits its size: L maps (B, F, h, w), B lists of (Q, 4) -> (sum Q, F, r, r).
+    """RoIAlign of every box on the level that fits its size.
+
+    features L times (B, F, h, w), boxes B times (Q, 4) -> (R, F, r, r), R the regions of all images.
 
     A 224-pixel box goes to the stride-16 level. Half-pixel aligned, adaptive sampling.
     Source: facebookresearch/detectron2:detectron2/modeling/poolers.py.
     """
-    flat = torch.cat(boxes)  # (sum Q, 4)
+    flat = torch.cat(boxes)  # (R, 4)
     image = torch.repeat_interleave(torch.tensor([len(b) for b in boxes], device=flat.device))
-    rois = torch.cat([image[:, None].to(flat), flat], dim=1)  # (sum Q, 5)
+    rois = torch.cat([image[:, None].to(flat), flat], dim=1)  # (R, 5)
     size = (flat[:, 2:] - flat[:, :2]).prod(1).clamp(min=0).sqrt()
     level = torch.floor(4 + torch.log2(size / 224 + 1e-8)) - math.log2(strides[0])
-    level = level.clamp(0, len(features) - 1).long()  # (sum Q,)
+    level = level.clamp(0, len(features) - 1).long()  # (R,)
     pooled = flat.new_zeros(len(flat), features[0].shape[1], resolution, resolution)
     for i, (feature, stride) in enumerate(zip(features, strides)):
         rows = (level == i).nonzero().squeeze(1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms
 
+from common.errors import InputError
 from common.training import mean_over_ranks
 
 
@@ -28,6 +29,8 @@ class CenterNetHead(nn.Module):
 
     def __init__(self, channels: int, num_levels: int, num_convs: int = 4):
         super().__init__()
+        if channels % 32 or not channels:
+            raise InputError(f"--channels {channels} must be a multiple of 32, the groups of the head's GroupNorm")
         tower = []
         for _ in range(num_convs):
             tower += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(32, channels), nn.ReLU()]
@@ -93,7 +96,7 @@ class CenterNet(nn.Module):
         self.centernet_head = CenterNetHead(channels, len(strides))
 
     def forward(self, features: list[Tensor], gt_boxes: list[Tensor] | None = None):
-        """Proposals per image [(boxes (Q, 4), scores (Q,))] by falling score, and the losses if `gt_boxes` are given."""
+        """Proposals per image [(boxes (Q, 4), scores (Q,))] by falling score; losses if `gt_boxes` are given."""
         grid = Grid.of(features, self.strides)
         logits, ltrb = self.centernet_head(features)
         losses = {} if gt_boxes is None else self.losses(grid, logits, ltrb, gt_boxes)

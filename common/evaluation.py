@@ -44,9 +44,8 @@ def evaluate_boxes(dataset: Evaluated, predictions: Predictions) -> dict[str, fl
     """
     index = dataset.index
     if missing := [row for row in range(len(index)) if row not in predictions]:
-        lack = f"{len(missing)} of {len(index)} images have no prediction"
-        first = f"the first is '{index.image_ids[missing[0]]}'"
-        raise InputError(f"{dataset.name}: {lack}, {first}; predict every image, if with zero boxes")
+        lack = f"{len(missing)} of {len(index)} images have no prediction, the first is {index.image_ids[missing[0]]!r}"
+        raise InputError(f"{dataset.name}: {lack}; predict every image, if with zero boxes")
     evaluate = _open_images if dataset.metric == "oid" else _hotcoco
     return evaluate(dataset, _truth_table(index, predictions), _prediction_table(dataset, predictions))
 
@@ -185,9 +184,7 @@ def _match(boxes: np.ndarray, truth: np.ndarray, group: np.ndarray) -> tuple[np.
 def format_table(results: dict[str, dict[str, float]]) -> str:
     """One row per dataset, one column per metric in order of appearance; '-' where there is no such value."""
     metrics = list(dict.fromkeys(name for values in results.values() for name in values))
-    cells = [
-        [f"{values.get(name, math.nan):.3f}".replace("nan", "-") for name in metrics] for values in results.values()
-    ]
+    cells = [[f"{row.get(m, math.nan):.3f}".replace("nan", "-") for m in metrics] for row in results.values()]
     rows = [["dataset", *metrics], *([name, *row] for name, row in zip(results, cells))]
     widths = [max(len(row[i]) for row in rows) for i in range(len(metrics) + 1)]
     return "\n".join("  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]) for r in rows)

@@ -1,4 +1,4 @@
-"""Where computed things are cached, files that are written whole or not at all, and the hub that may be out of reach."""
+"""Where computed things are cached, files written whole or not at all, and the hub that may be out of reach."""
 
 import hashlib
 import json

@@ -52,7 +52,7 @@ def repeat_factors(datasets: list[Dataset], label_space: LabelSpace, threshold: 
     """(I,) how often each image of the union is to be seen per epoch: max over its classes of max(1, sqrt(t / f_c)).
 
     f_c is the fraction of all I images that contain class c of the concatenated label space.
-    Source: LVIS (arXiv 1908.03195, Sec. B); facebookresearch/detectron2:detectron2/data/samplers/distributed_sampler.py.
+    Source: LVIS (arXiv 1908.03195, Sec. B); detectron2's RepeatFactorTrainingSampler.
     """
     total = sum(len(d) for d in datasets)
     factors = []
@@ -96,3 +96,9 @@ class RepeatFactorSampler:
 def shard(length: int, rank: int, world_size: int) -> range:
     """The rows that this rank evaluates: every row of `length` belongs to exactly one rank."""
     return range(rank, length, world_size)
+
+
+def derangement(length: int, seed: int) -> torch.Tensor:
+    """A random order (length,) in which nothing keeps its place, for controls; a single item has no other place."""
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+    return torch.empty_like(order).scatter_(0, order, order.roll(1))

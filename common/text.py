@@ -9,8 +9,6 @@
 
 import csv
 import json
-import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache

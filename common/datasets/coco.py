@@ -56,8 +56,8 @@ def read_vocabulary(name: str, path: Path, categories: list[dict]) -> Vocabulary
         known = Vocabulary.known(name)
         for id, given in names.items():
             if id not in known.index_of_id:
-                raise InputError(f"{path}: category id {id} ('{given}') is not one of '{name}'; is it another dataset's file? "
-                                 "then name it: --datasets my=ANN.json:IMAGES/")  # fmt: skip
+                raise InputError(f"{path}: category id {id} ('{given}') is not one of '{name}'; is it another "
+                                 "dataset's file? then name it: --datasets my=ANN.json:IMAGES/")  # fmt: skip
         names = {id: known.names[known.index_of_id[id]] for id in names}
     return Vocabulary(name, tuple(names.values()), tuple(names))
 
@@ -74,8 +74,11 @@ def read_index(path: Path, record: dict, vocabulary: Vocabulary) -> Index:
                 f"{path}: annotation {entry.get('id')} is of image {entry['image_id']}, which is not listed"
             )
         if entry["category_id"] not in vocabulary.index_of_id:
-            raise InputError(f"{path}: annotation {entry.get('id')} has the unknown category_id {entry['category_id']}; "
-                             "list it under 'categories' or remove the annotation")  # fmt: skip
+            raise InputError(f"{path}: annotation {entry.get('id')} has the unknown category_id "
+                             f"{entry['category_id']}; list it in 'categories' or remove the annotation")  # fmt: skip
+        if len(entry["bbox"]) != 4 or not all(isinstance(x, (int, float)) for x in entry["bbox"]):
+            raise InputError(f"{path}: annotation {entry.get('id')} has the bbox {entry['bbox']}; four numbers needed: "
+                             "x, y, width, height")  # fmt: skip
     boxes = np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]  # xywh -> xyxy
     per_image = {"neg_category_ids": {}, "not_exhaustive_category_ids": {}}
@@ -102,7 +105,7 @@ def read_index(path: Path, record: dict, vocabulary: Vocabulary) -> Index:
 
 
 def file_name(path: Path, image: dict) -> str:
-    """The image's path below its folder. LVIS gives `coco_url`, Objects365 v2 `images/v2/patch3/x.jpg` for patch3/x.jpg.
+    """The image's path below its folder: LVIS gives `coco_url`, Objects365 images/v2/patch3/x.jpg for patch3/x.jpg.
 
     Raises InputError for a name that leaves the image folder.
     """

@@ -15,7 +15,7 @@ CLASSES, TREE = "class-descriptions-boxable.csv", "bbox_labels_600_hierarchy.jso
 
 
 def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> Dataset:
-    """Read `*-annotations-bbox.csv`; the class list, the tree and the verified labels are looked for beside it or above.
+    """Read `*-annotations-bbox.csv`; class list, tree and verified labels are looked for beside it or above.
 
     Raises InputError naming the file, the row and the remedy.
     """

@@ -1,4 +1,4 @@
-"""The known datasets, their folders, and the grammar of --datasets: NAME, NAME:SPLIT or NAME=ANNOTATIONS.json:IMAGES/."""
+"""The known datasets, their folders, and the grammar of --datasets: NAME, NAME:SPLIT, NAME=ANNOTATIONS.json:IMAGES/."""
 
 import difflib
 import os
@@ -15,7 +15,7 @@ from common.paths import cache_dir
 
 @dataclass(frozen=True)
 class Known:
-    """Where a dataset lies under the data root: {split: [(annotations, images), ...]}, the first that exists is read."""
+    """Where a dataset lies under the data root: {split: [(annotations, images), ...]}; the first to exist is read."""
 
     title: str
     splits: dict[str, list[tuple[str, str]]]
@@ -96,6 +96,12 @@ def parse_datasets(text: str, split: str) -> list[tuple[str, str, tuple[str, str
     return parsed
 
 
+def default_eval(text: str) -> str:
+    """What to evaluate after training on `text`: the default split of each known dataset, one's own files as given."""
+    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
+    return ",".join(entry if "=" in entry else entry.split(":")[0] for entry in entries)
+
+
 def load_datasets(text: str, split: str, data_root: str = "", tiny: int = 0) -> list[Dataset]:
     """The datasets that `text` names, in its order.
 
@@ -127,9 +133,7 @@ def load_dataset(name: str, split: str, paths: tuple[str, str] | None, root: Pat
     else:
         known = KNOWN[name]
         if not root.is_dir():
-            raise InputError(
-                f"data root {root} does not exist; give --data-root or set DETECTRON2_DATASETS (or --tiny)"
-            )
+            raise InputError(f"data root {root} does not exist; give --data-root or set DETECTRON2_DATASETS")
         places = [(root / a, root / i) for a, i in known.splits[split]]
         found = [place for place in places if place[0].is_file()]
         if not found:
@@ -137,5 +141,7 @@ def load_dataset(name: str, split: str, paths: tuple[str, str] | None, root: Pat
                              "as data/README.md shows, or give --data-root")  # fmt: skip
         annotations, images = next((place for place in found if place[1].is_dir()), found[0])
         dataset = known.read(name, annotations, images, known.metric)
+    if len(dataset) == 0:
+        raise InputError(f"{dataset.index.source} lists no images; name another file")
     dataset.check_images()
     return dataset

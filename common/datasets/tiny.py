@@ -25,12 +25,12 @@ from common.errors import InputError
 from common.labels import DATA
 
 log = logging.getLogger("concord")
-VERSION = 1  # raise it when the pictures or files change, so that old caches are not taken for new ones
+VERSION = 2  # raise it when the pictures or files change, so that old caches are not taken for new ones
 VAL = 900_001  # first image id of a validation split
 
 TINY = {
     "coco": Recipe("coco", ("twemoji",), {"train": (800, 1), "val": (100, VAL)}, (0.12, 0.45), groups=0.02),
-    "o365": Recipe("objects365", ("openmoji",), {"train": (800, 1), "val": (100, VAL)}, (0.08, 0.35), (3, 9), 0.5),
+    "o365": Recipe("objects365", ("openmoji",), {"train": (800, 1), "val": (100, VAL)}, (0.1, 0.4), (2, 8), 0.3),
     # its ids do not collide with those of tiny coco, beside which it lies
     "lvis": Recipe(
         "lvis", ("twemoji", "openmoji"), {"train": (400, 500_001), "val": (100, 950_001)}, (0.1, 0.4), (3, 9), 1.0

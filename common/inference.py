@@ -1,0 +1,72 @@
+"""Running a trained model over a dataset or over image files; what a detection is, the method's `predict` says."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from common.batch import Batch, Sample, collate
+from common.datasets.base import Dataset, read_image
+from common.evaluation import to_coco_json
+from common.labels import Vocabulary
+from common.paths import atomic_path
+from common.sampling import Transformed, shard
+from common.training import gather_on_main, progress_bar, rank, world_size
+from common.visualize import draw_boxes, prediction_grid, save_image
+
+log = logging.getLogger("concord")
+
+Predict = Callable[[Batch], list[dict]]  # the dictionaries of torchvision's detectors, plus class_names and size
+
+
+def predict_dataset(predict: Predict, dataset: Dataset, transform, device: torch.device, workers: int) -> dict:
+    """{row: prediction} of the whole dataset on rank 0, {} elsewhere.
+
+    Each image is predicted once, by one rank, alone in its batch: no result depends on its neighbours or on the ranks.
+    """
+    rows = shard(len(dataset), rank(), world_size())
+    loader = DataLoader(Transformed(dataset, transform, rows), batch_size=1, collate_fn=collate, num_workers=workers)
+    predictions = {}
+    with progress_bar(f"evaluate {dataset.name}", len(rows)) as bar:
+        for row, batch in zip(rows, loader):
+            predictions[row] = predict(batch.to(device))[0]
+            bar.update()
+    return {row: found for part in gather_on_main(predictions) for row, found in part.items()}
+
+
+def draw_predictions(dataset: Dataset, predictions: dict, path: Path, min_score: float, limit: int = 8) -> None:
+    """Ground truth beside predictions of the first images."""
+    truth = [dataset.load(row) for row in range(min(limit, len(dataset)))]
+    targets = [{"boxes": s.boxes, "labels": s.labels} for s in truth]
+    found = [predictions[s.index] for s in truth]
+    names = dataset.vocabulary.names
+    save_image(prediction_grid([s.image for s in truth], targets, found, names, min_score=min_score), path)
+
+
+def predict_files(
+    predict: Predict, files: tuple[str, ...], vocabulary: Vocabulary, transform, folder: Path, min_score: float
+) -> None:
+    """One drawn image per file, and predictions.json: a COCO json whose annotations carry scores.
+
+    Raises InputError for a missing or broken image.
+    """
+    images, annotations = [], []
+    for i, file in enumerate(files):
+        image = read_image(Path(file))
+        found = predict(collate([transform(Sample.unlabelled(image, vocabulary.dataset, file, i))]))[0]
+        shown = found["scores"] >= min_score
+        names = [name for name, show in zip(found["class_names"], shown.tolist()) if show]
+        path = folder / f"{Path(file).stem}-{i}.jpg"
+        save_image(draw_boxes(image, found["boxes"][shown], names, found["scores"][shown]), path)
+        images.append({"id": i, "file_name": file, "height": image.shape[1], "width": image.shape[2]})
+        annotations += to_coco_json(vocabulary, {i: found}, range(len(files)))
+        log.info(f"{file}: {len(names)} objects with a score of {min_score:g} or more, drawn in {path}")
+    for i, annotation in enumerate(annotations):
+        area = annotation["bbox"][2] * annotation["bbox"][3]
+        annotation |= {"id": i, "area": area, "iscrowd": 0}
+    categories = [{"id": id, "name": name} for id, name in zip(vocabulary.ids, vocabulary.names)]
+    with atomic_path(folder / "predictions.json") as path:
+        path.write_text(json.dumps({"images": images, "categories": categories, "annotations": annotations}))

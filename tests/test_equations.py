@@ -1,0 +1,753 @@
+"""Each equation of ScaleDet, and of what it builds on, against loops over floats written from the papers."""
+
+import itertools
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import scaledet
+from common.batch import Sample, collate
+from common.boxes import decode_boxes
+from common.centernet import CenterNet, Grid
+from common.datasets.base import Dataset
+from common.datasets.index import Index
+from common.labels import LabelSpace, Vocabulary
+from common.sampling import RepeatFactorSampler, repeat_factors
+from common.text import embed
+from common.transforms import LargeScaleJitter
+from scaledet import Args, LabelTables, Model, StageOutput, Targets
+
+SMALL = Args(
+    backbone="resnet18", text_encoder="minilm", channels=64, fc_dim=32, rois_per_image=16, ignore_dup=False, amp="off"
+)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def unit_rows(count: int, width: int = 6):
+    return F.normalize(torch.randn(count, width))
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def bce(logit: float, positive: bool) -> float:
+    return math.log1p(math.exp(-logit if positive else logit))
+
+
+def iou(a, b) -> float:
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(0.0, width) * max(0.0, height)
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+def random_boxes(count: int, side: float = 200, least: float = 8):
+    corner = torch.rand(count, 2) * side / 2
+    return torch.cat([corner, corner + least + torch.rand(count, 2) * side / 2], 1)
+
+
+# -- label similarity and the losses of the label space ----------------------------------------------------------------
+
+
+def test_scaledet_label_similarity_is_the_cosine_rescaled():
+    text = unit_rows(5)
+    text = torch.cat([text, text[1:2]])  # label 5 has the text of label 1
+    cosine = [[sum(a * b for a, b in zip(s, t)) for t in text.tolist()] for s in text.tolist()]
+    low = min(min(row) for row in cosine)
+    raw, scaled = (scaledet.label_similarity(text, norm) for norm in ("none", "minmax"))
+    for i, j in itertools.product(range(6), range(6)):
+        assert raw[i, j] == pytest.approx(cosine[i][j], abs=1e-6)
+        assert scaled[i, j] == pytest.approx((cosine[i][j] - low) / (1 - low), abs=1e-6)
+    for similarity in (raw, scaled):
+        assert torch.equal(similarity, similarity.T) and (similarity.diagonal() == 1).all()
+        torch.testing.assert_close(similarity[1], similarity[5])
+    assert scaled.min() == 0 and scaled.max() == 1
+
+
+@pytest.mark.parametrize("norm", ["none", "minmax"])
+def test_scaledet_label_similarity_of_one_label(norm):
+    assert scaledet.label_similarity(unit_rows(1), norm).tolist() == [[1]]
+
+
+def test_scaledet_eq6_hard_label():
+    logits, labels = torch.randn(5, 4) * 3, torch.tensor([2, -1, 0, -1, 3])
+    weights = torch.rand(5, 4)
+    expected = 0.0
+    for r, j in itertools.product(range(5), range(4)):
+        expected += weights[r, j].item() * bce(logits[r, j].item(), labels[r] == j) / 5
+    assert scaledet.loss_hard_label(logits, labels, weights).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_scaledet_eq7_soft_label():
+    similarity = scaledet.label_similarity(unit_rows(4), "minmax")
+    cosine, labels = torch.rand(5, 4) * 2 - 1, torch.tensor([2, -1, 0, -1, 3])
+    cosine.requires_grad_()
+    expected, gradient = 0.0, torch.zeros(5, 4)
+    for r, j in itertools.product((0, 2, 4), range(4)):  # foreground
+        error = cosine[r, j].item() - similarity[labels[r], j].item()
+        expected += error**2 / 4 / 3
+        gradient[r, j] = 2 * error / 4 / 3
+    loss = scaledet.loss_soft_label(cosine, labels, similarity)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(cosine.grad, gradient)
+
+
+def test_scaledet_losses_of_background_alone():
+    cosine = torch.rand(3, 4).requires_grad_()
+    deltas = torch.randn(3, 4).requires_grad_()
+    labels = torch.full((3,), -1)
+    soft = scaledet.loss_soft_label(cosine, labels, torch.eye(4))
+    box = scaledet.loss_box_reg(deltas, torch.zeros(3, 4), torch.zeros(3, 4), labels, (1, 1, 1, 1))
+    hard = scaledet.loss_hard_label(cosine / 0.02, labels, torch.ones(3, 4))
+    assert soft == 0 and box == 0
+    assert hard.item() == pytest.approx(sum(bce(c / 0.02, False) for c in cosine.flatten().tolist()) / 3, rel=1e-4)
+    (soft + box + hard).backward()
+    assert cosine.grad.isfinite().all() and cosine.grad.abs().sum() > 0
+    assert (deltas.grad == 0).all()
+
+
+def test_scaledet_losses_without_regions_are_zero():
+    none, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
+    assert scaledet.loss_hard_label(none, labels, none) == 0
+    assert scaledet.loss_soft_label(none, labels, torch.eye(4)) == 0
+    assert scaledet.loss_box_reg(none, none, none, labels, (1, 1, 1, 1)) == 0
+
+
+def test_scaledet_scale_check_of_hard_and_soft_gradients():
+    """At c = -0.1 a negative feels Eq. 6 a hundred times as strongly as Eq. 7; at c = -0.2 the two are equal."""
+    num_labels, regions, foreground = 2148, 8, 2
+    labels = torch.tensor([0] * foreground + [-1] * (regions - foreground))
+    similarity = torch.full((num_labels, num_labels), 0.7).fill_diagonal_(1)  # texts of unrelated nouns in CLIP
+
+    def gradients(c):
+        cosine = torch.full((regions, num_labels), c).requires_grad_()
+        hard = scaledet.loss_hard_label(cosine / Args.tau, labels, torch.ones(regions, num_labels))
+        soft = Args.lam * scaledet.loss_soft_label(cosine, labels, similarity)
+        return [float(torch.autograd.grad(loss, cosine)[0][0, 1]) * regions for loss in (hard, soft)]
+
+    assert gradients(-0.1) == [pytest.approx(0.33, rel=0.02), pytest.approx(-3e-3, rel=0.02)]
+    hard, soft = gradients(-0.2)
+    assert 0.5 < hard / -soft < 2
+
+
+def test_scaledet_class_weights():
+    """neg_scope and ignore_dup, on regions of two images from different datasets; labels 1 and 3 share their text."""
+    text = unit_rows(5)
+    text[3] = text[1]
+    scopes = [(0, 2), (2, 5)]
+    image_labels = [torch.tensor([1, -1, 0]), torch.tensor([3, 2, -1, 4])]
+    targets = [Targets(torch.zeros(len(x), 4), x, scope) for x, scope in zip(image_labels, scopes)]
+    labels = torch.cat(image_labels)
+    for own, ignore_dup in itertools.product((False, True), (False, True)):
+        args = replace(SMALL, neg_scope="own" if own else "all", ignore_dup=ignore_dup)
+        weights = scaledet.class_weights(args, labels, targets, LabelTables.of(args, text, torch.ones(5)))
+        for r, j in itertools.product(range(len(labels)), range(5)):
+            start, stop = scopes[0 if r < 3 else 1]
+            expected = start <= j < stop or not own
+            if ignore_dup and {int(labels[r]), j} == {1, 3}:
+                expected = False
+            assert weights[r, j] == expected, (own, ignore_dup, r, j)
+
+
+def test_scaledet_duplicates_are_judged_before_the_rescaling():
+    text = F.normalize(torch.tensor([[1.0, 0.12, 0], [1, 0, 0], [1, 0.12, 0.04], [1, 0.16, 0]]))
+    tables = LabelTables.of(SMALL, text, torch.ones(4))
+    expected = [[i != j and float(text[i] @ text[j]) > 0.99 for j in range(4)] for i in range(4)]
+    assert tables.duplicates.tolist() == expected
+    assert any(map(any, expected)) and not expected[1][3]
+
+
+def test_scaledet_fed_loss_fills_up_to_fifty_classes():
+    frequency = torch.arange(120.0)
+    frequency[100:] = 0
+    for labels, background in ([3, 3, 110, 7], 0), ([-1, 3, 110, 7], 1), ([-1], 1):
+        for _ in range(20):
+            chosen = scaledet.sample_federated(torch.tensor(labels), frequency).nonzero().squeeze(1).tolist()
+            assert len(chosen) == 50 - background
+            assert {label for label in labels if label >= 0} <= set(chosen)
+            assert all(frequency[c] > 0 for c in chosen if c not in labels)
+
+
+def test_scaledet_fed_loss_where_classes_are_few_or_many():
+    frequency = torch.tensor([5.0, 0, 3, 9])
+    assert scaledet.sample_federated(torch.tensor([1]), frequency).tolist() == [1, 1, 1, 1]
+    assert scaledet.sample_federated(torch.tensor([-1, 0]), frequency).tolist() == [1, 0, 1, 1]
+    everything = torch.arange(80)  # more than 50 classes in the batch: all of them, no draw
+    assert scaledet.sample_federated(everything, torch.ones(200)).nonzero().squeeze(1).equal(everything)
+
+
+def test_scaledet_fed_loss_draws_by_the_root_of_the_frequency():
+    frequency = torch.tensor([1.0, 4, 16, 100])
+    draws = sum(scaledet.sample_federated(torch.tensor([-1]), frequency, num=2) for _ in range(3000)) / 3000
+    expected = torch.tensor([1.0, 2, 4, 10]) / 17
+    assert (draws - expected).abs().max() < 0.04
+
+
+def test_scaledet_fed_loss_acts_on_the_hard_loss_alone():
+    args = replace(SMALL, fed_loss=True, lam=2.0)
+    text = unit_rows(60)
+    outputs, labels = [stage_output(text, [3, -1, 40], k) for k in range(3)], torch.tensor([3, -1, 40])
+    tables = LabelTables.of(args, text, (torch.arange(60) < 30).float())
+    losses = scaledet.compute_losses(args, outputs, {}, tables)
+    own = torch.zeros(60)
+    own[:30] = own[40] = 1  # 30 classes have images: all are drawn
+    expected = scaledet.loss_hard_label(outputs[1].logits, labels, own.expand(3, 60))
+    torch.testing.assert_close(losses["loss_hard_stage1"], expected)
+    expected = 2 * scaledet.loss_soft_label(outputs[1].cosine, labels, tables.similarity)
+    torch.testing.assert_close(losses["loss_soft_stage1"], expected)
+
+
+def test_scaledet_box_regression():
+    boxes, gt_boxes, labels = random_boxes(5), random_boxes(5), torch.tensor([2, -1, 0, -1, 3])
+    deltas, weights = torch.randn(5, 4), (30.0, 20.0, 15.0, 5.0)
+    expected = 0.0
+    for r in (0, 2, 4):
+        x1, y1, x2, y2 = boxes[r].tolist()
+        u1, v1, u2, v2 = gt_boxes[r].tolist()
+        wanted = (
+            ((u1 + u2) / 2 - (x1 + x2) / 2) / (x2 - x1),
+            ((v1 + v2) / 2 - (y1 + y2) / 2) / (y2 - y1),
+            math.log((u2 - u1) / (x2 - x1)),
+            math.log((v2 - v1) / (y2 - y1)),
+        )
+        expected += sum(abs(d - w * t) for d, w, t in zip(deltas[r].tolist(), weights, wanted)) / 5
+    assert scaledet.loss_box_reg(deltas, boxes, gt_boxes, labels, weights).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_scaledet_decoded_boxes():
+    deltas, weights = torch.tensor([[5.0, -10, 2, 100], [0, 0, 0, 0]]), (10.0, 10.0, 5.0, 5.0)
+    (box, same) = decode_boxes(torch.tensor([[10.0, 20, 30, 60], [1, 2, 3, 4]]), deltas, weights).tolist()
+    width, height = 20 * math.exp(0.4), 40 * 1000 / 16  # growth is capped
+    centre = (20 + 0.5 * 20, 40 - 1.0 * 40)
+    expected = (centre[0] - width / 2, centre[1] - height / 2, centre[0] + width / 2, centre[1] + height / 2)
+    assert box == pytest.approx(expected, rel=1e-5)
+    assert same == [1, 2, 3, 4]
+
+
+def stage_output(text, labels: list[int], k: int = 0) -> StageOutput:
+    """A stage that saw random regions of two images."""
+    stage = scaledet.CascadeStage(2, 8, text.shape[1], Args.tau, 0.0)
+    count, split = len(labels), len(labels) // 2
+    parts = (torch.tensor(labels[:split]), torch.tensor(labels[split:]))
+    boxes = random_boxes(count).split([split, count - split])
+    targets = [Targets(random_boxes(len(x)), x, (0, len(text))) for x in parts]
+    return StageOutput(list(boxes), *stage(torch.randn(count, 2, 7, 7) * (k + 1), text), targets)
+
+
+@pytest.mark.parametrize("sim_norm", ["minmax", "none"])
+def test_scaledet_total_is_the_weighted_sum_of_every_stage(sim_norm):
+    args = replace(SMALL, lam=0.7, sim_norm=sim_norm)
+    text = unit_rows(6)
+    outputs, labels = [stage_output(text, [3, -1, 4, 0], k) for k in range(3)], torch.tensor([3, -1, 4, 0])
+    tables, similarity = LabelTables.of(args, text, torch.ones(6)), scaledet.label_similarity(text, sim_norm)
+    proposal_losses = {"loss_centernet_pos": torch.tensor(0.25), "loss_centernet_loc": torch.tensor(0.5)}
+    losses = scaledet.compute_losses(args, outputs, proposal_losses, tables)
+    weights = [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
+    expected = dict(proposal_losses)
+    for k, out in enumerate(outputs):
+        boxes, gt_boxes = torch.cat(out.boxes), torch.cat([t.boxes for t in out.targets])
+        expected[f"loss_hard_stage{k}"] = scaledet.loss_hard_label(out.logits, labels, torch.ones(4, 6))
+        expected[f"loss_soft_stage{k}"] = 0.7 * scaledet.loss_soft_label(out.cosine, labels, similarity)
+        expected[f"loss_box_reg_stage{k}"] = scaledet.loss_box_reg(out.deltas, boxes, gt_boxes, labels, weights[k])
+    expected["loss"] = sum(expected.values())
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value)
+
+
+def test_scaledet_without_soft_loss_is_detic_without_federated_mask():
+    """z = 50 norm(W f) . norm(T), BCE summed over the classes, mean over the regions (Detic, Sec. 4.4)."""
+    args = replace(SMALL, lam=0.0)
+    raw_text = torch.randn(7, 5) * 3
+    stage = scaledet.CascadeStage(2, 8, 5, args.tau, args.cls_bias)
+    pooled, labels = torch.randn(4, 2, 7, 7), torch.tensor([6, -1, 2, -1])
+    linear = stage.embedding
+    expected = 0.0
+    for r, f in enumerate(stage.box_head(pooled).tolist()):
+        v = [sum(w * x for w, x in zip(row, f)) + b for row, b in zip(linear.weight.tolist(), linear.bias.tolist())]
+        for j, t in enumerate(raw_text.tolist()):
+            dot = sum(a * b for a, b in zip(v, t))
+            expected += bce(50 * dot / math.hypot(*v) / math.hypot(*t), labels[r] == j) / 4
+    text = F.normalize(raw_text)
+    targets = [Targets(torch.ones(4, 4), labels, (0, 7))]
+    output = StageOutput([random_boxes(4)], *stage(pooled, text), targets)
+    losses = scaledet.compute_losses(args, [output], {}, LabelTables.of(args, text, torch.ones(7)))
+    assert losses["loss_hard_stage0"].item() == pytest.approx(expected, rel=1e-5)
+    assert losses["loss_soft_stage0"] == 0
+
+
+def test_scaledet_class_bias_moves_the_logits_and_not_the_cosine():
+    stage = scaledet.CascadeStage(2, 8, 6, 0.05, -4.6)
+    cosine, logits, _ = stage(torch.randn(3, 2, 7, 7), unit_rows(4))
+    torch.testing.assert_close(logits, cosine / 0.05 - 4.6)
+    assert stage.cls_bias.requires_grad and cosine.abs().max() <= 1
+
+
+# -- the label space ---------------------------------------------------------------------------------------------------
+
+
+def test_scaledet_appending_a_dataset_changes_no_row_before_it():
+    first, second = Vocabulary("a", ("cat", "dog", "car")), Vocabulary("b", ("Cat", "sofa"))
+    space, alone = scaledet.build_label_space(SMALL, [first])
+    union, both = scaledet.build_label_space(SMALL, [first, second])
+    assert len(space) == 3 and union.names == ("cat", "dog", "car", "Cat", "sofa")
+    assert torch.equal(both[:3], alone) and torch.equal(both[3:], embed(second.names, "minilm"))
+    for norm, exact in (("none", True), ("minmax", False)):
+        s, longer = (scaledet.label_similarity(t, norm) for t in (alone, both))
+        longer = longer[:3, :3]
+        if not exact:  # up to the rescaling: the same after undoing it
+            s, longer = ((x - x.min()) / (1 - x.min()) for x in (s, longer))
+        torch.testing.assert_close(longer, s)
+
+
+def test_scaledet_ground_truth_is_offset_by_the_dataset():
+    space = LabelSpace([Vocabulary("a", ("x", "y", "z")), Vocabulary("b", ("u", "v"))])
+    samples = [sample("b", [[1, 2, 20, 30]], [1]), sample("a", [[1, 2, 20, 30]] * 2, [0, 2]), sample("b", [], [])]
+    truth = scaledet.ground_truth_of(collate(samples), space)
+    assert [t.labels.tolist() for t in truth] == [[4], [0, 2], []]
+    assert [t.scope for t in truth] == [(3, 5), (0, 3), (3, 5)]
+
+
+@pytest.mark.parametrize("ignore_dup", [True, False])
+def test_scaledet_shared_label_of_two_datasets_can_be_confident(ignore_dup):
+    """A positive and its duplicate negative lie on one number: without ignore_dup its probability ends at 1/2."""
+    vocabularies = [Vocabulary("a", ("person", "car")), Vocabulary("b", ("Person", "car"))]
+    args = replace(SMALL, ignore_dup=ignore_dup, lam=0.0)
+    _, text = scaledet.build_label_space(args, vocabularies)
+    tables, labels = LabelTables.of(args, text, torch.ones(4)), torch.tensor([2])
+    weights = scaledet.class_weights(args, labels, [Targets(torch.zeros(1, 4), labels, (2, 4))], tables)
+    embedding = nn.Parameter(torch.randn(1, text.shape[1]))
+    optimizer = torch.optim.Adam([embedding], lr=0.05)
+    for _ in range(200):
+        logits = F.normalize(embedding) @ text.T / args.tau
+        optimizer.zero_grad()
+        scaledet.loss_hard_label(logits, labels, weights).backward()
+        optimizer.step()
+    p = logits.sigmoid()[0].tolist()
+    assert p[0] == pytest.approx(p[2], abs=1e-4)  # "person" and "Person" are one text
+    assert p[0] > 0.95 if ignore_dup else p[0] == pytest.approx(0.5, abs=0.02)
+
+
+# -- regions, scores and detections ------------------------------------------------------------------------------------
+
+
+def test_scaledet_assigned_targets():
+    truth = Targets(random_boxes(4), torch.tensor([7, 0, 3, 5]), (0, 9))
+    boxes = torch.cat([random_boxes(30), truth.boxes + torch.randn(4, 4) * 3])
+    for threshold in scaledet.Model.ious:
+        kept, targets = scaledet.assign_targets(boxes, truth, threshold, 0)
+        assert torch.equal(kept, boxes)
+        for box, label, target in zip(boxes.tolist(), targets.labels.tolist(), targets.boxes.tolist()):
+            overlaps = [iou(box, gt) for gt in truth.boxes.tolist()]
+            best = max(range(4), key=overlaps.__getitem__)
+            assert label == (truth.labels[best] if overlaps[best] >= threshold else -1)
+            assert label == -1 or target == truth.boxes[best].tolist()
+        assert -1 in targets.labels and (targets.labels >= 0).any()
+
+
+def test_scaledet_an_overlap_of_exactly_the_threshold_is_foreground():
+    truth = Targets(torch.tensor([[0.0, 0, 4, 4]]), torch.tensor([1]), (0, 2))
+    assert scaledet.assign_targets(torch.tensor([[0.0, 0, 2, 4]]), truth, 0.5, 0)[1].labels.tolist() == [1]
+
+
+def test_scaledet_first_stage_draws_a_quarter_of_foreground():
+    truth = Targets(torch.tensor([[0.0, 0, 50, 50], [100, 100, 150, 150]]), torch.tensor([4, 6]), (0, 9))
+    proposals = torch.cat([truth.boxes.repeat(10, 1) + 1, torch.rand(100, 2).repeat(1, 2) + torch.tensor([0, 0, 9, 9])])
+    boxes, targets = scaledet.assign_targets(proposals, truth, 0.6, 32)
+    assert len(boxes) == 32 and (targets.labels >= 0).sum() == 8
+    boxes, targets = scaledet.assign_targets(proposals, truth, 0.6, 512)  # there are fewer than 512: all, and the truth
+    assert len(boxes) == 122 and (targets.labels >= 0).sum() == 22
+    assert all((boxes == gt).all(1).any() for gt in truth.boxes)
+    assert (scaledet.assign_targets(proposals, truth, 0.6, 64)[1].labels >= 0).sum() == 16
+
+
+def test_scaledet_image_without_boxes_is_background():
+    truth = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), (0, 9))
+    for drawn, count in ((0, 40), (16, 16)):
+        boxes, targets = scaledet.assign_targets(random_boxes(40), truth, 0.6, drawn)
+        assert len(boxes) == len(targets.boxes) == count and (targets.labels == -1).all()
+
+
+def naive_detections(boxes: list, scores: list, one_class: bool) -> list[tuple]:
+    """(score, label, row), best first: threshold 0.02, greedy NMS per class at IoU 0.5, the best 300."""
+    candidates = []
+    for q, row in enumerate(scores):
+        for label, score in enumerate(row):
+            if score > 0.02 and (not one_class or score == max(row)):
+                candidates.append((score, label, q))
+    kept = []
+    for score, label, q in sorted(candidates, reverse=True):
+        if all(label != other or iou(boxes[q], boxes[p]) <= 0.5 for _, other, p in kept):
+            kept.append((score, label, q))
+    return kept[:300]
+
+
+@pytest.mark.parametrize("one_class", [False, True])
+def test_scaledet_selected_detections(one_class):
+    boxes, scores = random_boxes(120, 160, 25), torch.rand(120, 9) * 0.1
+    expected = naive_detections(boxes.tolist(), scores.tolist(), one_class)
+    got_boxes, got_scores, got_labels = scaledet.select_detections(boxes, scores, one_class)
+    assert len(expected) == 300 or one_class
+    assert got_scores.tolist() == [score for score, _, _ in expected]
+    assert got_labels.tolist() == [label for _, label, _ in expected]
+    assert torch.equal(got_boxes, boxes[[q for _, _, q in expected]])
+
+
+class TwoStages(nn.Module):
+    """Stands in for a Model whose two stages found three regions."""
+
+    def __init__(self, logits, objectness, boxes):
+        super().__init__()
+        self.args, self.text = SMALL, torch.zeros(2, 6)
+        self.logits, self.objectness, self.boxes = logits, objectness, boxes
+        self.refine = lambda k, output, sizes: [self.boxes] if (k, output) == (1, self.outputs[1]) else None
+
+    def forward(self, images, sizes):
+        self.outputs = [SimpleNamespace(logits=x) for x in self.logits]
+        return [self.objectness], self.outputs, {}
+
+
+def test_scaledet_scores_and_boxes_of_predictions():
+    """score = sqrt(mean over stages of sigmoid(c / tau) * objectness); boxes in pixels of the original image."""
+    logits, objectness = torch.randn(2, 3, 2), torch.tensor([0.9, 0.4, 0.2])
+    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [0, 20, 10, 32]])
+    picture = replace(sample("a", [], []), original_size=(128, 192))  # the model saw 64 x 64
+    vocabulary = Vocabulary("a", ("cat", "dog"))
+    (found,) = scaledet.predict(TwoStages(logits, objectness, boxes), collate([picture]), vocabulary)
+    expected = []
+    for q, label in itertools.product(range(3), range(2)):
+        p = (sigmoid(logits[0, q, label].item()) + sigmoid(logits[1, q, label].item())) / 2
+        expected.append((math.sqrt(p * objectness[q].item()), label, q))
+    expected.sort(reverse=True)
+    assert found["scores"].tolist() == pytest.approx([score for score, _, _ in expected], rel=1e-5)
+    assert found["class_names"] == [vocabulary.names[label] for _, label, _ in expected]
+    assert torch.equal(found["boxes"], torch.stack([boxes[q] for _, _, q in expected]) * torch.tensor([3.0, 2, 3, 2]))
+    assert found["size"] == (128, 192)
+
+
+# -- sampling ----------------------------------------------------------------------------------------------------------
+
+
+def random_dataset(name: str, images: int, classes: int, rng) -> Dataset:
+    """Skewed classes, some annotations ignored, the first image empty."""
+    image_of = rng.integers(1, images, 4 * images)
+    labels = np.minimum(rng.geometric(0.35, len(image_of)) - 1, classes - 1)
+    boxes = np.tile([0.0, 0, 9, 9], (len(image_of), 1))
+    index = Index.build(
+        "x.json", [f"{i}.jpg" for i in range(images)], range(images), np.full((images, 2), 9), image_of, boxes, labels,
+        np.full(len(labels), 81.0), rng.random(len(labels)) < 0.2,
+    )  # fmt: skip
+    return Dataset(name, Vocabulary(name, tuple(f"{name}{c}" for c in range(classes))), index, None)
+
+
+def test_scaledet_repeat_factors_over_the_union():
+    rng = np.random.default_rng(0)
+    datasets = [random_dataset("a", 40, 12, rng), random_dataset("b", 25, 9, rng)]
+    space = LabelSpace([d.vocabulary for d in datasets])
+    threshold, images = 0.3, []
+    for dataset in datasets:
+        offset = space.slice(dataset.name).start
+        for i in range(len(dataset)):
+            rows = range(dataset.index.offsets[i], dataset.index.offsets[i + 1])
+            images.append({offset + int(dataset.index.labels[r]) for r in rows if not dataset.index.ignore[r]})
+    expected = []
+    for present in images:
+        fractions = [sum(c in other for other in images) / len(images) for c in present]
+        expected.append(max([1.0] + [math.sqrt(threshold / f) for f in fractions]))
+    factors = repeat_factors(datasets, space, threshold)
+    assert factors.tolist() == pytest.approx(expected)
+    assert expected[0] == 1 and len(set(expected)) > 5
+
+
+def take(count: int, *args) -> list:
+    return list(itertools.islice(RepeatFactorSampler(*args), count))
+
+
+def test_scaledet_sampler_repeats_each_image_as_often_as_its_factor():
+    factors = np.array([1.0, 1.3, 2.5, 4.0, 1.9])
+    sampler = RepeatFactorSampler(factors, 0)
+    counts = np.stack([np.bincount(sampler.epoch(e), minlength=5) for e in range(2000)])
+    assert ((counts == np.floor(factors)) | (counts == np.ceil(factors))).all()
+    assert np.abs(counts.mean(0) - factors).max() < 0.05
+    assert sampler.epoch(0).tolist() != sampler.epoch(1).tolist() != RepeatFactorSampler(factors, 1).epoch(1).tolist()
+    stream = [row for row, _ in take(len(sampler.epoch(0)) + len(sampler.epoch(1)), factors, 0)]
+    assert stream == [*sampler.epoch(0).tolist(), *sampler.epoch(1).tolist()]
+
+
+def test_scaledet_sampler_shares_one_stream_among_ranks_and_resumes_it():
+    factors = np.random.default_rng(0).uniform(1, 3, 37)
+    whole = take(600, factors, 5)
+    assert [draw for _, draw in whole] == list(range(600))
+    for world in (2, 3):
+        for rank in range(world):
+            assert take(200, factors, 5, 0, rank, world) == whole[rank : 200 * world : world]
+    for start in (6, 72, 300):  # within the first epoch and beyond it
+        assert take(90, factors, 5, start) == whole[start : start + 90]
+        assert take(30, factors, 5, start, 1, 3) == whole[start + 1 : start + 90 : 3]
+
+
+# -- the whole model ---------------------------------------------------------------------------------------------------
+
+
+def sample(dataset: str, boxes: list, labels: list, side: int = 64) -> Sample:
+    image = torch.randint(256, (3, side, side), dtype=torch.uint8)
+    boxes, labels = torch.tensor(boxes, dtype=torch.float32).view(-1, 4), torch.tensor(labels, dtype=torch.long)
+    return Sample(image, dataset, "boxes", 0, 0, (side, side), boxes, labels)
+
+
+@pytest.fixture(scope="module")
+def space_and_text():
+    return scaledet.build_label_space(SMALL, [Vocabulary("a", ("cat", "car")), Vocabulary("b", ("Cat", "sofa", "fox"))])
+
+
+def train_losses(model, samples, space, text):
+    batch = collate(samples)
+    _, outputs, proposal_losses = model.train()(batch.images, batch.sizes, scaledet.ground_truth_of(batch, space))
+    tables = LabelTables.of(model.args, text, torch.ones(len(text)))
+    return outputs, scaledet.compute_losses(model.args, outputs, proposal_losses, tables)
+
+
+def check_gradients_reach_everything(model, losses) -> None:
+    """Every parameter needs one, if zero: DistributedDataParallel waits for it."""
+    assert all(value.isfinite() for value in losses.values())
+    losses["loss"].backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("objectness", [-4.6, -20.0], ids=["with proposals", "without a proposal"])
+def test_scaledet_batch_without_objects(space_and_text, objectness):
+    space, text = space_and_text
+    model = Model(replace(SMALL, cls_bias=-4.6), text, pretrained=False)
+    nn.init.constant_(model.centernet.centernet_head.agn_hm.bias, objectness)
+    outputs, losses = train_losses(model, [sample("a", [], []), sample("b", [], [])], space, text)
+    assert (len(outputs[0].logits) > 0) == (objectness > -10)
+    for name in ("loss_soft_stage0", "loss_box_reg_stage1", "loss_centernet_pos", "loss_centernet_loc"):
+        assert losses[name] == 0
+    check_gradients_reach_everything(model, losses)
+    (found,) = scaledet.predict(model, collate([sample("a", [], [])]), Vocabulary("any", tuple("abcde")))
+    assert len(found["boxes"]) == len(found["scores"]) == len(found["class_names"])
+
+
+def test_scaledet_image_whose_crop_left_no_boxes_beside_one_with_boxes(space_and_text):
+    space, text = space_and_text
+    far = sample("b", [[250, 250, 255, 255]], [1], side=256)
+    cropped = next(s for s in (LargeScaleJitter(64, (1.9, 2.0))(far) for _ in range(50)) if len(s.boxes) == 0)
+    seen = sample("a", [[8, 8, 40, 40], [30, 20, 60, 62]], [1, 0])
+    model = Model(SMALL, text, pretrained=False)
+    outputs, losses = train_losses(model, [cropped, seen], space, text)
+    background, mixed = (t.labels for t in outputs[0].targets)
+    assert (background == -1).all() and len(background) > 0 and {0, 1} <= set(mixed.tolist())
+    assert losses["loss_soft_stage0"] > 0 and losses["loss_centernet_loc"] > 0
+    check_gradients_reach_everything(model, losses)
+
+
+def test_scaledet_swapping_the_vocabulary_changes_the_width_alone(space_and_text):
+    _, text = space_and_text
+    model = Model(SMALL, text, pretrained=False).eval()
+    batch = collate([sample("a", [], [])])
+    (objectness, before, _) = model(batch.images, batch.sizes)
+    parameters = {name: p.clone() for name, p in model.state_dict().items()}
+    model.set_vocabulary(torch.cat([text[3:4], unit_rows(6, text.shape[1])]))
+    (same, after, _) = model(batch.images, batch.sizes)
+    assert torch.equal(objectness[0], same[0]) and parameters.keys() == model.state_dict().keys()
+    assert all(torch.equal(p, parameters[name]) for name, p in model.state_dict().items())
+    for old, new in zip(before, after):
+        assert torch.equal(old.boxes[0], new.boxes[0]) and torch.equal(old.deltas, new.deltas)
+        assert old.logits.shape == (len(objectness[0]), 5) and new.logits.shape == (len(objectness[0]), 7)
+        torch.testing.assert_close(new.cosine[:, 0], old.cosine[:, 3])
+    with pytest.raises(scaledet.InputError, match="7 dimensions"):
+        model.set_vocabulary(unit_rows(3, 7))
+
+
+def test_scaledet_later_stages_see_the_refined_boxes_without_gradient(space_and_text):
+    """Decoded with the weights of their stage, clipped to the image, without the empty ones."""
+    space, text = space_and_text
+    model = Model(SMALL, text, pretrained=False)
+    for stage in model.stages:
+        nn.init.normal_(stage.bbox_pred[2].weight, std=20)
+    outputs, _ = train_losses(model, [sample("a", [[8, 8, 40, 40]], [1])], space, text)
+    for k, weights in enumerate([(10, 10, 5, 5), (20, 20, 10, 10)]):
+        boxes = decode_boxes(outputs[k].boxes[0], outputs[k].deltas, weights).clamp(0, 64)
+        kept = boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
+        assert k > 0 or 0 < len(kept) < len(boxes)
+        torch.testing.assert_close(outputs[k + 1].boxes[0], kept.detach())
+        assert not outputs[k + 1].boxes[0].requires_grad
+
+
+def random_features():
+    return [torch.randn(1, 64, s, s, requires_grad=True) for s in (8, 4, 2)]
+
+
+def test_scaledet_each_stage_asks_for_more_overlap(space_and_text):
+    model = Model(SMALL, space_and_text[1], pretrained=False)
+    for stage in model.stages:
+        nn.init.zeros_(stage.bbox_pred[2].weight)  # boxes stay where they are
+    boxes = torch.tensor([[0.0, 0, 40, 22], [0, 0, 40, 26], [0, 0, 40, 30]])  # IoU 0.55, 0.65, 0.75
+    truth = Targets(torch.tensor([[0.0, 0, 40, 40]]), torch.tensor([3]), (2, 5))
+    outputs = model.cascade(random_features(), [boxes], [(64, 64)], [truth])
+    found = [{int(box[3]) for box, label in zip(o.boxes[0], o.targets[0].labels) if label == 3} for o in outputs]
+    assert found == [{26, 30, 40}, {30, 40}, {40}]
+    assert all(len(o.boxes[0]) == 4 for o in outputs)
+
+
+def test_scaledet_regions_are_pooled_from_three_levels(space_and_text, monkeypatch):
+    model, seen = Model(SMALL, space_and_text[1], pretrained=False).eval(), []
+    cascade = model.cascade
+    monkeypatch.setattr(model, "cascade", lambda features, *rest: seen.extend(features) or cascade(features, *rest))
+    batch = collate([sample("a", [], [])])
+    model(batch.images, batch.sizes)
+    assert [tuple(f.shape) for f in seen] == [(1, 64, 8, 8), (1, 64, 4, 4), (1, 64, 2, 2)]
+
+
+def test_scaledet_stages_share_the_gradient_of_the_features(space_and_text):
+    _, text = space_and_text
+    model = Model(SMALL, text, pretrained=False)
+    features = random_features()
+    boxes = [torch.tensor([[3.0, 3, 40, 50]])]
+    weight = torch.randn(1, len(text))
+    (first, *_) = model.cascade(features, boxes, [(64, 64)], None)
+    (first.cosine * weight).sum().backward()
+    pooled = scaledet.pool_rois([f.detach().requires_grad_() for f in features], [8, 16, 32], boxes, 7)
+    (gradient,) = torch.autograd.grad((model.stages[0](pooled, text)[0] * weight).sum(), pooled)
+    assert float(features[0].grad.sum()) == pytest.approx(float(gradient.sum()) / 3, rel=1e-3, abs=1e-5)
+
+
+def test_scaledet_settings_of_centernet2(space_and_text):
+    """Detic, Sec. 4.2 and 4.3."""
+    model = Model(SMALL, space_and_text[1], pretrained=False)
+    assert model.ious == (0.6, 0.7, 0.8)
+    assert model.box_weights == ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15))
+    assert model.centernet.strides == [8, 16, 32, 64, 128]
+    assert (model.centernet.pre_nms, model.centernet.post_nms) == ((4000, 1000), (2000, 256))
+    assert (Args.tau, Args.lam, Args.rois_per_image, Args.repeat_threshold) == (0.02, 1.0, 512, 0.001)
+    head = model.centernet.centernet_head
+    assert (head.bbox_pred.bias == 8).all() and head.agn_hm.bias.item() == pytest.approx(-math.log(99))
+
+
+# -- CenterNet ---------------------------------------------------------------------------------------------------------
+
+STRIDES = [8, 16, 32, 64, 128]
+SOI = [(0, 80), (64, 160), (128, 320), (256, 640), (512, 1e7)]
+BOXES = [[10, 20, 110, 120], [60, 70, 100, 95], [0, 0, 250, 240], [64, 64, 72, 200], [33, 41, 36, 43], [8, 8, 24, 24]]
+
+
+def centernet(pre_nms=(4000, 1000), post_nms=(2000, 256), side=256):
+    net = CenterNet(32, STRIDES, pre_nms, post_nms)
+    return net, Grid.of([torch.zeros(1, 1, -(-side // s), -(-side // s)) for s in STRIDES], STRIDES)
+
+
+def naive_locations(side=256):
+    """(level, stride, x, y) of every location."""
+    for level, stride in enumerate(STRIDES):
+        cells = -(-side // stride)
+        for row, column in itertools.product(range(cells), range(cells)):
+            yield level, stride, column * stride + stride // 2, row * stride + stride // 2
+
+
+def naive_targets(boxes: list) -> tuple[list, list, list]:
+    heatmap, distances, centres = [], [], []
+    delta = (1 - 0.8) / (1 + 0.8)
+    for m, (level, stride, x, y) in enumerate(naive_locations()):
+        heat, best, chosen = 0.0, math.inf, None
+        for x1, y1, x2, y2 in boxes:
+            cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
+            columns, rows = x // stride - cx // stride, y // stride - cy // stride  # cells to the centre's
+            d2 = 0 if columns == rows == 0 else (x - cx) ** 2 + (y - cy) ** 2
+            weighted = d2 / max(2 * delta**2 * (x2 - x1) * (y2 - y1), 4**2)
+            heat = max(heat, math.exp(-weighted))
+            low, high = SOI[level]
+            assigned = low <= math.hypot(x2 - x1, y2 - y1) / 2 <= high
+            if assigned and columns == rows == 0:
+                centres.append(m)
+            inside = x1 < x < x2 and y1 < y < y2
+            if assigned and inside and abs(columns) <= 1 and abs(rows) <= 1 and weighted < best:
+                best, chosen = weighted, [(x - x1) / stride, (y - y1) / stride, (x2 - x) / stride, (y2 - y) / stride]
+        heatmap.append(heat if heat >= 1e-4 else 0.0)
+        distances.append(chosen)
+    return heatmap, distances, centres
+
+
+def test_scaledet_centernet_targets():
+    net, grid = centernet()
+    heatmap, distances, centres = naive_targets(BOXES)
+    got_heatmap, got_distances, got_centres = net.targets(grid, torch.tensor(BOXES, dtype=torch.float32))
+    assert grid.points.tolist() == [[x, y] for _, _, x, y in naive_locations()]
+    torch.testing.assert_close(got_heatmap, torch.tensor(heatmap), rtol=1e-4, atol=1e-6)
+    assert sorted(got_centres.tolist()) == sorted(centres)
+    for got, expected in zip(got_distances.tolist(), distances):
+        assert min(got) < 0 if expected is None else got == pytest.approx(expected)
+    levels = [int(grid.levels[m]) for m in net.targets(grid, torch.tensor([[10.0, 20, 110, 120]]))[2]]
+    assert levels == [0, 1]  # half its diagonal, 71 pixels, lies in two ranges
+
+
+def naive_giou(pred: list, target: list) -> float:
+    area = lambda d: (d[0] + d[2]) * (d[1] + d[3])  # noqa: E731
+    shared = area([min(p, t) for p, t in zip(pred, target)])
+    hull, union = area([max(p, t) for p, t in zip(pred, target)]), area(pred) + area(target) - shared
+    return (shared + 1) / (union + 1) - (hull - union) / hull
+
+
+def test_scaledet_centernet_losses():
+    net, grid = centernet()
+    images = [BOXES, [], BOXES[:1]]
+    count = len(grid.points)
+    logits, ltrb = torch.randn(3, count) * 3, torch.rand(3, count, 4) * 6
+    logits[0, :3] = torch.tensor([30.0, -30, 1.75])  # both ends of the clamp; just above 0.85
+    pos = neg = loc = positives = regressed = 0
+    for i, boxes in enumerate(images):
+        heatmap, distances, centres = naive_targets(boxes)
+        p = [min(max(sigmoid(z), 1e-4), 1 - 1e-4) for z in logits[i].tolist()]
+        positives += len(centres)
+        pos += sum(-math.log(p[m]) * (1 - p[m]) ** 2 for m in centres)
+        neg += sum(-math.log(1 - q) * q**2 * (1 - h) ** 4 for q, h in zip(p, heatmap) if q < 0.85)
+        for d, target in zip(ltrb[i].tolist(), distances):
+            regressed += target is not None
+            loc += 0 if target is None else 1 - naive_giou(d, target)
+    losses = net.losses(grid, logits, ltrb, [torch.tensor(b, dtype=torch.float32).view(-1, 4) for b in images])
+    assert losses["loss_centernet_pos"].item() == pytest.approx(0.5 * 0.25 * pos / positives, rel=1e-4)
+    assert losses["loss_centernet_neg"].item() == pytest.approx(0.5 * 0.75 * neg / positives, rel=1e-4)
+    assert losses["loss_centernet_loc"].item() == pytest.approx(loc / regressed, rel=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_scaledet_centernet_proposals(training):
+    pre_nms, post_nms = (60, 40), (50, 30)
+    net, grid = centernet(pre_nms, post_nms)
+    net.train(training)
+    p, ltrb = torch.rand(len(grid.points)) * 0.5, torch.rand(len(grid.points), 4) * 2
+    p[grid.levels == 2] *= 3e-4  # most of a level below the threshold, 1e-4
+    ltrb[0], p[0] = 0, 0.99  # an empty box is given 0.01 pixels
+    ltrb[1], p[1] = torch.tensor([1.5, 0.5, 0.5, 0.5]), 0.98
+    ltrb[2], p[2] = torch.tensor([2.5, 0.5, -0.5, 0.5]), 0.97  # the same box, seen from the next location
+    candidates = []
+    for level in range(len(STRIDES)):
+        rows = [m for m, found in enumerate(naive_locations()) if found[0] == level and p[m] > 1e-4]
+        candidates += sorted(rows, key=lambda m: -p[m])[: pre_nms[not training]]
+    locations, boxes = list(naive_locations()), {}
+    for m in candidates:
+        _, s, x, y = locations[m]
+        left, top, right, bottom = ltrb[m].tolist()
+        x1, y1 = x - left * s, y - top * s
+        boxes[m] = [x1, y1, max(x + right * s, x1 + 0.01), max(y + bottom * s, y1 + 0.01)]
+    kept = []
+    for m in sorted(candidates, key=lambda m: -p[m]):
+        if all(iou(boxes[m], boxes[other]) <= 0.9 for other in kept):
+            kept.append(m)
+    kept = kept[: post_nms[not training]]
+    got_boxes, got_scores = net.proposals(grid, p, ltrb)
+    assert kept[:2] == [0, 1] and 2 not in kept
+    assert got_scores.tolist() == pytest.approx([math.sqrt(p[m]) for m in kept], rel=1e-5)
+    torch.testing.assert_close(got_boxes, torch.tensor([boxes[m] for m in kept]), rtol=1e-4, atol=1e-3)

@@ -1,0 +1,201 @@
+"""Pictures: boxes where they belong, names that fit, colours that last, reports that count right."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from common.batch import Sample, collate
+from common.labels import LabelSpace, Vocabulary
+from common.visualize import (
+    _closest_labels,
+    color_of,
+    draw_boxes,
+    grid,
+    label_report,
+    prediction_grid,
+    save_image,
+    similarity_heatmap,
+    training_grid,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def gray(height=500, width=600):
+    return torch.full((3, height, width), 128, dtype=torch.uint8)
+
+
+def where(image, color):
+    """(K, 2) rows and columns of the pixels of exactly this colour."""
+    return (image == torch.tensor(color, dtype=torch.uint8).view(3, 1, 1)).all(dim=0).nonzero()
+
+
+def space_of(sizes):
+    return LabelSpace([Vocabulary(f"d{i}", tuple(f"d{i} name {k}" for k in range(n))) for i, n in enumerate(sizes)])
+
+
+def random_similarity(count, dim=32):
+    vectors = torch.nn.functional.normalize(torch.randn(count, dim, generator=torch.Generator().manual_seed(0)), dim=1)
+    return vectors @ vectors.T
+
+
+def test_box_and_plate_are_where_they_belong():
+    image = gray()
+    drawn = draw_boxes(image, torch.tensor([[100.0, 200.0, 300.0, 400.0]]), ["cat"])
+    assert drawn.shape == image.shape and drawn.dtype == torch.uint8 and (image == 128).all()
+    for y, x in ((200, 150), (400, 150), (300, 100), (300, 300)):  # the middles of the four edges
+        assert tuple(drawn[:, y, x].tolist()) == color_of("cat")
+    assert (drawn[:, 250:350, 150:250] == 128).all()  # nothing inside
+    plate = where(drawn[:, :200], color_of("cat"))
+    assert 180 <= plate[:, 0].min() < 195 and plate[:, 1].min() == 100 and plate[:, 1].max() < 160
+
+
+def test_plates_are_legible():
+    for name in ("cat", "dog", "person", "traffic light", "Footwear", "boat"):
+        drawn = draw_boxes(gray(), torch.tensor([[100.0, 200.0, 300.0, 400.0]]), [name])
+        luminance = (torch.tensor(color_of(name)) * torch.tensor([0.299, 0.587, 0.114])).sum()
+        text = 0 if luminance > 130 else 255
+        assert abs(float(luminance) - text) > 100 and len(where(drawn[:, 175:200], (text,) * 3)) > 10
+
+
+@pytest.mark.parametrize("scores", [None, torch.zeros(0)])
+def test_zero_boxes(scores):
+    assert torch.equal(draw_boxes(gray(), torch.zeros(0, 4), [], scores), gray())
+
+
+def test_names_must_match_boxes():
+    with pytest.raises(ValueError, match="1 boxes but 2 names"):
+        draw_boxes(gray(), torch.zeros(1, 4), ["cat", "dog"])
+
+
+def test_small_images_are_enlarged():
+    image = torch.randint(0, 255, (3, 32, 40), dtype=torch.uint8)
+    drawn = draw_boxes(image, torch.tensor([[8.0, 16.0, 24.0, 30.0]]), ["cat"])
+    assert drawn.shape == (3, 480, 600)
+    assert tuple(drawn[:, 300, 8 * 15].tolist()) == color_of("cat")
+    assert torch.equal(draw_boxes(image, torch.zeros(0, 4), [])[:, ::15, ::15], image)
+
+
+@pytest.mark.parametrize("box", [[0, 0, 599, 499], [580, 2, 640, 20], [-50, -50, 10, 10], [560, 480, 599, 499]])
+def test_plates_stay_inside(box):
+    drawn = draw_boxes(gray(), torch.tensor([box], dtype=torch.float32), ["a name " * 60], torch.tensor([0.5]))
+    plate = where(drawn, color_of("a name " * 60))
+    assert drawn.shape == (3, 500, 600)
+    rows = plate[:, 0].bincount(minlength=500)
+    assert (rows > 200).sum() >= 10  # a plate nearly as wide as the image
+
+
+def test_broken_boxes_are_drawn_somewhere():
+    boxes = torch.tensor([[float("nan")] * 4, [float("inf"), 0, -float("inf"), 9], [300, 300, 200, 200]])
+    assert draw_boxes(gray(), boxes, ["a", "b", "c"]).shape == (3, 500, 600)
+
+
+def test_given_colors_and_overlapping_plates():
+    boxes = torch.tensor([[100.0, 200.0, 300.0, 400.0]]).repeat(2, 1)
+    drawn = draw_boxes(gray(), boxes, ["cat", "dog"], colors=[(250, 0, 0), (0, 0, 250)])
+    assert len(where(drawn[:, :200], (250, 0, 0))) > 200  # the plate of the first is not covered by the second
+    assert len(where(drawn[:, 200:], (0, 0, 250))) > 200
+
+
+def test_colors_are_stable_across_processes():
+    names = ["person", "traffic light", "Sneakers"]
+    code = f"from common.visualize import color_of; print([color_of(n) for n in {names}])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert run.stdout.strip() == str([color_of(name) for name in names])
+    assert color_of("Person") == color_of("person")
+    assert len({color_of(name) for name in Vocabulary.known("coco").names}) > 30
+
+
+def test_grid_pads():
+    images = [gray(40, 60), gray(50, 30), gray(20, 20)]
+    assert grid(images, 2).shape == (3, 2 * 54, 2 * 64)
+    captioned = grid(images, 2, ["first", "second " * 20, ""])
+    assert captioned.shape == (3, 2 * 82, 2 * 64)
+    assert torch.equal(captioned[:, 28:68, :60], images[0])
+    assert len(where(captioned[:, :28, :60], (255, 255, 255))) > 5
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "b.png", "new/folder/c.png"])
+def test_save_image(tmp_path, name):
+    save_image(gray(40, 60), tmp_path / name)
+    with Image.open(tmp_path / name) as picture:
+        assert picture.size == (60, 40) and abs(picture.getpixel((5, 5))[0] - 128) < 3
+    assert [p.name for p in (tmp_path / name).parent.iterdir()] == [Path(name).name]
+
+
+def test_save_image_refuses_other_suffixes(tmp_path):
+    with pytest.raises(ValueError):
+        save_image(gray(), tmp_path / "a.xyz")
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_grid():
+    vocabularies = {name: Vocabulary(name, (f"{name} cat", f"{name} dog")) for name in ("one", "two")}
+    box, label = torch.tensor([[20.0, 30.0, 200.0, 300.0]]), torch.tensor([1])
+    samples = [
+        Sample(gray(480, 640), "one", "boxes", 7, 0, (480, 640), box, label),
+        Sample(gray(500, 480), "two", "boxes", 8, 0, (500, 480), box, label),
+        Sample(gray(480, 480), "two", "image_labels", "x", 0, (480, 480), box[:0], label[:0], image_labels=label),
+    ]
+    drawn = training_grid(collate(samples), vocabularies)
+    assert drawn.shape == (3, 2 * (500 + 32), 2 * 644)  # the padding of the batch is not shown
+    for name, columns in (("one dog", slice(0, 644)), ("two dog", slice(644, None))):
+        assert len(where(drawn[:, :532, columns], color_of(name))) > 500
+    assert training_grid(collate(samples), vocabularies, limit=1).shape == (3, 480 + 32, 644)
+
+
+def test_prediction_grid():
+    images = [gray(480, 480)] * 3
+    target = {"boxes": torch.tensor([[20.0, 30.0, 200.0, 300.0]]), "labels": torch.tensor([0])}
+    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "scores": torch.zeros(0)}
+    found = {"boxes": target["boxes"].repeat(2, 1), "labels": torch.tensor([1, 2]), "scores": torch.tensor([0.9, 0.1])}
+    drawn = prediction_grid(images, [target] * 3, [found, none, found], ("cat", "dog", "cow"), limit=2)
+    assert drawn.shape == (3, 2 * (480 + 32), 2 * 484)
+    left, right = drawn[:, :512, :484], drawn[:, :512, 484:]
+    assert len(where(left, color_of("cat"))) > 500 and not len(where(left, color_of("dog")))
+    assert len(where(right, color_of("dog"))) > 500 and not len(where(right, color_of("cow")))  # below the score
+
+
+@pytest.mark.parametrize("sizes", [(12,), (1,), (20, 30), (3, 1, 5, 2), (120,), (80, 365, 500, 1203), (100, 2)])
+def test_heatmap_is_written(tmp_path, sizes):
+    start, path = time.monotonic(), tmp_path / "map.png"
+    similarity_heatmap(random_similarity(sum(sizes)), space_of(sizes), path)
+    assert time.monotonic() - start < 5
+    with Image.open(path) as picture:
+        assert min(picture.size) > 400
+
+
+def test_heatmap_shows_partners():
+    similarity = torch.eye(300) * 0.5
+    for a, b in ((5, 250), (7, 100), (100, 260)):
+        similarity[a, b] = similarity[b, a] = 0.9
+    shown = _closest_labels(similarity, space_of((90, 110, 100)), 60)
+    assert {5, 250, 7, 100, 260} <= set(shown) and len(shown) == len(set(shown)) <= 60
+    owners = [0 if label < 90 else 1 if label < 200 else 2 for label in shown]
+    assert owners == sorted(owners)
+
+
+def test_label_report():
+    space = LabelSpace([Vocabulary("one", ("cat", "sofa")), Vocabulary("two", ("kitty|tom", "couch", "road"))])
+    similarity = torch.eye(5)
+    for a, b, cosine in ((0, 2, 0.8), (1, 3, 0.994), (0, 4, 0.1), (0, 1, 1.0)):
+        similarity[a, b] = similarity[b, a] = cosine
+    lines = label_report(similarity, space, top=2).splitlines()
+    assert lines[2:4] == ["| one | 2 | 1 |", "| two | 3 | 1 |"]  # cat and sofa are no duplicates within a dataset
+    assert lines[7:9] == [
+        "| one | cat | two: kitty\\|tom (0.80), two: road (0.10) |",
+        "| one | sofa | two: couch (0.99), two: kitty\\|tom (0.00) |",
+    ]
+    assert lines[11] == "| two | road | one: cat (0.10), one: sofa (0.00) |" and len(lines) == 12
+
+
+def test_label_report_of_one_dataset():
+    similarity = torch.tensor([[1, 0.2, 0.994], [0.2, 1, 0.3], [0.994, 0.3, 1]])
+    report = label_report(similarity, LabelSpace([Vocabulary("one", ("cat", "dog", "kitty"))]))
+    assert "| one | 3 | 2 |" in report and "| one | cat | one: kitty (0.99), one: dog (0.20) |" in report
+    assert "another dataset" not in report
