@@ -555,9 +555,10 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
 
         _, outputs, proposal_losses = parallel(batch.images, batch.sizes, ground_truth_of(batch, label_space))
         losses = compute_losses(args, outputs, proposal_losses, tables)
-        check_finite({name: value.detach() for name, value in losses.items()}, step)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
+        losses = {name: value.detach() for name, value in losses.items()}
+        check_finite(losses, step)
         nn.utils.clip_grad_value_(model.parameters(), 1.0)
         optimizer.step()
 

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # small tensors; two threads that wait for each other on a busy machine are slower than one
 
 REPO = Path(__file__).resolve().parent.parent
 # a model and a run of seconds; the backbone's weights come from a pip package, so that no test uses the network

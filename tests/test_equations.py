@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import scaledet
 from common.batch import Sample, collate
 from common.boxes import decode_boxes
-from common.centernet import CenterNet, Grid
+from common.centernet import CenterNet, CenterNetHead, Grid
 from common.datasets.base import Dataset
 from common.datasets.index import Index
 from common.labels import LabelSpace, Vocabulary
@@ -780,3 +780,25 @@ def test_scaledet_centernet_proposals(training):
     assert training or p[kept[-1]] < 2e-4
     assert got_scores.tolist() == pytest.approx([math.sqrt(p[m]) for m in kept], rel=1e-5)
     torch.testing.assert_close(got_boxes, torch.tensor([boxes[m] for m in kept]), rtol=1e-4, atol=1e-3)
+
+
+def test_scaledet_centernet_head_layer_by_layer():
+    """4 x [conv, GroupNorm(32), ReLU] shared by the levels; distances are scaled per level, then rectified."""
+    torch.manual_seed(0)
+    head = CenterNetHead(64, num_levels=2)
+    for parameter in head.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    features = [torch.randn(2, 64, 4, 5), torch.randn(2, 64, 2, 3)]
+    logits, ltrb = [], []
+    for level, x in enumerate(features):
+        for i in range(4):
+            conv, norm = head.bbox_tower[3 * i], head.bbox_tower[3 * i + 1]
+            x = F.conv2d(x, conv.weight, conv.bias, padding=1)
+            x = F.group_norm(x, 32, norm.weight, norm.bias).clamp(min=0)
+        logits.append(F.conv2d(x, head.agn_hm.weight, head.agn_hm.bias, padding=1).reshape(2, -1))
+        distances = F.conv2d(x, head.bbox_pred.weight, head.bbox_pred.bias, padding=1) * head.scales[level].scale
+        ltrb.append(distances.clamp(min=0).permute(0, 2, 3, 1).reshape(2, -1, 4))
+    ours = head(features)
+    assert torch.allclose(ours[0], torch.cat(logits, 1), atol=1e-5)
+    assert torch.allclose(ours[1], torch.cat(ltrb, 1), atol=1e-5)
+    assert (ours[1] == 0).any() and (ours[1] > 0).any()

@@ -13,9 +13,8 @@ METHODS = [
     p for name in ("lmseg", "dataseg", "detic", "unidetector", "scaledet") if (p := REPO / f"{name}.py").exists()
 ]
 BANNERS = ["Args", "Model", "Losses", "Inference", "Train", "Evaluate", "Main"]
-NAMES = (
-    "Args build_label_space Model assign_targets compute_losses predict build_dataloader train evaluate main".split()
-)
+NAMES = ["Args", "build_label_space", "Model", "assign_targets", "compute_losses", "predict", "build_dataloader"]
+NAMES += ["train", "evaluate", "main"]
 
 
 def definitions(path: Path) -> list[ast.AST]:
