@@ -14,17 +14,21 @@ Eq. 7  soft label assignment: MSE of c to row of S  loss_soft_label          lam
 L = L_hard + lambda L_soft, per cascade stage       compute_losses           tau     tau
 
 Note: no code was released and the equations' bodies could not be read; their form is that of the paper's figure and
-  text. What is said nowhere (lambda, tau, the schedule) has Detic's value, whose code base the paper names.
+  text. What is said nowhere has the value of Detic, whose code base the paper names: tau, schedule, AdamW for "Adam",
+  test thresholds, no separate first stage. lambda = 1 is our choice. All labels are negatives (neg_scope), repeat
+  factors are of the union, and prompts are CLIP's 80, each normalised before the mean: the literal readings.
+Note: OpenImages has 500 classes (oid500, the challenge's) or 601 (oid); with 500 the paper's union has 2148 labels.
+Note: timm has no ImageNet-21k ResNet-50, which the paper starts from: ours is ImageNet-1k. Swin has its 21k weights.
 Note: the soft loss leaves background regions out, since no row of S belongs to them.
-Note: ignore_dup is ours. Labels whose texts are equal ("person" in COCO, "Person" in Objects365) have equal logits, so
-  one positive and its duplicate negatives on the same number could never be confident.
+Note: ignore_dup is ours. Labels whose texts are equal ("person" in COCO, "Person" in Objects365), whatever their
+  datasets, have equal logits: one positive and its duplicate negatives on the same number could never be confident.
 Note: S is rescaled to [0, 1] (sim_norm), since raw cosines of unrelated labels are all alike.
 Note: the paper takes the label of largest similarity; as Detic, we keep every label above the threshold, unless
   --one-class-per-proposal.
 
     python scaledet.py --datasets coco,o365 --tiny                      # minutes on a CPU, generated data
-    python scaledet.py --datasets lvis,coco,o365,oid --data-root DATA   # one GPU
-    torchrun --nproc-per-node 8 scaledet.py --datasets lvis,coco,o365,oid --data-root DATA
+    python scaledet.py --datasets lvis,coco,o365,oid500 --fed-loss --data-root DATA      # one GPU
+    torchrun --nproc-per-node 8 scaledet.py --datasets lvis,coco,o365,oid500 --fed-loss --data-root DATA
     python scaledet.py --predict photo.jpg --vocabulary "cat, traffic cone" --weights runs/...
 """
 
@@ -48,11 +52,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from torchvision.ops import batched_nms, clip_boxes_to_image
+from torchvision.ops import clip_boxes_to_image
 
 from common.backbone import STRIDES, Backbone
 from common.batch import Batch, collate
-from common.boxes import decode_boxes, encode_boxes, pool_rois
+from common.boxes import decode_boxes, encode_boxes, pool_rois, select_detections
 from common.centernet import CenterNet
 from common.datasets import Dataset, default_eval, load_datasets
 from common.errors import InputError
@@ -67,6 +71,7 @@ from common.training import (
     RunLog,
     amp_context,
     check_finite,
+    last_checkpoint,
     learning_rate,
     load_checkpoint,
     load_weights,
@@ -84,10 +89,11 @@ from common.training import (
 from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import label_report, save_image, similarity_heatmap, training_grid
 
-# Shapes: B images, Q proposals of an image, R regions of all images, N ground truths of an image, C classes of the
-# active label space, D text embedding width, F feature channels, H W pixels, h w feature cells.
+# Shapes: B images, Q proposals of an image, R regions (RoIs) of all images, N ground truths of an image, C classes of
+# the active label space, D text embedding width, L levels, F feature channels, H W pixels, h w feature cells.
 
 log = logging.getLogger("concord")
+METHOD = Path(__file__).stem
 
 # ---------------------------------------------------------------------------------------------------------------- Args
 
@@ -116,6 +122,20 @@ class Args:
     """run folder whose last checkpoint to go on from"""
     output: str = ""
     """run folder (default: runs/<method>-<time>)"""
+    checkpoint_every: int = 1000
+    """steps between checkpoints"""
+    workers: int = 4
+    """data loading processes per rank"""
+    amp: Literal["auto", "on", "off"] = "auto"
+    """bfloat16 autocast; auto: on CUDA"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto: on CUDA"""
+    device: str = "auto"
+    """cuda, cpu, cuda:1, ...; auto: CUDA where there is one"""
+    seed: int = 0
+    """decides initial weights, order of images and augmentation"""
+
+    # paper settings
     backbone: str = "resnet50"
     """any timm model with features of strides 8, 16, 32; its pretrained weights are used if they can be had"""
     text_encoder: str = "ViT-B-32/openai"
@@ -130,20 +150,6 @@ class Args:
     """optimiser steps (default: 90000 per training dataset)"""
     lr: float = 2e-4
     """learning rate for --base-batch-size images per step; scaled linearly to --batch-size"""
-    checkpoint_every: int = 1000
-    """steps between checkpoints"""
-    workers: int = 4
-    """data loading processes per rank"""
-    amp: Literal["auto", "on", "off"] = "auto"
-    """bfloat16 in the backbone; auto: on CUDA"""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the backbone; auto: on CUDA"""
-    device: str = "auto"
-    """cuda, cpu, cuda:1, ...; auto: CUDA where there is one"""
-    seed: int = 0
-    """decides initial weights, order of images and augmentation"""
-
-    # paper settings
     base_batch_size: int = 64
     """batch size that --lr is meant for (Detic, R50: 64)"""
     warmup_steps: int = 10_000
@@ -218,7 +224,7 @@ def label_similarity(text: Tensor, sim_norm: str) -> Tensor:
     Note: "minmax" maps [min S, max S = 1] to [0, 1]; "none" keeps the cosines. The paper names only the cosine.
     """
     similarity = (text @ text.T).clamp(-1, 1)  # (C, C)
-    similarity = ((similarity + similarity.T) / 2).fill_diagonal_(1)
+    similarity = ((similarity + similarity.T) / 2).fill_diagonal_(1)  # exactly symmetric, whatever the product's order
     if sim_norm == "minmax" and similarity.min() < 1:
         similarity = (similarity - similarity.min()) / (1 - similarity.min())
     return similarity
@@ -237,6 +243,9 @@ class CascadeStage(nn.Module):
         self.box_head = nn.Sequential(
             nn.Flatten(), nn.Linear(channels * 49, fc_dim), nn.ReLU(), nn.Linear(fc_dim, fc_dim), nn.ReLU()
         )
+        for layer in (self.box_head[1], self.box_head[3]):  # detectron2's c2_xavier_fill
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            nn.init.zeros_(layer.bias)
         self.embedding = nn.Linear(fc_dim, text_dim)
         self.bbox_pred = nn.Sequential(nn.Linear(fc_dim, fc_dim), nn.ReLU(), nn.Linear(fc_dim, 4))
         nn.init.normal_(self.bbox_pred[2].weight, std=0.001)
@@ -247,7 +256,7 @@ class CascadeStage(nn.Module):
         """pooled (R, F, 7, 7), text (C, D) -> cosine (R, C) in [-1, 1], logits (R, C), box deltas (R, 4)."""
         x = self.box_head(pooled)  # (R, fc_dim)
         cosine = F.normalize(self.embedding(x)) @ text.T  # (R, C)
-        logits = cosine / self.tau
+        logits = cosine / self.tau  # (R, C)
         return cosine, logits if self.cls_bias is None else logits + self.cls_bias, self.bbox_pred(x)
 
 
@@ -432,9 +441,10 @@ def loss_soft_label(cosine: Tensor, labels: Tensor, similarity: Tensor) -> Tenso
 
 
 def loss_box_reg(deltas: Tensor, boxes: Tensor, gt_boxes: Tensor, labels: Tensor, weights: tuple) -> Tensor:
-    """Sec. "implementation details", class-agnostic box regression as CenterNet2: L1 of the deltas of foreground.
+    """Sec. 4, "CenterNet2" as the detector: L1 of the foreground's box deltas, class-agnostic.
 
-    deltas, boxes, gt_boxes (R, 4); labels (R,), -1: background. Sum over foreground / all R regions, as detectron2.
+    deltas, boxes, gt_boxes (R, 4); labels (R,), -1: background. Sum over foreground / all R regions.
+    Source: facebookresearch/detectron2:detectron2/modeling/roi_heads/fast_rcnn.py (box_reg_loss).
     """
     fg = labels >= 0
     wanted = encode_boxes(boxes[fg], gt_boxes[fg], weights)  # (R_fg, 4)
@@ -484,16 +494,6 @@ def predict(model: Model, batch: Batch, vocabulary: Vocabulary) -> list[dict]:
     return detections
 
 
-def select_detections(boxes: Tensor, scores: Tensor, one_class: bool, threshold: float = 0.02, limit: int = 300):
-    """boxes (Q, 4), scores (Q, C) -> the best `limit` (N, 4), (N,), labels (N,) after NMS per class at IoU 0.5."""
-    if one_class:
-        scores = scores.masked_fill(scores < scores.amax(1, keepdim=True), 0)
-    row, label = (scores > threshold).nonzero(as_tuple=True)
-    kept = batched_nms(boxes[row], scores[row, label], label, 0.5)[:limit]
-    row, label = row[kept], label[kept]
-    return boxes[row], scores[row, label], label
-
-
 # --------------------------------------------------------------------------------------------------------------- Train
 
 
@@ -512,7 +512,7 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int, device: to
         mixture,
         batch_size=args.batch_size // world_size(),
         sampler=RepeatFactorSampler(factors, args.seed, start * args.batch_size, rank(), world_size()),
-        collate_fn=partial(collate, square=args.image_size * should_compile(args.compile, device)),
+        collate_fn=partial(collate, square=args.image_size if should_compile(args.compile, device) else 0),
         num_workers=args.workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own: making a loader must not disturb the run's random numbers
@@ -530,15 +530,17 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         (folder / "label_space.md").write_text(label_report(text @ text.T, label_space))
         similarity_heatmap(text @ text.T, label_space, folder / "label_space.png")
 
-    model = Model(args, text).to(device).train()
+    checkpoint = last_checkpoint(folder)
+    model = Model(args, text, pretrained=not (checkpoint or args.weights)).to(device)
+    if checkpoint or args.weights:
+        load_weights(checkpoint or args.weights, model)
+    model.train()
     vocabularies = {d.name: d.vocabulary.names for d in datasets}
-    metadata = {"method": "scaledet", "args": asdict(args), "vocabularies": vocabularies}
-    if args.weights:
-        load_weights(args.weights, model)
+    metadata = {"method": METHOD, "args": asdict(args), "vocabularies": vocabularies}
     lr = args.lr * args.batch_size / args.base_batch_size
     log.info(f"lr {args.lr:g} for {args.base_batch_size} images per step -> {lr:g} for {args.batch_size}")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=1e-4)
-    start = load_checkpoint(folder, model, optimizer) if args.resume else 0
+    start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
     steps = args.steps or 90_000 * len(datasets)
     if should_compile(args.compile, device):
         model.backbone.compile()
@@ -579,23 +581,22 @@ def evaluate(args: Args, model: Model, folder: Path, trained_on: list[str]) -> N
 
     A dataset that was not trained on is zero-shot; its control deals the text embeddings out at random.
     """
-    results = {}
-    names = args.eval_datasets or default_eval(args.datasets) + f",{ZERO_SHOT}" * args.tiny
-    for dataset in load_datasets(names, "val", args.data_root, args.tiny and args.image_size):
+    results, resize = {}, ResizeShortest(args.test_size)
+    names = default_eval(args.datasets) + (f",{ZERO_SHOT}" if args.tiny else "")
+    size = args.image_size if args.tiny else 0
+    for dataset in load_datasets(args.eval_datasets or names, "val", args.data_root, size):
         text = embed(dataset.vocabulary.names, args.text_encoder, args.prompts, dataset.name)
-        for control in (False, True)[: 1 + (dataset.name not in trained_on)]:
-            model.set_vocabulary(text[derangement(len(text), args.seed)] if control else text)
-            predictions = predict_dataset(
-                partial(predict, model, vocabulary=dataset.vocabulary),
-                dataset,
-                ResizeShortest(args.test_size),
-                model.text.device,
-                args.workers,
-            )
+        label_spaces = {dataset.name: text}
+        if dataset.name not in trained_on:
+            label_spaces[f"{dataset.name} (shuffled text)"] = text[derangement(len(text), args.seed)]
+        for title, text in label_spaces.items():
+            model.set_vocabulary(text)
+            detect = partial(predict, model, vocabulary=dataset.vocabulary)
+            predictions = predict_dataset(detect, dataset, resize, args.workers)
             if rank() == 0:
-                results[dataset.name + " (shuffled text)" * control] = evaluate_boxes(dataset, predictions)
-            if rank() == 0 and not control:
-                draw_predictions(dataset, predictions, folder / f"predictions-{dataset.name}.jpg", args.score_threshold)
+                results[title] = evaluate_boxes(dataset, predictions)
+                picture = folder / f"predictions-{title.replace(' ', '-')}.jpg"
+                draw_predictions(dataset, predictions, picture, args.score_threshold)
     if rank() == 0:
         with atomic_path(folder / "results.json") as path:
             path.write_text(json.dumps(results, indent=1))
@@ -605,36 +606,42 @@ def evaluate(args: Args, model: Model, folder: Path, trained_on: list[str]) -> N
 # ---------------------------------------------------------------------------------------------------------------- Main
 
 
-def load_trained(args: Args, device: torch.device) -> tuple[Model, dict[str, Vocabulary]]:
-    """The model of --weights and the vocabularies that it was trained on."""
+def load_trained(args: Args, device: torch.device) -> tuple[Model, LabelSpace]:
+    """The model of --weights, with the label space that it was trained on."""
     saved = read_metadata(args.weights)
-    vocabularies = {name: Vocabulary(name, tuple(names)) for name, names in saved["vocabularies"].items()}
-    text = build_label_space(args, list(vocabularies.values()))[1]
+    if saved["method"] != METHOD:
+        raise InputError(f"weights {args.weights} are of {saved['method']}.py; run that")
+    vocabularies = [Vocabulary(name, tuple(names)) for name, names in saved["vocabularies"].items()]
+    label_space, text = build_label_space(args, vocabularies)
     model = Model(args, text, pretrained=False).to(device)
     load_weights(args.weights, model)
-    return model, vocabularies
+    return model, label_space
 
 
 def main() -> None:
     args = parse_args(Args, TINY, MODEL_FIELDS)
     device = setup_device(args.device, args.seed)
     if args.predict or args.eval_only:
-        model, vocabularies = load_trained(args, device)
-        folder = make_run_folder(args, "scaledet")
-        trained_on = list(vocabularies)
+        model, label_space = load_trained(args, device)
+        folder = make_run_folder(args, METHOD)
+        trained_on = label_space.datasets
     else:
-        datasets = load_datasets(args.datasets, "train", args.data_root, args.tiny and args.image_size)
-        folder = make_run_folder(args, "scaledet")
+        datasets = load_datasets(args.datasets, "train", args.data_root, args.image_size if args.tiny else 0)
+        folder = make_run_folder(args, METHOD)
         model = train(args, datasets, folder, device)
         trained_on = [d.name for d in datasets]
     if args.predict:
-        trained_names = dict.fromkeys(name for v in vocabularies.values() for name in v.names)
-        vocabulary = Vocabulary.parse(args.vocabulary or ",".join(trained_names))
-        model.set_vocabulary(embed(vocabulary.names, args.text_encoder, args.prompts, vocabulary.dataset))
+        if args.vocabulary:
+            vocabulary = Vocabulary.parse(args.vocabulary)
+            model.set_vocabulary(embed(vocabulary.names, args.text_encoder, args.prompts, vocabulary.dataset))
+        else:
+            vocabulary, rows = label_space.distinct()
+            model.set_vocabulary(model.text[rows])
         resize, detect = ResizeShortest(args.test_size), partial(predict, model, vocabulary=vocabulary)
         predict_files(detect, args.predict, vocabulary, resize, folder, args.score_threshold)
     else:
-        evaluate(args, model, folder, trained_on)
+        with torch.compiler.set_stance("force_eager"):  # test images come in many sizes
+            evaluate(args, model, folder, trained_on)
     log.info(f"results and pictures: {folder}/")
 
 

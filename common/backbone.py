@@ -11,6 +11,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from common.errors import InputError
 from common.paths import hub
+from common.training import from_main
 
 log = logging.getLogger("concord")
 
@@ -43,7 +44,8 @@ class Backbone(nn.Module):
             mean, std = (127 / 255,) * 3, (128 / 255,) * 3
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
-        self.frozen_norm = pretrained and load_pretrained(self.body, name)
+        frozen = from_main(pretrained and load_pretrained(self.body, name))
+        self.register_buffer("frozen_norm", torch.tensor(frozen))  # kept with the weights
 
     def train(self, mode: bool = True) -> "Backbone":
         super().train(mode)

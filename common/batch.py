@@ -63,6 +63,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def pin_memory(self) -> "Batch":
+        self.images = self.images.pin_memory()
+        return self
+
     def to(self, device: torch.device) -> "Batch":
         self.images = self.images.to(device, non_blocking=True)
         for sample in self.samples:

@@ -4,7 +4,7 @@ import math
 
 import torch
 from torch import Tensor
-from torchvision.ops import roi_align
+from torchvision.ops import batched_nms, roi_align
 
 MAX_LOG_SCALE = math.log(1000 / 16)  # a delta may enlarge a box at most this much
 
@@ -48,8 +48,23 @@ def pool_rois(features: list[Tensor], strides: list[int], boxes: list[Tensor], r
     size = (flat[:, 2:] - flat[:, :2]).prod(1).clamp(min=0).sqrt()
     level = torch.floor(4 + torch.log2(size / 224 + 1e-8)) - math.log2(strides[0])
     level = level.clamp(0, len(features) - 1).long()  # (R,)
-    pooled = flat.new_zeros(len(flat), features[0].shape[1], resolution, resolution)
-    for i, (feature, stride) in enumerate(zip(features, strides)):
-        rows = (level == i).nonzero().squeeze(1)
-        pooled = pooled.index_copy(0, rows, roi_align(feature, rois[rows], resolution, 1 / stride, aligned=True))
-    return pooled
+    rows = [(level == i).nonzero().squeeze(1) for i in range(len(features))]
+    pooled = [
+        roi_align(feature, rois[r], resolution, 1 / stride, aligned=True)
+        for feature, stride, r in zip(features, strides, rows)
+    ]
+    return torch.cat(pooled)[torch.cat(rows).argsort()]  # back to the order of the boxes
+
+
+def select_detections(boxes: Tensor, scores: Tensor, one_class: bool, threshold: float = 0.02, limit: int = 300):
+    """boxes (Q, 4), scores (Q, C) -> the best `limit` (N, 4), (N,), labels (N,) after NMS per class at IoU 0.5.
+
+    one_class: only the best class of each box, instead of every class above the threshold.
+    Source: facebookresearch/detectron2:detectron2/modeling/roi_heads/fast_rcnn.py (fast_rcnn_inference).
+    """
+    if one_class:
+        scores = scores.masked_fill(scores < scores.amax(1, keepdim=True), 0)
+    row, label = (scores > threshold).nonzero(as_tuple=True)
+    kept = batched_nms(boxes[row], scores[row, label], label, 0.5)[:limit]
+    row, label = row[kept], label[kept]
+    return boxes[row], scores[row, label], label

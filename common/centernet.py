@@ -56,12 +56,12 @@ class CenterNetHead(nn.Module):
 
 @dataclass
 class Grid:
-    """The M locations of all levels: pixel position, stride, level, and the level's offset and width in M."""
+    """The M locations of all levels, level by level, row by row."""
 
-    points: Tensor  # (M, 2) x, y
+    points: Tensor  # (M, 2) x, y in pixels
     strides: Tensor  # (M,)
     levels: Tensor  # (M,)
-    shapes: list[tuple[int, int]]
+    shapes: list[tuple[int, int]]  # (h, w) of each level
 
     @classmethod
     def of(cls, features: list[Tensor], strides: list[int]) -> "Grid":

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch.utils.data import DataLoader
 
 from common.batch import Batch, Sample, collate
@@ -22,7 +21,7 @@ log = logging.getLogger("concord")
 Predict = Callable[[Batch], list[dict]]  # the dictionaries of torchvision's detectors, plus class_names and size
 
 
-def predict_dataset(predict: Predict, dataset: Dataset, transform, device: torch.device, workers: int) -> dict:
+def predict_dataset(predict: Predict, dataset: Dataset, transform, workers: int) -> dict:
     """{row: prediction} of the whole dataset on rank 0, {} elsewhere.
 
     Each image is predicted once, by one rank, alone in its batch: no result depends on its neighbours or on the ranks.
@@ -32,7 +31,7 @@ def predict_dataset(predict: Predict, dataset: Dataset, transform, device: torch
     predictions = {}
     with progress_bar(f"evaluate {dataset.name}", len(rows)) as bar:
         for row, batch in zip(rows, loader):
-            predictions[row] = predict(batch.to(device))[0]
+            predictions[row] = predict(batch)[0]
             bar.update()
     return {row: found for part in gather_on_main(predictions) for row, found in part.items()}
 

@@ -13,6 +13,11 @@ from common.errors import InputError
 DATA = Path(__file__).resolve().parent.parent / "data"
 
 
+def fold(name: str) -> str:
+    """Lower case, underscores to spaces, single spaces: 'arctic_(type_of_shoe)' -> 'arctic (type of shoe)'."""
+    return " ".join(name.replace("_", " ").lower().split())
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """The class names of one dataset, in the order of its label indices.
@@ -20,7 +25,7 @@ class Vocabulary:
     dataset:      the name under which its samples arrive (`Sample.dataset`)
     names:        C class names
     ids:          C original category ids (COCO 1..90, OpenImages "/m/01g317", ...); default 1..C
-    image_counts: C numbers of training images that contain the class, where known (federated loss)
+    image_counts: C numbers of training images that contain the class, where the dataset publishes them
 
     Raises InputError for an empty vocabulary, an empty or repeated name, a repeated id.
     """
@@ -95,6 +100,13 @@ class LabelSpace:
     @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(name for v in self.vocabularies.values() for name in v.names)
+
+    def distinct(self) -> tuple[Vocabulary, list[int]]:
+        """One vocabulary without repeats ("person" and "Person" are one name), and the row of each of its names."""
+        rows: dict[str, int] = {}
+        for row, name in enumerate(self.names):
+            rows.setdefault(fold(name), row)
+        return Vocabulary("all", tuple(self.names[row] for row in rows.values())), list(rows.values())
 
     def slice(self, dataset: str) -> slice:
         """Where the labels of `dataset` lie in the concatenation. KeyError for a dataset that is not part of it."""

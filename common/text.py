@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common.errors import InputError
-from common.labels import DATA, LabelSpace
+from common.labels import DATA, fold
 from common.paths import atomic_path, cached_rows, hub
 
 Encode = Callable[[list[str]], Tensor]  # N texts -> (N, D), not normalised
@@ -60,18 +60,6 @@ def embed(
     return rows[[index[name] for name in folded]]
 
 
-def embed_label_space(space: LabelSpace, encoder: str = "ViT-B-32/openai", prompts: str = "auto") -> Tensor:
-    """(C, D): the embeddings of all names of a label space, in its order. Arguments and errors as for `embed`."""
-    if encoder.endswith(".npy"):
-        return torch.cat([embed(v.names, encoder, prompts, v.dataset) for v in space.vocabularies.values()])
-    return embed(space.names, encoder, prompts)
-
-
-def fold(name: str) -> str:
-    """Lower case, underscores to spaces, single spaces: 'arctic_(type_of_shoe)' -> 'arctic (type of shoe)'."""
-    return " ".join(name.replace("_", " ").lower().split())
-
-
 def templates(prompts: str) -> list[Callable[[str], str]]:
     """The prompt templates named "imagenet", "a" or "name"."""
     if prompts == "imagenet":
@@ -83,7 +71,7 @@ def templates(prompts: str) -> list[Callable[[str], str]]:
 
 @torch.no_grad()
 def prompt_ensemble(names: list[str], templates: list[Callable[[str], str]], encode: Encode) -> Tensor:
-    """t_i = normalise(mean_m normalise(Enc(prompt_m(l_i)))): C names -> (C, D) float32 (ScaleDet, Sec. 3)."""
+    """t_i = normalise(mean_m normalise(Enc(prompt_m(l_i)))): C names -> (C, D) float32 (CLIP's prompt ensemble)."""
     step, rows = max(1, 512 // len(templates)), []  # names at a time: about 512 prompts
     for start in tqdm(range(0, len(names), step), "text embeddings", disable=len(names) < 4 * step, leave=False):
         chunk = names[start : start + step]

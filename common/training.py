@@ -8,10 +8,12 @@ import logging
 import math
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -59,12 +61,16 @@ def parse_args(args_class: type, tiny: dict, model_fields: list[str], argv: list
         if getattr(args, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name):g} must be greater than 0")
     if args.resume:
-        saved = read_args(Path(args.resume) / "args.json")
-        args, _ = parse(dataclasses.replace(default, **{f.name: saved[f.name] for f in dataclasses.fields(default)}))
+        args, _ = parse(with_saved(default, read_args(Path(args.resume) / "args.json"), vars(default)))
     elif args.weights:
-        saved = read_metadata(args.weights)["args"]
-        args, _ = parse(dataclasses.replace(default, **{name: saved[name] for name in model_fields}))
+        args, _ = parse(with_saved(default, read_metadata(args.weights)["args"], model_fields))
     return args
+
+
+def with_saved(default, saved: dict, names):
+    """`default` with the saved values of the fields `names`; json has lists where the dataclass has tuples."""
+    values = {name: tuple(v) if isinstance(v := saved[name], list) else v for name in names if name in saved}
+    return dataclasses.replace(default, **values)
 
 
 def read_args(path: Path) -> dict:
@@ -78,6 +84,8 @@ def run_command(main) -> None:
     """Call `main()`; bad input ends with one line and exit code 2, an interrupt with 130."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # every tensor from a data loading process needs a file
     try:
         main()
     except InputError as error:
@@ -106,10 +114,12 @@ def setup_device(device: str, seed: int) -> torch.device:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}: no CUDA device here; use --device cpu")
     if "LOCAL_RANK" in os.environ:
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+        # the other ranks wait while rank 0 scores a large dataset
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have by default
     torch.manual_seed(seed + rank())
     if rank() > 0:
         log.setLevel(logging.ERROR)
@@ -130,6 +140,14 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(value := value.clone())
     return value / world_size()
+
+
+def from_main(value):
+    """Rank 0's value, on every rank."""
+    if world_size() > 1:
+        dist.broadcast_object_list(box := [value])
+        return box[0]
+    return value
 
 
 def gather_on_main(value) -> list:
@@ -161,11 +179,7 @@ def make_run_folder(args, method: str) -> Path:
     Raises InputError if the folder cannot be written.
     """
     name = args.resume or args.output or f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    if world_size() > 1:
-        names = [name]
-        dist.broadcast_object_list(names)
-        name = names[0]
-    folder = Path(name)
+    folder = Path(from_main(name))
     if (folder / "metrics.jsonl").exists() and not (args.resume or args.eval_only or args.predict):
         raise InputError(f"run folder {folder} already holds a training; --resume it or choose another --output")
     record = dataclasses.asdict(args) | {"method": method, "environment": environment()}
@@ -296,7 +310,7 @@ def read_metadata(path: str | Path) -> dict:
             metadata = {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"weights {file} cannot be read ({error}); a .safetensors file is needed") from None
-    if not {"args", "vocabularies"} <= metadata.keys():
+    if not {"method", "args", "vocabularies"} <= metadata.keys():
         raise InputError(f"weights {file} were not saved by this project: their metadata lacks the model's settings")
     return metadata
 
@@ -344,19 +358,19 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit())
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:
-    """Restore model, optimiser and this rank's RNG from the newest checkpoint; returns its step, 0 if there is none."""
-    found = checkpoints(folder)
-    if not found:
-        log.warning("%s has no checkpoint yet: training starts from step 0", folder)
-        return 0
-    load_weights(found[-1], model)
-    state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True)
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run folder; its weights load with `load_weights`."""
+    return checkpoints(folder)[-1] if checkpoints(folder) else None
+
+
+def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
+    """Restore optimiser and this rank's RNG; returns the step."""
+    state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     if len(state["rng"]) == world_size():
         cpu, *cuda = state["rng"][rank()]
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state(cuda[0])
-    log.info("resumed from %s", found[-1])
+    log.info("resumed from %s", checkpoint)
     return state["step"]

@@ -64,8 +64,8 @@ def resize(sample: Sample, size: tuple[int, int]) -> Sample:
     return sample if sample.size == size else apply(sample, lambda x: F.resize(x, list(size), antialias=True))
 
 
-def drop_empty(sample: Sample, min_side: float = 1.0) -> Sample:
-    """Remove boxes that the crop left with a side under `min_side` pixels, with their labels and masks."""
+def drop_empty(sample: Sample, min_side: float = 1e-5) -> Sample:
+    """Remove boxes that the crop left empty, with their labels and masks (detectron2's filter_empty_instances)."""
     kept = (sample.boxes[:, 2:] - sample.boxes[:, :2]).amin(1) >= min_side
     masks = None if sample.masks is None else sample.masks[kept]
     return replace(sample, boxes=sample.boxes[kept], labels=sample.labels[kept], masks=masks)

@@ -267,7 +267,7 @@ def test_scaledet_total_is_the_weighted_sum_of_every_stage(sim_norm):
 
 
 def test_scaledet_without_soft_loss_is_detic_without_federated_mask():
-    """z = 50 norm(W f) . norm(T), BCE summed over the classes, mean over the regions (Detic, Sec. 4.4)."""
+    """z = 50 norm(W f) . norm(T), BCE summed over the classes, mean over the regions (Detic's zero-shot classifier)."""
     args = replace(SMALL, lam=0.0)
     raw_text = torch.randn(7, 5) * 3
     stage = scaledet.CascadeStage(2, 8, 5, args.tau, args.cls_bias)
@@ -643,7 +643,7 @@ def test_scaledet_stages_share_the_gradient_of_the_features(space_and_text):
 
 
 def test_scaledet_settings_of_centernet2(space_and_text):
-    """Detic, Sec. 4.2 and 4.3."""
+    """Constants of facebookresearch/Detic:configs/Base-C2_L_R5021k_640b64_4x.yaml."""
     model = Model(SMALL, space_and_text[1], pretrained=False)
     assert model.ious == (0.6, 0.7, 0.8)
     assert model.box_weights == ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15))

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
+import common.boxes
 import common.centernet
 import scaledet
 from common.batch import Batch, Sample
@@ -353,7 +354,7 @@ def test_parity_cascade_inference(variant, monkeypatch):
         return select(boxes, scores, one_class, config["SCORE_THRESH_TEST"], config["DETECTIONS_PER_IMAGE"])
 
     monkeypatch.setattr(scaledet, "select_detections", recording_select)
-    monkeypatch.setattr(scaledet, "batched_nms", lambda *a: batched_nms(*a[:3], config["NMS_THRESH_TEST"]))
+    monkeypatch.setattr(common.boxes, "batched_nms", lambda *a: batched_nms(*a[:3], config["NMS_THRESH_TEST"]))
     samples = [Sample.unlabelled(image[:, :h, :w], "any", 0, 0) for image, (h, w) in zip(model.images, model.sizes)]
     vocabulary = Vocabulary("any", tuple(map(str, range(len(model.text)))))
     found = scaledet.predict(model, Batch(model.images, model.sizes, samples), vocabulary)

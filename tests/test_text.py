@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import scaledet
 from common import paths, text
 from common.errors import InputError
 from common.labels import DATA, LabelSpace, Vocabulary
@@ -343,7 +344,8 @@ def test_npy_is_normalised_and_selected_by_dataset(tmp_path):
     both = f"coco={one},lvis={two}"
     assert text.embed(["x", "y"], both, dataset="lvis").shape == (2, 5)
     space = LabelSpace([Vocabulary("lvis", ("p", "q")), Vocabulary("coco", ("x", "y", "z"))])
-    assert torch.equal(text.embed_label_space(space, both)[2:], rows)
+    args = scaledet.Args(text_encoder=both)
+    assert torch.equal(scaledet.build_label_space(args, list(space.vocabularies.values()))[1][2:], rows)
     with pytest.raises(InputError, match="'oid'") as error:
         text.embed(["x"], both, dataset="oid")
     assert_one_line(error)

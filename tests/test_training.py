@@ -1,0 +1,162 @@
+"""The recipe of `train` and the mechanics around it: what no equation says but every number depends on."""
+
+import math
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import FAST
+from torch import distributed as dist
+from torch import nn
+
+import scaledet
+from common.backbone import Backbone
+from common.batch import collate
+from common.datasets import load_datasets
+from common.errors import InputError
+from common.paths import atomic_path
+from common.training import (
+    check_finite,
+    learning_rate,
+    mean_over_ranks,
+    parse_args,
+    rng_states,
+)
+from common.transforms import ResizeShortest
+
+
+def test_learning_rate_warms_up_and_falls_like_a_cosine():
+    def rate(step):
+        return learning_rate(step, base=2.0, steps=1000, warmup=100, warmup_factor=1e-4)
+
+    assert rate(0) == pytest.approx(2e-4)
+    assert rate(50) == pytest.approx(2 * (1e-4 + (1 - 1e-4) * 0.5) * 0.5 * (1 + math.cos(math.pi * 0.05)))
+    assert rate(500) == pytest.approx(1.0)
+    assert rate(1000) == pytest.approx(0, abs=1e-9)
+    assert learning_rate(0, 2.0, 1000, 0, 1e-4) == 2.0
+
+
+def test_recipe_of_scaledet(tiny_root, tmp_path, monkeypatch):
+    """AdamW with weight decay 1e-4, gradients clipped by value at 1, lr scaled to the batch; Detic's constants."""
+    seen = {}
+    adamw, clip = torch.optim.AdamW, nn.utils.clip_grad_value_
+
+    def spy_adamw(parameters, **settings):
+        seen["settings"] = settings
+        return adamw(parameters, **settings)
+
+    def spy_clip(parameters, value):
+        seen["clip"] = value
+        return clip(parameters, value)
+
+    monkeypatch.setattr(torch.optim, "AdamW", spy_adamw)
+    monkeypatch.setattr(nn.utils, "clip_grad_value_", spy_clip)
+    args = parse_args(scaledet.Args, scaledet.TINY, scaledet.MODEL_FIELDS, [*FAST, "--steps", "1"])
+    args.batch_size, args.base_batch_size, args.lr = 4, 8, 1e-3
+    datasets = load_datasets("coco", "train", str(tiny_root))
+    scaledet.train(args, datasets, tmp_path, torch.device("cpu"))
+    assert seen == {"settings": {"lr": 5e-4, "weight_decay": 1e-4}, "clip": 1.0}
+    defaults = scaledet.Args()
+    assert (defaults.lr, defaults.base_batch_size, defaults.warmup_steps, defaults.steps) == (2e-4, 64, 10_000, 0)
+    assert (defaults.image_size, defaults.test_size, defaults.jitter) == (640, 800, (0.1, 2.0))
+    assert (defaults.lam, defaults.tau, defaults.repeat_threshold, defaults.rois_per_image) == (1.0, 0.02, 1e-3, 512)
+
+
+def test_box_head_starts_as_in_detectron2():
+    stage = scaledet.CascadeStage(64, 128, 16, tau=0.02, cls_bias=0)
+    for layer in (stage.box_head[1], stage.box_head[3]):
+        assert float(layer.weight.detach().std()) * math.sqrt(layer.in_features) == pytest.approx(1.0, rel=0.05)
+        assert not layer.bias.any()
+    assert float(stage.bbox_pred[2].weight.detach().std()) == pytest.approx(0.001, rel=0.2)
+    assert stage.cls_bias is None
+
+
+def test_flags_win_over_weights_and_presets(tmp_path):
+    args = parse_args(scaledet.Args, scaledet.TINY, [], ["--tiny", "--steps", "7"])
+    assert args.tiny and args.steps == 7 and args.backbone == "tf_efficientnet_lite0"
+    assert parse_args(scaledet.Args, scaledet.TINY, [], []).backbone == "resnet50"
+
+
+def test_non_finite_loss_is_named():
+    with pytest.raises(InputError, match="step 3: loss_b is not finite"):
+        check_finite({"loss_a": torch.tensor(1.0), "loss_b": torch.tensor(math.nan), "loss": torch.tensor(math.nan)}, 3)
+
+
+def test_atomic_path_leaves_old_content_when_writing_fails(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(RuntimeError), atomic_path(tmp_path / "a.txt") as path:
+        path.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    with atomic_path(tmp_path / "folder") as path:
+        path.mkdir()
+        (path / "b.txt").write_text("new")
+    assert (tmp_path / "folder" / "b.txt").read_text() == "new"
+
+
+def test_frozen_norm_stays_frozen_and_is_kept_with_the_weights():
+    backbone = Backbone("tf_efficientnet_lite0", 64).train()
+    norms = [m for m in backbone.body.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and all(not m.training and not m.weight.requires_grad for m in norms)
+    fresh = Backbone("tf_efficientnet_lite0", 64, pretrained=False).train()
+    assert any(m.training for m in fresh.body.modules() if isinstance(m, nn.BatchNorm2d))
+    fresh.load_state_dict(backbone.state_dict())
+    assert not any(m.training for m in fresh.train().body.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_lite0_weights_are_imagenet_weights():
+    """Tensors copied in order land where they belong: a pretrained stem is not a random one."""
+    torch.manual_seed(0)
+    random, pretrained = (Backbone("tf_efficientnet_lite0", 64, pretrained=p).body for p in (False, True))
+    assert not torch.equal(random.conv_stem.weight, pretrained.conv_stem.weight)
+    variances = [m.running_var for m in pretrained.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all((v >= 0).all() for v in variances) and all((v != 1).any() for v in variances)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
+def test_backbones_give_p3_to_p7(name):
+    backbone = Backbone(name, 64, pretrained=False).eval()
+    images = torch.randint(0, 256, (1, 3, 96, 160), dtype=torch.uint8)
+    with torch.no_grad():
+        features = backbone(backbone.normalise(images, [(96, 160)]))
+    assert [f.shape for f in features] == [(1, 64, 12, 20), (1, 64, 6, 10), (1, 64, 3, 5), (1, 64, 2, 3), (1, 64, 1, 2)]
+
+
+def test_padding_is_zero_after_normalisation():
+    backbone = Backbone("resnet18", 64, pretrained=False)
+    images = torch.full((1, 3, 32, 32), 200, dtype=torch.uint8)
+    x = backbone.normalise(images, [(20, 10)])
+    assert (x[:, :, 20:] == 0).all() and (x[:, :, :, 10:] == 0).all() and (x[:, :, :20, :10] != 0).all()
+
+
+def test_compiled_backbone_agrees_with_eager(tiny_root):
+    """--compile on is the same maths."""
+    torch.manual_seed(0)
+    backbone = Backbone("tf_efficientnet_lite0", 64).eval()
+    (dataset,) = load_datasets("coco", "val", str(tiny_root))
+    batch = collate([ResizeShortest(64)(dataset.load(0))])
+    x = backbone.normalise(batch.images, batch.sizes)
+    with torch.no_grad():
+        eager = backbone(x)
+        compiled = torch.compile(backbone, backend="aot_eager")(x)
+    for one, other in zip(eager, compiled):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def _mean_on_rank(rank: int, file: str, results) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    value = torch.tensor(float(1 + 4 * rank))
+    results[rank] = float(mean_over_ranks(value))
+    assert float(value) == 1 + 4 * rank  # the argument is left alone
+    dist.destroy_process_group()
+
+
+def test_mean_over_ranks(tmp_path):
+    assert float(mean_over_ranks(torch.tensor(3.0))) == 3.0
+    results = mp.Manager().dict()
+    mp.spawn(_mean_on_rank, (str(tmp_path / "store"), results), nprocs=2)
+    assert dict(results) == {0: 3.0, 1: 3.0}
+
+
+def test_rng_states_are_tensors():
+    assert all(isinstance(state, torch.Tensor) for state in rng_states())
