@@ -11,6 +11,7 @@ import torch
 torch.set_num_threads(1)  # small tensors; two threads that wait for each other on a busy machine are slower than one
 
 REPO = Path(__file__).resolve().parent.parent
+REAL = Path(os.environ.get("CONCORD_REAL", REPO / "../shared/real"))
 # a model and a run of seconds; the backbone's weights come from a pip package, so that no test uses the network
 FAST = [
     *["--backbone", "tf_efficientnet_lite0", "--text-encoder", "minilm", "--channels", "64", "--fc-dim", "32"],

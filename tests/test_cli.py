@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import FAST, REPO
+from conftest import FAST, REAL, REPO
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -76,6 +76,18 @@ def test_two_ranks_train_into_one_folder(tiny_root, tmp_path, run):
     assert os.listdir(tmp_path) == ["run"]
     assert json.loads((tmp_path / "run" / "args.json").read_text())["environment"]["ranks"] == 2
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real samples at {REAL}")
+def test_two_real_label_spaces_each_by_its_own_metric(tmp_path, run):
+    arguments = ["--datasets", "coco:val,openimages", "--data-root", REAL, "--output", tmp_path / "run", *FAST]
+    done = run(*arguments, "--steps", 2)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {name: list(metrics) for name, metrics in results.items()} == {
+        "coco": ["AP", "AP50", "AP75", "APs", "APm", "APl"],
+        "oid": ["AP50"],
+    }
 
 
 def test_resume_after_kill_ends_with_the_same_weights(trained, tiny_root, tmp_path, run):

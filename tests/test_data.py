@@ -1,12 +1,11 @@
 """Readers, transforms and the mixture: what arrives at the model is what the files say."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import REAL
 
 from common.batch import Sample, collate
 from common.datasets import default_eval, load_datasets
@@ -16,7 +15,6 @@ from common.labels import LabelSpace, Vocabulary
 from common.sampling import Mixture, RepeatFactorSampler, derangement
 from common.transforms import LargeScaleJitter, ResizeShortest
 
-REAL = Path(os.environ.get("CONCORD_REAL", Path(__file__).resolve().parent.parent / "../shared/real"))
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real samples at {REAL}")
 
 
