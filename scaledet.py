@@ -58,7 +58,7 @@ from common.backbone import STRIDES, Backbone
 from common.batch import Batch, collate
 from common.boxes import decode_boxes, encode_boxes, pool_rois, select_detections
 from common.centernet import CenterNet
-from common.datasets import Dataset, default_eval, load_datasets
+from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
 from common.errors import InputError
 from common.evaluation import evaluate_boxes, format_table
 from common.inference import draw_predictions, predict_dataset, predict_files
@@ -87,7 +87,7 @@ from common.training import (
     world_size,
 )
 from common.transforms import LargeScaleJitter, ResizeShortest
-from common.visualize import label_report, save_image, similarity_heatmap, training_grid
+from common.visualize import report_label_space, save_image, training_grid
 
 # Shapes: B images, Q proposals of an image, R regions (RoIs) of all images, N ground truths of an image, C classes of
 # the active label space, D text embedding width, L levels, F feature channels, H W pixels, h w feature cells.
@@ -153,7 +153,7 @@ class Args:
     base_batch_size: int = 64
     """batch size that --lr is meant for (Detic, R50: 64)"""
     warmup_steps: int = 10_000
-    """steps of linear warmup from 1e-4 of --lr (Detic)"""
+    """steps of linear warmup from 1e-4 of --lr (Detic); at most a tenth of --steps"""
     lam: float = 1.0
     """lambda, weight of the soft label loss (not published; see the scale check in the tests)"""
     tau: float = 0.02
@@ -175,7 +175,7 @@ class Args:
     one_class_per_proposal: bool = False
     """keep only the best label of a proposal (the paper's wording) instead of all above the threshold (Detic)"""
     cls_bias: float = 0.0
-    """initial bias of all class logits, learned; 0: no bias (Detic's USE_BIAS, e.g. -4.6)"""
+    """initial bias of all class logits, learned; 0: none (Detic's USE_BIAS); -4.6 starts short runs from a low loss"""
     channels: int = 256
     """feature channels of FPN and heads"""
     fc_dim: int = 1024
@@ -212,7 +212,7 @@ MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_
 def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> tuple[LabelSpace, Tensor]:
     """Union of the label spaces by concatenation and its text embeddings T (C, D), unit rows.
 
-    Appending a dataset appends rows; those of the others do not change.
+    Appending a dataset appends rows and changes none.
     """
     rows = [embed(v.names, args.text_encoder, args.prompts, v.dataset) for v in vocabularies]
     return LabelSpace(vocabularies), torch.cat(rows)
@@ -336,8 +336,7 @@ class Model(nn.Module):
 class Targets:
     """Ground truth of an image, or of its regions: boxes (N, 4), labels (N,) of the concatenated label space.
 
-    For regions, labels are -1 on background (and the boxes there mean nothing). `scope` (start, stop): the labels of
-    the image's own dataset.
+    For regions, labels are -1 on background. `scope` (start, stop): the labels of the image's own dataset.
     """
 
     boxes: Tensor
@@ -500,11 +499,8 @@ def predict(model: Model, batch: Batch, vocabulary: Vocabulary) -> list[dict]:
 def build_dataloader(args: Args, datasets: list[Dataset], start: int, device: torch.device) -> DataLoader:
     """All datasets merged into one list, repeat-factor sampled over the union; a batch may mix datasets.
 
-    Endless; skips what `start` steps have already seen. The same augmentation for every dataset. What is compiled
-    gets images of one shape.
+    Endless; skips what `start` steps have seen. What is compiled gets images of one shape.
     """
-    if args.batch_size % world_size():
-        raise InputError(f"--batch-size {args.batch_size} is not a multiple of the {world_size()} ranks; make it one")
     jitter = LargeScaleJitter(args.image_size, args.jitter)
     mixture = Mixture(datasets, {d.name: jitter for d in datasets}, args.seed)
     factors = repeat_factors(datasets, args.repeat_threshold)
@@ -527,10 +523,9 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
     frequency = torch.from_numpy(np.concatenate([d.image_counts() for d in datasets]))
     tables = LabelTables.of(args, text.to(device), frequency)
     if rank() == 0:
-        (folder / "label_space.md").write_text(label_report(text @ text.T, label_space))
-        similarity_heatmap(text @ text.T, label_space, folder / "label_space.png")
+        report_label_space(text @ text.T, label_space, folder)
 
-    checkpoint = last_checkpoint(folder)
+    checkpoint = last_checkpoint(folder) if args.resume else None
     model = Model(args, text, pretrained=not (checkpoint or args.weights)).to(device)
     if checkpoint or args.weights:
         load_weights(checkpoint or args.weights, model)
@@ -542,6 +537,7 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=1e-4)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
     steps = args.steps or 90_000 * len(datasets)
+    warmup = min(args.warmup_steps, steps // 10)
     if should_compile(args.compile, device):
         model.backbone.compile()
     parallel = DistributedDataParallel(model) if world_size() > 1 else model
@@ -553,7 +549,7 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
             save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         batch = batch.to(device)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, lr, steps, args.warmup_steps, 1e-4)
+            group["lr"] = learning_rate(step - 1, lr, steps, warmup, 1e-4)
 
         _, outputs, proposal_losses = parallel(batch.images, batch.sizes, ground_truth_of(batch, label_space))
         losses = compute_losses(args, outputs, proposal_losses, tables)
@@ -565,7 +561,7 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         optimizer.step()
 
         run_log.step(step, losses, optimizer.param_groups[0]["lr"])
-        if step % args.checkpoint_every == 0 and step < steps:
+        if step % args.checkpoint_every == 0 or step == steps:
             save_checkpoint(folder, step, model, optimizer, metadata)
     run_log.close()
     if rank() == 0:
@@ -576,15 +572,13 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
 # ------------------------------------------------------------------------------------------------------------ Evaluate
 
 
-def evaluate(args: Args, model: Model, folder: Path, trained_on: list[str]) -> None:
+def evaluate(args: Args, model: Model, datasets: list[Dataset], folder: Path, trained_on: list[str]) -> None:
     """Every evaluation dataset by its own metric, in its own label space: one table, results.json, pictures.
 
     A dataset that was not trained on is zero-shot; its control deals the text embeddings out at random.
     """
     results, resize = {}, ResizeShortest(args.test_size)
-    names = default_eval(args.datasets) + (f",{ZERO_SHOT}" if args.tiny else "")
-    size = args.image_size if args.tiny else 0
-    for dataset in load_datasets(args.eval_datasets or names, "val", args.data_root, size):
+    for dataset in datasets:
         text = embed(dataset.vocabulary.names, args.text_encoder, args.prompts, dataset.name)
         label_spaces = {dataset.name: text}
         if dataset.name not in trained_on:
@@ -592,7 +586,7 @@ def evaluate(args: Args, model: Model, folder: Path, trained_on: list[str]) -> N
         for title, text in label_spaces.items():
             model.set_vocabulary(text)
             detect = partial(predict, model, vocabulary=dataset.vocabulary)
-            predictions = predict_dataset(detect, dataset, resize, args.workers)
+            predictions = predict_dataset(detect, dataset, resize, args.workers, title)
             if rank() == 0:
                 results[title] = evaluate_boxes(dataset, predictions)
                 picture = folder / f"predictions-{title.replace(' ', '-')}.jpg"
@@ -608,9 +602,7 @@ def evaluate(args: Args, model: Model, folder: Path, trained_on: list[str]) -> N
 
 def load_trained(args: Args, device: torch.device) -> tuple[Model, LabelSpace]:
     """The model of --weights, with the label space that it was trained on."""
-    saved = read_metadata(args.weights)
-    if saved["method"] != METHOD:
-        raise InputError(f"weights {args.weights} are of {saved['method']}.py; run that")
+    saved = read_metadata(args.weights, METHOD)
     vocabularies = [Vocabulary(name, tuple(names)) for name, names in saved["vocabularies"].items()]
     label_space, text = build_label_space(args, vocabularies)
     model = Model(args, text, pretrained=False).to(device)
@@ -619,17 +611,22 @@ def load_trained(args: Args, device: torch.device) -> tuple[Model, LabelSpace]:
 
 
 def main() -> None:
-    args = parse_args(Args, TINY, MODEL_FIELDS)
+    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS)
     device = setup_device(args.device, args.seed)
+    size = args.image_size if args.tiny else 0
+    names = args.eval_datasets or default_eval(args.datasets) + (f",{ZERO_SHOT}" if args.tiny else "")
     if args.predict or args.eval_only:
         model, label_space = load_trained(args, device)
-        folder = make_run_folder(args, METHOD)
         trained_on = label_space.datasets
+        evaluated = [] if args.predict else load_datasets(names, "val", args.data_root, size)
+        folder = make_run_folder(args, METHOD)
     else:
-        datasets = load_datasets(args.datasets, "train", args.data_root, args.image_size if args.tiny else 0)
+        datasets = load_datasets(args.datasets, "train", args.data_root, size)
+        trained_on = [d.name for d in datasets]
+        evaluated = load_datasets(names, "val", args.data_root, size)  # a mistake in them must not cost a training
+        warn_of_overlap(datasets, evaluated)
         folder = make_run_folder(args, METHOD)
         model = train(args, datasets, folder, device)
-        trained_on = [d.name for d in datasets]
     if args.predict:
         if args.vocabulary:
             vocabulary = Vocabulary.parse(args.vocabulary)
@@ -641,7 +638,7 @@ def main() -> None:
         predict_files(detect, args.predict, vocabulary, resize, folder, args.score_threshold)
     else:
         with torch.compiler.set_stance("force_eager"):  # test images come in many sizes
-            evaluate(args, model, folder, trained_on)
+            evaluate(args, model, evaluated, folder, trained_on)
     log.info(f"results and pictures: {folder}/")
 
 

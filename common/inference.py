@@ -21,7 +21,7 @@ log = logging.getLogger("concord")
 Predict = Callable[[Batch], list[dict]]  # the dictionaries of torchvision's detectors, plus class_names and size
 
 
-def predict_dataset(predict: Predict, dataset: Dataset, transform, workers: int) -> dict:
+def predict_dataset(predict: Predict, dataset: Dataset, transform, workers: int, title: str) -> dict:
     """{row: prediction} of the whole dataset on rank 0, {} elsewhere.
 
     Each image is predicted once, by one rank, alone in its batch: no result depends on its neighbours or on the ranks.
@@ -29,7 +29,7 @@ def predict_dataset(predict: Predict, dataset: Dataset, transform, workers: int)
     rows = shard(len(dataset), rank(), world_size())
     loader = DataLoader(Transformed(dataset, transform, rows), batch_size=1, collate_fn=collate, num_workers=workers)
     predictions = {}
-    with progress_bar(f"evaluate {dataset.name}", len(rows)) as bar:
+    with progress_bar(f"evaluate {title}", len(rows)) as bar:
         for row, batch in zip(rows, loader):
             predictions[row] = predict(batch)[0]
             bar.update()
@@ -62,10 +62,12 @@ def predict_files(
         save_image(draw_boxes(image, found["boxes"][shown], names, found["scores"][shown]), path)
         images.append({"id": i, "file_name": file, "height": image.shape[1], "width": image.shape[2]})
         annotations += to_coco_json(vocabulary, {i: found}, range(len(files)))
-        log.info(f"{file}: {len(names)} objects with a score of {min_score:g} or more, drawn in {path}")
+        best = f"; the highest score is {found['scores'].max():.2f}" if len(found["scores"]) and not names else ""
+        log.info(f"{file}: {len(names)} objects with a score of {min_score:g} or more, drawn in {path}{best}")
     for i, annotation in enumerate(annotations):
         area = annotation["bbox"][2] * annotation["bbox"][3]
         annotation |= {"id": i, "area": area, "iscrowd": 0}
     categories = [{"id": id, "name": name} for id, name in zip(vocabulary.ids, vocabulary.names)]
     with atomic_path(folder / "predictions.json") as path:
         path.write_text(json.dumps({"images": images, "categories": categories, "annotations": annotations}))
+    log.info(f"all {len(annotations)} detections, those of lower score too: {folder / 'predictions.json'}")

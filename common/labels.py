@@ -69,7 +69,10 @@ class Vocabulary:
         is_file = text.endswith(".txt")
         if is_file and not Path(text).is_file():
             raise InputError(f"--vocabulary: {text} does not exist; give a text file with one name per line, or names")
-        entries = Path(text).read_text().splitlines() if is_file else text.split(",")
+        try:
+            entries = Path(text).read_text("utf-8-sig").splitlines() if is_file else text.split(",")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--vocabulary: {text} cannot be read ({error}); save it as UTF-8 text") from None
         if not is_file and text.strip():
             return cls(dataset, tuple(entry.strip() for entry in entries))
         return cls(dataset, tuple(entry.strip() for entry in entries if entry.strip()))

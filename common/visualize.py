@@ -41,7 +41,7 @@ def draw_boxes(
     if len(names) != len(boxes):
         raise ValueError(f"{len(boxes)} boxes but {len(names)} names")
     picture = _to_picture(image)
-    factor = max(1, round(480 / min(picture.size)))  # names need such a short side
+    factor = max(1, min(round(480 / min(picture.size)), 2000 // max(picture.size)))  # names need such a short side
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     colors = [color_of(name) for name in names] if colors is None else colors
     texts = [f"{n} {s:.2f}" for n, s in zip(names, scores.tolist())] if scores is not None else names
@@ -91,15 +91,18 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 def grid(images: Sequence[Tensor], columns: int, captions: Sequence[str] | None = None) -> Tensor:
     """Pictures (3, h, w) uint8 -> one (3, h', w'): padded to equal size, `columns` a row, each below its caption."""
     captions = [""] * len(images) if captions is None else captions
-    height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
+    pictures = [_to_picture(image) for image in images]
+    for picture in pictures:
+        picture.thumbnail((1600, 1600))  # a few large ones must not make the sheet huge
+    width, height = (max(picture.size[side] for picture in pictures) for side in (0, 1))
     font, strip = ImageFont.load_default(18), 28 * any(map(bool, captions))
     cell = (width + 4, height + 4 + strip)
     sheet = Image.new("RGB", (cell[0] * columns, cell[1] * math.ceil(len(images) / columns)), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         x, y = i % columns * cell[0], i // columns * cell[1]
         draw.text((x + 4, y + 3), _shortened(caption, font, width - 8), font=font, fill=(255, 255, 255))
-        sheet.paste(_to_picture(image), (x, y + strip))
+        sheet.paste(picture, (x, y + strip))
     return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
 
 
@@ -217,3 +220,9 @@ def label_report(similarity: Tensor, label_space: LabelSpace, top: int = 3) -> s
         close = [f"{owners[k]}: {names[k]} ({c:.2f})" for c, k in zip(cosines, labels) if c > -math.inf]
         lines.append(f"| {owner} | {name} | {', '.join(close)} |")
     return "\n".join(lines) + "\n"
+
+
+def report_label_space(similarity: Tensor, label_space: LabelSpace, folder: Path) -> None:
+    """Which label of which dataset is close to which: label_space.md and label_space.png in `folder`."""
+    (folder / "label_space.md").write_text(label_report(similarity, label_space))
+    similarity_heatmap(similarity, label_space, folder / "label_space.png")

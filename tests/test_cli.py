@@ -159,6 +159,7 @@ def first(record, list_name, **values):
         (lambda r: first(r, "annotations", bbox=[1, 2, 3]), ["four numbers"]),
         (lambda r: first(r, "images", file_name="gone.jpg"), ["gone.jpg is missing", "1 of 12"]),
         (lambda r: first(r, "images", file_name="../../etc/passwd"), ["leaves the image folder"]),
+        (lambda r: first(r, "images", file_name="images/v2/../passwd"), ["leaves the image folder"]),
         (lambda r: first(r, "categories", name=" "), ["empty class name"]),
         (lambda r: r.update(categories=[]), ["vocabulary", "empty"]),
         (lambda r: r.pop("images"), ["'images' is missing"]),
@@ -201,6 +202,11 @@ def test_broken_image(fails, own, tmp_path, workers):
         ("--predict a.jpg --weights /nowhere", ["/nowhere"]),
         ("--device cuda:77 --datasets coco", ["--device"]),
         ("--resume /nowhere", ["--resume", "/nowhere"]),
+        ("--lr nan", ["--lr nan", "finite"]),
+        ("--seed -1", ["--seed -1", "between"]),
+        ("--channels -8", ["--channels -8", "greater than 0"]),
+        ("--jitter 2 0.1", ["--jitter 2.0 0.1"]),
+        ("--device banana", ["--device banana"]),
     ],
 )
 def test_bad_flags(fails, arguments, words):
@@ -255,3 +261,33 @@ def test_one_pixel_image(trained, tmp_path, run):
 def test_unwritable_run_folder(fails, own, tmp_path):
     (tmp_path / "file").write_text("a file where a folder should be")
     assert "cannot be written" in fails("--datasets", own(), "--output", tmp_path / "file" / "run", *FAST)
+
+
+def test_failed_commands_leave_the_run_as_it_was(fails, trained, tmp_path, run):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained[0], folder)
+    saved = (folder / "args.json").read_text()
+    fails("--resume", folder, "--fc-dim", 48)
+    assert (folder / "args.json").read_text() == saved
+    done = run("--resume", folder)  # finished: evaluates again, trains nothing
+    assert done.returncode == 0 and (folder / "args.json").read_text() == saved
+    assert load_file(folder / "weights.safetensors").keys() == load_file(trained[0] / "weights.safetensors").keys()
+    state = next(folder.glob("checkpoint-*")) / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    assert "state.pt cannot be read" in fails("--resume", folder)
+
+
+def test_extreme_aspect_ratio_is_drawn_within_reason(trained, tmp_path, run):
+    Image.new("RGB", (1, 5000)).save(tmp_path / "tall.png")
+    weights = ["--weights", trained[0], "--output", tmp_path / "o"]
+    done = run("--predict", tmp_path / "tall.png", "--vocabulary", "cat", *weights)
+    assert done.returncode == 0, done.stderr
+    assert max(Image.open(tmp_path / "o" / "tall-0.jpg").size) <= 5000
+
+
+def test_full_disk_is_one_line(fails, own, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", str(tmp_path / "weights"))
+
+    monkeypatch.setattr("scaledet.save_weights", full)
+    assert "No space left" in fails("--datasets", own(), "--output", tmp_path / "run", *FAST, "--steps", 1)

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import REAL
+from PIL import Image
 
 from common.batch import Sample, collate
 from common.datasets import default_eval, load_datasets
+from common.datasets.base import read_image
 from common.datasets.registry import parse_datasets
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
@@ -101,8 +103,6 @@ def test_crowds_are_not_trained_on(tmp_path):
         ],
     }
     (tmp_path / "a.json").write_text(json.dumps(record))
-    from PIL import Image
-
     Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg")
     (dataset,) = load_datasets(f"my={tmp_path}/a.json:{tmp_path}", "train")
     assert len(dataset.load(0).boxes) == 1 and len(dataset.load(0, keep_ignored=True).boxes) == 2
@@ -152,3 +152,8 @@ def test_real_coco_and_openimages_counts():
             height, width = item.size
             assert (item.boxes >= -0.01).all()
             assert (item.boxes <= torch.tensor([width, height, width, height]) + 1).all()
+
+
+def test_sixteen_bit_images_keep_their_brightness(tmp_path):
+    Image.fromarray(np.full((4, 5), 128 * 257, dtype=np.uint16)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png").unique().tolist() == [128]

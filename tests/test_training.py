@@ -51,7 +51,7 @@ def test_recipe_of_scaledet(tiny_root, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.optim, "AdamW", spy_adamw)
     monkeypatch.setattr(nn.utils, "clip_grad_value_", spy_clip)
-    args = parse_args(scaledet.Args, scaledet.TINY, scaledet.MODEL_FIELDS, [*FAST, "--steps", "1"])
+    args = parse_args(scaledet.Args, scaledet.METHOD, scaledet.TINY, scaledet.MODEL_FIELDS, [*FAST, "--steps", "1"])
     args.batch_size, args.base_batch_size, args.lr = 4, 8, 1e-3
     datasets = load_datasets("coco", "train", str(tiny_root))
     scaledet.train(args, datasets, tmp_path, torch.device("cpu"))
@@ -72,9 +72,9 @@ def test_box_head_starts_as_in_detectron2():
 
 
 def test_flags_win_over_weights_and_presets(tmp_path):
-    args = parse_args(scaledet.Args, scaledet.TINY, [], ["--tiny", "--steps", "7"])
+    args = parse_args(scaledet.Args, scaledet.METHOD, scaledet.TINY, [], ["--tiny", "--steps", "7"])
     assert args.tiny and args.steps == 7 and args.backbone == "tf_efficientnet_lite0"
-    assert parse_args(scaledet.Args, scaledet.TINY, [], []).backbone == "resnet50"
+    assert parse_args(scaledet.Args, scaledet.METHOD, scaledet.TINY, [], []).backbone == "resnet50"
 
 
 def test_non_finite_loss_is_named():

@@ -96,7 +96,14 @@ def read_image(path: Path) -> Tensor:
     """(3, H, W) uint8 RGB, upright according to its EXIF tag. Raises InputError for a missing or broken image."""
     try:
         with Image.open(path) as image:
-            return pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+            if image.mode == "F":
+                raise ValueError("floating-point pixels; save it with 8 bits")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
+                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+            return pil_to_tensor(image.convert("RGB"))
+    except IsADirectoryError:
+        raise InputError(f"image {path} is a folder; give image files") from None
     except FileNotFoundError:
         raise InputError(f"image {path} does not exist; check the path") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

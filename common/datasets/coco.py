@@ -24,14 +24,12 @@ def read_coco(name: str, annotations: Path, images: Path, metric: str) -> Datase
     try:
         vocabulary = read_vocabulary(name, annotations, record["categories"])
         index = read_index(annotations, record, vocabulary)
-    except (KeyError, TypeError, ValueError) as error:
+        by_id = {c["id"]: str(c["frequency"]) for c in record["categories"]} if metric == "lvis" else {}
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{annotations}: {what} in an entry; a COCO-format json is needed") from None
     instances = index.segmentations is not None
-    frequency = None
-    if metric == "lvis":
-        by_id = {c["id"]: c["frequency"] for c in record["categories"]}
-        frequency = "".join(by_id[id] for id in vocabulary.ids)
+    frequency = "".join(by_id[id] for id in vocabulary.ids) if by_id else None
     supervision = "instances" if instances else "boxes"
     return Dataset(name, vocabulary, index, images, metric, supervision, frequency=frequency)
 
@@ -108,11 +106,9 @@ def file_name(path: Path, image: dict) -> str:
 
     Raises InputError for a name that leaves the image folder.
     """
-    if "coco_url" in image and "file_name" not in image:
-        return "/".join(image["coco_url"].split("/")[-2:])
-    name = str(image["file_name"])
-    if name.startswith(("images/v1/", "images/v2/")):
-        return "/".join(name.split("/")[-2:])
+    name = str(image["file_name"] if "file_name" in image else image["coco_url"])
+    if "file_name" not in image or name.startswith(("images/v1/", "images/v2/")):
+        name = "/".join(name.split("/")[-2:])
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise InputError(f"{path}: file_name '{name}' leaves the image folder; give a path below it")
     return name

@@ -24,6 +24,8 @@ def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> 
     classes = beside(annotations, CLASSES)
     if classes:
         pairs = [row for row in read_rows(classes) if row]
+        if any(len(row) != 2 for row in pairs):
+            raise InputError(f"{classes}: a line is not ID,NAME; was the file cut off? download it again")
         listed = Vocabulary(name, tuple(p[1] for p in pairs), tuple(p[0] for p in pairs))
     else:
         listed = Vocabulary.known("oid")
@@ -43,7 +45,7 @@ def beside(annotations: Path, name: str) -> Path | None:
 
 def read_rows(path: Path):
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             yield from csv.reader(file)
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} is not a csv file ({error}); download it again") from None
@@ -75,6 +77,8 @@ def read_index(path: Path, listed: Vocabulary, vocabulary: Vocabulary) -> Index:
         if mid not in vocabulary.index_of_id:
             left_out += 1
             continue
+        if "/" in image or image.startswith("."):
+            raise InputError(f"{path}: line {line} has the ImageID '{image}', which leaves the image folder")
         try:
             boxes.append([float(c) for c in corners])
         except ValueError:
@@ -104,6 +108,6 @@ def read_negatives(path: Path, index: Index, vocabulary: Vocabulary) -> dict[int
     row_of = {id: row for row, id in enumerate(index.image_ids)}
     negatives: dict[int, list[int]] = {}
     for _, (image, mid, confidence) in read_table(path, ["ImageID", "LabelName", "Confidence"]):
-        if float(confidence) == 0 and image in row_of and mid in vocabulary.index_of_id:
+        if confidence.strip() in ("0", "0.0") and image in row_of and mid in vocabulary.index_of_id:
             negatives.setdefault(row_of[image], []).append(vocabulary.index_of_id[mid])
     return negatives

@@ -1,6 +1,7 @@
 """The known datasets, their folders, and the grammar of --datasets: NAME, NAME:SPLIT, NAME=ANNOTATIONS.json:IMAGES/."""
 
 import difflib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from common.datasets.openimages import read_openimages
 from common.datasets.tiny import generate
 from common.errors import InputError
 from common.paths import cache_dir
+
+log = logging.getLogger("concord")
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,14 @@ def default_eval(text: str) -> str:
     return ",".join(entry if "=" in entry else entry.split(":")[0] for entry in entries)
 
 
+def warn_of_overlap(trained: list[Dataset], evaluated: list[Dataset]) -> None:
+    """One line for each dataset whose metric will be of the images it was trained on."""
+    sources = {dataset.index.source for dataset in trained}
+    for dataset in evaluated:
+        if dataset.index.source in sources:
+            log.warning("%s is evaluated on its TRAINING images: %s", dataset.name, dataset.index.source)
+
+
 def load_datasets(text: str, split: str, data_root: str = "", tiny: int = 0) -> list[Dataset]:
     """The datasets that `text` names, in its order.
 
@@ -123,7 +134,9 @@ def load_datasets(text: str, split: str, data_root: str = "", tiny: int = 0) -> 
             root = generate(name, cache_dir(), tiny)
         datasets.append(load_dataset(name, own_split, paths, root))
     if not datasets:
-        raise InputError(f"no dataset named; known are {', '.join(KNOWN)}, or give NAME=ANNOTATIONS.json:IMAGES/")
+        raise InputError(
+            f"no dataset named; --datasets or --eval-datasets: {', '.join(KNOWN)}, or NAME=ANNOTATIONS.json:IMAGES/"
+        )
     return datasets
 
 
@@ -138,6 +151,8 @@ def load_dataset(name: str, split: str, paths: tuple[str, str] | None, root: Pat
         dataset = read_coco(name, Path(paths[0]), Path(paths[1]), "coco")
     else:
         known = KNOWN[name]
+        if name == "lineart" and not (root / "lineart").is_dir():
+            raise InputError("dataset 'lineart' is generated: add --tiny")
         if not root.is_dir():
             raise InputError(f"data root {root} does not exist; give --data-root or set DETECTRON2_DATASETS")
         places = [(root / a, root / i) for a, i in known.splits[split]]
