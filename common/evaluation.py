@@ -52,7 +52,7 @@ def evaluate_boxes(dataset: Evaluated, predictions: Predictions) -> dict[str, fl
 
 def _truth_table(index: Index, predictions: Predictions) -> dict[str, np.ndarray]:
     """Columns image, the row in the index, label, area, ignore, all (A,), and boxes (A, 4) xyxy in pixels."""
-    image = np.repeat(np.arange(len(index)), np.diff(index.offsets))
+    image = index.image_of
     boxes, area = index.boxes.astype(np.float64), index.areas.astype(np.float64)
     if index.relative and len(boxes):  # only the predictions know the size of these images
         sizes = np.array([tuple(predictions[row]["size"]) for row in range(len(index))], dtype=np.float64)[image]

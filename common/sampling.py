@@ -59,9 +59,8 @@ def repeat_factors(datasets: list[Dataset], threshold: float) -> np.ndarray:
         frequency = np.maximum(dataset.image_counts(), 1) / total
         of_class = np.maximum(1, np.sqrt(threshold / frequency))  # (C_d,)
         of_image = np.ones(len(dataset))
-        image_of = np.repeat(np.arange(len(dataset)), np.diff(dataset.index.offsets))
         kept = ~dataset.index.ignore
-        np.maximum.at(of_image, image_of[kept], of_class[dataset.index.labels[kept]])
+        np.maximum.at(of_image, dataset.index.image_of[kept], of_class[dataset.index.labels[kept]])
         factors.append(of_image)
     return np.concatenate(factors)
 

@@ -32,11 +32,8 @@ from common.paths import atomic_path
 
 log = logging.getLogger("concord")
 
-
-POSITIVE = {"batch_size", "base_batch_size", "image_size", "test_size", "lr", "tau", "checkpoint_every", "fc_dim"} | {
-    "channels",
-    "rois_per_image",
-}
+POSITIVE = {"batch_size", "base_batch_size", "image_size", "test_size", "lr", "tau", "checkpoint_every"}
+POSITIVE |= {"channels", "fc_dim", "rois_per_image"}
 NOT_NEGATIVE = {"steps", "workers", "warmup_steps", "lam", "repeat_threshold", "seed", "score_threshold"}
 
 # -- command line ------------------------------------------------------------------------------------------------------
@@ -115,6 +112,16 @@ def close_bars() -> None:
         bar.close()
 
 
+def fail(line: str) -> None:
+    """Print one line and end with exit code 2."""
+    close_bars()
+    print(f"error: {line}", file=sys.stderr)
+    sys.stdout.flush()
+    if dist.is_initialized():
+        os._exit(2)  # other ranks may wait in a collective: do not join them
+    sys.exit(2)
+
+
 def run_command(main) -> None:
     """Call `main()`; bad input ends with one line and exit code 2, an interrupt with 130."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
@@ -125,18 +132,12 @@ def run_command(main) -> None:
         main()
     except InputError as error:
         # a DataLoader worker hands its exception over as a whole traceback; the message is its last line
-        line = str(error).strip().splitlines()[-1].removeprefix("common.errors.InputError: ")
-        close_bars()
-        print(f"error: {line}", file=sys.stderr)
-        sys.stdout.flush()
-        os._exit(2) if dist.is_initialized() else sys.exit(2)  # other ranks may wait in a collective: do not join them
+        fail(str(error).strip().splitlines()[-1].removeprefix("common.errors.InputError: "))
     except OSError as error:  # a full disk, a read-only folder, a name that is too long
         if error.errno is None:
             raise
-        close_bars()
-        print(f"error: {error.filename or 'writing'}: {error.strerror}; see to the disk or folder, or choose another "
-              "--output or CONCORD_CACHE", file=sys.stderr)  # fmt: skip
-        os._exit(2) if dist.is_initialized() else sys.exit(2)
+        place = error.filename or "writing"
+        fail(f"{place}: {error.strerror}; see to the disk or folder, or choose another --output or CONCORD_CACHE")
     except KeyboardInterrupt:
         close_bars()
         print("interrupted; --resume RUN_FOLDER goes on from its last checkpoint, if there is one", file=sys.stderr)

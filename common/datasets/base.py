@@ -60,9 +60,8 @@ class Dataset:
 
     def image_counts(self) -> np.ndarray:
         """(C,) number of images of this split that contain each class; crowds do not count."""
-        image_of = np.repeat(np.arange(len(self)), np.diff(self.index.offsets))
         kept = ~self.index.ignore
-        pairs = np.unique(image_of[kept] * len(self.vocabulary) + self.index.labels[kept])
+        pairs = np.unique(self.index.image_of[kept] * len(self.vocabulary) + self.index.labels[kept])
         return np.bincount(pairs % len(self.vocabulary), minlength=len(self.vocabulary))
 
     def summary(self) -> str:

@@ -41,6 +41,11 @@ class Index:
     def __len__(self) -> int:
         return len(self.file_names)
 
+    @property
+    def image_of(self) -> np.ndarray:
+        """(A,) the image of each annotation."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
     def rows(self, image: int) -> slice:
         return slice(int(self.offsets[image]), int(self.offsets[image + 1]))
 

@@ -38,6 +38,12 @@ def _openimages(train: str) -> list[tuple[str, str]]:
     ]
 
 
+OPENIMAGES = Known(
+    "OpenImages (storage.googleapis.com/openimages)",
+    {"train": _openimages("train"), "val": _openimages("validation")},
+    metric="oid",
+    read=read_openimages,
+)
 KNOWN = {
     "coco": Known(
         "COCO 2017 (cocodataset.org)",
@@ -55,18 +61,8 @@ KNOWN = {
             for s in ("train", "val")
         },
     ),
-    "oid": Known(
-        "OpenImages (storage.googleapis.com/openimages)",
-        {"train": _openimages("train"), "val": _openimages("validation")},
-        metric="oid",
-        read=read_openimages,
-    ),
-    "oid500": Known(
-        "OpenImages (storage.googleapis.com/openimages), the 500 classes of the challenge 2019",
-        {"train": _openimages("train"), "val": _openimages("validation")},
-        metric="oid",
-        read=read_openimages,
-    ),
+    "oid": OPENIMAGES,
+    "oid500": OPENIMAGES,  # the same files; the reader keeps the 500 classes of the challenge 2019
     "lineart": Known(
         "the generated zero-shot set; it exists with --tiny only",
         {"val": [("lineart/annotations/instances_val.json", "lineart/val")]},
