@@ -41,7 +41,7 @@ Note: the paper takes the label of largest similarity; as Detic, we keep every l
 
 import json
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -52,40 +52,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from torchvision.ops import clip_boxes_to_image
 
 from common.backbone import STRIDES, Backbone
 from common.batch import Batch, collate
-from common.boxes import decode_boxes, encode_boxes, pool_rois, select_detections
+from common.boxes import select_detections
+from common.cascade import Cascade, StageOutput, Targets, loss_box_reg
 from common.centernet import CenterNet
+from common.checkpoint import (
+    last_checkpoint,
+    load_checkpoint,
+    load_weights,
+    read_metadata,
+    read_text,
+    save_checkpoint,
+    save_weights,
+)
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
+from common.distributed import amp_context, rank, setup_device, should_compile, world_size
 from common.errors import InputError
-from common.evaluation import evaluate_boxes, format_table
+from common.evaluation import evaluate_detections, format_table
 from common.inference import draw_predictions, predict_dataset, predict_files
 from common.labels import LabelSpace, Vocabulary
-from common.matcher import match_by_iou, sample_fg_bg
 from common.paths import atomic_path
 from common.sampling import Mixture, RepeatFactorSampler, derangement, repeat_factors
 from common.text import embed
-from common.training import (
-    RunLog,
-    amp_context,
-    check_finite,
-    last_checkpoint,
-    learning_rate,
-    load_checkpoint,
-    load_weights,
-    make_run_folder,
-    parse_args,
-    rank,
-    read_metadata,
-    run_command,
-    save_checkpoint,
-    save_weights,
-    setup_device,
-    should_compile,
-    world_size,
-)
+from common.training import RunLog, check_finite, learning_rate, make_run_folder, parse_args, run_command
 from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import report_label_space, save_image, training_grid
 
@@ -230,62 +221,38 @@ def label_similarity(text: Tensor, sim_norm: str) -> Tensor:
     return similarity
 
 
-class CascadeStage(nn.Module):
-    """Box head, visual embedding compared with the labels' texts, class-agnostic box regression.
+class TextClassifier(nn.Module):
+    """Visual embedding of a region, compared with the text embeddings of the labels.
 
-    Source: facebookresearch/Detic:detic/modeling/roi_heads (detic_fast_rcnn.py, zero_shot_classifier.py). Detic's zero
-    column for background has no part in the losses and is left out.
+    Source: facebookresearch/Detic:detic/modeling/roi_heads/zero_shot_classifier.py
     """
 
-    def __init__(self, channels: int, fc_dim: int, text_dim: int, tau: float, cls_bias: float):
+    def __init__(self, fc_dim: int, text_dim: int, tau: float, cls_bias: float):
         super().__init__()
         self.tau = tau
-        self.box_head = nn.Sequential(
-            nn.Flatten(), nn.Linear(channels * 49, fc_dim), nn.ReLU(), nn.Linear(fc_dim, fc_dim), nn.ReLU()
-        )
-        for layer in (self.box_head[1], self.box_head[3]):  # detectron2's c2_xavier_fill
-            nn.init.kaiming_uniform_(layer.weight, a=1)
-            nn.init.zeros_(layer.bias)
         self.embedding = nn.Linear(fc_dim, text_dim)
-        self.bbox_pred = nn.Sequential(nn.Linear(fc_dim, fc_dim), nn.ReLU(), nn.Linear(fc_dim, 4))
-        nn.init.normal_(self.bbox_pred[2].weight, std=0.001)
-        nn.init.zeros_(self.bbox_pred[2].bias)
         self.cls_bias = nn.Parameter(torch.tensor([cls_bias])) if cls_bias else None
 
-    def forward(self, pooled: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """pooled (R, F, 7, 7), text (C, D) -> cosine (R, C) in [-1, 1], logits (R, C), box deltas (R, 4)."""
-        x = self.box_head(pooled)  # (R, fc_dim)
-        cosine = F.normalize(self.embedding(x)) @ text.T  # (R, C)
+    def forward(self, hidden: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden (R, fc_dim), text (C, D) -> cosine (R, C) in [-1, 1], logits (R, C)."""
+        cosine = F.normalize(self.embedding(hidden)) @ text.T  # (R, C)
         logits = cosine / self.tau  # (R, C)
-        return cosine, logits if self.cls_bias is None else logits + self.cls_bias, self.bbox_pred(x)
-
-
-@dataclass
-class StageOutput:
-    """What one cascade stage saw and said; `targets` in training only."""
-
-    boxes: list[Tensor]  # B times (Q, 4)
-    cosine: Tensor  # (R, C)
-    logits: Tensor  # (R, C)
-    deltas: Tensor  # (R, 4)
-    targets: list["Targets"] = field(default_factory=list)
+        return cosine, logits if self.cls_bias is None else logits + self.cls_bias
 
 
 class Model(nn.Module):
     """CenterNet2: proposals from a centre heat map, then a cascade of three stages (arXiv 2103.07461)."""
-
-    ious = (0.6, 0.7, 0.8)
-    box_weights = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
 
     def __init__(self, args: Args, text: Tensor, pretrained: bool = True):
         super().__init__()
         self.args = args
         self.backbone = Backbone(args.backbone, args.channels, pretrained)
         self.centernet = CenterNet(args.channels, STRIDES, pre_nms=(4000, 1000), post_nms=(2000, 256))
-        self.stages = nn.ModuleList(
-            CascadeStage(args.channels, args.fc_dim, text.shape[1], args.tau, args.cls_bias) for _ in self.ious
+        self.cascade = Cascade(args.channels, args.fc_dim)
+        self.classifiers = nn.ModuleList(
+            TextClassifier(args.fc_dim, text.shape[1], args.tau, args.cls_bias) for _ in self.cascade.stages
         )
-        self.register_buffer("text", text, persistent=False)  # (C, D)
+        self.register_buffer("text", text)  # (C, D)
 
     def set_vocabulary(self, text: Tensor) -> None:
         """Swap the label space: text (C', D), unit rows. Only the width of cosine and logits changes."""
@@ -294,80 +261,33 @@ class Model(nn.Module):
                              "use the --text-encoder it was trained with")  # fmt: skip
         self.text = text.to(self.text)
 
-    def forward(self, images: Tensor, sizes: list[tuple[int, int]], ground_truth: list["Targets"] | None = None):
+    def forward(self, images: Tensor, sizes: list[tuple[int, int]], targets: list[Targets] | None = None):
         """images (B, 3, H, W) uint8 -> objectness per image [(Q,)], a StageOutput per stage, the proposal losses."""
         with amp_context(self.args.amp, images.device):
             features = self.backbone(self.backbone.normalise(images, sizes))
         features = [f.float() for f in features]  # P3 .. P7
-        proposals, losses = self.centernet(features, ground_truth and [t.boxes for t in ground_truth])
+        proposals, losses = self.centernet(features, targets and [t.boxes for t in targets])
         boxes = [b for b, _ in proposals]
-        return [s for _, s in proposals], self.cascade(features[:3], boxes, sizes, ground_truth), losses
-
-    def cascade(self, features: list[Tensor], boxes: list[Tensor], sizes: list, ground_truth: list | None):
-        """Each stage classifies and refines the boxes of the one before, which carry no gradient."""
-        outputs = []
-        for k, stage in enumerate(self.stages):
-            targets = []
-            if ground_truth is not None:
-                sample = self.args.rois_per_image if k == 0 else 0
-                assigned = [assign_targets(b, t, self.ious[k], sample) for b, t in zip(boxes, ground_truth)]
-                boxes, targets = [a[0] for a in assigned], [a[1] for a in assigned]
-            pooled = pool_rois(features, STRIDES[:3], boxes, 7)  # (R, F, 7, 7)
-            if pooled.requires_grad:  # three stages share the features: each passes on a third of its gradient
-                pooled.register_hook(lambda gradient: gradient / len(self.stages))
-            output = StageOutput(boxes, *stage(pooled, self.text), targets)
-            outputs.append(output)
-            boxes = self.refine(k, output, sizes)
-            if ground_truth is not None:
-                boxes = [b[(b[:, 2:] > b[:, :2]).all(1)] for b in boxes]
-        return outputs
-
-    def refine(self, k: int, output: StageOutput, sizes: list) -> list[Tensor]:
-        """The boxes of stage k moved by its deltas and clipped to the images: B times (Q, 4), detached."""
-        deltas = output.deltas.detach().split([len(b) for b in output.boxes])
-        moved = [decode_boxes(b, d, self.box_weights[k]) for b, d in zip(output.boxes, deltas)]
-        return [clip_boxes_to_image(b, size) for b, size in zip(moved, sizes)]
+        outputs = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
+        for output, classifier in zip(outputs, self.classifiers):
+            output.cosine, output.logits = classifier(output.hidden, self.text)
+        return [s for _, s in proposals], outputs, losses
 
 
 # -------------------------------------------------------------------------------------------------------------- Losses
 
 
-@dataclass
-class Targets:
-    """Ground truth of an image, or of its regions: boxes (N, 4), labels (N,) of the concatenated label space.
+def assign_targets(batch: Batch, label_space: LabelSpace) -> list[Targets]:
+    """Ground truth of each image in the joint label space; the regions get theirs by IoU, stage by stage (`Cascade`).
 
-    For regions, labels are -1 on background. `scope` (start, stop): the labels of the image's own dataset.
+    The only place where a dataset's own label indices become indices of the concatenation.
     """
-
-    boxes: Tensor
-    labels: Tensor
-    scope: tuple[int, int]
-
-
-def ground_truth_of(batch: Batch, label_space: LabelSpace) -> list[Targets]:
-    """The only place where a dataset's own label indices become indices of the concatenation."""
-    scopes = [label_space.slice(s.dataset) for s in batch.samples]
-    return [
-        Targets(s.boxes, label_space.to_global(s.dataset, s.labels), (scope.start, scope.stop))
-        for s, scope in zip(batch.samples, scopes)
-    ]
-
-
-def assign_targets(boxes: Tensor, truth: Targets, iou: float, sample: int) -> tuple[Tensor, Targets]:
-    """Regions (Q, 4) of one image and what supervises them; the label is -1 where no ground truth overlaps by `iou`.
-
-    sample > 0 (first stage): the ground truth joins the proposals and `sample` regions are drawn, a quarter foreground.
-    Source: facebookresearch/detectron2:detectron2/modeling/roi_heads (roi_heads.py, cascade_rcnn.py).
-    """
-    if sample:
-        boxes = torch.cat([truth.boxes, boxes])
-    index, matched = match_by_iou(boxes, truth.boxes, iou)
-    if sample:
-        drawn = sample_fg_bg(matched, sample, 0.25)
-        boxes, index, matched = boxes[drawn], index[drawn], matched[drawn]
-    if len(truth.boxes) == 0:
-        return boxes, Targets(boxes, boxes.new_full((len(boxes),), -1, dtype=torch.long), truth.scope)
-    return boxes, Targets(truth.boxes[index], truth.labels[index].masked_fill(~matched, -1), truth.scope)
+    targets = []
+    for sample in batch.samples:
+        scope = label_space.slice(sample.dataset)
+        labels = label_space.to_global(sample.dataset, sample.labels)
+        targets.append(Targets(sample.boxes, labels, (scope.start, scope.stop)))
+    return targets
 
 
 @dataclass
@@ -439,29 +359,14 @@ def loss_soft_label(cosine: Tensor, labels: Tensor, similarity: Tensor) -> Tenso
     return error.sum() / max(error.numel(), 1)
 
 
-def loss_box_reg(deltas: Tensor, boxes: Tensor, gt_boxes: Tensor, labels: Tensor, weights: tuple) -> Tensor:
-    """Sec. 4, "CenterNet2" as the detector: L1 of the foreground's box deltas, class-agnostic.
-
-    deltas, boxes, gt_boxes (R, 4); labels (R,), -1: background. Sum over foreground / all R regions.
-    Source: facebookresearch/detectron2:detectron2/modeling/roi_heads/fast_rcnn.py (box_reg_loss).
-    """
-    fg = labels >= 0
-    wanted = encode_boxes(boxes[fg], gt_boxes[fg], weights)  # (R_fg, 4)
-    return (deltas[fg] - wanted).abs().sum() / max(len(boxes), 1)
-
-
 def compute_losses(args: Args, outputs: list[StageOutput], proposal_losses: dict, tables: LabelTables) -> dict:
     """L = sum over stages (L_hl + lambda L_sl + L_box) + the CenterNet losses: every term, and their sum as `loss`."""
     losses = dict(proposal_losses)
     for k, out in enumerate(outputs):
-        labels = torch.cat([t.labels for t in out.targets])  # (R,)
-        gt_boxes = torch.cat([t.boxes for t in out.targets])  # (R, 4)
-        weights = class_weights(args, labels, out.targets, tables)
-        losses[f"loss_hard_stage{k}"] = loss_hard_label(out.logits, labels, weights)
-        losses[f"loss_soft_stage{k}"] = args.lam * loss_soft_label(out.cosine, labels, tables.similarity)
-        losses[f"loss_box_reg_stage{k}"] = loss_box_reg(
-            out.deltas, torch.cat(out.boxes), gt_boxes, labels, Model.box_weights[k]
-        )
+        weights = class_weights(args, out.labels, out.targets, tables)
+        losses[f"loss_hard_stage{k}"] = loss_hard_label(out.logits, out.labels, weights)
+        losses[f"loss_soft_stage{k}"] = args.lam * loss_soft_label(out.cosine, out.labels, tables.similarity)
+        losses[f"loss_box_reg_stage{k}"] = loss_box_reg(k, out)
     return losses | {"loss": sum(losses.values())}
 
 
@@ -480,7 +385,7 @@ def predict(model: Model, batch: Batch, vocabulary: Vocabulary) -> list[dict]:
     objectness, outputs, _ = model(batch.images, batch.sizes)
     counts = [len(o) for o in objectness]
     p = torch.stack([out.logits.sigmoid() for out in outputs]).mean(0).split(counts)  # B times (Q, C)
-    boxes = model.refine(len(outputs) - 1, outputs[-1], batch.sizes)  # B times (Q, 4)
+    boxes = model.cascade.refine(len(outputs) - 1, outputs[-1], batch.sizes)  # B times (Q, 4)
     detections = []
     for i, sample in enumerate(batch.samples):
         scores = (p[i] * objectness[i][:, None]).sqrt()  # (Q, C)
@@ -551,7 +456,7 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, lr, steps, warmup, 1e-4)
 
-        _, outputs, proposal_losses = parallel(batch.images, batch.sizes, ground_truth_of(batch, label_space))
+        _, outputs, proposal_losses = parallel(batch.images, batch.sizes, assign_targets(batch, label_space))
         losses = compute_losses(args, outputs, proposal_losses, tables)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
@@ -588,7 +493,7 @@ def evaluate(args: Args, model: Model, datasets: list[Dataset], folder: Path, tr
             detect = partial(predict, model, vocabulary=dataset.vocabulary)
             predictions = predict_dataset(detect, dataset, resize, args.workers, title)
             if rank() == 0:
-                results[title] = evaluate_boxes(dataset, predictions)
+                results[title] = evaluate_detections(dataset, predictions)
                 picture = folder / f"predictions-{title.replace(' ', '-')}.jpg"
                 draw_predictions(dataset, predictions, picture, args.score_threshold)
     if rank() == 0:
@@ -604,10 +509,9 @@ def load_trained(args: Args, device: torch.device) -> tuple[Model, LabelSpace]:
     """The model of --weights, with the label space that it was trained on."""
     saved = read_metadata(args.weights, METHOD)
     vocabularies = [Vocabulary(name, tuple(names)) for name, names in saved["vocabularies"].items()]
-    label_space, text = build_label_space(args, vocabularies)
-    model = Model(args, text, pretrained=False).to(device)
+    model = Model(args, read_text(args.weights), pretrained=False).to(device)
     load_weights(args.weights, model)
-    return model, label_space
+    return model, LabelSpace(vocabularies)
 
 
 def main() -> None:

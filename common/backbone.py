@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from common.distributed import from_main
 from common.errors import InputError
 from common.paths import hub
-from common.training import from_main
 
 log = logging.getLogger("concord")
 

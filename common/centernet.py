@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms
 
+from common.distributed import mean_over_ranks
 from common.errors import InputError
-from common.training import mean_over_ranks
 
 
 class Scale(nn.Module):

@@ -1,7 +1,7 @@
-"""Box AP as the benchmarks define it: COCO, LVIS (federated) and OpenImages, one function for all.
+"""Box and mask AP as the benchmarks define them: COCO, LVIS (federated) and OpenImages, one function for all.
 
-COCO and LVIS numbers come from hotcoco, which is used in this module alone; pycocotools is the oracle of its tests.
-The OpenImages protocol is written out in `_open_images`.
+COCO and LVIS numbers come from hotcoco; pycocotools is the oracle of its tests. The OpenImages protocol is written out
+in `_open_images`.
 """
 
 import contextlib
@@ -16,9 +16,11 @@ import torch
 from common.datasets.index import Index
 from common.errors import InputError
 from common.labels import Vocabulary
+from common.masks import to_rle
 
 _COCO = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 METRICS = {"coco": _COCO, "lvis": (*_COCO, "APr", "APc", "APf"), "oid": ("AP50",)}
+MASK_METRICS = {"coco": ("AP", "AP50"), "lvis": ("AP", "AP50", "APr", "APc", "APf"), "oid": ()}
 Predictions = dict[int, dict[str, Any]]
 
 
@@ -33,21 +35,59 @@ class Evaluated(Protocol):
     frequency: str | None  # lvis: one letter of "rcf" per class
 
 
-def evaluate_boxes(dataset: Evaluated, predictions: Predictions) -> dict[str, float]:
+def evaluate_detections(
+    dataset: Evaluated, predictions: Predictions, groups: dict[str, np.ndarray] | None = None
+) -> dict[str, float]:
     """The metrics of `dataset.metric` for all images of the dataset, values in 0..1.
 
     predictions: for each row of `dataset.index` a dict with `boxes` (N, 4) xyxy in pixels of the original image,
-                 `labels` (N,) in the dataset's own vocabulary, `scores` (N,), `size` (height, width) of the image
+                 `labels` (N,) in the dataset's own vocabulary, `scores` (N,), `size` (height, width) of the image and
+                 perhaps `segmentations`, N RLEs
+    groups:      for each name a (C,) bool of classes, say of the novel ones
 
-    Returns the names in METRICS; one without any ground truth (no small object) is NaN, where pycocotools has -1.
-    Raises InputError if an image has no prediction (zero boxes are one), ValueError for a label outside the vocabulary.
+    Returns the names in METRICS; "mask " and those in MASK_METRICS if predictions and dataset have segmentations;
+    "AP50 " and each group's name, the mean of the box AP50 of its classes. What has no ground truth (no small object)
+    is NaN, where pycocotools has -1. Raises InputError if an image has no prediction (zero boxes are one) or if an
+    annotated segmentation is not one, ValueError for a label outside the vocabulary.
     """
+    _check_complete(dataset, predictions)
+    truth, found = _truth_table(dataset.index, predictions), _prediction_table(dataset, predictions)
+    if dataset.metric == "oid":
+        class_ap50 = _open_images(dataset, truth, found)
+        results = {"AP50": _mean(class_ap50)}
+    else:
+        results, class_ap50 = _hotcoco(dataset, truth, found, predictions)
+    return results | {f"AP50 {name}": _mean(class_ap50[members]) for name, members in (groups or {}).items()}
+
+
+def recall(dataset: Evaluated, proposals: Predictions, limits: tuple[int, ...] = (10, 100, 1000)) -> dict[str, float]:
+    """AR@limit for each limit: COCO's average recall with all classes as one, by the best `limit` boxes per image.
+
+    proposals: as in `evaluate_detections`, without labels. The recall is the mean over IoU 0.5, 0.55 ... 0.95 of the
+    share of boxes that are found; crowds and groups are left out. NaN without any box.
+    """
+    _check_complete(dataset, proposals)
+    records = {row: found | {"labels": torch.zeros(len(found["scores"]))} for row, found in proposals.items()}
+    truth, found = _truth_table(dataset.index, records), _prediction_table(dataset, records)
+    evaluator = hotcoco.COCOeval(*_hotcoco_tables(dataset, truth, found, records), "bbox")
+    evaluator.params.use_cats, evaluator.params.max_dets = False, sorted(limits)
+    evaluator.evaluate()
+    evaluator.accumulate()
+    found_share = evaluator.eval["recall"][:, 0, 0]  # IoU, the one class, objects of all sizes, limit
+    return {f"AR@{limit}": _mean(found_share[:, sorted(limits).index(limit)]) for limit in limits}
+
+
+def _check_complete(dataset: Evaluated, predictions: Predictions) -> None:
     index = dataset.index
     if missing := [row for row in range(len(index)) if row not in predictions]:
         lack = f"{len(missing)} of {len(index)} images have no prediction, the first is {index.image_ids[missing[0]]!r}"
         raise InputError(f"{dataset.name}: {lack}; predict every image, if with zero boxes")
-    evaluate = _open_images if dataset.metric == "oid" else _hotcoco
-    return evaluate(dataset, _truth_table(index, predictions), _prediction_table(dataset, predictions))
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean of those there are: neither NaN nor -1, hotcoco's sign of no ground truth."""
+    there = values[values >= 0]
+    return float(there.mean()) if len(there) else math.nan
 
 
 def _truth_table(index: Index, predictions: Predictions) -> dict[str, np.ndarray]:
@@ -80,7 +120,33 @@ def _xywh(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
 
 
-def _hotcoco(dataset: Evaluated, truth: dict, found: dict) -> dict[str, float]:
+def _hotcoco(dataset: Evaluated, truth: dict, found: dict, predictions: Predictions) -> tuple[dict, np.ndarray]:
+    """(the metrics, the box AP50 of each class (C,), -1 where it has no ground truth)."""
+    tables = _hotcoco_tables(dataset, truth, found, predictions)
+
+    def run(kind: str) -> tuple[dict, np.ndarray]:
+        evaluator = hotcoco.COCOeval(*tables, kind, lvis_style=dataset.metric == "lvis")
+        with contextlib.redirect_stdout(io.StringIO()):  # it has no silent summary
+            evaluator.run()
+        values = {name: value if value >= 0 else math.nan for name, value in evaluator.get_results().items()}
+        return values, evaluator.eval["precision"][0, :, :, 0, -1].mean(axis=0)  # IoU 0.5, all sizes, most detections
+
+    values, class_ap50 = run("bbox")
+    results = {name: values[name] for name in METRICS[dataset.metric]}
+    if _have_masks(dataset, predictions):
+        values, _ = run("segm")
+        results |= {f"mask {name}": values[name] for name in MASK_METRICS[dataset.metric]}
+    return results, class_ap50
+
+
+def _have_masks(dataset: Evaluated, predictions: Predictions) -> bool:
+    return dataset.index.segmentations is not None and all("segmentations" in p for p in predictions.values())
+
+
+def _hotcoco_tables(
+    dataset: Evaluated, truth: dict, found: dict, predictions: Predictions
+) -> tuple[hotcoco.COCO, hotcoco.COCO]:
+    """(ground truth, detections), with masks if both have them."""
     index, names = dataset.index, dataset.vocabulary.names
     # equal scores are ranked in the order of the dataset's own ids, as in pycocotools
     number = np.argsort(sorted(range(len(index)), key=index.image_ids.__getitem__))
@@ -89,18 +155,29 @@ def _hotcoco(dataset: Evaluated, truth: dict, found: dict) -> dict[str, float]:
     images = [{"id": int(i), **fields} for i, fields in zip(number, lists)]
     letters = getattr(dataset, "frequency", None) or "-" * len(names)
     categories = [{"id": i, "name": n, "frequency": f} for i, (n, f) in enumerate(zip(names, letters, strict=True))]
+    annotated = detected = None
+    if _have_masks(dataset, predictions):
+        annotated = _true_segmentations(index, predictions)
+        detected = [rle for row in range(len(index)) for rle in predictions[row]["segmentations"]]
     where, label, boxes = number[truth["image"]], truth["label"], _xywh(truth["boxes"])
-    gt = hotcoco.COCO.from_arrays(images, categories, where, label, boxes, area=truth["area"], iscrowd=truth["ignore"])
+    columns = {"area": truth["area"], "iscrowd": truth["ignore"], "segmentation": annotated}
+    gt = hotcoco.COCO.from_arrays(images, categories, where, label, boxes, **columns)
     columns = (number[found["image"]], *_xywh(found["boxes"]).T, found["score"], found["label"])
-    evaluator = hotcoco.COCOeval(gt, gt.load_res(np.stack(columns, 1)), "bbox", lvis_style=dataset.metric == "lvis")
-    with contextlib.redirect_stdout(io.StringIO()):  # it has no silent summary
-        evaluator.run()
-    values = evaluator.get_results()
-    return {name: values[name] if values[name] >= 0 else math.nan for name in METRICS[dataset.metric]}
+    return gt, gt.load_res(np.stack(columns, 1), segmentation=detected)
 
 
-def _open_images(dataset: Evaluated, truth: dict, found: dict) -> dict[str, float]:
-    """Mean AP at IoU 0.5 of the OpenImages Challenge, https://storage.googleapis.com/openimages/web/evaluation.html
+def _true_segmentations(index: Index, predictions: Predictions) -> list[dict]:
+    rles = []
+    for image, segmentation in zip(index.image_of.tolist(), index.segmentations):
+        try:
+            rles.append(to_rle(segmentation, tuple(predictions[image]["size"])))
+        except ValueError as error:
+            raise InputError(f"{index.source}: image '{index.file_names[image]}' has {error}; mend it") from None
+    return rles
+
+
+def _open_images(dataset: Evaluated, truth: dict, found: dict) -> np.ndarray:
+    """AP at IoU 0.5 of each class (C,), NaN where it has no box: the OpenImages Challenge, https://storage.googleapis.com/openimages/web/evaluation.html
 
     1. A box of a class is a box of its ancestors too, in the ground truth and in the predictions.
     2. Only classes with a box in the image or verified absent from it count there; what is absent has no descendants.
@@ -117,9 +194,10 @@ def _open_images(dataset: Evaluated, truth: dict, found: dict) -> dict[str, floa
     verified[truth["image"], truth["label"]] = True
     found = _expand(found, upward, verified)
     found = _take(found, np.argsort(-found["score"], kind="stable"))
-    classes = np.unique(truth["label"])
-    precisions = [_class_ap(_take(truth, truth["label"] == c), _take(found, found["label"] == c)) for c in classes]
-    return {"AP50": float(np.mean(precisions)) if precisions else math.nan}
+    precisions = np.full(len(upward), math.nan)
+    for label in np.unique(truth["label"]):
+        precisions[label] = _class_ap(_take(truth, truth["label"] == label), _take(found, found["label"] == label))
+    return precisions
 
 
 def _ancestors(vocabulary: Vocabulary, tree: dict | None) -> np.ndarray:
@@ -191,10 +269,18 @@ def format_table(results: dict[str, dict[str, float]]) -> str:
 
 
 def to_coco_json(source: Evaluated | Vocabulary, predictions: Predictions, image_ids: list) -> list[dict]:
-    """COCO results: image_id = image_ids[row], original category_id, bbox (x, y, w, h in pixels), score."""
+    """COCO results: image_id = image_ids[row], original category_id, bbox (x, y, w, h in pixels), score.
+
+    With `segmentation` where the prediction has segmentations.
+    """
     category_ids, results = getattr(source, "vocabulary", source).ids, []
     for row, found in predictions.items():
-        found = zip(_xywh(found["boxes"].double().numpy()).tolist(), found["labels"].tolist(), found["scores"].tolist())
-        one = {"image_id": image_ids[row]}
-        results += [{**one, "category_id": category_ids[k], "bbox": box, "score": score} for box, k, score in found]
+        boxes, labels = _xywh(found["boxes"].double().numpy()).tolist(), found["labels"].tolist()
+        entries = [
+            {"image_id": image_ids[row], "category_id": category_ids[label], "bbox": box, "score": score}
+            for box, label, score in zip(boxes, labels, found["scores"].tolist())
+        ]
+        for entry, rle in zip(entries, found.get("segmentations", ())):
+            entry["segmentation"] = rle
+        results += entries
     return results

@@ -9,11 +9,12 @@ from torch.utils.data import DataLoader
 
 from common.batch import Batch, Sample, collate
 from common.datasets.base import Dataset, read_image
+from common.distributed import gather_on_main, rank, world_size
 from common.evaluation import to_coco_json
 from common.labels import Vocabulary
 from common.paths import atomic_path
 from common.sampling import Transformed, shard
-from common.training import gather_on_main, progress_bar, rank, world_size
+from common.training import progress_bar
 from common.visualize import draw_boxes, prediction_grid, save_image
 
 log = logging.getLogger("concord")

@@ -79,30 +79,35 @@ class Vocabulary:
 
 
 class LabelSpace:
-    """The plain concatenation of vocabularies: label k of dataset d becomes offset(d) + k; nothing is merged.
+    """The joint label space of several vocabularies; `to_global` is the one way into it.
+
+    By default the plain concatenation: label k of dataset d becomes offset(d) + k; nothing is merged. With `merge`,
+    classes whose names fold to the same text ("person", "Person") are one, spelled as in the first dataset.
 
     Raises InputError if a dataset name comes twice.
     """
 
-    def __init__(self, vocabularies: list[Vocabulary]):
+    def __init__(self, vocabularies: list[Vocabulary], merge: bool = False):
         self.vocabularies = {v.dataset: v for v in vocabularies}
         if len(self.vocabularies) < len(vocabularies):
             raise InputError("a dataset is named twice in one label space; name each once")
-        self._slices, start = {}, 0
+        names, self._rows, seen = [], {}, {}
         for vocabulary in vocabularies:
-            self._slices[vocabulary.dataset] = slice(start, start + len(vocabulary))
-            start += len(vocabulary)
+            own = []
+            for name in vocabulary.names:
+                key = fold(name) if merge else len(names)
+                if seen.setdefault(key, len(names)) == len(names):
+                    names.append(name)
+                own.append(seen[key])
+            self._rows[vocabulary.dataset] = torch.tensor(own)
+        self.names, self.merged = tuple(names), merge
 
     def __len__(self) -> int:
-        return sum(len(v) for v in self.vocabularies.values())
+        return len(self.names)
 
     @property
     def datasets(self) -> list[str]:
         return list(self.vocabularies)
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        return tuple(name for v in self.vocabularies.values() for name in v.names)
 
     def distinct(self) -> tuple[Vocabulary, list[int]]:
         """One vocabulary without repeats ("person" and "Person" are one name), and the row of each of its names."""
@@ -111,16 +116,21 @@ class LabelSpace:
             rows.setdefault(fold(name), row)
         return Vocabulary("all", tuple(self.names[row] for row in rows.values())), list(rows.values())
 
+    def rows(self, dataset: str) -> Tensor:
+        """(C_d,) int64: where the labels of `dataset` lie. KeyError for a dataset that is not part of it."""
+        return self._rows[dataset]
+
     def slice(self, dataset: str) -> slice:
-        """Where the labels of `dataset` lie in the concatenation. KeyError for a dataset that is not part of it."""
-        return self._slices[dataset]
+        """`rows` of a concatenation, which are consecutive."""
+        rows = self.rows(dataset)
+        return slice(int(rows[0]), int(rows[-1]) + 1)
 
     def to_global(self, dataset: str, labels: Tensor) -> Tensor:
-        """(N,) indices in the dataset's own vocabulary -> (N,) indices in the concatenation."""
-        return labels + self.slice(dataset).start
+        """(N,) indices in the dataset's own vocabulary -> (N,) indices in the joint label space."""
+        return self.rows(dataset).to(labels.device)[labels]
 
     @cached_property
     def dataset_of_label(self) -> Tensor:
-        """(C,) int64: the position of the dataset that each label of the concatenation comes from."""
+        """(C,) int64: the position of the dataset that each label of a concatenation comes from."""
         sizes = torch.tensor([len(v) for v in self.vocabularies.values()])
         return torch.repeat_interleave(torch.arange(len(sizes)), sizes)

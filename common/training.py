@@ -1,32 +1,27 @@
-"""The mechanics around a training loop: command line, devices, ranks, run folder, log, schedule, checkpoints."""
+"""The mechanics around a training loop: command line, run folder, log, schedule."""
 
 import contextlib
 import dataclasses
 import difflib
-import errno
 import json
 import logging
 import math
 import os
-import pickle
 import platform
 import resource
-import shutil
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import tyro
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 from tqdm import tqdm
 
+from common.checkpoint import checkpoints, read_metadata
+from common.distributed import from_main, rank, world_size
 from common.errors import InputError
 from common.paths import atomic_path
 
@@ -145,76 +140,6 @@ def run_command(main) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-# -- devices and ranks -------------------------------------------------------------------------------------------------
-
-
-def setup_device(device: str, seed: int) -> torch.device:
-    """Join the process group if torchrun started us, pick the device, seed every generator."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: no CUDA device here; use --device cpu")
-    if "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
-        # the other ranks wait while rank 0 scores a large dataset
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
-    try:
-        torch.zeros((), device=device).item()
-    except RuntimeError:
-        raise InputError(f"--device {device} cannot be used here; use cpu or cuda") from None
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have by default
-    torch.manual_seed(seed + rank())
-    if rank() > 0:
-        log.setLevel(logging.ERROR)
-    return torch.device(device)
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """The scalar averaged over all ranks; itself in a single process. Not differentiable."""
-    value = value.detach()
-    if world_size() > 1:
-        dist.all_reduce(value := value.clone())
-    return value / world_size()
-
-
-def from_main(value):
-    """Rank 0's value, on every rank."""
-    if world_size() > 1:
-        dist.broadcast_object_list(box := [value])
-        return box[0]
-    return value
-
-
-def gather_on_main(value) -> list:
-    """The objects of all ranks, in rank order; only rank 0 may use the result."""
-    if world_size() == 1:
-        return [value]
-    gathered = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(value, gathered)
-    return gathered or []
-
-
-def amp_context(amp: str, device: torch.device):
-    """`auto` is bfloat16 on CUDA and float32 elsewhere; `on` forces bfloat16, `off` float32."""
-    enabled = amp == "on" or (amp == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
-
-
-def should_compile(choice: str, device: torch.device) -> bool:
-    """`auto` compiles on CUDA only: on a CPU compiling takes longer than a short run saves."""
-    return choice == "on" or (choice == "auto" and device.type == "cuda")
 
 
 # -- run folder and log ------------------------------------------------------------------------------------------------
@@ -337,109 +262,3 @@ def check_finite(losses: dict[str, Tensor], step: int) -> None:
         return
     bad = [name for name, value in losses.items() if name != "loss" and not math.isfinite(float(value))]
     raise InputError(f"step {step}: {', '.join(bad) or 'loss'} is not finite; lower --lr or turn --amp off")
-
-
-# -- weights and checkpoints -------------------------------------------------------------------------------------------
-
-
-def save_weights(path: Path, model: nn.Module, metadata: dict) -> None:
-    """Parameters and persistent buffers as safetensors; `metadata` values are kept as JSON strings."""
-    tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
-    with atomic_path(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
-        except SafetensorError as error:
-            raise OSError(errno.ENOSPC, str(error), str(path)) from None
-
-
-def weights_file(path: str | Path) -> Path:
-    """The file itself, or weights.safetensors of a run folder. Raises InputError if there is none."""
-    if not str(path):
-        raise InputError("--predict and --eval-only need --weights: a .safetensors file or a run folder")
-    file = Path(path) / "weights.safetensors" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise InputError(f"weights {file} do not exist; give a .safetensors file or a run folder that holds one")
-    return file
-
-
-def read_metadata(path: str | Path, method: str) -> dict:
-    """What `save_weights` wrote beside the tensors. Raises InputError if it is not there, or of another method."""
-    file = weights_file(path)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"weights {file} cannot be read ({error}); a .safetensors file is needed") from None
-    if not {"method", "args", "vocabularies"} <= metadata.keys():
-        raise InputError(f"weights {file} were not saved by this project: their metadata lacks the model's settings")
-    if metadata["method"] != method or not (isinstance(metadata["args"], dict) and metadata["vocabularies"]):
-        raise InputError(f"weights {file} are not of {method}.py but of {metadata['method']}.py, or damaged")
-    return metadata
-
-
-def load_weights(path: str | Path, model: nn.Module) -> None:
-    """Load safetensors into `model`.
-
-    Raises InputError if the file is missing or broken, lacks a tensor, has one too many, or one of another shape.
-    """
-    file = weights_file(path)
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"weights {file} cannot be read ({error}); a .safetensors file is needed") from None
-    own = model.state_dict()
-    for key in sorted(own.keys() | tensors.keys()):
-        if key not in own or key not in tensors:
-            side = "unknown to" if key not in own else "missing for"
-            raise InputError(f"weights {file}: tensor '{key}' is {side} this model; another --backbone or method?")
-        if own[key].shape != tensors[key].shape:
-            raise InputError(f"weights {file}: tensor '{key}' has the shape {list(tensors[key].shape)}, this model "
-                             f"needs {list(own[key].shape)}; give the flags they were trained with")  # fmt: skip
-        if not torch.isfinite(tensors[key].float()).all():
-            raise InputError(f"weights {file}: tensor '{key}' holds values that are not finite; train again")
-    model.load_state_dict(tensors)
-
-
-def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, metadata: dict) -> None:
-    """Write checkpoint-<step>/ whole or not at all, then drop all but two. Every rank calls it: each has its RNG."""
-    states = gather_on_main(rng_states())
-    if rank() > 0:
-        return
-    with atomic_path(folder / f"checkpoint-{step:07d}") as temporary:
-        temporary.mkdir()
-        save_weights(temporary / "weights.safetensors", model, metadata)
-        state = {"step": step, "optimizer": optimizer.state_dict(), "rng": states}
-        torch.save(state, temporary / "state.pt")
-    for old in checkpoints(folder)[:-2]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def rng_states() -> list[Tensor]:
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit())
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run folder; its weights load with `load_weights`."""
-    return checkpoints(folder)[-1] if checkpoints(folder) else None
-
-
-def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
-    """Restore optimiser and this rank's RNG; returns the step."""
-    try:
-        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        if len(state["rng"]) == world_size():
-            cpu, *cuda = state["rng"][rank()]
-            torch.set_rng_state(cpu)
-            if cuda:
-                torch.cuda.set_rng_state(cuda[0])
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{checkpoint}/state.pt cannot be read ({reason[:99]}); delete {checkpoint} to go on from "
-                         "the one before") from None  # fmt: skip
-    log.info("resumed from %s", checkpoint)
-    return state["step"]

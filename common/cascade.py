@@ -1,0 +1,173 @@
+"""CenterNet2's second stage: a cascade of class-agnostic box heads over P3-P5, and a class-agnostic mask head.
+
+What classifies their regions, the method says. Source: facebookresearch/Detic:detic/modeling/roi_heads
+(detic_roi_heads.py, detic_fast_rcnn.py), on top of facebookresearch/detectron2:detectron2/modeling/roi_heads
+(cascade_rcnn.py, roi_heads.py, mask_head.py). R counts the regions (RoIs) of all images, Q those of one.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import clip_boxes_to_image
+
+from common.backbone import STRIDES
+from common.boxes import decode_boxes, encode_boxes, pool_rois
+from common.masks import crop_masks
+from common.matcher import match_by_iou, sample_fg_bg
+
+
+@dataclass
+class Targets:
+    """What is known of an image, or of its regions, in the joint label space.
+
+    boxes:        (N, 4) xyxy in pixels
+    labels:       (N,), for regions -1 on background
+    scope:        start and stop of the labels of the image's own dataset, where labels are concatenated
+    masks:        (N, H, W) bool, or None
+    image_labels: (K,), or None; an image that has them has no boxes
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    scope: tuple[int, int] = (0, 0)
+    masks: Tensor | None = None
+    image_labels: Tensor | None = None
+
+
+@dataclass
+class StageOutput:
+    """What one stage saw and said of its R regions; `targets` in training on boxes only, `logits` by the method."""
+
+    boxes: list[Tensor]  # B times (Q, 4), the regions
+    hidden: Tensor  # (R, fc_dim) output of the box head
+    deltas: Tensor  # (R, 4)
+    targets: list[Targets]  # B
+    cosine: Tensor | None = None  # (R, C)
+    logits: Tensor | None = None  # (R, C)
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.cat([t.labels for t in self.targets])  # (R,)
+
+
+def match_regions(boxes: Tensor, truth: Targets, iou: float, sample: int) -> tuple[Tensor, Targets]:
+    """Regions (Q, 4) of one image and what supervises them; the label is -1 where no ground truth overlaps by `iou`.
+
+    sample > 0 (first stage): the ground truth joins the proposals and `sample` regions are drawn, a quarter foreground.
+    """
+    if sample:
+        boxes = torch.cat([truth.boxes, boxes])
+    index, matched = match_by_iou(boxes, truth.boxes, iou)
+    if sample:
+        drawn = sample_fg_bg(matched, sample, 0.25)
+        boxes, index, matched = boxes[drawn], index[drawn], matched[drawn]
+    if len(truth.boxes) == 0:
+        labels = boxes.new_full((len(boxes),), -1, dtype=torch.long)
+        return boxes, replace(truth, boxes=boxes, labels=labels, masks=None)
+    labels = truth.labels[index].masked_fill(~matched, -1)
+    masks = truth.masks[index[matched]] if sample and truth.masks is not None else None  # of the foreground
+    return boxes, replace(truth, boxes=truth.boxes[index], labels=labels, masks=masks)
+
+
+class BoxStage(nn.Module):
+    """Two fully connected layers and class-agnostic box regression."""
+
+    def __init__(self, channels: int, fc_dim: int):
+        super().__init__()
+        self.box_head = nn.Sequential(
+            nn.Flatten(), nn.Linear(channels * 49, fc_dim), nn.ReLU(), nn.Linear(fc_dim, fc_dim), nn.ReLU()
+        )
+        for layer in (self.box_head[1], self.box_head[3]):  # detectron2's c2_xavier_fill
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            nn.init.zeros_(layer.bias)
+        self.bbox_pred = nn.Sequential(nn.Linear(fc_dim, fc_dim), nn.ReLU(), nn.Linear(fc_dim, 4))
+        nn.init.normal_(self.bbox_pred[2].weight, std=0.001)
+        nn.init.zeros_(self.bbox_pred[2].bias)
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, F, 7, 7) -> (R, fc_dim), box deltas (R, 4)."""
+        hidden = self.box_head(pooled)
+        return hidden, self.bbox_pred(hidden)
+
+
+class Cascade(nn.Module):
+    """Each stage sees, describes and refines the boxes of the one before, which carry no gradient."""
+
+    ious = (0.6, 0.7, 0.8)
+    box_weights = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
+    strides = STRIDES[:3]
+
+    def __init__(self, channels: int, fc_dim: int):
+        super().__init__()
+        self.stages = nn.ModuleList(BoxStage(channels, fc_dim) for _ in self.ious)
+
+    def forward(
+        self, features: list[Tensor], boxes: list[Tensor], sizes: list, truth: list[Targets] | None, sample: int
+    ) -> list[StageOutput]:
+        """features P3.., boxes B times (Q, 4) -> an output per stage; with `truth` regions are drawn and labelled."""
+        outputs = []
+        for k, stage in enumerate(self.stages):
+            targets = []
+            if truth is not None:
+                matched = [match_regions(b, t, self.ious[k], sample if k == 0 else 0) for b, t in zip(boxes, truth)]
+                boxes, targets = [m[0] for m in matched], [m[1] for m in matched]
+            pooled = pool_rois(features[: len(self.strides)], self.strides, boxes, 7)  # (R, F, 7, 7)
+            if pooled.requires_grad:  # the stages share the features: each passes on its part of their gradient
+                pooled.register_hook(lambda gradient: gradient / len(self.stages))
+            outputs.append(StageOutput(boxes, *stage(pooled), targets))
+            boxes = self.refine(k, outputs[-1], sizes)
+            if self.training:
+                boxes = [b[(b[:, 2:] > b[:, :2]).all(1)] for b in boxes]
+        return outputs
+
+    def refine(self, k: int, output: StageOutput, sizes: list) -> list[Tensor]:
+        """The boxes of stage k moved by its deltas and clipped to the images: B times (Q, 4), detached."""
+        deltas = output.deltas.detach().split([len(b) for b in output.boxes])
+        moved = [decode_boxes(b, d, self.box_weights[k]) for b, d in zip(output.boxes, deltas)]
+        return [clip_boxes_to_image(b, size) for b, size in zip(moved, sizes)]
+
+
+def loss_box_reg(k: int, output: StageOutput) -> Tensor:
+    """L1 of the foreground's box deltas at stage k: sum over foreground / all R regions.
+
+    Source: facebookresearch/detectron2:detectron2/modeling/roi_heads/fast_rcnn.py (box_reg_loss).
+    """
+    fg = output.labels >= 0
+    boxes, gt_boxes = torch.cat(output.boxes), torch.cat([t.boxes for t in output.targets])  # (R, 4)
+    wanted = encode_boxes(boxes[fg], gt_boxes[fg], Cascade.box_weights[k])  # (R_fg, 4)
+    return (output.deltas[fg] - wanted).abs().sum() / max(len(boxes), 1)
+
+
+class MaskHead(nn.Module):
+    """One mask per region, whatever its class; parameter names are the official ones."""
+
+    def __init__(self, channels: int, num_convs: int = 4):
+        super().__init__()
+        self.num_convs = num_convs
+        for n in range(1, num_convs + 1):
+            self.add_module(f"mask_fcn{n}", nn.Conv2d(channels, channels, 3, padding=1))
+        self.deconv = nn.ConvTranspose2d(channels, channels, 2, stride=2)
+        self.predictor = nn.Conv2d(channels, 1, 1)
+        for layer in self.children():  # detectron2's c2_msra_fill
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.predictor.weight, std=0.001)
+
+    def forward(self, features: list[Tensor], boxes: list[Tensor]) -> Tensor:
+        """P3.., boxes B times (Q, 4) -> logits (R, 28, 28)."""
+        x = pool_rois(features[: len(Cascade.strides)], Cascade.strides, boxes, 14)  # (R, F, 14, 14)
+        for n in range(1, self.num_convs + 1):
+            x = getattr(self, f"mask_fcn{n}")(x).relu()
+        return self.predictor(self.deconv(x).relu())[:, 0]
+
+    def loss(self, features: list[Tensor], output: StageOutput) -> Tensor:
+        """BCE over the foreground regions of the first stage that have masks: mean over regions and 28 x 28 cells."""
+        boxes = [b[t.labels >= 0] if t.masks is not None else b[:0] for b, t in zip(output.boxes, output.targets)]
+        logits = self(features, boxes)  # (R_fg, 28, 28)
+        if len(logits) == 0:
+            return logits.sum()
+        size = logits.shape[-1]
+        target = [crop_masks(t.masks, b, size) for b, t in zip(boxes, output.targets) if t.masks is not None]
+        return F.binary_cross_entropy_with_logits(logits, torch.cat(target).to(logits))

@@ -1,0 +1,134 @@
+"""Weights and checkpoints: safetensors beside JSON metadata, written whole or not at all, loaded without unpickling."""
+
+import errno
+import json
+import logging
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from common.distributed import gather_on_main, rank, world_size
+from common.errors import InputError
+from common.paths import atomic_path
+
+log = logging.getLogger("concord")
+
+
+def save_weights(path: Path, model: nn.Module, metadata: dict) -> None:
+    """Parameters and persistent buffers as safetensors; `metadata` values are kept as JSON strings."""
+    tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+    with atomic_path(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
+        except SafetensorError as error:
+            raise OSError(errno.ENOSPC, str(error), str(path)) from None
+
+
+def weights_file(path: str | Path) -> Path:
+    """The file itself, or weights.safetensors of a run folder. Raises InputError if there is none."""
+    if not str(path):
+        raise InputError("--predict and --eval-only need --weights: a .safetensors file or a run folder")
+    file = Path(path) / "weights.safetensors" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise InputError(f"weights {file} do not exist; give a .safetensors file or a run folder that holds one")
+    return file
+
+
+def read_metadata(path: str | Path, method: str) -> dict:
+    """What `save_weights` wrote beside the tensors. Raises InputError if it is not there, or of another method."""
+    file = weights_file(path)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"weights {file} cannot be read ({error}); a .safetensors file is needed") from None
+    if not {"method", "args", "vocabularies"} <= metadata.keys():
+        raise InputError(f"weights {file} were not saved by this project: their metadata lacks the model's settings")
+    if metadata["method"] != method or not (isinstance(metadata["args"], dict) and metadata["vocabularies"]):
+        raise InputError(f"weights {file} are not of {method}.py but of {metadata['method']}.py, or damaged")
+    return metadata
+
+
+def read_text(path: str | Path) -> Tensor:
+    """(C, D) text embeddings of the label space that the weights were trained on."""
+    with safe_open(weights_file(path), framework="pt") as opened:
+        return opened.get_tensor("text")
+
+
+def load_weights(path: str | Path, model: nn.Module) -> None:
+    """Load safetensors into `model`, but for its buffer `text`: a model keeps the label space it was made with.
+
+    Raises InputError if the file is missing or broken, lacks a tensor, has one too many, or one of another shape, or
+    if it was trained with text embeddings of another width.
+    """
+    file = weights_file(path)
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"weights {file} cannot be read ({error}); a .safetensors file is needed") from None
+    own = model.state_dict()
+    width, other = own.pop("text").shape[1], tensors.pop("text", torch.empty(0, 0)).shape[1]
+    if width != other:
+        raise InputError(f"weights {file} were trained with text embeddings of {other} dimensions, these have {width}; "
+                         "use the --text-encoder they were trained with")  # fmt: skip
+    for key in sorted(own.keys() | tensors.keys()):
+        if key not in own or key not in tensors:
+            side = "unknown to" if key not in own else "missing for"
+            raise InputError(f"weights {file}: tensor '{key}' is {side} this model; another --backbone or method?")
+        if own[key].shape != tensors[key].shape:
+            raise InputError(f"weights {file}: tensor '{key}' has the shape {list(tensors[key].shape)}, this model "
+                             f"needs {list(own[key].shape)}; give the flags they were trained with")  # fmt: skip
+        if not torch.isfinite(tensors[key].float()).all():
+            raise InputError(f"weights {file}: tensor '{key}' holds values that are not finite; train again")
+    model.load_state_dict(tensors, strict=False)
+
+
+def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, metadata: dict) -> None:
+    """Write checkpoint-<step>/ whole or not at all, then drop all but two. Every rank calls it: each has its RNG."""
+    states = gather_on_main(rng_states())
+    if rank() > 0:
+        return
+    with atomic_path(folder / f"checkpoint-{step:07d}") as temporary:
+        temporary.mkdir()
+        save_weights(temporary / "weights.safetensors", model, metadata)
+        state = {"step": step, "optimizer": optimizer.state_dict(), "rng": states}
+        torch.save(state, temporary / "state.pt")
+    for old in checkpoints(folder)[:-2]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def rng_states() -> list[Tensor]:
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit())
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run folder; its weights load with `load_weights`."""
+    return checkpoints(folder)[-1] if checkpoints(folder) else None
+
+
+def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
+    """Restore optimiser and this rank's RNG; returns the step."""
+    try:
+        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        if len(state["rng"]) == world_size():
+            cpu, *cuda = state["rng"][rank()]
+            torch.set_rng_state(cpu)
+            if cuda:
+                torch.cuda.set_rng_state(cuda[0])
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{checkpoint}/state.pt cannot be read ({reason[:99]}); delete {checkpoint} to go on from "
+                         "the one before") from None  # fmt: skip
+    log.info("resumed from %s", checkpoint)
+    return state["step"]
