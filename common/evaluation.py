@@ -57,24 +57,29 @@ def evaluate_detections(
         results = {"AP50": _mean(class_ap50)}
     else:
         results, class_ap50 = _hotcoco(dataset, truth, found, predictions)
-    return results | {f"AP50 {name}": _mean(class_ap50[members]) for name, members in (groups or {}).items()}
+    return results | {
+        f"AP50 {name}": _mean(class_ap50[np.asarray(members)]) for name, members in (groups or {}).items()
+    }
 
 
 def recall(dataset: Evaluated, proposals: Predictions, limits: tuple[int, ...] = (10, 100, 1000)) -> dict[str, float]:
     """AR@limit for each limit: COCO's average recall with all classes as one, by the best `limit` boxes per image.
 
-    proposals: as in `evaluate_detections`, without labels. The recall is the mean over IoU 0.5, 0.55 ... 0.95 of the
-    share of boxes that are found; crowds and groups are left out. NaN without any box.
+    proposals: as in `evaluate_detections`, without labels
+    limits:    rising
+
+    The recall is the share of boxes that are found, its mean over IoU 0.5, 0.55 ... 0.95; crowds and groups are left
+    out. NaN without any box. Raises InputError if an image has no proposals (zero boxes are some).
     """
     _check_complete(dataset, proposals)
     records = {row: found | {"labels": torch.zeros(len(found["scores"]))} for row, found in proposals.items()}
     truth, found = _truth_table(dataset.index, records), _prediction_table(dataset, records)
     evaluator = hotcoco.COCOeval(*_hotcoco_tables(dataset, truth, found, records), "bbox")
-    evaluator.params.use_cats, evaluator.params.max_dets = False, sorted(limits)
+    evaluator.params.use_cats, evaluator.params.max_dets = False, list(limits)
     evaluator.evaluate()
     evaluator.accumulate()
-    found_share = evaluator.eval["recall"][:, 0, 0]  # IoU, the one class, objects of all sizes, limit
-    return {f"AR@{limit}": _mean(found_share[:, sorted(limits).index(limit)]) for limit in limits}
+    shares = evaluator.eval["recall"][:, 0, 0]  # (10, limits): the one class, objects of all sizes
+    return {f"AR@{limit}": _mean(share) for limit, share in zip(limits, shares.T)}
 
 
 def _check_complete(dataset: Evaluated, predictions: Predictions) -> None:
@@ -172,12 +177,14 @@ def _true_segmentations(index: Index, predictions: Predictions) -> list[dict]:
         try:
             rles.append(to_rle(segmentation, tuple(predictions[image]["size"])))
         except ValueError as error:
-            raise InputError(f"{index.source}: image '{index.file_names[image]}' has {error}; mend it") from None
+            raise InputError(f"{index.source}: image {index.image_ids[image]!r} has {error}; mend it") from None
     return rles
 
 
 def _open_images(dataset: Evaluated, truth: dict, found: dict) -> np.ndarray:
-    """AP at IoU 0.5 of each class (C,), NaN where it has no box: the OpenImages Challenge, https://storage.googleapis.com/openimages/web/evaluation.html
+    """(C,) AP at IoU 0.5 of each class, NaN where there is no box, as in the OpenImages Challenge.
+
+    https://storage.googleapis.com/openimages/web/evaluation.html
 
     1. A box of a class is a box of its ancestors too, in the ground truth and in the predictions.
     2. Only classes with a box in the image or verified absent from it count there; what is absent has no descendants.

@@ -1,25 +1,26 @@
-"""Box AP: equal to pycocotools on COCO, equal to cases worked by hand on LVIS and OpenImages."""
+"""Box and mask AP: equal to pycocotools on COCO, equal to cases worked by hand on LVIS and OpenImages."""
 
 import contextlib
 import io
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import hotcoco
 import numpy as np
 import pytest
 import torch
+from conftest import REAL
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from common.datasets.index import Index
 from common.errors import InputError
-from common.evaluation import METRICS, _match, evaluate_boxes, format_table, to_coco_json
+from common.evaluation import MASK_METRICS, METRICS, _match, evaluate_detections, format_table, recall, to_coco_json
 from common.labels import Vocabulary
+from common.masks import decode_masks, encode_masks
 
-REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "real" / "coco" / "annotations"
+REAL_COCO = REAL / "coco/annotations/instances_val2017.json"
 
 
 def make_dataset(metric, names, annotations, images=1, relative=False, **extra):
@@ -38,6 +39,7 @@ def make_dataset(metric, names, annotations, images=1, relative=False, **extra):
         extra.pop("areas", areas),
         rows[:, 6],
         relative=relative,
+        segmentations=extra.pop("segmentations", None),
         negatives=negatives,
         not_exhaustive=partly,
     )
@@ -77,9 +79,9 @@ def random_dataset(seed, images=24, classes=6):
     return make_dataset("coco", names, annotations, images, areas=areas, image_ids=ids), predictions
 
 
-def pycocotools_numbers(dataset, predictions):
+def pycocotools_evaluator(dataset, results, kind="bbox", **params):
+    """Evaluated and accumulated, not yet summarized; results: of COCO's json."""
     index, vocabulary = dataset.index, dataset.vocabulary
-    image = np.repeat(np.arange(len(index)), np.diff(index.offsets))
     boxes = index.boxes.astype(np.float64)
     gt = COCO()
     gt.dataset = {
@@ -88,20 +90,29 @@ def pycocotools_numbers(dataset, predictions):
         "annotations": [
             {
                 "id": a + 1,
-                "image_id": index.image_ids[image[a]],
+                "image_id": index.image_ids[image],
                 "category_id": vocabulary.ids[index.labels[a]],
                 "bbox": [*boxes[a, :2], *(boxes[a, 2:] - boxes[a, :2])],
                 "area": float(index.areas[a]),
                 "iscrowd": int(index.ignore[a]),
+                "segmentation": index.segmentations[a] if index.segmentations else [],
             }
-            for a in range(len(boxes))
+            for a, image in enumerate(index.image_of)
         ],
     }
     with contextlib.redirect_stdout(io.StringIO()):
         gt.createIndex()
-        evaluator = COCOeval(gt, gt.loadRes(to_coco_json(dataset, predictions, index.image_ids)), "bbox")
+        evaluator = COCOeval(gt, gt.loadRes(results), kind)
+        for name, value in params.items():
+            setattr(evaluator.params, name, value)
         evaluator.evaluate()
         evaluator.accumulate()
+    return evaluator
+
+
+def pycocotools_numbers(dataset, predictions, kind="bbox"):
+    evaluator = pycocotools_evaluator(dataset, to_coco_json(dataset, predictions, dataset.index.image_ids), kind)
+    with contextlib.redirect_stdout(io.StringIO()):
         evaluator.summarize()
     return dict(zip(METRICS["coco"], evaluator.stats[:6].tolist()))
 
@@ -109,14 +120,14 @@ def pycocotools_numbers(dataset, predictions):
 @pytest.mark.parametrize("seed", range(4))
 def test_coco_equals_pycocotools(seed):
     dataset, predictions = random_dataset(seed)
-    ours, oracle = evaluate_boxes(dataset, predictions), pycocotools_numbers(dataset, predictions)
+    ours, oracle = evaluate_detections(dataset, predictions), pycocotools_numbers(dataset, predictions)
     assert dataset.index.ignore.any() and 0.05 < oracle["AP"] < 0.95
     assert list(ours) == list(METRICS["coco"])
     assert ours == pytest.approx(oracle, abs=1e-6)
 
 
 def test_coco_prints_nothing(capfd):
-    evaluate_boxes(*random_dataset(0))
+    evaluate_detections(*random_dataset(0))
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
 
@@ -124,41 +135,174 @@ def test_coco_prints_nothing(capfd):
 def test_coco_crowd_takes_many_detections():
     dataset = make_dataset("coco", ("cat",), [(0, 0, 0, 0, 20, 20), (0, 0, 40, 40, 100, 100, 1)])
     inside_crowd = [(0, 41 + i, 41, 51 + i, 51, 0.9) for i in range(5)]
-    assert evaluate_boxes(dataset, {0: predict((0, 0, 0, 20, 20, 0.5), *inside_crowd)})["AP"] == pytest.approx(1)
+    assert evaluate_detections(dataset, {0: predict((0, 0, 0, 20, 20, 0.5), *inside_crowd)})["AP"] == pytest.approx(1)
 
 
 def test_absent_size_is_nan():
     dataset = make_dataset("coco", ("cat",), [(0, 0, 0, 0, 20, 20)])
-    values = evaluate_boxes(dataset, {0: predict((0, 0, 0, 20, 20, 0.5))})
+    values = evaluate_detections(dataset, {0: predict((0, 0, 0, 20, 20, 0.5))})
     assert values["APs"] == pytest.approx(1) and math.isnan(values["APl"])
 
 
 @pytest.mark.parametrize("metric", ["coco", "lvis", "oid"])
 @pytest.mark.parametrize("detections", [[], [(0, 0, 0, 20, 20, 0.5)]])
 def test_no_ground_truth(metric, detections):
-    values = evaluate_boxes(make_dataset(metric, ("cat", "dog"), []), {0: predict(*detections)})
+    values = evaluate_detections(make_dataset(metric, ("cat", "dog"), []), {0: predict(*detections)})
     assert values and all(math.isnan(value) for value in values.values())
 
 
 @pytest.mark.parametrize("metric", ["coco", "lvis", "oid"])
 def test_no_detections_is_zero(metric):
-    values = evaluate_boxes(make_dataset(metric, ("cat",), [(0, 0, 0, 0, 20, 20)]), {0: predict()})
+    values = evaluate_detections(make_dataset(metric, ("cat",), [(0, 0, 0, 0, 20, 20)]), {0: predict()})
     assert values["AP50"] == 0
 
 
 def test_missing_image_is_an_error():
     dataset = make_dataset("coco", ("cat",), [], images=3)
     with pytest.raises(InputError, match=r"2 of 3 images have no prediction, the first is 'image1'"):
-        evaluate_boxes(dataset, {0: predict()})
+        evaluate_detections(dataset, {0: predict()})
 
 
 def test_no_images():
-    assert all(math.isnan(value) for value in evaluate_boxes(make_dataset("coco", ("cat",), [], images=0), {}).values())
+    assert all(
+        math.isnan(value) for value in evaluate_detections(make_dataset("coco", ("cat",), [], images=0), {}).values()
+    )
 
 
 def test_label_of_another_vocabulary_is_an_error():
     with pytest.raises(ValueError, match="2 classes, but label 7"):
-        evaluate_boxes(make_dataset("coco", ("cat", "dog"), []), {0: predict((7, 0, 0, 1, 1, 0.5))})
+        evaluate_detections(make_dataset("coco", ("cat", "dog"), []), {0: predict((7, 0, 0, 1, 1, 0.5))})
+
+
+# -------------------------------------------------------------------------------------------------------------- masks
+
+
+def ellipses(boxes, size=500):
+    """(N, 4) xyxy -> (N, size, size) bool."""
+    pixels = torch.arange(size) + 0.5
+    centre, radius = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
+    x, y = (((pixels - centre[:, i, None]) / radius[:, i, None]) ** 2 for i in (0, 1))
+    return y[:, :, None] + x[:, None, :] <= 1
+
+
+def with_masks(dataset, predictions):
+    """Each box becomes its ellipse, in the ground truth as polygons (crowds: RLE), in the predictions as RLE."""
+    index, angles = dataset.index, np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    index.segmentations = encode_masks(ellipses(torch.from_numpy(index.boxes)))
+    for row in np.flatnonzero(~index.ignore):
+        centre, radius = index.boxes[row].reshape(2, 2).mean(0), np.diff(index.boxes[row].reshape(2, 2), axis=0)[0] / 2
+        ring = centre + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        index.segmentations[row] = [ring.ravel().round(2).tolist()]
+    for found in predictions.values():
+        found["segmentations"] = encode_masks(ellipses(found["boxes"]))
+    return dataset, predictions
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mask_ap_equals_pycocotools(seed):
+    dataset, predictions = random_dataset(seed)
+    boxes_only = evaluate_detections(dataset, predictions)
+    dataset, predictions = with_masks(dataset, predictions)
+    ours, oracle = evaluate_detections(dataset, predictions), pycocotools_numbers(dataset, predictions, "segm")
+    assert 0.05 < oracle["AP"] < 0.95 and abs(oracle["AP"] - boxes_only["AP"]) > 1e-3
+    assert ours == pytest.approx(boxes_only | {f"mask {m}": oracle[m] for m in MASK_METRICS["coco"]}, abs=1e-6)
+
+
+def test_mask_ap_needs_masks_on_both_sides():
+    truth, found = [(0, 0, 0, 0, 20, 20)], {0: predict((0, 0, 0, 20, 20, 0.5))}
+    square = [[0.0, 0, 20, 0, 20, 20, 0, 20]]
+    masks = {0: found[0] | {"segmentations": encode_masks(decode_masks([square], (100, 100)))}}
+    assert "mask AP" not in evaluate_detections(make_dataset("coco", ("cat",), truth), masks)
+    dataset = make_dataset("coco", ("cat",), truth, segmentations=[square])
+    assert "mask AP" not in evaluate_detections(dataset, found)
+    assert evaluate_detections(dataset, masks)["mask AP"] == pytest.approx(1)
+
+
+def test_mask_ap_of_lvis():
+    """Right boxes with half of each mask: what is found at IoU 0.5 is all that counts; federated as for boxes."""
+    names, boxes = ("cat", "dog"), [(0, 0, 0, 0, 20, 20), (0, 1, 40, 40, 80, 80)]
+    polygons = [[[x, y, X, y, X, Y, x, Y]] for _, _, x, y, X, Y in boxes]
+    dataset = make_dataset("lvis", names, boxes, images=2, frequency="rf", segmentations=polygons)
+    found = {0: predict((0, 0, 0, 20, 20, 0.5), (1, 40, 40, 80, 80, 0.5)), 1: predict((0, 5, 5, 9, 9, 0.9))}
+    masks = decode_masks(polygons, (100, 100))
+    masks[1, 60:] = False
+    found[0]["segmentations"] = encode_masks(masks)
+    found[1]["segmentations"] = encode_masks(masks[:1])
+    values = evaluate_detections(dataset, found)
+    expected = {"mask AP": 0.55, "mask AP50": 1, "mask APr": 1, "mask APc": math.nan, "mask APf": 0.1}
+    assert {key: value for key, value in values.items() if "mask" in key} == pytest.approx(expected, nan_ok=True)
+    assert values["APf"] == pytest.approx(1)
+
+
+def test_broken_annotated_mask_is_an_error():
+    rle = {"size": [50, 50], "counts": "0"}
+    dataset = make_dataset("coco", ("cat",), [(0, 0, 0, 0, 20, 20)], segmentations=[rle])
+    found = predict((0, 0, 0, 20, 20, 0.5)) | {"segmentations": encode_masks(torch.ones(1, 100, 100).bool())}
+    with pytest.raises(InputError, match=r"hand.json: image 'image0' has an RLE of size \[50, 50\] for"):
+        evaluate_detections(dataset, {0: found})
+
+
+# ------------------------------------------------------------------------------------------------- groups of classes
+
+
+@pytest.mark.parametrize("metric", ["coco", "lvis"])
+def test_groups_are_means_of_classes(metric):
+    dataset, predictions = random_dataset(1)
+    dataset.metric = metric
+    names = dataset.vocabulary.names
+    alone = []
+    for label in range(len(names)):
+        one = {"alone": np.arange(len(names)) == label}
+        alone.append(evaluate_detections(dataset, predictions, one)["AP50 alone"])
+    assert math.isnan(alone[-1]) and len(set(alone[:-1])) > 3
+    novel = np.array([False, True, True, False, False, True])  # the last one has no ground truth
+    values = evaluate_detections(dataset, predictions, {"base": ~novel, "novel": torch.from_numpy(novel)})
+    assert values["AP50 base"] == pytest.approx(np.mean([alone[0], *alone[3:5]]))
+    assert values["AP50 novel"] == pytest.approx(np.mean(alone[1:3]))
+    assert values["AP50"] == pytest.approx(np.mean(alone[:-1]))
+    if metric == "coco":
+        results = to_coco_json(dataset, predictions, dataset.index.image_ids)
+        precision = pycocotools_evaluator(dataset, results).eval["precision"][0, :, :, 0, -1].mean(0)
+        assert alone[:-1] == pytest.approx(precision[:-1].tolist(), abs=1e-6) and precision[-1] == -1
+
+
+def test_groups_of_oid():
+    boxes = [(0, CAT, 0, 0, 20, 20), (0, WHEEL, 40, 40, 60, 60)]
+    found = {0: predict((CAT, 0, 0, 20, 20, 0.5))}
+    groups = {"base": np.arange(5) == WHEEL, "novel": np.isin(range(5), (CAT, ANIMAL)), "none": np.arange(5) == TOY}
+    values = evaluate_detections(oid(boxes), found, groups)
+    expected = {"AP50": 2 / 3, "AP50 base": 0, "AP50 novel": 1, "AP50 none": math.nan}
+    assert values == pytest.approx(expected, nan_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- recall
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_recall_equals_pycocotools(seed):
+    dataset, predictions = random_dataset(seed)
+    results = to_coco_json(dataset, predictions, dataset.index.image_ids)
+    results = [
+        result | {"category_id": dataset.vocabulary.ids[0]} for result in results
+    ]  # it ranks equal scores by class
+    limits = [1, 3, 1000]
+    oracle = pycocotools_evaluator(dataset, results, useCats=0, maxDets=limits).eval["recall"][:, 0, 0].mean(axis=0)
+    proposals = {row: {k: found[k] for k in ("boxes", "scores", "size")} for row, found in predictions.items()}
+    assert recall(dataset, proposals, limits) == pytest.approx({f"AR@{k}": r for k, r in zip(limits, oracle)}, abs=1e-6)
+    assert 0.02 < oracle[0] < oracle[1] < oracle[2]
+
+
+def test_recall_by_hand():
+    boxes = [(0, CAT, 0, 0, 20, 20), (0, DOG, 40, 40, 60, 60), (1, CAT, 0, 0, 50, 50, 1)]
+    exact, half, far = (0, 0, 0, 20, 20, 0.1), (0, 40, 40, 60, 51.5, 0.5), (0, 80, 80, 90, 90, 0.9)
+    proposals = {0: predict(exact, half, far), 1: predict(far)}
+    expected = {"AR@1": 0, "AR@2": 0.1, "AR@10": 0.6}  # half: IoU 0.575, so at 2 of 10 thresholds
+    dataset = oid(boxes, 2)
+    assert recall(dataset, proposals, (1, 2, 10)) == pytest.approx(expected)
+    assert list(recall(dataset, proposals)) == ["AR@10", "AR@100", "AR@1000"]
+    assert all(math.isnan(value) for value in recall(oid([]), {0: predict(far)}).values())
+    with pytest.raises(InputError, match="1 of 2 images"):
+        recall(dataset, {0: predict()})
 
 
 # --------------------------------------------------------------------------------------------------------------- LVIS
@@ -171,9 +315,9 @@ def test_lvis_federated():
     unknown = make_dataset("lvis", ("cat",), boxes, images=2, frequency="r")
     absent = make_dataset("lvis", ("cat",), boxes, images=2, frequency="r", negatives={1: [0]})
     predictions = {0: predict(hit), 1: predict(wrong)}
-    assert evaluate_boxes(unknown, predictions)["APr"] == pytest.approx(1)
-    assert evaluate_boxes(absent, predictions)["APr"] == pytest.approx(0.5)
-    assert math.isnan(evaluate_boxes(absent, predictions)["APf"])
+    assert evaluate_detections(unknown, predictions)["APr"] == pytest.approx(1)
+    assert evaluate_detections(absent, predictions)["APr"] == pytest.approx(0.5)
+    assert math.isnan(evaluate_detections(absent, predictions)["APf"])
 
 
 def test_lvis_not_exhaustive():
@@ -181,8 +325,8 @@ def test_lvis_not_exhaustive():
     predictions = {0: predict((0, 0, 0, 20, 20, 0.5), (0, 50, 50, 70, 70, 0.9))}
     complete = make_dataset("lvis", ("cat",), boxes, frequency="f")
     partly = make_dataset("lvis", ("cat",), boxes, frequency="f", not_exhaustive={0: [0]})
-    assert evaluate_boxes(complete, predictions)["AP"] == pytest.approx(0.5)
-    assert evaluate_boxes(partly, predictions) == pytest.approx(
+    assert evaluate_detections(complete, predictions)["AP"] == pytest.approx(0.5)
+    assert evaluate_detections(partly, predictions) == pytest.approx(
         {"AP": 1, "AP50": 1, "AP75": 1, "APs": 1, "APf": 1, "APm": math.nan, "APl": math.nan}
         | {"APr": math.nan, "APc": math.nan},
         nan_ok=True,
@@ -194,7 +338,7 @@ def test_lvis_keeps_300_detections():
     wrong = [(0, 50, 50, 70, 70, 0.9)]
     for count, expected in ((299, 1 / 300), (300, 0)):
         predictions = {0: predict(*wrong * count, (0, 0, 0, 20, 20, 0.5))}
-        assert evaluate_boxes(make_dataset("lvis", ("cat",), boxes), predictions)["AP"] == pytest.approx(expected)
+        assert evaluate_detections(make_dataset("lvis", ("cat",), boxes), predictions)["AP"] == pytest.approx(expected)
 
 
 # --------------------------------------------------------------------------------------------------------- OpenImages
@@ -216,51 +360,51 @@ def oid(annotations, images=1, **extra):
 
 def test_oid_expands_ground_truth_and_predictions():
     dataset = oid([(0, CAT, 0, 0, 20, 20)])  # Cat and Animal are evaluated
-    assert evaluate_boxes(dataset, {0: predict((CAT, 0, 0, 20, 20, 0.5))}) == {"AP50": 1}
-    assert evaluate_boxes(dataset, {0: predict((ANIMAL, 0, 0, 20, 20, 0.5))}) == {"AP50": 0.5}
+    assert evaluate_detections(dataset, {0: predict((CAT, 0, 0, 20, 20, 0.5))}) == {"AP50": 1}
+    assert evaluate_detections(dataset, {0: predict((ANIMAL, 0, 0, 20, 20, 0.5))}) == {"AP50": 0.5}
     # Dog is not verified here, but a dog is an animal, and a better scored one: Cat 1, Animal 1/2
     both = predict((CAT, 0, 0, 20, 20, 0.5), (DOG, 50, 50, 70, 70, 0.9))
-    assert evaluate_boxes(dataset, {0: both}) == {"AP50": 0.75}
+    assert evaluate_detections(dataset, {0: both}) == {"AP50": 0.75}
 
 
 def test_oid_two_parents_and_parts():
     found = {0: predict((DOG, 0, 0, 20, 20, 0.5))}
-    assert evaluate_boxes(oid([(0, DOG, 0, 0, 20, 20)]), found) == {"AP50": 1}  # Dog, Animal, Toy
-    assert evaluate_boxes(oid([(0, TOY, 0, 0, 20, 20)]), found) == {"AP50": 1}
-    assert evaluate_boxes(oid([(0, TOY, 0, 0, 20, 20)]), {0: predict((WHEEL, 0, 0, 20, 20, 0.5))}) == {"AP50": 0}
+    assert evaluate_detections(oid([(0, DOG, 0, 0, 20, 20)]), found) == {"AP50": 1}  # Dog, Animal, Toy
+    assert evaluate_detections(oid([(0, TOY, 0, 0, 20, 20)]), found) == {"AP50": 1}
+    assert evaluate_detections(oid([(0, TOY, 0, 0, 20, 20)]), {0: predict((WHEEL, 0, 0, 20, 20, 0.5))}) == {"AP50": 0}
 
 
 def test_oid_unverified_class_is_ignored():
     wrong = (WHEEL, 50, 50, 70, 70, 0.9)
     predictions = {0: predict((WHEEL, 0, 0, 20, 20, 0.5)), 1: predict(wrong)}
     boxes = [(0, WHEEL, 0, 0, 20, 20)]
-    assert evaluate_boxes(oid(boxes, 2), predictions) == {"AP50": 1}
-    assert evaluate_boxes(oid(boxes, 2, negatives={1: [WHEEL]}), predictions) == {"AP50": 0.5}
+    assert evaluate_detections(oid(boxes, 2), predictions) == {"AP50": 1}
+    assert evaluate_detections(oid(boxes, 2, negatives={1: [WHEEL]}), predictions) == {"AP50": 0.5}
 
 
 def test_oid_absent_class_has_no_descendants():
     predictions = {0: predict((CAT, 0, 0, 20, 20, 0.5)), 1: predict((CAT, 50, 50, 70, 70, 0.9))}
     boxes = [(0, CAT, 0, 0, 20, 20)]
-    assert evaluate_boxes(oid(boxes, 2, negatives={1: [ANIMAL]}), predictions) == {"AP50": 0.5}
-    assert evaluate_boxes(oid(boxes, 2, negatives={1: [DOG]}), predictions) == {"AP50": 1}
+    assert evaluate_detections(oid(boxes, 2, negatives={1: [ANIMAL]}), predictions) == {"AP50": 0.5}
+    assert evaluate_detections(oid(boxes, 2, negatives={1: [DOG]}), predictions) == {"AP50": 1}
     # no cat is not no animal: the false cat counts for Cat alone
-    assert evaluate_boxes(oid(boxes, 2, negatives={1: [CAT]}), predictions) == {"AP50": 0.75}
+    assert evaluate_detections(oid(boxes, 2, negatives={1: [CAT]}), predictions) == {"AP50": 0.75}
 
 
 def test_oid_group_of_counts_once():
     group = [(0, WHEEL, 0, 0, 80, 80, 1), (0, WHEEL, 80, 80, 100, 100)]
     inside = [(WHEEL, 10 * i, 10, 10 * i + 8, 20, 0.9 - i / 100) for i in range(4)]
     single = (WHEEL, 80, 80, 100, 100, 0.5)
-    assert evaluate_boxes(oid(group), {0: predict(*inside, single)}) == {"AP50": 1}  # 1 hit, 3 ignored, 1 hit
-    assert evaluate_boxes(oid(group), {0: predict(single)}) == {"AP50": 0.5}  # the group is missed
+    assert evaluate_detections(oid(group), {0: predict(*inside, single)}) == {"AP50": 1}  # 1 hit, 3 ignored, 1 hit
+    assert evaluate_detections(oid(group), {0: predict(single)}) == {"AP50": 0.5}  # the group is missed
     half_out = (WHEEL, 75, 0, 95, 10, 0.9)  # a quarter of it inside: a miss
-    assert evaluate_boxes(oid(group), {0: predict(half_out, single)})["AP50"] == pytest.approx(1 / 4)
+    assert evaluate_detections(oid(group), {0: predict(half_out, single)})["AP50"] == pytest.approx(1 / 4)
 
 
 def test_oid_single_box_goes_before_the_group():
     boxes = [(0, WHEEL, 0, 0, 80, 80, 1), (0, WHEEL, 10, 10, 30, 30)]
     twice = predict((WHEEL, 10, 10, 30, 30, 0.9), (WHEEL, 11, 10, 31, 30, 0.8))
-    assert evaluate_boxes(oid(boxes), {0: twice}) == {"AP50": 1}
+    assert evaluate_detections(oid(boxes), {0: twice}) == {"AP50": 1}
 
 
 def test_oid_detection_is_compared_with_one_box():
@@ -273,13 +417,13 @@ def test_oid_detection_is_compared_with_one_box():
 
 def test_oid_in_fractions():
     dataset = oid([(0, WHEEL, 0.0, 0.0, 0.5, 0.25)], relative=True)
-    assert evaluate_boxes(dataset, {0: predict((WHEEL, 0, 0, 200, 50, 0.5), size=(200, 400))}) == {"AP50": 1}
-    assert evaluate_boxes(dataset, {0: predict((WHEEL, 0, 0, 100, 100, 0.5), size=(200, 400))}) == {"AP50": 0}
+    assert evaluate_detections(dataset, {0: predict((WHEEL, 0, 0, 200, 50, 0.5), size=(200, 400))}) == {"AP50": 1}
+    assert evaluate_detections(dataset, {0: predict((WHEEL, 0, 0, 100, 100, 0.5), size=(200, 400))}) == {"AP50": 0}
 
 
 def test_relative_boxes_with_the_coco_metric():
     dataset = make_dataset("coco", ("cat",), [(0, 0, 0.0, 0.0, 0.5, 0.5)], relative=True)
-    values = evaluate_boxes(dataset, {0: predict((0, 0, 0, 200, 100, 0.5), size=(200, 400))})
+    values = evaluate_detections(dataset, {0: predict((0, 0, 0, 200, 100, 0.5), size=(200, 400))})
     assert values["APl"] == pytest.approx(1)
 
 
@@ -322,7 +466,7 @@ def test_oid_equals_hotcoco_where_protocols_agree(seed):
     with pytest.warns(UserWarning), contextlib.redirect_stdout(io.StringIO()):
         oracle = hotcoco.COCOeval(gt, gt.load_res(np.array(rows)), "bbox", oid_style=True)
         oracle.run()
-    assert evaluate_boxes(dataset, predictions)["AP50"] == pytest.approx(oracle.get_results()["AP"], abs=1e-6)
+    assert evaluate_detections(dataset, predictions)["AP50"] == pytest.approx(oracle.get_results()["AP"], abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------- output
@@ -344,18 +488,26 @@ def test_coco_json():
     json.dumps(results)
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real data samples are not here")
-def test_perfect_predictions_of_real_coco():
-    record = json.loads((REAL / "instances_val2017.json").read_text())
+def test_coco_json_with_masks():
+    rles = encode_masks(torch.rand(1, 100, 100) < 0.5)
+    found = predict((1, 10, 20, 30, 50, 0.5)) | {"segmentations": rles}
+    (entry,) = to_coco_json(Vocabulary("coco", ("cat", "dog")), {0: found}, [5])
+    assert json.loads(json.dumps(entry))["segmentation"] == rles[0]
+
+
+def real_coco():
+    """(dataset, perfect predictions with masks) of the sample of COCO."""
+    record = json.loads(REAL_COCO.read_text())
     rows = {image["id"]: row for row, image in enumerate(record["images"])}
     ids = tuple(c["id"] for c in record["categories"])
-    annotations, predictions = [], {row: [] for row in rows.values()}
+    annotations, found, rles = [], {row: [] for row in rows.values()}, {row: [] for row in rows.values()}
     for a in record["annotations"]:
         x, y, w, h = a["bbox"]
         row, label = rows[a["image_id"]], ids.index(a["category_id"])
         annotations.append((row, label, x, y, x + w, y + h, a["iscrowd"]))
         if not a["iscrowd"]:
-            predictions[row].append((label, x, y, x + w, y + h, 0.9))
+            found[row].append((label, x, y, x + w, y + h, 0.9))
+            rles[row].append(a["segmentation"])
     dataset = make_dataset(
         "coco",
         tuple(c["name"] for c in record["categories"]),
@@ -364,6 +516,28 @@ def test_perfect_predictions_of_real_coco():
         ids=ids,
         areas=[a["area"] for a in record["annotations"]],
         image_ids=list(rows),
+        segmentations=[a["segmentation"] for a in record["annotations"]],
     )
-    values = evaluate_boxes(dataset, {row: predict(*found, size=(640, 640)) for row, found in predictions.items()})
-    assert values == pytest.approx(dict.fromkeys(METRICS["coco"], 1.0))
+    sizes = [(image["height"], image["width"]) for image in record["images"]]
+    return dataset, {r: predict(*found[r], size=sizes[r]) | {"segmentations": rles[r]} for r in rows.values()}
+
+
+@pytest.mark.skipif(not REAL_COCO.is_file(), reason="the real data samples are not here")
+def test_perfect_predictions_of_real_coco():
+    keys = [*METRICS["coco"], *(f"mask {name}" for name in MASK_METRICS["coco"])]
+    assert evaluate_detections(*real_coco()) == pytest.approx(dict.fromkeys(keys, 1.0))
+
+
+@pytest.mark.skipif(not REAL_COCO.is_file(), reason="the real data samples are not here")
+def test_shifted_predictions_of_real_coco():
+    dataset, predictions = real_coco()
+    generator = torch.Generator().manual_seed(0)
+    for found in predictions.values():
+        masks = decode_masks(found["segmentations"], found["size"])
+        shifts = torch.randint(0, 12, (len(masks), 2), generator=generator).tolist()
+        masks = [mask.roll(shift, (0, 1)) for mask, shift in zip(masks, shifts)]
+        found["segmentations"] = encode_masks(torch.stack(masks)) if masks else []
+        found["scores"] = torch.rand(len(masks), generator=generator)
+    ours, oracle = evaluate_detections(dataset, predictions), pycocotools_numbers(dataset, predictions, "segm")
+    assert 0.1 < oracle["AP"] < 0.9
+    assert [ours["mask AP"], ours["mask AP50"]] == pytest.approx([oracle["AP"], oracle["AP50"]], abs=1e-6)
