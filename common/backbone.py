@@ -1,4 +1,4 @@
-"""timm feature extractors at strides 8, 16, 32 and the FPN that makes P3-P7 of them."""
+"""timm feature extractors at strides 4 or 8 to 32 and the FPN that makes P3-P7, P3-P5 or P2-P6 of them."""
 
 import logging
 from pathlib import Path
@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
-from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from common.distributed import from_main
 from common.errors import InputError
@@ -20,24 +20,30 @@ LITE0 = "tf_efficientnet_lite0"
 
 
 class Backbone(nn.Module):
-    """Normalised RGB images (B, 3, H, W) -> [P3 .. P7], each (B, channels, H / stride, W / stride).
+    """Normalised RGB images (B, 3, H, W) -> a map (B, channels, H / stride, W / stride) for each of `strides`.
 
-    P6 and P7 come from P5 by stride-2 convolutions (facebookresearch/Detic:detic/modeling/backbone/timm.py).
-    BatchNorm is frozen where the weights are pretrained, as in detectron2, and trained where they are not.
+    P6 and P7 come from P5 by stride-2 convolutions (facebookresearch/Detic:detic/modeling/backbone/timm.py); without
+    a stride of 128, P6 is P5 subsampled (FPN's). Without strides above 32 there is neither.
+    BatchNorm is frozen where the weights are pretrained, as in detectron2, and trained where they are not;
+    `freeze_stem` does the same to the stem and first stage of a ResNet.
     """
 
-    def __init__(self, name: str, channels: int = 256, pretrained: bool = True):
-        """Raises InputError for a name that timm does not know or whose features lack the strides 8, 16, 32."""
+    def __init__(
+        self, name: str, channels: int = 256, pretrained: bool = True, strides: list[int] = STRIDES,
+        freeze_stem: bool = False,
+    ):  # fmt: skip
+        """Raises InputError for a name that timm does not know or whose features lack one of the strides."""
         super().__init__()
         self.body = create_body(name)
-        info = self.body.feature_info
-        self.used = [i for i, stride in enumerate(info.reduction()) if stride in (8, 16, 32)]
-        if len(self.used) != 3:
-            raise InputError(f"--backbone {name} has features of strides {info.reduction()}; 8, 16 and 32 are needed")
+        info, self.freeze_stem = self.body.feature_info, freeze_stem
+        wanted = [stride for stride in strides if stride <= 32]
+        self.used = [i for i, stride in enumerate(info.reduction()) if stride in wanted]
+        if len(self.used) != len(wanted):
+            needed = ", ".join(map(str, wanted[:-1])) + f" and {wanted[-1]}"
+            raise InputError(f"--backbone {name} has features of strides {info.reduction()}; {needed} are needed")
         self.channels_last = str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC")
-        self.fpn = FeaturePyramidNetwork(
-            [info.channels()[i] for i in self.used], channels, extra_blocks=LastLevelP6P7(channels, channels)
-        )
+        top = LastLevelP6P7(channels, channels) if 128 in strides else LastLevelMaxPool() if 64 in strides else None
+        self.fpn = FeaturePyramidNetwork([info.channels()[i] for i in self.used], channels, extra_blocks=top)
         config = self.body.pretrained_cfg
         mean, std = config["mean"], config["std"]
         if name.startswith(LITE0):  # the published weights want (x - 127) / 128
@@ -54,6 +60,9 @@ class Backbone(nn.Module):
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
                     module.requires_grad_(False)
+            for name, parameter in self.body.named_parameters():
+                if self.freeze_stem and name.startswith(("conv1.", "bn1.", "layer1.")):
+                    parameter.requires_grad_(False)
         return self
 
     def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:

@@ -48,6 +48,27 @@ class ResizeShortest:
         return resize(sample, (max(1, round(height * factor)), max(1, round(width * factor))))
 
 
+@dataclass
+class ResizeShortestRange:
+    """Short side to a random whole number of [low, high], long side at most high * 1333 / 800, then a flip.
+
+    Source: the multi-scale training of mmdetection (Resize, multiscale_mode="range").
+    """
+
+    low: int
+    high: int
+    flip: float = 0.5
+
+    def __call__(self, sample: Sample) -> Sample:
+        height, width = sample.size
+        short = int(torch.randint(self.low, self.high + 1, ()))
+        factor = min(short / min(height, width), self.high * 1333 / 800 / max(height, width))
+        sample = resize(sample, (max(1, round(height * factor)), max(1, round(width * factor))))
+        if torch.rand(()) < self.flip:
+            sample = apply(sample, F.horizontal_flip)
+        return drop_empty(sample)
+
+
 def apply(sample: Sample, transform) -> Sample:
     """Apply one torchvision v2 functional to image, boxes and masks alike."""
     boxes = tv_tensors.BoundingBoxes(sample.boxes, format="XYXY", canvas_size=sample.size)
