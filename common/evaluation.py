@@ -266,13 +266,21 @@ def _match(boxes: np.ndarray, truth: np.ndarray, group: np.ndarray) -> tuple[np.
     return hit, ignored
 
 
-def format_table(results: dict[str, dict[str, float]]) -> str:
-    """One row per dataset, one column per metric in order of appearance; '-' where there is no such value."""
+def format_table(results: dict[str, dict[str, float]], width: int = 120) -> str:
+    """One row per dataset, one column per metric in order of appearance; '-' where there is no such value.
+
+    The columns beyond `width` letters follow below in a table of their own.
+    """
     metrics = list(dict.fromkeys(name for values in results.values() for name in values))
-    cells = [[f"{row.get(m, math.nan):.3f}".replace("nan", "-") for m in metrics] for row in results.values()]
-    rows = [["dataset", *metrics], *([name, *row] for name, row in zip(results, cells))]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(metrics) + 1)]
-    return "\n".join("  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]) for r in rows)
+    cells = [[m, *(f"{row.get(m, math.nan):.3f}".replace("nan", "-") for row in results.values())] for m in metrics]
+    cells = [[cell.rjust(max(map(len, column))) for cell in column] for column in cells]
+    first = [name.ljust(max(map(len, ["dataset", *results]))) for name in ("dataset", *results)]
+    blocks = [[first]]
+    for column in cells:
+        if sum(len(c[0]) + 2 for c in [*blocks[-1], column]) - 2 > width and len(blocks[-1]) > 1:
+            blocks.append([first])
+        blocks[-1].append(column)
+    return "\n\n".join("\n".join(map("  ".join, zip(*block))) for block in blocks)
 
 
 def to_coco_json(source: Evaluated | Vocabulary, predictions: Predictions, image_ids: list) -> list[dict]:

@@ -43,6 +43,11 @@ def encode_masks(masks: Tensor) -> list[dict]:
     return [{"size": list(map(int, rle["size"])), "counts": rle["counts"].decode()} for rle in rles]
 
 
+def area_of(rle: dict) -> int:
+    """The number of pixels in a compressed RLE."""
+    return int(hotcoco.mask.area(rle))
+
+
 def crop_masks(masks: Tensor, boxes: Tensor, size: int, rows: Tensor | None = None) -> Tensor:
     """(N, H, W) bool -> (R, size, size) bool: what a head of that resolution should predict in boxes (R, 4) xyxy.
 

@@ -1,4 +1,4 @@
-"""Pictures that people look at: boxes on images, grids of them, the similarity of labels across datasets."""
+"""Pictures that people look at: boxes and masks on images, grids of them, the similarity of labels across datasets."""
 
 import colorsys
 import math
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.batch import Batch
 from common.labels import LabelSpace, Vocabulary
+from common.masks import decode_masks
 from common.paths import atomic_path
 
 Color = tuple[int, int, int]
@@ -27,12 +28,18 @@ def color_of(name: str) -> Color:
 
 
 def draw_boxes(
-    image: Tensor, boxes: Tensor, names: list[str], scores: Tensor | None = None, colors: list[Color] | None = None
+    image: Tensor,
+    boxes: Tensor,
+    names: list[str],
+    scores: Tensor | None = None,
+    colors: list[Color] | None = None,
+    masks: Tensor | None = None,
 ) -> Tensor:
     """(3, H, W) uint8 with N boxes and their names -> (3, h, w) uint8.
 
     boxes:  (N, 4) xyxy in pixels of `image`; what lies outside is cut off
     scores: (N,) in 0..1, written behind the names; colors: N RGB triples in 0..255 instead of `color_of(name)`
+    masks:  (N, H, W) bool, laid half-transparent under the lines
 
     Images with a short side below about 480 pixels are enlarged by an integer factor, so h and w may be multiples of
     H and W. Raises ValueError if there are not as many names as boxes.
@@ -40,10 +47,10 @@ def draw_boxes(
     boxes = boxes.detach().float().cpu().reshape(-1, 4)
     if len(names) != len(boxes):
         raise ValueError(f"{len(boxes)} boxes but {len(names)} names")
-    picture = _to_picture(image)
+    colors = [color_of(name) for name in names] if colors is None else colors
+    picture = _to_picture(image if masks is None else _overlay(image, masks, colors))
     factor = max(1, min(round(480 / min(picture.size)), 2000 // max(picture.size)))  # names need such a short side
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    colors = [color_of(name) for name in names] if colors is None else colors
     texts = [f"{n} {s:.2f}" for n, s in zip(names, scores.tolist())] if scores is not None else names
     corners = _inside(boxes * factor, *picture.size)
     draw = ImageDraw.Draw(picture)
@@ -53,6 +60,15 @@ def draw_boxes(
     for box, text, color in zip(corners, texts, colors):
         taken.append(_draw_plate(draw, picture.size, box, text, color, taken))
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def _overlay(image: Tensor, masks: Tensor, colors: list[Color]) -> Tensor:
+    """Half the colour and half the image in each mask, the small masks over the large ones."""
+    image, masks = image.detach().cpu().clone(), masks.cpu()
+    halves = torch.tensor(colors, dtype=torch.uint8).view(-1, 3, 1) // 2
+    for row in masks.sum(dim=(1, 2)).argsort(descending=True).tolist():
+        image[:, masks[row]] = image[:, masks[row]] // 2 + halves[row]
+    return image
 
 
 def _to_picture(image: Tensor) -> Image.Image:
@@ -113,12 +129,15 @@ def save_image(image: Tensor, path: Path | str) -> None:
 
 
 def training_grid(batch: Batch, vocabularies: dict[str, Vocabulary], limit: int = 16) -> Tensor:
-    """What the model is trained on: the first `limit` images of a batch with boxes, names and dataset, (3, h, w)."""
+    """What the model is trained on: the first `limit` images of a batch with all they are labelled with, (3, h, w).
+
+    The names of image labels, which have no boxes, stand in the caption.
+    """
     images, captions = [], []
     for padded, (height, width), sample in zip(batch.images[:limit], batch.sizes, batch.samples):
         names = vocabularies[sample.dataset].names
         labels = [names[label] for label in sample.labels.tolist()]
-        images.append(draw_boxes(padded[:, :height, :width], sample.boxes, labels))
+        images.append(draw_boxes(padded[:, :height, :width], sample.boxes, labels, masks=sample.masks))
         words = [] if sample.image_labels is None else [names[label] for label in sample.image_labels.tolist()]
         captions.append(f"{sample.dataset} {sample.image_id} ({sample.supervision}) {', '.join(words)}")
     return grid(images, math.ceil(math.sqrt(len(images))), captions)
@@ -128,16 +147,21 @@ def prediction_grid(images, targets, predictions, names: Sequence[str], limit: i
     """Ground truth beside prediction for the first `limit` images, (3, h, w) uint8.
 
     images:      sequence of (3, H, W) uint8
-    targets:     for each image `boxes` (N, 4) xyxy in pixels of the image and `labels` (N,), index into `names`
-    predictions: the same with `scores` (N,); the 30 best of an image are shown, from `min_score` on
+    targets:     for each image `boxes` (N, 4) xyxy in pixels of the image, `labels` (N,), index into `names`, and
+                 perhaps `masks` (N, H, W)
+    predictions: the same with `scores` (N,), masks as `segmentations` (N RLEs); the 30 best of an image are shown, from
+                 `min_score` on
     """
     pictures, captions = [], []
     for image, target, found in list(zip(images, targets, predictions))[:limit]:
         best = found["scores"].argsort(descending=True)[: min(30, int((found["scores"] >= min_score).sum()))]
         shown = {field: found[field][best] for field in ("boxes", "labels", "scores")}
+        if "segmentations" in found:
+            shown["masks"] = decode_masks([found["segmentations"][i] for i in best.tolist()], tuple(image.shape[1:]))
         for record in (target, shown):
             labels = [names[label] for label in record["labels"].tolist()]
-            pictures.append(draw_boxes(image, record["boxes"], labels, shown["scores"] if record is shown else None))
+            scores, masks = record.get("scores"), record.get("masks")
+            pictures.append(draw_boxes(image, record["boxes"], labels, scores, masks=masks))
         captions += ["ground truth", f"prediction, score >= {min_score:g}"]
     return grid(pictures, 2 if len(pictures) <= 6 else 4, captions)
 

@@ -481,6 +481,15 @@ def test_table():
     ]
 
 
+def test_wide_table():
+    results = {"a": {f"metric {i}": i / 10 for i in range(10)}, "longer name": {"metric 9": math.nan}}
+    blocks = [block.splitlines() for block in format_table(results, 45).split("\n\n")]
+    assert [len(block) for block in blocks] == [3] * 4
+    assert blocks[0][0] == "dataset      metric 0  metric 1  metric 2"
+    assert blocks[3] == ["dataset      metric 9", "a               0.900", "longer name         -"]
+    assert format_table(results, 5).count("dataset") == 10
+
+
 def test_coco_json():
     vocabulary = Vocabulary("coco", ("cat", "dog"), (17, 18))
     results = to_coco_json(vocabulary, {1: predict((1, 10, 20, 30, 50, 0.5)), 0: predict()}, [5, 139])

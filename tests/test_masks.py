@@ -12,7 +12,11 @@ from conftest import REAL
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from common.masks import crop_masks, decode_masks, encode_masks, paste_masks
+from common.batch import Sample
+from common.inference import draw_predictions, predict_dataset, predict_files
+from common.labels import Vocabulary
+from common.masks import area_of, crop_masks, decode_masks, encode_masks, paste_masks
+from common.visualize import save_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of pycocotools
 PARITY = Path(os.environ.get("CONCORD_PARITY", Path(__file__).resolve().parents[2] / "shared" / "parity"))
@@ -62,6 +66,7 @@ def test_encode_equals_pycocotools():
     masks = torch.rand(5, 33, 47) < torch.tensor([0, 0.1, 0.5, 0.9, 1]).view(5, 1, 1)
     for mask, rle in zip(masks, encode_masks(masks)):
         oracle = pycocotools.mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+        assert area_of(rle) == mask.sum()
         assert rle == {"size": [33, 47], "counts": oracle["counts"].decode()}
     assert torch.equal(decode_masks(json.loads(json.dumps(encode_masks(masks))), (33, 47)), masks)
 
@@ -164,3 +169,53 @@ def test_parity_paste_masks():
     masks = tensors["post0.masks"].bool()
     probabilities, boxes = tensors["det0.masks28"][: len(masks), 0], tensors["post0.boxes"][: len(masks)]
     assert torch.equal(paste_masks(probabilities, boxes, masks.shape[1:]), masks)
+
+
+# ---------------------------------------------------------------------------------------------------------- inference
+
+VOCABULARY = Vocabulary("hand", ("cat", "dog"), (17, 18))
+MASKS = torch.zeros(2, 40, 60, dtype=torch.bool)
+MASKS[0, 5:20, 10:30], MASKS[1, 30:35, 40:55] = True, True
+
+
+class Hand:
+    """Two images with both masks each."""
+
+    name, vocabulary = "hand", VOCABULARY
+
+    def __len__(self):
+        return 2
+
+    def load(self, i):
+        return Sample.unlabelled(torch.full((3, 40, 60), 128, dtype=torch.uint8), "hand", i, i)
+
+
+def detect(batch):
+    """Everything is a cat and a dog; the boxes are not those of the masks."""
+    boxes = torch.tensor([[10.0, 5, 30, 20], [40.0, 30, 59, 39]])
+    found = {"boxes": boxes, "labels": torch.tensor([0, 1]), "scores": torch.tensor([0.9, 0.1]), "masks": MASKS}
+    return [found | {"class_names": ["cat", "dog"], "size": s.original_size} for s in batch.samples]
+
+
+def test_dataset_predictions_keep_rles(tmp_path):
+    predictions = predict_dataset(detect, Hand(), lambda sample: sample, 0, "hand")
+    assert sorted(predictions) == [0, 1] and all("masks" not in found for found in predictions.values())
+    assert torch.equal(decode_masks(predictions[1]["segmentations"], (40, 60)), MASKS)
+    assert predictions[0]["class_names"] == ["cat", "dog"]
+    draw_predictions(Hand(), predictions, tmp_path / "a.png", 0.5)
+    assert (tmp_path / "a.png").is_file()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_file_predictions_have_masks(tmp_path, masked):
+    def predict(batch):
+        return [{k: v for k, v in found.items() if masked or k != "masks"} for found in detect(batch)]
+
+    save_image(Hand().load(0).image, tmp_path / "in.png")
+    predict_files(predict, (str(tmp_path / "in.png"),), VOCABULARY, lambda sample: sample, tmp_path, 0.5)
+    cat, dog = json.loads((tmp_path / "predictions.json").read_text())["annotations"]
+    assert [cat["category_id"], dog["category_id"]] == [17, 18]
+    assert [cat["area"], dog["area"]] == ([300, 75] if masked else [300, 171]) and ("segmentation" in dog) == masked
+    if masked:
+        assert torch.equal(decode_masks([cat["segmentation"], dog["segmentation"]], (40, 60)), MASKS)
+    assert (tmp_path / "in-0.jpg").is_file()

@@ -11,6 +11,7 @@ from PIL import Image
 
 from common.batch import Sample, collate
 from common.labels import LabelSpace, Vocabulary
+from common.masks import encode_masks
 from common.visualize import (
     _closest_labels,
     color_of,
@@ -111,6 +112,40 @@ def test_colors_are_stable_across_processes():
     assert len({color_of(name) for name in Vocabulary.known("coco").names}) > 30
 
 
+def test_masks_are_half_transparent():
+    masks = torch.zeros(2, 500, 600, dtype=torch.bool)
+    masks[0, 210:390, 110:290] = True
+    masks[1, 250:300, 150:200] = True  # within the first: drawn over it, whatever the order
+    image, boxes = gray(), torch.tensor([[100.0, 200.0, 300.0, 400.0], [100.0, 200.0, 300.0, 400.0]])
+    colors = [(200, 0, 0), (0, 0, 200)]
+    for order in ([0, 1], [1, 0]):
+        drawn = draw_boxes(image, boxes, ["cat", "dog"], colors=[colors[i] for i in order], masks=masks[order])
+        assert drawn[:, 350, 250].tolist() == [164, 64, 64] and drawn[:, 275, 175].tolist() == [82, 32, 132]
+        assert drawn[:, 205, 150].tolist() == [128] * 3 and drawn[:, 450, 450].tolist() == [128] * 3
+        assert tuple(drawn[:, 300, 100].tolist()) == colors[order[1]]  # the line of the box is not covered
+    assert (image == 128).all()
+    assert torch.equal(draw_boxes(image, boxes[:0], [], masks=masks[:0]), image)
+
+
+def test_masks_of_small_images_are_enlarged():
+    masks = torch.zeros(1, 32, 40, dtype=torch.bool)
+    masks[0, 24:30, 10:20] = True
+    drawn = draw_boxes(gray(32, 40), torch.tensor([[0.0, 0, 1, 1]]), ["a"], colors=[(0, 0, 0)], masks=masks)
+    assert drawn.shape == (3, 480, 600)
+    assert torch.equal(
+        (drawn[0, 15 * 20 :, 15 * 8 :] == 64), masks[0, 20:, 8:].repeat_interleave(15, 0).repeat_interleave(15, 1)
+    )
+
+
+def test_masks_are_drawn_fast():
+    masks = torch.zeros(30, 2000, 3000, dtype=torch.bool)
+    for i, mask in enumerate(masks):
+        mask[40 * i : 40 * i + 300, 60 * i : 60 * i + 400] = True
+    start = time.monotonic()
+    draw_boxes(gray(2000, 3000), torch.zeros(30, 4), ["a"] * 30, masks=masks)
+    assert time.monotonic() - start < 10  # 1 second alone
+
+
 def test_grid_pads():
     images = [gray(40, 60), gray(50, 30), gray(20, 20)]
     assert grid(images, 2).shape == (3, 2 * 54, 2 * 64)
@@ -147,6 +182,29 @@ def test_training_grid():
     for name, columns in (("one dog", slice(0, 644)), ("two dog", slice(644, None))):
         assert len(where(drawn[:, :532, columns], color_of(name))) > 500
     assert training_grid(collate(samples), vocabularies, limit=1).shape == (3, 480 + 32, 644)
+
+
+def test_training_grid_shows_masks():
+    masks = torch.zeros(1, 480, 480, dtype=torch.bool)
+    masks[0, 100:200, 50:150] = True
+    box, label = torch.tensor([[20.0, 30.0, 200.0, 300.0]]), torch.tensor([0])
+    sample = Sample(gray(480, 480), "one", "instances", 7, 0, (480, 480), box, label, masks)
+    drawn = training_grid(collate([sample]), {"one": Vocabulary("one", ("cat",))})
+    expected = [64 + channel // 2 for channel in color_of("cat")]
+    assert drawn[:, 32 - 4 + 150, 100].tolist() == expected  # below the caption
+
+
+def test_prediction_grid_shows_masks():
+    masks = torch.zeros(3, 480, 480, dtype=torch.bool)
+    masks[0, 300:340, 300:400], masks[1, 350:400, 300:400], masks[2, 410:460, 300:400] = True, True, True
+    box = torch.tensor([[20.0, 30.0, 200.0, 250.0]])
+    target = {"boxes": box, "labels": torch.tensor([0]), "masks": masks[:1]}
+    found = {"boxes": box.repeat(2, 1), "labels": torch.tensor([1, 2]), "scores": torch.tensor([0.1, 0.9])}
+    drawn = prediction_grid([gray(480, 480)], [target], [found | {"segmentations": encode_masks(masks[1:])}], "abc")
+    colors = [[64 + channel // 2 for channel in color_of(name)] for name in "abc"]
+    left, right = drawn[:, 28:, :484], drawn[:, 28:, 484:]
+    assert left[:, 320, 350].tolist() == colors[0] and right[:, 435, 350].tolist() == colors[2]
+    assert right[:, 320, 350].tolist() == right[:, 375, 350].tolist() == [128] * 3  # truth; below the score
 
 
 def test_prediction_grid():
