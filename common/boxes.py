@@ -89,3 +89,11 @@ def soft_nms(boxes: Tensor, scores: Tensor, sigma: float = 0.5, min_score: float
         final.scatter_reduce_(1, row[:, None], best[:, None], "amax")  # a class that has nothing left keeps its scores
         left = (left * decay[row]).scatter_(1, row[:, None], 0)
     return final.T
+
+
+def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU of each box with the one in the same row: (N, 4), (N, 4) -> (N,). A box of negative size overlaps nothing."""
+    low, high = torch.maximum(boxes[:, :2], others[:, :2]), torch.minimum(boxes[:, 2:], others[:, 2:])
+    shared = (high - low).clamp(min=0).prod(1)
+    area, other_area = ((b[:, 2:] - b[:, :2]).prod(1) for b in (boxes, others))
+    return shared / (area + other_area - shared).clamp(min=1e-6)

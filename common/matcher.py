@@ -27,3 +27,21 @@ def sample_fg_bg(matched: Tensor, num: int, fg_fraction: float) -> Tensor:
     num_bg = min(len(bg), num - num_fg)
     fg = fg[torch.randperm(len(fg), device=fg.device)[:num_fg]]
     return torch.cat([fg, bg[torch.randperm(len(bg), device=bg.device)[:num_bg]]])
+
+
+def match_anchors(anchors: Tensor, gt_boxes: Tensor, fg_iou: float, bg_iou: float, low_iou: float) -> Tensor:
+    """(M, 4) anchors, (N, 4) ground truth -> (M,) index of the ground truth, -1: background, -2: neither.
+
+    Foreground overlaps its best ground truth by fg_iou, background none by bg_iou. A ground truth whose best overlap
+    is low_iou or more also takes the anchors that reach it, from whomever had them; of several the last one wins.
+    Source: mmdetection:mmdet/core/bbox/assigners/max_iou_assigner.py.
+    """
+    if len(gt_boxes) == 0:
+        return anchors.new_full((len(anchors),), -1, dtype=torch.long)
+    iou = box_iou(gt_boxes, anchors)  # (N, M)
+    best, index = iou.max(0)  # (M,)
+    matched = torch.where(best >= fg_iou, index, torch.where(best < bg_iou, -1, -2))
+    top = iou.amax(1, keepdim=True)  # (N, 1)
+    number = torch.arange(1, len(iou) + 1, device=iou.device)[:, None]
+    taken = (((iou == top) & (top >= low_iou)) * number).amax(0)  # (M,) 0: by none
+    return torch.where(taken > 0, taken - 1, matched)
