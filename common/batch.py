@@ -23,7 +23,8 @@ class Sample:
     boxes:         (N, 4) float32 xyxy, absolute pixels of `image`
     labels:        (N,) int64, index into the vocabulary of `dataset`
     masks:         (N, H, W) bool, or None
-    image_labels:  (K,) int64, or None
+    image_labels:  (K,) int64, classes that the image shows somewhere, or None
+    captions:      sentences about the image
     """
 
     image: Tensor
@@ -36,6 +37,7 @@ class Sample:
     labels: Tensor
     masks: Tensor | None = None
     image_labels: Tensor | None = None
+    captions: tuple[str, ...] = ()
 
     @classmethod
     def unlabelled(cls, image: Tensor, dataset: str, image_id: int | str, index: int) -> "Sample":
@@ -77,10 +79,11 @@ class Batch:
         return self
 
 
-def collate(samples: list[Sample], divisor: int = 32, square: int = 0) -> Batch:
-    """Pad a list of samples to one batch; `square` > 0 pads to that side so that every batch has one shape."""
-    height = max(square, *(s.size[0] for s in samples))
-    width = max(square, *(s.size[1] for s in samples))
+def collate(samples: list[Sample], divisor: int = 32, square: dict[str, int] | None = None) -> Batch:
+    """Pad a list of samples to one batch; `square` {dataset: side} pads so far that its batches have one shape."""
+    side = max(square[s.dataset] for s in samples) if square else 0
+    height = max(side, *(s.size[0] for s in samples))
+    width = max(side, *(s.size[1] for s in samples))
     height, width = (-(-side // divisor) * divisor for side in (height, width))
     sizes = [s.size for s in samples]
     images = torch.stack([F.pad(s.image, (0, width - w, 0, height - h)) for s, (h, w) in zip(samples, sizes)])

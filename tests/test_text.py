@@ -16,8 +16,8 @@ from common.errors import InputError
 from common.labels import DATA, LabelSpace, Vocabulary
 
 SIZES = {
-    "coco": 80, "lvis": 1203, "o365": 365, "oid": 601, "oid500": 500, "coco_panoptic": 133, "coco_stuff": 171,
-    "ade20k": 150, "cityscapes": 19, "mapillary": 65, "voc": 20,
+    "coco": 80, "coco-base": 65, "lvis": 1203, "o365": 365, "oid": 601, "oid500": 500, "coco_panoptic": 133,
+    "coco_stuff": 171, "ade20k": 150, "cityscapes": 19, "mapillary": 65, "voc": 20,
 }  # fmt: skip
 REAL = Path(os.environ.get("CONCORD_REAL", Path(__file__).resolve().parents[2] / "shared" / "real"))
 DETIC = {

@@ -14,6 +14,7 @@ from common.batch import Sample, Supervision
 from common.datasets.index import Index
 from common.errors import InputError
 from common.labels import Vocabulary
+from common.masks import decode_masks
 
 
 @dataclass
@@ -23,6 +24,8 @@ class Dataset:
     name:      its key in label spaces and results
     metric:    the protocol that scores it
     hierarchy: the class tree of OpenImages; frequency: one of r, c, f per class of LVIS
+    novel:     labels that have no boxes to train on, so that an evaluation can show what was learned without
+    masks:     `load` decodes the instance masks, where there are any
     """
 
     name: str
@@ -33,52 +36,78 @@ class Dataset:
     supervision: Supervision = "boxes"
     hierarchy: dict | None = None
     frequency: str | None = None
+    novel: tuple[int, ...] = ()
+    masks: bool = False
 
     def __len__(self) -> int:
         return len(self.index)
 
     def load(self, i: int, keep_ignored: bool = False) -> Sample:
-        """Image `i` with its boxes, untransformed; crowd and group-of boxes are left out unless asked for."""
-        image = read_image(self.images / self.index.file_names[i])
-        rows = np.arange(self.index.offsets[i], self.index.offsets[i + 1])
+        """Image `i` with its boxes, untransformed; crowd and group-of boxes are left out unless asked for.
+
+        Raises InputError for an image that cannot be decoded, or a mask that is not of its size.
+        """
+        index = self.index
+        image = read_image(self.images / index.file_name(i))
+        rows = np.arange(index.offsets[i], index.offsets[i + 1])
         if not keep_ignored:
-            rows = rows[~self.index.ignore[rows]]
+            rows = rows[~index.ignore[rows]]
         height, width = image.shape[-2:]
-        boxes = torch.from_numpy(self.index.boxes[rows]).view(-1, 4)
-        if self.index.relative:
+        boxes = torch.from_numpy(index.boxes[rows]).view(-1, 4)
+        if index.relative:
             boxes = boxes * boxes.new_tensor([width, height, width, height])
         return Sample(
             image=image,
             dataset=self.name,
             supervision=self.supervision,
-            image_id=self.index.image_ids[i],
+            image_id=index.image_ids[i],
             index=i,
             original_size=(height, width),
             boxes=boxes,
-            labels=torch.from_numpy(self.index.labels[rows].astype(np.int64)),
+            labels=torch.from_numpy(index.labels[rows].astype(np.int64)),
+            masks=self._masks(i, rows, (height, width)) if self.masks and index.segmentations is not None else None,
+            image_labels=None
+            if index.image_labels is None
+            else torch.from_numpy(index.image_labels[index.image_label_rows(i)].astype(np.int64)),
+            captions=index.captions[i] if index.captions else (),
         )
 
+    def _masks(self, i: int, rows: np.ndarray, size: tuple[int, int]) -> Tensor:
+        try:
+            return decode_masks([self.index.segmentations[row] for row in rows], size)
+        except ValueError as error:
+            where = f"{self.index.source}: image '{self.index.file_name(i)}'"
+            raise InputError(f"{where} has {error}; mend or remove the annotation") from None
+
     def image_counts(self) -> np.ndarray:
-        """(C,) number of images of this split that contain each class; crowds do not count."""
-        kept = ~self.index.ignore
-        pairs = np.unique(self.index.image_of[kept] * len(self.vocabulary) + self.index.labels[kept])
+        """(C,) number of images of this split that contain each class, by box or image label; crowds do not count."""
+        images, labels = self.index.positives()
+        pairs = np.unique(images * len(self.vocabulary) + labels)
         return np.bincount(pairs % len(self.vocabulary), minlength=len(self.vocabulary))
 
     def summary(self) -> str:
         """One line for the log: how much there is to learn from."""
-        boxes, crowds = len(self.index.labels), int(self.index.ignore.sum())
-        empty = int((np.diff(self.index.offsets) == 0).sum())
+        index, classes = self.index, len(self.vocabulary)
+        seen = int((self.image_counts() > 0).sum())
+        if index.image_labels is None:
+            crowds, empty = int(index.ignore.sum()), int((np.diff(index.offsets) == 0).sum())
+            return (
+                f"{self.name}: {len(self)} images ({empty} without a box), {len(index.labels)} boxes ({crowds} crowd "
+                f"or group, not trained on), {classes} classes ({seen} with boxes)"
+            )
+        captions = np.array([len(texts) for texts in index.captions]) if index.captions else np.zeros(1, int)
+        bare = int(((np.diff(index.image_label_offsets) == 0) & (captions == 0)).sum())
         return (
-            f"{self.name}: {len(self)} images ({empty} without a box), {boxes} boxes ({crowds} crowd or group, not "
-            f"trained on), {len(self.vocabulary)} classes ({int((self.image_counts() > 0).sum())} with boxes)"
+            f"{self.name}: {len(self)} images ({bare} without label and caption), {len(index.image_labels)} image "
+            f"labels, {captions.sum()} captions, no boxes, {classes} classes ({seen} with images)"
         )
 
     def check_images(self) -> None:
         """Raises InputError naming the first missing image and how many are missing; one directory listing each."""
         listings: dict[str, set[str]] = {}
         missing = []
-        for name in self.index.file_names:
-            folder, _, base = str(name).rpartition("/")
+        for name in map(self.index.file_name, range(len(self))):
+            folder, _, base = name.rpartition("/")
             if folder not in listings:
                 path = self.images / folder
                 listings[folder] = set(os.listdir(path)) if path.is_dir() else set()

@@ -1,5 +1,6 @@
 """COCO-format json: COCO, LVIS, Objects365 and anyone's own file."""
 
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -15,22 +16,28 @@ def read_coco(name: str, annotations: Path, images: Path, metric: str) -> Datase
     """Read a COCO, LVIS or Objects365 json.
 
     Classes are the file's categories in the order of their ids; a dataset with a list in data/vocabularies takes its
-    names from there (Objects365 publishes some misspelt). Raises InputError naming the file, the field and the remedy.
+    names from there (Objects365 publishes some misspelt). Without annotations, the `pos_category_ids` and `captions` of
+    its images are read, as in Detic's files of tagged images. Raises InputError naming the file, the field and the
+    remedy.
     """
     record = read_json(annotations)
+    tagged = is_tagged(record)
+    if tagged:
+        record["annotations"] = []
     for field in ("images", "annotations", "categories"):
         if not isinstance(record.get(field), list):
             raise InputError(f"{annotations}: the list '{field}' is missing; a COCO-format json is needed")
     try:
         vocabulary = read_vocabulary(name, annotations, record["categories"])
         index = read_index(annotations, record, vocabulary)
+        if tagged:
+            index = replace(index, **read_tags(annotations, record["images"], vocabulary))
         by_id = {c["id"]: str(c["frequency"]) for c in record["categories"]} if metric == "lvis" else {}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{annotations}: {what} in an entry; a COCO-format json is needed") from None
-    instances = index.segmentations is not None
+    supervision = "image_labels" if tagged else "boxes" if index.segmentations is None else "instances"
     frequency = "".join(by_id[id] for id in vocabulary.ids) if by_id else None
-    supervision = "instances" if instances else "boxes"
     return Dataset(name, vocabulary, index, images, metric, supervision, frequency=frequency)
 
 
@@ -44,6 +51,36 @@ def read_json(path: Path) -> dict:
     if not isinstance(record, dict):
         raise InputError(f"{path} holds a json {type(record).__name__}; a COCO-format json object is needed")
     return record
+
+
+def is_tagged(record: dict) -> bool:
+    """Whether the file labels whole images: no annotations, but classes or captions of its images."""
+    images = record.get("images")
+    return (
+        not record.get("annotations")
+        and isinstance(images, list)
+        and any(isinstance(image, dict) and image.keys() & {"pos_category_ids", "captions"} for image in images)
+    )
+
+
+def read_tags(path: Path, images: list[dict], vocabulary: Vocabulary) -> dict:
+    """The fields `image_labels`, `image_label_offsets` and `captions` of an Index."""
+    labels, captions = [], []
+    for image in images:
+        ids, texts = image.get("pos_category_ids") or (), image.get("captions") or []
+        for id in ids:
+            if id not in vocabulary.index_of_id:
+                raise InputError(f"{path}: image {image['id']} has the unknown id {id} in pos_category_ids; "
+                                 "list it in 'categories' or remove it")  # fmt: skip
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"{path}: image {image['id']} has captions that are no list of strings; mend them")
+        labels.append(sorted({vocabulary.index_of_id[id] for id in ids}))
+        captions.append(tuple(texts))
+    return {
+        "image_labels": np.array([label for each in labels for label in each], dtype=np.int32),
+        "image_label_offsets": np.cumsum([0, *map(len, labels)], dtype=np.int64),
+        "captions": captions if any(captions) else None,
+    }
 
 
 def read_vocabulary(name: str, path: Path, categories: list[dict]) -> Vocabulary:

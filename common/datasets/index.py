@@ -1,6 +1,8 @@
 """All annotations of one dataset as flat arrays: small, shareable, and enough for every sampler and metric."""
 
-from dataclasses import dataclass, field
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -12,7 +14,7 @@ class Index:
     """I images and A annotations; the annotations of image i are rows offsets[i]:offsets[i + 1].
 
     source:     the annotation file, for messages
-    file_names: (I,) str, relative to the image folder
+    file_names: (I,) bytes, a quarter of the size of str; relative to the image folder; `file_name` decodes them
     image_ids:  (I,) the dataset's own ids, int or str
     sizes:      (I, 2) int32 height, width; 0 where the format does not tell
     offsets:    (I + 1,) int64
@@ -22,11 +24,14 @@ class Index:
     ignore:     (A,) bool: crowd or group-of; never trained on, neither hit nor miss in the metric
     segmentations: A COCO polygons or RLEs, or None
     negatives, not_exhaustive: per image the labels verified absent, and those annotated in part (LVIS, OpenImages)
+    image_labels: (P,) int32 labels of whole images, without boxes; None for box data
+    image_label_offsets: (I + 1,) int64; the image labels of image i are rows offsets[i]:offsets[i + 1]
+    captions:   I tuples of sentences, or None
     """
 
     source: str
     file_names: np.ndarray
-    image_ids: list
+    image_ids: Sequence
     sizes: np.ndarray
     offsets: np.ndarray
     boxes: np.ndarray
@@ -37,6 +42,9 @@ class Index:
     segmentations: list | None = None
     negatives: dict[int, list[int]] = field(default_factory=dict)
     not_exhaustive: dict[int, list[int]] = field(default_factory=dict)
+    image_labels: np.ndarray | None = None
+    image_label_offsets: np.ndarray | None = None
+    captions: list[tuple[str, ...]] | None = None
 
     def __len__(self) -> int:
         return len(self.file_names)
@@ -46,8 +54,34 @@ class Index:
         """(A,) the image of each annotation."""
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
+    def file_name(self, image: int) -> str:
+        return os.fsdecode(bytes(self.file_names[image]))
+
     def rows(self, image: int) -> slice:
         return slice(int(self.offsets[image]), int(self.offsets[image + 1]))
+
+    def image_label_rows(self, image: int) -> slice:
+        return slice(int(self.image_label_offsets[image]), int(self.image_label_offsets[image + 1]))
+
+    def positives(self) -> tuple[np.ndarray, np.ndarray]:
+        """(X,) image and (X,) label of each image label, or of each box that is trained on."""
+        if self.image_labels is not None:
+            return np.repeat(np.arange(len(self)), np.diff(self.image_label_offsets)), self.image_labels
+        return self.image_of[~self.ignore], self.labels[~self.ignore]
+
+    def keep(self, kept: np.ndarray) -> "Index":
+        """The same images with only the annotations where `kept` (A,) bool; what is verified absent stays so."""
+        count = np.concatenate([[0], np.cumsum(kept)])
+        segmentations = self.segmentations
+        return replace(
+            self,
+            offsets=count[self.offsets],
+            boxes=self.boxes[kept],
+            labels=self.labels[kept],
+            areas=self.areas[kept],
+            ignore=self.ignore[kept],
+            segmentations=segmentations and [segmentations[row] for row in np.flatnonzero(kept)],
+        )
 
     @classmethod
     def build(cls, source, file_names, image_ids, sizes, image_of, boxes, labels, areas, ignore, **extra) -> "Index":
@@ -69,8 +103,8 @@ class Index:
         segmentations = extra.pop("segmentations", None)
         return cls(
             source=source,
-            file_names=np.asarray(file_names),
-            image_ids=list(image_ids),
+            file_names=np.array([os.fsencode(name) for name in file_names]),
+            image_ids=image_ids,
             sizes=np.asarray(sizes, dtype=np.int32).reshape(-1, 2),
             offsets=offsets,
             boxes=boxes[order],

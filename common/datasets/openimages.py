@@ -57,7 +57,7 @@ def read_table(path: Path, columns: list[str]):
     header = next(rows, [])
     missing = [c for c in columns if c not in header]
     if missing:
-        raise InputError(f"{path}: column '{missing[0]}' is missing; the official OpenImages csv has it")
+        raise InputError(f"{path}: column '{missing[0]}' is missing; the first line must name {', '.join(columns)}")
     at = [header.index(c) for c in columns]
     for number, row in enumerate(rows, 2):
         if len(row) != len(header):

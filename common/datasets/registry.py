@@ -1,13 +1,20 @@
-"""The known datasets, their folders, and the grammar of --datasets: NAME, NAME:SPLIT, NAME=ANNOTATIONS.json:IMAGES/."""
+"""The known datasets, their folders, and the grammar of --datasets.
+
+NAME, NAME:SPLIT, NAME=ANNOTATIONS.json:IMAGES/ or, for a folder of images per class, NAME=FOLDER/.
+"""
 
 import difflib
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from common.batch import Supervision
 from common.datasets.base import Dataset
+from common.datasets.base_split import coco_base, lvis_base
 from common.datasets.coco import read_coco
+from common.datasets.folder import read_folder
 from common.datasets.openimages import read_openimages
 from common.datasets.tiny import generate
 from common.errors import InputError
@@ -18,12 +25,18 @@ log = logging.getLogger("concord")
 
 @dataclass(frozen=True)
 class Known:
-    """Where a dataset lies under the data root: {split: [(annotations, images), ...]}; the first to exist is read."""
+    """Where a dataset lies under the data root: {split: [(annotations, images), ...]}; the first to exist is read.
+
+    Where `annotations` is a folder, it has a folder of images for each class. Image labels have no split "val".
+    whole, base_split: the dataset whose files these are, and what makes an open-vocabulary split of it
+    """
 
     title: str
     splits: dict[str, list[tuple[str, str]]]
     metric: str = "coco"
-    read: object = read_coco
+    read: Callable[..., Dataset] = read_coco
+    whole: str = ""
+    base_split: Callable[[Dataset, str], Dataset] | None = None
 
 
 def _openimages(train: str) -> list[tuple[str, str]]:
@@ -44,16 +57,21 @@ OPENIMAGES = Known(
     metric="oid",
     read=read_openimages,
 )
+COCO = Known(
+    "COCO 2017 (cocodataset.org)",
+    {s: [(f"coco/annotations/instances_{s}2017.json", f"coco/{s}2017")] for s in ("train", "val")},
+)
+LVIS = Known(
+    "LVIS v1 (lvisdataset.org) beside the COCO images",
+    {s: [(f"lvis/lvis_v1_{s}.json", folder) for folder in ("lvis/images", "coco")] for s in ("train", "val")},
+    metric="lvis",
+)
+IN_L = "imagenet/ImageNet-LVIS"
 KNOWN = {
-    "coco": Known(
-        "COCO 2017 (cocodataset.org)",
-        {s: [(f"coco/annotations/instances_{s}2017.json", f"coco/{s}2017")] for s in ("train", "val")},
-    ),
-    "lvis": Known(
-        "LVIS v1 (lvisdataset.org) beside the COCO images",
-        {s: [(f"lvis/lvis_v1_{s}.json", folder) for folder in ("lvis/images", "coco")] for s in ("train", "val")},
-        metric="lvis",
-    ),
+    "coco": COCO,
+    "coco-base": replace(COCO, whole="coco", base_split=coco_base),
+    "lvis": LVIS,
+    "lvis-base": replace(LVIS, whole="lvis", base_split=lvis_base),
     "o365": Known(
         "Objects365 v2 (objects365.org)",
         {
@@ -67,6 +85,15 @@ KNOWN = {
         "the generated zero-shot set; it exists with --tiny only",
         {"val": [("lineart/annotations/instances_val.json", "lineart/val")]},
     ),
+    "in21k": Known("ImageNet-21K (image-net.org), one folder per class,", {"train": [("imagenet/ImageNet-21K",) * 2]}),
+    "in-l": Known(
+        "the list of Detic's create_imagenetlvis_json.py (or class folders in imagenet/ImageNet-LVIS)",
+        {"train": [("imagenet/annotations/imagenet_lvis_image_info.json", IN_L), (IN_L, IN_L)]},
+    ),
+    "cc": Known(
+        "Conceptual Captions with the tags of Detic's tools/get_cc_tags.py",
+        {"train": [("cc3m/train_image_info_tags.json", "cc3m/training")]},
+    ),
 }
 ALIASES = {"objects365": "o365", "openimages": "oid"}
 
@@ -74,6 +101,7 @@ ALIASES = {"objects365": "o365", "openimages": "oid"}
 def parse_datasets(text: str, split: str) -> list[tuple[str, str, tuple[str, str] | None]]:
     """`a,b:val,my=ann.json:images/` -> [(name, split, (annotations, images) or None)]; `split` where none is named.
 
+    `my=FOLDER/` names a folder of images per class: both are FOLDER.
     Raises InputError for an unknown name (with the nearest ones), an unknown split, a name given twice.
     """
     parsed = []
@@ -81,9 +109,10 @@ def parse_datasets(text: str, split: str) -> list[tuple[str, str, tuple[str, str
         name, custom, paths = entry.partition("=")
         if custom:
             annotations, colon, images = paths.rpartition(":")
-            if not colon:
-                raise InputError(f"--datasets {entry}: write NAME=ANNOTATIONS.json:IMAGE_FOLDER/")
-            parsed.append((name, split, (annotations, images)))
+            if not (annotations if colon else images) or (not colon and images.endswith(".json")):
+                raise InputError(f"--datasets {entry}: write NAME=ANNOTATIONS.json:IMAGE_FOLDER/, or NAME=FOLDER/ "
+                                 "for a folder with one folder of images per class")  # fmt: skip
+            parsed.append((name, split, (annotations or images, images)))
             continue
         name, _, own_split = entry.partition(":")
         name = ALIASES.get(name, name)
@@ -102,9 +131,23 @@ def parse_datasets(text: str, split: str) -> list[tuple[str, str, tuple[str, str
 
 
 def default_eval(text: str) -> str:
-    """What to evaluate after training on `text`: the default split of each known dataset, one's own files as given."""
-    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
-    return ",".join(entry if "=" in entry else entry.split(":")[0] for entry in entries)
+    """What to evaluate after training on `text`: the default split of each known dataset, one's own files as given.
+
+    Image labels cannot be evaluated: in21k and the like are left out, and one's own image folders. "" if none remains.
+    """
+    names = []
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        name, custom, paths = entry.partition("=")
+        name = name.partition(":")[0]
+        if custom and ":" in paths:
+            names.append(entry)
+        elif not custom and not only_image_labels(ALIASES.get(name, name)):
+            names.append(name)
+    return ",".join(names)
+
+
+def only_image_labels(name: str) -> bool:
+    return name in KNOWN and "val" not in KNOWN[name].splits
 
 
 def warn_of_overlap(trained: list[Dataset], evaluated: list[Dataset]) -> None:
@@ -115,20 +158,34 @@ def warn_of_overlap(trained: list[Dataset], evaluated: list[Dataset]) -> None:
             log.warning("%s is evaluated on its TRAINING images: %s", dataset.name, dataset.index.source)
 
 
-def load_datasets(text: str, split: str, data_root: str = "", tiny: int = 0) -> list[Dataset]:
+def load_datasets(
+    text: str,
+    split: str,
+    data_root: str = "",
+    tiny: int = 0,
+    masks: bool = False,
+    accepts: tuple[Supervision, ...] = ("boxes", "instances"),
+) -> list[Dataset]:
     """The datasets that `text` names, in its order.
 
     data_root: where the known datasets lie; else DETECTRON2_DATASETS, else ./data
     tiny:      > 0: the generated stand-ins with images of that side instead of the real datasets
+    masks:     the samples carry instance masks, where the annotations have them
+    accepts:   the kinds of supervision that the method can learn from
 
-    Raises InputError for bad names, nothing under the data root, broken annotations, missing images.
+    Raises InputError for bad names, nothing under the data root, broken annotations, missing images, another kind of
+    supervision.
     """
     datasets = []
     for name, own_split, paths in parse_datasets(text, split):
         root = Path(data_root or os.environ.get("DETECTRON2_DATASETS") or "data")
+        if not paths and only_image_labels(name):
+            refuse_unless("image_labels", accepts, name, split)  # before millions of files are listed
         if tiny and not paths:
-            root = generate(name, cache_dir(), tiny)
-        datasets.append(load_dataset(name, own_split, paths, root))
+            root = generate(KNOWN[name].whole or name, cache_dir(), tiny)
+        dataset = load_dataset(name, own_split, paths, root)
+        refuse_unless(dataset.supervision, accepts, name, split)
+        datasets.append(replace(dataset, masks=masks))
     if not datasets:
         raise InputError(
             f"no dataset named; --datasets or --eval-datasets: {', '.join(KNOWN)}, or NAME=ANNOTATIONS.json:IMAGES/"
@@ -136,11 +193,20 @@ def load_datasets(text: str, split: str, data_root: str = "", tiny: int = 0) -> 
     return datasets
 
 
+def refuse_unless(supervision: Supervision, accepts: tuple[Supervision, ...], name: str, split: str) -> None:
+    if supervision not in accepts:
+        remedy = "leave it out of --datasets" if split == "train" else "name others with --eval-datasets"
+        raise InputError(f"dataset '{name}' has {supervision.replace('_', ' ')} only; this method needs "
+                         f"{' or '.join(accepts).replace('_', ' ')}; {remedy}")  # fmt: skip
+
+
 def load_dataset(name: str, split: str, paths: tuple[str, str] | None, root: Path) -> Dataset:
     """Read the annotations of one dataset and check that all its images exist.
 
     Raises InputError naming the file and the remedy: nothing under `root`, broken annotations, missing images.
     """
+    if paths and paths[0] == paths[1]:
+        return read_folder(name, Path(paths[0]))
     if paths:
         if not Path(paths[0]).is_file():
             raise InputError(f"dataset '{name}': annotations {paths[0]} do not exist; check the path before the colon")
@@ -152,12 +218,15 @@ def load_dataset(name: str, split: str, paths: tuple[str, str] | None, root: Pat
         if not root.is_dir():
             raise InputError(f"data root {root} does not exist; give --data-root or set DETECTRON2_DATASETS")
         places = [(root / a, root / i) for a, i in known.splits[split]]
-        found = [place for place in places if place[0].is_file()]
+        found = [place for place in places if place[0].exists()]
         if not found:
             raise InputError(f"dataset '{name}': {places[0][0]} does not exist; put {known.title} there, "
                              "as data/README.md shows, or give --data-root")  # fmt: skip
         annotations, images = next((place for place in found if place[1].is_dir()), found[0])
-        dataset = known.read(name, annotations, images, known.metric)
+        if annotations.is_dir():
+            return read_folder(name, annotations)  # it lists what exists, so that nothing can be missing
+        dataset = known.read(known.whole or name, annotations, images, known.metric)
+        dataset = known.base_split(dataset, split) if known.base_split else dataset
     if len(dataset) == 0:
         raise InputError(f"{dataset.index.source} lists no images; name another file")
     dataset.check_images()
