@@ -33,7 +33,7 @@ def decode_masks(segmentations: list, size: tuple[int, int]) -> Tensor:
     """N COCO polygons or RLEs -> (N, H, W) bool, size = (H, W). Raises ValueError as `to_rle`."""
     masks = torch.zeros(len(segmentations), *size, dtype=torch.bool)
     for mask, segmentation in zip(masks, segmentations):
-        mask.copy_(torch.from_numpy(hotcoco.mask.decode(to_rle(segmentation, size))))
+        mask.copy_(torch.from_numpy(hotcoco.mask.decode(to_rle(segmentation, size)).view(bool)))
     return masks  # (N, H, W)
 
 
