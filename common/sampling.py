@@ -1,13 +1,15 @@
-"""How datasets are mixed: one endless, seeded stream of images that ranks share and a resumed run re-enters."""
+"""How datasets are mixed: endless, seeded streams of images that ranks share and a resumed run re-enters."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 
 from common.batch import Sample
 from common.datasets.base import Dataset
+from common.errors import InputError
 
 
 class Mixture(torch.utils.data.Dataset):
@@ -59,21 +61,35 @@ def repeat_factors(datasets: list[Dataset], threshold: float) -> np.ndarray:
         frequency = np.maximum(dataset.image_counts(), 1) / total
         of_class = np.maximum(1, np.sqrt(threshold / frequency))  # (C_d,)
         of_image = np.ones(len(dataset))
-        kept = ~dataset.index.ignore
-        np.maximum.at(of_image, dataset.index.image_of[kept], of_class[dataset.index.labels[kept]])
+        images, labels = dataset.index.positives()
+        np.maximum.at(of_image, images, of_class[labels])
         factors.append(of_image)
     return np.concatenate(factors)
+
+
+def endless(epoch: Callable[[int], np.ndarray], start: int, rank: int, world_size: int) -> Iterator[tuple[int, int]]:
+    """Endless stream of (row, draw), `epoch(0)`, `epoch(1)`, ... end to end; `draw` counts the elements of the whole.
+
+    Rank r of w takes every w-th element; `start` elements of the whole stream are skipped, so that a resumed run sees
+    exactly the images that it would have seen.
+    """
+    draw, number = 0, 0
+    while True:
+        rows = epoch(number)
+        for i in range(max(0, start - draw), len(rows)):
+            if (draw + i) % world_size == rank:
+                yield int(rows[i]), draw + i
+        draw, number = draw + len(rows), number + 1
 
 
 class RepeatFactorSampler:
     """Endless stream of (row, draw) over epochs in which image i comes floor(rf_i) or ceil(rf_i) times, shuffled.
 
-    Rank r of w takes every w-th element; `start` elements of the whole stream are skipped, so that a resumed run sees
-    exactly the images that it would have seen.
+    factors: (I,) rf_i, all 1 for a plain shuffle; the other arguments are those of `endless`
     """
 
-    def __init__(self, factors: np.ndarray, seed: int, start: int = 0, rank: int = 0, world_size: int = 1):
-        self.factors, self.seed, self.start, self.rank, self.world_size = factors, seed, start, rank, world_size
+    def __init__(self, factors: np.ndarray, seed: int | tuple, start: int = 0, rank: int = 0, world_size: int = 1):
+        self.factors, self.seed, self.place = factors, seed, (start, rank, world_size)
 
     def epoch(self, number: int) -> np.ndarray:
         """The rows of epoch `number`, a function of the seed alone; fractional parts are decided by a coin."""
@@ -82,13 +98,88 @@ class RepeatFactorSampler:
         return rng.permutation(np.repeat(np.arange(len(self.factors)), repeats))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        draw, epoch = 0, 0
+        return endless(self.epoch, *self.place)
+
+
+class ClassAwareSampler:
+    """Endless stream of (row, draw): a class of any dataset drawn uniformly, then one of its images uniformly.
+
+    Classes without an image are left out, and so are images without a class; the other arguments are those of
+    `endless`. Raises InputError if no image has a class.
+    """
+
+    def __init__(self, datasets: list[Dataset], seed: int, start: int = 0, rank: int = 0, world_size: int = 1):
+        self.seed, self.place, self.total = seed, (start, rank, world_size), sum(len(d) for d in datasets)
+        pairs, first_row, first_label = [], 0, 0
+        for dataset in datasets:
+            images, labels = dataset.index.positives()
+            pairs.append((first_label + labels.astype(np.int64)) * self.total + first_row + images)
+            first_row, first_label = first_row + len(dataset), first_label + len(dataset.vocabulary)
+        pairs = np.unique(np.concatenate(pairs))  # (X,) sorted by class; an image of five dogs is one of the dog's
+        counts = np.bincount(pairs // self.total)
+        self.images, self.counts = pairs % self.total, counts[counts > 0]  # (X,), (C,)
+        self.firsts = np.cumsum(self.counts) - self.counts  # (C,)
+        if not len(pairs):
+            names = ", ".join(d.name for d in datasets)
+            raise InputError(f"no image of {names} has a class, so none can be drawn by class; check the annotations")
+
+    def epoch(self, number: int) -> np.ndarray:
+        """(I,) independent draws."""
+        rng = np.random.default_rng([self.seed, number])
+        classes = rng.integers(len(self.counts), size=self.total)
+        return self.images[self.firsts[classes] + rng.integers(self.counts[classes])]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return endless(self.epoch, *self.place)
+
+
+class RatioBatchSampler:
+    """Endless stream of batches, lists of (row of the Mixture, draw), each of one dataset, the same one on all ranks.
+
+    factors:     per dataset the repeat factors (I_d,) of its images, all 1 for a plain shuffle
+    ratios:      images drawn from each dataset, relative to the others
+    batch_sizes: images per step over all ranks; each rank gets its share, rounded down
+    start:       steps to skip, so that a resumed run sees exactly the batches that it would have seen
+
+    A step goes to dataset d with a probability in proportion to ratio_d / batch_size_d, so that images are drawn in the
+    ratios. Within a dataset they come in epochs, where Detic draws them with replacement; and Detic keeps wide and high
+    images apart, which spares padding only without its large-scale jitter, whose crops fit into one square.
+    Source: facebookresearch/Detic:detic/data/custom_dataset_dataloader.py.
+    Raises InputError for numbers that do not fit the datasets or the ranks.
+    """
+
+    def __init__(
+        self,
+        factors: list[np.ndarray],
+        ratios: Sequence[float],
+        batch_sizes: Sequence[int],
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        for what, values in (("ratios", ratios), ("batch sizes", batch_sizes)):
+            if len(values) != len(factors) or min(values) <= 0:
+                raise InputError(f"{what} {list(values)} for {len(factors)} datasets; give each one above 0")
+        if min(batch_sizes) < world_size:
+            raise InputError(f"a batch of {min(batch_sizes)} images is too small for {world_size} processes")
+        self.factors, self.seed, self.start, self.rank, self.world_size = factors, seed, start, rank, world_size
+        self.sizes = np.array(batch_sizes) // world_size  # (D,) images per rank
+        shares = np.array(ratios) / self.sizes
+        self.edges = np.cumsum(shares / shares.sum())[:-1]  # (D - 1,) where [0, 1] is cut into the datasets' parts
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        rng, count = np.random.default_rng([self.seed, 0]), len(self.factors)
+        skipped = np.bincount(self.edges.searchsorted(rng.random(self.start), "right"), minlength=count)
+        firsts = np.cumsum([0] + [len(f) for f in self.factors])
+        streams = [
+            iter(RepeatFactorSampler(f, (self.seed, d + 1), n * self.world_size, self.rank, self.world_size))
+            for d, (f, n) in enumerate(zip(self.factors, skipped * self.sizes))
+        ]
         while True:
-            rows = self.epoch(epoch)
-            for i in range(max(0, self.start - draw), len(rows)):
-                if (draw + i) % self.world_size == self.rank:
-                    yield int(rows[i]), draw + i
-            draw, epoch = draw + len(rows), epoch + 1
+            d = int(self.edges.searchsorted(rng.random(), "right"))
+            # draws of different datasets must differ too: they decide the augmentation
+            yield [(int(firsts[d]) + row, draw * count + d) for row, draw in islice(streams[d], int(self.sizes[d]))]
 
 
 def shard(length: int, rank: int, world_size: int) -> range:
