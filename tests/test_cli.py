@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import FAST, REAL, REPO
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import scaledet
@@ -234,8 +236,17 @@ def test_bad_weights(fails, own, trained, tmp_path):
     assert "cannot be read" in fails("--predict", "a.jpg", "--weights", broken)
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     assert "other.safetensors" in fails("--predict", "a.jpg", "--weights", tmp_path / "other.safetensors")
+    with safe_open(trained[0] / "weights.safetensors", framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = {key: t for key, t in load_file(trained[0] / "weights.safetensors").items() if key != "text"}
+    save_file(tensors, tmp_path / "textless.safetensors", metadata)
+    assert "no text embeddings" in fails("--predict", "a.jpg", "--weights", tmp_path / "textless.safetensors")
     common = ["--datasets", own(), "--weights", trained[0], "--output", tmp_path / "run", *FAST]
     assert "has the shape" in fails(*common, "--fc-dim", 48)
+    classes = len(json.loads((tmp_path / "ann.json").read_text())["categories"])
+    np.save(tmp_path / "text.npy", np.random.default_rng(0).normal(size=(classes, 24)))
+    line = fails(*common, "--text-encoder", f"my={tmp_path / 'text.npy'}")
+    assert "text embeddings of 384 dimensions, these have 24" in line and "--text-encoder" in line
     assert "missing" in fails(*common, "--cls-bias", 0) or "unknown" in fails(*common, "--cls-bias", 0)
 
 

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import common.cascade
 import scaledet
 from common.batch import Sample, collate
-from common.boxes import decode_boxes
+from common.boxes import decode_boxes, pool_rois
+from common.cascade import BoxStage, Cascade, MaskHead, StageOutput, Targets, loss_box_reg, match_regions
 from common.centernet import CenterNet, CenterNetHead, Grid
 from common.datasets.base import Dataset
 from common.datasets.index import Index
@@ -21,7 +23,7 @@ from common.labels import LabelSpace, Vocabulary
 from common.sampling import RepeatFactorSampler, repeat_factors
 from common.text import embed
 from common.transforms import LargeScaleJitter
-from scaledet import Args, LabelTables, Model, StageOutput, Targets
+from scaledet import Args, LabelTables, Model, TextClassifier
 
 SMALL = Args(
     backbone="resnet18", text_encoder="minilm", channels=64, fc_dim=32, rois_per_image=16, ignore_dup=False, amp="off"
@@ -107,8 +109,9 @@ def test_scaledet_losses_of_background_alone():
     cosine = torch.rand(3, 4).requires_grad_()
     deltas = torch.randn(3, 4).requires_grad_()
     labels = torch.full((3,), -1)
+    targets = [Targets(torch.zeros(3, 4), labels)]
     soft = scaledet.loss_soft_label(cosine, labels, torch.eye(4))
-    box = scaledet.loss_box_reg(deltas, torch.zeros(3, 4), torch.zeros(3, 4), labels, (1, 1, 1, 1))
+    box = loss_box_reg(0, StageOutput([torch.zeros(3, 4)], cosine, deltas, targets))
     hard = scaledet.loss_hard_label(cosine / 0.02, labels, torch.ones(3, 4))
     assert soft == 0 and box == 0
     assert hard.item() == pytest.approx(sum(bce(c / 0.02, False) for c in cosine.flatten().tolist()) / 3, rel=1e-4)
@@ -121,7 +124,7 @@ def test_scaledet_losses_without_regions_are_zero():
     none, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
     assert scaledet.loss_hard_label(none, labels, none) == 0
     assert scaledet.loss_soft_label(none, labels, torch.eye(4)) == 0
-    assert scaledet.loss_box_reg(none, none, none, labels, (1, 1, 1, 1)) == 0
+    assert loss_box_reg(0, StageOutput([none], none, none, [Targets(none, labels)])) == 0
 
 
 def test_scaledet_scale_check_of_hard_and_soft_gradients():
@@ -208,21 +211,27 @@ def test_scaledet_fed_loss_acts_on_the_hard_loss_alone():
     torch.testing.assert_close(losses["loss_soft_stage1"], expected)
 
 
-def test_scaledet_box_regression():
-    boxes, gt_boxes, labels = random_boxes(5), random_boxes(5), torch.tensor([2, -1, 0, -1, 3])
-    deltas, weights = torch.randn(5, 4), (30.0, 20.0, 15.0, 5.0)
-    expected = 0.0
-    for r in (0, 2, 4):
-        x1, y1, x2, y2 = boxes[r].tolist()
-        u1, v1, u2, v2 = gt_boxes[r].tolist()
+def naive_box_reg(output: StageOutput, weights: tuple) -> float:
+    boxes, gt_boxes = torch.cat(output.boxes).tolist(), torch.cat([t.boxes for t in output.targets]).tolist()
+    labels, total = torch.cat([t.labels for t in output.targets]).tolist(), 0.0
+    for (x1, y1, x2, y2), (u1, v1, u2, v2), label, deltas in zip(boxes, gt_boxes, labels, output.deltas.tolist()):
         wanted = (
             ((u1 + u2) / 2 - (x1 + x2) / 2) / (x2 - x1),
             ((v1 + v2) / 2 - (y1 + y2) / 2) / (y2 - y1),
             math.log((u2 - u1) / (x2 - x1)),
             math.log((v2 - v1) / (y2 - y1)),
         )
-        expected += sum(abs(d - w * t) for d, w, t in zip(deltas[r].tolist(), weights, wanted)) / 5
-    assert scaledet.loss_box_reg(deltas, boxes, gt_boxes, labels, weights).item() == pytest.approx(expected, rel=1e-5)
+        total += sum(abs(d - w * t) for d, w, t in zip(deltas, weights, wanted)) if label >= 0 else 0
+    return total / len(boxes)
+
+
+def test_scaledet_box_regression(monkeypatch):
+    monkeypatch.setattr(Cascade, "box_weights", (None, (30.0, 20.0, 15.0, 5.0)))
+    boxes, labels = list(random_boxes(5).split([2, 3])), torch.tensor([2, -1, 0, -1, 3]).split([2, 3])
+    output = StageOutput(boxes, None, torch.randn(5, 4), [Targets(random_boxes(len(x)), x) for x in labels])
+    assert output.labels.tolist() == [2, -1, 0, -1, 3]
+    expected = naive_box_reg(output, (30.0, 20.0, 15.0, 5.0))
+    assert loss_box_reg(1, output).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_scaledet_decoded_boxes():
@@ -237,12 +246,13 @@ def test_scaledet_decoded_boxes():
 
 def stage_output(text, labels: list[int], k: int = 0) -> StageOutput:
     """A stage that saw random regions of two images."""
-    stage = scaledet.CascadeStage(2, 8, text.shape[1], Args.tau, 0.0)
+    stage, classifier = BoxStage(2, 8), TextClassifier(8, text.shape[1], Args.tau, 0.0)
     count, split = len(labels), len(labels) // 2
     parts = (torch.tensor(labels[:split]), torch.tensor(labels[split:]))
     boxes = random_boxes(count).split([split, count - split])
     targets = [Targets(random_boxes(len(x)), x, (0, len(text))) for x in parts]
-    return StageOutput(list(boxes), *stage(torch.randn(count, 2, 7, 7) * (k + 1), text), targets)
+    hidden, deltas = stage(torch.randn(count, 2, 7, 7) * (k + 1))
+    return StageOutput(list(boxes), hidden, deltas, targets, *classifier(hidden, text))
 
 
 @pytest.mark.parametrize("sim_norm", ["minmax", "none"])
@@ -256,10 +266,9 @@ def test_scaledet_total_is_the_weighted_sum_of_every_stage(sim_norm):
     weights = [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
     expected = dict(proposal_losses)
     for k, out in enumerate(outputs):
-        boxes, gt_boxes = torch.cat(out.boxes), torch.cat([t.boxes for t in out.targets])
         expected[f"loss_hard_stage{k}"] = scaledet.loss_hard_label(out.logits, labels, torch.ones(4, 6))
         expected[f"loss_soft_stage{k}"] = 0.7 * scaledet.loss_soft_label(out.cosine, labels, similarity)
-        expected[f"loss_box_reg_stage{k}"] = scaledet.loss_box_reg(out.deltas, boxes, gt_boxes, labels, weights[k])
+        expected[f"loss_box_reg_stage{k}"] = torch.tensor(naive_box_reg(out, weights[k]))
     expected["loss"] = sum(expected.values())
     assert losses.keys() == expected.keys()
     for name, value in expected.items():
@@ -270,9 +279,9 @@ def test_scaledet_without_soft_loss_is_detic_without_federated_mask():
     """z = 50 norm(W f) . norm(T), BCE summed over the classes, mean over the regions (Detic's zero-shot classifier)."""
     args = replace(SMALL, lam=0.0)
     raw_text = torch.randn(7, 5) * 3
-    stage = scaledet.CascadeStage(2, 8, 5, args.tau, args.cls_bias)
+    stage, classifier = BoxStage(2, 8), TextClassifier(8, 5, args.tau, args.cls_bias)
     pooled, labels = torch.randn(4, 2, 7, 7), torch.tensor([6, -1, 2, -1])
-    linear = stage.embedding
+    linear = classifier.embedding
     expected = 0.0
     for r, f in enumerate(stage.box_head(pooled).tolist()):
         v = [sum(w * x for w, x in zip(row, f)) + b for row, b in zip(linear.weight.tolist(), linear.bias.tolist())]
@@ -281,17 +290,19 @@ def test_scaledet_without_soft_loss_is_detic_without_federated_mask():
             expected += bce(50 * dot / math.hypot(*v) / math.hypot(*t), labels[r] == j) / 4
     text = F.normalize(raw_text)
     targets = [Targets(torch.ones(4, 4), labels, (0, 7))]
-    output = StageOutput([random_boxes(4)], *stage(pooled, text), targets)
+    hidden, deltas = stage(pooled)
+    output = StageOutput([random_boxes(4)], hidden, deltas, targets, *classifier(hidden, text))
     losses = scaledet.compute_losses(args, [output], {}, LabelTables.of(args, text, torch.ones(7)))
     assert losses["loss_hard_stage0"].item() == pytest.approx(expected, rel=1e-5)
     assert losses["loss_soft_stage0"] == 0
 
 
 def test_scaledet_class_bias_moves_the_logits_and_not_the_cosine():
-    stage = scaledet.CascadeStage(2, 8, 6, 0.05, -4.6)
-    cosine, logits, _ = stage(torch.randn(3, 2, 7, 7), unit_rows(4))
+    classifier, hidden, text = TextClassifier(8, 6, 0.05, -4.6), torch.randn(3, 8), unit_rows(4)
+    cosine, logits = classifier(hidden, text)
+    torch.testing.assert_close(cosine, F.normalize(F.linear(hidden, *classifier.embedding.parameters())) @ text.T)
     torch.testing.assert_close(logits, cosine / 0.05 - 4.6)
-    assert stage.cls_bias.requires_grad and cosine.abs().max() <= 1
+    assert classifier.cls_bias.requires_grad and cosine.abs().max() <= 1
 
 
 # -- the label space ---------------------------------------------------------------------------------------------------
@@ -311,10 +322,36 @@ def test_scaledet_appending_a_dataset_changes_no_row_before_it():
         torch.testing.assert_close(longer, s)
 
 
+def test_label_space_merges_the_names_that_fold_alike():
+    """In the order of first appearance and spelled as there; the concatenation of the same vocabularies merges none."""
+    vocabularies = [
+        Vocabulary("a", ("Traffic light", "cat", "Cup")),
+        Vocabulary("b", ("dog", "traffic_light", "CAT", "sofa")),
+        Vocabulary("c", ("sofa", "cup ", "zebra", "Dog")),
+    ]
+    merged, plain = LabelSpace(vocabularies, merge=True), LabelSpace(vocabularies)
+    assert merged.names == ("Traffic light", "cat", "Cup", "dog", "sofa", "zebra") and len(merged) == 6
+    rows = {"a": [0, 1, 2], "b": [3, 0, 1, 4], "c": [4, 2, 5, 3]}
+    assert {name: merged.rows(name).tolist() for name in merged.datasets} == rows
+    assert merged.to_global("b", torch.tensor([1, 1, 3])).tolist() == [0, 0, 4]
+    assert merged.to_global("c", torch.tensor([], dtype=torch.long)).tolist() == []
+    assert merged.rows("a").dtype == merged.to_global("a", torch.tensor([2])).dtype == torch.int64
+    assert plain.names == sum((v.names for v in vocabularies), ()) and len(plain) == 11
+    assert plain.rows("b").tolist() == [3, 4, 5, 6] and plain.slice("b") == slice(3, 7)
+    assert plain.to_global("c", torch.tensor([3, 0])).tolist() == [10, 7]
+    with pytest.raises(KeyError):
+        merged.rows("d")
+
+
+def test_label_space_merges_within_a_dataset_too():
+    space = LabelSpace([Vocabulary("a", ("Bat", "bat", "ball"))], merge=True)
+    assert space.names == ("Bat", "ball") and space.rows("a").tolist() == [0, 0, 1]
+
+
 def test_scaledet_ground_truth_is_offset_by_the_dataset():
     space = LabelSpace([Vocabulary("a", ("x", "y", "z")), Vocabulary("b", ("u", "v"))])
     samples = [sample("b", [[1, 2, 20, 30]], [1]), sample("a", [[1, 2, 20, 30]] * 2, [0, 2]), sample("b", [], [])]
-    truth = scaledet.ground_truth_of(collate(samples), space)
+    truth = scaledet.assign_targets(collate(samples), space)
     assert [t.labels.tolist() for t in truth] == [[4], [0, 2], []]
     assert [t.scope for t in truth] == [(3, 5), (0, 3), (3, 5)]
 
@@ -345,8 +382,8 @@ def test_scaledet_shared_label_of_two_datasets_can_be_confident(ignore_dup):
 def test_scaledet_assigned_targets():
     truth = Targets(random_boxes(4), torch.tensor([7, 0, 3, 5]), (0, 9))
     boxes = torch.cat([random_boxes(30), truth.boxes + torch.randn(4, 4) * 3])
-    for threshold in scaledet.Model.ious:
-        kept, targets = scaledet.assign_targets(boxes, truth, threshold, 0)
+    for threshold in Cascade.ious:
+        kept, targets = match_regions(boxes, truth, threshold, 0)
         assert torch.equal(kept, boxes)
         for box, label, target in zip(boxes.tolist(), targets.labels.tolist(), targets.boxes.tolist()):
             overlaps = [iou(box, gt) for gt in truth.boxes.tolist()]
@@ -358,24 +395,24 @@ def test_scaledet_assigned_targets():
 
 def test_scaledet_an_overlap_of_exactly_the_threshold_is_foreground():
     truth = Targets(torch.tensor([[0.0, 0, 4, 4]]), torch.tensor([1]), (0, 2))
-    assert scaledet.assign_targets(torch.tensor([[0.0, 0, 2, 4]]), truth, 0.5, 0)[1].labels.tolist() == [1]
+    assert match_regions(torch.tensor([[0.0, 0, 2, 4]]), truth, 0.5, 0)[1].labels.tolist() == [1]
 
 
 def test_scaledet_first_stage_draws_a_quarter_of_foreground():
     truth = Targets(torch.tensor([[0.0, 0, 50, 50], [100, 100, 150, 150]]), torch.tensor([4, 6]), (0, 9))
     proposals = torch.cat([truth.boxes.repeat(10, 1) + 1, torch.rand(100, 2).repeat(1, 2) + torch.tensor([0, 0, 9, 9])])
-    boxes, targets = scaledet.assign_targets(proposals, truth, 0.6, 32)
+    boxes, targets = match_regions(proposals, truth, 0.6, 32)
     assert len(boxes) == 32 and (targets.labels >= 0).sum() == 8
-    boxes, targets = scaledet.assign_targets(proposals, truth, 0.6, 512)  # there are fewer than 512: all, and the truth
+    boxes, targets = match_regions(proposals, truth, 0.6, 512)  # there are fewer than 512: all, and the truth
     assert len(boxes) == 122 and (targets.labels >= 0).sum() == 22
     assert all((boxes == gt).all(1).any() for gt in truth.boxes)
-    assert (scaledet.assign_targets(proposals, truth, 0.6, 64)[1].labels >= 0).sum() == 16
+    assert (match_regions(proposals, truth, 0.6, 64)[1].labels >= 0).sum() == 16
 
 
 def test_scaledet_image_without_boxes_is_background():
     truth = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), (0, 9))
     for drawn, count in ((0, 40), (16, 16)):
-        boxes, targets = scaledet.assign_targets(random_boxes(40), truth, 0.6, drawn)
+        boxes, targets = match_regions(random_boxes(40), truth, 0.6, drawn)
         assert len(boxes) == len(targets.boxes) == count and (targets.labels == -1).all()
 
 
@@ -411,11 +448,14 @@ class TwoStages(nn.Module):
         super().__init__()
         self.args, self.text = SMALL, torch.zeros(2, 6)
         self.logits, self.objectness, self.boxes = logits, objectness, boxes
-        self.refine = lambda k, output, sizes: [self.boxes] if (k, output) == (1, self.outputs[1]) else None
+        self.cascade = SimpleNamespace(refine=self.refine)
 
     def forward(self, images, sizes):
         self.outputs = [SimpleNamespace(logits=x) for x in self.logits]
         return [self.objectness], self.outputs, {}
+
+    def refine(self, k, output, sizes):
+        return [self.boxes] if (k, output) == (1, self.outputs[1]) else None
 
 
 def test_scaledet_scores_and_boxes_of_predictions():
@@ -440,7 +480,7 @@ def test_scaledet_pooled_level_by_the_size_of_the_box():
     features = [torch.full((2, 1, 1024 // s, 1024 // s), float(s)) for s in (8, 16, 32)]
     sides, strides = [5.0, 100, 223, 225, 447, 449, 1000], [8, 8, 8, 16, 16, 32, 32]
     boxes = torch.tensor([[1.0, 2, 1 + side, 2 + side] for side in sides])
-    pooled = scaledet.pool_rois(features, [8, 16, 32], [boxes, boxes[:2]], 7)
+    pooled = pool_rois(features, [8, 16, 32], [boxes, boxes[:2]], 7)
     assert pooled.shape == (9, 1, 7, 7)
     assert pooled[:, 0, 3, 3].tolist() == pytest.approx(strides + strides[:2])
 
@@ -449,7 +489,7 @@ def test_scaledet_pooled_values_are_those_of_the_pixels_below():
     """On a feature that holds the x of its cells' centres, a bin holds the x of its own centre."""
     ramp = (torch.arange(64.0) * 8 + 4).expand(1, 1, 64, 64)
     box = torch.tensor([[100.0, 90, 240, 230]])
-    pooled = scaledet.pool_rois([ramp], [8], [box], 7)
+    pooled = pool_rois([ramp], [8], [box], 7)
     assert pooled[0, 0, 0].tolist() == pytest.approx([100 + 20 * i + 10 for i in range(7)])
 
 
@@ -530,7 +570,7 @@ def space_and_text():
 
 def train_losses(model, samples, space, text):
     batch = collate(samples)
-    _, outputs, proposal_losses = model.train()(batch.images, batch.sizes, scaledet.ground_truth_of(batch, space))
+    _, outputs, proposal_losses = model.train()(batch.images, batch.sizes, scaledet.assign_targets(batch, space))
     tables = LabelTables.of(model.args, text, torch.ones(len(text)))
     return outputs, scaledet.compute_losses(model.args, outputs, proposal_losses, tables)
 
@@ -580,7 +620,8 @@ def test_scaledet_swapping_the_vocabulary_changes_the_width_alone(space_and_text
     model.set_vocabulary(torch.cat([text[3:4], unit_rows(6, text.shape[1])]))
     (same, after, _) = model(batch.images, batch.sizes)
     assert torch.equal(objectness[0], same[0]) and parameters.keys() == model.state_dict().keys()
-    assert all(torch.equal(p, parameters[name]) for name, p in model.state_dict().items())
+    assert all(torch.equal(p, parameters[name]) for name, p in model.state_dict().items() if name != "text")
+    assert len(model.text) == 7 and torch.equal(parameters["text"], text)
     for old, new in zip(before, after):
         assert torch.equal(old.boxes[0], new.boxes[0]) and torch.equal(old.deltas, new.deltas)
         assert old.logits.shape == (len(objectness[0]), 5) and new.logits.shape == (len(objectness[0]), 7)
@@ -593,7 +634,7 @@ def test_scaledet_later_stages_see_the_refined_boxes_without_gradient(space_and_
     """Decoded with the weights of their stage, clipped to the image, without the empty ones."""
     space, text = space_and_text
     model = Model(SMALL, text, pretrained=False)
-    for stage in model.stages:
+    for stage in model.cascade.stages:
         nn.init.normal_(stage.bbox_pred[2].weight, std=20)
     outputs, _ = train_losses(model, [sample("a", [[8, 8, 40, 40]], [1])], space, text)
     for k, weights in enumerate([(10, 10, 5, 5), (20, 20, 10, 10)]):
@@ -610,11 +651,11 @@ def random_features():
 
 def test_scaledet_each_stage_asks_for_more_overlap(space_and_text):
     model = Model(SMALL, space_and_text[1], pretrained=False)
-    for stage in model.stages:
+    for stage in model.cascade.stages:
         nn.init.zeros_(stage.bbox_pred[2].weight)  # boxes stay where they are
     boxes = torch.tensor([[0.0, 0, 40, 22], [0, 0, 40, 26], [0, 0, 40, 30]])  # IoU 0.55, 0.65, 0.75
     truth = Targets(torch.tensor([[0.0, 0, 40, 40]]), torch.tensor([3]), (2, 5))
-    outputs = model.cascade(random_features(), [boxes], [(64, 64)], [truth])
+    outputs = model.cascade(random_features(), [boxes], [(64, 64)], [truth], 16)
     found = [{int(box[3]) for box, label in zip(o.boxes[0], o.targets[0].labels) if label == 3} for o in outputs]
     assert found == [{26, 30, 40}, {30, 40}, {40}]
     assert all(len(o.boxes[0]) == 4 for o in outputs)
@@ -622,11 +663,16 @@ def test_scaledet_each_stage_asks_for_more_overlap(space_and_text):
 
 def test_scaledet_regions_are_pooled_from_three_levels(space_and_text, monkeypatch):
     model, seen = Model(SMALL, space_and_text[1], pretrained=False).eval(), []
-    cascade = model.cascade
-    monkeypatch.setattr(model, "cascade", lambda features, *rest: seen.extend(features) or cascade(features, *rest))
+
+    def spy(features, strides, *rest):
+        seen.append(([tuple(f.shape) for f in features], list(strides)))
+        return pool_rois(features, strides, *rest)
+
+    monkeypatch.setattr(common.cascade, "pool_rois", spy)
     batch = collate([sample("a", [], [])])
     model(batch.images, batch.sizes)
-    assert [tuple(f.shape) for f in seen] == [(1, 64, 8, 8), (1, 64, 4, 4), (1, 64, 2, 2)]
+    MaskHead(64)(random_features() + [torch.zeros(1, 64, 1, 1)] * 2, [torch.tensor([[3.0, 3, 40, 50]])])
+    assert seen == [([(1, 64, 8, 8), (1, 64, 4, 4), (1, 64, 2, 2)], [8, 16, 32])] * 4
 
 
 def test_scaledet_stages_share_the_gradient_of_the_features(space_and_text):
@@ -635,18 +681,19 @@ def test_scaledet_stages_share_the_gradient_of_the_features(space_and_text):
     features = random_features()
     boxes = [torch.tensor([[3.0, 3, 40, 50]])]
     weight = torch.randn(1, len(text))
-    (first, *_) = model.cascade(features, boxes, [(64, 64)], None)
-    (first.cosine * weight).sum().backward()
-    pooled = scaledet.pool_rois([f.detach().requires_grad_() for f in features], [8, 16, 32], boxes, 7)
-    (gradient,) = torch.autograd.grad((model.stages[0](pooled, text)[0] * weight).sum(), pooled)
+    (first, *_) = model.cascade(features, boxes, [(64, 64)], None, 16)
+    (model.classifiers[0](first.hidden, text)[0] * weight).sum().backward()
+    pooled = pool_rois([f.detach().requires_grad_() for f in features], [8, 16, 32], boxes, 7)
+    hidden, _ = model.cascade.stages[0](pooled)
+    (gradient,) = torch.autograd.grad((model.classifiers[0](hidden, text)[0] * weight).sum(), pooled)
     assert float(features[0].grad.sum()) == pytest.approx(float(gradient.sum()) / 3, rel=1e-3, abs=1e-5)
 
 
 def test_scaledet_settings_of_centernet2(space_and_text):
     """Constants of facebookresearch/Detic:configs/Base-C2_L_R5021k_640b64_4x.yaml."""
     model = Model(SMALL, space_and_text[1], pretrained=False)
-    assert model.ious == (0.6, 0.7, 0.8)
-    assert model.box_weights == ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15))
+    assert model.cascade.ious == (0.6, 0.7, 0.8)
+    assert model.cascade.box_weights == ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15))
     assert model.centernet.strides == [8, 16, 32, 64, 128]
     assert (model.centernet.pre_nms, model.centernet.post_nms) == ((4000, 1000), (2000, 256))
     assert (Args.tau, Args.lam, Args.rois_per_image, Args.repeat_threshold) == (0.02, 1.0, 512, 0.001)

@@ -106,7 +106,7 @@ def test_full_size_training_step(space_and_text, changes):
     frequency = torch.cat([torch.tensor(v.image_counts or [100] * len(v)) for v in space.vocabularies.values()])
     tables = LabelTables.of(args, text, frequency)
     batch = collate([synthetic("lvis", [3, 1202, 3]), synthetic("oid500", [499])])
-    truth = scaledet.ground_truth_of(batch, space)
+    truth = scaledet.assign_targets(batch, space)
     assert truth[0].labels.tolist() == [83, 1282, 83] and truth[1].labels.tolist() == [2147]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4)
     _, outputs, proposal_losses = model(batch.images, batch.sizes, truth)

@@ -4,14 +4,21 @@ CONCORD_PARITY names the folder. Every size, constant and name is read from it, 
 do. `pytest -s` prints the worst relative error of each quantity.
 """
 
-import itertools
-import json
-import os
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
+from parity import (
+    HEAD,
+    Recorded,
+    case,
+    check,
+    check_gradients,
+    check_sets,
+    check_stage,
+    feed_recorded_draws,
+    own_name,
+    report,  # noqa: F401 (a fixture)
+    trained,
+)
 from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms, clip_boxes_to_image
@@ -20,59 +27,10 @@ import common.boxes
 import common.centernet
 import scaledet
 from common.batch import Batch, Sample
-from common.boxes import pool_rois
+from common.cascade import Cascade, MaskHead, Targets
 from common.centernet import CenterNet, CenterNetHead, Grid
 from common.labels import Vocabulary
-
-FOLDER = Path(os.environ.get("CONCORD_PARITY", Path(__file__).resolve().parents[2] / "shared" / "parity"))
-WORST: dict[str, float] = {}
-
-
-def case(name: str):
-    """(tensors, record) of one recorded case; skips where it is absent."""
-    if not (FOLDER / f"{name}.safetensors").is_file():
-        pytest.skip(f"no {name}.safetensors in {FOLDER}; CONCORD_PARITY names the folder of recorded tensors")
-    return load_file(FOLDER / f"{name}.safetensors"), json.loads((FOLDER / f"{name}.json").read_text())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def report():
-    yield
-    for quantity, error in WORST.items():
-        print(f"\n{error:8.1e}  {quantity}", end="")
-
-
-def check(quantity: str, ours, official, tolerance: float = 1e-4, floor: float = 1e-9) -> None:
-    """max |ours - official| within `tolerance` of max |official| (of `floor`, where that is larger)."""
-    ours, official = (torch.as_tensor(x).detach().double() for x in (ours, official))
-    assert ours.shape == official.shape, quantity
-    if official.numel():
-        error = float((ours - official).abs().max() / official.abs().max().clamp(min=floor))
-        WORST[quantity] = max(WORST.get(quantity, 0), error)
-        assert error <= tolerance, f"{quantity}: relative error {error:.1e}"
-
-
-def check_gradients(quantity: str, ours: dict, official: dict) -> None:
-    """Gradients by official name; those that are 0 up to rounding are measured against the others."""
-    floor = 1e-3 * max(float(g.abs().max()) for g in official.values())
-    for name, gradient in official.items():
-        got = torch.zeros_like(gradient) if ours[name].grad is None else ours[name].grad
-        check(quantity, got, gradient, 1e-3, floor)
-
-
-def check_sets(quantity: str, ours: list, official: list, length: float) -> None:
-    """Rows (boxes, scores, classes) as sets: each has its partner, except within rounding of the last score.
-
-    length: pixels that box errors are relative to
-    """
-    last = max(float(ours[1].min()), float(official[1].min())) + 1e-5
-    for (boxes, scores, classes), (others, other_scores, other_classes) in ((ours, official), (official, ours)):
-        box = (boxes[:, None] - others).abs().amax(-1) / length
-        error = torch.maximum(box, (scores[:, None] - other_scores).abs())
-        error = error.masked_fill(classes[:, None] != other_classes, torch.inf).amin(1).masked_fill(scores <= last, 0)
-        WORST[quantity] = max(WORST.get(quantity, 0), float(error.max()))
-        assert error.max() <= 1e-4, f"{quantity}: {int((error > 1e-4).sum())} of {len(error)} have no partner"
-
+from common.masks import crop_masks
 
 # -- CenterNet ---------------------------------------------------------------------------------------------------------
 
@@ -195,115 +153,50 @@ def test_parity_centernet_proposals(variant, monkeypatch):
 
 # -- cascade -----------------------------------------------------------------------------------------------------------
 
-HEAD, LAYERS = "roi_heads.", {"fc1": "box_head.1", "fc2": "box_head.3", "linear": "embedding"}
 
+class RecordedModel(scaledet.Model):
+    """The model on the recorded features and proposals, with the mask head that ScaleDet lacks."""
 
-def own_name(key: str) -> str:
-    """roi_heads.box_predictor.2.cls_score.linear.bias -> stages.2.embedding.bias"""
-    kind, stage, *rest = key.removeprefix(HEAD).split(".")
-    assert kind in ("box_head", "box_predictor")
-    rest = [LAYERS.get(part, part) for part in rest if part != "cls_score"]
-    return ".".join(["stages", stage, *rest])
-
-
-def trained(tensors: dict) -> list[str]:
-    """The recorded names of all that box heads and predictors learn."""
-    names = [key for key in tensors if key.startswith((f"{HEAD}box_head.", f"{HEAD}box_predictor."))]
-    return [name for name in names if not name.endswith("zs_weight")]
-
-
-class Cascade(scaledet.Model):
-    """The model with the recorded features and proposals in the place of backbone and CenterNet."""
-
-    def __init__(self, args, tensors, record):
+    def __init__(self, args, tensors, record, mask_convs):
         nn.Module.__init__(self)
         sizes = record["config"]["image_sizes_hw"]
         self.args = args
-        self.register_buffer("text", text := F.normalize(tensors["zs_weight_raw"]), persistent=False)
-        self.stages = nn.ModuleList(
-            scaledet.CascadeStage(args.channels, args.fc_dim, text.shape[1], args.tau, args.cls_bias) for _ in self.ious
+        self.register_buffer("text", text := F.normalize(tensors["zs_weight_raw"]))
+        self.cascade = Cascade(args.channels, args.fc_dim)
+        self.classifiers = nn.ModuleList(
+            scaledet.TextClassifier(args.fc_dim, text.shape[1], args.tau, args.cls_bias) for _ in self.cascade.stages
         )
-        self.load_state_dict({own_name(key): tensors[key] for key in trained(tensors)})
+        self.mask_head = MaskHead(args.channels, mask_convs)
+        self.load_state_dict({own_name(key): tensors[key] for key in trained(tensors)} | {"text": text})
         self.features = [tensors[f"features.{level}"].requires_grad_() for level in record["config"]["feature_strides"]]
-        self.proposals = [(tensors[f"proposals{i}.boxes"], tensors[f"proposals{i}.scores"]) for i in range(len(sizes))]
+        self.backbone = Recorded(self.features)
+        proposals = [(tensors[f"proposals{i}.boxes"], tensors[f"proposals{i}.scores"]) for i in range(len(sizes))]
+        self.centernet = Recorded((proposals, {}))
         self.sizes = [tuple(size) for size in sizes]
         self.images = torch.zeros(len(sizes), 3, *record["config"]["padded_hw"], dtype=torch.uint8)
-
-    def forward(self, images, sizes, ground_truth=None):
-        boxes, scores = (list(column) for column in zip(*self.proposals))
-        return scores, self.cascade(self.features, boxes, sizes, ground_truth), {}
 
 
 def cascade_case(monkeypatch, **changes):
     tensors, record = case("detic_roi")
     config = {key.rpartition(".")[2]: value for key, value in record["config"].items()}
-    monkeypatch.setattr(scaledet.Model, "ious", config["IOUS"])
-    monkeypatch.setattr(scaledet.Model, "box_weights", config["BBOX_REG_WEIGHTS"])
-    monkeypatch.setattr(scaledet, "STRIDES", list(config["feature_strides"].values()))
+    monkeypatch.setattr(Cascade, "ious", config["IOUS"])
+    monkeypatch.setattr(Cascade, "box_weights", config["BBOX_REG_WEIGHTS"])
+    monkeypatch.setattr(Cascade, "strides", list(config["feature_strides"].values()))
     args = scaledet.Args(
         tau=1 / config["NORM_TEMP"], cls_bias=config["USE_BIAS"], channels=config["feature_channels"],
         fc_dim=config["FC_DIM"], rois_per_image=config["BATCH_SIZE_PER_IMAGE"], lam=0, ignore_dup=False, amp="off",
         **changes,
     )  # fmt: skip
-    return Cascade(args, tensors, record), tensors, record, config
-
-
-def check_stage(variant: str, k: int, output, tensors: dict) -> None:
-    for i, boxes in enumerate(output.boxes):
-        check(f"cascade {variant}: boxes", boxes, tensors[f"{variant}.stage{k}.image{i}.boxes"])
-    official = tensors[f"{variant}.stage{k}.cls_logits"]
-    check(f"cascade {variant}: logits", output.logits, official[:, :-1])
-    bias = tensors.get(f"{HEAD}box_predictor.{k}.cls_score.cls_bias", torch.zeros(1))
-    assert (official[:, -1] == bias).all()  # background has no embedding: nothing is lost with its column
-    check(f"cascade {variant}: box deltas", output.deltas, tensors[f"{variant}.stage{k}.box_deltas"])
-
-
-def mask_loss(features: list, tensors: dict, variant: str, config: dict):
-    """The official mask head, which ScaleDet lacks, as it shares the features' gradients."""
-    count = len(features[0])
-    boxes = [tensors.get(f"{variant}.mask.image{i}.boxes", torch.zeros(0, 4)) for i in range(count)]
-    targets = torch.cat([tensors[f"{variant}.mask.image{i}.targets"] for i in range(count) if len(boxes[i])]).float()
-    prefix = f"{HEAD}mask_head."
-    weights = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-    x = pool_rois(features, list(config["feature_strides"].values()), boxes, targets.shape[-1] // 2)
-    for n in range(1, config["NUM_CONV"] + 1):
-        x = F.conv2d(x, weights[f"mask_fcn{n}.weight"], weights[f"mask_fcn{n}.bias"], padding=1).relu()
-    x = F.conv_transpose2d(x, weights["deconv.weight"], weights["deconv.bias"], stride=2).relu()
-    x = F.conv2d(x, weights["predictor.weight"], weights["predictor.bias"])[:, 0]
-    return config["MASK_WEIGHT"] * F.binary_cross_entropy_with_logits(x, targets)
-
-
-def feed_recorded_draws(monkeypatch, tensors: dict, variant: str) -> None:
-    """Sampled regions come in the recorded order (the budget is not reached: all are drawn), classes as recorded."""
-    images, stages = itertools.count(), itertools.count()
-    assign = scaledet.assign_targets
-
-    def recorded_assign(boxes, truth, iou, sample):
-        boxes, targets = assign(boxes, truth, iou, sample)
-        if sample:
-            wanted = tensors[f"{variant}.sampled{next(images)}.boxes"]
-            assert sorted(boxes.tolist()) == sorted(wanted.tolist())
-            order = (wanted[:, None] - boxes).abs().amax(-1).argmin(1)
-            boxes = boxes[order]
-            targets = scaledet.Targets(targets.boxes[order], targets.labels[order], targets.scope)
-        return boxes, targets
-
-    def recorded_classes(labels, frequency):
-        appeared = tensors[f"{variant}.stage{next(stages)}.fed_appeared"]
-        assert set(labels[labels >= 0].tolist()) <= set(appeared.tolist())
-        return torch.zeros(len(frequency) + 1).index_fill(0, appeared, 1)[:-1]  # the last one is background
-
-    monkeypatch.setattr(scaledet, "assign_targets", recorded_assign)
-    monkeypatch.setattr(scaledet, "sample_federated", recorded_classes)
+    return RecordedModel(args, tensors, record, config["NUM_CONV"]), tensors, record, config
 
 
 @pytest.mark.parametrize("variant", ["train_plain", "train_fed"])
 def test_parity_cascade_training(variant, monkeypatch):
     model, tensors, record, config = cascade_case(monkeypatch, fed_loss=variant == "train_fed")
     num_classes, num_images = len(model.text), len(model.sizes)
-    feed_recorded_draws(monkeypatch, tensors, variant)
+    feed_recorded_draws(monkeypatch, scaledet, tensors, variant)
     truth = [
-        scaledet.Targets(tensors[f"gt{i}.boxes"], tensors[f"gt{i}.classes"], (0, num_classes))
+        Targets(tensors[f"gt{i}.boxes"], tensors[f"gt{i}.classes"], (0, num_classes), tensors[f"gt{i}.masks"] > 0)
         for i in range(num_images)
     ]
     _, outputs, proposal_losses = model.train()(model.images, model.sizes, truth)
@@ -317,14 +210,20 @@ def test_parity_cascade_training(variant, monkeypatch):
             if fg.any():
                 assert torch.equal(targets.boxes[fg], tensors[f"{prefix}.gt_boxes"][fg])
 
+    for i, (boxes, targets) in enumerate(zip(outputs[0].boxes, outputs[0].targets)):
+        fg, prefix = boxes[targets.labels >= 0], f"{variant}.mask.image{i}"
+        check(f"cascade {variant}: boxes with masks", fg, tensors[f"{prefix}.boxes"])
+        wanted = tensors[f"{prefix}.targets"].bool()
+        assert torch.equal(crop_masks(targets.masks, fg, wanted.shape[-1]), wanted)
+
     tables = scaledet.LabelTables.of(model.args, model.text, tensors["freq_image_count"])
     losses = scaledet.compute_losses(model.args, outputs, proposal_losses, tables)
     official = record[variant]["losses"]
-    masks = mask_loss(model.features, tensors, variant, config)
+    masks = config["MASK_WEIGHT"] * model.mask_head.loss(model.features, outputs[0])
     for k in range(len(outputs)):
         check(f"cascade {variant}: classification loss", losses[f"loss_hard_stage{k}"], official[f"loss_cls_stage{k}"])
         check(f"cascade {variant}: box loss", losses[f"loss_box_reg_stage{k}"], official[f"loss_box_reg_stage{k}"])
-    check(f"cascade {variant}: mask loss (head of this test)", masks, official["loss_mask"])
+    check(f"cascade {variant}: mask loss", masks, official["loss_mask"])
     check(f"cascade {variant}: total", losses["loss"] + masks, record[variant]["total"])
 
     (losses["loss"] + masks).backward()
@@ -336,8 +235,11 @@ def test_parity_cascade_training(variant, monkeypatch):
     check_gradients(f"cascade {variant}: gradients of the heads", {key: own[own_name(key)] for key in heads}, heads)
     maps = {key: stored[key] for key in features}
     check_gradients(f"cascade {variant}: gradients of the features", features, maps)
-    norms = {key: norm for key, norm in record[variant]["grad_norms"].items() if not key.startswith("mask_head")}
+    norms = record[variant]["grad_norms"]
     assert {own_name(HEAD + key) for key in norms} == own.keys()
+    assert {name for name in own if name.startswith("mask_head.")} == {
+        own_name(key) for key in heads if key.startswith(f"{HEAD}mask_head.")
+    }
     for key, norm in norms.items():
         check(f"cascade {variant}: gradient norms", own[own_name(HEAD + key)].grad.norm(), norm, 1e-3)
 
@@ -375,4 +277,6 @@ def test_parity_cascade_inference(variant, monkeypatch):
         assert len(detections["scores"]) == record[variant]["num_detections"][i]
         assert (detections["scores"].diff() <= 0).all()
         ours = [detections[key] for key in ("boxes", "scores", "labels")]
+        masks = model.mask_head([f[i : i + 1] for f in model.features], [official["boxes"]]).sigmoid()
+        check(f"cascade {variant}: masks of the final boxes", masks, tensors[f"{variant}.image{i}.masks28"][:, 0])
         check_sets(f"cascade {variant}: detections", ours, list(official.values()), max(model.sizes[i]))

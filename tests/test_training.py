@@ -6,22 +6,20 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from conftest import FAST
+from safetensors.torch import save_file
 from torch import distributed as dist
 from torch import nn
 
 import scaledet
 from common.backbone import Backbone
 from common.batch import collate
+from common.cascade import BoxStage
+from common.checkpoint import load_weights, read_text, rng_states, save_weights
 from common.datasets import load_datasets
+from common.distributed import mean_over_ranks
 from common.errors import InputError
 from common.paths import atomic_path
-from common.training import (
-    check_finite,
-    learning_rate,
-    mean_over_ranks,
-    parse_args,
-    rng_states,
-)
+from common.training import check_finite, learning_rate, parse_args
 from common.transforms import ResizeShortest
 
 
@@ -63,12 +61,51 @@ def test_recipe_of_scaledet(tiny_root, tmp_path, monkeypatch):
 
 
 def test_box_head_starts_as_in_detectron2():
-    stage = scaledet.CascadeStage(64, 128, 16, tau=0.02, cls_bias=0)
+    stage = BoxStage(64, 128)
     for layer in (stage.box_head[1], stage.box_head[3]):
         assert float(layer.weight.detach().std()) * math.sqrt(layer.in_features) == pytest.approx(1.0, rel=0.05)
         assert not layer.bias.any()
     assert float(stage.bbox_pred[2].weight.detach().std()) == pytest.approx(0.001, rel=0.2)
-    assert stage.cls_bias is None
+    assert scaledet.TextClassifier(128, 16, tau=0.02, cls_bias=0).cls_bias is None
+
+
+SMALL = scaledet.Args(backbone="resnet18", channels=64, fc_dim=32)
+
+
+def small_model(text: torch.Tensor) -> scaledet.Model:
+    return scaledet.Model(SMALL, text, pretrained=False)
+
+
+def test_weights_bring_all_but_the_label_space(tmp_path):
+    trained, text = small_model(torch.randn(5, 6)), torch.randn(3, 6)
+    save_weights(tmp_path / "weights.safetensors", trained, {})
+    model = small_model(text)
+    load_weights(tmp_path, model)
+    assert torch.equal(model.text, text)
+    assert torch.equal(read_text(tmp_path), trained.text)  # of a run folder, or of the file itself
+    assert torch.equal(read_text(tmp_path / "weights.safetensors"), trained.text)
+    theirs = trained.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items() if name != "text")
+    assert model.state_dict().keys() == theirs.keys()
+
+
+def test_weights_of_another_text_encoder_are_refused(tmp_path):
+    save_weights(tmp_path / "weights.safetensors", small_model(torch.randn(5, 6)), {})
+    with pytest.raises(InputError, match=r"text embeddings of 6 dimensions, these have 8; use the --text-encoder") as e:
+        load_weights(tmp_path, small_model(torch.randn(5, 8)))
+    assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
+
+
+@pytest.mark.parametrize("text, words", [(None, "'text' is missing"), (torch.full((5, 6), math.nan), "not finite")])
+def test_weights_with_a_damaged_label_space_are_refused(tmp_path, text, words):
+    model = small_model(torch.randn(5, 6))
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "text"}
+    save_file(tensors if text is None else tensors | {"text": text}, tmp_path / "weights.safetensors")
+    with pytest.raises(InputError, match=words):
+        load_weights(tmp_path, model)
+    if text is None:
+        with pytest.raises(InputError, match="no text embeddings"):
+            read_text(tmp_path)
 
 
 def test_flags_win_over_weights_and_presets(tmp_path):
