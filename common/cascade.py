@@ -26,7 +26,7 @@ class Targets:
     labels:       (N,), for regions -1 on background
     scope:        start and stop of the labels of the image's own dataset, where labels are concatenated
     masks:        (N, H, W) bool, or None
-    image_labels: (K,), or None; an image that has them has no boxes
+    image_labels: (K,), or None; an image that has them has no boxes, but may have a caption
     """
 
     boxes: Tensor
@@ -34,11 +34,12 @@ class Targets:
     scope: tuple[int, int] = (0, 0)
     masks: Tensor | None = None
     image_labels: Tensor | None = None
+    caption: str = ""
 
 
 @dataclass
 class StageOutput:
-    """What one stage saw and said of its R regions; `targets` in training on boxes only, `logits` by the method."""
+    """What one stage saw and said of its R regions; `targets` in training, what follows them by the method."""
 
     boxes: list[Tensor]  # B times (Q, 4), the regions
     hidden: Tensor  # (R, fc_dim) output of the box head
@@ -46,6 +47,8 @@ class StageOutput:
     targets: list[Targets]  # B
     cosine: Tensor | None = None  # (R, C)
     logits: Tensor | None = None  # (R, C)
+    ranks: Tensor | None = None  # (R, C), of WSDDN
+    captions: Tensor | None = None  # (R, M), logits of M captions
 
     @property
     def labels(self) -> Tensor:
@@ -71,6 +74,10 @@ def match_regions(boxes: Tensor, truth: Targets, iou: float, sample: int) -> tup
     return boxes, replace(truth, boxes=truth.boxes[index], labels=labels, masks=masks)
 
 
+def mlp(dim: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, out))
+
+
 class BoxStage(nn.Module):
     """Two fully connected layers and class-agnostic box regression."""
 
@@ -82,7 +89,7 @@ class BoxStage(nn.Module):
         for layer in (self.box_head[1], self.box_head[3]):  # detectron2's c2_xavier_fill
             nn.init.kaiming_uniform_(layer.weight, a=1)
             nn.init.zeros_(layer.bias)
-        self.bbox_pred = nn.Sequential(nn.Linear(fc_dim, fc_dim), nn.ReLU(), nn.Linear(fc_dim, 4))
+        self.bbox_pred = mlp(fc_dim, 4)
         nn.init.normal_(self.bbox_pred[2].weight, std=0.001)
         nn.init.zeros_(self.bbox_pred[2].bias)
 
@@ -127,6 +134,40 @@ class Cascade(nn.Module):
         deltas = output.deltas.detach().split([len(b) for b in output.boxes])
         moved = [decode_boxes(b, d, self.box_weights[k]) for b, d in zip(output.boxes, deltas)]
         return [clip_boxes_to_image(b, size) for b, size in zip(moved, sizes)]
+
+
+def sample_federated(labels: Tensor, frequency: Tensor, num: int = 50) -> Tensor:
+    """(C,) 0 or 1: the classes of `labels` (background counts as one), filled up to `num` by draws ~ sqrt(frequency).
+
+    Source: facebookresearch/Detic:detic/modeling/utils.py (get_fed_loss_inds).
+    """
+    chosen = torch.zeros_like(frequency)
+    present = labels.unique()
+    chosen[present[present >= 0]] = 1
+    chance = frequency.sqrt() * (1 - chosen)  # (C,)
+    missing = min(num - len(present), int((chance > 0).sum()))
+    if missing > 0:
+        chosen[torch.multinomial(chance, missing)] = 1
+    return chosen
+
+
+def draw_classifier(targets: list[Targets], frequency: Tensor, num: int) -> Tensor | None:
+    """Detic's dynamic classifier: (K,) the labels of a batch and others up to `num`; None, that is all, for num = 0.
+
+    Others are drawn ~ sqrt(frequency) for boxes, uniformly for image labels; `targets` are rewritten to their places.
+    Source: facebookresearch/Detic:detic/modeling/meta_arch/custom_rcnn.py (_sample_cls_inds).
+    """
+    if not num:
+        return None
+    if targets[0].image_labels is not None:
+        frequency = torch.ones_like(frequency)
+    present = torch.cat([t.labels if t.image_labels is None else t.image_labels for t in targets])
+    drawn = sample_federated(present, frequency, num).nonzero().squeeze(1)  # (K,)
+    place = torch.full_like(frequency, -1, dtype=torch.long).scatter(0, drawn, torch.arange(len(drawn)).to(drawn))
+    for target in targets:
+        target.labels = place[target.labels]
+        target.image_labels = None if target.image_labels is None else place[target.image_labels]
+    return drawn
 
 
 def loss_box_reg(k: int, output: StageOutput) -> Tensor:

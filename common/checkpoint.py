@@ -22,7 +22,11 @@ log = logging.getLogger("concord")
 
 def save_weights(path: Path, model: nn.Module, metadata: dict) -> None:
     """Parameters and persistent buffers as safetensors; `metadata` values are kept as JSON strings."""
-    tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+    save_tensors(path, model.state_dict(), metadata)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
     with atomic_path(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
@@ -56,13 +60,18 @@ def read_metadata(path: str | Path, method: str) -> dict:
 
 
 def read_text(path: str | Path) -> Tensor:
-    """(C, D) text embeddings of the label space that the weights were trained on."""
-    with safe_open(weights_file(path), framework="pt") as opened:
+    """(C, D) text embeddings of the label space that the weights were trained on. Raises InputError if it has none."""
+    file = weights_file(path)
+    with safe_open(file, framework="pt") as opened:
+        if "text" not in opened.keys():  # noqa: SIM118 (not a dict)
+            raise InputError(f"weights {file} hold no text embeddings of the classes they were trained on; train again")
         return opened.get_tensor("text")
 
 
-def load_weights(path: str | Path, model: nn.Module) -> None:
+def load_weights(path: str | Path, model: nn.Module, fresh: str = "") -> None:
     """Load safetensors into `model`, but for its buffer `text`: a model keeps the label space it was made with.
+
+    fresh: prefix of tensors that the file may lack; they stay as they were initialised, with a line in the log
 
     Raises InputError if the file is missing or broken, lacks a tensor, has one too many, or one of another shape, or
     if it was trained with text embeddings of another width.
@@ -73,20 +82,23 @@ def load_weights(path: str | Path, model: nn.Module) -> None:
     except (SafetensorError, OSError) as error:
         raise InputError(f"weights {file} cannot be read ({error}); a .safetensors file is needed") from None
     own = model.state_dict()
-    width, other = own.pop("text").shape[1], tensors.pop("text", torch.empty(0, 0)).shape[1]
-    if width != other:
+    if new := {key: own[key] for key in own.keys() - tensors.keys() if fresh and key.startswith(fresh)}:
+        log.info(f"weights {file}: {len(new)} tensors of '{fresh}' are not in it and start anew")
+        tensors |= new
+    width, other = (state["text"].shape[-1] if "text" in state else None for state in (own, tensors))
+    if width and other and width != other:
         raise InputError(f"weights {file} were trained with text embeddings of {other} dimensions, these have {width}; "
                          "use the --text-encoder they were trained with")  # fmt: skip
     for key in sorted(own.keys() | tensors.keys()):
         if key not in own or key not in tensors:
             side = "unknown to" if key not in own else "missing for"
             raise InputError(f"weights {file}: tensor '{key}' is {side} this model; another --backbone or method?")
-        if own[key].shape != tensors[key].shape:
+        if own[key].shape != tensors[key].shape and key != "text":
             raise InputError(f"weights {file}: tensor '{key}' has the shape {list(tensors[key].shape)}, this model "
-                             f"needs {list(own[key].shape)}; give the flags they were trained with")  # fmt: skip
+                             f"needs {list(own[key].shape)}; give the flags and datasets of its training")  # fmt: skip
         if not torch.isfinite(tensors[key].float()).all():
             raise InputError(f"weights {file}: tensor '{key}' holds values that are not finite; train again")
-    model.load_state_dict(tensors, strict=False)
+    model.load_state_dict(tensors | {key: own[key] for key in own if key == "text"})
 
 
 def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, metadata: dict) -> None:

@@ -69,6 +69,15 @@ def gather_on_main(value) -> list:
     return gathered or []
 
 
+def gather_rows(rows: Tensor) -> Tensor:
+    """(N, ...) of every rank, as many on each, in rank order: (N * world_size, ...). Not differentiable."""
+    if world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
 def amp_context(amp: str, device: torch.device):
     """`auto` is bfloat16 on CUDA and float32 elsewhere; `on` forces bfloat16, `off` float32."""
     enabled = amp == "on" or (amp == "auto" and device.type == "cuda")

@@ -6,7 +6,10 @@ in `_open_images`.
 
 import contextlib
 import io
+import json
+import logging
 import math
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import hotcoco
@@ -17,6 +20,9 @@ from common.datasets.index import Index
 from common.errors import InputError
 from common.labels import Vocabulary
 from common.masks import to_rle
+from common.paths import atomic_path
+
+log = logging.getLogger("concord")
 
 _COCO = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 METRICS = {"coco": _COCO, "lvis": (*_COCO, "APr", "APc", "APf"), "oid": ("AP50",)}
@@ -264,6 +270,14 @@ def _match(boxes: np.ndarray, truth: np.ndarray, group: np.ndarray) -> tuple[np.
             ignored[row] = group[best[row]] and not hit[row]
             taken.add(best[row])
     return hit, ignored
+
+
+def report(results: dict[str, dict[str, float]], folder: Path) -> None:
+    """Write results.json, and the table to the log; on rank 0, which has the results."""
+    if results:
+        with atomic_path(folder / "results.json") as path:
+            path.write_text(json.dumps(results, indent=1))
+        log.info("\n" + format_table(results))
 
 
 def format_table(results: dict[str, dict[str, float]], width: int = 120) -> str:

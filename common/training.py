@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.checkpoint import checkpoints, read_metadata
+from common.convert import converted
 from common.distributed import from_main, rank, world_size
 from common.errors import InputError
 from common.paths import atomic_path
@@ -59,6 +60,8 @@ def parse_args(args_class: type, method: str, tiny: dict, model_fields: list[str
         repeated = vars(default).keys() - {"resume", "output", "eval_only", "predict"}
         args, _ = parse(with_saved(default, read_args(Path(args.resume) / "args.json", method), repeated))
     elif args.weights:
+        if Path(args.weights).is_file() and Path(args.weights).suffix != ".safetensors":
+            args.weights = str(converted(args.weights, method))
         args, _ = parse(with_saved(default, read_metadata(args.weights, method)["args"], model_fields))
     check_numbers(args)
     args.workers = min(args.workers, os.cpu_count() or 1)
@@ -89,6 +92,20 @@ def check_numbers(args) -> None:
         raise InputError(f"--jitter {args.jitter[0]} {args.jitter[1]} must be a range above 0, smaller number first")
     if args.batch_size % (ranks := int(os.environ.get("WORLD_SIZE", 1))):
         raise InputError(f"--batch-size {args.batch_size} is not a multiple of the {ranks} ranks; make it one")
+
+
+def per_dataset(flag: str, text: str, datasets: list, boxes: int, image_labels: int) -> dict[str, int]:
+    """{dataset: value} of a flag like "coco=1,in21k=4"; what it does not name has the default of its supervision.
+
+    Raises InputError for a name that is not among `datasets` and a value that is no number greater than 0.
+    """
+    values = {d.name: image_labels if d.supervision == "image_labels" else boxes for d in datasets}
+    for entry in filter(None, text.split(",")):
+        name, _, value = (part.strip() for part in entry.partition("="))
+        if name not in values or not value.isdecimal() or int(value) == 0:
+            raise InputError(f"{flag} {entry}: write NAME=NUMBER, separated by commas; names: {', '.join(values)}")
+        values[name] = int(value)
+    return values
 
 
 def read_args(path: Path, method: str) -> dict:
@@ -188,8 +205,8 @@ def environment() -> dict[str, str | int]:
 class RunLog:
     """metrics.jsonl, TensorBoard (if installed) and a progress bar with loss, img/s and time left; rank 0 only."""
 
-    def __init__(self, folder: Path, steps: int, batch_size: int, start: int, every: int = 20):
-        self.every, self.batch_size, self.active = every, batch_size, rank() == 0
+    def __init__(self, folder: Path, steps: int, start: int, every: int = 20):
+        self.every, self.active = every, rank() == 0
         if not self.active:
             return
         path = folder / "metrics.jsonl"
@@ -198,19 +215,22 @@ class RunLog:
             temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
         self.file = path.open("a")
         self.board = tensorboard_writer(folder)
-        self.bar = progress_bar("train", steps * batch_size, start * batch_size)
+        self.bar = progress_bar("train", steps, start, "step")
+        self.images, self.since = 0, time.perf_counter()
 
-    def step(self, step: int, losses: dict[str, Tensor], lr: float) -> None:
-        """Count one step; every `every` steps write its losses."""
+    def step(self, step: int, losses: dict[str, Tensor], lr: float, images: int) -> None:
+        """Count one step of so many images; every `every` steps write its losses and the images per second."""
         if not self.active:
             return
-        self.bar.update(self.batch_size)
-        if step % self.every and step != self.bar.total // self.batch_size:
+        self.bar.update()
+        self.images += images
+        if step % self.every and step != self.bar.total:
             return
+        now = time.perf_counter()
+        rate, self.images, self.since = self.images / (now - self.since), 0, now
         values = {name: round(float(value), 6) for name, value in losses.items()}
-        self.bar.set_postfix({"loss": f"{values['loss']:.3f}", "lr": f"{lr:.1e}"}, refresh=False)
-        shown = self.bar.format_dict
-        rate = shown["rate"] or (shown["n"] - shown["initial"]) / max(shown["elapsed"], 1e-9)
+        shown = {"loss": f"{values['loss']:.3f}", "lr": f"{lr:.1e}", "img/s": f"{rate:.1f}"}
+        self.bar.set_postfix(shown, refresh=False)
         self.write({"step": step, **values, "lr": lr, "img_per_s": round(rate, 2)})
 
     def write(self, record: dict) -> None:
@@ -231,10 +251,10 @@ class RunLog:
                 self.board.close()
 
 
-def progress_bar(title: str, total: int, initial: int = 0) -> tqdm:
-    """A bar of images with img/s and time left; alive in a terminal, a line now and then in a log file."""
+def progress_bar(title: str, total: int, initial: int = 0, unit: str = "img") -> tqdm:
+    """A bar with rate and time left; alive in a terminal, a line now and then in a log file."""
     interval = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(desc=title, total=total, initial=initial, unit="img", mininterval=interval, disable=rank() > 0)
+    return tqdm(desc=title, total=total, initial=initial, unit=unit, mininterval=interval, disable=rank() > 0)
 
 
 def tensorboard_writer(folder: Path):

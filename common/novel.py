@@ -1,0 +1,45 @@
+"""Which classes have boxes in training, and the check that novel ones have none."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.datasets.base import Dataset
+from common.errors import InputError
+from common.labels import LabelSpace, Vocabulary, fold
+
+
+def box_frequency(datasets: list[Dataset], label_space: LabelSpace, novel: str = "") -> Tensor:
+    """(C,) how many training images have a box of each class of the joint label space.
+
+    novel: class names, or a .txt file, that no dataset may box, besides those that a base split declares
+
+    Raises InputError for a novel class that has boxes or is unknown, and if no dataset has any box.
+    """
+    declared = {k: d.name for d in datasets for k in label_space.rows(d.name)[list(d.novel)].tolist()}
+    known = {fold(name): k for k, name in enumerate(label_space.names)}
+    for name in Vocabulary.parse(novel).names if novel else ():
+        if fold(name) not in known:
+            raise InputError(f"--novel: '{name}' is no class of the training datasets; mend or remove it")
+        declared[known[fold(name)]] = "--novel"
+    frequency = torch.zeros(len(label_space))
+    for dataset in datasets:
+        if dataset.supervision == "image_labels":
+            continue
+        counts = np.bincount(label_space.rows(dataset.name), dataset.image_counts(), len(label_space))
+        if boxed := [k for k in declared if counts[k]]:
+            name, where = label_space.names[boxed[0]], declared[boxed[0]]
+            raise InputError(f"class '{name}' is novel by {where}, but '{dataset.name}' boxes it in "
+                             f"{counts[boxed[0]]:.0f} images ({len(boxed)} such classes); take out these boxes, the "
+                             "class or the dataset")  # fmt: skip
+        frequency += torch.from_numpy(counts).float()
+    if not frequency.any():
+        raise InputError("the training datasets have image labels only; name one with boxes in --datasets, too")
+    return frequency
+
+
+def base_and_novel(vocabulary: Vocabulary, boxed: list[str]) -> dict[str, np.ndarray]:
+    """{"base": (C,) bool, "novel": (C,) bool}: which classes are among the `boxed` names; {} if all are."""
+    seen = {fold(name) for name in boxed}
+    base = np.array([fold(name) in seen for name in vocabulary.names])
+    return {} if base.all() else {"base": base, "novel": ~base}
