@@ -259,17 +259,32 @@ class Model(nn.Module):
                              "use the --text-encoder it was trained with")  # fmt: skip
         self.text = text.to(self.text)
 
-    def forward(self, images: Tensor, sizes: list[tuple[int, int]], targets: list[Targets] | None = None):
-        """images (B, 3, H, W) uint8 -> objectness per image [(Q,)], a StageOutput per stage, the proposal losses."""
+    def extract(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
+        """images (B, 3, H, W) uint8 -> [P3 .. P7]."""
         with amp_context(self.args.amp, images.device):
             features = self.backbone(self.backbone.normalise(images, sizes))
-        features = [f.float() for f in features]  # P3 .. P7
-        proposals, losses = self.centernet(features, targets and [t.boxes for t in targets])
-        boxes = [b for b, _ in proposals]
-        outputs = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
+        return [f.float() for f in features]
+
+    def forward(self, images: Tensor, sizes: list, targets: list[Targets]):
+        """Training: images (B, 3, H, W) uint8 -> a StageOutput per stage, the losses of proposals."""
+        features = self.extract(images, sizes)
+        proposals, losses = self.centernet(features, [t.boxes for t in targets])
+        outputs = self.cascade(features, [b for b, _ in proposals], sizes, targets, self.args.rois_per_image)
         for output, classifier in zip(outputs, self.classifiers):
-            output.cosine, output.logits = classifier(output.hidden, self.text)
-        return [s for _, s in proposals], outputs, losses
+            output.cosine, output.logits = classifier(output.hidden, self.text)  # (R, C)
+        return outputs, losses
+
+    def detect(self, features: list[Tensor], sizes: list) -> tuple[list[Tensor], list[Tensor]]:
+        """Boxes B times (Q, 4) of the last stage, and scores B times (Q, C).
+
+        s = sqrt(mean over stages of sigmoid(logits) * objectness), as in the official code.
+        """
+        proposals = self.centernet(features)[0]
+        outputs = self.cascade(features, [b for b, _ in proposals], sizes, None, 0)
+        p = [classifier(out.hidden, self.text)[1].sigmoid() for classifier, out in zip(self.classifiers, outputs)]
+        p = torch.stack(p).mean(0).split([len(b) for b, _ in proposals])  # B times (Q, C)
+        boxes = self.cascade.refine(len(outputs) - 1, outputs[-1], sizes)
+        return boxes, [(p * objectness[:, None]).sqrt() for p, (_, objectness) in zip(p, proposals)]
 
 
 # -------------------------------------------------------------------------------------------------------------- Losses
@@ -361,23 +376,18 @@ def predict(model: Model, batch: Batch, vocabulary: Vocabulary) -> list[dict]:
     """Detections per image in pixels of its original size: torchvision's boxes (N, 4), labels (N,), scores (N,).
 
     Also class_names (N names) and size (height, width). The model's text embeddings must be those of `vocabulary`.
-    A score is sqrt(mean over stages of sigmoid(c / tau) * objectness), as in Detic.
     """
     model.eval()
     batch = batch.to(model.text.device)
-    objectness, outputs, _ = model(batch.images, batch.sizes)
-    counts = [len(o) for o in objectness]
-    p = torch.stack([out.logits.sigmoid() for out in outputs]).mean(0).split(counts)  # B times (Q, C)
-    boxes = model.cascade.refine(len(outputs) - 1, outputs[-1], batch.sizes)  # B times (Q, 4)
+    features = model.extract(batch.images, batch.sizes)
     detections = []
-    for i, sample in enumerate(batch.samples):
-        scores = (p[i] * objectness[i][:, None]).sqrt()  # (Q, C)
-        kept_boxes, scores, labels = select_detections(boxes[i], scores, model.args.one_class_per_proposal)
-        (height, width), (h, w) = sample.original_size, batch.sizes[i]
-        kept_boxes = kept_boxes * kept_boxes.new_tensor([width / w, height / h] * 2)
-        found = {"boxes": kept_boxes.cpu(), "labels": labels.cpu(), "scores": scores.cpu()}
+    for i, (boxes, scores) in enumerate(zip(*model.detect(features, batch.sizes))):
+        boxes, scores, labels = select_detections(boxes, scores, model.args.one_class_per_proposal)
+        (height, width), (h, w) = batch.samples[i].original_size, batch.sizes[i]
+        scaled = boxes * boxes.new_tensor([width / w, height / h] * 2)
+        found = {"boxes": scaled.cpu(), "labels": labels.cpu(), "scores": scores.cpu()}
         names = [vocabulary.names[label] for label in found["labels"].tolist()]
-        detections.append(found | {"class_names": names, "size": sample.original_size})
+        detections.append(found | {"class_names": names, "size": (height, width)})
     return detections
 
 
@@ -439,8 +449,8 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, lr, steps, warmup, 1e-4)
 
-        _, outputs, proposal_losses = parallel(batch.images, batch.sizes, assign_targets(batch, label_space))
-        losses = compute_losses(args, outputs, proposal_losses, tables)
+        outputs, losses = parallel(batch.images, batch.sizes, assign_targets(batch, label_space))
+        losses = compute_losses(args, outputs, losses, tables)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         losses = {name: value.detach() for name, value in losses.items()}

@@ -441,18 +441,26 @@ def test_scaledet_selected_detections(one_class):
     assert torch.equal(got_boxes, boxes[[q for _, _, q in expected]])
 
 
-class TwoStages(nn.Module):
-    """Stands in for a Model whose two stages found three regions."""
+class TwoStages(Model):
+    """A Model whose two stages found three regions."""
 
     def __init__(self, logits, objectness, boxes):
-        super().__init__()
+        nn.Module.__init__(self)
         self.args, self.text = SMALL, torch.zeros(2, 6)
-        self.logits, self.objectness, self.boxes = logits, objectness, boxes
-        self.cascade = SimpleNamespace(refine=self.refine)
+        self.centernet = lambda features: ([(boxes, objectness)], {})
+        self.cascade = FoundRegions([SimpleNamespace(hidden=x) for x in logits], boxes)
+        self.classifiers = [lambda hidden, text: (None, hidden)] * 2
 
-    def forward(self, images, sizes):
-        self.outputs = [SimpleNamespace(logits=x) for x in self.logits]
-        return [self.objectness], self.outputs, {}
+    def extract(self, images, sizes):
+        return []
+
+
+class FoundRegions:
+    def __init__(self, outputs, boxes):
+        self.outputs, self.boxes = outputs, boxes
+
+    def __call__(self, *_):
+        return self.outputs
 
     def refine(self, k, output, sizes):
         return [self.boxes] if (k, output) == (1, self.outputs[1]) else None
@@ -570,7 +578,7 @@ def space_and_text():
 
 def train_losses(model, samples, space, text):
     batch = collate(samples)
-    _, outputs, proposal_losses = model.train()(batch.images, batch.sizes, scaledet.assign_targets(batch, space))
+    outputs, proposal_losses = model.train()(batch.images, batch.sizes, scaledet.assign_targets(batch, space))
     tables = LabelTables.of(model.args, text, torch.ones(len(text)))
     return outputs, scaledet.compute_losses(model.args, outputs, proposal_losses, tables)
 
@@ -615,17 +623,17 @@ def test_scaledet_swapping_the_vocabulary_changes_the_width_alone(space_and_text
     _, text = space_and_text
     model = Model(SMALL, text, pretrained=False).eval()
     batch = collate([sample("a", [], [])])
-    (objectness, before, _) = model(batch.images, batch.sizes)
-    parameters = {name: p.clone() for name, p in model.state_dict().items()}
-    model.set_vocabulary(torch.cat([text[3:4], unit_rows(6, text.shape[1])]))
-    (same, after, _) = model(batch.images, batch.sizes)
-    assert torch.equal(objectness[0], same[0]) and parameters.keys() == model.state_dict().keys()
+    with torch.no_grad():
+        features = model.extract(batch.images, batch.sizes)
+        (boxes,), (before,) = model.detect(features, batch.sizes)
+        parameters = {name: p.clone() for name, p in model.state_dict().items()}
+        model.set_vocabulary(torch.cat([text[3:4], unit_rows(6, text.shape[1])]))
+        (same,), (after,) = model.detect(features, batch.sizes)
+    assert torch.equal(boxes, same) and parameters.keys() == model.state_dict().keys()
     assert all(torch.equal(p, parameters[name]) for name, p in model.state_dict().items() if name != "text")
     assert len(model.text) == 7 and torch.equal(parameters["text"], text)
-    for old, new in zip(before, after):
-        assert torch.equal(old.boxes[0], new.boxes[0]) and torch.equal(old.deltas, new.deltas)
-        assert old.logits.shape == (len(objectness[0]), 5) and new.logits.shape == (len(objectness[0]), 7)
-        torch.testing.assert_close(new.cosine[:, 0], old.cosine[:, 3])
+    assert before.shape == (len(boxes), 5) and after.shape == (len(boxes), 7)
+    torch.testing.assert_close(after[:, 0], before[:, 3])
     with pytest.raises(scaledet.InputError, match="7 dimensions"):
         model.set_vocabulary(unit_rows(3, 7))
 
@@ -670,7 +678,7 @@ def test_scaledet_regions_are_pooled_from_three_levels(space_and_text, monkeypat
 
     monkeypatch.setattr(common.cascade, "pool_rois", spy)
     batch = collate([sample("a", [], [])])
-    model(batch.images, batch.sizes)
+    model.detect(model.extract(batch.images, batch.sizes), batch.sizes)
     MaskHead(64)(random_features() + [torch.zeros(1, 64, 1, 1)] * 2, [torch.tensor([[3.0, 3, 40, 50]])])
     assert seen == [([(1, 64, 8, 8), (1, 64, 4, 4), (1, 64, 2, 2)], [8, 16, 32])] * 4
 

@@ -109,7 +109,7 @@ def test_full_size_training_step(space_and_text, changes):
     truth = scaledet.assign_targets(batch, space)
     assert truth[0].labels.tolist() == [83, 1282, 83] and truth[1].labels.tolist() == [2147]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4)
-    _, outputs, proposal_losses = model(batch.images, batch.sizes, truth)
+    outputs, proposal_losses = model(batch.images, batch.sizes, truth)
     assert all(out.logits.shape == (len(out.deltas), 2148) for out in outputs) and len(outputs[0].logits) == 128
     losses = scaledet.compute_losses(args, outputs, proposal_losses, tables)
     assert len(losses) == 3 * 3 + 3 + 1 and all(value.isfinite() for value in losses.values())
