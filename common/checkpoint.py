@@ -68,10 +68,11 @@ def read_text(path: str | Path) -> Tensor:
         return opened.get_tensor("text")
 
 
-def load_weights(path: str | Path, model: nn.Module, fresh: str = "") -> None:
+def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str = "") -> None:
     """Load safetensors into `model`, but for its buffer `text`: a model keeps the label space it was made with.
 
     fresh: prefix of tensors that the file may lack; they stay as they were initialised, with a line in the log
+    only:  prefix of the tensors to load; the others stay as they were initialised, whether the file has them or not
 
     Raises InputError if the file is missing or broken, lacks a tensor, has one too many, or one of another shape, or
     if it was trained with text embeddings of another width.
@@ -82,6 +83,9 @@ def load_weights(path: str | Path, model: nn.Module, fresh: str = "") -> None:
     except (SafetensorError, OSError) as error:
         raise InputError(f"weights {file} cannot be read ({error}); a .safetensors file is needed") from None
     own = model.state_dict()
+    if only:
+        tensors = {key: t for key, t in tensors.items() if key.startswith(only)}
+        tensors |= {key: t for key, t in own.items() if not key.startswith(only)}
     if new := {key: own[key] for key in own.keys() - tensors.keys() if fresh and key.startswith(fresh)}:
         log.info(f"weights {file}: {len(new)} tensors of '{fresh}' are not in it and start anew")
         tensors |= new

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
+from common.backbone import Backbone
 from common.distributed import from_main
 from common.errors import InputError
 from common.paths import hub
@@ -107,6 +108,7 @@ class CLIPResNetC4(nn.Module):
     """
 
     stride = 16
+    normalise = Backbone.normalise
 
     def __init__(self, name: str, pretrained: bool = True):
         super().__init__()
@@ -149,8 +151,7 @@ class CLIPResNetC4(nn.Module):
     def forward(self, images: Tensor, boxes: list[Tensor]) -> Tensor:
         """Normalised images (B, 3, H, W), boxes B times (Q, 4) -> (R, out), not normalised."""
         features = self.trunk(images)
-        boxes = [b.to(features) for b in boxes]
-        pooled = roi_align(features, boxes, self.resolution, 1 / self.stride, aligned=True)  # (R, E / 2, 14, 14)
+        pooled = roi_align(features.float(), boxes, self.resolution, 1 / self.stride, aligned=True)  # (R, E / 2, r, r)
         return self.attnpool(self.layer4(pooled))
 
 

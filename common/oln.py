@@ -1,7 +1,9 @@
-"""OLN's region proposal network (arXiv 2108.06753): how well a box is centred on an object, and not whether it is one.
+"""OLN, object localization network (arXiv 2108.06753): how well a box sits on an object, whatever it is.
 
-Source: zhenyuw16/UniDetector:mmdet/models/dense_heads/oln_rpn_head.py. M counts the anchors of all levels of an image,
-one per cell; tblr are distances to top, bottom, left and right from an anchor's centre in sides of the anchor.
+As UniDetector uses it, with a binary classification beside the two qualities. Source: zhenyuw16/UniDetector, in
+mmdet/models: dense_heads/oln_rpn_head.py, roi_heads/oln_roi_head.py, roi_heads/bbox_heads/convfc_bbox_score_head.py.
+M counts the anchors of all levels of an image, one per cell, R the regions of all images; tblr are distances to top,
+bottom, left and right from an anchor's centre in sides of the anchor.
 """
 
 import torch
@@ -9,10 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import clip_boxes_to_image
 
-from common.boxes import paired_iou
+from common.backbone import Backbone
+from common.boxes import decode_boxes, encode_boxes, paired_iou, pool_rois
+from common.cascade import Targets, match_regions
+from common.distributed import amp_context
 from common.matcher import match_anchors, sample_fg_bg
 
 STRIDES = [4, 8, 16, 32, 64]
+BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
 class RPN(nn.Module):
@@ -107,6 +113,71 @@ class RPN(nn.Module):
         return {"loss_rpn_box": box / count, "loss_rpn_objectness": objectness / count}
 
 
+def two_layers(channels: int, fc_dim: int) -> nn.Sequential:
+    """Pooled features (R, F, 7, 7) -> (R, fc_dim)."""
+    layers = nn.Sequential(
+        nn.Flatten(), nn.Linear(channels * 49, fc_dim), nn.ReLU(), nn.Linear(fc_dim, fc_dim), nn.ReLU()
+    )
+    for layer in (layers[1], layers[3]):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return layers
+
+
+class OLN(nn.Module):
+    """Features P2-P6, region proposal network, and a box head that classifies, moves and rates each region."""
+
+    iou, sampled = 0.5, 512  # of foreground regions; regions per image, a quarter of them foreground
+
+    def __init__(self, backbone: str, channels: int, fc_dim: int, pretrained: bool, amp: str = "off"):
+        super().__init__()
+        self.amp = amp
+        self.backbone = Backbone(backbone, channels, pretrained, STRIDES, freeze_stem=True)
+        self.rpn = RPN(channels)
+        self.box_head = two_layers(channels, fc_dim)
+        self.fc_cls, self.fc_reg, self.fc_iou = (nn.Linear(fc_dim, n) for n in (2, 4, 1))
+        for layer, std in ((self.fc_cls, 0.01), (self.fc_reg, 0.001), (self.fc_iou, 0.01)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def head(self, features: list[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """P2.., boxes B times (Q, 4) -> logits (R, 2) of object and background, deltas (R, 4), IoU logits (R,)."""
+        x = self.box_head(pool_rois(features[:4], STRIDES[:4], boxes, 7))  # (R, fc_dim)
+        return self.fc_cls(x), self.fc_reg(x), self.fc_iou(x).squeeze(1)
+
+    def forward(self, images: Tensor, sizes: list[tuple[int, int]], targets: list[Targets] | None = None):
+        """images (B, 3, H, W) uint8; with targets, whose classes do not matter, the losses; else for each image
+
+        the refined boxes (Q, 4), clipped to it, and three scores (Q,): object, centreness of the anchor, IoU.
+        """
+        with amp_context(self.amp, images.device):
+            features = self.backbone(self.backbone.normalise(images, sizes))
+        features = [f.float() for f in features]
+        proposals, losses = self.rpn(features, sizes, targets and [t.boxes for t in targets])
+        boxes = [b for b, _ in proposals]
+        if targets is not None:
+            matched = [match_regions(b, t, self.iou, self.sampled) for b, t in zip(boxes, targets)]
+            boxes, targets = [m[0] for m in matched], [m[1] for m in matched]
+            return losses | self.losses(self.head(features, boxes), boxes, targets)
+        logits, deltas, iou = self.head(features, boxes)
+        counts = [len(b) for b in boxes]
+        moved = decode_boxes(torch.cat(boxes), deltas, BOX_WEIGHTS).split(counts)
+        moved = [clip_boxes_to_image(b, size) for b, size in zip(moved, sizes)]
+        s_c, s_r2 = logits.softmax(1)[:, 0].split(counts), iou.sigmoid().split(counts)
+        return [(box, c, r1, r2) for box, c, (_, r1), r2 in zip(moved, s_c, proposals, s_r2)]
+
+    def losses(self, outputs: tuple, boxes: list[Tensor], targets: list[Targets]) -> dict[str, Tensor]:
+        """Each over all R regions; `outputs` of `head`."""
+        logits, deltas, iou = outputs
+        boxes, gt_boxes = torch.cat(boxes), torch.cat([t.boxes for t in targets])  # (R, 4)
+        labels = torch.cat([t.labels for t in targets])  # (R,)
+        return {
+            "loss_roi_cls": loss_roi_cls(logits, labels),
+            "loss_roi_box": loss_roi_box(deltas, labels, boxes, gt_boxes),
+            "loss_roi_iou": loss_roi_iou(iou, labels, boxes, gt_boxes),
+        }
+
+
 def decode_tblr(anchors: Tensor, tblr: Tensor) -> Tensor:
     """(M, 4) anchors and distances in anchor sides -> (M, 4) xyxy boxes."""
     centre, side = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
@@ -128,3 +199,21 @@ def loss_rpn_box(anchors: Tensor, tblr: Tensor, gt_boxes: Tensor) -> Tensor:
 def loss_rpn_objectness(logits: Tensor, scores: Tensor) -> Tensor:
     """|sigmoid(logit) - centreness| of the sampled anchors, summed: (S,), (S,); 0 is the score of background."""
     return (logits.sigmoid() - scores).abs().sum()
+
+
+def loss_roi_cls(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of object (column 0) and background: logits (R, 2), labels (R,), -1 on background. Mean."""
+    return F.cross_entropy(logits, (labels < 0).long(), reduction="sum") / max(len(labels), 1)
+
+
+def loss_roi_box(deltas: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
+    """L1 of the foreground's deltas, class-agnostic; sum over foreground / all R regions. Boxes, deltas (R, 4)."""
+    fg = labels >= 0
+    wanted = encode_boxes(boxes[fg], gt_boxes[fg], BOX_WEIGHTS)  # (R_fg, 4)
+    return (deltas[fg] - wanted).abs().sum() / max(len(labels), 1)
+
+
+def loss_roi_iou(logits: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
+    """|sigmoid(logit) - IoU with the ground truth| of the foreground; sum / all R regions. logits, labels (R,)."""
+    fg = labels >= 0
+    return (logits[fg].sigmoid() - paired_iou(boxes[fg], gt_boxes[fg])).abs().sum() / max(len(labels), 1)
