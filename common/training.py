@@ -61,9 +61,11 @@ def parse_args(args_class: type, method: str, tiny: dict, model_fields: list[str
         repeated = vars(default).keys() - {"resume", "output", "eval_only", "predict"}
         args, _ = parse(with_saved(default, read_args(Path(args.resume) / "args.json", method), repeated))
     elif args.weights:
-        if Path(args.weights).is_file() and Path(args.weights).suffix != ".safetensors":
-            args.weights = str(converted(args.weights, method))
-        args, _ = parse(with_saved(default, read_metadata(args.weights, method)["args"], model_fields))
+        weights = args.weights
+        if Path(weights).is_file() and Path(weights).suffix != ".safetensors":
+            weights = str(converted(weights, method))
+        args, _ = parse(with_saved(default, read_metadata(weights, method)["args"], model_fields))
+        args.weights = weights
     check_numbers(args)
     args.workers = min(args.workers, os.cpu_count() or 1)
     return args

@@ -13,8 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional as F
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
+import common.boxes
 import common.cascade
+from common.batch import Batch, Sample
+from common.boxes import select_detections
+from common.cascade import Cascade, MaskHead
+from common.labels import Vocabulary
+from common.masks import crop_masks
 
 FOLDER = Path(os.environ.get("CONCORD_PARITY", Path(__file__).resolve().parents[2] / "shared" / "parity"))
 WORST: dict[str, float] = {}
@@ -142,3 +150,109 @@ def feed_recorded_draws(monkeypatch, method, tensors: dict, variant: str) -> Non
 
     monkeypatch.setattr(common.cascade, "match_regions", recorded_match)
     monkeypatch.setattr(method, "sample_federated", recorded_classes)
+
+
+def recorded_model(monkeypatch, method, **changes):
+    """`method`'s own Model with the recorded weights, on the recorded features and proposals; the recording.
+
+    method: a method file; changes: to its Args. The model also holds the features, images and sizes, and the mask head
+    even where the method has none.
+    """
+    tensors, record = case("detic_roi")
+    config = {key.rpartition(".")[2]: value for key, value in record["config"].items()}
+    monkeypatch.setattr(Cascade, "ious", config["IOUS"])
+    monkeypatch.setattr(Cascade, "box_weights", config["BBOX_REG_WEIGHTS"])
+    monkeypatch.setattr(Cascade, "strides", list(config["feature_strides"].values()))
+    features = [tensors[f"features.{level}"].requires_grad_() for level in config["feature_strides"]]
+    sizes = [tuple(size) for size in config["image_sizes_hw"]]
+    proposals = [(tensors[f"proposals{i}.boxes"], tensors[f"proposals{i}.scores"]) for i in range(len(sizes))]
+    monkeypatch.setattr(method, "Backbone", lambda *_: Recorded(features))
+    monkeypatch.setattr(method, "CenterNet", lambda *_, **__: Recorded((proposals, {})))
+    monkeypatch.setattr(method, "MaskHead", lambda channels: MaskHead(channels, config["NUM_CONV"]), raising=False)
+    args = method.Args(
+        tau=1 / config["NORM_TEMP"], cls_bias=config["USE_BIAS"], channels=config["feature_channels"],
+        fc_dim=config["FC_DIM"], rois_per_image=config["BATCH_SIZE_PER_IMAGE"], amp="off", **changes,
+    )  # fmt: skip
+    text = F.normalize(tensors["zs_weight_raw"])
+    model = method.Model(args, text, pretrained=False)
+    if not hasattr(model, "mask_head"):
+        model.mask_head = MaskHead(args.channels, config["NUM_CONV"])
+    model.load_state_dict({own_name(key): tensors[key] for key in trained(tensors)} | {"text": text})
+    model.features, model.sizes = features, sizes
+    model.images = torch.zeros(len(sizes), 3, *config["padded_hw"], dtype=torch.uint8)
+    return model, tensors, record, config
+
+
+def check_targets(variant: str, outputs: list, tensors: dict, num_classes: int, places: torch.Tensor) -> None:
+    """What supervises the regions. places: (recorded classes + 1,) label of each class, num_classes of background."""
+    for k, output in enumerate(outputs):
+        for i, targets in enumerate(output.targets):
+            prefix = f"{variant}.stage{k}.image{i}"
+            labels = places[tensors[f"{prefix}.gt_classes"]]
+            fg = labels < num_classes
+            assert torch.equal(targets.labels, labels.masked_fill(~fg, -1))
+            if fg.any():
+                assert torch.equal(targets.boxes[fg], tensors[f"{prefix}.gt_boxes"][fg])
+    for i, (boxes, targets) in enumerate(zip(outputs[0].boxes, outputs[0].targets)):
+        fg, prefix = boxes[targets.labels >= 0], f"{variant}.mask.image{i}"
+        check(f"cascade {variant}: boxes with masks", fg, tensors[f"{prefix}.boxes"])
+        wanted = tensors[f"{prefix}.targets"].bool()
+        assert torch.equal(crop_masks(targets.masks, fg, wanted.shape[-1]), wanted)
+
+
+def check_cascade_gradients(variant: str, model, tensors: dict, record: dict) -> None:
+    """After backward(): gradients of heads and features, and their norms, where they were recorded."""
+    own, prefix = dict(model.named_parameters()), f"{variant}.grad."
+    stored = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+    features = dict(zip((f"features.{level}" for level in record["config"]["feature_strides"]), model.features))
+    heads = {key: stored[key] for key in trained(stored)}
+    if heads:
+        ours = {key: own[own_name(key)] for key in heads}
+        check_gradients(f"cascade {variant}: gradients of the heads", ours, heads)
+    maps = {key: stored[key] for key in features}
+    check_gradients(f"cascade {variant}: gradients of the features", features, maps)
+    assert stored.keys() == heads.keys() | maps.keys()
+    norms = record[variant].get("grad_norms", {})
+    assert not norms or {own_name(HEAD + key) for key in norms} == own.keys()
+    for key, norm in norms.items():
+        check(f"cascade {variant}: gradient norms", own[own_name(HEAD + key)].grad.norm(), norm, 1e-3)
+
+
+def check_inference(monkeypatch, method, variant: str) -> None:
+    """`predict` of a method file on what was recorded: stages, boxes, scores, detections, their masks."""
+    one_class = variant == "infer_one_class"
+    model, tensors, record, config = recorded_model(monkeypatch, method, one_class_per_proposal=one_class)
+    config |= {key.rpartition(".")[2]: value for key, value in zip(*[iter(record[variant]["overrides"])] * 2)}
+    assert config.get("ONE_CLASS_PER_PROPOSAL", False) == one_class
+    given = []
+
+    def recording_select(boxes, scores, one_class):
+        given.append((boxes, scores))
+        return select_detections(boxes, scores, one_class, config["SCORE_THRESH_TEST"], config["DETECTIONS_PER_IMAGE"])
+
+    monkeypatch.setattr(method, "select_detections", recording_select)
+    monkeypatch.setattr(common.boxes, "batched_nms", lambda *a: batched_nms(*a[:3], config["NMS_THRESH_TEST"]))
+    samples = [Sample.unlabelled(image[:, :h, :w], "any", 0, 0) for image, (h, w) in zip(model.images, model.sizes)]
+    vocabulary = Vocabulary("any", tuple(map(str, range(len(model.text)))))
+    found = method.predict(model, Batch(model.images, model.sizes, samples), vocabulary)
+    with torch.no_grad():
+        proposals, _ = model.centernet()
+        outputs = model.cascade(model.features, [boxes for boxes, _ in proposals], model.sizes, None, 0)
+        for k, output in enumerate(outputs):
+            output.logits = model.classifiers[k](output.hidden, model.text)[1]
+            check_stage(variant, k, output, tensors)
+    for i, ((boxes, scores), detections) in enumerate(zip(given, found, strict=True)):
+        official = {key: tensors[f"{variant}.image{i}.{key}"] for key in ("boxes", "scores", "classes")}
+        unclipped, all_scores = (tensors[f"{variant}.image{i}.{key}"] for key in ("all_boxes", "all_scores"))
+        check(f"cascade {variant}: final boxes", boxes, clip_boxes_to_image(unclipped, model.sizes[i]))
+        all_scores = all_scores[:, :-1]
+        if one_class:  # recorded after the choice of one class, ours before it
+            assert torch.equal(scores.argmax(1), all_scores.argmax(1))
+            scores, all_scores = scores.amax(1), all_scores.amax(1)
+        check(f"cascade {variant}: scores", scores, all_scores)
+        assert len(detections["scores"]) == record[variant]["num_detections"][i]
+        assert (detections["scores"].diff() <= 0).all()
+        ours = [detections[key] for key in ("boxes", "scores", "labels")]
+        masks = model.mask_head([f[i : i + 1] for f in model.features], [official["boxes"]]).sigmoid()
+        check(f"cascade {variant}: masks of the final boxes", masks, tensors[f"{variant}.image{i}.masks28"][:, 0])
+        check_sets(f"cascade {variant}: detections", ours, list(official.values()), max(model.sizes[i]))

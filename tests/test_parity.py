@@ -7,30 +7,23 @@ do. `pytest -s` prints the worst relative error of each quantity.
 import pytest
 import torch
 from parity import (
-    HEAD,
-    Recorded,
     case,
     check,
+    check_cascade_gradients,
     check_gradients,
+    check_inference,
     check_sets,
     check_stage,
+    check_targets,
     feed_recorded_draws,
-    own_name,
+    recorded_model,
     report,  # noqa: F401 (a fixture)
-    trained,
 )
-from torch import nn
-from torch.nn import functional as F
-from torchvision.ops import batched_nms, clip_boxes_to_image
 
-import common.boxes
 import common.centernet
 import scaledet
-from common.batch import Batch, Sample
-from common.cascade import Cascade, MaskHead, Targets
+from common.cascade import Targets
 from common.centernet import CenterNet, CenterNetHead, Grid
-from common.labels import Vocabulary
-from common.masks import crop_masks
 
 # -- CenterNet ---------------------------------------------------------------------------------------------------------
 
@@ -154,45 +147,11 @@ def test_parity_centernet_proposals(variant, monkeypatch):
 # -- cascade -----------------------------------------------------------------------------------------------------------
 
 
-class RecordedModel(scaledet.Model):
-    """The model on the recorded features and proposals, with the mask head that ScaleDet lacks."""
-
-    def __init__(self, args, tensors, record, mask_convs):
-        nn.Module.__init__(self)
-        sizes = record["config"]["image_sizes_hw"]
-        self.args = args
-        self.register_buffer("text", text := F.normalize(tensors["zs_weight_raw"]))
-        self.cascade = Cascade(args.channels, args.fc_dim)
-        self.classifiers = nn.ModuleList(
-            scaledet.TextClassifier(args.fc_dim, text.shape[1], args.tau, args.cls_bias) for _ in self.cascade.stages
-        )
-        self.mask_head = MaskHead(args.channels, mask_convs)
-        self.load_state_dict({own_name(key): tensors[key] for key in trained(tensors)} | {"text": text})
-        self.features = [tensors[f"features.{level}"].requires_grad_() for level in record["config"]["feature_strides"]]
-        self.backbone = Recorded(self.features)
-        proposals = [(tensors[f"proposals{i}.boxes"], tensors[f"proposals{i}.scores"]) for i in range(len(sizes))]
-        self.centernet = Recorded((proposals, {}))
-        self.sizes = [tuple(size) for size in sizes]
-        self.images = torch.zeros(len(sizes), 3, *record["config"]["padded_hw"], dtype=torch.uint8)
-
-
-def cascade_case(monkeypatch, **changes):
-    tensors, record = case("detic_roi")
-    config = {key.rpartition(".")[2]: value for key, value in record["config"].items()}
-    monkeypatch.setattr(Cascade, "ious", config["IOUS"])
-    monkeypatch.setattr(Cascade, "box_weights", config["BBOX_REG_WEIGHTS"])
-    monkeypatch.setattr(Cascade, "strides", list(config["feature_strides"].values()))
-    args = scaledet.Args(
-        tau=1 / config["NORM_TEMP"], cls_bias=config["USE_BIAS"], channels=config["feature_channels"],
-        fc_dim=config["FC_DIM"], rois_per_image=config["BATCH_SIZE_PER_IMAGE"], lam=0, ignore_dup=False, amp="off",
-        **changes,
-    )  # fmt: skip
-    return RecordedModel(args, tensors, record, config["NUM_CONV"]), tensors, record, config
-
-
 @pytest.mark.parametrize("variant", ["train_plain", "train_fed"])
 def test_parity_cascade_training(variant, monkeypatch):
-    model, tensors, record, config = cascade_case(monkeypatch, fed_loss=variant == "train_fed")
+    model, tensors, record, config = recorded_model(
+        monkeypatch, scaledet, fed_loss=variant == "train_fed", lam=0, ignore_dup=False
+    )
     num_classes, num_images = len(model.text), len(model.sizes)
     feed_recorded_draws(monkeypatch, scaledet, tensors, variant)
     truth = [
@@ -202,20 +161,7 @@ def test_parity_cascade_training(variant, monkeypatch):
     outputs, proposal_losses = model.train()(model.images, model.sizes, truth)
     for k, output in enumerate(outputs):
         check_stage(variant, k, output, tensors)
-        for i, targets in enumerate(output.targets):
-            prefix = f"{variant}.stage{k}.image{i}"
-            classes = tensors[f"{prefix}.gt_classes"]
-            fg = classes < num_classes
-            assert torch.equal(targets.labels, classes.masked_fill(~fg, -1))
-            if fg.any():
-                assert torch.equal(targets.boxes[fg], tensors[f"{prefix}.gt_boxes"][fg])
-
-    for i, (boxes, targets) in enumerate(zip(outputs[0].boxes, outputs[0].targets)):
-        fg, prefix = boxes[targets.labels >= 0], f"{variant}.mask.image{i}"
-        check(f"cascade {variant}: boxes with masks", fg, tensors[f"{prefix}.boxes"])
-        wanted = tensors[f"{prefix}.targets"].bool()
-        assert torch.equal(crop_masks(targets.masks, fg, wanted.shape[-1]), wanted)
-
+    check_targets(variant, outputs, tensors, num_classes, torch.arange(num_classes + 1))
     tables = scaledet.LabelTables.of(model.args, model.text, tensors["freq_image_count"])
     losses = scaledet.compute_losses(model.args, outputs, proposal_losses, tables)
     official = record[variant]["losses"]
@@ -227,57 +173,9 @@ def test_parity_cascade_training(variant, monkeypatch):
     check(f"cascade {variant}: total", losses["loss"] + masks, record[variant]["total"])
 
     (losses["loss"] + masks).backward()
-    own = dict(model.named_parameters())
-    prefix = f"{variant}.grad."
-    stored = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-    features = dict(zip((f"features.{level}" for level in config["feature_strides"]), model.features))
-    heads = {key: stored[key] for key in trained(stored)}
-    check_gradients(f"cascade {variant}: gradients of the heads", {key: own[own_name(key)] for key in heads}, heads)
-    maps = {key: stored[key] for key in features}
-    check_gradients(f"cascade {variant}: gradients of the features", features, maps)
-    norms = record[variant]["grad_norms"]
-    assert {own_name(HEAD + key) for key in norms} == own.keys()
-    assert {name for name in own if name.startswith("mask_head.")} == {
-        own_name(key) for key in heads if key.startswith(f"{HEAD}mask_head.")
-    }
-    for key, norm in norms.items():
-        check(f"cascade {variant}: gradient norms", own[own_name(HEAD + key)].grad.norm(), norm, 1e-3)
+    check_cascade_gradients(variant, model, tensors, record)
 
 
 @pytest.mark.parametrize("variant", ["infer", "infer_one_class"])
 def test_parity_cascade_inference(variant, monkeypatch):
-    model, tensors, record, config = cascade_case(monkeypatch, one_class_per_proposal=variant == "infer_one_class")
-    config |= {key.rpartition(".")[2]: value for key, value in zip(*[iter(record[variant]["overrides"])] * 2)}
-    assert config.get("ONE_CLASS_PER_PROPOSAL", False) == model.args.one_class_per_proposal
-    given, select = [], scaledet.select_detections
-
-    def recording_select(boxes, scores, one_class):
-        given.append((boxes, scores))
-        return select(boxes, scores, one_class, config["SCORE_THRESH_TEST"], config["DETECTIONS_PER_IMAGE"])
-
-    monkeypatch.setattr(scaledet, "select_detections", recording_select)
-    monkeypatch.setattr(common.boxes, "batched_nms", lambda *a: batched_nms(*a[:3], config["NMS_THRESH_TEST"]))
-    samples = [Sample.unlabelled(image[:, :h, :w], "any", 0, 0) for image, (h, w) in zip(model.images, model.sizes)]
-    vocabulary = Vocabulary("any", tuple(map(str, range(len(model.text)))))
-    found = scaledet.predict(model, Batch(model.images, model.sizes, samples), vocabulary)
-    with torch.no_grad():
-        proposals, _ = model.centernet()
-        outputs = model.cascade(model.features, [boxes for boxes, _ in proposals], model.sizes, None, 0)
-        for k, output in enumerate(outputs):
-            output.logits = model.classifiers[k](output.hidden, model.text)[1]
-            check_stage(variant, k, output, tensors)
-    for i, ((boxes, scores), detections) in enumerate(zip(given, found)):
-        official = {key: tensors[f"{variant}.image{i}.{key}"] for key in ("boxes", "scores", "classes")}
-        unclipped, all_scores = (tensors[f"{variant}.image{i}.{key}"] for key in ("all_boxes", "all_scores"))
-        check(f"cascade {variant}: final boxes", boxes, clip_boxes_to_image(unclipped, model.sizes[i]))
-        all_scores = all_scores[:, :-1]
-        if model.args.one_class_per_proposal:  # recorded after the choice of one class, ours before it
-            assert torch.equal(scores.argmax(1), all_scores.argmax(1))
-            scores, all_scores = scores.amax(1), all_scores.amax(1)
-        check(f"cascade {variant}: scores", scores, all_scores)
-        assert len(detections["scores"]) == record[variant]["num_detections"][i]
-        assert (detections["scores"].diff() <= 0).all()
-        ours = [detections[key] for key in ("boxes", "scores", "labels")]
-        masks = model.mask_head([f[i : i + 1] for f in model.features], [official["boxes"]]).sigmoid()
-        check(f"cascade {variant}: masks of the final boxes", masks, tensors[f"{variant}.image{i}.masks28"][:, 0])
-        check_sets(f"cascade {variant}: detections", ours, list(official.values()), max(model.sizes[i]))
+    check_inference(monkeypatch, scaledet, variant)

@@ -1,0 +1,267 @@
+"""Detic against tensors recorded from the official implementation: its image-label losses, its heads, the whole model.
+
+CONCORD_PARITY names the folder. Every size, constant and name is read from it. `pytest -s` prints the worst relative
+error of each quantity.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from parity import (
+    case,
+    check,
+    check_cascade_gradients,
+    check_inference,
+    check_sets,
+    check_stage,
+    check_targets,
+    feed_recorded_draws,
+    recorded_model,
+    report,  # noqa: F401 (a fixture)
+)
+from torch.nn import functional as F
+from torchvision.ops import clip_boxes_to_image
+
+import common.cascade
+import detic
+from common.batch import Sample, collate
+from common.boxes import select_detections
+from common.cascade import Targets, draw_classifier
+from common.masks import decode_masks
+from common.training import parse_args
+
+# -- losses of image labels --------------------------------------------------------------------------------------------
+# Neither max_size_softmax nor train_softmax: detic.py has no softmax over classes, as no released model does.
+
+
+def image_label_case(suffix: str = ""):
+    """Leaves of logits and ranks, bags of images, labels, tensors, record; suffix: another recording of the logits."""
+    tensors, record = case("detic_image_labels")
+    config, logits = record["config"], tensors[f"{suffix}cls_logits"].requires_grad_()
+    ranks = tensors["prop_logits"].requires_grad_()
+    counts = config["num_proposals"]
+    boxes = [tensors[f"proposals{i}.boxes"] for i in range(len(counts))]
+    bags = [detic.Bag(*parts) for parts in zip(boxes, logits.split(counts), ranks.split(counts))]
+    return logits, ranks, bags, [torch.tensor(labels) for labels in config["labels"]], tensors, record
+
+
+@pytest.mark.parametrize("variant", detic.IMAGE_LABEL_LOSSES)
+def test_parity_image_label_losses(variant):
+    logits, ranks, bags, labels, tensors, record = image_label_case()
+    loss, official = detic.IMAGE_LABEL_LOSSES[variant], record[variant]
+    each = [(bag, label, loss(bag, label)) for bag, own in zip(bags, labels) for label in own]
+    check(
+        f"image labels {variant}: of each label", torch.stack([term for *_, term in each]), official["per_label_loss"]
+    )
+    if variant not in ("wsod", "wsddn"):  # all proposals take part there
+        for (bag, _, term), row in zip(each, official["selected_proposal"], strict=True):
+            (gradient,) = torch.autograd.grad(term, bag.logits, retain_graph=True)
+            assert gradient.any(1).nonzero().flatten().tolist() == [row]
+    total = record["config"]["image_loss_weight"] * detic.loss_image_labels(loss, bags, labels)
+    check(f"image labels {variant}: loss", total, official["image_loss"])
+    total.backward()
+    check(f"image labels {variant}: gradients", logits.grad, tensors[f"{variant}.grad_cls_logits"], 1e-3)
+    if f"{variant}.grad_prop_logits" in tensors:
+        check(f"image labels {variant}: gradients", ranks.grad, tensors[f"{variant}.grad_prop_logits"], 1e-3)
+    else:
+        assert ranks.grad is None
+
+
+def test_parity_image_label_loss_of_a_single_proposal():
+    logits, _, bags, _, tensors, record = image_label_case()
+    bag = detic.Bag(bags[0].boxes[:1], bags[0].logits[:1])
+    labels = [torch.tensor(record["single_proposal"]["labels"])]
+    total = record["config"]["image_loss_weight"] * detic.loss_image_labels(detic.loss_max_size, [bag], labels)
+    check("image labels single_proposal: loss", total, record["single_proposal"]["image_loss"])
+    total.backward()
+    check("image labels single_proposal: gradients", logits.grad[:1], tensors["single_proposal.grad_cls_logits"], 1e-3)
+    assert not logits.grad[1:].any()
+
+
+def test_parity_image_label_loss_of_drawn_classes():
+    logits, _, bags, labels, tensors, record = image_label_case("dynamic.")
+    labels = [tensors["dynamic.cls_id_map"][own] for own in labels]
+    total = record["config"]["image_loss_weight"] * detic.loss_image_labels(detic.loss_max_size, bags, labels)
+    check("image labels dynamic: loss", total, record["dynamic"]["image_loss"])
+    total.backward()
+    check("image labels dynamic: gradients", logits.grad, tensors["dynamic.grad_cls_logits"], 1e-3)
+
+
+@pytest.mark.parametrize("variant", ["caption", "captiontag"])
+def test_parity_captions(variant):
+    logits, _, bags, labels, tensors, record = image_label_case()
+    captions, config = tensors["caption_logits"].requires_grad_(), record["config"]
+    own = list(range(captions.shape[1]))
+    loss = detic.loss_captions(captions.split(config["num_proposals"]), own, 1.0)
+    total = config["caption_weight"] * loss  # ours is always 1, the official default
+    total = total + detic.loss_image_labels(detic.loss_max_size, bags, labels) * (variant == "captiontag")
+    total = config["image_loss_weight"] * total
+    check(f"captions {variant}: loss", total, record[variant]["image_loss"])
+    total.backward()
+    check(
+        f"captions {variant}: gradients",
+        torch.cat([logits.grad, captions.grad], 1),
+        tensors[f"{variant}.grad_logits"],
+        1e-3,
+    )
+
+
+# -- heads -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["train_plain", "train_fed", "train_ignore_zero", "train_dynamic"])
+def test_parity_box_supervision(variant, monkeypatch):
+    dynamic = case("detic_roi")[1]["config"]["MODEL.NUM_SAMPLE_CATS"] if variant == "train_dynamic" else 0
+    model, tensors, record, config = recorded_model(
+        monkeypatch, detic, fed_loss=variant == "train_fed", ignore_zero=variant == "train_ignore_zero",
+        dynamic_classifier=dynamic,
+    )  # fmt: skip
+    feed_recorded_draws(monkeypatch, detic, tensors, variant)
+    frequency = tensors["freq_image_count"].float()
+    truth = [
+        Targets(tensors[f"gt{i}.boxes"], tensors[f"gt{i}.classes"], masks=tensors[f"gt{i}.masks"] > 0)
+        for i in range(len(model.sizes))
+    ]
+    text, places = model.text, torch.arange(len(model.text) + 1)
+    if dynamic:
+        sampled = tensors[f"{variant}.sampled_classes"]
+        mask = torch.zeros_like(frequency).index_fill(0, sampled, 1)
+        monkeypatch.setattr(common.cascade, "sample_federated", lambda *_: mask)
+        drawn = draw_classifier(truth, frequency, dynamic)
+        assert torch.equal(drawn, sampled.sort().values)  # ours are in the order of the classes
+        order = torch.cat([sampled.argsort(), torch.tensor([len(sampled)])])
+        text, frequency = text[drawn], frequency[drawn]
+        check(f"cascade {variant}: classifier", F.pad(text, (0, 0, 0, 1)), tensors[f"{variant}.classifier"][order])
+        logits = {key: t[:, order] for key, t in tensors.items() if key.startswith(variant) and "cls_logits" in key}
+        tensors, places = tensors | logits, order.argsort()[tensors[f"{variant}.cls_id_map"]]
+
+    outputs, losses = model.train()(model.images, model.sizes, truth, text, None)
+    for k, output in enumerate(outputs):
+        check_stage(variant, k, output, tensors)
+    check_targets(variant, outputs, tensors, len(text), places)
+    losses = detic.compute_losses(model.args, outputs, losses, frequency)
+    official = record[variant]["losses"]
+    assert losses.keys() == official.keys() | {"loss"} and config["MASK_WEIGHT"] == 1
+    for name, value in official.items():
+        check(f"cascade {variant}: losses", losses[name], value)
+    check(f"cascade {variant}: total", losses["loss"], record[variant]["total"])
+    losses["loss"].backward()
+    check_cascade_gradients(variant, model, tensors, record)
+
+
+@pytest.mark.parametrize("variant", ["image_max_size", "image_max_size_with_box"])
+def test_parity_image_label_supervision(variant, monkeypatch):
+    model, tensors, record, _ = recorded_model(
+        monkeypatch, detic, image_label_weight=case("detic_roi")[1]["config"]["MODEL.ROI_BOX_HEAD.IMAGE_LOSS_WEIGHT"]
+    )
+    with_box = variant == "image_max_size_with_box"
+    model.image_label_proposals = len(tensors[f"{variant}.stage0.image0.boxes"]) - with_box
+    nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
+    caption = "appends the box of the image" if with_box else ""
+    truth = [Targets(*nothing, image_labels=torch.tensor(own), caption=caption) for own in record[variant]["labels"]]
+    outputs, losses = model.train()(model.images, model.sizes, truth, model.text, None)
+    assert not losses
+    for k, output in enumerate(outputs):
+        for i, boxes in enumerate(output.boxes):
+            check(f"cascade {variant}: boxes", boxes, tensors[f"{variant}.stage{k}.image{i}.boxes"])
+        # with the column of background, whose logit is the bias
+        check(f"cascade {variant}: logits", output.logits, tensors[f"{variant}.stage{k}.cls_logits"])
+    losses = detic.compute_losses(model.args, outputs, losses, torch.ones(len(model.text)))
+    official = record[variant]["losses"]
+    assert losses.keys() == {"loss"} | {f"loss_image_labels_stage{k}" for k in range(len(outputs))}
+    for name, value in official.items():
+        ours = losses.get(name.replace("image_loss", "loss_image_labels"), torch.zeros(()))
+        check(f"cascade {variant}: losses", ours, value)
+    losses["loss"].backward()
+    check_cascade_gradients(variant, model, tensors, record)
+    for name, parameter in model.named_parameters():
+        learns = "classifiers" in name or "box_head" in name
+        assert parameter.grad is not None if learns else parameter.grad is None, name
+
+
+@pytest.mark.parametrize("variant", ["infer", "infer_one_class"])
+def test_parity_inference(variant, monkeypatch):
+    check_inference(monkeypatch, detic, variant)
+
+
+# -- whole model -------------------------------------------------------------------------------------------------------
+
+
+def official_checkpoint(tensors: dict, record: dict) -> dict:
+    """The state dict that the recipe describes; of ImageNet's classifier, which is not used, only the names."""
+    state = {}
+    for key, recipe in record["weights"].items():
+        if recipe.get("stored_as"):
+            state[key] = tensors[recipe["stored_as"]]
+        elif recipe.get("ignored") or ".base.fc." in key:
+            state[key] = torch.tensor(0)
+        else:
+            draws = np.random.RandomState(recipe["seed"]).standard_normal(int(np.prod(recipe["shape"])))
+            values = (recipe["offset"] + recipe["scale"] * draws).astype(np.float32)
+            state[key] = torch.from_numpy(values.reshape(recipe["shape"]))
+    for key, first in record["first_values_check"].items():
+        assert state[key].flatten()[: len(first)].tolist() == first
+    return state
+
+
+def test_parity_whole_model_from_official_checkpoint(tmp_path, monkeypatch):
+    tensors, record = case("detic_whole_model")
+    config, file = record["config"], tmp_path / "official.pth"
+    monkeypatch.setenv("CONCORD_CACHE", str(tmp_path))
+    torch.save({"model": official_checkpoint(tensors, record)}, file)
+    flags = ["--weights", str(file), "--device", "cpu", "--amp", "off"]
+    args = parse_args(detic.Args, detic.METHOD, detic.TINY, detic.MODEL_FIELDS, flags)
+    model, label_space, _ = detic.load_trained(args, torch.device("cpu"))
+    file.unlink()
+    for twin in (tmp_path / "converted").iterdir():
+        twin.unlink()
+    assert len(label_space) == config["num_classes"]
+    check("whole model: tau", args.tau, 1 / config["NORM_TEMP"])
+
+    (size,), (output_size,) = ([tuple(s) for s in config[key]] for key in ("image_sizes_hw", "output_sizes_hw"))
+    batch = collate([replace(Sample.unlabelled(tensors["image0"], "any", 0, 0), original_size=output_size)])
+    model.eval()
+    with torch.no_grad():
+        images = model.backbone.normalise(batch.images, batch.sizes)
+        check("whole model: padded input", images, tensors["padded_input"])
+        layers = [f for i, f in enumerate(model.backbone.body(images)) if i in model.backbone.used]
+        step = config["bottom_up.layer3_channel_stride"]
+        for name, layer in zip(("layer3", "layer4", "layer5"), layers, strict=True):
+            layer = layer[:, ::step] if name == "layer3" else layer
+            check(f"whole model: backbone {name}", layer, tensors[f"bottom_up.{name}"])
+        features = model.extract(batch.images, batch.sizes)
+        for level, feature in zip(config["CENTERNET"]["IN_FEATURES"], features, strict=True):
+            check(f"whole model: {level}", feature, tensors[f"fpn.{level}"])
+        ((boxes, objectness),), _ = model.centernet(features)
+        official = [tensors[f"proposals0.{key}"] for key in ("boxes", "scores")]
+        ours = [boxes, objectness, torch.zeros(len(boxes))]
+        check_sets("whole model: proposals", ours, [*official, torch.zeros(len(official[0]))], max(size))
+        (final,), (scores,) = model.detect(features, batch.sizes)
+        distance, row = torch.cdist(official[0], boxes, p=torch.inf).min(1)
+        same = distance < 1e-4 * max(size)  # at most the one proposal at the cut has no partner
+        assert (~same).sum() <= 1
+        row = row[same]
+        wanted = clip_boxes_to_image(tensors["det0.all_boxes"][same], size)
+        check("whole model: boxes of the last stage", final[row], wanted)
+        check("whole model: scores", scores[row], tensors["det0.all_scores"][same, :-1])
+        background = (0.5 * official[1]).sqrt()  # its logit is 0, so that nothing is lost with its column
+        check("whole model: scores of background", background, tensors["det0.all_scores"][:, -1])
+        detections = [tensors[f"det0.{key}"] for key in ("boxes", "scores", "classes")]
+        found = select_detections(final, scores, False, config["SCORE_THRESH_TEST"], config["DETECTIONS_PER_IMAGE"])
+        check_sets("whole model: detections", list(found), detections, max(size))
+        masks28 = tensors["det0.masks28"][:, 0]
+        masks = model.mask_head(features, [detections[0][: len(masks28)]]).sigmoid()
+        check("whole model: masks", masks, masks28)
+
+    found = detic.predict(model, batch, label_space.vocabularies["official"])[0]
+    ours = [found[key] for key in ("boxes", "scores", "labels")]
+    official = [tensors[f"post0.{key}"] for key in ("boxes", "scores", "classes")]
+    check_sets("whole model: boxes in the image", ours, official, max(output_size))
+    assert found["size"] == output_size
+    pasted = tensors["post0.masks"].bool()
+    for mask, box, label in zip(pasted, official[0], official[2]):
+        far = (ours[0] - box).abs().amax(1).masked_fill(ours[2] != label, torch.inf)
+        own = decode_masks([found["segmentations"][int(far.argmin())]], output_size)[0]
+        check("whole model: pasted masks, pixels that differ", (own ^ mask).sum() / mask.sum(), 0.0, 1e-3, floor=1)
