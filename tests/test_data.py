@@ -1,6 +1,8 @@
 """Readers, transforms and the mixture: what arrives at the model is what the files say."""
 
 import json
+import logging
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -9,14 +11,23 @@ from conftest import REAL
 from PIL import Image
 
 from common.batch import Sample, collate
-from common.datasets import default_eval, load_datasets
-from common.datasets.base import read_image
+from common.datasets import default_eval, load_datasets, registry
+from common.datasets.base import Dataset, read_image
+from common.datasets.index import Index
 from common.datasets.registry import parse_datasets
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
-from common.sampling import Mixture, RepeatFactorSampler, derangement
-from common.transforms import LargeScaleJitter, ResizeShortest
+from common.sampling import (
+    ClassAwareSampler,
+    Mixture,
+    RatioBatchSampler,
+    RepeatFactorSampler,
+    derangement,
+    repeat_factors,
+)
+from common.transforms import LargeScaleJitter, ResizeShortest, resize_masks
 
+ALL = ("boxes", "instances", "image_labels")
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real samples at {REAL}")
 
 
@@ -53,6 +64,39 @@ def test_jitter_drops_what_the_crop_lost():
     assert counts == {0, 1}
 
 
+def test_masks_move_with_boxes_and_pixels():
+    torch.manual_seed(0)
+    one = sample(boxes=((10.0, 5.0, 30.0, 25.0), (40.0, 30.0, 58.0, 38.0)))
+    one.masks = torch.zeros(2, 40, 60, dtype=torch.bool)
+    one.masks[0, 5:25, 10:30] = one.masks[1, 30:38, 40:58] = True
+    seen = set()
+    for _ in range(60):
+        out = LargeScaleJitter(64, (0.5, 4.0))(one)
+        assert out.masks.dtype == torch.bool and out.masks.shape == (len(out.boxes), *out.size)
+        seen.add(tuple(out.labels.tolist()))
+        for mask, box in zip(out.masks, out.boxes):
+            edge = torch.tensor(bright_box(mask[None] * 255)) if mask.any() else box.round()
+            assert (edge - box).abs().max() <= 1.01
+        assert ((out.image[0] > 127) != out.masks.any(0)).float().mean() < 0.06  # they differ at the edges alone
+    assert seen == {(0, 1), (0,), (1,), ()}
+    out = ResizeShortest(80)(one)
+    assert out.masks.shape == (2, 80, 120) and bright_box(out.masks[:1] * 255) == [20, 10, 60, 50]
+    assert LargeScaleJitter(64)(sample()).masks is None
+
+
+@pytest.mark.parametrize("size", [(7, 9), (3, 2), (14, 27), (11, 4)])
+def test_masks_are_resized_to_the_nearest_pixel(size):
+    masks = torch.rand(2, 7, 9, generator=torch.Generator().manual_seed(0)) < 0.5
+    expected = torch.zeros(2, *size, dtype=torch.bool)
+    for y in range(size[0]):
+        for x in range(size[1]):  # the source pixel below the centre of this one
+            expected[:, y, x] = masks[:, (2 * y + 1) * 7 // (2 * size[0]), (2 * x + 1) * 9 // (2 * size[1])]
+    assert torch.equal(resize_masks(masks, size), expected)
+    window = slice(1, 3), slice(1, 2)
+    assert torch.equal(resize_masks(masks, size, window, flip=True), expected[:, 1:3, 1:2].flip(2))
+    assert resize_masks(masks[:0], size).shape == (0, *size)
+
+
 @pytest.mark.parametrize("size, expected", [((480, 640), (800, 1067)), ((300, 1000), (400, 1333))])
 def test_resize_shortest_follows_detectron2(size, expected):
     assert ResizeShortest(800)(sample(*size, boxes=())).size == expected
@@ -83,6 +127,17 @@ def test_datasets_grammar():
         ("my", "train", ("a/b.json", "im/")),
     ]
     assert default_eval("coco:val,my=a.json:b") == "coco,my=a.json:b"
+    assert parse_datasets("my=folder/", "train") == [("my", "train", ("folder/", "folder/"))]
+
+
+def test_image_labels_are_not_evaluated():
+    assert default_eval("coco-base,in21k") == "coco-base"
+    assert (
+        default_eval("lvis-base:train, openimages,in-l,cc,my=dir/,own=a.json:b") == "lvis-base,openimages,own=a.json:b"
+    )
+    assert default_eval("in21k:train,my=dir/") == ""
+    with pytest.raises(InputError, match="no split 'val', only train"):
+        load_datasets("in21k", "val", accepts=ALL)
 
 
 def test_every_generated_dataset_loads(tiny_root):
@@ -135,6 +190,107 @@ def test_sampler_skips_whole_epochs_when_it_resumes():
     assert [next(later) for _ in range(19)] == whole[31:]
 
 
+def labelled(name: str, labels: list[list[int]], classes: int) -> Dataset:
+    """A dataset of image labels without images."""
+    index = Index.build(
+        name, [f"{i}.jpg" for i in range(len(labels))], range(len(labels)), np.zeros((len(labels), 2)), *[[]] * 5,
+        image_labels=np.array([k for each in labels for k in each], dtype=np.int32),
+        image_label_offsets=np.cumsum([0, *map(len, labels)]),
+    )  # fmt: skip
+    vocabulary = Vocabulary(name, tuple(f"{name}{c}" for c in range(classes)))
+    return Dataset(name, vocabulary, index, None, supervision="image_labels")
+
+
+def test_repeat_factors_of_image_labels():
+    dataset = labelled("a", [[0], [0, 1], [], [0]], 3)
+    assert dataset.image_counts().tolist() == [3, 1, 0]
+    assert repeat_factors([dataset], 0.75) == pytest.approx([1, 3**0.5, 1, 1])
+
+
+A, B = labelled("a", [[0], [0, 1], [], [0]], 3), labelled("b", [[1]] * 5, 2)
+FACTORS = [np.array([1.0, 2.5, 1.2, 1.0]), np.ones(5)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda seed, *at: RepeatFactorSampler(FACTORS[0], seed, *at),
+        lambda seed, *at: ClassAwareSampler([A, B], seed, *at),
+    ],
+)
+def test_samplers_of_images_resume_and_are_shared_by_ranks(make):
+    whole = list(islice(make(1), 60))
+    assert [draw for _, draw in whole] == list(range(60))
+    for start in (0, 1, 17):
+        assert list(islice(make(1, start), 60 - start)) == whole[start:]
+        for rank in (0, 1):  # an element is that of rank draw % 2, wherever a run starts
+            assert list(islice(make(1, start, rank, 2), 15)) == [x for x in whole[start:] if x[1] % 2 == rank][:15]
+    assert list(islice(make(2), 60)) != whole
+
+
+def test_sampler_of_batches_resumes_and_is_shared_by_ranks():
+    def make(*at):
+        return RatioBatchSampler(FACTORS, (1, 3), (2, 4), *at)
+
+    whole = list(islice(make(1), 60))
+    for start in (0, 1, 17):
+        assert list(islice(make(1, start), 60 - start)) == whole[start:]
+        shares = [islice(make(1, start, rank, 2), 30) for rank in (0, 1)]
+        for batch, *parts in zip(whole[start:], *shares):
+            assert len(parts[0]) == len(parts[1]) == len(batch) / 2 and sorted(parts[0] + parts[1]) == sorted(batch)
+    assert list(islice(make(2), 60)) != whole
+    uneven = RatioBatchSampler(FACTORS, (1, 1), (5, 3), 0, world_size=2)
+    assert {len(batch) for batch in islice(uneven, 20)} == {2, 1}
+
+
+@pytest.mark.parametrize(
+    "ratios, sizes, share", [((1, 4), (8, 32), 0.5), ((1, 16), (8, 32), 0.8), ((2, 1), (4, 4), 1 / 3)]
+)
+def test_ratio_counts_images_and_each_batch_has_one_dataset(ratios, sizes, share):
+    batches = list(islice(RatioBatchSampler([np.ones(50), np.ones(300)], ratios, sizes, seed=0), 2000))
+    second = [batch[0][0] >= 50 for batch in batches]
+    assert np.mean(second) == pytest.approx(share, abs=0.04)
+    for batch, is_second in zip(batches, second):
+        assert len(batch) == sizes[is_second]
+        assert all((row >= 50) == is_second and row < 350 for row, _ in batch)
+    draws = [draw for batch in batches for _, draw in batch]
+    assert len(set(draws)) == len(draws)  # no two images share an augmentation
+    rows = [row for batch in batches for row, _ in batch if row < 50]
+    assert sorted(rows[:50]) == list(range(50)) and rows[:50] != rows[50:100]  # one epoch, then another
+
+
+def test_ratio_batches_repeat_rare_images():
+    stream = islice(RatioBatchSampler([np.array([1.0, 3.0, 1.0]), np.ones(4)], (1, 1), (5, 2), seed=0), 400)
+    rows = [row for batch in stream for row, _ in batch]
+    assert rows.count(1) / rows.count(0) == pytest.approx(3, rel=0.05)
+
+
+def test_classes_are_drawn_uniformly_and_their_images_too():
+    a, b = labelled("a", [[0]] * 6 + [[0, 1], []], 3), labelled("b", [[0]], 1)
+    rows = [row for row, _ in islice(ClassAwareSampler([a, b], seed=0), 9000)]
+    share = np.bincount(rows, minlength=9) / 9000
+    assert share == pytest.approx([1 / 21] * 6 + [1 / 21 + 1 / 3, 0, 1 / 3], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "ratios, sizes, ranks, words",
+    [
+        ((1,), (2, 2), 1, r"ratios \[1\] for 2 datasets"),
+        ((1, 1), (2, 0), 1, "batch sizes .* above 0"),
+        ((1, -1), (2, 2), 1, "ratios .* above 0"),
+        ((1, 1), (4, 2), 4, "2 images is too small for 4 processes"),
+    ],
+)
+def test_bad_ratios(ratios, sizes, ranks, words):
+    with pytest.raises(InputError, match=words):
+        RatioBatchSampler(FACTORS, ratios, sizes, 0, world_size=ranks)
+
+
+def test_class_aware_sampling_needs_a_class():
+    with pytest.raises(InputError, match="no image of a has a class"):
+        ClassAwareSampler([labelled("a", [[], []], 2)], 0)
+
+
 def test_derangement_keeps_nothing_in_place():
     for length in (2, 3, 50):
         order = derangement(length, seed=0)
@@ -157,3 +313,286 @@ def test_real_coco_and_openimages_counts():
 def test_sixteen_bit_images_keep_their_brightness(tmp_path):
     Image.fromarray(np.full((4, 5), 128 * 257, dtype=np.uint16)).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png").unique().tolist() == [128]
+
+
+# -- masks
+
+
+def polygon_file(folder, **annotation):
+    """Two images of 8 x 6 pixels; the first has a polygon and a crowd."""
+    square = [[1, 1, 5, 1, 5, 4, 1, 4]]
+    crowd = {"size": [6, 8], "counts": [0, 12, 36]}  # the first two columns
+    record = {
+        "images": [{"id": i, "file_name": f"{i}.png", "height": 6, "width": 8} for i in (1, 2)],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 3], "segmentation": square} | annotation,
+            {"id": 2, "image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 6], "segmentation": crowd, "iscrowd": 1},
+        ],
+    }
+    (folder / "a.json").write_text(json.dumps(record))
+    for i in (1, 2):
+        Image.new("RGB", (8, 6)).save(folder / f"{i}.png")
+    return f"my={folder}/a.json:{folder}"
+
+
+def test_masks_of_the_boxes_that_are_kept(tmp_path):
+    (dataset,) = load_datasets(polygon_file(tmp_path), "train", masks=True)
+    item = dataset.load(0)
+    expected = torch.zeros(6, 8, dtype=torch.bool)
+    expected[1:4, 1:5] = True
+    assert dataset.supervision == "instances" and torch.equal(item.masks, expected[None])
+    both = dataset.load(0, keep_ignored=True)
+    assert both.masks.shape == (2, 6, 8) and both.masks[1].sum() == 12 and both.masks[1, :, :2].all()
+    assert dataset.load(1).masks.shape == (0, 6, 8)
+    (dataset,) = load_datasets(polygon_file(tmp_path), "train")
+    assert dataset.load(0).masks is None
+
+
+def test_a_mask_of_another_size_is_named(tmp_path):
+    text = polygon_file(tmp_path, segmentation={"size": [9, 9], "counts": [81]})
+    with pytest.raises(InputError, match=r"a\.json: image '1\.png' has an RLE of size \[9, 9\]"):
+        load_datasets(text, "train", masks=True)[0].load(0)
+
+
+def test_boxes_without_masks_stay_without(tiny_root):
+    coco, o365 = load_datasets("coco,o365", "train", str(tiny_root), masks=True)
+    assert coco.load(0).masks.shape == (len(coco.load(0).boxes), 96, 96) and o365.load(0).masks is None
+
+
+# -- image labels
+
+
+def image_folder(root, *files):
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        if file.lower().endswith((".jpeg", ".jpg", ".png")):
+            Image.new("RGB", (5, 4)).save(root / file)
+        else:
+            (root / file).write_text("")
+    return root
+
+
+def load_folder(root, accepts=ALL):
+    return load_datasets(f"mine={root}/", "train", accepts=accepts)[0]
+
+
+def test_own_image_folder(tmp_path, caplog):
+    image_folder(tmp_path, "b cat/2.JPEG", "b cat/1.png", "a dog/x.jpg", "b cat/notes.txt", "top.jpg")
+    image_folder(tmp_path, "b cat/.hidden.jpg", ".git/y.jpg")
+    (tmp_path / "empty").mkdir()
+    with caplog.at_level(logging.INFO, "concord"):
+        dataset = load_folder(tmp_path)
+    assert "1 class folders without an image" in caplog.text and "1 files that are no images" in caplog.text
+    assert dataset.vocabulary.names == dataset.vocabulary.ids == ("a dog", "b cat")
+    assert [dataset.index.file_name(i) for i in range(3)] == ["a dog/x.jpg", "b cat/1.png", "b cat/2.JPEG"]
+    item = dataset.load(2)
+    assert (item.supervision, item.dataset, item.image_labels.tolist()) == ("image_labels", "mine", [1])
+    assert item.image.shape == (3, 4, 5) and item.boxes.shape == (0, 4) and item.image_labels.dtype == torch.int64
+    assert LargeScaleJitter(8)(item).image_labels.tolist() == [1]
+    assert dataset.image_counts().tolist() == [1, 2]
+    assert dataset.summary().startswith("mine: 3 images") and "3 image labels" in dataset.summary()
+
+
+def test_wordnet_ids_are_named(tmp_path, caplog):
+    root = tmp_path / "imagenet" / "ImageNet-21K"
+    image_folder(root, "n00000001/a.JPEG", "n00000002/b.JPEG", "n00000003/c.JPEG", "n00000004/d.JPEG", "extra/e.JPEG")
+    (root.parent / "words.txt").write_text(
+        "n00000001\ttench, Tinca tinca\nn00000002\tcrane\nn00000003\tcrane\nn00000004\tlion, Panthera leo\n"
+    )
+    (root / "classes.csv").write_text("index,wnid,name\n0,n00000001,tench (fish)\n")
+    with caplog.at_level(logging.INFO, "concord"):
+        (dataset,) = load_datasets("in21k", "train", str(tmp_path), accepts=ALL)
+    assert "1 class folders have the name of another" in caplog.text
+    assert dataset.vocabulary.names == ("extra", "tench (fish)", "crane", "lion")
+    assert dataset.vocabulary.ids == ("extra", "n00000001", "n00000002", "n00000004")
+    assert [dataset.load(i).image_labels.item() for i in range(5)] == [0, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        ([], ["does not exist"]),
+        (["a.jpg"], ["no folders", "for each class"]),
+        (["train/cat/a.jpg"], ["hold no images", "below"]),
+        (["n00000001.tar", "cat/notes.txt"], ["hold no images", ".tar"]),
+        (["n00000001/a.jpg", "cat/a.jpg"], ["n00000001 is a WordNet id without a name", "classes.csv"]),
+        (["cat/a.jpg", "n00000001/a.jpg", "classes.csv"], ["classes.csv", "column 'wnid' is missing"]),
+    ],
+)
+def test_bad_image_folders(tmp_path, files, words):
+    with pytest.raises(InputError) as error:
+        load_folder(image_folder(tmp_path / "images", *files))
+    assert all(word in str(error.value) for word in words) and str(tmp_path / "images") in str(error.value)
+
+
+def test_a_words_file_that_is_no_text(tmp_path):
+    image_folder(tmp_path, "n00000001/a.jpg")
+    (tmp_path / "words.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=r"words\.txt cannot be read"):
+        load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["my=", "my=ann.json", "my=:images/"])
+def test_own_data_needs_a_path(text):
+    with pytest.raises(InputError, match=r"NAME=ANNOTATIONS\.json:IMAGE_FOLDER/, or NAME=FOLDER/"):
+        load_datasets(text, "train")
+
+
+def test_a_method_for_boxes_refuses_image_labels(tmp_path, monkeypatch):
+    image_folder(tmp_path, "cat/a.jpg", "my/1.png", "imagenet/ImageNet-21K/cat/a.jpg")
+    with pytest.raises(InputError, match="'mine' has image labels only; this method needs boxes or instances"):
+        load_datasets(f"mine={tmp_path}", "train")
+    with pytest.raises(InputError, match=r"'my' has image labels only.*--eval-datasets"):
+        load_datasets(tagged(tmp_path), "val")
+    box = {"id": 1, "image_id": 1, "category_id": 7, "bbox": [0, 0, 1, 1]}
+    with pytest.raises(InputError, match="'my' has boxes only; this method needs image labels"):
+        load_datasets(tagged(tmp_path, annotations=[box]), "train", accepts=("image_labels",))
+    monkeypatch.setattr(registry, "read_folder", None)  # a refusal comes before millions of files are listed
+    with pytest.raises(InputError, match="'in21k' has image labels only"):
+        load_datasets("in21k", "train", str(tmp_path))
+
+
+def tagged(folder, file="a.json", below="", **fields):
+    """A file such as Detic's tools make of Conceptual Captions."""
+    record = {
+        "images": [
+            {"id": 1, "file_name": "1.png", "pos_category_ids": [9, 7, 9], "captions": ["a cat", "a dog and a cat"]},
+            {"id": 2, "file_name": "2.png", "pos_category_ids": []},
+            {"id": 3, "file_name": "3.png", "captions": ["nothing known"]},
+        ],
+        "categories": [{"id": 9, "name": "dog"}, {"id": 7, "name": "cat"}, {"id": 8, "name": "cow"}],
+        "annotations": [],
+    } | fields
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    (folder / file).write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
+    image_folder(folder / below, "1.png", "2.png", "3.png")
+    return f"my={folder / file}:{folder / below}"
+
+
+@pytest.mark.parametrize("annotations", [[], None])
+def test_tagged_images(tmp_path, annotations):
+    (dataset,) = load_datasets(tagged(tmp_path, annotations=annotations), "train", accepts=ALL)
+    items = [dataset.load(i) for i in range(3)]
+    assert [item.image_labels.tolist() for item in items] == [[0, 2], [], []] and dataset.vocabulary.ids == (7, 8, 9)
+    assert [item.captions for item in items] == [("a cat", "a dog and a cat"), (), ("nothing known",)]
+    assert all(item.supervision == "image_labels" and item.boxes.shape == (0, 4) for item in items)
+    assert dataset.image_counts().tolist() == [1, 0, 1]
+    assert "3 images (1 without label and caption), 2 image labels, 3 captions, no boxes" in dataset.summary()
+
+
+def test_conceptual_captions_and_imagenet_lvis_in_the_layout_of_detic(tmp_path):
+    listed = "imagenet/annotations/imagenet_lvis_image_info.json"
+    tagged(tmp_path, "cc3m/train_image_info_tags.json", "cc3m/training")
+    tagged(tmp_path, listed, "imagenet/ImageNet-LVIS")
+    cc, imagenet = load_datasets("cc,in-l", "train", str(tmp_path), accepts=ALL)
+    assert cc.name == "cc" and imagenet.name == "in-l" and cc.vocabulary.names == imagenet.vocabulary.names
+    (tmp_path / listed).unlink()
+    image_folder(tmp_path / "imagenet/ImageNet-LVIS", "cat/a.jpg")
+    assert load_datasets("in-l", "train", str(tmp_path), accepts=ALL)[0].vocabulary.names == ("cat",)
+
+
+@pytest.mark.parametrize(
+    "image, words",
+    [
+        ({"pos_category_ids": [7, 5]}, ["image 4", "unknown id 5", "categories"]),
+        ({"pos_category_ids": 7}, ["not iterable"]),
+        ({"captions": "a cat"}, ["image 4", "captions", "list of strings"]),
+        ({"captions": [1]}, ["image 4", "captions", "list of strings"]),
+    ],
+)
+def test_bad_tags(tmp_path, image, words):
+    text = tagged(tmp_path, images=[{"id": 4, "file_name": "1.png", "pos_category_ids": [7]} | image])
+    with pytest.raises(InputError) as error:
+        load_datasets(text, "train", accepts=ALL)
+    assert all(word in str(error.value) for word in ["a.json", *words])
+
+
+def test_a_file_without_annotations_and_tags_is_broken(tmp_path):
+    text = tagged(tmp_path, annotations=None, images=[{"id": 1, "file_name": "1.png"}])
+    with pytest.raises(InputError, match="'annotations' is missing"):
+        load_datasets(text, "train", accepts=ALL)
+
+
+# -- open-vocabulary splits
+
+
+def boxes_file(path, categories, images, per_image, **fields):
+    """`per_image` category ids of each image; x and area of a box are its category id."""
+    annotations = [
+        {"image_id": i, "category_id": c, "bbox": [c, 0, 1, 1], "segmentation": [[c, 0, c + 1, 0, c + 1, 1]], "area": c}
+        for i, each in enumerate(per_image)
+        for c in each
+    ]
+    record = {
+        "images": [
+            {"id": i, "file_name": f"{i}.png", "height": 9, "width": 99} | fields for i in range(len(per_image))
+        ],
+        "annotations": [annotation | {"id": id} for id, annotation in enumerate(reversed(annotations))],
+        "categories": categories,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record))
+    image_folder(images, *(image["file_name"] for image in record["images"]))
+
+
+def ids_per_image(dataset):
+    """The category ids of each image; boxes, areas and segmentations must still belong to them."""
+    index = dataset.index
+    ids = [dataset.vocabulary.ids[label] for label in index.labels]
+    assert ids == index.boxes[:, 0].tolist() == index.areas.tolist() == [s[0][0] for s in index.segmentations]
+    return [sorted(ids[index.rows(i)]) for i in range(len(index))]
+
+
+def test_coco_base(tmp_path, caplog):
+    known = Vocabulary.known("coco")
+    categories = [{"id": id, "name": name} for id, name in zip(known.ids, known.names)]
+    per_image = [[1, 5, 10], [], [17, 17], [90, 1, 90]]  # 5 and 17 are novel, 10 is in neither
+    for split in ("train", "val"):
+        path = tmp_path / f"coco/annotations/instances_{split}2017.json"
+        boxes_file(path, categories, tmp_path / f"coco/{split}2017", per_image)
+    with caplog.at_level(logging.INFO, "concord"):
+        (train,), (val,) = (load_datasets("coco-base", split, str(tmp_path)) for split in ("train", "val"))
+    assert "coco-base: 4 of 8 train boxes are left out; 48 base and 17 novel classes" in caplog.text
+    assert ids_per_image(train) == [[1], [], [], [1, 90, 90]]
+    assert ids_per_image(val) == [[1, 5], [], [17, 17], [1, 90, 90]]
+    assert train.name == train.vocabulary.dataset == train.load(0).dataset == "coco-base"
+    assert train.vocabulary == val.vocabulary and len(train.vocabulary) == 65
+    assert list(train.vocabulary.ids) == sorted(train.vocabulary.ids) and 10 not in train.vocabulary.ids
+    assert train.metric == "coco" and train.supervision == "instances"
+    names = [train.vocabulary.names[label] for label in train.novel]
+    assert train.novel == val.novel and len(names) == 17 and {"airplane", "cat", "scissors"} < set(names)
+
+
+def test_lvis_base(tmp_path):
+    classes = ((1, "aerosol_can", "c"), (2, "air_conditioner", "f"), (5, "alcohol", "r"))
+    categories = [{"id": id, "name": name, "frequency": frequency} for id, name, frequency in classes]
+    fields = {"neg_category_ids": [5], "not_exhaustive_category_ids": [2]}
+    for split in ("train", "val"):
+        path = tmp_path / f"lvis/lvis_v1_{split}.json"
+        boxes_file(path, categories, tmp_path / "coco", [[5], [1, 5, 2, 5]], **fields)
+    (train,), (val,) = (load_datasets("lvis-base", split, str(tmp_path)) for split in ("train", "val"))
+    assert ids_per_image(train) == [[], [1, 2]] and ids_per_image(val) == [[5], [1, 2, 5, 5]]
+    assert train.vocabulary.names == tuple(name for _, name, _ in classes) and train.novel == val.novel == (2,)
+    assert train.metric == "lvis" and train.frequency == "cfr" and train.index.negatives == {0: [2], 1: [2]}
+    assert train.name == train.vocabulary.dataset == train.load(0).dataset == "lvis-base"
+    assert repeat_factors([train], 2.0) == pytest.approx([1, 2])  # the empty image is still there
+
+
+@needs_real
+def test_real_image_folders():
+    imagenet, clothing = (load_folder(REAL / name) for name in ("imagenet_folder", "clothing_folder/train"))
+    assert (len(imagenet), len(imagenet.vocabulary)) == (200, 200) and imagenet.vocabulary.names[0] == "tench"
+    assert imagenet.vocabulary.ids[0] == "n01440764" and imagenet.load(0).image.shape[0] == 3
+    assert (len(clothing), clothing.vocabulary.names[:2]) == (160, ("dress", "hat"))
+    assert clothing.image_counts().tolist() == [16] * 10
+
+
+@needs_real
+def test_real_masks_fill_their_boxes():
+    (coco,) = load_datasets("coco-base", "train", str(REAL), masks=True)
+    for row in range(0, len(coco), 8):
+        item = coco.load(row)
+        assert item.masks.shape == (len(item.boxes), *item.size)
+        for mask, box in zip(item.masks, item.boxes):
+            assert (torch.tensor(bright_box(mask[None] * 255)) - box).abs().max() <= 1.5
