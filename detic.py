@@ -614,7 +614,7 @@ def load_trained(args: Args, device: torch.device) -> tuple[Model, LabelSpace, l
     saved = read_metadata(args.weights, METHOD)
     vocabularies = [Vocabulary(name, tuple(names)) for name, names in saved["vocabularies"].items()]
     model = Model(args, read_text(args.weights), pretrained=False).to(device)
-    load_weights(args.weights, model)
+    load_weights(args.weights, model, fresh="rankers.")
     return model, LabelSpace(vocabularies, merge=True), saved["boxed"]
 
 

@@ -107,7 +107,8 @@ def converted(path: str | Path, method: str) -> Path:
             raise InputError(f"weights {file} cannot be read without running code ({reason[:99]}); give the published "
                              ".pth file") from None  # fmt: skip
         official = official.get("model", official) if isinstance(official, dict) else {}
-        if not official or not all(isinstance(tensor, Tensor) for tensor in official.values()):
+        official = official if isinstance(official, dict) else {}
+        if not official or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in official.items()):
             raise InputError(f"weights {file} hold no state dict; give the published .pth file")
         try:
             tensors, metadata = CONVERTERS[method](official)
