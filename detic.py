@@ -504,15 +504,13 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int, device: to
     Endless; skips what `start` steps have seen. What is compiled gets images of one shape per dataset.
     """
     sizes = per_dataset("--dataset-sizes", args.dataset_sizes, datasets, args.image_size, args.image_size // 2)
-    batches = per_dataset("--dataset-batches", args.dataset_batches, datasets, args.batch_size, 4 * args.batch_size)
+    counts = per_dataset("--dataset-batches", args.dataset_batches, datasets, args.batch_size, 4 * args.batch_size)
     ratios = per_dataset("--dataset-ratios", args.dataset_ratios, datasets, 1, 4)
     labelled = {d.name: d.supervision == "image_labels" for d in datasets}
     jitter = {True: (max(args.jitter[0], 0.5), min(args.jitter[1], 1.5)), False: args.jitter}
     transforms = {name: LargeScaleJitter(sizes[name], jitter[labels]) for name, labels in labelled.items()}
     factors = [np.ones(len(d)) if labelled[d.name] else repeat_factors([d], args.repeat_threshold) for d in datasets]
-    sampler = RatioBatchSampler(
-        factors, [*ratios.values()], [*batches.values()], args.seed, start, rank(), world_size()
-    )
+    sampler = RatioBatchSampler(factors, [*ratios.values()], [*counts.values()], args.seed, start, rank(), world_size())
     return DataLoader(
         Mixture(datasets, transforms, args.seed),
         batch_sampler=sampler,
@@ -529,9 +527,8 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         log.info(dataset.summary())
     label_space, text = build_label_space(args, [d.vocabulary for d in datasets])
     joint = any(d.supervision == "image_labels" for d in datasets)
-    frequency = box_frequency(datasets, label_space, args.novel)  # (C,)
+    frequency = box_frequency(datasets, label_space, args.novel).to(device)  # (C,)
     boxed = [label_space.names[k] for k in frequency.nonzero().squeeze(1).tolist()]
-    frequency = frequency.to(device)
     captioned = [d.name for d in datasets if d.index.captions]
     encode = sentence_encoder(args.text_encoder) if captioned else None
 
