@@ -1,0 +1,316 @@
+"""UniDetector's localizer and classifier against tensors recorded from the official implementation.
+
+CONCORD_PARITY names the folder. Every size, constant and draw is read from it; `pytest -s` prints the worst errors.
+"""
+
+import pytest
+import torch
+from parity import case, check, check_gradients, report  # noqa: F401 (a fixture)
+from torch import nn
+from torch.nn import functional as F
+from torchvision.ops import clip_boxes_to_image
+
+import common.oln
+import unidetector
+from common.boxes import decode_boxes
+from common.cascade import StageOutput, Targets
+from common.clip_resnet import AttentionPool
+from common.matcher import match_anchors
+from common.oln import BOX_WEIGHTS, OLN, RPN, two_layers
+
+ATTENTION = "bbox_head.attnpool."
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def recorded():
+    return case("unidetector_calibration")
+
+
+def part(tensors: dict, prefix: str) -> dict:
+    return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+
+
+def own_labels(labels, background: int):
+    """The official background index -> -1."""
+    return labels.masked_fill(labels == background, -1)
+
+
+# -- classifier --------------------------------------------------------------------------------------------------------
+
+
+class RecordedRegions(nn.Module):
+    """The official head on the recorded features, whatever the images and boxes."""
+
+    def __init__(self, tensors, config):
+        super().__init__()
+        self.features = tensors["roi.features"]
+        self.attnpool = AttentionPool(
+            self.features.shape[-1], config["attnpool_dim"], config["attnpool_heads"], config["embed_dim"]
+        )
+        self.attnpool.load_state_dict(part(tensors, ATTENTION))
+
+    def normalise(self, images, sizes):
+        return images
+
+    def forward(self, images, boxes):
+        return self.attnpool(self.features)
+
+
+def classifier_case(monkeypatch, **changes):
+    """A model whose classifier is the recorded one, an image, its boxes, tensors, record."""
+    tensors, record = recorded()
+    c = record["config"]
+    text = F.normalize(tensors["zs_weight_raw"])
+    args = unidetector.Args(tau=1 / c["temperature"], amp="off", **changes)
+    monkeypatch.setattr(unidetector, "region_features", lambda *_: RecordedRegions(tensors, c))
+    monkeypatch.setattr(unidetector, "Localizer", lambda *_: nn.Identity())
+    model = unidetector.Model(args, text, 1)
+    model.classifiers[0].fc_reg.load_state_dict(part(tensors, "bbox_head.fc_reg."))
+    return model, tensors, record
+
+
+def test_parity_attention_pool_logits_and_boxes(monkeypatch):
+    model, tensors, record = classifier_case(monkeypatch)
+    classifier = model.classifiers[0]
+    check("attention pooling", classifier.regions(None, None), tensors["roi.pooled"])
+    x, deltas = classifier(torch.zeros(1, 3, 1, 1), [(1, 1)], [tensors["roi.boxes"]])
+    official = tensors["roi.cls_logits"]
+    check("classifier: logits", x @ model.text.T / model.args.tau, official[:, :-1])
+    assert not official[:, -1].any()  # background has no embedding: nothing is lost with its column
+    check("classifier: box deltas", deltas, tensors["roi.box_deltas"])
+    boxes = clip_boxes_to_image(decode_boxes(tensors["roi.boxes"], deltas, BOX_WEIGHTS), record["config"]["image_hw"])
+    check("classifier: decoded boxes", boxes, tensors["roi.decoded_boxes"])
+
+
+@pytest.mark.parametrize("variant", ["plain", "calibrated", "calibrated_g03"])
+def test_parity_inference(variant, monkeypatch):
+    _, record = recorded()
+    c = record[f"inference.{variant}"]
+    model, tensors, record = classifier_case(monkeypatch, beta=c["beta"], gamma=c["gamma"] or 0.0)
+    model.set_vocabulary(model.text, tensors["calibration.class_counts"] if c["calibrated"] else None)
+    official = tensors[f"inference.{variant}.scores"]
+    eta, p = tensors["roi.proposal_scores"], tensors["roi.cls_logits"].sigmoid()
+    ours = p[:, :-1] if model.counts is None else unidetector.calibrate(p[:, :-1], model.counts, model.args.gamma)
+    check(f"inference {variant}: scores", unidetector.fuse(ours, eta, c["beta"]), official[:, :-1])
+    check(f"inference {variant}: background", unidetector.fuse(p[:, -1:], eta, c["beta"]), official[:, -1:])
+
+    given = {}
+    monkeypatch.setattr(unidetector, "soft_nms", lambda boxes, scores: given.setdefault("scores", scores))
+    regions = {
+        "boxes": tensors["roi.boxes"],
+        "embeddings": F.normalize(tensors["roi.pooled"]),
+        "eta": eta,
+        "size": (1, 1),
+    }
+    vocabulary = unidetector.Vocabulary("any", tuple(map(str, range(len(model.text)))))
+    found = unidetector.classify(model, regions, vocabulary)
+    check(f"inference {variant}: scores of classify", given["scores"], official[:, :-1])
+    assert found["scores"][0] == given["scores"].max()
+
+
+def with_targets(deltas):
+    """(R, 4) boxes and ground truth whose regression targets are the recorded ones."""
+    boxes = torch.tensor([10.0, 20, 60, 50]).expand(len(deltas), 4)
+    return boxes, decode_boxes(boxes, deltas, BOX_WEIGHTS)
+
+
+def classifier_output(logits, deltas, labels, bbox_targets, scopes: list, counts: list) -> StageOutput:
+    boxes, gt_boxes = with_targets(bbox_targets)
+    targets = [Targets(*t) for t in zip(gt_boxes.split(counts), labels.split(counts), scopes)]
+    return StageOutput(boxes.split(counts), None, deltas, targets, logits=logits)
+
+
+def feed_draws(monkeypatch, draws: list, sizes: list) -> None:
+    """`sample_classes` answers with recorded indices; the one after the last class is background."""
+    masks = [torch.zeros(n + 1, dtype=torch.bool).index_fill(0, drawn, True)[:-1] for drawn, n in zip(draws, sizes)]
+    answers = iter(masks)
+    monkeypatch.setattr(unidetector, "sample_classes", lambda *_: next(answers))
+
+
+@pytest.mark.parametrize("variant", ["freq", "no_freq"])
+def test_parity_federated_loss(variant, monkeypatch):
+    tensors, record = recorded()
+    t, c, num = part(tensors, f"train.{variant}."), record[f"train.{variant}"], len(tensors["zs_weight_raw"])
+    logits, deltas = (tensors[f"roi.{name}"].clone().requires_grad_() for name in ("cls_logits", "box_deltas"))
+    labels = own_labels(tensors["train.labels"], num)
+    assert torch.equal(tensors["train.bbox_weights"].amax(1) > 0, labels >= 0)
+    assert len(t["appeared"]) == c["fed_loss_num_cat"]
+    assert set(labels.unique().tolist()) - {-1} <= set(t["appeared"].tolist())
+    count = tensors["train.freq_image_count"] if variant == "freq" else torch.ones(num)
+    drawn = t["appeared"][~torch.isin(t["appeared"], labels) & (t["appeared"] < num)]
+    assert (count[drawn] > 0).all()
+    feed_draws(monkeypatch, [t["appeared"]], [num])
+    output = classifier_output(logits[:, :-1], deltas, labels, tensors["train.bbox_targets"], [(0, num)], [len(labels)])
+    losses = unidetector.compute_losses(output, {}, count)
+    check(f"federated {variant}: classification", losses["loss_classification"], c["loss_cls"])
+    check(f"federated {variant}: box", losses["loss_box"], c["loss_bbox"])
+    losses["loss"].backward()
+    official = {"logits": t["grad_cls_logits"], "deltas": t["grad_box_deltas"]}
+    check_gradients(f"federated {variant}: gradients", {"logits": logits, "deltas": deltas}, official)
+
+
+def test_parity_partitioned_loss(monkeypatch):
+    tensors, record = recorded()
+    t, c = part(tensors, "partitioned."), record["partitioned"]
+    counts, owners = c["rois_per_image"], c["dataset_id_per_image"]
+    both = [t[f"cls_logits_{d}"].clone().requires_grad_() for d in range(2)]
+    sizes = [logits.shape[1] - 1 for logits in both]
+    starts = [0, sizes[0]]
+    deltas = tensors["roi.box_deltas"].clone().requires_grad_()
+    labels = torch.cat([
+        torch.where(own == c["background_label"], -1, own + starts[d])
+        for own, d in zip(t["labels"].split(counts), owners)
+    ])  # fmt: skip
+    assert torch.equal(t["bbox_weights"].amax(1) > 0, labels >= 0)
+    feed_draws(monkeypatch, [t[f"image{i}.appeared"] for i in range(len(owners))], [sizes[d] for d in owners])
+    scopes = [(starts[d], starts[d] + sizes[d]) for d in owners]
+    joint = torch.cat([logits[:, :-1] for logits in both], 1)  # the concatenation, as Model makes it
+    output = classifier_output(joint, deltas, labels, tensors["train.bbox_targets"], scopes, counts)
+    losses = unidetector.compute_losses(output, {}, torch.ones(sum(sizes)))
+    check("partitioned: classification", losses["loss_classification"], c["loss_cls"])
+    check("partitioned: box", losses["loss_box"], c["loss_bbox"])
+    losses["loss"].backward()
+    ours = {"cls_logits_0": both[0], "cls_logits_1": both[1], "box_deltas": deltas}
+    check_gradients("partitioned: gradients", ours, {name: t[f"grad_{name}"] for name in ours})
+
+
+# -- localizer, second stage -------------------------------------------------------------------------------------------
+
+
+def test_parity_localizer_regions():
+    tensors, record = recorded()
+    t, state = part(tensors, "cln.roi."), part(tensors, "cln.roi_head.")
+    channels, width = t["features"].shape[1], len(state["shared_fcs.0.bias"])
+    box_head = two_layers(channels, width)
+    box_head.load_state_dict(
+        {
+            f"{layer}.{kind}": state[f"shared_fcs.{i}.{kind}"]
+            for i, layer in enumerate((1, 3))
+            for kind in ("weight", "bias")
+        }
+    )
+    head = nn.ModuleDict({"fc_cls": nn.Linear(width, 2), "fc_reg": nn.Linear(width, 4), "fc_iou": nn.Linear(width, 1)})
+    head.load_state_dict({k.replace("fc_bbox_score", "fc_iou"): v for k, v in state.items() if k.startswith("fc_")})
+    x = box_head(t["features"])
+    logits, deltas, iou = (head[name](x).detach().requires_grad_() for name in ("fc_cls", "fc_reg", "fc_iou"))
+    check("localizer: class logits", logits, t["cls_logits"])
+    check("localizer: box deltas", deltas, t["box_deltas"])
+    check("localizer: IoU logits", iou, t["iou_logits"])
+    eta = unidetector.objectness(
+        logits.softmax(1)[:, 0], t["rpn_score"][:, 0], iou[:, 0].sigmoid(), record["cln.alpha"]
+    )
+    check("localizer: eta", eta, t["scores"][:, 0])
+    boxes = clip_boxes_to_image(decode_boxes(tensors["roi.boxes"], deltas, BOX_WEIGHTS), record["config"]["image_hw"])
+    check("localizer: decoded boxes", boxes, t["decoded_boxes"])
+
+
+def test_parity_localizer_region_losses(monkeypatch):
+    tensors, record = recorded()
+    t = part(tensors, "cln.roi.")
+    logits, deltas, iou = (t[name].clone().requires_grad_() for name in ("cls_logits", "box_deltas", "iou_logits"))
+    labels = t["labels"].neg()  # 0 is foreground, 1 background
+    monkeypatch.setattr(common.oln, "paired_iou", lambda *_: t["iou_targets"][labels >= 0])
+    boxes, gt_boxes = with_targets(t["bbox_targets"])
+    losses = OLN.losses(None, (logits, deltas, iou[:, 0]), [boxes], [Targets(gt_boxes, labels)])
+    names = {"loss_roi_cls": "loss_cls", "loss_roi_box": "loss_bbox", "loss_roi_iou": "loss_bbox_score"}
+    for ours, official in names.items():
+        check(f"localizer: {ours}", losses[ours], record["cln.roi.losses"][official])
+    sum(losses.values()).backward()
+    ours = {"cls_logits": logits, "box_deltas": deltas, "iou_logits": iou}
+    check_gradients("localizer: gradients of the second stage", ours, {name: t[f"grad_{name}"] for name in ours})
+
+
+# -- localizer, first stage --------------------------------------------------------------------------------------------
+
+
+def rpn_case(monkeypatch):
+    """The network with the recorded weights and settings, features, tensors, record."""
+    tensors, record = recorded()
+    t, c = part(tensors, "cln.rpn."), record["config"]["cln"]
+    monkeypatch.setattr(common.oln, "STRIDES", c["strides"])
+    features = [t[f"feature{i}"].requires_grad_() for i in range(len(c["strides"]))]
+    rpn = RPN(features[0].shape[1])
+    rpn.scale, rpn.pre_nms, rpn.sampled = c["anchor_scale"], c["nms_pre"], c["train"]["num"]
+    train = c["train"]
+    rpn.box_match = (train["pos_iou"], train["neg_iou"], rpn.box_match[2])
+    rpn.centre_match = (train["obj_pos_iou"], train["obj_neg_iou"], rpn.centre_match[2])
+    rpn.box_fraction, rpn.centre_fraction = train["pos_fraction"], train["objectness_pos_fraction"]
+    rpn.load_state_dict({k: v for k, v in part(tensors, "cln.rpn_head.").items() if not k.startswith("rpn_cls")})
+    return rpn, features, t, record
+
+
+def level_cat(t: dict, name: str, count: int):
+    return torch.cat([t[f"{name}.{i}"][0] for i in range(count)])
+
+
+def test_parity_rpn_head_anchors_and_proposals(monkeypatch):
+    rpn, features, t, record = rpn_case(monkeypatch)
+    for i, (anchors, tblr, logits) in enumerate(zip(rpn.anchors(features), *rpn.head(features))):
+        assert torch.equal(anchors, t[f"anchors.{i}"])
+        check("rpn: distances", tblr, t[f"box.{i}"].flatten(2).transpose(1, 2))
+        check("rpn: objectness logits", logits, t[f"objectness.{i}"].flatten(1))
+    [(boxes, scores)], _ = rpn(features, [tuple(record["config"]["image_hw"])])
+    parts = [min(rpn.pre_nms, len(anchors)) for anchors in rpn.anchors(features)]
+    # the order inside a level that is kept whole is not by score there
+    official = torch.cat([rows[rows[:, 4].argsort(descending=True)] for rows in t["proposals"].split(parts)])
+    check("rpn: proposals", boxes, official[:, :4])
+    check("rpn: scores of proposals", scores, official[:, 4])
+
+
+def test_parity_rpn_targets(monkeypatch):
+    """Sampling is random: every recorded draw must be one that the assignment allows, with the recorded target."""
+    rpn, features, t, record = rpn_case(monkeypatch)
+    levels, size = len(features), tuple(record["config"]["image_hw"])
+    anchors, gt_boxes = torch.cat(rpn.anchors(features)), t["gt_boxes"]
+    height, width = size
+    inside = (anchors[:, :2] >= 0).all(1) & (anchors[:, 2] < width) & (anchors[:, 3] < height)
+    matched = torch.full((len(anchors),), -2)
+
+    matched[inside] = match_anchors(anchors[inside], gt_boxes, *rpn.box_match)
+    fg = level_cat(t, "target.box_weights", levels) > 0
+    drawn = level_cat(t, "target.label_weights", levels) > 0
+    assert torch.equal(fg, matched >= 0)  # too few for the half of the sample: all are drawn
+    assert (matched[drawn] > -2).all() and int(drawn.sum()) == sum(record["cln.rpn.num_samples"])
+    check("rpn: boxes to regress", gt_boxes[matched[fg]], level_cat(t, "target.boxes", levels)[fg])
+
+    matched[inside] = match_anchors(anchors[inside], gt_boxes, *rpn.centre_match)
+    drawn = level_cat(t, "target.objectness_weights", levels) > 0
+    official = level_cat(t, "target.objectness", levels)
+    assert (matched[drawn] > -2).all() and not official[~drawn].any()
+    fg = drawn & (matched >= 0)
+    assert int(fg.sum()) == min(int((matched >= 0).sum()), int(rpn.sampled * rpn.centre_fraction))
+    assert not official[drawn & (matched < 0)].any()
+    check("rpn: centreness", common.oln.centreness(anchors[fg], gt_boxes[matched[fg]]), official[fg])
+
+    rows, boxes, count, scored, scores = rpn.targets(anchors, gt_boxes, size)
+    assert torch.equal(rows.sort().values, (level_cat(t, "target.box_weights", levels) > 0).nonzero()[:, 0])
+    assert count == sum(record["cln.rpn.num_samples"]) and len(scored) == int(drawn.sum())
+    assert inside[scored].all() and len(boxes) == len(rows) and len(scores) == len(scored)
+
+
+def test_parity_rpn_losses_and_gradients(monkeypatch):
+    rpn, features, t, record = rpn_case(monkeypatch)
+    levels = len(features)
+    count = sum(record["cln.rpn.num_samples"])
+    official, total = record["cln.rpn.losses_per_level"], 0
+    for i, (anchors, tblr, logits) in enumerate(zip(rpn.anchors(features), *rpn.head(features))):
+        fg, scored = (t[f"target.{name}.{i}"][0] > 0 for name in ("box_weights", "objectness_weights"))
+        box = common.oln.loss_rpn_box(anchors[fg], tblr[0, fg], t[f"target.boxes.{i}"][0, fg]) / count
+        centre = common.oln.loss_rpn_objectness(logits[0, scored], t[f"target.objectness.{i}"][0, scored]) / count
+        check("rpn: box loss", box, official["loss_rpn_bbox"][i])
+        check("rpn: objectness loss", centre, official["loss_rpn_obj"][i])
+        total = total + box + centre
+
+    drawn = level_cat(t, "target.box_weights", levels) > 0, level_cat(t, "target.objectness_weights", levels) > 0
+    targets = (drawn[0].nonzero()[:, 0], level_cat(t, "target.boxes", levels)[drawn[0]], count)
+    targets += (drawn[1].nonzero()[:, 0], level_cat(t, "target.objectness", levels)[drawn[1]])
+    monkeypatch.setattr(rpn, "targets", lambda *_: targets)
+    _, losses = rpn(features, [tuple(record["config"]["image_hw"])], [t["gt_boxes"]])
+    check("rpn: total", sum(losses.values()), total)
+    sum(losses.values()).backward()
+    ours = dict(enumerate(features))
+    check_gradients("rpn: gradients of the features", ours, {i: t[f"grad_feature{i}"] for i in ours})
