@@ -15,6 +15,13 @@ METHODS = [
 BANNERS = ["Args", "Model", "Losses", "Inference", "Train", "Evaluate", "Main"]
 NAMES = ["Args", "build_label_space", "Model", "assign_targets", "compute_losses", "predict", "build_dataloader"]
 NAMES += ["train", "evaluate", "main"]
+# the blocks that are the same to the letter in several method files: change one, change all
+SHARED = {
+    "TextClassifier": ["detic", "scaledet"],
+    "Model.set_vocabulary": ["detic", "scaledet"],
+    "Model.extract": ["detic", "scaledet"],
+    "Model.detect": ["detic", "scaledet"],
+}
 
 
 def definitions(path: Path) -> list[ast.AST]:
@@ -24,6 +31,32 @@ def definitions(path: Path) -> list[ast.AST]:
 
 def functions(path: Path) -> list[ast.FunctionDef]:
     return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+
+
+def blocks(path: Path) -> dict[str, list[str]]:
+    """The source lines of every top-level function and class, and of the methods of Model as Model.name."""
+    text, found = path.read_text(), {}
+    for node in definitions(path):
+        methods = node.body if node.name == "Model" else []
+        found |= {f"Model.{part.name}": part for part in methods if isinstance(part, ast.FunctionDef)}
+        found[node.name] = node
+    return {name: ast.get_source_segment(text, node, padded=True).splitlines() for name, node in found.items()}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_blocks_do_not_drift(name):
+    paths = [path for path in METHODS if path.stem in SHARED[name]]
+    for one, other in itertools.pairwise(paths):
+        for line, twin in itertools.zip_longest(blocks(one)[name], blocks(other)[name]):
+            assert line == twin, f"{name} of {one.name} and {other.name} drifts at: {line!r} / {twin!r}"
+
+
+def test_shared_blocks_are_declared():
+    for one, other in itertools.combinations(METHODS, 2):
+        ours, theirs = blocks(one), blocks(other)
+        for name in ours.keys() & theirs.keys():
+            declared = {one.stem, other.stem} <= set(SHARED.get(name, []))
+            assert declared or ours[name] != theirs[name], f"{name} is the same in {one.name} and {other.name}: SHARED"
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
