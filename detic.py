@@ -510,7 +510,8 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int, device: to
     jitter = {True: (max(args.jitter[0], 0.5), min(args.jitter[1], 1.5)), False: args.jitter}
     transforms = {name: LargeScaleJitter(sizes[name], jitter[labels]) for name, labels in labelled.items()}
     factors = [np.ones(len(d)) if labelled[d.name] else repeat_factors([d], args.repeat_threshold) for d in datasets]
-    sampler = RatioBatchSampler(factors, [*ratios.values()], [*counts.values()], args.seed, start, rank(), world_size())
+    split = [*ratios.values()], [*batches.values()]
+    sampler = RatioBatchSampler(factors, *split, args.seed, start, rank(), world_size())
     return DataLoader(
         Mixture(datasets, transforms, args.seed),
         batch_sampler=sampler,
@@ -618,18 +619,21 @@ def load_trained(args: Args, device: torch.device) -> tuple[Model, LabelSpace, l
 def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS)
     device = setup_device(args.device, args.seed)
-    size = args.image_size if args.tiny else 0
-    names, results = args.eval_datasets or default_eval(args.datasets), {}
+    size, results = args.image_size if args.tiny else 0, {}
     if args.predict or args.eval_only:
         model, label_space, boxed = load_trained(args, device)
-        evaluated = [] if args.predict else load_datasets(names, "val", args.data_root, size)
+        evaluated = [] if args.predict else load_datasets(args.eval_datasets, "val", args.data_root, size)
         folder = make_run_folder(args, METHOD)
     else:
         datasets = load_datasets(args.datasets, "train", args.data_root, size, args.masks, SUPERVISION)
+        box_frequency(datasets, LabelSpace([d.vocabulary for d in datasets], merge=True), args.novel)
+        labelled = [d.name for d in datasets if d.supervision == "image_labels"]
+        names = args.eval_datasets or default_eval(args.datasets, labelled)
         evaluated = load_datasets(names, "val", args.data_root, size)  # a mistake in them must not cost a training
         warn_of_overlap(datasets, evaluated)
+        args.masks &= bool(args.weights) or any(d.supervision == "instances" for d in datasets)
         folder = make_run_folder(args, METHOD)
-        if args.weights and any(d.supervision == "image_labels" for d in datasets):
+        if args.weights and labelled and not args.resume:
             model, _, boxed = load_trained(args, device)
             results = evaluate(args, model, evaluated, folder, boxed, " before image labels")
         model = train(args, datasets, folder, device)

@@ -2,7 +2,8 @@
 # Concord in one command, on a machine with nothing but Python >= 3.10.
 #
 #   ./run.sh                      train ScaleDet on two generated datasets, evaluate both and one never trained on
-#   ./run.sh METHOD [ARGS...]     run a method, for example: ./run.sh scaledet --datasets coco,o365 --data-root DATA
+#   ./run.sh METHOD               the same for another method, on the generated datasets that show what it is for
+#   ./run.sh METHOD ARGS...       run a method, for example: ./run.sh scaledet --datasets coco,o365 --data-root DATA
 #   ./run.sh test [ARGS...]       run all tests (ARGS go to pytest)
 #
 # The first call makes .venv and installs into it; an interrupted installation is repaired by the next call.
@@ -34,7 +35,7 @@ fi
 case "${1:-}" in
     "") exec .venv/bin/python scaledet.py --datasets coco,o365 --tiny ;;
     test) shift; exec .venv/bin/python -m pytest "$@" ;;
-    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0" ;;
+    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0" ;;
     *)
         if [ ! -f "$1.py" ]; then
             echo "error: there is no method '$1'; there are: $(grep -l '^class Args' ./*.py | sed 's|./||; s|\.py||' | xargs)" >&2
@@ -42,6 +43,11 @@ case "${1:-}" in
         fi
         method=$1
         shift
+        if [ "$method" = detic ] && [ $# -eq 0 ]; then  # boxes alone, then boxes and image labels
+            boxes=runs/detic-boxes-$(date +%Y%m%d-%H%M%S)-$$
+            .venv/bin/python detic.py --datasets coco-base --tiny --output "$boxes"
+            set -- --datasets coco-base,in21k --tiny --weights "$boxes"
+        fi
         [ $# -gt 0 ] || set -- --datasets coco,o365 --tiny
         exec .venv/bin/python "$method.py" "$@"
         ;;

@@ -6,7 +6,7 @@ NAME, NAME:SPLIT, NAME=ANNOTATIONS.json:IMAGES/ or, for a folder of images per c
 import difflib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -130,15 +130,18 @@ def parse_datasets(text: str, split: str) -> list[tuple[str, str, tuple[str, str
     return parsed
 
 
-def default_eval(text: str) -> str:
+def default_eval(text: str, without: Collection[str] = ()) -> str:
     """What to evaluate after training on `text`: the default split of each known dataset, one's own files as given.
 
-    Image labels cannot be evaluated: in21k and the like are left out, and one's own image folders. "" if none remains.
+    Image labels cannot be evaluated: in21k and the like are left out, one's own image folders, and the names `without`.
+    "" if none remains.
     """
     names = []
     for entry in filter(None, (part.strip() for part in text.split(","))):
         name, custom, paths = entry.partition("=")
         name = name.partition(":")[0]
+        if name in without:
+            continue
         if custom and ":" in paths:
             names.append(entry)
         elif not custom and not only_image_labels(ALIASES.get(name, name)):
