@@ -3,7 +3,8 @@
 Claim. Where an object is and what it is are two questions; only the first needs boxes, and proposals learned on base
 classes cover novel objects too. So images with nothing but a label train the classifier alone: one proposal per image
 is chosen without looking at its class scores (the largest), and gets the image's label. The classifier's weights are
-text embeddings, so the vocabulary is open, and can grow to twenty thousand.
+text embeddings, so the vocabulary is open, and can grow to twenty thousand. There are always two stages: boxes alone,
+then boxes and image labels together from those weights.
 
 Equation                                            function                 symbol  variable
 W, text embeddings of the merged vocabularies       build_label_space        W       text
@@ -14,11 +15,8 @@ Sec. 4  its rivals, --image-label-loss              IMAGE_LABEL_LOSSES       lam
 captions as classifier weights of the whole image   loss_captions
 L = L_rpn + L_cls + L_reg + L_mask, or lambda L_im  compute_losses
 
-Two stages, always: boxes alone, then boxes and image labels together from those weights.
-
-Note: where paper and code (facebookresearch/Detic) differ, the code is followed.
-Note: classes are merged by their folded names; the official script merges by WordNet synset first.
-Note: all ranks of a step train on one dataset, as a single GPU does; the official ranks draw theirs independently.
+Note: where the paper and its code (facebookresearch/Detic) differ, the code is followed; but classes are merged by
+  name, not first by WordNet synset, and all ranks of a step train on one dataset, as a single GPU does.
 Note: novel classes are no negatives of box images (ignore_zero), as in the paper's COCO split; the official LVIS-base
   run takes frequencies from all of LVIS, so that its rare classes are negatives now and then.
 Note: the image losses keep the official background column (text zero, logit the bias); box losses have none, as there.
@@ -510,8 +508,7 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int, device: to
     jitter = {True: (max(args.jitter[0], 0.5), min(args.jitter[1], 1.5)), False: args.jitter}
     transforms = {name: LargeScaleJitter(sizes[name], jitter[labels]) for name, labels in labelled.items()}
     factors = [np.ones(len(d)) if labelled[d.name] else repeat_factors([d], args.repeat_threshold) for d in datasets]
-    split = [*ratios.values()], [*batches.values()]
-    sampler = RatioBatchSampler(factors, *split, args.seed, start, rank(), world_size())
+    sampler = RatioBatchSampler(factors, [*ratios.values()], [*counts.values()], args.seed, start, rank(), world_size())
     return DataLoader(
         Mixture(datasets, transforms, args.seed),
         batch_sampler=sampler,
