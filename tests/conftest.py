@@ -1,12 +1,17 @@
 """Small generated data in the real layouts, and the command line run as a user runs it."""
 
+import importlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+
+from common.training import run_command
 
 torch.set_num_threads(1)  # small tensors; two threads that wait for each other on a busy machine are slower than one
 
@@ -32,14 +37,50 @@ def tiny_root(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run():
-    """run(*args, ranks=1) -> the finished process of `python scaledet.py *args`, output as text."""
+    """run(*args, method="scaledet", ranks=1) -> the finished process of `python METHOD.py *args`, output as text."""
 
-    def start(*args, ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess:
+    def start(*args, method: str = "scaledet", ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-        command = [sys.executable, *launcher, "scaledet.py", *map(str, args)]
+        command = [sys.executable, *launcher, f"{method}.py", *map(str, args)]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=timeout)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def run_and_kill():
+    """run_and_kill(folder, *args, method="scaledet"): SIGKILL as soon as the run folder holds a checkpoint."""
+
+    def start(folder: Path, *args, method: str = "scaledet", timeout: float = 120) -> None:
+        command = [sys.executable, f"{method}.py", "--output", str(folder), *map(str, args)]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=REPO, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.time() + timeout
+        while not list(folder.glob("checkpoint-*")) and process.poll() is None and time.time() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert list(folder.glob("checkpoint-*")) and not (folder / "weights.safetensors").exists()
+
+    return start
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """fails(*args, method="scaledet") -> the one line on stderr of a command that ends with exit code 2."""
+
+    def check(*args, method: str = "scaledet") -> str:
+        monkeypatch.setattr(sys, "argv", [f"{method}.py", *map(str, args)])
+        with pytest.raises(SystemExit) as exit:
+            run_command(importlib.import_module(method).main)
+        assert exit.value.code == 2
+        bars = ("img/s", "step/s")
+        lines = [part for part in capsys.readouterr().err.split("\n") if part.strip()]
+        line = [part for part in lines if not any(bar in part for bar in bars)]
+        assert len(line) == 1 and line[0].startswith("error: "), line
+        return line[0]
+
+    return check

@@ -3,30 +3,22 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAST, REAL, REPO
+from conftest import FAST, REAL
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import scaledet
-from common.training import run_command
-
 
 @pytest.fixture(scope="module")
-def trained(tiny_root, tmp_path_factory):
+def trained(tiny_root, tmp_path_factory, run):
     """Run folder of a finished training on two datasets."""
     folder = tmp_path_factory.mktemp("run") / "first run"  # a path with a space
-    command = [sys.executable, "scaledet.py", "--datasets", "coco,o365", "--eval-datasets", "coco,o365,lineart"]
-    command += ["--data-root", str(tiny_root), "--output", str(folder), *FAST]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = ["--datasets", "coco,o365", "--eval-datasets", "coco,o365,lineart", "--data-root", tiny_root]
+    done = run(*command, "--output", folder, *FAST)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -92,20 +84,11 @@ def test_two_real_label_spaces_each_by_its_own_metric(tmp_path, run):
     }
 
 
-def test_resume_after_kill_ends_with_the_same_weights(trained, tiny_root, tmp_path, run):
+def test_resume_after_kill_ends_with_the_same_weights(trained, tiny_root, tmp_path, run, run_and_kill):
     """SIGKILL after the first checkpoint, --resume: every bit of the weights is that of the uninterrupted run."""
     folder = tmp_path / "killed"
-    command = ["--datasets", "coco,o365", "--eval-datasets", "coco", "--data-root", tiny_root, "--output", folder]
-    command += [*FAST, "--checkpoint-every", 2]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "scaledet.py", *map(str, command)]
-    process = subprocess.Popen(command, cwd=REPO, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not list(folder.glob("checkpoint-*")) and time.time() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (folder / "weights.safetensors").exists()
+    command = ["--datasets", "coco,o365", "--eval-datasets", "coco", "--data-root", tiny_root, *FAST]
+    run_and_kill(folder, *command, "--checkpoint-every", 2)
     done = run("--resume", folder)
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout
@@ -114,24 +97,6 @@ def test_resume_after_kill_ends_with_the_same_weights(trained, tiny_root, tmp_pa
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
-
-
-@pytest.fixture
-def fails(monkeypatch, capsys):
-    """fails(*args) -> the one line on stderr of a command that ends with exit code 2."""
-
-    def check(*args) -> str:
-        monkeypatch.setattr(sys, "argv", ["scaledet.py", *map(str, args)])
-        with pytest.raises(SystemExit) as exit:
-            run_command(scaledet.main)
-        assert exit.value.code == 2
-        bars = ("img/s", "step/s")
-        lines = [part for part in capsys.readouterr().err.split("\n") if part.strip()]
-        line = [part for part in lines if not any(bar in part for bar in bars)]
-        assert len(line) == 1 and line[0].startswith("error: "), line
-        return line[0]
-
-    return check
 
 
 @pytest.fixture
