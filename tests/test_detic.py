@@ -1,0 +1,664 @@
+"""Detic: each loss against loops over floats written from the paper, what learns from what, and its command line."""
+
+import json
+import math
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAST, REAL
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+import detic
+from common.batch import Sample, collate
+from common.cascade import StageOutput, Targets, draw_classifier
+from common.datasets import load_datasets
+from common.errors import InputError
+from common.labels import LabelSpace, Vocabulary
+from common.novel import base_and_novel, box_frequency
+from common.text import read_table
+from detic import Bag
+
+SMALL = detic.Args(
+    backbone="resnet18", text_encoder="minilm", prompts="name", channels=64, fc_dim=32, rois_per_image=16, amp="off"
+)
+CPU = torch.device("cpu")
+NOTHING = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def bce(logit: float, positive: bool) -> float:
+    return math.log1p(math.exp(-logit if positive else logit))
+
+
+def row_bce(row: list[float], label: int) -> float:
+    return sum(bce(logit, c == label) for c, logit in enumerate(row))
+
+
+def area(box: list[float]) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def random_boxes(count: int, side: float = 100):
+    corner = torch.rand(count, 2) * side / 2
+    return torch.cat([corner, corner + 4 + torch.rand(count, 2) * side / 2], 1)
+
+
+def bag(count: int = 6, classes: int = 5, image: float | None = None) -> Bag:
+    """Random proposals, as leaves; with `image` the last one is the whole image of that side."""
+    boxes = random_boxes(count)
+    if image:
+        boxes[-1] = torch.tensor([0, 0, image, image])
+    return Bag(
+        boxes, torch.randn(count, classes + 1).requires_grad_(), torch.randn(count, classes + 1).requires_grad_()
+    )
+
+
+def used_rows(one: Bag, loss) -> list[int]:
+    """The proposals whose logits the loss depends on."""
+    (gradient,) = torch.autograd.grad(loss, one.logits)
+    return gradient.any(1).nonzero().flatten().tolist()
+
+
+# -- boxes -------------------------------------------------------------------------------------------------------------
+
+
+def test_detic_sec3_box_loss():
+    logits, labels, weights = torch.randn(7, 5), torch.tensor([0, 3, -1, 4, -1, 0, 2]), torch.tensor([1.0, 0, 1, 1, 0])
+    expected = 0
+    for row, label in zip(logits.tolist(), labels.tolist()):
+        for c, logit in enumerate(row):
+            expected += weights[c].item() * bce(logit, c == label)
+    assert detic.loss_boxes(logits, labels, weights).item() == pytest.approx(expected / 7, rel=1e-5)
+    assert detic.loss_boxes(logits[:0], labels[:0], weights) == 0
+
+
+def test_detic_sec3_class_weights():
+    frequency = torch.rand(200) + 1
+    frequency[::4] = 0
+    labels = torch.tensor([1, 5, 5, 9, -1])
+    args = replace(SMALL, fed_loss=False, ignore_zero=False)
+    assert (detic.class_weights(args, labels, frequency) == 1).all()
+    assert torch.equal(detic.class_weights(replace(args, ignore_zero=True), labels, frequency), (frequency > 0) * 1.0)
+    drawn = detic.class_weights(replace(args, fed_loss=True), labels, frequency)
+    assert drawn.sum() == 49  # 50, of which background, whose column is not there, is one
+    assert drawn[[1, 5, 9]].all() and not drawn[::4].any()
+    assert detic.class_weights(replace(args, fed_loss=True), labels[:-1], frequency).sum() == 50
+    many = torch.arange(60)  # classes without a box among them: as in the official code they count, unless ignored
+    assert detic.class_weights(replace(args, fed_loss=True), many, frequency)[:60].all()
+    both = detic.class_weights(replace(args, fed_loss=True, ignore_zero=True), many, frequency)
+    assert torch.equal(both[:60], (frequency[:60] > 0) * 1.0)
+    whole = detic.class_weights(replace(args, fed_loss=True, dynamic_classifier=50), labels, frequency)
+    assert (whole == 1).all()  # the classes are drawn already
+
+
+# -- image labels ------------------------------------------------------------------------------------------------------
+
+
+def test_detic_sec4_max_size():
+    for label in range(5):
+        one = bag()
+        sizes = [area(box) for box in one.boxes[:-1].tolist()]
+        j = sizes.index(max(sizes))
+        loss = detic.loss_max_size(one, torch.tensor(label))
+        assert loss.item() == pytest.approx(row_bce(one.logits.tolist()[j], label), rel=1e-5)
+        assert used_rows(one, loss) == [j]
+
+
+def test_detic_sec4_max_size_never_takes_the_box_of_the_image():
+    for count in (2, 3, 9):
+        one = bag(count, image=1000)
+        assert used_rows(one, detic.loss_max_size(one, torch.tensor(0))) != [count - 1]
+    alone = bag(1, image=1000)
+    assert used_rows(alone, detic.loss_max_size(alone, torch.tensor(0))) == [0]
+
+
+@pytest.mark.parametrize("loss, row", [(detic.loss_first, 0), (detic.loss_image, 5)])
+def test_detic_sec4_first_and_image(loss, row):
+    for label in range(5):
+        one = bag()
+        expected = row_bce(one.logits.tolist()[row], label)
+        assert loss(one, torch.tensor(label)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_detic_sec4_max_score():
+    for label in range(5):
+        one = bag()
+        rows = one.logits.tolist()
+        scores = [row[label] for row in rows]
+        j = scores.index(max(scores))
+        loss = detic.loss_max_score(one, torch.tensor(label))
+        assert loss.item() == pytest.approx(row_bce(rows[j], label), rel=1e-5) and used_rows(one, loss) == [j]
+
+
+def test_detic_sec4_min_loss():
+    for label in range(5):
+        one = bag()
+        each = [row_bce(row, label) for row in one.logits.tolist()]
+        loss = detic.loss_min_loss(one, torch.tensor(label))
+        assert loss.item() == pytest.approx(min(each), rel=1e-5) and used_rows(one, loss) == [each.index(min(each))]
+
+
+def test_detic_sec4_wsddn():
+    one, label = bag(), 2
+    logits, ranks = one.logits.tolist(), one.ranks.tolist()
+    expected = 0
+    for c in range(6):
+        total = sum(math.exp(row[c]) for row in ranks)
+        p = sum(sigmoid(s[c]) * math.exp(r[c]) / total for s, r in zip(logits, ranks))
+        expected -= math.log(p) if c == label else math.log(1 - p)
+    loss = detic.loss_wsddn(one, torch.tensor(label))
+    assert loss.item() == pytest.approx(expected / 6, rel=1e-5)
+    loss.backward()
+    assert one.logits.grad.all() and one.ranks.grad.any()
+    sure = Bag(one.boxes, torch.full((6, 6), 200.0), one.ranks)  # p = 1 for classes that the image does not have
+    assert detic.loss_wsddn(sure, torch.tensor(label)).isfinite()
+    assert detic.IMAGE_LABEL_LOSSES["wsod"] is detic.IMAGE_LABEL_LOSSES["wsddn"] is detic.loss_wsddn
+
+
+@pytest.mark.parametrize("name", detic.IMAGE_LABEL_LOSSES)
+def test_detic_sec4_image_labels(name):
+    loss = detic.IMAGE_LABEL_LOSSES[name]
+    bags, labels = [bag(4), bag(7), bag(3)], [torch.tensor([1]), torch.tensor([0, 2, 4]), torch.tensor([3, 1])]
+    expected = 0
+    for one, own in zip(bags, labels):
+        expected += sum(loss(one, label).item() for label in own) / len(own)
+    assert detic.loss_image_labels(loss, bags, labels).item() == pytest.approx(expected / 3, rel=1e-5)
+    # an image without a label and one without a proposal add 0, and count
+    bags, labels = [*bags, bag(5), bag(0)], [*labels, labels[0][:0], labels[0]]
+    total = detic.loss_image_labels(loss, bags, labels)
+    assert total.item() == pytest.approx(expected / 5, rel=1e-5)
+    total.backward()
+    assert bags[3].logits.grad is None and all(one.logits.grad.any() for one in bags[:3])
+    nothing = detic.loss_image_labels(loss, [one := bag(0), bag(5)], [labels[0], labels[0][:0]])
+    nothing.backward()
+    assert nothing == 0 and one.logits.grad is not None
+
+
+@pytest.mark.parametrize("negative_weight", [1.0, 0.125])
+def test_detic_sec4_captions(negative_weight):
+    logits, own = [torch.randn(3, 4).requires_grad_(), torch.randn(5, 4), torch.randn(2, 4)], [2, -1, 0]
+    expected = 0
+    for image, column in zip(logits, own):
+        for c, logit in enumerate(image.tolist()[-1]):
+            if column >= 0:
+                expected += bce(logit, c == column) * (1 if c == column else negative_weight)
+    loss = detic.loss_captions(logits, own, negative_weight)
+    assert loss.item() == pytest.approx(expected / 3, rel=1e-5)
+    loss.backward()
+    assert not logits[0].grad[:-1].any() and logits[0].grad[-1].all()  # the whole image is the last one
+    empty = detic.loss_captions([torch.zeros(0, 4).requires_grad_(), torch.randn(2, 4)], [1, -1], negative_weight)
+    empty.backward()
+    assert empty == 0
+
+
+# -- sum of the losses -------------------------------------------------------------------------------------------------
+
+
+def stage_outputs(captions: bool = False, labels: list | None = None) -> list[StageOutput]:
+    """Three random stages of two images with image labels."""
+    outputs, labels = [], labels or [[1], [0, 2]]
+    targets = [Targets(*NOTHING, image_labels=torch.tensor(own), caption="a dog") for own in labels]
+    targets[1].caption = ""
+    for _ in range(3):
+        boxes = [random_boxes(4), random_boxes(3)]
+        output = StageOutput(boxes, torch.randn(7, 8), torch.randn(7, 4), targets, logits=torch.randn(7, 6))
+        output.captions = torch.randn(7, 4) if captions else None
+        outputs.append(output)
+    return outputs
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_detic_total_of_image_labels(ranks, monkeypatch):
+    monkeypatch.setattr(detic, "world_size", lambda: ranks)
+    monkeypatch.setattr(detic, "rank", lambda: ranks - 1)
+    outputs, args = stage_outputs(captions=True), replace(SMALL, image_label_weight=0.3)
+    losses = detic.compute_losses(args, outputs, {}, torch.ones(5))
+    for k, output in enumerate(outputs):
+        bags = [Bag(b, rows) for b, rows in zip(output.boxes, output.logits.split([4, 3]))]
+        image = sum(
+            sum(detic.loss_max_size(one, label) for label in t.image_labels) / len(t.image_labels)
+            for one, t in zip(bags, output.targets)
+        )
+        assert losses[f"loss_image_labels_stage{k}"].item() == pytest.approx(0.3 * image.item() / 2, rel=1e-5)
+        # captions of all ranks, B = 2 a rank, in rank order; the second image has none
+        column, weight = (0, 1.0) if ranks == 1 else (2, 0.125)
+        row = output.captions[3].tolist()
+        caption = sum(bce(logit, c == column) * (1 if c == column else weight) for c, logit in enumerate(row))
+        assert losses[f"loss_captions_stage{k}"].item() == pytest.approx(0.3 * caption / 2, rel=1e-5)
+    assert len(losses) == 7
+    assert losses["loss"].item() == pytest.approx(sum(v.item() for n, v in losses.items() if n != "loss"), rel=1e-5)
+
+
+def test_detic_total_of_boxes():
+    outputs = stage_outputs()
+    for output in outputs:
+        output.logits = output.logits[:, :-1]
+        output.targets = [
+            Targets(random_boxes(n), torch.randint(-1, 5, (n,)), image_labels=None) for n in map(len, output.boxes)
+        ]
+    given = {"loss_mask": torch.tensor(2.0), "loss_centernet_pos": torch.tensor(3.0)}
+    losses = detic.compute_losses(replace(SMALL, fed_loss=False), outputs, given, torch.tensor([1.0, 0, 1, 1, 1]))
+    for k, output in enumerate(outputs):
+        expected = detic.loss_boxes(output.logits, output.labels, torch.tensor([1.0, 0, 1, 1, 1]))
+        assert losses[f"loss_cls_stage{k}"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert losses.keys() == {
+        "loss",
+        *given,
+        *(f"loss_{kind}_stage{k}" for k in range(3) for kind in ("cls", "box_reg")),
+    }
+    assert losses["loss"].item() == pytest.approx(sum(v.item() for n, v in losses.items() if n != "loss"), rel=1e-5)
+
+
+# -- dynamic classifier ------------------------------------------------------------------------------------------------
+
+
+def test_detic_dynamic_classifier_is_off_by_default():
+    targets = [Targets(random_boxes(2), torch.tensor([3, 1]))]
+    assert draw_classifier(targets, torch.ones(5), 0) is None and targets[0].labels.tolist() == [3, 1]
+
+
+def test_detic_dynamic_classifier_of_boxes():
+    frequency = torch.rand(300) + 1
+    frequency[::3] = 0
+    before = [torch.tensor([3, 7, 7]), torch.tensor([250]), torch.tensor([], dtype=torch.long)]
+    targets = [Targets(random_boxes(len(labels)), labels.clone()) for labels in before]
+    drawn = draw_classifier(targets, frequency, 50)
+    assert len(drawn) == 50 and len(set(drawn.tolist())) == 50
+    for labels, target in zip(before, targets):
+        assert torch.equal(drawn[target.labels], labels) and target.image_labels is None
+    others = set(drawn.tolist()) - {3, 7, 250}
+    assert len(others) == 47 and all(frequency[c] > 0 for c in others)  # 3 is in the batch, if in no statistics
+    crowd = [Targets(random_boxes(60), torch.arange(60))]
+    assert torch.equal(draw_classifier(crowd, frequency, 50), torch.arange(60))  # no label of the batch is left out
+
+
+def test_detic_dynamic_classifier_of_image_labels():
+    frequency = torch.zeros(300)  # boxes say nothing of image labels: all classes are drawn alike
+    targets = [Targets(*NOTHING, image_labels=torch.tensor(own)) for own in ([299, 0], [5])]
+    drawn = draw_classifier(targets, frequency, 50)
+    assert len(drawn) == 50 and [drawn[t.image_labels].tolist() for t in targets] == [[299, 0], [5]]
+
+
+# -- label space and datasets ------------------------------------------------------------------------------------------
+
+
+def test_detic_label_space_merges_names_and_keeps_the_first_text(tmp_path):
+    vocabularies = [
+        Vocabulary("a", ("person", "traffic light")),
+        Vocabulary("b", ("Person", "cat", "Traffic_light")),
+        Vocabulary("c", ("dog", "CAT")),
+    ]
+    rows = {v.dataset: np.random.default_rng(i).normal(size=(len(v), 8)) for i, v in enumerate(vocabularies)}
+    for name, values in rows.items():
+        np.save(tmp_path / f"{name}.npy", values)
+    encoder = ",".join(f"{name}={tmp_path / name}.npy" for name in rows)
+    label_space, text = detic.build_label_space(replace(SMALL, text_encoder=encoder), vocabularies)
+    assert label_space.names == ("person", "traffic light", "cat", "dog")
+    assert [label_space.rows(name).tolist() for name in rows] == [[0, 1], [0, 2, 1], [3, 2]]
+    expected = np.stack([rows["a"][0], rows["a"][1], rows["b"][1], rows["c"][0]])
+    assert np.allclose(text, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6)
+
+
+def test_detic_assigned_targets():
+    label_space = LabelSpace([Vocabulary("a", ("x", "y")), Vocabulary("b", ("z", "X"))], merge=True)
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    masks = torch.ones(2, 32, 32, dtype=torch.bool)
+    boxed = replace(
+        Sample.unlabelled(image, "b", 0, 0), boxes=random_boxes(2, 30), labels=torch.tensor([1, 0]), masks=masks
+    )
+    tagged = replace(Sample.unlabelled(image, "b", 0, 0), supervision="image_labels", image_labels=torch.tensor([0]))
+    captioned = replace(tagged, captions=("one", "two"), image_labels=torch.tensor([], dtype=torch.long))
+    one, two, three = detic.assign_targets(collate([boxed, tagged, captioned]), label_space)
+    assert one.labels.tolist() == [0, 2] and one.image_labels is None and one.caption == "" and one.masks is not None
+    assert two.image_labels.tolist() == [2] and two.caption == "" and len(two.labels) == 0
+    assert len(three.image_labels) == 0 and three.caption in ("one", "two")
+    drawn = {detic.assign_targets(collate([captioned]), label_space)[0].caption for _ in range(30)}
+    assert drawn == {"one", "two"}
+
+
+@pytest.fixture(scope="module")
+def datasets(tiny_root):
+    return load_datasets("coco-base,in21k", "train", str(tiny_root), masks=True, accepts=detic.SUPERVISION)
+
+
+def test_detic_frequencies_are_of_boxes_alone(datasets, tiny_root):
+    label_space = LabelSpace([d.vocabulary for d in datasets], merge=True)
+    frequency = box_frequency(datasets, label_space)
+    base, labelled = datasets
+    expected = dict.fromkeys(label_space.names, 0)
+    for i in range(len(base)):
+        for label in set(base.load(i).labels.tolist()):
+            expected[base.vocabulary.names[label]] += 1
+    assert frequency.tolist() == list(expected.values())
+    novel = [base.vocabulary.names[k] for k in base.novel]
+    assert novel and not any(expected[name] for name in novel)
+    boxed = [name for name, count in expected.items() if count]
+    groups = base_and_novel(base.vocabulary, [name.upper() for name in boxed])
+    assert [n for n, is_base in zip(base.vocabulary.names, groups["base"]) if is_base] == boxed
+    assert (groups["base"] ^ groups["novel"]).all() and base_and_novel(base.vocabulary, base.vocabulary.names) == {}
+
+    with pytest.raises(InputError, match=f"class '{boxed[0]}' is novel by --novel, but 'coco-base' boxes it"):
+        box_frequency(datasets, label_space, boxed[0].upper())
+    with pytest.raises(InputError, match="--novel: 'griffin' is no class of the training datasets"):
+        box_frequency(datasets, label_space, "griffin")
+    with pytest.raises(InputError, match="image labels only"):
+        box_frequency([labelled], LabelSpace([labelled.vocabulary], merge=True))
+    # COCO with all its boxes beside the split that has no novel ones
+    (coco,) = load_datasets("coco", "train", str(tiny_root))
+    with pytest.raises(InputError, match="is novel by coco-base, but 'coco' boxes it"):
+        box_frequency([base, coco], LabelSpace([base.vocabulary, coco.vocabulary], merge=True))
+
+
+def test_detic_batches_are_of_one_dataset_each(datasets):
+    args = replace(SMALL, image_size=64, batch_size=2, workers=0, device="cpu", compile="off")
+    loader = detic.build_dataloader(args, datasets, 0, CPU)
+    kinds = set()
+    for batch in islice(loader, 12):
+        (supervision,) = {sample.supervision for sample in batch.samples}
+        kinds.add(supervision)
+        labelled = supervision == "image_labels"
+        assert len(batch) == (8 if labelled else 2)  # four times as many, at half the size
+        assert max(max(size) for size in batch.sizes) <= (32 if labelled else 64)
+        assert all((sample.masks is None) == labelled for sample in batch.samples)
+    assert kinds == {"instances", "image_labels"}
+    batches = [batch[0][0] >= len(datasets[0]) for batch in islice(loader.batch_sampler, 2000)]
+    assert np.mean(batches) == pytest.approx(0.5, abs=0.04)  # images 1 : 4 are batches 1 : 1
+    first = [sample.image_id for batch in islice(loader, 3) for sample in batch.samples]
+    later = [
+        sample.image_id
+        for batch in islice(detic.build_dataloader(args, datasets, 1, CPU), 2)
+        for sample in batch.samples
+    ]
+    assert later == first[-len(later) :]
+
+
+# -- model -------------------------------------------------------------------------------------------------------------
+
+
+def make_model(classes: int = 5, **changes):
+    text = F.normalize(torch.randn(classes, 384))
+    return detic.Model(replace(SMALL, **changes), text, pretrained=False)
+
+
+def images(count: int = 2, side: int = 96):
+    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8), [(side, side)] * count
+
+
+def parts_with_gradient(model) -> set[str]:
+    """The parts of the model that a batch has taught anything."""
+    taught = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()]
+    split = [name.split(".") for name in taught]
+    return {".".join(n[:2]) if n[0] == "backbone" else f"{n[0]}.{n[3]}" if n[0] == "cascade" else n[0] for n in split}
+
+
+SEEN = {"backbone.body", "backbone.fpn", "cascade.box_head", "classifiers"}
+
+
+@pytest.mark.parametrize("name", detic.IMAGE_LABEL_LOSSES)
+def test_detic_image_labels_teach_the_classifier_alone(name):
+    model = make_model(image_label_loss=name).train()
+    model.image_label_proposals = 7
+    targets = [Targets(*NOTHING, image_labels=torch.tensor(own)) for own in ([1], [0, 3])]
+    outputs, losses = model(*images(), targets, model.text, None)
+    assert losses == {}
+    for output in outputs:
+        assert output.logits.shape == (len(output.hidden), 6) and not output.logits[:, -1].any()  # background is 0
+        assert (output.ranks is not None) == (name in ("wsod", "wsddn"))
+    assert [len(boxes) for boxes in outputs[0].boxes] == [7 + (name == "image")] * 2
+    assert name != "image" or all(boxes[-1].tolist() == [0, 0, 96, 96] for boxes in outputs[0].boxes)
+    detic.compute_losses(model.args, outputs, losses, torch.ones(5))["loss"].backward()
+    assert parts_with_gradient(model) == (SEEN | {"rankers"} if name in ("wsod", "wsddn") else SEEN)
+    for part in (model.mask_head, model.centernet, *(stage.bbox_pred for stage in model.cascade.stages)):
+        assert all(p.grad is None for p in part.parameters())
+    for classifier, stage in zip(model.classifiers, model.cascade.stages):
+        assert classifier.embedding.weight.grad.any() and stage.box_head[1].weight.grad.any()
+
+
+def test_detic_boxes_teach_everything():
+    model = make_model(rois_per_image=64).train()
+    masks = torch.zeros(2, 96, 96, dtype=torch.bool)
+    masks[:, 20:60, 20:60] = True
+    boxes = torch.tensor([[20.0, 20, 60, 60], [10.0, 10, 80, 90]])
+    targets = [Targets(boxes, torch.tensor([1, 2]), masks=masks) for _ in range(2)]
+    outputs, losses = model(*images(), targets, model.text, None)
+    assert all(output.logits.shape == (len(output.hidden), 5) for output in outputs)  # without background
+    detic.compute_losses(model.args, outputs, losses, torch.ones(5))["loss"].backward()
+    assert parts_with_gradient(model) == SEEN | {"centernet", "cascade.bbox_pred", "mask_head"}
+    # without masks the head has nothing to learn, and takes part all the same
+    _, losses = model(*images(), [replace(t, masks=None) for t in targets], model.text, None)
+    assert losses["loss_mask"] == 0 and losses["loss_mask"].requires_grad
+
+
+def test_detic_proposals_of_image_labels_are_the_best_few():
+    model = make_model().train()
+    model.image_label_proposals = 7
+    targets = [Targets(*NOTHING, image_labels=torch.tensor([1]), caption=caption) for caption in ("", "a dog")]
+    captions = F.normalize(torch.randn(3, 384))
+    batch, sizes = images()
+    outputs, _ = model(batch, sizes, targets, model.text, captions)
+    assert [len(boxes) for boxes in outputs[0].boxes] == [7, 8]  # a caption is of the whole image
+    assert outputs[0].boxes[1][-1].tolist() == [0, 0, 96, 96]
+    assert all(output.captions.shape == (15, 3) for output in outputs)
+    proposals = model.centernet(model.extract(batch, sizes))[0]
+    for boxes, (all_boxes, scores) in zip(outputs[0].boxes, proposals):
+        assert (scores.diff() <= 0).all() and torch.equal(boxes[:7], all_boxes[:7].clamp(0, 96))
+
+
+def test_detic_images_without_proposals(monkeypatch):
+    model = make_model().train()
+    monkeypatch.setattr(model.centernet, "score_threshold", 2.0)
+    targets = [Targets(*NOTHING, image_labels=torch.tensor([1])) for _ in range(2)]
+    outputs, _ = model(*images(), targets, model.text, None)
+    losses = detic.compute_losses(model.args, outputs, {}, torch.ones(5))
+    assert losses["loss"] == 0
+    losses["loss"].backward()
+
+
+@torch.no_grad()
+def test_detic_score_is_the_root_of_class_times_objectness():
+    model = make_model().eval()
+    features = model.extract(*images())
+    sizes = [(96, 96)] * 2
+    found, scores = model.detect(features, sizes)
+    proposals = model.centernet(features)[0]
+    outputs = model.cascade(features, [b for b, _ in proposals], sizes, None, 0)
+    logits = [classifier(out.hidden, model.text)[1] for classifier, out in zip(model.classifiers, outputs)]
+    first = 0
+    for image, (boxes, objectness) in enumerate(proposals):
+        assert found[image].shape == (len(boxes), 4) and scores[image].shape == (len(boxes), 5)
+        for q in (0, len(boxes) // 2, len(boxes) - 1):
+            for c in range(5):
+                p = sum(sigmoid(stage[first + q, c].item()) for stage in logits) / 3
+                expected = math.sqrt(p * objectness[q].item())
+                assert scores[image][q, c].item() == pytest.approx(expected, rel=1e-4)
+        first += len(boxes)
+
+
+@torch.no_grad()
+def test_detic_swapping_the_vocabulary_changes_the_width_alone():
+    model = make_model().eval()
+    features = model.extract(*images(1))
+    (boxes,), (scores,) = model.detect(features, [(96, 96)])
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    model.set_vocabulary(torch.cat([F.normalize(torch.randn(1, 384)), model.text.flip(0), model.text]))
+    (other_boxes,), (other_scores,) = model.detect(features, [(96, 96)])
+    assert torch.equal(boxes, other_boxes) and other_scores.shape == (len(boxes), 11)
+    assert torch.allclose(other_scores[:, 6:], scores) and torch.allclose(other_scores[:, 1:6], scores.flip(1))
+    after = model.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before if key != "text") and len(after) == len(before)
+    with pytest.raises(InputError, match="7 dimensions, this model needs 384"):
+        model.set_vocabulary(torch.ones(3, 7))
+
+
+def test_detic_predictions_have_masks_of_the_image():
+    model = make_model()
+    vocabulary = Vocabulary("any", tuple("abcde"))
+    sample = replace(Sample.unlabelled(images(1)[0][0], "any", 0, 0), original_size=(50, 200))
+    (found,) = detic.predict(model, collate([sample]), vocabulary)
+    assert found["size"] == (50, 200) and len(found["boxes"]) == len(found["segmentations"]) == len(found["scores"]) > 0
+    assert (found["boxes"] >= 0).all() and (found["boxes"] <= torch.tensor([200, 50, 200, 50])).all()
+    assert all(rle["size"] == [50, 200] for rle in found["segmentations"])
+    assert found["class_names"] == [vocabulary.names[label] for label in found["labels"].tolist()]
+    (found,) = detic.predict(make_model(masks=False), collate([sample]), vocabulary)
+    assert "segmentations" not in found and len(found["boxes"])
+
+
+# -- command line ------------------------------------------------------------------------------------------------------
+
+FLAGS = [*FAST, "--prompts", "name"]
+RESULTS = {"AP", "AP50", "AP75", "mask AP", "mask AP50", "AP50 base", "AP50 novel"}
+
+
+@pytest.fixture(scope="module")
+def boxes_alone(tiny_root, tmp_path_factory, run):
+    """Run folder of the first stage."""
+    folder = tmp_path_factory.mktemp("run") / "boxes"
+    done = run("--datasets", "coco-base", "--data-root", tiny_root, "--output", folder, *FLAGS, method="detic")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def second_stage(tiny_root, boxes_alone):
+    return ["--datasets", "coco-base,in21k", "--data-root", tiny_root, "--weights", boxes_alone, *FLAGS]
+
+
+@pytest.fixture(scope="module")
+def joint(second_stage, tmp_path_factory, run):
+    """Run folder of the second stage."""
+    folder = tmp_path_factory.mktemp("run") / "joint"
+    done = run(*second_stage, "--output", folder, method="detic")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def steps(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_detic_first_stage_leaves_base_and_novel(boxes_alone):
+    results = json.loads((boxes_alone / "results.json").read_text())
+    assert list(results) == ["coco-base"] and results["coco-base"].keys() >= RESULTS
+    parts = {"loss_mask", "loss_centernet_pos", "loss_cls_stage0", "loss_box_reg_stage2"}
+    assert parts <= steps(boxes_alone)[-1].keys() and steps(boxes_alone)[-1]["step"] == 6
+    assert {"first_batch.jpg", "predictions-coco-base.jpg"} <= {path.name for path in boxes_alone.iterdir()}
+
+
+def test_detic_second_stage_compares_with_the_first(joint, boxes_alone):
+    results = json.loads((joint / "results.json").read_text())
+    assert list(results) == ["coco-base before image labels", "coco-base"]  # image labels cannot be evaluated
+    assert all(metrics.keys() >= RESULTS for metrics in results.values())
+    assert (
+        results["coco-base before image labels"] == json.loads((boxes_alone / "results.json").read_text())["coco-base"]
+    )
+    assert {"predictions-coco-base.jpg", "predictions-coco-base-before-image-labels.jpg"} <= {
+        path.name for path in joint.iterdir()
+    }
+
+
+def test_detic_resume_after_kill_ends_with_the_same_weights(joint, second_stage, tmp_path, run, run_and_kill):
+    folder = tmp_path / "killed"
+    run_and_kill(folder, *second_stage, "--checkpoint-every", 2, method="detic")
+    done = run("--resume", folder, method="detic")
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stdout
+    ours, theirs = load_file(folder / "weights.safetensors"), load_file(joint / "weights.safetensors")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_detic_wsddn_starts_its_ranks_anew_and_keeps_them(second_stage, tiny_root, tmp_path, run, fails):
+    folder = tmp_path / "wsddn"
+    done = run(*second_stage, "--image-label-loss", "wsddn", "--output", folder, method="detic")
+    assert done.returncode == 0, done.stderr
+    assert "'rankers.' are not in it and start anew" in done.stdout
+    classes = len(load_file(folder / "weights.safetensors")["text"])
+    assert load_file(folder / "weights.safetensors")["rankers.0.2.weight"].shape[0] == classes + 1
+    # --weights brings the loss along, so that its branch is there
+    evaluate = ["--eval-only", "--weights", folder, "--eval-datasets", "coco-base", "--data-root", tiny_root]
+    done = run(*evaluate, "--workers", 0, "--output", tmp_path / "again", method="detic")
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "again" / "results.json").read_text())["coco-base"]
+    assert again == json.loads((folder / "results.json").read_text())["coco-base"]
+    # its branch has a column for every class it was trained on
+    flags = ["--datasets", "coco", "--data-root", tiny_root, "--weights", folder, "--output", tmp_path / "o", *FLAGS]
+    line = fails(*flags, method="detic")
+    assert "rankers.0.2" in line and f"[{classes + 1}" in line and "datasets of its training" in line
+
+
+def test_detic_predicts_any_vocabulary(joint, tmp_path, run):
+    Image.new("RGB", (90, 60), "green").save(tmp_path / "green.png")
+    names = list(read_table()[0])[:3000]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    for vocabulary, expected in (("cat, traffic light", ["cat", "traffic light"]), (tmp_path / "names.txt", names)):
+        folder = tmp_path / str(len(expected))
+        flags = ["--predict", tmp_path / "green.png", "--weights", joint, "--vocabulary", vocabulary]
+        done = run(*flags, "--output", folder, "--score-threshold", 0.02, method="detic")
+        assert done.returncode == 0, done.stderr
+        record = json.loads((folder / "predictions.json").read_text())
+        assert [category["name"] for category in record["categories"]] == expected
+        assert all({"bbox", "score", "area", "segmentation"} <= found.keys() for found in record["annotations"])
+        assert Image.open(folder / "green-0.jpg").size[0] >= 90
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real samples at {REAL}")
+def test_detic_on_real_images(tmp_path, run):
+    datasets = f"coco:train,clothes={REAL / 'clothing_folder' / 'train'}/"
+    flags = ["--datasets", datasets, "--data-root", REAL, "--output", tmp_path / "run", *FLAGS, "--steps", 3]
+    done = run(*flags, method="detic")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results) == ["coco"] and {"AP", "mask AP"} <= results["coco"].keys()
+
+
+@pytest.mark.parametrize(
+    "vocabulary, words",
+    [("cat,cat", "'cat' twice"), ("cat, ,dog", "empty class name"), (" , ", "empty"), ("gone.txt", "does not exist")],
+)
+def test_detic_bad_vocabulary(fails, boxes_alone, tmp_path, vocabulary, words):
+    Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
+    flags = ["--predict", tmp_path / "one.png", "--weights", boxes_alone, "--output", tmp_path / "o"]
+    assert words in fails(*flags, "--vocabulary", vocabulary, method="detic")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--datasets", "in21k"], ["image labels only", "--datasets"]),
+        (["--datasets", "coco-base,coco"], ["novel by coco-base", "'coco' boxes it"]),
+        (["--novel", "person"], ["'person' is novel by --novel", "coco-base"]),
+        (["--novel", "griffin"], ["--novel: 'griffin'", "no class"]),
+        (["--novel", "gone.txt"], ["gone.txt does not exist"]),
+        (["--dataset-ratios", "imagenet=4"], ["--dataset-ratios imagenet=4", "coco-base, in21k"]),
+        (["--dataset-ratios", "coco-base=0"], ["--dataset-ratios coco-base=0", "NAME=NUMBER"]),
+        (["--dataset-sizes", "in21k=-3"], ["--dataset-sizes in21k=-3"]),
+        (["--dataset-batches", "in21k"], ["--dataset-batches in21k"]),
+        (["--eval-datasets", "in21k"], ["in21k", "no split 'val'"]),
+    ],
+)
+def test_detic_bad_flags(fails, tiny_root, tmp_path, flags, words):
+    datasets = ["--datasets", "coco-base,in21k", "--data-root", tiny_root, "--output", tmp_path / "run", *FLAGS]
+    line = fails(*datasets, *flags, method="detic")
+    assert all(word in line for word in words), line
+
+
+def test_detic_weights_of_another_text_encoder(fails, second_stage, tiny_root, tmp_path):
+    datasets = load_datasets("coco-base,in21k", "train", str(tiny_root), accepts=detic.SUPERVISION)
+    for dataset in datasets:
+        np.save(tmp_path / f"{dataset.name}.npy", np.random.default_rng(0).normal(size=(len(dataset.vocabulary), 24)))
+    encoder = ",".join(f"{dataset.name}={tmp_path / dataset.name}.npy" for dataset in datasets)
+    for chosen in (second_stage, [*second_stage, "--datasets", "coco-base"]):  # evaluated first, or only trained on
+        line = fails(*chosen, "--text-encoder", encoder, "--output", tmp_path / "run", method="detic")
+        assert "text embeddings" in line and "384" in line and "24" in line and "--text-encoder" in line
