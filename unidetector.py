@@ -512,9 +512,11 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         model.eval().requires_grad_(False)
         network.requires_grad_(True).train()  # which freezes what stays frozen
         lr = base_lr * args.batch_size / args.base_batch_size
-        log.info(f"lr {base_lr:g} for {args.base_batch_size} images per step -> {lr:g} for {args.batch_size}")
+        title = "classifier" if classifying else "localizer"
+        log.info(f"{title}: lr {base_lr:g} for {args.base_batch_size} images per step -> {lr:g} for {args.batch_size}")
         parameters = [p for p in network.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=1e-4)
+        torch.manual_seed(args.seed + rank())  # so that a stage begins alike in a resumed run
         if start > begin:
             load_checkpoint(checkpoint, optimizer)
         separate = len(model.classifiers) > 1  # so that a batch may lack images of a classifier

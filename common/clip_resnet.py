@@ -7,6 +7,7 @@ microsoft/RegionCLIP:detectron2/modeling/backbone/clip_backbone.py. E counts the
 
 import logging
 import pickle
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -197,7 +198,9 @@ def load_pretrained(model: CLIPResNetC4, name: str) -> bool:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file or of a torch file that holds nothing but data."""
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a TorchScript archive, which is refused below
+            content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
         if "torchscript" in str(error).lower():
             reason = "it is a TorchScript archive, which holds code; save the model's state_dict()"
