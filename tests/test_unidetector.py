@@ -214,7 +214,7 @@ def test_multi_scale_resize():
         x1, y1, x2, y2 = (out.boxes[0] * 100 / short).tolist()
         flipped = x1 > 100
         assert out.size == (short, min(2 * short, 133)) and 40 <= short <= 67  # 80 * 1333 / 800 = 133
-        assert [x1, y1, x2, y2] == pytest.approx([150, 20, 190, 60] if flipped else [10, 20, 50, 60], abs=1.2)
+        assert [x1, y1, x2, y2] == pytest.approx([150, 20, 190, 60] if flipped else [10, 20, 50, 60], abs=2)
         sides.add(short)
         flips.add(flipped)
     assert len(sides) > 15 and flips == {True, False}
