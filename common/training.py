@@ -30,7 +30,7 @@ log = logging.getLogger("concord")
 
 POSITIVE = {"batch_size", "base_batch_size", "image_size", "test_size", "lr", "tau", "checkpoint_every"}
 POSITIVE |= {"classifier_lr", "rpn_proposals", "test_proposals", "channels", "fc_dim", "rois_per_image"}
-NOT_NEGATIVE = {"classifier_steps", "alpha", "beta", "gamma"}
+NOT_NEGATIVE = {"classifier_steps", "alpha", "beta", "gamma", "dynamic_classifier", "image_label_weight"}
 NOT_NEGATIVE |= {"steps", "workers", "warmup_steps", "lam", "repeat_threshold", "seed", "score_threshold"}
 
 # -- command line ------------------------------------------------------------------------------------------------------
@@ -93,6 +93,9 @@ def check_numbers(args) -> None:
             raise InputError(f"{flag} must be between 0 and 2^31")
     if hasattr(args, "jitter") and not 0 < args.jitter[0] <= args.jitter[1] <= 100:
         raise InputError(f"--jitter {args.jitter[0]} {args.jitter[1]} must be a range above 0, smaller number first")
+    if getattr(args, "dynamic_classifier", 0) and args.image_label_loss in ("wsod", "wsddn"):
+        raise InputError(f"--image-label-loss {args.image_label_loss} ranks the proposals for every class, so that "
+                         "--dynamic-classifier cannot draw some; leave one of them out")  # fmt: skip
     if args.batch_size % (ranks := int(os.environ.get("WORLD_SIZE", 1))):
         raise InputError(f"--batch-size {args.batch_size} is not a multiple of the {ranks} ranks; make it one")
 

@@ -646,6 +646,9 @@ def test_detic_bad_vocabulary(fails, boxes_alone, tmp_path, vocabulary, words):
         (["--dataset-sizes", "in21k=-3"], ["--dataset-sizes in21k=-3"]),
         (["--dataset-batches", "in21k"], ["--dataset-batches in21k"]),
         (["--eval-datasets", "in21k"], ["in21k", "no split 'val'"]),
+        (["--dynamic-classifier", "9", "--image-label-loss", "wsddn"], ["--image-label-loss wsddn", "leave one"]),
+        (["--dynamic-classifier", "-9"], ["--dynamic-classifier -9", "between"]),
+        (["--image-label-weight", "-1"], ["--image-label-weight -1", "between"]),
     ],
 )
 def test_detic_bad_flags(fails, tiny_root, tmp_path, flags, words):
