@@ -34,6 +34,26 @@ def decode_boxes(boxes: Tensor, deltas: Tensor, weights: tuple[float, ...]) -> T
     return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=1)  # (N, 4)
 
 
+class RoIAlign(torch.autograd.Function):
+    """torchvision's roi_align, half-pixel aligned, whose backward visits only regions that have a gradient.
+
+    Of the proposals of an image that has nothing but a label, that is one in a hundred.
+    """
+
+    @staticmethod
+    def forward(ctx, feature: Tensor, rois: Tensor, resolution: int, scale: float) -> Tensor:
+        """feature (B, F, h, w), rois (R, 5) of image and box -> (R, F, r, r)."""
+        ctx.save_for_backward(rois)
+        ctx.settings = scale, resolution, resolution, *feature.shape
+        return roi_align(feature, rois, resolution, scale, aligned=True)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (rois,), rows = ctx.saved_tensors, gradient.flatten(1).any(1)  # (R,)
+        backward = torch.ops.torchvision._roi_align_backward
+        return backward(gradient[rows], rois[rows], *ctx.settings, 0, True), None, None, None
+
+
 def pool_rois(features: list[Tensor], strides: list[int], boxes: list[Tensor], resolution: int) -> Tensor:
     """RoIAlign of every box on the level that fits its size.
 
@@ -50,7 +70,7 @@ def pool_rois(features: list[Tensor], strides: list[int], boxes: list[Tensor], r
     level = level.clamp(0, len(features) - 1).long()  # (R,)
     rows = [(level == i).nonzero().squeeze(1) for i in range(len(features))]
     pooled = [
-        roi_align(feature, rois[r], resolution, 1 / stride, aligned=True)
+        RoIAlign.apply(feature, rois[r], resolution, 1 / stride)
         for feature, stride, r in zip(features, strides, rows)
     ]
     return torch.cat(pooled)[torch.cat(rows).argsort()]  # back to the order of the boxes
