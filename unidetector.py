@@ -26,7 +26,7 @@ Note: A_k is drawn per image in every structure; the code for a single dataset d
 Note: prompts are CLIP's 80, each normalised before the mean; the official 81 add the plain name and normalise after.
 Note: test images keep the localizer's own pixel statistics; an official config feeds it CLIP's.
 Note: soft-NMS drops what falls below 1e-3, so that the official score threshold of 1e-4 has no effect.
-Note: --compile covers the localizer's backbone; regions come in too many numbers.
+Note: --compile has no effect here: images come in other sizes and regions in other numbers at every step.
 Note: a timm model as --classifier-backbone, with FPN and two fully connected layers, is for small runs and ours.
 
     python unidetector.py --datasets coco,o365 --tiny                   # minutes on a CPU, generated data
@@ -69,7 +69,7 @@ from common.checkpoint import (
     save_weights,
 )
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
-from common.distributed import amp_context, rank, setup_device, should_compile, world_size
+from common.distributed import amp_context, rank, setup_device, world_size
 from common.errors import InputError
 from common.evaluation import evaluate_detections, recall, report
 from common.inference import draw_predictions, predict_dataset, predict_files
@@ -194,10 +194,10 @@ TINY = {
     "image_size": 192,
     "test_size": 192,
     "batch_size": 8,
-    "steps": 300,
-    "classifier_steps": 500,
-    "lr": 0.01,
-    "classifier_lr": 0.02,
+    "steps": 200,
+    "classifier_steps": 300,
+    "lr": 2e-3,
+    "classifier_lr": 5e-3,
     "base_batch_size": 8,
     "warmup_steps": 50,
     "checkpoint_every": 200,
@@ -448,7 +448,7 @@ def predict(model: Model, batch: Batch, vocabulary: Vocabulary) -> list[dict]:
 # --------------------------------------------------------------------------------------------------------------- Train
 
 
-def build_dataloader(args: Args, datasets: list[Dataset], start: int, device: torch.device) -> DataLoader:
+def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoader:
     """All datasets merged into one list, in natural proportions; a batch may mix datasets.
 
     Endless; skips what `start` steps have seen.
@@ -475,8 +475,7 @@ def proposals_to_train_on(args: Args, model: Model, datasets: list[Dataset], fol
     def locate(batch: Batch) -> list[dict]:
         return [found["proposals"] for found in embed_regions(model, batch, 0)]
 
-    with torch.compiler.set_stance("force_eager"):  # test images come in many sizes
-        return with_proposals(locate, datasets, ResizeShortest(args.test_size), folder, key, args.workers)
+    return with_proposals(locate, datasets, ResizeShortest(args.test_size), folder, key, args.workers)
 
 
 def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.device) -> Model:
@@ -507,8 +506,6 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         classifying = network is model.classifiers
         if classifying:
             datasets = proposals_to_train_on(args, model, datasets, folder)
-        elif should_compile(args.compile, device):
-            network.backbone.compile(dynamic=True)
         model.eval().requires_grad_(False)
         network.requires_grad_(True).train()  # which freezes what stays frozen
         lr = base_lr * args.batch_size / args.base_batch_size
@@ -521,7 +518,7 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
             load_checkpoint(checkpoint, optimizer)
         separate = len(model.classifiers) > 1  # so that a batch may lack images of a classifier
         parallel = DistributedDataParallel(model, find_unused_parameters=separate) if world_size() > 1 else model
-        loader = build_dataloader(args, datasets, max(start - begin, 0), device)
+        loader = build_dataloader(args, datasets, max(start - begin, 0))
         for step, batch in zip(range(max(start, begin) + 1, end + 1), loader):
             batch = batch.to(device)
             proposals = take_proposals(batch) if classifying else None
@@ -632,8 +629,7 @@ def main() -> None:
         resize, detect = ResizeShortest(args.test_size), partial(predict, model, vocabulary=vocabulary)
         predict_files(detect, args.predict, vocabulary, resize, folder, args.score_threshold)
     else:
-        with torch.compiler.set_stance("force_eager"):  # test images come in many sizes
-            report(evaluate(args, model, evaluated, folder, label_space), folder)
+        report(evaluate(args, model, evaluated, folder, label_space), folder)
     log.info(f"results and pictures: {folder}/")
 
 
