@@ -27,7 +27,6 @@ one dataset each, not mixed; base and novel classes in the table.
 
     python detic.py --datasets coco-base --tiny                         # stage 1: minutes on a CPU, generated data
     python detic.py --datasets coco-base,in21k --tiny --weights runs/detic-...            # stage 2
-    python detic.py --datasets lvis-base --data-root DATA                                 # one GPU
     torchrun --nproc-per-node 8 detic.py --datasets lvis-base,in-l --data-root DATA --weights runs/detic-...
     python detic.py --predict photo.jpg --vocabulary "headphone, webcam" --weights runs/detic-...
 """
@@ -156,6 +155,8 @@ class Args:
     """which proposals of an image get its label (Table 1)"""
     image_label_weight: float = 0.1
     """lambda, weight of the image-label and caption losses (Sec. 4)"""
+    image_label_proposals: int = 128
+    """the best by objectness that an image without boxes is looked at through (COCO: 32; Detic's WS_NUM_PROPS)"""
     dynamic_classifier: int = 0
     """classes drawn per step, the only ones trained in it; 50 for vocabularies of tens of thousands, 0: all"""
     masks: bool = True
@@ -204,6 +205,7 @@ TINY = {
     "channels": 64,
     "fc_dim": 256,
     "rois_per_image": 32,
+    "image_label_proposals": 32,
     "cls_bias": -4.6,
 }
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias", "channels", "fc_dim", "masks"]
@@ -245,8 +247,6 @@ class TextClassifier(nn.Module):
 
 class Model(nn.Module):
     """CenterNet2: proposals from a centre heat map, then a cascade of three stages (arXiv 2103.07461); a mask head."""
-
-    image_label_proposals = 128  # of an image without boxes, the best by objectness (Detic's WS_NUM_PROPS)
 
     def __init__(self, args: Args, text: Tensor, pretrained: bool = True):
         super().__init__()
@@ -298,7 +298,7 @@ class Model(nn.Module):
         """
         proposals, boxes = self.centernet(features)[0], []
         for (b, _), (h, w), t in zip(proposals, sizes, targets):
-            b = clip_boxes_to_image(b[: self.image_label_proposals], (h, w))
+            b = clip_boxes_to_image(b[: self.args.image_label_proposals], (h, w))
             whole = [b.new_tensor([[0, 0, w, h]])] if self.args.image_label_loss == "image" or t.caption else []
             boxes.append(torch.cat([b, *whole]))
         outputs = self.cascade(features, boxes, sizes, None, 0)

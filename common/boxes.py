@@ -70,8 +70,7 @@ def pool_rois(features: list[Tensor], strides: list[int], boxes: list[Tensor], r
     level = level.clamp(0, len(features) - 1).long()  # (R,)
     rows = [(level == i).nonzero().squeeze(1) for i in range(len(features))]
     pooled = [
-        RoIAlign.apply(feature, rois[r], resolution, 1 / stride)
-        for feature, stride, r in zip(features, strides, rows)
+        RoIAlign.apply(feature, rois[r], resolution, 1 / stride) for feature, stride, r in zip(features, strides, rows)
     ]
     return torch.cat(pooled)[torch.cat(rows).argsort()]  # back to the order of the boxes
 

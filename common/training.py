@@ -30,6 +30,7 @@ log = logging.getLogger("concord")
 
 POSITIVE = {"batch_size", "base_batch_size", "image_size", "test_size", "lr", "tau", "checkpoint_every"}
 POSITIVE |= {"classifier_lr", "rpn_proposals", "test_proposals", "channels", "fc_dim", "rois_per_image"}
+POSITIVE |= {"image_label_proposals"}
 NOT_NEGATIVE = {"classifier_steps", "alpha", "beta", "gamma", "dynamic_classifier", "image_label_weight"}
 NOT_NEGATIVE |= {"steps", "workers", "warmup_steps", "lam", "repeat_threshold", "seed", "score_threshold"}
 

@@ -410,7 +410,7 @@ SEEN = {"backbone.body", "backbone.fpn", "cascade.box_head", "classifiers"}
 @pytest.mark.parametrize("name", detic.IMAGE_LABEL_LOSSES)
 def test_detic_image_labels_teach_the_classifier_alone(name):
     model = make_model(image_label_loss=name).train()
-    model.image_label_proposals = 7
+    model.args = replace(model.args, image_label_proposals=7)
     targets = [Targets(*NOTHING, image_labels=torch.tensor(own)) for own in ([1], [0, 3])]
     outputs, losses = model(*images(), targets, model.text, None)
     assert losses == {}
@@ -444,7 +444,7 @@ def test_detic_boxes_teach_everything():
 
 def test_detic_proposals_of_image_labels_are_the_best_few():
     model = make_model().train()
-    model.image_label_proposals = 7
+    model.args = replace(model.args, image_label_proposals=7)
     targets = [Targets(*NOTHING, image_labels=torch.tensor([1]), caption=caption) for caption in ("", "a dog")]
     captions = F.normalize(torch.randn(3, 384))
     batch, sizes = images()

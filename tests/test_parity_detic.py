@@ -157,7 +157,7 @@ def test_parity_image_label_supervision(variant, monkeypatch):
         monkeypatch, detic, image_label_weight=case("detic_roi")[1]["config"]["MODEL.ROI_BOX_HEAD.IMAGE_LOSS_WEIGHT"]
     )
     with_box = variant == "image_max_size_with_box"
-    model.image_label_proposals = len(tensors[f"{variant}.stage0.image0.boxes"]) - with_box
+    model.args = replace(model.args, image_label_proposals=len(tensors[f"{variant}.stage0.image0.boxes"]) - with_box)
     nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
     caption = "appends the box of the image" if with_box else ""
     truth = [Targets(*nothing, image_labels=torch.tensor(own), caption=caption) for own in record[variant]["labels"]]
