@@ -73,7 +73,7 @@ from common.evaluation import evaluate_detections, report
 from common.inference import draw_predictions, predict_dataset, predict_files
 from common.labels import LabelSpace, Vocabulary
 from common.masks import paste_rles
-from common.novel import base_and_novel, box_frequency
+from common.novel import box_frequency, seen_and_unseen
 from common.sampling import Mixture, RatioBatchSampler, repeat_factors
 from common.text import choose_vocabulary, embed, sentence_encoder
 from common.training import RunLog, check_finite, learning_rate, make_run_folder, parse_args, per_dataset, run_command
@@ -196,7 +196,7 @@ TINY = {
     "test_size": 192,
     "batch_size": 8,
     "base_batch_size": 8,
-    "steps": 400,
+    "steps": 300,
     "lr": 1e-3,
     "warmup_steps": 50,
     "checkpoint_every": 200,
@@ -207,6 +207,7 @@ TINY = {
     "rois_per_image": 32,
     "image_label_proposals": 32,
     "cls_bias": -4.6,
+    "image_label_weight": 0.5,
 }
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias", "channels", "fc_dim", "masks"]
 MODEL_FIELDS += ["image_label_loss"]
@@ -584,10 +585,7 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
 
 
 def evaluate(args: Args, model: Model, datasets: list[Dataset], folder: Path, boxed: list[str], note: str = "") -> dict:
-    """Every evaluation dataset by its own metric, in its own label space; base and novel classes apart; pictures.
-
-    boxed: names of the classes that had boxes in training, the base classes. `note` is added to the datasets' names.
-    """
+    """Every evaluation dataset by its own metric, in its own label space; classes `boxed` in training are base."""
     results, resize = {}, ResizeShortest(args.test_size)
     for dataset in datasets:
         model.set_vocabulary(embed(dataset.vocabulary.names, args.text_encoder, args.prompts, dataset.name))
@@ -595,9 +593,10 @@ def evaluate(args: Args, model: Model, datasets: list[Dataset], folder: Path, bo
         detect = partial(predict, model, vocabulary=dataset.vocabulary)
         predictions = predict_dataset(detect, dataset, resize, args.workers, title)
         if rank() == 0:
-            results[title] = evaluate_detections(dataset, predictions, base_and_novel(dataset.vocabulary, boxed))
-            picture = folder / f"predictions-{title.replace(' ', '-')}.jpg"
-            draw_predictions(dataset, predictions, picture, args.score_threshold)
+            results[title] = evaluate_detections(
+                dataset, predictions, seen_and_unseen(dataset.vocabulary, boxed, ("base", "novel"))
+            )
+            draw_predictions(dataset, predictions, folder, title, args.score_threshold)
     return results
 
 

@@ -487,8 +487,7 @@ def evaluate(args: Args, model: Model, datasets: list[Dataset], folder: Path, tr
             predictions = predict_dataset(detect, dataset, resize, args.workers, title)
             if rank() == 0:
                 results[title] = evaluate_detections(dataset, predictions)
-                picture = folder / f"predictions-{title.replace(' ', '-')}.jpg"
-                draw_predictions(dataset, predictions, picture, args.score_threshold)
+                draw_predictions(dataset, predictions, folder, title, args.score_threshold)
     return results
 
 

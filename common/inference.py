@@ -45,13 +45,16 @@ def with_rles(found: dict) -> dict:
     return {field: value for field, value in found.items() if field != "masks"} | rles
 
 
-def draw_predictions(dataset: Dataset, predictions: dict, path: Path, min_score: float, limit: int = 8) -> None:
-    """Ground truth beside predictions of the first images."""
+def draw_predictions(
+    dataset: Dataset, predictions: dict, folder: Path, title: str, min_score: float, limit: int = 8
+) -> None:
+    """predictions-<title>.jpg: ground truth beside predictions of the first images."""
     truth = [dataset.load(row) for row in range(min(limit, len(dataset)))]
     targets = [{"boxes": s.boxes, "labels": s.labels, "masks": s.masks} for s in truth]
     found = [predictions[s.index] for s in truth]
     names = dataset.vocabulary.names
-    save_image(prediction_grid([s.image for s in truth], targets, found, names, min_score=min_score), path)
+    picture = prediction_grid([s.image for s in truth], targets, found, names, min_score=min_score)
+    save_image(picture, folder / f"predictions-{title.replace(' ', '-')}.jpg")
 
 
 def predict_files(

@@ -1,5 +1,7 @@
 """Which classes have boxes in training, and the check that novel ones have none."""
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -38,8 +40,8 @@ def box_frequency(datasets: list[Dataset], label_space: LabelSpace, novel: str =
     return frequency
 
 
-def base_and_novel(vocabulary: Vocabulary, boxed: list[str]) -> dict[str, np.ndarray]:
-    """{"base": (C,) bool, "novel": (C,) bool}: which classes are among the `boxed` names; {} if all are."""
-    seen = {fold(name) for name in boxed}
-    base = np.array([fold(name) in seen for name in vocabulary.names])
-    return {} if base.all() else {"base": base, "novel": ~base}
+def seen_and_unseen(vocabulary: Vocabulary, seen: Collection[str], titles: tuple[str, str]) -> dict[str, np.ndarray]:
+    """Under two titles (C,) bool each: the classes whose names are among `seen`, and the others; {} if all are."""
+    names = {fold(name) for name in seen}
+    known = np.array([fold(name) in names for name in vocabulary.names])
+    return {} if known.all() else dict(zip(titles, (known, ~known)))

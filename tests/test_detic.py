@@ -19,7 +19,7 @@ from common.cascade import StageOutput, Targets, draw_classifier
 from common.datasets import load_datasets
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
-from common.novel import base_and_novel, box_frequency
+from common.novel import box_frequency, seen_and_unseen
 from common.text import read_table
 from detic import Bag
 
@@ -346,9 +346,11 @@ def test_detic_frequencies_are_of_boxes_alone(datasets, tiny_root):
     novel = [base.vocabulary.names[k] for k in base.novel]
     assert novel and not any(expected[name] for name in novel)
     boxed = [name for name, count in expected.items() if count]
-    groups = base_and_novel(base.vocabulary, [name.upper() for name in boxed])
+    groups = seen_and_unseen(base.vocabulary, [name.upper() for name in boxed], ("base", "novel"))
     assert [n for n, is_base in zip(base.vocabulary.names, groups["base"]) if is_base] == boxed
-    assert (groups["base"] ^ groups["novel"]).all() and base_and_novel(base.vocabulary, base.vocabulary.names) == {}
+    assert (groups["base"] ^ groups["novel"]).all() and seen_and_unseen(
+        base.vocabulary, base.vocabulary.names, ("a", "b")
+    ) == {}
 
     with pytest.raises(InputError, match=f"class '{boxed[0]}' is novel by --novel, but 'coco-base' boxes it"):
         box_frequency(datasets, label_space, boxed[0].upper())

@@ -202,7 +202,7 @@ def test_dataset_predictions_keep_rles(tmp_path):
     assert sorted(predictions) == [0, 1] and all("masks" not in found for found in predictions.values())
     assert torch.equal(decode_masks(predictions[1]["segmentations"], (40, 60)), MASKS)
     assert predictions[0]["class_names"] == ["cat", "dog"]
-    draw_predictions(Hand(), predictions, tmp_path / "a.png", 0.5)
+    draw_predictions(Hand(), predictions, tmp_path, "a set", 0.5)
     assert (tmp_path / "a.png").is_file()
 
 

@@ -107,7 +107,7 @@ def test_parity_inference(variant, monkeypatch):
         "size": (1, 1),
     }
     vocabulary = unidetector.Vocabulary("any", tuple(map(str, range(len(model.text)))))
-    found = unidetector.classify(model, regions, vocabulary)
+    found = unidetector.classify(model, regions, vocabulary, 300)
     check(f"inference {variant}: scores of classify", given["scores"], official[:, :-1])
     assert found["scores"][0] == given["scores"].max()
 

@@ -517,7 +517,7 @@ def test_both_stages_leave_everything(trained):
         *[f"lineart{note}" for note in (" (proposals)", " (no calibration)", "", " (shuffled text)")],
     ]
     assert list(results["coco (proposals)"]) == ["AR@10", "AR@100", "AR@1000"]
-    assert {"AP", "AP50 base", "AP50 novel"} <= results["lineart"].keys()
+    assert {"AP", "AP50 known", "AP50 unknown"} <= results["lineart"].keys()
     steps = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert steps[-1]["step"] == 8 and {"loss_classification", "loss_box"} <= steps[-1].keys()
 
