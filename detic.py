@@ -16,9 +16,11 @@ captions as classifier weights of the whole image   loss_captions
 L = L_rpn + L_cls + L_reg + L_mask, or lambda L_im  compute_losses
 
 Note: where the paper and its code (facebookresearch/Detic) differ, the code is followed; but classes are merged by
-  name, not first by WordNet synset, and all ranks of a step train on one dataset, as a single GPU does.
-Note: novel classes are no negatives of box images (ignore_zero), as in the paper's COCO split; the official LVIS-base
-  run takes frequencies from all of LVIS, so that its rare classes are negatives now and then.
+  name, not first by WordNet synset, and all ranks of a step train on one dataset, as a single GPU does; what has no
+  loss in a step stays as it is, where the code's zero losses leave decay and momentum.
+Note: novel classes are no negatives of box images, as in the paper's COCO split: they have no frequency, and without
+  the federated loss ignore_zero sees to it. The official LVIS-base run has the frequencies of all of LVIS.
+Note: timm has no ImageNet-21k ResNet-50, which the paper starts from: ours is ImageNet-1k. Swin has its 21k weights.
 Note: the image losses keep the official background column (text zero, logit the bias); box losses have none, as there.
 Note: the paper's COCO split has a detector of its own (Faster R-CNN C4); here coco-base has that of LVIS.
 
@@ -55,17 +57,9 @@ from torchvision.ops import clip_boxes_to_image
 from common.backbone import STRIDES, Backbone
 from common.batch import Batch, collate
 from common.boxes import select_detections
-from common.cascade import Cascade, MaskHead, StageOutput, Targets, draw_classifier, loss_box_reg, mlp, sample_federated
+from common.cascade import Cascade, MaskHead, StageOutput, draw_classifier, loss_box_reg, mlp, sample_federated
 from common.centernet import CenterNet
-from common.checkpoint import (
-    last_checkpoint,
-    load_checkpoint,
-    load_weights,
-    read_metadata,
-    read_text,
-    save_checkpoint,
-    save_weights,
-)
+from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model, save_checkpoint, save_weights
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
 from common.distributed import amp_context, gather_rows, rank, setup_device, should_compile, world_size
 from common.errors import InputError
@@ -73,7 +67,8 @@ from common.evaluation import evaluate_detections, report
 from common.inference import draw_predictions, predict_dataset, predict_files
 from common.labels import LabelSpace, Vocabulary
 from common.masks import paste_rles
-from common.novel import box_frequency, seen_and_unseen
+from common.matcher import Targets
+from common.novel import box_frequency, boxed_names, seen_and_unseen
 from common.sampling import Mixture, RatioBatchSampler, repeat_factors
 from common.text import choose_vocabulary, embed, sentence_encoder
 from common.training import RunLog, check_finite, learning_rate, make_run_folder, parse_args, per_dataset, run_command
@@ -81,7 +76,8 @@ from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import save_image, training_grid
 
 # Shapes: B images, Q proposals of an image, R regions (RoIs) of all images, N ground truths of an image, C classes of
-# the active label space, D text embedding width, L levels, F feature channels, H W pixels, h w feature cells.
+# the active label space, D text embedding width, L levels, F feature channels, H W pixels, h w feature cells, K image
+# labels of an image, M captions, n proposals of an image that has only labels.
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
@@ -94,7 +90,7 @@ class Args:
     datasets: str = ""
     """datasets to train on: names, name:split, or my=annotations.json:images/, separated by commas"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset; with --tiny also a zero-shot one)"""
+    """datasets to evaluate (default: the val split of each training dataset; with --tiny perhaps another)"""
     data_root: str = ""
     """folder with the datasets (default: $DETECTRON2_DATASETS, else ./data); data/README.md shows the layouts"""
     tiny: bool = False
@@ -150,7 +146,7 @@ class Args:
     base_batch_size: int = 64
     """batch size that --lr is meant for (R50: 64)"""
     warmup_steps: int = 10_000
-    """steps of linear warmup from 1e-4 of --lr; with image labels at most 1000; at most a tenth of --steps"""
+    """steps of linear warmup from 1e-4 of --lr; with image labels at most 1000; at most a ninth of --steps"""
     image_label_loss: Literal["max_size", "max_score", "first", "image", "min_loss", "wsod", "wsddn"] = "max_size"
     """which proposals of an image get its label (Table 1)"""
     image_label_weight: float = 0.1
@@ -198,7 +194,7 @@ TINY = {
     "base_batch_size": 8,
     "steps": 300,
     "lr": 1e-3,
-    "warmup_steps": 50,
+    "warmup_steps": 30,
     "checkpoint_every": 200,
     "workers": 0,
     "jitter": (0.8, 1.5),
@@ -207,12 +203,12 @@ TINY = {
     "rois_per_image": 32,
     "image_label_proposals": 32,
     "cls_bias": -4.6,
-    "image_label_weight": 0.5,
+    "image_label_weight": 0.5,  # in a hundred steps, 0.1 teaches next to nothing
 }
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias", "channels", "fc_dim", "masks"]
 MODEL_FIELDS += ["image_label_loss"]
 SUPERVISION = ("boxes", "instances", "image_labels")
-NEGATIVE_CAPTION_WEIGHT = 0.125  # where captions of several ranks are negatives of each other (Detic's NEG_CAP_WEIGHT)
+NEGATIVE_CAPTION_WEIGHT = 0.125  # Detic's NEG_CAP_WEIGHT for Conceptual Captions (COCO: 1)
 
 # --------------------------------------------------------------------------------------------------------------- Model
 
@@ -260,7 +256,7 @@ class Model(nn.Module):
         )
         self.mask_head = MaskHead(args.channels) if args.masks else None
         wsddn = args.image_label_loss in ("wsod", "wsddn")  # needs a second branch: which proposal shows a class
-        self.rankers = nn.ModuleList(mlp(args.fc_dim, len(text) + 1) for _ in self.cascade.stages if wsddn)
+        self.prop_score = nn.ModuleList(mlp(args.fc_dim, len(text) + 1) for _ in self.cascade.stages if wsddn)
         self.register_buffer("text", text)  # (C, D)
 
     def set_vocabulary(self, text: Tensor) -> None:
@@ -283,7 +279,7 @@ class Model(nn.Module):
         """
         features = self.extract(images, sizes)
         if targets[0].image_labels is not None:
-            return self.describe(features, sizes, targets, text, captions), {}
+            return self.forward_image_labels(features, sizes, targets, text, captions), {}
         proposals, losses = self.centernet(features, [t.boxes for t in targets])
         outputs = self.cascade(features, [b for b, _ in proposals], sizes, targets, self.args.rois_per_image)
         for output, classifier in zip(outputs, self.classifiers):
@@ -292,7 +288,7 @@ class Model(nn.Module):
             losses["loss_mask"] = self.mask_head.loss(features, outputs[0])
         return outputs, losses
 
-    def describe(self, features: list[Tensor], sizes: list, targets: list[Targets], text: Tensor, captions):
+    def forward_image_labels(self, features: list[Tensor], sizes: list, targets: list[Targets], text: Tensor, captions):
         """Images without boxes: the best proposals go through the cascade, undrawn and unmatched -> its outputs.
 
         Where the whole image takes part (`image`, captions), its box is the last one.
@@ -304,10 +300,10 @@ class Model(nn.Module):
             boxes.append(torch.cat([b, *whole]))
         outputs = self.cascade(features, boxes, sizes, None, 0)
         for k, output in enumerate(outputs):
-            classifier, output.targets = self.classifiers[k], targets
+            classifier, output.targets, output.deltas = self.classifiers[k], targets, output.deltas.detach()
             output.logits = classifier(output.hidden, F.pad(text, (0, 0, 0, 1)))[1]  # (R, C + 1), with background
             output.captions = None if captions is None else classifier(output.hidden, captions)[1]  # (R, M)
-            output.ranks = self.rankers[k](output.hidden) if self.rankers else None  # (R, C + 1)
+            output.prop_logits = self.prop_score[k](output.hidden) if self.prop_score else None  # (R, C + 1)
         return outputs
 
     def detect(self, features: list[Tensor], sizes: list) -> tuple[list[Tensor], list[Tensor]]:
@@ -369,7 +365,7 @@ class Bag:
 
     boxes: Tensor  # (n, 4)
     logits: Tensor  # (n, C + 1), the last one background
-    ranks: Tensor | None = None  # (n, C + 1), WSDDN's second branch
+    prop_logits: Tensor | None = None  # (n, C + 1), WSDDN's second branch
 
 
 def label_bce(logits: Tensor, label: Tensor) -> Tensor:
@@ -409,7 +405,7 @@ def loss_min_loss(bag: Bag, label: Tensor) -> Tensor:
 
 def loss_wsddn(bag: Bag, label: Tensor) -> Tensor:
     """Sec. 4 (Table 1), WSDDN: mean_c BCE(sum_j sigmoid(s_jc) softmax_j(r_jc), y_c); mean, not sum, of columns."""
-    p = (bag.logits.sigmoid() * bag.ranks.softmax(0)).sum(0).clamp(1e-10, 1 - 1e-10)  # (C + 1,)
+    p = (bag.logits.sigmoid() * bag.prop_logits.softmax(0)).sum(0).clamp(1e-10, 1 - 1e-10)  # (C + 1,)
     return F.binary_cross_entropy(p, F.one_hot(label, len(p)).to(p))
 
 
@@ -455,14 +451,13 @@ def compute_losses(args: Args, outputs: list[StageOutput], proposal_losses: dict
             losses[f"loss_box_reg_stage{k}"] = loss_box_reg(k, out)
             continue
         counts = [len(b) for b in out.boxes]
-        ranks = out.ranks.split(counts) if out.ranks is not None else [None] * len(counts)
-        bags = [Bag(*parts) for parts in zip(out.boxes, out.logits.split(counts), ranks)]
+        seconds = out.prop_logits.split(counts) if out.prop_logits is not None else [None] * len(counts)
+        bags = [Bag(*parts) for parts in zip(out.boxes, out.logits.split(counts), seconds)]
         loss = loss_image_labels(IMAGE_LABEL_LOSSES[args.image_label_loss], bags, [t.image_labels for t in out.targets])
         losses[f"loss_image_labels_stage{k}"] = args.image_label_weight * loss
         if out.captions is not None:
             own = [rank() * len(counts) + i if t.caption else -1 for i, t in enumerate(out.targets)]
-            negative_weight = NEGATIVE_CAPTION_WEIGHT if world_size() > 1 else 1.0
-            loss = loss_captions(out.captions.split(counts), own, negative_weight)
+            loss = loss_captions(out.captions.split(counts), own, NEGATIVE_CAPTION_WEIGHT)
             losses[f"loss_captions_stage{k}"] = args.image_label_weight * loss
     return losses | {"loss": sum(losses.values())}
 
@@ -506,7 +501,7 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int, device: to
     counts = per_dataset("--dataset-batches", args.dataset_batches, datasets, args.batch_size, 4 * args.batch_size)
     ratios = per_dataset("--dataset-ratios", args.dataset_ratios, datasets, 1, 4)
     labelled = {d.name: d.supervision == "image_labels" for d in datasets}
-    jitter = {True: (max(args.jitter[0], 0.5), min(args.jitter[1], 1.5)), False: args.jitter}
+    jitter = {True: tuple(min(max(x, 0.5), 1.5) for x in args.jitter), False: args.jitter}
     transforms = {name: LargeScaleJitter(sizes[name], jitter[labels]) for name, labels in labelled.items()}
     factors = [np.ones(len(d)) if labelled[d.name] else repeat_factors([d], args.repeat_threshold) for d in datasets]
     sampler = RatioBatchSampler(factors, [*ratios.values()], [*counts.values()], args.seed, start, rank(), world_size())
@@ -527,22 +522,22 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
     label_space, text = build_label_space(args, [d.vocabulary for d in datasets])
     joint = any(d.supervision == "image_labels" for d in datasets)
     frequency = box_frequency(datasets, label_space, args.novel).to(device)  # (C,)
-    boxed = [label_space.names[k] for k in frequency.nonzero().squeeze(1).tolist()]
     captioned = [d.name for d in datasets if d.index.captions]
     encode = sentence_encoder(args.text_encoder) if captioned else None
 
     checkpoint = last_checkpoint(folder) if args.resume else None
     model = Model(args, text, pretrained=not (checkpoint or args.weights)).to(device)
     if checkpoint or args.weights:
-        load_weights(checkpoint or args.weights, model, fresh="" if checkpoint else "rankers.")
+        load_weights(checkpoint or args.weights, model, fresh="" if checkpoint else "prop_score.")
     model.train()
     vocabularies = {d.name: d.vocabulary.names for d in datasets}
-    metadata = {"method": METHOD, "args": asdict(args), "vocabularies": vocabularies, "boxed": boxed}
+    metadata = {"method": METHOD, "args": asdict(args), "vocabularies": vocabularies}
+    metadata["boxed"] = boxed_names(frequency, label_space)
     lr = args.lr * args.batch_size / args.base_batch_size
     log.info(f"lr {args.lr:g} for {args.base_batch_size} images per step -> {lr:g} for {args.batch_size}")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=1e-4)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
-    warmup = min(args.warmup_steps, 1000 if joint else args.warmup_steps, args.steps // 10)
+    warmup = min(args.warmup_steps, 1000 if joint else args.warmup_steps, args.steps // 9)
     if should_compile(args.compile, device):
         model.backbone.compile()
     # the batches of image labels leave the mask head and the box regression alone
@@ -605,10 +600,10 @@ def evaluate(args: Args, model: Model, datasets: list[Dataset], folder: Path, bo
 
 def load_trained(args: Args, device: torch.device) -> tuple[Model, LabelSpace, list[str]]:
     """The model of --weights, with the label space that it was trained on and the classes that had boxes."""
-    saved = read_metadata(args.weights, METHOD)
+    saved, text = read_model(args.weights, METHOD)
     vocabularies = [Vocabulary(name, tuple(names)) for name, names in saved["vocabularies"].items()]
-    model = Model(args, read_text(args.weights), pretrained=False).to(device)
-    load_weights(args.weights, model, fresh="rankers.")
+    model = Model(args, text, pretrained=False).to(device)
+    load_weights(args.weights, model, fresh="prop_score.")
     return model, LabelSpace(vocabularies, merge=True), saved["boxed"]
 
 
@@ -618,11 +613,13 @@ def main() -> None:
     size, results = args.image_size if args.tiny else 0, {}
     if args.predict or args.eval_only:
         model, label_space, boxed = load_trained(args, device)
-        evaluated = [] if args.predict else load_datasets(args.eval_datasets, "val", args.data_root, size)
+        names = args.eval_datasets or default_eval(args.datasets)
+        evaluated = [] if args.predict else load_datasets(names, "val", args.data_root, size)
         folder = make_run_folder(args, METHOD)
     else:
         datasets = load_datasets(args.datasets, "train", args.data_root, size, args.masks, SUPERVISION)
-        box_frequency(datasets, LabelSpace([d.vocabulary for d in datasets], merge=True), args.novel)
+        label_space = LabelSpace([d.vocabulary for d in datasets], merge=True)
+        boxed = boxed_names(box_frequency(datasets, label_space, args.novel), label_space)
         labelled = [d.name for d in datasets if d.supervision == "image_labels"]
         names = args.eval_datasets or default_eval(args.datasets, labelled)
         evaluated = load_datasets(names, "val", args.data_root, size)  # a mistake in them must not cost a training
@@ -630,10 +627,9 @@ def main() -> None:
         args.masks &= bool(args.weights) or any(d.supervision == "instances" for d in datasets)
         folder = make_run_folder(args, METHOD)
         if args.weights and labelled and not args.resume:
-            model, _, boxed = load_trained(args, device)
+            model, *_ = load_trained(args, device)
             results = evaluate(args, model, evaluated, folder, boxed, " before image labels")
         model = train(args, datasets, folder, device)
-        boxed = read_metadata(folder, METHOD)["boxed"]
     if args.predict:
         vocabulary, text = choose_vocabulary(args, label_space, model.text)
         model.set_vocabulary(text)

@@ -55,23 +55,16 @@ from torch.utils.data import DataLoader
 from common.backbone import STRIDES, Backbone
 from common.batch import Batch, collate
 from common.boxes import select_detections
-from common.cascade import Cascade, StageOutput, Targets, loss_box_reg, sample_federated
+from common.cascade import Cascade, StageOutput, loss_box_reg, sample_federated
 from common.centernet import CenterNet
-from common.checkpoint import (
-    last_checkpoint,
-    load_checkpoint,
-    load_weights,
-    read_metadata,
-    read_text,
-    save_checkpoint,
-    save_weights,
-)
+from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model, save_checkpoint, save_weights
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
 from common.errors import InputError
 from common.evaluation import evaluate_detections, report
 from common.inference import draw_predictions, predict_dataset, predict_files
 from common.labels import LabelSpace, Vocabulary
+from common.matcher import Targets
 from common.sampling import Mixture, RepeatFactorSampler, derangement, repeat_factors
 from common.text import choose_vocabulary, embed
 from common.training import RunLog, check_finite, learning_rate, make_run_folder, parse_args, run_command
@@ -92,7 +85,7 @@ class Args:
     datasets: str = ""
     """datasets to train on: names, name:split, or my=annotations.json:images/, separated by commas"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset; with --tiny also a zero-shot one)"""
+    """datasets to evaluate (default: the val split of each training dataset; with --tiny perhaps another)"""
     data_root: str = ""
     """folder with the datasets (default: $DETECTRON2_DATASETS, else ./data); data/README.md shows the layouts"""
     tiny: bool = False
@@ -142,7 +135,7 @@ class Args:
     base_batch_size: int = 64
     """batch size that --lr is meant for (Detic, R50: 64)"""
     warmup_steps: int = 10_000
-    """steps of linear warmup from 1e-4 of --lr (Detic); at most a tenth of --steps"""
+    """steps of linear warmup from 1e-4 of --lr (Detic); at most a ninth of --steps"""
     lam: float = 1.0
     """lambda, weight of the soft label loss (not published; see the scale check in the tests)"""
     tau: float = 0.02
@@ -435,7 +428,7 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=1e-4)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
     steps = args.steps or 90_000 * len(datasets)
-    warmup = min(args.warmup_steps, steps // 10)
+    warmup = min(args.warmup_steps, steps // 9)
     if should_compile(args.compile, device):
         model.backbone.compile()
     parallel = DistributedDataParallel(model) if world_size() > 1 else model
@@ -496,9 +489,9 @@ def evaluate(args: Args, model: Model, datasets: list[Dataset], folder: Path, tr
 
 def load_trained(args: Args, device: torch.device) -> tuple[Model, LabelSpace]:
     """The model of --weights, with the label space that it was trained on."""
-    saved = read_metadata(args.weights, METHOD)
+    saved, text = read_model(args.weights, METHOD)
     vocabularies = [Vocabulary(name, tuple(names)) for name, names in saved["vocabularies"].items()]
-    model = Model(args, read_text(args.weights), pretrained=False).to(device)
+    model = Model(args, text, pretrained=False).to(device)
     load_weights(args.weights, model)
     return model, LabelSpace(vocabularies)
 

@@ -10,7 +10,7 @@ found by how often they are detected, and calibrated by it.
 Equation                                                   function             symbol       variable
 eta_i = (s_c)^alpha (s_r1 s_r2)^(1-alpha), of a proposal   objectness           s_c, s_r     scores of common.oln
 L_cls = mean_k 1/R_k sum_i sum_{j in A_k} BCE(z_ij, y_ij)  loss_classification  A_k          chosen
-z_ij = cos(x_i, e_j) / tau                                 Classifier           x, e         embedding, text
+z_ij = cos(x_i, e_j) / tau, x_i of the Classifier          compare              x, e         x, text
 p_ij = sigmoid(z_ij) / pi_j^gamma, pi_j the class prior    calibrate            pi, gamma    counts, gamma
 s_ij = p_ij^beta eta_i^(1-beta)                            fuse                 beta         beta
 losses of the localizer, box loss of both                  common.oln
@@ -18,14 +18,17 @@ losses of the localizer, box loss of both                  common.oln
 Structures: partitioned (the paper's), unified (classes merged by name), separate (a classifier per dataset). The
 localizer, which has no label space, is shared in all.
 
-Note: the paper could be read in parts only; what it leaves open follows the code (zhenyuw16/UniDetector).
+Note: what the paper leaves open follows its code (zhenyuw16/UniDetector).
 Note: pi_j is the number n_j of detections in a first pass over the images, and at least 1 (the code has no guard).
   The regions of an image do not depend on the classes, so they are embedded once (200 KB per image at D = 1024), and
   the second pass only classifies. --prior FILE.json calibrates single images.
 Note: A_k is drawn per image in every structure; the code for a single dataset draws it per GPU.
 Note: prompts are CLIP's 80, each normalised before the mean; the official 81 add the plain name and normalise after.
 Note: test images keep the localizer's own pixel statistics; an official config feeds it CLIP's.
-Note: soft-NMS drops what falls below 1e-3, so that the official score threshold of 1e-4 has no effect.
+Note: soft-NMS has mmcv's defaults, sigma 0.5 and a least score of 1e-3, so that the threshold of 1e-4 has no effect.
+Note: the localizer's BatchNorm is frozen whole and box deltas may shrink a box without limit, as elsewhere here.
+Note: left out are the end-to-end baseline, the subsets that the paper trains on, and its metrics for Visual Genome (AR)
+  and ImageNetBoxes (localization accuracy).
 Note: --compile has no effect here: images come in other sizes and regions in other numbers at every step.
 Note: a timm model as --classifier-backbone, with FPN and two fully connected layers, is for small runs and ours.
 
@@ -58,27 +61,19 @@ from torchvision.ops import clip_boxes_to_image, nms
 
 from common.batch import Batch, collate
 from common.boxes import decode_boxes, soft_nms
-from common.cascade import StageOutput, Targets, match_regions
-from common.checkpoint import (
-    last_checkpoint,
-    load_checkpoint,
-    load_weights,
-    read_metadata,
-    read_text,
-    save_checkpoint,
-    save_weights,
-)
+from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model, save_checkpoint, save_weights
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
 from common.distributed import amp_context, rank, setup_device, world_size
 from common.errors import InputError
 from common.evaluation import evaluate_detections, recall, report
 from common.inference import draw_predictions, predict_dataset, predict_files
 from common.labels import LabelSpace, Vocabulary
+from common.matcher import Targets, match_regions
 from common.novel import box_frequency, seen_and_unseen
 from common.oln import BOX_WEIGHTS, OLN, loss_roi_box
 from common.prior import count_classes, read_prior
 from common.proposals import fingerprint, take_proposals, with_proposals
-from common.regions import region_features
+from common.regions import RegionOutput, region_features
 from common.sampling import ClassAwareSampler, Mixture, RepeatFactorSampler, derangement, repeat_factors
 from common.text import choose_vocabulary, embed
 from common.training import RunLog, check_finite, make_run_folder, parse_args, run_command, stepped_learning_rate
@@ -99,7 +94,7 @@ class Args:
     datasets: str = ""
     """datasets to train on: names, name:split, or my=annotations.json:images/, separated by commas"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset; with --tiny also a zero-shot one)"""
+    """datasets to evaluate (default: the val split of each training dataset; with --tiny perhaps another)"""
     data_root: str = ""
     """folder with the datasets (default: $DETECTRON2_DATASETS, else ./data); data/README.md shows the layouts"""
     tiny: bool = False
@@ -175,11 +170,11 @@ class Args:
     tau: float = 0.01
     """temperature of the cosine"""
     prior: str = ""
-    """prior-*.json of an earlier evaluation, in place of a first pass; with --predict its classes are the default"""
+    """prior-*.json of an earlier evaluation, instead of the first pass's counts; --predict takes its classes"""
     rpn_proposals: int = 2000
     """proposals per level that the localizer looks at again"""
     test_proposals: int = 100
-    """proposals per test image that are classified (paper, LVIS: 100; COCO: all 1500)"""
+    """proposals per test image that are classified (official code, LVIS: 100; COCO: all 1500)"""
     rois_per_image: int = 512
     """regions sampled per image in both stages, at most a quarter of them foreground"""
     channels: int = 256
@@ -273,6 +268,11 @@ class Classifier(nn.Module):
         return F.normalize(x), self.fc_reg(x)
 
 
+def compare(x: Tensor, text: Tensor, tau: float) -> Tensor:
+    """z_ij = cos(x_i, e_j) / tau of unit rows: x (R, D), text (C, D) -> (R, C)."""
+    return x @ text.T / tau
+
+
 class Model(nn.Module):
     """Localizer and classifiers, which share nothing; after --stage localizer there are none of the latter."""
 
@@ -293,7 +293,7 @@ class Model(nn.Module):
                              "use the --text-encoder it was trained with")  # fmt: skip
         self.text, self.counts = text.to(self.text), None if counts is None else counts.to(self.text)
 
-    def forward(self, images: Tensor, sizes: list, targets: list[Targets], proposals=None, owners: list[int] = ()):
+    def forward(self, images: Tensor, sizes: list, targets: list[Targets], proposals=None, owners=None):
         """Training: the localizer's losses; or with its proposals, B times (Q, 4), the output of the classifiers.
 
         Regions are drawn from proposals and ground truth. owners: for each image the number of its classifier.
@@ -310,9 +310,9 @@ class Model(nn.Module):
                 for i, *parts in zip(rows, *(f.split([len(boxes[i]) for i in rows]) for f in found)):
                     x[i], deltas[i] = parts
         x = torch.cat(x)  # (R, D)
-        return StageOutput(boxes, x, torch.cat(deltas), targets, logits=x @ self.text.T / self.args.tau), {}
+        return RegionOutput(boxes, compare(x, self.text, self.args.tau), torch.cat(deltas), targets), {}
 
-    def detect(self, images: Tensor, sizes: list[tuple[int, int]], limit: int) -> tuple[list, list]:
+    def extract_regions(self, images: Tensor, sizes: list[tuple[int, int]], limit: int) -> tuple[list, list]:
         """Of each image what does not depend on the vocabulary: all proposals, boxes (Q, 4) and eta (Q,); and of the
 
         `limit` best the regions, boxes (Q, 4) as the classifier moves them, unit embeddings (Q, D), eta (Q,), those of
@@ -348,7 +348,7 @@ def assign_targets(batch: Batch, label_space: LabelSpace) -> list[Targets]:
 
 
 def sample_classes(labels: Tensor, image_count: Tensor, num: int = 50) -> Tensor:
-    """A (C,) bool: the classes of an image's regions, labels (R,), filled up to `num` by uniform draws.
+    """A (C,) bool: the classes of an image's regions, labels (Q,), filled up to `num` by uniform draws.
 
     Background (-1) counts as one and may be drawn; classes without a training image, image_count (C,), are not drawn.
     """
@@ -363,18 +363,18 @@ def sample_classes(labels: Tensor, image_count: Tensor, num: int = 50) -> Tensor
 
 
 def loss_classification(logits: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
-    """Sec. 3.2, "sigmoid + random negative categories": L_k = 1/R_k sum_i sum_{j in A} BCE(z_ij, y_ij) of image k.
+    """Sec. 3, sigmoid with random negative categories: L_k = 1/R_k sum_i sum_{j in A} BCE(z_ij, y_ij) of image k.
 
-    logits (R, C); labels (R,), -1: background, whose y is all 0; chosen (C,) bool, A. Mean over regions.
+    logits (Q, C); labels (Q,), -1: background, whose y is all 0; chosen (C,) bool, A. Mean over the image's regions.
     """
-    target = torch.zeros_like(logits)  # (R, C)
+    target = torch.zeros_like(logits)  # (Q, C)
     fg = labels >= 0
     target[fg, labels[fg]] = 1
     bce = F.binary_cross_entropy_with_logits(logits[:, chosen], target[:, chosen], reduction="none")
     return bce.sum() / max(len(labels), 1)
 
 
-def compute_losses(outputs: StageOutput | None, localizer_losses: dict, image_count: Tensor) -> dict[str, Tensor]:
+def compute_losses(outputs: RegionOutput | None, localizer_losses: dict, image_count: Tensor) -> dict[str, Tensor]:
     """L of the localizer, or of the classifier: L_cls + L_box. Every term, and their sum as `loss`.
 
     L_cls is the mean over images of L_k, on the columns of the image's scope. image_count (C,): training images of
@@ -383,14 +383,14 @@ def compute_losses(outputs: StageOutput | None, localizer_losses: dict, image_co
     losses = dict(localizer_losses)
     if outputs is not None:
         boxes, gt_boxes = torch.cat(outputs.boxes), torch.cat([t.boxes for t in outputs.targets])  # (R, 4)
-        terms = []
+        labels, terms = torch.cat([t.labels for t in outputs.targets]), []  # (R,)
         for logits, t in zip(outputs.logits.split([len(b) for b in outputs.boxes]), outputs.targets):
             scope = slice(*t.scope)
-            labels = (t.labels - scope.start).clamp(min=-1)  # (Q,) in the columns of the scope
-            chosen = sample_classes(labels, image_count[scope])
-            terms.append(loss_classification(logits[:, scope], labels, chosen))
+            own = (t.labels - scope.start).clamp(min=-1)  # (Q,) in the columns of the scope
+            chosen = sample_classes(own, image_count[scope])
+            terms.append(loss_classification(logits[:, scope], own, chosen))
         losses["loss_classification"] = torch.stack(terms).mean()
-        losses["loss_box"] = loss_roi_box(outputs.deltas, outputs.labels, boxes, gt_boxes)
+        losses["loss_box"] = loss_roi_box(outputs.deltas, labels, boxes, gt_boxes)
     return losses | {"loss": sum(losses.values())}
 
 
@@ -410,11 +410,11 @@ def fuse(p: Tensor, eta: Tensor, beta: float) -> Tensor:
 
 @torch.no_grad()
 def embed_regions(model: Model, batch: Batch, limit: int) -> list[dict]:
-    """Of each image what every vocabulary shares, in pixels of its original size (`Model.detect`), on the CPU."""
+    """Of each image what every vocabulary shares, in pixels of its original size (`extract_regions`), on the CPU."""
     model.eval()
     batch = batch.to(model.text.device)
     found = []
-    for i, (proposals, regions) in enumerate(zip(*model.detect(batch.images, batch.sizes, limit))):
+    for i, (proposals, regions) in enumerate(zip(*model.extract_regions(batch.images, batch.sizes, limit))):
         (height, width), (h, w) = batch.samples[i].original_size, batch.sizes[i]
         scale = torch.tensor([width / w, height / h] * 2)
         (all_boxes, all_eta), (boxes, x, eta) = ([t.cpu() for t in part] for part in (proposals, regions))
@@ -428,7 +428,7 @@ def embed_regions(model: Model, batch: Batch, limit: int) -> list[dict]:
 def classify(model: Model, regions: dict, vocabulary: Vocabulary, limit: int = 100) -> dict:
     """The regions of one image as at most `limit` objects of the model's label space, that of `vocabulary`."""
     boxes, x, eta = (regions[key].to(model.text) for key in ("boxes", "embeddings", "eta"))
-    p = (x @ model.text.T / model.args.tau).sigmoid()  # (Q, C)
+    p = compare(x, model.text, model.args.tau).sigmoid()  # (Q, C)
     if model.counts is not None:
         p = calibrate(p, model.counts, model.args.gamma)
     scores = soft_nms(boxes, fuse(p, eta, model.args.beta)).flatten()  # (Q * C,)
@@ -515,10 +515,8 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         title = "classifier" if classifying else "localizer"
         log.info(f"{title}: lr {base_lr:g} for {args.base_batch_size} images per step -> {lr:g} for {args.batch_size}")
         parameters = [p for p in network.parameters() if p.requires_grad]
-        if args.optimizer == "sgd":
-            optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=1e-4)
-        else:
-            optimizer = torch.optim.AdamW(parameters, lr, weight_decay=1e-4)
+        kinds = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
+        optimizer = kinds[args.optimizer](parameters, lr, weight_decay=1e-4)
         torch.manual_seed(args.seed + rank())  # so that a stage begins alike in a resumed run
         if start > begin:
             load_checkpoint(checkpoint, optimizer)
@@ -597,9 +595,9 @@ def evaluate(args: Args, model: Model, datasets: list[Dataset], folder: Path, tr
 
 def load_trained(args: Args, device: torch.device) -> tuple[Model, LabelSpace]:
     """The model of --weights, with the label space that it was trained on."""
-    saved = read_metadata(args.weights, METHOD)
+    saved, text = read_model(args.weights, METHOD)
     vocabularies = [Vocabulary(name, tuple(names)) for name, names in saved["vocabularies"].items()]
-    model = Model(args, read_text(args.weights), len(vocabularies)).to(device)
+    model = Model(args, text, len(vocabularies)).to(device)
     load_weights(args.weights, model)
     return model, LabelSpace(vocabularies, merge=args.structure == "unified")
 
@@ -610,7 +608,8 @@ def main() -> None:
         raise InputError("--stage classifier needs --weights: a run folder in which the localizer was trained")
     device = setup_device(args.device, args.seed)
     size = args.image_size if args.tiny else 0
-    names = args.eval_datasets or default_eval(args.datasets) + (f",{ZERO_SHOT}" if args.tiny else "")
+    unseen = f",{ZERO_SHOT}" if args.tiny and ZERO_SHOT not in args.datasets else ""
+    names = args.eval_datasets or default_eval(args.datasets) + unseen
     if args.predict or args.eval_only:
         model, label_space = load_trained(args, device)
         if args.predict and not model.classifiers:
@@ -623,6 +622,8 @@ def main() -> None:
         label_space = LabelSpace([d.vocabulary for d in datasets])
         evaluated = load_datasets(names, "val", args.data_root, size)  # a mistake in them must not cost a training
         warn_of_overlap(datasets, evaluated)
+        for dataset in evaluated if args.prior else ():
+            read_prior(args.prior, dataset.vocabulary)
         folder = make_run_folder(args, METHOD)
         model = train(args, datasets, folder, device)
     if args.predict:

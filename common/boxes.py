@@ -84,7 +84,7 @@ def select_detections(boxes: Tensor, scores: Tensor, one_class: bool, threshold:
     if one_class:
         scores = scores.masked_fill(scores < scores.amax(1, keepdim=True), 0)
     row, label = (scores > threshold).nonzero(as_tuple=True)
-    if len(row) > 10_000:  # tens of thousands of classes: what can end among the best has a higher score
+    if len(row) > 10_000:  # tens of thousands of classes; NMS hardly ever looks so far down
         best = scores[row, label].topk(10_000).indices
         row, label = row[best], label[best]
     kept = batched_nms(boxes[row], scores[row, label], label, 0.5)[:limit]

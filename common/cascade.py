@@ -5,7 +5,7 @@ What classifies their regions, the method says. Source: facebookresearch/Detic:d
 (cascade_rcnn.py, roi_heads.py, mask_head.py). R counts the regions (RoIs) of all images, Q those of one.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,26 +15,7 @@ from torchvision.ops import clip_boxes_to_image
 from common.backbone import STRIDES
 from common.boxes import decode_boxes, encode_boxes, pool_rois
 from common.masks import crop_masks
-from common.matcher import match_by_iou, sample_fg_bg
-
-
-@dataclass
-class Targets:
-    """What is known of an image, or of its regions, in the joint label space.
-
-    boxes:        (N, 4) xyxy in pixels
-    labels:       (N,), for regions -1 on background
-    scope:        start and stop of the labels of the image's own dataset, where labels are concatenated
-    masks:        (N, H, W) bool, or None
-    image_labels: (K,), or None; an image that has them has no boxes, but may have a caption
-    """
-
-    boxes: Tensor
-    labels: Tensor
-    scope: tuple[int, int] = (0, 0)
-    masks: Tensor | None = None
-    image_labels: Tensor | None = None
-    caption: str = ""
+from common.matcher import Targets, match_regions
 
 
 @dataclass
@@ -46,32 +27,13 @@ class StageOutput:
     deltas: Tensor  # (R, 4)
     targets: list[Targets]  # B
     cosine: Tensor | None = None  # (R, C)
-    logits: Tensor | None = None  # (R, C)
-    ranks: Tensor | None = None  # (R, C), of WSDDN
+    logits: Tensor | None = None  # (R, C), in Detic (R, C + 1) on images that have only labels
+    prop_logits: Tensor | None = None  # (R, C + 1), of WSDDN
     captions: Tensor | None = None  # (R, M), logits of M captions
 
     @property
     def labels(self) -> Tensor:
         return torch.cat([t.labels for t in self.targets])  # (R,)
-
-
-def match_regions(boxes: Tensor, truth: Targets, iou: float, sample: int) -> tuple[Tensor, Targets]:
-    """Regions (Q, 4) of one image and what supervises them; the label is -1 where no ground truth overlaps by `iou`.
-
-    sample > 0 (first stage): the ground truth joins the proposals and `sample` regions are drawn, a quarter foreground.
-    """
-    if sample:
-        boxes = torch.cat([truth.boxes, boxes])
-    index, matched = match_by_iou(boxes, truth.boxes, iou)
-    if sample:
-        drawn = sample_fg_bg(matched, sample, 0.25)
-        boxes, index, matched = boxes[drawn], index[drawn], matched[drawn]
-    if len(truth.boxes) == 0:
-        labels = boxes.new_full((len(boxes),), -1, dtype=torch.long)
-        return boxes, replace(truth, boxes=boxes, labels=labels, masks=None)
-    labels = truth.labels[index].masked_fill(~matched, -1)
-    masks = truth.masks[index[matched]] if sample and truth.masks is not None else None  # of the foreground
-    return boxes, replace(truth, boxes=truth.boxes[index], labels=labels, masks=masks)
 
 
 def mlp(dim: int, out: int) -> nn.Sequential:

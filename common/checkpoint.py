@@ -68,6 +68,11 @@ def read_text(path: str | Path) -> Tensor:
         return opened.get_tensor("text")
 
 
+def read_model(path: str | Path, method: str) -> tuple[dict, Tensor]:
+    """`read_metadata` and `read_text`: what a model is rebuilt with."""
+    return read_metadata(path, method), read_text(path)
+
+
 def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str = "") -> None:
     """Load safetensors into `model`, but for its buffer `text`: a model keeps the label space it was made with.
 

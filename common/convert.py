@@ -37,7 +37,7 @@ DETIC = {
     r"roi_heads\.box_predictor\.(\d)\.bbox_pred\.(.+)": r"cascade.stages.\1.bbox_pred.\2",
     r"roi_heads\.box_predictor\.(\d)\.cls_score\.linear\.(.+)": r"classifiers.\1.embedding.\2",
     r"roi_heads\.box_predictor\.(\d)\.cls_score\.cls_bias": r"classifiers.\1.cls_bias",
-    r"roi_heads\.box_predictor\.(\d)\.prop_score\.(.+)": r"rankers.\1.\2",
+    r"roi_heads\.box_predictor\.(\d)\.prop_score\.(.+)": r"prop_score.\1.\2",
     r"roi_heads\.box_predictor\.0\.cls_score\.zs_weight": "text",
     r"roi_heads\.mask_head\.(.+)": r"mask_head.\1",
 }
@@ -80,7 +80,7 @@ def convert_detic(official: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]
         "channels": tensors["backbone.fpn.inner_blocks.0.0.weight"].shape[0],
         "fc_dim": tensors["cascade.stages.0.box_head.1.weight"].shape[0],
         "masks": any(key.startswith("mask_head.") for key in tensors),
-        "image_label_loss": "wsddn" if "rankers.0.0.weight" in tensors else "max_size",
+        "image_label_loss": "wsddn" if "prop_score.0.0.weight" in tensors else "max_size",
     }
     return tensors, {"args": args, "vocabularies": {name: names}, "boxed": list(names)}
 

@@ -1,8 +1,29 @@
 """Which ground truth supervises which prediction."""
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou
+
+
+@dataclass
+class Targets:
+    """What is known of an image, or of its regions, in the joint label space.
+
+    boxes:        (N, 4) xyxy in pixels
+    labels:       (N,), for regions -1 on background
+    scope:        start and stop of the labels of the image's own dataset, where labels are concatenated
+    masks:        (N, H, W) bool, or None
+    image_labels: (K,), or None; an image that has them has no boxes, but may have a caption
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    scope: tuple[int, int] = (0, 0)
+    masks: Tensor | None = None
+    image_labels: Tensor | None = None
+    caption: str = ""
 
 
 def match_by_iou(boxes: Tensor, gt_boxes: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -45,3 +66,23 @@ def match_anchors(anchors: Tensor, gt_boxes: Tensor, fg_iou: float, bg_iou: floa
     number = torch.arange(1, len(iou) + 1, device=iou.device)[:, None]
     taken = (((iou == top) & (top >= low_iou)) * number).amax(0)  # (M,) 0: by none
     return torch.where(taken > 0, taken - 1, matched)
+
+
+def match_regions(boxes: Tensor, truth: Targets, iou: float, sample: int) -> tuple[Tensor, Targets]:
+    """Regions (Q, 4) of one image and what supervises them; the label is -1 where no ground truth overlaps by `iou`.
+
+    sample > 0 (first stage): the ground truth joins the proposals and `sample` regions are drawn, a quarter foreground.
+    Source: facebookresearch/detectron2:detectron2/modeling/roi_heads (roi_heads.py, cascade_rcnn.py).
+    """
+    if sample:
+        boxes = torch.cat([truth.boxes, boxes])
+    index, matched = match_by_iou(boxes, truth.boxes, iou)
+    if sample:
+        drawn = sample_fg_bg(matched, sample, 0.25)
+        boxes, index, matched = boxes[drawn], index[drawn], matched[drawn]
+    if len(truth.boxes) == 0:
+        labels = boxes.new_full((len(boxes),), -1, dtype=torch.long)
+        return boxes, replace(truth, boxes=boxes, labels=labels, masks=None)
+    labels = truth.labels[index].masked_fill(~matched, -1)
+    masks = truth.masks[index[matched]] if sample and truth.masks is not None else None  # of the foreground
+    return boxes, replace(truth, boxes=truth.boxes[index], labels=labels, masks=masks)

@@ -40,6 +40,11 @@ def box_frequency(datasets: list[Dataset], label_space: LabelSpace, novel: str =
     return frequency
 
 
+def boxed_names(frequency: Tensor, label_space: LabelSpace) -> list[str]:
+    """The names of the classes that have boxes."""
+    return [label_space.names[k] for k in frequency.nonzero().squeeze(1).tolist()]
+
+
 def seen_and_unseen(vocabulary: Vocabulary, seen: Collection[str], titles: tuple[str, str]) -> dict[str, np.ndarray]:
     """Under two titles (C,) bool each: the classes whose names are among `seen`, and the others; {} if all are."""
     names = {fold(name) for name in seen}

@@ -13,9 +13,8 @@ from torchvision.ops import clip_boxes_to_image
 
 from common.backbone import Backbone
 from common.boxes import decode_boxes, encode_boxes, paired_iou, pool_rois
-from common.cascade import Targets, match_regions
 from common.distributed import amp_context
-from common.matcher import match_anchors, sample_fg_bg
+from common.matcher import Targets, match_anchors, match_regions, sample_fg_bg
 
 STRIDES = [4, 8, 16, 32, 64]
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)

@@ -1,5 +1,7 @@
 """What embeds regions of an image beside text embeddings: CLIP's ResNet, or any timm model with an FPN."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -7,9 +9,20 @@ from common.backbone import Backbone
 from common.boxes import pool_rois
 from common.clip_resnet import CLIPResNetC4, is_clip
 from common.errors import InputError
+from common.matcher import Targets
 from common.oln import two_layers
 
 STRIDES = [8, 16, 32]
+
+
+@dataclass
+class RegionOutput:
+    """What the classifier says of its R regions in training."""
+
+    boxes: list[Tensor]  # B times (Q, 4)
+    logits: Tensor  # (R, C)
+    deltas: Tensor  # (R, 4)
+    targets: list[Targets]  # B, of Q regions each
 
 
 class FPNRegions(nn.Module):

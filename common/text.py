@@ -74,7 +74,7 @@ def choose_vocabulary(args, label_space: LabelSpace, text: Tensor) -> tuple[Voca
 
 @lru_cache(maxsize=1)
 def sentence_encoder(encoder: str) -> Encode:
-    """The encoder itself, for sentences like captions: N texts -> (N, D) of norm 1 on the CPU, not cached.
+    """The encoder itself, for sentences like captions: N texts -> (N, D) of norm 1 on the CPU, not cached; 0 for "".
 
     Raises InputError for a .npy file, which knows class names alone, and where `embed` would.
     """
@@ -83,7 +83,13 @@ def sentence_encoder(encoder: str) -> Encode:
     if encoder == "minilm":
         check_package("captions")
     encode = _load_minilm() if encoder == "minilm" else _load_clip(encoder)
-    return torch.no_grad()(lambda texts: F.normalize(encode(texts).float(), dim=-1).cpu())
+
+    @torch.no_grad()
+    def rows(texts: list[str]) -> Tensor:
+        given = torch.tensor([bool(text) for text in texts])[:, None]
+        return F.normalize(encode(texts).float(), dim=-1).cpu() * given
+
+    return rows
 
 
 def templates(prompts: str) -> list[Callable[[str], str]]:

@@ -51,7 +51,7 @@ def official_name(key: str) -> str | None:
     if kind == "classifiers":
         stage, _, leaf = rest.partition(".")
         return f"roi_heads.box_predictor.{stage}.cls_score.{leaf.replace('embedding', 'linear')}"
-    if kind == "rankers":
+    if kind == "prop_score":
         stage, _, leaf = rest.partition(".")
         return f"roi_heads.box_predictor.{stage}.prop_score.{leaf}"
     return {"centernet": f"proposal_generator.{rest}", "mask_head": f"roi_heads.mask_head.{rest}"}.get(kind)

@@ -203,7 +203,7 @@ def test_dataset_predictions_keep_rles(tmp_path):
     assert torch.equal(decode_masks(predictions[1]["segmentations"], (40, 60)), MASKS)
     assert predictions[0]["class_names"] == ["cat", "dog"]
     draw_predictions(Hand(), predictions, tmp_path, "a set", 0.5)
-    assert (tmp_path / "a.png").is_file()
+    assert (tmp_path / "predictions-a-set.jpg").is_file()
 
 
 @pytest.mark.parametrize("masked", [True, False])
