@@ -192,7 +192,7 @@ TINY = {
     "test_size": 192,
     "batch_size": 8,
     "base_batch_size": 8,
-    "steps": 300,
+    "steps": 280,
     "lr": 1e-3,
     "warmup_steps": 30,
     "checkpoint_every": 200,

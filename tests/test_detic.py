@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 import detic
 from common.batch import Sample, collate
-from common.cascade import StageOutput, Targets, draw_classifier
+from common.cascade import StageOutput, draw_classifier
 from common.datasets import load_datasets
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
+from common.matcher import Targets
 from common.novel import box_frequency, seen_and_unseen
 from common.text import read_table
 from detic import Bag
@@ -234,7 +235,7 @@ def test_detic_total_of_image_labels(ranks, monkeypatch):
         )
         assert losses[f"loss_image_labels_stage{k}"].item() == pytest.approx(0.3 * image.item() / 2, rel=1e-5)
         # captions of all ranks, B = 2 a rank, in rank order; the second image has none
-        column, weight = (0, 1.0) if ranks == 1 else (2, 0.125)
+        column, weight = (0 if ranks == 1 else 2), 0.125
         row = output.captions[3].tolist()
         caption = sum(bce(logit, c == column) * (1 if c == column else weight) for c, logit in enumerate(row))
         assert losses[f"loss_captions_stage{k}"].item() == pytest.approx(0.3 * caption / 2, rel=1e-5)

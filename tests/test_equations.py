@@ -15,11 +15,12 @@ import common.cascade
 import scaledet
 from common.batch import Sample, collate
 from common.boxes import decode_boxes, pool_rois
-from common.cascade import BoxStage, Cascade, MaskHead, StageOutput, Targets, loss_box_reg, match_regions
+from common.cascade import BoxStage, Cascade, MaskHead, StageOutput, loss_box_reg
 from common.centernet import CenterNet, CenterNetHead, Grid
 from common.datasets.base import Dataset
 from common.datasets.index import Index
 from common.labels import LabelSpace, Vocabulary
+from common.matcher import Targets, match_regions
 from common.sampling import RepeatFactorSampler, repeat_factors
 from common.text import embed
 from common.transforms import LargeScaleJitter

@@ -22,8 +22,8 @@ from parity import (
 
 import common.centernet
 import scaledet
-from common.cascade import Targets
 from common.centernet import CenterNet, CenterNetHead, Grid
+from common.matcher import Targets
 
 # -- CenterNet ---------------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ import common.cascade
 import detic
 from common.batch import Sample, collate
 from common.boxes import select_detections
-from common.cascade import Targets, draw_classifier
+from common.cascade import draw_classifier
 from common.masks import decode_masks
 from common.training import parse_args
 

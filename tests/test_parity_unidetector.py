@@ -13,10 +13,10 @@ from torchvision.ops import clip_boxes_to_image
 import common.oln
 import unidetector
 from common.boxes import decode_boxes
-from common.cascade import StageOutput, Targets
 from common.clip_resnet import AttentionPool
-from common.matcher import match_anchors
+from common.matcher import Targets, match_anchors
 from common.oln import BOX_WEIGHTS, OLN, RPN, two_layers
+from common.regions import RegionOutput
 
 ATTENTION = "bbox_head.attnpool."
 
@@ -79,7 +79,7 @@ def test_parity_attention_pool_logits_and_boxes(monkeypatch):
     check("attention pooling", classifier.regions(None, None), tensors["roi.pooled"])
     x, deltas = classifier(torch.zeros(1, 3, 1, 1), [(1, 1)], [tensors["roi.boxes"]])
     official = tensors["roi.cls_logits"]
-    check("classifier: logits", x @ model.text.T / model.args.tau, official[:, :-1])
+    check("classifier: logits", unidetector.compare(x, model.text, model.args.tau), official[:, :-1])
     assert not official[:, -1].any()  # background has no embedding: nothing is lost with its column
     check("classifier: box deltas", deltas, tensors["roi.box_deltas"])
     boxes = clip_boxes_to_image(decode_boxes(tensors["roi.boxes"], deltas, BOX_WEIGHTS), record["config"]["image_hw"])
@@ -118,10 +118,10 @@ def with_targets(deltas):
     return boxes, decode_boxes(boxes, deltas, BOX_WEIGHTS)
 
 
-def classifier_output(logits, deltas, labels, bbox_targets, scopes: list, counts: list) -> StageOutput:
+def classifier_output(logits, deltas, labels, bbox_targets, scopes: list, counts: list) -> RegionOutput:
     boxes, gt_boxes = with_targets(bbox_targets)
     targets = [Targets(*t) for t in zip(gt_boxes.split(counts), labels.split(counts), scopes)]
-    return StageOutput(boxes.split(counts), None, deltas, targets, logits=logits)
+    return RegionOutput(list(boxes.split(counts)), logits, deltas, targets)
 
 
 def feed_draws(monkeypatch, draws: list, sizes: list) -> None:
