@@ -30,6 +30,7 @@ from common.batch import Sample, collate
 from common.boxes import select_detections
 from common.cascade import draw_classifier
 from common.masks import decode_masks
+from common.matcher import Targets
 from common.training import parse_args
 
 # -- losses of image labels --------------------------------------------------------------------------------------------
