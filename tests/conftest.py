@@ -51,6 +51,18 @@ def run():
 
 
 @pytest.fixture(scope="session")
+def call():
+    """call(*args, method="scaledet"): the command line in this process, for what needs none of its own."""
+
+    def start(*args, method: str = "scaledet") -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [f"{method}.py", *map(str, args)])
+            importlib.import_module(method).main()
+
+    return start
+
+
+@pytest.fixture(scope="session")
 def run_and_kill():
     """run_and_kill(folder, *args, method="scaledet"): SIGKILL as soon as the run folder holds a checkpoint."""
 

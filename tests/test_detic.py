@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+import common.text
 import detic
 from common.batch import Sample, collate
 from common.cascade import StageOutput, draw_classifier
@@ -21,7 +22,9 @@ from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
 from common.matcher import Targets
 from common.novel import box_frequency, seen_and_unseen
+from common.sampling import RatioBatchSampler, repeat_factors
 from common.text import read_table
+from common.training import parse_args
 from detic import Bag
 
 SMALL = detic.Args(
@@ -387,6 +390,142 @@ def test_detic_batches_are_of_one_dataset_each(datasets):
     assert later == first[-len(later) :]
 
 
+@pytest.mark.parametrize("given, of_labels", [((0.1, 2), (0.5, 1.5)), ((0.8, 1.2), (0.8, 1.2)), ((1.6, 3), (1.5, 1.5))])
+def test_detic_jitter_of_image_labels_has_limits(datasets, given, of_labels):
+    mixture = detic.build_dataloader(replace(SMALL, jitter=given, workers=0), datasets, 0, CPU).dataset
+    assert {name: transform.scale for name, transform in mixture.transforms.items()} == {
+        "coco-base": given,
+        "in21k": of_labels,
+    }
+
+
+def test_detic_repeats_images_with_rare_boxes_alone(datasets):
+    args = replace(SMALL, repeat_threshold=0.5, workers=0)
+    boxed, labelled = detic.build_dataloader(args, datasets, 0, CPU).batch_sampler.factors
+    assert np.array_equal(boxed, repeat_factors(datasets[:1], 0.5)) and boxed.max() > 1
+    assert np.array_equal(labelled, np.ones(len(datasets[1])))
+    assert repeat_factors(datasets[1:], 0.5).max() > 1  # they would be repeated, too
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+class Enough(Exception):
+    pass
+
+
+def fast_args(**changes) -> detic.Args:
+    args = parse_args(detic.Args, detic.METHOD, detic.TINY, detic.MODEL_FIELDS, [*FAST, "--prompts", "name"])
+    return replace(args, image_size=64, image_label_proposals=8, **changes)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_recipe_of_detic(datasets, tmp_path, monkeypatch, joint):
+    """AdamW with weight decay 1e-4, gradients clipped by value at 1, lr scaled to the batch; warmup of either stage."""
+    seen = {}
+    adamw, clip, schedule = torch.optim.AdamW, torch.nn.utils.clip_grad_value_, detic.learning_rate
+
+    def spy_adamw(parameters, **settings):
+        seen["settings"] = settings
+        return adamw(parameters, **settings)
+
+    def spy_clip(parameters, value):
+        seen["clip"] = value
+        return clip(parameters, value)
+
+    def spy_schedule(step, *settings):
+        if step:
+            raise Enough
+        seen["schedule"] = settings
+        return schedule(step, *settings)
+
+    monkeypatch.setattr(torch.optim, "AdamW", spy_adamw)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_value_", spy_clip)
+    monkeypatch.setattr(detic, "learning_rate", spy_schedule)
+    args = fast_args(base_batch_size=8, lr=1e-3, steps=90_000, warmup_steps=10_000)
+    with pytest.raises(Enough):
+        detic.train(args, datasets if joint else datasets[:1], tmp_path, CPU)
+    warmup = (1000, 1e-3) if joint else (10_000, 1e-4)
+    assert seen == {"settings": {"lr": 5e-4, "weight_decay": 1e-4}, "clip": 1.0, "schedule": (5e-4, 90_000, *warmup)}
+
+
+def test_detic_settings_of_the_paper():
+    args = detic.Args()
+    assert (args.lr, args.base_batch_size, args.batch_size, args.steps, args.warmup_steps) == (
+        *(2e-4, 64, 64, 90_000, 10_000),
+    )
+    assert (args.image_label_loss, args.image_label_weight, args.image_label_proposals) == ("max_size", 0.1, 128)
+    assert (args.image_size, args.test_size, args.jitter, args.prompts) == (640, 800, (0.1, 2.0), "a")
+    assert (args.tau, args.cls_bias, args.repeat_threshold, args.rois_per_image) == (0.02, 0, 1e-3, 512)
+    assert args.fed_loss and args.ignore_zero and args.masks and not args.one_class_per_proposal
+    assert (args.dynamic_classifier, detic.NEGATIVE_CAPTION_WEIGHT) == (0, 0.125)
+    centernet = make_model().centernet
+    assert (centernet.pre_nms, centernet.post_nms) == ((4000, 1000), (2000, 256))  # in training, in tests
+
+
+def test_detic_trains_with_captions_and_a_dynamic_classifier(tiny_root, tmp_path, monkeypatch):
+    tagged = []
+    for i in range(4):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (48, 64, 3), np.uint8)).save(tmp_path / f"{i}.png")
+        tags = {"pos_category_ids": [1 + i % 3], "captions": [f"picture {i}"] if i < 3 else []}
+        tagged.append({"id": i, "file_name": f"{i}.png", "width": 64, "height": 48, **tags})
+    categories = [{"id": 1 + i, "name": name} for i, name in enumerate(("cat", "dog", "unicycle"))]
+    (tmp_path / "cc.json").write_text(json.dumps({"images": tagged, "annotations": [], "categories": categories}))
+    names = f"coco-base,cc={tmp_path / 'cc.json'}:{tmp_path}/"
+    datasets = load_datasets(names, "train", str(tiny_root), masks=True, accepts=detic.SUPERVISION)
+    frequency = box_frequency(datasets, LabelSpace([d.vocabulary for d in datasets], merge=True))
+
+    def encode(texts):
+        return torch.stack([torch.eye(384)[int(text[-1])] if text else torch.zeros(384) for text in texts])
+
+    calls, drawn = [], []
+    draw, forward, compute_losses = detic.draw_classifier, detic.Model.forward, detic.compute_losses
+
+    def spy_draw(*args):
+        drawn.append(draw(*args))
+        return drawn[-1]
+
+    def spy_forward(model, images, sizes, targets, text, captions):
+        calls.append((targets, captions))
+        assert torch.equal(text, model.text[drawn[-1]])
+        return forward(model, images, sizes, targets, text, captions)
+
+    def spy_losses(args, outputs, losses, counts):
+        assert torch.equal(counts, frequency[drawn[-1]])
+        losses = compute_losses(args, outputs, losses, counts)
+        calls[-1] += (outputs, {name for name, value in losses.items() if value > 0})
+        return losses
+
+    monkeypatch.setattr(detic, "sentence_encoder", lambda _: encode)
+    monkeypatch.setattr(detic, "draw_classifier", spy_draw)
+    monkeypatch.setattr(detic.Model, "forward", spy_forward)
+    monkeypatch.setattr(detic, "compute_losses", spy_losses)
+    args = fast_args(dynamic_classifier=30, dataset_batches="cc=4", dataset_ratios="cc=1", cls_bias=0.0)
+    detic.train(args, datasets, tmp_path, CPU)
+    kinds = set()
+    for classes, (targets, captions, outputs, losses) in zip(drawn, calls, strict=True):
+        labelled = targets[0].image_labels is not None
+        kinds.add(labelled)
+        assert 0 < len(classes) <= 30 < len(frequency)
+        assert all(output.logits.shape[1] == len(classes) + labelled for output in outputs)
+        if not labelled:
+            assert captions is None and not any("captions" in name for name in losses)
+            continue
+        assert {f"loss_captions_stage{k}" for k in range(3)} <= losses
+        assert torch.equal(captions, encode([t.caption for t in targets]))
+        (without,) = [i for i, t in enumerate(targets) if not t.caption]
+        for output in outputs:
+            assert (output.captions.any(0) == torch.tensor([i != without for i in range(4)])).all()
+    assert kinds == {True, False}
+
+
+def test_detic_no_caption_is_a_zero_row(monkeypatch):
+    monkeypatch.setattr(common.text, "check_package", lambda what: None)
+    monkeypatch.setattr(common.text, "_load_minilm", lambda: lambda texts: torch.ones(len(texts), 4))
+    rows = common.text.sentence_encoder.__wrapped__("minilm")(["", "a dog"])
+    assert rows.tolist() == [[0] * 4, [0.5] * 4]
+
+
 # -- model -------------------------------------------------------------------------------------------------------------
 
 
@@ -520,16 +659,16 @@ def test_detic_predictions_have_masks_of_the_image():
 
 # -- command line ------------------------------------------------------------------------------------------------------
 
-FLAGS = [*FAST, "--prompts", "name"]
+FLAGS = [*FAST, "--prompts", "name", "--image-label-proposals", "16"]
+FLAGS += ["--image-size", "64", "--test-size", "64"]
 RESULTS = {"AP", "AP50", "AP75", "mask AP", "mask AP50", "AP50 base", "AP50 novel"}
 
 
 @pytest.fixture(scope="module")
-def boxes_alone(tiny_root, tmp_path_factory, run):
+def boxes_alone(tiny_root, tmp_path_factory, call):
     """Run folder of the first stage."""
     folder = tmp_path_factory.mktemp("run") / "boxes"
-    done = run("--datasets", "coco-base", "--data-root", tiny_root, "--output", folder, *FLAGS, method="detic")
-    assert done.returncode == 0, done.stderr
+    call("--datasets", "coco-base", "--data-root", tiny_root, "--output", folder, *FLAGS, method="detic")
     return folder
 
 
@@ -539,11 +678,10 @@ def second_stage(tiny_root, boxes_alone):
 
 
 @pytest.fixture(scope="module")
-def joint(second_stage, tmp_path_factory, run):
+def joint(second_stage, tmp_path_factory, call):
     """Run folder of the second stage."""
     folder = tmp_path_factory.mktemp("run") / "joint"
-    done = run(*second_stage, "--output", folder, method="detic")
-    assert done.returncode == 0, done.stderr
+    call(*second_stage, "--output", folder, method="detic")
     return folder
 
 
@@ -571,27 +709,37 @@ def test_detic_second_stage_compares_with_the_first(joint, boxes_alone):
     }
 
 
-def test_detic_resume_after_kill_ends_with_the_same_weights(joint, second_stage, tmp_path, run, run_and_kill):
+def test_detic_two_ranks_train_on_both_kinds_of_batch(second_stage, tmp_path, run):
+    batches = islice(RatioBatchSampler([np.ones(12), np.ones(12)], [1, 4], [4, 16], seed=0, world_size=2), 6)
+    assert {batch[0][0] >= 12 for batch in batches} == {True, False}
+    done = run(*second_stage, "--output", tmp_path / "run", method="detic", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["coco-base"].keys() >= RESULTS
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["environment"]["ranks"] == 2
+    tensors = load_file(tmp_path / "run" / "weights.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_detic_resume_after_kill_ends_with_the_same_weights(joint, second_stage, tmp_path, call, caplog, run_and_kill):
     folder = tmp_path / "killed"
     run_and_kill(folder, *second_stage, "--checkpoint-every", 2, method="detic")
-    done = run("--resume", folder, method="detic")
-    assert done.returncode == 0, done.stderr
-    assert "resumed from" in done.stdout
+    with caplog.at_level("INFO", "concord"):
+        call("--resume", folder, method="detic")
+    assert "resumed from" in caplog.text
     ours, theirs = load_file(folder / "weights.safetensors"), load_file(joint / "weights.safetensors")
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_detic_wsddn_starts_its_ranks_anew_and_keeps_them(second_stage, tiny_root, tmp_path, run, fails):
+def test_detic_wsddn_starts_its_ranks_anew_and_keeps_them(second_stage, tiny_root, tmp_path, call, caplog, fails):
     folder = tmp_path / "wsddn"
-    done = run(*second_stage, "--image-label-loss", "wsddn", "--output", folder, method="detic")
-    assert done.returncode == 0, done.stderr
-    assert "'prop_score.' are not in it and start anew" in done.stdout
+    with caplog.at_level("INFO", "concord"):
+        call(*second_stage, "--image-label-loss", "wsddn", "--steps", 2, "--output", folder, method="detic")
+    assert "'prop_score.' are not in it and start anew" in caplog.text
     classes = len(load_file(folder / "weights.safetensors")["text"])
     assert load_file(folder / "weights.safetensors")["prop_score.0.2.weight"].shape[0] == classes + 1
     # --weights brings the loss along, so that its branch is there
     evaluate = ["--eval-only", "--weights", folder, "--eval-datasets", "coco-base", "--data-root", tiny_root]
-    done = run(*evaluate, "--workers", 0, "--output", tmp_path / "again", method="detic")
-    assert done.returncode == 0, done.stderr
+    call(*evaluate, "--workers", 0, "--output", tmp_path / "again", method="detic")
     again = json.loads((tmp_path / "again" / "results.json").read_text())["coco-base"]
     assert again == json.loads((folder / "results.json").read_text())["coco-base"]
     # its branch has a column for every class it was trained on
@@ -600,15 +748,14 @@ def test_detic_wsddn_starts_its_ranks_anew_and_keeps_them(second_stage, tiny_roo
     assert "prop_score.0.2" in line and f"[{classes + 1}" in line and "datasets of its training" in line
 
 
-def test_detic_predicts_any_vocabulary(joint, tmp_path, run):
+def test_detic_predicts_any_vocabulary(joint, tmp_path, call):
     Image.new("RGB", (90, 60), "green").save(tmp_path / "green.png")
     names = list(read_table()[0])[:3000]
     (tmp_path / "names.txt").write_text("\n".join(names))
     for vocabulary, expected in (("cat, traffic light", ["cat", "traffic light"]), (tmp_path / "names.txt", names)):
         folder = tmp_path / str(len(expected))
         flags = ["--predict", tmp_path / "green.png", "--weights", joint, "--vocabulary", vocabulary]
-        done = run(*flags, "--output", folder, "--score-threshold", 0.02, method="detic")
-        assert done.returncode == 0, done.stderr
+        call(*flags, "--output", folder, "--score-threshold", 0.02, method="detic")
         record = json.loads((folder / "predictions.json").read_text())
         assert [category["name"] for category in record["categories"]] == expected
         assert all({"bbox", "score", "area", "segmentation"} <= found.keys() for found in record["annotations"])
@@ -616,11 +763,10 @@ def test_detic_predicts_any_vocabulary(joint, tmp_path, run):
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real samples at {REAL}")
-def test_detic_on_real_images(tmp_path, run):
+def test_detic_on_real_images(tmp_path, call):
     datasets = f"coco:train,clothes={REAL / 'clothing_folder' / 'train'}/"
     flags = ["--datasets", datasets, "--data-root", REAL, "--output", tmp_path / "run", *FLAGS, "--steps", 3]
-    done = run(*flags, method="detic")
-    assert done.returncode == 0, done.stderr
+    call(*flags, "--dataset-batches", "clothes=4", method="detic")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert list(results) == ["coco"] and {"AP", "mask AP"} <= results["coco"].keys()
 
