@@ -227,18 +227,18 @@ def test_parity_localizer_region_losses(monkeypatch):
 # -- localizer, first stage --------------------------------------------------------------------------------------------
 
 
-def rpn_case(monkeypatch):
-    """The network with the recorded weights and settings, features, tensors, record."""
+def rpn_case():
+    """The network with the recorded weights, whose settings are ours; features, tensors, record."""
     tensors, record = recorded()
     t, c = part(tensors, "cln.rpn."), record["config"]["cln"]
-    monkeypatch.setattr(common.oln, "STRIDES", c["strides"])
+    official = c["train"]
+    assert c["strides"] == common.oln.STRIDES and (RPN.scale, RPN.sampled) == (c["anchor_scale"], official["num"])
+    assert RPN.box_match[:2] == (official["pos_iou"], official["neg_iou"])
+    assert RPN.centre_match[:2] == (official["obj_pos_iou"], official["obj_neg_iou"])
+    assert (RPN.box_fraction, RPN.centre_fraction) == (official["pos_fraction"], official["objectness_pos_fraction"])
     features = [t[f"feature{i}"].requires_grad_() for i in range(len(c["strides"]))]
     rpn = RPN(features[0].shape[1])
-    rpn.scale, rpn.pre_nms, rpn.sampled = c["anchor_scale"], c["nms_pre"], c["train"]["num"]
-    train = c["train"]
-    rpn.box_match = (train["pos_iou"], train["neg_iou"], rpn.box_match[2])
-    rpn.centre_match = (train["obj_pos_iou"], train["obj_neg_iou"], rpn.centre_match[2])
-    rpn.box_fraction, rpn.centre_fraction = train["pos_fraction"], train["objectness_pos_fraction"]
+    rpn.pre_nms = c["nms_pre"]  # fewer than ours
     rpn.load_state_dict({k: v for k, v in part(tensors, "cln.rpn_head.").items() if not k.startswith("rpn_cls")})
     return rpn, features, t, record
 
@@ -247,8 +247,8 @@ def level_cat(t: dict, name: str, count: int):
     return torch.cat([t[f"{name}.{i}"][0] for i in range(count)])
 
 
-def test_parity_rpn_head_anchors_and_proposals(monkeypatch):
-    rpn, features, t, record = rpn_case(monkeypatch)
+def test_parity_rpn_head_anchors_and_proposals():
+    rpn, features, t, record = rpn_case()
     for i, (anchors, tblr, logits) in enumerate(zip(rpn.anchors(features), *rpn.head(features))):
         assert torch.equal(anchors, t[f"anchors.{i}"])
         check("rpn: distances", tblr, t[f"box.{i}"].flatten(2).transpose(1, 2))
@@ -261,9 +261,9 @@ def test_parity_rpn_head_anchors_and_proposals(monkeypatch):
     check("rpn: scores of proposals", scores, official[:, 4])
 
 
-def test_parity_rpn_targets(monkeypatch):
+def test_parity_rpn_targets():
     """Sampling is random: every recorded draw must be one that the assignment allows, with the recorded target."""
-    rpn, features, t, record = rpn_case(monkeypatch)
+    rpn, features, t, record = rpn_case()
     levels, size = len(features), tuple(record["config"]["image_hw"])
     anchors, gt_boxes = torch.cat(rpn.anchors(features)), t["gt_boxes"]
     height, width = size
@@ -293,7 +293,7 @@ def test_parity_rpn_targets(monkeypatch):
 
 
 def test_parity_rpn_losses_and_gradients(monkeypatch):
-    rpn, features, t, record = rpn_case(monkeypatch)
+    rpn, features, t, record = rpn_case()
     levels = len(features)
     count = sum(record["cln.rpn.num_samples"])
     official, total = record["cln.rpn.losses_per_level"], 0

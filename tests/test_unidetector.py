@@ -1,33 +1,36 @@
 """UniDetector: its equations against loops over floats, its invariants, and the command line from end to end."""
 
+import inspect
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAST, REPO
+from conftest import FAST
 from PIL import Image
 from safetensors.torch import load_file
 from test_equations import bce, iou, random_boxes, unit_rows
 from torch import nn
+from torchvision.ops import roi_align
 
 import common.clip_resnet
+import common.oln
 import unidetector
 from common.batch import Batch, Sample, collate
 from common.boxes import paired_iou, soft_nms
 from common.clip_resnet import CLIPResNetC4, load_by_prefix, read_tensors
+from common.datasets import load_datasets
 from common.errors import InputError
 from common.labels import Vocabulary
-from common.matcher import match_anchors
-from common.oln import RPN, centreness, decode_tblr, loss_roi_box, loss_roi_cls, loss_roi_iou
+from common.matcher import Targets, match_anchors, match_regions
+from common.oln import BOX_WEIGHTS, OLN, RPN, centreness, decode_tblr, loss_roi_box, loss_roi_cls, loss_roi_iou
 from common.prior import count_classes, read_prior
 from common.proposals import fingerprint, take_proposals, with_proposals
+from common.regions import RegionOutput
 from common.training import stepped_learning_rate
 from common.transforms import ResizeShortestRange
 
@@ -36,6 +39,10 @@ SMALL |= {"channels": 32, "fc_dim": 32, "rois_per_image": 16, "rpn_proposals": 2
 QUICK = [arg for arg in FAST if arg not in ("--cls-bias", "-4.6")]
 QUICK += ["--classifier-backbone", "tf_efficientnet_lite0", "--classifier-steps", "4", "--classifier-lr", "1e-4"]
 QUICK += ["--steps", "4", "--rpn-proposals", "20", "--tau", "0.05"]
+
+
+class Enough(Exception):
+    """Ends a run where a test has seen enough of it."""
 
 
 @pytest.fixture(autouse=True)
@@ -96,17 +103,33 @@ def test_unidetector_classification_loss():
     assert unidetector.loss_classification(logits[:0], labels[:0], chosen) == 0
 
 
+def test_unidetector_classification_loss_is_the_mean_over_images():
+    counts, scopes, labels = [3, 7], [(0, 3), (3, 5)], torch.tensor([2, -1, 0, 4, -1, -1, 3, 3, -1, 4])
+    logits, deltas, boxes, gt_boxes = torch.randn(10, 5), torch.randn(10, 4), random_boxes(10), random_boxes(10)
+    targets = [Targets(*each) for each in zip(gt_boxes.split(counts), labels.split(counts), scopes)]
+    output = RegionOutput(list(boxes.split(counts)), logits, deltas, targets)
+    losses = unidetector.compute_losses(output, {}, torch.ones(5))
+    expected, first = 0.0, 0
+    for count, scope in zip(counts, scopes):
+        for r, j in itertools.product(range(first, first + count), range(*scope)):
+            expected += bce(logits[r, j].item(), labels[r] == j) / count / 2
+        first += count
+    assert losses["loss_classification"].item() == pytest.approx(expected, rel=1e-5)
+    box = loss_roi_box(deltas, labels, boxes, gt_boxes)  # over the regions of all images
+    assert losses["loss_box"] == box and losses["loss"] == losses["loss_classification"] + box
+
+
 @pytest.mark.parametrize("labels", [[3, 3, -1, 7], [3, 7], [-1, -1]])
 def test_unidetector_chosen_classes(labels):
     labels, count = torch.tensor(labels), torch.ones(60)
     count[[5, 9]] = 0
-    seen = torch.zeros(60)
+    seen, sizes = torch.zeros(60), set()
     for _ in range(200):
         chosen = unidetector.sample_classes(labels, count)
         assert chosen[labels[labels >= 0]].all() and not chosen[[5, 9]].any()
-        # background counts as one of the 50, whether it is present or drawn
-        assert int(chosen.sum()) in ({49} if -1 in labels else {49, 50})
+        sizes.add(int(chosen.sum()))
         seen += chosen
+    assert sizes == ({49} if -1 in labels else {49, 50})  # background is one of the 50, whether present or drawn
     rest = [j for j in range(60) if count[j] and j not in labels]
     assert (seen[rest] > 0).all() and seen[rest].std() < 0.15 * seen[rest].mean()  # uniform
 
@@ -169,6 +192,42 @@ def test_anchors_are_matched_with_low_quality_matches():
     assert match_anchors(anchors, gt_boxes[:0], 0.7, 0.3, 0.3).tolist() == [-1] * 40
 
 
+def test_rpn_head_sees_directions_alone():
+    rpn, feature = RPN(8), torch.randn(1, 8, 3, 5)
+    [tblr], [logits] = rpn.head([feature])
+    hidden = rpn.rpn_conv(feature).relu()[0].flatten(1)  # (8, 15)
+    weight = torch.cat([rpn.rpn_reg.weight, rpn.rpn_obj.weight]).flatten(1).tolist()
+    for cell in range(15):
+        x = hidden[:, cell].tolist()
+        length = math.sqrt(sum(value**2 for value in x))
+        expected = [sum(a * b for a, b in zip(row, x)) / length for row in weight]
+        assert [*tblr[0, cell].tolist(), logits[0, cell].item()] == pytest.approx(expected, abs=1e-6)
+
+
+def test_rpn_losses():
+    rpn, sizes = RPN(8), [(128, 128), (96, 128)]
+    anchors = torch.cat(rpn.anchors([torch.zeros(1, 8, 128 // s, 128 // s) for s in common.oln.STRIDES]))
+    gt_boxes = [random_boxes(3, 120, 24), random_boxes(2, 90, 24)]
+    tblr, logits = torch.rand(2, len(anchors), 4), torch.randn(2, len(anchors))
+    torch.manual_seed(5)
+    targets = [rpn.targets(anchors, *each) for each in zip(gt_boxes, sizes)]
+    torch.manual_seed(5)
+    losses = rpn.losses(anchors, tblr, logits, gt_boxes, sizes)
+    box = objectness = count = 0.0
+    for i, (rows, wanted, sampled, scored, scores) in enumerate(targets):
+        (height, width), count = sizes[i], count + sampled
+        assert 0 < len(rows) <= 128 and len(rows) < sampled <= 256 and 0 < len(scored) <= 256
+        for row, gt_box in zip(rows.tolist(), wanted.tolist()):
+            (x1, y1, x2, y2), (top, bottom, left, right) = anchors[row].tolist(), tblr[i, row].tolist()
+            x, y, side = (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1
+            assert x1 >= 0 and y1 >= 0 and x2 < width and y2 < height
+            box += 10 * (1 - iou([x - left * side, y - top * side, x + right * side, y + bottom * side], gt_box))
+        for row, score in zip(scored.tolist(), scores.tolist()):
+            objectness += abs(1 / (1 + math.exp(-logits[i, row].item())) - score)
+    assert losses["loss_rpn_box"].item() == pytest.approx(box / count, rel=1e-4)
+    assert losses["loss_rpn_objectness"].item() == pytest.approx(objectness / count, rel=1e-4)
+
+
 def test_rpn_without_boxes_scores_background_only():
     rpn = RPN(8)
     features = [torch.randn(1, 8, 32 // 2**i, 32 // 2**i).requires_grad_() for i in range(5)]
@@ -218,6 +277,64 @@ def test_multi_scale_resize():
         sides.add(short)
         flips.add(flipped)
     assert len(sides) > 15 and flips == {True, False}
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def test_unidetector_settings_of_the_paper():
+    args = unidetector.Args()
+    assert (args.alpha, args.beta, args.gamma, args.tau) == (0.3, 0.3, 0.6, 0.01)
+    assert (args.optimizer, args.lr, args.classifier_lr, args.warmup_steps) == ("sgd", 0.02, 0.002, 500)
+    assert (args.batch_size, args.base_batch_size, args.steps, args.classifier_steps) == (16, 16, 0, 0)
+    assert (args.image_size, args.test_size, args.sampler, args.structure) == (800, 800, "random", "partitioned")
+    assert (args.rois_per_image, args.rpn_proposals, args.test_proposals) == (512, 2000, 100)
+    assert (args.classifier_backbone, args.text_encoder, args.prompts) == ("RN50/openai", "RN50/openai", "auto")
+    assert (unidetector.Localizer.nms_threshold, unidetector.Localizer.kept) == (0.9, 1500)
+    assert (RPN.scale, RPN.sampled, RPN.pre_nms, common.oln.STRIDES) == (8, 256, 2000, [4, 8, 16, 32, 64])
+    assert (RPN.box_match, RPN.box_fraction) == ((0.7, 0.3, 0.3), 0.5)
+    assert (RPN.centre_match, RPN.centre_fraction) == ((0.3, 0.1, 0.3), 1.0)
+    assert (OLN.iou, OLN.sampled, BOX_WEIGHTS) == (0.5, 512, (10, 10, 5, 5))
+    assert (CLIPResNetC4.stride, common.clip_resnet.architecture("RN50/openai")["image_size"] // 32 * 2) == (16, 14)
+    truth = Targets(random_boxes(3), torch.zeros(3).long())
+    assert (match_regions(random_boxes(900), truth, 0.0, 512)[1].labels >= 0).sum() == 128  # a quarter of the regions
+    classes, suppression = (inspect.signature(f).parameters for f in (unidetector.sample_classes, soft_nms))
+    assert (classes["num"].default, suppression["sigma"].default, suppression["min_score"].default) == (50, 0.5, 1e-3)
+
+
+def test_recipe_of_unidetector(tiny_root, tmp_path, monkeypatch):
+    """SGD of momentum 0.9 and weight decay 1e-4, warmup of 500 steps from 1e-3; the classifier's gradients clipped."""
+    seen = []
+    sgd, clip, schedule = torch.optim.SGD, nn.utils.clip_grad_norm_, unidetector.stepped_learning_rate
+
+    def spy_sgd(parameters, lr, **settings):
+        seen.append((lr, settings))
+        return sgd(parameters, lr, **settings)
+
+    def spy_clip(parameters, norm):
+        seen.append(("clip", norm))
+        return clip(parameters, norm)
+
+    def spy_schedule(*settings):
+        seen.append(settings)
+        return schedule(*settings)
+
+    def stop(folder, steps, start):
+        raise Enough(steps)
+
+    monkeypatch.setattr(torch.optim, "SGD", spy_sgd)
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", spy_clip)
+    monkeypatch.setattr(unidetector, "stepped_learning_rate", spy_schedule)
+    args = unidetector.Args(**SMALL, batch_size=2, base_batch_size=4, image_size=64, test_size=64, workers=0)
+    [dataset] = load_datasets("coco", "train", str(tiny_root))
+    once = replace(args, steps=1, classifier_steps=1)
+    unidetector.train(once, [dataset], tmp_path, torch.device("cpu"))
+    settings = {"momentum": 0.9, "weight_decay": 1e-4}
+    localizer, classifier = ([(lr, settings), (0, lr, 1, 500, 1e-3)] for lr in (0.01, 0.001))
+    assert seen == [*localizer, *classifier, ("clip", 35.0)]
+    monkeypatch.setattr(unidetector, "RunLog", stop)
+    with pytest.raises(Enough, match=f"^{2 * 12 * len(dataset) // 2}$"):  # 12 epochs of each network
+        unidetector.train(args, [dataset], tmp_path, torch.device("cpu"))
 
 
 # -- label spaces ------------------------------------------------------------------------------------------------------
@@ -308,6 +425,84 @@ def test_regions_stay_in_the_order_of_their_images():
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
+def moved(box: list[float], deltas: list[float], size: tuple[int, int]) -> list[float]:
+    (x1, y1, x2, y2), (height, width) = box, size
+    dx, dy, dw, dh = (d / weight for d, weight in zip(deltas, (10, 10, 5, 5)))
+    x, y = (x1 + x2) / 2 + dx * (x2 - x1), (y1 + y2) / 2 + dy * (y2 - y1)
+    w, h = (x2 - x1) * math.exp(dw) / 2, (y2 - y1) * math.exp(dh) / 2
+    return [min(max(value, 0), side) for value, side in zip((x - w, y - h, x + w, y + h), (width, height) * 2)]
+
+
+@pytest.mark.parametrize("structure", ["partitioned", "separate"])
+def test_regions_of_an_image(structure, monkeypatch):
+    """From what the heads say to proposals and regions in pixels of the original image."""
+    model, _ = small_model(structure)
+    sizes, originals, limit, kept = [(96, 128), (96, 64)], [(48, 64), (192, 192)], 5, 14
+    anchors = [random_boxes(12, 100).repeat(3, 1), random_boxes(10, 80).repeat(3, 1)]
+    proposals = [(boxes + torch.rand(len(boxes), 4) * 2, torch.rand(len(boxes))) for boxes in anchors]
+    logits, deltas, quality = torch.randn(66, 2), torch.randn(66, 4) * 0.3, torch.randn(66)
+    answers = [(unit_rows(2 * limit, 384), torch.randn(2 * limit, 4)) for _ in model.classifiers]
+    monkeypatch.setattr(model.localizer, "kept", kept)
+    monkeypatch.setattr(model.localizer, "head", lambda *_: (logits, deltas, quality))
+    monkeypatch.setattr(model.localizer.rpn, "forward", lambda *_: (proposals, {}))
+    for classifier, answer in zip(model.classifiers, answers):
+        monkeypatch.setattr(classifier, "forward", lambda images, sizes, boxes, answer=answer: answer)
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
+    none = torch.zeros(0, 4), torch.zeros(0).long()
+    batch = collate([Sample(image, "a", "boxes", 0, 0, size, *none) for image, size in zip(images, originals)])
+    found, first = unidetector.embed_regions(model, batch, limit), 0
+    for i, ((boxes, centred), size, original) in enumerate(zip(proposals, sizes, originals)):
+        candidates = []
+        for q, (box, s_r1) in enumerate(zip(boxes.tolist(), centred.tolist()), first):
+            (inside, outside), s_r2 = logits[q].tolist(), 1 / (1 + math.exp(-quality[q].item()))
+            s_c = math.exp(inside) / (math.exp(inside) + math.exp(outside))
+            candidates.append((s_c**0.3 * (s_r1 * s_r2) ** 0.7, moved(box, deltas[q].tolist(), size)))
+        first += len(boxes)
+        best = []
+        for eta, box in sorted(candidates, reverse=True):
+            if all(iou(box, other) <= 0.9 for _, other in best):
+                best.append((eta, box))
+        assert kept < len(best) < len(candidates)
+        best = best[:kept]
+        scale = torch.tensor([original[1] / size[1], original[0] / size[0]] * 2)
+        assert found[i]["size"] == found[i]["proposals"]["size"] == original
+        assert found[i]["proposals"]["scores"].tolist() == pytest.approx([eta for eta, _ in best], rel=1e-4)
+        expected = torch.tensor([box for _, box in best]) * scale
+        torch.testing.assert_close(found[i]["proposals"]["boxes"], expected, rtol=1e-4, atol=1e-3)
+        rows = slice(i * limit, (i + 1) * limit)
+        regions = [moved(box, d, size) for _, move in answers for (_, box), d in zip(best, move[rows].tolist())]
+        torch.testing.assert_close(found[i]["boxes"], torch.tensor(regions) * scale, rtol=1e-4, atol=1e-3)
+        assert found[i]["eta"].tolist() == found[i]["proposals"]["scores"][:limit].tolist() * len(answers)
+        assert torch.equal(found[i]["embeddings"], torch.cat([x[rows] for x, _ in answers]).half())
+
+
+def test_passes_of_the_evaluation(tiny_root, tmp_path, monkeypatch):
+    """Plain, calibrated by the detections of that, and with the texts dealt out; 300 objects on LVIS, 100 elsewhere."""
+    model, label_space = small_model(vocabularies=[Vocabulary.known("coco")])
+    corner = torch.arange(20.0)[:, None] * 4 * torch.ones(1, 2)
+    regions = {"boxes": torch.cat([corner, corner + 4], 1), "embeddings": unit_rows(20, 384), "eta": torch.rand(20)}
+    regions |= {"proposals": {}, "size": (96, 96)}
+    calls, evaluated, set_vocabulary = [], [], model.set_vocabulary
+    for name in ("recall", "draw_predictions"):
+        monkeypatch.setattr(unidetector, name, lambda *_: {})
+    monkeypatch.setattr(unidetector, "predict_dataset", lambda *_: {0: regions, 1: regions})
+    monkeypatch.setattr(unidetector, "evaluate_detections", lambda _, found, groups: evaluated.append(found) or {})
+    monkeypatch.setattr(model, "set_vocabulary", lambda *both: calls.append(both) or set_vocabulary(*both))
+    datasets = load_datasets("coco,lvis", "val", str(tiny_root))
+    results = unidetector.evaluate(model.args, model, datasets, tmp_path, label_space)
+    titles = [title for title in results if "proposals" not in title]
+    assert titles == ["coco (no calibration)", "coco", "lvis (no calibration)", "lvis", "lvis (shuffled text)"]
+    assert [len(found[0]["scores"]) for found in evaluated] == [100, 100, 300, 300, 300]
+    for plain, calibrated in ((0, 1), (2, 3)):
+        assert calls[plain][1] is None and torch.equal(calls[plain][0], calls[calibrated][0])
+        labels = torch.cat([found["labels"] for found in evaluated[plain].values()])
+        assert calls[calibrated][1].tolist() == [int((labels == c).sum()) for c in range(len(calls[plain][0]))]
+        assert evaluated[plain][0]["scores"].tolist() != evaluated[calibrated][0]["scores"].tolist()
+    text, (shuffled, counts) = calls[2][0], calls[4]
+    assert counts is None and sorted(text[:, 0].tolist()) == sorted(shuffled[:, 0].tolist())
+    assert not (text == shuffled).all(1).any()
+
+
 def test_adding_classes_leaves_the_others_alone():
     model, _ = small_model()
     regions = {"boxes": random_boxes(1), "embeddings": unit_rows(1, 384), "eta": torch.tensor([0.9]), "size": (9, 9)}
@@ -368,6 +563,20 @@ def test_clip_resnet_is_open_clips(small_clip):
         torch.testing.assert_close(ours.attnpool(ours.layer4(ours.trunk(images))), theirs(images))
     boxes = [torch.tensor([[0.0, 0, 64, 64], [10, 10, 40, 30]]), torch.zeros(0, 4)]
     assert ours(images, boxes).shape == (2, 24)
+
+
+def test_clip_pixels_and_regions(small_clip):
+    model, images = small_clip().eval(), torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    x = model.normalise(images, [(64, 96), (50, 70)])
+    mean, std = (122.771, 116.746, 104.094), (68.501, 66.632, 70.323)
+    for c, row, column in itertools.product(range(3), (0, 33, 49), (0, 50, 69)):
+        expected = (images[1, c, row, column].item() - mean[c]) / std[c]
+        assert x[1, c, row, column].item() == pytest.approx(expected, abs=1e-4)
+    assert not x[1, :, 50:].any() and not x[1, :, :, 70:].any() and x[0, :, 50:].any()
+    boxes = [torch.tensor([[3.0, 5, 61, 37], [20, 9, 90, 64]]), torch.tensor([[0.0, 0, 70, 50]])]
+    with torch.no_grad():
+        pooled = roi_align(model.trunk(x), boxes, 4, 1 / 16, aligned=True)
+        torch.testing.assert_close(model(x, boxes), model.attnpool(model.layer4(pooled)))
 
 
 LAYOUTS = {
@@ -431,8 +640,6 @@ def test_clip_width_must_be_that_of_the_texts(small_clip):
 
 
 def test_proposals_are_kept_and_given_with_the_samples(tiny_root, tmp_path):
-    from common.datasets import load_datasets
-
     [dataset] = load_datasets("coco", "train", str(tiny_root))
     boxes, calls = {}, []
 
@@ -490,20 +697,12 @@ def test_set_vocabulary_of_another_width():
 # -- command line ------------------------------------------------------------------------------------------------------
 
 
-def start(*args, ranks: int = 1) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "unidetector.py", *map(str, args)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
-def trained(tiny_root, tmp_path_factory):
+def trained(tiny_root, tmp_path_factory, call):
     """Run folder of both stages on two datasets, evaluated on one of them and on one never trained on."""
     folder = tmp_path_factory.mktemp("unidetector") / "run"
     data = ["--datasets", "coco,o365", "--eval-datasets", "coco,lineart", "--data-root", tiny_root]
-    done = start(*data, *QUICK, "--output", folder, "--checkpoint-every", 2)
-    assert done.returncode == 0, done.stderr
+    call(*data, *QUICK, "--output", folder, "--checkpoint-every", 2, method="unidetector")
     return folder
 
 
@@ -518,101 +717,100 @@ def test_both_stages_leave_everything(trained):
     ]
     assert list(results["coco (proposals)"]) == ["AR@10", "AR@100", "AR@1000"]
     assert {"AP", "AP50 known", "AP50 unknown"} <= results["lineart"].keys()
+    for name in ("coco", "lineart"):
+        counts = json.loads((trained / f"prior-{name}.json").read_text())["counts"]
+        assert 0 < sum(counts) <= 12 * 100 and max(counts) > min(counts)
     steps = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert steps[-1]["step"] == 8 and {"loss_classification", "loss_box"} <= steps[-1].keys()
 
 
-def test_one_image_with_the_prior_of_an_evaluation(trained, tmp_path):
-    image = tmp_path / "photo.png"
+def test_one_image_with_the_prior_of_an_evaluation(trained, tmp_path, call, fails):
+    image, prior = tmp_path / "photo.png", trained / "prior-coco.json"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 120, 3), dtype=np.uint8)).save(image)
-    found = {}
+    given, found = ["--predict", image, "--weights", trained, "--prior", prior], {}
     for gamma in (0.0, 0.6):
-        out = tmp_path / str(gamma)
-        prior = ["--prior", trained / "prior-coco.json", "--gamma", gamma]
-        done = start("--predict", image, "--weights", trained, "--output", out, *prior)
-        assert done.returncode == 0, done.stderr
-        found[gamma] = json.loads((out / "predictions.json").read_text())
-    names = json.loads((trained / "prior-coco.json").read_text())["names"]
-    assert [c["name"] for c in found[0.6]["categories"]] == names
+        call(*given, "--output", tmp_path / str(gamma), "--gamma", gamma, method="unidetector")
+        found[gamma] = json.loads((tmp_path / str(gamma) / "predictions.json").read_text())
+    assert [c["name"] for c in found[0.6]["categories"]] == json.loads(prior.read_text())["names"]
     assert found[0.0]["annotations"] != found[0.6]["annotations"]
-    done = start(
-        "--predict", image, "--weights", trained, "--prior", trained / "prior-coco.json", "--vocabulary", "zeppelin"
-    )
-    assert done.returncode == 2 and "another vocabulary: it lacks 'zeppelin'" in done.stderr
-    assert done.stderr.count("\n") == 1
+    line = fails(*given, "--vocabulary", "zeppelin", "--output", tmp_path / "o", method="unidetector")
+    assert "another vocabulary: it lacks 'zeppelin'" in line
 
 
-def test_evaluation_with_a_given_prior_is_the_same(trained, tiny_root, tmp_path):
+def test_evaluation_with_a_given_prior_is_the_same(trained, tiny_root, tmp_path, call):
     data = ["--eval-only", "--weights", trained, "--eval-datasets", "coco", "--data-root", tiny_root, "--workers", 0]
-    done = start(*data, "--prior", trained / "prior-coco.json", "--output", tmp_path / "again")
-    assert done.returncode == 0, done.stderr
+    prior = ["--prior", trained / "prior-coco.json"]
+    call(*data, *prior, "--output", tmp_path / "again", method="unidetector")
     again = json.loads((tmp_path / "again" / "results.json").read_text())
     assert again["coco"] == json.loads((trained / "results.json").read_text())["coco"]
 
 
+def test_a_bad_prior_fails_before_the_training(trained, tiny_root, tmp_path, fails):
+    (tmp_path / "other.json").write_text('{"names": ["cat"], "counts": [1]}')
+    data = ["--datasets", "coco", "--data-root", tiny_root, "--output", tmp_path / "run", *QUICK]
+    for name, words in (("gone.json", "cannot be read"), ("other.json", "another vocabulary: it lacks")):
+        assert words in fails(*data, "--prior", tmp_path / name, method="unidetector")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("given, evaluated", [("coco,o365", "coco,o365,lvis"), ("coco,lvis", "coco,lvis")])
+def test_tiny_evaluates_what_no_dataset_trains_once(given, evaluated, monkeypatch, call):
+    def load(names, split, *_):
+        if split == "val":
+            raise Enough(names)
+        return [SimpleNamespace(vocabulary=Vocabulary("coco", ("cat",)))]
+
+    monkeypatch.setattr(unidetector, "load_datasets", load)
+    with pytest.raises(Enough, match=f"^{evaluated}$"):
+        call("--tiny", "--datasets", given, method="unidetector")
+
+
 @pytest.mark.parametrize("checkpoint", [4, 6])
-def test_resume_ends_with_the_same_weights(checkpoint, trained, tiny_root, tmp_path):
+def test_resume_ends_with_the_same_weights(checkpoint, trained, tiny_root, tmp_path, monkeypatch, call):
     """Stopped between the stages or in the second one: every bit of the weights is that of the uninterrupted run."""
-    folder, stop = tmp_path / "run", checkpoint + 1
     data = ["--datasets", "coco,o365", "--eval-datasets", "coco", "--data-root", tiny_root, "--checkpoint-every", 2]
-    script = (
-        "import sys, unidetector as u\n"
-        "check = u.check_finite\n"
-        f"u.check_finite = lambda losses, step: sys.exit(3) if step == {stop} else check(losses, step)\n"
-        "u.main()"
-    )
-    command = [sys.executable, "-c", script, *map(str, data), *QUICK, "--output", str(folder)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 3, done.stderr
-    done = start("--resume", folder)
-    assert done.returncode == 0, done.stderr
-    ours, whole = (load_file(path / "weights.safetensors") for path in (folder, trained))
+
+    def check(losses, step):
+        if step == checkpoint + 1:
+            raise Enough
+
+    with monkeypatch.context() as patch, pytest.raises(Enough):
+        patch.setattr(unidetector, "check_finite", check)
+        call(*data, *QUICK, "--output", tmp_path / "run", method="unidetector")
+    call("--resume", tmp_path / "run", method="unidetector")
+    ours, whole = (load_file(path / "weights.safetensors") for path in (tmp_path / "run", trained))
     assert ours.keys() == whole.keys() and all(torch.equal(ours[key], whole[key]) for key in ours)
 
 
 @pytest.mark.parametrize("structure, sampler", [("unified", "class-aware"), ("separate", "repeat-factor")])
-def test_classifier_stage_of_each_structure_and_sampler(structure, sampler, trained, tiny_root, tmp_path):
-    data = [
-        "--datasets",
-        "coco,o365",
-        "--eval-datasets",
-        "coco",
-        "--data-root",
-        tiny_root,
-        "--output",
-        tmp_path / "run",
-    ]
+def test_classifier_stage_of_each_structure_and_sampler(structure, sampler, trained, tiny_root, tmp_path, call):
+    data = ["--eval-datasets", "coco", "--data-root", tiny_root]
     stage = ["--stage", "classifier", "--weights", trained, "--structure", structure, "--sampler", sampler]
-    done = start(*data, *QUICK, *stage)
-    assert done.returncode == 0, done.stderr
+    call(*data, "--datasets", "coco,o365", *QUICK, *stage, "--output", tmp_path / "run", method="unidetector")
     ours, source = (load_file(path / "weights.safetensors") for path in (tmp_path / "run", trained))
     frozen = [key for key in source if key.startswith("localizer.")]
     assert frozen and all(torch.equal(ours[key], source[key]) for key in frozen)
     heads = {key.split(".")[1] for key in ours if key.startswith("classifiers.")}
     assert heads == ({"0", "1"} if structure == "separate" else {"0"})
-    done = start(
-        "--eval-only", "--weights", tmp_path / "run", *data[2:6], "--workers", 0, "--output", tmp_path / "again"
-    )
-    assert done.returncode == 0, done.stderr
+    again = ["--eval-only", "--weights", tmp_path / "run", "--workers", 0, "--output", tmp_path / "again"]
+    call(*again, *data, method="unidetector")
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "again")]
     assert results[0] == results[1]
 
 
-def test_localizer_stage_alone(tiny_root, tmp_path):
+def test_localizer_stage_alone(tiny_root, tmp_path, call, fails):
     data = ["--datasets", "coco", "--eval-datasets", "coco", "--data-root", tiny_root]
-    done = start(*data, *QUICK, "--stage", "localizer", "--output", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
+    call(*data, *QUICK, "--stage", "localizer", "--output", tmp_path / "run", method="unidetector")
     assert list(json.loads((tmp_path / "run" / "results.json").read_text())) == ["coco (proposals)"]
     assert not any(key.startswith("classifiers.") for key in load_file(tmp_path / "run" / "weights.safetensors"))
-    done = start("--predict", "x.jpg", "--weights", tmp_path / "run")
-    assert done.returncode == 2 and "hold a localizer alone" in done.stderr and done.stderr.count("\n") == 1
+    line = fails("--predict", "x.jpg", "--weights", tmp_path / "run", method="unidetector")
+    assert "hold a localizer alone" in line
 
 
-def test_two_ranks_train_both_stages(tiny_root, tmp_path):
+def test_two_ranks_train_both_stages(tiny_root, tmp_path, run):
     data = ["--datasets", "coco,o365", "--eval-datasets", "coco", "--data-root", tiny_root]
     steps = ["--steps", 1, "--classifier-steps", 1, "--structure", "separate"]
-    done = start(*data, *QUICK, *steps, "--output", tmp_path / "run", ranks=2)
+    done = run(*data, *QUICK, *steps, "--output", tmp_path / "run", method="unidetector", ranks=2)
     assert done.returncode == 0, done.stderr
     assert "coco" in json.loads((tmp_path / "run" / "results.json").read_text())
 
@@ -632,16 +830,14 @@ def test_two_ranks_train_both_stages(tiny_root, tmp_path):
         (["--datasets", "coco", "--classifier-backbone", "resnet5"], "resnet5 is not a timm model"),
     ],
 )
-def test_bad_arguments_end_with_one_line(arguments, message, tiny_root, tmp_path):
+def test_bad_arguments_end_with_one_line(arguments, message, tiny_root, tmp_path, fails):
     flags = [flag for pair in zip(*[iter(QUICK)] * 2) if pair[0] not in arguments for flag in pair]
-    done = start(*flags, *arguments, "--data-root", tiny_root, "--output", tmp_path / "run")
-    assert done.returncode == 2
-    assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    data = ["--data-root", tiny_root, "--output", tmp_path / "run"]
+    assert message in fails(*flags, *arguments, *data, method="unidetector")
 
 
-def test_text_of_another_width(trained, tiny_root, tmp_path):
+def test_text_of_another_width(trained, tmp_path, fails):
     np.save(tmp_path / "text.npy", np.eye(1, 512, dtype=np.float32))
-    other = ["--text-encoder", tmp_path / "text.npy", "--weights", trained]
-    done = start("--predict", "x.jpg", "--vocabulary", "cat", *other, "--output", tmp_path / "o")
-    assert done.returncode == 2 and "text embeddings have 512 dimensions, this model needs 384" in done.stderr
-    assert done.stderr.count("\n") == 1
+    other = ["--text-encoder", tmp_path / "text.npy", "--weights", trained, "--output", tmp_path / "o"]
+    line = fails("--predict", "x.jpg", "--vocabulary", "cat", *other, method="unidetector")
+    assert "text embeddings have 512 dimensions, this model needs 384" in line
