@@ -738,7 +738,7 @@ def test_detic_wsddn_starts_its_ranks_anew_and_keeps_them(second_stage, tiny_roo
     classes = len(load_file(folder / "weights.safetensors")["text"])
     assert load_file(folder / "weights.safetensors")["prop_score.0.2.weight"].shape[0] == classes + 1
     # --weights brings the loss along, so that its branch is there
-    evaluate = ["--eval-only", "--weights", folder, "--eval-datasets", "coco-base", "--data-root", tiny_root]
+    evaluate = ["--eval-only", "--weights", folder, "--datasets", "coco-base,in21k", "--data-root", tiny_root]
     call(*evaluate, "--workers", 0, "--output", tmp_path / "again", method="detic")
     again = json.loads((tmp_path / "again" / "results.json").read_text())["coco-base"]
     assert again == json.loads((folder / "results.json").read_text())["coco-base"]
