@@ -497,7 +497,7 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
     trained = asdict(args) | {"stage": "localizer" if args.stage == "localizer" else "both"}
     metadata = {"method": METHOD, "args": trained, "vocabularies": vocabularies}
 
-    epochs = 12 * sum(map(len, datasets)) // args.batch_size
+    epochs = max(1, 12 * sum(map(len, datasets)) // args.batch_size)
     first = 0 if args.stage == "classifier" else args.steps or epochs
     last = first if args.stage == "localizer" else first + (args.classifier_steps or epochs)
     start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
@@ -610,20 +610,19 @@ def main() -> None:
     size = args.image_size if args.tiny else 0
     unseen = f",{ZERO_SHOT}" if args.tiny and ZERO_SHOT not in args.datasets else ""
     names = args.eval_datasets or default_eval(args.datasets) + unseen
+    evaluated = [] if args.predict else load_datasets(names, "val", args.data_root, size)
+    for dataset in evaluated if args.prior else ():  # a mistake in them must not cost a training
+        read_prior(args.prior, dataset.vocabulary)
     if args.predict or args.eval_only:
         model, label_space = load_trained(args, device)
         if args.predict and not model.classifiers:
             raise InputError(f"--weights {args.weights} hold a localizer alone; train a classifier on it: --stage "
                              f"classifier --weights {args.weights}")  # fmt: skip
-        evaluated = [] if args.predict else load_datasets(names, "val", args.data_root, size)
         folder = make_run_folder(args, METHOD)
     else:
         datasets = load_datasets(args.datasets, "train", args.data_root, size)
         label_space = LabelSpace([d.vocabulary for d in datasets])
-        evaluated = load_datasets(names, "val", args.data_root, size)  # a mistake in them must not cost a training
         warn_of_overlap(datasets, evaluated)
-        for dataset in evaluated if args.prior else ():
-            read_prior(args.prior, dataset.vocabulary)
         folder = make_run_folder(args, METHOD)
         model = train(args, datasets, folder, device)
     if args.predict:

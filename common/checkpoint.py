@@ -3,8 +3,8 @@
 import errno
 import json
 import logging
-import pickle
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -34,6 +34,19 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None
             raise OSError(errno.ENOSPC, str(error), str(path)) from None
 
 
+def load_plain(path: Path):
+    """The content of a torch file that holds nothing but data; no code in it runs.
+
+    Raises ValueError with the reason in one line for a damaged file and for one that holds more.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TorchScript archives, which are refused
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # on damaged files torch raises nearly everything
+        raise ValueError(f"{type(error).__name__}: {error}".splitlines()[0][:120]) from None
+
+
 def weights_file(path: str | Path) -> Path:
     """The file itself, or weights.safetensors of a run folder. Raises InputError if there is none."""
     if not str(path):
@@ -54,8 +67,13 @@ def read_metadata(path: str | Path, method: str) -> dict:
         raise InputError(f"weights {file} cannot be read ({error}); a .safetensors file is needed") from None
     if not {"method", "args", "vocabularies"} <= metadata.keys():
         raise InputError(f"weights {file} were not saved by this project: their metadata lacks the model's settings")
-    if metadata["method"] != method or not (isinstance(metadata["args"], dict) and metadata["vocabularies"]):
-        raise InputError(f"weights {file} are not of {method}.py but of {metadata['method']}.py, or damaged")
+    if metadata["method"] != method:
+        raise InputError(f"weights {file} are not of {method}.py but of {metadata['method']}.py; use that")
+    lists = metadata["vocabularies"] if isinstance(metadata["vocabularies"], dict) else {"": None}
+    lists = [*lists.values(), metadata.get("boxed", [])]
+    sound = lists[:-1] and all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists)
+    if not (sound and isinstance(metadata["args"], dict)):
+        raise InputError(f"weights {file} have damaged settings or class names; copy or train them again")
     return metadata
 
 
@@ -65,7 +83,10 @@ def read_text(path: str | Path) -> Tensor:
     with safe_open(file, framework="pt") as opened:
         if "text" not in opened.keys():  # noqa: SIM118 (not a dict)
             raise InputError(f"weights {file} hold no text embeddings of the classes they were trained on; train again")
-        return opened.get_tensor("text")
+        text = opened.get_tensor("text")
+    if text.ndim != 2 or not text.is_floating_point():
+        raise InputError(f"weights {file}: tensor 'text' is no table of text embeddings; copy or train them again")
+    return text.float()
 
 
 def read_model(path: str | Path, method: str) -> tuple[dict, Tensor]:
@@ -105,6 +126,10 @@ def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str 
         if own[key].shape != tensors[key].shape and key != "text":
             raise InputError(f"weights {file}: tensor '{key}' has the shape {list(tensors[key].shape)}, this model "
                              f"needs {list(own[key].shape)}; give the flags and datasets of its training")  # fmt: skip
+        if own[key].is_floating_point() != tensors[key].is_floating_point():
+            raise InputError(
+                f"weights {file}: tensor '{key}' is {tensors[key].dtype}, this model needs {own[key].dtype}"
+            )
         if not torch.isfinite(tensors[key].float()).all():
             raise InputError(f"weights {file}: tensor '{key}' holds values that are not finite; train again")
     model.load_state_dict(tensors | {key: own[key] for key in own if key == "text"})
@@ -119,7 +144,10 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimi
         temporary.mkdir()
         save_weights(temporary / "weights.safetensors", model, metadata)
         state = {"step": step, "optimizer": optimizer.state_dict(), "rng": states}
-        torch.save(state, temporary / "state.pt")
+        try:
+            torch.save(state, temporary / "state.pt")
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(errno.ENOSPC, str(error).splitlines()[0], str(folder)) from None
     for old in checkpoints(folder)[:-2]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -140,14 +168,14 @@ def last_checkpoint(folder: Path) -> Path | None:
 def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
     """Restore optimiser and this rank's RNG; returns the step."""
     try:
-        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        state = load_plain(checkpoint / "state.pt")
         optimizer.load_state_dict(state["optimizer"])
         if len(state["rng"]) == world_size():
             cpu, *cuda = state["rng"][rank()]
             torch.set_rng_state(cpu)
             if cuda:
                 torch.cuda.set_rng_state(cuda[0])
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{checkpoint}/state.pt cannot be read ({reason[:99]}); delete {checkpoint} to go on from "
                          "the one before") from None  # fmt: skip

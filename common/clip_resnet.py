@@ -6,8 +6,6 @@ microsoft/RegionCLIP:detectron2/modeling/backbone/clip_backbone.py. E counts the
 """
 
 import logging
-import pickle
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from common.backbone import Backbone
+from common.checkpoint import load_plain
 from common.distributed import from_main
 from common.errors import InputError
 from common.paths import hub
@@ -198,20 +197,19 @@ def load_pretrained(model: CLIPResNetC4, name: str) -> bool:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file or of a torch file that holds nothing but data."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a TorchScript archive, which is refused below
-            content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+        content = load_file(path) if path.suffix == ".safetensors" else load_plain(path)
+    except (OSError, ValueError, SafetensorError) as error:
         if "torchscript" in str(error).lower():
             reason = "it is a TorchScript archive, which holds code; save the model's state_dict()"
-        elif isinstance(error, FileNotFoundError):
+        elif not path.is_file():
             reason = "it does not exist; check the path"
         else:
-            reason = f"it is no file of plain tensors ({str(error).splitlines()[0][:99]}); save it as .safetensors"
+            reason = f"it is no file of plain tensors ({str(error)[:120]}); save it as .safetensors"
         raise InputError(f"--classifier-backbone: {path} cannot be read: {reason}") from None
     for key in ("state_dict", "model"):
         content = content.get(key, content) if isinstance(content, dict) else {}
-    return {key.removeprefix("module."): t for key, t in content.items() if isinstance(t, Tensor)}
+    content = content if isinstance(content, dict) else {}
+    return {str(key).removeprefix("module."): t for key, t in content.items() if isinstance(t, Tensor)}
 
 
 def load_by_prefix(model: CLIPResNetC4, tensors: dict[str, Tensor], source: str) -> None:

@@ -5,14 +5,13 @@ Every official key is renamed, or dropped by a rule that says why; anything else
 
 import hashlib
 import logging
-import pickle
 import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from common.checkpoint import save_tensors, weights_file
+from common.checkpoint import load_plain, save_tensors, weights_file
 from common.errors import InputError
 from common.labels import Vocabulary
 from common.paths import cache_dir
@@ -101,21 +100,23 @@ def converted(path: str | Path, method: str) -> Path:
     twin = cache_dir() / "converted" / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.safetensors"
     if not twin.is_file():
         try:
-            official = torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"weights {file} cannot be read without running code ({reason[:99]}); give the published "
-                             ".pth file") from None  # fmt: skip
+            official = load_plain(file)
+        except ValueError as error:
+            raise InputError(f"weights {file} cannot be read without running code ({error}); give the published .pth "
+                             "file") from None  # fmt: skip
         official = official.get("model", official) if isinstance(official, dict) else {}
         official = official if isinstance(official, dict) else {}
         if not official or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in official.items()):
             raise InputError(f"weights {file} hold no state dict; give the published .pth file")
         try:
-            tensors, metadata = CONVERTERS[method](official)
+            tensors, metadata = CONVERTERS[method]({key: tensor.clone() for key, tensor in official.items()})
+            save_tensors(twin, tensors, {"method": method} | metadata)
         except InputError as error:
             raise InputError(f"weights {file}: {error}") from None
         except KeyError as error:
             raise InputError(f"weights {file}: tensor {error} is missing; give the published .pth file") from None
-        save_tensors(twin, tensors, {"method": method} | metadata)
+        except (IndexError, ValueError, RuntimeError, NotImplementedError) as error:
+            raise InputError(f"weights {file} hold tensors of odd shapes or kinds ({str(error).splitlines()[0][:99]}); "
+                             "give the published .pth file") from None  # fmt: skip
         log.info("weights %s: %d of %d official tensors taken", file, len(tensors), len(official))
     return twin

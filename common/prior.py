@@ -28,9 +28,9 @@ def read_prior(path: str, vocabulary: Vocabulary | None = None) -> tuple[Vocabul
     try:
         saved = json.loads(Path(path).read_text())
         counts = {fold(name): float(count) for name, count in zip(saved["names"], saved["counts"], strict=True)}
-        if not all(0 <= count < float("inf") for count in counts.values()):
+        if not all(0 <= count <= 2**53 for count in counts.values()):
             raise ValueError("a count is no number of detections")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"--prior {path} cannot be read ({error}); give a prior-*.json of a run folder") from None
     vocabulary = vocabulary or Vocabulary("prior", tuple(saved["names"]))
     if lacking := [name for name in vocabulary.names if fold(name) not in counts]:

@@ -50,6 +50,15 @@ def fingerprint(localizer: nn.Module, *settings) -> str:
     return digest.hexdigest()[:12]
 
 
+def intact(path: Path, count: int) -> bool:
+    """Whether `path` holds the proposals of so many images; a damaged file is as good as none."""
+    try:
+        table = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return False
+    return table.dtype == np.uint16 and table.shape[:1] + table.shape[2:] == (count, 4) and bool(table.any())
+
+
 def with_proposals(
     locate: Callable[[Batch], list[dict]], datasets: list[Dataset], resize, folder: Path, key: str, workers: int
 ) -> list[WithProposals]:
@@ -64,8 +73,9 @@ def with_proposals(
 
     extended = []
     for dataset in datasets:
-        path = folder / f"proposals-{dataset.name}-{key}.npy"
-        if not from_main(path.exists()):
+        images = hashlib.sha256(dataset.index.file_names.tobytes()).hexdigest()[:6]
+        path = folder / f"proposals-{dataset.name}-{key}{images}.npy"
+        if not from_main(intact(path, len(dataset))):
             found = predict_dataset(compact, dataset, resize, workers, f"{dataset.name}, proposals to train on")
             if rank() == 0:
                 table = np.zeros((len(dataset), max(len(f["boxes"]) for f in found.values()), 4), np.uint16)

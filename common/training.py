@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import json
 import logging
 import math
@@ -90,6 +91,10 @@ def check_numbers(args) -> None:
             raise InputError(f"{flag} must be a finite number")
         if name in POSITIVE and value <= 0:
             raise InputError(f"{flag} must be greater than 0")
+        if name in ("image_size", "test_size") and not 16 <= value <= 16384:
+            raise InputError(f"{flag} must be between 16 and 16384 pixels")
+        if name == "gamma" and value > 10:
+            raise InputError(f"{flag} must be at most 10; the paper has 0.6")
         if name in NOT_NEGATIVE and not 0 <= value < 2**31:
             raise InputError(f"{flag} must be between 0 and 2^31")
     if hasattr(args, "jitter") and not 0 < args.jitter[0] <= args.jitter[1] <= 100:
@@ -109,8 +114,9 @@ def per_dataset(flag: str, text: str, datasets: list, boxes: int, image_labels: 
     values = {d.name: image_labels if d.supervision == "image_labels" else boxes for d in datasets}
     for entry in filter(None, text.split(",")):
         name, _, value = (part.strip() for part in entry.partition("="))
-        if name not in values or not value.isdecimal() or int(value) == 0:
-            raise InputError(f"{flag} {entry}: write NAME=NUMBER, separated by commas; names: {', '.join(values)}")
+        if name not in values or not (value.isdecimal() and 0 < int(value) <= 16384):
+            raise InputError(f"{flag} {entry}: write NAME=NUMBER (1 to 16384), separated by commas; names: "
+                             f"{', '.join(values)}")  # fmt: skip
         values[name] = int(value)
     return values
 
@@ -216,6 +222,11 @@ class RunLog:
         self.every, self.active = every, rank() == 0
         if not self.active:
             return
+        self.lock = (folder / "args.json").open("a")  # held until the training ends
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run is training in {folder}; choose another --output") from None
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         with atomic_path(path) as temporary:  # a resumed run writes the steps after its checkpoint again
@@ -254,6 +265,7 @@ class RunLog:
         if self.active:
             self.bar.close()
             self.file.close()
+            self.lock.close()
             if self.board:
                 self.board.close()
 
