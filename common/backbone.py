@@ -30,17 +30,17 @@ class Backbone(nn.Module):
 
     def __init__(
         self, name: str, channels: int = 256, pretrained: bool = True, strides: list[int] = STRIDES,
-        freeze_stem: bool = False,
+        freeze_stem: bool = False, flag: str = "--backbone",
     ):  # fmt: skip
-        """Raises InputError for a name that timm does not know or whose features lack one of the strides."""
+        """Raises InputError, naming the `flag`, where `create_body` does and for features that lack a stride."""
         super().__init__()
-        self.body = create_body(name)
+        self.body = create_body(name, flag)
         info, self.freeze_stem = self.body.feature_info, freeze_stem
         wanted = [stride for stride in strides if stride <= 32]
         self.used = [i for i, stride in enumerate(info.reduction()) if stride in wanted]
-        if len(self.used) != len(wanted):
+        if [info.reduction()[i] for i in self.used] != wanted:
             needed = ", ".join(map(str, wanted[:-1])) + f" and {wanted[-1]}"
-            raise InputError(f"--backbone {name} has features of strides {info.reduction()}; {needed} are needed")
+            raise InputError(f"{flag} {name} has features of strides {info.reduction()}; {needed} are needed")
         self.channels_last = str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC")
         top = LastLevelP6P7(channels, channels) if 128 in strides else LastLevelMaxPool() if 64 in strides else None
         self.fpn = FeaturePyramidNetwork([info.channels()[i] for i in self.used], channels, extra_blocks=top)
@@ -81,13 +81,25 @@ class Backbone(nn.Module):
         return list(self.fpn({str(i): f for i, f in enumerate(features)}).values())
 
 
-def create_body(name: str) -> nn.Module:
-    """timm model `name` (with its tag, as in swin_base_patch4_window7_224.ms_in22k) as a list of feature maps."""
+def create_body(name: str, flag: str = "--backbone") -> nn.Module:
+    """timm model `name` (with its tag, as in swin_base_patch4_window7_224.ms_in22k) as a list of feature maps.
+
+    Raises InputError, naming the `flag`, for a name that timm does not know and a model for images of one size alone.
+    """
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
-        raise InputError(f"--backbone {name} is not a timm model; {'near it: ' + ', '.join(near) if near else ''}")
+        known = "near it: " + ", ".join(near) if near else "timm.list_models() lists them"
+        raise InputError(f"{flag} {name} is not a timm model; {known}")
     any_size = {"strict_img_size": False} if name.startswith("swin") else {}
-    return timm.create_model(name, features_only=True, **any_size)
+    try:
+        body = timm.create_model(name, features_only=True, **any_size)
+        with torch.no_grad():
+            body.eval()(torch.zeros(1, 3, 64, 96))
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{flag} {name} cannot be used for images of any size ({reason}); "
+                         "name another timm model, such as resnet50") from None  # fmt: skip
+    return body.train()
 
 
 def load_pretrained(body: nn.Module, name: str) -> bool:

@@ -1,7 +1,7 @@
 """Vocabularies of single datasets and the label space that concatenates them."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -64,18 +64,18 @@ class Vocabulary:
         return cls(dataset, tuple(record["names"]), tuple(record["ids"]), tuple(counts) if counts else None)
 
     @classmethod
-    def parse(cls, text: str, dataset: str = "vocabulary") -> "Vocabulary":
-        """`--vocabulary`: comma-separated names, or a text file with one name per line."""
+    def parse(cls, text: str, dataset: str = "vocabulary", flag: str = "--vocabulary") -> "Vocabulary":
+        """Comma-separated names, or a text file with one name per line; errors name the `flag` they are from."""
         is_file = text.endswith(".txt")
         if is_file and not Path(text).is_file():
-            raise InputError(f"--vocabulary: {text} does not exist; give a text file with one name per line, or names")
+            raise InputError(f"{flag}: {text} does not exist; give a text file with one name per line, or names")
         try:
             entries = Path(text).read_text("utf-8-sig").splitlines() if is_file else text.split(",")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--vocabulary: {text} cannot be read ({error}); save it as UTF-8 text") from None
-        if not is_file and text.strip():
-            return cls(dataset, tuple(entry.strip() for entry in entries))
-        return cls(dataset, tuple(entry.strip() for entry in entries if entry.strip()))
+            raise InputError(f"{flag}: {text} cannot be read ({error}); save it as UTF-8 text") from None
+        keep_empty = not is_file and text.strip()  # to refuse them
+        names = tuple(entry.strip() for entry in entries if keep_empty or entry.strip())
+        return replace(cls(flag, names), dataset=dataset)
 
 
 class LabelSpace:

@@ -12,21 +12,31 @@ def to_rle(segmentation: list | dict, size: tuple[int, int]) -> dict:
     """COCO polygons or an RLE of either kind -> a compressed RLE, {"size": [H, W], "counts": str or bytes}.
 
     The pixels are those of pycocotools; polygons of fewer than three points have none, as in detectron2.
-    Raises ValueError for an RLE of another (height, width) than `size`, and for what is neither.
+    Raises ValueError for an RLE of another (height, width) than `size` or whose runs do not fill it, and for what is
+    neither.
     """
     height, width = size
     try:
         if isinstance(segmentation, list):
             polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
+            short = [x for polygon in segmentation if len(polygon) < 6 for x in polygon]
+            if not all(isinstance(x, (int, float)) for x in short):
+                raise TypeError("a polygon is a flat list of numbers x, y, x, y, ...")
             if polygons:
                 return hotcoco.mask.merge(hotcoco.mask.frPyObjects(polygons, height, width))
             segmentation = {"size": [height, width], "counts": [height * width]}
         if tuple(segmentation["size"]) != (height, width):
             raise ValueError(f"an RLE of size {segmentation['size']} for an image of {[height, width]} (height, width)")
         compressed = isinstance(segmentation["counts"], str | bytes)
-        return segmentation if compressed else hotcoco.mask.frPyObjects(segmentation, height, width)
+        rle = segmentation if compressed else hotcoco.mask.frPyObjects(segmentation, height, width)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{str(segmentation)[:40]} is neither a list of polygons nor an RLE ({error})") from None
+    area_of(rle)  # a ValueError if it cannot be read or its runs exceed the image
+    try:
+        area_of({"size": [1, height * width - 1], "counts": rle["counts"]})
+    except ValueError:
+        return rle  # its runs exceed one pixel less: they fill the image
+    raise ValueError(f"an RLE whose counts sum to less than {height} x {width} pixels")
 
 
 def decode_masks(segmentations: list, size: tuple[int, int]) -> Tensor:

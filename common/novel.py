@@ -20,7 +20,7 @@ def box_frequency(datasets: list[Dataset], label_space: LabelSpace, novel: str =
     """
     declared = {k: d.name for d in datasets for k in label_space.rows(d.name)[list(d.novel)].tolist()}
     known = {fold(name): k for k, name in enumerate(label_space.names)}
-    for name in Vocabulary.parse(novel).names if novel else ():
+    for name in Vocabulary.parse(novel, flag="--novel").names if novel else ():
         if fold(name) not in known:
             raise InputError(f"--novel: '{name}' is no class of the training datasets; mend or remove it")
         declared[known[fold(name)]] = "--novel"
@@ -35,8 +35,12 @@ def box_frequency(datasets: list[Dataset], label_space: LabelSpace, novel: str =
                              f"{counts[boxed[0]]:.0f} images ({len(boxed)} such classes); take out these boxes, the "
                              "class or the dataset")  # fmt: skip
         frequency += torch.from_numpy(counts).float()
-    if not frequency.any():
+    if all(dataset.supervision == "image_labels" for dataset in datasets):
         raise InputError("the training datasets have image labels only; name one with boxes in --datasets, too")
+    if not frequency.any():
+        names = ", ".join(dataset.name for dataset in datasets)
+        raise InputError(f"no box to train on in {names}: there are no annotations, or only crowds or novel classes; "
+                         "name a dataset with boxes in --datasets")  # fmt: skip
     return frequency
 
 

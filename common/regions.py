@@ -30,7 +30,7 @@ class FPNRegions(nn.Module):
 
     def __init__(self, name: str, out: int, channels: int, fc_dim: int, pretrained: bool):
         super().__init__()
-        self.backbone = Backbone(name, channels, pretrained, STRIDES)
+        self.backbone = Backbone(name, channels, pretrained, STRIDES, flag="--classifier-backbone")
         self.box_head = two_layers(channels, fc_dim)
         self.embedding = nn.Linear(fc_dim, out)
 

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from common.sampling import (
     Mixture,
     RatioBatchSampler,
     RepeatFactorSampler,
+    Transformed,
     derangement,
     repeat_factors,
 )
@@ -355,6 +358,59 @@ def test_a_mask_of_another_size_is_named(tmp_path):
         load_datasets(text, "train", masks=True)[0].load(0)
 
 
+def test_boxes_are_clipped_and_those_outside_are_left_out(tmp_path, caplog):
+    (dataset,) = load_datasets(polygon_file(tmp_path, bbox=[-1e9, -1e9, 2e9, 2e9]), "train", masks=True)
+    assert dataset.load(0).boxes.tolist() == [[0, 0, 8, 6]] and "outside" not in dataset.summary()
+    assert dataset.index.boxes[0].tolist() == [-1e9, -1e9, 1e9, 1e9]  # evaluated as annotated
+    for bbox, outside in (([8, 1, 4, 4], True), ([-9, 0, 8, 4], True), ([1, 1, 0, 4], False)):
+        (dataset,) = load_datasets(polygon_file(tmp_path, bbox=bbox), "train", masks=True)
+        assert ("; 1 outside their image)" in dataset.summary()) == outside
+        item = dataset.load(0, keep_ignored=True)
+        assert item.boxes.tolist() == [[0, 0, 2, 6]] and item.labels.tolist() == [0]
+        assert item.masks.shape == (1, 6, 8) and item.masks[0, :, :2].all()
+        assert dataset.load(0).boxes.shape == (0, 4) and dataset.load(0).masks.shape == (0, 6, 8)
+    assert not caplog.records
+
+
+def test_fractions_outside_are_counted():
+    boxes = [[0.2, 0.2, 1.4, 0.5], [1.0, 0, 1.2, 1], [0, -0.5, 1, 0]]
+    index = Index.build("s", ["a"], [0], [(0, 0)], [0] * 3, boxes, [0] * 3, [1] * 3, [0] * 3)
+    assert index.outside().tolist() == [False] * 3  # pixels of an image whose size is not known
+    index.relative = True
+    assert index.outside().tolist() == [False, True, True]
+
+
+def test_images_of_another_size_are_told_once(tmp_path, caplog):
+    text = polygon_file(tmp_path)
+    for i in (1, 2):
+        Image.new("RGB", (16, 6)).save(tmp_path / f"{i}.png")
+    (dataset,) = load_datasets(text, "train")
+    dataset.load(1), dataset.load(0), dataset.load(1)
+    (record,) = caplog.records
+    assert "my: image '2.png' has 6 x 16 pixels (height, width), but 6 x 8 in" in record.getMessage()
+    caplog.clear()
+    (dataset,) = load_datasets(text, "train")
+    rows = Transformed(dataset, lambda sample: sample.index, [0, 1])
+    assert list(torch.utils.data.DataLoader(rows, None, num_workers=1)) == [0, 1]
+    assert dataset.warned.item()  # by the worker
+
+
+@pytest.mark.parametrize(
+    "annotation, words",
+    [
+        ({"iscrowd": "0"}, "a.json: annotation 1 has the iscrowd '0'; write the number 0 or 1"),
+        ({"iscrowd": None}, "iscrowd None"),
+        ({"bbox": [0, 0, float("nan"), 1]}, "not valid json .* was it cut off, or does it hold NaN"),
+    ],
+)
+def test_bad_annotations(tmp_path, annotation, words):
+    with pytest.raises(InputError, match=words):
+        load_datasets(polygon_file(tmp_path, **annotation), "train")
+    for crowd in (True, False, 0, 1):
+        (dataset,) = load_datasets(polygon_file(tmp_path, iscrowd=crowd), "train")
+        assert dataset.index.ignore.tolist() == [crowd, True]
+
+
 def test_boxes_without_masks_stay_without(tiny_root):
     coco, o365 = load_datasets("coco,o365", "train", str(tiny_root), masks=True)
     assert coco.load(0).masks.shape == (len(coco.load(0).boxes), 96, 96) and o365.load(0).masks is None
@@ -426,6 +482,38 @@ def test_bad_image_folders(tmp_path, files, words):
     assert all(word in str(error.value) for word in words) and str(tmp_path / "images") in str(error.value)
 
 
+def test_a_class_folder_whose_name_is_no_text(tmp_path):
+    image_folder(tmp_path, "cat/a.jpg", os.fsdecode(b"\xff\xfe/a.jpg"))
+    with pytest.raises(InputError, match=r"class folder '\\udcff\\udcfe', which is no text; rename it"):
+        load_folder(tmp_path)
+
+
+def test_links_that_lead_nowhere_are_left_out(tmp_path, caplog):
+    image_folder(tmp_path, "cat/a.jpg")
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "dog").symlink_to(tmp_path / "cat")
+    with caplog.at_level(logging.INFO, "concord"):
+        assert load_folder(tmp_path).vocabulary.names == ("cat", "dog")
+    assert "2 entries beside the class folders are left out" in caplog.text
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    Image.new("RGB", (5, 4)).save(tmp_path / "a.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing.png")
+    assert read_image(tmp_path / "link.png").shape == (3, 4, 5)
+    for path, words in (
+        (tmp_path / "pipe.jpg", "is no regular file"),
+        (Path("/dev/zero"), "is no regular file"),
+        (tmp_path / "gone.png", "does not exist"),
+        (tmp_path, "is a folder"),
+    ):
+        with pytest.raises(InputError, match=f"image {path} {words}"):
+            read_image(path)
+
+
 def test_a_words_file_that_is_no_text(tmp_path):
     image_folder(tmp_path, "n00000001/a.jpg")
     (tmp_path / "words.txt").write_bytes(b"\xff\xfe\x00")
@@ -437,6 +525,13 @@ def test_a_words_file_that_is_no_text(tmp_path):
 def test_own_data_needs_a_path(text):
     with pytest.raises(InputError, match=r"NAME=ANNOTATIONS\.json:IMAGE_FOLDER/, or NAME=FOLDER/"):
         load_datasets(text, "train")
+
+
+@pytest.mark.parametrize("name", ["/", "../x", "a/b", "", ".", ".a", "a b", "a:train", "a\\b"])
+def test_names_of_own_data_can_name_files(name):
+    with pytest.raises(InputError, match="letters, digits and"):
+        parse_datasets(f"{name}=ok.json:img/", "train")
+    assert parse_datasets("my-data_2.0=ok.json:img/", "train")[0][0] == "my-data_2.0"
 
 
 def test_a_method_for_boxes_refuses_image_labels(tmp_path, monkeypatch):

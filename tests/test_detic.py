@@ -22,6 +22,7 @@ from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
 from common.matcher import Targets
 from common.novel import box_frequency, seen_and_unseen
+from common.regions import region_features
 from common.sampling import RatioBatchSampler, repeat_factors
 from common.text import read_table
 from common.training import parse_args
@@ -361,6 +362,10 @@ def test_detic_frequencies_are_of_boxes_alone(datasets, tiny_root):
         box_frequency(datasets, label_space, "griffin")
     with pytest.raises(InputError, match="image labels only"):
         box_frequency([labelled], LabelSpace([labelled.vocabulary], merge=True))
+    crowds = replace(base, index=replace(base.index, ignore=np.ones_like(base.index.ignore)))
+    for alone in ([crowds], [crowds, labelled]):
+        with pytest.raises(InputError, match="no box to train on in coco-base"):
+            box_frequency(alone, LabelSpace([d.vocabulary for d in alone], merge=True))
     # COCO with all its boxes beside the split that has no novel ones
     (coco,) = load_datasets("coco", "train", str(tiny_root))
     with pytest.raises(InputError, match="is novel by coco-base, but 'coco' boxes it"):
@@ -788,7 +793,9 @@ def test_detic_bad_vocabulary(fails, boxes_alone, tmp_path, vocabulary, words):
         (["--datasets", "coco-base,coco"], ["novel by coco-base", "'coco' boxes it"]),
         (["--novel", "person"], ["'person' is novel by --novel", "coco-base"]),
         (["--novel", "griffin"], ["--novel: 'griffin'", "no class"]),
-        (["--novel", "gone.txt"], ["gone.txt does not exist"]),
+        (["--novel", "gone.txt"], ["--novel: gone.txt does not exist"]),
+        (["--novel", "zebra,"], ["vocabulary of '--novel' has an empty class name"]),
+        (["--backbone", "vit_tiny_patch16_224"], ["--backbone vit_tiny_patch16_224", "images of any size"]),
         (["--dataset-ratios", "imagenet=4"], ["--dataset-ratios imagenet=4", "coco-base, in21k"]),
         (["--dataset-ratios", "coco-base=0"], ["--dataset-ratios coco-base=0", "NAME=NUMBER"]),
         (["--dataset-sizes", "in21k=-3"], ["--dataset-sizes in21k=-3"]),
@@ -803,6 +810,20 @@ def test_detic_bad_flags(fails, tiny_root, tmp_path, flags, words):
     datasets = ["--datasets", "coco-base,in21k", "--data-root", tiny_root, "--output", tmp_path / "run", *FLAGS]
     line = fails(*datasets, *flags, method="detic")
     assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("nosuch", "is not a timm model; timm"),
+        ("resnet_51", "is not a timm model; near it: "),
+        ("vit_tiny_patch16_224", r"cannot be used for images of any size \(Input height"),
+        ("vit_small_patch16_dinov3", r"strides \[16, 16, 16\]; 8, 16 and 32 are needed"),
+    ],
+)
+def test_bad_region_backbones(name, words):
+    with pytest.raises(InputError, match=f"^--classifier-backbone {name} .*{words}"):
+        region_features(name, 8, 8, 8, pretrained=False)
 
 
 def test_detic_weights_of_another_text_encoder(fails, second_stage, tiny_root, tmp_path):

@@ -84,6 +84,12 @@ def test_nothing():
     [
         ({"size": [5, 4], "counts": "0"}, r"an RLE of size \[5, 4\] for an image of \[4, 5\]"),
         ({"size": [4, 5], "counts": [10, 20]}, "exceed"),
+        ({"size": [4, 5], "counts": [10, 9]}, "sum to less than 4 x 5 pixels"),
+        ({"size": [4, 5], "counts": "!!!\x7fabc"}, "invalid RLE"),
+        ({"size": [4, 5], "counts": "PPP"}, "sum to less"),
+        ({"size": [4, 5], "counts": "o0"}, "exceed"),
+        ([[[1, 1], [3, 1], [3, 3]]], "neither .* flat list of numbers"),
+        ([[[1, 1]] * 6], "neither"),
         ({"counts": "0"}, "neither a list of polygons nor an RLE"),
         ([1, 2, 3, 4, 5, 6], r"\[1, 2, 3, 4, 5, 6\] is neither"),
         ([["a"] * 6], "neither"),
@@ -93,6 +99,10 @@ def test_nothing():
 def test_wrong_segmentations(segmentation, message):
     with pytest.raises(ValueError, match=message):
         decode_masks([segmentation], (4, 5))
+
+
+def test_one_pixel():
+    assert decode_masks([{"size": [1, 1], "counts": counts} for counts in ([1], [0, 1], "1")], (1, 1)).sum() == 1
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real data samples are not here")

@@ -1,7 +1,8 @@
 """A dataset: an index of annotations, a vocabulary, and images that are decoded on demand."""
 
+import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from common.errors import InputError
 from common.labels import Vocabulary
 from common.masks import decode_masks
 
+log = logging.getLogger("concord")
+
 
 @dataclass
 class Dataset:
@@ -26,6 +29,7 @@ class Dataset:
     hierarchy: the class tree of OpenImages; frequency: one of r, c, f per class of LVIS
     novel:     labels that have no boxes to train on, so that an evaluation can show what was learned without
     masks:     `load` decodes the instance masks, where there are any
+    warned:    (1,) bool, shared with the workers: an image of another size than annotated was in the log
     """
 
     name: str
@@ -38,6 +42,7 @@ class Dataset:
     frequency: str | None = None
     novel: tuple[int, ...] = ()
     masks: bool = False
+    warned: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.bool).share_memory_(), repr=False)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -45,6 +50,7 @@ class Dataset:
     def load(self, i: int, keep_ignored: bool = False) -> Sample:
         """Image `i` with its boxes, untransformed; crowd and group-of boxes are left out unless asked for.
 
+        Boxes are clipped to the image; those without an area in it are left out, with their labels and masks.
         Raises InputError for an image that cannot be decoded, or a mask that is not of its size.
         """
         index = self.index
@@ -53,9 +59,12 @@ class Dataset:
         if not keep_ignored:
             rows = rows[~index.ignore[rows]]
         height, width = image.shape[-2:]
+        self._compare_size(i, (height, width))
         boxes = torch.from_numpy(index.boxes[rows]).view(-1, 4)
-        if index.relative:
-            boxes = boxes * boxes.new_tensor([width, height, width, height])
+        limits = boxes.new_tensor([width, height, width, height])
+        boxes = (boxes * limits if index.relative else boxes).clamp(min=0).minimum(limits)
+        inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        rows, boxes = rows[inside.numpy()], boxes[inside]
         return Sample(
             image=image,
             dataset=self.name,
@@ -71,6 +80,15 @@ class Dataset:
             else torch.from_numpy(index.image_labels[index.image_label_rows(i)].astype(np.int64)),
             captions=index.captions[i] if index.captions else (),
         )
+
+    def _compare_size(self, i: int, size: tuple[int, int]) -> None:
+        """Say in the log, once for the dataset, that image `i` of `size` (H, W) is not what the annotations say."""
+        annotated = tuple(self.index.sizes[i].tolist())
+        if annotated not in (size, (0, 0)) and not self.warned:
+            self.warned.fill_(True)
+            log.warning("%s: image '%s' has %d x %d pixels (height, width), but %d x %d in %s; do its boxes fit? "
+                        "(other such images are not named)", self.name, self.index.file_name(i), *size, *annotated,
+                        self.index.source)  # fmt: skip
 
     def _masks(self, i: int, rows: np.ndarray, size: tuple[int, int]) -> Tensor:
         try:
@@ -91,9 +109,11 @@ class Dataset:
         seen = int((self.image_counts() > 0).sum())
         if index.image_labels is None:
             crowds, empty = int(index.ignore.sum()), int((np.diff(index.offsets) == 0).sum())
+            outside = int(index.outside().sum())
+            lost = f"; {outside} outside their image" if outside else ""
             return (
                 f"{self.name}: {len(self)} images ({empty} without a box), {len(index.labels)} boxes ({crowds} crowd "
-                f"or group, not trained on), {classes} classes ({seen} with boxes)"
+                f"or group, not trained on{lost}), {classes} classes ({seen} with boxes)"
             )
         captions = np.array([len(texts) for texts in index.captions]) if index.captions else np.zeros(1, int)
         bare = int(((np.diff(index.image_label_offsets) == 0) & (captions == 0)).sum())
@@ -123,6 +143,8 @@ class Dataset:
 def read_image(path: Path) -> Tensor:
     """(3, H, W) uint8 RGB, upright according to its EXIF tag. Raises InputError for a missing or broken image."""
     try:
+        if not path.is_file() and path.exists() and not path.is_dir():
+            raise InputError(f"image {path} is no regular file, but a device or pipe; give image files")
         with Image.open(path) as image:
             if image.mode == "F":
                 raise ValueError("floating-point pixels; save it with 8 bits")

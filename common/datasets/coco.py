@@ -45,7 +45,8 @@ def read_json(path: Path) -> dict:
     try:
         record = orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
-        raise InputError(f"{path} is not valid json ({error}); was it cut off? copy or download it again") from None
+        raise InputError(f"{path} is not valid json ({error}); was it cut off, or does it hold NaN? mend it, copy or "
+                         "download it again") from None  # fmt: skip
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
     if not isinstance(record, dict):
@@ -113,6 +114,9 @@ def read_index(path: Path, record: dict, vocabulary: Vocabulary) -> Index:
         if len(entry["bbox"]) != 4 or not all(isinstance(x, (int, float)) for x in entry["bbox"]):
             raise InputError(f"{path}: annotation {entry.get('id')} has the bbox {entry['bbox']}; four numbers needed: "
                              "x, y, width, height")  # fmt: skip
+        if entry.get("iscrowd", 0) not in (0, 1):  # true and false are among them
+            raise InputError(f"{path}: annotation {entry.get('id')} has the iscrowd {entry['iscrowd']!r}; write the "
+                             "number 0 or 1")  # fmt: skip
     boxes = np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]  # xywh -> xyxy
     per_image = {"neg_category_ids": {}, "not_exhaustive_category_ids": {}}

@@ -22,13 +22,17 @@ def read_folder(name: str, root: Path) -> Dataset:
     """Read `root`/CLASS/IMAGE; folders and files come in sorted order, hidden ones are ignored.
 
     A folder named by a WordNet id takes its name from classes.csv or words.txt in `root` or above; ids of one name are
-    one class. Empty folders and files that are no images are left out and counted in the log.
-    Raises InputError for no folder, no image in any, an id without a name.
+    one class. Empty folders, what is no folder and files that are no images are left out and counted in the log.
+    Raises InputError for no folder, no image in any, an id without a name, a name that is no text.
     """
     if not root.is_dir():
         raise InputError(f"dataset '{name}': folder {root} does not exist; check the path")
     files, others = {}, 0
-    for folder in sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")):
+    entries = [name for name in sorted(os.listdir(root)) if not name.startswith(".")]
+    class_folders = [name for name in entries if os.path.isdir(root / name)]  # False for a link that leads nowhere
+    for folder in class_folders:
+        if any("\ud800" <= letter <= "\udfff" for letter in folder):  # bytes that are no UTF-8
+            raise InputError(f"dataset '{name}': {root} has the class folder {folder!r}, which is no text; rename it")
         found = [file for file in sorted(os.listdir(root / folder)) if not file.startswith(".")]
         files[folder] = [file for file in found if file.lower().endswith(IMAGES)]
         others += len(found) - len(files[folder])
@@ -42,6 +46,7 @@ def read_folder(name: str, root: Path) -> Dataset:
     counts = [len(files[folder]) for folder in folders]
     for count, what in (
         (len(files) - len(folders), "class folders without an image are left out"),
+        (len(entries) - len(class_folders), "entries beside the class folders are left out"),
         (others, "files that are no images are left out"),
         (len(folders) - len(label_of), "class folders have the name of another; they are one class"),
     ):

@@ -69,6 +69,12 @@ class Index:
             return np.repeat(np.arange(len(self)), np.diff(self.image_label_offsets)), self.image_labels
         return self.image_of[~self.ignore], self.labels[~self.ignore]
 
+    def outside(self) -> np.ndarray:
+        """(A,) bool: the boxes that lie wholly outside their image; False where its size is not known."""
+        limits = np.ones((1, 2), np.int32) if self.relative else self.sizes[self.image_of][:, ::-1]  # width, height
+        beyond = (self.boxes[:, :2] >= limits) | (self.boxes[:, 2:] <= 0)
+        return beyond.any(axis=1) & (limits > 0).all(axis=1)
+
     def keep(self, kept: np.ndarray) -> "Index":
         """The same images with only the annotations where `kept` (A,) bool; what is verified absent stays so."""
         count = np.concatenate([[0], np.cumsum(kept)])

@@ -6,6 +6,7 @@ NAME, NAME:SPLIT, NAME=ANNOTATIONS.json:IMAGES/ or, for a folder of images per c
 import difflib
 import logging
 import os
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,7 +103,8 @@ def parse_datasets(text: str, split: str) -> list[tuple[str, str, tuple[str, str
     """`a,b:val,my=ann.json:images/` -> [(name, split, (annotations, images) or None)]; `split` where none is named.
 
     `my=FOLDER/` names a folder of images per class: both are FOLDER.
-    Raises InputError for an unknown name (with the nearest ones), an unknown split, a name given twice.
+    Raises InputError for an unknown name (with the nearest ones), an unknown split, a name given twice, a name of one's
+    own that cannot be part of a file name.
     """
     parsed = []
     for entry in filter(None, (part.strip() for part in text.split(","))):
@@ -112,6 +114,9 @@ def parse_datasets(text: str, split: str) -> list[tuple[str, str, tuple[str, str
             if not (annotations if colon else images) or (not colon and images.endswith(".json")):
                 raise InputError(f"--datasets {entry}: write NAME=ANNOTATIONS.json:IMAGE_FOLDER/, or NAME=FOLDER/ "
                                  "for a folder with one folder of images per class")  # fmt: skip
+            if not re.fullmatch(r"[\w-][\w.-]*", name):
+                raise InputError(f"--datasets {entry}: the name '{name}' names files, too; give it letters, digits and "
+                                 "._- only, the first no dot")  # fmt: skip
             parsed.append((name, split, (annotations or images, images)))
             continue
         name, _, own_split = entry.partition(":")
