@@ -144,7 +144,7 @@ class Args:
     lr: float = 2e-4
     """learning rate for --base-batch-size images per step; scaled linearly to --batch-size"""
     base_batch_size: int = 64
-    """batch size that --lr is meant for (R50: 64)"""
+    """batch size that --lr is meant for (Detic, R50: 64)"""
     warmup_steps: int = 10_000
     """steps of linear warmup from 1e-4 of --lr; with image labels at most 1000; at most a ninth of --steps"""
     image_label_loss: Literal["max_size", "max_score", "first", "image", "min_loss", "wsod", "wsddn"] = "max_size"
@@ -172,7 +172,7 @@ class Args:
     prompts: Literal["auto", "imagenet", "a", "name"] = "a"
     """"a {name}" as the paper, the 80 ImageNet templates of CLIP, or the plain name (what --tiny takes)"""
     one_class_per_proposal: bool = False
-    """keep only the best label of a proposal instead of all above the threshold"""
+    """keep only the best label of a proposal instead of all above the threshold (Detic)"""
     cls_bias: float = 0.0
     """initial bias of all class logits, learned; 0: none (Detic's USE_BIAS); -4.6 starts short runs from a low loss"""
     channels: int = 256
@@ -626,6 +626,8 @@ def main() -> None:
         warn_of_overlap(datasets, evaluated)
         args.masks &= bool(args.weights) or any(d.supervision == "instances" for d in datasets)
         folder = make_run_folder(args, METHOD)
+        if labelled and not (args.weights or args.resume):
+            log.warning("image labels without --weights: give it the run folder of a training on boxes alone (stage 1)")
         if args.weights and labelled and not args.resume:
             model, *_ = load_trained(args, device)
             results = evaluate(args, model, evaluated, folder, boxed, " before image labels")

@@ -45,7 +45,9 @@ case "${1:-}" in
         shift
         if [ "$method" = detic ] && [ $# -eq 0 ]; then  # boxes alone, then boxes and image labels
             boxes=runs/detic-boxes-$(date +%Y%m%d-%H%M%S)-$$
+            echo "stage 1 of 2: boxes alone"
             .venv/bin/python detic.py --datasets coco-base --tiny --output "$boxes"
+            echo "stage 2 of 2: boxes and image labels, after an evaluation of stage 1"
             set -- --datasets coco-base,in21k --tiny --weights "$boxes"
         fi
         [ $# -gt 0 ] || set -- --datasets coco,o365 --tiny

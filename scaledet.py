@@ -26,6 +26,9 @@ Note: S is rescaled to [0, 1] (sim_norm), since raw cosines of unrelated labels 
 Note: the paper takes the label of largest similarity; as Detic, we keep every label above the threshold, unless
   --one-class-per-proposal.
 
+diff with detic.py shows: labels concatenated, not merged; a soft loss, no image labels and no masks; batches that mix
+datasets; a control with shuffled text.
+
     python scaledet.py --datasets coco,o365 --tiny                      # minutes on a CPU, generated data
     python scaledet.py --datasets lvis,coco,o365,oid500 --fed-loss --data-root DATA      # one GPU
     torchrun --nproc-per-node 8 scaledet.py --datasets lvis,coco,o365,oid500 --fed-loss --data-root DATA
@@ -155,7 +158,7 @@ class Args:
     prompts: Literal["auto", "imagenet", "a", "name"] = "auto"
     """the 80 ImageNet templates of CLIP (auto, for CLIP), "a {name}" as Detic, or the plain name (auto, for minilm)"""
     one_class_per_proposal: bool = False
-    """keep only the best label of a proposal (the paper's wording) instead of all above the threshold (Detic)"""
+    """keep only the best label of a proposal instead of all above the threshold (Detic)"""
     cls_bias: float = 0.0
     """initial bias of all class logits, learned; 0: none (Detic's USE_BIAS); -4.6 starts short runs from a low loss"""
     channels: int = 256

@@ -32,6 +32,9 @@ Note: left out are the end-to-end baseline, the subsets that the paper trains on
 Note: --compile has no effect here: images come in other sizes and regions in other numbers at every step.
 Note: a timm model as --classifier-backbone, with FPN and two fully connected layers, is for small runs and ours.
 
+diff with scaledet.py and detic.py shows: two networks trained one after the other, no cascade, no soft or image-label
+loss; columns of the image's own dataset; calibration at test time, known and unknown classes in the table.
+
     python unidetector.py --datasets coco,o365 --tiny                   # minutes on a CPU, generated data
     python unidetector.py --datasets coco,o365,oid500 --data-root DATA  # one GPU
     torchrun --nproc-per-node 8 unidetector.py --datasets coco,o365,oid500 --data-root DATA

@@ -30,6 +30,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None
     with atomic_path(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
+            temporary.chmod(0o644)  # safetensors makes files for their owner alone
         except SafetensorError as error:
             raise OSError(errno.ENOSPC, str(error), str(path)) from None
 
@@ -126,7 +127,7 @@ def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str 
         if own[key].shape != tensors[key].shape and key != "text":
             raise InputError(f"weights {file}: tensor '{key}' has the shape {list(tensors[key].shape)}, this model "
                              f"needs {list(own[key].shape)}; give the flags and datasets of its training")  # fmt: skip
-        if own[key].is_floating_point() != tensors[key].is_floating_point():
+        if own[key].is_floating_point() and not tensors[key].is_floating_point():
             raise InputError(
                 f"weights {file}: tensor '{key}' is {tensors[key].dtype}, this model needs {own[key].dtype}"
             )

@@ -276,15 +276,26 @@ def report(results: dict[str, dict[str, float]], folder: Path) -> None:
     """Write results.json, and the table to the log; on rank 0, which has the results."""
     if results:
         with atomic_path(folder / "results.json") as path:
-            path.write_text(json.dumps(results, indent=1))
+            values = {k: {m: None if math.isnan(v) else v for m, v in row.items()} for k, row in results.items()}
+            path.write_text(json.dumps(values, indent=1))
         log.info("\n" + format_table(results))
 
 
 def format_table(results: dict[str, dict[str, float]], width: int = 120) -> str:
     """One row per dataset, one column per metric in order of appearance; '-' where there is no such value.
 
-    The columns beyond `width` letters follow below in a table of their own.
+    Rows that share no metric stand in tables of their own, and so do the columns beyond `width` letters.
     """
+    tables: list[dict] = []
+    for name, values in results.items():
+        table = next((t for t in tables if any(row.keys() & values.keys() for row in t.values())), None)
+        if table is None:
+            tables.append(table := {})
+        table[name] = values
+    return "\n\n".join(_format_table(table, width) for table in tables)
+
+
+def _format_table(results: dict[str, dict[str, float]], width: int) -> str:
     metrics = list(dict.fromkeys(name for values in results.values() for name in values))
     cells = [[m, *(f"{row.get(m, math.nan):.3f}".replace("nan", "-") for row in results.values())] for m in metrics]
     cells = [[cell.rjust(max(map(len, column))) for cell in column] for column in cells]

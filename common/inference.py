@@ -1,7 +1,9 @@
 """Running a trained model over a dataset or over image files; what a detection is, the method's `predict` says."""
 
+import copy
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,12 +51,14 @@ def draw_predictions(
     dataset: Dataset, predictions: dict, folder: Path, title: str, min_score: float, limit: int = 8
 ) -> None:
     """predictions-<title>.jpg: ground truth beside predictions of the first images."""
+    dataset = copy.copy(dataset)
+    dataset.masks = "segmentations" in predictions[0]
     truth = [dataset.load(row) for row in range(min(limit, len(dataset)))]
     targets = [{"boxes": s.boxes, "labels": s.labels, "masks": s.masks} for s in truth]
     found = [predictions[s.index] for s in truth]
     names = dataset.vocabulary.names
     picture = prediction_grid([s.image for s in truth], targets, found, names, min_score=min_score)
-    save_image(picture, folder / f"predictions-{title.replace(' ', '-')}.jpg")
+    save_image(picture, folder / f"predictions-{re.sub(r'[^a-zA-Z0-9_.]+', '-', title).strip('-')}.jpg")
 
 
 def predict_files(

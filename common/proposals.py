@@ -76,7 +76,7 @@ def with_proposals(
         images = hashlib.sha256(dataset.index.file_names.tobytes()).hexdigest()[:6]
         path = folder / f"proposals-{dataset.name}-{key}{images}.npy"
         if not from_main(intact(path, len(dataset))):
-            found = predict_dataset(compact, dataset, resize, workers, f"{dataset.name}, proposals to train on")
+            found = predict_dataset(compact, dataset, resize, workers, f"{dataset.name}: proposals to train on")
             if rank() == 0:
                 table = np.zeros((len(dataset), max(len(f["boxes"]) for f in found.values()), 4), np.uint16)
                 for row, f in found.items():

@@ -48,7 +48,7 @@ def draw_boxes(
     if len(names) != len(boxes):
         raise ValueError(f"{len(boxes)} boxes but {len(names)} names")
     colors = [color_of(name) for name in names] if colors is None else colors
-    picture = _to_picture(image if masks is None else _overlay(image, masks, colors))
+    picture = _to_picture(image if masks is None else _overlay(image, masks, colors, scores))
     factor = max(1, min(round(480 / min(picture.size)), 2000 // max(picture.size)))  # names need such a short side
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     texts = [f"{n} {s:.2f}" for n, s in zip(names, scores.tolist())] if scores is not None else names
@@ -62,11 +62,12 @@ def draw_boxes(
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def _overlay(image: Tensor, masks: Tensor, colors: list[Color]) -> Tensor:
-    """Half the colour and half the image in each mask, the small masks over the large ones."""
+def _overlay(image: Tensor, masks: Tensor, colors: list[Color], scores: Tensor | None) -> Tensor:
+    """Half the colour and half the image in each mask, the surer over the less sure, else the small over the large."""
     image, masks = image.detach().cpu().clone(), masks.cpu()
     halves = torch.tensor(colors, dtype=torch.uint8).view(-1, 3, 1) // 2
-    for row in masks.sum(dim=(1, 2)).argsort(descending=True).tolist():
+    order = masks.sum(dim=(1, 2)).argsort(descending=True) if scores is None else scores.argsort()
+    for row in order.tolist():
         image[:, masks[row]] = image[:, masks[row]] // 2 + halves[row]
     return image
 

@@ -14,12 +14,21 @@ import scaledet
 from common.backbone import Backbone
 from common.batch import collate
 from common.cascade import BoxStage
-from common.checkpoint import load_weights, read_text, rng_states, save_weights
+from common.checkpoint import (
+    load_checkpoint,
+    load_plain,
+    load_weights,
+    read_metadata,
+    read_text,
+    rng_states,
+    save_checkpoint,
+    save_weights,
+)
 from common.datasets import load_datasets
 from common.distributed import mean_over_ranks
 from common.errors import InputError
 from common.paths import atomic_path
-from common.training import check_finite, learning_rate, parse_args
+from common.training import RunLog, check_finite, learning_rate, parse_args
 from common.transforms import ResizeShortest
 
 
@@ -106,6 +115,57 @@ def test_weights_with_a_damaged_label_space_are_refused(tmp_path, text, words):
     if text is None:
         with pytest.raises(InputError, match="no text embeddings"):
             read_text(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int32])
+def test_weights_of_another_precision(tmp_path, dtype):
+    model = small_model(torch.randn(5, 6))
+    save_file({name: tensor.to(dtype) for name, tensor in model.state_dict().items()}, tmp_path / "weights.safetensors")
+    if dtype == torch.float16:
+        load_weights(tmp_path, model)
+        assert read_text(tmp_path).dtype == torch.float32 == next(model.parameters()).dtype
+    else:
+        with pytest.raises(InputError, match="int32"):
+            load_weights(tmp_path, model)
+        with pytest.raises(InputError, match="no table of text embeddings"):
+            read_text(tmp_path)
+
+
+@pytest.mark.parametrize("names", ["cat", ["cat"], {"a": "cat"}, {"a": [1]}, {"a": None}, {}])
+def test_weights_with_damaged_class_names_are_refused(tmp_path, names):
+    metadata = {"method": "scaledet", "args": {}, "vocabularies": names}
+    save_weights(tmp_path / "weights.safetensors", small_model(torch.randn(5, 6)), metadata)
+    with pytest.raises(InputError, match="damaged settings or class names"):
+        read_metadata(tmp_path, "scaledet")
+
+
+@pytest.mark.parametrize("content", [b"", b".", b"hello world", b"PK\x03\x04", b"\x80\x02"])
+def test_damaged_torch_files_have_one_reason(tmp_path, content):
+    (tmp_path / "state.pt").write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load_plain(tmp_path / "state.pt")
+    assert str(error.value).strip() and "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"state\.pt cannot be read"):
+        load_checkpoint(tmp_path, None)
+
+
+def test_full_disk_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 1 vs 2")
+
+    model = small_model(torch.randn(5, 6))
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="enforce fail"):
+        save_checkpoint(tmp_path, 1, model, torch.optim.SGD(model.parameters(), 0.1), {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_runs_cannot_train_in_one_folder(tmp_path):
+    first = RunLog(tmp_path, 10, 0)
+    with pytest.raises(InputError, match="another run is training"):
+        RunLog(tmp_path, 10, 0)
+    first.close()
+    RunLog(tmp_path, 10, 0).close()
 
 
 def test_flags_win_over_weights_and_presets(tmp_path):

@@ -647,7 +647,8 @@ def test_proposals_are_kept_and_given_with_the_samples(tiny_root, tmp_path):
         sample = batch.samples[0]
         height, width = sample.original_size
         calls.append(sample.index)
-        boxes[sample.index] = random_boxes(1 + sample.index % 3) / 200 * torch.tensor([width, height] * 2)
+        some = random_boxes(1 + sample.index % 3) / 200 * torch.tensor([width, height] * 2)
+        boxes.setdefault(sample.index, some)
         return [{"boxes": boxes[sample.index], "size": (height, width)}]
 
     [extended] = with_proposals(locate, [dataset], ResizeShortestRange(96, 96), tmp_path, "key", 0)
@@ -660,6 +661,17 @@ def test_proposals_are_kept_and_given_with_the_samples(tiny_root, tmp_path):
         assert torch.equal(batch.samples[0].boxes, plain.boxes) and torch.equal(batch.samples[0].labels, plain.labels)
     with_proposals(locate, [dataset], None, tmp_path, "key", 0)
     assert len(calls) == len(dataset)  # a second call reads the file
+    [file] = tmp_path.glob("proposals-*.npy")
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"x" * 500):
+        file.write_bytes(damaged)
+        calls.clear()
+        with_proposals(locate, [dataset], ResizeShortestRange(96, 96), tmp_path, "key", 0)
+        assert len(calls) == len(dataset) and file.read_bytes() == whole
+    for wrong in (np.zeros((len(dataset), 3, 4), np.uint16), np.ones((2, 3, 4), np.uint16), np.ones(len(dataset))):
+        np.save(file, wrong)
+        with_proposals(locate, [dataset], ResizeShortestRange(96, 96), tmp_path, "key", 0)
+        assert file.read_bytes() == whole
     one, other = nn.Linear(2, 2), nn.Linear(2, 2)
     assert fingerprint(one, 1) == fingerprint(one, 1)
     assert len({fingerprint(one, 1), fingerprint(other, 1), fingerprint(one, 2)}) == 3
@@ -682,6 +694,9 @@ def test_prior_round_trip_and_bad_files(tmp_path):
         '{"names": ["a"]}',
         '{"names": ["a"], "counts": [1, 2]}',
         '{"names": ["a"], "counts": [-1]}',
+        '{"names": ["a"], "counts": [1e300]}',
+        '{"names": ["a"], "counts": [1' + 400 * "0" + "]}",
+        100_000 * "[",
     ):
         path.write_text(content)
         with pytest.raises(InputError, match="cannot be read"):
