@@ -215,12 +215,9 @@ NEGATIVE_CAPTION_WEIGHT = 0.125  # Detic's NEG_CAP_WEIGHT for Conceptual Caption
 
 def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> tuple[LabelSpace, Tensor]:
     """Union of the label spaces, classes of the same name merged, and its text embeddings W (C, D), unit rows."""
-    label_space = LabelSpace(vocabularies, merge=True)
-    rows = [embed(v.names, args.text_encoder, args.prompts, v.dataset) for v in vocabularies]
-    text = torch.empty(len(label_space), rows[0].shape[1])  # (C, D)
-    for vocabulary, own in zip(reversed(vocabularies), reversed(rows)):  # a merged class has the first one's text
-        text[label_space.rows(vocabulary.dataset)] = own
-    return label_space, text
+    text = torch.cat([embed(v.names, args.text_encoder, args.prompts, v.dataset) for v in vocabularies])
+    first = LabelSpace(vocabularies).distinct()[1]  # a merged class has the text of the first to name it
+    return LabelSpace(vocabularies, merge=True), text[first]
 
 
 class TextClassifier(nn.Module):
@@ -609,6 +606,9 @@ def load_trained(args: Args, device: torch.device) -> tuple[Model, LabelSpace, l
 
 def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS)
+    if args.dynamic_classifier and args.image_label_loss in ("wsod", "wsddn"):
+        raise InputError(f"--image-label-loss {args.image_label_loss} ranks the proposals for every class, so that "
+                         "--dynamic-classifier cannot draw some; leave one of them out")  # fmt: skip
     device = setup_device(args.device, args.seed)
     size, results = args.image_size if args.tiny else 0, {}
     if args.predict or args.eval_only:

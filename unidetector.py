@@ -63,7 +63,7 @@ from torch.utils.data import DataLoader
 from torchvision.ops import clip_boxes_to_image, nms
 
 from common.batch import Batch, collate
-from common.boxes import decode_boxes, soft_nms
+from common.boxes import box_delta_loss, decode_boxes, soft_nms
 from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model, save_checkpoint, save_weights
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
 from common.distributed import amp_context, rank, setup_device, world_size
@@ -73,7 +73,7 @@ from common.inference import draw_predictions, predict_dataset, predict_files
 from common.labels import LabelSpace, Vocabulary
 from common.matcher import Targets, match_regions
 from common.novel import box_frequency, seen_and_unseen
-from common.oln import BOX_WEIGHTS, OLN, loss_roi_box
+from common.oln import BOX_WEIGHTS, OLN
 from common.prior import count_classes, read_prior
 from common.proposals import fingerprint, take_proposals, with_proposals
 from common.regions import RegionOutput, region_features
@@ -393,7 +393,7 @@ def compute_losses(outputs: RegionOutput | None, localizer_losses: dict, image_c
             chosen = sample_classes(own, image_count[scope])
             terms.append(loss_classification(logits[:, scope], own, chosen))
         losses["loss_classification"] = torch.stack(terms).mean()
-        losses["loss_box"] = loss_roi_box(outputs.deltas, labels, boxes, gt_boxes)
+        losses["loss_box"] = box_delta_loss(outputs.deltas, labels, boxes, gt_boxes, BOX_WEIGHTS)
     return losses | {"loss": sum(losses.values())}
 
 

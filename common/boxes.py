@@ -1,9 +1,10 @@
 """Box deltas and RoI pooling as in detectron2; IoU, NMS and clipping are torchvision's."""
 
 import math
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou, roi_align
 
 MAX_LOG_SCALE = math.log(1000 / 16)  # a delta may enlarge a box at most this much
@@ -32,6 +33,19 @@ def decode_boxes(boxes: Tensor, deltas: Tensor, weights: tuple[float, ...]) -> T
     centre = centre + deltas[:, :2] * size
     size = size * deltas[:, 2:].clamp(max=MAX_LOG_SCALE).exp()
     return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=1)  # (N, 4)
+
+
+def box_delta_loss(
+    deltas: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor, weights: tuple[float, ...]
+) -> Tensor:
+    """L1 of the foreground's deltas, class-agnostic: sum over foreground / all R regions.
+
+    deltas, boxes, gt_boxes (R, 4); labels (R,), -1 on background.
+    Source: facebookresearch/detectron2:detectron2/modeling/roi_heads/fast_rcnn.py (box_reg_loss).
+    """
+    fg = labels >= 0
+    wanted = encode_boxes(boxes[fg], gt_boxes[fg], weights)  # (R_fg, 4)
+    return (deltas[fg] - wanted).abs().sum() / max(len(labels), 1)
 
 
 class RoIAlign(torch.autograd.Function):
@@ -73,6 +87,17 @@ def pool_rois(features: list[Tensor], strides: list[int], boxes: list[Tensor], r
         RoIAlign.apply(feature, rois[r], resolution, 1 / stride) for feature, stride, r in zip(features, strides, rows)
     ]
     return torch.cat(pooled)[torch.cat(rows).argsort()]  # back to the order of the boxes
+
+
+def two_layers(channels: int, fc_dim: int, init: Callable[[Tensor], object] = nn.init.xavier_uniform_) -> nn.Sequential:
+    """Pooled features (R, F, 7, 7) -> (R, fc_dim); `init` fills the weights of both layers."""
+    layers = nn.Sequential(
+        nn.Flatten(), nn.Linear(channels * 49, fc_dim), nn.ReLU(), nn.Linear(fc_dim, fc_dim), nn.ReLU()
+    )
+    for layer in (layers[1], layers[3]):
+        init(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return layers
 
 
 def select_detections(boxes: Tensor, scores: Tensor, one_class: bool, threshold: float = 0.02, limit: int = 300):

@@ -6,6 +6,7 @@ What classifies their regions, the method says. Source: facebookresearch/Detic:d
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from torchvision.ops import clip_boxes_to_image
 
 from common.backbone import STRIDES
-from common.boxes import decode_boxes, encode_boxes, pool_rois
+from common.boxes import box_delta_loss, decode_boxes, pool_rois, two_layers
 from common.masks import crop_masks
 from common.matcher import Targets, match_regions
 
@@ -45,12 +46,7 @@ class BoxStage(nn.Module):
 
     def __init__(self, channels: int, fc_dim: int):
         super().__init__()
-        self.box_head = nn.Sequential(
-            nn.Flatten(), nn.Linear(channels * 49, fc_dim), nn.ReLU(), nn.Linear(fc_dim, fc_dim), nn.ReLU()
-        )
-        for layer in (self.box_head[1], self.box_head[3]):  # detectron2's c2_xavier_fill
-            nn.init.kaiming_uniform_(layer.weight, a=1)
-            nn.init.zeros_(layer.bias)
+        self.box_head = two_layers(channels, fc_dim, partial(nn.init.kaiming_uniform_, a=1))  # c2_xavier_fill
         self.bbox_pred = mlp(fc_dim, 4)
         nn.init.normal_(self.bbox_pred[2].weight, std=0.001)
         nn.init.zeros_(self.bbox_pred[2].bias)
@@ -133,14 +129,9 @@ def draw_classifier(targets: list[Targets], frequency: Tensor, num: int) -> Tens
 
 
 def loss_box_reg(k: int, output: StageOutput) -> Tensor:
-    """L1 of the foreground's box deltas at stage k: sum over foreground / all R regions.
-
-    Source: facebookresearch/detectron2:detectron2/modeling/roi_heads/fast_rcnn.py (box_reg_loss).
-    """
-    fg = output.labels >= 0
+    """`box_delta_loss` of stage k."""
     boxes, gt_boxes = torch.cat(output.boxes), torch.cat([t.boxes for t in output.targets])  # (R, 4)
-    wanted = encode_boxes(boxes[fg], gt_boxes[fg], Cascade.box_weights[k])  # (R_fg, 4)
-    return (output.deltas[fg] - wanted).abs().sum() / max(len(boxes), 1)
+    return box_delta_loss(output.deltas, output.labels, boxes, gt_boxes, Cascade.box_weights[k])
 
 
 class MaskHead(nn.Module):
@@ -172,5 +163,9 @@ class MaskHead(nn.Module):
         if len(logits) == 0:
             return logits.sum()
         size = logits.shape[-1]
-        target = [crop_masks(t.masks, b, size) for b, t in zip(boxes, output.targets) if t.masks is not None]
+        target = [
+            crop_masks(t.masks, b, size, t.owner[t.labels >= 0])
+            for b, t in zip(boxes, output.targets)
+            if t.masks is not None
+        ]
         return F.binary_cross_entropy_with_logits(logits, torch.cat(target).to(logits))

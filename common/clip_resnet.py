@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import roi_align
 
 from common.backbone import Backbone
+from common.boxes import pool_rois
 from common.checkpoint import load_plain
 from common.distributed import from_main
 from common.errors import InputError
@@ -151,7 +151,7 @@ class CLIPResNetC4(nn.Module):
     def forward(self, images: Tensor, boxes: list[Tensor]) -> Tensor:
         """Normalised images (B, 3, H, W), boxes B times (Q, 4) -> (R, out), not normalised."""
         features = self.trunk(images)
-        pooled = roi_align(features.float(), boxes, self.resolution, 1 / self.stride, aligned=True)  # (R, E / 2, r, r)
+        pooled = pool_rois([features.float()], [self.stride], boxes, self.resolution)  # (R, E / 2, r, r)
         return self.attnpool(self.layer4(pooled))
 
 

@@ -14,7 +14,8 @@ class Targets:
     boxes:        (N, 4) xyxy in pixels
     labels:       (N,), for regions -1 on background
     scope:        start and stop of the labels of the image's own dataset, where labels are concatenated
-    masks:        (N, H, W) bool, or None
+    masks:        (N, H, W) bool of the image's ground truth, or None; regions have it as it is
+    owner:        (N,), only for regions: the row of their ground truth, whatever the overlap
     image_labels: (K,), or None; an image that has them has no boxes, but may have a caption
     """
 
@@ -22,6 +23,7 @@ class Targets:
     labels: Tensor
     scope: tuple[int, int] = (0, 0)
     masks: Tensor | None = None
+    owner: Tensor | None = None
     image_labels: Tensor | None = None
     caption: str = ""
 
@@ -84,5 +86,4 @@ def match_regions(boxes: Tensor, truth: Targets, iou: float, sample: int) -> tup
         labels = boxes.new_full((len(boxes),), -1, dtype=torch.long)
         return boxes, replace(truth, boxes=boxes, labels=labels, masks=None)
     labels = truth.labels[index].masked_fill(~matched, -1)
-    masks = truth.masks[index[matched]] if sample and truth.masks is not None else None  # of the foreground
-    return boxes, replace(truth, boxes=truth.boxes[index], labels=labels, masks=masks)
+    return boxes, replace(truth, boxes=truth.boxes[index], labels=labels, owner=index)

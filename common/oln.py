@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchvision.ops import clip_boxes_to_image
 
 from common.backbone import Backbone
-from common.boxes import decode_boxes, encode_boxes, paired_iou, pool_rois
+from common.boxes import box_delta_loss, decode_boxes, paired_iou, pool_rois, two_layers
 from common.distributed import amp_context
 from common.matcher import Targets, match_anchors, match_regions, sample_fg_bg
 
@@ -112,17 +112,6 @@ class RPN(nn.Module):
         return {"loss_rpn_box": box / count, "loss_rpn_objectness": objectness / count}
 
 
-def two_layers(channels: int, fc_dim: int) -> nn.Sequential:
-    """Pooled features (R, F, 7, 7) -> (R, fc_dim)."""
-    layers = nn.Sequential(
-        nn.Flatten(), nn.Linear(channels * 49, fc_dim), nn.ReLU(), nn.Linear(fc_dim, fc_dim), nn.ReLU()
-    )
-    for layer in (layers[1], layers[3]):
-        nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    return layers
-
-
 class OLN(nn.Module):
     """Features P2-P6, region proposal network, and a box head that classifies, moves and rates each region."""
 
@@ -172,7 +161,7 @@ class OLN(nn.Module):
         labels = torch.cat([t.labels for t in targets])  # (R,)
         return {
             "loss_roi_cls": loss_roi_cls(logits, labels),
-            "loss_roi_box": loss_roi_box(deltas, labels, boxes, gt_boxes),
+            "loss_roi_box": box_delta_loss(deltas, labels, boxes, gt_boxes, BOX_WEIGHTS),
             "loss_roi_iou": loss_roi_iou(iou, labels, boxes, gt_boxes),
         }
 
@@ -203,13 +192,6 @@ def loss_rpn_objectness(logits: Tensor, scores: Tensor) -> Tensor:
 def loss_roi_cls(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy of object (column 0) and background: logits (R, 2), labels (R,), -1 on background. Mean."""
     return F.cross_entropy(logits, (labels < 0).long(), reduction="sum") / max(len(labels), 1)
-
-
-def loss_roi_box(deltas: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
-    """L1 of the foreground's deltas, class-agnostic; sum over foreground / all R regions. Boxes, deltas (R, 4)."""
-    fg = labels >= 0
-    wanted = encode_boxes(boxes[fg], gt_boxes[fg], BOX_WEIGHTS)  # (R_fg, 4)
-    return (deltas[fg] - wanted).abs().sum() / max(len(labels), 1)
 
 
 def loss_roi_iou(logits: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor) -> Tensor:

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from common.backbone import Backbone
-from common.boxes import pool_rois
+from common.boxes import pool_rois, two_layers
 from common.clip_resnet import CLIPResNetC4, is_clip
 from common.errors import InputError
 from common.matcher import Targets
-from common.oln import two_layers
 
 STRIDES = [8, 16, 32]
 

@@ -32,8 +32,10 @@ log = logging.getLogger("concord")
 POSITIVE = {"batch_size", "base_batch_size", "image_size", "test_size", "lr", "tau", "checkpoint_every"}
 POSITIVE |= {"classifier_lr", "rpn_proposals", "test_proposals", "channels", "fc_dim", "rois_per_image"}
 POSITIVE |= {"image_label_proposals"}
-NOT_NEGATIVE = {"classifier_steps", "alpha", "beta", "gamma", "dynamic_classifier", "image_label_weight"}
+NOT_NEGATIVE = {"classifier_steps", "alpha", "beta", "dynamic_classifier", "image_label_weight"}
 NOT_NEGATIVE |= {"steps", "workers", "warmup_steps", "lam", "repeat_threshold", "seed", "score_threshold"}
+LIMITS = dict.fromkeys(NOT_NEGATIVE, (0, 2**31 - 1)) | dict.fromkeys(("image_size", "test_size"), (16, 16384))
+LIMITS["gamma"] = (0, 10)  # the paper has 0.6
 
 # -- command line ------------------------------------------------------------------------------------------------------
 
@@ -91,17 +93,11 @@ def check_numbers(args) -> None:
             raise InputError(f"{flag} must be a finite number")
         if name in POSITIVE and value <= 0:
             raise InputError(f"{flag} must be greater than 0")
-        if name in ("image_size", "test_size") and not 16 <= value <= 16384:
-            raise InputError(f"{flag} must be between 16 and 16384 pixels")
-        if name == "gamma" and value > 10:
-            raise InputError(f"{flag} must be at most 10; the paper has 0.6")
-        if name in NOT_NEGATIVE and not 0 <= value < 2**31:
-            raise InputError(f"{flag} must be between 0 and 2^31")
+        low, high = LIMITS.get(name, (-math.inf, math.inf))
+        if name in LIMITS and not low <= value <= high:
+            raise InputError(f"{flag} must be between {low} and {high}")
     if hasattr(args, "jitter") and not 0 < args.jitter[0] <= args.jitter[1] <= 100:
         raise InputError(f"--jitter {args.jitter[0]} {args.jitter[1]} must be a range above 0, smaller number first")
-    if getattr(args, "dynamic_classifier", 0) and args.image_label_loss in ("wsod", "wsddn"):
-        raise InputError(f"--image-label-loss {args.image_label_loss} ranks the proposals for every class, so that "
-                         "--dynamic-classifier cannot draw some; leave one of them out")  # fmt: skip
     if args.batch_size % (ranks := int(os.environ.get("WORLD_SIZE", 1))):
         raise InputError(f"--batch-size {args.batch_size} is not a multiple of the {ranks} ranks; make it one")
 

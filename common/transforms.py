@@ -50,9 +50,7 @@ class ResizeShortest:
     size: int
 
     def __call__(self, sample: Sample) -> Sample:
-        height, width = sample.size
-        factor = min(self.size / min(height, width), self.size * 1333 / 800 / max(height, width))
-        return resize(sample, (max(1, round(height * factor)), max(1, round(width * factor))))
+        return resize_shortest(sample, self.size, self.size)
 
 
 @dataclass
@@ -67,10 +65,7 @@ class ResizeShortestRange:
     flip: float = 0.5
 
     def __call__(self, sample: Sample) -> Sample:
-        height, width = sample.size
-        short = int(torch.randint(self.low, self.high + 1, ()))
-        factor = min(short / min(height, width), self.high * 1333 / 800 / max(height, width))
-        sample = resize(sample, (max(1, round(height * factor)), max(1, round(width * factor))))
+        sample = resize_shortest(sample, int(torch.randint(self.low, self.high + 1, ())), self.high)
         if torch.rand(()) < self.flip:
             sample = apply(sample, F.horizontal_flip)
         return drop_empty(sample)
@@ -95,6 +90,13 @@ def resize(sample: Sample, size: tuple[int, int]) -> Sample:
     masks = None if sample.masks is None else resize_masks(sample.masks, size)
     sample = apply(replace(sample, masks=None), lambda x: F.resize(x, list(size), antialias=True))
     return replace(sample, masks=masks)
+
+
+def resize_shortest(sample: Sample, short: int, high: int) -> Sample:
+    """Short side to `short`, long side at most `high` * 1333 / 800."""
+    height, width = sample.size
+    factor = min(short / min(height, width), high * 1333 / 800 / max(height, width))
+    return resize(sample, (max(1, round(height * factor)), max(1, round(width * factor))))
 
 
 ALL = (slice(None), slice(None))

@@ -81,6 +81,24 @@ def run_and_kill():
 
 
 @pytest.fixture
+def seen(monkeypatch) -> dict:
+    """What a training asks of AdamW ("settings") and of clipping by value ("clip")."""
+    seen, adamw, clip = {}, torch.optim.AdamW, torch.nn.utils.clip_grad_value_
+
+    def spy_adamw(parameters, **settings):
+        seen["settings"] = settings
+        return adamw(parameters, **settings)
+
+    def spy_clip(parameters, value):
+        seen["clip"] = value
+        return clip(parameters, value)
+
+    monkeypatch.setattr(torch.optim, "AdamW", spy_adamw)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_value_", spy_clip)
+    return seen
+
+
+@pytest.fixture
 def fails(monkeypatch, capsys):
     """fails(*args, method="scaledet") -> the one line on stderr of a command that ends with exit code 2."""
 

@@ -136,11 +136,9 @@ def feed_recorded_draws(monkeypatch, method, tensors: dict, variant: str) -> Non
             wanted = tensors[f"{variant}.sampled{next(images)}.boxes"]
             assert sorted(boxes.tolist()) == sorted(wanted.tolist())
             order = (wanted[:, None] - boxes).abs().amax(-1).argmin(1)
-            fg = targets.labels >= 0
-            masks = targets.masks  # of the foreground
-            masks = masks if masks is None else masks[(fg.cumsum(0) - 1)[order[fg[order]]]]
             boxes = boxes[order]
-            targets = replace(targets, boxes=targets.boxes[order], labels=targets.labels[order], masks=masks)
+            owner = targets.owner if targets.owner is None else targets.owner[order]
+            targets = replace(targets, boxes=targets.boxes[order], labels=targets.labels[order], owner=owner)
         return boxes, targets
 
     def recorded_classes(labels, frequency):
@@ -197,7 +195,8 @@ def check_targets(variant: str, outputs: list, tensors: dict, num_classes: int, 
         fg, prefix = boxes[targets.labels >= 0], f"{variant}.mask.image{i}"
         check(f"cascade {variant}: boxes with masks", fg, tensors[f"{prefix}.boxes"])
         wanted = tensors[f"{prefix}.targets"].bool()
-        assert torch.equal(crop_masks(targets.masks, fg, wanted.shape[-1]), wanted)
+        owner = targets.owner[targets.labels >= 0]
+        assert torch.equal(crop_masks(targets.masks, fg, wanted.shape[-1], owner), wanted)
 
 
 def check_cascade_gradients(variant: str, model, tensors: dict, record: dict) -> None:

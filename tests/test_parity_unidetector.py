@@ -12,10 +12,10 @@ from torchvision.ops import clip_boxes_to_image
 
 import common.oln
 import unidetector
-from common.boxes import decode_boxes
+from common.boxes import decode_boxes, two_layers
 from common.clip_resnet import AttentionPool
 from common.matcher import Targets, match_anchors
-from common.oln import BOX_WEIGHTS, OLN, RPN, two_layers
+from common.oln import BOX_WEIGHTS, OLN, RPN
 from common.regions import RegionOutput
 
 ATTENTION = "bbox_head.attnpool."

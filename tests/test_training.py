@@ -43,21 +43,8 @@ def test_learning_rate_warms_up_and_falls_like_a_cosine():
     assert learning_rate(0, 2.0, 1000, 0, 1e-4) == 2.0
 
 
-def test_recipe_of_scaledet(tiny_root, tmp_path, monkeypatch):
+def test_recipe_of_scaledet(tiny_root, tmp_path, seen):
     """AdamW with weight decay 1e-4, gradients clipped by value at 1, lr scaled to the batch; Detic's constants."""
-    seen = {}
-    adamw, clip = torch.optim.AdamW, nn.utils.clip_grad_value_
-
-    def spy_adamw(parameters, **settings):
-        seen["settings"] = settings
-        return adamw(parameters, **settings)
-
-    def spy_clip(parameters, value):
-        seen["clip"] = value
-        return clip(parameters, value)
-
-    monkeypatch.setattr(torch.optim, "AdamW", spy_adamw)
-    monkeypatch.setattr(nn.utils, "clip_grad_value_", spy_clip)
     args = parse_args(scaledet.Args, scaledet.METHOD, scaledet.TINY, scaledet.MODEL_FIELDS, [*FAST, "--steps", "1"])
     args.batch_size, args.base_batch_size, args.lr = 4, 8, 1e-3
     datasets = load_datasets("coco", "train", str(tiny_root))

@@ -21,13 +21,13 @@ import common.clip_resnet
 import common.oln
 import unidetector
 from common.batch import Batch, Sample, collate
-from common.boxes import paired_iou, soft_nms
+from common.boxes import box_delta_loss, paired_iou, soft_nms
 from common.clip_resnet import CLIPResNetC4, load_by_prefix, read_tensors
 from common.datasets import load_datasets
 from common.errors import InputError
 from common.labels import Vocabulary
 from common.matcher import Targets, match_anchors, match_regions
-from common.oln import BOX_WEIGHTS, OLN, RPN, centreness, decode_tblr, loss_roi_box, loss_roi_cls, loss_roi_iou
+from common.oln import BOX_WEIGHTS, OLN, RPN, centreness, decode_tblr, loss_roi_cls, loss_roi_iou
 from common.prior import count_classes, read_prior
 from common.proposals import fingerprint, take_proposals, with_proposals
 from common.regions import RegionOutput
@@ -115,7 +115,7 @@ def test_unidetector_classification_loss_is_the_mean_over_images():
             expected += bce(logits[r, j].item(), labels[r] == j) / count / 2
         first += count
     assert losses["loss_classification"].item() == pytest.approx(expected, rel=1e-5)
-    box = loss_roi_box(deltas, labels, boxes, gt_boxes)  # over the regions of all images
+    box = box_delta_loss(deltas, labels, boxes, gt_boxes, BOX_WEIGHTS)  # over the regions of all images
     assert losses["loss_box"] == box and losses["loss"] == losses["loss_classification"] + box
 
 
@@ -156,7 +156,7 @@ def test_oln_losses_of_the_second_stage():
             l1 += sum(abs(d - t) for d, t in zip(deltas[r].tolist(), wanted)) / 5
             rating += abs(1 / (1 + math.exp(-quality[r].item())) - iou(boxes[r].tolist(), gt_boxes[r].tolist())) / 5
     assert loss_roi_cls(logits, labels).item() == pytest.approx(cross_entropy, rel=1e-5)
-    assert loss_roi_box(deltas, labels, boxes, gt_boxes).item() == pytest.approx(l1, rel=1e-4)
+    assert box_delta_loss(deltas, labels, boxes, gt_boxes, BOX_WEIGHTS).item() == pytest.approx(l1, rel=1e-4)
     assert loss_roi_iou(quality, labels, boxes, gt_boxes).item() == pytest.approx(rating, rel=1e-4)
 
 
