@@ -69,9 +69,10 @@ from common.labels import LabelSpace, Vocabulary
 from common.masks import paste_rles
 from common.matcher import Targets
 from common.novel import box_frequency, boxed_names, seen_and_unseen
+from common.optim import learning_rate
 from common.sampling import Mixture, RatioBatchSampler, repeat_factors
 from common.text import choose_vocabulary, embed, sentence_encoder
-from common.training import RunLog, check_finite, learning_rate, make_run_folder, parse_args, per_dataset, run_command
+from common.training import RunLog, check_finite, make_run_folder, parse_args, per_dataset, run_command
 from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import save_image, training_grid
 
@@ -494,9 +495,10 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int, device: to
 
     Endless; skips what `start` steps have seen. What is compiled gets images of one shape per dataset.
     """
-    sizes = per_dataset("--dataset-sizes", args.dataset_sizes, datasets, args.image_size, args.image_size // 2)
-    counts = per_dataset("--dataset-batches", args.dataset_batches, datasets, args.batch_size, 4 * args.batch_size)
-    ratios = per_dataset("--dataset-ratios", args.dataset_ratios, datasets, 1, 4)
+    size, batch = args.image_size, args.batch_size
+    sizes = per_dataset("--dataset-sizes", args.dataset_sizes, datasets, size, image_labels=size // 2)
+    counts = per_dataset("--dataset-batches", args.dataset_batches, datasets, batch, image_labels=4 * batch)
+    ratios = per_dataset("--dataset-ratios", args.dataset_ratios, datasets, 1, image_labels=4)
     labelled = {d.name: d.supervision == "image_labels" for d in datasets}
     jitter = {True: tuple(min(max(x, 0.5), 1.5) for x in args.jitter), False: args.jitter}
     transforms = {name: LargeScaleJitter(sizes[name], jitter[labels]) for name, labels in labelled.items()}

@@ -68,9 +68,10 @@ from common.evaluation import evaluate_detections, report
 from common.inference import draw_predictions, predict_dataset, predict_files
 from common.labels import LabelSpace, Vocabulary
 from common.matcher import Targets
+from common.optim import learning_rate
 from common.sampling import Mixture, RepeatFactorSampler, derangement, repeat_factors
 from common.text import choose_vocabulary, embed
-from common.training import RunLog, check_finite, learning_rate, make_run_folder, parse_args, run_command
+from common.training import RunLog, check_finite, make_run_folder, parse_args, run_command
 from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import report_label_space, save_image, training_grid
 

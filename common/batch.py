@@ -23,6 +23,8 @@ class Sample:
     boxes:         (N, 4) float32 xyxy, absolute pixels of `image`
     labels:        (N,) int64, index into the vocabulary of `dataset`
     masks:         (N, H, W) bool, or None
+    segments:      (H, W) int16, or None: the row of `labels` that each pixel belongs to, -1 unlabelled, void or crowd;
+                   one row per class present ("semantic") or per segment ("panoptic"), without masks and boxes
     image_labels:  (K,) int64, classes that the image shows somewhere, or None
     captions:      sentences about the image
     """
@@ -36,6 +38,7 @@ class Sample:
     boxes: Tensor
     labels: Tensor
     masks: Tensor | None = None
+    segments: Tensor | None = None
     image_labels: Tensor | None = None
     captions: tuple[str, ...] = ()
 
@@ -72,19 +75,21 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         self.images = self.images.to(device, non_blocking=True)
         for sample in self.samples:
-            for field in ("boxes", "labels", "masks", "image_labels"):
+            for field in ("boxes", "labels", "masks", "segments", "image_labels"):
                 value = getattr(sample, field)
                 if value is not None:
                     setattr(sample, field, value.to(device, non_blocking=True))
         return self
 
 
-def collate(samples: list[Sample], divisor: int = 32, square: dict[str, int] | None = None) -> Batch:
-    """Pad a list of samples to one batch; `square` {dataset: side} pads so far that its batches have one shape."""
-    side = max(square[s.dataset] for s in samples) if square else 0
-    height = max(side, *(s.size[0] for s in samples))
-    width = max(side, *(s.size[1] for s in samples))
-    height, width = (-(-side // divisor) * divisor for side in (height, width))
+def collate(samples: list[Sample], divisor: int = 32, square: dict[str, int | tuple[int, int]] | None = None) -> Batch:
+    """Pad a list of samples to one batch.
+
+    square: {dataset: side, or height and width}: pads so far that its batches have one shape
+    """
+    least = [square[s.dataset] for s in samples] if square else []
+    sides = [s.size for s in samples] + [side if isinstance(side, tuple) else (side, side) for side in least]
+    height, width = (-(-max(side) // divisor) * divisor for side in zip(*sides))
     sizes = [s.size for s in samples]
     images = torch.stack([F.pad(s.image, (0, width - w, 0, height - h)) for s, (h, w) in zip(samples, sizes)])
     views = [replace(s, image=image[:, :h, :w]) for s, image, (h, w) in zip(samples, images, sizes)]

@@ -71,8 +71,9 @@ def read_metadata(path: str | Path, method: str) -> dict:
     if metadata["method"] != method:
         raise InputError(f"weights {file} are not of {method}.py but of {metadata['method']}.py; use that")
     lists = metadata["vocabularies"] if isinstance(metadata["vocabularies"], dict) else {"": None}
+    known = lists or "base" in metadata  # a base knows no classes
     lists = [*lists.values(), metadata.get("boxed", [])]
-    sound = lists[:-1] and all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists)
+    sound = known and all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists)
     if not (sound and isinstance(metadata["args"], dict)):
         raise InputError(f"weights {file} have damaged settings or class names; copy or train them again")
     return metadata
@@ -83,7 +84,7 @@ def read_text(path: str | Path) -> Tensor:
     file = weights_file(path)
     with safe_open(file, framework="pt") as opened:
         if "text" not in opened.keys():  # noqa: SIM118 (not a dict)
-            raise InputError(f"weights {file} hold no text embeddings of the classes they were trained on; train again")
+            raise InputError(f"weights {file} hold no text embeddings of classes: only a training can start from them")
         text = opened.get_tensor("text")
     if text.ndim != 2 or not text.is_floating_point():
         raise InputError(f"weights {file}: tensor 'text' is no table of text embeddings; copy or train them again")
@@ -98,6 +99,8 @@ def read_model(path: str | Path, method: str) -> tuple[dict, Tensor]:
 def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str = "") -> None:
     """Load safetensors into `model`, but for its buffer `text`: a model keeps the label space it was made with.
 
+    Weights whose metadata has a `base` make up those parts of a model; its other parts stay as they were initialised.
+
     fresh: prefix of tensors that the file may lack; they stay as they were initialised, with a line in the log
     only:  prefix of the tensors to load; the others stay as they were initialised, whether the file has them or not
 
@@ -106,15 +109,22 @@ def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str 
     """
     file = weights_file(path)
     try:
+        with safe_open(file, framework="pt") as opened:
+            base = json.loads((opened.metadata() or {}).get("base", "[]"))
         tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"weights {file} cannot be read ({error}); a .safetensors file is needed") from None
     own = model.state_dict()
     if only:
         tensors = {key: t for key, t in tensors.items() if key.startswith(only)}
         tensors |= {key: t for key, t in own.items() if not key.startswith(only)}
-    if new := {key: own[key] for key in own.keys() - tensors.keys() if fresh and key.startswith(fresh)}:
-        log.info(f"weights {file}: {len(new)} tensors of '{fresh}' are not in it and start anew")
+
+    def optional(key: str) -> bool:
+        return bool(fresh and key.startswith(fresh)) or bool(base and key.partition(".")[0] not in base)
+
+    if new := {key: own[key] for key in own.keys() - tensors.keys() if optional(key)}:
+        named = ", ".join(sorted({f"'{key[: key.find('.') + 1] or key}'" for key in new}))
+        log.info(f"weights {file}: {len(new)} tensors of {named} are not in it and start anew")
         tensors |= new
     width, other = (state["text"].shape[-1] if "text" in state else None for state in (own, tensors))
     if width and other and width != other:

@@ -26,6 +26,7 @@ class Vocabulary:
     names:        C class names
     ids:          C original category ids (COCO 1..90, OpenImages "/m/01g317", ...); default 1..C
     image_counts: C numbers of training images that contain the class, where the dataset publishes them
+    is_thing:     C bools: instances of the class can be counted; None where the dataset does not tell things from stuff
 
     Raises InputError for an empty vocabulary, an empty or repeated name, a repeated id.
     """
@@ -34,6 +35,7 @@ class Vocabulary:
     names: tuple[str, ...]
     ids: tuple[int | str, ...] = ()
     image_counts: tuple[int, ...] | None = None
+    is_thing: tuple[bool, ...] | None = None
 
     def __post_init__(self):
         if not self.ids:
@@ -60,8 +62,17 @@ class Vocabulary:
     def known(cls, dataset: str) -> "Vocabulary":
         """The vocabulary kept in data/vocabularies/<dataset>.json; its 'origin' field says where it is from."""
         record = json.loads((DATA / "vocabularies" / f"{dataset}.json").read_text())
-        counts = record.get("image_counts")
-        return cls(dataset, tuple(record["names"]), tuple(record["ids"]), tuple(counts) if counts else None)
+        counts, is_thing = (tuple(record[key]) if key in record else None for key in ("image_counts", "is_thing"))
+        return cls(dataset, tuple(record["names"]), tuple(record["ids"]), counts, is_thing)
+
+    def with_things(self) -> "Vocabulary":
+        """Things told from stuff by their names: stuff is what a known dataset calls so, and none a thing."""
+        kinds: dict[str, bool] = {}
+        for file in (DATA / "vocabularies").glob("*.json"):
+            record = json.loads(file.read_text())
+            for name, thing in zip(record["names"], record.get("is_thing", ())):
+                kinds[fold(name)] = kinds.get(fold(name), False) or thing
+        return replace(self, is_thing=tuple(kinds.get(fold(name), True) for name in self.names))
 
     @classmethod
     def parse(cls, text: str, dataset: str = "vocabulary", flag: str = "--vocabulary") -> "Vocabulary":

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
+from common.batch import Sample
+
 
 def to_rle(segmentation: list | dict, size: tuple[int, int]) -> dict:
     """COCO polygons or an RLE of either kind -> a compressed RLE, {"size": [H, W], "counts": str or bytes}.
@@ -51,6 +53,25 @@ def encode_masks(masks: Tensor) -> list[dict]:
     """(N, H, W) bool -> N compressed RLEs as COCO's json files have them, {"size": [H, W], "counts": str}."""
     rles = [hotcoco.mask.encode(np.asarray(mask)) for mask in masks.cpu()]
     return [{"size": list(map(int, rle["size"])), "counts": rle["counts"].decode()} for rle in rles]
+
+
+def segment_masks(sample: Sample) -> Tensor:
+    """(N, H, W) bool: the pixels of each label, from `masks` or `segments`. Raises ValueError where it has neither."""
+    if sample.segments is not None:
+        rows = torch.arange(len(sample.labels), dtype=sample.segments.dtype, device=sample.segments.device)
+        return sample.segments == rows[:, None, None]
+    if sample.masks is None:
+        raise ValueError(f"image '{sample.image_id}' of {sample.dataset} has no masks")
+    return sample.masks
+
+
+def drop_unseen(segments: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Segments (H, W) of rows of `labels` (N,) without the rows that have no pixel; the others are renumbered."""
+    seen = np.bincount(segments.numpy().ravel() + 1, minlength=len(labels) + 1)[1:] > 0
+    if seen.all():
+        return segments, labels
+    row = np.append(np.cumsum(seen, dtype=np.int16) - 1, -1).astype(np.int16)  # the last is that of -1
+    return torch.from_numpy(row[segments.numpy()]), labels[torch.from_numpy(seen)]
 
 
 def area_of(rle: dict) -> int:

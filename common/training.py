@@ -1,4 +1,4 @@
-"""The mechanics around a training loop: command line, run folder, log, schedule."""
+"""The mechanics around a training loop: command line, run folder, log."""
 
 import contextlib
 import dataclasses
@@ -102,12 +102,14 @@ def check_numbers(args) -> None:
         raise InputError(f"--batch-size {args.batch_size} is not a multiple of the {ranks} ranks; make it one")
 
 
-def per_dataset(flag: str, text: str, datasets: list, boxes: int, image_labels: int) -> dict[str, int]:
+def per_dataset(flag: str, text: str, datasets: list, default: int, **special: int) -> dict[str, int]:
     """{dataset: value} of a flag like "coco=1,in21k=4"; what it does not name has the default of its supervision.
+
+    special: the defaults of some kinds of supervision, such as image_labels=4
 
     Raises InputError for a name that is not among `datasets` and a value that is no number greater than 0.
     """
-    values = {d.name: image_labels if d.supervision == "image_labels" else boxes for d in datasets}
+    values = {d.name: special.get(d.supervision, default) for d in datasets}
     for entry in filter(None, text.split(",")):
         name, _, value = (part.strip() for part in entry.partition("="))
         if name not in values or not (value.isdecimal() and 0 < int(value) <= 16384):
@@ -279,23 +281,6 @@ def tensorboard_writer(folder: Path):
         log.info("TensorBoard is not installed (pip install tensorboard); metrics.jsonl has the same numbers")
         return None
     return SummaryWriter(folder)
-
-
-# -- optimisation ------------------------------------------------------------------------------------------------------
-
-
-def learning_rate(step: int, base: float, steps: int, warmup: int, warmup_factor: float) -> float:
-    """Linear warmup from `warmup_factor`, then half a cosine to 0 (facebookresearch/Detic:detic/custom_solver.py)."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    ramp = warmup_factor + (1 - warmup_factor) * min(1.0, step / warmup) if warmup else 1.0
-    return base * cosine * ramp
-
-
-def stepped_learning_rate(step: int, base: float, steps: int, warmup: int, warmup_factor: float) -> float:
-    """Linear warmup over at most a tenth of the steps; a tenth from 8/12 on, a hundredth from 11/12 (mmdetection)."""
-    warmup = min(warmup, steps // 10)
-    ramp = warmup_factor + (1 - warmup_factor) * min(1.0, step / warmup) if warmup else 1.0
-    return base * ramp * 0.1 ** sum(step >= steps * epoch / 12 for epoch in (8, 11))
 
 
 def check_finite(losses: dict[str, Tensor], step: int) -> None:

@@ -1,5 +1,7 @@
 """Augmentations on samples, made of torchvision.transforms.v2 and its tv_tensors."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,6 +11,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from common.batch import Sample
+from common.masks import drop_unseen
 
 
 @dataclass
@@ -25,32 +28,67 @@ class LargeScaleJitter:
 
     def __call__(self, sample: Sample) -> Sample:
         height, width = sample.size
-        jitter = torch.empty(()).uniform_(*self.scale).item()
-        factor = jitter * self.size / max(height, width)
-        masks, sample = sample.masks, replace(sample, masks=None)
-        sample = resize(sample, (max(1, round(height * factor)), max(1, round(width * factor))))
-        height, width = sample.size
+        factor = uniform(*self.scale) * self.size / max(height, width)
+        height, width = max(1, round(height * factor)), max(1, round(width * factor))
         crop = (min(self.size, height), min(self.size, width))
-        top = int(torch.randint(height - crop[0] + 1, ()))
-        left = int(torch.randint(width - crop[1] + 1, ()))
-        sample = apply(sample, lambda x: F.crop(x, top, left, *crop))
-        flip = bool(torch.rand(()) < self.flip)
-        if flip:
-            sample = apply(sample, F.horizontal_flip)
-        if masks is not None:  # in one go and of what is left: the whole resized image may be four times as large
-            window = slice(top, top + crop[0]), slice(left, left + crop[1])
-            masks = resize_masks(masks[not_empty(sample.boxes)], (height, width), window, flip)
-        return replace(drop_empty(sample), masks=masks)
+        corner = random_corner((height, width), crop)
+        return move(sample, (height, width), (*corner, *crop), coin(self.flip))
+
+
+@dataclass
+class SegmentationCrop:
+    """Short side to one of `short`, random crop, colour jitter, flip: the augmentation of semantic segmentation.
+
+    short:    lengths in pixels, drawn with equal probability; max_side: the longest that the long side becomes
+    crop:     at most (height, width); a smaller image stays whole. The batch pads it with zeros, which are black: the
+              released LMSeg pads with grey (128), about zero after normalisation.
+    Source: mightyzau/LMSeg, facebookresearch/MaskFormer (mask_former_semantic_dataset_mapper.py).
+    """
+
+    short: tuple[int, ...]
+    crop: tuple[int, int]
+    max_side: int
+    color_jitter: bool = True
+    flip: float = 0.5
+
+    def __call__(self, sample: Sample) -> Sample:
+        size = shortest_size(sample.size, choice(self.short), self.max_side)
+        crop = min(self.crop[0], size[0]), min(self.crop[1], size[1])
+        sample = move(sample, size, (*random_corner(size, crop), *crop), coin(self.flip))
+        return replace(sample, image=jitter_colors(sample.image)) if self.color_jitter else sample
+
+
+@dataclass
+class DetrCrop:
+    """Short side to 480, 512, ..., 800, at most 1333 wide, half of the time after a random crop: DETR's augmentation.
+
+    The crop is of the image with a short side of 400, 500 or 600; its sides are 384 to 600. All numbers are for a
+    `size` of 800 and scale with it. Source: facebookresearch/MaskFormer (detr_panoptic_dataset_mapper.py).
+    """
+
+    size: int = 800
+    flip: float = 0.5
+
+    def __call__(self, sample: Sample) -> Sample:
+        scaled = lambda length: max(1, round(length * self.size / 800))  # noqa: E731
+        flip, low, high = coin(self.flip), scaled(384), scaled(600)
+        if coin(0.5):
+            size = shortest_size(sample.size, scaled(choice((400, 500, 600))))
+            crop = tuple(int(torch.randint(min(side, low), min(side, high) + 1, ())) for side in size)
+            sample = move(sample, size, (*random_corner(size, crop), *crop))
+        short = scaled(choice(range(480, 801, 32)))
+        return move(sample, shortest_size(sample.size, short, scaled(1333)), flip=flip)
 
 
 @dataclass
 class ResizeShortest:
-    """Short side to `size`, long side at most `size` * 1333 / 800: the test transform of detectron2."""
+    """Short side to `size`, long side at most `longest`, or `size` * 1333 / 800: the test transform of detectron2."""
 
     size: int
+    longest: int = 0
 
     def __call__(self, sample: Sample) -> Sample:
-        return resize_shortest(sample, self.size, self.size)
+        return move(sample, shortest_size(sample.size, self.size, self.longest or self.size * 1333 / 800))
 
 
 @dataclass
@@ -65,45 +103,86 @@ class ResizeShortestRange:
     flip: float = 0.5
 
     def __call__(self, sample: Sample) -> Sample:
-        sample = resize_shortest(sample, int(torch.randint(self.low, self.high + 1, ())), self.high)
-        if torch.rand(()) < self.flip:
-            sample = apply(sample, F.horizontal_flip)
-        return drop_empty(sample)
+        short = int(torch.randint(self.low, self.high + 1, ()))
+        return move(sample, shortest_size(sample.size, short, self.high * 1333 / 800), flip=coin(self.flip))
+
+
+def coin(probability: float) -> bool:
+    return bool(torch.rand(()) < probability)
+
+
+def choice(values: Sequence[int]) -> int:
+    return values[int(torch.randint(len(values), ()))]
+
+
+def random_corner(size: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int]:
+    """Top and left of a crop (height, width) somewhere in `size`."""
+    return int(torch.randint(size[0] - crop[0] + 1, ())), int(torch.randint(size[1] - crop[1] + 1, ()))
+
+
+def shortest_size(size: tuple[int, int], short: float, longest: float = math.inf) -> tuple[int, int]:
+    """(height, width) in proportion to `size`, the shorter one `short`, but the longer one at most `longest`."""
+    factor = min(short / min(size), longest / max(size))
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
 def apply(sample: Sample, transform) -> Sample:
-    """Apply one torchvision v2 functional to image, boxes and masks alike."""
+    """Apply one torchvision v2 functional to image and boxes alike."""
     boxes = tv_tensors.BoundingBoxes(sample.boxes, format="XYXY", canvas_size=sample.size)
-    masks = None if sample.masks is None else transform(tv_tensors.Mask(sample.masks)).as_subclass(torch.Tensor)
-    return replace(
-        sample,
-        image=transform(tv_tensors.Image(sample.image)).as_subclass(torch.Tensor),
-        boxes=transform(boxes).as_subclass(torch.Tensor),
-        masks=masks,
-    )
+    image = transform(tv_tensors.Image(sample.image)).as_subclass(torch.Tensor)
+    return replace(sample, image=image, boxes=transform(boxes).as_subclass(torch.Tensor))
 
 
-def resize(sample: Sample, size: tuple[int, int]) -> Sample:
-    """Image, boxes and masks to `size`, a height and a width."""
-    if sample.size == size:
-        return sample
-    masks = None if sample.masks is None else resize_masks(sample.masks, size)
-    sample = apply(replace(sample, masks=None), lambda x: F.resize(x, list(size), antialias=True))
-    return replace(sample, masks=masks)
+def move(
+    sample: Sample, size: tuple[int, int], window: tuple[int, int, int, int] | None = None, flip: bool = False
+) -> Sample:
+    """Resize to `size`, cut out the `window` (top, left, height, width), flip; what is not seen any more is dropped.
+
+    Image, boxes, masks and segments alike; the latter two in one go, of what the window leaves.
+    """
+    top, left, height, width = window or (0, 0, *size)
+    masks, segments, labels = sample.masks, sample.segments, sample.labels
+    if sample.size != size:
+        sample = apply(sample, lambda x: F.resize(x, list(size), antialias=True))
+    if (height, width) != size:
+        sample = apply(sample, lambda x: F.crop(x, top, left, height, width))
+    sample = apply(sample, F.horizontal_flip) if flip else sample
+    part = slice(top, top + height), slice(left, left + width)
+    if segments is not None:
+        segments, labels = drop_unseen(resize_masks(segments[None], size, part, flip)[0], labels)
+        return replace(sample, segments=segments, labels=labels)
+    kept = not_empty(sample.boxes)
+    masks = None if masks is None else resize_masks(masks[kept], size, part, flip)
+    return replace(sample, boxes=sample.boxes[kept], labels=labels[kept], masks=masks)
 
 
-def resize_shortest(sample: Sample, short: int, high: int) -> Sample:
-    """Short side to `short`, long side at most `high` * 1333 / 800."""
-    height, width = sample.size
-    factor = min(short / min(height, width), high * 1333 / 800 / max(height, width))
-    return resize(sample, (max(1, round(height * factor)), max(1, round(width * factor))))
+def jitter_colors(image: Tensor) -> Tensor:
+    """(3, H, W) uint8 in other colours: brightness, contrast, saturation, hue, each half of the time, as SSD jitters.
+
+    Source: facebookresearch/detectron2:projects/PointRend/point_rend/color_augmentation.py.
+    """
+    image = image.float()
+    if coin(0.5):
+        image = (image + uniform(-32, 32)).clamp(0, 255)
+    contrast, late = uniform(0.5, 1.5) if coin(0.5) else 1.0, coin(0.5)
+    image = image if late else (image * contrast).clamp(max=255)
+    if coin(0.5):  # saturation of HSV: the distance of the channels to the largest one
+        most, least = image.amax(0), image.amin(0)
+        image = most - (most - image) * (most / (most - least).clamp(min=1e-3)).clamp(max=uniform(0.5, 1.5))
+    if coin(0.5):
+        image = F.adjust_hue(image / 255, uniform(-0.1, 0.1)) * 255  # 18 of 180 degrees, as OpenCV counts them
+    return (image * contrast if late else image).clamp(0, 255).round().byte()
+
+
+def uniform(low: float, high: float) -> float:
+    return torch.empty(()).uniform_(low, high).item()
 
 
 ALL = (slice(None), slice(None))
 
 
 def resize_masks(masks: Tensor, size: tuple[int, int], window: tuple[slice, slice] = ALL, flip: bool = False) -> Tensor:
-    """(N, H, W) bool resized to `size`, cut to the rows and columns of `window`, flipped: the nearest source pixels."""
+    """(N, H, W) resized to `size`, cut to the rows and columns of `window`, flipped: the nearest source pixels."""
     rows, columns = (
         (2 * np.arange(new)[part] + 1) * old // (2 * new)  # floor((i + 0.5) * old / new), exactly
         for old, new, part in zip(masks.shape[1:], size, window)
@@ -115,10 +194,3 @@ def resize_masks(masks: Tensor, size: tuple[int, int], window: tuple[slice, slic
 def not_empty(boxes: Tensor, min_side: float = 1e-5) -> Tensor:
     """(N,) bool: the boxes (N, 4) of which a crop left something (detectron2's filter_empty_instances)."""
     return (boxes[:, 2:] - boxes[:, :2]).amin(1) >= min_side
-
-
-def drop_empty(sample: Sample) -> Sample:
-    """Remove boxes that the crop left empty, with their labels and masks."""
-    kept = not_empty(sample.boxes)
-    masks = None if sample.masks is None else sample.masks[kept]
-    return replace(sample, boxes=sample.boxes[kept], labels=sample.labels[kept], masks=masks)

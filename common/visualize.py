@@ -1,14 +1,16 @@
-"""Pictures that people look at: boxes and masks on images, grids of them, the similarity of labels across datasets."""
+"""Pictures that people look at: boxes, masks and segments on images, grids of them, the similarity of labels."""
 
 import colorsys
 import math
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 from torch import Tensor
 
 from common.batch import Batch
@@ -48,18 +50,73 @@ def draw_boxes(
     if len(names) != len(boxes):
         raise ValueError(f"{len(boxes)} boxes but {len(names)} names")
     colors = [color_of(name) for name in names] if colors is None else colors
-    picture = _to_picture(image if masks is None else _overlay(image, masks, colors, scores))
-    factor = max(1, min(round(480 / min(picture.size)), 2000 // max(picture.size)))  # names need such a short side
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    texts = [f"{n} {s:.2f}" for n, s in zip(names, scores.tolist())] if scores is not None else names
+    picture, factor = _enlarged(image if masks is None else _overlay(image, masks, colors, scores))
+    texts = _with_scores(names, scores)
     corners = _inside(boxes * factor, *picture.size)
     draw = ImageDraw.Draw(picture)
     for box, color in zip(corners, colors):
         draw.rectangle(box, outline=color, width=max(2, min(picture.size) // 200))
-    taken = []  # plates after all boxes, so that no line crosses a name
-    for box, text, color in zip(corners, texts, colors):
-        taken.append(_draw_plate(draw, picture.size, box, text, color, taken))
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    plates = _Plates(picture)
+    for (left, top, _, bottom), text, color in zip(corners, texts, colors):  # after all boxes: no line crosses a name
+        high = plates.height
+        plates.write(text, color, left, (top - high, top, bottom - high + 1, bottom + 1, top + high))
+    return _to_tensor(picture)
+
+
+def draw_segments(image: Tensor, segments: Tensor, names: Sequence[str], scores: Tensor | None = None) -> Tensor:
+    """(3, H, W) uint8 tinted by its segments, with white lines between them -> (3, h, w) uint8.
+
+    segments: (H, W) integers, the row of `names` that each pixel belongs to, -1: none
+    scores:   (N,) in 0..1, written behind the names
+
+    A name stands as deep inside its segment as it can, unless the segment is too thin or others' names are in the way.
+    Segments of one colour are told apart by shades of it. Small images are enlarged as in `draw_boxes`. Raises
+    ValueError for a row without a name.
+    """
+    segments = segments.cpu().long()
+    if segments.numel() and segments.max() >= len(names):
+        raise ValueError(f"row {int(segments.max())} of the segments, but {len(names)} names")
+    colors = _shades([color_of(name) for name in names])
+    halves = torch.tensor([*colors, BACKGROUND], dtype=torch.uint8)[segments].permute(2, 0, 1) // 2
+    picture, factor = _enlarged(torch.where(segments < 0, image.detach().cpu(), image.detach().cpu() // 2 + halves))
+    rows = segments.numpy().repeat(factor, axis=0).repeat(factor, axis=1)
+    lines = ndimage.maximum_filter(_edges(rows), size=max(2, min(picture.size) // 300))
+    picture.paste("white", mask=Image.fromarray(lines))
+    plates, texts = _Plates(picture), _with_scores(names, scores)
+    for row, depth, x, y in _deepest(segments.numpy()):  # from the thickest segment to the thinnest
+        if depth * factor > plates.height / 3:
+            left, top = x * factor - plates.width(texts[row]) // 2, y * factor - plates.height // 2
+            plates.write(texts[row], colors[row], left, (top, top + plates.height, top - plates.height), cover=False)
+    return _to_tensor(picture)
+
+
+def _shades(colors: list[Color]) -> list[Color]:
+    """The same colours, but each repetition is mixed with ever more white or black, in turns."""
+    seen, shades = Counter(), []
+    for color in colors:
+        count, seen[color] = seen[color], seen[color] + 1
+        share, target = 0.7 - 0.7 * 0.6 ** math.ceil(count / 2), 255 * (count % 2)
+        shades.append(tuple(round(channel + share * (target - channel)) for channel in color))
+    return shades
+
+
+def _edges(rows: np.ndarray) -> np.ndarray:
+    """(H, W) bool: the pixels whose right or lower neighbour has another number than they."""
+    edges = np.zeros(rows.shape, dtype=bool)
+    edges[:, :-1] = rows[:, 1:] != rows[:, :-1]
+    edges[:-1] |= rows[1:] != rows[:-1]
+    return edges
+
+
+def _deepest(segments: np.ndarray) -> list[tuple[int, float, int, int]]:
+    """(row, distance to the border, x, y) of the pixel deepest inside each row of `segments` (H, W), deepest first."""
+    step = max(1, max(segments.shape) // 600)  # a coarse map is enough to place a name
+    coarse = segments[::step, ::step]
+    depth = ndimage.distance_transform_edt(np.pad(~_edges(coarse), 1))[1:-1, 1:-1]  # the border of the image is one too
+    rows = np.unique(coarse[coarse >= 0])
+    places = ndimage.maximum_position(depth, coarse, rows)
+    found = [(int(row), float(depth[y, x]) * step, x * step, y * step) for row, (y, x) in zip(rows, places)]
+    return sorted(found, key=lambda place: -place[1])
 
 
 def _overlay(image: Tensor, masks: Tensor, colors: list[Color], scores: Tensor | None) -> Tensor:
@@ -76,26 +133,53 @@ def _to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(image.detach().cpu().permute(1, 2, 0).contiguous().numpy())
 
 
+def _to_tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def _enlarged(image: Tensor) -> tuple[Image.Image, int]:
+    """The picture and the integer factor by which a small one was enlarged: names need a short side of 480 pixels."""
+    picture = _to_picture(image)
+    factor = max(1, min(round(480 / min(picture.size)), 2000 // max(picture.size)))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST), factor
+
+
+def _with_scores(names: Sequence[str], scores: Tensor | None) -> Sequence[str]:
+    return names if scores is None else [f"{n} {s:.2f}" for n, s in zip(names, scores.tolist())]
+
+
 def _inside(boxes: Tensor, width: int, height: int) -> list[list[int]]:
     """Whole-numbered corners in the picture, the second not before the first; NaN of a diverged model becomes 0."""
     boxes = torch.minimum(boxes.nan_to_num(0).clamp(min=0), torch.tensor([width - 1, height - 1] * 2))
     return torch.cat([boxes[:, :2], torch.maximum(boxes[:, :2], boxes[:, 2:])], dim=1).round().int().tolist()
 
 
-def _draw_plate(draw: ImageDraw.ImageDraw, size: tuple, box: list, text: str, color: Color, taken: list) -> tuple:
-    """Write `text` at `box` on a plate within the image, off the plates in `taken` if it can; returns its corners."""
-    font = ImageFont.load_default(max(14, min(size) // 34))
-    text = _shortened(text, font, size[0] - 6)
-    width, height = math.ceil(font.getlength(text)) + 6, sum(font.getmetrics()) + 2
-    x = max(0, min(box[0], size[0] - width))
-    tops = (box[1] - height, box[1], box[3] - height + 1, box[3] + 1, box[1] + height)  # above, inside, below
-    plates = [(x, top, x + width - 1, top + height - 1) for top in (max(0, min(t, size[1] - height)) for t in tops)]
-    free = (p for p in plates if all(p[0] > t[2] or t[0] > p[2] or p[1] > t[3] or t[1] > p[3] for t in taken))
-    plate = next(free, plates[0])
-    draw.rectangle(plate, fill=color)
-    luminance = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
-    draw.text((x + 3, plate[1] + 1), text, font=font, fill=(0, 0, 0) if luminance > 130 else (255, 255, 255))
-    return plate
+class _Plates:
+    """Names on coloured plates within a picture, off each other where there is room."""
+
+    def __init__(self, picture: Image.Image):
+        self.draw, self.size, self.taken = ImageDraw.Draw(picture), picture.size, []
+        self.font = ImageFont.load_default(max(14, min(picture.size) // 34))
+        self.height = sum(self.font.getmetrics()) + 2
+
+    def width(self, text: str) -> int:
+        return math.ceil(self.font.getlength(text)) + 6
+
+    def write(self, text: str, color: Color, left: int, tops: Sequence[int], cover: bool = True) -> None:
+        """At the first of `tops` where the plate covers no other; without one at the first, or nowhere (`cover`)."""
+        text = _shortened(text, self.font, self.size[0] - 6)
+        width, height = self.width(text), self.height
+        x = max(0, min(left, self.size[0] - width))
+        tops = [max(0, min(top, self.size[1] - height)) for top in tops]
+        plates = [(x, top, x + width - 1, top + height - 1) for top in tops]
+        free = (p for p in plates if all(p[0] > t[2] or t[0] > p[2] or p[1] > t[3] or t[1] > p[3] for t in self.taken))
+        plate = next(free, plates[0] if cover else None)
+        if plate is not None:
+            self.draw.rectangle(plate, fill=color)
+            luminance = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+            fill = (0, 0, 0) if luminance > 130 else (255, 255, 255)
+            self.draw.text((x + 3, plate[1] + 1), text, font=self.font, fill=fill)
+            self.taken.append(plate)
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
@@ -120,7 +204,7 @@ def grid(images: Sequence[Tensor], columns: int, captions: Sequence[str] | None 
         x, y = i % columns * cell[0], i // columns * cell[1]
         draw.text((x + 4, y + 3), _shortened(caption, font, width - 8), font=font, fill=(255, 255, 255))
         sheet.paste(picture, (x, y + strip))
-    return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
+    return _to_tensor(sheet)
 
 
 def save_image(image: Tensor, path: Path | str) -> None:
@@ -137,33 +221,41 @@ def training_grid(batch: Batch, vocabularies: dict[str, Vocabulary], limit: int 
     images, captions = [], []
     for padded, (height, width), sample in zip(batch.images[:limit], batch.sizes, batch.samples):
         names = vocabularies[sample.dataset].names
-        labels = [names[label] for label in sample.labels.tolist()]
-        images.append(draw_boxes(padded[:, :height, :width], sample.boxes, labels, masks=sample.masks))
+        images.append(_draw(padded[:, :height, :width], vars(sample), names))
         words = [] if sample.image_labels is None else [names[label] for label in sample.image_labels.tolist()]
         captions.append(f"{sample.dataset} {sample.image_id} ({sample.supervision}) {', '.join(words)}")
     return grid(images, math.ceil(math.sqrt(len(images))), captions)
+
+
+def _draw(image: Tensor, record: dict, names: Sequence[str]) -> Tensor:
+    """Segments if the record has them, else boxes and masks; its `labels` are rows of `names`."""
+    labels, scores = [names[label] for label in record["labels"].tolist()], record.get("scores")
+    if record.get("segments") is not None:
+        return draw_segments(image, record["segments"], labels, scores)
+    return draw_boxes(image, record["boxes"], labels, scores, masks=record.get("masks"))
 
 
 def prediction_grid(images, targets, predictions, names: Sequence[str], limit: int = 8, min_score=0.3) -> Tensor:
     """Ground truth beside prediction for the first `limit` images, (3, h, w) uint8.
 
     images:      sequence of (3, H, W) uint8
-    targets:     for each image `boxes` (N, 4) xyxy in pixels of the image, `labels` (N,), index into `names`, and
-                 perhaps `masks` (N, H, W)
-    predictions: the same with `scores` (N,), masks as `segmentations` (N RLEs); the 30 best of an image are shown, from
-                 `min_score` on
+    targets:     for each image `labels` (N,), index into `names`, and `boxes` (N, 4) xyxy in pixels of the image,
+                 perhaps with `masks` (N, H, W), or `segments` (H, W), rows of `labels` or -1
+    predictions: the same, boxes with `scores` (N,) and masks as `segmentations` (N RLEs), of which the 30 best of an
+                 image are shown, from `min_score` on; segments are all shown
     """
     pictures, captions = [], []
     for image, target, found in list(zip(images, targets, predictions))[:limit]:
-        best = found["scores"].argsort(descending=True)[: min(30, int((found["scores"] >= min_score).sum()))]
-        shown = {field: found[field][best] for field in ("boxes", "labels", "scores")}
-        if "segmentations" in found:
-            shown["masks"] = decode_masks([found["segmentations"][i] for i in best.tolist()], tuple(image.shape[1:]))
-        for record in (target, shown):
-            labels = [names[label] for label in record["labels"].tolist()]
-            scores, masks = record.get("scores"), record.get("masks")
-            pictures.append(draw_boxes(image, record["boxes"], labels, scores, masks=masks))
-        captions += ["ground truth", f"prediction, score >= {min_score:g}"]
+        caption = "prediction"
+        if "segments" not in found:
+            best = found["scores"].argsort(descending=True)[: min(30, int((found["scores"] >= min_score).sum()))]
+            shown = {field: found[field][best] for field in ("boxes", "labels", "scores")}
+            if "segmentations" in found:
+                rles = [found["segmentations"][i] for i in best.tolist()]
+                shown["masks"] = decode_masks(rles, tuple(image.shape[1:]))
+            found, caption = shown, f"prediction, score >= {min_score:g}"
+        pictures += [_draw(image, record, names) for record in (target, found)]
+        captions += ["ground truth", caption]
     return grid(pictures, 2 if len(pictures) <= 6 else 4, captions)
 
 

@@ -516,7 +516,7 @@ def test_detic_trains_with_captions_and_a_dynamic_classifier(tiny_root, tmp_path
 
 def test_detic_no_caption_is_a_zero_row(monkeypatch):
     monkeypatch.setattr(common.text, "check_package", lambda what: None)
-    monkeypatch.setattr(common.text, "_load_minilm", lambda: lambda texts: torch.ones(len(texts), 4))
+    monkeypatch.setattr(common.text, "_minilm_encoder", lambda: lambda texts: torch.ones(len(texts), 4))
     rows = common.text.sentence_encoder.__wrapped__("minilm")(["", "a dog"])
     assert rows.tolist() == [[0] * 4, [0.5] * 4]
 

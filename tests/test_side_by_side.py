@@ -9,18 +9,22 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-METHODS = [
-    p for name in ("lmseg", "dataseg", "detic", "unidetector", "scaledet") if (p := REPO / f"{name}.py").exists()
-]
+METHODS = [REPO / f"{name}.py" for name in ("lmseg", "dataseg", "detic", "unidetector", "scaledet")]
 BANNERS = ["Args", "Model", "Losses", "Inference", "Train", "Evaluate", "Main"]
 NAMES = ["Args", "build_label_space", "Model", "assign_targets", "compute_losses", "predict", "build_dataloader"]
 NAMES += ["train", "evaluate", "main"]
 # the blocks that are the same to the letter in several method files: change one, change all
+DETECTORS, SEGMENTERS = ["detic", "scaledet"], ["dataseg", "lmseg"]
 SHARED = {
-    "TextClassifier": ["detic", "scaledet"],
-    "Model.set_vocabulary": ["detic", "scaledet"],
-    "Model.extract": ["detic", "scaledet"],
-    "Model.detect": ["detic", "scaledet"],
+    "TextClassifier": [DETECTORS],
+    "Output": [SEGMENTERS],
+    "loss_class": [SEGMENTERS],
+    "loss_mask": [SEGMENTERS],
+    "loss_dice": [SEGMENTERS],
+    "Model.set_vocabulary": [DETECTORS + SEGMENTERS],
+    "Model.extract": [DETECTORS, SEGMENTERS],
+    "Model.detect": [DETECTORS],
+    "load_trained": [["dataseg", "scaledet"]],
 }
 
 
@@ -45,8 +49,8 @@ def blocks(path: Path) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("name", SHARED)
 def test_shared_blocks_do_not_drift(name):
-    paths = [path for path in METHODS if path.stem in SHARED[name]]
-    for one, other in itertools.pairwise(paths):
+    for one, other in (pair for group in SHARED[name] for pair in itertools.pairwise(group)):
+        one, other = REPO / f"{one}.py", REPO / f"{other}.py"
         for line, twin in itertools.zip_longest(blocks(one)[name], blocks(other)[name]):
             assert line == twin, f"{name} of {one.name} and {other.name} drifts at: {line!r} / {twin!r}"
 
@@ -55,7 +59,7 @@ def test_shared_blocks_are_declared():
     for one, other in itertools.combinations(METHODS, 2):
         ours, theirs = blocks(one), blocks(other)
         for name in ours.keys() & theirs.keys():
-            declared = {one.stem, other.stem} <= set(SHARED.get(name, []))
+            declared = any({one.stem, other.stem} <= set(group) for group in SHARED.get(name, []))
             assert declared or ours[name] != theirs[name], f"{name} is the same in {one.name} and {other.name}: SHARED"
 
 
@@ -87,7 +91,7 @@ def test_method_stays_readable(path):
 def test_common_stays_small():
     sizes = {p: len(p.read_text().splitlines()) for p in (REPO / "common").rglob("*.py")}
     assert max(sizes.values()) <= 450, max(sizes, key=sizes.get)
-    assert sum(sizes.values()) <= 5500
+    assert sum(sizes.values()) <= 8000
 
 
 def test_common_imports_no_method():

@@ -16,8 +16,8 @@ from common.errors import InputError
 from common.labels import DATA, LabelSpace, Vocabulary
 
 SIZES = {
-    "coco": 80, "coco-base": 65, "lvis": 1203, "o365": 365, "oid": 601, "oid500": 500, "coco_panoptic": 133,
-    "coco_stuff": 171, "ade20k": 150, "cityscapes": 19, "mapillary": 65, "voc": 20,
+    "coco": 80, "coco-base": 65, "lvis": 1203, "o365": 365, "oid": 601, "oid500": 500, "coco-panoptic": 133,
+    "coco-stuff": 171, "ade20k": 150, "ade20k-panoptic": 150, "cityscapes": 19, "mapillary": 65, "voc": 20,
 }  # fmt: skip
 REAL = Path(os.environ.get("CONCORD_REAL", Path(__file__).resolve().parents[2] / "shared" / "real"))
 DETIC = {
@@ -64,7 +64,7 @@ def fake_clip(monkeypatch):
         loads.append(encoder)
         return lambda texts: torch.tensor([[1.0 + t.count(c) for c in "abcdefgh"] for t in texts])
 
-    monkeypatch.setattr(text, "_load_clip", load)
+    monkeypatch.setattr(text, "_clip_encoder", load)
     return loads
 
 
@@ -130,10 +130,10 @@ def test_lvis_frequency_follows_the_image_counts():
 
 
 def test_things_and_stuff():
-    counts = {"coco_panoptic": 80, "coco_stuff": 80, "ade20k": 100, "cityscapes": 8, "mapillary": 37}
-    for dataset, things in counts.items():
-        record = json.loads((DATA / "vocabularies" / f"{dataset}.json").read_text())
-        assert sum(record["is_thing"]) == things, dataset
+    counts = {"coco-panoptic": 80, "coco-stuff": 80, "ade20k": 100, "ade20k-panoptic": 100, "cityscapes": 8}
+    for dataset, things in (counts | {"mapillary": 37}).items():
+        assert sum(Vocabulary.known(dataset).is_thing) == things, dataset
+    assert Vocabulary.known("coco").is_thing is None
 
 
 # ------------------------------------------------------------ the MiniLM table
@@ -176,7 +176,7 @@ def test_missing_names_without_the_package(no_package):
 def test_package_agrees_with_the_table_and_takes_free_text(empty_cache):
     names = ["couch", "traffic light", "zorp of the north"]
     rows = text.embed(names, "minilm")
-    fresh = text.prompt_ensemble(names, text.templates("name"), text._load_minilm())
+    fresh = text.prompt_ensemble(names, text.templates("name"), text._minilm_encoder())
     torch.testing.assert_close(rows, fresh, atol=2e-4, rtol=0)
     assert len(list(empty_cache.glob("text/*.safetensors"))) == 1
     prompted = text.embed(["couch"], "minilm", prompts="a")
@@ -248,7 +248,7 @@ def test_openai_weights_get_quick_gelu(monkeypatch):
 
     monkeypatch.setattr(open_clip, "create_model", create)
     for weights in ("openai", "laion2b_s34b_b79k"):
-        text._load_clip(f"ViT-B-32/{weights}")
+        text._clip_encoder(f"ViT-B-32/{weights}")
     assert seen == {"openai": True, "laion2b_s34b_b79k": False}
 
 

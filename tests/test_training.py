@@ -27,8 +27,9 @@ from common.checkpoint import (
 from common.datasets import load_datasets
 from common.distributed import mean_over_ranks
 from common.errors import InputError
+from common.optim import learning_rate
 from common.paths import atomic_path
-from common.training import RunLog, check_finite, learning_rate, parse_args
+from common.training import RunLog, check_finite, parse_args
 from common.transforms import ResizeShortest
 
 

@@ -28,10 +28,10 @@ from common.errors import InputError
 from common.labels import Vocabulary
 from common.matcher import Targets, match_anchors, match_regions
 from common.oln import BOX_WEIGHTS, OLN, RPN, centreness, decode_tblr, loss_roi_cls, loss_roi_iou
+from common.optim import stepped_learning_rate
 from common.prior import count_classes, read_prior
 from common.proposals import fingerprint, take_proposals, with_proposals
 from common.regions import RegionOutput
-from common.training import stepped_learning_rate
 from common.transforms import ResizeShortestRange
 
 SMALL = {**dict.fromkeys(("backbone", "classifier_backbone"), "resnet18"), "text_encoder": "minilm", "amp": "off"}

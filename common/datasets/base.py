@@ -2,7 +2,8 @@
 
 import logging
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from common.batch import Sample, Supervision
 from common.datasets.index import Index
+from common.datasets.maps import VOID, read_label_map, read_segment_map
 from common.errors import InputError
 from common.labels import Vocabulary
-from common.masks import decode_masks
+from common.masks import decode_masks, drop_unseen
 
 log = logging.getLogger("concord")
 
@@ -29,6 +31,8 @@ class Dataset:
     hierarchy: the class tree of OpenImages; frequency: one of r, c, f per class of LVIS
     novel:     labels that have no boxes to train on, so that an evaluation can show what was learned without
     masks:     `load` decodes the instance masks, where there are any
+    maps:      folder of the label maps, of semantic and panoptic datasets
+    pixel_labels: (65536,) int16, what the values of semantic label maps mean, as `label_table` makes it
     warned:    (1,) bool, shared with the workers: an image of another size than annotated was in the log
     """
 
@@ -42,24 +46,31 @@ class Dataset:
     frequency: str | None = None
     novel: tuple[int, ...] = ()
     masks: bool = False
+    maps: Path | None = None
+    pixel_labels: np.ndarray | None = None
     warned: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.bool).share_memory_(), repr=False)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def load(self, i: int, keep_ignored: bool = False) -> Sample:
-        """Image `i` with its boxes, untransformed; crowd and group-of boxes are left out unless asked for.
+        """Image `i` with its boxes or segments, untransformed; crowds and group-of boxes are left out unless asked for.
 
-        Boxes are clipped to the image; those without an area in it are left out, with their labels and masks.
-        Raises InputError for an image that cannot be decoded, or a mask that is not of its size.
+        Boxes are clipped to the image; those without an area in it are left out, with their labels and masks. So are
+        segments without a pixel; but with `keep_ignored`, all that a panoptic json lists have a row, in its order.
+        Raises InputError for an image or label map that cannot be decoded, a map or mask that is not of its size.
         """
         index = self.index
         image = read_image(self.images / index.file_name(i))
+        height, width = image.shape[-2:]
+        self._compare_size(i, (height, width))
+        if self.maps is not None:
+            sample = Sample.unlabelled(image, self.name, index.image_ids[i], i)
+            segments, labels = self._segments(i, (height, width), keep_ignored)
+            return replace(sample, supervision=self.supervision, segments=segments, labels=labels)
         rows = np.arange(index.offsets[i], index.offsets[i + 1])
         if not keep_ignored:
             rows = rows[~index.ignore[rows]]
-        height, width = image.shape[-2:]
-        self._compare_size(i, (height, width))
         boxes = torch.from_numpy(index.boxes[rows]).view(-1, 4)
         limits = boxes.new_tensor([width, height, width, height])
         boxes = (boxes * limits if index.relative else boxes).clamp(min=0).minimum(limits)
@@ -97,8 +108,32 @@ class Dataset:
             where = f"{self.index.source}: image '{self.index.file_name(i)}'"
             raise InputError(f"{where} has {error}; mend or remove the annotation") from None
 
-    def image_counts(self) -> np.ndarray:
-        """(C,) number of images of this split that contain each class, by box or image label; crowds do not count."""
+    def _segments(self, i: int, size: tuple[int, int], keep_ignored: bool) -> tuple[Tensor, Tensor]:
+        """(H, W) int16 segments of image `i`, which has that size, and their labels (N,) int64."""
+        index, path = self.index, self.maps / self.index.map_name(i)
+        if self.pixel_labels is not None:
+            segments, labels = read_label_map(path, self.pixel_labels), np.arange(len(self.vocabulary))
+        else:
+            rows = index.rows(i)
+            segments = read_segment_map(path, index.segment_ids[rows])
+            labels, ignore = index.labels[rows].astype(np.int64), index.ignore[rows]
+            if ignore.any() and not keep_ignored:
+                segments = np.append(np.where(ignore, VOID, np.arange(len(labels))), VOID).astype(np.int16)[segments]
+        if segments.shape != size:
+            raise InputError(f"label map {path} has {segments.shape[0]} x {segments.shape[1]} pixels (height, width), "
+                             f"but its image {self.images / index.file_name(i)} has {size[0]} x {size[1]}; replace one "
+                             "of them")  # fmt: skip
+        segments, labels = torch.from_numpy(segments), torch.from_numpy(labels)
+        whole = keep_ignored and self.pixel_labels is None
+        return (segments, labels) if whole else drop_unseen(segments, labels)
+
+    def image_counts(self) -> np.ndarray | None:
+        """(C,) number of images of this split that contain each class, by annotation or image label; not by crowds.
+
+        None for semantic label maps: only decoding all of them would tell.
+        """
+        if self.pixel_labels is not None:
+            return None
         images, labels = self.index.positives()
         pairs = np.unique(images * len(self.vocabulary) + labels)
         return np.bincount(pairs % len(self.vocabulary), minlength=len(self.vocabulary))
@@ -106,7 +141,16 @@ class Dataset:
     def summary(self) -> str:
         """One line for the log: how much there is to learn from."""
         index, classes = self.index, len(self.vocabulary)
+        if self.pixel_labels is not None:
+            return (
+                f"{self.name}: {len(self)} images with label maps, {classes} classes (which occur, the maps alone tell)"
+            )
         seen = int((self.image_counts() > 0).sum())
+        if self.maps is not None:
+            return (
+                f"{self.name}: {len(self)} images, {len(index.labels)} segments ({index.ignore.sum()} crowd, not "
+                f"trained on), {classes} classes ({seen} with segments)"
+            )
         if index.image_labels is None:
             crowds, empty = int(index.ignore.sum()), int((np.diff(index.offsets) == 0).sum())
             outside = int(index.outside().sum())
@@ -123,21 +167,30 @@ class Dataset:
         )
 
     def check_images(self) -> None:
-        """Raises InputError naming the first missing image and how many are missing; one directory listing each."""
-        listings: dict[str, set[str]] = {}
-        missing = []
-        for name in map(self.index.file_name, range(len(self))):
-            folder, _, base = name.rpartition("/")
-            if folder not in listings:
-                path = self.images / folder
-                listings[folder] = set(os.listdir(path)) if path.is_dir() else set()
-            if base not in listings[folder]:
-                missing.append(name)
-        if missing:
-            raise InputError(
-                f"{self.name}: image {self.images / missing[0]} is missing ({len(missing)} of {len(self)} that "
-                f"{self.index.source} lists); add the images or take them out of the annotations"
-            )
+        """Raises InputError naming the first missing image or label map and how many are missing."""
+        index = self.index
+        kinds = [("image", self.images, index.file_name)]
+        kinds += [("label map", self.maps, index.map_name)] if self.maps is not None else []
+        for kind, root, name in kinds:
+            if missing := missing_files(root, map(name, range(len(self)))):
+                raise InputError(
+                    f"{self.name}: {kind} {root / missing[0]} is missing ({len(missing)} of {len(self)} that "
+                    f"{index.source} lists); add the {kind}s or take them out of the annotations"
+                )
+
+
+def missing_files(root: Path, names: Iterable[str]) -> list[str]:
+    """Those of the names that are not below `root`; one directory listing for each folder."""
+    listings: dict[str, set[str]] = {}
+    missing = []
+    for name in names:
+        folder, _, base = name.rpartition("/")
+        if folder not in listings:
+            path = root / folder
+            listings[folder] = set(os.listdir(path)) if path.is_dir() else set()
+        if base not in listings[folder]:
+            missing.append(name)
+    return missing
 
 
 def read_image(path: Path) -> Tensor:

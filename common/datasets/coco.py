@@ -1,5 +1,6 @@
 """COCO-format json: COCO, LVIS, Objects365 and anyone's own file."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -11,16 +12,18 @@ from common.datasets.index import Index
 from common.errors import InputError
 from common.labels import DATA, Vocabulary
 
+log = logging.getLogger("concord")
 
-def read_coco(name: str, annotations: Path, images: Path, metric: str) -> Dataset:
-    """Read a COCO, LVIS or Objects365 json.
+
+def read_coco(name: str, annotations: Path, images: Path, metric: str, record: dict | None = None) -> Dataset:
+    """Read a COCO, LVIS or Objects365 json, or the `record` that was read from it.
 
     Classes are the file's categories in the order of their ids; a dataset with a list in data/vocabularies takes its
     names from there (Objects365 publishes some misspelt). Without annotations, the `pos_category_ids` and `captions` of
     its images are read, as in Detic's files of tagged images. Raises InputError naming the file, the field and the
     remedy.
     """
-    record = read_json(annotations)
+    record = record or read_json(annotations)
     tagged = is_tagged(record)
     if tagged:
         record["annotations"] = []
@@ -39,6 +42,16 @@ def read_coco(name: str, annotations: Path, images: Path, metric: str) -> Datase
     supervision = "image_labels" if tagged else "boxes" if index.segmentations is None else "instances"
     frequency = "".join(by_id[id] for id in vocabulary.ids) if by_id else None
     return Dataset(name, vocabulary, index, images, metric, supervision, frequency=frequency)
+
+
+def read_o365_instances(name: str, annotations: Path, images: Path, metric: str) -> Dataset:
+    """Objects365's images with masks; boxes whose mask the raters skipped are left out, with their count in the log."""
+    record = read_json(annotations)
+    if isinstance(boxes := record.get("annotations"), list):
+        record["annotations"] = [box for box in boxes if not isinstance(box, dict) or box.get("segmentation")]
+        log.info("%s: %d boxes without a mask are left out", annotations, len(boxes) - len(record["annotations"]))
+    dataset = read_coco("o365", annotations, images, metric, record)
+    return replace(dataset, name=name, vocabulary=replace(dataset.vocabulary, dataset=name))
 
 
 def read_json(path: Path) -> dict:

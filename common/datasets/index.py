@@ -1,12 +1,17 @@
 """All annotations of one dataset as flat arrays: small, shareable, and enough for every sampler and metric."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from common.errors import InputError
+
+
+def encoded(names: Iterable[str]) -> np.ndarray:
+    """(I,) bytes: names of files, whatever their letters."""
+    return np.array([os.fsencode(name) for name in names])
 
 
 @dataclass
@@ -27,6 +32,8 @@ class Index:
     image_labels: (P,) int32 labels of whole images, without boxes; None for box data
     image_label_offsets: (I + 1,) int64; the image labels of image i are rows offsets[i]:offsets[i + 1]
     captions:   I tuples of sentences, or None
+    map_names:  (I,) bytes, the label maps as `file_names`, below a folder of their own; None without
+    segment_ids: (A,) int64, the numbers of the annotations in their maps, where each annotation is a segment
     """
 
     source: str
@@ -45,6 +52,8 @@ class Index:
     image_labels: np.ndarray | None = None
     image_label_offsets: np.ndarray | None = None
     captions: list[tuple[str, ...]] | None = None
+    map_names: np.ndarray | None = None
+    segment_ids: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.file_names)
@@ -56,6 +65,9 @@ class Index:
 
     def file_name(self, image: int) -> str:
         return os.fsdecode(bytes(self.file_names[image]))
+
+    def map_name(self, image: int) -> str:
+        return os.fsdecode(bytes(self.map_names[image]))
 
     def rows(self, image: int) -> slice:
         return slice(int(self.offsets[image]), int(self.offsets[image + 1]))
@@ -76,7 +88,7 @@ class Index:
         return beyond.any(axis=1) & (limits > 0).all(axis=1)
 
     def keep(self, kept: np.ndarray) -> "Index":
-        """The same images with only the annotations where `kept` (A,) bool; what is verified absent stays so."""
+        """The same images with only the boxes where `kept` (A,) bool; what is verified absent stays so."""
         count = np.concatenate([[0], np.cumsum(kept)])
         segmentations = self.segmentations
         return replace(
@@ -109,7 +121,7 @@ class Index:
         segmentations = extra.pop("segmentations", None)
         return cls(
             source=source,
-            file_names=np.array([os.fsencode(name) for name in file_names]),
+            file_names=encoded(file_names),
             image_ids=image_ids,
             sizes=np.asarray(sizes, dtype=np.int32).reshape(-1, 2),
             offsets=offsets,

@@ -1,6 +1,7 @@
 """The known datasets, their folders, and the grammar of --datasets.
 
-NAME, NAME:SPLIT, NAME=ANNOTATIONS.json:IMAGES/ or, for a folder of images per class, NAME=FOLDER/.
+NAME, NAME:SPLIT, NAME=ANNOTATIONS.json:IMAGES/, NAME=LABEL_MAPS/:IMAGES/ or, for a folder of images per class,
+NAME=FOLDER/.
 """
 
 import difflib
@@ -14,9 +15,11 @@ from pathlib import Path
 from common.batch import Supervision
 from common.datasets.base import Dataset
 from common.datasets.base_split import coco_base, lvis_base
-from common.datasets.coco import read_coco
+from common.datasets.coco import read_coco, read_json, read_o365_instances
 from common.datasets.folder import read_folder
 from common.datasets.openimages import read_openimages
+from common.datasets.panoptic import is_panoptic, read_panoptic
+from common.datasets.semantic import read_semantic
 from common.datasets.tiny import generate
 from common.errors import InputError
 from common.paths import cache_dir
@@ -28,8 +31,10 @@ log = logging.getLogger("concord")
 class Known:
     """Where a dataset lies under the data root: {split: [(annotations, images), ...]}; the first to exist is read.
 
-    Where `annotations` is a folder, it has a folder of images for each class. Image labels have no split "val".
-    whole, base_split: the dataset whose files these are, and what makes an open-vocabulary split of it
+    Where `annotations` is a folder, it holds label maps or, for `read_coco`, a folder of images for each class. Image
+    labels have no split "val".
+    whole:      the dataset in whose folder these files are
+    base_split: what makes an open-vocabulary split of `whole`
     """
 
     title: str
@@ -67,6 +72,21 @@ LVIS = Known(
     {s: [(f"lvis/lvis_v1_{s}.json", folder) for folder in ("lvis/images", "coco")] for s in ("train", "val")},
     metric="lvis",
 )
+
+
+def _cityscapes(annotations: str) -> dict[str, list[tuple[str, str]]]:
+    folder = "cityscapes/gtFine/" + annotations
+    return {split: [(folder.format(split), f"cityscapes/leftImg8bit/{split}")] for split in ("train", "val")}
+
+
+def _ade20k(*annotations: str) -> dict[str, list[tuple[str, str]]]:
+    bases = ("ADEChallengeData2016", "ade20k/ADEChallengeData2016")
+    return {
+        split: [(f"{b}/{a.format(split=split, part=part)}", f"{b}/images/{part}") for a in annotations for b in bases]
+        for split, part in (("train", "training"), ("val", "validation"))
+    }
+
+
 IN_L = "imagenet/ImageNet-LVIS"
 KNOWN = {
     "coco": COCO,
@@ -80,8 +100,47 @@ KNOWN = {
             for s in ("train", "val")
         },
     ),
+    "o365-instances": Known(
+        "o365_instance_seg_val.json (google-research-datasets/DaTaSeg-Objects365-Instance-Segmentation)",
+        {"val": [(f"objects365/{f}o365_instance_seg_val.json", "objects365/val") for f in ("annotations/", "")]},
+        read=read_o365_instances,
+        whole="o365",
+    ),
     "oid": OPENIMAGES,
     "oid500": OPENIMAGES,  # the same files; the reader keeps the 500 classes of the challenge 2019
+    "ade20k": Known(
+        "ADE20K's SceneParsing benchmark (sceneparsing.csail.mit.edu)",
+        _ade20k("annotations/{part}", "annotations_detectron2/{part}"),
+        metric="miou",
+        read=read_semantic,
+    ),
+    "ade20k-panoptic": Known(
+        "what Mask2Former's prepare_ade20k_pan_seg.py makes",
+        _ade20k("ade20k_panoptic_{split}.json"),
+        metric="pq",
+        read=read_panoptic,
+        whole="ade20k",
+    ),
+    "cityscapes": Known(
+        "Cityscapes with fine annotations (cityscapes-dataset.com)",
+        _cityscapes("{}"),
+        metric="miou",
+        read=read_semantic,
+    ),
+    "cityscapes-panoptic": Known(
+        "what cityscapesScripts' createPanopticImgs.py makes",
+        _cityscapes("cityscapes_panoptic_{}.json"),
+        metric="pq",
+        read=read_panoptic,
+        whole="cityscapes",
+    ),
+    "coco-panoptic": Known(
+        "COCO 2017 panoptic (cocodataset.org)",
+        {s: [(f"coco/annotations/panoptic_{s}2017.json", f"coco/{s}2017")] for s in ("train", "val")},
+        metric="pq",
+        read=read_panoptic,
+        whole="coco",
+    ),
     "lineart": Known(
         "the generated zero-shot set; it exists with --tiny only",
         {"val": [("lineart/annotations/instances_val.json", "lineart/val")]},
@@ -96,7 +155,7 @@ KNOWN = {
         {"train": [("cc3m/train_image_info_tags.json", "cc3m/training")]},
     ),
 }
-ALIASES = {"objects365": "o365", "openimages": "oid"}
+ALIASES = {"objects365": "o365", "objects365-instances": "o365-instances", "openimages": "oid", "ade": "ade20k"}
 
 
 def parse_datasets(text: str, split: str) -> list[tuple[str, str, tuple[str, str] | None]]:
@@ -113,7 +172,8 @@ def parse_datasets(text: str, split: str) -> list[tuple[str, str, tuple[str, str
             annotations, colon, images = paths.rpartition(":")
             if not (annotations if colon else images) or (not colon and images.endswith(".json")):
                 raise InputError(f"--datasets {entry}: write NAME=ANNOTATIONS.json:IMAGE_FOLDER/, or NAME=FOLDER/ "
-                                 "for a folder with one folder of images per class")  # fmt: skip
+                                 "for a folder with one folder of images per class; label maps are "
+                                 "NAME=LABEL_MAP_FOLDER/:IMAGE_FOLDER/")  # fmt: skip
             if not re.fullmatch(r"[\w-][\w.-]*", name):
                 raise InputError(f"--datasets {entry}: the name '{name}' names files, too; give it letters, digits and "
                                  "._- only, the first no dot")  # fmt: skip
@@ -158,6 +218,13 @@ def only_image_labels(name: str) -> bool:
     return name in KNOWN and "val" not in KNOWN[name].splits
 
 
+def known_supervision(name: str) -> Supervision | None:
+    """What a known dataset has, if that is not for its files to tell."""
+    if only_image_labels(name):
+        return "image_labels"
+    return {read_semantic: "semantic", read_panoptic: "panoptic"}.get(KNOWN[name].read)
+
+
 def warn_of_overlap(trained: list[Dataset], evaluated: list[Dataset]) -> None:
     """One line for each dataset whose metric will be of the images it was trained on."""
     sources = {dataset.index.source for dataset in trained}
@@ -187,8 +254,8 @@ def load_datasets(
     datasets = []
     for name, own_split, paths in parse_datasets(text, split):
         root = Path(data_root or os.environ.get("DETECTRON2_DATASETS") or "data")
-        if not paths and only_image_labels(name):
-            refuse_unless("image_labels", accepts, name, split)  # before millions of files are listed
+        if not paths and (supervision := known_supervision(name)):
+            refuse_unless(supervision, accepts, name, split)  # before files are listed or generated
         if tiny and not paths:
             root = generate(KNOWN[name].whole or name, cache_dir(), tiny)
         dataset = load_dataset(name, own_split, paths, root)
@@ -202,10 +269,11 @@ def load_datasets(
 
 
 def refuse_unless(supervision: Supervision, accepts: tuple[Supervision, ...], name: str, split: str) -> None:
+    words = {"image_labels": "image labels", "semantic": "semantic label maps", "panoptic": "panoptic segments"}
     if supervision not in accepts:
+        has, *needs = (words.get(kind, kind) for kind in (supervision, *accepts))
         remedy = "leave it out of --datasets" if split == "train" else "name others with --eval-datasets"
-        raise InputError(f"dataset '{name}' has {supervision.replace('_', ' ')} only; this method needs "
-                         f"{' or '.join(accepts).replace('_', ' ')}; {remedy}")  # fmt: skip
+        raise InputError(f"dataset '{name}' has {has} only; this method needs {' or '.join(needs)}; {remedy}")
 
 
 def load_dataset(name: str, split: str, paths: tuple[str, str] | None, root: Path) -> Dataset:
@@ -216,9 +284,17 @@ def load_dataset(name: str, split: str, paths: tuple[str, str] | None, root: Pat
     if paths and paths[0] == paths[1]:
         return read_folder(name, Path(paths[0]))
     if paths:
-        if not Path(paths[0]).is_file():
-            raise InputError(f"dataset '{name}': annotations {paths[0]} do not exist; check the path before the colon")
-        dataset = read_coco(name, Path(paths[0]), Path(paths[1]), "coco")
+        annotations, images = map(Path, paths)
+        if annotations.is_dir():
+            dataset = read_semantic(name, annotations, images)
+        elif annotations.is_file():
+            record = read_json(annotations)
+            kind = (read_panoptic, "pq") if is_panoptic(record) else (read_coco, "coco")
+            dataset = kind[0](name, annotations, images, kind[1], record)
+        else:
+            raise InputError(
+                f"dataset '{name}': annotations {annotations} do not exist; check the path before the colon"
+            )
     else:
         known = KNOWN[name]
         if name == "lineart" and not (root / "lineart").is_dir():
@@ -231,9 +307,9 @@ def load_dataset(name: str, split: str, paths: tuple[str, str] | None, root: Pat
             raise InputError(f"dataset '{name}': {places[0][0]} does not exist; put {known.title} there, "
                              "as data/README.md shows, or give --data-root")  # fmt: skip
         annotations, images = next((place for place in found if place[1].is_dir()), found[0])
-        if annotations.is_dir():
+        if known.read is read_coco and annotations.is_dir():
             return read_folder(name, annotations)  # it lists what exists, so that nothing can be missing
-        dataset = known.read(known.whole or name, annotations, images, known.metric)
+        dataset = known.read(known.whole if known.base_split else name, annotations, images, known.metric)
         dataset = known.base_split(dataset, split) if known.base_split else dataset
     if len(dataset) == 0:
         raise InputError(f"{dataset.index.source} lists no images; name another file")

@@ -15,17 +15,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache as cached
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from common.datasets.tiny_scene import Job, Recipe, emoji, first_label, make_image, package_folder
+from common.datasets.tiny_maps import LAYOUTS, maps_of, write_maps, write_panoptic
+from common.datasets.tiny_scene import Job, Recipe, describe, emoji, first_label, make_image, package_folder
 from common.errors import InputError
 from common.labels import DATA
 
 log = logging.getLogger("concord")
-VERSION = 2  # raise it when the pictures or files change, so that old caches are not taken for new ones
+VERSION = 3  # raise it when the pictures or files change, so that old caches are not taken for new ones
 VAL = 900_001  # first image id of a validation split
 
 TINY = {
@@ -41,6 +43,17 @@ TINY = {
     "in21k": Recipe(
         *("imagenet/ImageNet-21K", ("twemoji", "openmoji"), {"train": (1200, 1)}, (0.35, 0.8), (1, 1), 0.0),
         distractors=0.3,
+    ),
+    # scenes of their own: other styles and textures than tiny coco, coarser classes
+    "ade20k": Recipe(
+        *("ADEChallengeData2016", ("openmoji",), {"training": (600, 1), "validation": (100, 1)}, (0.12, 0.45), (2, 7)),
+        above=("sky", "dusk", "dusk", "mountain", "plaster", "plaster", "wood"),
+        below=("crops", "soil", "grass", "sand", "water", "asphalt", "paving", "wood", "snow"),
+    ),
+    "cityscapes": Recipe(
+        *("cityscapes", ("vivid",), {"train": (400, 1), "val": (100, 1)}, (0.1, 0.35), (3, 9), 0.5),
+        above=("sky", "sky", "facade", "facade", "leaves", "brick"),
+        below=("asphalt", "asphalt", "asphalt", "paving", "paving", "grass", "soil"),
     ),
 }
 
@@ -70,7 +83,7 @@ def generate(name: str, cache: Path, size: int = 192, workers: int = 2, limit: i
 
 
 def content_key(size: int, limit: int | None) -> str:
-    facts = [(DATA / "tiny" / file).read_text(encoding="utf-8") for file in ("emoji.csv", "oid_tree.csv")]
+    facts = [(DATA / "tiny" / file).read_text("utf-8") for file in ("emoji.csv", "oid_tree.csv", "stuff.csv")]
     return hashlib.sha256(repr((VERSION, TINY, size, limit, facts)).encode()).hexdigest()[:10]
 
 
@@ -98,28 +111,47 @@ def write_dataset(name: str, folder: Path, size: int, workers: int, limit: int |
         for split, (count, _) in recipe.splits.items()
         for i in range(min(count, limit or count))
     ]
-    for parent in {job.path.parent for job in jobs}:
-        parent.mkdir(parents=True)
+    files = {path for job in jobs for path in (job.path, *(folder / file for file in maps_of(job)))}
+    for parent in {path.parent for path in files}:
+        parent.mkdir(parents=True, exist_ok=True)
     log.info("generating %s: %d images", name, len(jobs))
-    progress = tqdm(run_jobs(jobs, workers), f"generating {name}", len(jobs), disable=None, unit="image", leave=False)
+    progress = tqdm(
+        run_jobs(jobs, folder, workers), f"generating {name}", len(jobs), disable=None, unit="image", leave=False
+    )
     scenes = list(zip(jobs, progress))
-    for split in recipe.splits if name != "in21k" else ():  # its folders say it all
-        (write_oid if name == "oid" else write_coco)(name, split, folder, [s for s in scenes if s[0].split == split])
+    for split in recipe.splits:
+        things, segments = ([(job, scene[k]) for job, scene in scenes if job.split == split] for k in (0, 1))
+        if name == "oid":
+            write_oid(name, split, folder, things)
+        elif name in FILES:
+            write_coco(name, split, folder, things)
+        if name == "o365" and split == "val":
+            write_coco("o365-instances", split, folder, things)
+        if name in LAYOUTS:
+            write_panoptic(name, split, folder, segments)
     log.info("generated %s in %.1f s", name, time.perf_counter() - start)
 
 
-def run_jobs(jobs: list[Job], workers: int) -> Iterator[list[dict]]:
+def run_jobs(jobs: list[Job], folder: Path, workers: int) -> Iterator[tuple[list[dict], list[dict]]]:
+    """What each image shows: its objects as `describe` puts them, and its segments as `write_maps` does."""
     # threads, as Pillow and numpy release the lock; spawned processes take longer to import torch than to paint
     pool = ThreadPoolExecutor(workers)
     try:
-        yield from pool.map(make_image, jobs)
+        yield from pool.map(partial(run_job, folder), jobs)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def run_job(folder: Path, job: Job) -> tuple[list[dict], list[dict]]:
+    things, ground = make_image(job)
+    segments = write_maps(job, folder, things, ground) if job.name in LAYOUTS else []
+    return [describe(thing) for thing in things], segments
 
 
 def image_path(name: str, split: str, number: int) -> str:
     recipe = TINY[name]
     id = recipe.splits[split][1] + number
+    city = "aachen" if split == "train" else "frankfurt"
     return {
         "coco": f"{split}2017/{id:012d}.jpg",
         "o365": f"{split}/patch0/objects365_v2_{id:08d}.jpg",
@@ -127,6 +159,8 @@ def image_path(name: str, split: str, number: int) -> str:
         "oid": f"images/{split}/{hashlib.sha256(f'oid-{id}'.encode()).hexdigest()[:16]}.jpg",
         "lineart": f"{split}/{id:06d}.jpg",
         "in21k": f"{first_label(name, recipe.tail, number)}/{id:06d}.jpg",
+        "ade20k": f"images/{split}/ADE_{'train' if split == 'training' else 'val'}_{id:08d}.jpg",
+        "cityscapes": f"leftImg8bit/{split}/{city}/{city}_000000_{id:06d}_leftImg8bit.png",
     }[name]
 
 
@@ -172,12 +206,14 @@ FILES = {
     "o365": "annotations/zhiyuan_objv2_{}.json",
     "lvis": "lvis_v1_{}.json",
     "lineart": "annotations/instances_{}.json",
+    "o365-instances": "annotations/o365_instance_seg_{}.json",
 }
 
 
 def write_coco(name: str, split: str, folder: Path, scenes: list[tuple[Job, list[dict]]]) -> None:
     """The json of COCO, with what Objects365 and LVIS add to it or leave out."""
-    ids, first = category_ids(name), TINY[name].splits[split][1]
+    source = name.removesuffix("-instances")
+    ids, first = category_ids(source), TINY[source].splits[split][1]
     record = {"images": [], "annotations": [], "categories": [{"id": id, "name": label} for label, id in ids.items()]}
     for job, things in scenes:
         image = {"id": first + job.number, "width": job.size, "height": job.size} | image_name(job)
@@ -188,7 +224,7 @@ def write_coco(name: str, split: str, folder: Path, scenes: list[tuple[Job, list
             entry = {"id": len(record["annotations"]) + 1, "image_id": image["id"], "category_id": ids[thing["label"]]}
             entry |= {"bbox": thing["box"], "area": thing["area"]}
             entry |= {} if name == "lvis" else {"iscrowd": int(thing["group"])}
-            entry |= {"segmentation": thing["rle"]} if name in ("coco", "lvis") else {}
+            entry |= {"segmentation": thing["rle"]} if name in ("coco", "lvis", "o365-instances") else {}
             record["annotations"].append(entry)
     if name == "lvis":
         count_categories(record, folder, split)

@@ -31,6 +31,7 @@ class Recipe:
     tail:    exponent of the class frequencies: 0 uniform, 1 the long tail of Zipf's law
     groups:  fraction of images with a crowd (COCO) or group-of (OpenImages) region
     distractors: fraction of images that also show a small object of another class
+    above, below: textures of the background over and under its horizon; what comes twice is twice as frequent
     """
 
     folder: str
@@ -41,6 +42,8 @@ class Recipe:
     tail: float = 0.3
     groups: float = 0.0
     distractors: float = 0.0
+    above: tuple[str, ...] = ("sky", "sky", "sky", "brick", "wood", "snow")
+    below: tuple[str, ...] = ("grass", "sand", "snow", "sea", "asphalt", "wood")
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def lineart(image: Image.Image) -> Image.Image:
 # ----------------------------------------------------------------------------
 # Background
 
-STUFF = {  # dark and light colour, noise cells down and across, grain
+TEXTURES = {  # dark and light colour, noise cells down and across, grain
     "sky": ((90, 150, 215), (225, 238, 250), (3, 2), 0.0),
     "grass": ((52, 96, 34), (134, 176, 72), (9, 24), 0.12),
     "snow": ((198, 210, 226), (248, 250, 255), (3, 3), 0.03),
@@ -152,8 +155,16 @@ STUFF = {  # dark and light colour, noise cells down and across, grain
     "brick": ((132, 62, 46), (186, 104, 80), (8, 8), 0.06),
     "wood": ((118, 78, 44), (190, 142, 92), (3, 40), 0.03),
     "asphalt": ((74, 76, 80), (128, 130, 132), (3, 3), 0.14),
+    "dusk": ((204, 120, 108), (250, 216, 172), (4, 2), 0.0),
+    "mountain": ((78, 84, 104), (158, 164, 178), (5, 12), 0.1),
+    "plaster": ((204, 198, 178), (242, 238, 226), (2, 2), 0.03),
+    "facade": ((136, 118, 104), (186, 170, 150), (3, 3), 0.04),
+    "leaves": ((22, 60, 30), (98, 146, 70), (20, 20), 0.2),
+    "crops": ((156, 140, 52), (214, 196, 92), (4, 36), 0.1),
+    "soil": ((86, 60, 42), (144, 110, 78), (8, 8), 0.14),
+    "water": ((30, 104, 106), (126, 184, 176), (26, 3), 0.03),
+    "paving": ((146, 142, 138), (198, 194, 188), (3, 3), 0.05),
 }
-ABOVE, BELOW = ("sky", "sky", "sky", "brick", "wood", "snow"), ("grass", "sand", "snow", "sea", "asphalt", "wood")
 
 
 def noise(rng: Generator, size: int, cells: tuple[int, int], octaves: int = 3) -> np.ndarray:
@@ -167,49 +178,58 @@ def noise(rng: Generator, size: int, cells: tuple[int, int], octaves: int = 3) -
 
 
 def texture(rng: Generator, size: int, kind: str) -> np.ndarray:
-    """(size, size, 3) float32 picture of one stuff class, 0..255."""
-    dark, light, cells, grain = STUFF[kind]
+    """(size, size, 3) float32 picture of one kind of stuff, 0..255."""
+    dark, light, cells, grain = TEXTURES[kind]
     tone = noise(rng, size, cells)
     if grain:
         tone += grain * rng.standard_normal((size, size), dtype=np.float32)
     dark, light = (np.float32(c) * rng.uniform(0.88, 1.08, 3).astype(np.float32) for c in (dark, light))
     picture = dark + (light - dark) * tone[..., None]
-    if kind in ("brick", "wood"):
+    if kind in ("brick", "wood", "facade", "paving"):
         picture[joints(rng, size, kind)] *= 0.72
     return picture
 
 
 def joints(rng: Generator, size: int, kind: str) -> np.ndarray:
-    """(size, size) bool: the mortar between bricks or the gaps between planks."""
+    """(size, size) bool: the mortar between bricks, the gaps between planks or flags, the windows of a facade."""
     rows, columns = np.indices((size, size))
     if kind == "wood":
         return columns % max(8, int(size * rng.uniform(0.1, 0.2))) == 0
+    if kind in ("facade", "paving"):
+        cell = max(9, int(size * rng.uniform(0.08, 0.16)))
+        thick = cell // 2 if kind == "facade" else 1
+        lines = (rows % cell < thick, columns % cell < thick)
+        return lines[0] & lines[1] if kind == "facade" else lines[0] | lines[1]
     height = max(6, int(size * rng.uniform(0.05, 0.1)))
     shifted = columns + (rows // height % 2) * height
     return (rows % height == 0) | (shifted % (2 * height) == 0)
 
 
-def background(rng: Generator, size: int) -> np.ndarray:
-    """(size, size, 3) float32: stuff above and below a wavy horizon, sometimes a patch of a third kind."""
-    kinds = [rng.choice(ABOVE), *rng.choice(BELOW, 2, replace=False)]
-    picture = texture(rng, size, kinds[1])
+def background(rng: Generator, size: int, recipe: Recipe) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(size, size, 3) float32: stuff above and below a wavy horizon, sometimes a patch of a third kind.
+
+    And {texture: (size, size) bool}; wood above the horizon is a "wood wall".
+    """
+    kinds = [rng.choice(recipe.above), *rng.choice(recipe.below, 2, replace=False)]
+    picture, ground = texture(rng, size, kinds[1]), np.ones((size, size), np.int8)
     if rng.random() < 0.4:
         patch = noise(rng, size, (2, 2), 2) > 0.6
-        picture[patch] = texture(rng, size, kinds[2])[patch]
+        picture[patch], ground[patch] = texture(rng, size, kinds[2])[patch], 2
     wave = noise(rng, size, (1, 4), 2)[0] * 0.15
     above = np.arange(size)[:, None] < size * (rng.uniform(0.1, 0.6) + wave)
-    picture[above] = texture(rng, size, kinds[0])[above]
-    return picture
+    picture[above], ground[above] = texture(rng, size, kinds[0])[above], 0
+    names = ["wood wall" if kinds[0] == "wood" else kinds[0], *kinds[1:]]
+    return picture, {name: np.isin(ground, np.flatnonzero(np.array(names) == name)) for name in names}
 
 
 # ----------------------------------------------------------------------------
 # Scene
 
 
-def make_image(job: Job) -> list[dict]:
-    """Paint and save one image; returns its objects: label, box [x, y, w, h], area, rle (of COCO) and group, a bool."""
+def make_image(job: Job) -> tuple[list[Thing], dict[str, np.ndarray]]:
+    """Paint and save one image; returns its objects, and the mask (H, W) of each texture, objects on it included."""
     rng = np.random.default_rng(zlib.crc32(f"{job.name} {job.split} {job.number}".encode()))
-    canvas = background(rng, job.size)
+    canvas, ground = background(rng, job.size, job.recipe)
     if "lineart" in job.recipe.styles:  # pale paper, as the drawings are black on white
         canvas = 165 + 0.33 * canvas.mean(-1, keepdims=True).repeat(3, -1)
     things = place(rng, job)
@@ -220,7 +240,7 @@ def make_image(job: Job) -> list[dict]:
     canvas *= rng.uniform(0.85, 1.05)
     canvas += rng.standard_normal((job.size, job.size, 1), dtype=np.float32) * 3
     Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8)).save(job.path, quality=90)
-    return [describe(thing) for thing in things]
+    return things, ground
 
 
 def place(rng: Generator, job: Job) -> list[Thing]:
@@ -340,6 +360,7 @@ def shade(canvas: np.ndarray, thing: Thing) -> None:
 
 
 def describe(thing: Thing) -> dict:
+    """label, box [x, y, w, h], area, rle (of COCO) and group, a bool."""
     code = rle.encode(np.asfortranarray(thing.mask.astype(np.uint8)))
     counts = run_lengths(thing.mask) if thing.group else code["counts"].decode()  # COCO's crowds are uncompressed
     return {

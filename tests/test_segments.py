@@ -1,0 +1,250 @@
+"""Post-processing of queries equals recorded official results and cases worked by hand; pictures of segments."""
+
+import pytest
+import torch
+from parity import case, check, report  # noqa: F401
+from torch.nn import functional as F
+
+from common import segments
+from common.batch import Sample, collate
+from common.labels import Vocabulary
+from common.segments import (
+    instances,
+    mask_boxes,
+    panoptic_map,
+    restore,
+    segment_rows,
+    semantic_labels,
+    semantic_map,
+)
+from common.visualize import color_of, draw_segments, prediction_grid, training_grid
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """(probabilities (Q, K + 1), restored masks (Q, H, W)) of each image, the tensors, the record."""
+    tensors, record = case("mask2former_loss")
+    config = record["config"]
+    images = [
+        (logits.softmax(dim=1), restore(masks, config["padded_hw"], size, original))
+        for logits, masks, size, original in zip(
+            tensors["post.pred_logits"],
+            tensors["post.pred_masks"],
+            config["image_sizes_hw"],
+            config["output_sizes_hw"],
+        )
+    ]
+    return images, tensors, record
+
+
+def things_of(config):
+    return [label in config["thing_classes"] for label in range(config["num_classes"])]
+
+
+def test_semantic_equals_recorded(recorded):
+    """Masks are restored before the classes are summed; the other order, `semantic_after`, is not ours."""
+    images, tensors, _ = recorded
+    for i, (probabilities, masks) in enumerate(images):
+        official = tensors[f"post.semantic.image{i}"]
+        check("semantic", semantic_map(probabilities[:, :-1], masks), official, 1e-5)
+        assert torch.equal(semantic_labels(probabilities[:, :-1], masks), official.argmax(0).short())
+
+
+@pytest.mark.parametrize("variant", ["default", "loose"])
+def test_panoptic_equals_recorded(recorded, variant):
+    images, tensors, record = recorded
+    thresholds = record["config"]["panoptic_thresholds"][variant]
+    for i, (probabilities, masks) in enumerate(images):
+        panoptic, found = panoptic_map(
+            probabilities,
+            masks,
+            things_of(record["config"]),
+            thresholds["object_mask_threshold"],
+            thresholds["overlap_threshold"],
+            intersect=True,
+        )
+        assert torch.equal(panoptic, tensors[f"post.{variant}.panoptic.image{i}"])
+        ours = [{"id": s["id"], "category_id": s["label"], "isthing": s["isthing"]} for s in found]
+        assert ours == record["panoptic_segments"][f"{variant}.image{i}"]
+
+
+@pytest.mark.parametrize("variant", ["instance_all", "instance"])
+def test_instances_equal_recorded(recorded, variant):
+    images, tensors, record = recorded
+    config = record["config"]
+    things = torch.tensor(things_of(config)) if variant == "instance" else None
+    for i, (probabilities, masks) in enumerate(images):
+        found = instances(probabilities[:, :-1], masks, config["test_topk"], things)
+        check(f"{variant}: scores", found["scores"], tensors[f"post.{variant}.image{i}.scores"], 1e-5)
+        assert torch.equal(found["labels"], tensors[f"post.{variant}.image{i}.classes"])
+        assert torch.equal(found["masks"], tensors[f"post.{variant}.image{i}.masks"].bool())
+
+
+# ------------------------------------------------------------------------------------------------------- by hand
+
+
+def test_restore_cuts_the_padding():
+    """A linear ramp stays one under bilinear resizing, away from its borders; the padding to the right is gone."""
+    ramp = torch.arange(16.0).expand(1, 8, 16).clone()
+    full = restore(ramp, (32, 64), (24, 40), (48, 80))
+    assert full.shape == (1, 48, 80) and full.dtype == torch.float32
+    expected = (torch.arange(80) + 0.5) / 2 / 4 - 0.5  # pixel -> input pixel -> cell
+    assert torch.allclose(full[0, 20, 8:72], expected[8:72], atol=1e-5)
+
+
+def test_semantic_labels_in_strips(monkeypatch):
+    probabilities, masks = torch.rand(5, 7), torch.randn(5, 13, 9)
+    expected = semantic_map(probabilities, masks)
+    assert torch.allclose(expected[3, 4, 5], (probabilities[:, 3] * masks[:, 4, 5].sigmoid()).sum())
+    monkeypatch.setattr(segments, "STRIP", 130)  # two rows
+    assert torch.equal(semantic_labels(probabilities, masks), expected.argmax(0).short())
+
+
+def queries(*rows, classes=3):
+    """(label, probability, columns) each -> probabilities (Q, K + 1), logits (Q, 2, 10), +-2 in and off the columns."""
+    probabilities, logits = torch.zeros(len(rows), classes + 1), torch.full((len(rows), 2, 10), -2.0)
+    for p, logit, (label, probability, columns) in zip(probabilities, logits, rows):
+        p += (1 - probability) / classes
+        p[label] = probability
+        logit[:, columns] = 2.0
+    return probabilities, logits
+
+
+THINGS = (True, False, False)
+
+
+def test_panoptic_rules():
+    """Stuff is merged, things are not; no object, unsure and mostly covered queries are dropped."""
+    inputs = queries(
+        (0, 0.9, slice(0, 2)),
+        (0, 0.85, slice(2, 4)),
+        (1, 0.9, slice(4, 5)),
+        (1, 0.95, slice(6, 7)),
+        (3, 0.99, slice(8, 10)),  # no object
+        (2, 0.5, slice(8, 10)),  # unsure
+        (2, 0.82, slice(3, 7)),  # three of its four columns are lost
+    )
+    panoptic, found = panoptic_map(*inputs, THINGS, 0.8, 0.5, intersect=True)
+    assert panoptic.dtype == torch.int32 and panoptic.tolist() == [[1, 1, 2, 2, 3, 0, 3, 0, 0, 0]] * 2
+    scores = [s.pop("score") for s in found]
+    assert scores == pytest.approx([0.9, 0.85, 0.95])  # of the merged ones the highest
+    assert found == [
+        {"id": 1, "label": 0, "isthing": True},
+        {"id": 2, "label": 0, "isthing": True},
+        {"id": 3, "label": 1, "isthing": False},
+    ]
+
+
+def test_panoptic_regions_of_both_papers():
+    """With `intersect` the segment ends with its mask, without it reaches as far as no other query is stronger."""
+    inputs = queries((0, 0.95, slice(0, 3)), (2, 0.9, slice(6, 9)))
+    assert panoptic_map(*inputs, THINGS, 0.8, 0.8, True)[0].tolist() == [[1, 1, 1, 0, 0, 0, 2, 2, 2, 0]] * 2
+    assert panoptic_map(*inputs, THINGS, 0.8, 0.8, False)[0].tolist() == [[1, 1, 1, 1, 1, 1, 2, 2, 2, 1]] * 2
+
+
+def test_panoptic_without_segments():
+    panoptic, found = panoptic_map(*queries((3, 0.9, slice(0, 5))), THINGS, 0.5, 0.8, True)
+    assert not panoptic.any() and panoptic.shape == (2, 10) and found == []
+    empty = queries((0, 0.9, slice(0, 0)))  # its mask is empty
+    assert all(panoptic_map(*empty, THINGS, 0.5, 0.8, intersect)[1] == [] for intersect in (True, False))
+
+
+def test_instances_by_hand():
+    probabilities = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7]])
+    logits = torch.full((2, 4, 6), -1.0)
+    logits[0, 1:3, 2:5] = 1.0
+    logits[0, 1, 2] = 3.0
+    found = instances(probabilities, logits, top_k=3)
+    inside = torch.tensor([1.0] * 5 + [3.0]).sigmoid().mean()
+    assert found["labels"].tolist() == [0, 1, 2]  # the mask of the best query is empty: 0
+    assert torch.allclose(found["scores"], torch.stack([0.6 * inside, 0.3 * inside, torch.zeros(())]), atol=1e-6)
+    assert found["boxes"].tolist() == [[2, 1, 5, 3], [2, 1, 5, 3], [0, 0, 0, 0]]
+    assert torch.equal(found["masks"][0], logits[0] > 0) and not found["masks"][2].any()
+    chosen = instances(probabilities, logits, top_k=3, things=torch.tensor([True, False, True]))
+    assert chosen["labels"].tolist() == [0, 2] and chosen["masks"].shape == (2, 4, 6)
+    assert len(instances(probabilities, logits)["scores"]) == 6
+    none = instances(probabilities, logits, things=torch.zeros(3, dtype=torch.bool))
+    assert none["boxes"].shape == (0, 4) and none["masks"].shape == (0, 4, 6)
+
+
+def test_boxes_are_tight():
+    masks = torch.rand(40, 9, 11, generator=torch.Generator().manual_seed(0)) > 0.97
+    for box, mask in zip(mask_boxes(masks).tolist(), masks):
+        y, x = mask.nonzero(as_tuple=True)
+        expected = [int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1] if len(x) else [0] * 4
+        assert box == expected
+
+
+def test_rows_of_predictions():
+    info = [{"id": 7, "label": 4, "score": 0.5, "isthing": True}, {"id": 2, "label": 4, "score": 1, "isthing": True}]
+    found = {"panoptic": torch.tensor([[0, 7], [2, 2]], dtype=torch.int32), "segments_info": info}
+    rows = segment_rows(found | {"semantic": torch.zeros(2, 2)})
+    assert rows["segments"].tolist() == [[-1, 0], [1, 1]]
+    assert rows["labels"].tolist() == [4, 4] and rows["scores"].tolist() == [0.5, 1]
+    rows = segment_rows({"semantic": torch.tensor([[9, 3], [3, 3]], dtype=torch.int16)})
+    assert rows["segments"].tolist() == [[1, 0], [0, 0]] and rows["labels"].tolist() == [3, 9]
+    nothing = segment_rows({"panoptic": torch.zeros(2, 2, dtype=torch.int32), "segments_info": []})
+    assert (nothing["segments"] == -1).all() and len(nothing["labels"]) == len(nothing["scores"]) == 0
+    with pytest.raises(ValueError, match="segment 5 of the map is not in segments_info"):
+        segment_rows({"panoptic": torch.tensor([[0, 5]]), "segments_info": info})
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+
+
+def gray(height=500, width=600):
+    return torch.full((3, height, width), 128, dtype=torch.uint8)
+
+
+def halves(name):
+    return [64 + channel // 2 for channel in color_of(name)]
+
+
+def test_segments_are_tinted_and_named():
+    rows = torch.full((500, 600), -1)
+    rows[:, :200], rows[:, 200:400] = 0, 1
+    image = gray()
+    drawn = draw_segments(image, rows, ["cat", "dog"], torch.tensor([0.5, 0.25]))
+    assert drawn.shape == (3, 500, 600) and (image == 128).all()
+    assert drawn[:, 100, 100].tolist() == halves("cat") and drawn[:, 100, 300].tolist() == halves("dog")
+    assert drawn[:, 100, 500].tolist() == [128] * 3  # no segment
+    assert (drawn[:, :, 199:201] == 255).all(dim=0).any(dim=1).all()  # a white line all along
+    for name, columns in (("cat", slice(0, 200)), ("dog", slice(200, 400))):
+        plate = (drawn[:, :, columns] == torch.tensor(color_of(name), dtype=torch.uint8)[:, None, None]).all(dim=0)
+        y, x = plate.nonzero(as_tuple=True)
+        assert len(y) > 500 and y.min() > 50 and y.max() < 450 and x.min() > 40 and x.max() < 160  # well inside
+
+
+def test_segments_of_one_class_have_shades():
+    rows = torch.arange(6).repeat_interleave(100).expand(500, 600)
+    drawn = draw_segments(gray(), rows, ["cat"] * 6)
+    assert len({tuple(drawn[:, 20, 50 + 100 * i].tolist()) for i in range(6)}) == 6
+
+
+def test_thin_segments_have_no_name():
+    rows = torch.zeros(500, 600, dtype=torch.int16)
+    rows[250:254] = 1
+    drawn = draw_segments(gray(), rows, ["cat", "dog"])
+    assert not (drawn == torch.tensor(color_of("dog"), dtype=torch.uint8)[:, None, None]).all(dim=0).any()
+
+
+def test_segments_of_small_and_empty_images():
+    rows = torch.zeros(32, 40, dtype=torch.int16)
+    assert draw_segments(gray(32, 40), rows, ["cat"]).shape == (3, 480, 600)
+    assert torch.equal(draw_segments(gray(), torch.full((500, 600), -1), []), gray())
+    with pytest.raises(ValueError, match="row 0 of the segments, but 0 names"):
+        draw_segments(gray(32, 40), rows, [])
+
+
+def test_grids_show_segments():
+    rows = torch.zeros(480, 480, dtype=torch.int16)
+    rows[:, 240:] = -1
+    sample = Sample.unlabelled(gray(480, 480), "one", 7, 0)
+    sample.labels, sample.segments, sample.supervision = torch.tensor([1]), rows, "panoptic"
+    drawn = training_grid(collate([sample]), {"one": Vocabulary("one", ("cat", "dog"))})
+    assert drawn[:, 28 + 100, 100].tolist() == halves("dog") and drawn[:, 28 + 100, 400].tolist() == [128] * 3
+    found = segment_rows({"semantic": F.pad(torch.ones(480, 240), (240, 0)).long()})
+    drawn = prediction_grid([gray(480, 480)], [vars(sample)], [found], ("cat", "dog"))
+    left, right = drawn[:, 28:, :484], drawn[:, 28:, 484:]
+    assert left[:, 100, 100].tolist() == halves("dog") and left[:, 100, 400].tolist() == [128] * 3
+    assert right[:, 100, 100].tolist() == halves("cat") and right[:, 100, 400].tolist() == halves("dog")
