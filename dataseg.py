@@ -202,7 +202,7 @@ MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "queries", "
 MODEL_FIELDS += ["decoder_layers"]
 SUPERVISION = ("boxes", "instances", "semantic", "panoptic")
 TASKS = {"miou": "semantic", "pq": "panoptic"}  # by the metric of a dataset; of the others: instance
-EVALUATION = {"o365": "o365-instances"}  # masks for 1000 images of the validation set
+EVALUATION = {"o365": "o365-instances", "objects365": "o365-instances"}  # 1000 images of its val with masks
 
 # --------------------------------------------------------------------------------------------------------------- Model
 
@@ -553,8 +553,9 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         if step == 1 and rank() == 0:
             save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         batch = batch.to(device)
+        rate = poly_learning_rate(step - 1, lr, args.steps)
         for group in optimizer.param_groups:
-            group["lr"] = group["lr_factor"] * poly_learning_rate(step - 1, lr, args.steps)
+            group["lr"] = group["lr_factor"] * rate
 
         name = batch.samples[0].dataset
         output = parallel(batch.images, batch.sizes, model.text[label_space.slice(name)])
@@ -563,12 +564,12 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         losses = compute_losses(args, output, assign_targets(batch, label_space), merged)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        losses = {name: value.detach() for name, value in losses.items()}
+        losses = {term: value.detach() for term, value in losses.items()}
         check_finite(losses, step)
         nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
 
-        run_log.step(step, losses, lr, len(batch) * world_size())
+        run_log.step(step, losses, rate, len(batch) * world_size(), name)
         if step % args.checkpoint_every == 0 or step == args.steps:
             save_checkpoint(folder, step, model, optimizer, metadata)
     run_log.close()

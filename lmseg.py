@@ -226,8 +226,9 @@ def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> tuple[Label
 
     Without learned context; a dataset is decoded and classified by its own classes and background.
     """
-    names = [name for v in vocabularies for name in v.names]
-    return LabelSpace(vocabularies), embed([*names, BACKGROUND], args.text_encoder, args.prompts)
+    names = [*(name for v in vocabularies for name in v.names), BACKGROUND]
+    text = embed(names, args.text_encoder, args.prompts) if args.classifier == "text" else torch.zeros(len(names), 1)
+    return LabelSpace(vocabularies), text
 
 
 def with_context(args: Args, context: Tensor, encoder: ContextEncoder, names: Sequence[str]) -> Tensor:
@@ -287,14 +288,14 @@ class Model(nn.Module):
         self.query_embed = nn.Parameter(torch.randn(args.queries, channels))
         self.level_embed = nn.Parameter(torch.randn(3, channels))
         self.register_buffer("text", text)  # (C + 1, D)
-        self.heads = self.context = None
+        self.heads, self.context, self.cgd = None, None, args.cgd if args.classifier == "text" else "off"
         if args.classifier == "heads":
             sizes = {name: len(v) + 1 for name, v in label_space.vocabularies.items()}
             self.heads = nn.ModuleDict({name.replace(".", "_"): nn.Linear(channels, n) for name, n in sizes.items()})
             return
         self.adapter = nn.Sequential(nn.LayerNorm(text.shape[1]), nn.Linear(text.shape[1], channels))
         self.tau = nn.Parameter(torch.tensor(0.07))
-        if args.cgd != "off":
+        if self.cgd != "off":
             drops = torch.linspace(0, 0.1, args.decoder_layers).tolist()
             self.guides = nn.ModuleList(CategoryGuide(channels, 8, drop) for drop in drops)
         if width:  # std 1 is large beside CLIP's own tokens (0.02), but it is the released code's
@@ -324,10 +325,10 @@ class Model(nn.Module):
         for i, layer in enumerate(self.layers):
             level = i % 3
             blocked = blocked_pixels(predictions[-1][1], resized[level])  # (B, Q, S)
-            if self.args.cgd == "text_visual":
+            if self.cgd == "text_visual":
                 q = self.guides[i](q, text)
             q = layer.look(q, self.query_embed, memory[level], position[level], blocked)
-            if self.args.cgd == "visual_text":
+            if self.cgd == "visual_text":
                 q = self.guides[i](q, text)
             q = layer.talk(q, self.query_embed)
             q = layer.think(q)
@@ -522,8 +523,9 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         if step == 1 and rank() == 0:
             save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         batch = batch.to(device)
+        rate = poly_learning_rate(step - 1, lr, args.steps)
         for group in optimizer.param_groups:
-            group["lr"] = group["lr_factor"] * poly_learning_rate(step - 1, lr, args.steps)
+            group["lr"] = group["lr_factor"] * rate
 
         name = batch.samples[0].dataset
         text = model.text[rows[name]]
@@ -533,12 +535,12 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         losses = compute_losses(args, output, assign_targets(batch, label_space))
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        losses = {name: value.detach() for name, value in losses.items()}
+        losses = {term: value.detach() for term, value in losses.items()}
         check_finite(losses, step)
         nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
 
-        run_log.step(step, losses, lr, len(batch) * world_size())
+        run_log.step(step, losses, rate, len(batch) * world_size(), name)
         if step % args.checkpoint_every == 0 or step == args.steps:
             save_checkpoint(folder, step, model, optimizer, metadata)
     run_log.close()
@@ -555,6 +557,8 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
 
 def text_of(args: Args, model: Model, label_space: LabelSpace, text: Tensor, names: Sequence[str]) -> Tensor:
     """Features (K + 1, D) of any class names; those trained on have rows in text (C + 1, D) and need no encoder."""
+    if model.heads is not None:
+        return text[: len(names) + 1]  # nothing reads it
     if model.context is None:
         return embed([*names, BACKGROUND], args.text_encoder, args.prompts)
     row = {fold(name): i for i, name in enumerate(label_space.names)}

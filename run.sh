@@ -50,7 +50,11 @@ case "${1:-}" in
             echo "stage 2 of 2: boxes and image labels, after an evaluation of stage 1"
             set -- --datasets coco-base,in21k --tiny --weights "$boxes"
         fi
-        [ $# -gt 0 ] || set -- --datasets coco,o365 --tiny
+        [ $# -gt 0 ] || case $method in
+            lmseg) set -- --datasets ade20k,coco-panoptic --tiny ;;
+            dataseg) set -- --datasets ade20k,coco-panoptic,o365 --tiny ;;
+            *) set -- --datasets coco,o365 --tiny ;;
+        esac
         exec .venv/bin/python "$method.py" "$@"
         ;;
 esac

@@ -1,8 +1,8 @@
 """One training step of our Mask2Former (the base of dataseg.py and lmseg.py) against that of Hugging Face transformers.
 
 Both: timm's ResNet-50 with frozen BatchNorm, 6 + 9 layers of 256 channels, 100 queries, 12544 points, the same images
-and segments; forward, matching, losses, backward, clipping, AdamW. Steps alternate in one process; the ratio is of medians.
-Peak memory is that of a process of each alone. Needs `pip install transformers`.
+and segments; forward, matching, losses, backward, clipping, AdamW. Steps alternate in one process; the ratio is that of
+medians. Peak memory is that of a process of each alone. Needs `pip install transformers`.
 
     python benchmarks/mask2former_step.py            # writes benchmarks/mask2former_step-<device>.json
 """

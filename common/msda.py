@@ -160,12 +160,13 @@ def _backward_cpu(grad, value, offsets, logits, reference, out, sizes):
 
     # <grad, value> at each corner: a product of two dense matrices where a sparse one has its entries
     ends, zeros = torch.arange(0, 4 * k * count + 1, 4 * k, dtype=torch.int32), torch.zeros(4 * k * count, dtype=dtype)
+    rows = F.pad(rows, (0, 0, 0, max(4 * k - len(rows), 0)))  # torch wants no more entries than places
     size, entries = (count, len(rows)), samples.corners.flatten()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         pattern = torch.sparse_csr_tensor(ends, entries, zeros, size, check_invariants=False)
-    dots = torch.sparse.sampled_addmm(pattern, grad, rows.t(), beta=0.0).values().view(count, 4, k)
-    dots = [dots[:, corner].reshape_as(samples.base) for corner in range(4)]
+    torch.sparse.sampled_addmm(pattern, grad, rows.t(), beta=0.0, out=pattern)
+    dots = [corner.reshape_as(samples.base) for corner in pattern.values().view(count, 4, k).unbind(1)]
     left_slope, right_slope = _slopes(samples.in_x, samples.width)
     top_slope, bottom_slope = _slopes(samples.in_y, samples.height)
     upper, lower = samples.left * dots[0] + samples.right * dots[1], samples.left * dots[2] + samples.right * dots[3]
@@ -179,7 +180,7 @@ def _backward_cpu(grad, value, offsets, logits, reference, out, sizes):
 
     # samples sorted by their first corner: each row of value then sums a bag of rows of grad, for each of the corners
     keys, order = samples.base.flatten().sort(stable=True)
-    starts = torch.searchsorted(keys, torch.arange(len(rows), dtype=torch.int32))
+    starts = torch.searchsorted(keys, torch.arange(value.shape[:3].numel(), dtype=torch.int32))
     queries = order // k
     grad_value = torch.zeros(*value.shape[:2], value.shape[2] * value.shape[3], dtype=dtype)
     for corner, weights in enumerate(samples.weights()):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.errors import InputError
 from common.msda import msda
 from common.transformer import sine_position
 
@@ -75,7 +76,10 @@ class PixelDecoder(nn.Module):
         self, in_channels: list[int], channels: int = 256, layers: int = 6, ffn: int = 1024, heads: int = 8,
         points: int = 4,
     ):  # fmt: skip
+        """Raises InputError for a number of channels that the group norms cannot divide."""
         super().__init__()
+        if channels % 32:
+            raise InputError(f"--channels {channels} must be a multiple of 32, for group normalisation")
         res2, *levels = in_channels
         self.input_proj = nn.ModuleList(  # from stride 32 to stride 8
             nn.Sequential(nn.Conv2d(width, channels, 1), nn.GroupNorm(32, channels)) for width in reversed(levels)

@@ -31,11 +31,11 @@ log = logging.getLogger("concord")
 
 POSITIVE = {"batch_size", "base_batch_size", "image_size", "test_size", "lr", "tau", "checkpoint_every"}
 POSITIVE |= {"classifier_lr", "rpn_proposals", "test_proposals", "channels", "fc_dim", "rois_per_image"}
-POSITIVE |= {"image_label_proposals"}
+POSITIVE |= {"image_label_proposals", "queries", "points", "encoder_layers", "decoder_layers"}
 NOT_NEGATIVE = {"classifier_steps", "alpha", "beta", "dynamic_classifier", "image_label_weight"}
 NOT_NEGATIVE |= {"steps", "workers", "warmup_steps", "lam", "repeat_threshold", "seed", "score_threshold"}
 LIMITS = dict.fromkeys(NOT_NEGATIVE, (0, 2**31 - 1)) | dict.fromkeys(("image_size", "test_size"), (16, 16384))
-LIMITS["gamma"] = (0, 10)  # the paper has 0.6
+LIMITS |= {"gamma": (0, 10), "semantic_size": (16, 16384), "object_threshold": (0, 1), "context_tokens": (0, 64)}
 
 # -- command line ------------------------------------------------------------------------------------------------------
 
@@ -88,7 +88,8 @@ def with_saved(default, saved: dict, names):
 def check_numbers(args) -> None:
     """Raises InputError for a number that no run can have."""
     for name, value in vars(args).items():
-        flag = f"--{name.replace('_', '-')} {value}"
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        flag = f"--{name.replace('_', '-')} {shown}"
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{flag} must be a finite number")
         if name in POSITIVE and value <= 0:
@@ -96,8 +97,8 @@ def check_numbers(args) -> None:
         low, high = LIMITS.get(name, (-math.inf, math.inf))
         if name in LIMITS and not low <= value <= high:
             raise InputError(f"{flag} must be between {low} and {high}")
-    if hasattr(args, "jitter") and not 0 < args.jitter[0] <= args.jitter[1] <= 100:
-        raise InputError(f"--jitter {args.jitter[0]} {args.jitter[1]} must be a range above 0, smaller number first")
+        if name.endswith("jitter") and not 0 < value[0] <= value[1] <= 100:
+            raise InputError(f"{flag} must be a range above 0, smaller number first")
     if args.batch_size % (ranks := int(os.environ.get("WORLD_SIZE", 1))):
         raise InputError(f"--batch-size {args.batch_size} is not a multiple of the {ranks} ranks; make it one")
 
@@ -234,8 +235,11 @@ class RunLog:
         self.bar = progress_bar("train", steps, start, "step")
         self.images, self.since = 0, time.perf_counter()
 
-    def step(self, step: int, losses: dict[str, Tensor], lr: float, images: int) -> None:
-        """Count one step of so many images; every `every` steps write its losses and the images per second."""
+    def step(self, step: int, losses: dict[str, Tensor], lr: float, images: int, dataset: str = "") -> None:
+        """Count one step of so many images; every `every` steps write its losses and the images per second.
+
+        dataset: of a step that is of one alone; losses of different datasets are not comparable and get own curves
+        """
         if not self.active:
             return
         self.bar.update()
@@ -247,7 +251,8 @@ class RunLog:
         values = {name: round(float(value), 6) for name, value in losses.items()}
         shown = {"loss": f"{values['loss']:.3f}", "lr": f"{lr:.1e}", "img/s": f"{rate:.1f}"}
         self.bar.set_postfix(shown, refresh=False)
-        self.write({"step": step, **values, "lr": lr, "img_per_s": round(rate, 2)})
+        of = {"dataset": dataset} if dataset else {}
+        self.write({"step": step, **of, **values, "lr": lr, "img_per_s": round(rate, 2)})
 
     def write(self, record: dict) -> None:
         if not self.active:
@@ -255,9 +260,10 @@ class RunLog:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         if self.board:
+            folder = f"{record['dataset']}/" if "dataset" in record else ""
             for name, value in record.items():
                 if isinstance(value, (int, float)) and name != "step":
-                    self.board.add_scalar(name, value, record.get("step", 0))
+                    self.board.add_scalar(folder + name, value, record.get("step", 0))
 
     def close(self) -> None:
         if self.active:

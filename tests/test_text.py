@@ -220,7 +220,7 @@ def test_prompts(small_clip):
         expected = F.normalize(model.encode_text(tokenizer([prompt])), dim=-1)
         torch.testing.assert_close(text.embed(["traffic_light"], small_clip, prompts), expected, atol=1e-5, rtol=0)
     assert len(text.templates("imagenet")) == 80
-    with pytest.raises(InputError, match="prompts 'photo' are not known"):
+    with pytest.raises(InputError, match="prompts 'postcard' are not known"):
         text.embed(["couch"], small_clip, "photo")
 
 
