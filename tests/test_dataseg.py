@@ -1,0 +1,1025 @@
+"""DaTaSeg: its losses and merges against loops over floats, its invariants, BoxInst's recording, the command line."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from itertools import islice
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from parity import case, check, report  # noqa: F401 (report is a fixture)
+from PIL import Image
+from safetensors.torch import load_file
+from test_convert import BASE_KEYS, official_base
+from test_equations import bce, random_boxes, sigmoid, unit_rows
+from test_parity_mask2former import own_names, stored
+from torch import nn
+
+import common.backbone
+import common.set_loss
+import dataseg
+from common.batch import Batch, Sample, collate
+from common.convert import convert_mask2former
+from common.datasets import load_datasets
+from common.errors import InputError
+from common.labels import LabelSpace, Vocabulary
+from common.matcher import Targets
+from common.segments import restore
+from common.set_loss import point_sample
+from common.training import parse_args
+from common.transformer import DecoderLayer
+from dataseg import Output
+
+SMALL = dataseg.Args(
+    backbone="resnet18", text_encoder="minilm", channels=32, queries=6, points=64, encoder_layers=1, decoder_layers=2,
+    amp="off", workers=0,
+)  # fmt: skip
+CPU = torch.device("cpu")
+NAMES = "ade20k,coco-panoptic,o365"
+CELL = torch.ones(4, 4, dtype=torch.bool)  # of pixels
+
+
+class Enough(Exception):
+    """Ends a run where a test has seen enough of it."""
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def softmax(row: list[float]) -> list[float]:
+    return [math.exp(x) / sum(map(math.exp, row)) for x in row]
+
+
+def dice(s: list[float], t: list[float]) -> float:
+    """Of Mask2Former, for one mask at its points."""
+    return 1 - (2 * sum(a * b for a, b in zip(s, t)) + 1) / (sum(s) + sum(t) + 1)
+
+
+def soft_bce(logit: float, truth: float) -> float:
+    return truth * bce(logit, True) + (1 - truth) * bce(logit, False)
+
+
+def projection(mask: list[list[float]], *sides: list[float]) -> float:
+    """Of BoxInst, for the logits of one mask and the rows and columns of its box."""
+    total = 0.0
+    for lines, t in zip((mask, zip(*mask)), sides):
+        x = [max(map(sigmoid, line)) for line in lines]
+        total += 1 - 2 * sum(a * b for a, b in zip(x, t)) / (sum(a * a for a in x) + sum(b * b for b in t) + 1e-5)
+    return total
+
+
+def random_output(depths: int = 2, images: int = 2, queries: int = 4, classes: int = 3, size=(6, 8)) -> Output:
+    logits, embed = torch.randn(depths, images, queries, classes + 1), torch.randn(depths, images, queries, 8)
+    return Output(*(x.requires_grad_() for x in (2 * logits, embed, torch.randn(images, 8, *size))))
+
+
+def all_masks(output: Output):
+    """(Z, B, Q, h, w)"""
+    return torch.einsum("zbqc,bchw->zbqhw", output.mask_embed, output.mask_features)
+
+
+def free(masks, logits) -> Output:
+    """The masks (B, Q, h, w) themselves, in one depth; logits (B, Q, K + 1)."""
+    queries = masks.shape[1]
+    return Output(logits[None], torch.eye(queries).expand(1, len(masks), -1, -1), masks)
+
+
+def blocks(cells):
+    """Masks (N, h, w) of cells -> (N, 4 h, 4 w) of pixels."""
+    return torch.kron(cells, CELL)
+
+
+def masks_of(*labels: list[int], size=(6, 8)) -> list[Targets]:
+    """Random masks of so many images."""
+    cells = [torch.rand(len(own), *size) > 0.5 for own in labels]
+    return [Targets(torch.zeros(0, 4), torch.tensor(own), masks=blocks(c)) for own, c in zip(labels, cells)]
+
+
+def boxes_of(*labels: list[int], side: float = 24) -> list[Targets]:
+    return [Targets(random_boxes(len(own), side, 4), torch.tensor(own, dtype=torch.long)) for own in labels]
+
+
+TARGETS = {"masks": masks_of, "boxes": boxes_of}
+NOTHING = {"masks": Targets(torch.zeros(0, 4), torch.zeros(0).long(), masks=torch.zeros(0, 24, 32).bool())}
+NOTHING["boxes"] = Targets(torch.zeros(0, 4), torch.zeros(0).long())
+ALONE = torch.zeros(3, dtype=torch.bool)
+
+
+# -- losses ------------------------------------------------------------------------------------------------------------
+
+
+def test_class_loss_is_the_sum_over_depths_of_weighted_means():
+    logits, classes = 3 * torch.randn(3, 2, 4, 6), torch.randint(6, (3, 2, 4))
+    classes[0], classes[1, 0] = 5, torch.tensor([0, 5, 2, 5])  # a depth of background alone
+    expected = 0.0
+    for depth in range(3):
+        loss = weights = 0.0
+        for image, query in itertools.product(range(2), range(4)):
+            label = classes[depth, image, query].item()
+            weight = 0.1 if label == 5 else 1.0
+            loss -= weight * math.log(softmax(logits[depth, image, query].tolist())[label])
+            weights += weight
+        expected += loss / weights
+    assert dataseg.loss_class(logits, classes).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_mask_losses_at_points():
+    logits, truth = 3 * torch.randn(5, 7), torch.rand(5, 7)  # between pixels the truth is between 0 and 1
+    pairs = list(zip(logits.tolist(), truth.tolist()))
+    expected = sum(sum(map(soft_bce, x, t)) / 7 for x, t in pairs) / 2.5
+    assert dataseg.loss_mask(logits, truth, 2.5).item() == pytest.approx(expected, rel=1e-5)
+    expected = sum(dice(list(map(sigmoid, x)), t) for x, t in pairs) / 2.5
+    assert dataseg.loss_dice(logits, truth, 2.5).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_projection_loss():
+    masks, rows, columns = 2 * torch.randn(3, 4, 5), torch.rand(3, 4).round(), torch.rand(3, 5).round()
+    expected = sum(map(projection, masks.tolist(), rows.tolist(), columns.tolist())) / 1.5
+    assert dataseg.loss_projection(masks, rows, columns, 1.5).item() == pytest.approx(expected, rel=1e-5)
+    nothing = dataseg.loss_projection(torch.full((1, 4, 5), -1e4), torch.zeros(1, 4), torch.zeros(1, 5), 1)
+    assert nothing == 2  # and no division by 0
+
+
+def test_projections_of_a_filled_box_and_of_all_that_spans_it():
+    box = torch.zeros(8, 10, dtype=torch.bool)
+    box[2:6, 3:8] = True
+    line = torch.zeros_like(box)
+    line[[2, 3, 4, 5, 5], [3, 4, 5, 6, 7]] = True
+    sides = box.any(1)[None].float(), box.any(0)[None].float()
+    for mask in (box, line):  # boxes cannot tell them apart
+        assert dataseg.loss_projection(torch.where(mask, 20.0, -20.0)[None], *sides, 1).abs() < 1e-5
+    wider, hollow = box.clone(), box.clone()
+    wider[2:6, 8] = True
+    hollow[4] = False
+    for mask in (wider, hollow):
+        assert dataseg.loss_projection(torch.where(mask, 20.0, -20.0)[None], *sides, 1) > 0.05
+
+
+def test_cells_of_boxes_are_those_whose_centre_is_inside():
+    boxes = torch.cat([random_boxes(30, 34, 0.1), torch.tensor([[4.0, 8, 6, 10], [4.0, 8, 5.9, 9.9]])])
+    sides = dataseg.rasterise(boxes, (9, 11))
+    assert [side.shape for side in sides] == [(32, 9), (32, 11)]
+    for box, *lines in zip(boxes.tolist(), *(side.tolist() for side in sides)):
+        for line, low, high in zip(lines, (box[1], box[0]), (box[3], box[2])):
+            inside = [float(math.floor(low) <= 4 * i + 2 < math.floor(high + 1)) for i in range(len(line))]
+            assert line == inside or (not any(inside) and sum(line) == 1)
+
+
+@pytest.mark.parametrize(
+    "box, rows, columns",
+    [
+        ([0, 0, 20, 16], [0, 1, 2, 3], [0, 1, 2, 3, 4]),  # all of the image
+        ([4, 0, 6, 16], [0, 1, 2, 3], [1]),  # pixel 6 is the centre of a cell and at the edge
+        ([2.9, 4.5, 5.9, 5.5], [1], [0]),  # from pixel 2 to pixel 5; no row's centre: the nearest
+        ([3, 9, 4, 9.5], [2], [0]),  # no centre at all: the nearest of both
+        ([19.5, 15.5, 20, 16], [3], [4]),  # in the corner
+        ([19, 0, 20, 0.5], [0], [4]),
+    ],
+)
+def test_every_box_has_a_cell(box, rows, columns):
+    found = dataseg.rasterise(torch.tensor([[0.0, 0, 9, 9], box]), (4, 5))
+    assert [side[1].nonzero().flatten().tolist() for side in found] == [rows, columns]
+    assert all(side.dtype == torch.float32 and side.max() == 1 for side in found)
+
+
+# -- matching ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_matching_is_the_cheapest_by_the_costs_of_the_losses(kind, monkeypatch):
+    output, targets, costs = random_output(), TARGETS[kind]([2, 0, 2], [1]), []
+    assign = dataseg.assign_by_depth
+    monkeypatch.setattr(dataseg, "assign_by_depth", lambda cost: costs.append(cost) or assign(cost))
+    args, masks = replace(SMALL, points=30), all_masks(output)
+    torch.manual_seed(3)
+    pairs = dataseg.match(args, output, targets)
+    torch.manual_seed(3)
+    for i, (t, cost, (depths, queries, columns)) in enumerate(zip(targets, costs, pairs, strict=True)):
+        points = torch.rand(1, 30, 2)  # the same for all queries and depths
+        for z in range(2):
+            for q, n in itertools.product(range(4), range(len(t.labels))):
+                expected = -2 * softmax(output.logits[z, i, q].tolist())[t.labels[n]]
+                if kind == "masks":
+                    x = point_sample(masks[z, i, q][None], points)[0].tolist()
+                    truth = point_sample(t.masks[n][None], points)[0].tolist()
+                    expected += 5 * sum(map(soft_bce, x, truth)) / 30 + 5 * dice(list(map(sigmoid, x)), truth)
+                else:
+                    sides = (side[n].tolist() for side in dataseg.rasterise(t.boxes, (6, 8)))
+                    expected += 5 * projection(masks[z, i, q].tolist(), *sides)
+                assert cost[z, q, n].item() == pytest.approx(expected, rel=1e-4)
+            all_ways = itertools.permutations(range(4), len(t.labels))
+            best = min(all_ways, key=lambda way: sum(cost[z, q, n].item() for n, q in enumerate(way)))
+            here = depths == z
+            assert dict(zip(columns[here].tolist(), queries[here].tolist())) == dict(enumerate(best))
+        assert (columns.diff() >= 0).all() and not cost.requires_grad
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_matching_of_none_and_of_more_than_there_are_queries(kind):
+    output = random_output(depths=3, queries=4)
+    [one, many] = dataseg.match(SMALL, output, [NOTHING[kind], *TARGETS[kind]([0, 1, 2] * 3)])
+    assert [len(part) for part in one] == [0, 0, 0]
+    depth, query, target = many
+    assert sorted(zip(depth.tolist(), query.tolist())) == list(itertools.product(range(3), range(4)))
+    assert len(set(zip(depth.tolist(), target.tolist()))) == 12
+
+
+# -- the sum -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cells(monkeypatch):
+    """The points of the losses are the centres of the 6 x 8 cells, where masks and targets are what they are there."""
+    y, x = torch.meshgrid((torch.arange(6) + 0.5) / 6, (torch.arange(8) + 0.5) / 8, indexing="ij")
+
+    def centres(logits, num):
+        assert num == SMALL.points and not logits.requires_grad
+        return torch.stack([x, y], -1).view(1, -1, 2).expand(len(logits), -1, -1)
+
+    monkeypatch.setattr(common.set_loss, "uncertain_points", centres)
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_loss_of_all_depths_and_images(kind, cells, monkeypatch):
+    output, targets = random_output(depths=3), TARGETS[kind]([2, 0, 2], [1])
+    masks, pairs = all_masks(output), dataseg.match(SMALL, output, targets)
+    monkeypatch.setattr(dataseg, "match", lambda *_: pairs)
+    monkeypatch.setattr(dataseg, "mean_over_ranks", lambda count: count * 1.5)
+    labels, expected = torch.full((3, 2, 4), 3), dict.fromkeys(("loss_mask", "loss_dice", "loss_projection"), 0.0)
+    for i, (t, matched) in enumerate(zip(targets, pairs)):
+        for z, q, n in zip(*(part.tolist() for part in matched)):
+            labels[z, i, q] = t.labels[n]
+            mask = masks[z, i, q].tolist()
+            if kind == "masks":
+                x, truth = sum(mask, []), t.masks[n, 2::4, 2::4].flatten().float().tolist()
+                expected["loss_mask"] += 5 * sum(map(soft_bce, x, truth)) / 48 / 6  # 4 targets here, 8 on another rank
+                expected["loss_dice"] += 5 * dice(list(map(sigmoid, x)), truth) / 6
+            else:
+                sides = (side[n].tolist() for side in dataseg.rasterise(t.boxes, (6, 8)))
+                expected["loss_projection"] += 5 * projection(mask, *sides) / 6
+    expected = {name: value for name, value in expected.items() if value}
+    expected["loss_class"] = 2 * dataseg.loss_class(output.logits, labels).item()
+    losses = dataseg.compute_losses(SMALL, output, targets, ALONE)
+    assert losses.keys() == expected.keys() | {"loss"}
+    for name, value in expected.items():
+        assert losses[name].item() == pytest.approx(value, rel=1e-4), name
+    assert losses["loss"].item() == pytest.approx(sum(expected.values()), rel=1e-4)
+    losses["loss"].backward()  # every depth is supervised
+    assert output.logits.grad.any(-1).all() and output.mask_embed.grad.any(-1).any(-1).all()
+    monkeypatch.setattr(dataseg, "mean_over_ranks", lambda count: count * 0.1)
+    few = dataseg.compute_losses(SMALL, output, targets, ALONE)
+    for name in expected.keys() - {"loss_class"}:
+        assert few[name].item() == pytest.approx(6 * losses[name].item(), rel=1e-4)  # at least one target
+
+
+@pytest.mark.parametrize("merging", [True, False])
+@pytest.mark.parametrize("kind", TARGETS)
+def test_an_image_without_targets_beside_another(kind, merging):
+    output, (some,) = random_output(), TARGETS[kind]([2, 0])
+    losses = dataseg.compute_losses(replace(SMALL, merge_in_training=merging), output, [NOTHING[kind], some], ~ALONE)
+    losses["loss"].backward()
+    assert losses["loss"].isfinite() and output.mask_features.grad[1].any() and not output.mask_features.grad[0].any()
+    assert output.logits.grad.any(-1).all()
+
+
+def test_boxes_alone_teach_rectangles():
+    """Free mask logits, positive in the beginning, become the boxes that they are matched with."""
+    targets = [Targets(torch.tensor([[8.0, 12, 40, 36], [36, 4, 60, 60]]), torch.tensor([2, 0]))]
+    masks, logits = (1 + 0.1 * torch.randn(1, 4, 16, 16)).requires_grad_(), torch.zeros(1, 4, 4, requires_grad=True)
+    optimizer = torch.optim.Adam([masks, logits], lr=0.3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        dataseg.compute_losses(SMALL, free(masks, logits), targets, ALONE)["loss"].backward()
+        optimizer.step()
+    for n, (label, box) in enumerate(zip((2, 0), ((2, 3, 10, 9), (9, 1, 15, 15)))):
+        (query,) = (logits[0].argmax(-1) == label).nonzero()[0].tolist()
+        found, wanted = masks[0, query] > 0, torch.zeros(16, 16, dtype=torch.bool)
+        wanted[box[1] : box[3], box[0] : box[2]] = True
+        assert (found & wanted).sum() / (found | wanted).sum() > 0.97, n
+
+
+# -- merge -------------------------------------------------------------------------------------------------------------
+
+KINDS = Vocabulary("a", ("cat", "grass", "sky"), is_thing=(True, False, False))
+
+
+def test_merged_classes_of_the_tasks():
+    merged = {task: dataseg.merged_classes(KINDS, task).tolist() for task in ("semantic", "panoptic", "instance")}
+    assert merged == {"semantic": [True] * 3, "panoptic": [False, True, True], "instance": [False] * 3}
+    plain = replace(KINDS, is_thing=None)  # what is not known to be stuff is left alone
+    merged = {task: dataseg.merged_classes(plain, task).tolist() for task in merged}
+    assert merged == {"semantic": [True] * 3, "panoptic": [False] * 3, "instance": [False] * 3}
+
+
+def test_merged_targets_are_unions():
+    masks, labels = torch.rand(6, 5, 7) > 0.6, torch.tensor([1, 0, 2, 1, 0, 1])
+    found, classes = dataseg.merge_targets(masks, labels, torch.tensor([False, True, True]))
+    assert classes.tolist() == [0, 0, 1, 2]
+    for mask, members in zip(found.tolist(), ([1], [4], [0, 3, 5], [2])):
+        for y, x in itertools.product(range(5), range(7)):
+            assert mask[y][x] == any(masks[row, y, x].item() for row in members)
+    same = dataseg.merge_targets(masks, labels, ALONE)
+    assert torch.equal(same[0], masks) and torch.equal(same[1], labels)
+    nothing = dataseg.merge_targets(masks[:0], labels[:0], ~ALONE)
+    assert [part.shape for part in nothing] == [(0, 5, 7), (0,)]
+
+
+def pixels(size=(20, 24)):
+    return torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+
+
+def labelled(dataset: str, supervision: str, labels: list[int], size=(20, 24)) -> Sample:
+    """An image whose ground truth is of that kind, with some pixels of no segment."""
+    sample = replace(Sample.unlabelled(pixels(size), dataset, 0, 0), supervision=supervision)
+    sample = replace(sample, labels=torch.tensor(labels, dtype=torch.long))
+    if supervision in ("semantic", "panoptic"):
+        return replace(sample, segments=torch.randint(-1, len(labels), size).short())
+    sample = replace(sample, boxes=random_boxes(len(labels), min(size)))
+    return sample if supervision == "boxes" else replace(sample, masks=torch.rand(len(labels), *size) > 0.5)
+
+
+def test_targets_of_each_supervision():
+    label_space = LabelSpace([Vocabulary("first", ("dog", "car")), KINDS])
+    kinds = {"semantic": [2, 0, 1], "panoptic": [1, 0, 2, 1, 0], "instances": [1, 1], "boxes": [0, 1]}
+    samples = [labelled("a", kind, labels) for kind, labels in kinds.items()]
+    batch = collate(samples)
+    semantic, panoptic, instances, boxes = dataseg.assign_targets(batch, label_space)
+    members = [[[1], [2], [0]], [[1], [4], [0, 3], [2]], [[0], [1]]]  # rows of the sample, in the order of the targets
+    assert [t.labels.tolist() for t in (semantic, panoptic, instances, boxes)] == [[0, 1, 2], [0, 0, 1, 2], [1, 1], [0, 1]]
+    for t, sample, rows in zip((semantic, panoptic, instances), samples, members):
+        assert t.masks.shape == (len(rows), 32, 32) and t.masks.dtype == torch.bool  # padded as the batch
+        assert not t.masks[:, 20:].any() and not t.masks[:, :, 24:].any()
+        for mask, own in zip(t.masks[:, :20, :24].tolist(), rows):
+            for y, x in itertools.product(range(20), range(24)):
+                if sample.segments is None:
+                    assert mask[y][x] == sample.masks[own[0], y, x].item()
+                else:
+                    assert mask[y][x] == (sample.segments[y, x].item() in own)
+    assert boxes.masks is None and torch.equal(boxes.boxes, samples[3].boxes)
+
+
+def test_targets_of_an_image_without_any():
+    samples = [labelled("a", kind, []) for kind in ("semantic", "panoptic", "instances", "boxes")]
+    for t in dataseg.assign_targets(collate(samples), LabelSpace([KINDS])):
+        assert len(t.labels) == 0 and (t.masks is None or t.masks.shape == (0, 32, 32))
+
+
+def test_free_queries_join_the_target_of_their_class():
+    output = random_output(depths=3, queries=12)
+    labels, merged = torch.tensor([1, 0, 2]), torch.tensor([False, True, True])
+    pairs = dataseg.match(SMALL, output, boxes_of(*[labels.tolist()] * 2))[1]
+    (depth, query, target), owner = dataseg.join_members(output, 1, pairs, labels, merged)
+    count = len(pairs[0])
+    for part, first in zip((depth, query, target, owner), (*pairs, torch.arange(count))):
+        assert torch.equal(part[:count], first)
+    said, expected = output.logits[:, 1].argmax(-1).tolist(), []
+    matched = [set(pairs[1][pairs[0] == z].tolist()) for z in range(3)]
+    for row, (z, _, n) in enumerate(zip(*(part.tolist() for part in pairs))):
+        joins = [q for q in range(12) if q not in matched[z] and said[z][q] == labels[n] and merged[labels[n]]]
+        expected += [(z, q, n, row) for q in joins]
+    found = zip(*(part[count:].tolist() for part in (depth, query, target, owner)))
+    assert sorted(found) == sorted(expected) and 3 < len(expected)
+
+
+def test_joined_queries_are_supervised_as_one_mask(cells, monkeypatch):
+    """The merged logit is the largest; its gradient reaches the member that has it, and all members learn the class."""
+    logits = 9 * torch.eye(4)[[1, 1, 1, 0, 3]][None]  # queries 0 to 2 call the second class by its name
+    masks, truth = torch.randn(1, 5, 6, 8, requires_grad=True), torch.rand(2, 6, 8) > 0.5
+    targets = [Targets(torch.zeros(0, 4), torch.tensor([0, 1]), masks=blocks(truth))]
+    pairs = tuple(map(torch.tensor, ([0, 0], [3, 1], [0, 1])))  # depth, query, target
+    classes, loss_class = [], dataseg.loss_class
+    monkeypatch.setattr(dataseg, "match", lambda *_: [pairs])
+    monkeypatch.setattr(dataseg, "loss_class", lambda x, own: classes.append(own[0, 0].tolist()) or loss_class(x, own))
+    for on, members in ((True, [0, 1, 2]), (False, [1])):
+        args, masks.grad = replace(SMALL, merge_in_training=on), None
+        losses = dataseg.compute_losses(args, free(masks, logits), targets, torch.tensor([False, True, False]))
+        loss_mask = loss_dice = 0.0
+        for x, t in ((masks[0, 3], truth[0]), (masks[0, members].amax(0), truth[1])):
+            x, t = x.flatten().tolist(), t.flatten().float().tolist()
+            loss_mask += 5 * sum(map(soft_bce, x, t)) / 48 / 2
+            loss_dice += 5 * dice(list(map(sigmoid, x)), t) / 2
+        assert losses["loss_mask"].item() == pytest.approx(loss_mask, rel=1e-4)
+        assert losses["loss_dice"].item() == pytest.approx(loss_dice, rel=1e-4)
+        losses["loss"].backward()
+        reached = masks.grad[0].abs() > 1e-4
+        best = torch.tensor(members)[masks[0, members].argmax(0)]  # (h, w)
+        assert all(torch.equal(reached[q], (best == q) & (q in members)) for q in (0, 1, 2))
+        assert reached[3].all() and not reached[4].any()
+    assert classes == [[1, 1, 1, 0, 3], [3, 1, 3, 0, 3]]
+
+
+def test_two_halves_are_the_whole():
+    whole, noise = torch.where(torch.rand(6, 8) > 0.5, 5.0, -5.0), torch.randn(3, 6, 8)
+    left = torch.arange(8) < 4
+    masks = torch.stack([noise[0], whole.where(left, -5), noise[1], whole.where(~left, -5), noise[2], whole])
+    p = torch.tensor([[6.0, 2, 1, 1], [1, 5, 2, 2], [0, 1, 0, 9], [1, 6, 1, 2], [7, 1, 1, 1], [1, 2, 6, 1]]) / 10
+    found, rows = dataseg.merge(masks, p, torch.tensor([False, True, False]))
+    assert torch.equal(found, torch.stack([noise[0], noise[1], noise[2], whole, whole]))
+    assert torch.equal(rows, p[[0, 2, 4, 5, 3]])  # of the two the surest
+    for part, given in zip(dataseg.merge(masks, p, ALONE), (masks, p)):  # instances
+        assert torch.equal(part, given)
+    found, rows = dataseg.merge(masks, p, ~ALONE)
+    assert rows.tolist() == p[[2, 4, 3, 5]].tolist() and torch.equal(found[1], torch.maximum(noise[0], noise[2]))
+
+
+# -- predictions -------------------------------------------------------------------------------------------------------
+
+
+class Says:
+    """In the place of a model: the probabilities (B, Q, K + 1) and mask logits (B, Q, h, w) of its last depth."""
+
+    def __init__(self, probabilities, masks, **changes):
+        self.args, self.text, last = replace(SMALL, **changes), torch.zeros(1, 384), free(masks, probabilities.log())
+        logits, embed = (torch.cat([torch.randn_like(x), x]) for x in (last.logits, last.mask_embed))
+        self.output = Output(logits, embed, masks)
+
+    def eval(self):
+        pass
+
+    def __call__(self, images, sizes, text):
+        assert text is self.text
+        return self.output
+
+
+def images_of(*sizes: tuple[tuple[int, int], tuple[int, int]]) -> Batch:
+    """Images of the first size, of files of the second."""
+    return collate([replace(Sample.unlabelled(pixels(s), "a", 0, 0), original_size=original) for s, original in sizes])
+
+
+def test_semantic_maps_are_sums_over_all_proposals():
+    batch = images_of(((20, 30), (9, 7)), ((28, 17), (12, 14)))
+    p, masks = torch.randn(2, 5, 4).softmax(-1), 3 * torch.randn(2, 5, 8, 8)
+    found = dataseg.predict(Says(p, masks), batch, replace(KINDS, is_thing=None), "semantic")
+    for i, (size, original) in enumerate((((20, 30), (9, 7)), ((28, 17), (12, 14)))):
+        assert found[i].keys() == {"class_names", "size", "semantic"} and found[i]["size"] == original
+        assert found[i]["class_names"] == KINDS.names and found[i]["semantic"].shape == original
+        s = restore(masks[i], (32, 32), size, original).sigmoid()
+        for y, x in itertools.product(*map(range, original)):
+            score = [sum(p[i, q, k].item() * s[q, y, x].item() for q in range(5)) for k in range(3)]
+            assert found[i]["semantic"][y, x].item() == score.index(max(score))
+
+
+def test_union_and_sum_disagree_where_many_are_unsure():
+    p = torch.tensor([[[0.6, 0, 0, 0.4], [0.6, 0, 0, 0.4], [0, 0.9, 0, 0.1]]])  # 0.3 + 0.3 beside 0.45
+    batch, masks = images_of(((32, 32), (8, 8))), torch.zeros(1, 3, 8, 8)
+    for task in ("semantic", "panoptic"):
+        maps = [dataseg.predict(Says(p, masks, merge=m), batch, KINDS, task)[0]["semantic"] for m in ("sum", "max")]
+        assert (maps[0] == 0).all() and (maps[1] == 1).all()
+
+
+def region(*parts: tuple[slice, slice]):
+    """(8, 8) logits, positive in the parts."""
+    mask = torch.full((8, 8), -20.0)
+    for part in parts:
+        mask[part] = 20.0
+    return mask
+
+
+def test_panoptic_maps():
+    """Halves of stuff are one segment, things are not; unsure and overlapped proposals are left out."""
+    s, top = slice, slice(0, 3)
+    proposals = [
+        ([0.9, 0, 0, 0.1], region((top, s(0, 4)))),  # 1: a cat
+        ([0.85, 0, 0, 0.15], region((top, s(4, 8)), (s(0, 2), s(3, 4)))),  # 2: another; the first wins 2 of 14 cells
+        ([0.82, 0, 0, 0.18], region((s(3, 4), s(0, 3)), (s(2, 3), s(0, 1)))),  # only 3 of 4 cells are left
+        ([0, 0.95, 0.05, 0], region((s(4, 7), s(0, 6)))),  # 3: grass, the surer part
+        ([0, 0.9, 0.1, 0], region((s(4, 7), s(2, 8)))),  # more grass, of which less than 0.8 is left
+        ([0, 0, 0.7, 0.3], region((s(7, 8), s(0, 8)))),  # sky
+        ([0.05, 0, 0, 0.95], region((s(0, 8), s(0, 8)))),  # nothing
+    ]
+    p, masks = (torch.stack([torch.as_tensor(x) for x in part])[None] for part in zip(*proposals))
+    batch, expected = images_of(((32, 32), (8, 8))), torch.zeros(8, 8, dtype=torch.int32)
+    for number, part in enumerate([(top, s(0, 4)), (top, s(4, 8)), (s(4, 7), s(0, 8))], 1):
+        expected[part] = number
+    (found,) = dataseg.predict(Says(p, masks), batch, KINDS, "panoptic")
+    assert found.keys() == {"class_names", "size", "semantic", "panoptic", "segments_info"}
+    assert found["panoptic"].tolist() == expected.tolist()
+    kinds = {"id": [1, 2, 3], "label": [0, 0, 1], "isthing": [True, True, False]}
+    assert {key: [info[key] for info in found["segments_info"]] for key in kinds} == kinds
+    assert [info["score"] for info in found["segments_info"]] == pytest.approx([0.9, 0.85, 0.95])
+    (found,) = dataseg.predict(Says(p, masks, object_threshold=0.6), batch, KINDS, "panoptic")
+    expected[7] = 4
+    assert found["panoptic"].tolist() == expected.tolist() and found["segments_info"][3]["label"] == 2
+
+
+def test_instances_are_not_merged():
+    p, masks, original = torch.randn(1, 5, 4).softmax(-1), 3 * torch.randn(1, 5, 8, 8), (9, 7)
+    (found,) = dataseg.predict(Says(p, masks), images_of(((20, 30), original)), KINDS, "instance")
+    assert found.keys() == {"class_names", "size", "boxes", "labels", "scores", "masks"}
+    assert len(found["boxes"]) == 15 and found["masks"].shape == (15, *original)
+    logits, expected = restore(masks[0], (32, 32), (20, 30), original), []
+    for q, k in itertools.product(range(5), range(3)):
+        inside = [sigmoid(x) for x in logits[q].flatten().tolist() if x > 0]
+        expected.append((p[0, q, k].item() * sum(inside) / len(inside), k, q))
+    expected.sort(reverse=True)
+    assert found["scores"].tolist() == pytest.approx([score for score, _, _ in expected], rel=1e-4)
+    assert found["class_names"] == [KINDS.names[k] for _, k, _ in expected]
+    assert torch.equal(found["masks"], logits[[q for _, _, q in expected]] > 0)
+
+
+# -- model -------------------------------------------------------------------------------------------------------------
+
+
+def small_model(vocabularies: list[Vocabulary] | None = None, **changes) -> tuple[dataseg.Model, LabelSpace]:
+    args = replace(SMALL, **changes)
+    label_space, text = dataseg.build_label_space(args, vocabularies or [KINDS])
+    return dataseg.Model(args, text, pretrained=False), label_space
+
+
+def test_classes_are_cosines_and_background_is_the_last():
+    model, _ = small_model()
+    model.class_embed, text, e = nn.Identity(), unit_rows(4, 384), 5 * torch.randn(2, 3, 384)
+    for scale in (20.0, 1000.0):
+        model.log_scale.data.fill_(math.log(scale))
+        model.background.data = 3 * torch.randn(384)
+        logits = model.classify(e, text)
+        assert logits.shape == (2, 3, 5)
+        rows = [*text.tolist(), model.background.tolist()]
+        for b, q, k in itertools.product(range(2), range(3), range(5)):
+            one, other = e[b, q].tolist(), rows[k]
+            lengths = math.sqrt(sum(x * x for x in one) * sum(x * x for x in other))
+            expected = min(scale, 100) * sum(x * y for x, y in zip(one, other)) / lengths
+            assert logits[b, q, k].item() == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def random_maps(batch: int = 2, channels: int = 32):
+    maps = [torch.randn(batch, channels, 2 * 2**i, 3 * 2**i) for i in range(3)]  # strides 32, 16, 8
+    return torch.randn(batch, channels, 16, 24), maps
+
+
+def test_queries_look_at_one_level_after_the_other_and_each_answer_counts(monkeypatch):
+    (model, _), (mask_features, maps), seen = small_model(decoder_layers=4), random_maps(), []
+    look = DecoderLayer.look
+
+    def spy(layer, q, query_pos, memory, key_pos, blocked):
+        level = [m.flatten(2).transpose(1, 2) for m in maps][len(seen) % 3]
+        torch.testing.assert_close(memory, level + model.level_embed[len(seen) % 3])
+        masks = torch.einsum("bqc,bchw->bqhw", model.head(q)[1], mask_features)  # of the queries as they come in
+        outside = nn.functional.interpolate(masks, maps[len(seen) % 3].shape[-2:], mode="bilinear").flatten(2) < 0
+        assert torch.equal(blocked, outside & ~outside.all(2, keepdim=True)) and query_pos is model.query_embed
+        seen.append(q)
+        return look(layer, q, query_pos, memory, key_pos, blocked)
+
+    monkeypatch.setattr(DecoderLayer, "look", spy)
+    output = model.decode(mask_features, maps, model.text)
+    assert len(seen) == 4 and output.logits.shape == (5, 2, 6, 4) and output.mask_embed.shape == (5, 2, 6, 32)
+    assert torch.equal(seen[0], model.query_feat.expand(2, -1, -1)) and output.mask_features is mask_features
+    for depth, q in enumerate(seen):
+        z, mask_embed = model.head(q)
+        torch.testing.assert_close(output.mask_embed[depth], mask_embed)
+        torch.testing.assert_close(output.logits[depth], model.classify(z, model.text))
+    depth, query = torch.tensor([0, 4, 4]), torch.tensor([5, 0, 5])
+    masks = output.masks(depth, 1, query)
+    torch.testing.assert_close(masks, all_masks(output)[depth, 1, query])
+    torch.testing.assert_close(output.masks(-1, 0), all_masks(output)[4, 0])
+
+
+def test_permuted_queries_give_permuted_outputs():
+    (model, _), maps, order = small_model(), random_maps(), torch.randperm(6)
+    one = model.decode(*maps, model.text)
+    model.query_feat.data, model.query_embed.data = model.query_feat[order], model.query_embed[order]
+    other = model.decode(*maps, model.text)
+    torch.testing.assert_close(other.logits, one.logits[:, :, order])
+    torch.testing.assert_close(other.mask_embed, one.mask_embed[:, :, order])
+
+
+def test_model_as_it_starts():
+    torch.manual_seed(1)
+    model, _ = small_model(queries=200, channels=64)
+    assert model.log_scale.exp().item() == pytest.approx(1 / 0.07)
+    assert model.background.std().item() == pytest.approx(0.02, rel=0.2)
+    for embedding in (model.query_feat, model.query_embed, model.level_embed):
+        assert embedding.std().item() == pytest.approx(1, rel=0.2)
+    assert model.class_embed.weight.shape == (384, 64)
+
+
+@pytest.mark.skipif(not BASE_KEYS.is_file(), reason=f"no {BASE_KEYS.name}; CONCORD_PARITY names its folder")
+def test_base_has_the_shapes_of_the_official_one():
+    listing = next(iter(json.loads(BASE_KEYS.read_text()).values()))
+    official = {key: torch.empty(facts["shape"], device="meta") for key, facts in listing.items()}
+    with torch.device("meta"):
+        own = dataseg.Model(dataseg.Args(), torch.zeros(5, 768), pretrained=False).state_dict()
+    base, rest = {key: t.shape for key, t in convert_mask2former(official)[0].items()}, {}
+    assert base == {key: t.shape for key, t in own.items() if key in base or not rest.setdefault(key, True)}
+    assert rest.keys() == {"class_embed.weight", "class_embed.bias", "background", "log_scale", "text"}
+
+
+def test_swapping_the_vocabulary_changes_the_columns_alone():
+    model, _ = small_model()
+    maps, before = random_maps(), {key: t.clone() for key, t in model.state_dict().items()}
+    one = model.decode(*maps, model.text)
+    model.set_vocabulary(torch.cat([unit_rows(1, 384), model.text.flip(0)]).double())
+    other = model.decode(*maps, model.text)
+    assert torch.equal(one.mask_embed, other.mask_embed) and other.logits.shape[-1] == 5
+    torch.testing.assert_close(other.logits[..., [3, 2, 1, 4]], one.logits)
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items() if key != "text")
+    with pytest.raises(InputError, match="512 dimensions, this model needs 384; use the --text-encoder"):
+        model.set_vocabulary(unit_rows(3, 512))
+
+
+DATA = {"ade": "semantic", "pan": "panoptic", "ins": "instances", "box": "boxes"}
+SPACE = [replace(KINDS, dataset=name) for name in DATA]
+
+
+def train_step(model, label_space, name: str, *labels: list[int]):
+    """The output and losses of a batch of 64 x 64 pixels."""
+    batch = collate([labelled(name, DATA[name], own, (64, 64)) for own in labels])
+    output = model(batch.images, batch.sizes, model.text[label_space.slice(name)])
+    return output, dataseg.compute_losses(model.args, output, dataseg.assign_targets(batch, label_space), ALONE)
+
+
+def test_names_of_datasets_make_no_difference():
+    model, label_space = small_model(SPACE)
+    assert model.text.shape == (12, 384)
+    outputs, losses = [], []
+    for name in ("ade", "box"):
+        torch.manual_seed(5)
+        batch = collate([labelled(name, "instances", [0, 1], (64, 64)), labelled(name, "instances", [2], (64, 64))])
+        output = model.eval()(batch.images, batch.sizes, model.text[label_space.slice(name)])
+        outputs.append(output)
+        losses.append(dataseg.compute_losses(SMALL, output, dataseg.assign_targets(batch, label_space), ALONE)["loss"])
+    assert all(torch.equal(one, other) for one, other in zip(vars(outputs[0]).values(), vars(outputs[1]).values()))
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("labels", [([0, 1, 2], [1, 2]), ([], [])], ids=["targets", "none"])
+@pytest.mark.parametrize("name", DATA)
+def test_every_batch_teaches_everything_but_texts(name, labels):
+    """DistributedDataParallel waits for the gradient of every parameter."""
+    model, label_space = small_model(SPACE)
+    _, losses = train_step(model.train(), label_space, name, *labels)
+    losses["loss"].backward()
+    assert losses["loss"].isfinite() and losses["loss_class"] > 0
+    lacking = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not lacking and model.background.grad.any() and model.log_scale.grad.any()
+    assert model.text.grad is None and not model.text.requires_grad
+    places = {"loss", "loss_class"} | ({"loss_projection"} if name == "box" else {"loss_mask", "loss_dice"})
+    assert losses.keys() == places
+    assert all((value > 0) == bool(labels[0]) for key, value in losses.items() if key not in ("loss", "loss_class"))
+
+
+def test_images_of_a_batch_do_not_mix():
+    model, _ = small_model()
+    images = [Sample.unlabelled(pixels(size), "a", 0, 0) for size in ((96, 64), (70, 96), (96, 96))]
+    for task in ("semantic", "panoptic", "instance"):
+        batch = collate(images)
+        found = dataseg.predict(model.train(), batch, KINDS, task)
+        assert not model.training
+        alone = dataseg.predict(model, replace(batch, images=batch.images[1:2], sizes=batch.sizes[1:2],
+                                               samples=batch.samples[1:2]), KINDS, task)[0]  # fmt: skip
+        for key, value in alone.items():
+            if torch.is_tensor(value) and value.is_floating_point():
+                torch.testing.assert_close(found[1][key], value, rtol=1e-3, atol=1e-4)
+            elif key != "segments_info":
+                same = value == found[1][key]
+                assert same.float().mean() > 0.99 if torch.is_tensor(value) else same, key
+
+
+# -- recordings of official code ---------------------------------------------------------------------------------------
+
+
+def test_parity_projection_loss():
+    tensors, record = case("boxinst_projection")
+    logits = tensors["mask_logits"][:, 0].requires_grad_()
+    count, stride = len(logits), record["config"]["mask_out_stride"]
+    boxes, masks = (torch.cat([tensors[f"gt{i}.{kind}"] for i in range(2)]) for kind in ("boxes", "box_masks"))
+    rows, columns = dataseg.rasterise(boxes, logits.shape[-2:], stride)
+    assert torch.equal(rows[:, :, None] * columns[:, None], masks)
+    loss = dataseg.loss_projection(logits, rows, columns, count)
+    check("projection: loss", loss, record["loss_project"])
+    loss.backward()
+    check("projection: gradient", logits.grad, tensors["project.grad_logits"][:, 0], 1e-3)
+    x, t = logits.detach().sigmoid().flatten(1), masks.flatten(1)
+    check("projection: dice of whole masks", dataseg.projection_dice((x * t).sum(1), x, t), tensors["dice.per_instance"])
+
+
+def test_parity_decoder():
+    """The whole loop of the model, but for its classifier."""
+    tensors, record = case("mask2former_decoder")
+    config = record["config"]
+    channels, masks, layers = config["hidden_dim"], config["mask_dim"], config["dec_layers"]
+    model, _ = small_model(channels=channels, queries=config["num_queries"], decoder_layers=layers)
+    sizes = channels, config["nheads"], config["dim_feedforward"]
+    model.layers = nn.ModuleList(DecoderLayer(*sizes) for _ in range(layers))
+    model.head.mask_embed[-1] = nn.Linear(channels, masks)
+    official = own_names("predictor", stored(tensors, "predictor."))
+    loaded = model.load_state_dict({k: t for k, t in official.items() if not k.startswith("class_embed")}, strict=False)
+    parts = {key.split(".")[0] for key in loaded.missing_keys}
+    assert not loaded.unexpected_keys
+    assert parts == {"backbone", "pixel_decoder", "class_embed", "background", "log_scale", "text"}
+    output = model.decode(tensors["in.mask_features"], [tensors[f"in.multi_scale.{i}"] for i in range(3)], model.text)
+    for depth, masks in enumerate(all_masks(output)):
+        check("decoder of dataseg: masks", masks, tensors[f"out.layer{depth}.pred_masks"])
+    assert len(output.logits) == layers + 1
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def datasets(tiny_root):
+    return load_datasets(NAMES, "train", str(tiny_root), masks=True, accepts=dataseg.SUPERVISION)
+
+
+def test_settings_of_the_paper_and_its_base():
+    args = dataseg.Args()
+    assert (args.lr, args.batch_size, args.base_batch_size, args.steps) == (1e-4, 16, 16, 368_750)
+    assert (args.queries, args.points, args.channels, args.encoder_layers, args.decoder_layers) == (100, 12_544, 256, 6, 9)
+    assert (args.image_size, args.semantic_size, args.test_size) == (1024, 640, 800)
+    assert (args.jitter, args.semantic_jitter, args.object_threshold) == ((0.1, 2.0), (0.5, 2.0), 0.8)
+    assert (args.backbone, args.text_encoder, args.prompts) == ("resnet50", "ViT-L-14/openai", "auto")
+    assert (args.merge, args.merge_in_training, args.task) == ("sum", False, "panoptic")
+
+
+def test_recipe(datasets, tmp_path, monkeypatch):
+    """AdamW and clipping as Mask2Former's, a poly schedule of a rate that is scaled with the batch."""
+    adamw, clip, parameter_groups = torch.optim.AdamW, nn.utils.clip_grad_norm_, dataseg.parameter_groups
+    seen = SimpleNamespace(rates=[])
+
+    def spy_groups(model, **settings):
+        seen.model = model
+        return parameter_groups(model, **settings)
+
+    def spy_adamw(groups, **settings):
+        seen.settings, seen.optimizer = settings, adamw(groups, **settings)
+        return seen.optimizer
+
+    def spy_clip(parameters, norm):
+        assert norm == 0.01 and list(map(id, parameters)) == list(map(id, seen.model.parameters()))
+        seen.rates.append([(group["lr"], group["lr_factor"]) for group in seen.optimizer.param_groups])
+        return clip(seen.model.parameters(), norm)
+
+    monkeypatch.setattr(dataseg, "parameter_groups", spy_groups)
+    monkeypatch.setattr(torch.optim, "AdamW", spy_adamw)
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", spy_clip)
+    monkeypatch.setattr(dataseg, "save_checkpoint", lambda *_: None)
+    monkeypatch.setattr(common.backbone, "load_pretrained", lambda *_: False)
+    args = replace(SMALL, image_size=64, semantic_size=64, batch_size=2, base_batch_size=4, lr=1e-3, steps=3)
+    (tmp_path / "args.json").touch()
+    dataseg.train(args, datasets, tmp_path, CPU)
+    assert seen.settings == {"lr": 5e-4} and len(seen.rates) == 3
+    for step, rates in enumerate(seen.rates):
+        for rate, factor in rates:
+            assert rate == pytest.approx(factor * 5e-4 * (1 - step / 3) ** 0.9)
+    own = dict(seen.model.named_parameters())
+    place = {id(p): (g["lr_factor"], g["weight_decay"]) for g in seen.optimizer.param_groups for p in g["params"]}
+    found = {key: place[id(p)] for key, p in own.items()}
+    assert {key for key, value in found.items() if value == (1, 0) and "norm" not in key} == {
+        *("query_feat", "query_embed", "level_embed", "background", "log_scale"),
+        *(f"pixel_decoder.{part}.1.{kind}" for part in ("input_proj.0", "input_proj.1", "input_proj.2", "lateral", "output")
+          for kind in ("weight", "bias")),
+    }  # fmt: skip
+    assert all(value[1] == 0 for key, value in found.items() if "norm" in key)
+    few = ["backbone.body.conv1.weight", "backbone.body.bn1.weight", "layers.1.linear1.weight", "class_embed.bias"]
+    assert [found[key] for key in few] == [(0.1, 0.05), (0.1, 0), (1, 0.05), (1, 0.05)]
+    assert {key.split(".")[0] for key, value in found.items() if value[0] == 0.1} == {"backbone"}
+
+
+def test_each_step_has_one_dataset_on_all_ranks(datasets, monkeypatch):
+    own = {"dataset_batches": "o365=8", "dataset_ratios": "coco-panoptic=2", "dataset_sizes": "o365=32"}
+    args = replace(SMALL, batch_size=4, image_size=96, semantic_size=64, **own)
+    monkeypatch.setattr(dataseg, "world_size", lambda: 2)
+    streams, loaders = [], []
+    for rank in range(2):
+        monkeypatch.setattr(dataseg, "rank", lambda rank=rank: rank)
+        loaders.append(dataseg.build_dataloader(args, datasets, 0, CPU))
+        streams.append(list(islice(loaders[-1].batch_sampler, 2000)))
+    starts, drawn = loaders[0].dataset.starts, np.zeros(3)
+    for batches in zip(*streams):
+        kinds = {int(starts.searchsorted(row, "right")) - 1 for batch in batches for row, _ in batch}
+        draws = [draw for batch in batches for _, draw in batch]
+        assert len(kinds) == 1 and len(set(draws)) == len(draws)  # one dataset, and no rank sees another's images
+        assert len(batches[0]) == len(batches[1]) == (4 if kinds == {2} else 2)
+        drawn[kinds.pop()] += len(draws)
+    assert (drawn / drawn.sum()).tolist() == pytest.approx([1 / 7, 2 / 7, 4 / 7], abs=0.03)
+    later = dataseg.build_dataloader(args, datasets, 7, CPU)  # of the last rank
+    assert list(islice(later.batch_sampler, 50)) == streams[1][7:57]
+    longest = {"ade20k": 64, "coco-panoptic": 96, "o365": 32}
+    for batch in islice(loaders[0], 12):
+        (name,) = {sample.dataset for sample in batch.samples}
+        assert max(max(size) for size in batch.sizes) <= longest[name]
+    transforms = loaders[0].dataset.transforms
+    assert {name: t.size for name, t in transforms.items()} == longest
+    assert [t.scale for t in transforms.values()] == [(0.5, 2), (0.1, 2), (0.1, 2)]
+
+
+@pytest.mark.parametrize("names", ["ade20k", NAMES])
+def test_tiny_mixes_any_datasets(names, datasets):
+    args = parse_args(dataseg.Args, "dataseg", dataseg.TINY, dataseg.MODEL_FIELDS, ["--tiny", "--datasets", names])
+    dataseg.build_dataloader(args, [d for d in datasets if d.name in names.split(",")], 0, CPU)
+
+
+def test_each_dataset_is_evaluated_by_its_own_task(tiny_root, tmp_path, monkeypatch):
+    evaluated, (model, _) = {}, small_model()
+
+    def spy(detect, dataset, *_):
+        evaluated[dataset.name] = detect.keywords["task"]
+        assert detect.keywords["vocabulary"] is dataset.vocabulary and detect.args == (model,)
+        assert torch.equal(model.text, dataseg.embed(dataset.vocabulary.names, "minilm"))
+        return {}
+
+    monkeypatch.setattr(dataseg, "evaluate_dataset", spy)
+    names = "ade20k,ade20k-panoptic,coco-panoptic,o365-instances,coco,lvis,oid"
+    found = load_datasets(names, "val", str(tiny_root), accepts=dataseg.SUPERVISION)
+    assert list(dataseg.evaluate(SMALL, model, found, tmp_path)) == names.split(",")
+    assert list(evaluated.values()) == ["semantic", "panoptic", "panoptic", *["instance"] * 4]
+
+
+# -- command line ------------------------------------------------------------------------------------------------------
+
+FLAGS = [
+    *["--backbone", "tf_efficientnet_lite0", "--text-encoder", "minilm", "--channels", "32", "--queries", "10"],
+    *["--points", "128", "--encoder-layers", "1", "--decoder-layers", "2", "--image-size", "96", "--semantic-size"],
+    *["96", "--test-size", "96", "--batch-size", "2", "--base-batch-size", "2", "--steps", "4", "--workers", "0"],
+    *["--device", "cpu"],
+]
+RESULTS = {"ade20k": {"mIoU", "pACC"}, "coco-panoptic": {"PQ", "PQ things", "PQ stuff", "mIoU"}}
+RESULTS |= {"o365-instances": {"AP", "mask AP", "mask AP50"}}
+
+
+@pytest.fixture(scope="module")
+def data(tiny_root):
+    return ["--datasets", NAMES, "--data-root", tiny_root, *FLAGS]
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory, call):
+    """Run folder of a training on all kinds of supervision."""
+    folder = tmp_path_factory.mktemp("dataseg") / "run"
+    call(*data, "--output", folder, "--checkpoint-every", 1, method="dataseg")
+    return folder
+
+
+def results_of(folder) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_run_folder_has_everything(trained):
+    results = results_of(trained)
+    assert list(results) == list(RESULTS) and all(results[name].keys() >= own for name, own in RESULTS.items())
+    names = {path.name for path in trained.iterdir()}
+    pictures = {f"predictions-{name}.jpg" for name in RESULTS} | {"first_batch.jpg"}
+    assert pictures | {"weights.safetensors", "metrics.jsonl", "args.json"} <= names
+    (line,) = (trained / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 4 and {"loss", "loss_class", "lr"} <= json.loads(line).keys()
+
+
+def test_evaluation_alone_gives_the_same(trained, tiny_root, tmp_path, call):
+    given = ["--eval-only", "--weights", trained, "--datasets", NAMES, "--data-root", tiny_root, "--device", "cpu"]
+    call(*given, "--workers", 0, "--output", tmp_path / "again", method="dataseg")
+    assert results_of(tmp_path / "again") == results_of(trained)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.mark.parametrize("merge", ["sum", "max"])
+@pytest.mark.parametrize("task", ["semantic", "panoptic", "instance"])
+def test_predictions_of_each_task(task, merge, trained, photo, tmp_path, call):
+    flags = ["--predict", photo, "--weights", trained, "--task", task, "--merge", merge, "--object-threshold", 0]
+    call(*flags, "--vocabulary", "cat, grass, sky", "--output", tmp_path / "o", "--device", "cpu", method="dataseg")
+    folder, names = tmp_path / "o", ["cat", "grass", "sky"]
+    assert (folder / "photo-0.jpg").is_file()
+    kinds = {"predictions.json", "panoptic.json", "panoptic", "semantic"} & {path.name for path in folder.iterdir()}
+    if task == "instance":
+        assert kinds == {"predictions.json"}
+        record = json.loads((folder / "predictions.json").read_text())
+        assert len(record["annotations"]) == 30  # 10 queries, 3 classes
+        assert all(found["segmentation"]["size"] == [60, 90] for found in record["annotations"])
+        assert [category["name"] for category in record["categories"]] == names
+        return
+    classes = np.asarray(Image.open(folder / "semantic" / "photo-0.png"))
+    assert classes.shape == (60, 90) and classes.max() < 3
+    assert (folder / "semantic" / "classes.txt").read_text().split() == names
+    assert kinds == ({"semantic"} if task == "semantic" else {"semantic", "panoptic", "panoptic.json"})
+    if task == "panoptic":
+        record = json.loads((folder / "panoptic.json").read_text())
+        things = {category["name"]: category["isthing"] for category in record["categories"]}
+        assert things == {"cat": 1, "grass": 0, "sky": 0}  # by name
+        ids = np.asarray(Image.open(folder / "panoptic" / "photo-0.png"))[..., 0]
+        infos = record["annotations"][0]["segments_info"]
+        assert infos and {info["id"] for info in infos} == set(np.unique(ids)) - {0}
+
+
+def test_prediction_of_the_classes_trained_on(trained, photo, tmp_path, call):
+    call("--predict", photo, "--weights", trained, "--output", tmp_path / "o", method="dataseg")
+    assert len((tmp_path / "o" / "semantic" / "classes.txt").read_text().splitlines()) > 150  # each name once
+
+
+def test_resume_after_a_kill_ends_with_the_same_weights(trained, data, tmp_path, call, run_and_kill, caplog):
+    run_and_kill(tmp_path / "killed", *data, "--checkpoint-every", 1, method="dataseg")
+    with caplog.at_level("INFO", "concord"):
+        call("--resume", tmp_path / "killed", method="dataseg")
+    assert "resumed from" in caplog.text
+    ours, whole = (load_file(folder / "weights.safetensors") for folder in (tmp_path / "killed", trained))
+    assert ours.keys() == whole.keys() and all(torch.equal(ours[key], whole[key]) for key in whole)
+    assert results_of(tmp_path / "killed") == results_of(trained)
+
+
+def test_two_ranks_train(data, tmp_path, run):
+    done = run(*data, "--steps", 3, "--output", tmp_path / "run", method="dataseg", ranks=2)
+    assert done.returncode == 0, done.stderr
+    results = results_of(tmp_path / "run")
+    assert all(results[name].keys() >= own for name, own in RESULTS.items())
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "run" / "weights.safetensors").values())
+
+
+@pytest.mark.parametrize("flags", [["--backbone", "vit_tiny_patch16_224"], ["--merge-in-training"]])
+def test_other_trainings(flags, data, tmp_path, call, monkeypatch):
+    monkeypatch.setattr(common.backbone, "load_pretrained", lambda *_: False)
+    call(*data, *flags, "--steps", 2, "--eval-datasets", "ade20k", "--output", tmp_path / "run", method="dataseg")
+    assert results_of(tmp_path / "run")["ade20k"].keys() >= RESULTS["ade20k"]
+
+
+@pytest.fixture
+def official(tmp_path, monkeypatch):
+    """An official Mask2Former of random numbers, and the model that it was made of."""
+    monkeypatch.setenv("CONCORD_CACHE", str(tmp_path / "cache"))
+    source, _ = small_model(backbone="resnet50")
+    del source.class_embed, source.background, source.log_scale
+    torch.save({"model": official_base(source), "iteration": 9}, tmp_path / "official.pth")
+    return tmp_path / "official.pth", source
+
+
+def test_training_starts_from_an_official_mask2former(official, data, tmp_path, call, monkeypatch):
+    (file, source), models, parameter_groups = official, [], dataseg.parameter_groups
+
+    def enough(losses, step):
+        assert losses["loss"].isfinite()
+        raise Enough  # before the optimiser's first step
+
+    monkeypatch.setattr(dataseg, "parameter_groups", lambda model, **k: models.append(model) or parameter_groups(model, **k))
+    monkeypatch.setattr(dataseg, "check_finite", enough)
+    sizes = {"--backbone", "--channels", "--queries", "--encoder-layers", "--decoder-layers"}  # the weights tell them
+    flags = [flag for pair in zip(*[iter(data)] * 2) if pair[0] not in sizes for flag in pair]
+    with pytest.raises(Enough):
+        call(*flags, "--weights", file, "--output", tmp_path / "run", method="dataseg")
+    own, kept = models[0].state_dict(), {key: t for key, t in source.state_dict().items() if key != "text"}
+    assert all(torch.equal(own[key], t) for key, t in kept.items() if key != "backbone.frozen_norm")
+    assert own.keys() - kept.keys() == {"class_embed.weight", "class_embed.bias", "background", "log_scale", "text"}
+    assert not models[0].backbone.body.bn1.training and models[0].class_embed.weight.any()
+
+
+@pytest.mark.parametrize("flags", [["--predict", "a.jpg", "--vocabulary", "cat"], ["--eval-only", "--datasets", "o365"]])
+def test_an_official_mask2former_knows_no_classes(flags, official, tiny_root, fails):
+    line = fails(*flags, "--weights", official[0], "--data-root", tiny_root, method="dataseg")
+    assert "hold no text embeddings of classes: only a training can start from them" in line
+
+
+@pytest.mark.parametrize(
+    "given, evaluated",
+    [(NAMES, "ade20k,coco-panoptic,o365-instances"), ("objects365:train", "o365-instances"), ("coco", "coco")],
+)
+def test_what_is_evaluated(given, evaluated, monkeypatch, call):
+    def load(names, split, *_, **__):
+        if split == "val":
+            raise Enough(names)
+
+    monkeypatch.setattr(dataseg, "load_datasets", load)
+    with pytest.raises(Enough, match=f"^{evaluated}$"):
+        call("--datasets", given, method="dataseg")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--datasets", "ade20k,in21k"], ["'in21k' has image labels only", "leave it out of --datasets"]),
+        (["--eval-datasets", "in21k"], ["in21k", "no split 'val'"]),
+        (["--dataset-ratios", "coco=4"], ["--dataset-ratios coco=4", "ade20k, coco-panoptic, o365"]),
+        (["--dataset-ratios", "o365=0"], ["--dataset-ratios o365=0", "NAME=NUMBER"]),
+        (["--dataset-sizes", "o365"], ["--dataset-sizes o365"]),
+        (["--dataset-batches", "o365=-1"], ["--dataset-batches o365=-1"]),
+        (["--queries", "0"], ["--queries 0"]),
+        (["--points", "0"], ["--points 0"]),
+        (["--decoder-layers", "-1"], ["--decoder-layers -1"]),
+        (["--channels", "48"], ["--channels 48"]),
+        (["--semantic-size", "0"], ["--semantic-size 0"]),
+        (["--semantic-jitter", "2", "0.1"], ["--semantic-jitter 2.0 0.1"]),
+        (["--object-threshold", "nan"], ["--object-threshold nan"]),
+        (["--weights", "nowhere"], ["weights nowhere do not exist"]),
+        (["--eval-only"], ["need --weights"]),
+    ],
+)
+def test_bad_flags(flags, words, data, tmp_path, fails):
+    line = fails(*data, *flags, "--output", tmp_path / "run", method="dataseg")
+    assert all(word in line for word in words), line
+
+
+def test_weights_of_others(trained, data, photo, tmp_path, fails):
+    for weights, words in ((trained, "are not of lmseg.py but of dataseg.py; use that"),):
+        assert words in fails("--predict", photo, "--weights", weights, method="lmseg")
+    line = fails(*data, "--weights", trained, "--queries", 12, "--output", tmp_path / "run", method="dataseg")
+    assert "'query_embed' has the shape [10, 32], this model needs [12, 32]" in line
+    np.save(tmp_path / "text.npy", np.eye(1, 512, dtype=np.float32))
+    flags = ["--text-encoder", tmp_path / "text.npy", "--weights", trained, "--output", tmp_path / "o"]
+    line = fails("--predict", photo, "--vocabulary", "cat", *flags, method="dataseg")
+    assert "text embeddings have 512 dimensions, this model needs 384" in line

