@@ -547,8 +547,8 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         model.pixel_decoder.compile()
     parallel = DistributedDataParallel(model) if world_size() > 1 else model
 
-    run_log = RunLog(folder, args.steps, start)
     loader = build_dataloader(args, datasets, start, device)
+    run_log = RunLog(folder, args.steps, start)
     for step, batch in zip(range(start + 1, args.steps + 1), loader):
         if step == 1 and rank() == 0:
             save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")

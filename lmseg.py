@@ -180,15 +180,16 @@ class Pipeline:
     scale: tuple[float, float]
     crop: tuple[int, int]
     max_side: int
+    test_max: int = 2048
 
 
 # dataset-aware augmentation: pixels at the default --image-size; all others have that of ADE20K
 ADE = Pipeline(512, (0.5, 2.0), (512, 512), 2048)
 DAA = {
     "cityscapes": Pipeline(1024, (0.5, 2.0), (512, 1024), 4096),
-    "coco-stuff": Pipeline(640, (0.5, 1.5), (640, 640), 2560),
+    "coco-stuff": Pipeline(640, (0.5, 1.5), (640, 640), 2560, 2560),
     "mapillary": Pipeline(2048, (0.5, 2.0), (1280, 1280), 8192),
-    "ade20k-panoptic": Pipeline(640, (0.5, 2.0), (640, 640), 2560),
+    "ade20k-panoptic": Pipeline(640, (0.5, 2.0), (640, 640), 2560, 2560),
     "cityscapes-panoptic": Pipeline(1024, (0.5, 2.0), (512, 1024), 4096),
 }
 DETR = {"coco-panoptic": 800}  # the short side of its test images; training as DETR
@@ -290,8 +291,8 @@ class Model(nn.Module):
         self.register_buffer("text", text)  # (C + 1, D)
         self.heads, self.context, self.cgd = None, None, args.cgd if args.classifier == "text" else "off"
         if args.classifier == "heads":
-            sizes = {name: len(v) + 1 for name, v in label_space.vocabularies.items()}
-            self.heads = nn.ModuleDict({name.replace(".", "_"): nn.Linear(channels, n) for name, n in sizes.items()})
+            self.datasets, sizes = label_space.datasets, map(len, label_space.vocabularies.values())
+            self.heads = nn.ModuleList(nn.Linear(channels, size + 1) for size in sizes)
             return
         self.adapter = nn.Sequential(nn.LayerNorm(text.shape[1]), nn.Linear(text.shape[1], channels))
         self.tau = nn.Parameter(torch.tensor(0.07))
@@ -339,9 +340,7 @@ class Model(nn.Module):
     def classify(self, z: Tensor, text: Tensor, dataset: str) -> Tensor:
         """Queries (..., C), adapted text (K + 1, C) -> logits cos(z, T) / tau (..., K + 1), the last of background."""
         if self.heads is not None:
-            if (key := dataset.replace(".", "_")) not in self.heads:
-                raise InputError(f"--classifier heads has none for '{dataset}'; name a dataset that it was trained on")
-            return self.heads[key](z)
+            return self.heads[self.datasets.index(dataset)](z)
         return F.normalize(z, dim=-1) @ F.normalize(text, dim=-1).T / self.tau
 
     def forward(self, images: Tensor, sizes: list[tuple[int, int]], text: Tensor, dataset: str = "") -> Output:
@@ -457,7 +456,7 @@ def augmentation(args: Args, dataset: str):
         return DetrCrop(round(factor * DETR[dataset]))
     own = DAA.get(dataset, ADE) if args.daa else ADE
     scales = range(round(10 * own.scale[0]), round(10 * own.scale[1]) + 1)
-    short = tuple(round(factor * own.base * scale / 10) for scale in scales)
+    short = tuple(int(factor * own.base * scale / 10) for scale in scales)
     crop = round(factor * own.crop[0]), round(factor * own.crop[1])
     return SegmentationCrop(short, crop, round(factor * own.max_side))
 
@@ -465,7 +464,7 @@ def augmentation(args: Args, dataset: str):
 def test_transform(args: Args, dataset: str) -> ResizeShortest:
     """Short and longest side of the test images of the dataset, in proportion to --image-size."""
     factor, own = args.image_size / 512, DAA.get(dataset, ADE) if args.daa else ADE
-    short, longest = (DETR[dataset], 1333) if args.daa and dataset in DETR else (own.base, own.max_side)
+    short, longest = (DETR[dataset], 1333) if args.daa and dataset in DETR else (own.base, own.test_max)
     return ResizeShortest(round(factor * short), round(factor * longest))
 
 
@@ -517,8 +516,8 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
     # a step of the multi-head baseline leaves the other datasets' heads alone
     parallel = DistributedDataParallel(model, find_unused_parameters=True) if world_size() > 1 else model
 
-    run_log = RunLog(folder, args.steps, start)
     loader = build_dataloader(args, datasets, start)
+    run_log = RunLog(folder, args.steps, start)
     for step, batch in zip(range(start + 1, args.steps + 1), loader):
         if step == 1 and rank() == 0:
             save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
@@ -557,13 +556,11 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
 
 def text_of(args: Args, model: Model, label_space: LabelSpace, text: Tensor, names: Sequence[str]) -> Tensor:
     """Features (K + 1, D) of any class names; those trained on have rows in text (C + 1, D) and need no encoder."""
-    if model.heads is not None:
-        return text[: len(names) + 1]  # nothing reads it
-    if model.context is None:
-        return embed([*names, BACKGROUND], args.text_encoder, args.prompts)
     row = {fold(name): i for i, name in enumerate(label_space.names)}
     if all(fold(name) in row for name in names):
         return text[[*(row[fold(name)] for name in names), len(label_space)]]
+    if model.context is None:
+        return embed([*names, BACKGROUND], args.text_encoder, args.prompts)
     return with_context(args, model.context, ContextEncoder(args.text_encoder, text.device), names)
 
 
@@ -591,6 +588,14 @@ def load_trained(args: Args, device: torch.device) -> tuple[Model, LabelSpace]:
     return model, label_space
 
 
+def check_heads(args: Args, label_space: LabelSpace, evaluated: list[Dataset]) -> None:
+    """The multi-head baseline knows the datasets it was trained on, and no names."""
+    unknown = [d.name for d in evaluated if d.name not in label_space.datasets]
+    if args.classifier == "heads" and (unknown or args.predict):
+        what = f"dataset '{unknown[0]}', on which it was not trained" if unknown else "class names, as --predict needs"
+        raise InputError(f"--classifier heads knows no {what}; train with --classifier text for that")
+
+
 def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS)
     device = setup_device(args.device, args.seed)
@@ -599,12 +604,14 @@ def main() -> None:
     if args.predict or args.eval_only:
         model, label_space = load_trained(args, device)
         evaluated = [] if args.predict else load_datasets(names, "val", args.data_root, size, accepts=SUPERVISION)
+        check_heads(args, label_space, evaluated)
         folder = make_run_folder(args, METHOD)
     else:
         datasets = load_datasets(args.datasets, "train", args.data_root, size, accepts=SUPERVISION)
         label_space = LabelSpace([d.vocabulary for d in datasets])
         evaluated = load_datasets(names, "val", args.data_root, size, accepts=SUPERVISION)  # mistakes must show now
         warn_of_overlap(datasets, evaluated)
+        check_heads(args, label_space, evaluated)
         folder = make_run_folder(args, METHOD)
         model = train(args, datasets, folder, device)
     if args.predict:

@@ -45,6 +45,9 @@ class ContextEncoder:
     def _clip(self, context: Tensor, ids: Tensor) -> Tensor:
         model = self.model
         x = insert(model.token_embedding(ids), context)  # (K, T + n, width)
+        if x.shape[1] > len(model.positional_embedding):
+            raise InputError(f"a class name and {len(context)} context tokens have {x.shape[1]} tokens, this encoder "
+                             f"reads {len(model.positional_embedding)}; shorten the name")  # fmt: skip
         x = x + model.positional_embedding[: x.shape[1]]
         x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[: x.shape[1], : x.shape[1]]))
         end = ids.argmax(1) + len(context)  # the end token has the largest id

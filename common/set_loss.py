@@ -80,7 +80,8 @@ def sample_pairs(logits: Tensor, masks: Tensor, target: Tensor, num: int) -> tup
     are least certain (`uncertain_points`); the logits keep their gradient.
     """
     if not len(logits):
-        return logits.flatten(1), logits.detach().flatten(1)
+        nothing = logits.flatten(1)[:, :1].expand(-1, num)  # (0, num)
+        return nothing, nothing.detach()
     points = uncertain_points(logits.detach(), num)  # (R, num, 2)
     counts = target.bincount(minlength=len(masks)).tolist()
     truth = [

@@ -15,13 +15,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_convert import BASE_KEYS, official_base
 from test_equations import bce, random_boxes, sigmoid, unit_rows
-from test_parity_mask2former import own_names, stored
 from torch import nn
 
 import common.backbone
 import common.set_loss
 import dataseg
 from common.batch import Batch, Sample, collate
+from common.checkpoint import save_tensors
 from common.convert import convert_mask2former
 from common.datasets import load_datasets
 from common.errors import InputError
@@ -30,7 +30,7 @@ from common.matcher import Targets
 from common.segments import restore
 from common.set_loss import point_sample
 from common.training import parse_args
-from common.transformer import DecoderLayer
+from common.transformer import sine_position
 from dataseg import Output
 
 SMALL = dataseg.Args(
@@ -254,14 +254,13 @@ def test_loss_of_all_depths_and_images(kind, cells, monkeypatch):
     for i, (t, matched) in enumerate(zip(targets, pairs)):
         for z, q, n in zip(*(part.tolist() for part in matched)):
             labels[z, i, q] = t.labels[n]
-            mask = masks[z, i, q].tolist()
             if kind == "masks":
-                x, truth = sum(mask, []), t.masks[n, 2::4, 2::4].flatten().float().tolist()
+                x, truth = masks[z, i, q].flatten().tolist(), t.masks[n, 2::4, 2::4].flatten().float().tolist()
                 expected["loss_mask"] += 5 * sum(map(soft_bce, x, truth)) / 48 / 6  # 4 targets here, 8 on another rank
                 expected["loss_dice"] += 5 * dice(list(map(sigmoid, x)), truth) / 6
             else:
                 sides = (side[n].tolist() for side in dataseg.rasterise(t.boxes, (6, 8)))
-                expected["loss_projection"] += 5 * projection(mask, *sides) / 6
+                expected["loss_projection"] += 5 * projection(masks[z, i, q].tolist(), *sides) / 6
     expected = {name: value for name, value in expected.items() if value}
     expected["loss_class"] = 2 * dataseg.loss_class(output.logits, labels).item()
     losses = dataseg.compute_losses(SMALL, output, targets, ALONE)
@@ -347,20 +346,15 @@ def test_targets_of_each_supervision():
     label_space = LabelSpace([Vocabulary("first", ("dog", "car")), KINDS])
     kinds = {"semantic": [2, 0, 1], "panoptic": [1, 0, 2, 1, 0], "instances": [1, 1], "boxes": [0, 1]}
     samples = [labelled("a", kind, labels) for kind, labels in kinds.items()]
-    batch = collate(samples)
-    semantic, panoptic, instances, boxes = dataseg.assign_targets(batch, label_space)
+    *targets, boxes = dataseg.assign_targets(collate(samples), label_space)
+    assert [t.labels.tolist() for t in targets] == [[0, 1, 2], [0, 0, 1, 2], [1, 1]]
     members = [[[1], [2], [0]], [[1], [4], [0, 3], [2]], [[0], [1]]]  # rows of the sample, in the order of the targets
-    assert [t.labels.tolist() for t in (semantic, panoptic, instances, boxes)] == [[0, 1, 2], [0, 0, 1, 2], [1, 1], [0, 1]]
-    for t, sample, rows in zip((semantic, panoptic, instances), samples, members):
-        assert t.masks.shape == (len(rows), 32, 32) and t.masks.dtype == torch.bool  # padded as the batch
-        assert not t.masks[:, 20:].any() and not t.masks[:, :, 24:].any()
-        for mask, own in zip(t.masks[:, :20, :24].tolist(), rows):
-            for y, x in itertools.product(range(20), range(24)):
-                if sample.segments is None:
-                    assert mask[y][x] == sample.masks[own[0], y, x].item()
-                else:
-                    assert mask[y][x] == (sample.segments[y, x].item() in own)
-    assert boxes.masks is None and torch.equal(boxes.boxes, samples[3].boxes)
+    for t, sample, rows in zip(targets, samples, members):
+        own = sample.masks if sample.segments is None else sample.segments == torch.arange(5)[:, None, None]
+        wanted = torch.zeros(len(rows), 32, 32, dtype=torch.bool)  # padded as the batch
+        wanted[:, :20, :24] = torch.stack([own[parts].any(0) for parts in rows])
+        assert torch.equal(t.masks, wanted)
+    assert boxes.masks is None and torch.equal(boxes.boxes, samples[3].boxes) and boxes.labels.tolist() == [0, 1]
 
 
 def test_targets_of_an_image_without_any():
@@ -383,7 +377,7 @@ def test_free_queries_join_the_target_of_their_class():
         joins = [q for q in range(12) if q not in matched[z] and said[z][q] == labels[n] and merged[labels[n]]]
         expected += [(z, q, n, row) for q in joins]
     found = zip(*(part[count:].tolist() for part in (depth, query, target, owner)))
-    assert sorted(found) == sorted(expected) and 3 < len(expected)
+    assert sorted(found) == sorted(expected) and len(expected) > 3
 
 
 def test_joined_queries_are_supervised_as_one_mask(cells, monkeypatch):
@@ -436,13 +430,13 @@ class Says:
     def __init__(self, probabilities, masks, **changes):
         self.args, self.text, last = replace(SMALL, **changes), torch.zeros(1, 384), free(masks, probabilities.log())
         logits, embed = (torch.cat([torch.randn_like(x), x]) for x in (last.logits, last.mask_embed))
-        self.output = Output(logits, embed, masks)
+        self.output, self.ready = Output(logits, embed, masks), False
 
     def eval(self):
-        pass
+        self.ready = True
 
     def __call__(self, images, sizes, text):
-        assert text is self.text
+        assert text is self.text and self.ready
         return self.output
 
 
@@ -552,31 +546,26 @@ def random_maps(batch: int = 2, channels: int = 32):
     return torch.randn(batch, channels, 16, 24), maps
 
 
-def test_queries_look_at_one_level_after_the_other_and_each_answer_counts(monkeypatch):
-    (model, _), (mask_features, maps), seen = small_model(decoder_layers=4), random_maps(), []
-    look = DecoderLayer.look
-
-    def spy(layer, q, query_pos, memory, key_pos, blocked):
-        level = [m.flatten(2).transpose(1, 2) for m in maps][len(seen) % 3]
-        torch.testing.assert_close(memory, level + model.level_embed[len(seen) % 3])
-        masks = torch.einsum("bqc,bchw->bqhw", model.head(q)[1], mask_features)  # of the queries as they come in
-        outside = nn.functional.interpolate(masks, maps[len(seen) % 3].shape[-2:], mode="bilinear").flatten(2) < 0
-        assert torch.equal(blocked, outside & ~outside.all(2, keepdim=True)) and query_pos is model.query_embed
-        seen.append(q)
-        return look(layer, q, query_pos, memory, key_pos, blocked)
-
-    monkeypatch.setattr(DecoderLayer, "look", spy)
-    output = model.decode(mask_features, maps, model.text)
-    assert len(seen) == 4 and output.logits.shape == (5, 2, 6, 4) and output.mask_embed.shape == (5, 2, 6, 32)
-    assert torch.equal(seen[0], model.query_feat.expand(2, -1, -1)) and output.mask_features is mask_features
-    for depth, q in enumerate(seen):
+def test_queries_look_at_one_level_after_the_other_and_each_answer_counts():
+    (model, _), (mask_features, maps) = small_model(decoder_layers=4), random_maps()
+    output, q, expected = model.decode(mask_features, maps, model.text), model.query_feat.expand(2, -1, -1), []
+    for i in range(5):
         z, mask_embed = model.head(q)
-        torch.testing.assert_close(output.mask_embed[depth], mask_embed)
-        torch.testing.assert_close(output.logits[depth], model.classify(z, model.text))
+        expected.append((z, mask_embed, torch.einsum("bqc,bchw->bqhw", mask_embed, mask_features)))
+        if i < 4:
+            feature, layer = maps[i % 3], model.layers[i]
+            blocked = nn.functional.interpolate(expected[-1][2], feature.shape[-2:], mode="bilinear").flatten(2) < 0
+            blocked &= ~blocked.all(2, keepdim=True)
+            position = sine_position(*feature.shape[-2:], 32).flatten(2).transpose(1, 2)
+            memory = feature.flatten(2).transpose(1, 2) + model.level_embed[i % 3]
+            q = layer.look(q, model.query_embed, memory, position, blocked)
+            q = layer.think(layer.talk(q, model.query_embed))
+    z, mask_embed, masks = map(torch.stack, zip(*expected))
+    torch.testing.assert_close(output.mask_embed, mask_embed)
+    torch.testing.assert_close(output.logits, model.classify(z, model.text))
     depth, query = torch.tensor([0, 4, 4]), torch.tensor([5, 0, 5])
-    masks = output.masks(depth, 1, query)
-    torch.testing.assert_close(masks, all_masks(output)[depth, 1, query])
-    torch.testing.assert_close(output.masks(-1, 0), all_masks(output)[4, 0])
+    torch.testing.assert_close(output.masks(depth, 1, query), masks[depth, 1, query])
+    torch.testing.assert_close(output.masks(-1, 0), masks[4, 0])
 
 
 def test_permuted_queries_give_permuted_outputs():
@@ -589,13 +578,11 @@ def test_permuted_queries_give_permuted_outputs():
 
 
 def test_model_as_it_starts():
-    torch.manual_seed(1)
-    model, _ = small_model(queries=200, channels=64)
+    model, _ = small_model(queries=200)
     assert model.log_scale.exp().item() == pytest.approx(1 / 0.07)
     assert model.background.std().item() == pytest.approx(0.02, rel=0.2)
     for embedding in (model.query_feat, model.query_embed, model.level_embed):
         assert embedding.std().item() == pytest.approx(1, rel=0.2)
-    assert model.class_embed.weight.shape == (384, 64)
 
 
 @pytest.mark.skipif(not BASE_KEYS.is_file(), reason=f"no {BASE_KEYS.name}; CONCORD_PARITY names its folder")
@@ -626,13 +613,6 @@ DATA = {"ade": "semantic", "pan": "panoptic", "ins": "instances", "box": "boxes"
 SPACE = [replace(KINDS, dataset=name) for name in DATA]
 
 
-def train_step(model, label_space, name: str, *labels: list[int]):
-    """The output and losses of a batch of 64 x 64 pixels."""
-    batch = collate([labelled(name, DATA[name], own, (64, 64)) for own in labels])
-    output = model(batch.images, batch.sizes, model.text[label_space.slice(name)])
-    return output, dataseg.compute_losses(model.args, output, dataseg.assign_targets(batch, label_space), ALONE)
-
-
 def test_names_of_datasets_make_no_difference():
     model, label_space = small_model(SPACE)
     assert model.text.shape == (12, 384)
@@ -652,38 +632,32 @@ def test_names_of_datasets_make_no_difference():
 def test_every_batch_teaches_everything_but_texts(name, labels):
     """DistributedDataParallel waits for the gradient of every parameter."""
     model, label_space = small_model(SPACE)
-    _, losses = train_step(model.train(), label_space, name, *labels)
+    batch = collate([labelled(name, DATA[name], own, (64, 64)) for own in labels])
+    output = model.train()(batch.images, batch.sizes, model.text[label_space.slice(name)])
+    losses = dataseg.compute_losses(model.args, output, dataseg.assign_targets(batch, label_space), ALONE)
     losses["loss"].backward()
     assert losses["loss"].isfinite() and losses["loss_class"] > 0
     lacking = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not lacking and model.background.grad.any() and model.log_scale.grad.any()
     assert model.text.grad is None and not model.text.requires_grad
-    places = {"loss", "loss_class"} | ({"loss_projection"} if name == "box" else {"loss_mask", "loss_dice"})
-    assert losses.keys() == places
-    assert all((value > 0) == bool(labels[0]) for key, value in losses.items() if key not in ("loss", "loss_class"))
+    of_masks = {"loss_projection"} if name == "box" else {"loss_mask", "loss_dice"}
+    assert losses.keys() == {"loss", "loss_class"} | of_masks
+    assert all((losses[key] > 0) == bool(labels[0]) for key in of_masks)
 
 
 def test_images_of_a_batch_do_not_mix():
     model, _ = small_model()
-    images = [Sample.unlabelled(pixels(size), "a", 0, 0) for size in ((96, 64), (70, 96), (96, 96))]
-    for task in ("semantic", "panoptic", "instance"):
-        batch = collate(images)
-        found = dataseg.predict(model.train(), batch, KINDS, task)
-        assert not model.training
-        alone = dataseg.predict(model, replace(batch, images=batch.images[1:2], sizes=batch.sizes[1:2],
-                                               samples=batch.samples[1:2]), KINDS, task)[0]  # fmt: skip
-        for key, value in alone.items():
-            if torch.is_tensor(value) and value.is_floating_point():
-                torch.testing.assert_close(found[1][key], value, rtol=1e-3, atol=1e-4)
-            elif key != "segments_info":
-                same = value == found[1][key]
-                assert same.float().mean() > 0.99 if torch.is_tensor(value) else same, key
+    batch = collate([Sample.unlabelled(pixels(size), "a", 0, 0) for size in ((96, 64), (70, 96))])
+    both, alone = (model.eval()(batch.images[i:], batch.sizes[i:], model.text) for i in range(2))
+    torch.testing.assert_close(both.logits[:, 1:], alone.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(all_masks(both)[:, 1:], all_masks(alone), rtol=1e-3, atol=1e-3)
 
 
 # -- recordings of official code ---------------------------------------------------------------------------------------
 
 
 def test_parity_projection_loss():
+    """BoxInst's."""
     tensors, record = case("boxinst_projection")
     logits = tensors["mask_logits"][:, 0].requires_grad_()
     count, stride = len(logits), record["config"]["mask_out_stride"]
@@ -695,27 +669,8 @@ def test_parity_projection_loss():
     loss.backward()
     check("projection: gradient", logits.grad, tensors["project.grad_logits"][:, 0], 1e-3)
     x, t = logits.detach().sigmoid().flatten(1), masks.flatten(1)
-    check("projection: dice of whole masks", dataseg.projection_dice((x * t).sum(1), x, t), tensors["dice.per_instance"])
-
-
-def test_parity_decoder():
-    """The whole loop of the model, but for its classifier."""
-    tensors, record = case("mask2former_decoder")
-    config = record["config"]
-    channels, masks, layers = config["hidden_dim"], config["mask_dim"], config["dec_layers"]
-    model, _ = small_model(channels=channels, queries=config["num_queries"], decoder_layers=layers)
-    sizes = channels, config["nheads"], config["dim_feedforward"]
-    model.layers = nn.ModuleList(DecoderLayer(*sizes) for _ in range(layers))
-    model.head.mask_embed[-1] = nn.Linear(channels, masks)
-    official = own_names("predictor", stored(tensors, "predictor."))
-    loaded = model.load_state_dict({k: t for k, t in official.items() if not k.startswith("class_embed")}, strict=False)
-    parts = {key.split(".")[0] for key in loaded.missing_keys}
-    assert not loaded.unexpected_keys
-    assert parts == {"backbone", "pixel_decoder", "class_embed", "background", "log_scale", "text"}
-    output = model.decode(tensors["in.mask_features"], [tensors[f"in.multi_scale.{i}"] for i in range(3)], model.text)
-    for depth, masks in enumerate(all_masks(output)):
-        check("decoder of dataseg: masks", masks, tensors[f"out.layer{depth}.pred_masks"])
-    assert len(output.logits) == layers + 1
+    dice = dataseg.projection_dice((x * t).sum(1), x, t)
+    check("projection: dice of whole masks", dice, tensors["dice.per_instance"])
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -729,8 +684,8 @@ def datasets(tiny_root):
 def test_settings_of_the_paper_and_its_base():
     args = dataseg.Args()
     assert (args.lr, args.batch_size, args.base_batch_size, args.steps) == (1e-4, 16, 16, 368_750)
-    assert (args.queries, args.points, args.channels, args.encoder_layers, args.decoder_layers) == (100, 12_544, 256, 6, 9)
-    assert (args.image_size, args.semantic_size, args.test_size) == (1024, 640, 800)
+    assert (args.queries, args.points, args.channels, args.encoder_layers) == (100, 12_544, 256, 6)
+    assert (args.decoder_layers, args.image_size, args.semantic_size, args.test_size) == (9, 1024, 640, 800)
     assert (args.jitter, args.semantic_jitter, args.object_threshold) == ((0.1, 2.0), (0.5, 2.0), 0.8)
     assert (args.backbone, args.text_encoder, args.prompts) == ("resnet50", "ViT-L-14/openai", "auto")
     assert (args.merge, args.merge_in_training, args.task) == ("sum", False, "panoptic")
@@ -739,7 +694,11 @@ def test_settings_of_the_paper_and_its_base():
 def test_recipe(datasets, tmp_path, monkeypatch):
     """AdamW and clipping as Mask2Former's, a poly schedule of a rate that is scaled with the batch."""
     adamw, clip, parameter_groups = torch.optim.AdamW, nn.utils.clip_grad_norm_, dataseg.parameter_groups
-    seen = SimpleNamespace(rates=[])
+    seen, backward = SimpleNamespace(rates=[]), torch.Tensor.backward
+
+    def spy_backward(loss):
+        assert all(p.grad is None for p in seen.model.parameters())  # no gradient of the step before
+        backward(loss)
 
     def spy_groups(model, **settings):
         seen.model = model
@@ -754,30 +713,51 @@ def test_recipe(datasets, tmp_path, monkeypatch):
         seen.rates.append([(group["lr"], group["lr_factor"]) for group in seen.optimizer.param_groups])
         return clip(seen.model.parameters(), norm)
 
+    monkeypatch.setattr(torch.Tensor, "backward", spy_backward)
     monkeypatch.setattr(dataseg, "parameter_groups", spy_groups)
     monkeypatch.setattr(torch.optim, "AdamW", spy_adamw)
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", spy_clip)
     monkeypatch.setattr(dataseg, "save_checkpoint", lambda *_: None)
     monkeypatch.setattr(common.backbone, "load_pretrained", lambda *_: False)
     args = replace(SMALL, image_size=64, semantic_size=64, batch_size=2, base_batch_size=4, lr=1e-3, steps=3)
-    (tmp_path / "args.json").touch()
+    (tmp_path / "args.json").touch()  # of the run folder
     dataseg.train(args, datasets, tmp_path, CPU)
     assert seen.settings == {"lr": 5e-4} and len(seen.rates) == 3
     for step, rates in enumerate(seen.rates):
         for rate, factor in rates:
             assert rate == pytest.approx(factor * 5e-4 * (1 - step / 3) ** 0.9)
-    own = dict(seen.model.named_parameters())
     place = {id(p): (g["lr_factor"], g["weight_decay"]) for g in seen.optimizer.param_groups for p in g["params"]}
-    found = {key: place[id(p)] for key, p in own.items()}
-    assert {key for key, value in found.items() if value == (1, 0) and "norm" not in key} == {
-        *("query_feat", "query_embed", "level_embed", "background", "log_scale"),
-        *(f"pixel_decoder.{part}.1.{kind}" for part in ("input_proj.0", "input_proj.1", "input_proj.2", "lateral", "output")
-          for kind in ("weight", "bias")),
-    }  # fmt: skip
-    assert all(value[1] == 0 for key, value in found.items() if "norm" in key)
-    few = ["backbone.body.conv1.weight", "backbone.body.bn1.weight", "layers.1.linear1.weight", "class_embed.bias"]
-    assert [found[key] for key in few] == [(0.1, 0.05), (0.1, 0), (1, 0.05), (1, 0.05)]
-    assert {key.split(".")[0] for key, value in found.items() if value[0] == 0.1} == {"backbone"}
+    found = {key: place[id(p)] for key, p in seen.model.named_parameters()}
+    body, free = "backbone.body.", ("query_feat", "query_embed", "level_embed", "background", "log_scale")
+    expected = {f"{body}conv1.weight": (0.1, 0.05), f"{body}bn1.weight": (0.1, 0), "class_embed.bias": (1, 0.05)}
+    expected |= {"layers.1.linear1.weight": (1, 0.05), "layers.0.cross_norm.bias": (1, 0)} | dict.fromkeys(free, (1, 0))
+    assert expected.items() <= found.items() and found["pixel_decoder.output.1.weight"] == (1, 0)
+    assert all((factor == 0.1) == key.startswith(body) for key, (factor, _) in found.items())
+
+
+def test_a_step_knows_the_classes_of_its_dataset(datasets, tmp_path, monkeypatch):
+    by_size, seen, forward = {len(d.vocabulary): d for d in datasets}, set(), dataseg.Model.forward
+    tasks = {"ade20k": "semantic", "coco-panoptic": "panoptic", "o365": "instance"}
+
+    def spy_forward(model, images, sizes, text):
+        assert torch.equal(text, dataseg.embed(by_size[len(text)].vocabulary.names, "minilm"))
+        return forward(model, images, sizes, text)
+
+    def spy_losses(args, output, targets, merged):
+        dataset = by_size[output.logits.shape[-1] - 1]
+        assert torch.equal(merged, dataseg.merged_classes(dataset.vocabulary, tasks[dataset.name]))
+        seen.add(dataset.name)
+        if len(seen) == 3:
+            raise Enough
+        return {"loss": output.logits.sum()}
+
+    monkeypatch.setattr(dataseg.Model, "forward", spy_forward)
+    monkeypatch.setattr(dataseg, "compute_losses", spy_losses)
+    monkeypatch.setattr(common.backbone, "load_pretrained", lambda *_: False)
+    args = replace(SMALL, image_size=64, semantic_size=64, batch_size=2, steps=40)
+    (tmp_path / "args.json").touch()
+    with pytest.raises(Enough):
+        dataseg.train(args, datasets, tmp_path, CPU)
 
 
 def test_each_step_has_one_dataset_on_all_ranks(datasets, monkeypatch):
@@ -806,6 +786,8 @@ def test_each_step_has_one_dataset_on_all_ranks(datasets, monkeypatch):
     transforms = loaders[0].dataset.transforms
     assert {name: t.size for name, t in transforms.items()} == longest
     assert [t.scale for t in transforms.values()] == [(0.5, 2), (0.1, 2), (0.1, 2)]
+    compiled = dataseg.build_dataloader(replace(args, compile="on"), datasets, 0, CPU)
+    assert [x.collate_fn.keywords["square"] for x in (later, compiled)] == [None, longest]
 
 
 @pytest.mark.parametrize("names", ["ade20k", NAMES])
@@ -865,8 +847,8 @@ def test_run_folder_has_everything(trained):
     names = {path.name for path in trained.iterdir()}
     pictures = {f"predictions-{name}.jpg" for name in RESULTS} | {"first_batch.jpg"}
     assert pictures | {"weights.safetensors", "metrics.jsonl", "args.json"} <= names
-    (line,) = (trained / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(line)["step"] == 4 and {"loss", "loss_class", "lr"} <= json.loads(line).keys()
+    record = json.loads((trained / "metrics.jsonl").read_text())
+    assert record["step"] == 4 and record["lr"] == pytest.approx(1e-4 * 0.25**0.9) and record["dataset"] in NAMES
 
 
 def test_evaluation_alone_gives_the_same(trained, tiny_root, tmp_path, call):
@@ -910,19 +892,15 @@ def test_predictions_of_each_task(task, merge, trained, photo, tmp_path, call):
         assert infos and {info["id"] for info in infos} == set(np.unique(ids)) - {0}
 
 
-def test_prediction_of_the_classes_trained_on(trained, photo, tmp_path, call):
-    call("--predict", photo, "--weights", trained, "--output", tmp_path / "o", method="dataseg")
-    assert len((tmp_path / "o" / "semantic" / "classes.txt").read_text().splitlines()) > 150  # each name once
-
-
 def test_resume_after_a_kill_ends_with_the_same_weights(trained, data, tmp_path, call, run_and_kill, caplog):
-    run_and_kill(tmp_path / "killed", *data, "--checkpoint-every", 1, method="dataseg")
+    few = ["--checkpoint-every", 1, "--eval-datasets", "o365-instances"]
+    run_and_kill(tmp_path / "killed", *data, *few, method="dataseg")
     with caplog.at_level("INFO", "concord"):
         call("--resume", tmp_path / "killed", method="dataseg")
     assert "resumed from" in caplog.text
     ours, whole = (load_file(folder / "weights.safetensors") for folder in (tmp_path / "killed", trained))
     assert ours.keys() == whole.keys() and all(torch.equal(ours[key], whole[key]) for key in whole)
-    assert results_of(tmp_path / "killed") == results_of(trained)
+    assert results_of(tmp_path / "killed").items() <= results_of(trained).items()
 
 
 def test_two_ranks_train(data, tmp_path, run):
@@ -957,7 +935,7 @@ def test_training_starts_from_an_official_mask2former(official, data, tmp_path, 
         assert losses["loss"].isfinite()
         raise Enough  # before the optimiser's first step
 
-    monkeypatch.setattr(dataseg, "parameter_groups", lambda model, **k: models.append(model) or parameter_groups(model, **k))
+    monkeypatch.setattr(dataseg, "parameter_groups", lambda m, **k: models.append(m) or parameter_groups(m, **k))
     monkeypatch.setattr(dataseg, "check_finite", enough)
     sizes = {"--backbone", "--channels", "--queries", "--encoder-layers", "--decoder-layers"}  # the weights tell them
     flags = [flag for pair in zip(*[iter(data)] * 2) if pair[0] not in sizes for flag in pair]
@@ -969,7 +947,7 @@ def test_training_starts_from_an_official_mask2former(official, data, tmp_path, 
     assert not models[0].backbone.body.bn1.training and models[0].class_embed.weight.any()
 
 
-@pytest.mark.parametrize("flags", [["--predict", "a.jpg", "--vocabulary", "cat"], ["--eval-only", "--datasets", "o365"]])
+@pytest.mark.parametrize("flags", [["--predict", "a.jpg"], ["--eval-only", "--datasets", "o365"]])
 def test_an_official_mask2former_knows_no_classes(flags, official, tiny_root, fails):
     line = fails(*flags, "--weights", official[0], "--data-root", tiny_root, method="dataseg")
     assert "hold no text embeddings of classes: only a training can start from them" in line
@@ -996,17 +974,12 @@ def test_what_is_evaluated(given, evaluated, monkeypatch, call):
         (["--eval-datasets", "in21k"], ["in21k", "no split 'val'"]),
         (["--dataset-ratios", "coco=4"], ["--dataset-ratios coco=4", "ade20k, coco-panoptic, o365"]),
         (["--dataset-ratios", "o365=0"], ["--dataset-ratios o365=0", "NAME=NUMBER"]),
-        (["--dataset-sizes", "o365"], ["--dataset-sizes o365"]),
-        (["--dataset-batches", "o365=-1"], ["--dataset-batches o365=-1"]),
         (["--queries", "0"], ["--queries 0"]),
         (["--points", "0"], ["--points 0"]),
         (["--decoder-layers", "-1"], ["--decoder-layers -1"]),
         (["--channels", "48"], ["--channels 48"]),
         (["--semantic-size", "0"], ["--semantic-size 0"]),
         (["--semantic-jitter", "2", "0.1"], ["--semantic-jitter 2.0 0.1"]),
-        (["--object-threshold", "nan"], ["--object-threshold nan"]),
-        (["--weights", "nowhere"], ["weights nowhere do not exist"]),
-        (["--eval-only"], ["need --weights"]),
     ],
 )
 def test_bad_flags(flags, words, data, tmp_path, fails):
@@ -1015,8 +988,10 @@ def test_bad_flags(flags, words, data, tmp_path, fails):
 
 
 def test_weights_of_others(trained, data, photo, tmp_path, fails):
-    for weights, words in ((trained, "are not of lmseg.py but of dataseg.py; use that"),):
-        assert words in fails("--predict", photo, "--weights", weights, method="lmseg")
+    settings = {"method": "lmseg", "args": {}, "vocabularies": {"a": ["cat"]}}
+    save_tensors(tmp_path / "lmseg.safetensors", {"text": torch.ones(1, 384)}, settings)
+    line = fails("--predict", photo, "--weights", tmp_path / "lmseg.safetensors", method="dataseg")
+    assert "are not of dataseg.py but of lmseg.py; use that" in line
     line = fails(*data, "--weights", trained, "--queries", 12, "--output", tmp_path / "run", method="dataseg")
     assert "'query_embed' has the shape [10, 32], this model needs [12, 32]" in line
     np.save(tmp_path / "text.npy", np.eye(1, 512, dtype=np.float32))
