@@ -184,7 +184,6 @@ TINY = {
     "test_size": 160,
     "batch_size": 8,
     "base_batch_size": 8,
-    "dataset_ratios": "ade20k=2,coco-panoptic=3,o365=3",
     "steps": 700,
     "lr": 1e-3,
     "checkpoint_every": 200,
@@ -331,8 +330,8 @@ def rasterise(boxes: Tensor, size: tuple[int, int], stride: int = 4) -> tuple[Te
     for length, low, high in ((size[0], boxes[:, 1], boxes[:, 3]), (size[1], boxes[:, 0], boxes[:, 2])):
         pixel = torch.arange(length, device=boxes.device) * stride + stride // 2
         inside = (pixel >= low.floor()[:, None]) & (pixel < (high + 1).floor()[:, None])  # (N, length)
-        nearest = ((low + high)[:, None] / 2 - pixel - 0.5).abs().argmin(1)
-        inside[torch.arange(len(boxes)), nearest] = True
+        middle = ((low + high) / 2 // stride).long().clamp(0, length - 1)
+        inside[torch.arange(len(boxes)), middle] = True
         sides.append(inside.float())
     return sides[0], sides[1]
 

@@ -52,7 +52,7 @@ case "${1:-}" in
         fi
         [ $# -gt 0 ] || case $method in
             lmseg) set -- --datasets ade20k,coco-panoptic --tiny ;;
-            dataseg) set -- --datasets ade20k,coco-panoptic,o365 --tiny ;;
+            dataseg) set -- --datasets ade20k,coco-panoptic,o365 --dataset-ratios ade20k=2,coco-panoptic=3,o365=3 --tiny ;;
             *) set -- --datasets coco,o365 --tiny ;;
         esac
         exec .venv/bin/python "$method.py" "$@"

@@ -357,12 +357,6 @@ def test_targets_of_each_supervision():
     assert boxes.masks is None and torch.equal(boxes.boxes, samples[3].boxes) and boxes.labels.tolist() == [0, 1]
 
 
-def test_targets_of_an_image_without_any():
-    samples = [labelled("a", kind, []) for kind in ("semantic", "panoptic", "instances", "boxes")]
-    for t in dataseg.assign_targets(collate(samples), LabelSpace([KINDS])):
-        assert len(t.labels) == 0 and (t.masks is None or t.masks.shape == (0, 32, 32))
-
-
 def test_free_queries_join_the_target_of_their_class():
     output = random_output(depths=3, queries=12)
     labels, merged = torch.tensor([1, 0, 2]), torch.tensor([False, True, True])
