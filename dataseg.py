@@ -11,22 +11,24 @@ s cos(e_i, t_k), and background b for all datasets  Model.classify           e_i
 MERGE of targets: all, stuff, none                  assign_targets           M_i     mask logits
 MERGE of proposals at test time (and in training)   merge, join_members      m_i     sigmoid(M_i)
 class: cross-entropy over K_d + 1 columns           loss_class               b       background
-masks: BCE and dice at points                       loss_mask, loss_dice     s       log_scale.exp()
+masks: BCE and dice at points                       loss_mask, loss_dice     s       logit_scale.exp()
 boxes: projections of the mask on both axes         loss_projection
 L = 2 L_class + 5 (L_mask + L_dice), or 5 L_proj    compute_losses
 
-Note: no model code was released. What the paper leaves open has Mask2Former's value: pixel decoder, 100 queries,
-  loss weights (the projection has that of mask and dice together), AdamW, learning rate, clipping, thresholds.
+Note: no model code was released. What the paper leaves open has Mask2Former's value: pixel decoder, 100 queries, losses
+  and their weights (the projection has that of mask and dice together, background 0.1), AdamW, learning rate, clipping,
+  batch size, thresholds. All datasets are tested at one size, 800.
 Note: the merged mask is the union: the largest of the members' logits at each pixel. In training the targets are merged
   and matched one to one; --merge-in-training also merges proposals. For semantic maps the default is the probability-
   weighted sum over all proposals (--merge sum), which is Mask2Former's inference; --merge max is the union.
 Note: the scale s is learned, from 1 / 0.07, at most 100, as CLIP's. Text: CLIP's 80 templates, each normalised
   before the mean; classes have one name, where ADE20K lists synonyms too.
-Note: a poly schedule, crop sizes and ratios ADE : COCO : Objects365 = 1 : 4 : 4 are our choices.
-Note: segments that a crop leaves empty are dropped, also of panoptic maps.
+Note: a poly schedule, crop sizes and ratios ADE : COCO : Objects365 = 1 : 4 : 4, of images drawn, are our choices.
+Note: segments and masks that a crop leaves empty are dropped, also of panoptic maps.
 
 diff with lmseg.py shows: text in the classifier alone, not in the decoder; a learned background, not the word; masks
-and boxes, merged per task; one dataset per step on all ranks; large-scale jitter, not a pipeline per dataset.
+and boxes, merged per task; one dataset per step on all ranks; large-scale jitter, not a pipeline per dataset;
+Mask2Former's panoptic rule and weight decay.
 
     python dataseg.py --datasets ade20k,coco-panoptic,o365 --tiny      # minutes on a CPU, generated data
     python dataseg.py --datasets ade20k,coco-panoptic,o365 --data-root DATA                        # one GPU
@@ -184,7 +186,7 @@ TINY = {
     "test_size": 160,
     "batch_size": 8,
     "base_batch_size": 8,
-    "steps": 700,
+    "steps": 900,
     "lr": 1e-3,
     "checkpoint_every": 200,
     "workers": 0,
@@ -193,15 +195,15 @@ TINY = {
     "object_threshold": 0.4,
     "queries": 40,
     "points": 1024,
-    "channels": 64,
+    "channels": 128,
     "encoder_layers": 2,
     "decoder_layers": 3,
 }
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "queries", "channels", "encoder_layers"]
 MODEL_FIELDS += ["decoder_layers"]
 SUPERVISION = ("boxes", "instances", "semantic", "panoptic")
-TASKS = {"miou": "semantic", "pq": "panoptic"}  # by the metric of a dataset; of the others: instance
-EVALUATION = {"o365": "o365-instances", "objects365": "o365-instances"}  # 1000 images of its val with masks
+TASKS = {"semantic": "semantic", "panoptic": "panoptic", "instances": "instance", "boxes": "instance"}
+EVALUATION = {"o365": "o365-instances"}  # 1000 images of its validation set, with masks
 
 # --------------------------------------------------------------------------------------------------------------- Model
 
@@ -240,11 +242,11 @@ class Model(nn.Module):
         self.level_embed = nn.Parameter(torch.randn(3, channels))
         self.class_embed = nn.Linear(channels, text.shape[1])
         self.background = nn.Parameter(0.02 * torch.randn(text.shape[1]))
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.register_buffer("text", text)  # (C, D)
 
     def set_vocabulary(self, text: Tensor) -> None:
-        """Swap the label space: text (C', D), unit rows. Only the width of cosine and logits changes."""
+        """Swap the label space: text (C', D), a row for each column of the logits that comes from text."""
         if text.shape[1] != self.text.shape[1]:
             raise InputError(f"text embeddings have {text.shape[1]} dimensions, this model needs {self.text.shape[1]}; "
                              "use the --text-encoder it was trained with")  # fmt: skip
@@ -266,9 +268,9 @@ class Model(nn.Module):
         for i, layer in enumerate(self.layers):
             level = i % 3
             blocked = blocked_pixels(predictions[-1][1], resized[level])  # (B, Q, S)
-            q = layer.look(q, self.query_embed, memory[level], position[level], blocked)
-            q = layer.talk(q, self.query_embed)
-            q = layer.think(q)
+            q = layer.cross_attend(q, self.query_embed, memory[level], position[level], blocked)
+            q = layer.self_attend(q, self.query_embed)
+            q = layer.feed_forward(q)
             predictions.append(self.head(q))
         z, mask_embed = (torch.stack(part) for part in zip(*predictions))  # (Z, B, Q, C)
         return Output(self.classify(z, text), mask_embed, mask_features)
@@ -277,7 +279,7 @@ class Model(nn.Module):
         """Queries (..., C), text (K, D) -> logits s cos(e, t) (..., K + 1), the last for the shared background."""
         e = F.normalize(self.class_embed(z), dim=-1)
         rows = torch.cat([text, F.normalize(self.background, dim=0)[None]])  # (K + 1, D)
-        return self.log_scale.exp().clamp(max=100) * e @ rows.T
+        return self.logit_scale.exp() * e @ rows.T
 
     def forward(self, images: Tensor, sizes: list[tuple[int, int]], text: Tensor) -> Output:
         """images (B, 3, H, W) uint8 of one dataset, text of its classes (K, D) -> the predictions of all depths."""
@@ -302,8 +304,8 @@ def merge_targets(masks: Tensor, labels: Tensor, merged: Tensor) -> tuple[Tensor
     return masks, labels
 
 
-def assign_targets(batch: Batch, label_space: LabelSpace) -> list[Targets]:
-    """Masks (N, H, W) padded as the batch, merged for the task of their dataset; or boxes where it has nothing else.
+def assign_targets(batch: Batch, merged: Tensor) -> list[Targets]:
+    """Masks (N, H, W) padded as the batch, one for each class of merged (K,) bool; or boxes where there are no masks.
 
     Labels stay those of the dataset: no other dataset's classes are in the softmax.
     """
@@ -313,8 +315,6 @@ def assign_targets(batch: Batch, label_space: LabelSpace) -> list[Targets]:
         if sample.supervision != "boxes":
             masks = segment_masks(sample)
             masks = F.pad(masks, (0, size[1] - masks.shape[2], 0, size[0] - masks.shape[1]))
-            task = sample.supervision if sample.supervision in ("semantic", "panoptic") else "instance"
-            merged = merged_classes(label_space.vocabularies[sample.dataset], task).to(sample.labels.device)
             target.masks, target.labels = merge_targets(masks, sample.labels, merged)
         targets.append(target)
     return targets
@@ -331,7 +331,7 @@ def rasterise(boxes: Tensor, size: tuple[int, int], stride: int = 4) -> tuple[Te
         pixel = torch.arange(length, device=boxes.device) * stride + stride // 2
         inside = (pixel >= low.floor()[:, None]) & (pixel < (high + 1).floor()[:, None])  # (N, length)
         middle = ((low + high) / 2 // stride).long().clamp(0, length - 1)
-        inside[torch.arange(len(boxes)), middle] = True
+        inside |= F.one_hot(middle, length).bool() & ~inside.any(1, keepdim=True)
         sides.append(inside.float())
     return sides[0], sides[1]
 
@@ -351,7 +351,7 @@ def projection_dice(product: Tensor, x: Tensor, t: Tensor) -> Tensor:
 def match(args: Args, output: Output, targets: list[Targets]) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Hungarian assignment in each depth -> for each image depth, query and target (R,) of its pairs, target by target.
 
-    The costs are the losses'. All queries and depths of an image share their random points.
+    Costs: 2 (-probability) and the other losses. All queries and depths of an image share their random points.
     """
     pairs = []
     for i, t in enumerate(targets):
@@ -378,12 +378,12 @@ def join_members(output: Output, image: int, pairs: tuple, labels: Tensor, merge
     Returns all pairs, the matched ones first, and for each the matched one it belongs to, (R + members,).
     """
     depth, query, target = pairs
-    said = output.logits[:, image].argmax(-1)  # (Z, Q)
-    said[depth, query] = -1  # matched queries are not free
-    joins = (said[depth] == labels[target, None]) & merged[labels[target], None]  # (R, Q)
-    row, member = joins.nonzero(as_tuple=True)
-    together = (torch.cat([depth, depth[row]]), torch.cat([query, member]), torch.cat([target, target[row]]))
-    return together, torch.cat([torch.arange(len(depth), device=row.device), row])
+    predicted = output.logits[:, image].argmax(-1)  # (Z, Q)
+    predicted[depth, query] = -1  # matched queries are not free
+    is_member = (predicted[depth] == labels[target, None]) & merged[labels[target], None]  # (R, Q)
+    row, member = is_member.nonzero(as_tuple=True)
+    all_pairs = (torch.cat([depth, depth[row]]), torch.cat([query, member]), torch.cat([target, target[row]]))
+    return all_pairs, torch.cat([torch.arange(len(depth), device=row.device), row])
 
 
 def loss_class(logits: Tensor, classes: Tensor) -> Tensor:
@@ -397,24 +397,24 @@ def loss_class(logits: Tensor, classes: Tensor) -> Tensor:
     return (each.sum(1) / weight[classes].flatten(1).sum(1)).sum()
 
 
-def loss_mask(logits: Tensor, truth: Tensor, count: float) -> Tensor:
-    """Sec. 3, masks: BCE at P points of each pair, both (R, P); mean over points, sum over pairs / count of targets."""
-    return F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1).sum() / count
+def loss_mask(logits: Tensor, truth: Tensor, num_masks: Tensor) -> Tensor:
+    """Sec. 3, masks as in Mask2Former: BCE at points (R, P); mean over points, sum over pairs / num_masks."""
+    return F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1).sum() / num_masks
 
 
-def loss_dice(logits: Tensor, truth: Tensor, count: float) -> Tensor:
-    """Sec. 3, masks: 1 - (2 sum s t + 1) / (sum s + sum t + 1) at the points, sum over pairs / count of targets."""
+def loss_dice(logits: Tensor, truth: Tensor, num_masks: Tensor) -> Tensor:
+    """Sec. 3, masks as in Mask2Former: 1 - (2 sum s t + 1) / (sum s + sum t + 1), sum over pairs / num_masks."""
     s = logits.sigmoid()
-    return (1 - (2 * (s * truth).sum(1) + 1) / (s.sum(1) + truth.sum(1) + 1)).sum() / count
+    return (1 - (2 * (s * truth).sum(1) + 1) / (s.sum(1) + truth.sum(1) + 1)).sum() / num_masks
 
 
-def loss_projection(mask_logits: Tensor, rows: Tensor, columns: Tensor, count: float) -> Tensor:
-    """Sec. 3, boxes: D(px, gx) + D(py, gy), D = 1 - 2 sum(x t) / (sum x^2 + sum t^2), sum over pairs / count.
+def loss_projection(mask_logits: Tensor, rows: Tensor, columns: Tensor, num_masks: Tensor) -> Tensor:
+    """Sec. 3, boxes: D(px, gx) + D(py, gy), D = 1 - 2 sum(x t) / (sum x^2 + sum t^2), sum over pairs / num_masks.
 
     mask_logits (R, h, w), rows (R, h) and columns (R, w) of their boxes, 0 or 1. Source: BoxInst (arXiv 2012.02310).
     """
     pairs = zip(projections(mask_logits), (rows, columns))
-    return sum(projection_dice((x * t).sum(1), x, t).sum() for x, t in pairs) / count
+    return sum(projection_dice((x * t).sum(1), x, t).sum() for x, t in pairs) / num_masks
 
 
 def compute_losses(args: Args, output: Output, targets: list[Targets], merged: Tensor) -> dict:
@@ -422,20 +422,19 @@ def compute_losses(args: Args, output: Output, targets: list[Targets], merged: T
 
     merged (K,) bool: the classes that --merge-in-training joins. Returns every term, and their sum as `loss`.
     """
-    count = torch.tensor(float(sum(len(t.labels) for t in targets)), device=output.logits.device)
-    count = mean_over_ranks(count).clamp(min=1)
-    classes = torch.full(output.logits.shape[:-1], output.logits.shape[-1] - 1, device=count.device)  # (Z, B, Q)
+    num_masks = torch.tensor(float(sum(len(t.labels) for t in targets)), device=output.logits.device)
+    num_masks = mean_over_ranks(num_masks).clamp(min=1)
+    classes = torch.full(output.logits.shape[:-1], output.logits.shape[-1] - 1, device=num_masks.device)  # (Z, B, Q)
     sampled, projected = [], []
     for i, (t, pairs) in enumerate(zip(targets, match(args, output, targets))):
-        owner = None
+        target, owner = pairs[2], torch.arange(len(pairs[2]), device=classes.device)  # (R,)
         if args.merge_in_training:
             pairs, owner = join_members(output, i, pairs, t.labels, merged)
-        depth, query, target = pairs
-        classes[depth, i, query] = t.labels[target]
-        masks = output.masks(depth, i, query)  # (R, h, w)
-        if owner is not None and len(owner):
-            masks = torch.stack([masks[owner == row].amax(0) for row in owner.unique()])
-            target = target[: len(masks)]
+        depth, query, wanted = pairs  # (R + members,)
+        classes[depth, i, query] = t.labels[wanted]
+        masks = output.masks(depth, i, query)  # (R + members, h, w)
+        if len(masks) > len(target):
+            masks = torch.stack([masks[owner == row].amax(0) for row in range(len(target))])  # (R, h, w)
         if t.masks is not None:
             sampled.append(sample_pairs(masks, t.masks, target, args.points))
         else:
@@ -444,10 +443,10 @@ def compute_losses(args: Args, output: Output, targets: list[Targets], merged: T
     losses = {"loss_class": 2 * loss_class(output.logits, classes)}
     if sampled:
         logits, truth = (torch.cat(part) for part in zip(*sampled))  # (R, P)
-        losses["loss_mask"] = 5 * loss_mask(logits, truth, count)
-        losses["loss_dice"] = 5 * loss_dice(logits, truth, count)
+        losses["loss_mask"] = 5 * loss_mask(logits, truth, num_masks)
+        losses["loss_dice"] = 5 * loss_dice(logits, truth, num_masks)
     if projected:
-        losses["loss_projection"] = 5 * loss_projection(*(torch.cat(part) for part in zip(*projected)), count)
+        losses["loss_projection"] = 5 * loss_projection(*(torch.cat(part) for part in zip(*projected)), num_masks)
     return losses | {"loss": sum(losses.values())}
 
 
@@ -487,12 +486,16 @@ def predict(model: Model, batch: Batch, vocabulary: Vocabulary, task: str) -> li
         if task == "instance":
             result |= instances(p[:, :-1], masks)
             result["class_names"] = [vocabulary.names[label] for label in result["labels"].tolist()]
-        else:
-            summed = (masks, p) if model.args.merge == "sum" else merge(masks, p, torch.ones_like(merged))
-            result["semantic"] = semantic_labels(summed[1][:, :-1], summed[0])
+        elif model.args.merge == "sum":
+            result["semantic"] = semantic_labels(p[:, :-1], masks)
+        else:  # each class by its union alone
+            union, rows = merge(masks, p, torch.ones_like(merged))
+            result["semantic"] = semantic_labels((rows * (rows == rows.amax(1, keepdim=True)))[:, :-1], union)
         if task == "panoptic":
-            masks, p = merge(masks, p, merged)
-            parts = panoptic_map(p, masks, vocabulary.is_thing, model.args.object_threshold, 0.8, intersect=True)
+            threshold = model.args.object_threshold
+            sure = p.amax(1) > threshold
+            masks, p = merge(masks[sure], p[sure], merged)
+            parts = panoptic_map(p, masks, vocabulary.is_thing, threshold, 0.8, intersect=True)
             result["panoptic"], result["segments_info"] = parts
         found.append({k: v.cpu() if isinstance(v, Tensor) else v for k, v in result.items()})
     return found
@@ -528,7 +531,7 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
     for dataset in datasets:
         log.info(dataset.summary())
     label_space, text = build_label_space(args, [d.vocabulary for d in datasets])
-    supervision = {d.name: d.supervision for d in datasets}
+    merged = {d.name: merged_classes(d.vocabulary, TASKS[d.supervision]).to(device) for d in datasets}
 
     checkpoint = last_checkpoint(folder) if args.resume else None
     model = Model(args, text, pretrained=not (checkpoint or args.weights)).to(device)
@@ -558,15 +561,14 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
 
         name = batch.samples[0].dataset
         output = parallel(batch.images, batch.sizes, model.text[label_space.slice(name)])
-        task = supervision[name] if supervision[name] in ("semantic", "panoptic") else "instance"
-        merged = merged_classes(label_space.vocabularies[name], task).to(device)
-        losses = compute_losses(args, output, assign_targets(batch, label_space), merged)
+        losses = compute_losses(args, output, assign_targets(batch, merged[name]), merged[name])
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         losses = {term: value.detach() for term, value in losses.items()}
         check_finite(losses, step)
         nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
+        model.logit_scale.data.clamp_(max=math.log(100))
 
         run_log.step(step, losses, rate, len(batch) * world_size(), name)
         if step % args.checkpoint_every == 0 or step == args.steps:
@@ -580,13 +582,19 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
 # ------------------------------------------------------------------------------------------------------------ Evaluate
 
 
+def text_of(args: Args, dataset: Dataset) -> Tensor:
+    """(K, D); an evaluation set has the text of the dataset that it is part of."""
+    whole = {part: whole for whole, part in EVALUATION.items()}.get(dataset.name, dataset.name)
+    return embed(dataset.vocabulary.names, args.text_encoder, args.prompts, whole)
+
+
 def evaluate(args: Args, model: Model, datasets: list[Dataset], folder: Path) -> dict:
-    """Every evaluation dataset by its own metric and task, in its own label space; pictures."""
+    """Every evaluation dataset by its own task and metric, in its own label space; pictures."""
     results, resize = {}, ResizeShortest(args.test_size)
     for dataset in datasets:
-        model.set_vocabulary(embed(dataset.vocabulary.names, args.text_encoder, args.prompts, dataset.name))
-        task = TASKS.get(dataset.metric, "instance")
-        title, detect = dataset.name, partial(predict, model, vocabulary=dataset.vocabulary, task=task)
+        model.set_vocabulary(text_of(args, dataset))
+        task, title = TASKS[dataset.supervision], dataset.name
+        detect = partial(predict, model, vocabulary=dataset.vocabulary, task=task)
         found = evaluate_dataset(detect, dataset, resize, args.workers, title, folder, args.score_threshold)
         results |= {title: found} if rank() == 0 else {}
     return results
@@ -615,7 +623,9 @@ def main() -> None:
         folder = make_run_folder(args, METHOD)
     else:
         datasets = load_datasets(args.datasets, "train", args.data_root, size, True, SUPERVISION)
-        evaluated = load_datasets(names, "val", args.data_root, size, accepts=SUPERVISION)  # mistakes must show now
+        evaluated = load_datasets(names, "val", args.data_root, size, accepts=SUPERVISION)
+        for dataset in evaluated:
+            text_of(args, dataset)  # what is missing must show now
         warn_of_overlap(datasets, evaluated)
         folder = make_run_folder(args, METHOD)
         model = train(args, datasets, folder, device)

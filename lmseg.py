@@ -6,7 +6,7 @@ attend to those of the image's own dataset (category-guided decoding), which ste
 are classified by their similarity to them. Every dataset keeps the augmentation it would have alone.
 
 Equation                                            function                 symbol  variable
-[context | name] through the frozen text encoder    common.prompt, embed     ctx     context
+[context | name] through the frozen text encoder    with_context             ctx     context
 T = adapter(text), "background" among the classes   Model.adapter            T       text
 q + CrossAttn(q, T) in every decoder layer          CategoryGuide            Q       q, z
 s_qk = cos(q, T_k) / tau                            Model.classify           tau     tau
@@ -17,17 +17,21 @@ dataset-aware augmentation                          DAA, augmentation
 
 Note: the released code (mightyzau/LMSeg) stands on MaskFormer: CLIP's ResNet, an FPN pixel decoder, six pre-norm
   decoder blocks on res5 alone, focal and dice losses on whole masks (20, 1; class 1). Here the base is Mask2Former, as
-  surveys of the field describe LMSeg and as dataseg.py has it, so that diff shows the ideas: after each layer's masked
-  attention the queries attend to the text; matching, losses and their weights are Mask2Former's, and the classifier
-  reads the normed query. Text branch, guide (pre-norm, keys and values the text itself, stochastic depth), optimiser
-  and sampling are those of the released code.
-Note: prompts are "a photo of {name}"; for panoptic data the released code has the plain name (--prompts name). A name
-  has one word form here, the first, which the released code takes too; names longer than its ten tokens stay whole.
+  a survey of the field describes LMSeg and as dataseg.py has it, so that diff shows the ideas: after each layer's
+  masked attention the queries attend to the text; matching, losses and their weights are Mask2Former's, and the
+  classifier reads the normed query. Text branch, guide (pre-norm, keys and values the text itself, stochastic depth),
+  optimiser (but tau and context do not decay) and sampling are those of the released code.
+Note: prompts are "a photo of {name}"; for panoptic data the released code has the plain name (--prompts name), and what
+  the paper has is not known. A name has one word form here, the first, which the released code takes too; names longer
+  than its ten tokens stay whole. Fixed text has unit length, which the adapter's norm makes up for.
+Note: 160,000 steps are those of the released configs; a launch script for four datasets has 320,000.
+Note: training images are padded as far as their batch needs, not to the size of the crop.
 Note: in one step every rank draws its own dataset; a batch has one, so that its text needs no padding.
 Note: segments that a crop leaves empty are dropped, also of panoptic maps.
 
 diff with dataseg.py shows: text in the decoder and in the classifier; learned context; the word background, not a
-vector; masks alone, unmerged; a pipeline per dataset; datasets drawn by each rank for itself.
+vector; the multi-head baseline; masks alone, unmerged; a pipeline per dataset; datasets drawn by each rank for itself;
+MaskFormer's panoptic rule and less weight decay.
 
     python lmseg.py --datasets ade20k,coco-panoptic --tiny             # minutes on a CPU, generated data
     python lmseg.py --datasets ade20k,cityscapes --data-root DATA                                  # one GPU
@@ -202,21 +206,20 @@ TINY = {
     "image_size": 128,
     "batch_size": 8,
     "base_batch_size": 8,
-    "steps": 700,
+    "steps": 800,
     "lr": 1e-3,
     "checkpoint_every": 200,
     "workers": 0,
     "object_threshold": 0.4,
     "queries": 40,
     "points": 1024,
-    "channels": 64,
+    "channels": 128,
     "encoder_layers": 2,
     "decoder_layers": 3,
 }
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "context_tokens", "cgd", "classifier", "image_size", "queries"]
-MODEL_FIELDS += ["channels", "encoder_layers", "decoder_layers"]
+MODEL_FIELDS += ["channels", "encoder_layers", "decoder_layers", "daa"]
 SUPERVISION = ("semantic", "panoptic")
-TASKS = {"miou": "semantic", "pq": "panoptic"}  # by the metric of a dataset
 BACKGROUND = "background"
 
 # --------------------------------------------------------------------------------------------------------------- Model
@@ -242,7 +245,7 @@ class CategoryGuide(nn.Module):
     """Sec. 3, category-guided decoding: the queries attend to the class embeddings of their dataset.
 
     Keys and values are the normed embeddings themselves; no order among the classes.
-    Source: mightyzau/LMSeg:modeling/transformer/lmseg_predictor_visualtext.py
+    Source: mightyzau/LMSeg:mask_former/modeling/transformer/lmseg_predictor_visualtext.py
     """
 
     def __init__(self, channels: int, heads: int, drop: float):
@@ -254,10 +257,10 @@ class CategoryGuide(nn.Module):
 
     def forward(self, q: Tensor, text: Tensor) -> Tensor:
         """q (B, Q, C), text (K + 1, C) -> (B, Q, C)."""
-        heads = self.query(self.norm_q(q)).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, Q, C / heads)
+        query = self.query(self.norm_q(q)).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, Q, C / heads)
         keys = self.norm_text(text).unflatten(1, (self.heads, -1)).transpose(0, 1)  # (heads, K + 1, C / heads)
         keys = keys.expand(len(q), -1, -1, -1)
-        attended = F.scaled_dot_product_attention(heads, keys, keys).transpose(1, 2).flatten(2)  # (B, Q, C)
+        attended = F.scaled_dot_product_attention(query, keys, keys).transpose(1, 2).flatten(2)  # (B, Q, C)
         return q + self.drop(self.output(attended))
 
 
@@ -303,7 +306,7 @@ class Model(nn.Module):
             self.context = nn.Parameter(nn.init.trunc_normal_(torch.empty(args.context_tokens, width), std=1.0))
 
     def set_vocabulary(self, text: Tensor) -> None:
-        """Swap the label space: text (C', D), unit rows. Only the width of cosine and logits changes."""
+        """Swap the label space: text (C', D), a row for each column of the logits that comes from text."""
         if text.shape[1] != self.text.shape[1]:
             raise InputError(f"text embeddings have {text.shape[1]} dimensions, this model needs {self.text.shape[1]}; "
                              "use the --text-encoder it was trained with")  # fmt: skip
@@ -320,7 +323,7 @@ class Model(nn.Module):
         memory = [tokens(f) + code for f, code in zip(maps, self.level_embed)]  # 3 times (B, S, C)
         position = [tokens(sine_position(*f.shape[-2:], f.shape[1], f.device)) for f in maps]  # 3 times (1, S, C)
         resized = [F.interpolate(mask_features.detach(), f.shape[-2:], mode="bilinear") for f in maps]
-        text = self.adapter(text) if self.heads is None else text  # (K + 1, C)
+        text = self.adapter(text) if self.heads is None else text  # (K + 1, C); heads read none
         q = self.query_feat.expand(len(mask_features), -1, -1)  # (B, Q, C)
         predictions = [self.head(q)]
         for i, layer in enumerate(self.layers):
@@ -328,11 +331,11 @@ class Model(nn.Module):
             blocked = blocked_pixels(predictions[-1][1], resized[level])  # (B, Q, S)
             if self.cgd == "text_visual":
                 q = self.guides[i](q, text)
-            q = layer.look(q, self.query_embed, memory[level], position[level], blocked)
+            q = layer.cross_attend(q, self.query_embed, memory[level], position[level], blocked)
             if self.cgd == "visual_text":
                 q = self.guides[i](q, text)
-            q = layer.talk(q, self.query_embed)
-            q = layer.think(q)
+            q = layer.self_attend(q, self.query_embed)
+            q = layer.feed_forward(q)
             predictions.append(self.head(q))
         z, mask_embed = (torch.stack(part) for part in zip(*predictions))  # (Z, B, Q, C)
         return Output(self.classify(z, text, dataset), mask_embed, mask_features)
@@ -351,7 +354,7 @@ class Model(nn.Module):
 # -------------------------------------------------------------------------------------------------------------- Losses
 
 
-def assign_targets(batch: Batch, label_space: LabelSpace) -> list[Targets]:
+def assign_targets(batch: Batch) -> list[Targets]:
     """Masks (N, H, W) padded as the batch: one per class of a semantic map, one per segment of a panoptic map.
 
     Labels stay those of the dataset: no other dataset's classes are in the softmax.
@@ -368,7 +371,7 @@ def assign_targets(batch: Batch, label_space: LabelSpace) -> list[Targets]:
 def match(args: Args, output: Output, targets: list[Targets]) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Hungarian assignment in each depth -> for each image depth, query and target (R,) of its pairs, target by target.
 
-    The costs are the losses'. All queries and depths of an image share their random points.
+    Costs: 2 (-probability) and the other losses. All queries and depths of an image share their random points.
     """
     pairs = []
     for i, t in enumerate(targets):
@@ -394,30 +397,30 @@ def loss_class(logits: Tensor, classes: Tensor) -> Tensor:
     return (each.sum(1) / weight[classes].flatten(1).sum(1)).sum()
 
 
-def loss_mask(logits: Tensor, truth: Tensor, count: float) -> Tensor:
-    """Sec. 3, masks: BCE at P points of each pair, both (R, P); mean over points, sum over pairs / count of targets."""
-    return F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1).sum() / count
+def loss_mask(logits: Tensor, truth: Tensor, num_masks: Tensor) -> Tensor:
+    """Sec. 3, masks as in Mask2Former: BCE at points (R, P); mean over points, sum over pairs / num_masks."""
+    return F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1).sum() / num_masks
 
 
-def loss_dice(logits: Tensor, truth: Tensor, count: float) -> Tensor:
-    """Sec. 3, masks: 1 - (2 sum s t + 1) / (sum s + sum t + 1) at the points, sum over pairs / count of targets."""
+def loss_dice(logits: Tensor, truth: Tensor, num_masks: Tensor) -> Tensor:
+    """Sec. 3, masks as in Mask2Former: 1 - (2 sum s t + 1) / (sum s + sum t + 1), sum over pairs / num_masks."""
     s = logits.sigmoid()
-    return (1 - (2 * (s * truth).sum(1) + 1) / (s.sum(1) + truth.sum(1) + 1)).sum() / count
+    return (1 - (2 * (s * truth).sum(1) + 1) / (s.sum(1) + truth.sum(1) + 1)).sum() / num_masks
 
 
 def compute_losses(args: Args, output: Output, targets: list[Targets]) -> dict:
     """L = sum over depths of 2 L_class + 5 (L_mask + L_dice). Returns every term, and their sum as `loss`."""
-    count = torch.tensor(float(sum(len(t.labels) for t in targets)), device=output.logits.device)
-    count = mean_over_ranks(count).clamp(min=1)
-    classes = torch.full(output.logits.shape[:-1], output.logits.shape[-1] - 1, device=count.device)  # (Z, B, Q)
+    num_masks = torch.tensor(float(sum(len(t.labels) for t in targets)), device=output.logits.device)
+    num_masks = mean_over_ranks(num_masks).clamp(min=1)
+    classes = torch.full(output.logits.shape[:-1], output.logits.shape[-1] - 1, device=num_masks.device)  # (Z, B, Q)
     sampled = []
     for i, (t, (depth, query, target)) in enumerate(zip(targets, match(args, output, targets))):
         classes[depth, i, query] = t.labels[target]
         sampled.append(sample_pairs(output.masks(depth, i, query), t.masks, target, args.points))
     logits, truth = (torch.cat(part) for part in zip(*sampled))  # (R, P)
     losses = {"loss_class": 2 * loss_class(output.logits, classes)}
-    losses["loss_mask"] = 5 * loss_mask(logits, truth, count)
-    losses["loss_dice"] = 5 * loss_dice(logits, truth, count)
+    losses["loss_mask"] = 5 * loss_mask(logits, truth, num_masks)
+    losses["loss_dice"] = 5 * loss_dice(logits, truth, num_masks)
     return losses | {"loss": sum(losses.values())}
 
 
@@ -438,18 +441,18 @@ def predict(model: Model, batch: Batch, vocabulary: Vocabulary, task: str) -> li
         masks = restore(output.masks(-1, i), batch.images.shape[-2:], batch.sizes[i], sample.original_size)
         p = output.logits[-1, i].softmax(-1)  # (Q, K + 1)
         result = {"class_names": vocabulary.names, "size": sample.original_size}
-        result["semantic"] = semantic_labels(p[:, :-1], masks).cpu()
+        result["semantic"] = semantic_labels(p[:, :-1], masks)
         if task == "panoptic":
             parts = panoptic_map(p, masks, vocabulary.is_thing, model.args.object_threshold, 0.8, intersect=False)
-            result["panoptic"], result["segments_info"] = parts[0].cpu(), parts[1]
-        found.append(result)
+            result["panoptic"], result["segments_info"] = parts
+        found.append({k: v.cpu() if isinstance(v, Tensor) else v for k, v in result.items()})
     return found
 
 
 # --------------------------------------------------------------------------------------------------------------- Train
 
 
-def augmentation(args: Args, dataset: str):
+def augmentation(args: Args, dataset: str) -> DetrCrop | SegmentationCrop:
     """Dataset-aware augmentation: what the dataset would have alone, in proportion to --image-size."""
     factor = args.image_size / 512
     if args.daa and dataset in DETR:
@@ -514,7 +517,8 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         model.backbone.compile()
         model.pixel_decoder.compile()
     # a step of the multi-head baseline leaves the other datasets' heads alone
-    parallel = DistributedDataParallel(model, find_unused_parameters=True) if world_size() > 1 else model
+    unused = args.classifier == "heads"
+    parallel = DistributedDataParallel(model, find_unused_parameters=unused) if world_size() > 1 else model
 
     loader = build_dataloader(args, datasets, start)
     run_log = RunLog(folder, args.steps, start)
@@ -531,7 +535,7 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         if encoder:
             text = with_context(args, model.context, encoder, vocabularies[name])
         output = parallel(batch.images, batch.sizes, text, name)
-        losses = compute_losses(args, output, assign_targets(batch, label_space))
+        losses = compute_losses(args, output, assign_targets(batch))
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         losses = {term: value.detach() for term, value in losses.items()}
@@ -541,11 +545,12 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
 
         run_log.step(step, losses, rate, len(batch) * world_size(), name)
         if step % args.checkpoint_every == 0 or step == args.steps:
+            if encoder:  # what is saved needs it for new names alone
+                model.text = with_context(args, model.context.detach(), encoder, label_space.names)
             save_checkpoint(folder, step, model, optimizer, metadata)
     run_log.close()
     if encoder:
-        with torch.no_grad():  # from here on the text is fixed, and the encoder needed for new names alone
-            model.text = with_context(args, model.context, encoder, label_space.names)
+        model.text = with_context(args, model.context.detach(), encoder, label_space.names)
     if rank() == 0:
         save_weights(folder / "weights.safetensors", model, metadata)
     return model
@@ -569,7 +574,7 @@ def evaluate(args: Args, model: Model, label_space: LabelSpace, datasets: list[D
     results, text = {}, model.text
     for dataset in datasets:
         model.set_vocabulary(text_of(args, model, label_space, text, dataset.vocabulary.names))
-        detect = partial(predict, model, vocabulary=dataset.vocabulary, task=TASKS[dataset.metric])
+        detect = partial(predict, model, vocabulary=dataset.vocabulary, task=dataset.supervision)
         title, resize = dataset.name, test_transform(args, dataset.name)
         found = evaluate_dataset(detect, dataset, resize, args.workers, title, folder, args.score_threshold)
         results |= {title: found} if rank() == 0 else {}

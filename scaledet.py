@@ -250,7 +250,7 @@ class Model(nn.Module):
         self.register_buffer("text", text)  # (C, D)
 
     def set_vocabulary(self, text: Tensor) -> None:
-        """Swap the label space: text (C', D), unit rows. Only the width of cosine and logits changes."""
+        """Swap the label space: text (C', D), a row for each column of the logits that comes from text."""
         if text.shape[1] != self.text.shape[1]:
             raise InputError(f"text embeddings have {text.shape[1]} dimensions, this model needs {self.text.shape[1]}; "
                              "use the --text-encoder it was trained with")  # fmt: skip

@@ -24,7 +24,6 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataseg
 from common.batch import Sample, collate
-from common.labels import LabelSpace, Vocabulary
 
 CLASSES, SEGMENTS = 150, 8
 
@@ -55,13 +54,12 @@ def ours(side: int, batch: int, device: torch.device) -> Callable[[], float]:
     model.train()
     freeze_norms(model)
     inputs = collate(data(side, batch)).to(device)
-    label_space = LabelSpace([Vocabulary("ade20k", tuple(map(str, range(CLASSES))))])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     merged = torch.ones(CLASSES, dtype=torch.bool, device=device)
 
     def step() -> float:
         output = model(inputs.images, inputs.sizes, model.text)
-        loss = dataseg.compute_losses(args, output, dataseg.assign_targets(inputs, label_space), merged)["loss"]
+        loss = dataseg.compute_losses(args, output, dataseg.assign_targets(inputs, merged), merged)["loss"]
         return update(model, optimizer, loss)
 
     return step

@@ -28,7 +28,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, backbone_factor: flo
     """Groups for AdamW: `lr_factor` multiplies the rate of the group, `backbone_factor` in the backbone, else 1.
 
     Normalisation layers and the model's own tensors (queries, codes, temperatures: names without a dot) do not decay.
-    Source: facebookresearch/Mask2Former:train_net.py (build_optimizer), where the latter are embeddings.
+    Source: facebookresearch/Mask2Former:train_net.py (build_optimizer), where queries and codes are embeddings.
     """
     norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
     of_norms = {

@@ -14,7 +14,7 @@ class ContextEncoder:
     width: of the encoder's token embeddings; its weights are frozen and part of no model
 
     Raises InputError for .npy files, which have no encoder, and where the encoder cannot be had.
-    Source: mightyzau/LMSeg:modeling (the context of its text transformer), after CoOp (arXiv 2109.01134).
+    Source: mightyzau/LMSeg:mask_former/modeling/text_heads/clip_text_encoder.py, after CoOp (arXiv 2109.01134).
     """
 
     def __init__(self, encoder: str, device: torch.device):

@@ -167,12 +167,12 @@ class RatioBatchSampler:
             raise InputError(f"a batch of {min(batch_sizes)} images is too small for {world_size} processes")
         self.factors, self.seed, self.start, self.rank, self.world_size = factors, seed, start, rank, world_size
         self.sizes = np.array(batch_sizes) // world_size  # (D,) images per rank
-        self.dice = [seed, 0, rank] if apart else [seed, 0]
+        self.step_seed = [seed, 0, rank] if apart else [seed, 0]
         shares = np.array(ratios) / self.sizes
         self.edges = np.cumsum(shares / shares.sum())[:-1]  # (D - 1,) where [0, 1] is cut into the datasets' parts
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        rng, count = np.random.default_rng(self.dice), len(self.factors)
+        rng, count = np.random.default_rng(self.step_seed), len(self.factors)
         skipped = np.bincount(self.edges.searchsorted(rng.random(self.start), "right"), minlength=count)
         firsts = np.cumsum([0] + [len(f) for f in self.factors])
         streams = [

@@ -67,19 +67,21 @@ class DecoderLayer(nn.Module):
         for linear in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(linear.weight)
 
-    def look(self, q: Tensor, query_pos: Tensor, memory: Tensor, key_pos: Tensor, blocked: Tensor | None) -> Tensor:
+    def cross_attend(
+        self, q: Tensor, query_pos: Tensor, memory: Tensor, key_pos: Tensor, blocked: Tensor | None
+    ) -> Tensor:
         """Queries (B, Q, C) attend to the pixels of one level, memory (B, S, C), but for the `blocked` (B, Q, S) ones.
 
         query_pos (Q, C) or (B, Q, C) and key_pos (1, S, C) tell where, and are in no value.
         """
         return self.cross_norm(q + self.cross_attn(q + query_pos, memory + key_pos, memory, blocked))
 
-    def talk(self, q: Tensor, query_pos: Tensor) -> Tensor:
+    def self_attend(self, q: Tensor, query_pos: Tensor) -> Tensor:
         """Queries (B, Q, C) attend to each other."""
         placed = q + query_pos
         return self.self_norm(q + self.self_attn(placed, placed, q))
 
-    def think(self, q: Tensor) -> Tensor:
+    def feed_forward(self, q: Tensor) -> Tensor:
         """Queries (B, Q, C), each on its own."""
         return self.ffn_norm(q + self.linear2(F.relu(self.linear1(q), inplace=True)))
 

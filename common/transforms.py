@@ -40,8 +40,8 @@ class SegmentationCrop:
     """Short side to one of `short`, random crop, colour jitter, flip: the augmentation of semantic segmentation.
 
     short:    lengths in pixels, drawn with equal probability; max_side: the longest that the long side becomes
-    crop:     at most (height, width); a smaller image stays whole. The batch pads it with zeros, which are black: the
-              released LMSeg pads with grey (128), about zero after normalisation.
+    crop:     at most (height, width); a smaller image stays whole. The batch pads it with what is zero after
+              normalisation, about the grey (128) of the released LMSeg.
     Source: mightyzau/LMSeg, facebookresearch/MaskFormer (mask_former_semantic_dataset_mapper.py).
     """
 
@@ -152,7 +152,10 @@ def move(
         segments, labels = drop_unseen(resize_masks(segments[None], size, part, flip)[0], labels)
         return replace(sample, segments=segments, labels=labels)
     kept = not_empty(sample.boxes)
-    masks = None if masks is None else resize_masks(masks[kept], size, part, flip)
+    if masks is not None:
+        masks = resize_masks(masks[kept], size, part, flip)
+        seen = masks.flatten(1).any(1)  # a crop of a box may hold nothing of its mask
+        masks, kept[kept.clone()] = masks[seen], seen
     return replace(sample, boxes=sample.boxes[kept], labels=labels[kept], masks=masks)
 
 

@@ -343,10 +343,13 @@ def labelled(dataset: str, supervision: str, labels: list[int], size=(20, 24)) -
 
 
 def test_targets_of_each_supervision():
-    label_space = LabelSpace([Vocabulary("first", ("dog", "car")), KINDS])
     kinds = {"semantic": [2, 0, 1], "panoptic": [1, 0, 2, 1, 0], "instances": [1, 1], "boxes": [0, 1]}
     samples = [labelled("a", kind, labels) for kind, labels in kinds.items()]
-    *targets, boxes = dataseg.assign_targets(collate(samples), label_space)
+    batch, targets = collate(samples), []
+    for i, kind in enumerate(kinds):
+        merged = dataseg.merged_classes(KINDS, dataseg.TASKS[kind])
+        targets.append(dataseg.assign_targets(replace(batch, samples=[batch.samples[i]]), merged)[0])
+    *targets, boxes = targets
     assert [t.labels.tolist() for t in targets] == [[0, 1, 2], [0, 0, 1, 2], [1, 1]]
     members = [[[1], [2], [0]], [[1], [4], [0, 3], [2]], [[0], [1]]]  # rows of the sample, in the order of the targets
     for t, sample, rows in zip(targets, samples, members):
@@ -460,6 +463,14 @@ def test_union_and_sum_disagree_where_many_are_unsure():
         assert (maps[0] == 0).all() and (maps[1] == 1).all()
 
 
+def test_union_of_a_class_votes_for_no_other():
+    """A proposal that calls itself background, and the runner-up of one that is merged, have no say in the union."""
+    p = torch.tensor([[[0.5, 0.45, 0, 0.05], [0, 0.3, 0, 0.7]]])
+    batch, masks = images_of(((32, 32), (8, 8))), torch.full((1, 2, 8, 8), 9.0)
+    maps = [dataseg.predict(Says(p, masks, merge=m), batch, KINDS, "semantic")[0]["semantic"] for m in ("sum", "max")]
+    assert (maps[0] == 1).all() and (maps[1] == 0).all()
+
+
 def region(*parts: tuple[slice, slice]):
     """(8, 8) logits, positive in the parts."""
     mask = torch.full((8, 8), -20.0)
@@ -478,6 +489,7 @@ def test_panoptic_maps():
         ([0, 0.95, 0.05, 0], region((s(4, 7), s(0, 6)))),  # 3: grass, the surer part
         ([0, 0.9, 0.1, 0], region((s(4, 7), s(2, 8)))),  # more grass, of which less than 0.8 is left
         ([0, 0, 0.7, 0.3], region((s(7, 8), s(0, 8)))),  # sky
+        ([0, 0.35, 0.33, 0.32], region((s(7, 8), s(0, 8)))),  # unsure of grass: it must not join the surer part
         ([0.05, 0, 0, 0.95], region((s(0, 8), s(0, 8)))),  # nothing
     ]
     p, masks = (torch.stack([torch.as_tensor(x) for x in part])[None] for part in zip(*proposals))
@@ -522,8 +534,8 @@ def small_model(vocabularies: list[Vocabulary] | None = None, **changes) -> tupl
 def test_classes_are_cosines_and_background_is_the_last():
     model, _ = small_model()
     model.class_embed, text, e = nn.Identity(), unit_rows(4, 384), 5 * torch.randn(2, 3, 384)
-    for scale in (20.0, 1000.0):
-        model.log_scale.data.fill_(math.log(scale))
+    for scale in (20.0, 100.0):
+        model.logit_scale.data.fill_(math.log(scale))
         model.background.data = 3 * torch.randn(384)
         logits = model.classify(e, text)
         assert logits.shape == (2, 3, 5)
@@ -531,7 +543,7 @@ def test_classes_are_cosines_and_background_is_the_last():
         for b, q, k in itertools.product(range(2), range(3), range(5)):
             one, other = e[b, q].tolist(), rows[k]
             lengths = math.sqrt(sum(x * x for x in one) * sum(x * x for x in other))
-            expected = min(scale, 100) * sum(x * y for x, y in zip(one, other)) / lengths
+            expected = scale * sum(x * y for x, y in zip(one, other)) / lengths
             assert logits[b, q, k].item() == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
@@ -552,8 +564,8 @@ def test_queries_look_at_one_level_after_the_other_and_each_answer_counts():
             blocked &= ~blocked.all(2, keepdim=True)
             position = sine_position(*feature.shape[-2:], 32).flatten(2).transpose(1, 2)
             memory = feature.flatten(2).transpose(1, 2) + model.level_embed[i % 3]
-            q = layer.look(q, model.query_embed, memory, position, blocked)
-            q = layer.think(layer.talk(q, model.query_embed))
+            q = layer.cross_attend(q, model.query_embed, memory, position, blocked)
+            q = layer.feed_forward(layer.self_attend(q, model.query_embed))
     z, mask_embed, masks = map(torch.stack, zip(*expected))
     torch.testing.assert_close(output.mask_embed, mask_embed)
     torch.testing.assert_close(output.logits, model.classify(z, model.text))
@@ -573,7 +585,7 @@ def test_permuted_queries_give_permuted_outputs():
 
 def test_model_as_it_starts():
     model, _ = small_model(queries=200)
-    assert model.log_scale.exp().item() == pytest.approx(1 / 0.07)
+    assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
     assert model.background.std().item() == pytest.approx(0.02, rel=0.2)
     for embedding in (model.query_feat, model.query_embed, model.level_embed):
         assert embedding.std().item() == pytest.approx(1, rel=0.2)
@@ -587,7 +599,7 @@ def test_base_has_the_shapes_of_the_official_one():
         own = dataseg.Model(dataseg.Args(), torch.zeros(5, 768), pretrained=False).state_dict()
     base, rest = {key: t.shape for key, t in convert_mask2former(official)[0].items()}, {}
     assert base == {key: t.shape for key, t in own.items() if key in base or not rest.setdefault(key, True)}
-    assert rest.keys() == {"class_embed.weight", "class_embed.bias", "background", "log_scale", "text"}
+    assert rest.keys() == {"class_embed.weight", "class_embed.bias", "background", "logit_scale", "text"}
 
 
 def test_swapping_the_vocabulary_changes_the_columns_alone():
@@ -616,7 +628,7 @@ def test_names_of_datasets_make_no_difference():
         batch = collate([labelled(name, "instances", [0, 1], (64, 64)), labelled(name, "instances", [2], (64, 64))])
         output = model.eval()(batch.images, batch.sizes, model.text[label_space.slice(name)])
         outputs.append(output)
-        losses.append(dataseg.compute_losses(SMALL, output, dataseg.assign_targets(batch, label_space), ALONE)["loss"])
+        losses.append(dataseg.compute_losses(SMALL, output, dataseg.assign_targets(batch, ALONE), ALONE)["loss"])
     assert all(torch.equal(one, other) for one, other in zip(vars(outputs[0]).values(), vars(outputs[1]).values()))
     assert losses[0] == losses[1]
 
@@ -628,11 +640,11 @@ def test_every_batch_teaches_everything_but_texts(name, labels):
     model, label_space = small_model(SPACE)
     batch = collate([labelled(name, DATA[name], own, (64, 64)) for own in labels])
     output = model.train()(batch.images, batch.sizes, model.text[label_space.slice(name)])
-    losses = dataseg.compute_losses(model.args, output, dataseg.assign_targets(batch, label_space), ALONE)
+    losses = dataseg.compute_losses(model.args, output, dataseg.assign_targets(batch, ALONE), ALONE)
     losses["loss"].backward()
     assert losses["loss"].isfinite() and losses["loss_class"] > 0
     lacking = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert not lacking and model.background.grad.any() and model.log_scale.grad.any()
+    assert not lacking and model.background.grad.any() and model.logit_scale.grad.any()
     assert model.text.grad is None and not model.text.requires_grad
     of_masks = {"loss_projection"} if name == "box" else {"loss_mask", "loss_dice"}
     assert losses.keys() == {"loss", "loss_class"} | of_masks
@@ -722,7 +734,7 @@ def test_recipe(datasets, tmp_path, monkeypatch):
             assert rate == pytest.approx(factor * 5e-4 * (1 - step / 3) ** 0.9)
     place = {id(p): (g["lr_factor"], g["weight_decay"]) for g in seen.optimizer.param_groups for p in g["params"]}
     found = {key: place[id(p)] for key, p in seen.model.named_parameters()}
-    body, free = "backbone.body.", ("query_feat", "query_embed", "level_embed", "background", "log_scale")
+    body, free = "backbone.body.", ("query_feat", "query_embed", "level_embed", "background", "logit_scale")
     expected = {f"{body}conv1.weight": (0.1, 0.05), f"{body}bn1.weight": (0.1, 0), "class_embed.bias": (1, 0.05)}
     expected |= {"layers.1.linear1.weight": (1, 0.05), "layers.0.cross_norm.bias": (1, 0)} | dict.fromkeys(free, (1, 0))
     assert expected.items() <= found.items() and found["pixel_decoder.output.1.weight"] == (1, 0)
@@ -897,6 +909,25 @@ def test_resume_after_a_kill_ends_with_the_same_weights(trained, data, tmp_path,
     assert results_of(tmp_path / "killed").items() <= results_of(trained).items()
 
 
+def test_evaluation_set_has_the_text_of_its_dataset(tmp_path):
+    np.save(tmp_path / "o365.npy", np.eye(3, 5))
+    dataset = SimpleNamespace(name="o365-instances", vocabulary=KINDS)
+    args = dataseg.Args(text_encoder=f"ade20k=none.npy,o365={tmp_path / 'o365.npy'}")
+    assert dataseg.text_of(args, dataset).tolist() == np.eye(3, 5).tolist()
+
+
+def test_scale_stays_at_most_100(data, tmp_path, call, monkeypatch):
+    def large(*args, **settings):
+        model = dataseg_model(*args, **settings)
+        model.logit_scale.data.fill_(9.0)
+        return model
+
+    dataseg_model = dataseg.Model
+    monkeypatch.setattr(dataseg, "Model", large)
+    call(*data, "--steps", 1, "--eval-datasets", "ade20k", "--output", tmp_path / "run", method="dataseg")
+    assert load_file(tmp_path / "run" / "weights.safetensors")["logit_scale"].exp().item() == pytest.approx(100)
+
+
 def test_two_ranks_train(data, tmp_path, run):
     done = run(*data, "--steps", 3, "--output", tmp_path / "run", method="dataseg", ranks=2)
     assert done.returncode == 0, done.stderr
@@ -917,7 +948,7 @@ def official(tmp_path, monkeypatch):
     """An official Mask2Former of random numbers, and the model that it was made of."""
     monkeypatch.setenv("CONCORD_CACHE", str(tmp_path / "cache"))
     source, _ = small_model(backbone="resnet50")
-    del source.class_embed, source.background, source.log_scale
+    del source.class_embed, source.background, source.logit_scale
     torch.save({"model": official_base(source), "iteration": 9}, tmp_path / "official.pth")
     return tmp_path / "official.pth", source
 
@@ -937,7 +968,7 @@ def test_training_starts_from_an_official_mask2former(official, data, tmp_path, 
         call(*flags, "--weights", file, "--output", tmp_path / "run", method="dataseg")
     own, kept = models[0].state_dict(), {key: t for key, t in source.state_dict().items() if key != "text"}
     assert all(torch.equal(own[key], t) for key, t in kept.items() if key != "backbone.frozen_norm")
-    assert own.keys() - kept.keys() == {"class_embed.weight", "class_embed.bias", "background", "log_scale", "text"}
+    assert own.keys() - kept.keys() == {"class_embed.weight", "class_embed.bias", "background", "logit_scale", "text"}
     assert not models[0].backbone.body.bn1.training and models[0].class_embed.weight.any()
 
 

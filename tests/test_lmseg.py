@@ -22,7 +22,7 @@ import common.prompt
 import common.text
 import lmseg
 from common.batch import Sample, collate
-from common.checkpoint import save_weights
+from common.checkpoint import last_checkpoint, save_weights
 from common.datasets import load_datasets
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
@@ -184,9 +184,9 @@ def test_lmseg_datasets_of_the_same_names_get_the_same_logits():
 
 
 STEPS = {
-    "visual_text": ["look", "guide", "talk", "think"],
-    "text_visual": ["guide", "look", "talk", "think"],
-    "off": ["look", "talk", "think"],
+    "visual_text": ["cross_attend", "guide", "self_attend", "feed_forward"],
+    "text_visual": ["guide", "cross_attend", "self_attend", "feed_forward"],
+    "off": ["cross_attend", "self_attend", "feed_forward"],
 }
 
 
@@ -206,7 +206,7 @@ def test_lmseg_decoder_layers(monkeypatch, cgd):
 
         monkeypatch.setattr(owner, method, recorded)
 
-    for name in ("look", "talk", "think"):
+    for name in ("cross_attend", "self_attend", "feed_forward"):
         spy(DecoderLayer, name, name)
     spy(lmseg.CategoryGuide, "forward", "guide")
     model, (mask_features, maps) = make_model(cgd=cgd).eval(), features()
@@ -223,7 +223,7 @@ def test_lmseg_decoder_layers(monkeypatch, cgd):
         z, mask_embed = model.head(q)
         torch.testing.assert_close(output.logits[depth], model.classify(z, text, "a"))
         torch.testing.assert_close(output.mask_embed[depth], mask_embed)
-    for i, (_, memory, key_pos, blocked) in enumerate(given[1:] for name, given, _ in calls if name == "look"):
+    for i, (_, memory, key_pos, blocked) in enumerate(given[1:] for name, given, _ in calls if name == "cross_attend"):
         level = maps[i % 3]
         expected = level.flatten(2).transpose(1, 2) + model.level_embed[i % 3]
         torch.testing.assert_close(memory, expected)
@@ -231,7 +231,7 @@ def test_lmseg_decoder_layers(monkeypatch, cgd):
         masks = torch.einsum("bqc,bchw->bqhw", output.mask_embed[i], mask_features)
         outside = F.interpolate(masks, level.shape[2:], mode="bilinear").flatten(2) < 0
         assert torch.equal(blocked, outside & ~outside.all(2, keepdim=True)) and blocked.any()
-    assert all(given[1] is model.query_embed for name, given, _ in calls if name in ("look", "talk"))
+    assert all(given[1] is model.query_embed for name, given, _ in calls if name in ("cross_attend", "self_attend"))
     assert all(torch.allclose(given[1], text) for name, given, _ in calls if name == "guide")
 
 
@@ -355,8 +355,8 @@ def test_lmseg_text_of_names(monkeypatch, clip):
 
 def test_lmseg_targets_are_masks_of_classes_or_segments():
     semantic, panoptic = segmented([2, 0]), segmented([1, 1, 0], 40, 20, "b.1", "panoptic")
-    batch, label_space = collate([semantic, panoptic]), LabelSpace(VOCABULARIES)
-    for sample, targets in zip(batch.samples, lmseg.assign_targets(batch, label_space)):
+    batch = collate([semantic, panoptic])
+    for sample, targets in zip(batch.samples, lmseg.assign_targets(batch)):
         count, (height, width) = len(sample.labels), sample.size
         assert targets.labels.tolist() == sample.labels.tolist()  # those of the dataset itself
         assert targets.masks.shape == (count, 64, 96) and targets.masks.dtype == torch.bool
@@ -463,7 +463,7 @@ def test_lmseg_everything_learns(labels):
     model = make_model().train()
     batch = collate([segmented(own) for own in labels])
     output = model(batch.images, batch.sizes, model.text[[0, 1, 2, 5]], "a")
-    targets = lmseg.assign_targets(batch, LabelSpace(VOCABULARIES))
+    targets = lmseg.assign_targets(batch)
     lmseg.compute_losses(model.args, output, targets)["loss"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     learning = {name for name, p in model.named_parameters() if p.grad.any()}
@@ -585,7 +585,7 @@ def test_lmseg_a_head_learns_from_its_own_dataset():
     model = make_model(classifier="heads", cgd="off").train()
     batch = collate([segmented([1, 0], dataset="b.1")] * 2)
     output = model(batch.images, batch.sizes, model.text[[3, 4, 5]], "b.1")
-    targets = lmseg.assign_targets(batch, LabelSpace(VOCABULARIES))
+    targets = lmseg.assign_targets(batch)
     lmseg.compute_losses(model.args, output, targets)["loss"].backward()
     first, second = model.heads.children()
     assert first.weight.grad is None and second.weight.grad.any()
@@ -704,6 +704,18 @@ def test_parameter_groups():
         (1.0, 0.3): {"head.0.weight", "head.0.bias", "head.queries"},
         (1.0, 0.0): {f"head.{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")} | {"queries"},
     }
+
+
+def test_lmseg_full_size():
+    """The widths and head counts of the released code; evaluation repeats what decides its augmentation."""
+    model = lmseg.Model(lmseg.Args(), torch.empty(6, 1024), LabelSpace(VOCABULARIES), 512, pretrained=False)
+    layer, encoder = model.layers[0], model.pixel_decoder.layers[0]
+    assert layer.linear1.weight.shape == (2048, 256) and encoder.linear1.weight.shape == (1024, 256)
+    assert layer.self_attn.heads == layer.cross_attn.heads == encoder.self_attn.heads == model.guides[0].heads == 8
+    assert len(model.layers) == len(model.guides) == 9 and len(model.pixel_decoder.layers) == 6
+    assert model.query_feat.shape == (100, 256) and model.context.shape == (8, 512)
+    assert model.adapter[1].weight.shape == (256, 1024) and model.tau.item() == pytest.approx(0.07)
+    assert "daa" in lmseg.MODEL_FIELDS and "image_size" in lmseg.MODEL_FIELDS
 
 
 @pytest.mark.parametrize("tokens", [2, 0])
@@ -916,6 +928,7 @@ def test_lmseg_trained_context_needs_no_encoder_for_trained_names(own_data, tmp_
     args = lmseg.Args(prompts="photo")
     text = lmseg.with_context(args, tensors["context"], ContextEncoder("RN50/openai", CPU), ["sky", "grass"])
     torch.testing.assert_close(tensors["text"], text, rtol=1e-4, atol=1e-4)
+    assert torch.equal(load_file(last_checkpoint(whole) / "weights.safetensors")["text"], tensors["text"])
 
     def stop(losses, step):
         if step == 3:

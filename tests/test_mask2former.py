@@ -158,7 +158,7 @@ def test_empty_masks_attend_everywhere():
     blocked = blocked_pixels(mask_embed, features)
     assert not blocked[0, 2].any() and not blocked.requires_grad
     layer, memory = DecoderLayer(8, 2, 16), torch.randn(1, 15, 8)
-    q = layer.look(mask_embed, torch.randn(4, 8), memory, torch.zeros(1, 15, 8), blocked)
+    q = layer.cross_attend(mask_embed, torch.randn(4, 8), memory, torch.zeros(1, 15, 8), blocked)
     q.sum().backward()
     assert torch.isfinite(q).all() and torch.isfinite(mask_embed.grad).all()
 
@@ -167,7 +167,7 @@ def decode(layers, head, q, query_pos, memory, level_features):
     key_pos = sine_position(*level_features.shape[-2:], q.shape[2]).flatten(2).transpose(1, 2)
     for layer in layers:
         blocked = blocked_pixels(head(q)[1], level_features)
-        q = layer.think(layer.talk(layer.look(q, query_pos, memory, key_pos, blocked), query_pos))
+        q = layer.feed_forward(layer.self_attend(layer.cross_attend(q, query_pos, memory, key_pos, blocked), query_pos))
     return head(q)
 
 

@@ -46,9 +46,9 @@ class Base(nn.Module):
         for i, layer in enumerate(self.layers):
             level = i % len(maps)
             blocked = blocked_pixels(mask_embed, level_features[level])
-            q = layer.look(q, self.query_embed, memory[level], key_pos[level], blocked)
-            q = layer.talk(q, self.query_embed)
-            q = layer.think(q)
+            q = layer.cross_attend(q, self.query_embed, memory[level], key_pos[level], blocked)
+            q = layer.self_attend(q, self.query_embed)
+            q = layer.feed_forward(q)
             z, mask_embed = self.head(q)
             outputs.append((z, mask_embed))
             all_blocked.append(blocked)

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from common.datasets.tiny_maps import LAYOUTS, stuff
 from common.errors import InputError
 from common.labels import Vocabulary
 from common.masks import drop_unseen, segment_masks
-from common.transforms import DetrCrop, LargeScaleJitter, ResizeShortest, SegmentationCrop, jitter_colors
+from common.transforms import DetrCrop, LargeScaleJitter, ResizeShortest, SegmentationCrop, jitter_colors, move
 
 ALL = ("boxes", "instances", "semantic", "panoptic", "image_labels")
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real samples at {REAL}")
@@ -522,6 +523,18 @@ def test_boxes_and_masks_follow_detr_crop():
         for mask, box in zip(out.masks, out.boxes):
             x, y, w, h = tiny_scene.tight_box(mask.numpy())
             assert (torch.tensor([x, y, x + w, y + h]) - box).abs().max() <= 2
+
+
+def test_instances_whose_mask_is_cut_off_are_dropped():
+    sample = Sample.unlabelled(torch.zeros(3, 20, 20, dtype=torch.uint8), "a", 0, 0)
+    masks = torch.zeros(2, 20, 20, dtype=torch.bool)
+    masks[0, :, 15:], masks[0, 0], masks[1, 8:12, 8:12] = True, True, True  # an L whose box covers everything
+    sample = replace(
+        sample, boxes=torch.tensor([[0.0, 0, 20, 20], [8, 8, 12, 12]]), labels=torch.tensor([4, 5]), masks=masks
+    )
+    seen = move(sample, (20, 20), (5, 0, 10, 10))
+    assert seen.labels.tolist() == [5] and seen.boxes.tolist() == [[8, 3, 10, 7]]
+    assert seen.masks.shape == (1, 10, 10) and seen.masks.sum() == 8
 
 
 def test_colour_jitter():

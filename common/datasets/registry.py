@@ -209,7 +209,7 @@ def default_eval(text: str, without: Collection[str] = ()) -> str:
             continue
         if custom and ":" in paths:
             names.append(entry)
-        elif not custom and not only_image_labels(ALIASES.get(name, name)):
+        elif not custom and not only_image_labels(name := ALIASES.get(name, name)):
             names.append(name)
     return ",".join(names)
 
