@@ -203,10 +203,10 @@ TINY = {
     "text_encoder": "minilm",
     "prompts": "name",
     "context_tokens": 0,
-    "image_size": 128,
-    "batch_size": 8,
-    "base_batch_size": 8,
-    "steps": 800,
+    "image_size": 104,
+    "batch_size": 4,
+    "base_batch_size": 4,
+    "steps": 1600,
     "lr": 1e-3,
     "checkpoint_every": 200,
     "workers": 0,
@@ -604,7 +604,7 @@ def check_heads(args: Args, label_space: LabelSpace, evaluated: list[Dataset]) -
 def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS)
     device = setup_device(args.device, args.seed)
-    size = args.image_size if args.tiny else 0
+    size = test_transform(args, "coco-panoptic").size if args.tiny else 0  # the largest that a pipeline asks for
     names = args.eval_datasets or default_eval(args.datasets)
     if args.predict or args.eval_only:
         model, label_space = load_trained(args, device)
