@@ -180,6 +180,7 @@ def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
     """Restore optimiser and this rank's RNG; returns the step."""
     try:
         state = load_plain(checkpoint / "state.pt")
+        step = int(state["step"])
         optimizer.load_state_dict(state["optimizer"])
         if len(state["rng"]) == world_size():
             cpu, *cuda = state["rng"][rank()]
@@ -191,4 +192,4 @@ def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
         raise InputError(f"{checkpoint}/state.pt cannot be read ({reason[:99]}); delete {checkpoint} to go on from "
                          "the one before") from None  # fmt: skip
     log.info("resumed from %s", checkpoint)
-    return state["step"]
+    return step

@@ -30,11 +30,13 @@ from common.paths import atomic_path
 log = logging.getLogger("concord")
 
 POSITIVE = {"batch_size", "base_batch_size", "image_size", "test_size", "lr", "tau", "checkpoint_every"}
-POSITIVE |= {"classifier_lr", "rpn_proposals", "test_proposals", "channels", "fc_dim", "rois_per_image"}
-POSITIVE |= {"image_label_proposals", "queries", "points", "encoder_layers", "decoder_layers"}
+POSITIVE |= {"classifier_lr", "rpn_proposals", "test_proposals", "fc_dim", "rois_per_image"}
+POSITIVE |= {"image_label_proposals"}
 NOT_NEGATIVE = {"classifier_steps", "alpha", "beta", "dynamic_classifier", "image_label_weight"}
 NOT_NEGATIVE |= {"steps", "workers", "warmup_steps", "lam", "repeat_threshold", "seed", "score_threshold"}
 LIMITS = dict.fromkeys(NOT_NEGATIVE, (0, 2**31 - 1)) | dict.fromkeys(("image_size", "test_size"), (16, 16384))
+LIMITS |= {"channels": (1, 8192), "queries": (1, 10_000), "points": (1, 1_000_000)}
+LIMITS |= dict.fromkeys(("encoder_layers", "decoder_layers"), (1, 100))
 LIMITS |= {"gamma": (0, 10), "semantic_size": (16, 16384), "object_threshold": (0, 1), "context_tokens": (0, 64)}
 
 # -- command line ------------------------------------------------------------------------------------------------------
@@ -227,9 +229,13 @@ class RunLog:
         except BlockingIOError:
             raise InputError(f"another run is training in {folder}; choose another --output") from None
         path = folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        steps = [step_of(line) for line in lines]
+        if damaged := sum(step is None for step in steps):
+            log.warning("%s: %d damaged lines are dropped", path, damaged)
+        kept = [line for line, step in zip(lines, steps) if step is not None and step <= start]
         with atomic_path(path) as temporary:  # a resumed run writes the steps after its checkpoint again
-            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
+            temporary.write_text("".join(kept))
         self.file = path.open("a")
         self.board = tensorboard_writer(folder)
         self.bar = progress_bar("train", steps, start, "step")
@@ -272,6 +278,14 @@ class RunLog:
             self.lock.close()
             if self.board:
                 self.board.close()
+
+
+def step_of(line: str) -> int | None:
+    """The step of a line of metrics.jsonl; None if it is damaged, as a killed run may leave its last."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def progress_bar(title: str, total: int, initial: int = 0, unit: str = "img") -> tqdm:

@@ -183,6 +183,7 @@ class _Plates:
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    text = text[:300]  # each letter is measured
     if font.getlength(text) <= width:
         return text
     fitting = (n for n in range(len(text), 0, -1) if font.getlength(text[:n] + "...") <= width)

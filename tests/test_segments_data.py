@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from common.batch import Batch, Sample, collate
 from common.datasets import load_datasets, tiny_scene
+from common.datasets.maps import label_table, read_label_map
 from common.datasets.tiny_maps import LAYOUTS, stuff
 from common.errors import InputError
 from common.labels import Vocabulary
@@ -549,3 +551,15 @@ def test_colour_jitter():
         assert (out.amax(0) - out.amin(0)).max() <= 1
     plain = [r.float().mean() / image.float().mean() for r in results]
     assert 0.4 < min(plain) < 0.8 and 1.1 < max(plain) < 1.6
+
+
+def test_numbers_too_large_for_a_label_map(tmp_path):
+    Image.fromarray(np.full((4, 4), 65_537, np.int32)).save(tmp_path / "map.tiff")
+    table = label_table((0, 1), (255,))
+    with pytest.raises(InputError, match="has the value 65537"):
+        read_label_map(tmp_path / "map.tiff", table)
+    with pytest.raises(InputError, match="32767 is the most"):
+        label_table(range(70_000), ())
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(InputError, match=r"pipe.png is no regular file"):
+        read_label_map(tmp_path / "pipe.png", table)

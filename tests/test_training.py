@@ -1,5 +1,6 @@
 """The recipe of `train` and the mechanics around it: what no equation says but every number depends on."""
 
+import json
 import math
 
 import pytest
@@ -245,3 +246,12 @@ def test_mean_over_ranks(tmp_path):
 
 def test_rng_states_are_tensors():
     assert all(isinstance(state, torch.Tensor) for state in rng_states())
+
+
+def test_damaged_lines_of_the_log_are_dropped_with_a_count(tmp_path, caplog):
+    """A killed run may leave half a line."""
+    good = [json.dumps({"step": step, "loss": 1.0}) for step in (20, 40, 60)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([good[0], "[1]", *good[1:], '{"step": 8']))
+    RunLog(tmp_path, 100, 40).close()
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == good[:2]
+    assert "2 damaged lines are dropped" in caplog.text

@@ -12,6 +12,8 @@ VOID, UNKNOWN = -1, -2
 
 def label_table(ids: list[int] | tuple[int, ...], void: tuple[int, ...]) -> np.ndarray:
     """(65536,) int16: the label of each pixel value, the row of `ids`; VOID for `void`, UNKNOWN for all others."""
+    if len(ids) >= 1 << 15:
+        raise InputError(f"a label map with {len(ids)} classes; 32767 is the most")
     table = np.full(1 << 16, UNKNOWN, np.int16)
     table[[value for value in void if value < len(table)]] = VOID
     table[list(ids)] = np.arange(len(ids))
@@ -24,7 +26,7 @@ def read_label_map(path: Path, table: np.ndarray) -> np.ndarray:
     Raises InputError for a file that cannot be decoded, a colour picture, a value that is no class.
     """
     values = _read(path, ("1", "L", "P", "I;16", "I"), "has one number for each pixel, and not colours")
-    labels = table[values.astype(np.uint16)]  # no channel of a PNG has more than 16 bits
+    labels = np.append(table, UNKNOWN)[values.astype(np.int64).clip(-1, len(table))]
     if labels.min() == UNKNOWN:
         y, x = np.argwhere(labels == UNKNOWN)[0]
         known = np.flatnonzero(table > UNKNOWN)
@@ -54,6 +56,8 @@ def read_segment_map(path: Path, ids: np.ndarray) -> np.ndarray:
 
 def _read(path: Path, modes: tuple[str, ...], what: str) -> np.ndarray:
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"label map {path} is no regular file, but a folder, device or pipe; give image files")
         with Image.open(path) as image:
             if image.mode not in modes:
                 raise InputError(f"label map {path} is a picture of mode {image.mode}; a map {what}")

@@ -45,7 +45,7 @@ def read_panoptic(
         is_thing = {c["id"]: bool(c["isthing"]) for c in record["categories"]}
         vocabulary = replace(vocabulary, is_thing=tuple(is_thing[id] for id in vocabulary.ids))
         index = read_index(name, annotations, record, vocabulary.index_of_id)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{annotations}: {what} in an entry; a panoptic json of COCO's format is needed") from None
     return Dataset(name, vocabulary, index, images, metric, "panoptic", maps=maps)
@@ -72,7 +72,13 @@ def read_index(name: str, path: Path, record: dict, label_of: dict[int, int]) ->
             if segment["category_id"] not in label_of:
                 raise InputError(f"{path}: image {entry['image_id']} has the unknown category_id "
                                  f"{segment['category_id']}; list it in 'categories' or remove it")  # fmt: skip
-    boxes = np.array([segment.get("bbox", (0, 0, 0, 0)) for segment in segments], dtype=np.float64).reshape(-1, 4)
+    for segment in segments:
+        if segment.get("iscrowd", 0) not in (0, 1) or not isinstance(segment.get("area", 0), int | float):
+            raise ValueError("an iscrowd that is not 0 or 1, or an area that is no number")
+    boxes = np.array([segment.get("bbox", (0, 0, 0, 0)) for segment in segments], dtype=np.float64)
+    if segments and boxes.shape != (len(segments), 4):
+        raise ValueError("a bbox that is not x, y, width, height")
+    boxes = boxes.reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]  # xywh -> xyxy
     # Index.build sorts by image, and these are sorted: segment_ids stay in step
     return Index.build(
