@@ -230,10 +230,10 @@ class RunLog:
             raise InputError(f"another run is training in {folder}; choose another --output") from None
         path = folder / "metrics.jsonl"
         lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-        steps = [step_of(line) for line in lines]
-        if damaged := sum(step is None for step in steps):
+        written = [step_of(line) for line in lines]
+        if damaged := written.count(None):
             log.warning("%s: %d damaged lines are dropped", path, damaged)
-        kept = [line for line, step in zip(lines, steps) if step is not None and step <= start]
+        kept = [line for line, step in zip(lines, written) if step is not None and step <= start]
         with atomic_path(path) as temporary:  # a resumed run writes the steps after its checkpoint again
             temporary.write_text("".join(kept))
         self.file = path.open("a")
