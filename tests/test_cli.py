@@ -173,7 +173,7 @@ def test_broken_image(fails, own, tmp_path, workers):
         ("--resume /nowhere", ["--resume", "/nowhere"]),
         ("--lr nan", ["--lr nan", "finite"]),
         ("--seed -1", ["--seed -1", "between"]),
-        ("--channels -8", ["--channels -8", "greater than 0"]),
+        ("--channels -8", ["--channels -8", "between 1 and 8192"]),
         ("--jitter 2 0.1", ["--jitter 2.0 0.1"]),
         ("--device banana", ["--device banana"]),
     ],

@@ -135,9 +135,7 @@ def test_datasets_grammar():
 
 def test_image_labels_are_not_evaluated():
     assert default_eval("coco-base,in21k") == "coco-base"
-    assert (
-        default_eval("lvis-base:train, openimages,in-l,cc,my=dir/,own=a.json:b") == "lvis-base,openimages,own=a.json:b"
-    )
+    assert default_eval("lvis-base:train, openimages,in-l,cc,my=dir/,own=a.json:b") == "lvis-base,oid,own=a.json:b"
     assert default_eval("in21k:train,my=dir/") == ""
     with pytest.raises(InputError, match="no split 'val', only train"):
         load_datasets("in21k", "val", accepts=ALL)

@@ -221,7 +221,7 @@ def test_prompts(small_clip):
         torch.testing.assert_close(text.embed(["traffic_light"], small_clip, prompts), expected, atol=1e-5, rtol=0)
     assert len(text.templates("imagenet")) == 80
     with pytest.raises(InputError, match="prompts 'postcard' are not known"):
-        text.embed(["couch"], small_clip, "photo")
+        text.embed(["couch"], small_clip, "postcard")
 
 
 def test_identical_names_have_identical_rows(small_clip):
