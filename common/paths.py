@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from common.errors import InputError
+
 log = logging.getLogger("concord")
 
 
@@ -44,6 +46,12 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+
+
+def refuse_pipe(path: Path, what: str) -> None:
+    """Raises InputError for a device or pipe, which a reader would wait for."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{what} {path} is no regular file, but a device or pipe; give image files")
 
 
 def cached_rows(folder: str, key: list, count: int, compute: Callable[[], Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ from common.datasets.maps import VOID, read_label_map, read_segment_map
 from common.errors import InputError
 from common.labels import Vocabulary
 from common.masks import decode_masks, drop_unseen
+from common.paths import refuse_pipe
 
 log = logging.getLogger("concord")
 
@@ -196,8 +197,7 @@ def missing_files(root: Path, names: Iterable[str]) -> list[str]:
 def read_image(path: Path) -> Tensor:
     """(3, H, W) uint8 RGB, upright according to its EXIF tag. Raises InputError for a missing or broken image."""
     try:
-        if not path.is_file() and path.exists() and not path.is_dir():
-            raise InputError(f"image {path} is no regular file, but a device or pipe; give image files")
+        refuse_pipe(path, "image")
         with Image.open(path) as image:
             if image.mode == "F":
                 raise ValueError("floating-point pixels; save it with 8 bits")

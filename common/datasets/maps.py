@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import InputError
+from common.paths import refuse_pipe
 
 VOID, UNKNOWN = -1, -2
 
@@ -56,8 +57,7 @@ def read_segment_map(path: Path, ids: np.ndarray) -> np.ndarray:
 
 def _read(path: Path, modes: tuple[str, ...], what: str) -> np.ndarray:
     try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"label map {path} is no regular file, but a folder, device or pipe; give image files")
+        refuse_pipe(path, "label map")
         with Image.open(path) as image:
             if image.mode not in modes:
                 raise InputError(f"label map {path} is a picture of mode {image.mode}; a map {what}")
