@@ -511,7 +511,7 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
     metadata = {"method": METHOD, "args": asdict(args), "vocabularies": vocabularies, "width": width}
     lr = args.lr * args.batch_size / args.base_batch_size
     log.info(f"lr {args.lr:g} for {args.base_batch_size} images per step -> {lr:g} for {args.batch_size}")
-    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=1e-4, backbone_factor=0.1), lr=lr)
+    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=1e-4, backbone_factor=0.1), lr=lr, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
     if should_compile(args.compile, device):
         model.backbone.compile()

@@ -28,12 +28,13 @@ def uncertain_points(
 ) -> Tensor:
     """Points (N, num, 2), x and y in 0..1, where the masks of logits (N, H, W) are least certain; a quarter anywhere.
 
-    candidates: (N, 3 * num, 2), of which int(0.75 * num) are taken; random: (N, the rest, 2). Default: uniform draws
+    candidates: (N, 3 * num, 2), of which int(0.75 * num) are taken; default: uniform draws, the same for all masks
+    random: (N, the rest, 2); default: uniform draws
     Source: PointRend, facebookresearch/detectron2:projects/PointRend/point_rend/point_features.py
     """
     sure = int(0.75 * num)
     if candidates is None:
-        candidates = torch.rand(len(logits), 3 * num, 2, device=logits.device)
+        candidates = torch.rand(1, 3 * num, 2, device=logits.device).expand(len(logits), -1, -1)
     if random is None:
         random = torch.rand(len(logits), num - sure, 2, device=logits.device)
     rows = point_sample(logits, candidates).abs().topk(sure, largest=False, sorted=False).indices  # (N, sure)

@@ -728,7 +728,7 @@ def test_recipe(datasets, tmp_path, monkeypatch):
     args = replace(SMALL, image_size=64, semantic_size=64, batch_size=2, base_batch_size=4, lr=1e-3, steps=3)
     (tmp_path / "args.json").touch()  # of the run folder
     dataseg.train(args, datasets, tmp_path, CPU)
-    assert seen.settings == {"lr": 5e-4} and len(seen.rates) == 3
+    assert seen.settings == {"lr": 5e-4, "fused": True} and len(seen.rates) == 3
     for step, rates in enumerate(seen.rates):
         for rate, factor in rates:
             assert rate == pytest.approx(factor * 5e-4 * (1 - step / 3) ** 0.9)

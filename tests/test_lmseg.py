@@ -747,7 +747,7 @@ def test_recipe_of_lmseg(tokens, tiny_root, own_data, tmp_path, monkeypatch, cli
     model = lmseg.train(args, datasets, tmp_path, CPU)
     ((optimizer, settings),) = optimizers
     count = len(list(model.parameters()))
-    assert settings == {"lr": 5e-4}
+    assert settings == {"lr": 5e-4, "fused": True}
     assert clips == [(count, 0.01, pytest.approx(5e-4 * (1 - step / 4) ** 0.9)) for step in range(4)]
     names, groups = {p: name for name, p in model.named_parameters()}, {}
     for group in optimizer.param_groups:
