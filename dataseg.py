@@ -148,9 +148,11 @@ class Args:
     steps: int = 368_750
     """optimiser steps (not published; Mask2Former's on COCO)"""
     lr: float = 1e-4
-    """learning rate for --base-batch-size images per step, a tenth in the backbone; scaled linearly to --batch-size"""
+    """learning rate for --base-batch-size images per step, scaled linearly to --batch-size"""
     base_batch_size: int = 16
     """batch size that --lr is meant for (Mask2Former)"""
+    backbone_factor: float = 0.1
+    """learning rate of the backbone, in units of --lr; 0: it stays as it was loaded"""
     jitter: tuple[float, float] = (0.1, 2.0)
     """range of the random scale of large-scale jitter; 1 fits the image into the square"""
     semantic_jitter: tuple[float, float] = (0.5, 2.0)
@@ -165,6 +167,8 @@ class Args:
     """what --predict writes: label maps, panoptic maps, or instances"""
     object_threshold: float = 0.8
     """panoptic: the least class probability of a segment"""
+    tau: float = 0.07
+    """initial temperature of the classifier, which is learned"""
     queries: int = 100
     """N, mask proposals per image"""
     points: int = 12_544
@@ -186,14 +190,16 @@ TINY = {
     "test_size": 160,
     "batch_size": 4,
     "base_batch_size": 4,
-    "steps": 1500,
-    "lr": 1e-3,
+    "steps": 1800,
+    "lr": 4e-4,
+    "backbone_factor": 0.0,
+    "tau": 0.02,
     "checkpoint_every": 200,
     "workers": 0,
     "jitter": (0.8, 1.5),
     "semantic_jitter": (0.8, 1.5),
     "object_threshold": 0.4,
-    "queries": 40,
+    "queries": 20,
     "points": 1024,
     "channels": 128,
     "encoder_layers": 2,
@@ -242,7 +248,7 @@ class Model(nn.Module):
         self.level_embed = nn.Parameter(torch.randn(3, channels))
         self.class_embed = nn.Linear(channels, text.shape[1])
         self.background = nn.Parameter(0.02 * torch.randn(text.shape[1]))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(-math.log(args.tau)))
         self.register_buffer("text", text)  # (C, D)
 
     def set_vocabulary(self, text: Tensor) -> None:
@@ -300,8 +306,7 @@ def merge_targets(masks: Tensor, labels: Tensor, merged: Tensor) -> tuple[Tensor
     alone = ~merged[labels]  # (N,)
     parts = [(masks[alone], labels[alone])]
     parts += [(masks[labels == k].any(0, keepdim=True), k[None]) for k in labels[~alone].unique()]
-    masks, labels = (torch.cat(part) for part in zip(*parts))
-    return masks, labels
+    return tuple(torch.cat(part) for part in zip(*parts))
 
 
 def assign_targets(batch: Batch, merged: Tensor) -> list[Targets]:
@@ -464,8 +469,7 @@ def merge(mask_logits: Tensor, probabilities: Tensor, merged: Tensor) -> tuple[T
     for k in labels[~alone].unique():
         masks, rows = mask_logits[labels == k], probabilities[labels == k]
         parts.append((masks.amax(0, keepdim=True), rows[rows[:, k].argmax()][None]))
-    masks, rows = (torch.cat(part) for part in zip(*parts))
-    return masks, rows
+    return tuple(torch.cat(part) for part in zip(*parts))
 
 
 @torch.no_grad()
@@ -542,7 +546,8 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
     metadata = {"method": METHOD, "args": asdict(args), "vocabularies": vocabularies}
     lr = args.lr * args.batch_size / args.base_batch_size
     log.info(f"lr {args.lr:g} for {args.base_batch_size} images per step -> {lr:g} for {args.batch_size}")
-    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.05, backbone_factor=0.1), lr=lr, fused=True)
+    groups = parameter_groups(model, 0.05, args.backbone_factor)
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
     if should_compile(args.compile, device):
         model.backbone.compile()

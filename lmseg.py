@@ -157,13 +157,17 @@ class Args:
     steps: int = 160_000
     """optimiser steps"""
     lr: float = 1e-4
-    """learning rate for --base-batch-size images per step, a tenth in the backbone; scaled linearly to --batch-size"""
+    """learning rate for --base-batch-size images per step, scaled linearly to --batch-size"""
     base_batch_size: int = 16
     """batch size that --lr is meant for"""
+    backbone_factor: float = 0.1
+    """learning rate of the backbone, in units of --lr; 0: it stays as it was loaded"""
     task: Literal["semantic", "panoptic"] = "panoptic"
     """what --predict writes: label maps, or panoptic maps too"""
     object_threshold: float = 0.8
     """panoptic: the least class probability of a segment (released code: 0.7 for ADE20K)"""
+    tau: float = 0.07
+    """initial temperature of the classifier, which is learned"""
     queries: int = 100
     """segments per image"""
     points: int = 12_544
@@ -206,12 +210,14 @@ TINY = {
     "image_size": 104,
     "batch_size": 4,
     "base_batch_size": 4,
-    "steps": 1600,
-    "lr": 1e-3,
+    "steps": 1800,
+    "lr": 4e-4,
+    "backbone_factor": 0.0,
+    "tau": 0.03,
     "checkpoint_every": 200,
     "workers": 0,
     "object_threshold": 0.4,
-    "queries": 40,
+    "queries": 20,
     "points": 1024,
     "channels": 128,
     "encoder_layers": 2,
@@ -298,7 +304,7 @@ class Model(nn.Module):
             self.heads = nn.ModuleList(nn.Linear(channels, size + 1) for size in sizes)
             return
         self.adapter = nn.Sequential(nn.LayerNorm(text.shape[1]), nn.Linear(text.shape[1], channels))
-        self.tau = nn.Parameter(torch.tensor(0.07))
+        self.tau = nn.Parameter(torch.tensor(args.tau))
         if self.cgd != "off":
             drops = torch.linspace(0, 0.1, args.decoder_layers).tolist()
             self.guides = nn.ModuleList(CategoryGuide(channels, 8, drop) for drop in drops)
@@ -511,7 +517,8 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
     metadata = {"method": METHOD, "args": asdict(args), "vocabularies": vocabularies, "width": width}
     lr = args.lr * args.batch_size / args.base_batch_size
     log.info(f"lr {args.lr:g} for {args.base_batch_size} images per step -> {lr:g} for {args.batch_size}")
-    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=1e-4, backbone_factor=0.1), lr=lr, fused=True)
+    groups = parameter_groups(model, 1e-4, args.backbone_factor)
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
     if should_compile(args.compile, device):
         model.backbone.compile()
@@ -588,7 +595,7 @@ def load_trained(args: Args, device: torch.device) -> tuple[Model, LabelSpace]:
     """The model of --weights, with the label space that it was trained on."""
     saved, text = read_model(args.weights, METHOD)
     label_space = LabelSpace([Vocabulary(name, tuple(names)) for name, names in saved["vocabularies"].items()])
-    model = Model(args, text, label_space, saved["width"], pretrained=False).to(device)
+    model = Model(args, text, label_space, saved.get("width", 0), pretrained=False).to(device)
     load_weights(args.weights, model)
     return model, label_space
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from common.distributed import gather_on_main, rank, world_size
 from common.errors import InputError
+from common.labels import fold
 from common.paths import atomic_path
 
 log = logging.getLogger("concord")
@@ -73,6 +74,7 @@ def read_metadata(path: str | Path, method: str) -> dict:
     lists = metadata["vocabularies"] if isinstance(metadata["vocabularies"], dict) else {"": None}
     known = lists or "base" in metadata  # a base knows no classes
     lists = [*lists.values(), metadata.get("boxed", [])]
+    known = known and isinstance(metadata.get("width", 0), int)
     sound = known and all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists)
     if not (sound and isinstance(metadata["args"], dict)):
         raise InputError(f"weights {file} have damaged settings or class names; copy or train them again")
@@ -92,8 +94,13 @@ def read_text(path: str | Path) -> Tensor:
 
 
 def read_model(path: str | Path, method: str) -> tuple[dict, Tensor]:
-    """`read_metadata` and `read_text`: what a model is rebuilt with."""
-    return read_metadata(path, method), read_text(path)
+    """`read_metadata` and `read_text`: what a model is rebuilt with. Raises InputError if they do not fit."""
+    metadata, text = read_metadata(path, method), read_text(path)
+    names = [fold(name) for names in metadata["vocabularies"].values() for name in names]
+    if not len(set(names)) <= len(text) <= len(names) + 1:  # classes of the same name may be one; background has a row
+        rows = f"{len(text)} text embeddings for {len(names)} classes"
+        raise InputError(f"weights {path} have {rows}; copy or train them again")
+    return metadata, text
 
 
 def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str = "") -> None:
@@ -182,6 +189,9 @@ def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
         state = load_plain(checkpoint / "state.pt")
         step = int(state["step"])
         optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in optimizer.state.items():
+            if any(isinstance(m, Tensor) and m.dim() and m.shape != parameter.shape for m in moments.values()):
+                raise ValueError("the optimiser's moments are of another model")
         if len(state["rng"]) == world_size():
             cpu, *cuda = state["rng"][rank()]
             torch.set_rng_state(cpu)

@@ -27,9 +27,12 @@ def poly_learning_rate(step: int, base: float, steps: int) -> float:
 def parameter_groups(model: nn.Module, weight_decay: float, backbone_factor: float) -> list[dict]:
     """Groups for AdamW: `lr_factor` multiplies the rate of the group, `backbone_factor` in the backbone, else 1.
 
+    A factor of 0 freezes the backbone: no gradient is computed for it.
     Normalisation layers and the model's own tensors (queries, codes, temperatures: names without a dot) do not decay.
     Source: facebookresearch/Mask2Former:train_net.py (build_optimizer), where queries and codes are embeddings.
     """
+    if not backbone_factor:
+        model.backbone.requires_grad_(False).eval()
     norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
     of_norms = {
         f"{m}.{p}" for m, module in model.named_modules() if isinstance(module, norms) for p in module._parameters

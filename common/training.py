@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,7 @@ LIMITS = dict.fromkeys(NOT_NEGATIVE, (0, 2**31 - 1)) | dict.fromkeys(("image_siz
 LIMITS |= {"channels": (1, 8192), "queries": (1, 10_000), "points": (1, 1_000_000)}
 LIMITS |= dict.fromkeys(("encoder_layers", "decoder_layers"), (1, 100))
 LIMITS |= {"gamma": (0, 10), "semantic_size": (16, 16384), "object_threshold": (0, 1), "context_tokens": (0, 64)}
+LIMITS |= {"backbone_factor": (0, 100)}
 
 # -- command line ------------------------------------------------------------------------------------------------------
 
@@ -80,9 +82,11 @@ def parse_args(args_class: type, method: str, tiny: dict, model_fields: list[str
 def with_saved(default, saved: dict, names):
     """`default` with the saved values of the fields `names`; json has lists where the dataclass has tuples."""
     values = {name: tuple(v) if isinstance(v := saved[name], list) else v for name in names if name in saved}
+    hints = get_type_hints(type(default))
     for name, value in values.items():
         kinds = (int, float) if isinstance(getattr(default, name), float) else type(getattr(default, name))
-        if not isinstance(value, kinds):
+        choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else [value]
+        if not isinstance(value, kinds) or value not in choices:
             raise InputError(f"the saved setting {name} is {value!r}, which does not fit; is the file damaged?")
     return dataclasses.replace(default, **values)
 

@@ -706,9 +706,9 @@ def test_recipe(datasets, tmp_path, monkeypatch):
         assert all(p.grad is None for p in seen.model.parameters())  # no gradient of the step before
         backward(loss)
 
-    def spy_groups(model, **settings):
+    def spy_groups(model, *settings):
         seen.model = model
-        return parameter_groups(model, **settings)
+        return parameter_groups(model, *settings)
 
     def spy_adamw(groups, **settings):
         seen.settings, seen.optimizer = settings, adamw(groups, **settings)
@@ -960,7 +960,7 @@ def test_training_starts_from_an_official_mask2former(official, data, tmp_path, 
         assert losses["loss"].isfinite()
         raise Enough  # before the optimiser's first step
 
-    monkeypatch.setattr(dataseg, "parameter_groups", lambda m, **k: models.append(m) or parameter_groups(m, **k))
+    monkeypatch.setattr(dataseg, "parameter_groups", lambda m, *k: models.append(m) or parameter_groups(m, *k))
     monkeypatch.setattr(dataseg, "check_finite", enough)
     sizes = {"--backbone", "--channels", "--queries", "--encoder-layers", "--decoder-layers"}  # the weights tell them
     flags = [flag for pair in zip(*[iter(data)] * 2) if pair[0] not in sizes for flag in pair]

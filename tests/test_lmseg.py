@@ -706,6 +706,15 @@ def test_parameter_groups():
     }
 
 
+def test_a_factor_of_0_freezes_the_backbone():
+    model = nn.Module()
+    model.backbone, model.head = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), nn.Linear(4, 4)
+    (group,) = parameter_groups(model.train(), weight_decay=0.3, backbone_factor=0)
+    assert set(group["params"]) == set(model.head.parameters()) and group["lr_factor"] == 1
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+    assert not model.backbone[1].training and model.head.training  # running statistics stay, too
+
+
 def test_lmseg_full_size():
     """The widths and head counts of the released code; evaluation repeats what decides its augmentation."""
     model = lmseg.Model(lmseg.Args(), torch.empty(6, 1024), LabelSpace(VOCABULARIES), 512, pretrained=False)

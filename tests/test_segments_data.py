@@ -258,7 +258,7 @@ def colours(ids):
     return np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1)
 
 
-def panoptic(root, pixels=PIXELS, images=None, annotations=None, maps="panoptic", **change):
+def panoptic(root, pixels=PIXELS, images=None, annotations=None, categories=None, maps="panoptic", **change):
     segments = [
         {"id": IDS["cat"], "category_id": 7, "area": 3, "bbox": [0, 0, 2, 2], "iscrowd": 0},
         {"id": IDS["sky"], "category_id": 2, "area": 3, "bbox": [2, 0, 2, 2], "iscrowd": 0},
@@ -267,7 +267,7 @@ def panoptic(root, pixels=PIXELS, images=None, annotations=None, maps="panoptic"
     record = {
         "images": images or [{"id": 3, "file_name": "x.jpg", "height": 2, "width": 4}],
         "annotations": annotations or [{"image_id": 3, "file_name": "x.png", "segments_info": segments}],
-        "categories": CATEGORIES,
+        "categories": categories or CATEGORIES,
     }
     (root / "ann").mkdir(exist_ok=True)
     (root / "ann/panoptic.json").write_text(json.dumps(record))
@@ -321,6 +321,7 @@ def test_bad_panoptic_files(tmp_path, caplog):
         ({"images": [{"id": 3, "file_name": "x.jpg"}] * 2}, "an image comes twice"),
         ({"images": [{"id": 3, "file_name": "../x.jpg"}]}, "leaves the image folder"),
         ({"annotations": [{"image_id": 3, "segments_info": []}]}, "field 'file_name' is missing"),
+        ({"categories": [{"id": 7, "name": "cat", "isthing": "0"}]}, "an isthing that is not 0 or 1"),
         ({"annotations": [{"image_id": 3, "file_name": "x.png", "segments_info": [{"id": 1}]}]}, "field 'category_id'"),
     ],
 )

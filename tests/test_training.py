@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from common.checkpoint import (
     load_plain,
     load_weights,
     read_metadata,
+    read_model,
     read_text,
     rng_states,
     save_checkpoint,
@@ -30,7 +32,7 @@ from common.distributed import mean_over_ranks
 from common.errors import InputError
 from common.optim import learning_rate
 from common.paths import atomic_path
-from common.training import RunLog, check_finite, parse_args
+from common.training import RunLog, check_finite, parse_args, with_saved
 from common.transforms import ResizeShortest
 
 
@@ -126,6 +128,53 @@ def test_weights_with_damaged_class_names_are_refused(tmp_path, names):
     save_weights(tmp_path / "weights.safetensors", small_model(torch.randn(5, 6)), metadata)
     with pytest.raises(InputError, match="damaged settings or class names"):
         read_metadata(tmp_path, "scaledet")
+
+
+@pytest.mark.parametrize("rows, fits", [(1, False), (2, True), (3, True), (4, True), (5, False)])
+def test_weights_have_a_row_of_text_for_each_class(tmp_path, rows, fits):
+    """Classes of one name may share theirs, and background may have one."""
+    metadata = {"method": "scaledet", "args": {}, "vocabularies": {"a": ["cat", "dog"], "b": ["Cat"]}}
+    save_weights(tmp_path / "weights.safetensors", small_model(torch.randn(rows, 6)), metadata)
+    if fits:
+        assert len(read_model(tmp_path, "scaledet")[1]) == rows
+    else:
+        with pytest.raises(InputError, match=f"{rows} text embeddings for 3 classes"):
+            read_model(tmp_path, "scaledet")
+
+
+@pytest.mark.parametrize("width, fits", [(0, True), (512, True), ("512", False), (None, False)])
+def test_weights_with_a_damaged_width_are_refused(tmp_path, width, fits):
+    metadata = {"method": "lmseg", "args": {}, "vocabularies": {"a": ["cat"]}, "width": width}
+    save_weights(tmp_path / "weights.safetensors", small_model(torch.randn(2, 6)), metadata)
+    if fits:
+        assert read_metadata(tmp_path, "lmseg")["width"] == width
+    else:
+        with pytest.raises(InputError, match="damaged settings"):
+            read_metadata(tmp_path, "lmseg")
+
+
+@pytest.mark.parametrize("setting, value", [("amp", "perhaps"), ("amp", 1), ("lr", "high"), ("steps", 1.5)])
+def test_saved_settings_that_do_not_fit_are_refused(setting, value):
+    with pytest.raises(InputError, match=f"the saved setting {setting} is {value!r}"):
+        with_saved(scaledet.Args(), {setting: value}, [setting])
+    assert with_saved(scaledet.Args(), {"amp": "off", "lr": 1}, ["amp", "lr"]).amp == "off"
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)])
+def test_moments_of_another_model_are_refused(tmp_path, kind):
+    def saved(width):
+        model = nn.Linear(width, 2)
+        optimizer = kind(model.parameters(), lr=0.1)
+        model(torch.ones(1, width)).sum().backward()
+        optimizer.step()
+        torch.save({"step": 1, "optimizer": optimizer.state_dict(), "rng": []}, tmp_path / "state.pt")
+        return optimizer
+
+    assert load_checkpoint(tmp_path, saved(3)) == 1
+    four = saved(4)
+    saved(3)
+    with pytest.raises(InputError, match="the optimiser's moments are of another model"):
+        load_checkpoint(tmp_path, four)
 
 
 @pytest.mark.parametrize("content", [b"", b".", b"hello world", b"PK\x03\x04", b"\x80\x02"])

@@ -42,8 +42,10 @@ def read_panoptic(
                          "exist; unpack it there")  # fmt: skip
     try:
         vocabulary = read_vocabulary(name, annotations, record["categories"])
-        is_thing = {c["id"]: bool(c["isthing"]) for c in record["categories"]}
-        vocabulary = replace(vocabulary, is_thing=tuple(is_thing[id] for id in vocabulary.ids))
+        is_thing = {c["id"]: c["isthing"] for c in record["categories"]}
+        if not all(thing in (0, 1) for thing in is_thing.values()):
+            raise ValueError("an isthing that is not 0 or 1")
+        vocabulary = replace(vocabulary, is_thing=tuple(bool(is_thing[id]) for id in vocabulary.ids))
         index = read_index(name, annotations, record, vocabulary.index_of_id)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
