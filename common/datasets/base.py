@@ -1,20 +1,23 @@
 """A dataset: an index of annotations, a vocabulary, and images that are decoded on demand."""
 
+import io
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from common.batch import Sample, Supervision
 from common.datasets.index import Index
 from common.datasets.maps import VOID, read_label_map, read_segment_map
+from common.datasets.shards import Shards
 from common.errors import InputError
 from common.labels import Vocabulary
 from common.masks import decode_masks, drop_unseen
@@ -34,6 +37,7 @@ class Dataset:
     masks:     `load` decodes the instance masks, where there are any
     maps:      folder of the label maps, of semantic and panoptic datasets
     pixel_labels: (65536,) int16, what the values of semantic label maps mean, as `label_table` makes it
+    shards:    where the images lie inside of tar files, if they do
     warned:    (1,) bool, shared with the workers: an image of another size than annotated was in the log
     """
 
@@ -49,6 +53,7 @@ class Dataset:
     masks: bool = False
     maps: Path | None = None
     pixel_labels: np.ndarray | None = None
+    shards: Shards | None = None
     warned: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.bool).share_memory_(), repr=False)
 
     def __len__(self) -> int:
@@ -62,7 +67,7 @@ class Dataset:
         Raises InputError for an image or label map that cannot be decoded, a map or mask that is not of its size.
         """
         index = self.index
-        image = read_image(self.images / index.file_name(i))
+        image = read_image(*self.image_file(i))
         height, width = image.shape[-2:]
         self._compare_size(i, (height, width))
         if self.maps is not None:
@@ -92,6 +97,10 @@ class Dataset:
             else torch.from_numpy(index.image_labels[index.image_label_rows(i)].astype(np.int64)),
             captions=index.captions[i] if index.captions else (),
         )
+
+    def image_file(self, i: int) -> tuple[Path, bytes | None]:
+        """The path of image `i`, and its bytes if it is a member of a tar file. Raises InputError for a lost tar."""
+        return self.images / self.index.file_name(i), self.shards.read(i) if self.shards else None
 
     def _compare_size(self, i: int, size: tuple[int, int]) -> None:
         """Say in the log, once for the dataset, that image `i` of `size` (H, W) is not what the annotations say."""
@@ -194,17 +203,34 @@ def missing_files(root: Path, names: Iterable[str]) -> list[str]:
     return missing
 
 
-def read_image(path: Path) -> Tensor:
-    """(3, H, W) uint8 RGB, upright according to its EXIF tag. Raises InputError for a missing or broken image."""
+def read_image(path: Path, data: bytes | None = None) -> Tensor:
+    """(3, H, W) uint8 RGB, upright according to its EXIF tag, of the file or of the `data` that go by its name.
+
+    Raises InputError for a missing or broken image.
+    """
+    with open_image(path, data) as image:
+        if image.mode == "F":
+            raise ValueError("floating-point pixels; save it with 8 bits")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        return pil_to_tensor(image.convert("RGB"))
+
+
+def read_size(path: Path, data: bytes | None = None) -> tuple[int, int]:
+    """Height and width of what `read_image` gives, from the header alone."""
+    with open_image(path, data) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by a quarter
+        return image.size if turned else image.size[::-1]
+
+
+@contextmanager
+def open_image(path: Path, data: bytes | None) -> Iterator[Image.Image]:
+    """Raises InputError for a missing file, and for what goes wrong while the image is used."""
     try:
         refuse_pipe(path, "image")
-        with Image.open(path) as image:
-            if image.mode == "F":
-                raise ValueError("floating-point pixels; save it with 8 bits")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            return pil_to_tensor(image.convert("RGB"))
+        with Image.open(path if data is None else io.BytesIO(data)) as image:
+            yield image
     except IsADirectoryError:
         raise InputError(f"image {path} is a folder; give image files") from None
     except FileNotFoundError:

@@ -1,0 +1,201 @@
+"""Images inside of tar files: what is read is what was packed, and a damaged tar gets a line."""
+
+import gzip
+import io
+import json
+import logging
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.datasets import load_datasets, shards
+from common.errors import InputError
+from common.paths import cache_dir
+from common.sampling import Transformed
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONCORD_CACHE", str(tmp_path / "cache"))
+
+
+def picture(red: int) -> bytes:
+    """A PNG of 4 x 5 pixels."""
+    file = io.BytesIO()
+    Image.new("RGB", (5, 4), (red, 0, 0)).save(file, "png")
+    return file.getvalue()
+
+
+def pack(path, members: dict[str, bytes], **change):
+    """A tar of such files; `change` are fields of each header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            for field, value in change.items():
+                setattr(info, field, value)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def load(root):
+    return load_datasets(f"mine={root}/", "train", accepts=("image_labels",))[0]
+
+
+def seen(dataset) -> list[tuple[str, int]]:
+    """(class, red) of each image."""
+    items = [dataset.load(i) for i in range(len(dataset))]
+    return [(dataset.vocabulary.names[s.image_labels.item()], int(s.image[0, 0, 0])) for s in items]
+
+
+def imagenet(root):
+    """ImageNet-21K as it is published: n01440764.tar and so on, images inside."""
+    pack(root / "n00000002.tar", {"n00000002_1.JPEG": picture(20), "n00000002_2.JPEG": picture(21)})
+    pack(root / "n00000001.tar", {"n00000001_9.JPEG": picture(10), "notes.md": b"?", "._n00000001_9.JPEG": b"?"})
+    pack(root / "n00000003.tar", {})
+    (root / "words.txt").write_text("n00000001\ttench, Tinca tinca\nn00000002\tcrane\n")
+
+
+def test_a_tar_for_each_class(tmp_path, caplog):
+    root = tmp_path / "imagenet/ImageNet-21K"
+    imagenet(root)
+    with caplog.at_level(logging.INFO, "concord"):
+        (dataset,) = load_datasets("in21k", "train", str(tmp_path), accepts=("image_labels",))
+    assert seen(dataset) == [("tench", 10), ("crane", 20), ("crane", 21)]
+    assert dataset.vocabulary.ids == ("n00000001", "n00000002") and dataset.image_counts().tolist() == [1, 2]
+    assert dataset.index.file_name(2) == "n00000002.tar/n00000002_2.JPEG" and dataset.load(0).size == (4, 5)
+    for line in ("n00000001.tar: 1 members that are neither", "1 tar files without an image", "1 entries beside"):
+        assert line in caplog.text
+
+
+def test_long_names_and_folders(tmp_path):
+    long = "ä" * 150  # pax and GNU tars keep such names in blocks of their own
+    pack(tmp_path / "a/cat.tar", {f"./below/{long}.png": picture(3), "b.JPG": picture(4)})
+    assert seen(load(tmp_path / "a")) == [("cat", 3), ("cat", 4)]
+    assert load(tmp_path / "a").index.file_name(0) == f"cat.tar/below/{long}.png"
+
+
+def mixed(root, labels, ending="cls"):
+    """Pairs KEY.png and KEY.`ending`, two in a tar; red is the number of the pair."""
+    for i in range(0, len(labels), 2):
+        pairs = {}
+        for k, label in enumerate(labels[i : i + 2], i):
+            pairs |= {f"{k:03d}.png": picture(k)} | ({f"{k:03d}.{ending}": label} if label is not None else {})
+        pack(root / f"{i:05d}.tar", pairs)
+    return root
+
+
+def test_pairs_of_image_and_label(tmp_path, caplog):
+    root = mixed(tmp_path / "a", [b"dog\n", b"cat", None, b"dog"])
+    with caplog.at_level(logging.INFO, "concord"):
+        dataset = load(root)
+    assert seen(dataset) == [("dog", 0), ("cat", 1), ("dog", 3)] and dataset.vocabulary.names == ("cat", "dog")
+    assert "1 images without a label are left out" in caplog.text
+    root = mixed(tmp_path / "b", [json.dumps({"label": label}).encode() for label in (2, 10, 2)], "json")
+    (root / "classes.txt").write_text("\n".join(f"c{i}" for i in range(11)))
+    dataset = load(root)
+    assert seen(dataset) == [("c2", 0), ("c10", 1), ("c2", 2)] and len(dataset.vocabulary) == 11
+    pack(tmp_path / "c/0.tar", {"1.json": b'{"label": "no"}', "1.cls": b"cat", "1.png": picture(1), "1.json5": b""})
+    pack(tmp_path / "c/1.tar", {"1.png": picture(2), "1.cls": b"dog", "1.json": b"[]"})
+    assert seen(load(tmp_path / "c")) == [("cat", 1), ("dog", 2)]
+
+
+def test_zipped_images(tmp_path):
+    pack(tmp_path / "a/cat.tar", {"1.JPEG": gzip.compress(picture(7))})
+    assert seen(load(tmp_path / "a")) == [("cat", 7)]
+    pack(tmp_path / "a/cat.tar", {"1.JPEG": gzip.compress(picture(7))[:40]})
+    with pytest.raises(InputError, match=r"cat\.tar cannot be read"):
+        load(tmp_path / "a").load(0)
+
+
+def test_workers_read_in_any_order(tmp_path):
+    for name in ("a", "b", "c"):
+        pack(tmp_path / f"x/{name}.tar", {f"{i}.png": picture(i) for i in range(20)})
+    rows = np.random.default_rng(0).permutation(60).tolist()
+    items = Transformed(load(tmp_path / "x"), lambda sample: sample.image[0, 0, 0].item(), rows)
+    loader = torch.utils.data.DataLoader(items, None, num_workers=2)
+    assert list(loader) == [row % 20 for row in rows]
+
+
+def test_the_index_is_made_once_and_again_for_a_tar_that_changed(tmp_path, monkeypatch):
+    root = tmp_path / "x"
+    for name in ("a", "b"):
+        pack(root / f"{name}.tar", {"1.png": picture(1)})
+    read, calls = shards.read_members, []
+    monkeypatch.setattr(shards, "read_members", lambda path: calls.append(path.name) or read(path))
+    assert seen(load(root)) == seen(load(root)) == [("a", 1), ("b", 1)] and calls == ["a.tar", "b.tar"]
+    pack(root / "b.tar", {"0.png": picture(5), "1.png": picture(1)})
+    assert seen(load(root)) == [("a", 1), ("b", 5), ("b", 1)] and calls == ["a.tar", "b.tar", "b.tar"]
+    for file in (cache_dir() / "shards").iterdir():
+        file.write_bytes(file.read_bytes()[:-3])
+    assert len(load(root)) == 3 and calls[3:] == ["a.tar", "b.tar"]
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CONCORD_CACHE", str(tmp_path / "file"))
+    pack(tmp_path / "x/a.tar", {"1.png": picture(1)})
+    assert seen(load(tmp_path / "x")) == [("a", 1)] and "cannot be written" in caplog.text
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda p: pack(p, {"../1.png": b""}), "member '../1.png' leaves the folder; pack it anew"),
+        (lambda p: pack(p, {"/1.png": b""}), "member '/1.png' leaves the folder"),
+        (lambda p: pack(p, {"notes.txt": b""}), "hold no images with labels"),
+        (lambda p: pack(p, {"1.png": b"", "1.cls": b"\xff\xfe"}), "member '1.cls' holds no label"),
+        (lambda p: pack(p, {"1.png": b"", "1.json": b"{"}), "member '1.json' holds no label"),
+        (lambda p: pack(p, {"1.png": b"", "1.json": b'{"label": [1]}'}), r"the label \[1\]"),
+        (lambda p: pack(p, {"1.png": b"", "1.cls": b"7"}), "numbers for labels; name the classes in .*classes.txt"),
+        (lambda p: pack(p.with_name("00012.tar"), {"1.png": b""}), "00012.tar: a number is no class"),
+        (lambda p: pack(p.with_name("n00000001.tar"), {"1.png": b""}), "n00000001 is a WordNet id without a name"),
+        (lambda p: pack(p, {"1.png": b""}, type=tarfile.SYMTYPE), "hold no images"),
+        (lambda p: p.write_bytes(b""), "is no whole tar file"),
+        (lambda p: p.write_bytes(b"x" * 2000), "is no whole tar file"),
+        (lambda p: p.write_bytes(gzip.compress(pack(p, {"1.png": b""}).read_bytes())), "or a compressed one"),
+        (lambda p: cut(pack(p, {"1.png": bytes(3000)}), 2000), "is no whole tar file"),
+        (lambda p: cut(pack(p, {"1.png": b""}), 512), "neither a header nor the end at byte 512"),
+        (lambda p: os.truncate(pack(p, {"1.png": bytes(600), "2.png": bytes(600)}), 1536), "at byte 1536"),
+    ],
+)
+def test_bad_tars(tmp_path, make, words):
+    (tmp_path / "x").mkdir()
+    make(tmp_path / "x/cat.tar")
+    with pytest.raises(InputError, match=words) as error:
+        load(tmp_path / "x")
+    assert str(tmp_path / "x") in str(error.value)
+
+
+def test_headers_overwritten_in_the_middle(tmp_path):
+    path = pack(tmp_path / "x/cat.tar", {f"{i}.png": picture(i) for i in range(4)})
+    data = bytearray(path.read_bytes())
+    data[2048:2560] = b"x" * 512  # tarfile itself would end there in silence
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="neither a header nor the end at byte 2048"):
+        load(tmp_path / "x")
+
+
+def test_a_label_beyond_the_list_of_classes(tmp_path):
+    (mixed(tmp_path / "x", [b"0", b"3"]) / "classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(InputError, match="the label 3, but classes.txt has 2 lines"):
+        load(tmp_path / "x")
+
+
+def test_what_is_broken_or_gone_later(tmp_path):
+    path = pack(tmp_path / "x/cat.tar", {"1.png": b"no image", "2.png": picture(1)})
+    dataset = load(tmp_path / "x")
+    with pytest.raises(InputError, match=r"image .*x/cat\.tar/1\.png cannot be decoded"):
+        dataset.load(0)
+    path.unlink()
+    with pytest.raises(InputError, match=r"shard .*cat\.tar cannot be read at byte"):
+        dataset.load(1)
