@@ -220,7 +220,8 @@ def read_image(path: Path, data: bytes | None = None) -> Tensor:
 def read_size(path: Path, data: bytes | None = None) -> tuple[int, int]:
     """Height and width of what `read_image` gives, from the header alone."""
     with open_image(path, data) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by a quarter
+        exif = Image.Image.getexif(image)  # that of PNG files would decode the image
+        turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by a quarter
         return image.size if turned else image.size[::-1]
 
 
