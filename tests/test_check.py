@@ -12,8 +12,8 @@ from conftest import REAL
 from PIL import Image
 
 from common.datasets import __main__ as tool
+from common.datasets import registry
 from common.datasets.base import read_image, read_size
-from common.datasets.registry import KNOWN
 from common.training import run_command
 
 CLEAN = ("images listed twice", "image ids given twice", "missing images", "broken images, masks or label maps")
@@ -199,12 +199,20 @@ def test_generated_data_is_clean(tell, tiny_root):
     assert code == 0 and not any(counts.values())
 
 
+def test_generated_stand_ins(tell, tiny_root, monkeypatch):
+    monkeypatch.setattr(registry, "generate", lambda name, cache, size: tiny_root if size == 192 else None)
+    code, counts, out, _ = tell("check", "lineart", "--tiny", "--quick")
+    assert code == 0 and not any(counts.values()) and "12 images" in out
+
+
 def test_the_list_has_a_line_for_each_split(tmp_path, tell):
     (tmp_path / "coco/annotations").mkdir(parents=True)
     (tmp_path / "coco/annotations/instances_val2017.json").write_text("")
     code, _, out, _ = tell("list", "--data-root", tmp_path)
     rows = [line.split() for line in out.splitlines()]
-    assert code == 0 and [row[:2] for row in rows] == [[n, split] for n, k in KNOWN.items() for split in k.splits]
+    assert code == 0 and [row[:2] for row in rows] == [
+        [n, split] for n, k in registry.KNOWN.items() for split in k.splits
+    ]
     (train,), (val,) = ([row for row in rows if row[:2] == ["coco", split]] for split in ("train", "val"))
     assert train[2:5] == ["80", "classes", "-"] and "(cocodataset.org)" in out
     assert val[2:] == ["80", "classes", f"{tmp_path}/coco/annotations/instances_val2017.json"]

@@ -34,7 +34,10 @@ def list_datasets(data_root: str = "") -> None:
 
 
 def check_datasets(
-    datasets: Annotated[str, tyro.conf.Positional], data_root: str = "", tiny: bool = False, quick: bool = False
+    datasets: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASETS")],
+    data_root: str = "",
+    tiny: bool = False,
+    quick: bool = False,
 ) -> None:
     """Read the annotations and decode every image; count what is wrong, with the first names of each kind.
 
