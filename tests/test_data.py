@@ -457,7 +457,7 @@ def test_wordnet_ids_are_named(tmp_path, caplog):
     (root / "classes.csv").write_text("index,wnid,name\n0,n00000001,tench (fish)\n")
     with caplog.at_level(logging.INFO, "concord"):
         (dataset,) = load_datasets("in21k", "train", str(tmp_path), accepts=ALL)
-    assert "1 class folders have the name of another" in caplog.text
+    assert "1 classes have the name of another" in caplog.text
     assert dataset.vocabulary.names == ("extra", "tench (fish)", "crane", "lion")
     assert dataset.vocabulary.ids == ("extra", "n00000001", "n00000002", "n00000004")
     assert [dataset.load(i).image_labels.item() for i in range(5)] == [0, 1, 2, 2, 3]
@@ -483,7 +483,7 @@ def test_bad_image_folders(tmp_path, files, words):
 
 def test_a_class_folder_whose_name_is_no_text(tmp_path):
     image_folder(tmp_path, "cat/a.jpg", os.fsdecode(b"\xff\xfe/a.jpg"))
-    with pytest.raises(InputError, match=r"class folder '\\udcff\\udcfe', which is no text; rename it"):
+    with pytest.raises(InputError, match=r"class '\\udcff\\udcfe', which is no text; rename it"):
         load_folder(tmp_path)
 
 

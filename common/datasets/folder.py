@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ WNID = re.compile(r"n\d{8}")
 
 
 def read_folder(name: str, root: Path) -> Dataset:
-    """Read `root`/CLASS/IMAGE, or the tar files in `root`; they come in sorted order, hidden ones are ignored.
+    """Read `root`/CLASS/IMAGE or, where there are any, the tar files in `root`; sorted, without the hidden ones.
 
     A folder named by a WordNet id takes its name from classes.csv or words.txt in `root` or above; ids of one name are
     one class. Empty folders, what is no folder and files that are no images are left out and counted in the log.
@@ -29,8 +30,8 @@ def read_folder(name: str, root: Path) -> Dataset:
     if not root.is_dir():
         raise InputError(f"dataset '{name}': folder {root} does not exist; check the path")
     entries = [name for name in sorted(os.listdir(root)) if not name.startswith(".")]
-    if tars := [name for name in entries if name.endswith(".tar")]:
-        count(root, len(entries) - len(tars), "entries beside the tar files are left out")
+    if tars := [name for name in entries if name.endswith(".tar") and os.path.isfile(root / name)]:
+        log_count(root, len(entries) - len(tars), "entries beside the tar files are left out")
         return read_tars(name, root, tars)
     files, others = {}, 0
     class_folders = [name for name in entries if os.path.isdir(root / name)]  # False for a link that leads nowhere
@@ -44,9 +45,9 @@ def read_folder(name: str, root: Path) -> Dataset:
         what = "the folders in it hold no images" if files else "it has no folders"
         raise InputError(f"dataset '{name}': {root} needs a folder or a tar file of images for each class, but {what}; "
                          "name the folder above or below")  # fmt: skip
-    count(root, len(files) - len(folders), "class folders without an image are left out")
-    count(root, len(entries) - len(class_folders), "entries beside the class folders are left out")
-    count(root, others, "files that are no images are left out")
+    log_count(root, len(files) - len(folders), "class folders without an image are left out")
+    log_count(root, len(entries) - len(class_folders), "entries beside the class folders are left out")
+    log_count(root, others, "files that are no images are left out")
     file_names = [f"{folder}/{file}" for folder in folders for file in files[folder]]
     labels = np.repeat(np.arange(len(folders)), [len(files[folder]) for folder in folders])
     return labelled_images(name, root, folders, file_names, labels)
@@ -60,8 +61,8 @@ def read_tars(name: str, root: Path, tars: list[str]) -> Dataset:
     """
     bar = tqdm(tars, "headers of tar files", unit="tar", delay=2, leave=False, disable=None)
     members = [index_tar(root / tar) for tar in bar]
-    count(root, sum(len(each) == 0 for each in members), "tar files without an image are left out")
-    count(root, sum(int((each["label"] == b"").sum()) for each in members), "images without a label are left out")
+    log_count(root, sum(len(each) == 0 for each in members), "tar files without an image are left out")
+    log_count(root, sum(int((each["label"] == b"").sum()) for each in members), "images without a label are left out")
     members = [each[each["label"] != b""] for each in members]
     # sorted for each tar first: together they can be many millions
     parts = [np.unique(each["label"], return_inverse=True) for each in members]
@@ -85,11 +86,18 @@ def read_tars(name: str, root: Path, tars: list[str]) -> Dataset:
     return labelled_images(name, root, classes, file_names, labels, shards)
 
 
-def labelled_images(name: str, root: Path, classes: list[str], file_names, labels: np.ndarray, shards=None) -> Dataset:
+def labelled_images(
+    name: str,
+    root: Path,
+    classes: list[str],
+    file_names: Sequence[str | bytes],
+    labels: np.ndarray,
+    shards: Shards | None = None,
+) -> Dataset:
     """The dataset of images with one label each: `labels` (I,) index `classes`, of which those of one name are one."""
     names = class_names(root, classes)
     label_of = {label: i for i, label in enumerate(dict.fromkeys(names))}
-    count(root, len(names) - len(label_of), "class folders have the name of another; they are one class")
+    log_count(root, len(names) - len(label_of), "classes have the name of another; they are one class")
     total = len(file_names)
     index = Index.build(
         source=str(root),
@@ -109,14 +117,14 @@ def labelled_images(name: str, root: Path, classes: list[str], file_names, label
     return Dataset(name, vocabulary, index, root, supervision="image_labels", shards=shards)
 
 
-def count(root: Path, number: int, what: str) -> None:
+def log_count(root: Path, number: int, what: str) -> None:
     if number:
         log.info("%s: %d %s", root, number, what)
 
 
 def refuse_no_text(name: str, root: Path, label: str) -> None:
     if any("\ud800" <= letter <= "\udfff" for letter in label):  # bytes that are no UTF-8
-        raise InputError(f"dataset '{name}': {root} has the class folder {label!r}, which is no text; rename it")
+        raise InputError(f"dataset '{name}': {root} has the class {label!r}, which is no text; rename it")
 
 
 def read_class_list(name: str, root: Path) -> list[str]:

@@ -83,7 +83,8 @@ def read_members(path: Path) -> np.ndarray:
     images, labels, others = [], {}, 0
     try:
         with tarfile.open(path, "r:") as tar:  # the colon: not compressed, else there is no seeking
-            for member in tar:
+            for member in iter(tar.next, None):
+                tar.members = []  # else the headers of all images stay in memory
                 place = PurePosixPath(member.name)
                 if place.is_absolute() or ".." in place.parts:
                     raise InputError(f"shard {path}: member '{member.name}' leaves the folder; pack it anew")
@@ -93,7 +94,7 @@ def read_members(path: Path) -> np.ndarray:
                 if place.suffix.lower() in IMAGES:
                     images.append((key, str(place), member.offset_data, member.size))
                 elif place.suffix in (".cls", ".json"):
-                    label = read_label(member.name, tar.extractfile(member).read())
+                    label = read_label(path, member.name, tar.extractfile(member).read())
                     if label and (place.suffix == ".cls" or key not in labels):
                         labels[key] = label
                 else:
@@ -101,10 +102,7 @@ def read_members(path: Path) -> np.ndarray:
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile itself ends in silence
                 raise tarfile.ReadError(f"neither a header nor the end at byte {tar.offset}")
-    except ValueError as error:
-        raise InputError(f"shard {path}: member '{member.name}' holds no label, a name or a number ({error}); mend "
-                         "it and pack the tar anew") from None  # fmt: skip
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
         raise InputError(f"shard {path} is no whole tar file, or a compressed one ({error}); unzip or download it "
                          "again") from None  # fmt: skip
     if images and not labels and path.stem.isdigit():
@@ -120,12 +118,14 @@ def read_members(path: Path) -> np.ndarray:
     return np.array(rows, dtype=columns)
 
 
-def read_label(name: str, data: bytes) -> bytes:
-    """The label in the .cls or .json member `name`; b"" for a json without one. ValueError for what is no label."""
-    if name.endswith(".cls"):
-        return data.decode().strip().encode()
-    record = orjson.loads(data)
-    label = record.get("label", "") if isinstance(record, dict) else ""
-    if not isinstance(label, str | int) or isinstance(label, bool):
-        raise ValueError(f"the label {label!r}")
+def read_label(path: Path, name: str, data: bytes) -> bytes:
+    """The label in the .cls or .json member `name`; b"" for a json without one. Raises InputError for what is none."""
+    try:
+        record = {"label": data.decode()} if name.endswith(".cls") else orjson.loads(data)
+        label = record.get("label", "") if isinstance(record, dict) else ""
+        if not isinstance(label, str | int) or isinstance(label, bool):
+            raise ValueError(label)
+    except ValueError as error:
+        raise InputError(f"shard {path}: member '{name}' holds no label, a name or a number ({error}); mend it and "
+                         "pack the tar anew") from None  # fmt: skip
     return str(label).strip().encode()
