@@ -104,11 +104,12 @@ def read_lines(path: Path, images: Path) -> list[tuple[str, str]]:
 
 def read_beside(name: str, images: Path) -> list[tuple[str, str]]:
     """File name below `images` and caption of each image that has a text file of its name beside it."""
-    texts, pairs = listing(name, images, (".txt",)), []
-    for key, file in listing(name, images, IMAGES).items():
-        if key in texts:
-            try:
-                pairs.append((file, (images / texts[key]).read_text("utf-8").strip()))
-            except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"{images / texts[key]} cannot be read ({error}); save it as UTF-8 text") from None
-    return pairs
+    texts, files, pairs = listing(name, images, (".txt",)), listing(name, images, IMAGES), []
+    if bare := len(files.keys() - texts.keys()):
+        log.info("%s: %d images without a text file beside them are left out", images, bare)
+    for key in files.keys() & texts.keys():
+        try:
+            pairs.append((files[key], (images / texts[key]).read_text("utf-8").strip()))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{images / texts[key]} cannot be read ({error}); save it as UTF-8 text") from None
+    return sorted(pairs)
