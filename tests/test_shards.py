@@ -5,11 +5,13 @@ import io
 import json
 import logging
 import os
+import shutil
 import tarfile
 
 import numpy as np
 import pytest
 import torch
+from conftest import REAL
 from PIL import Image
 
 from common.datasets import load_datasets, shards
@@ -199,3 +201,17 @@ def test_what_is_broken_or_gone_later(tmp_path):
     path.unlink()
     with pytest.raises(InputError, match=r"shard .*cat\.tar cannot be read at byte"):
         dataset.load(1)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real samples at {REAL}")
+def test_real_images_are_the_same_in_folders_and_tars(tmp_path):
+    source, root = REAL / "imagenet_folder", tmp_path / "x"
+    root.mkdir()
+    shutil.copy(source / "classes.csv", root)
+    for folder in filter(os.path.isdir, source.iterdir()):
+        with tarfile.open(root / f"{folder.name}.tar", "w") as tar:
+            tar.add(folder, "")
+    folders, tars = load(source), load(root)
+    assert len(tars) == 200 and tars.vocabulary == folders.vocabulary
+    assert np.array_equal(tars.index.image_labels, folders.index.image_labels)
+    assert all(torch.equal(tars.load(i).image, folders.load(i).image) for i in range(0, 200, 20))
