@@ -33,8 +33,8 @@ log = logging.getLogger("concord")
 class Known:
     """Where a dataset lies under the data root: {split: [(annotations, images), ...]}; the first to exist is read.
 
-    Where `annotations` is a folder, it holds label maps or, for `read_coco`, a folder of images for each class. Image
-    labels have no split "val".
+    Where `annotations` is a folder, it holds label maps, xml files or, for `read_coco`, a folder of images for each
+    class. Image labels have no split "val".
     whole:      the dataset in whose folder these files are
     base_split: what makes an open-vocabulary split of `whole`
     """
