@@ -107,6 +107,13 @@ def test_own_xml_files(tmp_path, caplog):
     assert default_eval(f"my={tmp_path}/ann:{tmp_path}/img/") != ""
 
 
+def test_xml_files_beside_their_images(tmp_path):
+    xml(tmp_path / "a_jpg.rf.1.xml", thing("ant", 2, 2, 9, 9))
+    photo(tmp_path / "a_jpg.rf.1.png")
+    dataset = load(f"my={tmp_path}/:{tmp_path}/")
+    assert dataset.index.file_name(0) == "a_jpg.rf.1.png" and dataset.load(0).boxes.tolist() == [[1, 1, 9, 9]]
+
+
 def test_own_list_of_xml_files(tmp_path):
     voc_year(tmp_path, trainval=["000001", "000002"], val=["000002"])
     dataset = load(f"my={tmp_path}/ImageSets/Main/val.txt:{tmp_path}/JPEGImages")
@@ -138,10 +145,11 @@ LAUGHS = '<!DOCTYPE a [<!ENTITY a "ha">' + "".join(
         (f"{LAUGHS}]><annotation>&j;</annotation>", ["DOCTYPE"]),
         (f'<?xml version="1.0" encoding="utf-16"?>{LAUGHS}]><annotation>&j;</annotation>', ["DOCTYPE"]),
         ('<!DOCTYPE a SYSTEM "file:///etc/passwd"><annotation/>', ["DOCTYPE"]),
-        ("<annotation><object><name>cat</name></object></annotation>", ["object 1 ('cat')", "bndbox"]),
-        (f"<annotation>{thing('cat', 1, 2, 3)}</annotation>", ["bndbox", "xmax, ymax", "1, 2, 3, None"]),
+        ("<annotation><object><name>cat</name></object></annotation>", ["object 1 ('cat')", "bndbox", "has none"]),
+        (f"<annotation>{thing('cat', 1, 2, 3)}</annotation>", ["bndbox", "xmax, ymax", "'xmax': '3'}"]),
         (f"<annotation>{thing('cat', 1, 2, 3, 'four')}</annotation>", ["object 1", "four"]),
         (f"<annotation>{thing(' ', 1, 2, 3, 4)}</annotation>", ["object 1 has no name"]),
+        (f"<annotation>{thing('fat' + chr(10) + 'cat', 1, 2, 3, 4)}</annotation>", ["'fat cat'"]),
         (f"<annotation>{thing('yak', 1, 2, 3, 4)}</annotation>", ["'yak'", "not one of 'voc'", "my=ANNOTATIONS/:"]),
         (f"<annotation>{thing('cat', 'nan', 2, 3, 4)}</annotation>", ["000001.jpg", "nan", "NaN or negative size"]),
         (f"<annotation>{thing('cat', 30, 2, 3, 4)}</annotation>", ["000001.jpg", "[29.0, 1.0, 3.0, 4.0]"]),

@@ -372,7 +372,9 @@ def load_dataset(name: str, split: str, paths: tuple[str, str] | None, root: Pat
     Raises InputError naming the file and the remedy: nothing under `root`, broken annotations, missing images.
     """
     if paths and paths[0] == paths[1]:
-        return read_folder(name, Path(paths[0]))
+        folder = Path(paths[0])
+        beside = any(folder.glob("*.xml"))  # each xml file beside its image, as Roboflow exports them
+        return read_voc(name, folder, folder) if beside else read_folder(name, folder)
     if paths:
         annotations, images = map(Path, paths)
         if annotations.is_dir():

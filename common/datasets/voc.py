@@ -111,13 +111,13 @@ def read_xml(path: Path) -> tuple[tuple[int, int], list[tuple[str, list[float], 
         raise InputError(f"{path} is no xml file of Pascal VOC's format ({error}); mend it or take it out") from None
     objects = []
     for number, thing in enumerate(root.findall("object"), 1):
-        title = (thing.findtext("name") or "").strip()
-        corners = [thing.findtext(f"bndbox/{corner}") for corner in CORNERS]
+        title = " ".join((thing.findtext("name") or "").split())
+        corners = {part.tag: part.text for part in thing.iterfind("bndbox/*")}
         try:
-            box = [float(corner) for corner in corners]
-        except (TypeError, ValueError):
+            box = [float(corners[corner]) for corner in CORNERS]
+        except (KeyError, TypeError, ValueError):
             raise InputError(f"{path}: object {number} ('{title}') needs a bndbox of the numbers {', '.join(CORNERS)}, "
-                             f"but has {', '.join(map(str, corners))}; mend or remove it") from None  # fmt: skip
+                             f"but has {corners or 'none'}; mend or remove it") from None  # fmt: skip
         if not title:
             raise InputError(f"{path}: object {number} has no name; name its class or remove it")
         objects.append((title, box, (thing.findtext("difficult") or "").strip() == "1"))
