@@ -176,9 +176,11 @@ def test_missing_files_get_one_line(tmp_path):
     line = refused(f"my={year}/Annotations:{year}/JPEGImages")
     assert "000002.xml has no image" in line and "(1 of 2 xml files)" in line
     (year / "Annotations/000001.xml").unlink()
-    assert "000001.xml" in refused("voc", tmp_path) and "test.txt" not in refused("voc", tmp_path)
+    assert "000001.xml cannot be read (No such file" in refused("voc", tmp_path)
     (year / "ImageSets/Main/test.txt").write_text("\n")
-    assert "test.txt lists no images" in refused("voc", tmp_path)
+    assert "test.txt: none of its 0 xml files has an object" in refused("voc", tmp_path)
+    (tmp_path / "list.txt").write_text("000001")  # not in ImageSets/Main
+    assert "Annotations/000001.xml cannot be read" in refused(f"my={tmp_path}/list.txt:{tmp_path}")
 
 
 def test_no_generated_stand_in_gets_one_line():

@@ -36,14 +36,16 @@ def read_voc(name: str, annotations: Path, images: Path, metric: str = "coco") -
         size, found = read_xml(xml)
         sizes.append(size)
         objects += [(row, *each) for each in found]
-    image_of, classes, boxes, difficult = zip(*objects) if objects else ((), (), (), ())
+    if not objects:
+        raise InputError(f"{annotations}: none of its {len(files)} xml files has an object; name another")
+    image_of, classes, boxes, difficult = zip(*objects)
     vocabulary, label_of = read_classes(name, images, classes)
     for row, title in zip(image_of, classes):
         if title not in label_of:
             xml, _ = list(files.values())[row]
             raise InputError(f"{xml}: the class '{title}' is not one of '{name}'; is it another dataset's file? then "
                              "name it: --datasets my=ANNOTATIONS/:IMAGES/")  # fmt: skip
-    boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4) - (1, 1, 0, 0)
+    boxes = np.array(boxes) - (1, 1, 0, 0)
     index = Index.build(
         source=str(annotations),
         file_names=[image for _, image in files.values()],
@@ -69,7 +71,7 @@ def listed(path: Path, images: Path) -> dict[str, tuple[Path, str]]:
     all_years = sorted(images.glob("VOC20??/ImageSets/Main/trainval.txt")) if path.name == "trainval.txt" else []
     files = {}
     for file in all_years or [path]:
-        year = file.absolute().parents[2]
+        year = file.absolute().parent.parent.parent
         photos = year / "JPEGImages"
         below = photos.relative_to(images.absolute()) if photos.is_relative_to(images.absolute()) else Path()
         try:
@@ -107,7 +109,9 @@ def read_xml(path: Path) -> tuple[tuple[int, int], list[tuple[str, list[float], 
         if root.tag != "annotation":
             raise ValueError(f"it starts with <{root.tag}>, not with <annotation>")
         height, width = (int(float(root.findtext(f"size/{side}") or 0)) for side in ("height", "width"))
-    except (OSError, ElementTree.ParseError, ValueError, LookupError, OverflowError) as error:
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); put it there or take it out of the list") from None
+    except (ElementTree.ParseError, ValueError, LookupError, OverflowError) as error:
         raise InputError(f"{path} is no xml file of Pascal VOC's format ({error}); mend it or take it out") from None
     objects = []
     for number, thing in enumerate(root.findall("object"), 1):
