@@ -131,6 +131,8 @@ class Args:
     """any timm model with features of strides 4 to 32, or a plain ViT, which gets a simple feature pyramid"""
     text_encoder: str = "ViT-L-14/openai"
     """open_clip MODEL/PRETRAINED, minilm (ships with this repository), or ade20k=FILE.npy,o365=FILE.npy"""
+    prompts: Literal["auto", "imagenet", "a", "name"] = "auto"
+    """the 80 ImageNet templates of CLIP (auto, for CLIP), "a {name}", or the plain name (auto, for minilm)"""
     image_size: int = 1024
     """side of the square that training crops fit in, pixels"""
     semantic_size: int = 640
@@ -150,15 +152,13 @@ class Args:
     lr: float = 1e-4
     """learning rate for --base-batch-size images per step, scaled linearly to --batch-size"""
     base_batch_size: int = 16
-    """batch size that --lr is meant for (Mask2Former)"""
+    """batch size that --lr is meant for"""
     backbone_factor: float = 0.1
     """learning rate of the backbone, in units of --lr; 0: it stays as it was loaded"""
     jitter: tuple[float, float] = (0.1, 2.0)
     """range of the random scale of large-scale jitter; 1 fits the image into the square"""
     semantic_jitter: tuple[float, float] = (0.5, 2.0)
     """the same for semantic datasets"""
-    prompts: Literal["auto", "imagenet", "a", "name"] = "auto"
-    """the 80 ImageNet templates of CLIP (auto, for CLIP), "a {name}", or the plain name (auto, for minilm)"""
     merge: Literal["sum", "max"] = "sum"
     """semantic maps: sum over all proposals weighted by class, or the union of the proposals of a class"""
     merge_in_training: bool = False
@@ -170,7 +170,7 @@ class Args:
     tau: float = 0.07
     """initial temperature of the classifier, which is learned"""
     queries: int = 100
-    """N, mask proposals per image"""
+    """mask proposals per image"""
     points: int = 12_544
     """points at which masks are matched and compared (112 x 112)"""
     channels: int = 256

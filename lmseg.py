@@ -148,12 +148,12 @@ class Args:
     """dataset-aware augmentation; without it all datasets have that of ADE20K"""
     sampling: Literal["uniform", "size"] = "uniform"
     """how often a dataset is drawn: all alike, or in proportion to its images"""
-    dataset_ratios: str = ""
-    """factors to that, as ade20k=1,cityscapes=2"""
     image_size: int = 512
     """crop side of ADE20K, pixels; the numbers of the other pipelines (DAA) are in proportion to it"""
     batch_size: int = 16
     """images per step over all ranks"""
+    dataset_ratios: str = ""
+    """factors to --sampling, as ade20k=1,cityscapes=2"""
     steps: int = 160_000
     """optimiser steps"""
     lr: float = 1e-4
@@ -169,7 +169,7 @@ class Args:
     tau: float = 0.07
     """initial temperature of the classifier, which is learned"""
     queries: int = 100
-    """segments per image"""
+    """mask proposals per image"""
     points: int = 12_544
     """points at which masks are matched and compared (112 x 112)"""
     channels: int = 256
@@ -298,10 +298,10 @@ class Model(nn.Module):
         self.query_embed = nn.Parameter(torch.randn(args.queries, channels))
         self.level_embed = nn.Parameter(torch.randn(3, channels))
         self.register_buffer("text", text)  # (C + 1, D)
-        self.heads, self.context, self.cgd = None, None, args.cgd if args.classifier == "text" else "off"
+        self.classifiers, self.context, self.cgd = None, None, args.cgd if args.classifier == "text" else "off"
         if args.classifier == "heads":
             self.datasets, sizes = label_space.datasets, map(len, label_space.vocabularies.values())
-            self.heads = nn.ModuleList(nn.Linear(channels, size + 1) for size in sizes)
+            self.classifiers = nn.ModuleList(nn.Linear(channels, size + 1) for size in sizes)
             return
         self.adapter = nn.Sequential(nn.LayerNorm(text.shape[1]), nn.Linear(text.shape[1], channels))
         self.tau = nn.Parameter(torch.tensor(args.tau))
@@ -329,7 +329,7 @@ class Model(nn.Module):
         memory = [tokens(f) + code for f, code in zip(maps, self.level_embed)]  # 3 times (B, S, C)
         position = [tokens(sine_position(*f.shape[-2:], f.shape[1], f.device)) for f in maps]  # 3 times (1, S, C)
         resized = [F.interpolate(mask_features.detach(), f.shape[-2:], mode="bilinear") for f in maps]
-        text = self.adapter(text) if self.heads is None else text  # (K + 1, C); heads read none
+        text = self.adapter(text) if self.classifiers is None else text  # (K + 1, C)
         q = self.query_feat.expand(len(mask_features), -1, -1)  # (B, Q, C)
         predictions = [self.head(q)]
         for i, layer in enumerate(self.layers):
@@ -348,8 +348,8 @@ class Model(nn.Module):
 
     def classify(self, z: Tensor, text: Tensor, dataset: str) -> Tensor:
         """Queries (..., C), adapted text (K + 1, C) -> logits cos(z, T) / tau (..., K + 1), the last of background."""
-        if self.heads is not None:
-            return self.heads[self.datasets.index(dataset)](z)
+        if self.classifiers is not None:
+            return self.classifiers[self.datasets.index(dataset)](z)
         return F.normalize(z, dim=-1) @ F.normalize(text, dim=-1).T / self.tau
 
     def forward(self, images: Tensor, sizes: list[tuple[int, int]], text: Tensor, dataset: str = "") -> Output:

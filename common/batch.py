@@ -82,13 +82,12 @@ class Batch:
         return self
 
 
-def collate(samples: list[Sample], divisor: int = 32, square: dict[str, int | tuple[int, int]] | None = None) -> Batch:
+def collate(samples: list[Sample], divisor: int = 32, square: dict[str, int] | None = None) -> Batch:
     """Pad a list of samples to one batch.
 
-    square: {dataset: side, or height and width}: pads so far that its batches have one shape
+    square: {dataset: side} pads so far that its batches have one shape
     """
-    least = [square[s.dataset] for s in samples] if square else []
-    sides = [s.size for s in samples] + [side if isinstance(side, tuple) else (side, side) for side in least]
+    sides = [s.size for s in samples] + ([(square[s.dataset],) * 2 for s in samples] if square else [])
     height, width = (-(-max(side) // divisor) * divisor for side in zip(*sides))
     sizes = [s.size for s in samples]
     images = torch.stack([F.pad(s.image, (0, width - w, 0, height - h)) for s, (h, w) in zip(samples, sizes)])

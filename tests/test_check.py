@@ -178,6 +178,7 @@ def test_all_splits_are_checked_and_one_that_is_not_there_is_told(tmp_path, tell
         ([","], "no dataset named"),
         (["my=a.json:b/"], "annotations a.json do not exist"),
         (["lineart"], "add --tiny"),
+        (["odinw13:val", "--data-root", "/"], "dataset 'odinw-pistols': /odinw/"),
         (["coco", "--data-root", "/nowhere"], "data root /nowhere does not exist"),
     ],
 )

@@ -569,8 +569,8 @@ def test_lmseg_heads_know_no_text():
     model = make_model(classifier="heads")
     names = {name.split(".")[0] for name, _ in model.named_parameters()}
     shared = {"backbone", "pixel_decoder", "layers", "head", "query_feat", "query_embed", "level_embed"}
-    assert names == {*shared, "heads"} and model.context is None
-    assert [tuple(head.weight.shape) for head in model.heads.children()] == [(4, 32), (3, 32)]
+    assert names == {*shared, "classifiers"} and model.context is None
+    assert [tuple(head.weight.shape) for head in model.classifiers.children()] == [(4, 32), (3, 32)]
     given, outputs = features(), []
     for dataset, size in (("a", 4), ("b.1", 3)):
         outputs.append(model.decode(*given, torch.randn(size, 24), dataset))
@@ -578,7 +578,7 @@ def test_lmseg_heads_know_no_text():
     assert torch.equal(outputs[0].mask_embed, outputs[1].mask_embed)
     z = torch.randn(2, 32)
     for row, logits in zip(z.tolist(), model.classify(z, torch.randn(3, 24), "b.1")):
-        assert logits.tolist() == pytest.approx(linear(list(model.heads.children())[1], row), abs=1e-5)
+        assert logits.tolist() == pytest.approx(linear(list(model.classifiers.children())[1], row), abs=1e-5)
 
 
 def test_lmseg_a_head_learns_from_its_own_dataset():
@@ -587,9 +587,9 @@ def test_lmseg_a_head_learns_from_its_own_dataset():
     output = model(batch.images, batch.sizes, model.text[[3, 4, 5]], "b.1")
     targets = lmseg.assign_targets(batch)
     lmseg.compute_losses(model.args, output, targets)["loss"].backward()
-    first, second = model.heads.children()
+    first, second = model.classifiers.children()
     assert first.weight.grad is None and second.weight.grad.any()
-    assert all(p.grad is not None for name, p in model.named_parameters() if not name.startswith("heads."))
+    assert all(p.grad is not None for name, p in model.named_parameters() if not name.startswith("classifiers."))
 
 
 def test_lmseg_heads_of_any_names():
@@ -971,7 +971,8 @@ def test_lmseg_multi_head_baseline(own_data, tiny_root, tmp_path, call, fails):
     results = read(tmp_path / "run" / "results.json")
     assert list(results) == ["my.maps", "coco-panoptic"] and results["my.maps"]["pACC"] > 0
     tensors = load_file(tmp_path / "run" / "weights.safetensors")
-    assert sorted(len(t) for key, t in tensors.items() if key.startswith("heads.") and key.endswith("bias")) == [3, 134]
+    biases = [t for key, t in tensors.items() if key.startswith("classifiers.") and key.endswith("bias")]
+    assert sorted(map(len, biases)) == [3, 134]
     assert not any(key.startswith(("guides", "adapter", "tau", "context")) for key in tensors)
     given = [*data, "--weights", tmp_path / "run", "--eval-only"]
     call(*given, "--datasets", own_data, "--image-size", 96, "--output", tmp_path / "again", method="lmseg")

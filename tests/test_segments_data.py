@@ -81,8 +81,8 @@ def test_rows_without_a_pixel_are_dropped():
 
 
 def test_batches_keep_segments():
-    batch = collate([segmented(), segmented(6, 9)], divisor=4, square={"d": (8, 20)})
-    assert batch.images.shape == (2, 3, 8, 20) and [s.segments.shape for s in batch.samples] == [(4, 6), (6, 9)]
+    batch = collate([segmented(), segmented(6, 9)], divisor=4, square={"d": 20})
+    assert batch.images.shape == (2, 3, 20, 20) and [s.segments.shape for s in batch.samples] == [(4, 6), (6, 9)]
     moved = Batch(batch.images, batch.sizes, batch.samples).to(torch.device("meta")).samples[0]
     assert moved.segments.is_meta and moved.labels.is_meta
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from common.datasets.check import check_dataset
-from common.datasets.registry import ALIASES, KNOWN, data_folder, find_files, load_datasets, parse_datasets
+from common.datasets.registry import ALIASES, KNOWN, data_folder, entries, find_files, load_datasets, parse_datasets
 from common.errors import InputError
 from common.labels import DATA, Vocabulary
 from common.training import run_command
@@ -50,9 +50,11 @@ def check_datasets(
         quick: read the headers of images alone, and no mask or label map
     """
     jobs = []
-    for entry in filter(None, map(str.strip, datasets.split(","))):
+    for entry in entries(datasets):
         known = KNOWN.get(ALIASES.get(entry, entry))
-        jobs += [(entry, split) for split in (known.splits if known else ["train"])]
+        # voc has others, which are parts of these
+        splits = [split for split in ("train", "val", "test") if split in known.splits] if known else ["train"]
+        jobs += [(entry, split) for split in splits]
     for job in jobs:
         parse_datasets(*job)  # a wrong name is told before anything is read
     unreadable = problems = False

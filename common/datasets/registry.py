@@ -1,7 +1,7 @@
 """The known datasets, their folders, and the grammar of --datasets.
 
-NAME, NAME:SPLIT, NAME=ANNOTATIONS.json:IMAGES/, NAME=CAPTIONS.tsv:IMAGES/, NAME=LABEL_MAPS/:IMAGES/ or, for a folder or
-tar file of images per class, NAME=FOLDER/.
+NAME, NAME:SPLIT, NAME=ANNOTATIONS.json:IMAGES/, NAME=CAPTIONS.tsv:IMAGES/, NAME=XML_OR_LABEL_MAPS/:IMAGES/ or, for a
+folder or tar file of images per class, NAME=FOLDER/.
 """
 
 import difflib
@@ -22,6 +22,8 @@ from common.datasets.openimages import read_openimages
 from common.datasets.panoptic import is_panoptic, read_panoptic
 from common.datasets.semantic import read_semantic
 from common.datasets.tiny import generate
+from common.datasets.visual_genome import read_visual_genome
+from common.datasets.voc import holds_xml, read_voc
 from common.errors import InputError
 from common.paths import cache_dir
 
@@ -32,8 +34,8 @@ log = logging.getLogger("concord")
 class Known:
     """Where a dataset lies under the data root: {split: [(annotations, images), ...]}; the first to exist is read.
 
-    Where `annotations` is a folder, it holds label maps or, for `read_coco`, a folder of images for each class. Image
-    labels have no split "val".
+    Where `annotations` is a folder, it holds label maps, xml files or, for `read_coco`, a folder of images for each
+    class. Image labels have no split "val".
     whole:      the dataset in whose folder these files are
     base_split: what makes an open-vocabulary split of `whole`
     """
@@ -88,7 +90,44 @@ def _ade20k(*annotations: str) -> dict[str, list[tuple[str, str]]]:
     }
 
 
-IN_L = "imagenet/ImageNet-LVIS"
+def _voc(*lists: str) -> list[tuple[str, str]]:
+    """`lists` such as 2007/test; the years lie in VOCdevkit/ or, as in detectron2's layout, in the data root."""
+    return [
+        (f"{base}/VOC{year}/ImageSets/Main/{part}.txt", base)
+        for base in ("VOCdevkit", ".")
+        for year, part in (each.split("/") for each in lists)
+    ]
+
+
+ODINW = {
+    "AerialMaritimeDrone": "AerialMaritimeDrone/large",
+    "Aquarium": "Aquarium/Aquarium Combined.v2-raw-1024.coco",
+    "CottontailRabbits": "CottontailRabbits",
+    "EgoHands": "EgoHands/generic",
+    "NorthAmericaMushrooms": "NorthAmericaMushrooms/North American Mushrooms.v1-416x416.coco",
+    "Packages": "Packages/Raw",
+    "PascalVOC": "PascalVOC",
+    "pistols": "pistols/export",
+    "pothole": "pothole",
+    "Raccoon": "Raccoon/Raccoon.v2-raw.coco",
+    "ShellfishOpenImages": "ShellfishOpenImages/raw",
+    "thermalDogsAndPeople": "thermalDogsAndPeople",
+    "VehiclesOpenImages": "VehiclesOpenImages/416x416",
+}
+
+
+def _odinw(name: str) -> Known:
+    """One of the thirteen, each with the classes of its file. Source: microsoft/GLIP:configs/odinw_13."""
+    folder, file = f"odinw/{ODINW[name]}", "annotations_without_background.json"
+    parts = {"train": "train", "val": "valid", "test": "valid" if name == "PascalVOC" else "test"}  # it has no test
+    if name == "pistols":  # all its images are in one folder
+        splits = {split: [(f"{folder}/{split}_{file}", folder)] for split in parts}
+    else:
+        splits = {split: [(f"{folder}/{part}/{file}", f"{folder}/{part}")] for split, part in parts.items()}
+    return Known("that part of ODinW-13 (github.com/microsoft/GLIP)", splits)
+
+
+IN_L, STUFF, VISTAS = "imagenet/ImageNet-LVIS", "coco/coco_stuff_10k", "mapillary_vistas"
 KNOWN = {
     "coco": COCO,
     "coco-base": replace(COCO, whole="coco", base_split=coco_base),
@@ -142,6 +181,47 @@ KNOWN = {
         read=read_panoptic,
         whole="coco",
     ),
+    "coco-stuff": Known(
+        "COCO-Stuff 10k (github.com/nightrome/cocostuff10k) as MaskFormer or mmsegmentation prepares it",
+        {
+            split: [
+                (f"{STUFF}/annotations_detectron2/{part}", f"{STUFF}/images_detectron2/{part}"),
+                (f"coco_stuff10k/annotations/{part}2014", f"coco_stuff10k/images/{part}2014"),
+            ]
+            for split, part in (("train", "train"), ("val", "test"))
+        },
+        metric="miou",
+        read=read_semantic,
+    ),
+    "mapillary": Known(
+        "Mapillary Vistas v1.2 (mapillary.com/dataset/vistas)",
+        {
+            split: [(f"{VISTAS}/{part}/{labels}", f"{VISTAS}/{part}/images") for labels in ("labels", "v1.2/labels")]
+            for split, part in (("train", "training"), ("val", "validation"))
+        },
+        metric="miou",
+        read=read_semantic,
+    ),
+    "voc": Known(
+        "Pascal VOC 2007 and 2012 (host.robots.ox.ac.uk/pascal/VOC)",
+        {
+            "train": _voc("2007/trainval", "2012/trainval"),
+            "val": _voc("2007/test"),
+            **{f"{part}{year}": _voc(f"{year}/{part}") for year in (2007, 2012) for part in ("train", "val")},
+        },
+        read=read_voc,
+    ),
+    "vg": Known(
+        "Visual Genome's objects.json and image_data.json (visualgenome.org)",
+        {split: [("vg/objects.json", "vg")] for split in ("train", "val")},
+        read=read_visual_genome,
+    ),
+    "in-boxes": Known(
+        "ImageNet's bounding boxes (image-net.org, bboxes_annotations.tar.gz), unpacked,",
+        {split: [("imagenet/Annotation", "imagenet/ImageNet-21K")] for split in ("train", "val")},
+        read=read_voc,
+    ),
+    **{f"odinw-{name}": _odinw(name) for name in ODINW},
     "lineart": Known(
         "the generated zero-shot set; it exists with --tiny only",
         {"val": [("lineart/annotations/instances_val.json", "lineart/val")]},
@@ -163,6 +243,16 @@ KNOWN = {
     ),
 }
 ALIASES = {"objects365": "o365", "objects365-instances": "o365-instances", "openimages": "oid", "ade": "ade20k"}
+GROUPS = {"odinw13": [f"odinw-{name}" for name in ODINW]}
+
+
+def entries(text: str) -> list[str]:
+    """The entries between the commas of `text`; a group's name, perhaps with a split, becomes its members'."""
+    found = []
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        name, colon, rest = entry.partition(":")
+        found += [member + colon + rest for member in GROUPS.get(name, [name])]
+    return found
 
 
 def parse_datasets(text: str, split: str) -> list[tuple[str, str, tuple[str, str] | None]]:
@@ -173,14 +263,14 @@ def parse_datasets(text: str, split: str) -> list[tuple[str, str, tuple[str, str
     own that cannot be part of a file name.
     """
     parsed = []
-    for entry in filter(None, (part.strip() for part in text.split(","))):
+    for entry in entries(text):
         name, custom, paths = entry.partition("=")
         if custom:
             annotations, colon, images = paths.rpartition(":")
             if not (annotations if colon else images) or (not colon and images.endswith(".json")):
                 raise InputError(f"--datasets {entry}: write NAME=ANNOTATIONS.json:IMAGE_FOLDER/, or NAME=FOLDER/ "
-                                 "for a folder with one folder of images per class; label maps are "
-                                 "NAME=LABEL_MAP_FOLDER/:IMAGE_FOLDER/")  # fmt: skip
+                                 "for a folder with one folder of images per class; xml files or label maps are "
+                                 "NAME=MAP_FOLDER/:IMAGE_FOLDER/")  # fmt: skip
             if not re.fullmatch(r"[\w-][\w.-]*", name):
                 raise InputError(f"--datasets {entry}: the name '{name}' names files, too; give it letters, digits and "
                                  "._- only, the first no dot")  # fmt: skip
@@ -189,7 +279,7 @@ def parse_datasets(text: str, split: str) -> list[tuple[str, str, tuple[str, str
         name, _, own_split = entry.partition(":")
         name = ALIASES.get(name, name)
         if name not in KNOWN:
-            near = difflib.get_close_matches(name, [*KNOWN, *ALIASES], n=3, cutoff=0.4) or list(KNOWN)
+            near = difflib.get_close_matches(name, [*KNOWN, *ALIASES, *GROUPS], n=3, cutoff=0.4) or list(KNOWN)
             raise InputError(f"unknown dataset '{name}'; nearest: {', '.join(near)}; your own: NAME=ANN.json:IMAGES/")
         if (own_split or split) not in KNOWN[name].splits:
             raise InputError(
@@ -209,7 +299,7 @@ def default_eval(text: str, without: Collection[str] = ()) -> str:
     "" if none remains.
     """
     names = []
-    for entry in filter(None, (part.strip() for part in text.split(","))):
+    for entry in entries(text):
         name, custom, paths = entry.partition("=")
         name = name.partition(":")[0]
         if name in without:
@@ -302,12 +392,16 @@ def load_dataset(name: str, split: str, paths: tuple[str, str] | None, root: Pat
     Raises InputError naming the file and the remedy: nothing under `root`, broken annotations, missing images.
     """
     if paths and paths[0] == paths[1]:
-        return read_folder(name, Path(paths[0]))
+        folder = Path(paths[0])
+        beside = any(folder.glob("*.xml"))  # each xml file beside its image, as Roboflow exports them
+        return read_voc(name, folder, folder) if beside else read_folder(name, folder)
     if paths:
         annotations, images = map(Path, paths)
         if annotations.is_dir():
-            dataset = read_semantic(name, annotations, images)
-        elif annotations.suffix == ".tsv" and annotations.is_file():
+            dataset = (read_voc if holds_xml(annotations) else read_semantic)(name, annotations, images)
+        elif annotations.is_file() and annotations.suffix == ".txt":
+            dataset = read_voc(name, annotations, images)
+        elif annotations.is_file() and annotations.suffix == ".tsv":
             dataset = read_captions(name, annotations, images)
         elif annotations.is_file():
             record = read_json(annotations)

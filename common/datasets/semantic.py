@@ -1,4 +1,4 @@
-"""Semantic label maps beside images: ADE20K, Cityscapes, and one's own folders."""
+"""Semantic label maps beside images: ADE20K, Cityscapes, COCO-Stuff, Mapillary Vistas, and one's own folders."""
 
 import logging
 import os
@@ -22,15 +22,18 @@ def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> 
 
     ade20k:     1..150, 0 is void; in a folder annotations_detectron2: 0..149, 255 is void
     cityscapes: CITY/*_labelIds.png, else *_labelTrainIds.png, with *_leftImg8bit.png
+    coco-stuff: *_labelTrainIds.png of mmsegmentation: 1..171, 0 is void; in a folder annotations_detectron2, of
+                MaskFormer's prepare_coco_stuff_10k_v1.0_sem_seg.py: 0..170, 255 is void
+    mapillary:  0..64, 65 is void
     others:     `read_classes`; 255 and the number of classes are void
 
     Images without a map are left out and counted in the log. Raises InputError for a folder without maps, maps without
     an image, two images of one name, a missing or bad list of classes.
     """
     map_ending, image_endings = ".png", IMAGES
+    shifted = "annotations_detectron2" in maps.parts
     if name == "ade20k":
         vocabulary = Vocabulary.known(name)
-        shifted = "annotations_detectron2" in maps.parts
         table = label_table(range(150) if shifted else vocabulary.ids, (255,) if shifted else (0,))
     elif name == "cityscapes":
         vocabulary, image_endings = Vocabulary.known(name), ("_leftImg8bit.png",)
@@ -38,8 +41,12 @@ def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> 
         map_ending = "_gtFine_labelIds.png" if plain else "_gtFine_labelTrainIds.png"
         # the ids 0 to 33 of labels.py that are not evaluated, or 255
         table = label_table(vocabulary.ids if plain else range(19), tuple(range(34)) if plain else (255,))
+    elif name == "coco-stuff":
+        vocabulary = Vocabulary.known(name)
+        map_ending = ".png" if shifted else "_labelTrainIds.png"
+        table = label_table(range(171), (255,)) if shifted else label_table(range(1, 172), (0,))
     else:
-        vocabulary = read_classes(name, maps)
+        vocabulary = Vocabulary.known(name) if name == "mapillary" else read_classes(name, maps)
         table = label_table(vocabulary.ids, (255, len(vocabulary)))
     map_of, image_of = (listing(name, root, e) for root, e in ((maps, (map_ending,)), (images, image_endings)))
     if not map_of:

@@ -67,7 +67,8 @@ def generate(name: str, cache: Path, size: int = 192, workers: int = 2, limit: i
     Raises InputError for an unknown name, missing art packages, a cache folder that cannot be written.
     """
     if name not in TINY:
-        raise InputError(f"there is no generated dataset '{name}'; there are {', '.join(TINY)}")
+        raise InputError(f"there is no generated dataset '{name}'; there are {', '.join(TINY)}; leave out --tiny "
+                         "for real data")  # fmt: skip
     root = Path(cache) / f"tiny-{content_key(size, limit)}"
     final = root / TINY[name].folder
     if final.is_dir():

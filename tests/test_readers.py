@@ -1,0 +1,446 @@
+"""Pascal VOC, ImageNet's boxes, Visual Genome, ODinW-13, COCO-Stuff and Mapillary Vistas in their published layouts."""
+
+import json
+import logging
+import re
+import time
+
+import numpy as np
+import pytest
+from conftest import REAL
+from PIL import Image
+
+from common.datasets import default_eval, load_datasets
+from common.datasets.registry import parse_datasets
+from common.errors import InputError
+from common.labels import DATA, Vocabulary
+
+ALL = ("boxes", "instances", "semantic", "panoptic", "image_labels")
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real samples at {REAL}")
+
+
+def load(text, root="", split="val", **more):
+    return load_datasets(text, split, str(root), accepts=ALL, **more)[0]
+
+
+def refused(text, root="", **more):
+    with pytest.raises(InputError) as error:
+        load(text, root, **more)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def photo(path, width=60, height=40):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (width, height), "teal").save(path)
+
+
+def thing(name, *corners, difficult=0):
+    box = "".join(f"<{c}>{x}</{c}>" for c, x in zip(("xmin", "ymin", "xmax", "ymax"), corners))
+    parts = "<part><name>head</name><bndbox><xmin>9</xmin></bndbox></part>" if name == "person" else ""
+    return f"<object><name>{name}</name>{parts}<difficult>{difficult}</difficult><bndbox>{box}</bndbox></object>"
+
+
+def xml(path, *things, size="<size><width>60</width><height>40</height></size>"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"<annotation><folder>f</folder>{size}{''.join(things)}</annotation>")
+
+
+def voc_year(year, **lists):
+    """VOC/Annotations, JPEGImages and the lists, with a cat in each image whose number is that of the image."""
+    for part, ids in lists.items():
+        for id in ids:
+            xml(year / f"Annotations/{id}.xml", thing("cat", 1, 1, 60, int(id[-1])))
+            photo(year / f"JPEGImages/{id}.jpg")
+        (year / "ImageSets/Main").mkdir(parents=True, exist_ok=True)
+        (year / f"ImageSets/Main/{part}.txt").write_text("".join(f"{id}\n" for id in ids))
+
+
+# -- Pascal VOC
+
+
+@pytest.mark.parametrize("base", ["VOCdevkit", "."])
+def test_voc_trains_on_both_years_and_is_tested_on_2007(tmp_path, base):
+    devkit = tmp_path / base
+    voc_year(devkit / "VOC2007", trainval=["000005", "000007"], train=["000005"], val=["000007"], test=["000001"])
+    voc_year(devkit / "VOC2012", trainval=["2008_000002"], train=["2008_000002"], val=["2008_000003"])
+    ids = {s: list(load("voc", tmp_path, s).index.image_ids) for s in ("train", "val", "train2007", "val2012")}
+    assert ids == {
+        "train": ["000005", "000007", "2008_000002"], "val": ["000001"], "train2007": ["000005"],
+        "val2012": ["2008_000003"],
+    }  # fmt: skip
+    dataset = load("voc", tmp_path, "train")
+    assert dataset.load(2).boxes.tolist() == [[0, 0, 60, 2]]  # the image of its own year
+    assert [dataset.vocabulary.names[k] for k in dataset.load(2).labels] == ["cat"]
+    assert dataset.vocabulary == Vocabulary.known("voc") and dataset.metric == "coco"
+
+
+def test_voc_boxes_are_pixel_edges_and_difficult_objects_are_ignored(tmp_path):
+    voc_year(tmp_path / "VOCdevkit/VOC2007", test=["000001"])
+    xml(
+        tmp_path / "VOCdevkit/VOC2007/Annotations/000001.xml",
+        thing("person", 1, 1, 60, 40),
+        thing("dog", "10.", "20.5", 30, 40, difficult=1),
+        thing("tvmonitor", 7, 9, 7, 9),
+    )
+    dataset = load("voc", tmp_path)
+    sample, whole = dataset.load(0), dataset.load(0, keep_ignored=True)
+    assert sample.boxes.tolist() == [[0, 0, 60, 40], [6, 8, 7, 9]]  # the second is one pixel
+    assert whole.boxes.tolist()[1] == [9, 19.5, 30, 40] and dataset.index.ignore.tolist() == [False, True, False]
+    assert dataset.index.sizes.tolist() == [[40, 60]] and dataset.index.areas.tolist() == [2400, 430.5, 1]
+    assert [dataset.vocabulary.ids[k] for k in whole.labels] == [15, 12, 20]  # the values in SegmentationClass
+
+
+def test_own_xml_files(tmp_path, caplog):
+    xml(tmp_path / "ann/b.xml", thing("zebra", 2, 2, 9, 9), size="")
+    xml(tmp_path / "ann/deep/a.xml", thing("ant", 2, 2, 9, 9), thing("zebra", 5, 5, 9, 9))
+    xml(tmp_path / "ann/none.xml")
+    for name in ("b.png", "deep/a.JPG", "none.jpg", "unmarked.jpg"):
+        photo(tmp_path / "img" / name)
+    with caplog.at_level(logging.INFO, "concord"):
+        dataset = load(f"my={tmp_path}/ann:{tmp_path}/img/")
+    assert "1 images without an xml file" in caplog.text
+    assert dataset.vocabulary.names == ("ant", "zebra") and dataset.supervision == "boxes"
+    found = {dataset.index.file_name(i): dataset.load(i).labels.tolist() for i in range(3)}
+    assert found == {"b.png": [1], "deep/a.JPG": [0, 1], "none.jpg": []}
+    assert dataset.index.sizes[0].tolist() == [0, 0]  # that file does not tell
+    assert default_eval(f"my={tmp_path}/ann:{tmp_path}/img/") != ""
+
+
+def test_xml_files_beside_their_images(tmp_path):
+    xml(tmp_path / "a_jpg.rf.1.xml", thing("ant", 2, 2, 9, 9))
+    photo(tmp_path / "a_jpg.rf.1.png")
+    dataset = load(f"my={tmp_path}/:{tmp_path}/")
+    assert dataset.index.file_name(0) == "a_jpg.rf.1.png" and dataset.load(0).boxes.tolist() == [[1, 1, 9, 9]]
+
+
+def test_own_list_of_xml_files(tmp_path):
+    voc_year(tmp_path, trainval=["000001", "000002"], val=["000002"])
+    dataset = load(f"my={tmp_path}/ImageSets/Main/val.txt:{tmp_path}/JPEGImages")
+    assert list(dataset.index.image_ids) == ["000002"] and dataset.load(0).boxes.tolist() == [[0, 0, 60, 2]]
+    assert len(load(f"my={tmp_path}/ImageSets/Main/trainval.txt:{tmp_path}/JPEGImages")) == 2
+
+
+def test_a_folder_of_label_maps_stays_one(tmp_path):
+    photo(tmp_path / "img/a.jpg", 2, 1)
+    (tmp_path / "maps").mkdir()
+    Image.fromarray(np.array([[0, 1]], np.uint8)).save(tmp_path / "maps/a.png")
+    (tmp_path / "maps/classes.txt").write_text("cat\ndog")
+    xml(tmp_path / "maps/a.xml", thing("cat", 1, 1, 2, 1))
+    assert load(f"my={tmp_path}/maps:{tmp_path}/img").supervision == "semantic"
+
+
+LAUGHS = '<!DOCTYPE a [<!ENTITY a "ha">' + "".join(
+    f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in zip("abcdefghi", "bcdefghij")
+)  # a thousand million "ha"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("<annotation><object>", ["no element found"]),
+        ("", ["no element found"]),
+        ("<svg></svg>", ["<svg>", "<annotation>"]),
+        ("<annotation><size><width>wide</width></size></annotation>", ["'wide'"]),
+        (f"{LAUGHS}]><annotation>&j;</annotation>", ["DOCTYPE"]),
+        (f'<?xml version="1.0" encoding="utf-16"?>{LAUGHS}]><annotation>&j;</annotation>', ["DOCTYPE"]),
+        ('<!DOCTYPE a SYSTEM "file:///etc/passwd"><annotation/>', ["DOCTYPE"]),
+        ("<annotation><object><name>cat</name></object></annotation>", ["object 1 ('cat')", "bndbox", "has none"]),
+        (f"<annotation>{thing('cat', 1, 2, 3)}</annotation>", ["bndbox", "xmax, ymax", "'xmax': '3'}"]),
+        (f"<annotation>{thing('cat', 1, 2, 3, 'four')}</annotation>", ["object 1", "four"]),
+        (f"<annotation>{thing(' ', 1, 2, 3, 4)}</annotation>", ["object 1 has no name"]),
+        (f"<annotation>{thing('fat' + chr(10) + 'cat', 1, 2, 3, 4)}</annotation>", ["'fat cat'"]),
+        (f"<annotation>{thing('yak', 1, 2, 3, 4)}</annotation>", ["'yak'", "not one of 'voc'", "my=ANNOTATIONS/:"]),
+        (f"<annotation>{thing('cat', 'nan', 2, 3, 4)}</annotation>", ["000001.jpg", "nan", "NaN or negative size"]),
+        (f"<annotation>{thing('cat', 30, 2, 3, 4)}</annotation>", ["000001.jpg", "[29.0, 1.0, 3.0, 4.0]"]),
+    ],
+)
+def test_bad_xml_gets_one_line(tmp_path, text, words):
+    voc_year(tmp_path / "VOCdevkit/VOC2007", test=["000001"])
+    path = tmp_path / "VOCdevkit/VOC2007/Annotations/000001.xml"
+    path.write_text(text, encoding="utf-16" if "utf-16" in text else "utf-8")
+    start = time.perf_counter()
+    line = refused("voc", tmp_path)
+    assert time.perf_counter() - start < 2
+    # Index.build checks the boxes of all files at once and names the list
+    assert (str(path) in line or "ImageSets/Main/test.txt" in line) and all(word in line for word in words), line
+
+
+def test_missing_files_get_one_line(tmp_path):
+    voc_year(tmp_path / "VOCdevkit/VOC2007", test=["000001", "000002"])
+    year = tmp_path / "VOCdevkit/VOC2007"
+    assert "VOC2012/ImageSets/Main/val.txt does not exist" in refused("voc:val2012", tmp_path)
+    (year / "JPEGImages/000002.jpg").unlink()
+    line = refused("voc", tmp_path)
+    assert "VOC2007/JPEGImages/000002.jpg is missing (1 of 2" in line
+    line = refused(f"my={year}/Annotations:{year}/JPEGImages")
+    assert "000002.xml has no image" in line and "(1 of 2 xml files)" in line
+    (year / "Annotations/000001.xml").unlink()
+    assert "000001.xml cannot be read (No such file" in refused("voc", tmp_path)
+    (year / "ImageSets/Main/test.txt").write_text("\n")
+    assert "test.txt: none of its 0 xml files has an object" in refused("voc", tmp_path)
+    (tmp_path / "list.txt").write_text("000001")  # not in ImageSets/Main
+    assert "Annotations/000001.xml cannot be read" in refused(f"my={tmp_path}/list.txt:{tmp_path}")
+
+
+def test_no_generated_stand_in_gets_one_line():
+    for name in ("voc", "vg", "in-boxes", "odinw13", "mapillary", "coco-stuff"):
+        line = refused(name, tiny=32)
+        assert re.search(rf"no generated dataset '({name}|odinw-AerialMaritimeDrone)'; there are coco", line)
+        assert "leave out --tiny" in line
+
+
+@needs_real
+@pytest.mark.parametrize(
+    "folder, list, images, boxes, classes",
+    [
+        ("bccd", "", 90, 1431, ("Platelets", "RBC", "WBC")),
+        ("bccd", "train", 60, 1001, ("Platelets", "RBC", "WBC")),
+        ("bccd", "val", 30, 430, ("Platelets", "RBC", "WBC")),
+        ("voc/labelme_voc2011", "", 3, 9, ("bus", "car", "person")),
+        ("voc/VOC2007", "", 1, 4, ("chair", "diningtable", "person")),
+    ],
+)
+def test_real_xml_files(folder, list, images, boxes, classes):
+    root = REAL / folder
+    source = root / f"ImageSets/Main/{list}.txt" if list else root / "Annotations"
+    dataset = load(f"my={source}:{root / 'JPEGImages'}")
+    assert (len(dataset), len(dataset.index.labels), dataset.vocabulary.names) == (images, boxes, classes)
+    assert not dataset.index.outside().any()
+    for i in range(len(dataset)):
+        sample = dataset.load(i, keep_ignored=True)
+        assert len(sample.boxes) == dataset.index.offsets[i + 1] - dataset.index.offsets[i]
+        assert sample.original_size == tuple(dataset.index.sizes[i])
+
+
+@needs_real
+def test_the_real_record_of_voc(tmp_path):
+    (tmp_path / "VOCdevkit").mkdir()
+    year = tmp_path / "VOCdevkit/VOC2007"
+    (year / "ImageSets/Main").mkdir(parents=True)
+    (year / "ImageSets/Main/test.txt").write_text("000085\n")
+    for folder in ("Annotations", "JPEGImages"):
+        (year / folder).symlink_to((REAL / "voc/VOC2007" / folder).resolve())
+    dataset = load("voc", tmp_path)
+    sample = dataset.load(0)  # its table and the man behind it are difficult
+    assert [dataset.vocabulary.names[k] for k in sample.labels] == ["chair", "person"]
+    assert sample.boxes.tolist() == [[5, 103, 218, 278], [21, 69, 254, 327]]
+
+
+# -- ImageNet's boxes
+
+
+def imagenet(root, *wnids, words="n02084071\tdog, domestic dog\nn02012849\tcrane\nn03126707\tcrane, derrick\n"):
+    for i, wnid in enumerate(wnids):
+        xml(root / f"imagenet/Annotation/{wnid}/{wnid}_{i}.xml", thing(wnid, 1, 1, 20, 10), thing(wnid, 0, 0, 5, 5))
+        photo(root / f"imagenet/ImageNet-21K/{wnid}/{wnid}_{i}.JPEG")
+        photo(root / f"imagenet/ImageNet-21K/{wnid}/{wnid}_99.JPEG")  # without boxes, as most are
+    (root / "imagenet/words.txt").write_text(words)
+
+
+def test_imagenet_boxes(tmp_path):
+    imagenet(tmp_path, "n03126707", "n02084071", "n02012849")
+    dataset = load("in-boxes", tmp_path)
+    assert dataset.vocabulary.names == ("crane", "dog")  # the bird and the machine have one name
+    assert dataset.vocabulary.ids == ("n02012849", "n02084071") and len(dataset) == 3
+    labels = {dataset.index.file_name(i): dataset.load(i).labels.tolist() for i in range(3)}
+    assert labels == {
+        "n02012849/n02012849_2.JPEG": [0, 0],
+        "n02084071/n02084071_1.JPEG": [1, 1],
+        "n03126707/n03126707_0.JPEG": [0, 0],
+    }
+    assert dataset.load(0).boxes.tolist() == [[0, 0, 20, 10], [0, 0, 5, 5]]  # some files count from 0
+
+
+def test_imagenet_boxes_without_a_name_or_an_image(tmp_path):
+    imagenet(tmp_path, "n02084071", "n09999999")
+    line = refused("in-boxes", tmp_path)
+    assert "n09999999 is a WordNet id without a name" in line and "words.txt" in line
+    imagenet(tmp_path, "n02084071", "n02012849")
+    (tmp_path / "imagenet/Annotation/n09999999/n09999999_1.xml").unlink()
+    (tmp_path / "imagenet/ImageNet-21K/n02084071/n02084071_0.JPEG").unlink()
+    assert "n02084071_0.JPEG is missing (1 of 2" in refused("in-boxes", tmp_path)
+
+
+# -- Visual Genome
+
+
+def visual_genome(root, **changes):
+    """Two images of the two folders; `changes` of the first object."""
+    folder = root / "vg"
+    images = [
+        {"image_id": id, "url": f"https://cs.stanford.edu/people/rak248/{place}/{id}.jpg", "width": 60, "height": 40,
+         "coco_id": None, "flickr_id": None}
+        for id, place in ((1, "VG_100K_2"), (2317993, "VG_100K"))
+    ]  # fmt: skip
+    things = [
+        {"synsets": ["clock.n.01"], "h": 30, "object_id": 5, "merged_object_ids": [], "names": ["clock"], "w": 10,
+         "y": 4, "x": 3} | changes,
+        {"synsets": [], "h": 9, "object_id": 6, "names": ["thingy"], "w": 9, "y": 4, "x": 3},
+        {"synsets": ["street_sign.n.01", "sign.n.02"], "h": 1, "object_id": 7, "names": ["sign"], "w": 2, "y": 0,
+         "x": 0},
+    ]  # fmt: skip
+    for image in images:
+        photo(folder / image["url"].split("rak248/")[1])
+    more = [{"synsets": ["clock.n.02"], "h": 9, "object_id": 8, "names": ["clocks"], "w": 9, "y": 4, "x": 3}]
+    objects = [{"image_id": 2317993, "objects": things, "image_url": "u"}, {"image_id": 1, "objects": more}]
+    (folder / "image_data.json").write_text(json.dumps(images))
+    (folder / "objects.json").write_text(json.dumps(objects))
+    return folder
+
+
+def test_visual_genome(tmp_path, caplog):
+    visual_genome(tmp_path)
+    with caplog.at_level(logging.INFO, "concord"):
+        dataset = load("vg", tmp_path)
+    assert "1 of 4 objects have no synset and are left out" in caplog.text
+    assert dataset.vocabulary.names == ("clock", "street sign")  # two synsets of one word are one class
+    assert [dataset.index.file_name(i) for i in (0, 1)] == ["VG_100K_2/1.jpg", "VG_100K/2317993.jpg"]
+    assert dataset.index.image_ids == [1, 2317993] and dataset.index.sizes.tolist() == [[40, 60]] * 2
+    sample = dataset.load(1)
+    assert sample.boxes.tolist() == [[3, 4, 13, 34], [0, 0, 2, 1]] and sample.labels.tolist() == [0, 1]
+    assert dataset.load(0).labels.tolist() == [0] and len(load("vg", tmp_path, "train")) == 2
+
+
+@pytest.mark.parametrize(
+    "file, text, words",
+    [
+        ("image_data.json", None, ["image_data.json cannot be read", "visualgenome.org"]),
+        ("objects.json", "[{", ["objects.json is not valid json"]),
+        ("objects.json", '{"images": []}', ["objects.json holds a json dict"]),
+        ("objects.json", '[{"image_id": 9, "objects": []}]', ["image_id 9", "image_data.json"]),
+        ("objects.json", '[{"image_id": 1}]', ["objects.json: field 'objects' is missing"]),
+        ("objects.json", "[7]", ["objects.json: ", "in an entry"]),
+        ("image_data.json", '[{"image_id": 1}]', ["image_data.json: field 'url' is missing"]),
+        ("image_data.json", '[{"image_id": 1, "url": "a/../b.jpg", "width": 1, "height": 1}]', ["leaves the image"]),
+    ],
+)
+def test_bad_visual_genome_gets_one_line(tmp_path, file, text, words):
+    path = visual_genome(tmp_path) / file
+    path.unlink() if text is None else path.write_text(text)
+    line = refused("vg", tmp_path)
+    assert all(word in line for word in words), line
+
+
+def test_bad_boxes_of_visual_genome_get_one_line(tmp_path):
+    visual_genome(tmp_path, w=-4)
+    assert "VG_100K/2317993.jpg" in refused("vg", tmp_path)
+    visual_genome(tmp_path, x="left")
+    assert "objects.json: " in refused("vg", tmp_path)
+    folder = visual_genome(tmp_path)
+    images = json.loads((folder / "image_data.json").read_text())
+    (folder / "image_data.json").write_text(json.dumps(images + images[:1]))
+    assert "an image_id comes twice" in refused("vg", tmp_path)
+    visual_genome(tmp_path)
+    (folder / "VG_100K/2317993.jpg").unlink()
+    assert "VG_100K/2317993.jpg is missing (1 of 2" in refused("vg", tmp_path)
+
+
+# -- ODinW-13
+
+# test.ann_file of microsoft/GLIP:configs/odinw_13/*.yaml, val's where there is no test
+ODINW = [
+    "AerialMaritimeDrone/large/test/", "Aquarium/Aquarium Combined.v2-raw-1024.coco/test/", "CottontailRabbits/test/",
+    "EgoHands/generic/test/",
+    "NorthAmericaMushrooms/North American Mushrooms.v1-416x416.coco/test/", "Packages/Raw/test/", "PascalVOC/valid/",
+    "pistols/export/test_", "pothole/test/", "Raccoon/Raccoon.v2-raw.coco/test/", "ShellfishOpenImages/raw/test/",
+    "thermalDogsAndPeople/test/", "VehiclesOpenImages/416x416/test/",
+]  # fmt: skip
+
+
+def test_odinw_in_its_official_layout(tmp_path):
+    for number, place in enumerate(ODINW, 1):
+        record = {
+            "images": [{"id": 0, "file_name": "a.jpg", "width": 60, "height": 40}],
+            "categories": [{"id": k, "name": f"class {k}", "supercategory": "x"} for k in range(1, number + 1)],
+            "annotations": [{"id": 0, "image_id": 0, "category_id": number, "bbox": [1, 2, 3, 4], "iscrowd": 0}],
+        }
+        path = tmp_path / "odinw" / f"{place}annotations_without_background.json"
+        photo(path.parent / "a.jpg")
+        path.write_text(json.dumps(record))
+    datasets = load_datasets("odinw13:test", "train", str(tmp_path))
+    assert [d.name for d in datasets] == [f"odinw-{place.split('/')[0]}" for place in ODINW]
+    assert [len(d.vocabulary) for d in datasets] == list(range(1, 14))  # each its own
+    assert all(d.load(0).boxes.tolist() == [[1, 2, 4, 6]] for d in datasets)
+    assert load("odinw-PascalVOC", tmp_path).index.source.endswith("valid/annotations_without_background.json")
+    assert "pistols/export/val_annotations" in refused("odinw-pistols", tmp_path)
+    assert "pothole/train/annotations" in refused("odinw-pothole", tmp_path, split="train")
+
+
+def test_the_group_in_the_grammar():
+    names = [f"odinw-{place.split('/')[0]}" for place in ODINW]
+    assert parse_datasets("coco,odinw13:test", "val") == [("coco", "val", None), *((n, "test", None) for n in names)]
+    assert default_eval("odinw13:train,coco") == ",".join([*names, "coco"])
+    with pytest.raises(InputError, match="'odinw-pothole' is named twice"):
+        parse_datasets("odinw13,odinw-pothole", "val")
+    with pytest.raises(InputError, match="nearest: odinw13"):
+        parse_datasets("odinw-13", "val")
+
+
+# -- label maps
+
+
+def pair(maps, images, key, values, ending=".png", palette=False):
+    photo(images / f"{key}.jpg", len(values), 1)
+    maps.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.array([values], np.uint8), "P" if palette else "L")
+    if palette:
+        image.putpalette(list(range(255, 255 - 198, -1)) + [7] * 570)
+    image.save(maps / f"{key}{ending}")
+
+
+def classes(dataset):
+    """The original id at each pixel of the only image, None where it is void."""
+    sample = dataset.load(0)
+    ids = [dataset.vocabulary.ids[k] for k in sample.labels]
+    return [ids[k] if k >= 0 else None for k in sample.segments[0].tolist()]
+
+
+@pytest.mark.parametrize("labels", ["labels", "v1.2/labels"])
+def test_mapillary(tmp_path, labels):
+    folder = tmp_path / "mapillary_vistas/validation"
+    pair(folder / labels, folder / "images", "-0C1J9", [0, 64, 65, 13], palette=True)
+    dataset = load("mapillary", tmp_path)
+    assert classes(dataset) == [0, 64, None, 13] and dataset.metric == "miou"
+    assert dataset.vocabulary.names[13] == "Road" and len(dataset.vocabulary) == 65
+    pair(folder / labels, folder / "images", "-0C1J9", [0, 66], palette=True)  # as in v2.0
+    with pytest.raises(InputError, match="has the value 66"):
+        load("mapillary", tmp_path).load(0)
+
+
+def test_coco_stuff_in_both_layouts(tmp_path):
+    key = "COCO_train2014_000000000077"
+    for part, split in (("train", "train"), ("test", "val")):
+        base = tmp_path / "mmseg/coco_stuff10k"
+        pair(base / f"annotations/{part}2014", base / f"images/{part}2014", key, [0, 1, 12, 171], "_labelTrainIds.png")
+        base = tmp_path / "maskformer/coco/coco_stuff_10k"
+        maps, images = base / f"annotations_detectron2/{part}", base / f"images_detectron2/{part}"
+        pair(maps, images, key, [255, 0, 11, 170])
+        for root in ("mmseg", "maskformer"):
+            dataset = load("coco-stuff", tmp_path / root, split)
+            assert classes(dataset) == [None, 1, 13, 182]  # person, stop sign, wood
+    pair(maps, images, key, [171])
+    with pytest.raises(InputError, match="has the value 171"):
+        load("coco-stuff", tmp_path / "maskformer").load(0)
+
+
+# -- vocabularies
+
+
+def test_facts_of_the_vocabularies():
+    voc, stuff, coco = (Vocabulary.known(name) for name in ("voc", "coco-stuff", "coco"))
+    assert voc.names == tuple(sorted(voc.names)) and voc.ids == tuple(range(1, 21))
+    assert stuff.names[:80] == coco.names and stuff.ids[:80] == coco.ids
+    assert stuff.ids[80:] == tuple(range(92, 183))
+    assert Vocabulary.known("mapillary").ids == tuple(range(65))
+    for file in (DATA / "vocabularies").glob("*.json"):
+        assert json.loads(file.read_text())["origin"], file
+
+
+@needs_real
+def test_the_vocabularies_are_those_published():
+    published = json.loads((REAL / "label_spaces/mapillary_v1.1_config.json").read_text())["labels"]
+    mapillary = Vocabulary.known("mapillary")
+    assert [label["readable"] for label in published if label["evaluate"]] == list(mapillary.names)
+    assert [label["instances"] for label in published if label["evaluate"]] == list(mapillary.is_thing)
+    assert [label["evaluate"] for label in published] == [True] * 65 + [False]  # 65: unlabelled
