@@ -206,7 +206,7 @@ TINY = {
     "decoder_layers": 3,
 }
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "queries", "channels", "encoder_layers"]
-MODEL_FIELDS += ["decoder_layers"]
+MODEL_FIELDS += ["decoder_layers", "object_threshold"]
 SUPERVISION = ("boxes", "instances", "semantic", "panoptic")
 TASKS = {"semantic": "semantic", "panoptic": "panoptic", "instances": "instance", "boxes": "instance"}
 EVALUATION = {"o365": "o365-instances"}  # 1000 images of its validation set, with masks
@@ -630,7 +630,7 @@ def main() -> None:
         datasets = load_datasets(args.datasets, "train", args.data_root, size, True, SUPERVISION)
         evaluated = load_datasets(names, "val", args.data_root, size, accepts=SUPERVISION)
         for dataset in evaluated:
-            text_of(args, dataset)  # what is missing must show now
+            text_of(args, dataset)  # names without an embedding must show now
         warn_of_overlap(datasets, evaluated)
         folder = make_run_folder(args, METHOD)
         model = train(args, datasets, folder, device)

@@ -135,7 +135,7 @@ class Args:
     backbone: str = "resnet50"
     """any timm model with features of strides 4 to 32, or a plain ViT, which gets a simple feature pyramid"""
     text_encoder: str = "RN50/openai"
-    """open_clip MODEL/PRETRAINED, or minilm (ships with this repository; without context tokens)"""
+    """open_clip MODEL/PRETRAINED, or minilm (in this repository; with --context-tokens 0 --prompts name)"""
     prompts: Literal["photo", "a", "name"] = "photo"
     """"a photo of {name}", "a {name}", or the plain name"""
     context_tokens: int = 8
@@ -224,7 +224,7 @@ TINY = {
     "decoder_layers": 3,
 }
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "context_tokens", "cgd", "classifier", "image_size", "queries"]
-MODEL_FIELDS += ["channels", "encoder_layers", "decoder_layers", "daa"]
+MODEL_FIELDS += ["channels", "encoder_layers", "decoder_layers", "daa", "object_threshold"]
 SUPERVISION = ("semantic", "panoptic")
 BACKGROUND = "background"
 
@@ -621,7 +621,9 @@ def main() -> None:
     else:
         datasets = load_datasets(args.datasets, "train", args.data_root, size, accepts=SUPERVISION)
         label_space = LabelSpace([d.vocabulary for d in datasets])
-        evaluated = load_datasets(names, "val", args.data_root, size, accepts=SUPERVISION)  # mistakes must show now
+        evaluated = load_datasets(names, "val", args.data_root, size, accepts=SUPERVISION)
+        if not args.context_tokens:  # names without an embedding must show now
+            build_label_space(args, [d.vocabulary for d in evaluated])
         warn_of_overlap(datasets, evaluated)
         check_heads(args, label_space, evaluated)
         folder = make_run_folder(args, METHOD)

@@ -178,6 +178,7 @@ def _draw(image: Tensor, found: dict, vocabulary: Vocabulary, min_score: float) 
         record = segment_rows(found)
         names = [vocabulary.names[label] for label in record["labels"].tolist()]
         what = f"{len(names)} {'segments' if 'panoptic' in found else 'classes'}"
+        what += "" if names else " (nothing reaches --object-threshold)"
         return draw_segments(image, record["segments"], names, record.get("scores")), what
     shown = (found["scores"] >= min_score).nonzero().flatten()
     names = [found["class_names"][row] for row in shown.tolist()]

@@ -145,7 +145,7 @@ def check_package(what: str) -> None:
 def _embed_with_package(names: list[str], prompts: str) -> Tensor:
     # checked before the cache, so that what works does not depend on what was computed earlier
     first = ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-    check_package(first if prompts == "name" else f"prompts '{prompts}', only of plain names")
+    check_package(first if prompts == "name" else f"prompts '{prompts}' (--prompts name needs none)")
 
     def compute() -> Tensor:
         return prompt_ensemble(names, templates(prompts), _minilm_encoder())

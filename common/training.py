@@ -119,9 +119,10 @@ def per_dataset(flag: str, text: str, datasets: list, default: int, **special: i
     values = {d.name: special.get(d.supervision, default) for d in datasets}
     for entry in filter(None, text.split(",")):
         name, _, value = (part.strip() for part in entry.partition("="))
-        if name not in values or not (value.isdecimal() and 0 < int(value) <= 16384):
-            raise InputError(f"{flag} {entry}: write NAME=NUMBER (1 to 16384), separated by commas; names: "
-                             f"{', '.join(values)}")  # fmt: skip
+        if name not in values:
+            raise InputError(f"{flag} {entry}: no dataset '{name}' is trained on; there are {', '.join(values)}")
+        if not (value.isdecimal() and 0 < int(value) <= 16384):
+            raise InputError(f"{flag} {entry}: write NAME=NUMBER (1 to 16384), separated by commas")
         values[name] = int(value)
     return values
 
