@@ -70,14 +70,14 @@ def to_columns(
     images = Images(path)
     boxes, categories = Boxes(path, images.number_of_id, only_masks, blob), []
     add = {"images": images.add, "annotations": boxes.add, "categories": categories.extend}
-    found = set()
+    found, broken = set(), False
     for field, value in read_fields(path, watch=watch):
         if field in add and isinstance(value, list):
             found.add(field)
             add[field](value)
         elif field == "annotations" and value:
-            images.tags = {}  # broken annotations, not none
-    tagged = bool(images.tags) and not boxes.count
+            broken = True
+    tagged = bool(images.tags) and not boxes.count and not broken
     for field in add:
         if field not in found and not (tagged and field == "annotations"):
             raise InputError(f"{path}: the list '{field}' is missing; a COCO-format json is needed")

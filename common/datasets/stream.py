@@ -39,10 +39,9 @@ def read_fields(
 ) -> Iterator[tuple[str, object]]:
     """(field, value) of each field of the json object in a file, in its order; about `chunk` bytes are in memory.
 
-    A list comes in runs of whole elements under the same field, at least one; an empty list is an empty run. A field
-    that comes twice comes twice here, too.
+    A list comes in runs of whole elements under the same field, at least one; an empty list is an empty run.
     watch: is shown all bytes of the file
-    Raises InputError for a file that cannot be read, is no json or no object.
+    Raises InputError for a file that cannot be read, is no json or no object, or has a field twice.
     """
     try:
         with no_collector(), path.open("rb") as file:
@@ -113,12 +112,16 @@ def _fields(text: Window, path: Path) -> Iterator[tuple[str, object]]:
     if text.peek() != b"{":
         read_json(path)  # raises: it is no object
     text.use(1)
+    fields = set()
     ended = text.peek() == b"}" and text.next(b"}")
     while not ended:
         if text.peek() != b'"':
             raise orjson.JSONDecodeError("a field's name expected", "", 0)
         key = text.find(KEY.match)
         field = orjson.loads(key[1])
+        if field in fields:
+            raise orjson.JSONDecodeError(f"the field '{field}' comes twice", "", 0)
+        fields.add(field)
         text.use(key.end())
         if text.peek() == b"[":
             text.use(1)
