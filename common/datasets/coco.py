@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import orjson
 
 from common.datasets.base import Dataset
 from common.datasets.index import Index
@@ -165,9 +164,9 @@ class Boxes:
                              "the number 0 or 1")  # fmt: skip
         self.has_masks = self.has_masks and all("segmentation" in entry for entry in run)
         if self.has_masks:
-            masks = [orjson.dumps(entry["segmentation"]) for entry in run]
-            self.blob.writelines(masks)
-            columns["mask_length"] = [len(mask) for mask in masks]
+            masks = JsonRows.of([entry["segmentation"] for entry in run])
+            self.blob.write(masks.text)
+            columns["mask_length"] = masks.ends - masks.starts
         for column, values in columns.items():
             self.parts[column].append(np.array(values, dtype=self.parts[column][0].dtype))
 
