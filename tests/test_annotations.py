@@ -85,6 +85,13 @@ def test_lists_come_in_many_runs_and_empty_ones_once(tmp_path):
     assert runs[-2:] == [("b", []), ("c", {"d": []})]
 
 
+def test_elements_that_hold_many_objects(tmp_path):
+    record = {"a": [[{"id": i} for i in range(500)] for _ in range(5)], "b": [{"c": [{"id": i} for i in range(500)]}]}
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    for chunk in (64, 4096):
+        assert joined(tmp_path / "a.json", chunk) == record
+
+
 @pytest.mark.parametrize(
     "text, words",
     [

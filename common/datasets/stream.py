@@ -11,6 +11,7 @@ import orjson
 from common.errors import InputError
 
 CHUNK = 1 << 20  # bytes
+CUTS = 30  # tried before more text is read: an element may hold thousands of objects
 SPACE = b" \t\r\n"
 KEY, COMMA = re.compile(rb'("(?:[^"\\]|\\.)*")[ \t\r\n]*:', re.DOTALL), re.compile(rb"[ \t\r\n]*,")
 TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|["\[\]{},]', re.DOTALL)  # a quote alone opens a string that was cut off
@@ -67,7 +68,7 @@ def no_collector() -> Iterator[None]:
 
 
 class Window:
-    """The bytes of a file that were read and not yet used. `held` begins with no space unless there is nothing else."""
+    """The bytes of a file that were read and not yet used."""
 
     def __init__(self, read: Callable[[int], bytes], chunk: int, watch: Callable[[bytes], object]):
         self.read, self.chunk, self.watch, self.held, self.used = read, chunk, watch, b"", 0
@@ -80,6 +81,7 @@ class Window:
         return bool(new)
 
     def use(self, count: int) -> None:
+        """Let go of the first `count` bytes and the space after them."""
         rest = self.held[count:].lstrip(SPACE)
         self.used += len(self.held) - len(rest)
         self.held = rest
@@ -88,24 +90,23 @@ class Window:
         """`scan(held)` as soon as it finds something. Raises JSONDecodeError at the end of the file."""
         while (found := scan(self.held)) is None:
             if not self.more():
-                raise orjson.JSONDecodeError("unexpected end of data or character", "", 0)
+                raise orjson.JSONDecodeError("unexpected end of data", "", 0)
         return found
 
-    def next(self, expected: bytes) -> bytes:
-        """Use up one character, which must be one of `expected`."""
+    def peek(self) -> bytes:
+        """The next character that is no space, empty at the end of the file."""
         while not self.held and self.more():
             self.use(0)
-        found = self.held[:1]
+        return self.held[:1]
+
+    def next(self, expected: bytes) -> bytes:
+        """Use up that character, which must be one of `expected`."""
+        found = self.peek()
         if not found or found not in expected:
             names = " or ".join(f"'{chr(c)}'" for c in expected)
             raise orjson.JSONDecodeError(f"{names} expected", "", 0)
         self.use(1)
         return found
-
-    def peek(self) -> bytes:
-        while not self.held and self.more():
-            self.use(0)
-        return self.held[:1]
 
 
 def _fields(text: Window, path: Path) -> Iterator[tuple[str, object]]:
@@ -169,7 +170,9 @@ def _whole_elements(text: bytes) -> tuple[list, int, bool] | None:
     is not balanced and cannot be parsed. None where more text is needed. Raises JSONDecodeError for what is no json.
     """
     cut = len(text)
-    while (cut := text.rfind(b"}", 0, cut)) >= 0:
+    for _ in range(CUTS):
+        if (cut := text.rfind(b"}", 0, cut)) < 0:
+            break
         if (comma := COMMA.match(text, cut + 1)) and (found := _parse(text[: cut + 1] + b"]")):
             run, used = found
             return (run, comma.end(), False) if used > cut + 1 else (run, used, True)  # or the list ended before it
