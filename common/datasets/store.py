@@ -5,7 +5,7 @@ import io
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -90,10 +90,8 @@ def find_columns(source: Path, options: list) -> Columns | None:
             if record["hash"] != _hash(source):
                 return None
             write_json(folder / "facts.json", record | {"time": stat.st_mtime_ns})
-        arrays = {name: _mapped(folder / f"{name}.npy") for name in record["arrays"]} | {"blob": _blob(folder)}
-        if any(
-            [str(a.dtype), *a.shape] != record["arrays"].get(n, ["uint8", record["blob"]]) for n, a in arrays.items()
-        ):
+        arrays = _map(folder, record["arrays"])
+        if _forms(arrays) != record["arrays"]:
             return None
         return Columns(arrays, record["facts"], folder)
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
@@ -121,24 +119,26 @@ def _store(folder: Path, source: Path, convert: Convert) -> Columns:
         log.info("%s (%.1f GB) is read once; later starts use %s", source, stat.st_size / 1e9, folder)
         with (temporary / "blob.bin").open("wb") as blob:
             arrays, facts = convert(blob, digest.update)
-        record = {"size": stat.st_size, "time": stat.st_mtime_ns, "hash": digest.hexdigest(), "facts": facts}
-        record["arrays"] = {name: [str(array.dtype), *array.shape] for name, array in arrays.items()}
+        names = [*arrays, "blob"]
         for name in list(arrays):
             np.save(temporary / f"{name}.npy", arrays.pop(name))
-        # mapped before the folder takes its place, where another process may replace it
-        arrays = {name: _mapped(temporary / f"{name}.npy") for name in record["arrays"]} | {"blob": _blob(temporary)}
-        (temporary / "facts.json").write_text(json.dumps(record | {"blob": len(arrays["blob"])}))
+        arrays = _map(temporary, names)  # before the folder takes its place, where another process may replace it
+        record = {"size": stat.st_size, "time": stat.st_mtime_ns, "hash": digest.hexdigest()}
+        record |= {"arrays": _forms(arrays), "facts": facts}
+        (temporary / "facts.json").write_text(json.dumps(record))
         shutil.rmtree(folder, ignore_errors=True)  # one folder cannot replace another
     return Columns(arrays, facts, folder)
 
 
-def _mapped(path: Path) -> np.ndarray:
-    return np.asarray(np.load(path, mmap_mode="r"))
+def _map(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    blob = folder / "blob.bin"
+    arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names if name != "blob"}
+    empty = not blob.stat().st_size  # which cannot be mapped
+    return arrays | {"blob": np.zeros(0, np.uint8) if empty else np.asarray(np.memmap(blob, np.uint8, "r"))}
 
 
-def _blob(folder: Path) -> np.ndarray:
-    path = folder / "blob.bin"
-    return np.asarray(np.memmap(path, np.uint8, "r")) if path.stat().st_size else np.zeros(0, np.uint8)
+def _forms(arrays: dict[str, np.ndarray]) -> dict[str, list]:
+    return {name: [str(array.dtype), *array.shape] for name, array in arrays.items()}
 
 
 def _hash(path: Path) -> str:
