@@ -80,6 +80,7 @@ def memory(field: str, file: str = "status") -> float:
 
 def in_worker(touch) -> float:
     """MB that a forked process does not share any more after `touch()`."""
+    os.sync()  # else the pages of files that were just written would count
     read, write = os.pipe()
     if not os.fork():
         touch()
@@ -94,10 +95,11 @@ def concord(root: Path, name: str) -> dict:
     from common.sampling import ClassAwareSampler, RepeatFactorSampler, repeat_factors
 
     logging.basicConfig()
-    imports, start = memory("VmRSS"), time.perf_counter()
+    imports, start, busy = memory("VmRSS"), time.perf_counter(), time.process_time()
     (dataset,) = load_datasets(name, "train", str(root))
     dataset.summary()
-    record = {"seconds": time.perf_counter() - start, "peak, MB": memory("VmHWM") - imports}
+    record = {"seconds": time.perf_counter() - start, "CPU seconds": time.process_time() - busy}
+    record["peak, MB"] = memory("VmHWM") - imports
     record["resident, MB"] = memory("VmRSS") - imports
     rows = np.random.default_rng(SEED).integers(len(dataset), size=TOUCHED)
 
@@ -110,7 +112,7 @@ def concord(root: Path, name: str) -> dict:
         "class aware": lambda: ClassAwareSampler([dataset], SEED),
     }
     for title, make in samplers.items():
-        before, start = memory("VmRSS"), time.perf_counter()
+        before, start = memory("RssAnon"), time.perf_counter()
         stream = iter(make())
         next(stream)
         first = time.perf_counter()
@@ -118,7 +120,7 @@ def concord(root: Path, name: str) -> dict:
         record[f"{title} sampler"] = {
             "seconds to the first": first - start,
             "images per second": DRAWN / (time.perf_counter() - first),
-            "memory, MB": memory("VmRSS") - before,
+            "memory, MB": memory("RssAnon") - before,
         }
     return record
 
@@ -126,9 +128,10 @@ def concord(root: Path, name: str) -> dict:
 def pycocotools(root: Path, name: str) -> dict:
     from pycocotools.coco import COCO
 
-    imports, start = memory("VmRSS"), time.perf_counter()
+    imports, start, busy = memory("VmRSS"), time.perf_counter(), time.process_time()
     coco = COCO(root / PLACES[name][0])
-    record = {"seconds": time.perf_counter() - start, "peak, MB": memory("VmHWM") - imports}
+    record = {"seconds": time.perf_counter() - start, "CPU seconds": time.process_time() - busy}
+    record["peak, MB"] = memory("VmHWM") - imports
     record["resident, MB"] = memory("VmRSS") - imports
     images = np.random.default_rng(SEED).integers(len(coco.imgs), size=TOUCHED).tolist()
 
