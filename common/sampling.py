@@ -61,8 +61,9 @@ def repeat_factors(datasets: list[Dataset], threshold: float) -> np.ndarray:
         frequency = np.maximum(dataset.image_counts(), 1) / total
         of_class = np.maximum(1, np.sqrt(threshold / frequency))  # (C_d,)
         of_image = np.ones(len(dataset))
-        images, labels = dataset.index.positives()
-        np.maximum.at(of_image, images, of_class[labels])
+        images, counts = dataset.index.by_label
+        for rows, factor in zip(np.split(images, np.cumsum(counts)[:-1]), of_class):
+            of_image[rows] = np.maximum(of_image[rows], factor)
         factors.append(of_image)
     return np.concatenate(factors)
 
@@ -110,16 +111,13 @@ class ClassAwareSampler:
 
     def __init__(self, datasets: list[Dataset], seed: int, start: int = 0, rank: int = 0, world_size: int = 1):
         self.seed, self.place, self.total = seed, (start, rank, world_size), sum(len(d) for d in datasets)
-        pairs, first_row, first_label = [], 0, 0
-        for dataset in datasets:
-            images, labels = dataset.index.positives()
-            pairs.append((first_label + labels.astype(np.int64)) * self.total + first_row + images)
-            first_row, first_label = first_row + len(dataset), first_label + len(dataset.vocabulary)
-        pairs = np.unique(np.concatenate(pairs))  # (X,) sorted by class; an image of five dogs is one of the dog's
-        counts = np.bincount(pairs // self.total)
-        self.images, self.counts = pairs % self.total, counts[counts > 0]  # (X,), (C,)
+        self.images, counts = zip(*(d.index.by_label for d in datasets))  # per dataset (X_d,), (C_d,)
+        self.first_row = np.cumsum([0] + [len(d) for d in datasets])
+        self.ends = np.cumsum([0] + [len(images) for images in self.images])  # of each dataset's part of all images
+        self.counts = np.concatenate(counts)  # (C,); an image of five dogs is one of the dog's
+        self.counts = self.counts[self.counts > 0]
         self.firsts = np.cumsum(self.counts) - self.counts  # (C,)
-        if not len(pairs):
+        if not len(self.counts):
             names = ", ".join(d.name for d in datasets)
             raise InputError(f"no image of {names} has a class, so none can be drawn by class; check the annotations")
 
@@ -127,7 +125,12 @@ class ClassAwareSampler:
         """(I,) independent draws."""
         rng = np.random.default_rng([self.seed, number])
         classes = rng.integers(len(self.counts), size=self.total)
-        return self.images[self.firsts[classes] + rng.integers(self.counts[classes])]
+        picked = self.firsts[classes] + rng.integers(self.counts[classes])
+        rows = np.empty(self.total, np.int64)
+        for d, images in enumerate(self.images):  # never joined: they may be mapped from files
+            own = (picked >= self.ends[d]) & (picked < self.ends[d + 1])
+            rows[own] = self.first_row[d] + images[picked[own] - self.ends[d]]
+        return rows
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return endless(self.epoch, *self.place)

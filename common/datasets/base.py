@@ -1,8 +1,11 @@
 """A dataset: an index of annotations, a vocabulary, and images that are decoded on demand."""
 
+import hashlib
 import io
+import json
 import logging
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,6 +21,7 @@ from common.batch import Sample, Supervision
 from common.datasets.index import Index
 from common.datasets.maps import VOID, read_label_map, read_segment_map
 from common.datasets.shards import Shards
+from common.datasets.store import write_json
 from common.errors import InputError
 from common.labels import Vocabulary
 from common.masks import decode_masks, drop_unseen
@@ -95,7 +99,7 @@ class Dataset:
             image_labels=None
             if index.image_labels is None
             else torch.from_numpy(index.image_labels[index.image_label_rows(i)].astype(np.int64)),
-            captions=index.captions[i] if index.captions else (),
+            captions=tuple(index.captions[i]) if index.captions else (),
         )
 
     def image_file(self, i: int) -> tuple[Path, bytes | None]:
@@ -144,9 +148,8 @@ class Dataset:
         """
         if self.pixel_labels is not None:
             return None
-        images, labels = self.index.positives()
-        pairs = np.unique(images * len(self.vocabulary) + labels)
-        return np.bincount(pairs % len(self.vocabulary), minlength=len(self.vocabulary))
+        _, counts = self.index.by_label
+        return np.pad(counts, (0, len(self.vocabulary) - len(counts)))
 
     def summary(self) -> str:
         """One line for the log: how much there is to learn from."""
@@ -163,8 +166,7 @@ class Dataset:
             )
         if index.image_labels is None:
             crowds, empty = int(index.ignore.sum()), int((np.diff(index.offsets) == 0).sum())
-            outside = int(index.outside().sum())
-            lost = f"; {outside} outside their image" if outside else ""
+            lost = f"; {index.num_outside} outside their image" if index.num_outside else ""
             return (
                 f"{self.name}: {len(self)} images ({empty} without a box), {len(index.labels)} boxes ({crowds} crowd "
                 f"or group, not trained on{lost}), {classes} classes ({seen} with boxes)"
@@ -182,25 +184,53 @@ class Dataset:
         kinds = [("image", self.images, index.file_name)]
         kinds += [("label map", self.maps, index.map_name)] if self.maps is not None else []
         for kind, root, name in kinds:
-            if missing := missing_files(root, map(name, range(len(self)))):
+            place = hashlib.sha256(str(root.absolute()).encode()).hexdigest()[:16]
+            memo = index.folder and index.folder / f"listed-{place}.json"
+            if missing := missing_files(root, map(name, range(len(self))), memo):
                 raise InputError(
                     f"{self.name}: {kind} {root / missing[0]} is missing ({len(missing)} of {len(self)} that "
                     f"{index.source} lists); add the {kind}s or take them out of the annotations"
                 )
 
 
-def missing_files(root: Path, names: Iterable[str]) -> list[str]:
-    """Those of the names that are not below `root`; one directory listing for each folder."""
+def missing_files(root: Path, names: Iterable[str], memo: Path | None = None) -> list[str]:
+    """Those of the names that are not below `root`; one directory listing for each folder.
+
+    memo: a json file for the times of the folders when nothing was missing, for the same names; none of these folders
+          is listed again before it changes
+    """
+    known = _read_memo(memo)
+    same = {folder: at for folder, at in known.items() if at and at == _time(root / folder)}
+    if known and len(same) == len(known):
+        return []
     listings: dict[str, set[str]] = {}
-    missing = []
+    times, missing = dict(same), []
     for name in names:
         folder, _, base = name.rpartition("/")
+        if folder in same:
+            continue
         if folder not in listings:
             path = root / folder
+            times[folder] = _time(path)
             listings[folder] = set(os.listdir(path)) if path.is_dir() else set()
         if base not in listings[folder]:
             missing.append(name)
+    if memo and not missing:
+        write_json(memo, times)
     return missing
+
+
+def _read_memo(memo: Path | None) -> dict[str, int]:
+    try:
+        return dict(json.loads(memo.read_text())) if memo else {}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _time(folder: Path) -> int:
+    """When something was last added to or removed from a folder, in ns; 0 if no time can tell the next change apart."""
+    changed = folder.stat().st_mtime_ns if folder.is_dir() else 0
+    return changed if time.time_ns() - changed > 2e9 else 0  # some file systems count in two seconds
 
 
 def read_image(path: Path, data: bytes | None = None) -> Tensor:

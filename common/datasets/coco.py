@@ -1,44 +1,56 @@
 """COCO-format json: COCO, LVIS, Objects365 and anyone's own file."""
 
 import logging
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-import orjson
 
 from common.datasets.base import Dataset
 from common.datasets.index import Index
+from common.datasets.store import Columns, JsonRows, columns_of
+from common.datasets.stream import read_fields
 from common.errors import InputError
 from common.labels import DATA, Vocabulary
 
 log = logging.getLogger("concord")
+OPTIONS = ["coco"]  # of the cache: what is read from the file
+ARRAYS = ("file_names", "sizes", "offsets", "boxes", "labels", "areas", "ignore", "image_labels", "image_label_offsets")
+ROWS = ("image_ids", "segmentations", "captions")
+PER_IMAGE = {"negatives": "neg_category_ids", "not_exhaustive": "not_exhaustive_category_ids"}
+TAGS = ("pos_category_ids", "captions")
 
 
-def read_coco(name: str, annotations: Path, images: Path, metric: str, record: dict | None = None) -> Dataset:
-    """Read a COCO, LVIS or Objects365 json, or the `record` that was read from it.
+def read_coco(name: str, annotations: Path, images: Path, metric: str, only_masks: bool = False) -> Dataset:
+    """Read a COCO, LVIS or Objects365 json.
 
     Classes are the file's categories in the order of their ids; a dataset with a list in data/vocabularies takes its
     names from there (Objects365 publishes some misspelt). Without annotations, the `pos_category_ids` and `captions` of
-    its images are read, as in Detic's files of tagged images. Raises InputError naming the file, the field and the
-    remedy.
+    its images are read, as in Detic's files of tagged images. A large file is read once and kept as columns in the
+    cache, see `columns_of`.
+    only_masks: boxes without a mask are left out, with their count in the log
+    Raises InputError naming the file, the field and the remedy.
     """
-    record = record or read_json(annotations)
-    tagged = is_tagged(record)
-    if tagged:
-        record["annotations"] = []
-    for field in ("images", "annotations", "categories"):
-        if not isinstance(record.get(field), list):
-            raise InputError(f"{annotations}: the list '{field}' is missing; a COCO-format json is needed")
+
+    def convert(blob: BinaryIO, watch: Callable[[bytes], object]) -> tuple[dict, dict]:
+        return to_columns(name, annotations, only_masks, blob, watch)
+
     try:
-        vocabulary = read_vocabulary(name, annotations, record["categories"])
-        index = read_index(annotations, record, vocabulary)
-        if tagged:
-            index = replace(index, **read_tags(annotations, record["images"], vocabulary))
-        by_id = {c["id"]: str(c["frequency"]) for c in record["categories"]} if metric == "lvis" else {}
+        columns = columns_of(annotations, [*OPTIONS, "only masks"] if only_masks else OPTIONS, convert)
+        categories = columns.facts["categories"]
+        vocabulary = read_vocabulary(name, annotations, categories)
+        by_id = {c["id"]: str(c["frequency"]) for c in categories} if metric == "lvis" else {}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{annotations}: {what} in an entry; a COCO-format json is needed") from None
+    if left_out := columns.facts["left_out"]:
+        log.info("%s: %d boxes without a mask are left out", annotations, left_out)
+    index = from_columns(annotations, columns)
+    tagged = index.image_labels is not None
     supervision = "image_labels" if tagged else "boxes" if index.segmentations is None else "instances"
     frequency = "".join(by_id[id] for id in vocabulary.ids) if by_id else None
     return Dataset(name, vocabulary, index, images, metric, supervision, frequency=frequency)
@@ -46,34 +58,180 @@ def read_coco(name: str, annotations: Path, images: Path, metric: str, record: d
 
 def read_o365_instances(name: str, annotations: Path, images: Path, metric: str) -> Dataset:
     """Objects365's images with masks; boxes whose mask the raters skipped are left out, with their count in the log."""
-    record = read_json(annotations)
-    if isinstance(boxes := record.get("annotations"), list):
-        record["annotations"] = [box for box in boxes if not isinstance(box, dict) or box.get("segmentation")]
-        log.info("%s: %d boxes without a mask are left out", annotations, len(boxes) - len(record["annotations"]))
-    dataset = read_coco("o365", annotations, images, metric, record)
+    dataset = read_coco("o365", annotations, images, metric, only_masks=True)
     return replace(dataset, name=name, vocabulary=replace(dataset.vocabulary, dataset=name))
 
 
-def read_json(path: Path) -> dict:
-    try:
-        record = orjson.loads(path.read_bytes())
-    except orjson.JSONDecodeError as error:
-        raise InputError(f"{path} is not valid json ({error}); was it cut off, or does it hold NaN? mend it, copy or "
-                         "download it again") from None  # fmt: skip
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
-    if not isinstance(record, dict):
-        raise InputError(f"{path} holds a json {type(record).__name__}; a COCO-format json object is needed")
-    return record
+def to_columns(
+    name: str, path: Path, only_masks: bool, blob: BinaryIO, watch: Callable[[bytes], object]
+) -> tuple[dict[str, np.ndarray], dict]:
+    """The arrays of an Index and the facts beside them, as `columns_of` wants them; masks go to `blob`."""
+    images = Images(path)
+    boxes, categories = Boxes(path, images.number_of_id, only_masks, blob), []
+    add = {"images": images.add, "annotations": boxes.add, "categories": categories.extend}
+    found, broken = set(), False
+    for field, value in read_fields(path, watch=watch):
+        if field in add and isinstance(value, list):
+            found.add(field)
+            add[field](value)
+        elif field == "annotations" and value:
+            broken = True
+    tagged = bool(images.tags) and not boxes.count and not broken
+    for field in add:
+        if field not in found and not (tagged and field == "annotations"):
+            raise InputError(f"{path}: the list '{field}' is missing; a COCO-format json is needed")
+    vocabulary = read_vocabulary(name, path, categories)
+    index = to_index(path, images, boxes, vocabulary)
+    if tagged:
+        index = replace(index, **read_tags(path, [images.tags.get(i, {}) for i in range(len(index))], vocabulary))
+    if index.segmentations is None:
+        blob.truncate(0)
+    arrays = {field: array for field in ARRAYS if (array := getattr(index, field)) is not None}
+    for field in ROWS:
+        if (rows := getattr(index, field)) is not None:
+            arrays |= {f"{field}.starts": rows.starts, f"{field}.ends": rows.ends}
+            arrays |= {f"{field}.text": rows.text} if field != "segmentations" else {}
+    arrays["by_label.images"], arrays["by_label.counts"] = index.by_label
+    facts = {field: list(getattr(index, field).items()) for field in PER_IMAGE}
+    facts["categories"] = [{key: c[key] for key in ("id", "name", "frequency") if key in c} for c in categories]
+    return arrays, facts | {"left_out": boxes.left_out, "num_outside": index.num_outside}
 
 
-def is_tagged(record: dict) -> bool:
-    """Whether the file labels whole images: no annotations, but classes or captions of its images."""
-    images = record.get("images")
-    return (
-        not record.get("annotations")
-        and isinstance(images, list)
-        and any(isinstance(image, dict) and image.keys() & {"pos_category_ids", "captions"} for image in images)
+def from_columns(path: Path, columns: Columns) -> Index:
+    arrays, facts, rows = columns.arrays, columns.facts, {}
+    for field in ROWS:
+        if f"{field}.starts" in arrays:
+            text = arrays["blob" if field == "segmentations" else f"{field}.text"]
+            rows[field] = JsonRows(text, arrays[f"{field}.starts"], arrays[f"{field}.ends"])
+    per_image = {field: dict(facts[field]) for field in PER_IMAGE}
+    fields = {field: arrays[field] for field in ARRAYS if field in arrays}
+    index = Index(source=str(path), folder=columns.folder, **fields, **rows, **per_image)
+    index.by_label, index.num_outside = (arrays["by_label.images"], arrays["by_label.counts"]), facts["num_outside"]
+    return index
+
+
+class Images:
+    """The list `images`, gathered run by run.
+
+    number_of_id: numbers the ids as the annotations bring them
+    tags:         of the images that have any, by row: their id and what labels them as a whole
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.number_of_id = path, defaultdict(count().__next__)
+        self.ids, self.names, self.sizes = [], [], [np.zeros((0, 2), np.int32)]
+        self.known, self.tags = {field: {} for field in PER_IMAGE}, {}
+
+    def add(self, run: list[dict]) -> None:
+        for row, image in enumerate(run, len(self.ids)):
+            for field, key in PER_IMAGE.items():
+                if image.get(key):
+                    self.known[field][row] = image[key]
+            if not image.keys().isdisjoint(TAGS):
+                self.tags[row] = {key: image[key] for key in ("id", *TAGS) if key in image}
+        self.ids += [image["id"] for image in run]
+        self.names += [file_name(self.path, image) for image in run]
+        sizes = [(image.get("height", 0), image.get("width", 0)) for image in run]
+        self.sizes.append(np.array(sizes, dtype=np.int32).reshape(-1, 2))
+
+
+class Boxes:
+    """The list `annotations`, gathered run by run; masks are written to `blob`. Images and classes have numbers yet."""
+
+    def __init__(self, path: Path, number_of_image: dict, only_masks: bool, blob: BinaryIO):
+        self.path, self.number_of_image, self.only_masks, self.blob = path, number_of_image, only_masks, blob
+        self.number_of_class = defaultdict(count().__next__)
+        self.count, self.left_out, self.has_masks = 0, 0, True
+        types = {"image": np.int32, "class": np.int32, "area": np.float32, "ignore": bool, "mask_length": np.int64}
+        self.parts = {column: [np.zeros(0, type)] for column, type in types.items()}
+        self.parts["box"] = [np.zeros((0, 4), np.float32)]
+
+    def add(self, run: list[dict]) -> None:
+        run = self.kept(run)
+        self.count += len(run)
+        if not run:
+            return
+        columns = {
+            "image": [self.number_of_image[entry["image_id"]] for entry in run],
+            "class": [self.number_of_class[entry["category_id"]] for entry in run],
+            "box": self.read_boxes(run),
+            "area": [e["area"] if "area" in e else e["bbox"][2] * e["bbox"][3] for e in run],
+            "ignore": [entry.get("iscrowd", 0) for entry in run],
+        }
+        if columns["ignore"].count(0) + columns["ignore"].count(1) < len(run):  # true and false are among them
+            entry = next(entry for entry in run if entry.get("iscrowd", 0) not in (0, 1))
+            raise InputError(f"{self.path}: annotation {entry.get('id')} has the iscrowd {entry['iscrowd']!r}; write "
+                             "the number 0 or 1")  # fmt: skip
+        self.has_masks = self.has_masks and all("segmentation" in entry for entry in run)
+        if self.has_masks:
+            masks = JsonRows.of([entry["segmentation"] for entry in run])
+            self.blob.write(masks.text)
+            columns["mask_length"] = masks.ends - masks.starts
+        for column, values in columns.items():
+            self.parts[column].append(np.array(values, dtype=self.parts[column][0].dtype))
+
+    def kept(self, run: list[dict]) -> list[dict]:
+        if not self.only_masks:
+            return run
+        kept = [entry for entry in run if not isinstance(entry, dict) or entry.get("segmentation")]
+        self.left_out += len(run) - len(kept)
+        return kept
+
+    def read_boxes(self, run: list[dict]) -> np.ndarray:
+        """(N, 4) xyxy. Raises InputError for what is not four numbers."""
+        values = [entry["bbox"] for entry in run]
+        try:
+            boxes = np.array(values)
+        except ValueError:  # of different lengths
+            boxes = np.zeros(0)
+        if boxes.shape != (len(run), 4) or boxes.dtype.kind not in "biuf":
+            for entry in run:
+                if len(entry["bbox"]) != 4 or not all(isinstance(x, (int, float)) for x in entry["bbox"]):
+                    raise InputError(f"{self.path}: annotation {entry.get('id')} has the bbox {entry['bbox']}; four "
+                                     "numbers needed: x, y, width, height")  # fmt: skip
+        boxes = np.array(values, dtype=np.float64) if boxes.dtype != np.float64 else boxes
+        boxes[:, 2:] += boxes[:, :2]
+        return boxes
+
+    def column(self, name: str) -> np.ndarray:
+        return np.concatenate(self.parts.pop(name))
+
+    def entry(self, position: int) -> dict:
+        """Read again, for a message."""
+        runs = (run for field, run in read_fields(self.path) if field == "annotations")
+        return next(islice(chain.from_iterable(map(self.kept, runs)), position, None))
+
+
+def to_index(path: Path, images: Images, boxes: Boxes, vocabulary: Vocabulary) -> Index:
+    numbers = [images.number_of_id[id] for id in images.ids]  # those without a box get theirs here
+    row_of = np.full(len(images.number_of_id), -1)
+    row_of[numbers] = np.arange(len(numbers))
+    if (row_of >= 0).sum() < len(images.ids):
+        raise InputError(f"{path}: two images share an id; give each its own")
+    label_of = np.array([vocabulary.index_of_id.get(id, -1) for id in boxes.number_of_class], dtype=np.int32)
+    image_of, labels = row_of[boxes.column("image")], label_of[boxes.column("class")]
+    for rows, field, place in ((image_of, "image_id", "images"), (labels, "category_id", "categories")):
+        if (rows < 0).any():
+            entry = boxes.entry(int(np.argmax(rows < 0)))
+            raise InputError(f"{path}: annotation {entry.get('id')} has the unknown {field} {entry[field]}; list it in "
+                             f"'{place}' or remove the annotation")  # fmt: skip
+    lengths = boxes.column("mask_length")
+    ends = np.cumsum(lengths)
+    return Index.build(
+        source=str(path),
+        file_names=images.names,
+        image_ids=JsonRows.of(images.ids),
+        sizes=np.concatenate(images.sizes),
+        image_of=image_of,
+        boxes=boxes.column("box"),
+        labels=labels,
+        areas=boxes.column("area"),
+        ignore=boxes.column("ignore"),
+        segmentations=JsonRows(ends[:0], ends - lengths, ends) if boxes.has_masks and boxes.count else None,
+        **{
+            field: {row: [vocabulary.index_of_id[id] for id in ids] for row, ids in known.items()}
+            for field, known in images.known.items()
+        },
     )
 
 
@@ -93,7 +251,7 @@ def read_tags(path: Path, images: list[dict], vocabulary: Vocabulary) -> dict:
     return {
         "image_labels": np.array([label for each in labels for label in each], dtype=np.int32),
         "image_label_offsets": np.cumsum([0, *map(len, labels)], dtype=np.int64),
-        "captions": captions if any(captions) else None,
+        "captions": JsonRows.of(captions) if any(captions) else None,
     }
 
 
@@ -111,50 +269,6 @@ def read_vocabulary(name: str, path: Path, categories: list[dict]) -> Vocabulary
     return Vocabulary(name, tuple(names.values()), tuple(names))
 
 
-def read_index(path: Path, record: dict, vocabulary: Vocabulary) -> Index:
-    images = record["images"]
-    row_of = {image["id"]: row for row, image in enumerate(images)}
-    if len(row_of) < len(images):
-        raise InputError(f"{path}: two images share an id; give each its own")
-    entries = record["annotations"]
-    for entry in entries:
-        if entry["image_id"] not in row_of:
-            raise InputError(f"{path}: annotation {entry.get('id')} has the unknown image_id {entry['image_id']}; "
-                             "list it in 'images' or remove the annotation")  # fmt: skip
-        if entry["category_id"] not in vocabulary.index_of_id:
-            raise InputError(f"{path}: annotation {entry.get('id')} has the unknown category_id "
-                             f"{entry['category_id']}; list it in 'categories' or remove the annotation")  # fmt: skip
-        if len(entry["bbox"]) != 4 or not all(isinstance(x, (int, float)) for x in entry["bbox"]):
-            raise InputError(f"{path}: annotation {entry.get('id')} has the bbox {entry['bbox']}; four numbers needed: "
-                             "x, y, width, height")  # fmt: skip
-        if entry.get("iscrowd", 0) not in (0, 1):  # true and false are among them
-            raise InputError(f"{path}: annotation {entry.get('id')} has the iscrowd {entry['iscrowd']!r}; write the "
-                             "number 0 or 1")  # fmt: skip
-    boxes = np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]  # xywh -> xyxy
-    per_image = {"neg_category_ids": {}, "not_exhaustive_category_ids": {}}
-    for field, found in per_image.items():
-        for row, image in enumerate(images):
-            if image.get(field):
-                found[row] = [vocabulary.index_of_id[id] for id in image[field]]
-    return Index.build(
-        source=str(path),
-        file_names=[file_name(path, image) for image in images],
-        image_ids=[image["id"] for image in images],
-        sizes=[(image.get("height", 0), image.get("width", 0)) for image in images],
-        image_of=[row_of[entry["image_id"]] for entry in entries],
-        boxes=boxes,
-        labels=[vocabulary.index_of_id[entry["category_id"]] for entry in entries],
-        areas=[entry.get("area", entry["bbox"][2] * entry["bbox"][3]) for entry in entries],
-        ignore=[entry.get("iscrowd", 0) for entry in entries],
-        segmentations=[e["segmentation"] for e in entries]
-        if entries and all("segmentation" in e for e in entries)
-        else None,
-        negatives=per_image["neg_category_ids"],
-        not_exhaustive=per_image["not_exhaustive_category_ids"],
-    )
-
-
 def file_name(path: Path, image: dict) -> str:
     """The image's path below its folder: LVIS gives `coco_url`, Objects365 images/v2/patch3/x.jpg for patch3/x.jpg.
 
@@ -163,6 +277,6 @@ def file_name(path: Path, image: dict) -> str:
     name = str(image["file_name"] if "file_name" in image else image["coco_url"])
     if "file_name" not in image or name.startswith(("images/v1/", "images/v2/")):
         name = "/".join(name.split("/")[-2:])
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    if name.startswith("/") or ".." in name.split("/"):
         raise InputError(f"{path}: file_name '{name}' leaves the image folder; give a path below it")
     return name

@@ -3,9 +3,12 @@
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
+from common.datasets.store import JsonRows
 from common.errors import InputError
 
 
@@ -27,13 +30,14 @@ class Index:
     labels:     (A,) int32 index into the dataset's vocabulary
     areas:      (A,) float32 square pixels as annotated (COCO: of the mask), for the metrics' size ranges
     ignore:     (A,) bool: crowd or group-of; never trained on, neither hit nor miss in the metric
-    segmentations: A COCO polygons or RLEs, or None
+    segmentations: A COCO polygons or RLEs, or None; JsonRows where a file gave them
     negatives, not_exhaustive: per image the labels verified absent, and those annotated in part (LVIS, OpenImages)
     image_labels: (P,) int32 labels of whole images, without boxes; None for box data
     image_label_offsets: (I + 1,) int64; the image labels of image i are rows offsets[i]:offsets[i + 1]
-    captions:   I tuples of sentences, or None
+    captions:   the sentences of each image, or None
     map_names:  (I,) bytes, the label maps as `file_names`, below a folder of their own; None without
     segment_ids: (A,) int64, the numbers of the annotations in their maps, where each annotation is a segment
+    folder:     the cache folder that the arrays are mapped from, if they are; they cannot be written to, then
     """
 
     source: str
@@ -46,14 +50,15 @@ class Index:
     areas: np.ndarray
     ignore: np.ndarray
     relative: bool = False
-    segmentations: list | None = None
+    segmentations: Sequence | None = None
     negatives: dict[int, list[int]] = field(default_factory=dict)
     not_exhaustive: dict[int, list[int]] = field(default_factory=dict)
     image_labels: np.ndarray | None = None
     image_label_offsets: np.ndarray | None = None
-    captions: list[tuple[str, ...]] | None = None
+    captions: Sequence[Sequence[str]] | None = None
     map_names: np.ndarray | None = None
     segment_ids: np.ndarray | None = None
+    folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self.file_names)
@@ -81,6 +86,22 @@ class Index:
             return np.repeat(np.arange(len(self)), np.diff(self.image_label_offsets)), self.image_labels
         return self.image_of[~self.ignore], self.labels[~self.ignore]
 
+    @cached_property
+    def by_label(self) -> tuple[np.ndarray, np.ndarray]:
+        """(X,) int32 images that contain label 0, then 1, ..., each once and rising; (L,) int64 how many of each.
+
+        By box or image label, not by crowds. Labels above the last that occurs are left out.
+        """
+        images, labels = self.positives()
+        pairs = np.sort(labels.astype(np.int64) * len(self) + images)
+        pairs = pairs[np.flatnonzero(np.diff(pairs, prepend=-1))]  # each once, faster than np.unique
+        return (pairs % len(self)).astype(np.int32), np.bincount(pairs // len(self))
+
+    @cached_property
+    def num_outside(self) -> int:
+        """How many boxes lie wholly outside their image."""
+        return int(self.outside().sum())
+
     def outside(self) -> np.ndarray:
         """(A,) bool: the boxes that lie wholly outside their image; False where its size is not known."""
         limits = np.ones((1, 2), np.int32) if self.relative else self.sizes[self.image_of][:, ::-1]  # width, height
@@ -90,7 +111,6 @@ class Index:
     def keep(self, kept: np.ndarray) -> "Index":
         """The same images with only the boxes where `kept` (A,) bool; what is verified absent stays so."""
         count = np.concatenate([[0], np.cumsum(kept)])
-        segmentations = self.segmentations
         return replace(
             self,
             offsets=count[self.offsets],
@@ -98,7 +118,7 @@ class Index:
             labels=self.labels[kept],
             areas=self.areas[kept],
             ignore=self.ignore[kept],
-            segmentations=segmentations and [segmentations[row] for row in np.flatnonzero(kept)],
+            segmentations=_take(self.segmentations, np.flatnonzero(kept)),
         )
 
     @classmethod
@@ -118,7 +138,7 @@ class Index:
             )
         order = np.argsort(image_of, kind="stable")
         offsets = np.concatenate([[0], np.cumsum(np.bincount(image_of, minlength=len(file_names)))]).astype(np.int64)
-        segmentations = extra.pop("segmentations", None)
+        segmentations = _take(extra.pop("segmentations", None), order)
         return cls(
             source=source,
             file_names=encoded(file_names),
@@ -129,6 +149,12 @@ class Index:
             labels=np.asarray(labels, dtype=np.int32)[order],
             areas=np.asarray(areas, dtype=np.float32)[order],
             ignore=np.asarray(ignore, dtype=bool)[order],
-            segmentations=[segmentations[i] for i in order] if segmentations is not None else None,
+            segmentations=segmentations,
             **extra,
         )
+
+
+def _take(values: Sequence | None, rows: np.ndarray) -> Sequence | None:
+    if isinstance(values, JsonRows):
+        return values.take(rows)
+    return None if values is None else [values[row] for row in rows]

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from common.datasets.base import Dataset
-from common.datasets.coco import read_json
 from common.datasets.index import Index
+from common.datasets.stream import read_json
 from common.errors import InputError
 from common.labels import Vocabulary
 

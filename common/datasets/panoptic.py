@@ -7,29 +7,32 @@ from pathlib import Path
 import numpy as np
 
 from common.datasets.base import Dataset
-from common.datasets.coco import file_name, read_json, read_vocabulary
+from common.datasets.coco import OPTIONS, file_name, read_vocabulary
 from common.datasets.index import Index, encoded
+from common.datasets.store import find_columns
+from common.datasets.stream import read_fields, read_json
 from common.errors import InputError
 
 log = logging.getLogger("concord")
 
 
-def is_panoptic(record: dict) -> bool:
-    annotations = record.get("annotations")
-    first = annotations[0] if isinstance(annotations, list) and annotations else None
+def is_panoptic(path: Path) -> bool:
+    """Whether the first annotation in a json lists segments. Raises InputError for no json."""
+    if find_columns(path, OPTIONS):  # only boxes and image labels are kept there
+        return False
+    runs = (run for field, run in read_fields(path) if field == "annotations" and isinstance(run, list) and run)
+    first = next(runs, [None])[0]
     return isinstance(first, dict) and "segments_info" in first
 
 
-def read_panoptic(
-    name: str, annotations: Path, images: Path, metric: str = "pq", record: dict | None = None
-) -> Dataset:
-    """Read a panoptic json, or the `record` that was read from it; no PNG is decoded.
+def read_panoptic(name: str, annotations: Path, images: Path, metric: str = "pq") -> Dataset:
+    """Read a panoptic json; no PNG is decoded.
 
     The PNGs lie in a folder of the json's name, beside it or, as in the layout of detectron2, one level above.
     Images without an entry are left out and counted in the log. Raises InputError naming the file, the field and the
     remedy.
     """
-    record = record or read_json(annotations)
+    record = read_json(annotations)
     for field in ("images", "annotations", "categories"):
         if not isinstance(record.get(field), list):
             raise InputError(

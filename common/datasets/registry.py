@@ -16,7 +16,7 @@ from common.batch import Supervision
 from common.datasets.base import Dataset
 from common.datasets.base_split import coco_base, lvis_base
 from common.datasets.captions import read_captions
-from common.datasets.coco import read_coco, read_json, read_o365_instances
+from common.datasets.coco import read_coco, read_o365_instances
 from common.datasets.folder import read_folder
 from common.datasets.openimages import read_openimages
 from common.datasets.panoptic import is_panoptic, read_panoptic
@@ -404,9 +404,8 @@ def load_dataset(name: str, split: str, paths: tuple[str, str] | None, root: Pat
         elif annotations.is_file() and annotations.suffix == ".tsv":
             dataset = read_captions(name, annotations, images)
         elif annotations.is_file():
-            record = read_json(annotations)
-            kind = (read_panoptic, "pq") if is_panoptic(record) else (read_coco, "coco")
-            dataset = kind[0](name, annotations, images, kind[1], record)
+            read, metric = (read_panoptic, "pq") if is_panoptic(annotations) else (read_coco, "coco")
+            dataset = read(name, annotations, images, metric)
         else:
             raise InputError(
                 f"dataset '{name}': annotations {annotations} do not exist; check the path before the colon"
