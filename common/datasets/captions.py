@@ -48,11 +48,6 @@ def read_captions(name: str, annotations: Path, images: Path, metric: str = "coc
         file_names=files,
         image_ids=range(len(files)),
         sizes=np.zeros((len(files), 2)),  # only the images tell
-        image_of=[],
-        boxes=[],
-        labels=[],
-        areas=[],
-        ignore=[],
         image_labels=np.concatenate(labels).astype(np.int32),
         image_label_offsets=np.cumsum([0, *map(len, labels)], dtype=np.int64),
         captions=[(caption,) for caption in captions],

@@ -104,11 +104,6 @@ def labelled_images(
         file_names=file_names,
         image_ids=range(total),
         sizes=np.zeros((total, 2)),  # only the images tell
-        image_of=[],
-        boxes=[],
-        labels=[],
-        areas=[],
-        ignore=[],
         image_labels=np.array([label_of[label] for label in names], dtype=np.int32)[labels],
         image_label_offsets=np.arange(total + 1),
     )

@@ -122,8 +122,10 @@ class Index:
         )
 
     @classmethod
-    def build(cls, source, file_names, image_ids, sizes, image_of, boxes, labels, areas, ignore, **extra) -> "Index":
-        """Sort A annotations by `image_of` (A,) into an Index; checks every box.
+    def build(
+        cls, source, file_names, image_ids, sizes, image_of=(), boxes=(), labels=(), areas=(), ignore=(), **extra
+    ) -> "Index":
+        """Sort A annotations, none by default, by `image_of` (A,) into an Index; checks every box.
 
         Raises InputError naming `source` and the image for a box with NaN or negative size.
         """

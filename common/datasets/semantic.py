@@ -63,11 +63,6 @@ def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> 
         file_names=[image_of[key] for key in map_of],
         image_ids=list(map_of),
         sizes=np.zeros((len(map_of), 2)),  # only the images tell
-        image_of=[],
-        boxes=[],
-        labels=[],
-        areas=[],
-        ignore=[],
         map_names=encoded(map_of.values()),
     )
     vocabulary = replace(vocabulary, is_thing=None)  # all pixels of a class are one segment

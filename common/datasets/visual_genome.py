@@ -9,6 +9,7 @@ import orjson
 from common.datasets.base import Dataset
 from common.datasets.coco import file_name
 from common.datasets.index import Index
+from common.datasets.stream import not_json
 from common.errors import InputError
 from common.labels import Vocabulary
 
@@ -20,8 +21,8 @@ def read_visual_genome(name: str, annotations: Path, images: Path, metric: str) 
 
     A class is the word of a synset ('clock' of 'clock.n.01'), in alphabetic order; synsets of one word are one class.
     Objects without a synset are left out and counted in the log.
-    Note: UniDetector evaluates 7605 classes on a part of the images and publishes neither list (zhenyuw16/UniDetector,
-    issue 9); here the classes are those that occur, and the images all.
+    Note: UniDetector evaluates 7605 classes on a part of the images and publishes neither list; here the classes
+    are those that occur, and the images all. Source: zhenyuw16/UniDetector#9
     Raises InputError naming the file, the field and the remedy.
     """
     places = annotations.with_name("image_data.json")
@@ -75,7 +76,7 @@ def read_list(path: Path) -> list:
     try:
         entries = orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
-        raise InputError(f"{path} is not valid json ({error}); was it cut off? unpack or download it again") from None
+        raise not_json(path, error) from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); put it there, from visualgenome.org") from None
     if not isinstance(entries, list):
