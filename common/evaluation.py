@@ -162,7 +162,7 @@ def _hotcoco_tables(
     # equal scores are ranked in the order of the dataset's own ids, as in pycocotools
     number = np.argsort(sorted(range(len(index)), key=index.image_ids.__getitem__))
     known = {"neg_category_ids": index.negatives, "not_exhaustive_category_ids": index.not_exhaustive}
-    lists = [{key: [int(k) for k in of.get(row, ())] for key, of in known.items()} for row in range(len(index))]
+    lists = [{key: list(of[row]) if of else [] for key, of in known.items()} for row in range(len(index))]
     images = [{"id": int(i), **fields} for i, fields in zip(number, lists)]
     letters = getattr(dataset, "frequency", None) or "-" * len(names)
     categories = [{"id": i, "name": n, "frequency": f} for i, (n, f) in enumerate(zip(names, letters, strict=True))]
@@ -202,7 +202,7 @@ def _open_images(dataset: Evaluated, truth: dict, found: dict) -> np.ndarray:
     upward = _ancestors(dataset.vocabulary, getattr(dataset, "hierarchy", None))
     verified = np.zeros((len(dataset.index), len(dataset.vocabulary)), dtype=bool)
     truth = _expand(truth, upward, ~verified)
-    for row, labels in dataset.index.negatives.items():
+    for row, labels in enumerate(dataset.index.negatives or ()):
         verified[row] = upward[:, list(labels)].any(axis=1)
     verified[truth["image"], truth["label"]] = True
     found = _expand(found, upward, verified)

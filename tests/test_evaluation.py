@@ -20,13 +20,15 @@ from common.evaluation import MASK_METRICS, METRICS, _match, evaluate_detections
 from common.labels import Vocabulary
 from common.masks import decode_masks, encode_masks
 
+PER_IMAGE = ("negatives", "not_exhaustive")
 REAL_COCO = REAL / "coco/annotations/instances_val2017.json"
 
 
 def make_dataset(metric, names, annotations, images=1, relative=False, **extra):
-    """annotations: (image, label, x1, y1, x2, y2[, ignore]) each."""
+    """annotations: (image, label, x1, y1, x2, y2[, ignore]) each; negatives, not_exhaustive: {image: labels}."""
     rows = np.array([[*a, 0][:7] for a in annotations], dtype=np.float64).reshape(-1, 7)
-    negatives, partly = extra.pop("negatives", {}), extra.pop("not_exhaustive", {})
+    labels = {field: [list(extra[field].get(i, ())) for i in range(images)] for field in PER_IMAGE if field in extra}
+    extra = {field: value for field, value in extra.items() if field not in PER_IMAGE}
     areas = (rows[:, 4] - rows[:, 2]) * (rows[:, 5] - rows[:, 3])
     index = Index.build(
         "hand.json",
@@ -40,8 +42,7 @@ def make_dataset(metric, names, annotations, images=1, relative=False, **extra):
         rows[:, 6],
         relative=relative,
         segmentations=extra.pop("segmentations", None),
-        negatives=negatives,
-        not_exhaustive=partly,
+        **labels,
     )
     ids = extra.pop("ids", ())
     fields = {"hierarchy": None, "frequency": None, **extra}

@@ -4,13 +4,15 @@ import json
 import logging
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from conftest import REAL
 from PIL import Image
 
-from common.datasets import default_eval, load_datasets
+from common.datasets import default_eval, load_datasets, openimages, panoptic, store, voc
+from common.datasets import visual_genome as vg
 from common.datasets.registry import parse_datasets
 from common.errors import InputError
 from common.labels import DATA, Vocabulary
@@ -296,7 +298,7 @@ def test_visual_genome(tmp_path, caplog):
     assert "1 of 4 objects have no synset and are left out" in caplog.text
     assert dataset.vocabulary.names == ("clock", "street sign")  # two synsets of one word are one class
     assert [dataset.index.file_name(i) for i in (0, 1)] == ["VG_100K_2/1.jpg", "VG_100K/2317993.jpg"]
-    assert dataset.index.image_ids == [1, 2317993] and dataset.index.sizes.tolist() == [[40, 60]] * 2
+    assert list(dataset.index.image_ids) == [1, 2317993] and dataset.index.sizes.tolist() == [[40, 60]] * 2
     sample = dataset.load(1)
     assert sample.boxes.tolist() == [[3, 4, 13, 34], [0, 0, 2, 1]] and sample.labels.tolist() == [0, 1]
     assert dataset.load(0).labels.tolist() == [0] and len(load("vg", tmp_path, "train")) == 2
@@ -305,9 +307,9 @@ def test_visual_genome(tmp_path, caplog):
 @pytest.mark.parametrize(
     "file, text, words",
     [
-        ("image_data.json", None, ["image_data.json cannot be read", "visualgenome.org"]),
+        ("image_data.json", None, ["image_data.json does not exist", "visualgenome.org"]),
         ("objects.json", "[{", ["objects.json is not valid json"]),
-        ("objects.json", '{"images": []}', ["objects.json holds a json dict"]),
+        ("objects.json", '{"images": []}', ["objects.json holds a json object; a list is needed"]),
         ("objects.json", '[{"image_id": 9, "objects": []}]', ["image_id 9", "image_data.json"]),
         ("objects.json", '[{"image_id": 1}]', ["objects.json: field 'objects' is missing"]),
         ("objects.json", "[7]", ["objects.json: ", "in an entry"]),
@@ -444,3 +446,75 @@ def test_the_vocabularies_are_those_published():
     assert [label["readable"] for label in published if label["evaluate"]] == list(mapillary.names)
     assert [label["instances"] for label in published if label["evaluate"]] == list(mapillary.is_thing)
     assert [label["evaluate"] for label in published] == [True] * 65 + [False]  # 65: unlabelled
+
+
+# -- what large files are kept as
+
+
+@pytest.fixture
+def reads(tmp_path, monkeypatch):
+    """The readers that had to read their files, which are kept whatever their size."""
+    monkeypatch.setenv("CONCORD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(store, "LARGE", 0)
+    done = []
+    for module in (openimages, panoptic, vg, voc):
+        title, read = module.__name__.rpartition(".")[2], module.read_index
+        monkeypatch.setattr(module, "read_index", lambda *args, t=title, r=read: done.append(t) or r(*args))
+    return done
+
+
+def columns(dataset):
+    index = dataset.index
+    arrays = [getattr(index, field) for field in (*store.ARRAYS, *store.ROWS)]
+    return [None if a is None else list(map(str, a)) for a in arrays] + [dataset.vocabulary, dataset.summary()]
+
+
+@pytest.mark.parametrize("name", ["oid", "coco-panoptic", "cityscapes-panoptic", "vg", "voc"])
+def test_every_format_is_read_once(tmp_path, tiny_root, reads, monkeypatch, name):
+    root = tmp_path if name in ("vg", "voc") else tiny_root
+    visual_genome(tmp_path)
+    voc_year(tmp_path / "VOCdevkit/VOC2007", trainval=["000001"], test=["000002", "000003"])
+    monkeypatch.setattr(store, "LARGE", 1 << 30)
+    plain = load(name, root)
+    assert plain.index.folder is None and len(reads) == 1
+    monkeypatch.setattr(store, "LARGE", 0)
+    first, second = load(name, root), load(name, root)
+    assert len(reads) == 2 and first.index.folder == second.index.folder
+    assert columns(plain) == columns(first) == columns(second)
+    assert all((a == b).all() for a, b in zip(plain.index.by_label, second.index.by_label))
+    for i in range(len(plain)):
+        a, b = plain.load(i), second.load(i)
+        assert a.labels.tolist() == b.labels.tolist() and (a.boxes is None or a.boxes.tolist() == b.boxes.tolist())
+
+
+def test_a_change_of_any_file_is_seen(tmp_path, reads):
+    voc_year(tmp_path / "VOC2007", test=["000002", "000003"])
+    assert load("voc", tmp_path).index.labels.tolist() == [7, 7] and load("voc", tmp_path)
+    xml(tmp_path / "VOC2007/Annotations/000003.xml", thing("dog", 1, 1, 9, 3))
+    assert load("voc", tmp_path).index.labels.tolist() == [7, 11] and len(reads) == 2
+    xml(tmp_path / "VOC2007/Annotations/000003.xml", thing("cow", 1, 1, 9, 3))  # of the same size
+    assert load("voc", tmp_path).index.labels.tolist() == [7, 9] and len(reads) == 3
+    xml(tmp_path / "VOC2007/Annotations/000003.xml", thing("cub", 1, 1, 9, 3))
+    for _ in range(2):  # the class is not known, whether the file was read just now or not
+        assert "000003.xml: the class 'cub'" in refused("voc", tmp_path)
+    (tmp_path / "VOC2007/Annotations/000003.xml").unlink()
+    assert "000003.xml cannot be read" in refused("voc", tmp_path)
+    folder = visual_genome(tmp_path)
+    load("vg", tmp_path)
+    images = json.loads((folder / "image_data.json").read_text())
+    (folder / "image_data.json").write_text(json.dumps([image | {"width": 61} for image in images]))
+    assert load("vg", tmp_path).index.sizes.tolist() == [[40, 61]] * 2
+
+
+def test_ones_own_panoptic_file_is_told_from_the_cache(tmp_path, tiny_root, reads, monkeypatch):
+    entry = f"my={tiny_root}/coco/annotations/panoptic_val2017.json:{tiny_root}/coco/val2017"
+    load(entry)
+    monkeypatch.setattr(panoptic, "read_fields", None)
+    assert load(entry).supervision == "panoptic" and len(reads) == 1
+
+
+def test_processes_that_start_at_once_read_once(tmp_path, reads):
+    visual_genome(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        datasets = list(pool.map(lambda _: load("vg", tmp_path), range(4)))
+    assert len(reads) == 1 and len({dataset.index.folder for dataset in datasets}) == 1

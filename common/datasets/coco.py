@@ -2,7 +2,6 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain, count, islice
 from pathlib import Path
@@ -11,16 +10,14 @@ from typing import BinaryIO
 import numpy as np
 
 from common.datasets.base import Dataset
-from common.datasets.index import Index
-from common.datasets.store import Columns, JsonRows, columns_of
+from common.datasets.index import Index, JsonRows, Parts
+from common.datasets.store import cached_index
 from common.datasets.stream import read_fields
 from common.errors import InputError
 from common.labels import DATA, Vocabulary
 
 log = logging.getLogger("concord")
-OPTIONS = ["coco"]  # of the cache: what is read from the file
-ARRAYS = ("file_names", "sizes", "offsets", "boxes", "labels", "areas", "ignore", "image_labels", "image_label_offsets")
-ROWS = ("image_ids", "segmentations", "captions")
+OPTIONS = ["coco"]  # of the cache
 PER_IMAGE = {"negatives": "neg_category_ids", "not_exhaustive": "not_exhaustive_category_ids"}
 TAGS = ("pos_category_ids", "captions")
 
@@ -31,25 +28,24 @@ def read_coco(name: str, annotations: Path, images: Path, metric: str, only_mask
     Classes are the file's categories in the order of their ids; a dataset with a list in data/vocabularies takes its
     names from there (Objects365 publishes some misspelt). Without annotations, the `pos_category_ids` and `captions` of
     its images are read, as in Detic's files of tagged images. A large file is read once and kept as columns in the
-    cache, see `columns_of`.
+    cache, see `cached_index`.
     only_masks: boxes without a mask are left out, with their count in the log
     Raises InputError naming the file, the field and the remedy.
     """
 
-    def convert(blob: BinaryIO, watch: Callable[[bytes], object]) -> tuple[dict, dict]:
-        return to_columns(name, annotations, only_masks, blob, watch)
+    def read(blob: BinaryIO) -> tuple[Index, dict]:
+        return read_index(name, annotations, only_masks, blob)
 
     try:
-        columns = columns_of(annotations, [*OPTIONS, "only masks"] if only_masks else OPTIONS, convert)
-        categories = columns.facts["categories"]
+        index, facts = cached_index(annotations, [*OPTIONS, "only masks"] if only_masks else OPTIONS, read)
+        categories = facts["categories"]
         vocabulary = read_vocabulary(name, annotations, categories)
         by_id = {c["id"]: str(c["frequency"]) for c in categories} if metric == "lvis" else {}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{annotations}: {what} in an entry; a COCO-format json is needed") from None
-    if left_out := columns.facts["left_out"]:
-        log.info("%s: %d boxes without a mask are left out", annotations, left_out)
-    index = from_columns(annotations, columns)
+    if facts["left_out"]:
+        log.info("%s: %d boxes without a mask are left out", annotations, facts["left_out"])
     tagged = index.image_labels is not None
     supervision = "image_labels" if tagged else "boxes" if index.segmentations is None else "instances"
     frequency = "".join(by_id[id] for id in vocabulary.ids) if by_id else None
@@ -62,15 +58,13 @@ def read_o365_instances(name: str, annotations: Path, images: Path, metric: str)
     return replace(dataset, name=name, vocabulary=replace(dataset.vocabulary, dataset=name))
 
 
-def to_columns(
-    name: str, path: Path, only_masks: bool, blob: BinaryIO, watch: Callable[[bytes], object]
-) -> tuple[dict[str, np.ndarray], dict]:
-    """The arrays of an Index and the facts beside them, as `columns_of` wants them; masks go to `blob`."""
+def read_index(name: str, path: Path, only_masks: bool, blob: BinaryIO) -> tuple[Index, dict]:
+    """The index and the facts beside it, as `cached_index` wants them."""
     images = Images(path)
     boxes, categories = Boxes(path, images.number_of_id, only_masks, blob), []
     add = {"images": images.add, "annotations": boxes.add, "categories": categories.extend}
     found, broken = set(), False
-    for field, value in read_fields(path, watch=watch):
+    for field, value in read_fields(path):
         if field in add and isinstance(value, list):
             found.add(field)
             add[field](value)
@@ -86,28 +80,8 @@ def to_columns(
         index = replace(index, **read_tags(path, [images.tags.get(i, {}) for i in range(len(index))], vocabulary))
     if index.segmentations is None:
         blob.truncate(0)
-    arrays = {field: array for field in ARRAYS if (array := getattr(index, field)) is not None}
-    for field in ROWS:
-        if (rows := getattr(index, field)) is not None:
-            arrays |= {f"{field}.starts": rows.starts, f"{field}.ends": rows.ends}
-            arrays |= {f"{field}.text": rows.text} if field != "segmentations" else {}
-    arrays["by_label.images"], arrays["by_label.counts"] = index.by_label
-    facts = {field: list(getattr(index, field).items()) for field in PER_IMAGE}
-    facts["categories"] = [{key: c[key] for key in ("id", "name", "frequency") if key in c} for c in categories]
-    return arrays, facts | {"left_out": boxes.left_out, "num_outside": index.num_outside}
-
-
-def from_columns(path: Path, columns: Columns) -> Index:
-    arrays, facts, rows = columns.arrays, columns.facts, {}
-    for field in ROWS:
-        if f"{field}.starts" in arrays:
-            text = arrays["blob" if field == "segmentations" else f"{field}.text"]
-            rows[field] = JsonRows(text, arrays[f"{field}.starts"], arrays[f"{field}.ends"])
-    per_image = {field: dict(facts[field]) for field in PER_IMAGE}
-    fields = {field: arrays[field] for field in ARRAYS if field in arrays}
-    index = Index(source=str(path), folder=columns.folder, **fields, **rows, **per_image)
-    index.by_label, index.num_outside = (arrays["by_label.images"], arrays["by_label.counts"]), facts["num_outside"]
-    return index
+    kept = [{key: c[key] for key in ("id", "name", "frequency") if key in c} for c in categories]
+    return index, {"categories": kept, "left_out": boxes.left_out}
 
 
 class Images:
@@ -142,9 +116,9 @@ class Boxes:
         self.path, self.number_of_image, self.only_masks, self.blob = path, number_of_image, only_masks, blob
         self.number_of_class = defaultdict(count().__next__)
         self.count, self.left_out, self.has_masks = 0, 0, True
-        types = {"image": np.int32, "class": np.int32, "area": np.float32, "ignore": bool, "mask_length": np.int64}
-        self.parts = {column: [np.zeros(0, type)] for column, type in types.items()}
-        self.parts["box"] = [np.zeros((0, 4), np.float32)]
+        self.parts = Parts(
+            image=np.int32, label=np.int32, box=(np.float32, 4), area=np.float32, ignore=bool, mask_length=np.int64
+        )
 
     def add(self, run: list[dict]) -> None:
         run = self.kept(run)
@@ -153,7 +127,7 @@ class Boxes:
             return
         columns = {
             "image": [self.number_of_image[entry["image_id"]] for entry in run],
-            "class": [self.number_of_class[entry["category_id"]] for entry in run],
+            "label": [self.number_of_class[entry["category_id"]] for entry in run],
             "box": self.read_boxes(run),
             "area": [e["area"] if "area" in e else e["bbox"][2] * e["bbox"][3] for e in run],
             "ignore": [entry.get("iscrowd", 0) for entry in run],
@@ -167,8 +141,7 @@ class Boxes:
             masks = JsonRows.of([entry["segmentation"] for entry in run])
             self.blob.write(masks.text)
             columns["mask_length"] = masks.ends - masks.starts
-        for column, values in columns.items():
-            self.parts[column].append(np.array(values, dtype=self.parts[column][0].dtype))
+        self.parts.add(**columns)
 
     def kept(self, run: list[dict]) -> list[dict]:
         if not self.only_masks:
@@ -193,9 +166,6 @@ class Boxes:
         boxes[:, 2:] += boxes[:, :2]
         return boxes
 
-    def column(self, name: str) -> np.ndarray:
-        return np.concatenate(self.parts.pop(name))
-
     def entry(self, position: int) -> dict:
         """Read again, for a message."""
         runs = (run for field, run in read_fields(self.path) if field == "annotations")
@@ -209,13 +179,13 @@ def to_index(path: Path, images: Images, boxes: Boxes, vocabulary: Vocabulary) -
     if (row_of >= 0).sum() < len(images.ids):
         raise InputError(f"{path}: two images share an id; give each its own")
     label_of = np.array([vocabulary.index_of_id.get(id, -1) for id in boxes.number_of_class], dtype=np.int32)
-    image_of, labels = row_of[boxes.column("image")], label_of[boxes.column("class")]
+    image_of, labels = row_of[boxes.parts.take("image")], label_of[boxes.parts.take("label")]
     for rows, field, place in ((image_of, "image_id", "images"), (labels, "category_id", "categories")):
         if (rows < 0).any():
             entry = boxes.entry(int(np.argmax(rows < 0)))
             raise InputError(f"{path}: annotation {entry.get('id')} has the unknown {field} {entry[field]}; list it in "
                              f"'{place}' or remove the annotation")  # fmt: skip
-    lengths = boxes.column("mask_length")
+    lengths = boxes.parts.take("mask_length")
     ends = np.cumsum(lengths)
     return Index.build(
         source=str(path),
@@ -223,14 +193,17 @@ def to_index(path: Path, images: Images, boxes: Boxes, vocabulary: Vocabulary) -
         image_ids=JsonRows.of(images.ids),
         sizes=np.concatenate(images.sizes),
         image_of=image_of,
-        boxes=boxes.column("box"),
+        boxes=boxes.parts.take("box"),
         labels=labels,
-        areas=boxes.column("area"),
-        ignore=boxes.column("ignore"),
+        areas=boxes.parts.take("area"),
+        ignore=boxes.parts.take("ignore"),
         segmentations=JsonRows(ends[:0], ends - lengths, ends) if boxes.has_masks and boxes.count else None,
         **{
-            field: {row: [vocabulary.index_of_id[id] for id in ids] for row, ids in known.items()}
+            field: JsonRows.of(
+                [[vocabulary.index_of_id[id] for id in known.get(row, ())] for row in range(len(numbers))]
+            )
             for field, known in images.known.items()
+            if known
         },
     )
 

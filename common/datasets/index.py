@@ -2,19 +2,61 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import orjson
 
-from common.datasets.store import JsonRows
 from common.errors import InputError
 
 
 def encoded(names: Iterable[str]) -> np.ndarray:
     """(I,) bytes: names of files, whatever their letters."""
     return np.array([os.fsencode(name) for name in names])
+
+
+class JsonRows(Sequence):
+    """Values as compact json in one array of bytes; each is parsed when it is asked for.
+
+    text: (T,) uint8; row i is text[starts[i]:ends[i]], both (N,) int64
+    """
+
+    def __init__(self, text: np.ndarray, starts: np.ndarray, ends: np.ndarray):
+        self.text, self.starts, self.ends = text, starts, ends
+
+    @classmethod
+    def of(cls, values: Sequence) -> "JsonRows":
+        text, offsets = bytearray(), np.zeros(len(values) + 1, np.int64)
+        for row, value in enumerate(values, 1):
+            text += orjson.dumps(value)  # copied at once: orjson gives even a number the memory of a kilobyte
+            offsets[row] = len(text)
+        return cls(np.frombuffer(text, np.uint8), offsets[:-1], offsets[1:])
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, row: int):
+        return orjson.loads(self.text[self.starts[row] : self.ends[row]].data)
+
+    def take(self, rows: np.ndarray) -> "JsonRows":
+        return JsonRows(self.text, self.starts[rows], self.ends[rows])
+
+
+class Parts:
+    """Columns that grow run by run, each of its type: np.int32, or (np.float32, 4) for rows of four."""
+
+    def __init__(self, **types):
+        self.parts = {name: [np.zeros(0, type)] for name, type in types.items()}
+
+    def add(self, **runs: Sequence) -> None:
+        for name, values in runs.items():
+            self.parts[name].append(np.array(values, dtype=self.parts[name][0].dtype))
+
+    def take(self, name: str) -> np.ndarray:
+        """The whole column, which is forgotten here."""
+        return np.concatenate(self.parts.pop(name))
 
 
 @dataclass
@@ -31,7 +73,8 @@ class Index:
     areas:      (A,) float32 square pixels as annotated (COCO: of the mask), for the metrics' size ranges
     ignore:     (A,) bool: crowd or group-of; never trained on, neither hit nor miss in the metric
     segmentations: A COCO polygons or RLEs, or None; JsonRows where a file gave them
-    negatives, not_exhaustive: per image the labels verified absent, and those annotated in part (LVIS, OpenImages)
+    negatives, not_exhaustive: the labels of each image that are verified absent, and those annotated in part (LVIS,
+                OpenImages); None where the format has none
     image_labels: (P,) int32 labels of whole images, without boxes; None for box data
     image_label_offsets: (I + 1,) int64; the image labels of image i are rows offsets[i]:offsets[i + 1]
     captions:   the sentences of each image, or None
@@ -51,8 +94,8 @@ class Index:
     ignore: np.ndarray
     relative: bool = False
     segmentations: Sequence | None = None
-    negatives: dict[int, list[int]] = field(default_factory=dict)
-    not_exhaustive: dict[int, list[int]] = field(default_factory=dict)
+    negatives: Sequence[Sequence[int]] | None = None
+    not_exhaustive: Sequence[Sequence[int]] | None = None
     image_labels: np.ndarray | None = None
     image_label_offsets: np.ndarray | None = None
     captions: Sequence[Sequence[str]] | None = None
@@ -140,7 +183,8 @@ class Index:
             )
         order = np.argsort(image_of, kind="stable")
         offsets = np.concatenate([[0], np.cumsum(np.bincount(image_of, minlength=len(file_names)))]).astype(np.int64)
-        segmentations = _take(extra.pop("segmentations", None), order)
+        for field in ("segmentations", "segment_ids"):  # the others of `extra` are of images
+            extra[field] = _take(extra.get(field), order)
         return cls(
             source=source,
             file_names=encoded(file_names),
@@ -151,7 +195,6 @@ class Index:
             labels=np.asarray(labels, dtype=np.int32)[order],
             areas=np.asarray(areas, dtype=np.float32)[order],
             ignore=np.asarray(ignore, dtype=bool)[order],
-            segmentations=segmentations,
             **extra,
         )
 
@@ -159,4 +202,6 @@ class Index:
 def _take(values: Sequence | None, rows: np.ndarray) -> Sequence | None:
     if isinstance(values, JsonRows):
         return values.take(rows)
+    if isinstance(values, np.ndarray):
+        return values[rows]
     return None if values is None else [values[row] for row in rows]

@@ -2,23 +2,28 @@
 
 import csv
 import logging
+from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from common.datasets.base import Dataset
-from common.datasets.index import Index
+from common.datasets.index import Index, Parts
+from common.datasets.store import cached_index
 from common.datasets.stream import read_json
 from common.errors import InputError
 from common.labels import Vocabulary
 
 log = logging.getLogger("concord")
 CLASSES, TREE = "class-descriptions-boxable.csv", "bbox_labels_600_hierarchy.json"
+RUN = 100_000  # rows that are Python objects at a time
 
 
 def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> Dataset:
     """Read `*-annotations-bbox.csv`; class list, tree and verified labels are looked for beside it or above.
 
+    Large files are read once and kept as columns in the cache, see `cached_index`.
     Raises InputError naming the file, the row and the remedy.
     """
     classes = beside(annotations, CLASSES)
@@ -31,10 +36,19 @@ def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> 
         listed = Vocabulary.known("oid")
     vocabulary = Vocabulary.known(name) if name == "oid500" else listed
     tree = beside(annotations, TREE)
-    index = read_index(annotations, listed, vocabulary)
     verified = beside(annotations, annotations.name.replace("bbox", "human-imagelabels-boxable"))
-    if verified:
-        index.negatives = read_negatives(verified, index, vocabulary)
+
+    def read(blob: BinaryIO) -> tuple[Index, dict]:
+        index, left_out = read_index(annotations, listed, vocabulary)
+        if verified:
+            index.negatives = read_negatives(verified, index, vocabulary)
+        return index, {"left_out": left_out}
+
+    files = [path for path in (annotations, verified) if path]
+    index, facts = cached_index(annotations, ["oid", listed.ids, vocabulary.ids], read, files)
+    if facts["left_out"]:
+        log.info("%s: %d boxes of classes that are not among the %d are left out", annotations, facts["left_out"],
+                 len(vocabulary))  # fmt: skip
     return Dataset(name, vocabulary, index, images, metric, hierarchy=read_json(tree) if tree else None)
 
 
@@ -65,49 +79,50 @@ def read_table(path: Path, columns: list[str]):
         yield number, [row[i] for i in at]
 
 
-def read_index(path: Path, listed: Vocabulary, vocabulary: Vocabulary) -> Index:
-    """Boxes of classes that are `listed` but not in `vocabulary` are left out, with their count in the log."""
+def read_index(path: Path, listed: Vocabulary, vocabulary: Vocabulary) -> tuple[Index, int]:
+    """And the number of boxes of classes that are `listed` but not in `vocabulary`, which are left out."""
     row_of: dict[str, int] = {}
-    image_of, boxes, labels, group, left_out = [], [], [], [], 0
-    for line, (image, mid, *corners, group_of) in read_table(
-        path, ["ImageID", "LabelName", "XMin", "YMin", "XMax", "YMax", "IsGroupOf"]
-    ):
-        if mid not in listed.index_of_id:
-            raise InputError(f"{path}: line {line} has the unknown LabelName '{mid}'; {CLASSES} must list it")
-        if mid not in vocabulary.index_of_id:
-            left_out += 1
-            continue
-        if "/" in image or image.startswith("."):
-            raise InputError(f"{path}: line {line} has the ImageID '{image}', which leaves the image folder")
-        try:
-            boxes.append([float(c) for c in corners])
-        except ValueError:
-            raise InputError(f"{path}: line {line} has a box that is no number ({', '.join(corners)})") from None
-        image_of.append(row_of.setdefault(image, len(row_of)))
-        labels.append(vocabulary.index_of_id[mid])
-        group.append(group_of == "1")
-    if left_out:
-        log.info(f"{path}: {left_out} boxes of classes that are not among the {len(vocabulary)} are left out")
-    corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    return Index.build(
+    parts, left_out = Parts(image=np.int32, box=(np.float32, 4), label=np.int32, group=bool), 0
+    rows = read_table(path, ["ImageID", "LabelName", "XMin", "YMin", "XMax", "YMax", "IsGroupOf"])
+    while run := list(islice(rows, RUN)):
+        image_of, boxes, labels, group = [], [], [], []
+        for line, (image, mid, *corners, group_of) in run:
+            if mid not in listed.index_of_id:
+                raise InputError(f"{path}: line {line} has the unknown LabelName '{mid}'; {CLASSES} must list it")
+            if mid not in vocabulary.index_of_id:
+                left_out += 1
+                continue
+            if "/" in image or image.startswith("."):
+                raise InputError(f"{path}: line {line} has the ImageID '{image}', which leaves the image folder")
+            try:
+                boxes.append([float(c) for c in corners])
+            except ValueError:
+                raise InputError(f"{path}: line {line} has a box that is no number ({', '.join(corners)})") from None
+            image_of.append(row_of.setdefault(image, len(row_of)))
+            labels.append(vocabulary.index_of_id[mid])
+            group.append(group_of == "1")
+        parts.add(image=image_of, box=np.reshape(boxes, (-1, 4)), label=labels, group=group)
+    boxes = parts.take("box")
+    index = Index.build(
         source=str(path),
         file_names=[f"{image}.jpg" for image in row_of],
         image_ids=list(row_of),
         sizes=np.zeros((len(row_of), 2)),  # the csv does not tell
-        image_of=image_of,
-        boxes=corners,
-        labels=labels,
-        areas=(corners[:, 2:] - corners[:, :2]).prod(1),
-        ignore=group,
+        image_of=parts.take("image"),
+        boxes=boxes,
+        labels=parts.take("label"),
+        areas=(boxes[:, 2:] - boxes[:, :2]).prod(1),
+        ignore=parts.take("group"),
         relative=True,
     )
+    return index, left_out
 
 
-def read_negatives(path: Path, index: Index, vocabulary: Vocabulary) -> dict[int, list[int]]:
-    """Labels that people verified to be absent, per row of the index."""
+def read_negatives(path: Path, index: Index, vocabulary: Vocabulary) -> list[list[int]]:
+    """Labels that people verified to be absent, for each image of the index."""
     row_of = {id: row for row, id in enumerate(index.image_ids)}
-    negatives: dict[int, list[int]] = {}
+    negatives = [[] for _ in row_of]
     for _, (image, mid, confidence) in read_table(path, ["ImageID", "LabelName", "Confidence"]):
         if confidence.strip() in ("0", "0.0") and image in row_of and mid in vocabulary.index_of_id:
-            negatives.setdefault(row_of[image], []).append(vocabulary.index_of_id[mid])
+            negatives[row_of[image]].append(vocabulary.index_of_id[mid])
     return negatives

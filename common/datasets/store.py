@@ -1,133 +1,157 @@
-"""What was made of a large annotation file, kept as columns on disk and memory-mapped by every later start."""
+"""What was made of large annotation files, kept as columns on disk and memory-mapped by every later start."""
 
 import hashlib
 import io
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import orjson
+from filelock import FileLock
 
+from common.datasets.index import Index, JsonRows
 from common.paths import atomic_path, cache_dir
 
 log = logging.getLogger("concord")
-VERSION = 1  # of the columns and what they mean; other versions are made again
+VERSION = 2  # of the columns and what they mean; other versions are made again
 LARGE = 8 << 20  # bytes; smaller files are read as fast as their columns are found
+ARRAYS = (
+    *("file_names", "sizes", "offsets", "boxes", "labels", "areas", "ignore"),
+    *("image_labels", "image_label_offsets", "map_names", "segment_ids"),
+)
+ROWS = ("image_ids", "segmentations", "negatives", "not_exhaustive", "captions")
+
+# read(blob) -> (index, facts): what is in the files; json can write the facts. The masks' json is written to `blob`
+# instead of to segmentations.text
+Read = Callable[[BinaryIO], tuple[Index, dict]]
 
 
-class JsonRows(Sequence):
-    """Values as compact json in one array of bytes; each is parsed when it is asked for.
-
-    text: (T,) uint8; row i is text[starts[i]:ends[i]], both (N,) int64
-    """
-
-    def __init__(self, text: np.ndarray, starts: np.ndarray, ends: np.ndarray):
-        self.text, self.starts, self.ends = text, starts, ends
-
-    @classmethod
-    def of(cls, values: Sequence) -> "JsonRows":
-        text, offsets = bytearray(), np.zeros(len(values) + 1, np.int64)
-        for row, value in enumerate(values, 1):
-            text += orjson.dumps(value)  # copied at once: orjson gives even a number the memory of a kilobyte
-            offsets[row] = len(text)
-        return cls(np.frombuffer(text, np.uint8), offsets[:-1], offsets[1:])
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, row: int):
-        return orjson.loads(self.text[self.starts[row] : self.ends[row]].data)
-
-    def take(self, rows: np.ndarray) -> "JsonRows":
-        return JsonRows(self.text, self.starts[rows], self.ends[rows])
-
-
-@dataclass
-class Columns:
-    """arrays by name, `blob` (T,) uint8 among them; facts, which json can write; their folder, None in memory alone."""
-
-    arrays: dict[str, np.ndarray]
-    facts: dict
-    folder: Path | None = None
-
-
-# convert(blob, watch) -> (arrays, facts); it writes what becomes the array `blob`, and shows `watch` the file's bytes
-Convert = Callable[[BinaryIO, Callable[[bytes], object]], tuple[dict[str, np.ndarray], dict]]
-
-
-def columns_of(source: Path, options: list, convert: Convert) -> Columns:
-    """The columns of the file `source`: of a large one those in the cache, else what `convert` makes of it.
+def cached_index(source: Path, options: list, read: Read, files: Sequence[Path] = ()) -> tuple[Index, dict]:
+    """What `read` makes of `source`, the index and the facts beside it; of large files from the cache.
 
     options: what else decides the result; json can write it
-    A file of the same size and time is the same; of another time, its hash decides. A damaged folder is made again; a
-    cache that cannot be written costs a warning line, never an error.
+    files:   those that are read, if there are more than `source`
+    Files of the same sizes and times are the same; at other times, their hash decides. A damaged folder is made again;
+    a cache that cannot be written costs a warning line, never an error. One process reads, while others wait for it.
     """
-    if source.stat().st_size >= LARGE:
-        if found := find_columns(source, options):
+    files = files or [source]
+    try:
+        stamps = _stamps(files)
+    except OSError:  # `read` says it better
+        stamps = []
+    if sum(size for size, _ in stamps) >= LARGE:
+        folder = _folder(source, options, files)
+        if found := _find(source, folder, files, stamps):
             return found
         try:
-            return _store(_folder(source, options), source, convert)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_suffix(".lock")):
+                return _find(source, folder, files, stamps) or _store(source, folder, files, stamps, read)
         except OSError as error:
-            log.warning("%s cannot be written, so %s is read as a whole at each start (%s)", cache_dir(), source, error)
+            log.warning("%s cannot be written, so %s is read as a whole at each start (%s)", folder.parent, source,
+                        error)  # fmt: skip
     blob = io.BytesIO()
-    arrays, facts = convert(blob, len)
-    return Columns(arrays | {"blob": np.frombuffer(blob.getbuffer(), np.uint8)}, facts)
+    arrays, record = _pack(*read(blob))
+    return _unpack(source, arrays | {"blob": np.frombuffer(blob.getbuffer(), np.uint8)}, record)
 
 
-def find_columns(source: Path, options: list) -> Columns | None:
-    """What the cache holds of `source` as it is now, if that is whole."""
-    folder = _folder(source, options)
-    try:
-        record, stat = json.loads((folder / "facts.json").read_text()), source.stat()
-        if record["size"] != stat.st_size:
-            return None
-        if record["time"] != stat.st_mtime_ns:
-            if record["hash"] != _hash(source):
-                return None
-            write_json(folder / "facts.json", record | {"time": stat.st_mtime_ns})
-        arrays = _map(folder, record["arrays"])
-        if _forms(arrays) != record["arrays"]:
-            return None
-        return Columns(arrays, record["facts"], folder)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+def is_cached(source: Path, options: list) -> bool:
+    """Whether `cached_index` with these arguments would not read the file."""
+    return _find(source, _folder(source, options, [source]), [source], _stamps([source])) is not None
 
 
 def write_json(path: Path, record: object) -> None:
     """Write what spares time at the next start; where that is not possible, one warning line says so."""
     try:
         with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(record))
+            temporary.write_bytes(orjson.dumps(record))
     except OSError as error:
         log.warning("%s cannot be written, so the next start takes longer (%s)", path, error)
 
 
-def _folder(source: Path, options: list) -> Path:
-    key = json.dumps([VERSION, str(source.absolute()), *options])
-    return cache_dir() / "annotations" / hashlib.sha256(key.encode()).hexdigest()[:32]
+def _folder(source: Path, options: list, files: Sequence[Path]) -> Path:
+    digest = hashlib.sha256(orjson.dumps([VERSION, *options]))
+    for path in (source, *files):
+        digest.update(b"\0" + bytes(path.absolute()))
+    return cache_dir() / "annotations" / digest.hexdigest()[:32]
 
 
-def _store(folder: Path, source: Path, convert: Convert) -> Columns:
-    stat, digest = source.stat(), hashlib.sha256()
+def _stamps(files: Sequence[Path]) -> list[list[int]]:
+    """Size and time of each."""
+    stats = (path.stat() for path in files)
+    return [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+
+
+def _hash(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _find(source: Path, folder: Path, files: Sequence[Path], stamps: list[list[int]]) -> tuple[Index, dict] | None:
+    """What the folder holds, if that is whole and of the files as they are now."""
+    try:
+        record = orjson.loads((folder / "facts.json").read_bytes())
+        if [size for size, _ in record["stamps"]] != [size for size, _ in stamps]:
+            return None
+        if record["stamps"] != stamps:
+            if record["hash"] != _hash(files):
+                return None
+            write_json(folder / "facts.json", record | {"stamps": stamps})
+        arrays = _map(folder, record["arrays"])
+        return _unpack(source, arrays, record, folder) if _forms(arrays) == record["arrays"] else None
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _store(
+    source: Path, folder: Path, files: Sequence[Path], stamps: list[list[int]], read: Read
+) -> tuple[Index, dict]:
+    gigabytes = sum(size for size, _ in stamps) / 1e9
+    log.info("%s (%.1f GB) is read once; later starts use %s", source, gigabytes, folder)
+    digest = _hash(files)  # first: a file that changes after it is found to be another
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        log.info("%s (%.1f GB) is read once; later starts use %s", source, stat.st_size / 1e9, folder)
         with (temporary / "blob.bin").open("wb") as blob:
-            arrays, facts = convert(blob, digest.update)
+            arrays, record = _pack(*read(blob))
         names = [*arrays, "blob"]
         for name in list(arrays):
             np.save(temporary / f"{name}.npy", arrays.pop(name))
         arrays = _map(temporary, names)  # before the folder takes its place, where another process may replace it
-        record = {"size": stat.st_size, "time": stat.st_mtime_ns, "hash": digest.hexdigest()}
-        record |= {"arrays": _forms(arrays), "facts": facts}
-        (temporary / "facts.json").write_text(json.dumps(record))
+        record |= {"stamps": stamps, "hash": digest, "arrays": _forms(arrays)}
+        (temporary / "facts.json").write_bytes(orjson.dumps(record))
         shutil.rmtree(folder, ignore_errors=True)  # one folder cannot replace another
-    return Columns(arrays, facts, folder)
+    return _unpack(source, arrays, record, folder)
+
+
+def _pack(index: Index, facts: dict) -> tuple[dict[str, np.ndarray], dict]:
+    """Arrays but for the masks' text, and a record of the rest. What samplers want is computed once and for all."""
+    arrays = {field: array for field in ARRAYS if (array := getattr(index, field)) is not None}
+    for field in ROWS:
+        if (values := getattr(index, field)) is not None:
+            rows = values if isinstance(values, JsonRows) else JsonRows.of(values)
+            arrays |= {f"{field}.starts": rows.starts, f"{field}.ends": rows.ends}
+            arrays |= {f"{field}.text": rows.text} if field != "segmentations" else {}
+    arrays["by_label.images"], arrays["by_label.counts"] = index.by_label
+    return arrays, {"relative": index.relative, "num_outside": index.num_outside, "facts": facts}
+
+
+def _unpack(source: Path, arrays: dict, record: dict, folder: Path | None = None) -> tuple[Index, dict]:
+    rows = {}
+    for field in ROWS:
+        if f"{field}.starts" in arrays:
+            text = arrays["blob" if field == "segmentations" else f"{field}.text"]
+            rows[field] = JsonRows(text, arrays[f"{field}.starts"], arrays[f"{field}.ends"])
+    fields = {field: arrays[field] for field in ARRAYS if field in arrays}
+    index = Index(str(source), relative=record["relative"], folder=folder, **fields, **rows)
+    index.by_label, index.num_outside = (arrays["by_label.images"], arrays["by_label.counts"]), record["num_outside"]
+    return index, record["facts"]
 
 
 def _map(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
@@ -139,11 +163,3 @@ def _map(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 def _forms(arrays: dict[str, np.ndarray]) -> dict[str, list]:
     return {name: [str(array.dtype), *array.shape] for name, array in arrays.items()}
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

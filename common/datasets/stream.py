@@ -35,20 +35,38 @@ def not_json(path: Path, what: object) -> InputError:
                       "download it again")  # fmt: skip
 
 
-def read_fields(
-    path: Path, chunk: int = CHUNK, watch: Callable[[bytes], object] | None = None
-) -> Iterator[tuple[str, object]]:
+def read_fields(path: Path, chunk: int = CHUNK) -> Iterator[tuple[str, object]]:
     """(field, value) of each field of the json object in a file, in its order; about `chunk` bytes are in memory.
 
     A list comes in runs of whole elements under the same field, at least one; an empty list is an empty run.
-    watch: is shown all bytes of the file
     Raises InputError for a file that cannot be read, is no json or no object, or has a field twice.
     """
+    with window(path, chunk) as text:
+        yield from _fields(text, path)
+
+
+def read_elements(path: Path, chunk: int = CHUNK) -> Iterator[object]:
+    """The elements of the json list in a file, with about `chunk` bytes of it in memory.
+
+    Raises InputError for a file that cannot be read, is no json or no list.
+    """
+    with window(path, chunk) as text:
+        if text.peek() == b"{":
+            raise InputError(f"{path} holds a json object; a list is needed")
+        text.next(b"[")
+        for run in _runs(text):
+            yield from run
+        text.end()
+
+
+@contextmanager
+def window(path: Path, chunk: int) -> Iterator["Window"]:
+    """The text of a json file. Raises InputError for what is wrong with it."""
     try:
         with no_collector(), path.open("rb") as file:
-            text = Window(file.read, chunk, watch or len)
+            text = Window(file.read, chunk)
             try:
-                yield from _fields(text, path)
+                yield text
             except orjson.JSONDecodeError as error:
                 raise not_json(path, f"{error.msg}, near byte {text.used + error.pos}") from None
     except OSError as error:
@@ -70,13 +88,12 @@ def no_collector() -> Iterator[None]:
 class Window:
     """The bytes of a file that were read and not yet used."""
 
-    def __init__(self, read: Callable[[int], bytes], chunk: int, watch: Callable[[bytes], object]):
-        self.read, self.chunk, self.watch, self.held, self.used = read, chunk, watch, b"", 0
+    def __init__(self, read: Callable[[int], bytes], chunk: int):
+        self.read, self.chunk, self.held, self.used = read, chunk, b"", 0
 
     def more(self) -> bool:
         """Read on, at least as much as is held: so a value of many chunks is not scanned for each. False at the end."""
         new = self.read(max(self.chunk, len(self.held)))
-        self.watch(new)
         self.held += new
         return bool(new)
 
@@ -108,6 +125,10 @@ class Window:
         self.use(1)
         return found
 
+    def end(self) -> None:
+        if self.peek():
+            raise orjson.JSONDecodeError("unexpected content after document", "", 0)
+
 
 def _fields(text: Window, path: Path) -> Iterator[tuple[str, object]]:
     if text.peek() != b"{":
@@ -134,8 +155,7 @@ def _fields(text: Window, path: Path) -> Iterator[tuple[str, object]]:
             text.use(end)
             yield field, value
         ended = text.next(b",}") == b"}"
-    if text.peek():
-        raise orjson.JSONDecodeError("unexpected content after document", "", 0)
+    text.end()
 
 
 def _value_end(text: bytes) -> int | None:

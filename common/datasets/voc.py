@@ -1,6 +1,7 @@
 """Pascal VOC's xml files, one for each image: VOC itself, the boxes of ImageNet, and one's own folders."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -10,6 +11,7 @@ from common.datasets.base import Dataset
 from common.datasets.folder import IMAGES, class_names
 from common.datasets.index import Index
 from common.datasets.semantic import listing
+from common.datasets.store import cached_index
 from common.errors import InputError
 from common.labels import Vocabulary
 
@@ -22,6 +24,7 @@ def read_voc(name: str, annotations: Path, images: Path, metric: str = "coco") -
 
     An image has the name of its xml file; images without one are left out and counted in the log. Corners are pixels
     counted from 1, the last one inside: a box spans xmin - 1 to xmax. Difficult objects are ignored as crowds are.
+    Many files are read once and kept as columns in the cache, see `cached_index`.
     Source of the pixels' meaning: facebookresearch/detectron2:detectron2/data/datasets/pascal_voc.py
 
     voc:    its 20 classes; the list trainval.txt stands for those of all years
@@ -31,33 +34,44 @@ def read_voc(name: str, annotations: Path, images: Path, metric: str = "coco") -
     name or four corners, a class that is not one of VOC's, no image of its name.
     """
     files = listed(annotations, images) if annotations.is_file() else paired(name, annotations, images)
+    xmls, photos = [xml for xml, _ in files.values()], [photo for _, photo in files.values()]
+    index, facts = cached_index(annotations, ["voc", *photos], lambda _: read_index(annotations, files), xmls)
+    vocabulary, label_of = read_classes(name, images, facts["classes"])
+    for title in facts["classes"]:
+        if title not in label_of:
+            xml = next(xml for xml in xmls if any(title == each for each, *_ in read_xml(xml)[1]))
+            raise InputError(f"{xml}: the class '{title}' is not one of '{name}'; is it another dataset's file? then "
+                             "name it: --datasets my=ANNOTATIONS/:IMAGES/")  # fmt: skip
+    labels = np.array([label_of[title] for title in facts["classes"]], dtype=np.int32)
+    if (labels != np.arange(len(labels))).any():
+        index = replace(index, labels=labels[index.labels])
+    return Dataset(name, vocabulary, index, images, metric)
+
+
+def read_index(source: Path, files: dict[str, tuple[Path, str]]) -> tuple[Index, dict]:
+    """With the labels of the classes as the xml files write them, sorted."""
     sizes, objects = [], []
     for row, (xml, _) in enumerate(files.values()):
         size, found = read_xml(xml)
         sizes.append(size)
         objects += [(row, *each) for each in found]
     if not objects:
-        raise InputError(f"{annotations}: none of its {len(files)} xml files has an object; name another")
-    image_of, classes, boxes, difficult = zip(*objects)
-    vocabulary, label_of = read_classes(name, images, classes)
-    for row, title in zip(image_of, classes):
-        if title not in label_of:
-            xml, _ = list(files.values())[row]
-            raise InputError(f"{xml}: the class '{title}' is not one of '{name}'; is it another dataset's file? then "
-                             "name it: --datasets my=ANNOTATIONS/:IMAGES/")  # fmt: skip
+        raise InputError(f"{source}: none of its {len(files)} xml files has an object; name another")
+    image_of, titles, boxes, difficult = zip(*objects)
+    classes, labels = np.unique(titles, return_inverse=True)
     boxes = np.array(boxes) - (1, 1, 0, 0)
     index = Index.build(
-        source=str(annotations),
+        source=str(source),
         file_names=[image for _, image in files.values()],
         image_ids=list(files),
         sizes=sizes,
         image_of=image_of,
         boxes=boxes,
-        labels=[label_of[title] for title in classes],
+        labels=labels,
         areas=(boxes[:, 2:] - boxes[:, :2]).prod(axis=1),
         ignore=difficult,
     )
-    return Dataset(name, vocabulary, index, images, metric)
+    return index, {"classes": classes.tolist()}
 
 
 def holds_xml(folder: Path) -> bool:
@@ -128,12 +142,11 @@ def read_xml(path: Path) -> tuple[tuple[int, int], list[tuple[str, list[float], 
     return (height, width), objects
 
 
-def read_classes(name: str, images: Path, classes: tuple[str, ...]) -> tuple[Vocabulary, dict[str, int]]:
+def read_classes(name: str, images: Path, written: list[str]) -> tuple[Vocabulary, dict[str, int]]:
     """The vocabulary, and the label of each class as the xml files write it."""
     if name == "voc":
         vocabulary = Vocabulary.known(name)
         return vocabulary, {title: label for label, title in enumerate(vocabulary.names)}
-    written = sorted(set(classes))
     names = class_names(images, written)  # what is no WordNet id stands for itself
     ids: dict[str, str] = {}
     for title, word in zip(written, names):
