@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import math
+import multiprocessing
 import os
 import platform
 import resource
@@ -159,6 +160,8 @@ def run_command(main) -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # every tensor from a data loading process needs a file
+    if sys.platform == "linux":  # Python 3.14's default would give every worker a copy of the mapped annotations
+        multiprocessing.set_start_method("fork", force=True)
     try:
         main()
     except InputError as error:

@@ -2,14 +2,17 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import random
+import sys
 from dataclasses import fields
 from itertools import islice
 
 import numpy as np
 import orjson
 import pytest
+import torch
 from conftest import REAL
 
 from common import paths
@@ -20,6 +23,7 @@ from common.datasets.index import JsonRows
 from common.datasets.stream import read_fields, read_json
 from common.errors import InputError
 from common.sampling import ClassAwareSampler, repeat_factors
+from common.training import run_command
 
 # -- runs of elements
 
@@ -435,6 +439,18 @@ def test_a_list_of_images_that_cannot_be_kept_costs_a_line(tmp_path, caplog):
     assert "the next start takes longer" in caplog.text
     (tmp_path / "memo.json").write_text("no json")
     assert missing_files(tmp_path, ["a.jpg", "b.jpg"], tmp_path / "memo.json") == ["b.jpg"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere forked processes are not safe")
+def test_workers_share_the_mapped_pages():
+    """Those that do not fork are sent the arrays."""
+    started, before = [], multiprocessing.get_start_method()
+    try:
+        multiprocessing.set_start_method("spawn", force=True)
+        run_command(lambda: started.append(torch.multiprocessing.get_start_method()))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert started == ["fork"]
 
 
 def test_a_large_file_by_its_name(tmp_path, cache, conversions):

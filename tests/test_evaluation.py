@@ -346,7 +346,7 @@ def test_lvis_keeps_300_detections():
 
 
 def random_lvis(seed):
-    """`random_dataset` without crowds, as LVIS has none, with rare, common and frequent classes and partly known images."""
+    """`random_dataset` without crowds, which LVIS has not, with its three frequencies and partly known images."""
     coco, predictions = random_dataset(seed)
     rng, index, classes = np.random.default_rng(seed), coco.index, len(coco.vocabulary)
     annotated = [set(index.labels[index.rows(i)].tolist()) for i in range(len(index))]
