@@ -448,6 +448,56 @@ def test_the_vocabularies_are_those_published():
     assert [label["evaluate"] for label in published] == [True] * 65 + [False]  # 65: unlabelled
 
 
+# -- OpenImages
+
+HEADER = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
+
+
+def openimages_files(root, box="{part}-annotations-bbox.csv", label="{part}-annotations-human-imagelabels-boxable.csv"):
+    """An infant bed (of the 500 classes) and a toothbrush (of the 601 alone) in a; b has a verified label and no box."""
+    folder = root / "oid/annotations"
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("train", "validation"):
+        bed, brush = "a,xclick,/m/061hd_,1,0.1,0.5,0.2,0.6,0,0,1,0,0", "a,xclick,/m/012xff,1,0,1,0,1,0,0,0,0,0"
+        (folder / box.format(part=part)).write_text("\n".join([HEADER, bed, brush, ""]))
+        labels = ["ImageID,Source,LabelName,Confidence", "a,verification,/m/061hd_,1", "b,verification,/m/061hd_,0"]
+        (folder / label.format(part=part)).write_text("\n".join([*labels, ""]))
+        photo(root / f"oid/images/{part}/a.jpg")
+        photo(root / f"oid/images/{part}/b.jpg")
+
+
+def test_openimages_with_500_and_601_classes(tmp_path, caplog):
+    openimages_files(tmp_path)
+    with caplog.at_level(logging.INFO, "concord"):
+        all_classes, challenge = load("oid", tmp_path, "train"), load("oid500", tmp_path, "train")
+    assert "1 boxes of classes that are not among the 500 are left out" in caplog.text
+    assert (len(all_classes.vocabulary), len(challenge.vocabulary)) == (601, 500) and len(all_classes) == 1
+    assert [all_classes.vocabulary.names[k] for k in all_classes.index.labels] == ["Infant bed", "Toothbrush"]
+    assert challenge.index.boxes.tolist() == [
+        pytest.approx([0.1, 0.2, 0.5, 0.6])
+    ]  # x, y, x, y; the file has x, x, y, y
+    assert all_classes.index.ignore.tolist() == [True, False]  # a group
+
+
+def test_what_is_verified_absent_is_evaluated_without_a_box(tmp_path):
+    openimages_files(tmp_path)
+    dataset = load("oid500", tmp_path)
+    assert [dataset.index.file_name(i) for i in range(2)] == ["a.jpg", "b.jpg"]
+    assert list(dataset.index.negatives) == [[], [dataset.vocabulary.index_of_id["/m/061hd_"]]]
+    assert len(dataset.load(1).boxes) == 0
+
+
+def test_the_challenge_has_files_of_its_own(tmp_path):
+    openimages_files(
+        tmp_path, *(f"challenge-2019-{{part}}-detection-{kind}.csv" for kind in ("bbox", "human-imagelabels"))
+    )
+    tree = {"LabelName": "/m/0bl9f", "Subcategory": [{"LabelName": "/m/061hd_"}]}
+    (tmp_path / "oid/annotations/challenge-2019-label500-hierarchy.json").write_text(json.dumps(tree))
+    dataset = load("oid500", tmp_path)
+    assert dataset.hierarchy == tree and len(dataset) == 2 and len(load("oid500", tmp_path, "train")) == 1
+    assert "validation-annotations-bbox.csv does not exist" in refused("oid", tmp_path)
+
+
 # -- what large files are kept as
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -16,13 +17,16 @@ from common.errors import InputError
 from common.labels import Vocabulary
 
 log = logging.getLogger("concord")
-CLASSES, TREE = "class-descriptions-boxable.csv", "bbox_labels_600_hierarchy.json"
+CLASSES = "class-descriptions-boxable.csv"
+TREES = ("bbox_labels_600_hierarchy.json", "challenge-2019-label500-hierarchy.json")
 RUN = 100_000  # rows that are Python objects at a time
 
 
 def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> Dataset:
-    """Read `*-annotations-bbox.csv`; class list, tree and verified labels are looked for beside it or above.
+    """Read `*-annotations-bbox.csv` or the challenge's; class list, tree, verified labels are beside it or above.
 
+    Of a validation file, images without a box that have a verified label are listed too: what is found there is wrong.
+    Source: tensorflow/models:research/object_detection/metrics/oid_challenge_evaluation.py.
     Large files are read once and kept as columns in the cache, see `cached_index`.
     Raises InputError naming the file, the row and the remedy.
     """
@@ -35,13 +39,16 @@ def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> 
     else:
         listed = Vocabulary.known("oid")
     vocabulary = Vocabulary.known(name) if name == "oid500" else listed
-    tree = beside(annotations, TREE)
-    verified = beside(annotations, annotations.name.replace("bbox", "human-imagelabels-boxable"))
+    tree = beside(annotations, *TREES)
+    labels = [annotations.name.replace("bbox", f"human-imagelabels{ending}") for ending in ("-boxable", "")]
+    verified = beside(annotations, *labels)
 
-    def read(blob: BinaryIO) -> tuple[Index, dict]:
-        index, left_out = read_index(annotations, listed, vocabulary)
+    def read(_: BinaryIO) -> tuple[Index, dict]:
+        negatives = read_negatives(verified, vocabulary) if verified else {}
+        evaluated = negatives if "validation" in annotations.name else ()
+        index, left_out = read_index(annotations, listed, vocabulary, evaluated)
         if verified:
-            index.negatives = read_negatives(verified, index, vocabulary)
+            index.negatives = [negatives.get(id, []) for id in index.image_ids]
         return index, {"left_out": left_out}
 
     files = [path for path in (annotations, verified) if path]
@@ -52,9 +59,10 @@ def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> 
     return Dataset(name, vocabulary, index, images, metric, hierarchy=read_json(tree) if tree else None)
 
 
-def beside(annotations: Path, name: str) -> Path | None:
-    """`name` in the folder of the annotations or the one above."""
-    return next((p for p in (annotations.parent / name, annotations.parent.parent / name) if p.is_file()), None)
+def beside(annotations: Path, *names: str) -> Path | None:
+    """The first of the files that exists in the folder of the annotations or the one above."""
+    places = [folder / name for name in names for folder in (annotations.parent, annotations.parent.parent)]
+    return next((place for place in places if place.is_file()), None)
 
 
 def read_rows(path: Path):
@@ -79,8 +87,13 @@ def read_table(path: Path, columns: list[str]):
         yield number, [row[i] for i in at]
 
 
-def read_index(path: Path, listed: Vocabulary, vocabulary: Vocabulary) -> tuple[Index, int]:
-    """And the number of boxes of classes that are `listed` but not in `vocabulary`, which are left out."""
+def read_index(
+    path: Path, listed: Vocabulary, vocabulary: Vocabulary, without_box: Iterable[str] = ()
+) -> tuple[Index, int]:
+    """And the number of boxes of classes that are `listed` but not in `vocabulary`, which are left out.
+
+    without_box: images to list, too; with a box or not
+    """
     row_of: dict[str, int] = {}
     parts, left_out = Parts(image=np.int32, box=(np.float32, 4), label=np.int32, group=bool), 0
     rows = read_table(path, ["ImageID", "LabelName", "XMin", "YMin", "XMax", "YMax", "IsGroupOf"])
@@ -92,8 +105,7 @@ def read_index(path: Path, listed: Vocabulary, vocabulary: Vocabulary) -> tuple[
             if mid not in vocabulary.index_of_id:
                 left_out += 1
                 continue
-            if "/" in image or image.startswith("."):
-                raise InputError(f"{path}: line {line} has the ImageID '{image}', which leaves the image folder")
+            refuse_path(path, line, image)
             try:
                 boxes.append([float(c) for c in corners])
             except ValueError:
@@ -102,6 +114,8 @@ def read_index(path: Path, listed: Vocabulary, vocabulary: Vocabulary) -> tuple[
             labels.append(vocabulary.index_of_id[mid])
             group.append(group_of == "1")
         parts.add(image=image_of, box=np.reshape(boxes, (-1, 4)), label=labels, group=group)
+    for image in without_box:
+        row_of.setdefault(image, len(row_of))
     boxes = parts.take("box")
     index = Index.build(
         source=str(path),
@@ -118,11 +132,16 @@ def read_index(path: Path, listed: Vocabulary, vocabulary: Vocabulary) -> tuple[
     return index, left_out
 
 
-def read_negatives(path: Path, index: Index, vocabulary: Vocabulary) -> list[list[int]]:
-    """Labels that people verified to be absent, for each image of the index."""
-    row_of = {id: row for row, id in enumerate(index.image_ids)}
-    negatives = [[] for _ in row_of]
-    for _, (image, mid, confidence) in read_table(path, ["ImageID", "LabelName", "Confidence"]):
-        if confidence.strip() in ("0", "0.0") and image in row_of and mid in vocabulary.index_of_id:
-            negatives[row_of[image]].append(vocabulary.index_of_id[mid])
+def read_negatives(path: Path, vocabulary: Vocabulary) -> dict[str, list[int]]:
+    """The labels that people verified to be absent, for each image that has some."""
+    negatives: dict[str, list[int]] = {}
+    for line, (image, mid, confidence) in read_table(path, ["ImageID", "LabelName", "Confidence"]):
+        if confidence.strip() in ("0", "0.0") and mid in vocabulary.index_of_id:
+            refuse_path(path, line, image)
+            negatives.setdefault(image, []).append(vocabulary.index_of_id[mid])
     return negatives
+
+
+def refuse_path(path: Path, line: int, image: str) -> None:
+    if "/" in image or image.startswith("."):
+        raise InputError(f"{path}: line {line} has the ImageID '{image}', which leaves the image folder")

@@ -48,24 +48,21 @@ class Known:
     base_split: Callable[[Dataset, str], Dataset] | None = None
 
 
-def _openimages(train: str) -> list[tuple[str, str]]:
-    names = [f"{train}-annotations-bbox.csv", "annotations-bbox.csv"]
-    if train == "train":
-        names.insert(1, "oidv6-train-annotations-bbox.csv")
-    return [
-        (f"{base}/{folder}{name}", f"{base}/images" if name == "annotations-bbox.csv" else f"{base}/images/{train}")
-        for base in ("oid", "openimages")
-        for name in names
-        for folder in ("annotations/", "")
-    ]
+def _openimages(challenge: bool) -> Known:
+    """The files of the challenge 2019, if wanted, come before those of Open Images, from which they were taken."""
+    splits = {}
+    for split, part in (("train", "train"), ("val", "validation")):
+        names = [f"challenge-2019-{part}-detection-bbox.csv"] * challenge
+        names += [f"{part}-annotations-bbox.csv", f"oidv6-{part}-annotations-bbox.csv", "annotations-bbox.csv"]
+        splits[split] = [
+            (f"{base}/{folder}{name}", f"{base}/images" if name == names[-1] else f"{base}/images/{part}")
+            for base in ("oid", "openimages")
+            for name in names
+            for folder in ("annotations/", "")
+        ]
+    return Known("OpenImages (storage.googleapis.com/openimages)", splits, metric="oid", read=read_openimages)
 
 
-OPENIMAGES = Known(
-    "OpenImages (storage.googleapis.com/openimages)",
-    {"train": _openimages("train"), "val": _openimages("validation")},
-    metric="oid",
-    read=read_openimages,
-)
 COCO = Known(
     "COCO 2017 (cocodataset.org)",
     {s: [(f"coco/annotations/instances_{s}2017.json", f"coco/{s}2017")] for s in ("train", "val")},
@@ -146,8 +143,8 @@ KNOWN = {
         read=read_o365_instances,
         whole="o365",
     ),
-    "oid": OPENIMAGES,
-    "oid500": OPENIMAGES,  # the same files; the reader keeps the 500 classes of the challenge 2019
+    "oid": _openimages(challenge=False),
+    "oid500": _openimages(challenge=True),  # of whichever files, the reader keeps the challenge's 500 classes
     "ade20k": Known(
         "ADE20K's SceneParsing benchmark (sceneparsing.csail.mit.edu)",
         _ade20k("annotations/{part}", "annotations_detectron2/{part}"),
