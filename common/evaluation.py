@@ -16,7 +16,7 @@ import hotcoco
 import numpy as np
 import torch
 
-from common.datasets.index import Index
+from common.datasets.index import BEYOND, Index
 from common.errors import InputError
 from common.labels import Vocabulary
 from common.masks import to_rle
@@ -171,7 +171,8 @@ def _hotcoco_tables(
         annotated = _true_segmentations(index, predictions)
         detected = [rle for row in range(len(index)) for rle in predictions[row]["segmentations"]]
     where, label, boxes = number[truth["image"]], truth["label"], _xywh(truth["boxes"])
-    columns = {"area": truth["area"], "iscrowd": truth["ignore"], "segmentation": annotated}
+    crowd = truth["ignore"] & (truth["area"] < BEYOND)  # the others are ignored by their area
+    columns = {"area": truth["area"], "iscrowd": crowd, "segmentation": annotated}
     gt = hotcoco.COCO.from_arrays(images, categories, where, label, boxes, **columns)
     columns = (number[found["image"]], *_xywh(found["boxes"]).T, found["score"], found["label"])
     return gt, gt.load_res(np.stack(columns, 1), segmentation=detected)
@@ -193,7 +194,8 @@ def _open_images(dataset: Evaluated, truth: dict, found: dict) -> np.ndarray:
     https://storage.googleapis.com/openimages/web/evaluation.html
 
     1. A box of a class is a box of its ancestors too, in the ground truth and in the predictions.
-    2. Only classes with a box in the image or verified absent from it count there; what is absent has no descendants.
+    2. Only classes with a box in the image, or verified present in or absent from it, count there; what is present has
+       ancestors, what is absent has no descendants.
     3. A detection is compared with the one box that it overlaps most (PASCAL VOC; COCO would try the next).
     4. A group-of box is one object: found if at least half of some detection lies in it; further such are ignored.
 
@@ -203,7 +205,9 @@ def _open_images(dataset: Evaluated, truth: dict, found: dict) -> np.ndarray:
     verified = np.zeros((len(dataset.index), len(dataset.vocabulary)), dtype=bool)
     truth = _expand(truth, upward, ~verified)
     for row, labels in enumerate(dataset.index.negatives or ()):
-        verified[row] = upward[:, list(labels)].any(axis=1)
+        verified[row] = upward[:, labels].any(axis=1)
+    for row, labels in enumerate(dataset.index.verified or ()):
+        verified[row] |= upward[labels].any(axis=0)
     verified[truth["image"], truth["label"]] = True
     found = _expand(found, upward, verified)
     found = _take(found, np.argsort(-found["score"], kind="stable"))
@@ -230,14 +234,18 @@ def _ancestors(vocabulary: Vocabulary, tree: dict | None) -> np.ndarray:
 
 
 def _expand(table: dict, upward: np.ndarray, verified: np.ndarray) -> dict:
-    """Repeat every row under its ancestors, and leave only what is `verified` (I, C) in its image."""
-    parts = []
+    """Repeat every row under its ancestors, and leave only what is `verified` (I, C) in its image, in the given order.
+
+    The order decides which of equal overlaps is the best.
+    """
+    parts = [_take(table, np.arange(0)) | {"row": np.arange(0)}]
     for label, ancestors in enumerate(upward):
         rows = np.flatnonzero(table["label"] == label)
         for ancestor in np.flatnonzero(ancestors):
             kept = rows[verified[table["image"][rows], ancestor]]
-            parts.append({**_take(table, kept), "label": np.full(len(kept), ancestor)})
-    return {name: np.concatenate([part[name] for part in parts]) for name in table}
+            parts.append(_take(table, kept) | {"label": np.full(len(kept), ancestor), "row": kept})
+    expanded = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return _take(expanded, np.argsort(expanded.pop("row"), kind="stable"))
 
 
 def _class_ap(truth: dict, found: dict) -> float:

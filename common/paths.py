@@ -51,7 +51,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 def refuse_pipe(path: Path, what: str) -> None:
     """Raises InputError for a device or pipe, which a reader would wait for."""
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise InputError(f"{what} {path} is no regular file, but a device or pipe; give image files")
+        raise InputError(f"{what} {path} is no regular file, but a device or pipe; give another")
 
 
 def cached_rows(folder: str, key: list, count: int, compute: Callable[[], Tensor]) -> Tensor:

@@ -6,14 +6,17 @@ import multiprocessing
 import os
 import random
 import sys
-from dataclasses import fields
+import time
+from dataclasses import fields, replace
 from itertools import islice
+from threading import Event, Thread
 
 import numpy as np
 import orjson
 import pytest
 import torch
 from conftest import REAL
+from filelock import FileLock
 
 from common import paths
 from common.datasets import base, coco, load_datasets, store
@@ -274,6 +277,11 @@ def damage_gone(folder):
     (folder / "sizes.npy").unlink()
 
 
+def damage_header(folder):
+    data = (folder / "boxes.npy").read_bytes()
+    (folder / "boxes.npy").write_bytes(data.replace(b"(200, 4), }", b"(200, 4(, }"))
+
+
 def damage_blob(folder):
     os.truncate(folder / "blob.bin", 10)
 
@@ -283,7 +291,9 @@ def damage_facts(folder):
 
 
 @pytest.mark.parametrize(
-    "damage", [damage_cut, damage_empty, damage_other, damage_gone, damage_blob, damage_facts], ids=lambda d: d.__name__
+    "damage",
+    [damage_cut, damage_empty, damage_other, damage_gone, damage_header, damage_blob, damage_facts],
+    ids=lambda d: d.__name__,
 )
 def test_a_damaged_cache_is_made_again(tmp_path, cache, conversions, damage):
     path = write(tmp_path / "a.json")
@@ -307,6 +317,43 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, cache, monkeypatch):
     with pytest.raises(InputError, match="unknown category_id 4; list it in 'categories'"):
         load(bad)
     assert {path.suffix for path in cache.iterdir()} == {".lock"}
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, cache):
+    path = write(tmp_path / "a.json")
+    folder = load(path).index.folder
+    left, other = (cache / f".{name}-77-12345678" for name in (folder.name, "another"))
+    left.mkdir(), other.mkdir()
+    write(path, seed=1)
+    assert load(path).index.folder == folder and not left.exists() and other.exists()
+
+
+def test_who_waits_for_another_process_says_so(tmp_path, cache, caplog):
+    path = write(tmp_path / "a.json")
+    lock = FileLock(load(path).index.folder.with_suffix(".lock"))
+    write(path, seed=1)
+    taken = Event()
+
+    def hold():
+        with lock:
+            taken.set()
+            time.sleep(1.5)
+
+    Thread(target=hold).start()
+    taken.wait()
+    with caplog.at_level(logging.INFO, "concord"):
+        assert len(load(path)) == 30
+    assert f"another process reads {path}, and this one waits for it ({lock.lock_file})" in caplog.text
+
+
+def test_images_and_label_maps_in_one_folder_are_looked_for_apart(tmp_path, cache):
+    (dataset,) = [load(write(tmp_path / "a.json"))]
+    for folder in (tmp_path / "images", tmp_path / "images/sub"):
+        os.utime(folder, (1, 1))
+    dataset.check_images()
+    index = replace(dataset.index, map_names=np.array([b"lost.png"] * 30))
+    with pytest.raises(InputError, match=r"label map .*lost\.png is missing \(30 of 30"):
+        replace(dataset, index=index, maps=tmp_path / "images").check_images()
 
 
 def test_a_cache_that_cannot_be_written_costs_a_line(tmp_path, cache, conversions, caplog, monkeypatch):
@@ -339,6 +386,8 @@ def test_small_files_need_no_cache(tmp_path, monkeypatch):
         ({"iscrowd": 2}, "annotation 7 has the iscrowd 2; write the number 0 or 1"),
         ({"image_id": []}, "unhashable"),
         ({"area": "large"}, "in an entry"),
+        ({"area": -3}, "annotation 7 has the area -3; write its square pixels or leave the field out"),
+        ({"area": None}, "annotation 7 has the area None"),
     ],
 )
 def test_bad_entries(tmp_path, entry, words):
@@ -468,5 +517,5 @@ def test_real_files_from_the_cache(tmp_path, monkeypatch, name):
     monkeypatch.setattr(store, "LARGE", 0)
     for _ in range(2):
         (cached,) = load_datasets(name, "train", str(REAL))
-        assert cached.index.folder and cached.index.folder.parent == paths.cache_dir() / "annotations"
+        assert name == "coco-base" or cached.index.folder.parent == paths.cache_dir() / "annotations"
         assert_equal(plain, cached)

@@ -47,7 +47,7 @@ def coco(root, files, boxes=()):
     """A COCO json of files of 8 x 6 pixels; boxes are (row of the file, x, y, w, h)."""
     record = {
         "images": [{"id": i, "file_name": file, "width": 8, "height": 6} for i, file in enumerate(files)],
-        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "categories": [{"id": 1, "name": "person"}, {"id": 2, "name": "bicycle"}],
         "annotations": [{"id": k, "image_id": i, "category_id": 1, "bbox": bbox} for k, (i, *bbox) in enumerate(boxes)],
     }
     (root / "a.json").write_text(json.dumps(record))

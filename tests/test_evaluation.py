@@ -17,13 +17,13 @@ from conftest import REAL
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from common.datasets.index import Index
+from common.datasets.index import BEYOND, Index
 from common.errors import InputError
 from common.evaluation import MASK_METRICS, METRICS, _match, evaluate_detections, format_table, recall, to_coco_json
 from common.labels import Vocabulary
 from common.masks import decode_masks, encode_masks
 
-PER_IMAGE = ("negatives", "not_exhaustive")
+PER_IMAGE = ("negatives", "not_exhaustive", "verified")
 REAL_COCO = REAL / "coco/annotations/instances_val2017.json"
 
 
@@ -140,6 +140,18 @@ def test_coco_crowd_takes_many_detections():
     dataset = make_dataset("coco", ("cat",), [(0, 0, 0, 0, 20, 20), (0, 0, 40, 40, 100, 100, 1)])
     inside_crowd = [(0, 41 + i, 41, 51 + i, 51, 0.9) for i in range(5)]
     assert evaluate_detections(dataset, {0: predict((0, 0, 0, 20, 20, 0.5), *inside_crowd)})["AP"] == pytest.approx(1)
+
+
+def test_what_is_beyond_all_sizes_is_ignored_as_an_object():
+    """A difficult object of VOC: found once at IoU 0.5 it is no error; small boxes inside are, unlike in a crowd."""
+    boxes = [(0, 0, 0, 0, 20, 20), (0, 0, 40, 40, 80, 80, 1)]
+    hit, difficult = (0, 0, 0, 20, 20, 0.5), (0, 40, 40, 80, 78, 0.9)
+    inside = [(0, 40 + i, 40, 50 + i, 50, 0.9) for i in range(3)]
+    dataset = make_dataset("coco", ("cat",), boxes, areas=[400, BEYOND])
+    assert evaluate_detections(dataset, {0: predict(hit, difficult)})["AP"] == pytest.approx(1)
+    assert evaluate_detections(dataset, {0: predict(hit, *inside)})["AP50"] == pytest.approx(0.25)
+    crowd = make_dataset("coco", ("cat",), boxes, areas=[400, 1600])
+    assert evaluate_detections(crowd, {0: predict(hit, *inside)})["AP50"] == pytest.approx(1)
 
 
 def test_absent_size_is_nan():
@@ -475,6 +487,32 @@ def test_oid_single_box_goes_before_the_group():
     boxes = [(0, WHEEL, 0, 0, 80, 80, 1), (0, WHEEL, 10, 10, 30, 30)]
     twice = predict((WHEEL, 10, 10, 30, 30, 0.9), (WHEEL, 11, 10, 31, 30, 0.8))
     assert evaluate_detections(oid(boxes), {0: twice}) == {"AP50": 1}
+
+
+def test_oid_group_gets_what_no_single_box_takes():
+    """A detection that overlaps both belongs to the single box, though all of it is in the group."""
+    truth = np.array([[0, 0, 80, 80], [10, 10, 30, 30]], dtype=float)
+    boxes = np.array([[10, 10, 30, 25], [50, 50, 60, 60]], dtype=float)
+    hit, ignored = _match(boxes, truth, np.array([True, False]))
+    assert hit.tolist() == [True, True] and not ignored.any()
+
+
+def test_oid_equal_overlaps_go_to_the_first_box():
+    """A dog and a cat, both groups, hold one found animal; the second dog group is then still to be found."""
+    boxes = [(0, DOG, 0, 0, 60, 60, 1), (0, CAT, 0, 0, 70, 70, 1), (0, DOG, 60, 60, 90, 90, 1)]
+    found = predict((ANIMAL, 10, 10, 20, 20, 0.9), (ANIMAL, 62, 10, 69, 20, 0.8))
+    by_order = {}
+    for order in ((0, 1, 2), (1, 0, 2)):
+        by_order[order] = evaluate_detections(oid([boxes[i] for i in order]), {0: found})["AP50"]
+    # Animal: the first detection takes the group listed first; the second is in the cats' group alone
+    assert by_order[0, 1, 2] == pytest.approx(2 / 3 / 4) and by_order[1, 0, 2] == pytest.approx(1 / 3 / 4)
+
+
+def test_oid_verified_class_without_a_box():
+    wrong = predict((CAT, 50, 50, 70, 70, 0.9))
+    boxes, found = [(0, CAT, 0, 0, 20, 20)], {0: predict((CAT, 0, 0, 20, 20, 0.5)), 1: wrong}
+    assert evaluate_detections(oid(boxes, 2, verified={1: [CAT]}), found) == {"AP50": 0.5}  # and so is Animal
+    assert evaluate_detections(oid(boxes, 2, verified={1: [ANIMAL]}), found) == {"AP50": 0.75}
 
 
 def test_oid_detection_is_compared_with_one_box():

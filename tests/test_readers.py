@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -89,7 +90,7 @@ def test_voc_boxes_are_pixel_edges_and_difficult_objects_are_ignored(tmp_path):
     sample, whole = dataset.load(0), dataset.load(0, keep_ignored=True)
     assert sample.boxes.tolist() == [[0, 0, 60, 40], [6, 8, 7, 9]]  # the second is one pixel
     assert whole.boxes.tolist()[1] == [9, 19.5, 30, 40] and dataset.index.ignore.tolist() == [False, True, False]
-    assert dataset.index.sizes.tolist() == [[40, 60]] and dataset.index.areas.tolist() == [2400, 430.5, 1]
+    assert dataset.index.sizes.tolist() == [[40, 60]] and dataset.index.areas.tolist() == [2400, 2.0**40, 1]
     assert [dataset.vocabulary.ids[k] for k in whole.labels] == [15, 12, 20]  # the values in SegmentationClass
 
 
@@ -229,12 +230,28 @@ def test_the_real_record_of_voc(tmp_path):
     assert sample.boxes.tolist() == [[5, 103, 218, 278], [21, 69, 254, 327]]
 
 
+def test_what_is_no_file_is_refused(tmp_path):
+    voc_year(tmp_path / "VOC2007", test=["000001"])
+    (tmp_path / "VOC2007/Annotations/000001.xml").unlink()
+    os.mkfifo(tmp_path / "VOC2007/Annotations/000001.xml")
+    assert "000001.xml is no regular file, but a device or pipe" in refused("voc", tmp_path)
+    (tmp_path / "VOC2007/ImageSets/Main/test.txt").write_bytes(b"1\0\n")
+    assert "is no xml file of Pascal VOC's format" in refused("voc", tmp_path)
+    (tmp_path / "VOC2007/Annotations/000001.xml").unlink()
+    (tmp_path / "VOC2007/ImageSets/Main/test.txt").write_text("000001\n")
+    size = "<size><width>2147483648</width><height>5</height></size>"
+    xml(tmp_path / "VOC2007/Annotations/000001.xml", thing("cat", 1, 1, 2, 2), size=size)
+    assert "VOC2007/JPEGImages/000001.jpg' has the size [5.0, 2147483648.0]" in refused("voc", tmp_path)
+
+
 # -- ImageNet's boxes
 
 
 def imagenet(root, *wnids, words="n02084071\tdog, domestic dog\nn02012849\tcrane\nn03126707\tcrane, derrick\n"):
     for i, wnid in enumerate(wnids):
-        xml(root / f"imagenet/Annotation/{wnid}/{wnid}_{i}.xml", thing(wnid, 1, 1, 20, 10), thing(wnid, 0, 0, 5, 5))
+        size = "<size><width>30</width><height>20</height></size>"  # half of the image's
+        things = thing(wnid, 3, 2, 21, 10), thing("Scottish_deerhound", 15, 10, 0, 0)
+        xml(root / f"imagenet/Annotation/{wnid}/{wnid}_{i}.xml", *things, size=size)
         photo(root / f"imagenet/ImageNet-21K/{wnid}/{wnid}_{i}.JPEG")
         photo(root / f"imagenet/ImageNet-21K/{wnid}/{wnid}_99.JPEG")  # without boxes, as most are
     (root / "imagenet/words.txt").write_text(words)
@@ -251,7 +268,12 @@ def test_imagenet_boxes(tmp_path):
         "n02084071/n02084071_1.JPEG": [1, 1],
         "n03126707/n03126707_0.JPEG": [0, 0],
     }
-    assert dataset.load(0).boxes.tolist() == [[0, 0, 20, 10], [0, 0, 5, 5]]  # some files count from 0
+    expected = [[6, 4, 42, 20], [0, 0, 30, 20]]
+    assert dataset.load(0).boxes.tolist() == [pytest.approx(box, abs=1e-5) for box in expected]
+    dataset.load(0)
+    assert not dataset.warned  # that the image has another size is as it should be
+    xml(tmp_path / "imagenet/Annotation/n02084071/n02084071_1.xml", thing("n02084071", 1, 1, 9, 9), size="")
+    assert "n02084071_1.xml does not tell the size" in refused("in-boxes", tmp_path)
 
 
 def test_imagenet_boxes_without_a_name_or_an_image(tmp_path):
@@ -454,7 +476,7 @@ HEADER = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsT
 
 
 def openimages_files(root, box="{part}-annotations-bbox.csv", label="{part}-annotations-human-imagelabels-boxable.csv"):
-    """An infant bed (of the 500 classes) and a toothbrush (of the 601 alone) in a; b has a verified label and no box."""
+    """An infant bed (one of the 500) and a toothbrush (of the 601 alone) in a; b has a verified label and no box."""
     folder = root / "oid/annotations"
     folder.mkdir(parents=True, exist_ok=True)
     for part in ("train", "validation"):
@@ -482,9 +504,30 @@ def test_openimages_with_500_and_601_classes(tmp_path, caplog):
 def test_what_is_verified_absent_is_evaluated_without_a_box(tmp_path):
     openimages_files(tmp_path)
     dataset = load("oid500", tmp_path)
+    assert list(dataset.index.verified) == [[dataset.vocabulary.index_of_id["/m/061hd_"]], []]
     assert [dataset.index.file_name(i) for i in range(2)] == ["a.jpg", "b.jpg"]
     assert list(dataset.index.negatives) == [[], [dataset.vocabulary.index_of_id["/m/061hd_"]]]
     assert len(dataset.load(1).boxes) == 0
+
+
+def test_openimages_without_what_its_metric_needs_says_so(tmp_path, caplog):
+    openimages_files(tmp_path)
+    load("oid", tmp_path, "train")
+    assert not caplog.text
+    load("oid", tmp_path)
+    assert "there is no bbox_labels_600_hierarchy.json beside it, so the AP50 will not be" in caplog.text
+    (tmp_path / "oid/bbox_labels_600_hierarchy.json").write_text("{}")
+    (tmp_path / "oid/annotations/validation-annotations-human-imagelabels-boxable.csv").unlink()
+    load("oid", tmp_path)
+    assert "there is no validation-annotations-human-imagelabels-boxable.csv beside it" in caplog.text
+
+
+def test_the_list_of_classes_may_have_a_header(tmp_path):
+    openimages_files(tmp_path)
+    (tmp_path / "oid/class-descriptions-boxable.csv").write_text(
+        "LabelName,DisplayName\n/m/012xff,Toothbrush\n/m/061hd_,Infant bed\n"
+    )
+    assert load("oid", tmp_path).vocabulary.names == ("Toothbrush", "Infant bed")
 
 
 def test_the_challenge_has_files_of_its_own(tmp_path):

@@ -129,7 +129,7 @@ def test_start_up_decodes_no_map(tmp_path):
 
 @pytest.mark.parametrize(
     "kinds, values",
-    [(["labelIds", "labelTrainIds"], [[0, 7, 33], [4, 11, 8]]), (["labelTrainIds"], [[255, 0, 18], [255, 2, 1]])],
+    [(["labelIds", "labelTrainIds"], [[9, 7, 33], [14, 11, 8]]), (["labelTrainIds"], [[255, 0, 18], [255, 2, 1]])],
 )
 def test_cityscapes(tmp_path, kinds, values):
     for kind in kinds:

@@ -60,6 +60,7 @@ def imagenet(root):
     pack(root / "n00000002.tar", {"n00000002_1.JPEG": picture(20), "n00000002_2.JPEG": picture(21)})
     pack(root / "n00000001.tar", {"n00000001_9.JPEG": picture(10), "notes.md": b"?", "._n00000001_9.JPEG": b"?"})
     pack(root / "n00000003.tar", {})
+    (root / "notes.md").touch()
     (root / "words.txt").write_text("n00000001\ttench, Tinca tinca\nn00000002\tcrane\n")
 
 
@@ -105,6 +106,20 @@ def test_pairs_of_image_and_label(tmp_path, caplog):
     pack(tmp_path / "c/0.tar", {"1.json": b'{"label": "no"}', "1.cls": b"cat", "1.png": picture(1), "1.json5": b""})
     pack(tmp_path / "c/1.tar", {"1.png": picture(2), "1.cls": b"dog", "1.json": b"[]"})
     assert seen(load(tmp_path / "c")) == [("cat", 1), ("dog", 2)]
+    pack(
+        tmp_path / "d/0.tar", {"k1.jpg": picture(1), "k1.seg.png": picture(2), "k1.cls": b"cat"}
+    )  # a key ends at a dot
+    pack(tmp_path / "d/1.tar", {"k.2.png": picture(3), "k.cls": b"dog", "k.png": picture(4)})
+    with caplog.at_level(logging.INFO, "concord"):
+        assert seen(load(tmp_path / "d")) == [("cat", 1), ("dog", 4)]
+    assert "0.tar: 1 members that are neither images nor labels" in caplog.text
+    pack(tmp_path / "e/cat.tar", {"a.b.png": picture(5)})  # no pairs, so names may have dots
+    assert seen(load(tmp_path / "e")) == [("cat", 5)]
+    for label in ("9" * 30, "9" * 5000):
+        pack(tmp_path / "f/0.tar", {"1.png": picture(1), "1.cls": label.encode()})
+        (tmp_path / "f/classes.txt").write_text("cat\n")
+        with pytest.raises(InputError, match=r"have the label 99999999999999999999, but classes.txt has 1 lines"):
+            load(tmp_path / "f")
 
 
 def test_zipped_images(tmp_path):

@@ -91,7 +91,7 @@ def test_method_stays_readable(path):
 def test_common_stays_small():
     sizes = {p: len(p.read_text().splitlines()) for p in (REPO / "common").rglob("*.py")}
     assert max(sizes.values()) <= 450, max(sizes, key=sizes.get)
-    assert sum(sizes.values()) <= 9200
+    assert sum(sizes.values()) <= 9400
 
 
 def test_common_imports_no_method():

@@ -184,7 +184,7 @@ class Dataset:
         kinds = [("image", self.images, index.file_name)]
         kinds += [("label map", self.maps, index.map_name)] if self.maps is not None else []
         for kind, root, name in kinds:
-            place = hashlib.sha256(str(root.absolute()).encode()).hexdigest()[:16]
+            place = hashlib.sha256(f"{kind} {root.absolute()}".encode()).hexdigest()[:16]
             memo = index.folder and index.folder / f"listed-{place}.json"
             if missing := missing_files(root, map(name, range(len(self))), memo):
                 raise InputError(
@@ -212,7 +212,7 @@ def missing_files(root: Path, names: Iterable[str], memo: Path | None = None) ->
         if folder not in listings:
             path = root / folder
             times[folder] = _time(path)
-            listings[folder] = set(os.listdir(path)) if path.is_dir() else set()
+            listings[folder] = set(os.listdir(path)) if os.path.isdir(path) else set()
         if base not in listings[folder]:
             missing.append(name)
     if memo and not missing:
@@ -229,7 +229,7 @@ def _read_memo(memo: Path | None) -> dict[str, int]:
 
 def _time(folder: Path) -> int:
     """When something was last added to or removed from a folder, in ns; 0 if no time can tell the next change apart."""
-    changed = folder.stat().st_mtime_ns if folder.is_dir() else 0
+    changed = folder.stat().st_mtime_ns if os.path.isdir(folder) else 0
     return changed if time.time_ns() - changed > 2e9 else 0  # some file systems count in two seconds
 
 

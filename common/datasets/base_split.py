@@ -19,19 +19,25 @@ def lvis_base(lvis: Dataset, split: str) -> Dataset:
 
 
 def coco_base(coco: Dataset, split: str) -> Dataset:
-    """COCO with 48 base and 17 novel classes; the other 15 are in neither split (OVR-CNN's split, as Detic uses it)."""
+    """COCO with 48 base and 17 novel classes; the other 15 are in neither split, nor are images without a box left.
+
+    Source: alirezazareian/ovr-cnn:ipynb/001.ipynb; Detic uses these files.
+    """
     known = Vocabulary.known("coco-base")
     present = [i for i, id in enumerate(known.ids) if id in coco.vocabulary.index_of_id]  # a small file may lack some
     names, ids = (tuple(values[i] for i in present) for values in (known.names, known.ids))
     novel = json.loads((DATA / "vocabularies" / "coco-base.json").read_text())["novel"]
     novel_ids = [id for id, name in zip(ids, names) if name in novel]
-    return base_split(coco, Vocabulary("coco-base", names, ids), novel_ids, split)
+    dataset = base_split(coco, Vocabulary("coco-base", names, ids), novel_ids, split)
+    filled = np.diff(dataset.index.offsets) > 0
+    log.info("coco-base: %d of %d %s images without a box are left out", (~filled).sum(), len(filled), split)
+    return replace(dataset, index=dataset.index.select(filled))
 
 
 def base_split(whole: Dataset, vocabulary: Vocabulary, novel_ids: list[int], split: str) -> Dataset:
     """`whole` with the classes of `vocabulary` alone, in the split train without the boxes of the novel ones.
 
-    Images stay even if nothing is left in them. How much went is said in the log.
+    Images stay even if nothing is left in them. How many boxes went is said in the log.
     """
     label_of = np.array([vocabulary.index_of_id.get(id, -1) for id in whole.vocabulary.ids])  # (C of `whole`,)
     novel = [vocabulary.index_of_id[id] for id in novel_ids]

@@ -1,4 +1,4 @@
-"""What is wrong with the files of a dataset, all of it and not the first alone."""
+"""What is wrong with the files of a dataset whose annotations can be read, all of it and not the first alone."""
 
 import os
 from collections import Counter

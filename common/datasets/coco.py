@@ -1,6 +1,7 @@
 """COCO-format json: COCO, LVIS, Objects365 and anyone's own file."""
 
 import logging
+import re
 from collections import defaultdict
 from dataclasses import replace
 from itertools import chain, count, islice
@@ -18,6 +19,10 @@ from common.labels import DATA, Vocabulary
 
 log = logging.getLogger("concord")
 OPTIONS = ["coco"]  # of the cache
+NEVER_THERE = (  # of Objects365 v2. Source: open-mmlab/mmdetection:mmdet/datasets/objects365.py
+    *(b"patch16/objects365_v2_00908726.jpg", b"patch6/objects365_v1_00320532.jpg"),
+    b"patch6/objects365_v1_00320534.jpg",
+)
 PER_IMAGE = {"negatives": "neg_category_ids", "not_exhaustive": "not_exhaustive_category_ids"}
 TAGS = ("pos_category_ids", "captions")
 
@@ -33,19 +38,31 @@ def read_coco(name: str, annotations: Path, images: Path, metric: str, only_mask
     Raises InputError naming the file, the field and the remedy.
     """
 
+    as_written = (images / "images").is_dir()  # Objects365 in the tree that its file names show, not in patch folders
+
     def read(blob: BinaryIO) -> tuple[Index, dict]:
-        return read_index(name, annotations, only_masks, blob)
+        return read_index(name, annotations, only_masks, as_written, blob)
 
     try:
-        index, facts = cached_index(annotations, [*OPTIONS, "only masks"] if only_masks else OPTIONS, read)
+        options = [*OPTIONS, *["only masks"] * only_masks, *["as written"] * as_written]
+        index, facts = cached_index(annotations, options, read)
         categories = facts["categories"]
         vocabulary = read_vocabulary(name, annotations, categories)
-        by_id = {c["id"]: str(c["frequency"]) for c in categories} if metric == "lvis" else {}
+        by_id = {c["id"]: c["frequency"] for c in categories} if metric == "lvis" else {}
+        if odd := next((c for c in categories if by_id and c["frequency"] not in ("r", "c", "f")), None):
+            raise InputError(
+                f"{annotations}: category {odd['id']} has the frequency {odd['frequency']!r}; write r, c or f"
+            )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{annotations}: {what} in an entry; a COCO-format json is needed") from None
     if facts["left_out"]:
         log.info("%s: %d boxes without a mask are left out", annotations, facts["left_out"])
+    if facts["some_masks"]:
+        log.warning("%s: only %d of %d annotations have a segmentation, so none is used", annotations,
+                    facts["some_masks"], len(index.labels))  # fmt: skip
+    if facts["never_there"]:
+        log.info("%s: %d images that were never published are left out", annotations, facts["never_there"])
     tagged = index.image_labels is not None
     supervision = "image_labels" if tagged else "boxes" if index.segmentations is None else "instances"
     frequency = "".join(by_id[id] for id in vocabulary.ids) if by_id else None
@@ -58,9 +75,9 @@ def read_o365_instances(name: str, annotations: Path, images: Path, metric: str)
     return replace(dataset, name=name, vocabulary=replace(dataset.vocabulary, dataset=name))
 
 
-def read_index(name: str, path: Path, only_masks: bool, blob: BinaryIO) -> tuple[Index, dict]:
+def read_index(name: str, path: Path, only_masks: bool, as_written: bool, blob: BinaryIO) -> tuple[Index, dict]:
     """The index and the facts beside it, as `cached_index` wants them."""
-    images = Images(path)
+    images = Images(path, as_written)
     boxes, categories = Boxes(path, images.number_of_id, only_masks, blob), []
     add = {"images": images.add, "annotations": boxes.add, "categories": categories.extend}
     found, broken = set(), False
@@ -80,8 +97,18 @@ def read_index(name: str, path: Path, only_masks: bool, blob: BinaryIO) -> tuple
         index = replace(index, **read_tags(path, [images.tags.get(i, {}) for i in range(len(index))], vocabulary))
     if index.segmentations is None:
         blob.truncate(0)
+    never_there = np.char.endswith(index.file_names, NEVER_THERE[0])
+    for ending in NEVER_THERE[1:]:
+        never_there |= np.char.endswith(index.file_names, ending)
+    if never_there.any():
+        index = index.select(~never_there)
     kept = [{key: c[key] for key in ("id", "name", "frequency") if key in c} for c in categories]
-    return index, {"categories": kept, "left_out": boxes.left_out}
+    return index, {
+        "categories": kept,
+        "left_out": boxes.left_out,
+        "never_there": int(never_there.sum()),
+        "some_masks": boxes.num_masks * (not boxes.has_masks),
+    }
 
 
 class Images:
@@ -91,8 +118,8 @@ class Images:
     tags:         of the images that have any, by row: their id and what labels them as a whole
     """
 
-    def __init__(self, path: Path):
-        self.path, self.number_of_id = path, defaultdict(count().__next__)
+    def __init__(self, path: Path, as_written: bool):
+        self.path, self.as_written, self.number_of_id = path, as_written, defaultdict(count().__next__)
         self.ids, self.names, self.sizes = [], [], [np.zeros((0, 2), np.int32)]
         self.known, self.tags = {field: {} for field in PER_IMAGE}, {}
 
@@ -104,7 +131,7 @@ class Images:
             if not image.keys().isdisjoint(TAGS):
                 self.tags[row] = {key: image[key] for key in ("id", *TAGS) if key in image}
         self.ids += [image["id"] for image in run]
-        self.names += [file_name(self.path, image) for image in run]
+        self.names += [file_name(self.path, image, self.as_written) for image in run]
         sizes = [(image.get("height", 0), image.get("width", 0)) for image in run]
         self.sizes.append(np.array(sizes, dtype=np.int32).reshape(-1, 2))
 
@@ -115,7 +142,7 @@ class Boxes:
     def __init__(self, path: Path, number_of_image: dict, only_masks: bool, blob: BinaryIO):
         self.path, self.number_of_image, self.only_masks, self.blob = path, number_of_image, only_masks, blob
         self.number_of_class = defaultdict(count().__next__)
-        self.count, self.left_out, self.has_masks = 0, 0, True
+        self.count, self.left_out, self.num_masks, self.has_masks = 0, 0, 0, True
         self.parts = Parts(
             image=np.int32, label=np.int32, box=(np.float32, 4), area=np.float32, ignore=bool, mask_length=np.int64
         )
@@ -136,7 +163,8 @@ class Boxes:
             entry = next(entry for entry in run if entry.get("iscrowd", 0) not in (0, 1))
             raise InputError(f"{self.path}: annotation {entry.get('id')} has the iscrowd {entry['iscrowd']!r}; write "
                              "the number 0 or 1")  # fmt: skip
-        self.has_masks = self.has_masks and all("segmentation" in entry for entry in run)
+        self.num_masks += sum("segmentation" in entry for entry in run)
+        self.has_masks = self.num_masks == self.count
         if self.has_masks:
             masks = JsonRows.of([entry["segmentation"] for entry in run])
             self.blob.write(masks.text)
@@ -184,7 +212,12 @@ def to_index(path: Path, images: Images, boxes: Boxes, vocabulary: Vocabulary) -
         if (rows < 0).any():
             entry = boxes.entry(int(np.argmax(rows < 0)))
             raise InputError(f"{path}: annotation {entry.get('id')} has the unknown {field} {entry[field]}; list it in "
-                             f"'{place}' or remove the annotation")  # fmt: skip
+                             f"'{place}' or remove the annotation ({(rows < 0).sum()} such in the file)")  # fmt: skip
+    areas = boxes.parts.take("area")
+    odd = ~(np.isfinite(areas) & (areas >= 0))
+    if odd.any() and "area" in (entry := boxes.entry(int(np.argmax(odd)))):  # else its box is what is wrong
+        raise InputError(f"{path}: annotation {entry.get('id')} has the area {entry['area']}; write its square pixels "
+                         "or leave the field out")  # fmt: skip
     lengths = boxes.parts.take("mask_length")
     ends = np.cumsum(lengths)
     return Index.build(
@@ -195,7 +228,7 @@ def to_index(path: Path, images: Images, boxes: Boxes, vocabulary: Vocabulary) -
         image_of=image_of,
         boxes=boxes.parts.take("box"),
         labels=labels,
-        areas=boxes.parts.take("area"),
+        areas=areas,
         ignore=boxes.parts.take("ignore"),
         segmentations=JsonRows(ends[:0], ends - lengths, ends) if boxes.has_masks and boxes.count else None,
         **{
@@ -229,6 +262,8 @@ def read_tags(path: Path, images: list[dict], vocabulary: Vocabulary) -> dict:
 
 
 def read_vocabulary(name: str, path: Path, categories: list[dict]) -> Vocabulary:
+    if odd := next((c for c in categories if not isinstance(c["name"], str | int | float)), None):
+        raise InputError(f"{path}: category {odd['id']} has the name {odd['name']!r}; write a text")
     names = {c["id"]: str(c["name"]) for c in sorted(categories, key=lambda c: c["id"])}
     if len(names) < len(categories):
         raise InputError(f"{path}: two categories share an id; give each its own")
@@ -238,18 +273,33 @@ def read_vocabulary(name: str, path: Path, categories: list[dict]) -> Vocabulary
             if id not in known.index_of_id:
                 raise InputError(f"{path}: category id {id} ('{given}') is not one of '{name}'; is it another "
                                  "dataset's file? then name it: --datasets my=ANN.json:IMAGES/")  # fmt: skip
-        names = {id: known.names[known.index_of_id[id]] for id in names}
+        listed = {id: known.names[known.index_of_id[id]] for id in names}
+        other = [id for id in names if simple(names[id]) != simple(listed[id])]
+        if len(other) > 0.5 * len(names):  # some are spelt otherwise
+            raise InputError(
+                f"{path}: category id {other[0]} is '{names[other[0]]}', but '{listed[other[0]]}' in "
+                f"'{name}'; is it another dataset's file? then name it: --datasets my=ANN.json:IMAGES/"
+            )
+        names = listed
     return Vocabulary(name, tuple(names.values()), tuple(names))
 
 
-def file_name(path: Path, image: dict) -> str:
+def simple(name: str) -> str:
+    """Without what spellings of a class name differ in."""
+    return re.sub(r"\(.*?\)|[^a-z0-9]", "", name.lower())
+
+
+def file_name(path: Path, image: dict, as_written: bool = False) -> str:
     """The image's path below its folder: LVIS gives `coco_url`, Objects365 images/v2/patch3/x.jpg for patch3/x.jpg.
 
-    Raises InputError for a name that leaves the image folder.
+    as_written: the images of Objects365 lie where their names say
+    Raises InputError for a name that leaves the image folder or can be none.
     """
     name = str(image["file_name"] if "file_name" in image else image["coco_url"])
-    if "file_name" not in image or name.startswith(("images/v1/", "images/v2/")):
+    if "file_name" not in image or (name.startswith(("images/v1/", "images/v2/")) and not as_written):
         name = "/".join(name.split("/")[-2:])
+    if "\0" in name or "\n" in name or len(name) > 4096:
+        raise InputError(f"{path}: file_name {name[:80]!r} ({len(name)} letters) can be no file's; give its path")
     if name.startswith("/") or ".." in name.split("/"):
         raise InputError(f"{path}: file_name '{name}' leaves the image folder; give a path below it")
     return name

@@ -17,6 +17,7 @@ from common.errors import InputError
 from common.labels import Vocabulary
 
 log = logging.getLogger("concord")
+LISTS = ("classes.txt", "classes.csv", "words.txt")  # name the classes
 WNID = re.compile(r"n\d{8}")
 
 
@@ -31,7 +32,7 @@ def read_folder(name: str, root: Path) -> Dataset:
         raise InputError(f"dataset '{name}': folder {root} does not exist; check the path")
     entries = [name for name in sorted(os.listdir(root)) if not name.startswith(".")]
     if tars := [name for name in entries if name.endswith(".tar") and os.path.isfile(root / name)]:
-        log_count(root, len(entries) - len(tars), "entries beside the tar files are left out")
+        log_count(root, len(set(entries).difference(tars, LISTS)), "entries beside the tar files are left out")
         return read_tars(name, root, tars)
     files, others = {}, 0
     class_folders = [name for name in entries if os.path.isdir(root / name)]  # False for a link that leads nowhere
@@ -46,7 +47,7 @@ def read_folder(name: str, root: Path) -> Dataset:
         raise InputError(f"dataset '{name}': {root} needs a folder or a tar file of images for each class, but {what}; "
                          "name the folder above or below")  # fmt: skip
     log_count(root, len(files) - len(folders), "class folders without an image are left out")
-    log_count(root, len(entries) - len(class_folders), "entries beside the class folders are left out")
+    log_count(root, len(set(entries).difference(class_folders, LISTS)), "entries beside the class folders are left out")
     log_count(root, others, "files that are no images are left out")
     file_names = [f"{folder}/{file}" for folder in folders for file in files[folder]]
     labels = np.repeat(np.arange(len(folders)), [len(files[folder]) for folder in folders])
@@ -74,11 +75,12 @@ def read_tars(name: str, root: Path, tars: list[str]) -> Dataset:
         refuse_no_text(name, root, label)
     labels = np.concatenate([np.searchsorted(texts, unique)[inverse] for unique, inverse in parts])
     if all(label.isdecimal() for label in classes):
-        numbers, classes = np.array(classes, int), read_class_list(name, root)
-        if numbers.max() >= len(classes):
-            raise InputError(f"dataset '{name}': the tar files in {root} have the label {numbers.max()}, but "
-                             f"classes.txt has {len(classes)} lines, from 0; complete it")  # fmt: skip
-        labels = numbers[labels]
+        numbers, classes = classes, read_class_list(name, root)
+        for number in numbers:
+            if len(number) > 9 or int(number) >= len(classes):
+                raise InputError(f"dataset '{name}': the tar files in {root} have the label {number[:20]}, but "
+                                 f"classes.txt has {len(classes)} lines, from 0; complete it")  # fmt: skip
+        labels = np.array(numbers, int)[labels]
     tar_of = np.repeat(np.arange(len(tars), dtype=np.int32), [len(each) for each in members])
     offsets, sizes = (np.concatenate([each[column] for each in members]) for column in ("offset", "size"))
     shards = Shards([root / tar for tar in tars], tar_of, offsets, sizes)

@@ -14,7 +14,10 @@ from common.errors import InputError
 
 def encoded(names: Iterable[str]) -> np.ndarray:
     """(I,) bytes: names of files, whatever their letters."""
-    return np.array([os.fsencode(name) for name in names])
+    return np.array([os.fsencode(name) for name in names], dtype=bytes)
+
+
+BEYOND = 2.0**40  # square pixels; the largest range of COCO's metric ends at 1e10
 
 
 class JsonRows(Sequence):
@@ -70,11 +73,13 @@ class Index:
     offsets:    (I + 1,) int64
     boxes:      (A, 4) float32 xyxy in pixels, or in fractions of the image where `relative`
     labels:     (A,) int32 index into the dataset's vocabulary
-    areas:      (A,) float32 square pixels as annotated (COCO: of the mask), for the metrics' size ranges
-    ignore:     (A,) bool: crowd or group-of; never trained on, neither hit nor miss in the metric
+    areas:      (A,) float32 square pixels as annotated (COCO: of the mask), for the metrics' size ranges; BEYOND all of
+                them for what is ignored but no crowd: that overlaps as objects do, and is found once
+    ignore:     (A,) bool: crowd, group-of or difficult; never trained on, neither hit nor miss in the metric
     segmentations: A COCO polygons or RLEs, or None; JsonRows where a file gave them
     negatives, not_exhaustive: the labels of each image that are verified absent, and those annotated in part (LVIS,
                 OpenImages); None where the format has none
+    verified:   the labels of each image that are verified present, with a box or without (OpenImages); None without
     image_labels: (P,) int32 labels of whole images, without boxes; None for box data
     image_label_offsets: (I + 1,) int64; the image labels of image i are rows offsets[i]:offsets[i + 1]
     captions:   the sentences of each image, or None
@@ -96,6 +101,7 @@ class Index:
     segmentations: Sequence | None = None
     negatives: Sequence[Sequence[int]] | None = None
     not_exhaustive: Sequence[Sequence[int]] | None = None
+    verified: Sequence[Sequence[int]] | None = None
     image_labels: np.ndarray | None = None
     image_label_offsets: np.ndarray | None = None
     captions: Sequence[Sequence[str]] | None = None
@@ -162,7 +168,25 @@ class Index:
             areas=self.areas[kept],
             ignore=self.ignore[kept],
             segmentations=_take(self.segmentations, np.flatnonzero(kept)),
+            segment_ids=_take(self.segment_ids, np.flatnonzero(kept)),
         )
+
+    def select(self, images: np.ndarray) -> "Index":
+        """Only the images where `images` (I,) bool, of data without image labels."""
+        kept, rows = self.keep(images[self.image_of]), np.flatnonzero(images)
+        fields = (
+            "file_names",
+            "image_ids",
+            "sizes",
+            "negatives",
+            "not_exhaustive",
+            "verified",
+            "captions",
+            "map_names",
+        )
+        per_image = {field: _take(getattr(self, field), rows) for field in fields}
+        offsets = np.concatenate([[0], np.cumsum(np.diff(kept.offsets)[rows])])
+        return replace(kept, offsets=offsets, folder=None, **per_image)
 
     @classmethod
     def build(
@@ -181,6 +205,11 @@ class Index:
                 f"{source}: image '{file_names[image_of[row]]}' has the box {boxes[row].tolist()} (x1, y1, x2, y2), "
                 f"with NaN or negative size ({int(bad.sum())} such boxes in the file); mend or remove it"
             )
+        sizes = np.array(sizes, dtype=np.float64).reshape(-1, 2)
+        if (odd := ~((sizes >= 0) & (sizes < 1 << 31)).all(axis=1)).any():
+            row = int(np.argmax(odd))
+            raise InputError(f"{source}: image '{file_names[row]}' has the size {sizes[row].tolist()} (height, width); "
+                             "write its pixels")  # fmt: skip
         order = np.argsort(image_of, kind="stable")
         offsets = np.concatenate([[0], np.cumsum(np.bincount(image_of, minlength=len(file_names)))]).astype(np.int64)
         for field in ("segmentations", "segment_ids"):  # the others of `extra` are of images
@@ -189,7 +218,7 @@ class Index:
             source=source,
             file_names=encoded(file_names),
             image_ids=image_ids,
-            sizes=np.asarray(sizes, dtype=np.int32).reshape(-1, 2),
+            sizes=sizes.astype(np.int32),
             offsets=offsets,
             boxes=boxes[order],
             labels=np.asarray(labels, dtype=np.int32)[order],

@@ -32,7 +32,7 @@ def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> 
     """
     classes = beside(annotations, CLASSES)
     if classes:
-        pairs = [row for row in read_rows(classes) if row]
+        pairs = [row for row in read_rows(classes) if row and row[0] != "LabelName"]  # V7 has a header
         if any(len(row) != 2 for row in pairs):
             raise InputError(f"{classes}: a line is not ID,NAME; was the file cut off? download it again")
         listed = Vocabulary(name, tuple(p[1] for p in pairs), tuple(p[0] for p in pairs))
@@ -43,12 +43,16 @@ def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> 
     labels = [annotations.name.replace("bbox", f"human-imagelabels{ending}") for ending in ("-boxable", "")]
     verified = beside(annotations, *labels)
 
+    if "train" not in annotations.name and not (tree and verified):
+        lost = labels[0] if tree else TREES[0]
+        log.warning("%s: there is no %s beside it, so the AP50 will not be the official one", annotations, lost)
+
     def read(_: BinaryIO) -> tuple[Index, dict]:
-        negatives = read_negatives(verified, vocabulary) if verified else {}
-        evaluated = negatives if "validation" in annotations.name else ()
+        absent, present = read_verified(verified, vocabulary) if verified else ({}, {})
+        evaluated = absent | present if "validation" in annotations.name else ()
         index, left_out = read_index(annotations, listed, vocabulary, evaluated)
         if verified:
-            index.negatives = [negatives.get(id, []) for id in index.image_ids]
+            index.negatives, index.verified = ([of.get(id, []) for id in index.image_ids] for of in (absent, present))
         return index, {"left_out": left_out}
 
     files = [path for path in (annotations, verified) if path]
@@ -132,14 +136,15 @@ def read_index(
     return index, left_out
 
 
-def read_negatives(path: Path, vocabulary: Vocabulary) -> dict[str, list[int]]:
-    """The labels that people verified to be absent, for each image that has some."""
-    negatives: dict[str, list[int]] = {}
+def read_verified(path: Path, vocabulary: Vocabulary) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """For each image that has some, the labels that people verified to be absent; and those to be present."""
+    absent, present = {}, {}
     for line, (image, mid, confidence) in read_table(path, ["ImageID", "LabelName", "Confidence"]):
-        if confidence.strip() in ("0", "0.0") and mid in vocabulary.index_of_id:
+        of = absent if confidence.strip() in ("0", "0.0") else present
+        if mid in vocabulary.index_of_id:
             refuse_path(path, line, image)
-            negatives.setdefault(image, []).append(vocabulary.index_of_id[mid])
-    return negatives
+            of.setdefault(image, []).append(vocabulary.index_of_id[mid])
+    return absent, present
 
 
 def refuse_path(path: Path, line: int, image: str) -> None:

@@ -68,7 +68,7 @@ COCO = Known(
     {s: [(f"coco/annotations/instances_{s}2017.json", f"coco/{s}2017")] for s in ("train", "val")},
 )
 LVIS = Known(
-    "LVIS v1 (lvisdataset.org) beside the COCO images",
+    "LVIS v1 (lvisdataset.org; its images may be those in coco/)",
     {s: [(f"lvis/lvis_v1_{s}.json", folder) for folder in ("lvis/images", "coco")] for s in ("train", "val")},
     metric="lvis",
 )
@@ -121,7 +121,7 @@ def _odinw(name: str) -> Known:
         splits = {split: [(f"{folder}/{split}_{file}", folder)] for split in parts}
     else:
         splits = {split: [(f"{folder}/{part}/{file}", f"{folder}/{part}")] for split, part in parts.items()}
-    return Known("that part of ODinW-13 (github.com/microsoft/GLIP)", splits)
+    return Known(f"{name} of ODinW-13 (github.com/microsoft/GLIP)", splits)
 
 
 IN_L, STUFF, VISTAS = "imagenet/ImageNet-LVIS", "coco/coco_stuff_10k", "mapillary_vistas"
@@ -133,8 +133,14 @@ KNOWN = {
     "o365": Known(
         "Objects365 v2 (objects365.org)",
         {
-            s: [(f"objects365/annotations/{n}_{s}.json", f"objects365/{s}") for n in ("zhiyuan_objv2", "objects365")]
-            for s in ("train", "val")
+            "train": [
+                (f"objects365/annotations/zhiyuan_objv2_train{mended}.json", "objects365/train")
+                for mended in ("", "_fixname_fixmiss", "_fixmiss")  # by Detic's tools
+            ],
+            "val": [
+                (f"objects365/annotations/zhiyuan_objv2_val{mended}.json", "objects365/val")
+                for mended in ("", "_fixname")
+            ],
         },
     ),
     "o365-instances": Known(
@@ -353,9 +359,15 @@ def load_datasets(
         if not paths and (supervision := known_supervision(name)):
             refuse_unless(supervision, accepts, name, split)  # before files are listed or generated
         if tiny and not paths:
+            if data_root:
+                log.warning("--tiny draws a stand-in for '%s'; %s is not read for it", name, data_root)
             root = generate(KNOWN[name].whole or name, cache_dir(), tiny)
         dataset = load_dataset(name, own_split, paths, root, check)
         refuse_unless(dataset.supervision, accepts, name, split)
+        boxless = dataset.supervision in ("boxes", "instances") and not len(dataset.index.labels)
+        if check and split == "train" and boxless and not dataset.novel:
+            raise InputError(f"{dataset.index.source} has no box to learn from; add annotations or, for image labels, "
+                             "pos_category_ids")  # fmt: skip
         datasets.append(replace(dataset, masks=masks))
     if not datasets:
         raise InputError(

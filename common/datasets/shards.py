@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import tarfile
+import tokenize
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def index_tar(path: Path) -> np.ndarray:
     cached = cache_dir() / "shards" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     try:
         return np.load(cached, allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # there is none, or it is damaged
+    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError):  # there is none, or it is damaged
         members = read_members(path)
     try:
         with atomic_path(cached) as temporary:
@@ -108,6 +109,9 @@ def read_members(path: Path) -> np.ndarray:
     if images and not labels and path.stem.isdigit():
         raise InputError(f"shard {path}: a number is no class, and the images have no label beside them; add "
                          "KEY.cls or KEY.json with a 'label', or name the tar by its class")  # fmt: skip
+    if labels:  # pairs KEY.jpg and KEY.cls; a KEY.mask.png is another part of the sample
+        plain = [image for image in images if "." + PurePosixPath(image[1]).name.partition(".")[2].lower() in IMAGES]
+        images, others = plain, others + len(images) - len(plain)
     if others:
         log.info("%s: %d members that are neither images nor labels are left out", path, others)
     if not labels:

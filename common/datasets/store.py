@@ -3,26 +3,29 @@
 import hashlib
 import io
 import logging
+import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+import tokenize
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import orjson
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from common.datasets.index import Index, JsonRows
 from common.paths import atomic_path, cache_dir
 
 log = logging.getLogger("concord")
-VERSION = 2  # of the columns and what they mean; other versions are made again
+VERSION = 3  # of the columns and what they mean; other versions are made again
 LARGE = 8 << 20  # bytes; smaller files are read as fast as their columns are found
 ARRAYS = (
     *("file_names", "sizes", "offsets", "boxes", "labels", "areas", "ignore"),
     *("image_labels", "image_label_offsets", "map_names", "segment_ids"),
 )
-ROWS = ("image_ids", "segmentations", "negatives", "not_exhaustive", "captions")
+ROWS = ("image_ids", "segmentations", "negatives", "not_exhaustive", "verified", "captions")
 
 # read(blob) -> (index, facts): what is in the files; json can write the facts. The masks' json is written to `blob`
 # instead of to segmentations.text
@@ -40,7 +43,7 @@ def cached_index(source: Path, options: list, read: Read, files: Sequence[Path] 
     files = files or [source]
     try:
         stamps = _stamps(files)
-    except OSError:  # `read` says it better
+    except (OSError, ValueError):  # `read` says it better
         stamps = []
     if sum(size for size, _ in stamps) >= LARGE:
         folder = _folder(source, options, files)
@@ -48,7 +51,7 @@ def cached_index(source: Path, options: list, read: Read, files: Sequence[Path] 
             return found
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_suffix(".lock")):
+            with waiting(FileLock(folder.with_suffix(".lock")), source):
                 return _find(source, folder, files, stamps) or _store(source, folder, files, stamps, read)
         except OSError as error:
             log.warning("%s cannot be written, so %s is read as a whole at each start (%s)", folder.parent, source,
@@ -61,6 +64,20 @@ def cached_index(source: Path, options: list, read: Read, files: Sequence[Path] 
 def is_cached(source: Path, options: list) -> bool:
     """Whether `cached_index` with these arguments would not read the file."""
     return _find(source, _folder(source, options, [source]), [source], _stamps([source])) is not None
+
+
+@contextmanager
+def waiting(lock: FileLock, source: Path) -> Iterator[None]:
+    """Hold the lock; after a second without it, a line says what is waited for."""
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        log.info("another process reads %s, and this one waits for it (%s)", source, lock.lock_file)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_json(path: Path, record: object) -> None:
@@ -106,8 +123,8 @@ def _find(source: Path, folder: Path, files: Sequence[Path], stamps: list[list[i
             write_json(folder / "facts.json", record | {"stamps": stamps})
         arrays = _map(folder, record["arrays"])
         return _unpack(source, arrays, record, folder) if _forms(arrays) == record["arrays"] else None
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, SyntaxError, tokenize.TokenError):
+        return None  # numpy parses the header of an array as Python
 
 
 def _store(
@@ -116,18 +133,29 @@ def _store(
     gigabytes = sum(size for size, _ in stamps) / 1e9
     log.info("%s (%.1f GB) is read once; later starts use %s", source, gigabytes, folder)
     digest = _hash(files)  # first: a file that changes after it is found to be another
+    for old in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
+        shutil.rmtree(old)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         with (temporary / "blob.bin").open("wb") as blob:
             arrays, record = _pack(*read(blob))
+            _sync(blob)
         names = [*arrays, "blob"]
         for name in list(arrays):
-            np.save(temporary / f"{name}.npy", arrays.pop(name))
+            with (temporary / f"{name}.npy").open("wb") as file:
+                np.save(file, arrays.pop(name))
+                _sync(file)
         arrays = _map(temporary, names)  # before the folder takes its place, where another process may replace it
         record |= {"stamps": stamps, "hash": digest, "arrays": _forms(arrays)}
         (temporary / "facts.json").write_bytes(orjson.dumps(record))
         shutil.rmtree(folder, ignore_errors=True)  # one folder cannot replace another
     return _unpack(source, arrays, record, folder)
+
+
+def _sync(file: BinaryIO) -> None:
+    """To the disk itself, else a power cut can leave a file's size without its content."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _pack(index: Index, facts: dict) -> tuple[dict[str, np.ndarray], dict]:

@@ -9,13 +9,15 @@ import numpy as np
 
 from common.datasets.base import Dataset
 from common.datasets.folder import IMAGES, class_names
-from common.datasets.index import Index
+from common.datasets.index import BEYOND, Index
 from common.datasets.semantic import listing
 from common.datasets.store import cached_index
 from common.errors import InputError
 from common.labels import Vocabulary
+from common.paths import refuse_pipe
 
 log = logging.getLogger("concord")
+IMAGENET = "in-boxes"
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -23,19 +25,25 @@ def read_voc(name: str, annotations: Path, images: Path, metric: str = "coco") -
     """Read all xml files below the folder `annotations`, or those of a list such as ImageSets/Main/train.txt.
 
     An image has the name of its xml file; images without one are left out and counted in the log. Corners are pixels
-    counted from 1, the last one inside: a box spans xmin - 1 to xmax. Difficult objects are ignored as crowds are.
+    counted from 1, the last one inside: a box spans xmin - 1 to xmax. Difficult objects are not trained on, and in the
+    metric neither wanted nor wrong: their area is beyond all its size ranges.
     Many files are read once and kept as columns in the cache, see `cached_index`.
     Source of the pixels' meaning: facebookresearch/detectron2:detectron2/data/datasets/pascal_voc.py
 
-    voc:    its 20 classes; the list trainval.txt stands for those of all years
-    others: the classes that occur, sorted; WordNet ids are named as by `read_folder`
+    voc:      its 20 classes; the list trainval.txt stands for those of all years
+    in-boxes: classes are the folders, as some objects are named in words; corners are edges in an image of the size
+              that the file gives, which is not the image's, and come in any order.
+              Source: tensorflow/models:research/inception/inception/data/process_bounding_boxes.py
+    others:   the classes that occur, sorted; WordNet ids are named as by `read_folder`
 
     Raises InputError naming the xml file and the remedy: not xml or not of this format, a DOCTYPE, an object without a
     name or four corners, a class that is not one of VOC's, no image of its name.
     """
     files = listed(annotations, images) if annotations.is_file() else paired(name, annotations, images)
     xmls, photos = [xml for xml, _ in files.values()], [photo for _, photo in files.values()]
-    index, facts = cached_index(annotations, ["voc", *photos], lambda _: read_index(annotations, files), xmls)
+    index, facts = cached_index(
+        annotations, ["voc", name == IMAGENET, *photos], lambda _: read_index(name, annotations, files), xmls
+    )
     vocabulary, label_of = read_classes(name, images, facts["classes"])
     for title in facts["classes"]:
         if title not in label_of:
@@ -48,7 +56,7 @@ def read_voc(name: str, annotations: Path, images: Path, metric: str = "coco") -
     return Dataset(name, vocabulary, index, images, metric)
 
 
-def read_index(source: Path, files: dict[str, tuple[Path, str]]) -> tuple[Index, dict]:
+def read_index(name: str, source: Path, files: dict[str, tuple[Path, str]]) -> tuple[Index, dict]:
     """With the labels of the classes as the xml files write them, sorted."""
     sizes, objects = [], []
     for row, (xml, _) in enumerate(files.values()):
@@ -59,7 +67,17 @@ def read_index(source: Path, files: dict[str, tuple[Path, str]]) -> tuple[Index,
         raise InputError(f"{source}: none of its {len(files)} xml files has an object; name another")
     image_of, titles, boxes, difficult = zip(*objects)
     classes, labels = np.unique(titles, return_inverse=True)
-    boxes = np.array(boxes) - (1, 1, 0, 0)
+    boxes, sizes, image_of = np.array(boxes), np.array(sizes), np.array(image_of)
+    if name == IMAGENET:
+        shown = sizes[image_of][:, [1, 0, 1, 0]]
+        if not shown.all():
+            lost = list(files.values())[image_of[np.argmin(shown.all(axis=1))]][0]
+            raise InputError(f"{lost} does not tell the size that its corners are of; complete or remove it")
+        boxes = np.concatenate([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])], axis=1)
+        boxes, sizes = boxes / shown, np.zeros_like(sizes)
+        classes, labels = np.unique([list(files)[i].partition("/")[0] for i in image_of], return_inverse=True)
+    else:
+        boxes -= (1, 1, 0, 0)
     index = Index.build(
         source=str(source),
         file_names=[image for _, image in files.values()],
@@ -68,8 +86,9 @@ def read_index(source: Path, files: dict[str, tuple[Path, str]]) -> tuple[Index,
         image_of=image_of,
         boxes=boxes,
         labels=labels,
-        areas=(boxes[:, 2:] - boxes[:, :2]).prod(axis=1),
+        areas=np.where(difficult, BEYOND, (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)),
         ignore=difficult,
+        relative=name == IMAGENET,
     )
     return index, {"classes": classes.tolist()}
 
@@ -100,7 +119,7 @@ def paired(name: str, annotations: Path, images: Path) -> dict[str, tuple[Path, 
     """{path without its ending: (xml file, image below `images`)} of two folders."""
     xml_of = listing(name, annotations, (".xml",))
     # ImageNet has fourteen times as many images as files with boxes; they are not listed
-    image_of = {key: f"{key}.JPEG" for key in xml_of} if name == "in-boxes" else listing(name, images, IMAGES)
+    image_of = {key: f"{key}.JPEG" for key in xml_of} if name == IMAGENET else listing(name, images, IMAGES)
     if lost := [key for key in xml_of if key not in image_of]:
         raise InputError(f"{name}: {annotations / xml_of[lost[0]]} has no image in {images} ({len(lost)} of "
                          f"{len(xml_of)} xml files); add the images or remove the files")  # fmt: skip
@@ -119,6 +138,7 @@ class NoDoctype(ElementTree.TreeBuilder):
 def read_xml(path: Path) -> tuple[tuple[int, int], list[tuple[str, list[float], bool]]]:
     """(height, width), 0 where the file does not tell, and each object's class, corners as written, and difficulty."""
     try:
+        refuse_pipe(path, "xml file")
         root = ElementTree.parse(path, ElementTree.XMLParser(target=NoDoctype())).getroot()
         if root.tag != "annotation":
             raise ValueError(f"it starts with <{root.tag}>, not with <annotation>")
