@@ -97,9 +97,7 @@ def read_index(name: str, path: Path, only_masks: bool, as_written: bool, blob: 
         index = replace(index, **read_tags(path, [images.tags.get(i, {}) for i in range(len(index))], vocabulary))
     if index.segmentations is None:
         blob.truncate(0)
-    never_there = np.char.endswith(index.file_names, NEVER_THERE[0])
-    for ending in NEVER_THERE[1:]:
-        never_there |= np.char.endswith(index.file_names, ending)
+    never_there = np.array([name.endswith(NEVER_THERE) for name in index.file_names.tolist()], dtype=bool)
     if never_there.any():
         index = index.select(~never_there)
     kept = [{key: c[key] for key in ("id", "name", "frequency") if key in c} for c in categories]

@@ -75,7 +75,8 @@ def read_index(name: str, source: Path, files: dict[str, tuple[Path, str]]) -> t
             raise InputError(f"{lost} does not tell the size that its corners are of; complete or remove it")
         boxes = np.concatenate([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])], axis=1)
         boxes, sizes = boxes / shown, np.zeros_like(sizes)
-        classes, labels = np.unique([list(files)[i].partition("/")[0] for i in image_of], return_inverse=True)
+        folders = [key.partition("/")[0] for key in files]
+        classes, labels = np.unique([folders[i] for i in image_of], return_inverse=True)
     else:
         boxes -= (1, 1, 0, 0)
     index = Index.build(
