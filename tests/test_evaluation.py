@@ -489,6 +489,79 @@ def test_oid_single_box_goes_before_the_group():
     assert evaluate_detections(oid(boxes), {0: twice}) == {"AP50": 1}
 
 
+def kinds(label):
+    """What a box of the label is, up the tree: a dog is an animal and a toy."""
+    return {CAT: (CAT, ANIMAL), DOG: (DOG, ANIMAL, TOY)}.get(label, (label,))
+
+
+def overlap(a, b):
+    """Their intersection, and the areas of both."""
+    sides = [max(0, min(a[k + 2], b[k + 2]) - max(a[k], b[k])) for k in (0, 1)]
+    return sides[0] * sides[1], *((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b))
+
+
+def iou(a, b):
+    both, one, other = overlap(a, b)
+    return both / (one + other - both)
+
+
+def oid_class_ap(label, truth, found, absent, present):
+    """AP50 by the challenge's evaluator, box by box; truth and found: {image: [(label, box, group or score)]}."""
+    scored, wanted = [], 0
+    for image, boxes in truth.items():
+        boxes = [(box, group) for kind, box, group in boxes if label in kinds(kind)]
+        wanted += len(boxes)
+        said = {kind for each in present[image] for kind in kinds(each)}
+        said |= {kind for kind in range(len(NAMES)) for each in absent[image] if each in kinds(kind)}
+        if not boxes and label not in said:
+            continue
+        detections = [(score, box) for kind, box, score in found[image] if label in kinds(kind)]
+        single, groups = ([box for box, group in boxes if group == which] for which in (False, True))
+        taken, best_of_group = set(), {}
+        for score, box in sorted(detections, key=lambda each: -each[0]):
+            overlaps = [iou(box, each) for each in single]
+            shares = [overlap(box, each)[0] / overlap(box, each)[1] for each in groups]
+            best = max(range(len(single)), key=overlaps.__getitem__, default=None)
+            if best is not None and overlaps[best] >= 0.5 and best not in taken:
+                taken.add(best)
+                scored.append((score, True))
+            elif shares and max(shares) >= 0.5:
+                best_of_group.setdefault(shares.index(max(shares)), score)
+            else:
+                scored.append((score, False))
+        scored += [(score, True) for score in best_of_group.values()]
+    hits = [hit for _, hit in sorted(scored, key=lambda each: -each[0])]
+    precision = [sum(hits[: n + 1]) / (n + 1) for n in range(len(hits))]
+    return sum(max(precision[n:]) for n, hit in enumerate(hits) if hit) / wanted if wanted else None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_oid_equals_the_protocol_box_by_box(seed):
+    """Source: tensorflow/models:research/object_detection/utils/per_image_evaluation.py."""
+    rng, truth, found, absent, present = np.random.default_rng(seed), {}, {}, {}, {}
+    for image in range(20):
+        corner, side = rng.uniform(0, 60, (6, 2)), rng.uniform(10, 40, (6, 2))
+        boxes = np.concatenate([corner, corner + side], axis=1).astype(np.float32).astype(float)
+        number = 0 if image % 5 == 4 else 4
+        labels, groups = rng.integers(0, len(NAMES), 6).tolist(), rng.random(6) < 0.3
+        truth[image] = list(zip(labels, boxes.tolist(), groups.tolist()))[:number]
+        near = (np.repeat(boxes, 3, axis=0) + rng.normal(0, 2, (18, 4))).astype(np.float32).astype(float)
+        guessed = np.where(rng.random(18) < 0.8, np.repeat(labels, 3), rng.integers(0, len(NAMES), 18)).tolist()
+        scores = rng.random(18).astype(np.float32).astype(float).tolist()
+        found[image] = list(zip(guessed, near.tolist(), scores))
+        here = {kind for label, *_ in truth[image] for kind in kinds(label)}
+        unseen = [label for label in range(len(NAMES)) if not here & set(kinds(label))]
+        absent[image] = [label for label in unseen if rng.random() < 0.3]
+        present[image] = [int(rng.integers(len(NAMES)))] if rng.random() < 0.2 else []
+    boxes = [(image, label, *box, group) for image, each in truth.items() for label, box, group in each]
+    dataset = oid(boxes, 20, negatives=absent, verified=present)
+    records = {image: predict(*[(k, *box, score) for k, box, score in each]) for image, each in found.items()}
+    expected = [oid_class_ap(label, truth, found, absent, present) for label in range(len(NAMES))]
+    expected = np.mean([value for value in expected if value is not None])
+    assert 0.1 < expected < 0.9
+    assert evaluate_detections(dataset, records)["AP50"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_oid_group_gets_what_no_single_box_takes():
     """A detection that overlaps both belongs to the single box, though all of it is in the group."""
     truth = np.array([[0, 0, 80, 80], [10, 10, 30, 30]], dtype=float)
