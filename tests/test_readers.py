@@ -336,6 +336,11 @@ def test_visual_genome(tmp_path, caplog):
         ("objects.json", '[{"image_id": 1}]', ["objects.json: field 'objects' is missing"]),
         ("objects.json", "[7]", ["objects.json: ", "in an entry"]),
         ("image_data.json", '[{"image_id": 1}]', ["image_data.json: field 'url' is missing"]),
+        (
+            "image_data.json",
+            '[{"image_id": 1, "url": "a/b.jpg", "width": null, "height": 1}]',
+            ["image_data.json: int()"],
+        ),
         ("image_data.json", '[{"image_id": 1, "url": "a/../b.jpg", "width": 1, "height": 1}]', ["leaves the image"]),
     ],
 )

@@ -44,7 +44,7 @@ def read_index(annotations: Path, places: Path) -> tuple[Index, dict]:
         for image in read_elements(places):
             row_of[image["image_id"]] = len(row_of)
             file_names.append(file_name(places, {"coco_url": image["url"]}))  # VG_100K/1.jpg
-            sizes.append((image["height"], image["width"]))
+            sizes.append((int(image["height"]), int(image["width"])))
         path = annotations
         for image in read_elements(annotations):
             if image["image_id"] not in row_of:
