@@ -238,7 +238,7 @@ def _expand(table: dict, upward: np.ndarray, verified: np.ndarray) -> dict:
 
     The order decides which of equal overlaps is the best.
     """
-    parts = [_take(table, np.arange(0)) | {"row": np.arange(0)}]
+    parts = []
     for label, ancestors in enumerate(upward):
         rows = np.flatnonzero(table["label"] == label)
         for ancestor in np.flatnonzero(ancestors):

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import tokenize
 import urllib.error
 import urllib.request
 import uuid
@@ -19,6 +20,8 @@ from torch import Tensor
 from common.errors import InputError
 
 log = logging.getLogger("concord")
+# what np.load raises for a file that is damaged or not there; it parses the header as Python
+NO_ARRAY = (OSError, EOFError, ValueError, SyntaxError, tokenize.TokenError)
 
 
 def cache_dir() -> Path:

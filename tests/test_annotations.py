@@ -347,7 +347,7 @@ def test_who_waits_for_another_process_says_so(tmp_path, cache, caplog):
 
 
 def test_images_and_label_maps_in_one_folder_are_looked_for_apart(tmp_path, cache):
-    (dataset,) = [load(write(tmp_path / "a.json"))]
+    dataset = load(write(tmp_path / "a.json"))
     for folder in (tmp_path / "images", tmp_path / "images/sub"):
         os.utime(folder, (1, 1))
     dataset.check_images()

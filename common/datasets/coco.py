@@ -49,10 +49,8 @@ def read_coco(name: str, annotations: Path, images: Path, metric: str, only_mask
         categories = facts["categories"]
         vocabulary = read_vocabulary(name, annotations, categories)
         by_id = {c["id"]: c["frequency"] for c in categories} if metric == "lvis" else {}
-        if odd := next((c for c in categories if by_id and c["frequency"] not in ("r", "c", "f")), None):
-            raise InputError(
-                f"{annotations}: category {odd['id']} has the frequency {odd['frequency']!r}; write r, c or f"
-            )
+        if odd := [id for id, frequency in by_id.items() if frequency not in ("r", "c", "f")]:
+            raise InputError(f"{annotations}: category {odd[0]} has the frequency {by_id[odd[0]]!r}; write r, c or f")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{annotations}: {what} in an entry; a COCO-format json is needed") from None
@@ -140,7 +138,7 @@ class Boxes:
     def __init__(self, path: Path, number_of_image: dict, only_masks: bool, blob: BinaryIO):
         self.path, self.number_of_image, self.only_masks, self.blob = path, number_of_image, only_masks, blob
         self.number_of_class = defaultdict(count().__next__)
-        self.count, self.left_out, self.num_masks, self.has_masks = 0, 0, 0, True
+        self.count, self.left_out, self.num_masks = 0, 0, 0
         self.parts = Parts(
             image=np.int32, label=np.int32, box=(np.float32, 4), area=np.float32, ignore=bool, mask_length=np.int64
         )
@@ -162,12 +160,16 @@ class Boxes:
             raise InputError(f"{self.path}: annotation {entry.get('id')} has the iscrowd {entry['iscrowd']!r}; write "
                              "the number 0 or 1")  # fmt: skip
         self.num_masks += sum("segmentation" in entry for entry in run)
-        self.has_masks = self.num_masks == self.count
         if self.has_masks:
             masks = JsonRows.of([entry["segmentation"] for entry in run])
             self.blob.write(masks.text)
             columns["mask_length"] = masks.ends - masks.starts
         self.parts.add(**columns)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether each annotation so far has one."""
+        return self.num_masks == self.count
 
     def kept(self, run: list[dict]) -> list[dict]:
         if not self.only_masks:

@@ -174,26 +174,18 @@ class Index:
     def select(self, images: np.ndarray) -> "Index":
         """Only the images where `images` (I,) bool, of data without image labels."""
         kept, rows = self.keep(images[self.image_of]), np.flatnonzero(images)
-        fields = (
-            "file_names",
-            "image_ids",
-            "sizes",
-            "negatives",
-            "not_exhaustive",
-            "verified",
-            "captions",
-            "map_names",
-        )
-        per_image = {field: _take(getattr(self, field), rows) for field in fields}
+        names = ("file_names", "map_names", "image_ids", "sizes", "negatives", "not_exhaustive", "verified", "captions")
+        per_image = {name: _take(getattr(self, name), rows) for name in names}
         offsets = np.concatenate([[0], np.cumsum(np.diff(kept.offsets)[rows])])
         return replace(kept, offsets=offsets, folder=None, **per_image)
 
     @classmethod
     def build(
-        cls, source, file_names, image_ids, sizes, image_of=(), boxes=(), labels=(), areas=(), ignore=(), **extra
+        cls, source, file_names, image_ids, sizes, image_of=(), boxes=(), labels=(), areas=None, ignore=None, **extra
     ) -> "Index":
         """Sort A annotations, none by default, by `image_of` (A,) into an Index; checks every box.
 
+        areas: those of the boxes, if there are no others; ignore: none, by default
         Raises InputError naming `source` and the image for a box with NaN or negative size.
         """
         image_of = np.asarray(image_of, dtype=np.int64)
@@ -205,6 +197,8 @@ class Index:
                 f"{source}: image '{file_names[image_of[row]]}' has the box {boxes[row].tolist()} (x1, y1, x2, y2), "
                 f"with NaN or negative size ({int(bad.sum())} such boxes in the file); mend or remove it"
             )
+        areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) if areas is None else np.asarray(areas, dtype=np.float32)
+        ignore = np.zeros(len(boxes), bool) if ignore is None else np.asarray(ignore, dtype=bool)
         sizes = np.array(sizes, dtype=np.float64).reshape(-1, 2)
         if (odd := ~((sizes >= 0) & (sizes < 1 << 31)).all(axis=1)).any():
             row = int(np.argmax(odd))
@@ -222,8 +216,8 @@ class Index:
             offsets=offsets,
             boxes=boxes[order],
             labels=np.asarray(labels, dtype=np.int32)[order],
-            areas=np.asarray(areas, dtype=np.float32)[order],
-            ignore=np.asarray(ignore, dtype=bool)[order],
+            areas=areas[order],
+            ignore=ignore[order],
             **extra,
         )
 

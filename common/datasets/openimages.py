@@ -42,7 +42,6 @@ def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> 
     tree = beside(annotations, *TREES)
     labels = [annotations.name.replace("bbox", f"human-imagelabels{ending}") for ending in ("-boxable", "")]
     verified = beside(annotations, *labels)
-
     if "train" not in annotations.name and not (tree and verified):
         lost = labels[0] if tree else TREES[0]
         log.warning("%s: there is no %s beside it, so the AP50 will not be the official one", annotations, lost)
@@ -120,16 +119,14 @@ def read_index(
         parts.add(image=image_of, box=np.reshape(boxes, (-1, 4)), label=labels, group=group)
     for image in without_box:
         row_of.setdefault(image, len(row_of))
-    boxes = parts.take("box")
     index = Index.build(
         source=str(path),
         file_names=[f"{image}.jpg" for image in row_of],
         image_ids=list(row_of),
         sizes=np.zeros((len(row_of), 2)),  # the csv does not tell
         image_of=parts.take("image"),
-        boxes=boxes,
+        boxes=parts.take("box"),
         labels=parts.take("label"),
-        areas=(boxes[:, 2:] - boxes[:, :2]).prod(1),
         ignore=parts.take("group"),
         relative=True,
     )

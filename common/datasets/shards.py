@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import tarfile
-import tokenize
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 import orjson
 
 from common.errors import InputError
-from common.paths import atomic_path, cache_dir
+from common.paths import NO_ARRAY, atomic_path, cache_dir
 
 log = logging.getLogger("concord")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -64,7 +63,7 @@ def index_tar(path: Path) -> np.ndarray:
     cached = cache_dir() / "shards" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     try:
         return np.load(cached, allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError):  # there is none, or it is damaged
+    except NO_ARRAY:
         members = read_members(path)
     try:
         with atomic_path(cached) as temporary:

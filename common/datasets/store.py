@@ -5,7 +5,6 @@ import io
 import logging
 import os
 import shutil
-import tokenize
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ import orjson
 from filelock import FileLock, Timeout
 
 from common.datasets.index import Index, JsonRows
-from common.paths import atomic_path, cache_dir
+from common.paths import NO_ARRAY, atomic_path, cache_dir
 
 log = logging.getLogger("concord")
 VERSION = 3  # of the columns and what they mean; other versions are made again
@@ -123,8 +122,8 @@ def _find(source: Path, folder: Path, files: Sequence[Path], stamps: list[list[i
             write_json(folder / "facts.json", record | {"stamps": stamps})
         arrays = _map(folder, record["arrays"])
         return _unpack(source, arrays, record, folder) if _forms(arrays) == record["arrays"] else None
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, SyntaxError, tokenize.TokenError):
-        return None  # numpy parses the header of an array as Python
+    except (*NO_ARRAY, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _store(

@@ -65,16 +65,13 @@ def read_index(annotations: Path, places: Path) -> tuple[Index, dict]:
         raise InputError(f"{places}: an image_id comes twice; download the file again")
     names = sorted(number_of)
     label_of = np.argsort([number_of[name] for name in names])  # the inverse permutation: number -> label
-    boxes = parts.take("box")
     index = Index.build(
         source=str(annotations),
         file_names=file_names,
         image_ids=list(row_of),
         sizes=sizes,
         image_of=parts.take("image"),
-        boxes=boxes,
+        boxes=parts.take("box"),
         labels=label_of[parts.take("word")],
-        areas=(boxes[:, 2:] - boxes[:, :2]).prod(axis=1),
-        ignore=np.zeros(len(boxes), bool),
     )
     return index, {"names": names, "bare": bare}

@@ -57,7 +57,7 @@ def read_voc(name: str, annotations: Path, images: Path, metric: str = "coco") -
 
 
 def read_index(name: str, source: Path, files: dict[str, tuple[Path, str]]) -> tuple[Index, dict]:
-    """With the labels of the classes as the xml files write them, sorted."""
+    """With labels that count the classes as they are written, sorted."""
     sizes, objects = [], []
     for row, (xml, _) in enumerate(files.values()):
         size, found = read_xml(xml)
@@ -66,7 +66,6 @@ def read_index(name: str, source: Path, files: dict[str, tuple[Path, str]]) -> t
     if not objects:
         raise InputError(f"{source}: none of its {len(files)} xml files has an object; name another")
     image_of, titles, boxes, difficult = zip(*objects)
-    classes, labels = np.unique(titles, return_inverse=True)
     boxes, sizes, image_of = np.array(boxes), np.array(sizes), np.array(image_of)
     if name == IMAGENET:
         shown = sizes[image_of][:, [1, 0, 1, 0]]
@@ -76,9 +75,10 @@ def read_index(name: str, source: Path, files: dict[str, tuple[Path, str]]) -> t
         boxes = np.concatenate([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])], axis=1)
         boxes, sizes = boxes / shown, np.zeros_like(sizes)
         folders = [key.partition("/")[0] for key in files]
-        classes, labels = np.unique([folders[i] for i in image_of], return_inverse=True)
+        titles = [folders[i] for i in image_of]
     else:
         boxes -= (1, 1, 0, 0)
+    classes, labels = np.unique(titles, return_inverse=True)
     index = Index.build(
         source=str(source),
         file_names=[image for _, image in files.values()],
