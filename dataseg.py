@@ -59,22 +59,43 @@ from torch.utils.data import DataLoader
 
 from common.backbone import Backbone
 from common.batch import Batch, collate
-from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model, save_checkpoint, save_weights
+from common.checkpoint import (
+    last_checkpoint,
+    load_checkpoint,
+    load_weights,
+    read_model,
+    save_checkpoint,
+    save_weights,
+)
+from common.command import parse_args, per_dataset, run_command
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
-from common.distributed import amp_context, mean_over_ranks, rank, setup_device, should_compile, world_size
+from common.distributed import (
+    amp_context,
+    mean_over_ranks,
+    rank,
+    setup_device,
+    should_compile,
+    world_size,
+)
 from common.errors import InputError
 from common.evaluation import report
 from common.inference import evaluate_dataset, predict_files
 from common.labels import LabelSpace, Vocabulary
 from common.masks import segment_masks
-from common.matcher import Targets
 from common.optim import parameter_groups, poly_learning_rate
 from common.pixel_decoder import PixelDecoder, tokens
+from common.point_matching import (
+    assign_by_depth,
+    pairwise_bce,
+    pairwise_dice,
+    point_sample,
+    sample_pairs,
+)
+from common.runlog import RunLog, check_finite, make_run_folder
 from common.sampling import Mixture, RatioBatchSampler
 from common.segments import instances, panoptic_map, restore, semantic_labels
-from common.set_loss import assign_by_depth, pairwise_bce, pairwise_dice, point_sample, sample_pairs
+from common.targets import Targets
 from common.text import choose_vocabulary, embed
-from common.training import RunLog, check_finite, make_run_folder, parse_args, per_dataset, run_command
 from common.transformer import DecoderLayer, QueryHead, blocked_pixels, sine_position
 from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import save_image, training_grid
@@ -205,10 +226,23 @@ TINY = {
     "encoder_layers": 2,
     "decoder_layers": 3,
 }
-MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "queries", "channels", "encoder_layers"]
+MODEL_FIELDS = [
+    "backbone",
+    "text_encoder",
+    "prompts",
+    "test_size",
+    "queries",
+    "channels",
+    "encoder_layers",
+]
 MODEL_FIELDS += ["decoder_layers", "object_threshold"]
 SUPERVISION = ("boxes", "instances", "semantic", "panoptic")
-TASKS = {"semantic": "semantic", "panoptic": "panoptic", "instances": "instance", "boxes": "instance"}
+TASKS = {
+    "semantic": "semantic",
+    "panoptic": "panoptic",
+    "instances": "instance",
+    "boxes": "instance",
+}
 EVALUATION = {"o365": "o365-instances"}  # 1000 images of its validation set, with masks
 
 # --------------------------------------------------------------------------------------------------------------- Model
@@ -230,7 +264,9 @@ class Output:
 
     def masks(self, depth: Tensor | int, image: int, query: Tensor | slice = slice(None)) -> Tensor:
         """Mask logits (R, h, w) of R queries, of one depth or of R depths."""
-        return torch.einsum("rc,chw->rhw", self.mask_embed[depth, image, query], self.mask_features[image])
+        return torch.einsum(
+            "rc,chw->rhw", self.mask_embed[depth, image, query], self.mask_features[image]
+        )
 
 
 class Model(nn.Module):
@@ -240,8 +276,12 @@ class Model(nn.Module):
         super().__init__()
         self.args, channels = args, args.channels
         self.backbone = Backbone(args.backbone, 0, pretrained, [4, 8, 16, 32])
-        self.pixel_decoder = PixelDecoder(self.backbone.channels, channels, args.encoder_layers, 4 * channels)
-        self.layers = nn.ModuleList(DecoderLayer(channels, 8, 8 * channels) for _ in range(args.decoder_layers))
+        self.pixel_decoder = PixelDecoder(
+            self.backbone.channels, channels, args.encoder_layers, 4 * channels
+        )
+        self.layers = nn.ModuleList(
+            DecoderLayer(channels, 8, 8 * channels) for _ in range(args.decoder_layers)
+        )
         self.head = QueryHead(channels)
         self.query_feat = nn.Parameter(torch.randn(args.queries, channels))
         self.query_embed = nn.Parameter(torch.randn(args.queries, channels))
@@ -267,8 +307,12 @@ class Model(nn.Module):
     def decode(self, mask_features: Tensor, maps: list[Tensor], text: Tensor) -> Output:
         """The queries look at one level after the other, each where its last mask was; every mask is a prediction."""
         memory = [tokens(f) + code for f, code in zip(maps, self.level_embed)]  # 3 times (B, S, C)
-        position = [tokens(sine_position(*f.shape[-2:], f.shape[1], f.device)) for f in maps]  # 3 times (1, S, C)
-        resized = [F.interpolate(mask_features.detach(), f.shape[-2:], mode="bilinear") for f in maps]
+        position = [
+            tokens(sine_position(*f.shape[-2:], f.shape[1], f.device)) for f in maps
+        ]  # 3 times (1, S, C)
+        resized = [
+            F.interpolate(mask_features.detach(), f.shape[-2:], mode="bilinear") for f in maps
+        ]
         q = self.query_feat.expand(len(mask_features), -1, -1)  # (B, Q, C)
         predictions = [self.head(q)]
         for i, layer in enumerate(self.layers):
@@ -298,7 +342,11 @@ class Model(nn.Module):
 def merged_classes(vocabulary: Vocabulary, task: str) -> Tensor:
     """(K,) bool, MERGE: the classes whose proposals are one mask: all (semantic), stuff (panoptic), none (instance)."""
     things = torch.tensor(vocabulary.is_thing or [True] * len(vocabulary))
-    return {"semantic": torch.ones_like(things), "panoptic": ~things, "instance": torch.zeros_like(things)}[task]
+    return {
+        "semantic": torch.ones_like(things),
+        "panoptic": ~things,
+        "instance": torch.zeros_like(things),
+    }[task]
 
 
 def merge_targets(masks: Tensor, labels: Tensor, merged: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,9 +380,14 @@ def rasterise(boxes: Tensor, size: tuple[int, int], stride: int = 4) -> tuple[Te
     Source: aim-uofa/AdelaiDet:adet/modeling/condinst/condinst.py (add_bitmasks_from_boxes).
     """
     sides = []
-    for length, low, high in ((size[0], boxes[:, 1], boxes[:, 3]), (size[1], boxes[:, 0], boxes[:, 2])):
+    for length, low, high in (
+        (size[0], boxes[:, 1], boxes[:, 3]),
+        (size[1], boxes[:, 0], boxes[:, 2]),
+    ):
         pixel = torch.arange(length, device=boxes.device) * stride + stride // 2
-        inside = (pixel >= low.floor()[:, None]) & (pixel < (high + 1).floor()[:, None])  # (N, length)
+        inside = (pixel >= low.floor()[:, None]) & (
+            pixel < (high + 1).floor()[:, None]
+        )  # (N, length)
         middle = ((low + high) / 2 // stride).long().clamp(0, length - 1)
         inside |= F.one_hot(middle, length).bool() & ~inside.any(1, keepdim=True)
         sides.append(inside.float())
@@ -353,7 +406,9 @@ def projection_dice(product: Tensor, x: Tensor, t: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def match(args: Args, output: Output, targets: list[Targets]) -> list[tuple[Tensor, Tensor, Tensor]]:
+def match(
+    args: Args, output: Output, targets: list[Targets]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Hungarian assignment in each depth -> for each image depth, query and target (R,) of its pairs, target by target.
 
     Costs: 2 (-probability) and the other losses. All queries and depths of an image share their random points.
@@ -364,20 +419,26 @@ def match(args: Args, output: Output, targets: list[Targets]) -> list[tuple[Tens
         if t.masks is not None:
             points = torch.rand(1, args.points, 2, device=cost.device)
             # sampling is linear: sampled features give the logits at the points, without any whole mask
-            logits = output.mask_embed[:, i] @ point_sample(output.mask_features[i], points)  # (Z, Q, P)
+            logits = output.mask_embed[:, i] @ point_sample(
+                output.mask_features[i], points
+            )  # (Z, Q, P)
             truth = point_sample(t.masks, points)  # (N, P)
             for of_depth, x in zip(cost, logits):
                 of_depth += 5 * pairwise_bce(x, truth) + 5 * pairwise_dice(x, truth)
         else:
             gt = rasterise(t.boxes, output.mask_features.shape[-2:])
             for depth, of_depth in enumerate(cost):
-                for x, g in zip(projections(output.masks(depth, i)), gt):  # (Q, h) and (N, h), then (Q, w) and (N, w)
+                for x, g in zip(
+                    projections(output.masks(depth, i)), gt
+                ):  # (Q, h) and (N, h), then (Q, w) and (N, w)
                     of_depth += 5 * projection_dice(x @ g.T, x[:, None], g)
         pairs.append(assign_by_depth(cost))
     return pairs
 
 
-def join_members(output: Output, image: int, pairs: tuple, labels: Tensor, merged: Tensor) -> tuple[tuple, Tensor]:
+def join_members(
+    output: Output, image: int, pairs: tuple, labels: Tensor, merged: Tensor
+) -> tuple[tuple, Tensor]:
     """--merge-in-training: the free queries of the same depth that call a merged class by its name join its target.
 
     Returns all pairs, the matched ones first, and for each the matched one it belongs to, (R + members,).
@@ -387,7 +448,11 @@ def join_members(output: Output, image: int, pairs: tuple, labels: Tensor, merge
     predicted[depth, query] = -1  # matched queries are not free
     is_member = (predicted[depth] == labels[target, None]) & merged[labels[target], None]  # (R, Q)
     row, member = is_member.nonzero(as_tuple=True)
-    all_pairs = (torch.cat([depth, depth[row]]), torch.cat([query, member]), torch.cat([target, target[row]]))
+    all_pairs = (
+        torch.cat([depth, depth[row]]),
+        torch.cat([query, member]),
+        torch.cat([target, target[row]]),
+    )
     return all_pairs, torch.cat([torch.arange(len(depth), device=row.device), row])
 
 
@@ -398,13 +463,18 @@ def loss_class(logits: Tensor, classes: Tensor) -> Tensor:
     """
     weight = torch.ones(logits.shape[-1], device=logits.device)
     weight[-1] = 0.1
-    each = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight, reduction="none").view(len(logits), -1)
+    each = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight, reduction="none").view(
+        len(logits), -1
+    )
     return (each.sum(1) / weight[classes].flatten(1).sum(1)).sum()
 
 
 def loss_mask(logits: Tensor, truth: Tensor, num_masks: Tensor) -> Tensor:
     """Sec. 3, masks as in Mask2Former: BCE at points (R, P); mean over points, sum over pairs / num_masks."""
-    return F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1).sum() / num_masks
+    return (
+        F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1).sum()
+        / num_masks
+    )
 
 
 def loss_dice(logits: Tensor, truth: Tensor, num_masks: Tensor) -> Tensor:
@@ -413,7 +483,9 @@ def loss_dice(logits: Tensor, truth: Tensor, num_masks: Tensor) -> Tensor:
     return (1 - (2 * (s * truth).sum(1) + 1) / (s.sum(1) + truth.sum(1) + 1)).sum() / num_masks
 
 
-def loss_projection(mask_logits: Tensor, rows: Tensor, columns: Tensor, num_masks: Tensor) -> Tensor:
+def loss_projection(
+    mask_logits: Tensor, rows: Tensor, columns: Tensor, num_masks: Tensor
+) -> Tensor:
     """Sec. 3, boxes: D(px, gx) + D(py, gy), D = 1 - 2 sum(x t) / (sum x^2 + sum t^2), sum over pairs / num_masks.
 
     mask_logits (R, h, w), rows (R, h) and columns (R, w) of their boxes, 0 or 1. Source: BoxInst (arXiv 2012.02310).
@@ -427,9 +499,13 @@ def compute_losses(args: Args, output: Output, targets: list[Targets], merged: T
 
     merged (K,) bool: the classes that --merge-in-training joins. Returns every term, and their sum as `loss`.
     """
-    num_masks = torch.tensor(float(sum(len(t.labels) for t in targets)), device=output.logits.device)
+    num_masks = torch.tensor(
+        float(sum(len(t.labels) for t in targets)), device=output.logits.device
+    )
     num_masks = mean_over_ranks(num_masks).clamp(min=1)
-    classes = torch.full(output.logits.shape[:-1], output.logits.shape[-1] - 1, device=num_masks.device)  # (Z, B, Q)
+    classes = torch.full(
+        output.logits.shape[:-1], output.logits.shape[-1] - 1, device=num_masks.device
+    )  # (Z, B, Q)
     sampled, projected = [], []
     for i, (t, pairs) in enumerate(zip(targets, match(args, output, targets))):
         target, owner = pairs[2], torch.arange(len(pairs[2]), device=classes.device)  # (R,)
@@ -439,7 +515,9 @@ def compute_losses(args: Args, output: Output, targets: list[Targets], merged: T
         classes[depth, i, query] = t.labels[wanted]
         masks = output.masks(depth, i, query)  # (R + members, h, w)
         if len(masks) > len(target):
-            masks = torch.stack([masks[owner == row].amax(0) for row in range(len(target))])  # (R, h, w)
+            masks = torch.stack(
+                [masks[owner == row].amax(0) for row in range(len(target))]
+            )  # (R, h, w)
         if t.masks is not None:
             sampled.append(sample_pairs(masks, t.masks, target, args.points))
         else:
@@ -451,7 +529,9 @@ def compute_losses(args: Args, output: Output, targets: list[Targets], merged: T
         losses["loss_mask"] = 5 * loss_mask(logits, truth, num_masks)
         losses["loss_dice"] = 5 * loss_dice(logits, truth, num_masks)
     if projected:
-        losses["loss_projection"] = 5 * loss_projection(*(torch.cat(part) for part in zip(*projected)), num_masks)
+        losses["loss_projection"] = 5 * loss_projection(
+            *(torch.cat(part) for part in zip(*projected)), num_masks
+        )
     return losses | {"loss": sum(losses.values())}
 
 
@@ -484,7 +564,9 @@ def predict(model: Model, batch: Batch, vocabulary: Vocabulary, task: str) -> li
     output, found = model(batch.images, batch.sizes, model.text), []
     merged = merged_classes(vocabulary, task).to(model.text.device)
     for i, sample in enumerate(batch.samples):
-        masks = restore(output.masks(-1, i), batch.images.shape[-2:], batch.sizes[i], sample.original_size)
+        masks = restore(
+            output.masks(-1, i), batch.images.shape[-2:], batch.sizes[i], sample.original_size
+        )
         p = output.logits[-1, i].softmax(-1)  # (Q, K + 1)
         result = {"class_names": vocabulary.names, "size": sample.original_size}
         if task == "instance":
@@ -494,7 +576,9 @@ def predict(model: Model, batch: Batch, vocabulary: Vocabulary, task: str) -> li
             result["semantic"] = semantic_labels(p[:, :-1], masks)
         else:  # each class by its union alone
             union, rows = merge(masks, p, torch.ones_like(merged))
-            result["semantic"] = semantic_labels((rows * (rows == rows.amax(1, keepdim=True)))[:, :-1], union)
+            result["semantic"] = semantic_labels(
+                (rows * (rows == rows.amax(1, keepdim=True)))[:, :-1], union
+            )
         if task == "panoptic":
             threshold = model.args.object_threshold
             sure = p.amax(1) > threshold
@@ -508,18 +592,31 @@ def predict(model: Model, batch: Batch, vocabulary: Vocabulary, task: str) -> li
 # --------------------------------------------------------------------------------------------------------------- Train
 
 
-def build_dataloader(args: Args, datasets: list[Dataset], start: int, device: torch.device) -> DataLoader:
+def build_dataloader(
+    args: Args, datasets: list[Dataset], start: int, device: torch.device
+) -> DataLoader:
     """A batch is of one dataset, the same one on all ranks; each has its own ratio, resolution and batch size.
 
     Endless; skips what `start` steps have seen. What is compiled gets images of one shape per dataset.
     """
-    sizes = per_dataset("--dataset-sizes", args.dataset_sizes, datasets, args.image_size, semantic=args.semantic_size)
+    sizes = per_dataset(
+        "--dataset-sizes",
+        args.dataset_sizes,
+        datasets,
+        args.image_size,
+        semantic=args.semantic_size,
+    )
     counts = per_dataset("--dataset-batches", args.dataset_batches, datasets, args.batch_size)
     ratios = per_dataset("--dataset-ratios", args.dataset_ratios, datasets, 4, semantic=1)
-    jitter = {d.name: args.semantic_jitter if d.supervision == "semantic" else args.jitter for d in datasets}
+    jitter = {
+        d.name: args.semantic_jitter if d.supervision == "semantic" else args.jitter
+        for d in datasets
+    }
     transforms = {name: LargeScaleJitter(size, jitter[name]) for name, size in sizes.items()}
     factors = [np.ones(len(d)) for d in datasets]
-    sampler = RatioBatchSampler(factors, [*ratios.values()], [*counts.values()], args.seed, start, rank(), world_size())
+    sampler = RatioBatchSampler(
+        factors, [*ratios.values()], [*counts.values()], args.seed, start, rank(), world_size()
+    )
     return DataLoader(
         Mixture(datasets, transforms, args.seed),
         batch_sampler=sampler,
@@ -535,7 +632,9 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
     for dataset in datasets:
         log.info(dataset.summary())
     label_space, text = build_label_space(args, [d.vocabulary for d in datasets])
-    merged = {d.name: merged_classes(d.vocabulary, TASKS[d.supervision]).to(device) for d in datasets}
+    merged = {
+        d.name: merged_classes(d.vocabulary, TASKS[d.supervision]).to(device) for d in datasets
+    }
 
     checkpoint = last_checkpoint(folder) if args.resume else None
     model = Model(args, text, pretrained=not (checkpoint or args.weights)).to(device)
@@ -545,7 +644,9 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
     vocabularies = {d.name: d.vocabulary.names for d in datasets}
     metadata = {"method": METHOD, "args": asdict(args), "vocabularies": vocabularies}
     lr = args.lr * args.batch_size / args.base_batch_size
-    log.info(f"lr {args.lr:g} for {args.base_batch_size} images per step -> {lr:g} for {args.batch_size}")
+    log.info(
+        f"lr {args.lr:g} for {args.base_batch_size} images per step -> {lr:g} for {args.batch_size}"
+    )
     groups = parameter_groups(model, 0.05, args.backbone_factor)
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
@@ -600,7 +701,9 @@ def evaluate(args: Args, model: Model, datasets: list[Dataset], folder: Path) ->
         model.set_vocabulary(text_of(args, dataset))
         task, title = TASKS[dataset.supervision], dataset.name
         detect = partial(predict, model, vocabulary=dataset.vocabulary, task=task)
-        found = evaluate_dataset(detect, dataset, resize, args.workers, title, folder, args.score_threshold)
+        found = evaluate_dataset(
+            detect, dataset, resize, args.workers, title, folder, args.score_threshold
+        )
         results |= {title: found} if rank() == 0 else {}
     return results
 
@@ -621,10 +724,16 @@ def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS)
     device = setup_device(args.device, args.seed)
     size = args.image_size if args.tiny else 0
-    names = args.eval_datasets or ",".join(EVALUATION.get(n, n) for n in default_eval(args.datasets).split(","))
+    names = args.eval_datasets or ",".join(
+        EVALUATION.get(n, n) for n in default_eval(args.datasets).split(",")
+    )
     if args.predict or args.eval_only:
         model, label_space = load_trained(args, device)
-        evaluated = [] if args.predict else load_datasets(names, "val", args.data_root, size, accepts=SUPERVISION)
+        evaluated = (
+            []
+            if args.predict
+            else load_datasets(names, "val", args.data_root, size, accepts=SUPERVISION)
+        )
         folder = make_run_folder(args, METHOD)
     else:
         datasets = load_datasets(args.datasets, "train", args.data_root, size, True, SUPERVISION)
@@ -638,7 +747,10 @@ def main() -> None:
         vocabulary, text = choose_vocabulary(args, label_space, model.text)
         vocabulary = vocabulary.with_things()
         model.set_vocabulary(text)
-        resize, detect = ResizeShortest(args.test_size), partial(predict, model, vocabulary=vocabulary, task=args.task)
+        resize, detect = (
+            ResizeShortest(args.test_size),
+            partial(predict, model, vocabulary=vocabulary, task=args.task),
+        )
         predict_files(detect, args.predict, vocabulary, resize, folder, args.score_threshold)
     else:
         with torch.compiler.set_stance("force_eager"):  # test images come in many sizes

@@ -57,22 +57,45 @@ from torchvision.ops import clip_boxes_to_image
 from common.backbone import STRIDES, Backbone
 from common.batch import Batch, collate
 from common.boxes import select_detections
-from common.cascade import Cascade, MaskHead, StageOutput, draw_classifier, loss_box_reg, mlp, sample_federated
+from common.cascade import (
+    Cascade,
+    MaskHead,
+    StageOutput,
+    draw_classifier,
+    loss_box_reg,
+    mlp,
+    sample_federated,
+)
 from common.centernet import CenterNet
-from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model, save_checkpoint, save_weights
+from common.checkpoint import (
+    last_checkpoint,
+    load_checkpoint,
+    load_weights,
+    read_model,
+    save_checkpoint,
+    save_weights,
+)
+from common.class_counts import box_frequency, boxed_names, seen_and_unseen
+from common.command import parse_args, per_dataset, run_command
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
-from common.distributed import amp_context, gather_rows, rank, setup_device, should_compile, world_size
+from common.distributed import (
+    amp_context,
+    gather_rows,
+    rank,
+    setup_device,
+    should_compile,
+    world_size,
+)
 from common.errors import InputError
 from common.evaluation import evaluate_detections, report
 from common.inference import draw_predictions, predict_dataset, predict_files
 from common.labels import LabelSpace, Vocabulary
 from common.masks import paste_rles
-from common.matcher import Targets
-from common.novel import box_frequency, boxed_names, seen_and_unseen
 from common.optim import learning_rate
+from common.runlog import RunLog, check_finite, make_run_folder
 from common.sampling import Mixture, RatioBatchSampler, repeat_factors
+from common.targets import Targets
 from common.text import choose_vocabulary, embed, sentence_encoder
-from common.training import RunLog, check_finite, make_run_folder, parse_args, per_dataset, run_command
 from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import save_image, training_grid
 
@@ -148,7 +171,9 @@ class Args:
     """batch size that --lr is meant for (Detic, R50: 64)"""
     warmup_steps: int = 10_000
     """steps of linear warmup from 1e-4 of --lr; with image labels at most 1000; at most a ninth of --steps"""
-    image_label_loss: Literal["max_size", "max_score", "first", "image", "min_loss", "wsod", "wsddn"] = "max_size"
+    image_label_loss: Literal[
+        "max_size", "max_score", "first", "image", "min_loss", "wsod", "wsddn"
+    ] = "max_size"
     """which proposals of an image get its label (Table 1)"""
     image_label_weight: float = 0.1
     """lambda, weight of the image-label and caption losses (Sec. 4)"""
@@ -206,7 +231,17 @@ TINY = {
     "cls_bias": -4.6,
     "image_label_weight": 0.5,  # in a hundred steps, 0.1 teaches next to nothing
 }
-MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias", "channels", "fc_dim", "masks"]
+MODEL_FIELDS = [
+    "backbone",
+    "text_encoder",
+    "prompts",
+    "test_size",
+    "tau",
+    "cls_bias",
+    "channels",
+    "fc_dim",
+    "masks",
+]
 MODEL_FIELDS += ["image_label_loss"]
 SUPERVISION = ("boxes", "instances", "image_labels")
 NEGATIVE_CAPTION_WEIGHT = 0.125  # Detic's NEG_CAP_WEIGHT for Conceptual Captions (COCO: 1)
@@ -216,8 +251,12 @@ NEGATIVE_CAPTION_WEIGHT = 0.125  # Detic's NEG_CAP_WEIGHT for Conceptual Caption
 
 def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> tuple[LabelSpace, Tensor]:
     """Union of the label spaces, classes of the same name merged, and its text embeddings W (C, D), unit rows."""
-    text = torch.cat([embed(v.names, args.text_encoder, args.prompts, v.dataset) for v in vocabularies])
-    first = LabelSpace(vocabularies).distinct()[1]  # a merged class has the text of the first to name it
+    text = torch.cat(
+        [embed(v.names, args.text_encoder, args.prompts, v.dataset) for v in vocabularies]
+    )
+    first = LabelSpace(vocabularies).distinct()[
+        1
+    ]  # a merged class has the text of the first to name it
     return LabelSpace(vocabularies, merge=True), text[first]
 
 
@@ -247,14 +286,22 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.backbone = Backbone(args.backbone, args.channels, pretrained)
-        self.centernet = CenterNet(args.channels, STRIDES, pre_nms=(4000, 1000), post_nms=(2000, 256))
+        self.centernet = CenterNet(
+            args.channels, STRIDES, pre_nms=(4000, 1000), post_nms=(2000, 256)
+        )
         self.cascade = Cascade(args.channels, args.fc_dim)
         self.classifiers = nn.ModuleList(
-            TextClassifier(args.fc_dim, text.shape[1], args.tau, args.cls_bias) for _ in self.cascade.stages
+            TextClassifier(args.fc_dim, text.shape[1], args.tau, args.cls_bias)
+            for _ in self.cascade.stages
         )
         self.mask_head = MaskHead(args.channels) if args.masks else None
-        wsddn = args.image_label_loss in ("wsod", "wsddn")  # needs a second branch: which proposal shows a class
-        self.prop_score = nn.ModuleList(mlp(args.fc_dim, len(text) + 1) for _ in self.cascade.stages if wsddn)
+        wsddn = args.image_label_loss in (
+            "wsod",
+            "wsddn",
+        )  # needs a second branch: which proposal shows a class
+        self.prop_score = nn.ModuleList(
+            mlp(args.fc_dim, len(text) + 1) for _ in self.cascade.stages if wsddn
+        )
         self.register_buffer("text", text)  # (C, D)
 
     def set_vocabulary(self, text: Tensor) -> None:
@@ -270,7 +317,14 @@ class Model(nn.Module):
             features = self.backbone(self.backbone.normalise(images, sizes))
         return [f.float() for f in features]
 
-    def forward(self, images: Tensor, sizes: list, targets: list[Targets], text: Tensor, captions: Tensor | None):
+    def forward(
+        self,
+        images: Tensor,
+        sizes: list,
+        targets: list[Targets],
+        text: Tensor,
+        captions: Tensor | None,
+    ):
         """Training: images (B, 3, H, W) uint8 -> a StageOutput per stage, the losses of proposals and masks.
 
         text (C, D): classifier weights of this batch; captions (M, D): texts of whole images
@@ -279,14 +333,18 @@ class Model(nn.Module):
         if targets[0].image_labels is not None:
             return self.forward_image_labels(features, sizes, targets, text, captions), {}
         proposals, losses = self.centernet(features, [t.boxes for t in targets])
-        outputs = self.cascade(features, [b for b, _ in proposals], sizes, targets, self.args.rois_per_image)
+        outputs = self.cascade(
+            features, [b for b, _ in proposals], sizes, targets, self.args.rois_per_image
+        )
         for output, classifier in zip(outputs, self.classifiers):
             output.logits = classifier(output.hidden, text)[1]  # (R, C)
         if self.mask_head:
             losses["loss_mask"] = self.mask_head.loss(features, outputs[0])
         return outputs, losses
 
-    def forward_image_labels(self, features: list[Tensor], sizes: list, targets: list[Targets], text: Tensor, captions):
+    def forward_image_labels(
+        self, features: list[Tensor], sizes: list, targets: list[Targets], text: Tensor, captions
+    ):
         """Images without boxes: the best proposals go through the cascade, undrawn and unmatched -> its outputs.
 
         Where the whole image takes part (`image`, captions), its box is the last one.
@@ -294,14 +352,28 @@ class Model(nn.Module):
         proposals, boxes = self.centernet(features)[0], []
         for (b, _), (h, w), t in zip(proposals, sizes, targets):
             b = clip_boxes_to_image(b[: self.args.image_label_proposals], (h, w))
-            whole = [b.new_tensor([[0, 0, w, h]])] if self.args.image_label_loss == "image" or t.caption else []
+            whole = (
+                [b.new_tensor([[0, 0, w, h]])]
+                if self.args.image_label_loss == "image" or t.caption
+                else []
+            )
             boxes.append(torch.cat([b, *whole]))
         outputs = self.cascade(features, boxes, sizes, None, 0)
         for k, output in enumerate(outputs):
-            classifier, output.targets, output.deltas = self.classifiers[k], targets, output.deltas.detach()
-            output.logits = classifier(output.hidden, F.pad(text, (0, 0, 0, 1)))[1]  # (R, C + 1), with background
-            output.captions = None if captions is None else classifier(output.hidden, captions)[1]  # (R, M)
-            output.prop_logits = self.prop_score[k](output.hidden) if self.prop_score else None  # (R, C + 1)
+            classifier, output.targets, output.deltas = (
+                self.classifiers[k],
+                targets,
+                output.deltas.detach(),
+            )
+            output.logits = classifier(output.hidden, F.pad(text, (0, 0, 0, 1)))[
+                1
+            ]  # (R, C + 1), with background
+            output.captions = (
+                None if captions is None else classifier(output.hidden, captions)[1]
+            )  # (R, M)
+            output.prop_logits = (
+                self.prop_score[k](output.hidden) if self.prop_score else None
+            )  # (R, C + 1)
         return outputs
 
     def detect(self, features: list[Tensor], sizes: list) -> tuple[list[Tensor], list[Tensor]]:
@@ -311,7 +383,10 @@ class Model(nn.Module):
         """
         proposals = self.centernet(features)[0]
         outputs = self.cascade(features, [b for b, _ in proposals], sizes, None, 0)
-        p = [classifier(out.hidden, self.text)[1].sigmoid() for classifier, out in zip(self.classifiers, outputs)]
+        p = [
+            classifier(out.hidden, self.text)[1].sigmoid()
+            for classifier, out in zip(self.classifiers, outputs)
+        ]
         p = torch.stack(p).mean(0).split([len(b) for b, _ in proposals])  # B times (Q, C)
         boxes = self.cascade.refine(len(outputs) - 1, outputs[-1], sizes)
         return boxes, [(p * objectness[:, None]).sqrt() for p, (_, objectness) in zip(p, proposals)]
@@ -331,7 +406,9 @@ def assign_targets(batch: Batch, label_space: LabelSpace) -> list[Targets]:
         target = Targets(sample.boxes, labels, masks=sample.masks)
         if sample.supervision == "image_labels":
             target.image_labels = label_space.to_global(sample.dataset, sample.image_labels)
-            target.caption = sample.captions[torch.randint(len(sample.captions), ())] if sample.captions else ""
+            target.caption = (
+                sample.captions[torch.randint(len(sample.captions), ())] if sample.captions else ""
+            )
         targets.append(target)
     return targets
 
@@ -403,11 +480,18 @@ def loss_min_loss(bag: Bag, label: Tensor) -> Tensor:
 
 def loss_wsddn(bag: Bag, label: Tensor) -> Tensor:
     """Sec. 4 (Table 1), WSDDN: mean_c BCE(sum_j sigmoid(s_jc) softmax_j(r_jc), y_c); mean, not sum, of columns."""
-    p = (bag.logits.sigmoid() * bag.prop_logits.softmax(0)).sum(0).clamp(1e-10, 1 - 1e-10)  # (C + 1,)
+    p = (
+        (bag.logits.sigmoid() * bag.prop_logits.softmax(0)).sum(0).clamp(1e-10, 1 - 1e-10)
+    )  # (C + 1,)
     return F.binary_cross_entropy(p, F.one_hot(label, len(p)).to(p))
 
 
-IMAGE_LABEL_LOSSES = {"max_size": loss_max_size, "max_score": loss_max_score, "first": loss_first, "image": loss_image}
+IMAGE_LABEL_LOSSES = {
+    "max_size": loss_max_size,
+    "max_score": loss_max_score,
+    "first": loss_first,
+    "image": loss_image,
+}
 IMAGE_LABEL_LOSSES |= {"min_loss": loss_min_loss, "wsod": loss_wsddn, "wsddn": loss_wsddn}
 
 
@@ -430,13 +514,17 @@ def loss_captions(logits: list[Tensor], own: list[int], negative_weight: float) 
     terms = [logits[0].sum() * 0]
     for image, column in zip(logits, own):
         if column >= 0 and len(image):
-            target = F.one_hot(torch.tensor(column, device=image.device), image.shape[1]).to(image)  # (M,)
+            target = F.one_hot(torch.tensor(column, device=image.device), image.shape[1]).to(
+                image
+            )  # (M,)
             bce = F.binary_cross_entropy_with_logits(image[-1], target, reduction="none")
             terms.append((bce * (target + negative_weight * (1 - target))).sum())
     return torch.stack(terms).sum() / len(logits)
 
 
-def compute_losses(args: Args, outputs: list[StageOutput], proposal_losses: dict, frequency: Tensor) -> dict:
+def compute_losses(
+    args: Args, outputs: list[StageOutput], proposal_losses: dict, frequency: Tensor
+) -> dict:
     """With boxes sum over stages (L_cls + L_box) + L_mask + the CenterNet losses; with image labels lambda L_im alone.
 
     frequency (C,): training images with a box of the class. Returns every term, and their sum as `loss`.
@@ -449,9 +537,13 @@ def compute_losses(args: Args, outputs: list[StageOutput], proposal_losses: dict
             losses[f"loss_box_reg_stage{k}"] = loss_box_reg(k, out)
             continue
         counts = [len(b) for b in out.boxes]
-        seconds = out.prop_logits.split(counts) if out.prop_logits is not None else [None] * len(counts)
+        seconds = (
+            out.prop_logits.split(counts) if out.prop_logits is not None else [None] * len(counts)
+        )
         bags = [Bag(*parts) for parts in zip(out.boxes, out.logits.split(counts), seconds)]
-        loss = loss_image_labels(IMAGE_LABEL_LOSSES[args.image_label_loss], bags, [t.image_labels for t in out.targets])
+        loss = loss_image_labels(
+            IMAGE_LABEL_LOSSES[args.image_label_loss], bags, [t.image_labels for t in out.targets]
+        )
         losses[f"loss_image_labels_stage{k}"] = args.image_label_weight * loss
         if out.captions is not None:
             own = [rank() * len(counts) + i if t.caption else -1 for i, t in enumerate(out.targets)]
@@ -480,7 +572,9 @@ def predict(model: Model, batch: Batch, vocabulary: Vocabulary) -> list[dict]:
         scaled = boxes * boxes.new_tensor([width / w, height / h] * 2)
         found = {"boxes": scaled.cpu(), "labels": labels.cpu(), "scores": scores.cpu()}
         if model.mask_head:
-            masks = model.mask_head([f[i : i + 1] for f in features], [boxes]).sigmoid().cpu()  # (N, 28, 28)
+            masks = (
+                model.mask_head([f[i : i + 1] for f in features], [boxes]).sigmoid().cpu()
+            )  # (N, 28, 28)
             found["segmentations"] = paste_rles(masks, found["boxes"], (height, width))
         names = [vocabulary.names[label] for label in found["labels"].tolist()]
         detections.append(found | {"class_names": names, "size": (height, width)})
@@ -490,20 +584,33 @@ def predict(model: Model, batch: Batch, vocabulary: Vocabulary) -> list[dict]:
 # --------------------------------------------------------------------------------------------------------------- Train
 
 
-def build_dataloader(args: Args, datasets: list[Dataset], start: int, device: torch.device) -> DataLoader:
+def build_dataloader(
+    args: Args, datasets: list[Dataset], start: int, device: torch.device
+) -> DataLoader:
     """A batch is of one dataset, so of one kind of supervision; each has its own ratio, resolution and batch size.
 
     Endless; skips what `start` steps have seen. What is compiled gets images of one shape per dataset.
     """
     size, batch = args.image_size, args.batch_size
-    sizes = per_dataset("--dataset-sizes", args.dataset_sizes, datasets, size, image_labels=size // 2)
-    counts = per_dataset("--dataset-batches", args.dataset_batches, datasets, batch, image_labels=4 * batch)
+    sizes = per_dataset(
+        "--dataset-sizes", args.dataset_sizes, datasets, size, image_labels=size // 2
+    )
+    counts = per_dataset(
+        "--dataset-batches", args.dataset_batches, datasets, batch, image_labels=4 * batch
+    )
     ratios = per_dataset("--dataset-ratios", args.dataset_ratios, datasets, 1, image_labels=4)
     labelled = {d.name: d.supervision == "image_labels" for d in datasets}
     jitter = {True: tuple(min(max(x, 0.5), 1.5) for x in args.jitter), False: args.jitter}
-    transforms = {name: LargeScaleJitter(sizes[name], jitter[labels]) for name, labels in labelled.items()}
-    factors = [np.ones(len(d)) if labelled[d.name] else repeat_factors([d], args.repeat_threshold) for d in datasets]
-    sampler = RatioBatchSampler(factors, [*ratios.values()], [*counts.values()], args.seed, start, rank(), world_size())
+    transforms = {
+        name: LargeScaleJitter(sizes[name], jitter[labels]) for name, labels in labelled.items()
+    }
+    factors = [
+        np.ones(len(d)) if labelled[d.name] else repeat_factors([d], args.repeat_threshold)
+        for d in datasets
+    ]
+    sampler = RatioBatchSampler(
+        factors, [*ratios.values()], [*counts.values()], args.seed, start, rank(), world_size()
+    )
     return DataLoader(
         Mixture(datasets, transforms, args.seed),
         batch_sampler=sampler,
@@ -533,14 +640,20 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
     metadata = {"method": METHOD, "args": asdict(args), "vocabularies": vocabularies}
     metadata["boxed"] = boxed_names(frequency, label_space)
     lr = args.lr * args.batch_size / args.base_batch_size
-    log.info(f"lr {args.lr:g} for {args.base_batch_size} images per step -> {lr:g} for {args.batch_size}")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=1e-4)
+    log.info(
+        f"lr {args.lr:g} for {args.base_batch_size} images per step -> {lr:g} for {args.batch_size}"
+    )
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=1e-4
+    )
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
     warmup = min(args.warmup_steps, 1000 if joint else args.warmup_steps, args.steps // 9)
     if should_compile(args.compile, device):
         model.backbone.compile()
     # the batches of image labels leave the mask head and the box regression alone
-    parallel = DistributedDataParallel(model, find_unused_parameters=True) if world_size() > 1 else model
+    parallel = (
+        DistributedDataParallel(model, find_unused_parameters=True) if world_size() > 1 else model
+    )
 
     loader = build_dataloader(args, datasets, start, device)
     run_log = RunLog(folder, args.steps, start)
@@ -556,7 +669,9 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         captions = None
         if batch.samples[0].dataset in captioned:
             captions = gather_rows(encode([t.caption for t in targets]).to(device))  # (M, D)
-        weights, counts = (model.text, frequency) if drawn is None else (model.text[drawn], frequency[drawn])
+        weights, counts = (
+            (model.text, frequency) if drawn is None else (model.text[drawn], frequency[drawn])
+        )
         outputs, losses = parallel(batch.images, batch.sizes, targets, weights, captions)
         losses = compute_losses(args, outputs, losses, counts)
         optimizer.zero_grad(set_to_none=True)
@@ -578,11 +693,20 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
 # ------------------------------------------------------------------------------------------------------------ Evaluate
 
 
-def evaluate(args: Args, model: Model, datasets: list[Dataset], folder: Path, boxed: list[str], note: str = "") -> dict:
+def evaluate(
+    args: Args,
+    model: Model,
+    datasets: list[Dataset],
+    folder: Path,
+    boxed: list[str],
+    note: str = "",
+) -> dict:
     """Every evaluation dataset by its own metric, in its own label space; classes `boxed` in training are base."""
     results, resize = {}, ResizeShortest(args.test_size)
     for dataset in datasets:
-        model.set_vocabulary(embed(dataset.vocabulary.names, args.text_encoder, args.prompts, dataset.name))
+        model.set_vocabulary(
+            embed(dataset.vocabulary.names, args.text_encoder, args.prompts, dataset.name)
+        )
         title = dataset.name + note
         detect = partial(predict, model, vocabulary=dataset.vocabulary)
         predictions = predict_dataset(detect, dataset, resize, args.workers, title)
@@ -619,17 +743,23 @@ def main() -> None:
         evaluated = [] if args.predict else load_datasets(names, "val", args.data_root, size)
         folder = make_run_folder(args, METHOD)
     else:
-        datasets = load_datasets(args.datasets, "train", args.data_root, size, args.masks, SUPERVISION)
+        datasets = load_datasets(
+            args.datasets, "train", args.data_root, size, args.masks, SUPERVISION
+        )
         label_space = LabelSpace([d.vocabulary for d in datasets], merge=True)
         boxed = boxed_names(box_frequency(datasets, label_space, args.novel), label_space)
         labelled = [d.name for d in datasets if d.supervision == "image_labels"]
         names = args.eval_datasets or default_eval(args.datasets, labelled)
-        evaluated = load_datasets(names, "val", args.data_root, size)  # a mistake in them must not cost a training
+        evaluated = load_datasets(
+            names, "val", args.data_root, size
+        )  # a mistake in them must not cost a training
         warn_of_overlap(datasets, evaluated)
         args.masks &= bool(args.weights) or any(d.supervision == "instances" for d in datasets)
         folder = make_run_folder(args, METHOD)
         if labelled and not (args.weights or args.resume):
-            log.warning("image labels without --weights: give it the run folder of a training on boxes alone (stage 1)")
+            log.warning(
+                "image labels without --weights: give it the run folder of a training on boxes alone (stage 1)"
+            )
         if args.weights and labelled and not args.resume:
             model, *_ = load_trained(args, device)
             results = evaluate(args, model, evaluated, folder, boxed, " before image labels")
@@ -637,7 +767,10 @@ def main() -> None:
     if args.predict:
         vocabulary, text = choose_vocabulary(args, label_space, model.text)
         model.set_vocabulary(text)
-        resize, detect = ResizeShortest(args.test_size), partial(predict, model, vocabulary=vocabulary)
+        resize, detect = (
+            ResizeShortest(args.test_size),
+            partial(predict, model, vocabulary=vocabulary),
+        )
         predict_files(detect, args.predict, vocabulary, resize, folder, args.score_threshold)
     else:
         with torch.compiler.set_stance("force_eager"):  # test images come in many sizes

@@ -63,23 +63,43 @@ from torchvision.ops import StochasticDepth
 
 from common.backbone import Backbone
 from common.batch import Batch, collate
-from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model, save_checkpoint, save_weights
+from common.checkpoint import (
+    last_checkpoint,
+    load_checkpoint,
+    load_weights,
+    read_model,
+    save_checkpoint,
+    save_weights,
+)
+from common.command import parse_args, per_dataset, run_command
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
-from common.distributed import amp_context, mean_over_ranks, rank, setup_device, should_compile, world_size
+from common.distributed import (
+    amp_context,
+    mean_over_ranks,
+    rank,
+    setup_device,
+    should_compile,
+    world_size,
+)
 from common.errors import InputError
 from common.evaluation import report
 from common.inference import evaluate_dataset, predict_files
 from common.labels import LabelSpace, Vocabulary, fold
 from common.masks import segment_masks
-from common.matcher import Targets
 from common.optim import parameter_groups, poly_learning_rate
 from common.pixel_decoder import PixelDecoder, tokens
-from common.prompt import ContextEncoder
+from common.point_matching import (
+    assign_by_depth,
+    pairwise_bce,
+    pairwise_dice,
+    point_sample,
+    sample_pairs,
+)
+from common.runlog import RunLog, check_finite, make_run_folder
 from common.sampling import Mixture, RatioBatchSampler
 from common.segments import panoptic_map, restore, semantic_labels
-from common.set_loss import assign_by_depth, pairwise_bce, pairwise_dice, point_sample, sample_pairs
-from common.text import embed, templates
-from common.training import RunLog, check_finite, make_run_folder, parse_args, per_dataset, run_command
+from common.targets import Targets
+from common.text import ContextEncoder, embed, templates
 from common.transformer import DecoderLayer, QueryHead, blocked_pixels, sine_position
 from common.transforms import DetrCrop, ResizeShortest, SegmentationCrop
 from common.visualize import save_image, training_grid
@@ -223,7 +243,16 @@ TINY = {
     "encoder_layers": 2,
     "decoder_layers": 3,
 }
-MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "context_tokens", "cgd", "classifier", "image_size", "queries"]
+MODEL_FIELDS = [
+    "backbone",
+    "text_encoder",
+    "prompts",
+    "context_tokens",
+    "cgd",
+    "classifier",
+    "image_size",
+    "queries",
+]
 MODEL_FIELDS += ["channels", "encoder_layers", "decoder_layers", "daa", "object_threshold"]
 SUPERVISION = ("semantic", "panoptic")
 BACKGROUND = "background"
@@ -237,11 +266,17 @@ def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> tuple[Label
     Without learned context; a dataset is decoded and classified by its own classes and background.
     """
     names = [*(name for v in vocabularies for name in v.names), BACKGROUND]
-    text = embed(names, args.text_encoder, args.prompts) if args.classifier == "text" else torch.zeros(len(names), 1)
+    text = (
+        embed(names, args.text_encoder, args.prompts)
+        if args.classifier == "text"
+        else torch.zeros(len(names), 1)
+    )
     return LabelSpace(vocabularies), text
 
 
-def with_context(args: Args, context: Tensor, encoder: ContextEncoder, names: Sequence[str]) -> Tensor:
+def with_context(
+    args: Args, context: Tensor, encoder: ContextEncoder, names: Sequence[str]
+) -> Tensor:
     """Features (K + 1, D) of K class names and "background", read behind the learned context tokens."""
     prompt = templates(args.prompts)[0]
     return encoder(context, encoder.tokenize([prompt(fold(name)) for name in [*names, BACKGROUND]]))
@@ -263,10 +298,16 @@ class CategoryGuide(nn.Module):
 
     def forward(self, q: Tensor, text: Tensor) -> Tensor:
         """q (B, Q, C), text (K + 1, C) -> (B, Q, C)."""
-        query = self.query(self.norm_q(q)).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, Q, C / heads)
-        keys = self.norm_text(text).unflatten(1, (self.heads, -1)).transpose(0, 1)  # (heads, K + 1, C / heads)
+        query = (
+            self.query(self.norm_q(q)).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        )  # (B, heads, Q, C / heads)
+        keys = (
+            self.norm_text(text).unflatten(1, (self.heads, -1)).transpose(0, 1)
+        )  # (heads, K + 1, C / heads)
         keys = keys.expand(len(q), -1, -1, -1)
-        attended = F.scaled_dot_product_attention(query, keys, keys).transpose(1, 2).flatten(2)  # (B, Q, C)
+        attended = (
+            F.scaled_dot_product_attention(query, keys, keys).transpose(1, 2).flatten(2)
+        )  # (B, Q, C)
         return q + self.drop(self.output(attended))
 
 
@@ -280,36 +321,57 @@ class Output:
 
     def masks(self, depth: Tensor | int, image: int, query: Tensor | slice = slice(None)) -> Tensor:
         """Mask logits (R, h, w) of R queries, of one depth or of R depths."""
-        return torch.einsum("rc,chw->rhw", self.mask_embed[depth, image, query], self.mask_features[image])
+        return torch.einsum(
+            "rc,chw->rhw", self.mask_embed[depth, image, query], self.mask_features[image]
+        )
 
 
 class Model(nn.Module):
     """Mask2Former (arXiv 2112.01527) whose queries are guided and classified by text."""
 
-    def __init__(self, args: Args, text: Tensor, label_space: LabelSpace, width: int = 0, pretrained: bool = True):
+    def __init__(
+        self,
+        args: Args,
+        text: Tensor,
+        label_space: LabelSpace,
+        width: int = 0,
+        pretrained: bool = True,
+    ):
         """text (C + 1, D); width: of the text encoder's tokens, if there are learned ones."""
         super().__init__()
         self.args, channels = args, args.channels
         self.backbone = Backbone(args.backbone, 0, pretrained, [4, 8, 16, 32])
-        self.pixel_decoder = PixelDecoder(self.backbone.channels, channels, args.encoder_layers, 4 * channels)
-        self.layers = nn.ModuleList(DecoderLayer(channels, 8, 8 * channels) for _ in range(args.decoder_layers))
+        self.pixel_decoder = PixelDecoder(
+            self.backbone.channels, channels, args.encoder_layers, 4 * channels
+        )
+        self.layers = nn.ModuleList(
+            DecoderLayer(channels, 8, 8 * channels) for _ in range(args.decoder_layers)
+        )
         self.head = QueryHead(channels)
         self.query_feat = nn.Parameter(torch.randn(args.queries, channels))
         self.query_embed = nn.Parameter(torch.randn(args.queries, channels))
         self.level_embed = nn.Parameter(torch.randn(3, channels))
         self.register_buffer("text", text)  # (C + 1, D)
-        self.classifiers, self.context, self.cgd = None, None, args.cgd if args.classifier == "text" else "off"
+        self.classifiers, self.context, self.cgd = (
+            None,
+            None,
+            args.cgd if args.classifier == "text" else "off",
+        )
         if args.classifier == "heads":
             self.datasets, sizes = label_space.datasets, map(len, label_space.vocabularies.values())
             self.classifiers = nn.ModuleList(nn.Linear(channels, size + 1) for size in sizes)
             return
-        self.adapter = nn.Sequential(nn.LayerNorm(text.shape[1]), nn.Linear(text.shape[1], channels))
+        self.adapter = nn.Sequential(
+            nn.LayerNorm(text.shape[1]), nn.Linear(text.shape[1], channels)
+        )
         self.tau = nn.Parameter(torch.tensor(args.tau))
         if self.cgd != "off":
             drops = torch.linspace(0, 0.1, args.decoder_layers).tolist()
             self.guides = nn.ModuleList(CategoryGuide(channels, 8, drop) for drop in drops)
         if width:  # std 1 is large beside CLIP's own tokens (0.02), but it is the released code's
-            self.context = nn.Parameter(nn.init.trunc_normal_(torch.empty(args.context_tokens, width), std=1.0))
+            self.context = nn.Parameter(
+                nn.init.trunc_normal_(torch.empty(args.context_tokens, width), std=1.0)
+            )
 
     def set_vocabulary(self, text: Tensor) -> None:
         """Swap the label space: text (C', D), a row for each column of the logits that comes from text."""
@@ -324,11 +386,17 @@ class Model(nn.Module):
             features = self.backbone(self.backbone.normalise(images, sizes))
         return self.pixel_decoder([f.float() for f in features])
 
-    def decode(self, mask_features: Tensor, maps: list[Tensor], text: Tensor, dataset: str) -> Output:
+    def decode(
+        self, mask_features: Tensor, maps: list[Tensor], text: Tensor, dataset: str
+    ) -> Output:
         """The queries look at one level after the other, each where its last mask was; every mask is a prediction."""
         memory = [tokens(f) + code for f, code in zip(maps, self.level_embed)]  # 3 times (B, S, C)
-        position = [tokens(sine_position(*f.shape[-2:], f.shape[1], f.device)) for f in maps]  # 3 times (1, S, C)
-        resized = [F.interpolate(mask_features.detach(), f.shape[-2:], mode="bilinear") for f in maps]
+        position = [
+            tokens(sine_position(*f.shape[-2:], f.shape[1], f.device)) for f in maps
+        ]  # 3 times (1, S, C)
+        resized = [
+            F.interpolate(mask_features.detach(), f.shape[-2:], mode="bilinear") for f in maps
+        ]
         text = self.adapter(text) if self.classifiers is None else text  # (K + 1, C)
         q = self.query_feat.expand(len(mask_features), -1, -1)  # (B, Q, C)
         predictions = [self.head(q)]
@@ -352,7 +420,9 @@ class Model(nn.Module):
             return self.classifiers[self.datasets.index(dataset)](z)
         return F.normalize(z, dim=-1) @ F.normalize(text, dim=-1).T / self.tau
 
-    def forward(self, images: Tensor, sizes: list[tuple[int, int]], text: Tensor, dataset: str = "") -> Output:
+    def forward(
+        self, images: Tensor, sizes: list[tuple[int, int]], text: Tensor, dataset: str = ""
+    ) -> Output:
         """images (B, 3, H, W) uint8 of one dataset, text of its classes (K + 1, D) -> the predictions of all depths."""
         return self.decode(*self.extract(images, sizes), text, dataset)
 
@@ -374,7 +444,9 @@ def assign_targets(batch: Batch) -> list[Targets]:
 
 
 @torch.no_grad()
-def match(args: Args, output: Output, targets: list[Targets]) -> list[tuple[Tensor, Tensor, Tensor]]:
+def match(
+    args: Args, output: Output, targets: list[Targets]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Hungarian assignment in each depth -> for each image depth, query and target (R,) of its pairs, target by target.
 
     Costs: 2 (-probability) and the other losses. All queries and depths of an image share their random points.
@@ -384,7 +456,9 @@ def match(args: Args, output: Output, targets: list[Targets]) -> list[tuple[Tens
         cost = -2 * output.logits[:, i].softmax(-1)[..., t.labels]  # (Z, Q, N)
         points = torch.rand(1, args.points, 2, device=cost.device)
         # sampling is linear: sampled features give the logits at the points, without any whole mask
-        logits = output.mask_embed[:, i] @ point_sample(output.mask_features[i], points)  # (Z, Q, P)
+        logits = output.mask_embed[:, i] @ point_sample(
+            output.mask_features[i], points
+        )  # (Z, Q, P)
         truth = point_sample(t.masks, points)  # (N, P)
         for of_depth, x in zip(cost, logits):
             of_depth += 5 * pairwise_bce(x, truth) + 5 * pairwise_dice(x, truth)
@@ -399,13 +473,18 @@ def loss_class(logits: Tensor, classes: Tensor) -> Tensor:
     """
     weight = torch.ones(logits.shape[-1], device=logits.device)
     weight[-1] = 0.1
-    each = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight, reduction="none").view(len(logits), -1)
+    each = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight, reduction="none").view(
+        len(logits), -1
+    )
     return (each.sum(1) / weight[classes].flatten(1).sum(1)).sum()
 
 
 def loss_mask(logits: Tensor, truth: Tensor, num_masks: Tensor) -> Tensor:
     """Sec. 3, masks as in Mask2Former: BCE at points (R, P); mean over points, sum over pairs / num_masks."""
-    return F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1).sum() / num_masks
+    return (
+        F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1).sum()
+        / num_masks
+    )
 
 
 def loss_dice(logits: Tensor, truth: Tensor, num_masks: Tensor) -> Tensor:
@@ -416,9 +495,13 @@ def loss_dice(logits: Tensor, truth: Tensor, num_masks: Tensor) -> Tensor:
 
 def compute_losses(args: Args, output: Output, targets: list[Targets]) -> dict:
     """L = sum over depths of 2 L_class + 5 (L_mask + L_dice). Returns every term, and their sum as `loss`."""
-    num_masks = torch.tensor(float(sum(len(t.labels) for t in targets)), device=output.logits.device)
+    num_masks = torch.tensor(
+        float(sum(len(t.labels) for t in targets)), device=output.logits.device
+    )
     num_masks = mean_over_ranks(num_masks).clamp(min=1)
-    classes = torch.full(output.logits.shape[:-1], output.logits.shape[-1] - 1, device=num_masks.device)  # (Z, B, Q)
+    classes = torch.full(
+        output.logits.shape[:-1], output.logits.shape[-1] - 1, device=num_masks.device
+    )  # (Z, B, Q)
     sampled = []
     for i, (t, (depth, query, target)) in enumerate(zip(targets, match(args, output, targets))):
         classes[depth, i, query] = t.labels[target]
@@ -444,12 +527,16 @@ def predict(model: Model, batch: Batch, vocabulary: Vocabulary, task: str) -> li
     batch = batch.to(model.text.device)
     output, found = model(batch.images, batch.sizes, model.text, vocabulary.dataset), []
     for i, sample in enumerate(batch.samples):
-        masks = restore(output.masks(-1, i), batch.images.shape[-2:], batch.sizes[i], sample.original_size)
+        masks = restore(
+            output.masks(-1, i), batch.images.shape[-2:], batch.sizes[i], sample.original_size
+        )
         p = output.logits[-1, i].softmax(-1)  # (Q, K + 1)
         result = {"class_names": vocabulary.names, "size": sample.original_size}
         result["semantic"] = semantic_labels(p[:, :-1], masks)
         if task == "panoptic":
-            parts = panoptic_map(p, masks, vocabulary.is_thing, model.args.object_threshold, 0.8, intersect=False)
+            parts = panoptic_map(
+                p, masks, vocabulary.is_thing, model.args.object_threshold, 0.8, intersect=False
+            )
             result["panoptic"], result["segments_info"] = parts
         found.append({k: v.cpu() if isinstance(v, Tensor) else v for k, v in result.items()})
     return found
@@ -473,7 +560,9 @@ def augmentation(args: Args, dataset: str) -> DetrCrop | SegmentationCrop:
 def test_transform(args: Args, dataset: str) -> ResizeShortest:
     """Short and longest side of the test images of the dataset, in proportion to --image-size."""
     factor, own = args.image_size / 512, DAA.get(dataset, ADE) if args.daa else ADE
-    short, longest = (DETR[dataset], 1333) if args.daa and dataset in DETR else (own.base, own.test_max)
+    short, longest = (
+        (DETR[dataset], 1333) if args.daa and dataset in DETR else (own.base, own.test_max)
+    )
     return ResizeShortest(round(factor * short), round(factor * longest))
 
 
@@ -505,18 +594,31 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         log.info(dataset.summary())
     label_space, text = build_label_space(args, [d.vocabulary for d in datasets])
     rows = {d.name: [*label_space.rows(d.name).tolist(), len(label_space)] for d in datasets}
-    encoder = ContextEncoder(args.text_encoder, device) if args.context_tokens and args.classifier == "text" else None
+    encoder = (
+        ContextEncoder(args.text_encoder, device)
+        if args.context_tokens and args.classifier == "text"
+        else None
+    )
 
     checkpoint = last_checkpoint(folder) if args.resume else None
     width = encoder.width if encoder else 0
-    model = Model(args, text, label_space, width, pretrained=not (checkpoint or args.weights)).to(device)
+    model = Model(args, text, label_space, width, pretrained=not (checkpoint or args.weights)).to(
+        device
+    )
     if checkpoint or args.weights:
         load_weights(checkpoint or args.weights, model)
     model.train()
     vocabularies = {d.name: d.vocabulary.names for d in datasets}
-    metadata = {"method": METHOD, "args": asdict(args), "vocabularies": vocabularies, "width": width}
+    metadata = {
+        "method": METHOD,
+        "args": asdict(args),
+        "vocabularies": vocabularies,
+        "width": width,
+    }
     lr = args.lr * args.batch_size / args.base_batch_size
-    log.info(f"lr {args.lr:g} for {args.base_batch_size} images per step -> {lr:g} for {args.batch_size}")
+    log.info(
+        f"lr {args.lr:g} for {args.base_batch_size} images per step -> {lr:g} for {args.batch_size}"
+    )
     groups = parameter_groups(model, 1e-4, args.backbone_factor)
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
@@ -525,7 +627,9 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         model.pixel_decoder.compile()
     # a step of the multi-head baseline leaves the other datasets' heads alone
     unused = args.classifier == "heads"
-    parallel = DistributedDataParallel(model, find_unused_parameters=unused) if world_size() > 1 else model
+    parallel = (
+        DistributedDataParallel(model, find_unused_parameters=unused) if world_size() > 1 else model
+    )
 
     loader = build_dataloader(args, datasets, start)
     run_log = RunLog(folder, args.steps, start)
@@ -566,7 +670,9 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
 # ------------------------------------------------------------------------------------------------------------ Evaluate
 
 
-def text_of(args: Args, model: Model, label_space: LabelSpace, text: Tensor, names: Sequence[str]) -> Tensor:
+def text_of(
+    args: Args, model: Model, label_space: LabelSpace, text: Tensor, names: Sequence[str]
+) -> Tensor:
     """Features (K + 1, D) of any class names; those trained on have rows in text (C + 1, D) and need no encoder."""
     row = {fold(name): i for i, name in enumerate(label_space.names)}
     if all(fold(name) in row for name in names):
@@ -576,14 +682,18 @@ def text_of(args: Args, model: Model, label_space: LabelSpace, text: Tensor, nam
     return with_context(args, model.context, ContextEncoder(args.text_encoder, text.device), names)
 
 
-def evaluate(args: Args, model: Model, label_space: LabelSpace, datasets: list[Dataset], folder: Path) -> dict:
+def evaluate(
+    args: Args, model: Model, label_space: LabelSpace, datasets: list[Dataset], folder: Path
+) -> dict:
     """Every evaluation dataset by its own metric, in its own label space; pictures."""
     results, text = {}, model.text
     for dataset in datasets:
         model.set_vocabulary(text_of(args, model, label_space, text, dataset.vocabulary.names))
         detect = partial(predict, model, vocabulary=dataset.vocabulary, task=dataset.supervision)
         title, resize = dataset.name, test_transform(args, dataset.name)
-        found = evaluate_dataset(detect, dataset, resize, args.workers, title, folder, args.score_threshold)
+        found = evaluate_dataset(
+            detect, dataset, resize, args.workers, title, folder, args.score_threshold
+        )
         results |= {title: found} if rank() == 0 else {}
     return results
 
@@ -594,7 +704,9 @@ def evaluate(args: Args, model: Model, label_space: LabelSpace, datasets: list[D
 def load_trained(args: Args, device: torch.device) -> tuple[Model, LabelSpace]:
     """The model of --weights, with the label space that it was trained on."""
     saved, text = read_model(args.weights, METHOD)
-    label_space = LabelSpace([Vocabulary(name, tuple(names)) for name, names in saved["vocabularies"].items()])
+    label_space = LabelSpace(
+        [Vocabulary(name, tuple(names)) for name, names in saved["vocabularies"].items()]
+    )
     model = Model(args, text, label_space, saved.get("width", 0), pretrained=False).to(device)
     load_weights(args.weights, model)
     return model, label_space
@@ -604,18 +716,30 @@ def check_heads(args: Args, label_space: LabelSpace, evaluated: list[Dataset]) -
     """The multi-head baseline knows the datasets it was trained on, and no names."""
     unknown = [d.name for d in evaluated if d.name not in label_space.datasets]
     if args.classifier == "heads" and (unknown or args.predict):
-        what = f"dataset '{unknown[0]}', on which it was not trained" if unknown else "class names, as --predict needs"
-        raise InputError(f"--classifier heads knows no {what}; train with --classifier text for that")
+        what = (
+            f"dataset '{unknown[0]}', on which it was not trained"
+            if unknown
+            else "class names, as --predict needs"
+        )
+        raise InputError(
+            f"--classifier heads knows no {what}; train with --classifier text for that"
+        )
 
 
 def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS)
     device = setup_device(args.device, args.seed)
-    size = test_transform(args, "coco-panoptic").size if args.tiny else 0  # the largest that a pipeline asks for
+    size = (
+        test_transform(args, "coco-panoptic").size if args.tiny else 0
+    )  # the largest that a pipeline asks for
     names = args.eval_datasets or default_eval(args.datasets)
     if args.predict or args.eval_only:
         model, label_space = load_trained(args, device)
-        evaluated = [] if args.predict else load_datasets(names, "val", args.data_root, size, accepts=SUPERVISION)
+        evaluated = (
+            []
+            if args.predict
+            else load_datasets(names, "val", args.data_root, size, accepts=SUPERVISION)
+        )
         check_heads(args, label_space, evaluated)
         folder = make_run_folder(args, METHOD)
     else:
@@ -629,10 +753,15 @@ def main() -> None:
         folder = make_run_folder(args, METHOD)
         model = train(args, datasets, folder, device)
     if args.predict:
-        vocabulary = Vocabulary.parse(args.vocabulary) if args.vocabulary else label_space.distinct()[0]
+        vocabulary = (
+            Vocabulary.parse(args.vocabulary) if args.vocabulary else label_space.distinct()[0]
+        )
         vocabulary = vocabulary.with_things()
         model.set_vocabulary(text_of(args, model, label_space, model.text, vocabulary.names))
-        resize, detect = test_transform(args, ""), partial(predict, model, vocabulary=vocabulary, task=args.task)
+        resize, detect = (
+            test_transform(args, ""),
+            partial(predict, model, vocabulary=vocabulary, task=args.task),
+        )
         predict_files(detect, args.predict, vocabulary, resize, folder, args.score_threshold)
     else:
         with torch.compiler.set_stance("force_eager"):  # test images come in many sizes

@@ -60,18 +60,26 @@ from common.batch import Batch, collate
 from common.boxes import select_detections
 from common.cascade import Cascade, StageOutput, loss_box_reg, sample_federated
 from common.centernet import CenterNet
-from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model, save_checkpoint, save_weights
+from common.checkpoint import (
+    last_checkpoint,
+    load_checkpoint,
+    load_weights,
+    read_model,
+    save_checkpoint,
+    save_weights,
+)
+from common.command import parse_args, run_command
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
 from common.errors import InputError
 from common.evaluation import evaluate_detections, report
 from common.inference import draw_predictions, predict_dataset, predict_files
 from common.labels import LabelSpace, Vocabulary
-from common.matcher import Targets
 from common.optim import learning_rate
+from common.runlog import RunLog, check_finite, make_run_folder
 from common.sampling import Mixture, RepeatFactorSampler, derangement, repeat_factors
+from common.targets import Targets
 from common.text import choose_vocabulary, embed
-from common.training import RunLog, check_finite, make_run_folder, parse_args, run_command
 from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import report_label_space, save_image, training_grid
 
@@ -190,7 +198,16 @@ TINY = {
     "cls_bias": -4.6,
 }
 ZERO_SHOT = "lineart"  # the generated dataset that nothing trains on
-MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias", "channels", "fc_dim"]
+MODEL_FIELDS = [
+    "backbone",
+    "text_encoder",
+    "prompts",
+    "test_size",
+    "tau",
+    "cls_bias",
+    "channels",
+    "fc_dim",
+]
 
 # --------------------------------------------------------------------------------------------------------------- Model
 
@@ -210,7 +227,9 @@ def label_similarity(text: Tensor, sim_norm: str) -> Tensor:
     Note: "minmax" maps [min S, max S = 1] to [0, 1]; "none" keeps the cosines. The paper names only the cosine.
     """
     similarity = (text @ text.T).clamp(-1, 1)  # (C, C)
-    similarity = ((similarity + similarity.T) / 2).fill_diagonal_(1)  # exactly symmetric, whatever the product's order
+    similarity = ((similarity + similarity.T) / 2).fill_diagonal_(
+        1
+    )  # exactly symmetric, whatever the product's order
     if sim_norm == "minmax" and similarity.min() < 1:
         similarity = (similarity - similarity.min()) / (1 - similarity.min())
     return similarity
@@ -242,10 +261,13 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.backbone = Backbone(args.backbone, args.channels, pretrained)
-        self.centernet = CenterNet(args.channels, STRIDES, pre_nms=(4000, 1000), post_nms=(2000, 256))
+        self.centernet = CenterNet(
+            args.channels, STRIDES, pre_nms=(4000, 1000), post_nms=(2000, 256)
+        )
         self.cascade = Cascade(args.channels, args.fc_dim)
         self.classifiers = nn.ModuleList(
-            TextClassifier(args.fc_dim, text.shape[1], args.tau, args.cls_bias) for _ in self.cascade.stages
+            TextClassifier(args.fc_dim, text.shape[1], args.tau, args.cls_bias)
+            for _ in self.cascade.stages
         )
         self.register_buffer("text", text)  # (C, D)
 
@@ -266,7 +288,9 @@ class Model(nn.Module):
         """Training: images (B, 3, H, W) uint8 -> a StageOutput per stage, the losses of proposals."""
         features = self.extract(images, sizes)
         proposals, losses = self.centernet(features, [t.boxes for t in targets])
-        outputs = self.cascade(features, [b for b, _ in proposals], sizes, targets, self.args.rois_per_image)
+        outputs = self.cascade(
+            features, [b for b, _ in proposals], sizes, targets, self.args.rois_per_image
+        )
         for output, classifier in zip(outputs, self.classifiers):
             output.cosine, output.logits = classifier(output.hidden, self.text)  # (R, C)
         return outputs, losses
@@ -278,7 +302,10 @@ class Model(nn.Module):
         """
         proposals = self.centernet(features)[0]
         outputs = self.cascade(features, [b for b, _ in proposals], sizes, None, 0)
-        p = [classifier(out.hidden, self.text)[1].sigmoid() for classifier, out in zip(self.classifiers, outputs)]
+        p = [
+            classifier(out.hidden, self.text)[1].sigmoid()
+            for classifier, out in zip(self.classifiers, outputs)
+        ]
         p = torch.stack(p).mean(0).split([len(b) for b, _ in proposals])  # B times (Q, C)
         boxes = self.cascade.refine(len(outputs) - 1, outputs[-1], sizes)
         return boxes, [(p * objectness[:, None]).sqrt() for p, (_, objectness) in zip(p, proposals)]
@@ -305,7 +332,9 @@ class LabelTables:
     """What is known of the concatenated labels before training: computed once."""
 
     similarity: Tensor  # (C, C) S
-    duplicates: Tensor  # (C, C) bool, other labels with the same text (cosine > 0.99 before rescaling)
+    duplicates: (
+        Tensor  # (C, C) bool, other labels with the same text (cosine > 0.99 before rescaling)
+    )
     frequency: Tensor  # (C,) training images that contain the class
 
     @classmethod
@@ -314,7 +343,9 @@ class LabelTables:
         return cls(label_similarity(text, args.sim_norm), duplicates, frequency.to(text))
 
 
-def class_weights(args: Args, labels: Tensor, targets: list[Targets], tables: LabelTables) -> Tensor:
+def class_weights(
+    args: Args, labels: Tensor, targets: list[Targets], tables: LabelTables
+) -> Tensor:
     """w (R, C) of Eq. 6, 0 or 1: which labels a region is trained on. labels (R,), -1 on background."""
     weights = torch.ones(len(labels), len(tables.frequency), device=labels.device)  # (R, C)
     if args.neg_scope == "own":
@@ -354,13 +385,17 @@ def loss_soft_label(cosine: Tensor, labels: Tensor, similarity: Tensor) -> Tenso
     return error.sum() / max(error.numel(), 1)
 
 
-def compute_losses(args: Args, outputs: list[StageOutput], proposal_losses: dict, tables: LabelTables) -> dict:
+def compute_losses(
+    args: Args, outputs: list[StageOutput], proposal_losses: dict, tables: LabelTables
+) -> dict:
     """L = sum over stages (L_hl + lambda L_sl + L_box) + the CenterNet losses: every term, and their sum as `loss`."""
     losses = dict(proposal_losses)
     for k, out in enumerate(outputs):
         weights = class_weights(args, out.labels, out.targets, tables)
         losses[f"loss_hard_stage{k}"] = loss_hard_label(out.logits, out.labels, weights)
-        losses[f"loss_soft_stage{k}"] = args.lam * loss_soft_label(out.cosine, out.labels, tables.similarity)
+        losses[f"loss_soft_stage{k}"] = args.lam * loss_soft_label(
+            out.cosine, out.labels, tables.similarity
+        )
         losses[f"loss_box_reg_stage{k}"] = loss_box_reg(k, out)
     return losses | {"loss": sum(losses.values())}
 
@@ -391,7 +426,9 @@ def predict(model: Model, batch: Batch, vocabulary: Vocabulary) -> list[dict]:
 # --------------------------------------------------------------------------------------------------------------- Train
 
 
-def build_dataloader(args: Args, datasets: list[Dataset], start: int, device: torch.device) -> DataLoader:
+def build_dataloader(
+    args: Args, datasets: list[Dataset], start: int, device: torch.device
+) -> DataLoader:
     """All datasets merged into one list, repeat-factor sampled over the union; a batch may mix datasets.
 
     Endless; skips what `start` steps have seen. What is compiled gets images of one shape.
@@ -402,7 +439,9 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int, device: to
     return DataLoader(
         Mixture(datasets, transforms, args.seed),
         batch_size=args.batch_size // world_size(),
-        sampler=RepeatFactorSampler(factors, args.seed, start * args.batch_size, rank(), world_size()),
+        sampler=RepeatFactorSampler(
+            factors, args.seed, start * args.batch_size, rank(), world_size()
+        ),
         collate_fn=partial(collate, square=sizes if should_compile(args.compile, device) else None),
         num_workers=args.workers,
         pin_memory=torch.cuda.is_available(),
@@ -428,8 +467,12 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
     vocabularies = {d.name: d.vocabulary.names for d in datasets}
     metadata = {"method": METHOD, "args": asdict(args), "vocabularies": vocabularies}
     lr = args.lr * args.batch_size / args.base_batch_size
-    log.info(f"lr {args.lr:g} for {args.base_batch_size} images per step -> {lr:g} for {args.batch_size}")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=1e-4)
+    log.info(
+        f"lr {args.lr:g} for {args.base_batch_size} images per step -> {lr:g} for {args.batch_size}"
+    )
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=1e-4
+    )
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
     steps = args.steps or 90_000 * len(datasets)
     warmup = min(args.warmup_steps, steps // 9)
@@ -467,7 +510,9 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
 # ------------------------------------------------------------------------------------------------------------ Evaluate
 
 
-def evaluate(args: Args, model: Model, datasets: list[Dataset], folder: Path, trained_on: list[str]) -> dict:
+def evaluate(
+    args: Args, model: Model, datasets: list[Dataset], folder: Path, trained_on: list[str]
+) -> dict:
     """Every evaluation dataset by its own metric, in its own label space; pictures.
 
     A dataset that was not trained on is zero-shot; its control deals the text embeddings out at random.
@@ -477,7 +522,9 @@ def evaluate(args: Args, model: Model, datasets: list[Dataset], folder: Path, tr
         text = embed(dataset.vocabulary.names, args.text_encoder, args.prompts, dataset.name)
         label_spaces = {dataset.name: text}
         if dataset.name not in trained_on:
-            label_spaces[f"{dataset.name} (shuffled text)"] = text[derangement(len(text), args.seed)]
+            label_spaces[f"{dataset.name} (shuffled text)"] = text[
+                derangement(len(text), args.seed)
+            ]
         for title, text in label_spaces.items():
             model.set_vocabulary(text)
             detect = partial(predict, model, vocabulary=dataset.vocabulary)
@@ -504,7 +551,9 @@ def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS)
     device = setup_device(args.device, args.seed)
     size = args.image_size if args.tiny else 0
-    names = args.eval_datasets or default_eval(args.datasets) + (f",{ZERO_SHOT}" if args.tiny else "")
+    names = args.eval_datasets or default_eval(args.datasets) + (
+        f",{ZERO_SHOT}" if args.tiny else ""
+    )
     if args.predict or args.eval_only:
         model, label_space = load_trained(args, device)
         trained_on = label_space.datasets
@@ -513,14 +562,19 @@ def main() -> None:
     else:
         datasets = load_datasets(args.datasets, "train", args.data_root, size)
         trained_on = [d.name for d in datasets]
-        evaluated = load_datasets(names, "val", args.data_root, size)  # a mistake in them must not cost a training
+        evaluated = load_datasets(
+            names, "val", args.data_root, size
+        )  # a mistake in them must not cost a training
         warn_of_overlap(datasets, evaluated)
         folder = make_run_folder(args, METHOD)
         model = train(args, datasets, folder, device)
     if args.predict:
         vocabulary, text = choose_vocabulary(args, label_space, model.text)
         model.set_vocabulary(text)
-        resize, detect = ResizeShortest(args.test_size), partial(predict, model, vocabulary=vocabulary)
+        resize, detect = (
+            ResizeShortest(args.test_size),
+            partial(predict, model, vocabulary=vocabulary),
+        )
         predict_files(detect, args.predict, vocabulary, resize, folder, args.score_threshold)
     else:
         with torch.compiler.set_stance("force_eager"):  # test images come in many sizes

@@ -64,23 +64,36 @@ from torchvision.ops import clip_boxes_to_image, nms
 
 from common.batch import Batch, collate
 from common.boxes import box_delta_loss, decode_boxes, soft_nms
-from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model, save_checkpoint, save_weights
+from common.checkpoint import (
+    last_checkpoint,
+    load_checkpoint,
+    load_weights,
+    read_model,
+    save_checkpoint,
+    save_weights,
+)
+from common.class_counts import box_frequency, count_classes, read_prior, seen_and_unseen
+from common.clip_resnet import RegionOutput, region_features
+from common.command import parse_args, run_command
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
 from common.distributed import amp_context, rank, setup_device, world_size
 from common.errors import InputError
 from common.evaluation import evaluate_detections, recall, report
 from common.inference import draw_predictions, predict_dataset, predict_files
 from common.labels import LabelSpace, Vocabulary
-from common.matcher import Targets, match_regions
-from common.novel import box_frequency, seen_and_unseen
 from common.oln import BOX_WEIGHTS, OLN
 from common.optim import stepped_learning_rate
-from common.prior import count_classes, read_prior
 from common.proposals import fingerprint, take_proposals, with_proposals
-from common.regions import RegionOutput, region_features
-from common.sampling import ClassAwareSampler, Mixture, RepeatFactorSampler, derangement, repeat_factors
+from common.runlog import RunLog, check_finite, make_run_folder
+from common.sampling import (
+    ClassAwareSampler,
+    Mixture,
+    RepeatFactorSampler,
+    derangement,
+    repeat_factors,
+)
+from common.targets import Targets, match_regions
 from common.text import choose_vocabulary, embed
-from common.training import RunLog, check_finite, make_run_folder, parse_args, run_command
 from common.transforms import ResizeShortest, ResizeShortestRange
 from common.visualize import save_image, training_grid
 
@@ -211,7 +224,16 @@ TINY = {
     "fc_dim": 256,
 }
 ZERO_SHOT = "lvis"  # of the generated datasets, many of its classes are in no other
-MODEL_FIELDS = ["structure", "stage", "backbone", "classifier_backbone", "text_encoder", "prompts", "test_size", "tau"]
+MODEL_FIELDS = [
+    "structure",
+    "stage",
+    "backbone",
+    "classifier_backbone",
+    "text_encoder",
+    "prompts",
+    "test_size",
+    "tau",
+]
 MODEL_FIELDS += ["channels", "fc_dim", "rpn_proposals", "test_proposals"]
 
 # --------------------------------------------------------------------------------------------------------------- Model
@@ -219,7 +241,9 @@ MODEL_FIELDS += ["channels", "fc_dim", "rpn_proposals", "test_proposals"]
 
 def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> tuple[LabelSpace, Tensor]:
     """All classes, concatenated or (unified) merged by name, and their text embeddings (C, D), unit rows."""
-    text = torch.cat([embed(v.names, args.text_encoder, args.prompts, v.dataset) for v in vocabularies])
+    text = torch.cat(
+        [embed(v.names, args.text_encoder, args.prompts, v.dataset) for v in vocabularies]
+    )
     if args.structure == "unified":
         text = text[LabelSpace(vocabularies).distinct()[1]]
     return LabelSpace(vocabularies, merge=args.structure == "unified"), text
@@ -232,7 +256,11 @@ class Localizer(OLN):
 
     def __init__(self, args: Args, pretrained: bool):
         super().__init__(args.backbone, args.channels, args.fc_dim, pretrained, args.amp)
-        self.alpha, self.sampled, self.rpn.pre_nms = args.alpha, args.rois_per_image, args.rpn_proposals
+        self.alpha, self.sampled, self.rpn.pre_nms = (
+            args.alpha,
+            args.rois_per_image,
+            args.rpn_proposals,
+        )
 
     @torch.no_grad()
     def propose(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
@@ -260,7 +288,9 @@ class Classifier(nn.Module):
     def __init__(self, args: Args, text_dim: int, pretrained: bool):
         super().__init__()
         self.args = args
-        self.regions = region_features(args.classifier_backbone, text_dim, args.channels, args.fc_dim, pretrained)
+        self.regions = region_features(
+            args.classifier_backbone, text_dim, args.channels, args.fc_dim, pretrained
+        )
         self.fc_reg = nn.Linear(text_dim, 4)
         nn.init.normal_(self.fc_reg.weight, std=0.001)
         nn.init.zeros_(self.fc_reg.bias)
@@ -280,13 +310,23 @@ def compare(x: Tensor, text: Tensor, tau: float) -> Tensor:
 class Model(nn.Module):
     """Localizer and classifiers, which share nothing; after --stage localizer there are none of the latter."""
 
-    def __init__(self, args: Args, text: Tensor, num_datasets: int, pretrained: tuple[bool, bool] = (False, False)):
+    def __init__(
+        self,
+        args: Args,
+        text: Tensor,
+        num_datasets: int,
+        pretrained: tuple[bool, bool] = (False, False),
+    ):
         """pretrained: whether localizer and classifiers start from published weights."""
         super().__init__()
         self.args = args
         self.localizer = Localizer(args, pretrained[0])
-        heads = 0 if args.stage == "localizer" else num_datasets if args.structure == "separate" else 1
-        self.classifiers = nn.ModuleList(Classifier(args, text.shape[1], pretrained[1]) for _ in range(heads))
+        heads = (
+            0 if args.stage == "localizer" else num_datasets if args.structure == "separate" else 1
+        )
+        self.classifiers = nn.ModuleList(
+            Classifier(args, text.shape[1], pretrained[1]) for _ in range(heads)
+        )
         self.register_buffer("text", text)  # (C, D)
         self.counts: Tensor | None = None  # (C,) prior of the calibration
 
@@ -295,28 +335,41 @@ class Model(nn.Module):
         if text.shape[1] != self.text.shape[1]:
             raise InputError(f"text embeddings have {text.shape[1]} dimensions, this model needs {self.text.shape[1]}; "
                              "use the --text-encoder it was trained with")  # fmt: skip
-        self.text, self.counts = text.to(self.text), None if counts is None else counts.to(self.text)
+        self.text, self.counts = (
+            text.to(self.text),
+            None if counts is None else counts.to(self.text),
+        )
 
-    def forward(self, images: Tensor, sizes: list, targets: list[Targets], proposals=None, owners=None):
+    def forward(
+        self, images: Tensor, sizes: list, targets: list[Targets], proposals=None, owners=None
+    ):
         """Training: the localizer's losses; or with its proposals, B times (Q, 4), the output of the classifiers.
 
         Regions are drawn from proposals and ground truth. owners: for each image the number of its classifier.
         """
         if proposals is None:
             return None, self.localizer(images, sizes, targets)
-        matched = [match_regions(b, t, 0.5, self.args.rois_per_image) for b, t in zip(proposals, targets)]
+        matched = [
+            match_regions(b, t, 0.5, self.args.rois_per_image) for b, t in zip(proposals, targets)
+        ]
         boxes, targets = [m[0] for m in matched], [m[1] for m in matched]
         x, deltas = [None] * len(images), [None] * len(images)
         for k, classifier in enumerate(self.classifiers):
             rows = [i for i, owner in enumerate(owners) if owner == k]
             if rows:
                 found = classifier(images[rows], [sizes[i] for i in rows], [boxes[i] for i in rows])
-                for i, *parts in zip(rows, *(f.split([len(boxes[i]) for i in rows]) for f in found)):
+                for i, *parts in zip(
+                    rows, *(f.split([len(boxes[i]) for i in rows]) for f in found)
+                ):
                     x[i], deltas[i] = parts
         x = torch.cat(x)  # (R, D)
-        return RegionOutput(boxes, compare(x, self.text, self.args.tau), torch.cat(deltas), targets), {}
+        return RegionOutput(
+            boxes, compare(x, self.text, self.args.tau), torch.cat(deltas), targets
+        ), {}
 
-    def extract_regions(self, images: Tensor, sizes: list[tuple[int, int]], limit: int) -> tuple[list, list]:
+    def extract_regions(
+        self, images: Tensor, sizes: list[tuple[int, int]], limit: int
+    ) -> tuple[list, list]:
         """Of each image what does not depend on the vocabulary: all proposals, boxes (Q, 4) and eta (Q,); and of the
 
         `limit` best the regions, boxes (Q, 4) as the classifier moves them, unit embeddings (Q, D), eta (Q,), those of
@@ -330,7 +383,9 @@ class Model(nn.Module):
             counts = [len(b) for b in boxes]
             moved = decode_boxes(torch.cat(boxes), deltas, BOX_WEIGHTS).split(counts)
             for i, (own, embeddings) in enumerate(zip(moved, x.split(counts))):
-                regions[i].append((clip_boxes_to_image(own, sizes[i]), embeddings, proposals[i][1][:limit]))
+                regions[i].append(
+                    (clip_boxes_to_image(own, sizes[i]), embeddings, proposals[i][1][:limit])
+                )
         return proposals, [tuple(torch.cat(column) for column in zip(*parts)) for parts in regions]
 
 
@@ -345,7 +400,9 @@ def assign_targets(batch: Batch, label_space: LabelSpace) -> list[Targets]:
     """
     targets = []
     for sample in batch.samples:
-        scope = slice(0, len(label_space)) if label_space.merged else label_space.slice(sample.dataset)
+        scope = (
+            slice(0, len(label_space)) if label_space.merged else label_space.slice(sample.dataset)
+        )
         labels = label_space.to_global(sample.dataset, sample.labels)
         targets.append(Targets(sample.boxes, labels, (scope.start, scope.stop)))
     return targets
@@ -378,7 +435,9 @@ def loss_classification(logits: Tensor, labels: Tensor, chosen: Tensor) -> Tenso
     return bce.sum() / max(len(labels), 1)
 
 
-def compute_losses(outputs: RegionOutput | None, localizer_losses: dict, image_count: Tensor) -> dict[str, Tensor]:
+def compute_losses(
+    outputs: RegionOutput | None, localizer_losses: dict, image_count: Tensor
+) -> dict[str, Tensor]:
     """L of the localizer, or of the classifier: L_cls + L_box. Every term, and their sum as `loss`.
 
     L_cls is the mean over images of L_k, on the columns of the image's scope. image_count (C,): training images of
@@ -386,9 +445,14 @@ def compute_losses(outputs: RegionOutput | None, localizer_losses: dict, image_c
     """
     losses = dict(localizer_losses)
     if outputs is not None:
-        boxes, gt_boxes = torch.cat(outputs.boxes), torch.cat([t.boxes for t in outputs.targets])  # (R, 4)
+        boxes, gt_boxes = (
+            torch.cat(outputs.boxes),
+            torch.cat([t.boxes for t in outputs.targets]),
+        )  # (R, 4)
         labels, terms = torch.cat([t.labels for t in outputs.targets]), []  # (R,)
-        for logits, t in zip(outputs.logits.split([len(b) for b in outputs.boxes]), outputs.targets):
+        for logits, t in zip(
+            outputs.logits.split([len(b) for b in outputs.boxes]), outputs.targets
+        ):
             scope = slice(*t.scope)
             own = (t.labels - scope.start).clamp(min=-1)  # (Q,) in the columns of the scope
             chosen = sample_classes(own, image_count[scope])
@@ -418,13 +482,20 @@ def embed_regions(model: Model, batch: Batch, limit: int) -> list[dict]:
     model.eval()
     batch = batch.to(model.text.device)
     found = []
-    for i, (proposals, regions) in enumerate(zip(*model.extract_regions(batch.images, batch.sizes, limit))):
+    for i, (proposals, regions) in enumerate(
+        zip(*model.extract_regions(batch.images, batch.sizes, limit))
+    ):
         (height, width), (h, w) = batch.samples[i].original_size, batch.sizes[i]
         scale = torch.tensor([width / w, height / h] * 2)
-        (all_boxes, all_eta), (boxes, x, eta) = ([t.cpu() for t in part] for part in (proposals, regions))
+        (all_boxes, all_eta), (boxes, x, eta) = (
+            [t.cpu() for t in part] for part in (proposals, regions)
+        )
         size = {"size": (height, width)}
         located = {"boxes": all_boxes * scale, "scores": all_eta} | size
-        found.append({"boxes": boxes * scale, "embeddings": x.half(), "eta": eta, "proposals": located} | size)
+        found.append(
+            {"boxes": boxes * scale, "embeddings": x.half(), "eta": eta, "proposals": located}
+            | size
+        )
     return found
 
 
@@ -439,7 +510,11 @@ def classify(model: Model, regions: dict, vocabulary: Vocabulary, limit: int = 1
     scores, index = scores.topk(min(limit, len(scores)))
     index = index[scores > 0]
     row, labels = index // len(model.text), index % len(model.text)
-    found = {"boxes": boxes[row].cpu(), "labels": labels.cpu(), "scores": scores[: len(index)].cpu()}
+    found = {
+        "boxes": boxes[row].cpu(),
+        "labels": labels.cpu(),
+        "scores": scores[: len(index)].cpu(),
+    }
     names = [vocabulary.names[label] for label in found["labels"].tolist()]
     return found | {"class_names": names, "size": regions["size"]}
 
@@ -449,7 +524,10 @@ def predict(model: Model, batch: Batch, vocabulary: Vocabulary) -> list[dict]:
 
     Also class_names (N names) and size (height, width). The model's text embeddings must be those of `vocabulary`.
     """
-    return [classify(model, regions, vocabulary) for regions in embed_regions(model, batch, model.args.test_proposals)]
+    return [
+        classify(model, regions, vocabulary)
+        for regions in embed_regions(model, batch, model.args.test_proposals)
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------- Train
@@ -462,12 +540,16 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     """
     resize = ResizeShortestRange(args.image_size // 2, args.image_size)
     place = (args.seed, start * args.batch_size, rank(), world_size())
-    factors = repeat_factors(datasets, 0.001 if args.sampler == "repeat-factor" else 0.0)  # LVIS's t; 0: all factors 1
+    factors = repeat_factors(
+        datasets, 0.001 if args.sampler == "repeat-factor" else 0.0
+    )  # LVIS's t; 0: all factors 1
     by_class = args.sampler == "class-aware"
     return DataLoader(
         Mixture(datasets, {d.name: resize for d in datasets}, args.seed),
         batch_size=args.batch_size // world_size(),
-        sampler=ClassAwareSampler(datasets, *place) if by_class else RepeatFactorSampler(factors, *place),
+        sampler=ClassAwareSampler(datasets, *place)
+        if by_class
+        else RepeatFactorSampler(factors, *place),
         collate_fn=collate,
         num_workers=args.workers,
         pin_memory=torch.cuda.is_available(),
@@ -475,14 +557,18 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     )
 
 
-def proposals_to_train_on(args: Args, model: Model, datasets: list[Dataset], folder: Path) -> list[Dataset]:
+def proposals_to_train_on(
+    args: Args, model: Model, datasets: list[Dataset], folder: Path
+) -> list[Dataset]:
     """The datasets with the boxes of the frozen localizer, computed once and kept in the run folder."""
     key = fingerprint(model.localizer, args.test_size, args.rpn_proposals, args.alpha)
 
     def locate(batch: Batch) -> list[dict]:
         return [found["proposals"] for found in embed_regions(model, batch, 0)]
 
-    return with_proposals(locate, datasets, ResizeShortest(args.test_size), folder, key, args.workers)
+    return with_proposals(
+        locate, datasets, ResizeShortest(args.test_size), folder, key, args.workers
+    )
 
 
 def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.device) -> Model:
@@ -493,10 +579,15 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
     image_count = box_frequency(datasets, label_space).to(device)  # (C,)
 
     checkpoint = last_checkpoint(folder) if args.resume else None
-    given, only_classifier = bool(checkpoint or args.weights), args.stage == "classifier" and not checkpoint
+    given, only_classifier = (
+        bool(checkpoint or args.weights),
+        args.stage == "classifier" and not checkpoint,
+    )
     model = Model(args, text, len(datasets), (not given, not given or only_classifier)).to(device)
     if given:
-        load_weights(checkpoint or args.weights, model, only="localizer." if only_classifier else "")
+        load_weights(
+            checkpoint or args.weights, model, only="localizer." if only_classifier else ""
+        )
     vocabularies = {d.name: d.vocabulary.names for d in datasets}
     trained = asdict(args) | {"stage": "localizer" if args.stage == "localizer" else "both"}
     metadata = {"method": METHOD, "args": trained, "vocabularies": vocabularies}
@@ -506,7 +597,10 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
     last = first if args.stage == "localizer" else first + (args.classifier_steps or epochs)
     start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     run_log = RunLog(folder, last, start)
-    stages = [(model.localizer, args.lr, 0, first), (model.classifiers, args.classifier_lr, first, last)]
+    stages = [
+        (model.localizer, args.lr, 0, first),
+        (model.classifiers, args.classifier_lr, first, last),
+    ]
     for network, base_lr, begin, end in stages:
         if end <= max(start, begin):
             continue
@@ -517,7 +611,9 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         network.requires_grad_(True).train()  # which freezes what stays frozen
         lr = base_lr * args.batch_size / args.base_batch_size
         title = "classifier" if classifying else "localizer"
-        log.info(f"{title}: lr {base_lr:g} for {args.base_batch_size} images per step -> {lr:g} for {args.batch_size}")
+        log.info(
+            f"{title}: lr {base_lr:g} for {args.base_batch_size} images per step -> {lr:g} for {args.batch_size}"
+        )
         parameters = [p for p in network.parameters() if p.requires_grad]
         kinds = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
         optimizer = kinds[args.optimizer](parameters, lr, weight_decay=1e-4)
@@ -525,17 +621,27 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         if start > begin:
             load_checkpoint(checkpoint, optimizer)
         separate = len(model.classifiers) > 1  # so that a batch may lack images of a classifier
-        parallel = DistributedDataParallel(model, find_unused_parameters=separate) if world_size() > 1 else model
+        parallel = (
+            DistributedDataParallel(model, find_unused_parameters=separate)
+            if world_size() > 1
+            else model
+        )
         loader = build_dataloader(args, datasets, max(start - begin, 0))
         for step, batch in zip(range(max(start, begin) + 1, end + 1), loader):
             batch = batch.to(device)
             proposals = take_proposals(batch) if classifying else None
             if step == 1 and rank() == 0:
-                save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
+                save_image(
+                    training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg"
+                )
             for group in optimizer.param_groups:
-                group["lr"] = stepped_learning_rate(step - begin - 1, lr, end - begin, args.warmup_steps, 1e-3)
+                group["lr"] = stepped_learning_rate(
+                    step - begin - 1, lr, end - begin, args.warmup_steps, 1e-3
+                )
 
-            owners = [label_space.datasets.index(s.dataset) if separate else 0 for s in batch.samples]
+            owners = [
+                label_space.datasets.index(s.dataset) if separate else 0 for s in batch.samples
+            ]
             targets = assign_targets(batch, label_space)
             outputs, losses = parallel(batch.images, batch.sizes, targets, proposals, owners)
             losses = compute_losses(outputs, losses, image_count)
@@ -559,7 +665,9 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
 # ------------------------------------------------------------------------------------------------------------ Evaluate
 
 
-def evaluate(args: Args, model: Model, datasets: list[Dataset], folder: Path, trained: LabelSpace) -> dict:
+def evaluate(
+    args: Args, model: Model, datasets: list[Dataset], folder: Path, trained: LabelSpace
+) -> dict:
     """Every evaluation dataset by its own metric, in its own label space, before and after calibration; pictures.
 
     A dataset that was not trained on is zero-shot; its control deals the text embeddings out at random.
@@ -572,7 +680,9 @@ def evaluate(args: Args, model: Model, datasets: list[Dataset], folder: Path, tr
         seen = predict_dataset(see, dataset, resize, args.workers, name)
         if rank() > 0:
             continue
-        results[f"{name} (proposals)"] = recall(dataset, {row: regions["proposals"] for row, regions in seen.items()})
+        results[f"{name} (proposals)"] = recall(
+            dataset, {row: regions["proposals"] for row, regions in seen.items()}
+        )
         if not model.classifiers:
             continue
 
@@ -588,7 +698,9 @@ def evaluate(args: Args, model: Model, datasets: list[Dataset], folder: Path, tr
                 counted = count_classes(vocabulary, found, folder / f"prior-{name}.json")
                 counts = read_prior(args.prior, vocabulary)[1] if args.prior else counted
             model.set_vocabulary(text, counts)
-            found = {row: classify(model, regions, vocabulary, limit) for row, regions in seen.items()}
+            found = {
+                row: classify(model, regions, vocabulary, limit) for row, regions in seen.items()
+            }
             results[title] = evaluate_detections(dataset, found, groups)
             draw_predictions(dataset, found, folder, title, args.score_threshold)
     return results
@@ -609,7 +721,9 @@ def load_trained(args: Args, device: torch.device) -> tuple[Model, LabelSpace]:
 def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS)
     if args.stage == "classifier" and not (args.weights or args.resume):
-        raise InputError("--stage classifier needs --weights: a run folder in which the localizer was trained")
+        raise InputError(
+            "--stage classifier needs --weights: a run folder in which the localizer was trained"
+        )
     device = setup_device(args.device, args.seed)
     size = args.image_size if args.tiny else 0
     unseen = f",{ZERO_SHOT}" if args.tiny and ZERO_SHOT not in args.datasets else ""
@@ -637,7 +751,10 @@ def main() -> None:
             vocabulary, text = choose_vocabulary(args, label_space, model.text)
             counts = read_prior(args.prior, vocabulary)[1] if args.prior else None
         model.set_vocabulary(text, counts)
-        resize, detect = ResizeShortest(args.test_size), partial(predict, model, vocabulary=vocabulary)
+        resize, detect = (
+            ResizeShortest(args.test_size),
+            partial(predict, model, vocabulary=vocabulary),
+        )
         predict_files(detect, args.predict, vocabulary, resize, folder, args.score_threshold)
     else:
         report(evaluate(args, model, evaluated, folder, label_space), folder)

@@ -28,7 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 SEED, PATCHES, RUN, TOUCHED, DRAWN = 0, 50, 100_000, 20_000, 300_000
 PLACES = {  # the annotations and the image folder under the data root; the images' names
     "coco": ("coco/annotations/instances_train2017.json", "coco/train2017", "{0:012d}.jpg"),
-    "o365": ("objects365/annotations/zhiyuan_objv2_train.json", "objects365/train", "patch{1}/objects365_{0:08d}.jpg"),
+    "o365": (
+        "objects365/annotations/zhiyuan_objv2_train.json",
+        "objects365/train",
+        "patch{1}/objects365_{0:08d}.jpg",
+    ),
 }
 
 
@@ -47,13 +51,21 @@ def generate(root: Path, name: str, images: int, boxes: int, masks: bool) -> Pat
         file.write('{"info": {"description": "drawn at random"}, "images": [')
         for i in range(images):
             image = PLACES[name][2].format(i, i % PATCHES)
-            file.write(f'{", " if i else ""}{{"height": 480, "width": 640, "id": {i}, "file_name": "{image}"}}')
+            file.write(
+                f'{", " if i else ""}{{"height": 480, "width": 640, "id": {i}, "file_name": "{image}"}}'
+            )
             os.close(os.open(folder / image, os.O_CREAT))
         file.write('], "annotations": [')
         for first in range(0, boxes, RUN):
             n = min(RUN, boxes - first)
-            of, label = rng.integers(images, size=n), rng.choice(vocabulary.ids, n, p=(1 / classes) / sum(1 / classes))
-            corner, size = rng.uniform(0, 300, (n, 2)).round(2), rng.uniform(1, 180, (n, 2)).round(2)
+            of, label = (
+                rng.integers(images, size=n),
+                rng.choice(vocabulary.ids, n, p=(1 / classes) / sum(1 / classes)),
+            )
+            corner, size = (
+                rng.uniform(0, 300, (n, 2)).round(2),
+                rng.uniform(1, 180, (n, 2)).round(2),
+            )
             mask = rng.integers(len(polygons), size=n) if masks else np.zeros(n, int)
             rows = zip(of.tolist(), label.tolist(), corner.tolist(), size.tolist(), mask.tolist())
             entries = [
@@ -146,21 +158,32 @@ def alone(step: str, root: Path, name: str) -> dict:
     """What `step` returns, from a process of its own."""
     command = [sys.executable, __file__, "--alone", step, str(root), name]
     environment = os.environ | {"CONCORD_CACHE": str(root / "cache")}
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    output = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+    ).stdout
     return json.loads(output.splitlines()[-1], parse_float=lambda x: round(float(x), 2))
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--alone"]:
         step, root, name = sys.argv[2:]
-        print("\n" + json.dumps({"concord": concord, "pycocotools": pycocotools}[step](Path(root), name)))
+        print(
+            "\n"
+            + json.dumps({"concord": concord, "pycocotools": pycocotools}[step](Path(root), name))
+        )
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=118_000)
     parser.add_argument("--boxes", type=int, default=860_000)
     parser.add_argument("--masks", action="store_true", help="with polygons")
-    parser.add_argument("--peer-share", type=float, default=1, help="part of the data that pycocotools loads")
-    parser.add_argument("--folder", help="where to generate; what is made there is removed at the end")
+    parser.add_argument(
+        "--peer-share", type=float, default=1, help="part of the data that pycocotools loads"
+    )
+    parser.add_argument(
+        "--folder", help="where to generate; what is made there is removed at the end"
+    )
     args = parser.parse_args()
     name = "coco" if args.masks else "o365"
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -176,7 +199,12 @@ def main() -> None:
         part = root / "whole"
         if args.peer_share < 1:
             part = root / "part"
-            generate(part, name, *(round(n * args.peer_share) for n in (args.images, args.boxes)), args.masks)
+            generate(
+                part,
+                name,
+                *(round(n * args.peer_share) for n in (args.images, args.boxes)),
+                args.masks,
+            )
             record["first start on that part"] = alone("concord", part, name)
         record["pycocotools"] = alone("pycocotools", part, name)
     print(json.dumps(record, indent=1))

@@ -50,16 +50,22 @@ def freeze_norms(model: nn.Module) -> None:
 def ours(side: int, batch: int, device: torch.device) -> Callable[[], float]:
     """-> a function that takes one step and returns the loss."""
     args = dataseg.Args()
-    model = dataseg.Model(args, nn.functional.normalize(torch.randn(CLASSES, 512)), pretrained=False).to(device)
+    model = dataseg.Model(
+        args, nn.functional.normalize(torch.randn(CLASSES, 512)), pretrained=False
+    ).to(device)
     model.train()
     freeze_norms(model)
     inputs = collate(data(side, batch)).to(device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True
+    )
     merged = torch.ones(CLASSES, dtype=torch.bool, device=device)
 
     def step() -> float:
         output = model(inputs.images, inputs.sizes, model.text)
-        loss = dataseg.compute_losses(args, output, dataseg.assign_targets(inputs, merged), merged)["loss"]
+        loss = dataseg.compute_losses(args, output, dataseg.assign_targets(inputs, merged), merged)[
+            "loss"
+        ]
         return update(model, optimizer, loss)
 
     return step
@@ -67,22 +73,37 @@ def ours(side: int, batch: int, device: torch.device) -> Callable[[], float]:
 
 def theirs(side: int, batch: int, device: torch.device) -> Callable[[], float]:
     """-> the same step of Hugging Face's model."""
-    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, TimmBackboneConfig
+    from transformers import (
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        TimmBackboneConfig,
+    )
 
-    backbone = TimmBackboneConfig(backbone="resnet50", out_indices=[1, 2, 3, 4], use_pretrained_backbone=False)
+    backbone = TimmBackboneConfig(
+        backbone="resnet50", out_indices=[1, 2, 3, 4], use_pretrained_backbone=False
+    )
     config = Mask2FormerConfig(backbone_config=backbone, num_labels=CLASSES)
     model = Mask2FormerForUniversalSegmentation(config).to(device)
     model.train()
     freeze_norms(model)
     samples = data(side, batch)
     images = torch.stack([s.image for s in samples]).to(device)
-    masks = [(s.segments == torch.arange(SEGMENTS)[:, None, None]).float().to(device) for s in samples]
+    masks = [
+        (s.segments == torch.arange(SEGMENTS)[:, None, None]).float().to(device) for s in samples
+    ]
     classes = [s.labels.to(device) for s in samples]
-    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in ((123.7, 116.3, 103.5), (58.4, 57.1, 57.4)))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    mean, std = (
+        torch.tensor(x, device=device).view(3, 1, 1)
+        for x in ((123.7, 116.3, 103.5), (58.4, 57.1, 57.4))
+    )
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True
+    )
 
     def step() -> float:
-        loss = model(pixel_values=(images - mean) / std, mask_labels=masks, class_labels=classes).loss
+        loss = model(
+            pixel_values=(images - mean) / std, mask_labels=masks, class_labels=classes
+        ).loss
         return update(model, optimizer, loss)
 
     return step
@@ -101,16 +122,31 @@ SIDES = {"concord": ours, "transformers": theirs}
 
 def peak_memory(side: int, batch: int, name: str) -> float:
     """GB of resident memory of a process that takes three steps."""
-    command = [sys.executable, __file__, "--size", str(side), "--batch", str(batch), "--alone", name]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    command = [
+        sys.executable,
+        __file__,
+        "--size",
+        str(side),
+        "--batch",
+        str(batch),
+        "--alone",
+        name,
+    ]
+    return float(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", type=int, default=320, help="side of the square images, pixels")
     parser.add_argument("--batch", type=int, default=2, help="images per step")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each")
-    parser.add_argument("--alone", choices=SIDES, help="three steps of one of them, then its peak memory in GB")
+    parser.add_argument(
+        "--alone", choices=SIDES, help="three steps of one of them, then its peak memory in GB"
+    )
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -119,7 +155,9 @@ def main() -> None:
         for _ in range(3):
             step()
         # unlike ru_maxrss, VmHWM does not begin with the memory of the process that started this one
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        status = dict(
+            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+        )
         on_host = int(status["VmHWM"].split()[0]) / 2**20
         print(torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else on_host)
         return
@@ -143,17 +181,24 @@ def main() -> None:
         "classes": CLASSES,
         "median seconds per step": medians,
         "ratio": round(medians["transformers"] / medians["concord"], 2),
-        "peak memory, GB": {name: round(peak_memory(args.size, args.batch, name), 2) for name in steps},
+        "peak memory, GB": {
+            name: round(peak_memory(args.size, args.batch, name), 2) for name in steps
+        },
         "seconds": {name: [round(t, 3) for t in times] for name, times in seconds.items()},
     }
     print(json.dumps(record, indent=1))
     device_name = re.sub(r"[^A-Za-z0-9]+", "-", record["device"]).strip("-")
-    (Path(__file__).parent / f"mask2former_step-{device_name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (Path(__file__).parent / f"mask2former_step-{device_name}.json").write_text(
+        json.dumps(record, indent=1) + "\n"
+    )
 
 
 def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 if __name__ == "__main__":

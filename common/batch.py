@@ -82,14 +82,20 @@ class Batch:
         return self
 
 
-def collate(samples: list[Sample], divisor: int = 32, square: dict[str, int] | None = None) -> Batch:
+def collate(
+    samples: list[Sample], divisor: int = 32, square: dict[str, int] | None = None
+) -> Batch:
     """Pad a list of samples to one batch.
 
     square: {dataset: side} pads so far that its batches have one shape
     """
-    sides = [s.size for s in samples] + ([(square[s.dataset],) * 2 for s in samples] if square else [])
+    sides = [s.size for s in samples] + (
+        [(square[s.dataset],) * 2 for s in samples] if square else []
+    )
     height, width = (-(-max(side) // divisor) * divisor for side in zip(*sides))
     sizes = [s.size for s in samples]
-    images = torch.stack([F.pad(s.image, (0, width - w, 0, height - h)) for s, (h, w) in zip(samples, sizes)])
+    images = torch.stack(
+        [F.pad(s.image, (0, width - w, 0, height - h)) for s, (h, w) in zip(samples, sizes)]
+    )
     views = [replace(s, image=image[:, :h, :w]) for s, image, (h, w) in zip(samples, images, sizes)]
     return Batch(images, sizes, views)

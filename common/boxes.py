@@ -22,7 +22,9 @@ def encode_boxes(boxes: Tensor, targets: Tensor, weights: tuple[float, ...]) -> 
     """
     centre, size = _centre_size(boxes)
     target_centre, target_size = _centre_size(targets)
-    deltas = torch.cat([(target_centre - centre) / size, torch.log(target_size / size)], dim=1)  # (N, 4)
+    deltas = torch.cat(
+        [(target_centre - centre) / size, torch.log(target_size / size)], dim=1
+    )  # (N, 4)
     return deltas * deltas.new_tensor(weights)
 
 
@@ -68,7 +70,9 @@ class RoIAlign(torch.autograd.Function):
         return backward(gradient[rows], rois[rows], *ctx.settings, 0, True), None, None, None
 
 
-def pool_rois(features: list[Tensor], strides: list[int], boxes: list[Tensor], resolution: int) -> Tensor:
+def pool_rois(
+    features: list[Tensor], strides: list[int], boxes: list[Tensor], resolution: int
+) -> Tensor:
     """RoIAlign of every box on the level that fits its size.
 
     features L times (B, F, h, w), boxes B times (Q, 4) -> (R, F, r, r), R the regions of all images.
@@ -84,15 +88,22 @@ def pool_rois(features: list[Tensor], strides: list[int], boxes: list[Tensor], r
     level = level.clamp(0, len(features) - 1).long()  # (R,)
     rows = [(level == i).nonzero().squeeze(1) for i in range(len(features))]
     pooled = [
-        RoIAlign.apply(feature, rois[r], resolution, 1 / stride) for feature, stride, r in zip(features, strides, rows)
+        RoIAlign.apply(feature, rois[r], resolution, 1 / stride)
+        for feature, stride, r in zip(features, strides, rows)
     ]
     return torch.cat(pooled)[torch.cat(rows).argsort()]  # back to the order of the boxes
 
 
-def two_layers(channels: int, fc_dim: int, init: Callable[[Tensor], object] = nn.init.xavier_uniform_) -> nn.Sequential:
+def two_layers(
+    channels: int, fc_dim: int, init: Callable[[Tensor], object] = nn.init.xavier_uniform_
+) -> nn.Sequential:
     """Pooled features (R, F, 7, 7) -> (R, fc_dim); `init` fills the weights of both layers."""
     layers = nn.Sequential(
-        nn.Flatten(), nn.Linear(channels * 49, fc_dim), nn.ReLU(), nn.Linear(fc_dim, fc_dim), nn.ReLU()
+        nn.Flatten(),
+        nn.Linear(channels * 49, fc_dim),
+        nn.ReLU(),
+        nn.Linear(fc_dim, fc_dim),
+        nn.ReLU(),
     )
     for layer in (layers[1], layers[3]):
         init(layer.weight)
@@ -100,7 +111,9 @@ def two_layers(channels: int, fc_dim: int, init: Callable[[Tensor], object] = nn
     return layers
 
 
-def select_detections(boxes: Tensor, scores: Tensor, one_class: bool, threshold: float = 0.02, limit: int = 300):
+def select_detections(
+    boxes: Tensor, scores: Tensor, one_class: bool, threshold: float = 0.02, limit: int = 300
+):
     """boxes (Q, 4), scores (Q, C) -> the best `limit` (N, 4), (N,), labels (N,) after NMS per class at IoU 0.5.
 
     one_class: only the best class of each box, instead of every class above the threshold.
@@ -130,14 +143,19 @@ def soft_nms(boxes: Tensor, scores: Tensor, sigma: float = 0.5, min_score: float
         if not (best >= min_score).any():
             break
         best = best.masked_fill(best < min_score, 0)
-        final.scatter_reduce_(1, row[:, None], best[:, None], "amax")  # a class that has nothing left keeps its scores
+        final.scatter_reduce_(
+            1, row[:, None], best[:, None], "amax"
+        )  # a class that has nothing left keeps its scores
         left = (left * decay[row]).scatter_(1, row[:, None], 0)
     return final.T
 
 
 def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """IoU of each box with the one in the same row: (N, 4), (N, 4) -> (N,). A box of negative size overlaps nothing."""
-    low, high = torch.maximum(boxes[:, :2], others[:, :2]), torch.minimum(boxes[:, 2:], others[:, 2:])
+    low, high = (
+        torch.maximum(boxes[:, :2], others[:, :2]),
+        torch.minimum(boxes[:, 2:], others[:, 2:]),
+    )
     shared = (high - low).clamp(min=0).prod(1)
     area, other_area = ((b[:, 2:] - b[:, :2]).prod(1) for b in (boxes, others))
     return shared / (area + other_area - shared).clamp(min=1e-6)

@@ -16,7 +16,7 @@ from torchvision.ops import clip_boxes_to_image
 from common.backbone import STRIDES
 from common.boxes import box_delta_loss, decode_boxes, pool_rois, two_layers
 from common.masks import crop_masks
-from common.matcher import Targets, match_regions
+from common.targets import Targets, match_regions
 
 
 @dataclass
@@ -46,7 +46,9 @@ class BoxStage(nn.Module):
 
     def __init__(self, channels: int, fc_dim: int):
         super().__init__()
-        self.box_head = two_layers(channels, fc_dim, partial(nn.init.kaiming_uniform_, a=1))  # c2_xavier_fill
+        self.box_head = two_layers(
+            channels, fc_dim, partial(nn.init.kaiming_uniform_, a=1)
+        )  # c2_xavier_fill
         self.bbox_pred = mlp(fc_dim, 4)
         nn.init.normal_(self.bbox_pred[2].weight, std=0.001)
         nn.init.zeros_(self.bbox_pred[2].bias)
@@ -69,17 +71,29 @@ class Cascade(nn.Module):
         self.stages = nn.ModuleList(BoxStage(channels, fc_dim) for _ in self.ious)
 
     def forward(
-        self, features: list[Tensor], boxes: list[Tensor], sizes: list, truth: list[Targets] | None, sample: int
+        self,
+        features: list[Tensor],
+        boxes: list[Tensor],
+        sizes: list,
+        truth: list[Targets] | None,
+        sample: int,
     ) -> list[StageOutput]:
         """features P3.., boxes B times (Q, 4) -> an output per stage; with `truth` regions are drawn and labelled."""
         outputs = []
         for k, stage in enumerate(self.stages):
             targets = []
             if truth is not None:
-                matched = [match_regions(b, t, self.ious[k], sample if k == 0 else 0) for b, t in zip(boxes, truth)]
+                matched = [
+                    match_regions(b, t, self.ious[k], sample if k == 0 else 0)
+                    for b, t in zip(boxes, truth)
+                ]
                 boxes, targets = [m[0] for m in matched], [m[1] for m in matched]
-            pooled = pool_rois(features[: len(self.strides)], self.strides, boxes, 7)  # (R, F, 7, 7)
-            if pooled.requires_grad:  # the stages share the features: each passes on its part of their gradient
+            pooled = pool_rois(
+                features[: len(self.strides)], self.strides, boxes, 7
+            )  # (R, F, 7, 7)
+            if (
+                pooled.requires_grad
+            ):  # the stages share the features: each passes on its part of their gradient
                 pooled.register_hook(lambda gradient: gradient / len(self.stages))
             outputs.append(StageOutput(boxes, *stage(pooled), targets))
             boxes = self.refine(k, outputs[-1], sizes)
@@ -121,7 +135,9 @@ def draw_classifier(targets: list[Targets], frequency: Tensor, num: int) -> Tens
         frequency = torch.ones_like(frequency)
     present = torch.cat([t.labels if t.image_labels is None else t.image_labels for t in targets])
     drawn = sample_federated(present, frequency, num).nonzero().squeeze(1)  # (K,)
-    place = torch.full_like(frequency, -1, dtype=torch.long).scatter(0, drawn, torch.arange(len(drawn)).to(drawn))
+    place = torch.full_like(frequency, -1, dtype=torch.long).scatter(
+        0, drawn, torch.arange(len(drawn)).to(drawn)
+    )
     for target in targets:
         target.labels = place[target.labels]
         target.image_labels = None if target.image_labels is None else place[target.image_labels]
@@ -130,7 +146,10 @@ def draw_classifier(targets: list[Targets], frequency: Tensor, num: int) -> Tens
 
 def loss_box_reg(k: int, output: StageOutput) -> Tensor:
     """`box_delta_loss` of stage k."""
-    boxes, gt_boxes = torch.cat(output.boxes), torch.cat([t.boxes for t in output.targets])  # (R, 4)
+    boxes, gt_boxes = (
+        torch.cat(output.boxes),
+        torch.cat([t.boxes for t in output.targets]),
+    )  # (R, 4)
     return box_delta_loss(output.deltas, output.labels, boxes, gt_boxes, Cascade.box_weights[k])
 
 
@@ -151,14 +170,19 @@ class MaskHead(nn.Module):
 
     def forward(self, features: list[Tensor], boxes: list[Tensor]) -> Tensor:
         """P3.., boxes B times (Q, 4) -> logits (R, 28, 28)."""
-        x = pool_rois(features[: len(Cascade.strides)], Cascade.strides, boxes, 14)  # (R, F, 14, 14)
+        x = pool_rois(
+            features[: len(Cascade.strides)], Cascade.strides, boxes, 14
+        )  # (R, F, 14, 14)
         for n in range(1, self.num_convs + 1):
             x = getattr(self, f"mask_fcn{n}")(x).relu()
         return self.predictor(self.deconv(x).relu())[:, 0]
 
     def loss(self, features: list[Tensor], output: StageOutput) -> Tensor:
         """BCE over the foreground regions of the first stage that have masks: mean over regions and 28 x 28 cells."""
-        boxes = [b[t.labels >= 0] if t.masks is not None else b[:0] for b, t in zip(output.boxes, output.targets)]
+        boxes = [
+            b[t.labels >= 0] if t.masks is not None else b[:0]
+            for b, t in zip(output.boxes, output.targets)
+        ]
         logits = self(features, boxes)  # (R_fg, 28, 28)
         if len(logits) == 0:
             return logits.sum()

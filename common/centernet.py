@@ -30,10 +30,16 @@ class CenterNetHead(nn.Module):
     def __init__(self, channels: int, num_levels: int, num_convs: int = 4):
         super().__init__()
         if channels % 32 or not channels:
-            raise InputError(f"--channels {channels} must be a multiple of 32, the groups of the head's GroupNorm")
+            raise InputError(
+                f"--channels {channels} must be a multiple of 32, the groups of the head's GroupNorm"
+            )
         tower = []
         for _ in range(num_convs):
-            tower += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(32, channels), nn.ReLU()]
+            tower += [
+                nn.Conv2d(channels, channels, 3, padding=1),
+                nn.GroupNorm(32, channels),
+                nn.ReLU(),
+            ]
         self.bbox_tower = nn.Sequential(*tower)
         self.agn_hm = nn.Conv2d(channels, 1, 3, padding=1)
         self.bbox_pred = nn.Conv2d(channels, 4, 3, padding=1)
@@ -68,12 +74,20 @@ class Grid:
         points, device = [], features[0].device
         shapes = [tuple(f.shape[-2:]) for f in features]
         for (h, w), stride in zip(shapes, strides):
-            y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
+            y, x = torch.meshgrid(
+                torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij"
+            )
             points.append(torch.stack([x, y], -1).view(-1, 2) * stride + stride // 2)
         levels = torch.repeat_interleave(
-            torch.arange(len(shapes), device=device), torch.tensor([len(p) for p in points], device=device)
+            torch.arange(len(shapes), device=device),
+            torch.tensor([len(p) for p in points], device=device),
         )
-        return cls(torch.cat(points).float(), torch.tensor(strides, device=device).float()[levels], levels, shapes)
+        return cls(
+            torch.cat(points).float(),
+            torch.tensor(strides, device=device).float()[levels],
+            levels,
+            shapes,
+        )
 
 
 class CenterNet(nn.Module):
@@ -89,7 +103,9 @@ class CenterNet(nn.Module):
     ignore_high_fp: float = 0.85  # a confident negative this high may well be an unlabelled object
     score_threshold, nms_threshold = 1e-4, 0.9
 
-    def __init__(self, channels: int, strides: list[int], pre_nms: tuple[int, int], post_nms: tuple[int, int]):
+    def __init__(
+        self, channels: int, strides: list[int], pre_nms: tuple[int, int], post_nms: tuple[int, int]
+    ):
         """`pre_nms` (per level) and `post_nms` (per image): how many proposals to keep in (training, test)."""
         super().__init__()
         self.strides, self.pre_nms, self.post_nms = strides, pre_nms, post_nms
@@ -112,7 +128,9 @@ class CenterNet(nn.Module):
         points, strides = grid.points[:, None], grid.strides[:, None, None]  # (M, 1, 2), (M, 1, 1)
         ranges = boxes.new_tensor(self.size_ranges)  # (L, 2)
         centre = (boxes[:, :2] + boxes[:, 2:]) / 2  # (N, 2)
-        cell = (centre / strides).floor() * strides + (strides / 2).floor()  # (M, N, 2) the location that holds it
+        cell = (centre / strides).floor() * strides + (
+            strides / 2
+        ).floor()  # (M, N, 2) the location that holds it
         offset = (points - cell).abs()
         distance2 = ((points - centre) ** 2).sum(-1).masked_fill((offset == 0).all(-1), 0)  # (M, N)
         delta = (1 - self.min_overlap) / (1 + self.min_overlap)
@@ -122,9 +140,15 @@ class CenterNet(nn.Module):
 
         half_diagonal = (boxes[:, 2:] - boxes[:, :2]).norm(dim=1) / 2  # (N,)
         in_level = (half_diagonal >= ranges[:, :1]) & (half_diagonal <= ranges[:, 1:])  # (L, N)
-        candidate = in_level[grid.levels] & (offset <= strides).all(-1) & (ltrb > 0).all(-1)  # (M, N)
+        candidate = (
+            in_level[grid.levels] & (offset <= strides).all(-1) & (ltrb > 0).all(-1)
+        )  # (M, N)
         if len(boxes) == 0:
-            return grid.strides.new_zeros(len(points)), grid.points.new_full((len(points), 4), -1), grid.levels[:0]
+            return (
+                grid.strides.new_zeros(len(points)),
+                grid.points.new_full((len(points), 4), -1),
+                grid.levels[:0],
+            )
         heatmap = torch.exp(-weighted.min(1).values)
         heatmap = heatmap.masked_fill(heatmap < 1e-4, 0)
         best, box = weighted.masked_fill(~candidate, torch.inf).min(1)  # (M,)
@@ -133,7 +157,9 @@ class CenterNet(nn.Module):
         is_centre = (offset == 0).all(-1) & in_level[grid.levels]  # (M, N)
         return heatmap, ltrb, is_centre.nonzero()[:, 0]
 
-    def losses(self, grid: Grid, logits: Tensor, ltrb: Tensor, gt_boxes: list[Tensor]) -> dict[str, Tensor]:
+    def losses(
+        self, grid: Grid, logits: Tensor, ltrb: Tensor, gt_boxes: list[Tensor]
+    ) -> dict[str, Tensor]:
         """Focal loss of the heat map and GIoU loss of the distances, each over the mean count of all ranks."""
         targets = [self.targets(grid, boxes) for boxes in gt_boxes]
         heatmap = torch.stack([t[0] for t in targets])  # (B, M)
@@ -161,7 +187,9 @@ class CenterNet(nn.Module):
         keep = torch.cat(keep)
         points, reach = grid.points[keep], ltrb[keep] * grid.strides[keep, None]
         top_left = points - reach[:, :2]
-        boxes = torch.cat([top_left, torch.maximum(points + reach[:, 2:], top_left + 0.01)], 1)  # (Q, 4)
+        boxes = torch.cat(
+            [top_left, torch.maximum(points + reach[:, 2:], top_left + 0.01)], 1
+        )  # (Q, 4)
         scores = p[keep].sqrt()
         best = nms(boxes, scores, self.nms_threshold)[: self.post_nms[not self.training]]
         return boxes[best], scores[best]

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from common.distributed import gather_on_main, rank, world_size
 from common.errors import InputError
+from common.files import atomic_path
 from common.labels import fold
-from common.paths import atomic_path
 
 log = logging.getLogger("concord")
 
@@ -30,7 +30,11 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     with atomic_path(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in metadata.items()})
+            save_file(
+                tensors,
+                temporary,
+                metadata={key: json.dumps(value) for key, value in metadata.items()},
+            )
             temporary.chmod(0o644)  # safetensors makes files for their owner alone
         except SafetensorError as error:
             raise OSError(errno.ENOSPC, str(error), str(path)) from None
@@ -52,10 +56,14 @@ def load_plain(path: Path):
 def weights_file(path: str | Path) -> Path:
     """The file itself, or weights.safetensors of a run folder. Raises InputError if there is none."""
     if not str(path):
-        raise InputError("--predict and --eval-only need --weights: a .safetensors file or a run folder")
+        raise InputError(
+            "--predict and --eval-only need --weights: a .safetensors file or a run folder"
+        )
     file = Path(path) / "weights.safetensors" if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise InputError(f"weights {file} do not exist; give a .safetensors file or a run folder that holds one")
+        raise InputError(
+            f"weights {file} do not exist; give a .safetensors file or a run folder that holds one"
+        )
     return file
 
 
@@ -66,18 +74,28 @@ def read_metadata(path: str | Path, method: str) -> dict:
         with safe_open(file, framework="pt") as opened:
             metadata = {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"weights {file} cannot be read ({error}); a .safetensors file is needed") from None
+        raise InputError(
+            f"weights {file} cannot be read ({error}); a .safetensors file is needed"
+        ) from None
     if not {"method", "args", "vocabularies"} <= metadata.keys():
-        raise InputError(f"weights {file} were not saved by this project: their metadata lacks the model's settings")
+        raise InputError(
+            f"weights {file} were not saved by this project: their metadata lacks the model's settings"
+        )
     if metadata["method"] != method:
-        raise InputError(f"weights {file} are not of {method}.py but of {metadata['method']}.py; use that")
+        raise InputError(
+            f"weights {file} are not of {method}.py but of {metadata['method']}.py; use that"
+        )
     lists = metadata["vocabularies"] if isinstance(metadata["vocabularies"], dict) else {"": None}
     known = lists or "base" in metadata  # a base knows no classes
     lists = [*lists.values(), metadata.get("boxed", [])]
     known = known and isinstance(metadata.get("width", 0), int)
-    sound = known and all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists)
+    sound = known and all(
+        isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists
+    )
     if not (sound and isinstance(metadata["args"], dict)):
-        raise InputError(f"weights {file} have damaged settings or class names; copy or train them again")
+        raise InputError(
+            f"weights {file} have damaged settings or class names; copy or train them again"
+        )
     return metadata
 
 
@@ -86,10 +104,14 @@ def read_text(path: str | Path) -> Tensor:
     file = weights_file(path)
     with safe_open(file, framework="pt") as opened:
         if "text" not in opened.keys():  # noqa: SIM118 (not a dict)
-            raise InputError(f"weights {file} hold no text embeddings of classes: only a training can start from them")
+            raise InputError(
+                f"weights {file} hold no text embeddings of classes: only a training can start from them"
+            )
         text = opened.get_tensor("text")
     if text.ndim != 2 or not text.is_floating_point():
-        raise InputError(f"weights {file}: tensor 'text' is no table of text embeddings; copy or train them again")
+        raise InputError(
+            f"weights {file}: tensor 'text' is no table of text embeddings; copy or train them again"
+        )
     return text.float()
 
 
@@ -97,7 +119,9 @@ def read_model(path: str | Path, method: str) -> tuple[dict, Tensor]:
     """`read_metadata` and `read_text`: what a model is rebuilt with. Raises InputError if they do not fit."""
     metadata, text = read_metadata(path, method), read_text(path)
     names = [fold(name) for names in metadata["vocabularies"].values() for name in names]
-    if not len(set(names)) <= len(text) <= len(names) + 1:  # classes of the same name may be one; background has a row
+    if (
+        not len(set(names)) <= len(text) <= len(names) + 1
+    ):  # classes of the same name may be one; background has a row
         rows = f"{len(text)} text embeddings for {len(names)} classes"
         raise InputError(f"weights {path} have {rows}; copy or train them again")
     return metadata, text
@@ -120,27 +144,35 @@ def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str 
             base = json.loads((opened.metadata() or {}).get("base", "[]"))
         tensors = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"weights {file} cannot be read ({error}); a .safetensors file is needed") from None
+        raise InputError(
+            f"weights {file} cannot be read ({error}); a .safetensors file is needed"
+        ) from None
     own = model.state_dict()
     if only:
         tensors = {key: t for key, t in tensors.items() if key.startswith(only)}
         tensors |= {key: t for key, t in own.items() if not key.startswith(only)}
 
     def optional(key: str) -> bool:
-        return bool(fresh and key.startswith(fresh)) or bool(base and key.partition(".")[0] not in base)
+        return bool(fresh and key.startswith(fresh)) or bool(
+            base and key.partition(".")[0] not in base
+        )
 
     if new := {key: own[key] for key in own.keys() - tensors.keys() if optional(key)}:
         named = ", ".join(sorted({f"'{key[: key.find('.') + 1] or key}'" for key in new}))
         log.info(f"weights {file}: {len(new)} tensors of {named} are not in it and start anew")
         tensors |= new
-    width, other = (state["text"].shape[-1] if "text" in state else None for state in (own, tensors))
+    width, other = (
+        state["text"].shape[-1] if "text" in state else None for state in (own, tensors)
+    )
     if width and other and width != other:
         raise InputError(f"weights {file} were trained with text embeddings of {other} dimensions, these have {width}; "
                          "use the --text-encoder they were trained with")  # fmt: skip
     for key in sorted(own.keys() | tensors.keys()):
         if key not in own or key not in tensors:
             side = "unknown to" if key not in own else "missing for"
-            raise InputError(f"weights {file}: tensor '{key}' is {side} this model; another --backbone or method?")
+            raise InputError(
+                f"weights {file}: tensor '{key}' is {side} this model; another --backbone or method?"
+            )
         if own[key].shape != tensors[key].shape and key != "text":
             raise InputError(f"weights {file}: tensor '{key}' has the shape {list(tensors[key].shape)}, this model "
                              f"needs {list(own[key].shape)}; give the flags and datasets of its training")  # fmt: skip
@@ -149,11 +181,15 @@ def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str 
                 f"weights {file}: tensor '{key}' is {tensors[key].dtype}, this model needs {own[key].dtype}"
             )
         if not torch.isfinite(tensors[key].float()).all():
-            raise InputError(f"weights {file}: tensor '{key}' holds values that are not finite; train again")
+            raise InputError(
+                f"weights {file}: tensor '{key}' holds values that are not finite; train again"
+            )
     model.load_state_dict(tensors | {key: own[key] for key in own if key == "text"})
 
 
-def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, metadata: dict) -> None:
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, metadata: dict
+) -> None:
     """Write checkpoint-<step>/ whole or not at all, then drop all but two. Every rank calls it: each has its RNG."""
     states = gather_on_main(rng_states())
     if rank() > 0:
@@ -171,11 +207,15 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimi
 
 
 def rng_states() -> list[Tensor]:
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
+    return [torch.get_rng_state()] + (
+        [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+    )
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit())
+    return sorted(
+        p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()
+    )
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -190,7 +230,10 @@ def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
         step = int(state["step"])
         optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in optimizer.state.items():
-            if any(isinstance(m, Tensor) and m.dim() and m.shape != parameter.shape for m in moments.values()):
+            if any(
+                isinstance(m, Tensor) and m.dim() and m.shape != parameter.shape
+                for m in moments.values()
+            ):
                 raise ValueError("the optimiser's moments are of another model")
         if len(state["rng"]) == world_size():
             cpu, *cuda = state["rng"][rank()]

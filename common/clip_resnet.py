@@ -7,6 +7,7 @@ microsoft/RegionCLIP:detectron2/modeling/backbone/clip_backbone.py. E counts the
 
 import logging
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,15 +17,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.backbone import Backbone
-from common.boxes import pool_rois
+from common.boxes import pool_rois, two_layers
 from common.checkpoint import load_plain
 from common.distributed import from_main
 from common.errors import InputError
-from common.paths import hub
+from common.hub import hub
+from common.targets import Targets
 
 log = logging.getLogger("concord")
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of pixels in [0, 1]
+MEAN, STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # CLIP's, of pixels in [0, 1]
 FILES = (".safetensors", ".pth", ".pt")
 # how the same module is called in checkpoints of open_clip, RegionCLIP and UniDetector (mmdet)
 PREFIXES = ("visual.", "backbone.", "roi_head.shared_head.", "roi_head.bbox_head.", "")
@@ -63,7 +68,10 @@ class Bottleneck(nn.Module):
         super().__init__()
         out = planes * self.expansion
         self.conv1, self.bn1 = nn.Conv2d(channels, planes, 1, bias=False), nn.BatchNorm2d(planes)
-        self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = (
+            nn.Conv2d(planes, planes, 3, padding=1, bias=False),
+            nn.BatchNorm2d(planes),
+        )
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3, self.bn3 = nn.Conv2d(planes, out, 1, bias=False), nn.BatchNorm2d(out)
         self.downsample = None
@@ -93,9 +101,13 @@ class AttentionPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(R, E, size, size) -> (R, out)."""
         x = x.flatten(2).transpose(1, 2)  # (R, size^2, E)
-        x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding  # (R, 1 + size^2, E)
+        x = (
+            torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding
+        )  # (R, 1 + size^2, E)
         q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
-        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (R, heads, tokens, E / heads)
+        q, k, v = (
+            t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v)
+        )  # (R, heads, tokens, E / heads)
         return self.c_proj(F.scaled_dot_product_attention(q, k, v).flatten(1))
 
 
@@ -115,9 +127,18 @@ class CLIPResNetC4(nn.Module):
         config = architecture(name)
         width, layers, size = config["width"], config["layers"], config["image_size"] // 32
         self.out, self.resolution = config["embed_dim"], 2 * size  # layer4 halves the region
-        self.conv1, self.bn1 = nn.Conv2d(3, width // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(width // 2)
-        self.conv2, self.bn2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False), nn.BatchNorm2d(width // 2)
-        self.conv3, self.bn3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = (
+            nn.Conv2d(3, width // 2, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(width // 2),
+        )
+        self.conv2, self.bn2 = (
+            nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width // 2),
+        )
+        self.conv3, self.bn3 = (
+            nn.Conv2d(width // 2, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
         channels = width
         for i, depth in enumerate(layers):
             planes, blocks = width * 2**i, []
@@ -151,7 +172,9 @@ class CLIPResNetC4(nn.Module):
     def forward(self, images: Tensor, boxes: list[Tensor]) -> Tensor:
         """Normalised images (B, 3, H, W), boxes B times (Q, 4) -> (R, out), not normalised."""
         features = self.trunk(images)
-        pooled = pool_rois([features.float()], [self.stride], boxes, self.resolution)  # (R, E / 2, r, r)
+        pooled = pool_rois(
+            [features.float()], [self.stride], boxes, self.resolution
+        )  # (R, E / 2, r, r)
         return self.attnpool(self.layer4(pooled))
 
 
@@ -167,8 +190,12 @@ def architecture(name: str) -> dict:
     model = name.partition("/")[0] if name.startswith("RN") else "RN50"
     config = open_clip.get_model_config(model)
     if config is None or not isinstance(config["vision_cfg"]["layers"], list):
-        known = ", ".join(m for m in open_clip.list_models() if m.startswith("RN") and "gelu" not in m)
-        raise InputError(f"--classifier-backbone {name}: no CLIP ResNet '{model}'; there are {known}")
+        known = ", ".join(
+            m for m in open_clip.list_models() if m.startswith("RN") and "gelu" not in m
+        )
+        raise InputError(
+            f"--classifier-backbone {name}: no CLIP ResNet '{model}'; there are {known}"
+        )
     return config["vision_cfg"] | {"embed_dim": config["embed_dim"]}
 
 
@@ -182,12 +209,18 @@ def load_pretrained(model: CLIPResNetC4, name: str) -> bool:
         return True
     if source not in open_clip.list_pretrained_tags_by_model(kind):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(kind))
-        raise InputError(f"--classifier-backbone {name}: no weights '{source}' for {kind}; there are {tags}, or a file")
+        raise InputError(
+            f"--classifier-backbone {name}: no weights '{source}' for {kind}; there are {tags}, or a file"
+        )
     try:
         with hub():
             tensors = open_clip.create_model(kind, source).state_dict()
     except Exception as error:  # the hub, torch and open_clip each raise their own kinds
-        reason = "the hub cannot be reached" if isinstance(error, OSError) else str(error).splitlines()[0][:99]
+        reason = (
+            "the hub cannot be reached"
+            if isinstance(error, OSError)
+            else str(error).splitlines()[0][:99]
+        )
         log.warning("classifier backbone %s starts from RANDOM weights: %s", name, reason)
         return False
     load_by_prefix(model, tensors, name)
@@ -209,7 +242,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         content = content.get(key, content) if isinstance(content, dict) else {}
     content = content if isinstance(content, dict) else {}
-    return {str(key).removeprefix("module."): t for key, t in content.items() if isinstance(t, Tensor)}
+    return {
+        str(key).removeprefix("module."): t for key, t in content.items() if isinstance(t, Tensor)
+    }
 
 
 def load_by_prefix(model: CLIPResNetC4, tensors: dict[str, Tensor], source: str) -> None:
@@ -232,7 +267,9 @@ def load_by_prefix(model: CLIPResNetC4, tensors: dict[str, Tensor], source: str)
     for key, tensor in own.items():
         if key not in found:
             if not key.endswith("num_batches_tracked"):
-                raise InputError(f"{source} lacks '{key}'; give weights of a CLIP ResNet with its attention pool")
+                raise InputError(
+                    f"{source} lacks '{key}'; give weights of a CLIP ResNet with its attention pool"
+                )
             found[key] = tensor
         if found[key].shape != tensor.shape:
             raise InputError(f"{source}: tensor '{key}' has the shape {list(found[key].shape)}, this CLIP ResNet needs "
@@ -240,4 +277,57 @@ def load_by_prefix(model: CLIPResNetC4, tensors: dict[str, Tensor], source: str)
     model.load_state_dict(found, strict=False)
     log.info("classifier backbone: %d tensors of %s", len(found), source)
     for part, count in rest.items():
-        log.info("  not used: %d tensors '%s' (%s)", count, part, LEFT_OUT.get(part, "UNKNOWN to this project"))
+        log.info(
+            "  not used: %d tensors '%s' (%s)",
+            count,
+            part,
+            LEFT_OUT.get(part, "UNKNOWN to this project"),
+        )
+
+
+STRIDES = [8, 16, 32]
+
+
+@dataclass
+class RegionOutput:
+    """What the classifier says of its R regions in training."""
+
+    boxes: list[Tensor]  # B times (Q, 4)
+    logits: Tensor  # (R, C)
+    deltas: Tensor  # (R, 4)
+    targets: list[Targets]  # B, of Q regions each
+
+
+class FPNRegions(nn.Module):
+    """P3-P5 of a timm model, two fully connected layers, and one to the width of the texts."""
+
+    def __init__(self, name: str, out: int, channels: int, fc_dim: int, pretrained: bool):
+        super().__init__()
+        self.backbone = Backbone(name, channels, pretrained, STRIDES, flag="--classifier-backbone")
+        self.box_head = two_layers(channels, fc_dim)
+        self.embedding = nn.Linear(fc_dim, out)
+
+    def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
+        return self.backbone.normalise(images, sizes)
+
+    def forward(self, images: Tensor, boxes: list[Tensor]) -> Tensor:
+        """Normalised images (B, 3, H, W), boxes B times (Q, 4) -> (R, out), not normalised."""
+        features = [f.float() for f in self.backbone(images)]
+        with torch.autocast(images.device.type, enabled=False):
+            return self.embedding(self.box_head(pool_rois(features, STRIDES, boxes, 7)))
+
+
+def region_features(
+    name: str, text_dim: int, channels: int, fc_dim: int, pretrained: bool
+) -> nn.Module:
+    """`name` of a CLIP ResNet (channels and fc_dim do not matter) or of a timm model, embedding in text_dim dimensions.
+
+    Raises InputError for a name that is neither, and for a CLIP ResNet of another width.
+    """
+    if not is_clip(name):
+        return FPNRegions(name, text_dim, channels, fc_dim, pretrained)
+    regions = CLIPResNetC4(name, pretrained)
+    if regions.out != text_dim:
+        raise InputError(f"--classifier-backbone {name} embeds regions in {regions.out} dimensions, the text encoder "
+                         f"names in {text_dim}; --text-encoder RN50/openai fits RN50")  # fmt: skip
+    return regions

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from common.checkpoint import load_plain, save_tensors, weights_file
 from common.errors import InputError
+from common.files import cache_dir
 from common.labels import Vocabulary
-from common.paths import cache_dir
 
 log = logging.getLogger("concord")
 VERSION = 1  # raise it when the rules change, so that old conversions are not taken for new ones
@@ -49,7 +49,8 @@ PIXELS, QUERIES = r"sem_seg_head\.(?:pixel_decoder\.)?", r"sem_seg_head\.(?:pred
 MASK2FORMER = {
     r"pixel_(mean|std)": None,  # the same as timm's
     r"criterion\.empty_weight": None,  # the weight of "no object", a constant of the loss
-    QUERIES + r"class_embed\.(weight|bias)": None,  # a classifier of fixed classes; here texts stand in its place
+    QUERIES
+    + r"class_embed\.(weight|bias)": None,  # a classifier of fixed classes; here texts stand in its place
     r"backbone\.stem\.conv1\.weight": "backbone.body.conv1.weight",
     r"backbone\.stem\.conv1\.norm\.(.+)": r"backbone.body.bn1.\1",
     PIXELS + r"input_proj\.(.+)": r"pixel_decoder.input_proj.\1",
@@ -60,9 +61,11 @@ MASK2FORMER = {
     PIXELS + r"layer_1\.weight": "pixel_decoder.output.0.weight",
     PIXELS + r"layer_1\.norm\.(.+)": r"pixel_decoder.output.1.\1",
     PIXELS + r"mask_features\.(.+)": r"pixel_decoder.mask_features.\1",
-    QUERIES + r"transformer_cross_attention_layers\.(\d+)\.multihead_attn\.(.+)": r"layers.\1.cross_attn.\2",
+    QUERIES
+    + r"transformer_cross_attention_layers\.(\d+)\.multihead_attn\.(.+)": r"layers.\1.cross_attn.\2",
     QUERIES + r"transformer_cross_attention_layers\.(\d+)\.norm\.(.+)": r"layers.\1.cross_norm.\2",
-    QUERIES + r"transformer_self_attention_layers\.(\d+)\.self_attn\.(.+)": r"layers.\1.self_attn.\2",
+    QUERIES
+    + r"transformer_self_attention_layers\.(\d+)\.self_attn\.(.+)": r"layers.\1.self_attn.\2",
     QUERIES + r"transformer_self_attention_layers\.(\d+)\.norm\.(.+)": r"layers.\1.self_norm.\2",
     QUERIES + r"transformer_ffn_layers\.(\d+)\.(linear\d\..+)": r"layers.\1.\2",
     QUERIES + r"transformer_ffn_layers\.(\d+)\.norm\.(.+)": r"layers.\1.ffn_norm.\2",
@@ -96,7 +99,9 @@ def rename(key: str, rules: dict[str, str | None]) -> str | None:
 def renamed(official: dict[str, Tensor], rules: dict[str, str | None]) -> dict[str, Tensor]:
     """The tensors under our names, with BatchNorm's counters, which older files lack."""
     tensors = {name: tensor for key, tensor in official.items() if (name := rename(key, rules))}
-    log.info("%d of %d official tensors taken; the others have no use here", len(tensors), len(official))
+    log.info(
+        "%d of %d official tensors taken; the others have no use here", len(tensors), len(official)
+    )
     for key in [key for key in tensors if key.endswith("running_var")]:
         tensors.setdefault(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))
     return tensors | {"backbone.frozen_norm": torch.tensor(True)}
@@ -116,7 +121,10 @@ def convert_detic(official: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]
         name, names = VOCABULARIES[classes], Vocabulary.known(VOCABULARIES[classes]).names
     else:
         name, names = "official", [f"class {i}" for i in range(1, classes + 1)]
-        log.warning("the names of the checkpoint's %d classes are not known; name yours with --vocabulary", classes)
+        log.warning(
+            "the names of the checkpoint's %d classes are not known; name yours with --vocabulary",
+            classes,
+        )
     args = {
         "backbone": "resnet50",
         "text_encoder": "ViT-B-32/openai",
@@ -188,7 +196,9 @@ ARRAYS = {  # all that a pickle of arrays calls
     ("collections", "OrderedDict"): dict,
     ("numpy", "ndarray"): Array,
     ("numpy", "dtype"): Kind,
-    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # bytes, as older protocols write them
+    ("_codecs", "encode"): lambda text, _: text.encode(
+        "latin1"
+    ),  # bytes, as older protocols write them
 }
 for package in ("numpy.core", "numpy._core"):
     ARRAYS[f"{package}.multiarray", "_reconstruct"] = Array
@@ -229,9 +239,15 @@ def converted(path: str | Path, method: str) -> Path:
     """
     file = weights_file(path)
     if method not in CONVERTERS:
-        raise InputError(f"weights {file} are no .safetensors of {method}.py, whose official weights do not exist")
+        raise InputError(
+            f"weights {file} are no .safetensors of {method}.py, whose official weights do not exist"
+        )
     facts = [VERSION, method, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
-    twin = cache_dir() / "converted" / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.safetensors"
+    twin = (
+        cache_dir()
+        / "converted"
+        / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.safetensors"
+    )
     if not twin.is_file():
         try:
             official = load_arrays(file) if file.suffix == ".pkl" else load_plain(file)
@@ -240,15 +256,21 @@ def converted(path: str | Path, method: str) -> Path:
                              "file") from None  # fmt: skip
         official = official.get("model", official) if isinstance(official, dict) else {}
         official = official if isinstance(official, dict) else {}
-        if not official or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in official.items()):
+        if not official or not all(
+            isinstance(k, str) and isinstance(t, Tensor) for k, t in official.items()
+        ):
             raise InputError(f"weights {file} hold no state dict; give the published file")
         try:
-            tensors, metadata = CONVERTERS[method]({key: tensor.clone() for key, tensor in official.items()})
+            tensors, metadata = CONVERTERS[method](
+                {key: tensor.clone() for key, tensor in official.items()}
+            )
             save_tensors(twin, tensors, {"method": method} | metadata)
         except InputError as error:
             raise InputError(f"weights {file}: {error}") from None
         except KeyError as error:
-            raise InputError(f"weights {file}: tensor {error} is missing; give the published file") from None
+            raise InputError(
+                f"weights {file}: tensor {error} is missing; give the published file"
+            ) from None
         except (IndexError, ValueError, RuntimeError, NotImplementedError) as error:
             raise InputError(f"weights {file} hold tensors of odd shapes or kinds ({str(error).splitlines()[0][:99]}); "
                              "give the published file") from None  # fmt: skip

@@ -22,7 +22,9 @@ def setup_device(device: str, seed: int) -> torch.device:
     if "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
         # the other ranks wait while rank 0 scores a large dataset
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group(
+            "nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2)
+        )
     try:
         torch.zeros((), device=device).item()
     except RuntimeError:

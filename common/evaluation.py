@@ -18,9 +18,9 @@ import torch
 
 from common.datasets.index import BEYOND, Index
 from common.errors import InputError
+from common.files import atomic_path
 from common.labels import Vocabulary
 from common.masks import to_rle
-from common.paths import atomic_path
 
 log = logging.getLogger("concord")
 
@@ -64,11 +64,14 @@ def evaluate_detections(
     else:
         results, class_ap50 = _hotcoco(dataset, truth, found, predictions)
     return results | {
-        f"AP50 {name}": _mean(class_ap50[np.asarray(members)]) for name, members in (groups or {}).items()
+        f"AP50 {name}": _mean(class_ap50[np.asarray(members)])
+        for name, members in (groups or {}).items()
     }
 
 
-def recall(dataset: Evaluated, proposals: Predictions, limits: tuple[int, ...] = (10, 100, 1000)) -> dict[str, float]:
+def recall(
+    dataset: Evaluated, proposals: Predictions, limits: tuple[int, ...] = (10, 100, 1000)
+) -> dict[str, float]:
     """AR@limit for each limit: COCO's average recall with all classes as one, by the best `limit` boxes per image.
 
     proposals: as in `evaluate_detections`, without labels
@@ -78,7 +81,10 @@ def recall(dataset: Evaluated, proposals: Predictions, limits: tuple[int, ...] =
     out. NaN without any box. Raises InputError if an image has no proposals (zero boxes are some).
     """
     _check_complete(dataset, proposals)
-    records = {row: found | {"labels": torch.zeros(len(found["scores"]))} for row, found in proposals.items()}
+    records = {
+        row: found | {"labels": torch.zeros(len(found["scores"]))}
+        for row, found in proposals.items()
+    }
     truth, found = _truth_table(dataset.index, records), _prediction_table(dataset, records)
     evaluator = hotcoco.COCOeval(*_hotcoco_tables(dataset, truth, found, records), "bbox")
     evaluator.params.use_cats, evaluator.params.max_dets = False, list(limits)
@@ -106,21 +112,42 @@ def _truth_table(index: Index, predictions: Predictions) -> dict[str, np.ndarray
     image = index.image_of
     boxes, area = index.boxes.astype(np.float64), index.areas.astype(np.float64)
     if index.relative and len(boxes):  # only the predictions know the size of these images
-        sizes = np.array([tuple(predictions[row]["size"]) for row in range(len(index))], dtype=np.float64)[image]
+        sizes = np.array(
+            [tuple(predictions[row]["size"]) for row in range(len(index))], dtype=np.float64
+        )[image]
         boxes = boxes * sizes[:, [1, 0, 1, 0]]
         area = _xywh(boxes)[:, 2:].prod(axis=1)
-    return {"image": image, "label": index.labels, "boxes": boxes, "area": area, "ignore": index.ignore}
+    return {
+        "image": image,
+        "label": index.labels,
+        "boxes": boxes,
+        "area": area,
+        "ignore": index.ignore,
+    }
 
 
 def _prediction_table(dataset: Evaluated, predictions: Predictions) -> dict[str, np.ndarray]:
     """Columns image, label, score, all (A,), and boxes (A, 4)."""
-    records, classes = [predictions[row] for row in range(len(dataset.index))], len(dataset.vocabulary)
+    records, classes = (
+        [predictions[row] for row in range(len(dataset.index))],
+        len(dataset.vocabulary),
+    )
     image = np.repeat(np.arange(len(records)), [len(record["scores"]) for record in records])
-    columns = [[torch.zeros(0), *(record[field] for record in records)] for field in ("labels", "boxes", "scores")]
+    columns = [
+        [torch.zeros(0), *(record[field] for record in records)]
+        for field in ("labels", "boxes", "scores")
+    ]
     label, boxes, score = (torch.cat(column).double().numpy() for column in columns)
     if wrong := set(label.tolist()) - set(range(classes)):
-        raise ValueError(f"{dataset.name} has {classes} classes, but label {min(wrong):.0f} was predicted")
-    return {"image": image, "label": label.astype(np.int64), "boxes": boxes.reshape(-1, 4), "score": score}
+        raise ValueError(
+            f"{dataset.name} has {classes} classes, but label {min(wrong):.0f} was predicted"
+        )
+    return {
+        "image": image,
+        "label": label.astype(np.int64),
+        "boxes": boxes.reshape(-1, 4),
+        "score": score,
+    }
 
 
 def _take(table: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -131,7 +158,9 @@ def _xywh(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
 
 
-def _hotcoco(dataset: Evaluated, truth: dict, found: dict, predictions: Predictions) -> tuple[dict, np.ndarray]:
+def _hotcoco(
+    dataset: Evaluated, truth: dict, found: dict, predictions: Predictions
+) -> tuple[dict, np.ndarray]:
     """(the metrics, the box AP50 of each class (C,), -1 where it has no ground truth)."""
     tables = _hotcoco_tables(dataset, truth, found, predictions)
 
@@ -139,8 +168,13 @@ def _hotcoco(dataset: Evaluated, truth: dict, found: dict, predictions: Predicti
         evaluator = hotcoco.COCOeval(*tables, kind, lvis_style=dataset.metric == "lvis")
         with contextlib.redirect_stdout(io.StringIO()):  # it has no silent summary
             evaluator.run()
-        values = {name: value if value >= 0 else math.nan for name, value in evaluator.get_results().items()}
-        return values, evaluator.eval["precision"][0, :, :, 0, -1].mean(axis=0)  # IoU 0.5, all sizes, most detections
+        values = {
+            name: value if value >= 0 else math.nan
+            for name, value in evaluator.get_results().items()
+        }
+        return values, evaluator.eval["precision"][0, :, :, 0, -1].mean(
+            axis=0
+        )  # IoU 0.5, all sizes, most detections
 
     values, class_ap50 = run("bbox")
     results = {name: values[name] for name in METRICS[dataset.metric]}
@@ -151,7 +185,9 @@ def _hotcoco(dataset: Evaluated, truth: dict, found: dict, predictions: Predicti
 
 
 def _have_masks(dataset: Evaluated, predictions: Predictions) -> bool:
-    return dataset.index.segmentations is not None and all("segmentations" in p for p in predictions.values())
+    return dataset.index.segmentations is not None and all(
+        "segmentations" in p for p in predictions.values()
+    )
 
 
 def _hotcoco_tables(
@@ -161,11 +197,19 @@ def _hotcoco_tables(
     index, names = dataset.index, dataset.vocabulary.names
     # equal scores are ranked in the order of the dataset's own ids, as in pycocotools
     number = np.argsort(sorted(range(len(index)), key=index.image_ids.__getitem__))
-    known = {"neg_category_ids": index.negatives, "not_exhaustive_category_ids": index.not_exhaustive}
-    lists = [{key: list(of[row]) if of else [] for key, of in known.items()} for row in range(len(index))]
+    known = {
+        "neg_category_ids": index.negatives,
+        "not_exhaustive_category_ids": index.not_exhaustive,
+    }
+    lists = [
+        {key: list(of[row]) if of else [] for key, of in known.items()} for row in range(len(index))
+    ]
     images = [{"id": int(i), **fields} for i, fields in zip(number, lists)]
     letters = getattr(dataset, "frequency", None) or "-" * len(names)
-    categories = [{"id": i, "name": n, "frequency": f} for i, (n, f) in enumerate(zip(names, letters, strict=True))]
+    categories = [
+        {"id": i, "name": n, "frequency": f}
+        for i, (n, f) in enumerate(zip(names, letters, strict=True))
+    ]
     annotated = detected = None
     if _have_masks(dataset, predictions):
         annotated = _true_segmentations(index, predictions)
@@ -184,7 +228,9 @@ def _true_segmentations(index: Index, predictions: Predictions) -> list[dict]:
         try:
             rles.append(to_rle(segmentation, tuple(predictions[image]["size"])))
         except ValueError as error:
-            raise InputError(f"{index.source}: image {index.image_ids[image]!r} has {error}; mend it") from None
+            raise InputError(
+                f"{index.source}: image {index.image_ids[image]!r} has {error}; mend it"
+            ) from None
     return rles
 
 
@@ -213,7 +259,9 @@ def _open_images(dataset: Evaluated, truth: dict, found: dict) -> np.ndarray:
     found = _take(found, np.argsort(-found["score"], kind="stable"))
     precisions = np.full(len(upward), math.nan)
     for label in np.unique(truth["label"]):
-        precisions[label] = _class_ap(_take(truth, truth["label"] == label), _take(found, found["label"] == label))
+        precisions[label] = _class_ap(
+            _take(truth, truth["label"] == label), _take(found, found["label"] == label)
+        )
     return precisions
 
 
@@ -266,10 +314,14 @@ def _rows_by_image(table: dict) -> dict[int, np.ndarray]:
     return dict(zip(images.tolist(), np.split(order, starts[1:])))
 
 
-def _match(boxes: np.ndarray, truth: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _match(
+    boxes: np.ndarray, truth: np.ndarray, group: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """(D, 4) by falling score, (G, 4), (G,) bool group-of -> (D,) bool hits, (D,) bool neither hit nor miss."""
     (hit, ignored), taken = np.zeros((2, len(boxes)), dtype=bool), set()
-    overlaps = hotcoco.mask.bbox_iou(_xywh(boxes), _xywh(truth), group)  # (D, G); groups: of the detection's own area
+    overlaps = hotcoco.mask.bbox_iou(
+        _xywh(boxes), _xywh(truth), group
+    )  # (D, G); groups: of the detection's own area
     for eligible in (~group, group):  # groups get what single boxes left over
         overlap = np.where(eligible, overlaps, -1)
         best = overlap.argmax(axis=1)
@@ -284,7 +336,10 @@ def report(results: dict[str, dict[str, float]], folder: Path) -> None:
     """Write results.json, and the table to the log; on rank 0, which has the results."""
     if results:
         with atomic_path(folder / "results.json") as path:
-            values = {k: {m: None if math.isnan(v) else v for m, v in row.items()} for k, row in results.items()}
+            values = {
+                k: {m: None if math.isnan(v) else v for m, v in row.items()}
+                for k, row in results.items()
+            }
             path.write_text(json.dumps(values, indent=1))
         log.info("\n" + format_table(results))
 
@@ -296,7 +351,9 @@ def format_table(results: dict[str, dict[str, float]], width: int = 120) -> str:
     """
     tables: list[dict] = []
     for name, values in results.items():
-        table = next((t for t in tables if any(row.keys() & values.keys() for row in t.values())), None)
+        table = next(
+            (t for t in tables if any(row.keys() & values.keys() for row in t.values())), None
+        )
         if table is None:
             tables.append(table := {})
         table[name] = values
@@ -305,7 +362,10 @@ def format_table(results: dict[str, dict[str, float]], width: int = 120) -> str:
 
 def _format_table(results: dict[str, dict[str, float]], width: int) -> str:
     metrics = list(dict.fromkeys(name for values in results.values() for name in values))
-    cells = [[m, *(f"{row.get(m, math.nan):.3f}".replace("nan", "-") for row in results.values())] for m in metrics]
+    cells = [
+        [m, *(f"{row.get(m, math.nan):.3f}".replace("nan", "-") for row in results.values())]
+        for m in metrics
+    ]
     cells = [[cell.rjust(max(map(len, column))) for cell in column] for column in cells]
     first = [name.ljust(max(map(len, ["dataset", *results]))) for name in ("dataset", *results)]
     blocks = [[first]]
@@ -316,7 +376,9 @@ def _format_table(results: dict[str, dict[str, float]], width: int) -> str:
     return "\n\n".join("\n".join(map("  ".join, zip(*block))) for block in blocks)
 
 
-def to_coco_json(source: Evaluated | Vocabulary, predictions: Predictions, image_ids: list) -> list[dict]:
+def to_coco_json(
+    source: Evaluated | Vocabulary, predictions: Predictions, image_ids: list
+) -> list[dict]:
     """COCO results: image_id = image_ids[row], original category_id, bbox (x, y, w, h in pixels), score.
 
     With `segmentation` where the prediction has segmentations.
@@ -325,7 +387,12 @@ def to_coco_json(source: Evaluated | Vocabulary, predictions: Predictions, image
     for row, found in predictions.items():
         boxes, labels = _xywh(found["boxes"].double().numpy()).tolist(), found["labels"].tolist()
         entries = [
-            {"image_id": image_ids[row], "category_id": category_ids[label], "bbox": box, "score": score}
+            {
+                "image_id": image_ids[row],
+                "category_id": category_ids[label],
+                "bbox": box,
+                "score": score,
+            }
             for box, label, score in zip(boxes, labels, found["scores"].tolist())
         ]
         for entry, rle in zip(entries, found.get("segmentations", ())):

@@ -19,16 +19,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from common.batch import Batch, Sample, collate
-from common.datasets.base import Dataset, read_image
+from common.datasets.dataset import Dataset, read_image
 from common.distributed import gather_on_main, rank, world_size
 from common.evaluation import evaluate_detections, to_coco_json
+from common.files import atomic_path
 from common.labels import Vocabulary
 from common.masks import area_of, decode_masks, encode_masks
-from common.paths import atomic_path
+from common.runlog import progress_bar
 from common.sampling import Transformed, shard
 from common.segment_metrics import Counts, segment_counts, segment_results
 from common.segments import segment_rows
-from common.training import progress_bar
 from common.visualize import draw_boxes, draw_segments, prediction_grid, save_image
 
 log = logging.getLogger("concord")
@@ -38,7 +38,13 @@ PICTURED = 8  # images of a dataset that the picture of its predictions shows
 
 
 def evaluate_dataset(
-    predict: Predict, dataset: Dataset, transform, workers: int, title: str, folder: Path, min_score: float
+    predict: Predict,
+    dataset: Dataset,
+    transform,
+    workers: int,
+    title: str,
+    folder: Path,
+    min_score: float,
 ) -> dict[str, float]:
     """The metrics of `dataset.metric` and predictions-<title>.jpg, on rank 0; {} elsewhere.
 
@@ -63,7 +69,9 @@ class _WithTruth(Transformed):
         return self.transform(truth), truth
 
 
-def _predict_segments(predict: Predict, dataset: Dataset, transform, workers: int, title: str) -> tuple[Counts, dict]:
+def _predict_segments(
+    predict: Predict, dataset: Dataset, transform, workers: int, title: str
+) -> tuple[Counts, dict]:
     """(the counts of all images, {row: prediction} of the first ones) on rank 0, ({}, {}) elsewhere.
 
     As `predict_dataset`, but each prediction is compared where it is made and then forgotten: 5000 maps are some GB.
@@ -91,14 +99,18 @@ def _add(total: Counts, counts: Counts) -> None:
         total[name] = total.get(name, 0) + values
 
 
-def predict_dataset(predict: Predict, dataset: Dataset, transform, workers: int, title: str) -> dict:
+def predict_dataset(
+    predict: Predict, dataset: Dataset, transform, workers: int, title: str
+) -> dict:
     """{row: prediction} of the whole dataset on rank 0, {} elsewhere.
 
     Each image is predicted once, by one rank, alone in its batch: no result depends on its neighbours or on the ranks.
     Masks (N, H, W) are kept as `segmentations`, N RLEs.
     """
     rows = shard(len(dataset), rank(), world_size())
-    loader = DataLoader(Transformed(dataset, transform, rows), batch_size=1, collate_fn=collate, num_workers=workers)
+    loader = DataLoader(
+        Transformed(dataset, transform, rows), batch_size=1, collate_fn=collate, num_workers=workers
+    )
     predictions = {}
     with progress_bar(f"evaluate {title}", len(rows)) as bar:
         for row, batch in zip(rows, loader):
@@ -113,7 +125,9 @@ def with_rles(found: dict) -> dict:
     return {field: value for field, value in found.items() if field != "masks"} | rles
 
 
-def draw_predictions(dataset: Dataset, predictions: dict, folder: Path, title: str, min_score: float) -> None:
+def draw_predictions(
+    dataset: Dataset, predictions: dict, folder: Path, title: str, min_score: float
+) -> None:
     """predictions-<title>.jpg: ground truth beside predictions of the first images."""
     dataset = copy.copy(dataset)
     dataset.masks = "segmentations" in predictions[0]
@@ -121,12 +135,21 @@ def draw_predictions(dataset: Dataset, predictions: dict, folder: Path, title: s
     found = [predictions[s.index] for s in truth]
     found = [f if s.segments is None else segment_rows(f) for s, f in zip(truth, found)]
     names = dataset.vocabulary.names
-    picture = prediction_grid([s.image for s in truth], list(map(vars, truth)), found, names, PICTURED, min_score)
-    save_image(picture, folder / f"predictions-{re.sub(r'[^a-zA-Z0-9_.]+', '-', title).strip('-')}.jpg")
+    picture = prediction_grid(
+        [s.image for s in truth], list(map(vars, truth)), found, names, PICTURED, min_score
+    )
+    save_image(
+        picture, folder / f"predictions-{re.sub(r'[^a-zA-Z0-9_.]+', '-', title).strip('-')}.jpg"
+    )
 
 
 def predict_files(
-    predict: Predict, files: tuple[str, ...], vocabulary: Vocabulary, transform, folder: Path, min_score: float
+    predict: Predict,
+    files: tuple[str, ...],
+    vocabulary: Vocabulary,
+    transform,
+    folder: Path,
+    min_score: float,
 ) -> None:
     """One drawn image per file, and all that is predicted, under the name of the file and its number.
 
@@ -138,41 +161,63 @@ def predict_files(
     images, annotations, maps = [], [], []
     for i, file in enumerate(files):
         image, name = read_image(Path(file)), f"{Path(file).stem}-{i}"
-        found = with_rles(predict(collate([transform(Sample.unlabelled(image, vocabulary.dataset, file, i))]))[0])
+        found = with_rles(
+            predict(collate([transform(Sample.unlabelled(image, vocabulary.dataset, file, i))]))[0]
+        )
         path = folder / f"{name}.jpg"
         picture, what = _draw(image, found, vocabulary, min_score)
         save_image(picture, path)
         log.info(f"{file}: {what}, drawn in {path}")
-        images.append({"id": i, "file_name": file, "height": image.shape[1], "width": image.shape[2]})
+        images.append(
+            {"id": i, "file_name": file, "height": image.shape[1], "width": image.shape[2]}
+        )
         if "boxes" in found:
             annotations += to_coco_json(vocabulary, {i: found}, range(len(files)))
         if "panoptic" in found:
             _save_png(_id_colors(found["panoptic"]), folder / "panoptic" / f"{name}.png")
-            maps.append({"image_id": i, "file_name": f"{name}.png", "segments_info": _segments_info(found, vocabulary)})
+            maps.append(
+                {
+                    "image_id": i,
+                    "file_name": f"{name}.png",
+                    "segments_info": _segments_info(found, vocabulary),
+                }
+            )
         if "semantic" in found:
             dtype = np.uint8 if len(vocabulary) <= 255 else np.uint16
-            _save_png(found["semantic"].cpu().numpy().astype(dtype), folder / "semantic" / f"{name}.png")
+            _save_png(
+                found["semantic"].cpu().numpy().astype(dtype), folder / "semantic" / f"{name}.png"
+            )
     for i, annotation in enumerate(annotations):
         (*_, width, height), rle = annotation["bbox"], annotation.get("segmentation")
         annotation |= {"id": i, "area": area_of(rle) if rle else width * height, "iscrowd": 0}
     categories = [{"id": id, "name": name} for id, name in zip(vocabulary.ids, vocabulary.names)]
     if "boxes" in found:
         _save_json(images, categories, annotations, folder / "predictions.json")
-        log.info(f"all {len(annotations)} detections, those of lower score too: {folder / 'predictions.json'}")
+        log.info(
+            f"all {len(annotations)} detections, those of lower score too: {folder / 'predictions.json'}"
+        )
     if maps:
         things = vocabulary.is_thing or [False] * len(vocabulary)
-        categories = [category | {"isthing": int(thing)} for category, thing in zip(categories, things)]
+        categories = [
+            category | {"isthing": int(thing)} for category, thing in zip(categories, things)
+        ]
         root = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
-        images = [image | {"file_name": os.path.relpath(image["file_name"], root)} for image in images]
+        images = [
+            image | {"file_name": os.path.relpath(image["file_name"], root)} for image in images
+        ]
         _save_json(images, categories, maps, folder / "panoptic.json")
-        log.info(f"segments as a panoptic dataset: {folder / 'panoptic.json'}, its images are in {root}/")
+        log.info(
+            f"segments as a panoptic dataset: {folder / 'panoptic.json'}, its images are in {root}/"
+        )
     if "semantic" in found:
         with atomic_path(folder / "semantic" / "classes.txt") as path:
             path.write_text("\n".join(vocabulary.names) + "\n", encoding="utf-8")
         log.info(f"the class of each pixel: {folder / 'semantic'}/")
 
 
-def _draw(image: Tensor, found: dict, vocabulary: Vocabulary, min_score: float) -> tuple[Tensor, str]:
+def _draw(
+    image: Tensor, found: dict, vocabulary: Vocabulary, min_score: float
+) -> tuple[Tensor, str]:
     """(the picture, what it shows in words): segments if they are predicted, else detections."""
     if "panoptic" in found or "semantic" in found:
         record = segment_rows(found)
@@ -182,11 +227,21 @@ def _draw(image: Tensor, found: dict, vocabulary: Vocabulary, min_score: float) 
         return draw_segments(image, record["segments"], names, record.get("scores")), what
     shown = (found["scores"] >= min_score).nonzero().flatten()
     names = [found["class_names"][row] for row in shown.tolist()]
-    rles = [found["segmentations"][row] for row in shown.tolist()] if "segmentations" in found else None
+    rles = (
+        [found["segmentations"][row] for row in shown.tolist()]
+        if "segmentations" in found
+        else None
+    )
     masks = None if rles is None else decode_masks(rles, found["size"])
-    best = f" (the highest is {found['scores'].max():.2f})" if len(found["scores"]) and not names else ""
+    best = (
+        f" (the highest is {found['scores'].max():.2f})"
+        if len(found["scores"]) and not names
+        else ""
+    )
     what = f"{len(names)} objects with a score of {min_score:g} or more{best}"
-    return draw_boxes(image, found["boxes"][shown], names, found["scores"][shown], masks=masks), what
+    return draw_boxes(
+        image, found["boxes"][shown], names, found["scores"][shown], masks=masks
+    ), what
 
 
 def _segments_info(found: dict, vocabulary: Vocabulary) -> list[dict]:
@@ -196,14 +251,20 @@ def _segments_info(found: dict, vocabulary: Vocabulary) -> list[dict]:
         y, x = np.nonzero(panoptic == segment["id"])
         left, top = int(x.min()), int(y.min())
         box = [left, top, int(x.max()) + 1 - left, int(y.max()) + 1 - top]
-        info = {"id": segment["id"], "category_id": vocabulary.ids[segment["label"]], "score": segment["score"]}
+        info = {
+            "id": segment["id"],
+            "category_id": vocabulary.ids[segment["label"]],
+            "score": segment["score"],
+        }
         infos.append(info | {"area": len(x), "bbox": box, "iscrowd": 0})
     return infos
 
 
 def _id_colors(panoptic: Tensor) -> np.ndarray:
     """(H, W) -> (H, W, 3) uint8 of COCO: id = R + 256 G + 65536 B."""
-    return np.stack([panoptic.cpu().numpy() >> shift & 255 for shift in (0, 8, 16)], axis=2).astype(np.uint8)
+    return np.stack([panoptic.cpu().numpy() >> shift & 255 for shift in (0, 8, 16)], axis=2).astype(
+        np.uint8
+    )
 
 
 def _save_png(pixels: np.ndarray, path: Path) -> None:
@@ -213,4 +274,6 @@ def _save_png(pixels: np.ndarray, path: Path) -> None:
 
 def _save_json(images: list, categories: list, annotations: list, path: Path) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps({"images": images, "categories": categories, "annotations": annotations}))
+        temporary.write_text(
+            json.dumps({"images": images, "categories": categories, "annotations": annotations})
+        )

@@ -41,15 +41,23 @@ class Vocabulary:
         if not self.ids:
             object.__setattr__(self, "ids", tuple(range(1, len(self.names) + 1)))
         if not self.names:
-            raise InputError(f"vocabulary of '{self.dataset}' is empty; give at least one class name")
+            raise InputError(
+                f"vocabulary of '{self.dataset}' is empty; give at least one class name"
+            )
         if any(not name.strip() for name in self.names):
-            raise InputError(f"vocabulary of '{self.dataset}' has an empty class name; remove or name it")
+            raise InputError(
+                f"vocabulary of '{self.dataset}' has an empty class name; remove or name it"
+            )
         if len(self.ids) != len(self.names):
-            raise InputError(f"vocabulary of '{self.dataset}' has {len(self.names)} names but {len(self.ids)} ids")
+            raise InputError(
+                f"vocabulary of '{self.dataset}' has {len(self.names)} names but {len(self.ids)} ids"
+            )
         for what, values in (("class name", self.names), ("category id", self.ids)):
             if len(set(values)) < len(values):
                 twice = next(v for i, v in enumerate(values) if v in values[:i])
-                raise InputError(f"vocabulary of '{self.dataset}' has the {what} '{twice}' twice; keep one")
+                raise InputError(
+                    f"vocabulary of '{self.dataset}' has the {what} '{twice}' twice; keep one"
+                )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -62,7 +70,9 @@ class Vocabulary:
     def known(cls, dataset: str) -> "Vocabulary":
         """The vocabulary kept in data/vocabularies/<dataset>.json; its 'origin' field says where it is from."""
         record = json.loads((DATA / "vocabularies" / f"{dataset}.json").read_text())
-        counts, is_thing = (tuple(record[key]) if key in record else None for key in ("image_counts", "is_thing"))
+        counts, is_thing = (
+            tuple(record[key]) if key in record else None for key in ("image_counts", "is_thing")
+        )
         return cls(dataset, tuple(record["names"]), tuple(record["ids"]), counts, is_thing)
 
     def with_things(self) -> "Vocabulary":
@@ -75,15 +85,21 @@ class Vocabulary:
         return replace(self, is_thing=tuple(kinds.get(fold(name), True) for name in self.names))
 
     @classmethod
-    def parse(cls, text: str, dataset: str = "vocabulary", flag: str = "--vocabulary") -> "Vocabulary":
+    def parse(
+        cls, text: str, dataset: str = "vocabulary", flag: str = "--vocabulary"
+    ) -> "Vocabulary":
         """Comma-separated names, or a text file with one name per line; errors name the `flag` they are from."""
         is_file = text.endswith(".txt")
         if is_file and not Path(text).is_file():
-            raise InputError(f"{flag}: {text} does not exist; give a text file with one name per line, or names")
+            raise InputError(
+                f"{flag}: {text} does not exist; give a text file with one name per line, or names"
+            )
         try:
             entries = Path(text).read_text("utf-8-sig").splitlines() if is_file else text.split(",")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{flag}: {text} cannot be read ({error}); save it as UTF-8 text") from None
+            raise InputError(
+                f"{flag}: {text} cannot be read ({error}); save it as UTF-8 text"
+            ) from None
         keep_empty = not is_file and text.strip()  # to refuse them
         names = tuple(entry.strip() for entry in entries if keep_empty or entry.strip())
         return replace(cls(flag, names), dataset=dataset)
@@ -125,7 +141,9 @@ class LabelSpace:
         rows: dict[str, int] = {}
         for row, name in enumerate(self.names):
             rows.setdefault(fold(name), row)
-        return Vocabulary("all", tuple(self.names[row] for row in rows.values())), list(rows.values())
+        return Vocabulary("all", tuple(self.names[row] for row in rows.values())), list(
+            rows.values()
+        )
 
     def rows(self, dataset: str) -> Tensor:
         """(C_d,) int64: where the labels of `dataset` lie. KeyError for a dataset that is not part of it."""

@@ -24,7 +24,9 @@ except ImportError:
     triton = None
 
 
-def msda(value: Tensor, shapes: tuple, offsets: Tensor, logits: Tensor, reference: Tensor) -> Tensor:
+def msda(
+    value: Tensor, shapes: tuple, offsets: Tensor, logits: Tensor, reference: Tensor
+) -> Tensor:
     """Multi-scale deformable attention without its linear layers.
 
     value:     (B, S, M, d), the levels one after the other, each row by row; float32, float16, bfloat16 or float64
@@ -36,7 +38,9 @@ def msda(value: Tensor, shapes: tuple, offsets: Tensor, logits: Tensor, referenc
     """
     batch, pixels, heads, _ = value.shape
     if pixels != sum(height * width for height, width in shapes):
-        raise ValueError(f"msda: value has {pixels} pixels, which is not the sum of the levels {shapes}")
+        raise ValueError(
+            f"msda: value has {pixels} pixels, which is not the sum of the levels {shapes}"
+        )
     samples = (batch, offsets.shape[1], heads, len(shapes), offsets.shape[4])
     if offsets.shape != (*samples, 2) or logits.shape != (*samples[:3], samples[3] * samples[4]):
         raise ValueError(
@@ -44,7 +48,13 @@ def msda(value: Tensor, shapes: tuple, offsets: Tensor, logits: Tensor, referenc
         )
     if value.device.type not in KERNELS or (value.is_cuda and value.dtype == torch.float64):
         return _formula(value, shapes, offsets, logits, reference)
-    return _msda(value, offsets, logits, _per_level(reference, offsets), [side for shape in shapes for side in shape])
+    return _msda(
+        value,
+        offsets,
+        logits,
+        _per_level(reference, offsets),
+        [side for shape in shapes for side in shape],
+    )
 
 
 def _per_level(reference: Tensor, offsets: Tensor) -> Tensor:
@@ -54,7 +64,9 @@ def _per_level(reference: Tensor, offsets: Tensor) -> Tensor:
     return reference.detach().expand(batch, queries, levels, 2)
 
 
-def reference(value: Tensor, shapes: tuple, offsets: Tensor, logits: Tensor, reference: Tensor) -> Tensor:
+def reference(
+    value: Tensor, shapes: tuple, offsets: Tensor, logits: Tensor, reference: Tensor
+) -> Tensor:
     """`msda` as the formula reads, with gradients from autograd; the other paths are tested against it."""
     dtype = torch.promote_types(value.dtype, torch.float32)
     weights = logits.to(dtype).softmax(-1).unflatten(-1, offsets.shape[3:5])  # (B, Q, M, L, P)
@@ -63,16 +75,24 @@ def reference(value: Tensor, shapes: tuple, offsets: Tensor, logits: Tensor, ref
     out = 0
     for i, (level, (height, width)) in enumerate(zip(levels, shapes, strict=True)):
         size = reference.new_tensor([width, height])
-        position = (reference[:, :, i] * size - 0.5)[:, :, None, None] + offsets[:, :, :, i].to(dtype)
+        position = (reference[:, :, i] * size - 0.5)[:, :, None, None] + offsets[:, :, :, i].to(
+            dtype
+        )
         x, y = position.unbind(-1)  # (B, Q, M, P) pixels
         left, top = x.floor().detach(), y.floor().detach()
         for column, across in ((left, 1 - (x - left)), (left + 1, x - left)):
             for row, down in ((top, 1 - (y - top)), (top + 1, y - top)):
                 inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-                pixel = torch.where(inside, row * width + column, 0).long().transpose(1, 2)  # (B, M, Q, P)
-                found = level.transpose(1, 2).gather(2, pixel.flatten(2)[..., None].expand(-1, -1, -1, level.shape[-1]))
+                pixel = (
+                    torch.where(inside, row * width + column, 0).long().transpose(1, 2)
+                )  # (B, M, Q, P)
+                found = level.transpose(1, 2).gather(
+                    2, pixel.flatten(2)[..., None].expand(-1, -1, -1, level.shape[-1])
+                )
                 found = found.unflatten(2, pixel.shape[2:]).transpose(1, 2)  # (B, Q, M, P, d)
-                out = out + torch.einsum("bqmp,bqmpd->bqmd", inside * across * down * weights[:, :, :, i], found)
+                out = out + torch.einsum(
+                    "bqmp,bqmpd->bqmd", inside * across * down * weights[:, :, :, i], found
+                )
     return out.flatten(2).to(value.dtype)
 
 
@@ -124,16 +144,26 @@ class _Samples:
         centre = (reference.to(dtype) * size - 0.5).repeat_interleave(points, 2)  # (B, Q, K, 2)
         offsets, logits = offsets.to(dtype).contiguous(), logits.to(dtype).contiguous()
         x, y = (centre.unsqueeze(2) + offsets.flatten(3, 4)).flatten(2, 3).unbind(-1)  # (B, Q, M K)
-        exp = (logits - logits.amax(-1, keepdim=True)).exp_()  # the built-in softmax is slow on rows of K
+        exp = (
+            logits - logits.amax(-1, keepdim=True)
+        ).exp_()  # the built-in softmax is slow on rows of K
         self.attention = exp.div_(exp.sum(-1, keepdim=True)).flatten(2)
         column, self.left, self.right, self.in_x = _axis(x, self.width)
         line, self.top, self.bottom, self.in_y = _axis(y, self.height)
         first = torch.arange(batch)[:, None, None] * pixels * heads + row(start * heads)
-        first = first.int() + torch.arange(heads, dtype=torch.int32).repeat_interleave(levels * points)
-        self.base = line.mul_(row(width * heads)).add_(column.mul_(heads)).add_(first)  # (B, Q, M K)
+        first = first.int() + torch.arange(heads, dtype=torch.int32).repeat_interleave(
+            levels * points
+        )
+        self.base = (
+            line.mul_(row(width * heads)).add_(column.mul_(heads)).add_(first)
+        )  # (B, Q, M K)
         step_x, step_y = row(heads * (width > 1)), row(heads * width * (height > 1))
-        steps = torch.stack([torch.zeros_like(step_x), step_x, step_y, step_x + step_y]).unflatten(1, (heads, -1))
-        self.corners = self.base.view(-1, 1, levels * points) + steps[:, 0]  # (B Q M, 4, K) rows of value
+        steps = torch.stack([torch.zeros_like(step_x), step_x, step_y, step_x + step_y]).unflatten(
+            1, (heads, -1)
+        )
+        self.corners = (
+            self.base.view(-1, 1, levels * points) + steps[:, 0]
+        )  # (B Q M, 4, K) rows of value
 
     def weights(self) -> list[Tensor]:
         """4 x (B Q M, K)"""
@@ -159,21 +189,33 @@ def _backward_cpu(grad, value, offsets, logits, reference, out, sizes):
     grad = grad.reshape(count, value.shape[-1]).to(dtype)  # (B Q M, d)
 
     # <grad, value> at each corner: a product of two dense matrices where a sparse one has its entries
-    ends, zeros = torch.arange(0, 4 * k * count + 1, 4 * k, dtype=torch.int32), torch.zeros(4 * k * count, dtype=dtype)
-    rows = F.pad(rows, (0, 0, 0, max(4 * k - len(rows), 0)))  # torch wants no more entries than places
+    ends, zeros = (
+        torch.arange(0, 4 * k * count + 1, 4 * k, dtype=torch.int32),
+        torch.zeros(4 * k * count, dtype=dtype),
+    )
+    rows = F.pad(
+        rows, (0, 0, 0, max(4 * k - len(rows), 0))
+    )  # torch wants no more entries than places
     size, entries = (count, len(rows)), samples.corners.flatten()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         pattern = torch.sparse_csr_tensor(ends, entries, zeros, size, check_invariants=False)
     torch.sparse.sampled_addmm(pattern, grad, rows.t(), beta=0.0, out=pattern)
-    dots = [corner.reshape_as(samples.base) for corner in pattern.values().view(count, 4, k).unbind(1)]
+    dots = [
+        corner.reshape_as(samples.base) for corner in pattern.values().view(count, 4, k).unbind(1)
+    ]
     left_slope, right_slope = _slopes(samples.in_x, samples.width)
     top_slope, bottom_slope = _slopes(samples.in_y, samples.height)
-    upper, lower = samples.left * dots[0] + samples.right * dots[1], samples.left * dots[2] + samples.right * dots[3]
+    upper, lower = (
+        samples.left * dots[0] + samples.right * dots[1],
+        samples.left * dots[2] + samples.right * dots[3],
+    )
     along_x = left_slope * (samples.top * dots[0] + samples.bottom * dots[2])
     along_x += right_slope * (samples.top * dots[1] + samples.bottom * dots[3])
     along_y = top_slope * upper + bottom_slope * lower
-    grad_offsets = torch.stack([along_x, along_y], -1).mul_(samples.attention[..., None]).view(offsets.shape)
+    grad_offsets = (
+        torch.stack([along_x, along_y], -1).mul_(samples.attention[..., None]).view(offsets.shape)
+    )
     found = samples.top * upper + samples.bottom * lower  # <grad, sample>
     delta = (samples.attention * found).view(-1, k).sum(-1).view(*logits.shape[:3], 1)
     grad_logits = samples.attention.view(logits.shape) * (found.view(logits.shape) - delta)
@@ -185,14 +227,22 @@ def _backward_cpu(grad, value, offsets, logits, reference, out, sizes):
     grad_value = torch.zeros(*value.shape[:2], value.shape[2] * value.shape[3], dtype=dtype)
     for corner, weights in enumerate(samples.weights()):
         weights = weights.flatten()[order]
-        sums = F.embedding_bag(queries, grad, starts, mode="sum", per_sample_weights=weights).view_as(grad_value)
+        sums = F.embedding_bag(
+            queries, grad, starts, mode="sum", per_sample_weights=weights
+        ).view_as(grad_value)
         start = 0
         for height, width in zip(sizes[::2], sizes[1::2]):
             step = corner % 2 + corner // 2 * width  # from the first corner to this one
-            pixels = max(height * width - step, 0)  # the others have no such neighbour: their sums are 0
+            pixels = max(
+                height * width - step, 0
+            )  # the others have no such neighbour: their sums are 0
             grad_value[:, start + step :][:, :pixels] += sums[:, start:][:, :pixels]
             start += height * width
-    return grad_value.view(value.shape).to(value.dtype), grad_offsets.to(offsets.dtype), grad_logits.to(logits.dtype)
+    return (
+        grad_value.view(value.shape).to(value.dtype),
+        grad_offsets.to(offsets.dtype),
+        grad_logits.to(logits.dtype),
+    )
 
 
 # -- CUDA --------------------------------------------------------------------------------------------------------------
@@ -238,19 +288,29 @@ if triton is not None:
         height, width = tl.load(levels + 3 * level), tl.load(levels + 3 * level + 1)
         start = tl.load(levels + 3 * level + 2)
         sample, valid = (row * (L * P) + level * P)[:, None] + p, inside[:, None] & (p < P)
-        attention = tl.exp(tl.load(logits + sample, valid, other=0.0).to(tl.float32) - highest[:, None])
+        attention = tl.exp(
+            tl.load(logits + sample, valid, other=0.0).to(tl.float32) - highest[:, None]
+        )
         attention = tl.where(valid, attention / total[:, None], 0.0)
         xy = offsets + 2 * sample[:, :, None] + tl.arange(0, 2)
         x, y = tl.split(tl.load(xy, valid[:, :, None], other=0.0).to(tl.float32))
         x += (tl.load(reference + level * ref_l, inside, other=0.0) * width - 0.5)[:, None]
-        y += (tl.load(reference + level * ref_l + ref_xy, inside, other=0.0) * height - 0.5)[:, None]
+        y += (tl.load(reference + level * ref_l + ref_xy, inside, other=0.0) * height - 0.5)[
+            :, None
+        ]
         column, left, right, left_slope, right_slope = _axis_kernel(x, width)
         line, upper, lower, upper_slope, lower_slope = _axis_kernel(y, height)
         corner = ((start + line * width + column) * heads * D)[:, :, None] + d  # (T, P, d)
         near = valid & (x >= -1) & (x < width) & (y >= -1) & (y < height)
         near = near[:, :, None] & (d < D)
-        near_right, near_below = near & (column + 1 < width)[:, :, None], near & (line + 1 < height)[:, :, None]
-        x_axis, y_axis = (left, right, left_slope, right_slope), (upper, lower, upper_slope, lower_slope)
+        near_right, near_below = (
+            near & (column + 1 < width)[:, :, None],
+            near & (line + 1 < height)[:, :, None],
+        )
+        x_axis, y_axis = (
+            (left, right, left_slope, right_slope),
+            (upper, lower, upper_slope, lower_slope),
+        )
         below = corner + width * heads * D
         return sample, valid, attention, x_axis, y_axis, corner, below, near, near_right, near_below
 
@@ -272,12 +332,19 @@ if triton is not None:
                 offsets, logits, reference, levels, level, row, inside, heads, ref_l, ref_xy, highest, total,
                 L, P, D, TP, TD,
             )  # fmt: skip
-            left, right, upper, lower = x_axis[0], x_axis[1], attention * y_axis[0], attention * y_axis[1]
+            left, right, upper, lower = (
+                x_axis[0],
+                x_axis[1],
+                attention * y_axis[0],
+                attention * y_axis[1],
+            )
             corner, below, step = value + corner, value + below, heads * D
             sums += (upper * left)[:, :, None] * tl.load(corner, near, other=0.0)
             sums += (upper * right)[:, :, None] * tl.load(corner + step, near_right, other=0.0)
             sums += (lower * left)[:, :, None] * tl.load(below, near_below, other=0.0)
-            sums += (lower * right)[:, :, None] * tl.load(below + step, near_right & near_below, other=0.0)
+            sums += (lower * right)[:, :, None] * tl.load(
+                below + step, near_right & near_below, other=0.0
+            )
         tl.store(out + (row * D)[:, None] + d, tl.sum(sums, 1), inside[:, None] & (d < D))
 
     @triton.jit
@@ -296,7 +363,9 @@ if triton is not None:
         highest, total = _softmax_kernel(logits, row * (L * P), inside, L * P, TK)
         here, inner = (row * D)[:, None] + d, inside[:, None] & (d < D)
         g = tl.load(grad + here, inner, other=0.0).to(tl.float32)
-        delta = tl.sum(g * tl.load(out + here, inner, other=0.0), 1)  # = sum_k attention_k <grad, sample_k>
+        delta = tl.sum(
+            g * tl.load(out + here, inner, other=0.0), 1
+        )  # = sum_k attention_k <grad, sample_k>
         g, step = g[:, None, :], heads * D
         for level in tl.static_range(L):
             sample, valid, attention, x_axis, y_axis, corner, below, near, near_right, near_below = _samples_kernel(
@@ -310,25 +379,39 @@ if triton is not None:
             v01 = tl.sum(g * tl.load(value + corner + step, near_right, other=0.0), 2)
             v10 = tl.sum(g * tl.load(value + below, near_below, other=0.0), 2)
             v11 = tl.sum(g * tl.load(value + below + step, near_right & near_below, other=0.0), 2)
-            along_x = left_slope * (upper * v00 + lower * v10) + right_slope * (upper * v01 + lower * v11)
+            along_x = left_slope * (upper * v00 + lower * v10) + right_slope * (
+                upper * v01 + lower * v11
+            )
             v0, v1 = left * v00 + right * v01, left * v10 + right * v11
             along_y = upper_slope * v0 + lower_slope * v1
             found = upper * v0 + lower * v1
             tl.store(grad_logits + sample, attention * (found - delta[:, None]), valid)
             xy = grad_offsets + 2 * sample[:, :, None] + tl.arange(0, 2)
             tl.store(xy, tl.join(attention * along_x, attention * along_y), valid[:, :, None])
-            upper, lower, corner, below = attention * upper, attention * lower, grad_value + corner, grad_value + below
+            upper, lower, corner, below = (
+                attention * upper,
+                attention * lower,
+                grad_value + corner,
+                grad_value + below,
+            )
             tl.atomic_add(corner, (upper * left)[:, :, None] * g, near, sem="relaxed")
             tl.atomic_add(corner + step, (upper * right)[:, :, None] * g, near_right, sem="relaxed")
             tl.atomic_add(below, (lower * left)[:, :, None] * g, near_below, sem="relaxed")
-            tl.atomic_add(below + step, (lower * right)[:, :, None] * g, near_right & near_below, sem="relaxed")
+            tl.atomic_add(
+                below + step,
+                (lower * right)[:, :, None] * g,
+                near_right & near_below,
+                sem="relaxed",
+            )
 
 
 @functools.lru_cache(maxsize=256)
 def _levels(sizes: tuple, device: torch.device) -> Tensor:
     """(L, 3) int32: height, width and first pixel of each level."""
     height, width = torch.tensor(sizes, dtype=torch.int32).view(-1, 2).unbind(1)
-    return torch.stack([height, width, (height * width).cumsum(0) - height * width], 1).to(device, torch.int32)
+    return torch.stack([height, width, (height * width).cumsum(0) - height * width], 1).to(
+        device, torch.int32
+    )
 
 
 def _launch(kernel, inputs, outputs, offsets, value, reference):
@@ -343,17 +426,39 @@ def _launch(kernel, inputs, outputs, offsets, value, reference):
 
 
 def _forward_triton(value, offsets, logits, reference, sizes):
-    value, offsets, logits, reference = value.contiguous(), offsets.contiguous(), logits.contiguous(), reference.float()
+    value, offsets, logits, reference = (
+        value.contiguous(),
+        offsets.contiguous(),
+        logits.contiguous(),
+        reference.float(),
+    )
     out = value.new_empty(*offsets.shape[:2], value.shape[2] * value.shape[3])
     inputs = value, offsets, logits, reference, _levels(tuple(sizes), value.device)
     return _launch(_forward_kernel, inputs, (out,), offsets, value, reference)[0]
 
 
 def _backward_triton(grad, value, offsets, logits, reference, out, sizes):
-    value, offsets, logits, reference = value.contiguous(), offsets.contiguous(), logits.contiguous(), reference.float()
+    value, offsets, logits, reference = (
+        value.contiguous(),
+        offsets.contiguous(),
+        logits.contiguous(),
+        reference.float(),
+    )
     # single precision, as many small numbers meet in a pixel; they come in any order: last digits vary between runs
-    grads = torch.zeros_like(value, dtype=torch.float32), torch.empty_like(offsets), torch.empty_like(logits)
-    inputs = grad.contiguous(), value, offsets, logits, reference, _levels(tuple(sizes), value.device), out
+    grads = (
+        torch.zeros_like(value, dtype=torch.float32),
+        torch.empty_like(offsets),
+        torch.empty_like(logits),
+    )
+    inputs = (
+        grad.contiguous(),
+        value,
+        offsets,
+        logits,
+        reference,
+        _levels(tuple(sizes), value.device),
+        out,
+    )
     _launch(_backward_kernel, inputs, grads, offsets, value, reference)
     return grads[0].to(value.dtype), *grads[1:]
 
@@ -364,7 +469,9 @@ if triton is not None:
 
 
 @torch.library.custom_op("concord::msda", mutates_args=())
-def _msda(value: Tensor, offsets: Tensor, logits: Tensor, reference: Tensor, sizes: list[int]) -> Tensor:
+def _msda(
+    value: Tensor, offsets: Tensor, logits: Tensor, reference: Tensor, sizes: list[int]
+) -> Tensor:
     return KERNELS[value.device.type][0](value, offsets, logits, reference, sizes)
 
 
@@ -375,7 +482,13 @@ def _(value, offsets, logits, reference, sizes):
 
 @torch.library.custom_op("concord::msda_backward", mutates_args=())
 def _msda_backward(
-    grad: Tensor, value: Tensor, offsets: Tensor, logits: Tensor, reference: Tensor, out: Tensor, sizes: list[int]
+    grad: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    reference: Tensor,
+    out: Tensor,
+    sizes: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     return KERNELS[value.device.type][1](grad, value, offsets, logits, reference, out, sizes)
 

@@ -14,7 +14,7 @@ from torchvision.ops import clip_boxes_to_image
 from common.backbone import Backbone
 from common.boxes import box_delta_loss, decode_boxes, paired_iou, pool_rois, two_layers
 from common.distributed import amp_context
-from common.matcher import Targets, match_anchors, match_regions, sample_fg_bg
+from common.targets import Targets, match_anchors, match_regions, sample_fg_bg
 
 STRIDES = [4, 8, 16, 32, 64]
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
@@ -42,7 +42,9 @@ class RPN(nn.Module):
 
     def head(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """L maps (B, F, h, w) -> of each: tblr (B, h * w, 4), objectness logits (B, h * w)."""
-        hidden = [F.normalize(self.rpn_conv(f).relu()) for f in features]  # unit length over channels
+        hidden = [
+            F.normalize(self.rpn_conv(f).relu()) for f in features
+        ]  # unit length over channels
         return (
             [self.rpn_reg(x).flatten(2).transpose(1, 2) for x in hidden],
             [self.rpn_obj(x).flatten(1) for x in hidden],
@@ -52,27 +54,41 @@ class RPN(nn.Module):
         """The square anchors (h * w, 4) of each level, row by row; the first is centred on the image's corner."""
         anchors = []
         for feature, stride in zip(features, STRIDES):
-            y, x = (torch.arange(n, device=feature.device, dtype=torch.float) * stride for n in feature.shape[-2:])
+            y, x = (
+                torch.arange(n, device=feature.device, dtype=torch.float) * stride
+                for n in feature.shape[-2:]
+            )
             y, x = torch.meshgrid(y, x, indexing="ij")
             centre, half = torch.stack([x, y], -1).view(-1, 2), self.scale * stride / 2
             anchors.append(torch.cat([centre - half, centre + half], 1))
         return anchors
 
-    def forward(self, features: list[Tensor], sizes: list[tuple[int, int]], gt_boxes: list[Tensor] | None = None):
+    def forward(
+        self,
+        features: list[Tensor],
+        sizes: list[tuple[int, int]],
+        gt_boxes: list[Tensor] | None = None,
+    ):
         """Proposals per image [(boxes (Q, 4), scores (Q,))], level by level; losses if `gt_boxes` are given."""
         anchors = self.anchors(features)
         tblr, logits = self.head(features)
         losses = {}
         if gt_boxes is not None:
-            losses = self.losses(torch.cat(anchors), torch.cat(tblr, 1), torch.cat(logits, 1), gt_boxes, sizes)
+            losses = self.losses(
+                torch.cat(anchors), torch.cat(tblr, 1), torch.cat(logits, 1), gt_boxes, sizes
+            )
         with torch.no_grad():
             proposals = [
-                self.proposals(anchors, [t[i] for t in tblr], [o[i].sigmoid() for o in logits], size)
+                self.proposals(
+                    anchors, [t[i] for t in tblr], [o[i].sigmoid() for o in logits], size
+                )
                 for i, size in enumerate(sizes)
             ]
         return proposals, losses
 
-    def proposals(self, anchors: list[Tensor], tblr: list[Tensor], scores: list[Tensor], size: tuple[int, int]):
+    def proposals(
+        self, anchors: list[Tensor], tblr: list[Tensor], scores: list[Tensor], size: tuple[int, int]
+    ):
         """The best boxes (Q, 4) of one image, level by level, clipped to it, and their scores (Q,)."""
         boxes, kept = [], []
         for anchor, distance, score in zip(anchors, tblr, scores):
@@ -103,7 +119,9 @@ class RPN(nn.Module):
         scores[owner >= 0] = centreness(anchors[scored[owner >= 0]], gt_boxes[owner[owner >= 0]])
         return rows[fg], gt_boxes[matched[fg]], len(rows), scored, scores
 
-    def losses(self, anchors: Tensor, tblr: Tensor, logits: Tensor, gt_boxes: list[Tensor], sizes: list) -> dict:
+    def losses(
+        self, anchors: Tensor, tblr: Tensor, logits: Tensor, gt_boxes: list[Tensor], sizes: list
+    ) -> dict:
         """tblr (B, M, 4), logits (B, M): both losses, each over the anchors of the batch sampled for regression."""
         targets = [self.targets(anchors, boxes, size) for boxes, size in zip(gt_boxes, sizes)]
         box = sum(loss_rpn_box(anchors[t[0]], tblr[i, t[0]], t[1]) for i, t in enumerate(targets))
@@ -115,9 +133,14 @@ class RPN(nn.Module):
 class OLN(nn.Module):
     """Features P2-P6, region proposal network, and a box head that classifies, moves and rates each region."""
 
-    iou, sampled = 0.5, 512  # of foreground regions; regions per image, a quarter of them foreground
+    iou, sampled = (
+        0.5,
+        512,
+    )  # of foreground regions; regions per image, a quarter of them foreground
 
-    def __init__(self, backbone: str, channels: int, fc_dim: int, pretrained: bool, amp: str = "off"):
+    def __init__(
+        self, backbone: str, channels: int, fc_dim: int, pretrained: bool, amp: str = "off"
+    ):
         super().__init__()
         self.amp = amp
         self.backbone = Backbone(backbone, channels, pretrained, STRIDES, freeze_stem=True)
@@ -133,7 +156,9 @@ class OLN(nn.Module):
         x = self.box_head(pool_rois(features[:4], STRIDES[:4], boxes, 7))  # (R, fc_dim)
         return self.fc_cls(x), self.fc_reg(x), self.fc_iou(x).squeeze(1)
 
-    def forward(self, images: Tensor, sizes: list[tuple[int, int]], targets: list[Targets] | None = None):
+    def forward(
+        self, images: Tensor, sizes: list[tuple[int, int]], targets: list[Targets] | None = None
+    ):
         """images (B, 3, H, W) uint8; with targets, whose classes do not matter, the losses; else for each image
 
         the refined boxes (Q, 4), clipped to it, and three scores (Q,): object, centreness of the anchor, IoU.
@@ -154,7 +179,9 @@ class OLN(nn.Module):
         s_c, s_r2 = logits.softmax(1)[:, 0].split(counts), iou.sigmoid().split(counts)
         return [(box, c, r1, r2) for box, c, (_, r1), r2 in zip(moved, s_c, proposals, s_r2)]
 
-    def losses(self, outputs: tuple, boxes: list[Tensor], targets: list[Targets]) -> dict[str, Tensor]:
+    def losses(
+        self, outputs: tuple, boxes: list[Tensor], targets: list[Targets]
+    ) -> dict[str, Tensor]:
         """Each over all R regions; `outputs` of `head`."""
         logits, deltas, iou = outputs
         boxes, gt_boxes = torch.cat(boxes), torch.cat([t.boxes for t in targets])  # (R, 4)
@@ -175,8 +202,13 @@ def decode_tblr(anchors: Tensor, tblr: Tensor) -> Tensor:
 def centreness(anchors: Tensor, boxes: Tensor) -> Tensor:
     """sqrt(min(t, b) / max(t, b) * min(l, r) / max(l, r)) of the anchors' centres in their boxes; 0 outside: (M,)."""
     centre = (anchors[:, :2] + anchors[:, 2:]) / 2
-    before, after = (centre - boxes[:, :2]).clamp(min=0), (boxes[:, 2:] - centre).clamp(min=0)  # (M, 2)
-    return (torch.minimum(before, after) / torch.maximum(before, after).clamp(min=1e-6)).prod(1).sqrt()
+    before, after = (
+        (centre - boxes[:, :2]).clamp(min=0),
+        (boxes[:, 2:] - centre).clamp(min=0),
+    )  # (M, 2)
+    return (
+        (torch.minimum(before, after) / torch.maximum(before, after).clamp(min=1e-6)).prod(1).sqrt()
+    )
 
 
 def loss_rpn_box(anchors: Tensor, tblr: Tensor, gt_boxes: Tensor) -> Tensor:
@@ -197,4 +229,6 @@ def loss_roi_cls(logits: Tensor, labels: Tensor) -> Tensor:
 def loss_roi_iou(logits: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
     """|sigmoid(logit) - IoU with the ground truth| of the foreground; sum / all R regions. logits, labels (R,)."""
     fg = labels >= 0
-    return (logits[fg].sigmoid() - paired_iou(boxes[fg], gt_boxes[fg])).abs().sum() / max(len(labels), 1)
+    return (logits[fg].sigmoid() - paired_iou(boxes[fg], gt_boxes[fg])).abs().sum() / max(
+        len(labels), 1
+    )

@@ -12,7 +12,9 @@ def learning_rate(step: int, base: float, steps: int, warmup: int, warmup_factor
     return base * cosine * ramp
 
 
-def stepped_learning_rate(step: int, base: float, steps: int, warmup: int, warmup_factor: float) -> float:
+def stepped_learning_rate(
+    step: int, base: float, steps: int, warmup: int, warmup_factor: float
+) -> float:
     """Linear warmup over at most a tenth of the steps; a tenth from 8/12 on, a hundredth from 11/12 (mmdetection)."""
     warmup = min(warmup, steps // 10)
     ramp = warmup_factor + (1 - warmup_factor) * min(1.0, step / warmup) if warmup else 1.0
@@ -35,13 +37,18 @@ def parameter_groups(model: nn.Module, weight_decay: float, backbone_factor: flo
         model.backbone.requires_grad_(False).eval()
     norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
     of_norms = {
-        f"{m}.{p}" for m, module in model.named_modules() if isinstance(module, norms) for p in module._parameters
+        f"{m}.{p}"
+        for m, module in model.named_modules()
+        if isinstance(module, norms)
+        for p in module._parameters
     }
     groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             factor = backbone_factor if name.startswith("backbone.") else 1.0
             decay = 0.0 if name in of_norms or "." not in name else weight_decay
-            group = groups.setdefault((factor, decay), {"params": [], "lr_factor": factor, "weight_decay": decay})
+            group = groups.setdefault(
+                (factor, decay), {"params": [], "lr_factor": factor, "weight_decay": decay}
+            )
             group["params"].append(parameter)
     return list(groups.values())

@@ -24,7 +24,10 @@ class MSDeformAttn(nn.Module):
         self.heads, self.levels, self.points = heads, levels, points
         self.sampling_offsets = nn.Linear(channels, heads * levels * points * 2)
         self.attention_weights = nn.Linear(channels, heads * levels * points)
-        self.value_proj, self.output_proj = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        self.value_proj, self.output_proj = (
+            nn.Linear(channels, channels),
+            nn.Linear(channels, channels),
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -33,7 +36,9 @@ class MSDeformAttn(nn.Module):
         direction = torch.stack([angle.cos(), angle.sin()], -1)  # (M, 2)
         direction = direction / direction.abs().amax(1, keepdim=True)
         distance = torch.arange(1, self.points + 1).view(1, 1, -1, 1)
-        offsets = (direction[:, None, None] * distance).expand(-1, self.levels, -1, -1)  # (M, L, P, 2)
+        offsets = (direction[:, None, None] * distance).expand(
+            -1, self.levels, -1, -1
+        )  # (M, L, P, 2)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.flatten())
         for linear in (self.sampling_offsets, self.attention_weights):
@@ -43,13 +48,17 @@ class MSDeformAttn(nn.Module):
         for linear in (self.attention_weights, self.value_proj, self.output_proj):
             nn.init.zeros_(linear.bias)
 
-    def forward(self, query: Tensor, value_input: Tensor, shapes: tuple, reference: Tensor) -> Tensor:
+    def forward(
+        self, query: Tensor, value_input: Tensor, shapes: tuple, reference: Tensor
+    ) -> Tensor:
         """query (B, Q, C), value_input (B, S, C) -> (B, Q, C).
 
         shapes: (H, W) of each level; reference: (Q, 2), (B, Q, 2) or (B, Q, L, 2), x and y in 0..1
         """
         value = self.value_proj(value_input).unflatten(2, (self.heads, -1))  # (B, S, M, C / M)
-        offsets = self.sampling_offsets(query).unflatten(2, (self.heads, self.levels, self.points, 2))
+        offsets = self.sampling_offsets(query).unflatten(
+            2, (self.heads, self.levels, self.points, 2)
+        )
         logits = self.attention_weights(query).unflatten(2, (self.heads, -1))  # (B, Q, M, L * P)
         return self.output_proj(msda(value, shapes, offsets, logits, reference))
 
@@ -79,14 +88,21 @@ class PixelDecoder(nn.Module):
         """Raises InputError for a number of channels that the group norms cannot divide."""
         super().__init__()
         if channels % 32:
-            raise InputError(f"--channels {channels} must be a multiple of 32, for group normalisation")
+            raise InputError(
+                f"--channels {channels} must be a multiple of 32, for group normalisation"
+            )
         res2, *levels = in_channels
         self.input_proj = nn.ModuleList(  # from stride 32 to stride 8
-            nn.Sequential(nn.Conv2d(width, channels, 1), nn.GroupNorm(32, channels)) for width in reversed(levels)
+            nn.Sequential(nn.Conv2d(width, channels, 1), nn.GroupNorm(32, channels))
+            for width in reversed(levels)
         )
         self.level_embed = nn.Parameter(torch.randn(len(levels), channels))
-        self.layers = nn.ModuleList(EncoderLayer(channels, ffn, heads, len(levels), points) for _ in range(layers))
-        self.lateral = nn.Sequential(nn.Conv2d(res2, channels, 1, bias=False), nn.GroupNorm(32, channels))
+        self.layers = nn.ModuleList(
+            EncoderLayer(channels, ffn, heads, len(levels), points) for _ in range(layers)
+        )
+        self.lateral = nn.Sequential(
+            nn.Conv2d(res2, channels, 1, bias=False), nn.GroupNorm(32, channels)
+        )
         smooth = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.output = nn.Sequential(smooth, nn.GroupNorm(32, channels), nn.ReLU(inplace=True))
         self.mask_features = nn.Conv2d(channels, channels, 1)
@@ -111,7 +127,9 @@ class PixelDecoder(nn.Module):
                 for shape, f, embed in zip(shapes, maps, self.level_embed)
             ]
             position = torch.cat(position, 1)  # (1, S, C)
-            reference = torch.cat([pixel_centres(*shape, res2.device) for shape in shapes])  # (S, 2)
+            reference = torch.cat(
+                [pixel_centres(*shape, res2.device) for shape in shapes]
+            )  # (S, 2)
             x = torch.cat([tokens(f) for f in maps], 1)  # (B, S, C)
             for layer in self.layers:
                 x = layer(x, position, shapes, reference)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.batch import Batch, Sample
-from common.datasets.base import Dataset
+from common.datasets.dataset import Dataset
 from common.distributed import from_main, rank
+from common.files import atomic_path
 from common.inference import predict_dataset
-from common.paths import atomic_path
 
 UNIT = 65535  # proposals are kept as uint16 fractions of the image's sides: 8 bytes a box, right to 0.02 pixels
 
@@ -27,7 +27,9 @@ class WithProposals(Dataset):
 
     def load(self, i: int, keep_ignored: bool = False) -> Sample:
         sample = super().load(i, keep_ignored)
-        rows = np.load(self.proposals, mmap_mode="r")[i]  # (Q, 4), what is left over at the end is 0
+        rows = np.load(self.proposals, mmap_mode="r")[
+            i
+        ]  # (Q, 4), what is left over at the end is 0
         boxes = torch.from_numpy(rows[rows[:, 2] > 0].astype(np.float32)) / UNIT
         boxes = boxes * boxes.new_tensor(sample.original_size)[[1, 0, 1, 0]]
         labels = F.pad(sample.labels, (0, len(boxes)), value=-1)
@@ -38,7 +40,10 @@ def take_proposals(batch: Batch) -> list[Tensor]:
     """B times (Q, 4): the boxes of label -1, which are taken out of the samples."""
     proposals = [s.boxes[s.labels < 0] for s in batch.samples]
     for sample in batch.samples:
-        sample.boxes, sample.labels = sample.boxes[sample.labels >= 0], sample.labels[sample.labels >= 0]
+        sample.boxes, sample.labels = (
+            sample.boxes[sample.labels >= 0],
+            sample.labels[sample.labels >= 0],
+        )
     return proposals
 
 
@@ -56,11 +61,20 @@ def intact(path: Path, count: int) -> bool:
         table = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return False
-    return table.dtype == np.uint16 and table.shape[:1] + table.shape[2:] == (count, 4) and bool(table.any())
+    return (
+        table.dtype == np.uint16
+        and table.shape[:1] + table.shape[2:] == (count, 4)
+        and bool(table.any())
+    )
 
 
 def with_proposals(
-    locate: Callable[[Batch], list[dict]], datasets: list[Dataset], resize, folder: Path, key: str, workers: int
+    locate: Callable[[Batch], list[dict]],
+    datasets: list[Dataset],
+    resize,
+    folder: Path,
+    key: str,
+    workers: int,
 ) -> list[WithProposals]:
     """The datasets with proposals in `folder`, from an earlier call with this `key` or else from `locate`.
 
@@ -68,7 +82,9 @@ def with_proposals(
     """
 
     def compact(batch: Batch) -> list[dict]:
-        fractions = [f["boxes"].cpu().numpy() / np.array(f["size"])[[1, 0, 1, 0]] for f in locate(batch)]
+        fractions = [
+            f["boxes"].cpu().numpy() / np.array(f["size"])[[1, 0, 1, 0]] for f in locate(batch)
+        ]
         return [{"boxes": np.round(f.clip(0, 1) * UNIT).astype(np.uint16)} for f in fractions]
 
     extended = []
@@ -76,9 +92,13 @@ def with_proposals(
         images = hashlib.sha256(dataset.index.file_names.tobytes()).hexdigest()[:6]
         path = folder / f"proposals-{dataset.name}-{key}{images}.npy"
         if not from_main(intact(path, len(dataset))):
-            found = predict_dataset(compact, dataset, resize, workers, f"{dataset.name}: proposals to train on")
+            found = predict_dataset(
+                compact, dataset, resize, workers, f"{dataset.name}: proposals to train on"
+            )
             if rank() == 0:
-                table = np.zeros((len(dataset), max(len(f["boxes"]) for f in found.values()), 4), np.uint16)
+                table = np.zeros(
+                    (len(dataset), max(len(f["boxes"]) for f in found.values()), 4), np.uint16
+                )
                 for row, f in found.items():
                     table[row, : len(f["boxes"])] = f["boxes"]
                 with atomic_path(path) as temporary:

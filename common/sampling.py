@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from common.batch import Sample
-from common.datasets.base import Dataset
+from common.datasets.dataset import Dataset
 from common.errors import InputError
 
 
@@ -18,7 +18,9 @@ class Mixture(torch.utils.data.Dataset):
     So an augmentation depends neither on the number of workers nor on what was drawn before it.
     """
 
-    def __init__(self, datasets: list[Dataset], transforms: dict[str, Callable[[Sample], Sample]], seed: int):
+    def __init__(
+        self, datasets: list[Dataset], transforms: dict[str, Callable[[Sample], Sample]], seed: int
+    ):
         self.datasets, self.transforms, self.seed = datasets, transforms, seed
         self.starts = np.cumsum([0] + [len(d) for d in datasets])
 
@@ -68,7 +70,9 @@ def repeat_factors(datasets: list[Dataset], threshold: float) -> np.ndarray:
     return np.concatenate(factors)
 
 
-def endless(epoch: Callable[[int], np.ndarray], start: int, rank: int, world_size: int) -> Iterator[tuple[int, int]]:
+def endless(
+    epoch: Callable[[int], np.ndarray], start: int, rank: int, world_size: int
+) -> Iterator[tuple[int, int]]:
     """Endless stream of (row, draw), `epoch(0)`, `epoch(1)`, ... end to end; `draw` counts the elements of the whole.
 
     Rank r of w takes every w-th element; `start` elements of the whole stream are skipped, so that a resumed run sees
@@ -89,7 +93,14 @@ class RepeatFactorSampler:
     factors: (I,) rf_i, all 1 for a plain shuffle; the other arguments are those of `endless`
     """
 
-    def __init__(self, factors: np.ndarray, seed: int | tuple, start: int = 0, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        factors: np.ndarray,
+        seed: int | tuple,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         self.factors, self.seed, self.place = factors, seed, (start, rank, world_size)
 
     def epoch(self, number: int) -> np.ndarray:
@@ -109,17 +120,29 @@ class ClassAwareSampler:
     `endless`. Raises InputError if no image has a class.
     """
 
-    def __init__(self, datasets: list[Dataset], seed: int, start: int = 0, rank: int = 0, world_size: int = 1):
-        self.seed, self.place, self.total = seed, (start, rank, world_size), sum(len(d) for d in datasets)
-        self.images, counts = zip(*(d.index.by_label for d in datasets))  # per dataset (X_d,), (C_d,)
+    def __init__(
+        self, datasets: list[Dataset], seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+    ):
+        self.seed, self.place, self.total = (
+            seed,
+            (start, rank, world_size),
+            sum(len(d) for d in datasets),
+        )
+        self.images, counts = zip(
+            *(d.index.by_label for d in datasets)
+        )  # per dataset (X_d,), (C_d,)
         self.first_row = np.cumsum([0] + [len(d) for d in datasets])
-        self.ends = np.cumsum([0] + [len(images) for images in self.images])  # of each dataset's part of all images
+        self.ends = np.cumsum(
+            [0] + [len(images) for images in self.images]
+        )  # of each dataset's part of all images
         self.counts = np.concatenate(counts)  # (C,); an image of five dogs is one of the dog's
         self.counts = self.counts[self.counts > 0]
         self.firsts = np.cumsum(self.counts) - self.counts  # (C,)
         if not len(self.counts):
             names = ", ".join(d.name for d in datasets)
-            raise InputError(f"no image of {names} has a class, so none can be drawn by class; check the annotations")
+            raise InputError(
+                f"no image of {names} has a class, so none can be drawn by class; check the annotations"
+            )
 
     def epoch(self, number: int) -> np.ndarray:
         """(I,) independent draws."""
@@ -165,27 +188,48 @@ class RatioBatchSampler:
     ):
         for what, values in (("ratios", ratios), ("batch sizes", batch_sizes)):
             if len(values) != len(factors) or min(values) <= 0:
-                raise InputError(f"{what} {list(values)} for {len(factors)} datasets; give each one above 0")
+                raise InputError(
+                    f"{what} {list(values)} for {len(factors)} datasets; give each one above 0"
+                )
         if min(batch_sizes) < world_size:
-            raise InputError(f"a batch of {min(batch_sizes)} images is too small for {world_size} processes")
-        self.factors, self.seed, self.start, self.rank, self.world_size = factors, seed, start, rank, world_size
+            raise InputError(
+                f"a batch of {min(batch_sizes)} images is too small for {world_size} processes"
+            )
+        self.factors, self.seed, self.start, self.rank, self.world_size = (
+            factors,
+            seed,
+            start,
+            rank,
+            world_size,
+        )
         self.sizes = np.array(batch_sizes) // world_size  # (D,) images per rank
         self.step_seed = [seed, 0, rank] if apart else [seed, 0]
         shares = np.array(ratios) / self.sizes
-        self.edges = np.cumsum(shares / shares.sum())[:-1]  # (D - 1,) where [0, 1] is cut into the datasets' parts
+        self.edges = np.cumsum(shares / shares.sum())[
+            :-1
+        ]  # (D - 1,) where [0, 1] is cut into the datasets' parts
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         rng, count = np.random.default_rng(self.step_seed), len(self.factors)
-        skipped = np.bincount(self.edges.searchsorted(rng.random(self.start), "right"), minlength=count)
+        skipped = np.bincount(
+            self.edges.searchsorted(rng.random(self.start), "right"), minlength=count
+        )
         firsts = np.cumsum([0] + [len(f) for f in self.factors])
         streams = [
-            iter(RepeatFactorSampler(f, (self.seed, d + 1), n * self.world_size, self.rank, self.world_size))
+            iter(
+                RepeatFactorSampler(
+                    f, (self.seed, d + 1), n * self.world_size, self.rank, self.world_size
+                )
+            )
             for d, (f, n) in enumerate(zip(self.factors, skipped * self.sizes))
         ]
         while True:
             d = int(self.edges.searchsorted(rng.random(), "right"))
             # draws of different datasets must differ too: they decide the augmentation
-            yield [(int(firsts[d]) + row, draw * count + d) for row, draw in islice(streams[d], int(self.sizes[d]))]
+            yield [
+                (int(firsts[d]) + row, draw * count + d)
+                for row, draw in islice(streams[d], int(self.sizes[d]))
+            ]
 
 
 def shard(length: int, rank: int, world_size: int) -> range:

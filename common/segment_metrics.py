@@ -11,7 +11,9 @@ from common.segments import segment_rows
 Counts = dict[str, np.ndarray]
 
 
-def segment_counts(found: dict, truth: Sample, crowd: np.ndarray | None, num_classes: int) -> Counts:
+def segment_counts(
+    found: dict, truth: Sample, crowd: np.ndarray | None, num_classes: int
+) -> Counts:
     """What one prediction counts for: "semantic" (K, K) pixels if it has them; "panoptic" (4, K) segments with `crowd`.
 
     found: `semantic` (H, W), the class of each pixel; for segments `panoptic` (H, W) and `segments_info`
@@ -23,11 +25,15 @@ def segment_counts(found: dict, truth: Sample, crowd: np.ndarray | None, num_cla
     labels, segments, counts = truth.labels.numpy(), truth.segments.numpy(), {}
     if "semantic" in found:
         classes = np.append(labels, -1)[segments]  # -1 is the last: no class
-        counts["semantic"] = confusion(classes, _checked(found["semantic"], segments.shape), num_classes)
+        counts["semantic"] = confusion(
+            classes, _checked(found["semantic"], segments.shape), num_classes
+        )
     if crowd is not None:
         _checked(found["panoptic"], segments.shape)
         rows = {field: value.numpy() for field, value in segment_rows(found).items()}
-        counts["panoptic"] = match_segments(segments, labels, crowd, rows["segments"], rows["labels"], num_classes)
+        counts["panoptic"] = match_segments(
+            segments, labels, crowd, rows["segments"], rows["labels"], num_classes
+        )
     return counts
 
 
@@ -69,7 +75,9 @@ def match_segments(
     """
     _check_labels(found_labels, num_classes)
     shape = len(truth_labels) + 1, len(found_labels) + 1
-    pairs = truth.astype(np.int64) % shape[0] * shape[1] + found % shape[1]  # -1 becomes the last row, the last column
+    pairs = (
+        truth.astype(np.int64) % shape[0] * shape[1] + found % shape[1]
+    )  # -1 becomes the last row, the last column
     overlap = np.bincount(pairs.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
     both, void, area = overlap[:-1, :-1], overlap[-1, :-1], overlap[:, :-1].sum(axis=0)
     union = overlap[:-1].sum(axis=1, keepdims=True) + area - both - void  # (T, N)
@@ -84,7 +92,14 @@ def match_segments(
     hit, partner = match.any(axis=1), match.any(axis=0)
     missed, wrong = ~hit & ~crowd, ~partner & ~forgiven
     overlaps = count(truth_labels[hit], iou.max(axis=1, initial=0, where=match)[hit])
-    return np.stack([count(truth_labels[hit]), count(found_labels[wrong]), count(truth_labels[missed]), overlaps])
+    return np.stack(
+        [
+            count(truth_labels[hit]),
+            count(found_labels[wrong]),
+            count(truth_labels[missed]),
+            overlaps,
+        ]
+    )
 
 
 def segment_results(counts: Counts, is_thing: tuple[bool, ...] | None) -> dict[str, float]:
@@ -107,8 +122,16 @@ def semantic_results(matrix: np.ndarray) -> dict[str, float]:
     true, right = matrix.sum(axis=1)[there], matrix.diagonal()[there]
     iou = right / (true + matrix.sum(axis=0)[there] - right)
     weights = true / max(true.sum(), 1)
-    weighted = [float((weights * values).sum()) if there.any() else math.nan for values in (iou, right / true)]
-    return {"mIoU": _mean(iou), "fwIoU": weighted[0], "mACC": _mean(right / true), "pACC": weighted[1]}
+    weighted = [
+        float((weights * values).sum()) if there.any() else math.nan
+        for values in (iou, right / true)
+    ]
+    return {
+        "mIoU": _mean(iou),
+        "fwIoU": weighted[0],
+        "mACC": _mean(right / true),
+        "pACC": weighted[1],
+    }
 
 
 def panoptic_results(counts: np.ndarray, is_thing: tuple[bool, ...] | None) -> dict[str, float]:
@@ -123,7 +146,10 @@ def panoptic_results(counts: np.ndarray, is_thing: tuple[bool, ...] | None) -> d
     results = {name: _mean(values[there]) for name, values in quality.items()}
     if is_thing is not None:
         thing = np.array(is_thing)
-        results |= {"PQ things": _mean(quality["PQ"][there & thing]), "PQ stuff": _mean(quality["PQ"][there & ~thing])}
+        results |= {
+            "PQ things": _mean(quality["PQ"][there & thing]),
+            "PQ stuff": _mean(quality["PQ"][there & ~thing]),
+        }
     return results
 
 

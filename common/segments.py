@@ -13,7 +13,9 @@ from torch.nn import functional as F
 STRIP = 2**24  # numbers of a map of class scores that exist at once, 64 MiB
 
 
-def restore(mask_logits: Tensor, padded: tuple[int, int], size: tuple[int, int], original: tuple[int, int]) -> Tensor:
+def restore(
+    mask_logits: Tensor, padded: tuple[int, int], size: tuple[int, int], original: tuple[int, int]
+) -> Tensor:
     """(Q, h, w) logits of a padded input -> (Q, height, width) float32 logits of the image as it was in the file.
 
     padded, size, original: (height, width) of the input with and without its padding, and of the file
@@ -33,7 +35,10 @@ def semantic_map(probabilities: Tensor, mask_logits: Tensor) -> Tensor:
 def semantic_labels(probabilities: Tensor, mask_logits: Tensor) -> Tensor:
     """(H, W) int16: the best class of `semantic_map`, which with 150 classes would be larger than all the masks."""
     rows = max(1, STRIP // (max(probabilities.shape) * mask_logits.shape[2]))
-    strips = [semantic_map(probabilities, strip).argmax(0).short() for strip in mask_logits.split(rows, dim=1)]
+    strips = [
+        semantic_map(probabilities, strip).argmax(0).short()
+        for strip in mask_logits.split(rows, dim=1)
+    ]
     return torch.cat(strips)
 
 
@@ -69,7 +74,13 @@ def panoptic_map(
             continue
         segment = stuff.get(label)
         if segment is None:
-            segments.append(segment := {"id": len(segments) + 1, "label": label, "isthing": bool(is_thing[label])})
+            segments.append(
+                segment := {
+                    "id": len(segments) + 1,
+                    "label": label,
+                    "isthing": bool(is_thing[label]),
+                }
+            )
             if not segment["isthing"]:
                 stuff[label] = segment
         segment["score"] = max(score, segment.get("score", 0))
@@ -77,7 +88,9 @@ def panoptic_map(
     return panoptic, segments
 
 
-def instances(probabilities: Tensor, mask_logits: Tensor, top_k: int = 100, things: Tensor | None = None) -> dict:
+def instances(
+    probabilities: Tensor, mask_logits: Tensor, top_k: int = 100, things: Tensor | None = None
+) -> dict:
     """`boxes` (N, 4) xyxy, `labels` (N,), `scores` (N,) falling, `masks` (N, H, W) bool: the N <= top_k best instances.
 
     The best of all pairs of a query and a class, by probability (Q, K); one query may be several instances. The score
@@ -91,7 +104,9 @@ def instances(probabilities: Tensor, mask_logits: Tensor, top_k: int = 100, thin
         kept = things.to(labels.device)[labels]
         scores, queries, labels = scores[kept], queries[kept], labels[kept]
     masks = mask_logits > 0  # (Q, H, W)
-    sureness = [(x.sigmoid() * m).sum() / (m.sum() + 1e-6) for x, m in zip(mask_logits.float(), masks)]
+    sureness = [
+        (x.sigmoid() * m).sum() / (m.sum() + 1e-6) for x, m in zip(mask_logits.float(), masks)
+    ]
     scores, order = (scores * torch.stack(sureness)[queries]).sort(descending=True)
     masks = masks[queries[order]]
     return {"boxes": mask_boxes(masks), "labels": labels[order], "scores": scores, "masks": masks}
@@ -121,6 +136,12 @@ def segment_rows(found: dict) -> dict:
     row_of[[0, *(s["id"] for s in info)]] = torch.arange(-1, len(info))
     segments = row_of[panoptic]
     if (segments == -2).any():
-        raise ValueError(f"segment {int(panoptic[segments == -2][0])} of the map is not in segments_info")
+        raise ValueError(
+            f"segment {int(panoptic[segments == -2][0])} of the map is not in segments_info"
+        )
     labels = torch.tensor([s["label"] for s in info], dtype=torch.long)
-    return {"segments": segments, "labels": labels, "scores": torch.tensor([float(s["score"]) for s in info])}
+    return {
+        "segments": segments,
+        "labels": labels,
+        "scores": torch.tensor([float(s["score"]) for s in info]),
+    }

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 # Shapes: B images, Q queries, S pixels of one feature level, C channels, M heads, h w cells of one level.
 
 
-def sine_position(height: int, width: int, channels: int, device: torch.device | str = "cpu") -> Tensor:
+def sine_position(
+    height: int, width: int, channels: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """Position code (1, channels, height, width) float32: the first half of the channels tells y, the second x.
 
     Each half interleaves sine and cosine of wavelengths up to 10000 times the map.
@@ -43,13 +45,20 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None = None) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None = None
+    ) -> Tensor:
         """query (B, Q, C), key and value (B, S, C) -> (B, Q, C).
 
         blocked: (B, Q, S) bool, True where a query may not attend; a row that blocks everything gives NaN
         """
-        projections = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
-        q, k, v = (F.linear(x, w, b).unflatten(2, (self.heads, -1)).transpose(1, 2) for x, w, b in projections)
+        projections = zip(
+            (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        )
+        q, k, v = (
+            F.linear(x, w, b).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for x, w, b in projections
+        )
         attend = None if blocked is None else ~blocked[:, None]  # (B, 1, Q, S)
         attended = F.scaled_dot_product_attention(q, k, v, attend)  # (B, M, Q, C / M)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
@@ -74,7 +83,9 @@ class DecoderLayer(nn.Module):
 
         query_pos (Q, C) or (B, Q, C) and key_pos (1, S, C) tell where, and are in no value.
         """
-        return self.cross_norm(q + self.cross_attn(q + query_pos, memory + key_pos, memory, blocked))
+        return self.cross_norm(
+            q + self.cross_attn(q + query_pos, memory + key_pos, memory, blocked)
+        )
 
     def self_attend(self, q: Tensor, query_pos: Tensor) -> Tensor:
         """Queries (B, Q, C) attend to each other."""

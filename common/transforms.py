@@ -74,7 +74,9 @@ class DetrCrop:
         flip, low, high = coin(self.flip), scaled(384), scaled(600)
         if coin(0.5):
             size = shortest_size(sample.size, scaled(choice((400, 500, 600))))
-            crop = tuple(int(torch.randint(min(side, low), min(side, high) + 1, ())) for side in size)
+            crop = tuple(
+                int(torch.randint(min(side, low), min(side, high) + 1, ())) for side in size
+            )
             sample = move(sample, size, (*random_corner(size, crop), *crop))
         short = scaled(choice(range(480, 801, 32)))
         return move(sample, shortest_size(sample.size, short, scaled(1333)), flip=flip)
@@ -88,7 +90,9 @@ class ResizeShortest:
     longest: int = 0
 
     def __call__(self, sample: Sample) -> Sample:
-        return move(sample, shortest_size(sample.size, self.size, self.longest or self.size * 1333 / 800))
+        return move(
+            sample, shortest_size(sample.size, self.size, self.longest or self.size * 1333 / 800)
+        )
 
 
 @dataclass
@@ -104,7 +108,9 @@ class ResizeShortestRange:
 
     def __call__(self, sample: Sample) -> Sample:
         short = int(torch.randint(self.low, self.high + 1, ()))
-        return move(sample, shortest_size(sample.size, short, self.high * 1333 / 800), flip=coin(self.flip))
+        return move(
+            sample, shortest_size(sample.size, short, self.high * 1333 / 800), flip=coin(self.flip)
+        )
 
 
 def coin(probability: float) -> bool:
@@ -117,10 +123,14 @@ def choice(values: Sequence[int]) -> int:
 
 def random_corner(size: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int]:
     """Top and left of a crop (height, width) somewhere in `size`."""
-    return int(torch.randint(size[0] - crop[0] + 1, ())), int(torch.randint(size[1] - crop[1] + 1, ()))
+    return int(torch.randint(size[0] - crop[0] + 1, ())), int(
+        torch.randint(size[1] - crop[1] + 1, ())
+    )
 
 
-def shortest_size(size: tuple[int, int], short: float, longest: float = math.inf) -> tuple[int, int]:
+def shortest_size(
+    size: tuple[int, int], short: float, longest: float = math.inf
+) -> tuple[int, int]:
     """(height, width) in proportion to `size`, the shorter one `short`, but the longer one at most `longest`."""
     factor = min(short / min(size), longest / max(size))
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
@@ -134,7 +144,10 @@ def apply(sample: Sample, transform) -> Sample:
 
 
 def move(
-    sample: Sample, size: tuple[int, int], window: tuple[int, int, int, int] | None = None, flip: bool = False
+    sample: Sample,
+    size: tuple[int, int],
+    window: tuple[int, int, int, int] | None = None,
+    flip: bool = False,
 ) -> Sample:
     """Resize to `size`, cut out the `window` (top, left, height, width), flip; what is not seen any more is dropped.
 
@@ -171,9 +184,13 @@ def jitter_colors(image: Tensor) -> Tensor:
     image = image if late else (image * contrast).clamp(max=255)
     if coin(0.5):  # saturation of HSV: the distance of the channels to the largest one
         most, least = image.amax(0), image.amin(0)
-        image = most - (most - image) * (most / (most - least).clamp(min=1e-3)).clamp(max=uniform(0.5, 1.5))
+        image = most - (most - image) * (most / (most - least).clamp(min=1e-3)).clamp(
+            max=uniform(0.5, 1.5)
+        )
     if coin(0.5):
-        image = F.adjust_hue(image / 255, uniform(-0.1, 0.1)) * 255  # 18 of 180 degrees, as OpenCV counts them
+        image = (
+            F.adjust_hue(image / 255, uniform(-0.1, 0.1)) * 255
+        )  # 18 of 180 degrees, as OpenCV counts them
     return (image * contrast if late else image).clamp(0, 255).round().byte()
 
 
@@ -184,7 +201,9 @@ def uniform(low: float, high: float) -> float:
 ALL = (slice(None), slice(None))
 
 
-def resize_masks(masks: Tensor, size: tuple[int, int], window: tuple[slice, slice] = ALL, flip: bool = False) -> Tensor:
+def resize_masks(
+    masks: Tensor, size: tuple[int, int], window: tuple[slice, slice] = ALL, flip: bool = False
+) -> Tensor:
     """(N, H, W) resized to `size`, cut to the rows and columns of `window`, flipped: the nearest source pixels."""
     rows, columns = (
         (2 * np.arange(new)[part] + 1) * old // (2 * new)  # floor((i + 0.5) * old / new), exactly

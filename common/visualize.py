@@ -14,9 +14,9 @@ from scipy import ndimage
 from torch import Tensor
 
 from common.batch import Batch
+from common.files import atomic_path
 from common.labels import LabelSpace, Vocabulary
 from common.masks import decode_masks
-from common.paths import atomic_path
 
 Color = tuple[int, int, int]
 BACKGROUND: Color = (32, 32, 32)
@@ -57,13 +57,19 @@ def draw_boxes(
     for box, color in zip(corners, colors):
         draw.rectangle(box, outline=color, width=max(2, min(picture.size) // 200))
     plates = _Plates(picture)
-    for (left, top, _, bottom), text, color in zip(corners, texts, colors):  # after all boxes: no line crosses a name
+    for (left, top, _, bottom), text, color in zip(
+        corners, texts, colors
+    ):  # after all boxes: no line crosses a name
         high = plates.height
-        plates.write(text, color, left, (top - high, top, bottom - high + 1, bottom + 1, top + high))
+        plates.write(
+            text, color, left, (top - high, top, bottom - high + 1, bottom + 1, top + high)
+        )
     return _to_tensor(picture)
 
 
-def draw_segments(image: Tensor, segments: Tensor, names: Sequence[str], scores: Tensor | None = None) -> Tensor:
+def draw_segments(
+    image: Tensor, segments: Tensor, names: Sequence[str], scores: Tensor | None = None
+) -> Tensor:
     """(3, H, W) uint8 tinted by its segments, with white lines between them -> (3, h, w) uint8.
 
     segments: (H, W) integers, the row of `names` that each pixel belongs to, -1: none
@@ -78,7 +84,9 @@ def draw_segments(image: Tensor, segments: Tensor, names: Sequence[str], scores:
         raise ValueError(f"row {int(segments.max())} of the segments, but {len(names)} names")
     colors = _shades([color_of(name) for name in names])
     halves = torch.tensor([*colors, BACKGROUND], dtype=torch.uint8)[segments].permute(2, 0, 1) // 2
-    picture, factor = _enlarged(torch.where(segments < 0, image.detach().cpu(), image.detach().cpu() // 2 + halves))
+    picture, factor = _enlarged(
+        torch.where(segments < 0, image.detach().cpu(), image.detach().cpu() // 2 + halves)
+    )
     rows = segments.numpy().repeat(factor, axis=0).repeat(factor, axis=1)
     lines = ndimage.maximum_filter(_edges(rows), size=max(2, min(picture.size) // 300))
     picture.paste("white", mask=Image.fromarray(lines))
@@ -86,7 +94,13 @@ def draw_segments(image: Tensor, segments: Tensor, names: Sequence[str], scores:
     for row, depth, x, y in _deepest(segments.numpy()):  # from the thickest segment to the thinnest
         if depth * factor > plates.height / 3:
             left, top = x * factor - plates.width(texts[row]) // 2, y * factor - plates.height // 2
-            plates.write(texts[row], colors[row], left, (top, top + plates.height, top - plates.height), cover=False)
+            plates.write(
+                texts[row],
+                colors[row],
+                left,
+                (top, top + plates.height, top - plates.height),
+                cover=False,
+            )
     return _to_tensor(picture)
 
 
@@ -112,10 +126,15 @@ def _deepest(segments: np.ndarray) -> list[tuple[int, float, int, int]]:
     """(row, distance to the border, x, y) of the pixel deepest inside each row of `segments` (H, W), deepest first."""
     step = max(1, max(segments.shape) // 600)  # a coarse map is enough to place a name
     coarse = segments[::step, ::step]
-    depth = ndimage.distance_transform_edt(np.pad(~_edges(coarse), 1))[1:-1, 1:-1]  # the border of the image is one too
+    depth = ndimage.distance_transform_edt(np.pad(~_edges(coarse), 1))[
+        1:-1, 1:-1
+    ]  # the border of the image is one too
     rows = np.unique(coarse[coarse >= 0])
     places = ndimage.maximum_position(depth, coarse, rows)
-    found = [(int(row), float(depth[y, x]) * step, x * step, y * step) for row, (y, x) in zip(rows, places)]
+    found = [
+        (int(row), float(depth[y, x]) * step, x * step, y * step)
+        for row, (y, x) in zip(rows, places)
+    ]
     return sorted(found, key=lambda place: -place[1])
 
 
@@ -141,7 +160,9 @@ def _enlarged(image: Tensor) -> tuple[Image.Image, int]:
     """The picture and the integer factor by which a small one was enlarged: names need a short side of 480 pixels."""
     picture = _to_picture(image)
     factor = max(1, min(round(480 / min(picture.size)), 2000 // max(picture.size)))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST), factor
+    return picture.resize(
+        (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
+    ), factor
 
 
 def _with_scores(names: Sequence[str], scores: Tensor | None) -> Sequence[str]:
@@ -150,8 +171,15 @@ def _with_scores(names: Sequence[str], scores: Tensor | None) -> Sequence[str]:
 
 def _inside(boxes: Tensor, width: int, height: int) -> list[list[int]]:
     """Whole-numbered corners in the picture, the second not before the first; NaN of a diverged model becomes 0."""
-    boxes = torch.minimum(boxes.nan_to_num(0).clamp(min=0), torch.tensor([width - 1, height - 1] * 2))
-    return torch.cat([boxes[:, :2], torch.maximum(boxes[:, :2], boxes[:, 2:])], dim=1).round().int().tolist()
+    boxes = torch.minimum(
+        boxes.nan_to_num(0).clamp(min=0), torch.tensor([width - 1, height - 1] * 2)
+    )
+    return (
+        torch.cat([boxes[:, :2], torch.maximum(boxes[:, :2], boxes[:, 2:])], dim=1)
+        .round()
+        .int()
+        .tolist()
+    )
 
 
 class _Plates:
@@ -165,14 +193,20 @@ class _Plates:
     def width(self, text: str) -> int:
         return math.ceil(self.font.getlength(text)) + 6
 
-    def write(self, text: str, color: Color, left: int, tops: Sequence[int], cover: bool = True) -> None:
+    def write(
+        self, text: str, color: Color, left: int, tops: Sequence[int], cover: bool = True
+    ) -> None:
         """At the first of `tops` where the plate covers no other; without one at the first, or nowhere (`cover`)."""
         text = _shortened(text, self.font, self.size[0] - 6)
         width, height = self.width(text), self.height
         x = max(0, min(left, self.size[0] - width))
         tops = [max(0, min(top, self.size[1] - height)) for top in tops]
         plates = [(x, top, x + width - 1, top + height - 1) for top in tops]
-        free = (p for p in plates if all(p[0] > t[2] or t[0] > p[2] or p[1] > t[3] or t[1] > p[3] for t in self.taken))
+        free = (
+            p
+            for p in plates
+            if all(p[0] > t[2] or t[0] > p[2] or p[1] > t[3] or t[1] > p[3] for t in self.taken)
+        )
         plate = next(free, plates[0] if cover else None)
         if plate is not None:
             self.draw.rectangle(plate, fill=color)
@@ -199,11 +233,15 @@ def grid(images: Sequence[Tensor], columns: int, captions: Sequence[str] | None 
     width, height = (max(picture.size[side] for picture in pictures) for side in (0, 1))
     font, strip = ImageFont.load_default(18), 28 * any(map(bool, captions))
     cell = (width + 4, height + 4 + strip)
-    sheet = Image.new("RGB", (cell[0] * columns, cell[1] * math.ceil(len(images) / columns)), BACKGROUND)
+    sheet = Image.new(
+        "RGB", (cell[0] * columns, cell[1] * math.ceil(len(images) / columns)), BACKGROUND
+    )
     draw = ImageDraw.Draw(sheet)
     for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         x, y = i % columns * cell[0], i // columns * cell[1]
-        draw.text((x + 4, y + 3), _shortened(caption, font, width - 8), font=font, fill=(255, 255, 255))
+        draw.text(
+            (x + 4, y + 3), _shortened(caption, font, width - 8), font=font, fill=(255, 255, 255)
+        )
         sheet.paste(picture, (x, y + strip))
     return _to_tensor(sheet)
 
@@ -223,8 +261,14 @@ def training_grid(batch: Batch, vocabularies: dict[str, Vocabulary], limit: int 
     for padded, (height, width), sample in zip(batch.images[:limit], batch.sizes, batch.samples):
         names = vocabularies[sample.dataset].names
         images.append(_draw(padded[:, :height, :width], vars(sample), names))
-        words = [] if sample.image_labels is None else [names[label] for label in sample.image_labels.tolist()]
-        captions.append(f"{sample.dataset} {sample.image_id} ({sample.supervision}) {', '.join(words)}")
+        words = (
+            []
+            if sample.image_labels is None
+            else [names[label] for label in sample.image_labels.tolist()]
+        )
+        captions.append(
+            f"{sample.dataset} {sample.image_id} ({sample.supervision}) {', '.join(words)}"
+        )
     return grid(images, math.ceil(math.sqrt(len(images))), captions)
 
 
@@ -236,7 +280,9 @@ def _draw(image: Tensor, record: dict, names: Sequence[str]) -> Tensor:
     return draw_boxes(image, record["boxes"], labels, scores, masks=record.get("masks"))
 
 
-def prediction_grid(images, targets, predictions, names: Sequence[str], limit: int = 8, min_score=0.3) -> Tensor:
+def prediction_grid(
+    images, targets, predictions, names: Sequence[str], limit: int = 8, min_score=0.3
+) -> Tensor:
     """Ground truth beside prediction for the first `limit` images, (3, h, w) uint8.
 
     images:      sequence of (3, H, W) uint8
@@ -249,7 +295,9 @@ def prediction_grid(images, targets, predictions, names: Sequence[str], limit: i
     for image, target, found in list(zip(images, targets, predictions))[:limit]:
         caption = "prediction"
         if "segments" not in found:
-            best = found["scores"].argsort(descending=True)[: min(30, int((found["scores"] >= min_score).sum()))]
+            best = found["scores"].argsort(descending=True)[
+                : min(30, int((found["scores"] >= min_score).sum()))
+            ]
             shown = {field: found[field][best] for field in ("boxes", "labels", "scores")}
             if "segmentations" in found:
                 rles = [found["segmentations"][i] for i in best.tolist()]
@@ -260,27 +308,41 @@ def prediction_grid(images, targets, predictions, names: Sequence[str], limit: i
     return grid(pictures, 2 if len(pictures) <= 6 else 4, captions)
 
 
-def similarity_heatmap(similarity: Tensor, label_space: LabelSpace, path: Path | str, limit: int = 60) -> None:
+def similarity_heatmap(
+    similarity: Tensor, label_space: LabelSpace, path: Path | str, limit: int = 60
+) -> None:
     """Picture of the (C, C) cosines of the labels' text embeddings, grouped by dataset, written to `path`.
 
     Of more than 80 labels it shows about `limit`: from each dataset those with the closest partners in the others.
     """
-    from matplotlib.figure import Figure  # here: it takes half a second. Without pyplot it draws with Agg
+    from matplotlib.figure import (
+        Figure,  # here: it takes half a second. Without pyplot it draws with Agg
+    )
 
     every = len(label_space) <= 80
-    shown = list(range(len(label_space))) if every else _closest_labels(similarity, label_space, limit)
+    shown = (
+        list(range(len(label_space))) if every else _closest_labels(similarity, label_space, limit)
+    )
     part = similarity.detach().float().cpu()[shown][:, shown]
     side = 4.5 + 0.16 * len(shown)
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.add_subplot()
     cosines = axes.imshow(part.numpy(), cmap="viridis", vmin=float(part.quantile(0.02)), vmax=1)
     figure.colorbar(cosines, ax=axes, label="cosine", shrink=0.6, pad=0.06)
-    ticks = {"ticks": range(len(shown)), "labels": [label_space.names[label] for label in shown], "fontsize": 7}
+    ticks = {
+        "ticks": range(len(shown)),
+        "labels": [label_space.names[label] for label in shown],
+        "fontsize": 7,
+    }
     axes.set_xticks(**ticks, rotation=90)
     axes.set_yticks(**ticks)
     _mark_datasets(axes, label_space.dataset_of_label[shown], label_space.datasets)
     others = "each other" if len(label_space.datasets) == 1 else "a label of another dataset"
-    which = f"all {len(shown)} labels" if every else f"{len(shown)} of {len(label_space)} labels, closest to {others}"
+    which = (
+        f"all {len(shown)} labels"
+        if every
+        else f"{len(shown)} of {len(label_space)} labels, closest to {others}"
+    )
     axes.set_title(f"Similarity of class names: {which}", pad=24)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130)
@@ -301,18 +363,29 @@ def _mark_datasets(axes, dataset_of_row: Tensor, datasets: list[str]) -> None:
 def _other_datasets(similarity: Tensor, label_space: LabelSpace) -> Tensor:
     """(C, C) -> (C, C) with -inf within a dataset; with one dataset alone, on the diagonal."""
     owner = label_space.dataset_of_label
-    hidden = owner[:, None] == owner if len(label_space.datasets) > 1 else torch.eye(len(owner), dtype=torch.bool)
+    hidden = (
+        owner[:, None] == owner
+        if len(label_space.datasets) > 1
+        else torch.eye(len(owner), dtype=torch.bool)
+    )
     return similarity.detach().float().cpu().masked_fill(hidden, -math.inf)
 
 
 def _closest_labels(similarity: Tensor, label_space: LabelSpace, limit: int) -> list[int]:
     """Labels with their closest partner in every other dataset, best first, an equal share each; by dataset."""
-    others, slices = _other_datasets(similarity, label_space), [label_space.slice(d) for d in label_space.datasets]
+    others, slices = (
+        _other_datasets(similarity, label_space),
+        [label_space.slice(d) for d in label_space.datasets],
+    )
     best = [others[:, part].max(dim=1) for part in slices]
     closeness = sum(found.values.masked_fill(found.values.isinf(), 0) for found in best)
     chosen = [[] for _ in slices]
     for label in closeness.argsort(descending=True, stable=True).tolist():
-        close = [(d, slices[d].start + int(b.indices[label])) for d, b in enumerate(best) if b.values[label].isfinite()]
+        close = [
+            (d, slices[d].start + int(b.indices[label]))
+            for d, b in enumerate(best)
+            if b.values[label].isfinite()
+        ]
         group = [(int(label_space.dataset_of_label[label]), label), *close]
         if all(k in chosen[d] or len(chosen[d]) < limit // len(slices) for d, k in group):
             for d, k in group:
@@ -325,9 +398,15 @@ def label_report(similarity: Tensor, label_space: LabelSpace, top: int = 3) -> s
 
     The header counts labels with a duplicate (cosine > 0.99) elsewhere. With a single dataset both look within it.
     """
-    others, names = _other_datasets(similarity, label_space), [n.replace("|", "\\|") for n in label_space.names]
+    others, names = (
+        _other_datasets(similarity, label_space),
+        [n.replace("|", "\\|") for n in label_space.names],
+    )
     elsewhere = " in another dataset" if len(label_space.datasets) > 1 else ""
-    lines = [f"| dataset | labels | labels with a duplicate{elsewhere} (cosine > 0.99) |", "|---|---|---|"]
+    lines = [
+        f"| dataset | labels | labels with a duplicate{elsewhere} (cosine > 0.99) |",
+        "|---|---|---|",
+    ]
     for dataset in label_space.datasets:
         part = (others[label_space.slice(dataset)] > 0.99).any(dim=1)
         lines.append(f"| {dataset} | {len(part)} | {int(part.sum())} |")
@@ -335,7 +414,9 @@ def label_report(similarity: Tensor, label_space: LabelSpace, top: int = 3) -> s
     owners = [label_space.datasets[i] for i in label_space.dataset_of_label.tolist()]
     values, indices = others.topk(min(top, len(names)), dim=1)
     for name, owner, cosines, labels in zip(names, owners, values.tolist(), indices.tolist()):
-        close = [f"{owners[k]}: {names[k]} ({c:.2f})" for c, k in zip(cosines, labels) if c > -math.inf]
+        close = [
+            f"{owners[k]}: {names[k]} ({c:.2f})" for c, k in zip(cosines, labels) if c > -math.inf
+        ]
         lines.append(f"| {owner} | {name} | {', '.join(close)} |")
     return "\n".join(lines) + "\n"
 

@@ -11,17 +11,39 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.training import run_command
+from common.command import run_command
 
-torch.set_num_threads(1)  # small tensors; two threads that wait for each other on a busy machine are slower than one
+torch.set_num_threads(
+    1
+)  # small tensors; two threads that wait for each other on a busy machine are slower than one
 
 REPO = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("CONCORD_REAL", REPO / "../shared/real"))
 # a model and a run of seconds; the backbone's weights come from a pip package, so that no test uses the network
 FAST = [
-    *["--backbone", "tf_efficientnet_lite0", "--text-encoder", "minilm", "--channels", "64", "--fc-dim", "32"],
+    *[
+        "--backbone",
+        "tf_efficientnet_lite0",
+        "--text-encoder",
+        "minilm",
+        "--channels",
+        "64",
+        "--fc-dim",
+        "32",
+    ],
     *["--rois-per-image", "16", "--image-size", "96", "--test-size", "96", "--batch-size", "4"],
-    *["--base-batch-size", "4", "--steps", "6", "--warmup-steps", "2", "--lr", "1e-3", "--workers", "0"],
+    *[
+        "--base-batch-size",
+        "4",
+        "--steps",
+        "6",
+        "--warmup-steps",
+        "2",
+        "--lr",
+        "1e-3",
+        "--workers",
+        "0",
+    ],
     *["--device", "cpu", "--cls-bias", "-4.6"],
 ]
 
@@ -29,11 +51,11 @@ FAST = [
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory) -> Path:
     """A data root with 12 + 12 images of each generated dataset, 96 pixels."""
-    from common.datasets import tiny
+    from common.datasets.tiny import generate
 
     cache = tmp_path_factory.mktemp("tiny")
-    for name in tiny.TINY:
-        root = tiny.generate(name, cache, size=96, limit=12)
+    for name in generate.TINY:
+        root = generate.generate(name, cache, size=96, limit=12)
     return root
 
 
@@ -41,11 +63,19 @@ def tiny_root(tmp_path_factory) -> Path:
 def run():
     """run(*args, method="scaledet", ranks=1) -> the finished process of `python METHOD.py *args`, output as text."""
 
-    def start(*args, method: str = "scaledet", ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    def start(
+        *args, method: str = "scaledet", ranks: int = 1, timeout: float = 240
+    ) -> subprocess.CompletedProcess:
+        launcher = (
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+            if ranks > 1
+            else []
+        )
         command = [sys.executable, *launcher, f"{method}.py", *map(str, args)]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(
+            command, cwd=REPO, env=env, capture_output=True, text=True, timeout=timeout
+        )
 
     return start
 
@@ -69,9 +99,15 @@ def run_and_kill():
     def start(folder: Path, *args, method: str = "scaledet", timeout: float = 120) -> None:
         command = [sys.executable, f"{method}.py", "--output", str(folder), *map(str, args)]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, cwd=REPO, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, cwd=REPO, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         deadline = time.time() + timeout
-        while not list(folder.glob("checkpoint-*")) and process.poll() is None and time.time() < deadline:
+        while (
+            not list(folder.glob("checkpoint-*"))
+            and process.poll() is None
+            and time.time() < deadline
+        ):
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -24,15 +24,21 @@ from common.cascade import Cascade, MaskHead
 from common.labels import Vocabulary
 from common.masks import crop_masks
 
-FOLDER = Path(os.environ.get("CONCORD_PARITY", Path(__file__).resolve().parents[2] / "shared" / "parity"))
+FOLDER = Path(
+    os.environ.get("CONCORD_PARITY", Path(__file__).resolve().parents[2] / "shared" / "parity")
+)
 WORST: dict[str, float] = {}
 
 
 def case(name: str):
     """(tensors, record) of one recorded case; skips where it is absent."""
     if not (FOLDER / f"{name}.safetensors").is_file():
-        pytest.skip(f"no {name}.safetensors in {FOLDER}; CONCORD_PARITY names the folder of recorded tensors")
-    return load_file(FOLDER / f"{name}.safetensors"), json.loads((FOLDER / f"{name}.json").read_text())
+        pytest.skip(
+            f"no {name}.safetensors in {FOLDER}; CONCORD_PARITY names the folder of recorded tensors"
+        )
+    return load_file(FOLDER / f"{name}.safetensors"), json.loads(
+        (FOLDER / f"{name}.json").read_text()
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,12 +74,21 @@ def check_sets(quantity: str, ours: list, official: list, length: float) -> None
     length: pixels that box errors are relative to
     """
     last = max(float(ours[1].min()), float(official[1].min())) + 1e-5
-    for (boxes, scores, classes), (others, other_scores, other_classes) in ((ours, official), (official, ours)):
+    for (boxes, scores, classes), (others, other_scores, other_classes) in (
+        (ours, official),
+        (official, ours),
+    ):
         box = (boxes[:, None] - others).abs().amax(-1) / length
         error = torch.maximum(box, (scores[:, None] - other_scores).abs())
-        error = error.masked_fill(classes[:, None] != other_classes, torch.inf).amin(1).masked_fill(scores <= last, 0)
+        error = (
+            error.masked_fill(classes[:, None] != other_classes, torch.inf)
+            .amin(1)
+            .masked_fill(scores <= last, 0)
+        )
         WORST[quantity] = max(WORST.get(quantity, 0), float(error.max()))
-        assert error.max() <= 1e-4, f"{quantity}: {int((error > 1e-4).sum())} of {len(error)} have no partner"
+        assert error.max() <= 1e-4, (
+            f"{quantity}: {int((error > 1e-4).sum())} of {len(error)} have no partner"
+        )
 
 
 # -- cascade -----------------------------------------------------------------------------------------------------------
@@ -94,7 +109,11 @@ def own_name(key: str) -> str:
 
 def trained(tensors: dict) -> list[str]:
     """The recorded names of all that box heads, predictors and mask head learn."""
-    names = [key for key in tensors if key.startswith(tuple(f"{HEAD}{kind}_" for kind in ("box", "mask")))]
+    names = [
+        key
+        for key in tensors
+        if key.startswith(tuple(f"{HEAD}{kind}_" for kind in ("box", "mask")))
+    ]
     return [name for name in names if not name.endswith("zs_weight")]
 
 
@@ -118,8 +137,12 @@ def check_stage(variant: str, k: int, output, tensors: dict) -> None:
     official = tensors[f"{variant}.stage{k}.cls_logits"]
     check(f"cascade {variant}: logits", output.logits, official[:, :-1])
     bias = tensors.get(f"{HEAD}box_predictor.{k}.cls_score.cls_bias", torch.zeros(1))
-    assert (official[:, -1] == bias).all()  # background has no embedding: nothing is lost with its column
-    check(f"cascade {variant}: box deltas", output.deltas, tensors[f"{variant}.stage{k}.box_deltas"])
+    assert (
+        official[:, -1] == bias
+    ).all()  # background has no embedding: nothing is lost with its column
+    check(
+        f"cascade {variant}: box deltas", output.deltas, tensors[f"{variant}.stage{k}.box_deltas"]
+    )
 
 
 def feed_recorded_draws(monkeypatch, method, tensors: dict, variant: str) -> None:
@@ -138,13 +161,17 @@ def feed_recorded_draws(monkeypatch, method, tensors: dict, variant: str) -> Non
             order = (wanted[:, None] - boxes).abs().amax(-1).argmin(1)
             boxes = boxes[order]
             owner = targets.owner if targets.owner is None else targets.owner[order]
-            targets = replace(targets, boxes=targets.boxes[order], labels=targets.labels[order], owner=owner)
+            targets = replace(
+                targets, boxes=targets.boxes[order], labels=targets.labels[order], owner=owner
+            )
         return boxes, targets
 
     def recorded_classes(labels, frequency):
         appeared = tensors[f"{variant}.stage{next(stages)}.fed_appeared"]
         assert set(labels[labels >= 0].tolist()) <= set(appeared.tolist())
-        return torch.zeros(len(frequency) + 1).index_fill(0, appeared, 1)[:-1]  # the last one is background
+        return torch.zeros(len(frequency) + 1).index_fill(0, appeared, 1)[
+            :-1
+        ]  # the last one is background
 
     monkeypatch.setattr(common.cascade, "match_regions", recorded_match)
     monkeypatch.setattr(method, "sample_federated", recorded_classes)
@@ -161,12 +188,18 @@ def recorded_model(monkeypatch, method, **changes):
     monkeypatch.setattr(Cascade, "ious", config["IOUS"])
     monkeypatch.setattr(Cascade, "box_weights", config["BBOX_REG_WEIGHTS"])
     monkeypatch.setattr(Cascade, "strides", list(config["feature_strides"].values()))
-    features = [tensors[f"features.{level}"].requires_grad_() for level in config["feature_strides"]]
+    features = [
+        tensors[f"features.{level}"].requires_grad_() for level in config["feature_strides"]
+    ]
     sizes = [tuple(size) for size in config["image_sizes_hw"]]
-    proposals = [(tensors[f"proposals{i}.boxes"], tensors[f"proposals{i}.scores"]) for i in range(len(sizes))]
+    proposals = [
+        (tensors[f"proposals{i}.boxes"], tensors[f"proposals{i}.scores"]) for i in range(len(sizes))
+    ]
     monkeypatch.setattr(method, "Backbone", lambda *_: Recorded(features))
     monkeypatch.setattr(method, "CenterNet", lambda *_, **__: Recorded((proposals, {})))
-    monkeypatch.setattr(method, "MaskHead", lambda channels: MaskHead(channels, config["NUM_CONV"]), raising=False)
+    monkeypatch.setattr(
+        method, "MaskHead", lambda channels: MaskHead(channels, config["NUM_CONV"]), raising=False
+    )
     args = method.Args(
         tau=1 / config["NORM_TEMP"], cls_bias=config["USE_BIAS"], channels=config["feature_channels"],
         fc_dim=config["FC_DIM"], rois_per_image=config["BATCH_SIZE_PER_IMAGE"], amp="off", **changes,
@@ -175,13 +208,17 @@ def recorded_model(monkeypatch, method, **changes):
     model = method.Model(args, text, pretrained=False)
     if not hasattr(model, "mask_head"):
         model.mask_head = MaskHead(args.channels, config["NUM_CONV"])
-    model.load_state_dict({own_name(key): tensors[key] for key in trained(tensors)} | {"text": text})
+    model.load_state_dict(
+        {own_name(key): tensors[key] for key in trained(tensors)} | {"text": text}
+    )
     model.features, model.sizes = features, sizes
     model.images = torch.zeros(len(sizes), 3, *config["padded_hw"], dtype=torch.uint8)
     return model, tensors, record, config
 
 
-def check_targets(variant: str, outputs: list, tensors: dict, num_classes: int, places: torch.Tensor) -> None:
+def check_targets(
+    variant: str, outputs: list, tensors: dict, num_classes: int, places: torch.Tensor
+) -> None:
     """What supervises the regions. places: (recorded classes + 1,) label of each class, num_classes of background."""
     for k, output in enumerate(outputs):
         for i, targets in enumerate(output.targets):
@@ -203,7 +240,9 @@ def check_cascade_gradients(variant: str, model, tensors: dict, record: dict) ->
     """After backward(): gradients of heads and features, and their norms, where they were recorded."""
     own, prefix = dict(model.named_parameters()), f"{variant}.grad."
     stored = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-    features = dict(zip((f"features.{level}" for level in record["config"]["feature_strides"]), model.features))
+    features = dict(
+        zip((f"features.{level}" for level in record["config"]["feature_strides"]), model.features)
+    )
     heads = {key: stored[key] for key in trained(stored)}
     if heads:
         ours = {key: own[own_name(key)] for key in heads}
@@ -214,36 +253,58 @@ def check_cascade_gradients(variant: str, model, tensors: dict, record: dict) ->
     norms = record[variant].get("grad_norms", {})
     assert not norms or {own_name(HEAD + key) for key in norms} == own.keys()
     for key, norm in norms.items():
-        check(f"cascade {variant}: gradient norms", own[own_name(HEAD + key)].grad.norm(), norm, 1e-3)
+        check(
+            f"cascade {variant}: gradient norms", own[own_name(HEAD + key)].grad.norm(), norm, 1e-3
+        )
 
 
 def check_inference(monkeypatch, method, variant: str) -> None:
     """`predict` of a method file on what was recorded: stages, boxes, scores, detections, their masks."""
     one_class = variant == "infer_one_class"
-    model, tensors, record, config = recorded_model(monkeypatch, method, one_class_per_proposal=one_class)
-    config |= {key.rpartition(".")[2]: value for key, value in zip(*[iter(record[variant]["overrides"])] * 2)}
+    model, tensors, record, config = recorded_model(
+        monkeypatch, method, one_class_per_proposal=one_class
+    )
+    config |= {
+        key.rpartition(".")[2]: value
+        for key, value in zip(*[iter(record[variant]["overrides"])] * 2)
+    }
     assert config.get("ONE_CLASS_PER_PROPOSAL", False) == one_class
     given = []
 
     def recording_select(boxes, scores, one_class):
         given.append((boxes, scores))
-        return select_detections(boxes, scores, one_class, config["SCORE_THRESH_TEST"], config["DETECTIONS_PER_IMAGE"])
+        return select_detections(
+            boxes, scores, one_class, config["SCORE_THRESH_TEST"], config["DETECTIONS_PER_IMAGE"]
+        )
 
     monkeypatch.setattr(method, "select_detections", recording_select)
-    monkeypatch.setattr(common.boxes, "batched_nms", lambda *a: batched_nms(*a[:3], config["NMS_THRESH_TEST"]))
-    samples = [Sample.unlabelled(image[:, :h, :w], "any", 0, 0) for image, (h, w) in zip(model.images, model.sizes)]
+    monkeypatch.setattr(
+        common.boxes, "batched_nms", lambda *a: batched_nms(*a[:3], config["NMS_THRESH_TEST"])
+    )
+    samples = [
+        Sample.unlabelled(image[:, :h, :w], "any", 0, 0)
+        for image, (h, w) in zip(model.images, model.sizes)
+    ]
     vocabulary = Vocabulary("any", tuple(map(str, range(len(model.text)))))
     found = method.predict(model, Batch(model.images, model.sizes, samples), vocabulary)
     with torch.no_grad():
         proposals, _ = model.centernet()
-        outputs = model.cascade(model.features, [boxes for boxes, _ in proposals], model.sizes, None, 0)
+        outputs = model.cascade(
+            model.features, [boxes for boxes, _ in proposals], model.sizes, None, 0
+        )
         for k, output in enumerate(outputs):
             output.logits = model.classifiers[k](output.hidden, model.text)[1]
             check_stage(variant, k, output, tensors)
     for i, ((boxes, scores), detections) in enumerate(zip(given, found, strict=True)):
-        official = {key: tensors[f"{variant}.image{i}.{key}"] for key in ("boxes", "scores", "classes")}
-        unclipped, all_scores = (tensors[f"{variant}.image{i}.{key}"] for key in ("all_boxes", "all_scores"))
-        check(f"cascade {variant}: final boxes", boxes, clip_boxes_to_image(unclipped, model.sizes[i]))
+        official = {
+            key: tensors[f"{variant}.image{i}.{key}"] for key in ("boxes", "scores", "classes")
+        }
+        unclipped, all_scores = (
+            tensors[f"{variant}.image{i}.{key}"] for key in ("all_boxes", "all_scores")
+        )
+        check(
+            f"cascade {variant}: final boxes", boxes, clip_boxes_to_image(unclipped, model.sizes[i])
+        )
         all_scores = all_scores[:, :-1]
         if one_class:  # recorded after the choice of one class, ours before it
             assert torch.equal(scores.argmax(1), all_scores.argmax(1))
@@ -252,6 +313,14 @@ def check_inference(monkeypatch, method, variant: str) -> None:
         assert len(detections["scores"]) == record[variant]["num_detections"][i]
         assert (detections["scores"].diff() <= 0).all()
         ours = [detections[key] for key in ("boxes", "scores", "labels")]
-        masks = model.mask_head([f[i : i + 1] for f in model.features], [official["boxes"]]).sigmoid()
-        check(f"cascade {variant}: masks of the final boxes", masks, tensors[f"{variant}.image{i}.masks28"][:, 0])
-        check_sets(f"cascade {variant}: detections", ours, list(official.values()), max(model.sizes[i]))
+        masks = model.mask_head(
+            [f[i : i + 1] for f in model.features], [official["boxes"]]
+        ).sigmoid()
+        check(
+            f"cascade {variant}: masks of the final boxes",
+            masks,
+            tensors[f"{variant}.image{i}.masks28"][:, 0],
+        )
+        check_sets(
+            f"cascade {variant}: detections", ours, list(official.values()), max(model.sizes[i])
+        )

@@ -18,19 +18,34 @@ import torch
 from conftest import REAL
 from filelock import FileLock
 
-from common import paths
-from common.datasets import base, coco, load_datasets, store
-from common.datasets.base import missing_files
-from common.datasets.coco import read_coco
+from common import files
+from common.command import run_command
+from common.datasets import dataset, load_datasets, store
+from common.datasets.dataset import missing_files
 from common.datasets.index import JsonRows
+from common.datasets.readers import coco
+from common.datasets.readers.coco import read_coco
 from common.datasets.stream import read_fields, read_json
 from common.errors import InputError
 from common.sampling import ClassAwareSampler, repeat_factors
-from common.training import run_command
 
 # -- runs of elements
 
-PIECES = ["}", "},", "]", "],", '"', "\\", '\\"}, ', '{"', " ]} ,", "é€", "\U0001f600", "\n", "x" * 90]
+PIECES = [
+    "}",
+    "},",
+    "]",
+    "],",
+    '"',
+    "\\",
+    '\\"}, ',
+    '{"',
+    " ]} ,",
+    "é€",
+    "\U0001f600",
+    "\n",
+    "x" * 90,
+]
 
 
 def awkward(rng: random.Random, depth: int = 0):
@@ -45,10 +60,20 @@ def awkward(rng: random.Random, depth: int = 0):
 
 
 def awkward_text(rng: random.Random) -> str:
-    names = rng.sample(["images", "annotations", "categories", "info", 'a "name"'], rng.randint(0, 5))
-    record = {name: [awkward(rng) for _ in range(rng.randint(0, 8))] for name in names} | {"other": awkward(rng)}
-    layout = rng.choice([{}, {"indent": 2}, {"separators": (",", ":")}, {"separators": (" ,\t", "\n: ")}])
-    return rng.choice(["", " \n"]) + json.dumps(record, ensure_ascii=rng.random() < 0.5, **layout) + "\n"
+    names = rng.sample(
+        ["images", "annotations", "categories", "info", 'a "name"'], rng.randint(0, 5)
+    )
+    record = {name: [awkward(rng) for _ in range(rng.randint(0, 8))] for name in names} | {
+        "other": awkward(rng)
+    }
+    layout = rng.choice(
+        [{}, {"indent": 2}, {"separators": (",", ":")}, {"separators": (" ,\t", "\n: ")}]
+    )
+    return (
+        rng.choice(["", " \n"])
+        + json.dumps(record, ensure_ascii=rng.random() < 0.5, **layout)
+        + "\n"
+    )
 
 
 def joined(path, chunk):
@@ -72,7 +97,11 @@ def test_what_is_broken_is_refused_as_when_read_whole(tmp_path):
         text = awkward_text(rng).encode()
         at = rng.randrange(len(text))
         noise = rng.choice([b"", b"", b"}", b"]", b",", b'"', b"\xff", b"NaN"])
-        path.write_bytes(text[:at] + noise + (text[at + rng.randint(0, 1) :] if noise or rng.random() < 0.5 else b""))
+        path.write_bytes(
+            text[:at]
+            + noise
+            + (text[at + rng.randint(0, 1) :] if noise or rng.random() < 0.5 else b"")
+        )
         try:
             expected = read_json(path)
         except InputError:
@@ -93,7 +122,10 @@ def test_lists_come_in_many_runs_and_empty_ones_once(tmp_path):
 
 
 def test_elements_that_hold_many_objects(tmp_path):
-    record = {"a": [[{"id": i} for i in range(500)] for _ in range(5)], "b": [{"c": [{"id": i} for i in range(500)]}]}
+    record = {
+        "a": [[{"id": i} for i in range(500)] for _ in range(5)],
+        "b": [{"c": [{"id": i} for i in range(500)]}],
+    }
     (tmp_path / "a.json").write_text(json.dumps(record))
     for chunk in (64, 4096):
         assert joined(tmp_path / "a.json", chunk) == record
@@ -118,7 +150,10 @@ def test_broken_files(tmp_path, text, words):
 
 # -- columns in the cache
 
-CATEGORIES = [{"id": 9, "name": "dog", "frequency": "c"}, {"id": 4, "name": "cat", "frequency": "r"}]
+CATEGORIES = [
+    {"id": 9, "name": "dog", "frequency": "c"},
+    {"id": 4, "name": "cat", "frequency": "r"},
+]
 
 
 def write(path, order=("info", "images", "annotations", "categories"), seed=0, count=30, **lists):
@@ -129,7 +164,13 @@ def write(path, order=("info", "images", "annotations", "categories"), seed=0, c
     record = {
         "info": {"by": '"}], '},
         "images": [
-            {"id": f"im{i}" if i % 2 else i, "file_name": name, "height": 50, "width": 60 + i, "neg_category_ids": [9]}
+            {
+                "id": f"im{i}" if i % 2 else i,
+                "file_name": name,
+                "height": 50,
+                "width": 60 + i,
+                "neg_category_ids": [9],
+            }
             for i, name in enumerate(names)
         ],
         "annotations": [
@@ -138,7 +179,9 @@ def write(path, order=("info", "images", "annotations", "categories"), seed=0, c
                 "image_id": f"im{row}" if (row := rng.randrange(count)) % 2 else row,
                 "category_id": rng.choice([9, 4, 4, 4]),
                 "bbox": [rng.randint(0, 70), rng.random() * 9, rng.random() * 30, 5],
-                "segmentation": rng.choice([[[1, 2.5, 3, 4, 5, 6]], {"size": [50, 60], "counts": "a}, b]"}]),
+                "segmentation": rng.choice(
+                    [[[1, 2.5, 3, 4, 5, 6]], {"size": [50, 60], "counts": "a}, b]"}]
+                ),
                 "iscrowd": int(rng.random() < 0.2),
             }
             | ({"area": rng.random()} if i % 2 else {})
@@ -164,7 +207,9 @@ def cache(tmp_path, monkeypatch):
 def conversions(monkeypatch):
     """The files that were converted so far."""
     done, read = [], coco.read_index
-    monkeypatch.setattr(coco, "read_index", lambda name, path, *rest: done.append(path) or read(name, path, *rest))
+    monkeypatch.setattr(
+        coco, "read_index", lambda name, path, *rest: done.append(path) or read(name, path, *rest)
+    )
     return done
 
 
@@ -173,7 +218,11 @@ def load(path, metric="lvis"):
 
 
 def assert_equal(one, two):
-    assert (one.vocabulary, one.frequency, one.supervision) == (two.vocabulary, two.frequency, two.supervision)
+    assert (one.vocabulary, one.frequency, one.supervision) == (
+        two.vocabulary,
+        two.frequency,
+        two.supervision,
+    )
     for field in fields(one.index):
         a, b = (getattr(dataset.index, field.name) for dataset in (one, two))
         if isinstance(a, np.ndarray):
@@ -183,13 +232,20 @@ def assert_equal(one, two):
         elif field.name != "folder":
             assert a == b, field.name
     assert all(map(np.array_equal, one.index.by_label, two.index.by_label))
-    assert one.summary() == two.summary() and one.image_counts().tolist() == two.image_counts().tolist()
+    assert (
+        one.summary() == two.summary()
+        and one.image_counts().tolist() == two.image_counts().tolist()
+    )
 
 
 def test_cached_columns_are_those_read_from_the_file(tmp_path, cache, conversions, monkeypatch):
     path = write(tmp_path / "a.json")
     first, second = load(path), load(path)
-    assert len(conversions) == 1 and first.index.folder == second.index.folder and first.index.folder.parent == cache
+    assert (
+        len(conversions) == 1
+        and first.index.folder == second.index.folder
+        and first.index.folder.parent == cache
+    )
     boxes = second.index.boxes
     while not isinstance(boxes, np.memmap):
         boxes = boxes.base
@@ -204,8 +260,12 @@ def test_cached_columns_are_those_read_from_the_file(tmp_path, cache, conversion
     for i, image in enumerate(record["images"]):
         entries = [entry for entry in record["annotations"] if entry["image_id"] == image["id"]]
         rows = range(second.index.offsets[i], second.index.offsets[i + 1])
-        assert [second.index.segmentations[row] for row in rows] == [entry["segmentation"] for entry in entries]
-        assert [second.vocabulary.ids[second.index.labels[row]] for row in rows] == [e["category_id"] for e in entries]
+        assert [second.index.segmentations[row] for row in rows] == [
+            entry["segmentation"] for entry in entries
+        ]
+        assert [second.vocabulary.ids[second.index.labels[row]] for row in rows] == [
+            e["category_id"] for e in entries
+        ]
         assert second.index.ignore[rows].tolist() == [entry["iscrowd"] for entry in entries]
         areas = [entry.get("area", entry["bbox"][2] * entry["bbox"][3]) for entry in entries]
         assert second.index.areas[rows].tolist() == pytest.approx(areas)
@@ -213,7 +273,8 @@ def test_cached_columns_are_those_read_from_the_file(tmp_path, cache, conversion
 
 
 @pytest.mark.parametrize(
-    "order", [("annotations", "categories", "images"), ("categories", "annotations", "info", "images")]
+    "order",
+    [("annotations", "categories", "images"), ("categories", "annotations", "info", "images")],
 )
 def test_the_lists_come_in_any_order(tmp_path, order):
     usual = load(write(tmp_path / "a.json"))
@@ -222,13 +283,22 @@ def test_the_lists_come_in_any_order(tmp_path, order):
 
 def test_tagged_images_are_cached(tmp_path, cache, conversions):
     images = [
-        {"id": 1, "file_name": "1.jpg", "pos_category_ids": [9, 4], "captions": ["a cat", "and a dog"]},
+        {
+            "id": 1,
+            "file_name": "1.jpg",
+            "pos_category_ids": [9, 4],
+            "captions": ["a cat", "and a dog"],
+        },
         {"id": 2, "file_name": "2.jpg"},
     ]
     path = write(tmp_path / "a.json", order=("images", "categories"), images=images)
     for _ in range(2):
         index = load(path, "coco").index
-        assert index.image_labels.tolist() == [0, 1] and index.image_label_offsets.tolist() == [0, 2, 2]
+        assert index.image_labels.tolist() == [0, 1] and index.image_label_offsets.tolist() == [
+            0,
+            2,
+            2,
+        ]
         assert list(index.captions) == [["a cat", "and a dog"], []]
     assert len(conversions) == 1
 
@@ -237,7 +307,9 @@ def test_the_hash_decides_where_only_the_time_changed(tmp_path, cache, conversio
     path = write(tmp_path / "a.json")
     load(path)
     hashed = []
-    monkeypatch.setattr(store, "_hash", lambda path, hash=store._hash: hashed.append(path) or hash(path))
+    monkeypatch.setattr(
+        store, "_hash", lambda path, hash=store._hash: hashed.append(path) or hash(path)
+    )
     load(path)
     assert not hashed
     os.utime(path, (1, 1))
@@ -248,11 +320,15 @@ def test_the_hash_decides_where_only_the_time_changed(tmp_path, cache, conversio
     assert load(path).vocabulary.names == ("cat", "cow") and len(conversions) == 2
     hashed.clear()
     write(path, seed=1, count=31)
-    assert len(load(path)) == 31 and len(conversions) == 3 and len(hashed) == 1  # another size; for the record alone
+    assert (
+        len(load(path)) == 31 and len(conversions) == 3 and len(hashed) == 1
+    )  # another size; for the record alone
     assert len(list(cache.glob("*/"))) == 1
 
 
-def test_another_version_or_option_is_converted_for_itself(tmp_path, cache, conversions, monkeypatch):
+def test_another_version_or_option_is_converted_for_itself(
+    tmp_path, cache, conversions, monkeypatch
+):
     path = write(tmp_path / "a.json")
     load(path)
     read_coco("my", path, tmp_path, "coco", only_masks=True)
@@ -343,7 +419,9 @@ def test_who_waits_for_another_process_says_so(tmp_path, cache, caplog):
     taken.wait()
     with caplog.at_level(logging.INFO, "concord"):
         assert len(load(path)) == 30
-    assert f"another process reads {path}, and this one waits for it ({lock.lock_file})" in caplog.text
+    assert (
+        f"another process reads {path}, and this one waits for it ({lock.lock_file})" in caplog.text
+    )
 
 
 def test_images_and_label_maps_in_one_folder_are_looked_for_apart(tmp_path, cache):
@@ -356,7 +434,9 @@ def test_images_and_label_maps_in_one_folder_are_looked_for_apart(tmp_path, cach
         replace(dataset, index=index, maps=tmp_path / "images").check_images()
 
 
-def test_a_cache_that_cannot_be_written_costs_a_line(tmp_path, cache, conversions, caplog, monkeypatch):
+def test_a_cache_that_cannot_be_written_costs_a_line(
+    tmp_path, cache, conversions, caplog, monkeypatch
+):
     path = write(tmp_path / "a.json")
     cache.parent.mkdir()
     cache.write_text("a file where the folder should be")
@@ -379,14 +459,20 @@ def test_small_files_need_no_cache(tmp_path, monkeypatch):
         ({"image_id": 99}, "annotation 7 has the unknown image_id 99; list it in 'images'"),
         ({"category_id": 5}, "annotation 7 has the unknown category_id 5; list it in 'categories'"),
         ({"bbox": [1, 2, 3]}, r"annotation 7 has the bbox \[1, 2, 3\]; four numbers needed"),
-        ({"bbox": [1, 2, 3, "4"]}, r"annotation 7 has the bbox \[1, 2, 3, '4'\]; four numbers needed"),
+        (
+            {"bbox": [1, 2, 3, "4"]},
+            r"annotation 7 has the bbox \[1, 2, 3, '4'\]; four numbers needed",
+        ),
         ({"bbox": [1, 2, 3, None]}, "annotation 7 has the bbox"),
         ({"bbox": [1, 2, -3, 4]}, "image 'é0.jpg' has the box .* NaN or negative size"),
         ({"bbox": None}, "in an entry"),
         ({"iscrowd": 2}, "annotation 7 has the iscrowd 2; write the number 0 or 1"),
         ({"image_id": []}, "unhashable"),
         ({"area": "large"}, "in an entry"),
-        ({"area": -3}, "annotation 7 has the area -3; write its square pixels or leave the field out"),
+        (
+            {"area": -3},
+            "annotation 7 has the area -3; write its square pixels or leave the field out",
+        ),
         ({"area": None}, "annotation 7 has the area None"),
     ],
 )
@@ -421,9 +507,13 @@ def test_base_splits_and_instances_of_a_cached_file(tmp_path, cache):
     assert len(kept.boxes) == len(kept.segmentations) == (whole.index.labels == 0).sum()
     assert kept.by_label[1].tolist() == whole.index.by_label[1][:1].tolist()
     expected = [s for s, label in zip(whole.index.segmentations, whole.index.labels) if label == 0]
-    assert list(kept.segmentations) == expected and kept.by_label[0].base is not whole.index.by_label[0].base
+    assert (
+        list(kept.segmentations) == expected
+        and kept.by_label[0].base is not whole.index.by_label[0].base
+    )
     entries = [
-        {"image_id": 0, "category_id": 4, "bbox": [0, 0, 1, 1], "segmentation": s} for s in ([[0] * 6], [], None)
+        {"image_id": 0, "category_id": 4, "bbox": [0, 0, 1, 1], "segmentation": s}
+        for s in ([[0] * 6], [], None)
     ]
     path = write(tmp_path / "b.json", annotations=entries)
     for _ in range(2):
@@ -443,13 +533,21 @@ def test_samplers_from_the_cache(tmp_path, cache):
     pairs = sorted(set(zip(labels.tolist(), images.tolist())))  # without crowds
     by_image, counts = dataset.index.by_label
     assert [image for _, image in pairs] == by_image.tolist() and by_image.dtype == np.int32
-    assert np.bincount([label for label, _ in pairs]).tolist() == counts.tolist() == dataset.image_counts().tolist()
+    assert (
+        np.bincount([label for label, _ in pairs]).tolist()
+        == counts.tolist()
+        == dataset.image_counts().tolist()
+    )
     of_class = np.maximum(1, np.sqrt(0.9 / (counts / 30)))
-    expected = [max([1, *(of_class[label] for label, image in pairs if image == i)]) for i in range(30)]
+    expected = [
+        max([1, *(of_class[label] for label, image in pairs if image == i)]) for i in range(30)
+    ]
     assert repeat_factors([dataset], 0.9) == pytest.approx(expected)
     other = load(write(tmp_path / "b.json", seed=3))
     drawn = list(islice(ClassAwareSampler([dataset, other], 0), 6000))
-    assert {row for row, _ in drawn} == {image for _, image in pairs} | {30 + i for i in other.index.by_label[0]}
+    assert {row for row, _ in drawn} == {image for _, image in pairs} | {
+        30 + i for i in other.index.by_label[0]
+    }
     rare = by_image[: counts[0]] if counts[0] < counts[1] else by_image[counts[0] :]
     share = np.mean([row in set(rare.tolist()) for row, _ in drawn if row < 30])
     assert share >= 0.45
@@ -459,7 +557,9 @@ def test_images_are_listed_again_only_where_a_folder_changed(tmp_path, cache, mo
     path = write(tmp_path / "a.json")
     images = tmp_path / "images"
     listed = []
-    monkeypatch.setattr(base.os, "listdir", lambda at, real=os.listdir: listed.append(at) or real(at))
+    monkeypatch.setattr(
+        dataset.os, "listdir", lambda at, real=os.listdir: listed.append(at) or real(at)
+    )
 
     def check():
         listed.clear()
@@ -476,7 +576,9 @@ def test_images_are_listed_again_only_where_a_folder_changed(tmp_path, cache, mo
         with pytest.raises(InputError, match=r"sub/1\.jpg is missing \(1 of 30"):
             check()
     (images / "sub" / "1.jpg").touch()
-    assert check() == check() == ["sub"]  # changed just now: the next change could have the same time
+    assert (
+        check() == check() == ["sub"]
+    )  # changed just now: the next change could have the same time
     write(path, seed=1)
     assert check() == ["images", "sub"]  # what was present belongs to the annotations
 
@@ -517,5 +619,7 @@ def test_real_files_from_the_cache(tmp_path, monkeypatch, name):
     monkeypatch.setattr(store, "LARGE", 0)
     for _ in range(2):
         (cached,) = load_datasets(name, "train", str(REAL))
-        assert name == "coco-base" or cached.index.folder.parent == paths.cache_dir() / "annotations"
+        assert (
+            name == "coco-base" or cached.index.folder.parent == files.cache_dir() / "annotations"
+        )
         assert_equal(plain, cached)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from common.datasets import load_datasets
-from common.datasets.captions import class_finder
+from common.datasets.readers.captions import class_finder
 from common.errors import InputError
 from common.labels import DATA, Vocabulary
 
@@ -42,11 +42,17 @@ def content(dataset) -> list[tuple[str, tuple[str, ...], list[str]]]:
         ("a Dog beside the cat", ["cat", "dog"]),
         ("dog", ["dog"]),
         ("dogs and hotdogs", []),
-        ("an aeroplane over the cocktail table , at night", ["airplane", "coffee_table", "table"]),  # synonyms
+        (
+            "an aeroplane over the cocktail table , at night",
+            ["airplane", "coffee_table", "table"],
+        ),  # synonyms
         ("a cocktail, table", ["table"]),
         ("(the t-shirt).", ["jersey"]),
         ("a doll's house", ["dollhouse"]),
-        ("fish", ["fish", "fish_(food)"]),  # as in the original: the parentheses are no part of the name
+        (
+            "fish",
+            ["fish", "fish_(food)"],
+        ),  # as in the original: the parentheses are no part of the name
         ("", []),
     ],
 )
@@ -67,13 +73,24 @@ def test_the_finder_agrees_with_a_search_for_every_name():
 
 
 def test_the_published_lines_with_numbered_images(tmp_path, caplog):
-    rows = ("a cat\thttp://x/1", "a dog\thttps://y/p.png?a=b", "nothing known\thttp://z", "the dog's cat\thttp://w")
+    rows = (
+        "a cat\thttp://x/1",
+        "a dog\thttps://y/p.png?a=b",
+        "nothing known\thttp://z",
+        "the dog's cat\thttp://w",
+    )
     lines(tmp_path / "cc3m/Train_GCC-training.tsv", *rows)
     pictures(tmp_path / "cc3m/training", "1.jpg", "3.jpg", "4.jpg")
     with caplog.at_level(logging.INFO, "concord"):
         dataset = load("cc", tmp_path)
-    assert content(dataset) == [("1.jpg", ("a cat",), ["cat"]), ("4.jpg", ("the dog's cat",), ["cat"])]
-    assert "1 of 4 images are not in" in caplog.text and "1 images whose caption names no class" in caplog.text
+    assert content(dataset) == [
+        ("1.jpg", ("a cat",), ["cat"]),
+        ("4.jpg", ("the dog's cat",), ["cat"]),
+    ]
+    assert (
+        "1 of 4 images are not in" in caplog.text
+        and "1 images whose caption names no class" in caplog.text
+    )
     assert dataset.name == dataset.vocabulary.dataset == "cc" and dataset.vocabulary.names == LVIS
     assert "2 images (0 without label and caption), 2 image labels, 2 captions" in dataset.summary()
 
@@ -98,7 +115,9 @@ def test_own_lines_of_caption_and_path(tmp_path):
     lines(tmp_path / "a.tsv", "ein Bär, a bear\tb/ü.png", "a cat\tb/gone.png")
     pictures(tmp_path / "images", "b/ü.png")
     dataset = load(f"my={tmp_path}/a.tsv:{tmp_path}/images/")
-    assert content(dataset) == [("b/ü.png", ("ein Bär, a bear",), ["bear"])] and dataset.name == "my"
+    assert (
+        content(dataset) == [("b/ü.png", ("ein Bär, a bear",), ["bear"])] and dataset.name == "my"
+    )
 
 
 @pytest.mark.parametrize(

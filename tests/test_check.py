@@ -11,12 +11,18 @@ import pytest
 from conftest import REAL
 from PIL import Image
 
+from common.command import run_command
 from common.datasets import __main__ as tool
-from common.datasets import registry
-from common.datasets.base import read_image, read_size
-from common.training import run_command
+from common.datasets import names
+from common.datasets.dataset import read_image, read_size
+from common.datasets.known import KNOWN
 
-CLEAN = ("images listed twice", "image ids given twice", "missing images", "broken images, masks or label maps")
+CLEAN = (
+    "images listed twice",
+    "image ids given twice",
+    "missing images",
+    "broken images, masks or label maps",
+)
 
 
 @pytest.fixture
@@ -46,9 +52,14 @@ def picture(path, width=8, height=6, **options):
 def coco(root, files, boxes=()):
     """A COCO json of files of 8 x 6 pixels; boxes are (row of the file, x, y, w, h)."""
     record = {
-        "images": [{"id": i, "file_name": file, "width": 8, "height": 6} for i, file in enumerate(files)],
+        "images": [
+            {"id": i, "file_name": file, "width": 8, "height": 6} for i, file in enumerate(files)
+        ],
         "categories": [{"id": 1, "name": "person"}, {"id": 2, "name": "bicycle"}],
-        "annotations": [{"id": k, "image_id": i, "category_id": 1, "bbox": bbox} for k, (i, *bbox) in enumerate(boxes)],
+        "annotations": [
+            {"id": k, "image_id": i, "category_id": 1, "bbox": bbox}
+            for k, (i, *bbox) in enumerate(boxes)
+        ],
     }
     (root / "a.json").write_text(json.dumps(record))
     return f"my={root}/a.json:{root}"
@@ -57,9 +68,15 @@ def coco(root, files, boxes=()):
 def test_a_clean_dataset(tmp_path, tell):
     picture(tmp_path / "a.png")
     picture(tmp_path / "turned.jpg", 6, 8, exif=orientation(6))
-    boxes = [(0, 0, 0, 8, 6), (0, 1, 1, 2, 2), (1, 0, 0, 8.9, 6)]  # what is less than a pixel is rounding
+    boxes = [
+        (0, 0, 0, 8, 6),
+        (0, 1, 1, 2, 2),
+        (1, 0, 0, 8.9, 6),
+    ]  # what is less than a pixel is rounding
     for flags in ([], ["--quick"]):
-        code, counts, out, err = tell("check", coco(tmp_path, ["a.png", "turned.jpg"], boxes), *flags)
+        code, counts, out, err = tell(
+            "check", coco(tmp_path, ["a.png", "turned.jpg"], boxes), *flags
+        )
         assert code == 0 and set(CLEAN) < counts.keys() and not any(counts.values()) and not err
         assert "2 images (0 without a box), 3 boxes" in out and "2 classes (1 with boxes)" in out
 
@@ -83,9 +100,32 @@ def test_everything_wrong_is_counted(tmp_path, tell):
     data = (tmp_path / "cut.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
     (tmp_path / "text.png").write_text("no image")
-    files = ["a.png", "wide.png", "cut.png", "text.png", "gone1.png", "gone2.png", "gone3.png", "gone4.png", "a.png"]
-    outside = [(0, -3, 0, 5, 6), (1, 7, 0, 9, 6), (1, 7, 0, 12, 6), (0, 8, 0, 3, 3), (5, -9, 0, 3, 3)]
-    boxes = [*outside, (0, 1, 1, 0, 4), (0, 1, 1, 2, 2), (0, 1, 1, 2, 2), (0, 1, 1, 2, 2), (1, 1, 1, 2, 2)]
+    files = [
+        "a.png",
+        "wide.png",
+        "cut.png",
+        "text.png",
+        "gone1.png",
+        "gone2.png",
+        "gone3.png",
+        "gone4.png",
+        "a.png",
+    ]
+    outside = [
+        (0, -3, 0, 5, 6),
+        (1, 7, 0, 9, 6),
+        (1, 7, 0, 12, 6),
+        (0, 8, 0, 3, 3),
+        (5, -9, 0, 3, 3),
+    ]
+    boxes = [
+        *outside,
+        (0, 1, 1, 0, 4),
+        (0, 1, 1, 2, 2),
+        (0, 1, 1, 2, 2),
+        (0, 1, 1, 2, 2),
+        (1, 1, 1, 2, 2),
+    ]
     code, counts, out, _ = tell("check", coco(tmp_path, files, boxes))
     assert code == 1 and counts == {
         "images listed twice": 1,
@@ -98,10 +138,19 @@ def test_everything_wrong_is_counted(tmp_path, tell):
         "boxes without an area": 1,
         "boxes given twice": 2,
     }
-    assert "      gone1.png\n      gone2.png\n      gone3.png\n      ...\n" in out and "gone4" not in out
-    assert "wide.png: 6 x 16 (height, width), not 6 x 8" in out and "text.png cannot be decoded" in out
+    assert (
+        "      gone1.png\n      gone2.png\n      gone3.png\n      ...\n" in out
+        and "gone4" not in out
+    )
+    assert (
+        "wide.png: 6 x 16 (height, width), not 6 x 8" in out and "text.png cannot be decoded" in out
+    )
     code, counts, *_ = tell("check", coco(tmp_path, files, boxes), "--quick")
-    assert code == 1 and counts["broken images, masks or label maps"] == 1 and counts["missing images"] == 4
+    assert (
+        code == 1
+        and counts["broken images, masks or label maps"] == 1
+        and counts["missing images"] == 4
+    )
     assert counts["images of another size than annotated"] == 2  # the header of cut.png is whole
 
 
@@ -127,7 +176,11 @@ def test_masks_are_decoded(tmp_path, tell):
     record["annotations"][0]["segmentation"] = {"size": [9, 9], "counts": [81]}
     (tmp_path / "a.json").write_text(json.dumps(record))
     code, counts, out, _ = tell("check", text)
-    assert code == 1 and counts["broken images, masks or label maps"] == 1 and "an RLE of size [9, 9]" in out
+    assert (
+        code == 1
+        and counts["broken images, masks or label maps"] == 1
+        and "an RLE of size [9, 9]" in out
+    )
     assert tell("check", text, "--quick")[0] == 0
 
 
@@ -138,8 +191,16 @@ def test_label_maps(tmp_path, tell):
         Image.fromarray(np.full((6, 8), value, np.uint8)).save(tmp_path / f"maps/{i}.png")
     (tmp_path / "maps/classes.txt").write_text("sky\nroad\ncar\n")
     code, counts, out, _ = tell("check", f"my={tmp_path}/maps:{tmp_path}/images")
-    assert code == 1 and counts["broken images, masks or label maps"] == 1 and counts["missing label maps"] == 0
-    assert "maps/2.png has the value 7" in out and "2 classes occur" in out and "boxes" not in "".join(counts)
+    assert (
+        code == 1
+        and counts["broken images, masks or label maps"] == 1
+        and counts["missing label maps"] == 0
+    )
+    assert (
+        "maps/2.png has the value 7" in out
+        and "2 classes occur" in out
+        and "boxes" not in "".join(counts)
+    )
 
 
 def test_tar_files(tmp_path, tell):
@@ -152,7 +213,9 @@ def test_tar_files(tmp_path, tell):
         tar.addfile(info, io.BytesIO(b"abc"))
     for flags in ([], ["--quick"]):
         code, counts, out, _ = tell("check", f"my={tmp_path}/x/", *flags)
-        assert code == 1 and {k for k, n in counts.items() if n} == {"broken images, masks or label maps"}
+        assert code == 1 and {k for k, n in counts.items() if n} == {
+            "broken images, masks or label maps"
+        }
         assert "cat.tar/2.png cannot be decoded" in out
 
 
@@ -164,8 +227,14 @@ def test_all_splits_are_checked_and_one_that_is_not_there_is_told(tmp_path, tell
     code, counts, out, err = tell("check", "coco,in21k", "--data-root", tmp_path)
     assert code == 2 and not any(counts.values()) and out.count("1 images (1 without a box)") == 1
     train, imagenet = err.splitlines()
-    assert f"{tmp_path}/coco/annotations/instances_train2017.json does not exist; put COCO 2017" in train
-    assert f"cocodataset.org) there, its images in {tmp_path}/coco/train2017, as data/README.md shows" in train
+    assert (
+        f"{tmp_path}/coco/annotations/instances_train2017.json does not exist; put COCO 2017"
+        in train
+    )
+    assert (
+        f"cocodataset.org) there, its images in {tmp_path}/coco/train2017, as data/README.md shows"
+        in train
+    )
     assert "imagenet/ImageNet-21K does not exist; put ImageNet-21K (image-net.org)" in imagenet
     assert tell("check", "coco:val", "--data-root", tmp_path)[0] == 0
 
@@ -184,24 +253,35 @@ def test_all_splits_are_checked_and_one_that_is_not_there_is_told(tmp_path, tell
 )
 def test_bad_names(tell, args, words):
     code, _, out, err = tell("check", *args)
-    assert code == 2 and words in err and all(line.startswith("error: ") for line in err.splitlines()) and not out
+    assert (
+        code == 2
+        and words in err
+        and all(line.startswith("error: ") for line in err.splitlines())
+        and not out
+    )
 
 
 def test_the_readers_line_about_an_unknown_category(tmp_path, tell):
     picture(tmp_path / "a.png")
     text = coco(tmp_path, ["a.png"], [(0, 0, 0, 2, 2)])
-    (tmp_path / "a.json").write_text((tmp_path / "a.json").read_text().replace('"category_id": 1', '"category_id": 5'))
+    (tmp_path / "a.json").write_text(
+        (tmp_path / "a.json").read_text().replace('"category_id": 1', '"category_id": 5')
+    )
     code, _, _, err = tell("check", text)
     assert code == 2 and "has the unknown category_id 5" in err
 
 
 def test_generated_data_is_clean(tell, tiny_root):
-    code, counts, *_ = tell("check", "coco,oid:val,ade20k:val,coco-panoptic:val,in21k", "--data-root", tiny_root)
+    code, counts, *_ = tell(
+        "check", "coco,oid:val,ade20k:val,coco-panoptic:val,in21k", "--data-root", tiny_root
+    )
     assert code == 0 and not any(counts.values())
 
 
 def test_generated_stand_ins(tell, tiny_root, monkeypatch):
-    monkeypatch.setattr(registry, "generate", lambda name, cache, size: tiny_root if size == 192 else None)
+    monkeypatch.setattr(
+        names, "generate", lambda name, cache, size: tiny_root if size == 192 else None
+    )
     code, counts, out, _ = tell("check", "lineart", "--tiny", "--quick")
     assert code == 0 and not any(counts.values()) and "12 images" in out
 
@@ -212,15 +292,24 @@ def test_the_list_has_a_line_for_each_split(tmp_path, tell):
     code, _, out, _ = tell("list", "--data-root", tmp_path)
     rows = [line.split() for line in out.splitlines()]
     assert code == 0 and [row[:2] for row in rows] == [
-        [n, split] for n, k in registry.KNOWN.items() for split in k.splits
+        [n, split] for n, k in KNOWN.items() for split in k.splits
     ]
-    (train,), (val,) = ([row for row in rows if row[:2] == ["coco", split]] for split in ("train", "val"))
+    (train,), (val,) = (
+        [row for row in rows if row[:2] == ["coco", split]] for split in ("train", "val")
+    )
     assert train[2:5] == ["80", "classes", "-"] and "(cocodataset.org)" in out
     assert val[2:] == ["80", "classes", f"{tmp_path}/coco/annotations/instances_val2017.json"]
-    assert len({line.index(" classes ") for line in out.splitlines() if " classes " in line}) == 1  # aligned
+    assert (
+        len({line.index(" classes ") for line in out.splitlines() if " classes " in line}) == 1
+    )  # aligned
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real samples at {REAL}")
 def test_real_samples_are_clean(tell):
     code, counts, out, _ = tell("check", "coco,coco-panoptic:val,oid:train", "--data-root", REAL)
-    assert code == 0 and not any(counts.values()) and "96 images" in out and "32 images, 327 segments" in out
+    assert (
+        code == 0
+        and not any(counts.values())
+        and "96 images" in out
+        and "32 images, 327 segments" in out
+    )

@@ -17,7 +17,14 @@ from safetensors.torch import load_file, save_file
 def trained(tiny_root, tmp_path_factory, run):
     """Run folder of a finished training on two datasets."""
     folder = tmp_path_factory.mktemp("run") / "first run"  # a path with a space
-    command = ["--datasets", "coco,o365", "--eval-datasets", "coco,o365,lineart", "--data-root", tiny_root]
+    command = [
+        "--datasets",
+        "coco,o365",
+        "--eval-datasets",
+        "coco,o365,lineart",
+        "--data-root",
+        tiny_root,
+    ]
     done = run(*command, "--output", folder, *FAST)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
@@ -35,7 +42,13 @@ def test_run_folder_has_everything(trained):
     assert all({"AP", "AP50", "AP75"} <= metrics.keys() for metrics in results.values())
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps[-1]["step"] == 6
-    assert {"loss", "loss_hard_stage0", "loss_soft_stage2", "loss_centernet_pos", "img_per_s"} <= steps[-1].keys()
+    assert {
+        "loss",
+        "loss_hard_stage0",
+        "loss_soft_stage2",
+        "loss_centernet_pos",
+        "img_per_s",
+    } <= steps[-1].keys()
     assert "dataset" in output and "lineart (shuffled text)" in output
 
 
@@ -49,13 +62,24 @@ def test_predict_writes_picture_and_coco_json(trained, tmp_path, run):
     record = json.loads((tmp_path / "o" / "predictions.json").read_text())
     assert [c["name"] for c in record["categories"]] == ["cat", "traffic light"]
     assert record["images"] == [{"id": 0, "file_name": str(image), "height": 60, "width": 90}]
-    assert all({"bbox", "score", "category_id", "image_id", "area"} <= a.keys() for a in record["annotations"])
+    assert all(
+        {"bbox", "score", "category_id", "image_id", "area"} <= a.keys()
+        for a in record["annotations"]
+    )
 
 
 def test_two_ranks_evaluate_each_image_once(trained, tiny_root, tmp_path, run):
     results = {}
     for ranks in (1, 2):
-        arguments = ["--eval-only", "--weights", trained[0], "--eval-datasets", "coco,oid", "--data-root", tiny_root]
+        arguments = [
+            "--eval-only",
+            "--weights",
+            trained[0],
+            "--eval-datasets",
+            "coco,oid",
+            "--data-root",
+            tiny_root,
+        ]
         done = run(*arguments, "--workers", 0, "--output", tmp_path / str(ranks), ranks=ranks)
         assert done.returncode == 0, done.stderr
         results[ranks] = json.loads((tmp_path / str(ranks) / "results.json").read_text())
@@ -64,7 +88,15 @@ def test_two_ranks_evaluate_each_image_once(trained, tiny_root, tmp_path, run):
 
 
 def test_two_ranks_train_into_one_folder(tiny_root, tmp_path, run):
-    arguments = ["--datasets", "coco,o365", "--eval-datasets", "coco", "--data-root", tiny_root, *FAST]
+    arguments = [
+        "--datasets",
+        "coco,o365",
+        "--eval-datasets",
+        "coco",
+        "--data-root",
+        tiny_root,
+        *FAST,
+    ]
     done = run(*arguments, "--steps", 2, "--output", tmp_path / "run", ranks=2)
     assert done.returncode == 0, done.stderr
     assert os.listdir(tmp_path) == ["run"]
@@ -74,7 +106,15 @@ def test_two_ranks_train_into_one_folder(tiny_root, tmp_path, run):
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real samples at {REAL}")
 def test_two_real_label_spaces_each_by_its_own_metric(tmp_path, run):
-    arguments = ["--datasets", "coco:val,openimages", "--data-root", REAL, "--output", tmp_path / "run", *FAST]
+    arguments = [
+        "--datasets",
+        "coco:val,openimages",
+        "--data-root",
+        REAL,
+        "--output",
+        tmp_path / "run",
+        *FAST,
+    ]
     done = run(*arguments, "--steps", 2)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -84,15 +124,28 @@ def test_two_real_label_spaces_each_by_its_own_metric(tmp_path, run):
     }
 
 
-def test_resume_after_kill_ends_with_the_same_weights(trained, tiny_root, tmp_path, run, run_and_kill):
+def test_resume_after_kill_ends_with_the_same_weights(
+    trained, tiny_root, tmp_path, run, run_and_kill
+):
     """SIGKILL after the first checkpoint, --resume: every bit of the weights is that of the uninterrupted run."""
     folder = tmp_path / "killed"
-    command = ["--datasets", "coco,o365", "--eval-datasets", "coco", "--data-root", tiny_root, *FAST]
+    command = [
+        "--datasets",
+        "coco,o365",
+        "--eval-datasets",
+        "coco",
+        "--data-root",
+        tiny_root,
+        *FAST,
+    ]
     run_and_kill(folder, *command, "--checkpoint-every", 2)
     done = run("--resume", folder)
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout
-    ours, theirs = load_file(folder / "weights.safetensors"), load_file(trained[0] / "weights.safetensors")
+    ours, theirs = (
+        load_file(folder / "weights.safetensors"),
+        load_file(trained[0] / "weights.safetensors"),
+    )
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
@@ -123,12 +176,18 @@ def first(record, list_name, **values):
     [
         (lambda r: first(r, "annotations", category_id=999), ["category_id 999"]),
         (lambda r: first(r, "annotations", image_id=-5), ["image_id -5"]),
-        (lambda r: first(r, "annotations", bbox=[1, 2, -3, 4]), ["negative size", "mend or remove"]),
+        (
+            lambda r: first(r, "annotations", bbox=[1, 2, -3, 4]),
+            ["negative size", "mend or remove"],
+        ),
         (lambda r: first(r, "annotations", bbox=[1, None, 3, 4]), ["four numbers"]),
         (lambda r: first(r, "annotations", bbox=[1, 2, 3]), ["four numbers"]),
         (lambda r: first(r, "images", file_name="gone.jpg"), ["gone.jpg is missing", "1 of 12"]),
         (lambda r: first(r, "images", file_name="../../etc/passwd"), ["leaves the image folder"]),
-        (lambda r: first(r, "images", file_name="images/v2/../passwd"), ["leaves the image folder"]),
+        (
+            lambda r: first(r, "images", file_name="images/v2/../passwd"),
+            ["leaves the image folder"],
+        ),
         (lambda r: first(r, "categories", name=" "), ["empty class name"]),
         (lambda r: r.update(categories=[]), ["vocabulary", "empty"]),
         (lambda r: r.pop("images"), ["'images' is missing"]),
@@ -202,19 +261,27 @@ def test_bad_weights(fails, own, trained, tmp_path):
     broken.write_bytes(b"no weights at all")
     assert "cannot be read" in fails("--predict", "a.jpg", "--weights", broken)
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    assert "other.safetensors" in fails("--predict", "a.jpg", "--weights", tmp_path / "other.safetensors")
+    assert "other.safetensors" in fails(
+        "--predict", "a.jpg", "--weights", tmp_path / "other.safetensors"
+    )
     with safe_open(trained[0] / "weights.safetensors", framework="pt") as opened:
         metadata = opened.metadata()
-    tensors = {key: t for key, t in load_file(trained[0] / "weights.safetensors").items() if key != "text"}
+    tensors = {
+        key: t for key, t in load_file(trained[0] / "weights.safetensors").items() if key != "text"
+    }
     save_file(tensors, tmp_path / "textless.safetensors", metadata)
-    assert "no text embeddings" in fails("--predict", "a.jpg", "--weights", tmp_path / "textless.safetensors")
+    assert "no text embeddings" in fails(
+        "--predict", "a.jpg", "--weights", tmp_path / "textless.safetensors"
+    )
     common = ["--datasets", own(), "--weights", trained[0], "--output", tmp_path / "run", *FAST]
     assert "has the shape" in fails(*common, "--fc-dim", 48)
     classes = len(json.loads((tmp_path / "ann.json").read_text())["categories"])
     np.save(tmp_path / "text.npy", np.random.default_rng(0).normal(size=(classes, 24)))
     line = fails(*common, "--text-encoder", f"my={tmp_path / 'text.npy'}")
     assert "text embeddings of 384 dimensions, these have 24" in line and "--text-encoder" in line
-    assert "missing" in fails(*common, "--cls-bias", 0) or "unknown" in fails(*common, "--cls-bias", 0)
+    assert "missing" in fails(*common, "--cls-bias", 0) or "unknown" in fails(
+        *common, "--cls-bias", 0
+    )
 
 
 def test_bad_vocabulary_and_image(fails, trained, tmp_path):
@@ -226,7 +293,9 @@ def test_bad_vocabulary_and_image(fails, trained, tmp_path):
     assert "empty" in fails("--predict", tmp_path / "one.png", "--vocabulary", " , ", *weights)
     assert "twice" in fails("--predict", tmp_path / "one.png", "--vocabulary", "cat,cat", *weights)
     (tmp_path / "empty.txt").write_text("\n")
-    assert "empty" in fails("--predict", tmp_path / "one.png", "--vocabulary", tmp_path / "empty.txt", *weights)
+    assert "empty" in fails(
+        "--predict", tmp_path / "one.png", "--vocabulary", tmp_path / "empty.txt", *weights
+    )
 
 
 def test_one_pixel_image(trained, tmp_path, run):
@@ -238,7 +307,9 @@ def test_one_pixel_image(trained, tmp_path, run):
 
 def test_unwritable_run_folder(fails, own, tmp_path):
     (tmp_path / "file").write_text("a file where a folder should be")
-    assert "cannot be written" in fails("--datasets", own(), "--output", tmp_path / "file" / "run", *FAST)
+    assert "cannot be written" in fails(
+        "--datasets", own(), "--output", tmp_path / "file" / "run", *FAST
+    )
 
 
 def test_failed_commands_leave_the_run_as_it_was(fails, trained, tmp_path, run):
@@ -249,7 +320,10 @@ def test_failed_commands_leave_the_run_as_it_was(fails, trained, tmp_path, run):
     assert (folder / "args.json").read_text() == saved
     done = run("--resume", folder)  # finished: evaluates again, trains nothing
     assert done.returncode == 0 and (folder / "args.json").read_text() == saved
-    assert load_file(folder / "weights.safetensors").keys() == load_file(trained[0] / "weights.safetensors").keys()
+    assert (
+        load_file(folder / "weights.safetensors").keys()
+        == load_file(trained[0] / "weights.safetensors").keys()
+    )
     state = next(folder.glob("checkpoint-*")) / "state.pt"
     state.write_bytes(state.read_bytes()[:1000])
     assert "state.pt cannot be read" in fails("--resume", folder)
@@ -268,4 +342,6 @@ def test_full_disk_is_one_line(fails, own, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", str(tmp_path / "weights"))
 
     monkeypatch.setattr("scaledet.save_weights", full)
-    assert "No space left" in fails("--datasets", own(), "--output", tmp_path / "run", *FAST, "--steps", 1)
+    assert "No space left" in fails(
+        "--datasets", own(), "--output", tmp_path / "run", *FAST, "--steps", 1
+    )

@@ -18,11 +18,11 @@ import detic
 from common import convert
 from common.backbone import Backbone
 from common.checkpoint import load_weights, read_metadata, read_model, read_text, save_weights
+from common.command import parse_args
 from common.convert import DETIC, MASK2FORMER, convert_detic, convert_mask2former, converted, rename
 from common.errors import InputError
 from common.labels import Vocabulary
 from common.pixel_decoder import PixelDecoder
-from common.training import parse_args
 from common.transformer import DecoderLayer, QueryHead
 
 KEYS = FOLDER / "detic_r50_state_dict_keys.json"
@@ -59,24 +59,36 @@ def official_name(key: str) -> str | None:
     if kind == "prop_score":
         stage, _, leaf = rest.partition(".")
         return f"roi_heads.box_predictor.{stage}.prop_score.{leaf}"
-    return {"centernet": f"proposal_generator.{rest}", "mask_head": f"roi_heads.mask_head.{rest}"}.get(kind)
+    return {
+        "centernet": f"proposal_generator.{rest}",
+        "mask_head": f"roi_heads.mask_head.{rest}",
+    }.get(kind)
 
 
 def make(classes: int = 7, **changes):
     """A random model, and its weights in the official layout with all that is dropped."""
     torch.manual_seed(0)
-    model = detic.Model(detic.Args(**SETTINGS | changes), F.normalize(torch.randn(classes, 512)), pretrained=False)
+    model = detic.Model(
+        detic.Args(**SETTINGS | changes), F.normalize(torch.randn(classes, 512)), pretrained=False
+    )
     for key, tensor in model.state_dict().items():
         if key.endswith("running_mean"):
             tensor.normal_(std=0.1)
         elif key.endswith("running_var"):
             tensor.uniform_(0.9, 1.1)
     own = model.state_dict()
-    official = {name: t for key, t in own.items() if (name := official_name(key)) and "num_batches" not in key}
+    official = {
+        name: t
+        for key, t in own.items()
+        if (name := official_name(key)) and "num_batches" not in key
+    }
     weight = F.pad(model.text, (0, 0, 0, 1)).T.contiguous()  # (D, C + 1)
     official |= {f"roi_heads.box_predictor.{k}.cls_score.zs_weight": weight for k in range(3)}
     official |= {f"roi_heads.box_predictor.{k}.freq_weight": torch.ones(classes) for k in range(3)}
-    official |= {"backbone.bottom_up.base.fc.weight": torch.ones(1), "pixel_mean": torch.ones(3, 1, 1)}
+    official |= {
+        "backbone.bottom_up.base.fc.weight": torch.ones(1),
+        "pixel_mean": torch.ones(3, 1, 1),
+    }
     return model.eval(), official
 
 
@@ -94,7 +106,9 @@ def pth(tmp_path, model_and_official):
 @torch.no_grad()
 def outputs(model, height: int = 64, width: int = 96) -> list[torch.Tensor]:
     """Features, boxes, scores and masks of one image."""
-    images = torch.randint(0, 256, (1, 3, height, width), generator=torch.Generator().manual_seed(1)).byte()
+    images = torch.randint(
+        0, 256, (1, 3, height, width), generator=torch.Generator().manual_seed(1)
+    ).byte()
     features = model.eval().extract(images, [(height, width)])
     (boxes,), (scores,) = model.detect(features, [(height, width)])
     return [*features, boxes, scores, model.mask_head(features, [boxes[:5]])]
@@ -104,26 +118,37 @@ def same(one, other) -> bool:
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other))
 
 
-@pytest.mark.skipif(not KEYS.is_file(), reason=f"no {KEYS.name}; CONCORD_PARITY names the folder of recorded tensors")
+@pytest.mark.skipif(
+    not KEYS.is_file(),
+    reason=f"no {KEYS.name}; CONCORD_PARITY names the folder of recorded tensors",
+)
 @pytest.mark.parametrize("number", [0, 1])
 def test_every_official_tensor_has_its_place_and_shape(number, caplog):
     listing = list(json.loads(KEYS.read_text()).values())[number]
     official = {key: torch.empty(facts["shape"], device="meta") for key, facts in listing.items()}
     dropped = {key for key in official if rename(key, DETIC) is None}
-    assert all(key.endswith("freq_weight") or "zs_weight" in key or ".base.fc." in key for key in dropped)
+    assert all(
+        key.endswith("freq_weight") or "zs_weight" in key or ".base.fc." in key for key in dropped
+    )
     with caplog.at_level(logging.WARNING):
         tensors, metadata = convert_detic(official)
-    assert len({rename(key, DETIC) for key in official} - {None}) == len(official) - len(dropped)  # no two in one place
+    assert len({rename(key, DETIC) for key in official} - {None}) == len(official) - len(
+        dropped
+    )  # no two in one place
     classes = official["roi_heads.box_predictor.0.cls_score.zs_weight"].shape[1] - 1
     with torch.device("meta"):
         args = detic.Args(**metadata["args"])
         model = detic.Model(args, torch.empty(classes, 512), pretrained=False)
-    assert {key: t.shape for key, t in tensors.items()} == {key: t.shape for key, t in model.state_dict().items()}
+    assert {key: t.shape for key, t in tensors.items()} == {
+        key: t.shape for key, t in model.state_dict().items()
+    }
     ((name, names),) = metadata["vocabularies"].items()
     assert len(names) == classes and metadata["boxed"] == list(names)
     assert metadata["args"].keys() == set(detic.MODEL_FIELDS)
     if classes in convert.VOCABULARIES:
-        assert name == "lvis" and tuple(names) == Vocabulary.known("lvis").names and not caplog.records
+        assert (
+            name == "lvis" and tuple(names) == Vocabulary.known("lvis").names and not caplog.records
+        )
     else:
         assert names[0] == "class 1" and names[-1] == f"class {classes}"
         assert f"{classes} classes are not known; name yours with --vocabulary" in caplog.text
@@ -133,14 +158,24 @@ def test_converted_model_sees_the_same(pth, cache, model_and_official, tmp_path)
     model, official = model_and_official
     flags = ["--weights", str(pth), "--amp", "off"]
     args = parse_args(detic.Args, "detic", detic.TINY, detic.MODEL_FIELDS, flags)
-    assert args.weights.endswith(".safetensors") and (args.channels, args.fc_dim, args.masks) == (64, 16, True)
+    assert args.weights.endswith(".safetensors") and (args.channels, args.fc_dim, args.masks) == (
+        64,
+        16,
+        True,
+    )
     loaded, label_space, boxed = detic.load_trained(args, CPU)
-    assert loaded.backbone.frozen_norm and label_space.names == tuple(boxed) == tuple(f"class {i}" for i in range(1, 8))
+    assert loaded.backbone.frozen_norm and label_space.names == tuple(boxed) == tuple(
+        f"class {i}" for i in range(1, 8)
+    )
     assert torch.equal(loaded.text, model.text)
     expected = outputs(model)
     assert expected[-1].shape == (5, 28, 28) and same(outputs(loaded), expected)
 
-    save_weights(tmp_path / "again.safetensors", loaded, {"method": "detic", "args": {}, "vocabularies": {"x": []}})
+    save_weights(
+        tmp_path / "again.safetensors",
+        loaded,
+        {"method": "detic", "args": {}, "vocabularies": {"x": []}},
+    )
     again = detic.Model(args, read_text(tmp_path / "again.safetensors"), pretrained=False)
     load_weights(tmp_path / "again.safetensors", again)
     assert same(outputs(again), expected)
@@ -156,7 +191,11 @@ def test_converted_model_sees_the_same(pth, cache, model_and_official, tmp_path)
 def test_state_dict_alone_and_older_tensors(tmp_path, model_and_official):
     """Without the "model" around it, with BatchNorm's counters, with the bias, the ranks of WSDDN and no masks."""
     model, official = make(classes=80, cls_bias=-2.0, image_label_loss="wsddn", masks=False)
-    counters = {key.replace("running_var", "num_batches_tracked"): torch.tensor(3) for key in official if "_var" in key}
+    counters = {
+        key.replace("running_var", "num_batches_tracked"): torch.tensor(3)
+        for key in official
+        if "_var" in key
+    }
     torch.save(official | counters, tmp_path / "official.pth")
     twin = converted(tmp_path / "official.pth", "detic")
     metadata = read_metadata(twin, "detic")
@@ -168,7 +207,11 @@ def test_state_dict_alone_and_older_tensors(tmp_path, model_and_official):
     counted = {key for key in loaded.state_dict() if "num_batches_tracked" in key}
     assert all(loaded.state_dict()[key] == 3 for key in counted)
     for key, tensor in model.state_dict().items():
-        assert key in counted or key == "backbone.frozen_norm" or torch.equal(loaded.state_dict()[key], tensor), key
+        assert (
+            key in counted
+            or key == "backbone.frozen_norm"
+            or torch.equal(loaded.state_dict()[key], tensor)
+        ), key
 
 
 class Malicious:
@@ -181,11 +224,15 @@ class Malicious:
         return os.mkdir, (str(self.folder),)
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, 2))])
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, 2))]
+)
 def test_code_in_a_checkpoint_does_not_run(save, tmp_path, cache, model_and_official):
     file, folder = tmp_path / "official.pth", tmp_path / "made by the pickle"
     save({"model": model_and_official[1] | {"extra": Malicious(folder)}}, file)
-    with pytest.raises(InputError, match=r"official\.pth cannot be read without running code") as error:
+    with pytest.raises(
+        InputError, match=r"official\.pth cannot be read without running code"
+    ) as error:
         converted(file, "detic")
     assert "\n" not in str(error.value) and not folder.exists() and not cache.exists()
     pickle.loads(pickle.dumps(Malicious(folder)))
@@ -200,10 +247,19 @@ ZS = "roi_heads.box_predictor.0.cls_score.zs_weight"
 @pytest.mark.parametrize(
     "content, words",
     [
-        (lambda o: o | {"backbone.bottom_up.stem.conv1.weight": torch.ones(1)}, ["'backbone.bottom_up.stem.conv1"]),
-        (lambda o: o | {"roi_heads.res5.0.conv1.weight": torch.ones(1)}, ["'roi_heads.res5.0", "ResNet-50"]),
+        (
+            lambda o: o | {"backbone.bottom_up.stem.conv1.weight": torch.ones(1)},
+            ["'backbone.bottom_up.stem.conv1"],
+        ),
+        (
+            lambda o: o | {"roi_heads.res5.0.conv1.weight": torch.ones(1)},
+            ["'roi_heads.res5.0", "ResNet-50"],
+        ),
         (lambda o: {k: t for k, t in o.items() if k != FC1}, ["box_head.1.weight", "missing"]),
-        (lambda o: {k: t for k, t in o.items() if k != LATERAL}, ["inner_blocks.4.0.bias", "missing"]),
+        (
+            lambda o: {k: t for k, t in o.items() if k != LATERAL},
+            ["inner_blocks.4.0.bias", "missing"],
+        ),
         (lambda o: {k: t for k, t in o.items() if k != ZS}, ["'text'", "missing"]),
         (lambda o: [1, 2], ["no state dict"]),
         (lambda o: {}, ["no state dict"]),
@@ -225,9 +281,15 @@ def test_other_files_are_refused(content, words, tmp_path, cache, model_and_offi
 
 def test_lost_tensor_is_named_when_the_model_is_made(tmp_path, model_and_official):
     lost = "roi_heads.mask_head.mask_fcn2.weight"
-    torch.save({k: t for k, t in model_and_official[1].items() if k != lost}, tmp_path / "official.pth")
+    torch.save(
+        {k: t for k, t in model_and_official[1].items() if k != lost}, tmp_path / "official.pth"
+    )
     args = parse_args(
-        detic.Args, "detic", detic.TINY, detic.MODEL_FIELDS, ["--weights", str(tmp_path / "official.pth")]
+        detic.Args,
+        "detic",
+        detic.TINY,
+        detic.MODEL_FIELDS,
+        ["--weights", str(tmp_path / "official.pth")],
     )
     with pytest.raises(InputError, match=r"'mask_head.mask_fcn2.weight' is missing for this model"):
         detic.load_trained(args, CPU)
@@ -238,7 +300,9 @@ def test_no_checkpoint_at_all(tmp_path):
     (tmp_path / "empty.pth").write_bytes(b"")
     save_file({"x": torch.ones(1)}, tmp_path / "tensors.pth")
     for name in ("text", "empty", "tensors"):
-        with pytest.raises(InputError, match=rf"{name}\.pth cannot be read without running code") as error:
+        with pytest.raises(
+            InputError, match=rf"{name}\.pth cannot be read without running code"
+        ) as error:
             converted(tmp_path / f"{name}.pth", "detic")
         assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="do not exist"):
@@ -246,18 +310,35 @@ def test_no_checkpoint_at_all(tmp_path):
 
 
 def test_other_methods_have_no_official_weights(pth):
-    with pytest.raises(InputError, match=r"no \.safetensors of scaledet\.py, whose official weights do not exist"):
+    with pytest.raises(
+        InputError, match=r"no \.safetensors of scaledet\.py, whose official weights do not exist"
+    ):
         converted(pth, "scaledet")
 
 
 def test_predict_with_an_official_checkpoint(pth, tmp_path, monkeypatch, capsys):
     Image.new("RGB", (64, 48), "green").save(tmp_path / "green.png")
-    flags = ["--predict", tmp_path / "green.png", "--weights", pth, "--output", tmp_path / "run", "--device", "cpu"]
-    monkeypatch.setattr("sys.argv", ["detic.py", *map(str, flags), "--test-size", "64", "--score-threshold", "0.02"])
+    flags = [
+        "--predict",
+        tmp_path / "green.png",
+        "--weights",
+        pth,
+        "--output",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+    ]
+    monkeypatch.setattr(
+        "sys.argv", ["detic.py", *map(str, flags), "--test-size", "64", "--score-threshold", "0.02"]
+    )
     detic.main()
     record = json.loads((tmp_path / "run" / "predictions.json").read_text())
-    assert [category["name"] for category in record["categories"]] == [f"class {i}" for i in range(1, 8)]
-    assert record["annotations"] and all("segmentation" in annotation for annotation in record["annotations"])
+    assert [category["name"] for category in record["categories"]] == [
+        f"class {i}" for i in range(1, 8)
+    ]
+    assert record["annotations"] and all(
+        "segmentation" in annotation for annotation in record["annotations"]
+    )
 
 
 # -- Mask2Former: the base of the segmenters ---------------------------------------------------------------------------
@@ -268,13 +349,17 @@ BASE_KEYS = FOLDER / "mask2former_r50_state_dict_keys.json"
 class Base(nn.Module):
     """The attributes of a segmenter that its official weights fill, and one that they do not."""
 
-    def __init__(self, channels: int = 256, queries: int = 100, layers: int = 9, encoder_layers: int = 6):
+    def __init__(
+        self, channels: int = 256, queries: int = 100, layers: int = 9, encoder_layers: int = 6
+    ):
         super().__init__()
         self.backbone = Backbone("resnet50", 0, pretrained=False, strides=[4, 8, 16, 32])
         self.pixel_decoder = PixelDecoder(self.backbone.channels, channels, encoder_layers)
         self.layers = nn.ModuleList(DecoderLayer(channels) for _ in range(layers))
         self.head = QueryHead(channels)
-        self.query_feat, self.query_embed = (nn.Parameter(torch.randn(queries, channels)) for _ in range(2))
+        self.query_feat, self.query_embed = (
+            nn.Parameter(torch.randn(queries, channels)) for _ in range(2)
+        )
         self.level_embed = nn.Parameter(torch.randn(3, channels))
         self.text_adapter = nn.Linear(7, channels)
         self.register_buffer("text", torch.randn(5, 7))
@@ -333,7 +418,9 @@ def base():
     return model
 
 
-@pytest.mark.skipif(not BASE_KEYS.is_file(), reason=f"no {BASE_KEYS.name}; CONCORD_PARITY names its folder")
+@pytest.mark.skipif(
+    not BASE_KEYS.is_file(), reason=f"no {BASE_KEYS.name}; CONCORD_PARITY names its folder"
+)
 @pytest.mark.parametrize("number", [0, 1])
 def test_every_tensor_of_mask2former_has_its_place_and_shape(number):
     listing = list(json.loads(BASE_KEYS.read_text()).values())[number]
@@ -341,7 +428,9 @@ def test_every_tensor_of_mask2former_has_its_place_and_shape(number):
     dropped = {key for key in official if rename(key, MASK2FORMER) is None}
     classifier = {f"sem_seg_head.predictor.class_embed.{kind}" for kind in ("weight", "bias")}
     assert dropped == classifier | {"criterion.empty_weight"}
-    assert len({rename(key, MASK2FORMER) for key in official} - {None}) == len(official) - len(dropped)
+    assert len({rename(key, MASK2FORMER) for key in official} - {None}) == len(official) - len(
+        dropped
+    )
     tensors, metadata = convert_mask2former(official)
     with torch.device("meta"):
         own = Base().state_dict()
@@ -366,7 +455,11 @@ def pickled(protocol: int):
 @pytest.mark.parametrize(
     "name, old, save",
     [
-        ("new.pth", False, lambda official, path: torch.save({"model": official, "iteration": 3}, path)),
+        (
+            "new.pth",
+            False,
+            lambda official, path: torch.save({"model": official, "iteration": 3}, path),
+        ),
         ("old.pth", True, torch.save),
         *((f"{protocol}.pkl", False, pickled(protocol)) for protocol in (2, 4, 5)),
     ],
@@ -381,17 +474,24 @@ def test_official_weights_are_the_base(name, old, save, tmp_path, base, caplog):
     before = {key: t.clone() for key, t in model.state_dict().items() if key.startswith("text")}
     with caplog.at_level(logging.INFO):
         load_weights(twin, model)
-    assert f"weights {twin}: 3 tensors of 'text', 'text_adapter.' are not in it and start anew" in caplog.text
+    assert (
+        f"weights {twin}: 3 tensors of 'text', 'text_adapter.' are not in it and start anew"
+        in caplog.text
+    )
     counters = {key for key in model.state_dict() if key.endswith("num_batches_tracked")}
     for key, tensor in model.state_dict().items():
         expected = before.get(key, base.state_dict()[key])
-        assert torch.equal(tensor, expected) or key in counters or key == "backbone.frozen_norm", key
+        assert torch.equal(tensor, expected) or key in counters or key == "backbone.frozen_norm", (
+            key
+        )
     assert model.backbone.frozen_norm and not any(model.state_dict()[key] for key in counters)
 
 
 def test_base_alone_detects_nothing(tmp_path, base):
     torch.save(official_base(base), tmp_path / "official.pth")
-    with pytest.raises(InputError, match="hold no text embeddings of classes: only a training can start from them"):
+    with pytest.raises(
+        InputError, match="hold no text embeddings of classes: only a training can start from them"
+    ):
         read_model(converted(tmp_path / "official.pth", "lmseg"), "lmseg")
 
 
@@ -399,15 +499,23 @@ def test_lost_tensor_of_the_base_is_named(tmp_path, base):
     official = official_base(base)
     del official["sem_seg_head.predictor.transformer_ffn_layers.1.linear2.bias"]
     torch.save(official, tmp_path / "official.pth")
-    with pytest.raises(InputError, match=r"tensor 'layers\.1\.linear2\.bias' is missing for this model"):
+    with pytest.raises(
+        InputError, match=r"tensor 'layers\.1\.linear2\.bias' is missing for this model"
+    ):
         load_weights(converted(tmp_path / "official.pth", "lmseg"), Base(32, 5, 2, 1))
 
 
 @pytest.mark.parametrize(
     "content, words",
     [
-        ({"backbone.patch_embed.proj.weight": torch.ones(1)}, ["'backbone.patch_embed.proj.weight'", "Mask2Former"]),
-        ({"sem_seg_head.predictor.input_proj.0.weight": torch.ones(1)}, ["'sem_seg_head.predictor.input_proj.0"]),
+        (
+            {"backbone.patch_embed.proj.weight": torch.ones(1)},
+            ["'backbone.patch_embed.proj.weight'", "Mask2Former"],
+        ),
+        (
+            {"sem_seg_head.predictor.input_proj.0.weight": torch.ones(1)},
+            ["'sem_seg_head.predictor.input_proj.0"],
+        ),
         ({"criterion.empty_weight": torch.ones(1)}, ["'query_feat' is missing"]),
         ({"sem_seg_head.predictor.query_feat.weight": torch.ones(1)}, ["odd shapes"]),
     ],
@@ -417,7 +525,11 @@ def test_other_segmenters_are_refused(content, words, tmp_path, cache):
     with pytest.raises(InputError) as error:
         converted(tmp_path / "official.pth", "lmseg")
     line = str(error.value)
-    assert "\n" not in line and all(word in line for word in ["official.pth", *words]) and not cache.exists(), line
+    assert (
+        "\n" not in line
+        and all(word in line for word in ["official.pth", *words])
+        and not cache.exists()
+    ), line
 
 
 class Calls:
@@ -431,12 +543,20 @@ class Calls:
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 5])
-@pytest.mark.parametrize("inside", [lambda x: x, lambda x: np.array([x], dtype=object), lambda x: {"model": {"a": x}}])
+@pytest.mark.parametrize(
+    "inside", [lambda x: x, lambda x: np.array([x], dtype=object), lambda x: {"model": {"a": x}}]
+)
 def test_code_in_a_pickle_of_arrays_does_not_run(protocol, inside, tmp_path, cache):
     file, folder = tmp_path / "zoo.pkl", tmp_path / "made by the pickle"
-    for call in [Calls(os.mkdir, str(folder)), Calls(eval, f"__import__('os').mkdir({str(folder)!r})")]:
+    for call in [
+        Calls(os.mkdir, str(folder)),
+        Calls(eval, f"__import__('os').mkdir({str(folder)!r})"),
+    ]:
         file.write_bytes(pickle.dumps(inside(call), protocol))
-        with pytest.raises(InputError, match=r"zoo\.pkl cannot be read without running code .* is no part of an array"):
+        with pytest.raises(
+            InputError,
+            match=r"zoo\.pkl cannot be read without running code .* is no part of an array",
+        ):
             converted(file, "lmseg")
         assert not folder.exists() and not cache.exists()
         pickle.loads(file.read_bytes())
@@ -444,7 +564,9 @@ def test_code_in_a_pickle_of_arrays_does_not_run(protocol, inside, tmp_path, cac
         folder.rmdir()
 
 
-POINTERS = Calls(np.ndarray, (1,), np.dtype("O"), b"12345678")  # an array that would crash when it is read
+POINTERS = Calls(
+    np.ndarray, (1,), np.dtype("O"), b"12345678"
+)  # an array that would crash when it is read
 
 
 @pytest.mark.parametrize(

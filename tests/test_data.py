@@ -13,10 +13,10 @@ from conftest import REAL
 from PIL import Image
 
 from common.batch import Sample, collate
-from common.datasets import default_eval, load_datasets, registry
-from common.datasets.base import Dataset, read_image
+from common.datasets import default_eval, load_datasets, names
+from common.datasets.dataset import Dataset, read_image
 from common.datasets.index import Index
-from common.datasets.registry import parse_datasets
+from common.datasets.names import parse_datasets
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
 from common.sampling import (
@@ -80,7 +80,9 @@ def test_masks_move_with_boxes_and_pixels():
         for mask, box in zip(out.masks, out.boxes):
             edge = torch.tensor(bright_box(mask[None] * 255)) if mask.any() else box.round()
             assert (edge - box).abs().max() <= 1.01
-        assert ((out.image[0] > 127) != out.masks.any(0)).float().mean() < 0.06  # they differ at the edges alone
+        assert (
+            (out.image[0] > 127) != out.masks.any(0)
+        ).float().mean() < 0.06  # they differ at the edges alone
     assert seen == {(0, 1), (0,), (1,), ()}
     out = ResizeShortest(80)(one)
     assert out.masks.shape == (2, 80, 120) and bright_box(out.masks[:1] * 255) == [20, 10, 60, 50]
@@ -93,7 +95,9 @@ def test_masks_are_resized_to_the_nearest_pixel(size):
     expected = torch.zeros(2, *size, dtype=torch.bool)
     for y in range(size[0]):
         for x in range(size[1]):  # the source pixel below the centre of this one
-            expected[:, y, x] = masks[:, (2 * y + 1) * 7 // (2 * size[0]), (2 * x + 1) * 9 // (2 * size[1])]
+            expected[:, y, x] = masks[
+                :, (2 * y + 1) * 7 // (2 * size[0]), (2 * x + 1) * 9 // (2 * size[1])
+            ]
     assert torch.equal(resize_masks(masks, size), expected)
     window = slice(1, 3), slice(1, 2)
     assert torch.equal(resize_masks(masks, size, window, flip=True), expected[:, 1:3, 1:2].flip(2))
@@ -135,7 +139,10 @@ def test_datasets_grammar():
 
 def test_image_labels_are_not_evaluated():
     assert default_eval("coco-base,in21k") == "coco-base"
-    assert default_eval("lvis-base:train, openimages,in-l,cc,my=dir/,own=a.json:b") == "lvis-base,oid,own=a.json:b"
+    assert (
+        default_eval("lvis-base:train, openimages,in-l,cc,my=dir/,own=a.json:b")
+        == "lvis-base,oid,own=a.json:b"
+    )
     assert default_eval("in21k:train,my=dir/") == ""
     with pytest.raises(InputError, match="no split 'val', only train"):
         load_datasets("in21k", "val", accepts=ALL)
@@ -155,7 +162,8 @@ def test_crowds_are_not_trained_on(tmp_path):
         "images": [{"id": 7, "file_name": "a.jpg", "height": 9, "width": 9}],
         "categories": [{"id": 3, "name": "cat"}],
         "annotations": [
-            {"id": 1, "image_id": 7, "category_id": 3, "bbox": [0, 0, 4, 4], "iscrowd": crowd} for crowd in (0, 1)
+            {"id": 1, "image_id": 7, "category_id": 3, "bbox": [0, 0, 4, 4], "iscrowd": crowd}
+            for crowd in (0, 1)
         ],
     }
     (tmp_path / "a.json").write_text(json.dumps(record))
@@ -174,7 +182,9 @@ def test_augmentation_depends_on_the_draw_alone(tiny_root):
     one = mixture[4, 17]
     assert torch.equal(torch.rand(1), before)  # the caller's random numbers are untouched
     assert torch.equal(mixture[4, 17].image, one.image)
-    assert mixture[4, 18].image.shape != one.image.shape or not torch.equal(mixture[4, 18].image, one.image)
+    assert mixture[4, 18].image.shape != one.image.shape or not torch.equal(
+        mixture[4, 18].image, one.image
+    )
 
 
 def test_mixture_finds_each_dataset(tiny_root):
@@ -229,7 +239,10 @@ def test_samplers_of_images_resume_and_are_shared_by_ranks(make):
     for start in (0, 1, 17):
         assert list(islice(make(1, start), 60 - start)) == whole[start:]
         for rank in (0, 1):  # an element is that of rank draw % 2, wherever a run starts
-            assert list(islice(make(1, start, rank, 2), 15)) == [x for x in whole[start:] if x[1] % 2 == rank][:15]
+            assert (
+                list(islice(make(1, start, rank, 2), 15))
+                == [x for x in whole[start:] if x[1] % 2 == rank][:15]
+            )
     assert list(islice(make(2), 60)) != whole
 
 
@@ -242,17 +255,22 @@ def test_sampler_of_batches_resumes_and_is_shared_by_ranks():
         assert list(islice(make(1, start), 60 - start)) == whole[start:]
         shares = [islice(make(1, start, rank, 2), 30) for rank in (0, 1)]
         for batch, *parts in zip(whole[start:], *shares):
-            assert len(parts[0]) == len(parts[1]) == len(batch) / 2 and sorted(parts[0] + parts[1]) == sorted(batch)
+            assert len(parts[0]) == len(parts[1]) == len(batch) / 2 and sorted(
+                parts[0] + parts[1]
+            ) == sorted(batch)
     assert list(islice(make(2), 60)) != whole
     uneven = RatioBatchSampler(FACTORS, (1, 1), (5, 3), 0, world_size=2)
     assert {len(batch) for batch in islice(uneven, 20)} == {2, 1}
 
 
 @pytest.mark.parametrize(
-    "ratios, sizes, share", [((1, 4), (8, 32), 0.5), ((1, 16), (8, 32), 0.8), ((2, 1), (4, 4), 1 / 3)]
+    "ratios, sizes, share",
+    [((1, 4), (8, 32), 0.5), ((1, 16), (8, 32), 0.8), ((2, 1), (4, 4), 1 / 3)],
 )
 def test_ratio_counts_images_and_each_batch_has_one_dataset(ratios, sizes, share):
-    batches = list(islice(RatioBatchSampler([np.ones(50), np.ones(300)], ratios, sizes, seed=0), 2000))
+    batches = list(
+        islice(RatioBatchSampler([np.ones(50), np.ones(300)], ratios, sizes, seed=0), 2000)
+    )
     second = [batch[0][0] >= 50 for batch in batches]
     assert np.mean(second) == pytest.approx(share, abs=0.04)
     for batch, is_second in zip(batches, second):
@@ -261,11 +279,15 @@ def test_ratio_counts_images_and_each_batch_has_one_dataset(ratios, sizes, share
     draws = [draw for batch in batches for _, draw in batch]
     assert len(set(draws)) == len(draws)  # no two images share an augmentation
     rows = [row for batch in batches for row, _ in batch if row < 50]
-    assert sorted(rows[:50]) == list(range(50)) and rows[:50] != rows[50:100]  # one epoch, then another
+    assert (
+        sorted(rows[:50]) == list(range(50)) and rows[:50] != rows[50:100]
+    )  # one epoch, then another
 
 
 def test_ratio_batches_repeat_rare_images():
-    stream = islice(RatioBatchSampler([np.array([1.0, 3.0, 1.0]), np.ones(4)], (1, 1), (5, 2), seed=0), 400)
+    stream = islice(
+        RatioBatchSampler([np.array([1.0, 3.0, 1.0]), np.ones(4)], (1, 1), (5, 2), seed=0), 400
+    )
     rows = [row for batch in stream for row, _ in batch]
     assert rows.count(1) / rows.count(0) == pytest.approx(3, rel=0.05)
 
@@ -299,14 +321,26 @@ def test_class_aware_sampling_needs_a_class():
 def test_derangement_keeps_nothing_in_place():
     for length in (2, 3, 50):
         order = derangement(length, seed=0)
-        assert sorted(order.tolist()) == list(range(length)) and (order != torch.arange(length)).all()
+        assert (
+            sorted(order.tolist()) == list(range(length)) and (order != torch.arange(length)).all()
+        )
 
 
 @needs_real
 def test_real_coco_and_openimages_counts():
     coco, oid = load_datasets("coco,openimages", "train", str(REAL))
-    assert (len(coco), len(coco.index.labels), int(coco.index.ignore.sum()), len(coco.vocabulary)) == (96, 710, 6, 80)
-    assert (len(oid), len(oid.index.labels), int(oid.index.ignore.sum()), len(oid.vocabulary)) == (16, 105, 3, 601)
+    assert (
+        len(coco),
+        len(coco.index.labels),
+        int(coco.index.ignore.sum()),
+        len(coco.vocabulary),
+    ) == (96, 710, 6, 80)
+    assert (len(oid), len(oid.index.labels), int(oid.index.ignore.sum()), len(oid.vocabulary)) == (
+        16,
+        105,
+        3,
+        601,
+    )
     for dataset in (coco, oid):
         for row in range(0, len(dataset), 5):
             item = dataset.load(row)
@@ -331,8 +365,16 @@ def polygon_file(folder, **annotation):
         "images": [{"id": i, "file_name": f"{i}.png", "height": 6, "width": 8} for i in (1, 2)],
         "categories": [{"id": 1, "name": "cat"}],
         "annotations": [
-            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 3], "segmentation": square} | annotation,
-            {"id": 2, "image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 6], "segmentation": crowd, "iscrowd": 1},
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 3], "segmentation": square}
+            | annotation,
+            {
+                "id": 2,
+                "image_id": 1,
+                "category_id": 1,
+                "bbox": [0, 0, 2, 6],
+                "segmentation": crowd,
+                "iscrowd": 1,
+            },
         ],
     }
     (folder / "a.json").write_text(json.dumps(record))
@@ -348,7 +390,9 @@ def test_masks_of_the_boxes_that_are_kept(tmp_path):
     expected[1:4, 1:5] = True
     assert dataset.supervision == "instances" and torch.equal(item.masks, expected[None])
     both = dataset.load(0, keep_ignored=True)
-    assert both.masks.shape == (2, 6, 8) and both.masks[1].sum() == 12 and both.masks[1, :, :2].all()
+    assert (
+        both.masks.shape == (2, 6, 8) and both.masks[1].sum() == 12 and both.masks[1, :, :2].all()
+    )
     assert dataset.load(1).masks.shape == (0, 6, 8)
     (dataset,) = load_datasets(polygon_file(tmp_path), "train")
     assert dataset.load(0).masks is None
@@ -361,7 +405,9 @@ def test_a_mask_of_another_size_is_named(tmp_path):
 
 
 def test_boxes_are_clipped_and_those_outside_are_left_out(tmp_path, caplog):
-    (dataset,) = load_datasets(polygon_file(tmp_path, bbox=[-1e9, -1e9, 2e9, 2e9]), "train", masks=True)
+    (dataset,) = load_datasets(
+        polygon_file(tmp_path, bbox=[-1e9, -1e9, 2e9, 2e9]), "train", masks=True
+    )
     assert dataset.load(0).boxes.tolist() == [[0, 0, 8, 6]] and "outside" not in dataset.summary()
     assert dataset.index.boxes[0].tolist() == [-1e9, -1e9, 1e9, 1e9]  # evaluated as annotated
     for bbox, outside in (([8, 1, 4, 4], True), ([-9, 0, 8, 4], True), ([1, 1, 0, 4], False)):
@@ -389,7 +435,9 @@ def test_images_of_another_size_are_told_once(tmp_path, caplog):
     (dataset,) = load_datasets(text, "train")
     dataset.load(1), dataset.load(0), dataset.load(1)
     (record,) = caplog.records
-    assert "my: image '2.png' has 6 x 16 pixels (height, width), but 6 x 8 in" in record.getMessage()
+    assert (
+        "my: image '2.png' has 6 x 16 pixels (height, width), but 6 x 8 in" in record.getMessage()
+    )
     caplog.clear()
     (dataset,) = load_datasets(text, "train")
     rows = Transformed(dataset, lambda sample: sample.index, [0, 1])
@@ -402,7 +450,10 @@ def test_images_of_another_size_are_told_once(tmp_path, caplog):
     [
         ({"iscrowd": "0"}, "a.json: annotation 1 has the iscrowd '0'; write the number 0 or 1"),
         ({"iscrowd": None}, "iscrowd None"),
-        ({"bbox": [0, 0, float("nan"), 1]}, "not valid json .* was it cut off, or does it hold NaN"),
+        (
+            {"bbox": [0, 0, float("nan"), 1]},
+            "not valid json .* was it cut off, or does it hold NaN",
+        ),
     ],
 )
 def test_bad_annotations(tmp_path, annotation, words):
@@ -415,7 +466,9 @@ def test_bad_annotations(tmp_path, annotation, words):
 
 def test_boxes_without_masks_stay_without(tiny_root):
     coco, o365 = load_datasets("coco,o365", "train", str(tiny_root), masks=True)
-    assert coco.load(0).masks.shape == (len(coco.load(0).boxes), 96, 96) and o365.load(0).masks is None
+    assert (
+        coco.load(0).masks.shape == (len(coco.load(0).boxes), 96, 96) and o365.load(0).masks is None
+    )
 
 
 # -- image labels
@@ -436,17 +489,34 @@ def load_folder(root, accepts=ALL):
 
 
 def test_own_image_folder(tmp_path, caplog):
-    image_folder(tmp_path, "b cat/2.JPEG", "b cat/1.png", "a dog/x.jpg", "b cat/notes.txt", "top.jpg")
+    image_folder(
+        tmp_path, "b cat/2.JPEG", "b cat/1.png", "a dog/x.jpg", "b cat/notes.txt", "top.jpg"
+    )
     image_folder(tmp_path, "b cat/.hidden.jpg", ".git/y.jpg")
     (tmp_path / "empty").mkdir()
     with caplog.at_level(logging.INFO, "concord"):
         dataset = load_folder(tmp_path)
-    assert "1 class folders without an image" in caplog.text and "1 files that are no images" in caplog.text
+    assert (
+        "1 class folders without an image" in caplog.text
+        and "1 files that are no images" in caplog.text
+    )
     assert dataset.vocabulary.names == dataset.vocabulary.ids == ("a dog", "b cat")
-    assert [dataset.index.file_name(i) for i in range(3)] == ["a dog/x.jpg", "b cat/1.png", "b cat/2.JPEG"]
+    assert [dataset.index.file_name(i) for i in range(3)] == [
+        "a dog/x.jpg",
+        "b cat/1.png",
+        "b cat/2.JPEG",
+    ]
     item = dataset.load(2)
-    assert (item.supervision, item.dataset, item.image_labels.tolist()) == ("image_labels", "mine", [1])
-    assert item.image.shape == (3, 4, 5) and item.boxes.shape == (0, 4) and item.image_labels.dtype == torch.int64
+    assert (item.supervision, item.dataset, item.image_labels.tolist()) == (
+        "image_labels",
+        "mine",
+        [1],
+    )
+    assert (
+        item.image.shape == (3, 4, 5)
+        and item.boxes.shape == (0, 4)
+        and item.image_labels.dtype == torch.int64
+    )
     assert LargeScaleJitter(8)(item).image_labels.tolist() == [1]
     assert dataset.image_counts().tolist() == [1, 2]
     assert dataset.summary().startswith("mine: 3 images") and "3 image labels" in dataset.summary()
@@ -454,7 +524,14 @@ def test_own_image_folder(tmp_path, caplog):
 
 def test_wordnet_ids_are_named(tmp_path, caplog):
     root = tmp_path / "imagenet" / "ImageNet-21K"
-    image_folder(root, "n00000001/a.JPEG", "n00000002/b.JPEG", "n00000003/c.JPEG", "n00000004/d.JPEG", "extra/e.JPEG")
+    image_folder(
+        root,
+        "n00000001/a.JPEG",
+        "n00000002/b.JPEG",
+        "n00000003/c.JPEG",
+        "n00000004/d.JPEG",
+        "extra/e.JPEG",
+    )
     (root.parent / "words.txt").write_text(
         "n00000001\ttench, Tinca tinca\nn00000002\tcrane\nn00000003\tcrane\nn00000004\tlion, Panthera leo\n"
     )
@@ -475,14 +552,22 @@ def test_wordnet_ids_are_named(tmp_path, caplog):
         (["train/cat/a.jpg"], ["hold no images", "below"]),
         (["cat/notes.txt"], ["hold no images"]),
         (["n00000001.tar", "cat/notes.txt"], ["n00000001.tar is no whole tar file"]),
-        (["n00000001/a.jpg", "cat/a.jpg"], ["n00000001 is a WordNet id without a name", "classes.csv"]),
-        (["cat/a.jpg", "n00000001/a.jpg", "classes.csv"], ["classes.csv", "column 'wnid' is missing"]),
+        (
+            ["n00000001/a.jpg", "cat/a.jpg"],
+            ["n00000001 is a WordNet id without a name", "classes.csv"],
+        ),
+        (
+            ["cat/a.jpg", "n00000001/a.jpg", "classes.csv"],
+            ["classes.csv", "column 'wnid' is missing"],
+        ),
     ],
 )
 def test_bad_image_folders(tmp_path, files, words):
     with pytest.raises(InputError) as error:
         load_folder(image_folder(tmp_path / "images", *files))
-    assert all(word in str(error.value) for word in words) and str(tmp_path / "images") in str(error.value)
+    assert all(word in str(error.value) for word in words) and str(tmp_path / "images") in str(
+        error.value
+    )
 
 
 def test_a_class_folder_whose_name_is_no_text(tmp_path):
@@ -539,14 +624,18 @@ def test_names_of_own_data_can_name_files(name):
 
 def test_a_method_for_boxes_refuses_image_labels(tmp_path, monkeypatch):
     image_folder(tmp_path, "cat/a.jpg", "my/1.png", "imagenet/ImageNet-21K/cat/a.jpg")
-    with pytest.raises(InputError, match="'mine' has image labels only; this method needs boxes or instances"):
+    with pytest.raises(
+        InputError, match="'mine' has image labels only; this method needs boxes or instances"
+    ):
         load_datasets(f"mine={tmp_path}", "train")
     with pytest.raises(InputError, match=r"'my' has image labels only.*--eval-datasets"):
         load_datasets(tagged(tmp_path), "val")
     box = {"id": 1, "image_id": 1, "category_id": 7, "bbox": [0, 0, 1, 1]}
     with pytest.raises(InputError, match="'my' has boxes only; this method needs image labels"):
         load_datasets(tagged(tmp_path, annotations=[box]), "train", accepts=("image_labels",))
-    monkeypatch.setattr(registry, "read_folder", None)  # a refusal comes before millions of files are listed
+    monkeypatch.setattr(
+        names, "read_folder", None
+    )  # a refusal comes before millions of files are listed
     with pytest.raises(InputError, match="'in21k' has image labels only"):
         load_datasets("in21k", "train", str(tmp_path))
 
@@ -555,15 +644,26 @@ def tagged(folder, file="a.json", below="", **fields):
     """A file such as Detic's tools make of Conceptual Captions."""
     record = {
         "images": [
-            {"id": 1, "file_name": "1.png", "pos_category_ids": [9, 7, 9], "captions": ["a cat", "a dog and a cat"]},
+            {
+                "id": 1,
+                "file_name": "1.png",
+                "pos_category_ids": [9, 7, 9],
+                "captions": ["a cat", "a dog and a cat"],
+            },
             {"id": 2, "file_name": "2.png", "pos_category_ids": []},
             {"id": 3, "file_name": "3.png", "captions": ["nothing known"]},
         ],
-        "categories": [{"id": 9, "name": "dog"}, {"id": 7, "name": "cat"}, {"id": 8, "name": "cow"}],
+        "categories": [
+            {"id": 9, "name": "dog"},
+            {"id": 7, "name": "cat"},
+            {"id": 8, "name": "cow"},
+        ],
         "annotations": [],
     } | fields
     (folder / file).parent.mkdir(parents=True, exist_ok=True)
-    (folder / file).write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
+    (folder / file).write_text(
+        json.dumps({key: value for key, value in record.items() if value is not None})
+    )
     image_folder(folder / below, "1.png", "2.png", "3.png")
     return f"my={folder / file}:{folder / below}"
 
@@ -572,11 +672,22 @@ def tagged(folder, file="a.json", below="", **fields):
 def test_tagged_images(tmp_path, annotations):
     (dataset,) = load_datasets(tagged(tmp_path, annotations=annotations), "train", accepts=ALL)
     items = [dataset.load(i) for i in range(3)]
-    assert [item.image_labels.tolist() for item in items] == [[0, 2], [], []] and dataset.vocabulary.ids == (7, 8, 9)
-    assert [item.captions for item in items] == [("a cat", "a dog and a cat"), (), ("nothing known",)]
+    assert [item.image_labels.tolist() for item in items] == [
+        [0, 2],
+        [],
+        [],
+    ] and dataset.vocabulary.ids == (7, 8, 9)
+    assert [item.captions for item in items] == [
+        ("a cat", "a dog and a cat"),
+        (),
+        ("nothing known",),
+    ]
     assert all(item.supervision == "image_labels" and item.boxes.shape == (0, 4) for item in items)
     assert dataset.image_counts().tolist() == [1, 0, 1]
-    assert "3 images (1 without label and caption), 2 image labels, 3 captions, no boxes" in dataset.summary()
+    assert (
+        "3 images (1 without label and caption), 2 image labels, 3 captions, no boxes"
+        in dataset.summary()
+    )
 
 
 def test_conceptual_captions_and_imagenet_lvis_in_the_layout_of_detic(tmp_path):
@@ -584,10 +695,16 @@ def test_conceptual_captions_and_imagenet_lvis_in_the_layout_of_detic(tmp_path):
     tagged(tmp_path, "cc3m/train_image_info_tags.json", "cc3m/training")
     tagged(tmp_path, listed, "imagenet/ImageNet-LVIS")
     cc, imagenet = load_datasets("cc,in-l", "train", str(tmp_path), accepts=ALL)
-    assert cc.name == "cc" and imagenet.name == "in-l" and cc.vocabulary.names == imagenet.vocabulary.names
+    assert (
+        cc.name == "cc"
+        and imagenet.name == "in-l"
+        and cc.vocabulary.names == imagenet.vocabulary.names
+    )
     (tmp_path / listed).unlink()
     image_folder(tmp_path / "imagenet/ImageNet-LVIS", "cat/a.jpg")
-    assert load_datasets("in-l", "train", str(tmp_path), accepts=ALL)[0].vocabulary.names == ("cat",)
+    assert load_datasets("in-l", "train", str(tmp_path), accepts=ALL)[0].vocabulary.names == (
+        "cat",
+    )
 
 
 @pytest.mark.parametrize(
@@ -600,7 +717,9 @@ def test_conceptual_captions_and_imagenet_lvis_in_the_layout_of_detic(tmp_path):
     ],
 )
 def test_bad_tags(tmp_path, image, words):
-    text = tagged(tmp_path, images=[{"id": 4, "file_name": "1.png", "pos_category_ids": [7]} | image])
+    text = tagged(
+        tmp_path, images=[{"id": 4, "file_name": "1.png", "pos_category_ids": [7]} | image]
+    )
     with pytest.raises(InputError) as error:
         load_datasets(text, "train", accepts=ALL)
     assert all(word in str(error.value) for word in ["a.json", *words])
@@ -618,15 +737,24 @@ def test_a_file_without_annotations_and_tags_is_broken(tmp_path):
 def boxes_file(path, categories, images, per_image, **fields):
     """`per_image` category ids of each image; x and area of a box are its category id."""
     annotations = [
-        {"image_id": i, "category_id": c, "bbox": [c, 0, 1, 1], "segmentation": [[c, 0, c + 1, 0, c + 1, 1]], "area": c}
+        {
+            "image_id": i,
+            "category_id": c,
+            "bbox": [c, 0, 1, 1],
+            "segmentation": [[c, 0, c + 1, 0, c + 1, 1]],
+            "area": c,
+        }
         for i, each in enumerate(per_image)
         for c in each
     ]
     record = {
         "images": [
-            {"id": i, "file_name": f"{i}.png", "height": 9, "width": 99} | fields for i in range(len(per_image))
+            {"id": i, "file_name": f"{i}.png", "height": 9, "width": 99} | fields
+            for i in range(len(per_image))
         ],
-        "annotations": [annotation | {"id": id} for id, annotation in enumerate(reversed(annotations))],
+        "annotations": [
+            annotation | {"id": id} for id, annotation in enumerate(reversed(annotations))
+        ],
         "categories": categories,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -638,7 +766,12 @@ def ids_per_image(dataset):
     """The category ids of each image; boxes, areas and segmentations must still belong to them."""
     index = dataset.index
     ids = [dataset.vocabulary.ids[label] for label in index.labels]
-    assert ids == index.boxes[:, 0].tolist() == index.areas.tolist() == [s[0][0] for s in index.segmentations]
+    assert (
+        ids
+        == index.boxes[:, 0].tolist()
+        == index.areas.tolist()
+        == [s[0][0] for s in index.segmentations]
+    )
     return [sorted(ids[index.rows(i)]) for i in range(len(index))]
 
 
@@ -650,18 +783,31 @@ def test_coco_base(tmp_path, caplog):
         path = tmp_path / f"coco/annotations/instances_{split}2017.json"
         boxes_file(path, categories, tmp_path / f"coco/{split}2017", per_image)
     with caplog.at_level(logging.INFO, "concord"):
-        (train,), (val,) = (load_datasets("coco-base", split, str(tmp_path)) for split in ("train", "val"))
+        (train,), (val,) = (
+            load_datasets("coco-base", split, str(tmp_path)) for split in ("train", "val")
+        )
     assert "coco-base: 4 of 8 train boxes are left out; 48 base and 17 novel classes" in caplog.text
     assert "coco-base: 2 of 4 train images without a box are left out" in caplog.text
     assert ids_per_image(train) == [[1], [1, 90, 90]] and list(train.index.image_ids) == [0, 3]
-    assert ids_per_image(val) == [[1, 5], [17, 17], [1, 90, 90]] and list(val.index.image_ids) == [0, 2, 3]
+    assert ids_per_image(val) == [[1, 5], [17, 17], [1, 90, 90]] and list(val.index.image_ids) == [
+        0,
+        2,
+        3,
+    ]
     assert [val.index.file_name(i) for i in range(3)] == ["0.png", "2.png", "3.png"]
     assert train.name == train.vocabulary.dataset == train.load(0).dataset == "coco-base"
     assert train.vocabulary == val.vocabulary and len(train.vocabulary) == 65
-    assert list(train.vocabulary.ids) == sorted(train.vocabulary.ids) and 10 not in train.vocabulary.ids
+    assert (
+        list(train.vocabulary.ids) == sorted(train.vocabulary.ids)
+        and 10 not in train.vocabulary.ids
+    )
     assert train.metric == "coco" and train.supervision == "instances"
     names = [train.vocabulary.names[label] for label in train.novel]
-    assert train.novel == val.novel and len(names) == 17 and {"airplane", "cat", "scissors"} < set(names)
+    assert (
+        train.novel == val.novel
+        and len(names) == 17
+        and {"airplane", "cat", "scissors"} < set(names)
+    )
 
 
 def named(path, names, image="a.jpg", **category):
@@ -686,17 +832,27 @@ def test_names_of_known_datasets(tmp_path):
     (dataset,) = load_datasets("o365", "val", str(tmp_path))
     assert dataset.vocabulary.names == ("Person", "Chair", "Cutting/chopping Board")
     assert dataset.index.file_name(0) == "patch6/a.jpg"
-    (tmp_path / "images").rename(tmp_path / "objects365/val/images")  # in the tree of the file names
+    (tmp_path / "images").rename(
+        tmp_path / "objects365/val/images"
+    )  # in the tree of the file names
     named(path, {1: "Person"}, "images/v1/patch6/b.jpg")
-    assert load_datasets("o365", "val", str(tmp_path))[0].index.file_name(0) == "images/v1/patch6/b.jpg"
+    assert (
+        load_datasets("o365", "val", str(tmp_path))[0].index.file_name(0)
+        == "images/v1/patch6/b.jpg"
+    )
     named(path, {1: "human", 2: "sneakers", 3: "chair", 4: "hat", 5: "lamp"})  # Objects365 v1
-    with pytest.raises(InputError, match="category id 1 is 'human', but 'Person' in 'o365'; is it another dataset's"):
+    with pytest.raises(
+        InputError,
+        match="category id 1 is 'human', but 'Person' in 'o365'; is it another dataset's",
+    ):
         load_datasets("o365", "val", str(tmp_path))
 
 
 def test_images_that_objects365_never_had_are_left_out(tmp_path, caplog):
     path = tmp_path / "objects365/annotations/zhiyuan_objv2_train.json"
-    boxes_file(path, [{"id": 1, "name": "Person"}], tmp_path / "objects365/train", [[1], [1, 1], []])
+    boxes_file(
+        path, [{"id": 1, "name": "Person"}], tmp_path / "objects365/train", [[1], [1, 1], []]
+    )
     record = json.loads(path.read_text())
     record["images"][0]["file_name"] = "images/v1/patch6/objects365_v1_00320532.jpg"
     path.write_text(json.dumps(record))
@@ -717,7 +873,9 @@ def test_names_that_no_file_has(tmp_path, name):
 def test_training_needs_a_box(tmp_path):
     named(tmp_path / "a.json", {1: "cat"})
     image_folder(tmp_path, "a.jpg")
-    with pytest.raises(InputError, match=r"a\.json has no box to learn from; add annotations or, for image labels"):
+    with pytest.raises(
+        InputError, match=r"a\.json has no box to learn from; add annotations or, for image labels"
+    ):
         load_datasets(f"my={tmp_path}/a.json:{tmp_path}", "train")
     assert len(load_datasets(f"my={tmp_path}/a.json:{tmp_path}", "val")[0]) == 1
 
@@ -728,7 +886,10 @@ def test_masks_of_some_boxes_are_not_used(tmp_path, caplog):
     del record["annotations"][1]["segmentation"]
     (tmp_path / "a.json").write_text(json.dumps(record))
     (dataset,) = load_datasets(f"my={tmp_path}/a.json:{tmp_path}", "train")
-    assert dataset.supervision == "boxes" and "only 2 of 3 annotations have a segmentation" in caplog.text
+    assert (
+        dataset.supervision == "boxes"
+        and "only 2 of 3 annotations have a segmentation" in caplog.text
+    )
 
 
 def test_bad_categories_and_sizes(tmp_path):
@@ -739,7 +900,9 @@ def test_bad_categories_and_sizes(tmp_path):
     image_folder(tmp_path / "coco", "a.jpg")
     for frequency in ("rare", None, ""):
         named(tmp_path / "lvis/lvis_v1_val.json", {1: "aerosol can"}, frequency=frequency)
-        with pytest.raises(InputError, match=f"category 1 has the frequency {frequency!r}; write r, c or f"):
+        with pytest.raises(
+            InputError, match=f"category 1 has the frequency {frequency!r}; write r, c or f"
+        ):
             load_datasets("lvis", "val", str(tmp_path))
     image_folder(tmp_path, "a.jpg")
     for height in (2**31, -1):
@@ -751,7 +914,7 @@ def test_bad_categories_and_sizes(tmp_path):
 
 
 def test_a_data_root_that_is_not_read_is_said(tiny_root, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(registry, "generate", lambda *_: tiny_root)
+    monkeypatch.setattr(names, "generate", lambda *_: tiny_root)
     load_datasets("coco", "val", tiny=96)
     assert "stand-in" not in caplog.text
     load_datasets("coco", "val", str(tmp_path), tiny=96)
@@ -760,15 +923,25 @@ def test_a_data_root_that_is_not_read_is_said(tiny_root, tmp_path, caplog, monke
 
 def test_lvis_base(tmp_path):
     classes = ((1, "aerosol_can", "c"), (2, "air_conditioner", "f"), (5, "alcohol", "r"))
-    categories = [{"id": id, "name": name, "frequency": frequency} for id, name, frequency in classes]
+    categories = [
+        {"id": id, "name": name, "frequency": frequency} for id, name, frequency in classes
+    ]
     fields = {"neg_category_ids": [5], "not_exhaustive_category_ids": [2]}
     for split in ("train", "val"):
         path = tmp_path / f"lvis/lvis_v1_{split}.json"
         boxes_file(path, categories, tmp_path / "coco", [[5], [1, 5, 2, 5]], **fields)
-    (train,), (val,) = (load_datasets("lvis-base", split, str(tmp_path)) for split in ("train", "val"))
+    (train,), (val,) = (
+        load_datasets("lvis-base", split, str(tmp_path)) for split in ("train", "val")
+    )
     assert ids_per_image(train) == [[], [1, 2]] and ids_per_image(val) == [[5], [1, 2, 5, 5]]
-    assert train.vocabulary.names == tuple(name for _, name, _ in classes) and train.novel == val.novel == (2,)
-    assert train.metric == "lvis" and train.frequency == "cfr" and list(train.index.negatives) == [[2], [2]]
+    assert train.vocabulary.names == tuple(
+        name for _, name, _ in classes
+    ) and train.novel == val.novel == (2,)
+    assert (
+        train.metric == "lvis"
+        and train.frequency == "cfr"
+        and list(train.index.negatives) == [[2], [2]]
+    )
     assert list(train.index.not_exhaustive) == [[1], [1]]
     assert train.name == train.vocabulary.dataset == train.load(0).dataset == "lvis-base"
     assert repeat_factors([train], 2.0) == pytest.approx([1, 2])  # the empty image is still there
@@ -776,8 +949,12 @@ def test_lvis_base(tmp_path):
 
 @needs_real
 def test_real_image_folders():
-    imagenet, clothing = (load_folder(REAL / name) for name in ("imagenet_folder", "clothing_folder/train"))
-    assert (len(imagenet), len(imagenet.vocabulary)) == (200, 200) and imagenet.vocabulary.names[0] == "tench"
+    imagenet, clothing = (
+        load_folder(REAL / name) for name in ("imagenet_folder", "clothing_folder/train")
+    )
+    assert (len(imagenet), len(imagenet.vocabulary)) == (200, 200) and imagenet.vocabulary.names[
+        0
+    ] == "tench"
     assert imagenet.vocabulary.ids[0] == "n01440764" and imagenet.load(0).image.shape[0] == 3
     assert (len(clothing), clothing.vocabulary.names[:2]) == (160, ("dress", "hat"))
     assert clothing.image_counts().tolist() == [16] * 10

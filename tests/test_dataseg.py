@@ -18,18 +18,18 @@ from test_equations import bce, random_boxes, sigmoid, unit_rows
 from torch import nn
 
 import common.backbone
-import common.set_loss
+import common.point_matching
 import dataseg
 from common.batch import Batch, Sample, collate
 from common.checkpoint import save_tensors
+from common.command import parse_args
 from common.convert import convert_mask2former
 from common.datasets import load_datasets
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
-from common.matcher import Targets
+from common.point_matching import point_sample
 from common.segments import restore
-from common.set_loss import point_sample
-from common.training import parse_args
+from common.targets import Targets
 from common.transformer import sine_position
 from dataseg import Output
 
@@ -69,12 +69,19 @@ def projection(mask: list[list[float]], *sides: list[float]) -> float:
     total = 0.0
     for lines, t in zip((mask, zip(*mask)), sides):
         x = [max(map(sigmoid, line)) for line in lines]
-        total += 1 - 2 * sum(a * b for a, b in zip(x, t)) / (sum(a * a for a in x) + sum(b * b for b in t) + 1e-5)
+        total += 1 - 2 * sum(a * b for a, b in zip(x, t)) / (
+            sum(a * a for a in x) + sum(b * b for b in t) + 1e-5
+        )
     return total
 
 
-def random_output(depths: int = 2, images: int = 2, queries: int = 4, classes: int = 3, size=(6, 8)) -> Output:
-    logits, embed = torch.randn(depths, images, queries, classes + 1), torch.randn(depths, images, queries, 8)
+def random_output(
+    depths: int = 2, images: int = 2, queries: int = 4, classes: int = 3, size=(6, 8)
+) -> Output:
+    logits, embed = (
+        torch.randn(depths, images, queries, classes + 1),
+        torch.randn(depths, images, queries, 8),
+    )
     return Output(*(x.requires_grad_() for x in (2 * logits, embed, torch.randn(images, 8, *size))))
 
 
@@ -97,15 +104,23 @@ def blocks(cells):
 def masks_of(*labels: list[int], size=(6, 8)) -> list[Targets]:
     """Random masks of so many images."""
     cells = [torch.rand(len(own), *size) > 0.5 for own in labels]
-    return [Targets(torch.zeros(0, 4), torch.tensor(own), masks=blocks(c)) for own, c in zip(labels, cells)]
+    return [
+        Targets(torch.zeros(0, 4), torch.tensor(own), masks=blocks(c))
+        for own, c in zip(labels, cells)
+    ]
 
 
 def boxes_of(*labels: list[int], side: float = 24) -> list[Targets]:
-    return [Targets(random_boxes(len(own), side, 4), torch.tensor(own, dtype=torch.long)) for own in labels]
+    return [
+        Targets(random_boxes(len(own), side, 4), torch.tensor(own, dtype=torch.long))
+        for own in labels
+    ]
 
 
 TARGETS = {"masks": masks_of, "boxes": boxes_of}
-NOTHING = {"masks": Targets(torch.zeros(0, 4), torch.zeros(0).long(), masks=torch.zeros(0, 24, 32).bool())}
+NOTHING = {
+    "masks": Targets(torch.zeros(0, 4), torch.zeros(0).long(), masks=torch.zeros(0, 24, 32).bool())
+}
 NOTHING["boxes"] = Targets(torch.zeros(0, 4), torch.zeros(0).long())
 ALONE = torch.zeros(3, dtype=torch.bool)
 
@@ -129,7 +144,10 @@ def test_class_loss_is_the_sum_over_depths_of_weighted_means():
 
 
 def test_mask_losses_at_points():
-    logits, truth = 3 * torch.randn(5, 7), torch.rand(5, 7)  # between pixels the truth is between 0 and 1
+    logits, truth = (
+        3 * torch.randn(5, 7),
+        torch.rand(5, 7),
+    )  # between pixels the truth is between 0 and 1
     pairs = list(zip(logits.tolist(), truth.tolist()))
     expected = sum(sum(map(soft_bce, x, t)) / 7 for x, t in pairs) / 2.5
     assert dataseg.loss_mask(logits, truth, 2.5).item() == pytest.approx(expected, rel=1e-5)
@@ -138,10 +156,18 @@ def test_mask_losses_at_points():
 
 
 def test_projection_loss():
-    masks, rows, columns = 2 * torch.randn(3, 4, 5), torch.rand(3, 4).round(), torch.rand(3, 5).round()
+    masks, rows, columns = (
+        2 * torch.randn(3, 4, 5),
+        torch.rand(3, 4).round(),
+        torch.rand(3, 5).round(),
+    )
     expected = sum(map(projection, masks.tolist(), rows.tolist(), columns.tolist())) / 1.5
-    assert dataseg.loss_projection(masks, rows, columns, 1.5).item() == pytest.approx(expected, rel=1e-5)
-    nothing = dataseg.loss_projection(torch.full((1, 4, 5), -1e4), torch.zeros(1, 4), torch.zeros(1, 5), 1)
+    assert dataseg.loss_projection(masks, rows, columns, 1.5).item() == pytest.approx(
+        expected, rel=1e-5
+    )
+    nothing = dataseg.loss_projection(
+        torch.full((1, 4, 5), -1e4), torch.zeros(1, 4), torch.zeros(1, 5), 1
+    )
     assert nothing == 2  # and no division by 0
 
 
@@ -161,12 +187,16 @@ def test_projections_of_a_filled_box_and_of_all_that_spans_it():
 
 
 def test_cells_of_boxes_are_those_whose_centre_is_inside():
-    boxes = torch.cat([random_boxes(30, 34, 0.1), torch.tensor([[4.0, 8, 6, 10], [4.0, 8, 5.9, 9.9]])])
+    boxes = torch.cat(
+        [random_boxes(30, 34, 0.1), torch.tensor([[4.0, 8, 6, 10], [4.0, 8, 5.9, 9.9]])]
+    )
     sides = dataseg.rasterise(boxes, (9, 11))
     assert [side.shape for side in sides] == [(32, 9), (32, 11)]
     for box, *lines in zip(boxes.tolist(), *(side.tolist() for side in sides)):
         for line, low, high in zip(lines, (box[1], box[0]), (box[3], box[2])):
-            inside = [float(math.floor(low) <= 4 * i + 2 < math.floor(high + 1)) for i in range(len(line))]
+            inside = [
+                float(math.floor(low) <= 4 * i + 2 < math.floor(high + 1)) for i in range(len(line))
+            ]
             assert line == inside or (not any(inside) and sum(line) == 1)
 
 
@@ -199,7 +229,9 @@ def test_matching_is_the_cheapest_by_the_costs_of_the_losses(kind, monkeypatch):
     torch.manual_seed(3)
     pairs = dataseg.match(args, output, targets)
     torch.manual_seed(3)
-    for i, (t, cost, (depths, queries, columns)) in enumerate(zip(targets, costs, pairs, strict=True)):
+    for i, (t, cost, (depths, queries, columns)) in enumerate(
+        zip(targets, costs, pairs, strict=True)
+    ):
         points = torch.rand(1, 30, 2)  # the same for all queries and depths
         for z in range(2):
             for q, n in itertools.product(range(4), range(len(t.labels))):
@@ -207,15 +239,21 @@ def test_matching_is_the_cheapest_by_the_costs_of_the_losses(kind, monkeypatch):
                 if kind == "masks":
                     x = point_sample(masks[z, i, q][None], points)[0].tolist()
                     truth = point_sample(t.masks[n][None], points)[0].tolist()
-                    expected += 5 * sum(map(soft_bce, x, truth)) / 30 + 5 * dice(list(map(sigmoid, x)), truth)
+                    expected += 5 * sum(map(soft_bce, x, truth)) / 30 + 5 * dice(
+                        list(map(sigmoid, x)), truth
+                    )
                 else:
                     sides = (side[n].tolist() for side in dataseg.rasterise(t.boxes, (6, 8)))
                     expected += 5 * projection(masks[z, i, q].tolist(), *sides)
                 assert cost[z, q, n].item() == pytest.approx(expected, rel=1e-4)
             all_ways = itertools.permutations(range(4), len(t.labels))
-            best = min(all_ways, key=lambda way: sum(cost[z, q, n].item() for n, q in enumerate(way)))
+            best = min(
+                all_ways, key=lambda way: sum(cost[z, q, n].item() for n, q in enumerate(way))
+            )
             here = depths == z
-            assert dict(zip(columns[here].tolist(), queries[here].tolist())) == dict(enumerate(best))
+            assert dict(zip(columns[here].tolist(), queries[here].tolist())) == dict(
+                enumerate(best)
+            )
         assert (columns.diff() >= 0).all() and not cost.requires_grad
 
 
@@ -225,7 +263,9 @@ def test_matching_of_none_and_of_more_than_there_are_queries(kind):
     [one, many] = dataseg.match(SMALL, output, [NOTHING[kind], *TARGETS[kind]([0, 1, 2] * 3)])
     assert [len(part) for part in one] == [0, 0, 0]
     depth, query, target = many
-    assert sorted(zip(depth.tolist(), query.tolist())) == list(itertools.product(range(3), range(4)))
+    assert sorted(zip(depth.tolist(), query.tolist())) == list(
+        itertools.product(range(3), range(4))
+    )
     assert len(set(zip(depth.tolist(), target.tolist()))) == 12
 
 
@@ -241,7 +281,7 @@ def cells(monkeypatch):
         assert num == SMALL.points and not logits.requires_grad
         return torch.stack([x, y], -1).view(1, -1, 2).expand(len(logits), -1, -1)
 
-    monkeypatch.setattr(common.set_loss, "uncertain_points", centres)
+    monkeypatch.setattr(common.point_matching, "uncertain_points", centres)
 
 
 @pytest.mark.parametrize("kind", TARGETS)
@@ -250,13 +290,21 @@ def test_loss_of_all_depths_and_images(kind, cells, monkeypatch):
     masks, pairs = all_masks(output), dataseg.match(SMALL, output, targets)
     monkeypatch.setattr(dataseg, "match", lambda *_: pairs)
     monkeypatch.setattr(dataseg, "mean_over_ranks", lambda count: count * 1.5)
-    labels, expected = torch.full((3, 2, 4), 3), dict.fromkeys(("loss_mask", "loss_dice", "loss_projection"), 0.0)
+    labels, expected = (
+        torch.full((3, 2, 4), 3),
+        dict.fromkeys(("loss_mask", "loss_dice", "loss_projection"), 0.0),
+    )
     for i, (t, matched) in enumerate(zip(targets, pairs)):
         for z, q, n in zip(*(part.tolist() for part in matched)):
             labels[z, i, q] = t.labels[n]
             if kind == "masks":
-                x, truth = masks[z, i, q].flatten().tolist(), t.masks[n, 2::4, 2::4].flatten().float().tolist()
-                expected["loss_mask"] += 5 * sum(map(soft_bce, x, truth)) / 48 / 6  # 4 targets here, 8 on another rank
+                x, truth = (
+                    masks[z, i, q].flatten().tolist(),
+                    t.masks[n, 2::4, 2::4].flatten().float().tolist(),
+                )
+                expected["loss_mask"] += (
+                    5 * sum(map(soft_bce, x, truth)) / 48 / 6
+                )  # 4 targets here, 8 on another rank
                 expected["loss_dice"] += 5 * dice(list(map(sigmoid, x)), truth) / 6
             else:
                 sides = (side[n].tolist() for side in dataseg.rasterise(t.boxes, (6, 8)))
@@ -273,23 +321,34 @@ def test_loss_of_all_depths_and_images(kind, cells, monkeypatch):
     monkeypatch.setattr(dataseg, "mean_over_ranks", lambda count: count * 0.1)
     few = dataseg.compute_losses(SMALL, output, targets, ALONE)
     for name in expected.keys() - {"loss_class"}:
-        assert few[name].item() == pytest.approx(6 * losses[name].item(), rel=1e-4)  # at least one target
+        assert few[name].item() == pytest.approx(
+            6 * losses[name].item(), rel=1e-4
+        )  # at least one target
 
 
 @pytest.mark.parametrize("merging", [True, False])
 @pytest.mark.parametrize("kind", TARGETS)
 def test_an_image_without_targets_beside_another(kind, merging):
     output, (some,) = random_output(), TARGETS[kind]([2, 0])
-    losses = dataseg.compute_losses(replace(SMALL, merge_in_training=merging), output, [NOTHING[kind], some], ~ALONE)
+    losses = dataseg.compute_losses(
+        replace(SMALL, merge_in_training=merging), output, [NOTHING[kind], some], ~ALONE
+    )
     losses["loss"].backward()
-    assert losses["loss"].isfinite() and output.mask_features.grad[1].any() and not output.mask_features.grad[0].any()
+    assert (
+        losses["loss"].isfinite()
+        and output.mask_features.grad[1].any()
+        and not output.mask_features.grad[0].any()
+    )
     assert output.logits.grad.any(-1).all()
 
 
 def test_boxes_alone_teach_rectangles():
     """Free mask logits, positive in the beginning, become the boxes that they are matched with."""
     targets = [Targets(torch.tensor([[8.0, 12, 40, 36], [36, 4, 60, 60]]), torch.tensor([2, 0]))]
-    masks, logits = (1 + 0.1 * torch.randn(1, 4, 16, 16)).requires_grad_(), torch.zeros(1, 4, 4, requires_grad=True)
+    masks, logits = (
+        (1 + 0.1 * torch.randn(1, 4, 16, 16)).requires_grad_(),
+        torch.zeros(1, 4, 4, requires_grad=True),
+    )
     optimizer = torch.optim.Adam([masks, logits], lr=0.3)
     for _ in range(200):
         optimizer.zero_grad()
@@ -308,8 +367,15 @@ KINDS = Vocabulary("a", ("cat", "grass", "sky"), is_thing=(True, False, False))
 
 
 def test_merged_classes_of_the_tasks():
-    merged = {task: dataseg.merged_classes(KINDS, task).tolist() for task in ("semantic", "panoptic", "instance")}
-    assert merged == {"semantic": [True] * 3, "panoptic": [False, True, True], "instance": [False] * 3}
+    merged = {
+        task: dataseg.merged_classes(KINDS, task).tolist()
+        for task in ("semantic", "panoptic", "instance")
+    }
+    assert merged == {
+        "semantic": [True] * 3,
+        "panoptic": [False, True, True],
+        "instance": [False] * 3,
+    }
     plain = replace(KINDS, is_thing=None)  # what is not known to be stuff is left alone
     merged = {task: dataseg.merged_classes(plain, task).tolist() for task in merged}
     assert merged == {"semantic": [True] * 3, "panoptic": [False] * 3, "instance": [False] * 3}
@@ -339,25 +405,48 @@ def labelled(dataset: str, supervision: str, labels: list[int], size=(20, 24)) -
     if supervision in ("semantic", "panoptic"):
         return replace(sample, segments=torch.randint(-1, len(labels), size).short())
     sample = replace(sample, boxes=random_boxes(len(labels), min(size)))
-    return sample if supervision == "boxes" else replace(sample, masks=torch.rand(len(labels), *size) > 0.5)
+    return (
+        sample
+        if supervision == "boxes"
+        else replace(sample, masks=torch.rand(len(labels), *size) > 0.5)
+    )
 
 
 def test_targets_of_each_supervision():
-    kinds = {"semantic": [2, 0, 1], "panoptic": [1, 0, 2, 1, 0], "instances": [1, 1], "boxes": [0, 1]}
+    kinds = {
+        "semantic": [2, 0, 1],
+        "panoptic": [1, 0, 2, 1, 0],
+        "instances": [1, 1],
+        "boxes": [0, 1],
+    }
     samples = [labelled("a", kind, labels) for kind, labels in kinds.items()]
     batch, targets = collate(samples), []
     for i, kind in enumerate(kinds):
         merged = dataseg.merged_classes(KINDS, dataseg.TASKS[kind])
-        targets.append(dataseg.assign_targets(replace(batch, samples=[batch.samples[i]]), merged)[0])
+        targets.append(
+            dataseg.assign_targets(replace(batch, samples=[batch.samples[i]]), merged)[0]
+        )
     *targets, boxes = targets
     assert [t.labels.tolist() for t in targets] == [[0, 1, 2], [0, 0, 1, 2], [1, 1]]
-    members = [[[1], [2], [0]], [[1], [4], [0, 3], [2]], [[0], [1]]]  # rows of the sample, in the order of the targets
+    members = [
+        [[1], [2], [0]],
+        [[1], [4], [0, 3], [2]],
+        [[0], [1]],
+    ]  # rows of the sample, in the order of the targets
     for t, sample, rows in zip(targets, samples, members):
-        own = sample.masks if sample.segments is None else sample.segments == torch.arange(5)[:, None, None]
+        own = (
+            sample.masks
+            if sample.segments is None
+            else sample.segments == torch.arange(5)[:, None, None]
+        )
         wanted = torch.zeros(len(rows), 32, 32, dtype=torch.bool)  # padded as the batch
         wanted[:, :20, :24] = torch.stack([own[parts].any(0) for parts in rows])
         assert torch.equal(t.masks, wanted)
-    assert boxes.masks is None and torch.equal(boxes.boxes, samples[3].boxes) and boxes.labels.tolist() == [0, 1]
+    assert (
+        boxes.masks is None
+        and torch.equal(boxes.boxes, samples[3].boxes)
+        and boxes.labels.tolist() == [0, 1]
+    )
 
 
 def test_free_queries_join_the_target_of_their_class():
@@ -371,7 +460,11 @@ def test_free_queries_join_the_target_of_their_class():
     said, expected = output.logits[:, 1].argmax(-1).tolist(), []
     matched = [set(pairs[1][pairs[0] == z].tolist()) for z in range(3)]
     for row, (z, _, n) in enumerate(zip(*(part.tolist() for part in pairs))):
-        joins = [q for q in range(12) if q not in matched[z] and said[z][q] == labels[n] and merged[labels[n]]]
+        joins = [
+            q
+            for q in range(12)
+            if q not in matched[z] and said[z][q] == labels[n] and merged[labels[n]]
+        ]
         expected += [(z, q, n, row) for q in joins]
     found = zip(*(part[count:].tolist() for part in (depth, query, target, owner)))
     assert sorted(found) == sorted(expected) and len(expected) > 3
@@ -379,16 +472,24 @@ def test_free_queries_join_the_target_of_their_class():
 
 def test_joined_queries_are_supervised_as_one_mask(cells, monkeypatch):
     """The merged logit is the largest; its gradient reaches the member that has it, and all members learn the class."""
-    logits = 9 * torch.eye(4)[[1, 1, 1, 0, 3]][None]  # queries 0 to 2 call the second class by its name
+    logits = (
+        9 * torch.eye(4)[[1, 1, 1, 0, 3]][None]
+    )  # queries 0 to 2 call the second class by its name
     masks, truth = torch.randn(1, 5, 6, 8, requires_grad=True), torch.rand(2, 6, 8) > 0.5
     targets = [Targets(torch.zeros(0, 4), torch.tensor([0, 1]), masks=blocks(truth))]
     pairs = tuple(map(torch.tensor, ([0, 0], [3, 1], [0, 1])))  # depth, query, target
     classes, loss_class = [], dataseg.loss_class
     monkeypatch.setattr(dataseg, "match", lambda *_: [pairs])
-    monkeypatch.setattr(dataseg, "loss_class", lambda x, own: classes.append(own[0, 0].tolist()) or loss_class(x, own))
+    monkeypatch.setattr(
+        dataseg,
+        "loss_class",
+        lambda x, own: classes.append(own[0, 0].tolist()) or loss_class(x, own),
+    )
     for on, members in ((True, [0, 1, 2]), (False, [1])):
         args, masks.grad = replace(SMALL, merge_in_training=on), None
-        losses = dataseg.compute_losses(args, free(masks, logits), targets, torch.tensor([False, True, False]))
+        losses = dataseg.compute_losses(
+            args, free(masks, logits), targets, torch.tensor([False, True, False])
+        )
         loss_mask = loss_dice = 0.0
         for x, t in ((masks[0, 3], truth[0]), (masks[0, members].amax(0), truth[1])):
             x, t = x.flatten().tolist(), t.flatten().float().tolist()
@@ -407,15 +508,24 @@ def test_joined_queries_are_supervised_as_one_mask(cells, monkeypatch):
 def test_two_halves_are_the_whole():
     whole, noise = torch.where(torch.rand(6, 8) > 0.5, 5.0, -5.0), torch.randn(3, 6, 8)
     left = torch.arange(8) < 4
-    masks = torch.stack([noise[0], whole.where(left, -5), noise[1], whole.where(~left, -5), noise[2], whole])
-    p = torch.tensor([[6.0, 2, 1, 1], [1, 5, 2, 2], [0, 1, 0, 9], [1, 6, 1, 2], [7, 1, 1, 1], [1, 2, 6, 1]]) / 10
+    masks = torch.stack(
+        [noise[0], whole.where(left, -5), noise[1], whole.where(~left, -5), noise[2], whole]
+    )
+    p = (
+        torch.tensor(
+            [[6.0, 2, 1, 1], [1, 5, 2, 2], [0, 1, 0, 9], [1, 6, 1, 2], [7, 1, 1, 1], [1, 2, 6, 1]]
+        )
+        / 10
+    )
     found, rows = dataseg.merge(masks, p, torch.tensor([False, True, False]))
     assert torch.equal(found, torch.stack([noise[0], noise[1], noise[2], whole, whole]))
     assert torch.equal(rows, p[[0, 2, 4, 5, 3]])  # of the two the surest
     for part, given in zip(dataseg.merge(masks, p, ALONE), (masks, p)):  # instances
         assert torch.equal(part, given)
     found, rows = dataseg.merge(masks, p, ~ALONE)
-    assert rows.tolist() == p[[2, 4, 3, 5]].tolist() and torch.equal(found[1], torch.maximum(noise[0], noise[2]))
+    assert rows.tolist() == p[[2, 4, 3, 5]].tolist() and torch.equal(
+        found[1], torch.maximum(noise[0], noise[2])
+    )
 
 
 # -- predictions -------------------------------------------------------------------------------------------------------
@@ -425,8 +535,14 @@ class Says:
     """In the place of a model: the probabilities (B, Q, K + 1) and mask logits (B, Q, h, w) of its last depth."""
 
     def __init__(self, probabilities, masks, **changes):
-        self.args, self.text, last = replace(SMALL, **changes), torch.zeros(1, 384), free(masks, probabilities.log())
-        logits, embed = (torch.cat([torch.randn_like(x), x]) for x in (last.logits, last.mask_embed))
+        self.args, self.text, last = (
+            replace(SMALL, **changes),
+            torch.zeros(1, 384),
+            free(masks, probabilities.log()),
+        )
+        logits, embed = (
+            torch.cat([torch.randn_like(x), x]) for x in (last.logits, last.mask_embed)
+        )
         self.output, self.ready = Output(logits, embed, masks), False
 
     def eval(self):
@@ -439,7 +555,12 @@ class Says:
 
 def images_of(*sizes: tuple[tuple[int, int], tuple[int, int]]) -> Batch:
     """Images of the first size, of files of the second."""
-    return collate([replace(Sample.unlabelled(pixels(s), "a", 0, 0), original_size=original) for s, original in sizes])
+    return collate(
+        [
+            replace(Sample.unlabelled(pixels(s), "a", 0, 0), original_size=original)
+            for s, original in sizes
+        ]
+    )
 
 
 def test_semantic_maps_are_sums_over_all_proposals():
@@ -447,7 +568,9 @@ def test_semantic_maps_are_sums_over_all_proposals():
     p, masks = torch.randn(2, 5, 4).softmax(-1), 3 * torch.randn(2, 5, 8, 8)
     found = dataseg.predict(Says(p, masks), batch, replace(KINDS, is_thing=None), "semantic")
     for i, (size, original) in enumerate((((20, 30), (9, 7)), ((28, 17), (12, 14)))):
-        assert found[i].keys() == {"class_names", "size", "semantic"} and found[i]["size"] == original
+        assert (
+            found[i].keys() == {"class_names", "size", "semantic"} and found[i]["size"] == original
+        )
         assert found[i]["class_names"] == KINDS.names and found[i]["semantic"].shape == original
         s = restore(masks[i], (32, 32), size, original).sigmoid()
         for y, x in itertools.product(*map(range, original)):
@@ -456,10 +579,15 @@ def test_semantic_maps_are_sums_over_all_proposals():
 
 
 def test_union_and_sum_disagree_where_many_are_unsure():
-    p = torch.tensor([[[0.6, 0, 0, 0.4], [0.6, 0, 0, 0.4], [0, 0.9, 0, 0.1]]])  # 0.3 + 0.3 beside 0.45
+    p = torch.tensor(
+        [[[0.6, 0, 0, 0.4], [0.6, 0, 0, 0.4], [0, 0.9, 0, 0.1]]]
+    )  # 0.3 + 0.3 beside 0.45
     batch, masks = images_of(((32, 32), (8, 8))), torch.zeros(1, 3, 8, 8)
     for task in ("semantic", "panoptic"):
-        maps = [dataseg.predict(Says(p, masks, merge=m), batch, KINDS, task)[0]["semantic"] for m in ("sum", "max")]
+        maps = [
+            dataseg.predict(Says(p, masks, merge=m), batch, KINDS, task)[0]["semantic"]
+            for m in ("sum", "max")
+        ]
         assert (maps[0] == 0).all() and (maps[1] == 1).all()
 
 
@@ -467,7 +595,10 @@ def test_union_of_a_class_votes_for_no_other():
     """A proposal that calls itself background, and the runner-up of one that is merged, have no say in the union."""
     p = torch.tensor([[[0.5, 0.45, 0, 0.05], [0, 0.3, 0, 0.7]]])
     batch, masks = images_of(((32, 32), (8, 8))), torch.full((1, 2, 8, 8), 9.0)
-    maps = [dataseg.predict(Says(p, masks, merge=m), batch, KINDS, "semantic")[0]["semantic"] for m in ("sum", "max")]
+    maps = [
+        dataseg.predict(Says(p, masks, merge=m), batch, KINDS, "semantic")[0]["semantic"]
+        for m in ("sum", "max")
+    ]
     assert (maps[0] == 1).all() and (maps[1] == 0).all()
 
 
@@ -484,12 +615,24 @@ def test_panoptic_maps():
     s, top = slice, slice(0, 3)
     proposals = [
         ([0.9, 0, 0, 0.1], region((top, s(0, 4)))),  # 1: a cat
-        ([0.85, 0, 0, 0.15], region((top, s(4, 8)), (s(0, 2), s(3, 4)))),  # 2: another; the first wins 2 of 14 cells
-        ([0.82, 0, 0, 0.18], region((s(3, 4), s(0, 3)), (s(2, 3), s(0, 1)))),  # only 3 of 4 cells are left
+        (
+            [0.85, 0, 0, 0.15],
+            region((top, s(4, 8)), (s(0, 2), s(3, 4))),
+        ),  # 2: another; the first wins 2 of 14 cells
+        (
+            [0.82, 0, 0, 0.18],
+            region((s(3, 4), s(0, 3)), (s(2, 3), s(0, 1))),
+        ),  # only 3 of 4 cells are left
         ([0, 0.95, 0.05, 0], region((s(4, 7), s(0, 6)))),  # 3: grass, the surer part
-        ([0, 0.9, 0.1, 0], region((s(4, 7), s(2, 8)))),  # more grass, of which less than 0.8 is left
+        (
+            [0, 0.9, 0.1, 0],
+            region((s(4, 7), s(2, 8))),
+        ),  # more grass, of which less than 0.8 is left
         ([0, 0, 0.7, 0.3], region((s(7, 8), s(0, 8)))),  # sky
-        ([0, 0.35, 0.33, 0.32], region((s(7, 8), s(0, 8)))),  # unsure of grass: it must not join the surer part
+        (
+            [0, 0.35, 0.33, 0.32],
+            region((s(7, 8), s(0, 8))),
+        ),  # unsure of grass: it must not join the surer part
         ([0.05, 0, 0, 0.95], region((s(0, 8), s(0, 8)))),  # nothing
     ]
     p, masks = (torch.stack([torch.as_tensor(x) for x in part])[None] for part in zip(*proposals))
@@ -504,7 +647,9 @@ def test_panoptic_maps():
     assert [info["score"] for info in found["segments_info"]] == pytest.approx([0.9, 0.85, 0.95])
     (found,) = dataseg.predict(Says(p, masks, object_threshold=0.6), batch, KINDS, "panoptic")
     expected[7] = 4
-    assert found["panoptic"].tolist() == expected.tolist() and found["segments_info"][3]["label"] == 2
+    assert (
+        found["panoptic"].tolist() == expected.tolist() and found["segments_info"][3]["label"] == 2
+    )
 
 
 def test_instances_are_not_merged():
@@ -525,7 +670,9 @@ def test_instances_are_not_merged():
 # -- model -------------------------------------------------------------------------------------------------------------
 
 
-def small_model(vocabularies: list[Vocabulary] | None = None, **changes) -> tuple[dataseg.Model, LabelSpace]:
+def small_model(
+    vocabularies: list[Vocabulary] | None = None, **changes
+) -> tuple[dataseg.Model, LabelSpace]:
     args = replace(SMALL, **changes)
     label_space, text = dataseg.build_label_space(args, vocabularies or [KINDS])
     return dataseg.Model(args, text, pretrained=False), label_space
@@ -554,13 +701,22 @@ def random_maps(batch: int = 2, channels: int = 32):
 
 def test_queries_look_at_one_level_after_the_other_and_each_answer_counts():
     (model, _), (mask_features, maps) = small_model(decoder_layers=4), random_maps()
-    output, q, expected = model.decode(mask_features, maps, model.text), model.query_feat.expand(2, -1, -1), []
+    output, q, expected = (
+        model.decode(mask_features, maps, model.text),
+        model.query_feat.expand(2, -1, -1),
+        [],
+    )
     for i in range(5):
         z, mask_embed = model.head(q)
         expected.append((z, mask_embed, torch.einsum("bqc,bchw->bqhw", mask_embed, mask_features)))
         if i < 4:
             feature, layer = maps[i % 3], model.layers[i]
-            blocked = nn.functional.interpolate(expected[-1][2], feature.shape[-2:], mode="bilinear").flatten(2) < 0
+            blocked = (
+                nn.functional.interpolate(
+                    expected[-1][2], feature.shape[-2:], mode="bilinear"
+                ).flatten(2)
+                < 0
+            )
             blocked &= ~blocked.all(2, keepdim=True)
             position = sine_position(*feature.shape[-2:], 32).flatten(2).transpose(1, 2)
             memory = feature.flatten(2).transpose(1, 2) + model.level_embed[i % 3]
@@ -577,7 +733,10 @@ def test_queries_look_at_one_level_after_the_other_and_each_answer_counts():
 def test_permuted_queries_give_permuted_outputs():
     (model, _), maps, order = small_model(), random_maps(), torch.randperm(6)
     one = model.decode(*maps, model.text)
-    model.query_feat.data, model.query_embed.data = model.query_feat[order], model.query_embed[order]
+    model.query_feat.data, model.query_embed.data = (
+        model.query_feat[order],
+        model.query_embed[order],
+    )
     other = model.decode(*maps, model.text)
     torch.testing.assert_close(other.logits, one.logits[:, :, order])
     torch.testing.assert_close(other.mask_embed, one.mask_embed[:, :, order])
@@ -591,15 +750,25 @@ def test_model_as_it_starts():
         assert embedding.std().item() == pytest.approx(1, rel=0.2)
 
 
-@pytest.mark.skipif(not BASE_KEYS.is_file(), reason=f"no {BASE_KEYS.name}; CONCORD_PARITY names its folder")
+@pytest.mark.skipif(
+    not BASE_KEYS.is_file(), reason=f"no {BASE_KEYS.name}; CONCORD_PARITY names its folder"
+)
 def test_base_has_the_shapes_of_the_official_one():
     listing = next(iter(json.loads(BASE_KEYS.read_text()).values()))
     official = {key: torch.empty(facts["shape"], device="meta") for key, facts in listing.items()}
     with torch.device("meta"):
         own = dataseg.Model(dataseg.Args(), torch.zeros(5, 768), pretrained=False).state_dict()
     base, rest = {key: t.shape for key, t in convert_mask2former(official)[0].items()}, {}
-    assert base == {key: t.shape for key, t in own.items() if key in base or not rest.setdefault(key, True)}
-    assert rest.keys() == {"class_embed.weight", "class_embed.bias", "background", "logit_scale", "text"}
+    assert base == {
+        key: t.shape for key, t in own.items() if key in base or not rest.setdefault(key, True)
+    }
+    assert rest.keys() == {
+        "class_embed.weight",
+        "class_embed.bias",
+        "background",
+        "logit_scale",
+        "text",
+    }
 
 
 def test_swapping_the_vocabulary_changes_the_columns_alone():
@@ -610,8 +779,12 @@ def test_swapping_the_vocabulary_changes_the_columns_alone():
     other = model.decode(*maps, model.text)
     assert torch.equal(one.mask_embed, other.mask_embed) and other.logits.shape[-1] == 5
     torch.testing.assert_close(other.logits[..., [3, 2, 1, 4]], one.logits)
-    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items() if key != "text")
-    with pytest.raises(InputError, match="512 dimensions, this model needs 384; use the --text-encoder"):
+    assert all(
+        torch.equal(t, before[key]) for key, t in model.state_dict().items() if key != "text"
+    )
+    with pytest.raises(
+        InputError, match="512 dimensions, this model needs 384; use the --text-encoder"
+    ):
         model.set_vocabulary(unit_rows(3, 512))
 
 
@@ -625,11 +798,23 @@ def test_names_of_datasets_make_no_difference():
     outputs, losses = [], []
     for name in ("ade", "box"):
         torch.manual_seed(5)
-        batch = collate([labelled(name, "instances", [0, 1], (64, 64)), labelled(name, "instances", [2], (64, 64))])
+        batch = collate(
+            [
+                labelled(name, "instances", [0, 1], (64, 64)),
+                labelled(name, "instances", [2], (64, 64)),
+            ]
+        )
         output = model.eval()(batch.images, batch.sizes, model.text[label_space.slice(name)])
         outputs.append(output)
-        losses.append(dataseg.compute_losses(SMALL, output, dataseg.assign_targets(batch, ALONE), ALONE)["loss"])
-    assert all(torch.equal(one, other) for one, other in zip(vars(outputs[0]).values(), vars(outputs[1]).values()))
+        losses.append(
+            dataseg.compute_losses(SMALL, output, dataseg.assign_targets(batch, ALONE), ALONE)[
+                "loss"
+            ]
+        )
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(vars(outputs[0]).values(), vars(outputs[1]).values())
+    )
     assert losses[0] == losses[1]
 
 
@@ -643,7 +828,9 @@ def test_every_batch_teaches_everything_but_texts(name, labels):
     losses = dataseg.compute_losses(model.args, output, dataseg.assign_targets(batch, ALONE), ALONE)
     losses["loss"].backward()
     assert losses["loss"].isfinite() and losses["loss_class"] > 0
-    lacking = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    lacking = [
+        key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()
+    ]
     assert not lacking and model.background.grad.any() and model.logit_scale.grad.any()
     assert model.text.grad is None and not model.text.requires_grad
     of_masks = {"loss_projection"} if name == "box" else {"loss_mask", "loss_dice"}
@@ -667,7 +854,9 @@ def test_parity_projection_loss():
     tensors, record = case("boxinst_projection")
     logits = tensors["mask_logits"][:, 0].requires_grad_()
     count, stride = len(logits), record["config"]["mask_out_stride"]
-    boxes, masks = (torch.cat([tensors[f"gt{i}.{kind}"] for i in range(2)]) for kind in ("boxes", "box_masks"))
+    boxes, masks = (
+        torch.cat([tensors[f"gt{i}.{kind}"] for i in range(2)]) for kind in ("boxes", "box_masks")
+    )
     rows, columns = dataseg.rasterise(boxes, logits.shape[-2:], stride)
     assert torch.equal(rows[:, :, None] * columns[:, None], masks)
     loss = dataseg.loss_projection(logits, rows, columns, count)
@@ -691,19 +880,38 @@ def test_settings_of_the_paper_and_its_base():
     args = dataseg.Args()
     assert (args.lr, args.batch_size, args.base_batch_size, args.steps) == (1e-4, 16, 16, 368_750)
     assert (args.queries, args.points, args.channels, args.encoder_layers) == (100, 12_544, 256, 6)
-    assert (args.decoder_layers, args.image_size, args.semantic_size, args.test_size) == (9, 1024, 640, 800)
-    assert (args.jitter, args.semantic_jitter, args.object_threshold) == ((0.1, 2.0), (0.5, 2.0), 0.8)
-    assert (args.backbone, args.text_encoder, args.prompts) == ("resnet50", "ViT-L-14/openai", "auto")
+    assert (args.decoder_layers, args.image_size, args.semantic_size, args.test_size) == (
+        9,
+        1024,
+        640,
+        800,
+    )
+    assert (args.jitter, args.semantic_jitter, args.object_threshold) == (
+        (0.1, 2.0),
+        (0.5, 2.0),
+        0.8,
+    )
+    assert (args.backbone, args.text_encoder, args.prompts) == (
+        "resnet50",
+        "ViT-L-14/openai",
+        "auto",
+    )
     assert (args.merge, args.merge_in_training, args.task) == ("sum", False, "panoptic")
 
 
 def test_recipe(datasets, tmp_path, monkeypatch):
     """AdamW and clipping as Mask2Former's, a poly schedule of a rate that is scaled with the batch."""
-    adamw, clip, parameter_groups = torch.optim.AdamW, nn.utils.clip_grad_norm_, dataseg.parameter_groups
+    adamw, clip, parameter_groups = (
+        torch.optim.AdamW,
+        nn.utils.clip_grad_norm_,
+        dataseg.parameter_groups,
+    )
     seen, backward = SimpleNamespace(rates=[]), torch.Tensor.backward
 
     def spy_backward(loss):
-        assert all(p.grad is None for p in seen.model.parameters())  # no gradient of the step before
+        assert all(
+            p.grad is None for p in seen.model.parameters()
+        )  # no gradient of the step before
         backward(loss)
 
     def spy_groups(model, *settings):
@@ -716,7 +924,9 @@ def test_recipe(datasets, tmp_path, monkeypatch):
 
     def spy_clip(parameters, norm):
         assert norm == 0.01 and list(map(id, parameters)) == list(map(id, seen.model.parameters()))
-        seen.rates.append([(group["lr"], group["lr_factor"]) for group in seen.optimizer.param_groups])
+        seen.rates.append(
+            [(group["lr"], group["lr_factor"]) for group in seen.optimizer.param_groups]
+        )
         return clip(seen.model.parameters(), norm)
 
     monkeypatch.setattr(torch.Tensor, "backward", spy_backward)
@@ -725,18 +935,34 @@ def test_recipe(datasets, tmp_path, monkeypatch):
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", spy_clip)
     monkeypatch.setattr(dataseg, "save_checkpoint", lambda *_: None)
     monkeypatch.setattr(common.backbone, "load_pretrained", lambda *_: False)
-    args = replace(SMALL, image_size=64, semantic_size=64, batch_size=2, base_batch_size=4, lr=1e-3, steps=3)
+    args = replace(
+        SMALL, image_size=64, semantic_size=64, batch_size=2, base_batch_size=4, lr=1e-3, steps=3
+    )
     (tmp_path / "args.json").touch()  # of the run folder
     dataseg.train(args, datasets, tmp_path, CPU)
     assert seen.settings == {"lr": 5e-4, "fused": True} and len(seen.rates) == 3
     for step, rates in enumerate(seen.rates):
         for rate, factor in rates:
             assert rate == pytest.approx(factor * 5e-4 * (1 - step / 3) ** 0.9)
-    place = {id(p): (g["lr_factor"], g["weight_decay"]) for g in seen.optimizer.param_groups for p in g["params"]}
+    place = {
+        id(p): (g["lr_factor"], g["weight_decay"])
+        for g in seen.optimizer.param_groups
+        for p in g["params"]
+    }
     found = {key: place[id(p)] for key, p in seen.model.named_parameters()}
-    body, free = "backbone.body.", ("query_feat", "query_embed", "level_embed", "background", "logit_scale")
-    expected = {f"{body}conv1.weight": (0.1, 0.05), f"{body}bn1.weight": (0.1, 0), "class_embed.bias": (1, 0.05)}
-    expected |= {"layers.1.linear1.weight": (1, 0.05), "layers.0.cross_norm.bias": (1, 0)} | dict.fromkeys(free, (1, 0))
+    body, free = (
+        "backbone.body.",
+        ("query_feat", "query_embed", "level_embed", "background", "logit_scale"),
+    )
+    expected = {
+        f"{body}conv1.weight": (0.1, 0.05),
+        f"{body}bn1.weight": (0.1, 0),
+        "class_embed.bias": (1, 0.05),
+    }
+    expected |= {
+        "layers.1.linear1.weight": (1, 0.05),
+        "layers.0.cross_norm.bias": (1, 0),
+    } | dict.fromkeys(free, (1, 0))
     assert expected.items() <= found.items() and found["pixel_decoder.output.1.weight"] == (1, 0)
     assert all((factor == 0.1) == key.startswith(body) for key, (factor, _) in found.items())
 
@@ -767,7 +993,11 @@ def test_a_step_knows_the_classes_of_its_dataset(datasets, tmp_path, monkeypatch
 
 
 def test_each_step_has_one_dataset_on_all_ranks(datasets, monkeypatch):
-    own = {"dataset_batches": "o365=8", "dataset_ratios": "coco-panoptic=2", "dataset_sizes": "o365=32"}
+    own = {
+        "dataset_batches": "o365=8",
+        "dataset_ratios": "coco-panoptic=2",
+        "dataset_sizes": "o365=32",
+    }
     args = replace(SMALL, batch_size=4, image_size=96, semantic_size=64, **own)
     monkeypatch.setattr(dataseg, "world_size", lambda: 2)
     streams, loaders = [], []
@@ -777,9 +1007,13 @@ def test_each_step_has_one_dataset_on_all_ranks(datasets, monkeypatch):
         streams.append(list(islice(loaders[-1].batch_sampler, 2000)))
     starts, drawn = loaders[0].dataset.starts, np.zeros(3)
     for batches in zip(*streams):
-        kinds = {int(starts.searchsorted(row, "right")) - 1 for batch in batches for row, _ in batch}
+        kinds = {
+            int(starts.searchsorted(row, "right")) - 1 for batch in batches for row, _ in batch
+        }
         draws = [draw for batch in batches for _, draw in batch]
-        assert len(kinds) == 1 and len(set(draws)) == len(draws)  # one dataset, and no rank sees another's images
+        assert len(kinds) == 1 and len(set(draws)) == len(
+            draws
+        )  # one dataset, and no rank sees another's images
         assert len(batches[0]) == len(batches[1]) == (4 if kinds == {2} else 2)
         drawn[kinds.pop()] += len(draws)
     assert (drawn / drawn.sum()).tolist() == pytest.approx([1 / 7, 2 / 7, 4 / 7], abs=0.03)
@@ -798,7 +1032,9 @@ def test_each_step_has_one_dataset_on_all_ranks(datasets, monkeypatch):
 
 @pytest.mark.parametrize("names", ["ade20k", NAMES])
 def test_tiny_mixes_any_datasets(names, datasets):
-    args = parse_args(dataseg.Args, "dataseg", dataseg.TINY, dataseg.MODEL_FIELDS, ["--tiny", "--datasets", names])
+    args = parse_args(
+        dataseg.Args, "dataseg", dataseg.TINY, dataseg.MODEL_FIELDS, ["--tiny", "--datasets", names]
+    )
     dataseg.build_dataloader(args, [d for d in datasets if d.name in names.split(",")], 0, CPU)
 
 
@@ -821,9 +1057,40 @@ def test_each_dataset_is_evaluated_by_its_own_task(tiny_root, tmp_path, monkeypa
 # -- command line ------------------------------------------------------------------------------------------------------
 
 FLAGS = [
-    *["--backbone", "tf_efficientnet_lite0", "--text-encoder", "minilm", "--channels", "32", "--queries", "10"],
-    *["--points", "128", "--encoder-layers", "1", "--decoder-layers", "2", "--image-size", "96", "--semantic-size"],
-    *["96", "--test-size", "96", "--batch-size", "2", "--base-batch-size", "2", "--steps", "4", "--workers", "0"],
+    *[
+        "--backbone",
+        "tf_efficientnet_lite0",
+        "--text-encoder",
+        "minilm",
+        "--channels",
+        "32",
+        "--queries",
+        "10",
+    ],
+    *[
+        "--points",
+        "128",
+        "--encoder-layers",
+        "1",
+        "--decoder-layers",
+        "2",
+        "--image-size",
+        "96",
+        "--semantic-size",
+    ],
+    *[
+        "96",
+        "--test-size",
+        "96",
+        "--batch-size",
+        "2",
+        "--base-batch-size",
+        "2",
+        "--steps",
+        "4",
+        "--workers",
+        "0",
+    ],
     *["--device", "cpu"],
 ]
 RESULTS = {"ade20k": {"mIoU", "pACC"}, "coco-panoptic": {"PQ", "PQ things", "PQ stuff", "mIoU"}}
@@ -849,16 +1116,32 @@ def results_of(folder) -> dict:
 
 def test_run_folder_has_everything(trained):
     results = results_of(trained)
-    assert list(results) == list(RESULTS) and all(results[name].keys() >= own for name, own in RESULTS.items())
+    assert list(results) == list(RESULTS) and all(
+        results[name].keys() >= own for name, own in RESULTS.items()
+    )
     names = {path.name for path in trained.iterdir()}
     pictures = {f"predictions-{name}.jpg" for name in RESULTS} | {"first_batch.jpg"}
     assert pictures | {"weights.safetensors", "metrics.jsonl", "args.json"} <= names
     record = json.loads((trained / "metrics.jsonl").read_text())
-    assert record["step"] == 4 and record["lr"] == pytest.approx(1e-4 * 0.25**0.9) and record["dataset"] in NAMES
+    assert (
+        record["step"] == 4
+        and record["lr"] == pytest.approx(1e-4 * 0.25**0.9)
+        and record["dataset"] in NAMES
+    )
 
 
 def test_evaluation_alone_gives_the_same(trained, tiny_root, tmp_path, call):
-    given = ["--eval-only", "--weights", trained, "--datasets", NAMES, "--data-root", tiny_root, "--device", "cpu"]
+    given = [
+        "--eval-only",
+        "--weights",
+        trained,
+        "--datasets",
+        NAMES,
+        "--data-root",
+        tiny_root,
+        "--device",
+        "cpu",
+    ]
     call(*given, "--workers", 0, "--output", tmp_path / "again", method="dataseg")
     assert results_of(tmp_path / "again") == results_of(trained)
 
@@ -873,11 +1156,33 @@ def photo(tmp_path):
 @pytest.mark.parametrize("merge", ["sum", "max"])
 @pytest.mark.parametrize("task", ["semantic", "panoptic", "instance"])
 def test_predictions_of_each_task(task, merge, trained, photo, tmp_path, call):
-    flags = ["--predict", photo, "--weights", trained, "--task", task, "--merge", merge, "--object-threshold", 0]
-    call(*flags, "--vocabulary", "cat, grass, sky", "--output", tmp_path / "o", "--device", "cpu", method="dataseg")
+    flags = [
+        "--predict",
+        photo,
+        "--weights",
+        trained,
+        "--task",
+        task,
+        "--merge",
+        merge,
+        "--object-threshold",
+        0,
+    ]
+    call(
+        *flags,
+        "--vocabulary",
+        "cat, grass, sky",
+        "--output",
+        tmp_path / "o",
+        "--device",
+        "cpu",
+        method="dataseg",
+    )
     folder, names = tmp_path / "o", ["cat", "grass", "sky"]
     assert (folder / "photo-0.jpg").is_file()
-    kinds = {"predictions.json", "panoptic.json", "panoptic", "semantic"} & {path.name for path in folder.iterdir()}
+    kinds = {"predictions.json", "panoptic.json", "panoptic", "semantic"} & {
+        path.name for path in folder.iterdir()
+    }
     if task == "instance":
         assert kinds == {"predictions.json"}
         record = json.loads((folder / "predictions.json").read_text())
@@ -888,7 +1193,9 @@ def test_predictions_of_each_task(task, merge, trained, photo, tmp_path, call):
     classes = np.asarray(Image.open(folder / "semantic" / "photo-0.png"))
     assert classes.shape == (60, 90) and classes.max() < 3
     assert (folder / "semantic" / "classes.txt").read_text().split() == names
-    assert kinds == ({"semantic"} if task == "semantic" else {"semantic", "panoptic", "panoptic.json"})
+    assert kinds == (
+        {"semantic"} if task == "semantic" else {"semantic", "panoptic", "panoptic.json"}
+    )
     if task == "panoptic":
         record = json.loads((folder / "panoptic.json").read_text())
         things = {category["name"]: category["isthing"] for category in record["categories"]}
@@ -898,13 +1205,17 @@ def test_predictions_of_each_task(task, merge, trained, photo, tmp_path, call):
         assert infos and {info["id"] for info in infos} == set(np.unique(ids)) - {0}
 
 
-def test_resume_after_a_kill_ends_with_the_same_weights(trained, data, tmp_path, call, run_and_kill, caplog):
+def test_resume_after_a_kill_ends_with_the_same_weights(
+    trained, data, tmp_path, call, run_and_kill, caplog
+):
     few = ["--checkpoint-every", 1, "--eval-datasets", "o365-instances"]
     run_and_kill(tmp_path / "killed", *data, *few, method="dataseg")
     with caplog.at_level("INFO", "concord"):
         call("--resume", tmp_path / "killed", method="dataseg")
     assert "resumed from" in caplog.text
-    ours, whole = (load_file(folder / "weights.safetensors") for folder in (tmp_path / "killed", trained))
+    ours, whole = (
+        load_file(folder / "weights.safetensors") for folder in (tmp_path / "killed", trained)
+    )
     assert ours.keys() == whole.keys() and all(torch.equal(ours[key], whole[key]) for key in whole)
     assert results_of(tmp_path / "killed").items() <= results_of(trained).items()
 
@@ -924,8 +1235,19 @@ def test_scale_stays_at_most_100(data, tmp_path, call, monkeypatch):
 
     dataseg_model = dataseg.Model
     monkeypatch.setattr(dataseg, "Model", large)
-    call(*data, "--steps", 1, "--eval-datasets", "ade20k", "--output", tmp_path / "run", method="dataseg")
-    assert load_file(tmp_path / "run" / "weights.safetensors")["logit_scale"].exp().item() == pytest.approx(100)
+    call(
+        *data,
+        "--steps",
+        1,
+        "--eval-datasets",
+        "ade20k",
+        "--output",
+        tmp_path / "run",
+        method="dataseg",
+    )
+    assert load_file(tmp_path / "run" / "weights.safetensors")[
+        "logit_scale"
+    ].exp().item() == pytest.approx(100)
 
 
 def test_two_ranks_train(data, tmp_path, run):
@@ -933,13 +1255,26 @@ def test_two_ranks_train(data, tmp_path, run):
     assert done.returncode == 0, done.stderr
     results = results_of(tmp_path / "run")
     assert all(results[name].keys() >= own for name, own in RESULTS.items())
-    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "run" / "weights.safetensors").values())
+    assert all(
+        tensor.isfinite().all()
+        for tensor in load_file(tmp_path / "run" / "weights.safetensors").values()
+    )
 
 
 @pytest.mark.parametrize("flags", [["--backbone", "vit_tiny_patch16_224"], ["--merge-in-training"]])
 def test_other_trainings(flags, data, tmp_path, call, monkeypatch):
     monkeypatch.setattr(common.backbone, "load_pretrained", lambda *_: False)
-    call(*data, *flags, "--steps", 2, "--eval-datasets", "ade20k", "--output", tmp_path / "run", method="dataseg")
+    call(
+        *data,
+        *flags,
+        "--steps",
+        2,
+        "--eval-datasets",
+        "ade20k",
+        "--output",
+        tmp_path / "run",
+        method="dataseg",
+    )
     assert results_of(tmp_path / "run")["ade20k"].keys() >= RESULTS["ade20k"]
 
 
@@ -960,15 +1295,32 @@ def test_training_starts_from_an_official_mask2former(official, data, tmp_path, 
         assert losses["loss"].isfinite()
         raise Enough  # before the optimiser's first step
 
-    monkeypatch.setattr(dataseg, "parameter_groups", lambda m, *k: models.append(m) or parameter_groups(m, *k))
+    monkeypatch.setattr(
+        dataseg, "parameter_groups", lambda m, *k: models.append(m) or parameter_groups(m, *k)
+    )
     monkeypatch.setattr(dataseg, "check_finite", enough)
-    sizes = {"--backbone", "--channels", "--queries", "--encoder-layers", "--decoder-layers"}  # the weights tell them
+    sizes = {
+        "--backbone",
+        "--channels",
+        "--queries",
+        "--encoder-layers",
+        "--decoder-layers",
+    }  # the weights tell them
     flags = [flag for pair in zip(*[iter(data)] * 2) if pair[0] not in sizes for flag in pair]
     with pytest.raises(Enough):
         call(*flags, "--weights", file, "--output", tmp_path / "run", method="dataseg")
-    own, kept = models[0].state_dict(), {key: t for key, t in source.state_dict().items() if key != "text"}
+    own, kept = (
+        models[0].state_dict(),
+        {key: t for key, t in source.state_dict().items() if key != "text"},
+    )
     assert all(torch.equal(own[key], t) for key, t in kept.items() if key != "backbone.frozen_norm")
-    assert own.keys() - kept.keys() == {"class_embed.weight", "class_embed.bias", "background", "logit_scale", "text"}
+    assert own.keys() - kept.keys() == {
+        "class_embed.weight",
+        "class_embed.bias",
+        "background",
+        "logit_scale",
+        "text",
+    }
     assert not models[0].backbone.body.bn1.training and models[0].class_embed.weight.any()
 
 
@@ -980,7 +1332,11 @@ def test_an_official_mask2former_knows_no_classes(flags, official, tiny_root, fa
 
 @pytest.mark.parametrize(
     "given, evaluated",
-    [(NAMES, "ade20k,coco-panoptic,o365-instances"), ("objects365:train", "o365-instances"), ("coco", "coco")],
+    [
+        (NAMES, "ade20k,coco-panoptic,o365-instances"),
+        ("objects365:train", "o365-instances"),
+        ("coco", "coco"),
+    ],
 )
 def test_what_is_evaluated(given, evaluated, monkeypatch, call):
     def load(names, split, *_, **__):
@@ -995,9 +1351,15 @@ def test_what_is_evaluated(given, evaluated, monkeypatch, call):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--datasets", "ade20k,in21k"], ["'in21k' has image labels only", "leave it out of --datasets"]),
+        (
+            ["--datasets", "ade20k,in21k"],
+            ["'in21k' has image labels only", "leave it out of --datasets"],
+        ),
         (["--eval-datasets", "in21k"], ["in21k", "no split 'val'"]),
-        (["--dataset-ratios", "coco=4"], ["--dataset-ratios coco=4", "ade20k, coco-panoptic, o365"]),
+        (
+            ["--dataset-ratios", "coco=4"],
+            ["--dataset-ratios coco=4", "ade20k, coco-panoptic, o365"],
+        ),
         (["--dataset-ratios", "o365=0"], ["--dataset-ratios o365=0", "NAME=NUMBER"]),
         (["--queries", "0"], ["--queries 0"]),
         (["--points", "0"], ["--points 0"]),
@@ -1017,9 +1379,18 @@ def test_weights_of_others(trained, data, photo, tmp_path, fails):
     save_tensors(tmp_path / "lmseg.safetensors", {"text": torch.ones(1, 384)}, settings)
     line = fails("--predict", photo, "--weights", tmp_path / "lmseg.safetensors", method="dataseg")
     assert "are not of dataseg.py but of lmseg.py; use that" in line
-    line = fails(*data, "--weights", trained, "--queries", 12, "--output", tmp_path / "run", method="dataseg")
+    line = fails(
+        *data, "--weights", trained, "--queries", 12, "--output", tmp_path / "run", method="dataseg"
+    )
     assert "'query_embed' has the shape [10, 32], this model needs [12, 32]" in line
     np.save(tmp_path / "text.npy", np.eye(1, 512, dtype=np.float32))
-    flags = ["--text-encoder", tmp_path / "text.npy", "--weights", trained, "--output", tmp_path / "o"]
+    flags = [
+        "--text-encoder",
+        tmp_path / "text.npy",
+        "--weights",
+        trained,
+        "--output",
+        tmp_path / "o",
+    ]
     line = fails("--predict", photo, "--vocabulary", "cat", *flags, method="dataseg")
     assert "text embeddings have 512 dimensions, this model needs 384" in line

@@ -18,19 +18,25 @@ import common.text
 import detic
 from common.batch import Sample, collate
 from common.cascade import StageOutput, draw_classifier
+from common.class_counts import box_frequency, seen_and_unseen
+from common.clip_resnet import region_features
+from common.command import parse_args
 from common.datasets import load_datasets
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
-from common.matcher import Targets
-from common.novel import box_frequency, seen_and_unseen
-from common.regions import region_features
 from common.sampling import RatioBatchSampler, repeat_factors
+from common.targets import Targets
 from common.text import read_table
-from common.training import parse_args
 from detic import Bag
 
 SMALL = detic.Args(
-    backbone="resnet18", text_encoder="minilm", prompts="name", channels=64, fc_dim=32, rois_per_image=16, amp="off"
+    backbone="resnet18",
+    text_encoder="minilm",
+    prompts="name",
+    channels=64,
+    fc_dim=32,
+    rois_per_image=16,
+    amp="off",
 )
 CPU = torch.device("cpu")
 NOTHING = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
@@ -68,7 +74,9 @@ def bag(count: int = 6, classes: int = 5, image: float | None = None) -> Bag:
     if image:
         boxes[-1] = torch.tensor([0, 0, image, image])
     return Bag(
-        boxes, torch.randn(count, classes + 1).requires_grad_(), torch.randn(count, classes + 1).requires_grad_()
+        boxes,
+        torch.randn(count, classes + 1).requires_grad_(),
+        torch.randn(count, classes + 1).requires_grad_(),
     )
 
 
@@ -82,7 +90,11 @@ def used_rows(one: Bag, loss) -> list[int]:
 
 
 def test_detic_sec3_box_loss():
-    logits, labels, weights = torch.randn(7, 5), torch.tensor([0, 3, -1, 4, -1, 0, 2]), torch.tensor([1.0, 0, 1, 1, 0])
+    logits, labels, weights = (
+        torch.randn(7, 5),
+        torch.tensor([0, 3, -1, 4, -1, 0, 2]),
+        torch.tensor([1.0, 0, 1, 1, 0]),
+    )
     expected = 0
     for row, label in zip(logits.tolist(), labels.tolist()):
         for c, logit in enumerate(row):
@@ -97,16 +109,23 @@ def test_detic_sec3_class_weights():
     labels = torch.tensor([1, 5, 5, 9, -1])
     args = replace(SMALL, fed_loss=False, ignore_zero=False)
     assert (detic.class_weights(args, labels, frequency) == 1).all()
-    assert torch.equal(detic.class_weights(replace(args, ignore_zero=True), labels, frequency), (frequency > 0) * 1.0)
+    assert torch.equal(
+        detic.class_weights(replace(args, ignore_zero=True), labels, frequency),
+        (frequency > 0) * 1.0,
+    )
     drawn = detic.class_weights(replace(args, fed_loss=True), labels, frequency)
     assert drawn.sum() == 49  # 50, of which background, whose column is not there, is one
     assert drawn[[1, 5, 9]].all() and not drawn[::4].any()
     assert detic.class_weights(replace(args, fed_loss=True), labels[:-1], frequency).sum() == 50
-    many = torch.arange(60)  # classes without a box among them: as in the official code they count, unless ignored
+    many = torch.arange(
+        60
+    )  # classes without a box among them: as in the official code they count, unless ignored
     assert detic.class_weights(replace(args, fed_loss=True), many, frequency)[:60].all()
     both = detic.class_weights(replace(args, fed_loss=True, ignore_zero=True), many, frequency)
     assert torch.equal(both[:60], (frequency[:60] > 0) * 1.0)
-    whole = detic.class_weights(replace(args, fed_loss=True, dynamic_classifier=50), labels, frequency)
+    whole = detic.class_weights(
+        replace(args, fed_loss=True, dynamic_classifier=50), labels, frequency
+    )
     assert (whole == 1).all()  # the classes are drawn already
 
 
@@ -146,7 +165,9 @@ def test_detic_sec4_max_score():
         scores = [row[label] for row in rows]
         j = scores.index(max(scores))
         loss = detic.loss_max_score(one, torch.tensor(label))
-        assert loss.item() == pytest.approx(row_bce(rows[j], label), rel=1e-5) and used_rows(one, loss) == [j]
+        assert loss.item() == pytest.approx(row_bce(rows[j], label), rel=1e-5) and used_rows(
+            one, loss
+        ) == [j]
 
 
 def test_detic_sec4_min_loss():
@@ -154,7 +175,9 @@ def test_detic_sec4_min_loss():
         one = bag()
         each = [row_bce(row, label) for row in one.logits.tolist()]
         loss = detic.loss_min_loss(one, torch.tensor(label))
-        assert loss.item() == pytest.approx(min(each), rel=1e-5) and used_rows(one, loss) == [each.index(min(each))]
+        assert loss.item() == pytest.approx(min(each), rel=1e-5) and used_rows(one, loss) == [
+            each.index(min(each))
+        ]
 
 
 def test_detic_sec4_wsddn():
@@ -169,7 +192,9 @@ def test_detic_sec4_wsddn():
     assert loss.item() == pytest.approx(expected / 6, rel=1e-5)
     loss.backward()
     assert one.logits.grad.all() and one.prop_logits.grad.any()
-    sure = Bag(one.boxes, torch.full((6, 6), 200.0), one.prop_logits)  # p = 1 for classes that the image does not have
+    sure = Bag(
+        one.boxes, torch.full((6, 6), 200.0), one.prop_logits
+    )  # p = 1 for classes that the image does not have
     assert detic.loss_wsddn(sure, torch.tensor(label)).isfinite()
     assert detic.IMAGE_LABEL_LOSSES["wsod"] is detic.IMAGE_LABEL_LOSSES["wsddn"] is detic.loss_wsddn
 
@@ -177,11 +202,16 @@ def test_detic_sec4_wsddn():
 @pytest.mark.parametrize("name", detic.IMAGE_LABEL_LOSSES)
 def test_detic_sec4_image_labels(name):
     loss = detic.IMAGE_LABEL_LOSSES[name]
-    bags, labels = [bag(4), bag(7), bag(3)], [torch.tensor([1]), torch.tensor([0, 2, 4]), torch.tensor([3, 1])]
+    bags, labels = (
+        [bag(4), bag(7), bag(3)],
+        [torch.tensor([1]), torch.tensor([0, 2, 4]), torch.tensor([3, 1])],
+    )
     expected = 0
     for one, own in zip(bags, labels):
         expected += sum(loss(one, label).item() for label in own) / len(own)
-    assert detic.loss_image_labels(loss, bags, labels).item() == pytest.approx(expected / 3, rel=1e-5)
+    assert detic.loss_image_labels(loss, bags, labels).item() == pytest.approx(
+        expected / 3, rel=1e-5
+    )
     # an image without a label and one without a proposal add 0, and count
     bags, labels = [*bags, bag(5), bag(0)], [*labels, labels[0][:0], labels[0]]
     total = detic.loss_image_labels(loss, bags, labels)
@@ -195,7 +225,10 @@ def test_detic_sec4_image_labels(name):
 
 @pytest.mark.parametrize("negative_weight", [1.0, 0.125])
 def test_detic_sec4_captions(negative_weight):
-    logits, own = [torch.randn(3, 4).requires_grad_(), torch.randn(5, 4), torch.randn(2, 4)], [2, -1, 0]
+    logits, own = (
+        [torch.randn(3, 4).requires_grad_(), torch.randn(5, 4), torch.randn(2, 4)],
+        [2, -1, 0],
+    )
     expected = 0
     for image, column in zip(logits, own):
         for c, logit in enumerate(image.tolist()[-1]):
@@ -204,8 +237,12 @@ def test_detic_sec4_captions(negative_weight):
     loss = detic.loss_captions(logits, own, negative_weight)
     assert loss.item() == pytest.approx(expected / 3, rel=1e-5)
     loss.backward()
-    assert not logits[0].grad[:-1].any() and logits[0].grad[-1].all()  # the whole image is the last one
-    empty = detic.loss_captions([torch.zeros(0, 4).requires_grad_(), torch.randn(2, 4)], [1, -1], negative_weight)
+    assert (
+        not logits[0].grad[:-1].any() and logits[0].grad[-1].all()
+    )  # the whole image is the last one
+    empty = detic.loss_captions(
+        [torch.zeros(0, 4).requires_grad_(), torch.randn(2, 4)], [1, -1], negative_weight
+    )
     empty.backward()
     assert empty == 0
 
@@ -220,7 +257,9 @@ def stage_outputs(captions: bool = False, labels: list | None = None) -> list[St
     targets[1].caption = ""
     for _ in range(3):
         boxes = [random_boxes(4), random_boxes(3)]
-        output = StageOutput(boxes, torch.randn(7, 8), torch.randn(7, 4), targets, logits=torch.randn(7, 6))
+        output = StageOutput(
+            boxes, torch.randn(7, 8), torch.randn(7, 4), targets, logits=torch.randn(7, 6)
+        )
         output.captions = torch.randn(7, 4) if captions else None
         outputs.append(output)
     return outputs
@@ -238,14 +277,22 @@ def test_detic_total_of_image_labels(ranks, monkeypatch):
             sum(detic.loss_max_size(one, label) for label in t.image_labels) / len(t.image_labels)
             for one, t in zip(bags, output.targets)
         )
-        assert losses[f"loss_image_labels_stage{k}"].item() == pytest.approx(0.3 * image.item() / 2, rel=1e-5)
+        assert losses[f"loss_image_labels_stage{k}"].item() == pytest.approx(
+            0.3 * image.item() / 2, rel=1e-5
+        )
         # captions of all ranks, B = 2 a rank, in rank order; the second image has none
         column, weight = (0 if ranks == 1 else 2), 0.125
         row = output.captions[3].tolist()
-        caption = sum(bce(logit, c == column) * (1 if c == column else weight) for c, logit in enumerate(row))
-        assert losses[f"loss_captions_stage{k}"].item() == pytest.approx(0.3 * caption / 2, rel=1e-5)
+        caption = sum(
+            bce(logit, c == column) * (1 if c == column else weight) for c, logit in enumerate(row)
+        )
+        assert losses[f"loss_captions_stage{k}"].item() == pytest.approx(
+            0.3 * caption / 2, rel=1e-5
+        )
     assert len(losses) == 7
-    assert losses["loss"].item() == pytest.approx(sum(v.item() for n, v in losses.items() if n != "loss"), rel=1e-5)
+    assert losses["loss"].item() == pytest.approx(
+        sum(v.item() for n, v in losses.items() if n != "loss"), rel=1e-5
+    )
 
 
 def test_detic_total_of_boxes():
@@ -253,10 +300,13 @@ def test_detic_total_of_boxes():
     for output in outputs:
         output.logits = output.logits[:, :-1]
         output.targets = [
-            Targets(random_boxes(n), torch.randint(-1, 5, (n,)), image_labels=None) for n in map(len, output.boxes)
+            Targets(random_boxes(n), torch.randint(-1, 5, (n,)), image_labels=None)
+            for n in map(len, output.boxes)
         ]
     given = {"loss_mask": torch.tensor(2.0), "loss_centernet_pos": torch.tensor(3.0)}
-    losses = detic.compute_losses(replace(SMALL, fed_loss=False), outputs, given, torch.tensor([1.0, 0, 1, 1, 1]))
+    losses = detic.compute_losses(
+        replace(SMALL, fed_loss=False), outputs, given, torch.tensor([1.0, 0, 1, 1, 1])
+    )
     for k, output in enumerate(outputs):
         expected = detic.loss_boxes(output.logits, output.labels, torch.tensor([1.0, 0, 1, 1, 1]))
         assert losses[f"loss_cls_stage{k}"].item() == pytest.approx(expected.item(), rel=1e-6)
@@ -265,7 +315,9 @@ def test_detic_total_of_boxes():
         *given,
         *(f"loss_{kind}_stage{k}" for k in range(3) for kind in ("cls", "box_reg")),
     }
-    assert losses["loss"].item() == pytest.approx(sum(v.item() for n, v in losses.items() if n != "loss"), rel=1e-5)
+    assert losses["loss"].item() == pytest.approx(
+        sum(v.item() for n, v in losses.items() if n != "loss"), rel=1e-5
+    )
 
 
 # -- dynamic classifier ------------------------------------------------------------------------------------------------
@@ -273,7 +325,10 @@ def test_detic_total_of_boxes():
 
 def test_detic_dynamic_classifier_is_off_by_default():
     targets = [Targets(random_boxes(2), torch.tensor([3, 1]))]
-    assert draw_classifier(targets, torch.ones(5), 0) is None and targets[0].labels.tolist() == [3, 1]
+    assert draw_classifier(targets, torch.ones(5), 0) is None and targets[0].labels.tolist() == [
+        3,
+        1,
+    ]
 
 
 def test_detic_dynamic_classifier_of_boxes():
@@ -286,9 +341,13 @@ def test_detic_dynamic_classifier_of_boxes():
     for labels, target in zip(before, targets):
         assert torch.equal(drawn[target.labels], labels) and target.image_labels is None
     others = set(drawn.tolist()) - {3, 7, 250}
-    assert len(others) == 47 and all(frequency[c] > 0 for c in others)  # 3 is in the batch, if in no statistics
+    assert len(others) == 47 and all(
+        frequency[c] > 0 for c in others
+    )  # 3 is in the batch, if in no statistics
     crowd = [Targets(random_boxes(60), torch.arange(60))]
-    assert torch.equal(draw_classifier(crowd, frequency, 50), torch.arange(60))  # no label of the batch is left out
+    assert torch.equal(
+        draw_classifier(crowd, frequency, 50), torch.arange(60)
+    )  # no label of the batch is left out
 
 
 def test_detic_dynamic_classifier_of_image_labels():
@@ -307,7 +366,10 @@ def test_detic_label_space_merges_names_and_keeps_the_first_text(tmp_path):
         Vocabulary("b", ("Person", "cat", "Traffic_light")),
         Vocabulary("c", ("dog", "CAT")),
     ]
-    rows = {v.dataset: np.random.default_rng(i).normal(size=(len(v), 8)) for i, v in enumerate(vocabularies)}
+    rows = {
+        v.dataset: np.random.default_rng(i).normal(size=(len(v), 8))
+        for i, v in enumerate(vocabularies)
+    }
     for name, values in rows.items():
         np.save(tmp_path / f"{name}.npy", values)
     encoder = ",".join(f"{name}={tmp_path / name}.npy" for name in rows)
@@ -323,12 +385,26 @@ def test_detic_assigned_targets():
     image = torch.zeros(3, 32, 32, dtype=torch.uint8)
     masks = torch.ones(2, 32, 32, dtype=torch.bool)
     boxed = replace(
-        Sample.unlabelled(image, "b", 0, 0), boxes=random_boxes(2, 30), labels=torch.tensor([1, 0]), masks=masks
+        Sample.unlabelled(image, "b", 0, 0),
+        boxes=random_boxes(2, 30),
+        labels=torch.tensor([1, 0]),
+        masks=masks,
     )
-    tagged = replace(Sample.unlabelled(image, "b", 0, 0), supervision="image_labels", image_labels=torch.tensor([0]))
-    captioned = replace(tagged, captions=("one", "two"), image_labels=torch.tensor([], dtype=torch.long))
+    tagged = replace(
+        Sample.unlabelled(image, "b", 0, 0),
+        supervision="image_labels",
+        image_labels=torch.tensor([0]),
+    )
+    captioned = replace(
+        tagged, captions=("one", "two"), image_labels=torch.tensor([], dtype=torch.long)
+    )
     one, two, three = detic.assign_targets(collate([boxed, tagged, captioned]), label_space)
-    assert one.labels.tolist() == [0, 2] and one.image_labels is None and one.caption == "" and one.masks is not None
+    assert (
+        one.labels.tolist() == [0, 2]
+        and one.image_labels is None
+        and one.caption == ""
+        and one.masks is not None
+    )
     assert two.image_labels.tolist() == [2] and two.caption == "" and len(two.labels) == 0
     assert len(three.image_labels) == 0 and three.caption in ("one", "two")
     drawn = {detic.assign_targets(collate([captioned]), label_space)[0].caption for _ in range(30)}
@@ -337,7 +413,9 @@ def test_detic_assigned_targets():
 
 @pytest.fixture(scope="module")
 def datasets(tiny_root):
-    return load_datasets("coco-base,in21k", "train", str(tiny_root), masks=True, accepts=detic.SUPERVISION)
+    return load_datasets(
+        "coco-base,in21k", "train", str(tiny_root), masks=True, accepts=detic.SUPERVISION
+    )
 
 
 def test_detic_frequencies_are_of_boxes_alone(datasets, tiny_root):
@@ -357,7 +435,9 @@ def test_detic_frequencies_are_of_boxes_alone(datasets, tiny_root):
     assert (groups["base"] ^ groups["novel"]).all()
     assert seen_and_unseen(base.vocabulary, base.vocabulary.names, ("base", "novel")) == {}
 
-    with pytest.raises(InputError, match=f"class '{boxed[0]}' is novel by --novel, but 'coco-base' boxes it"):
+    with pytest.raises(
+        InputError, match=f"class '{boxed[0]}' is novel by --novel, but 'coco-base' boxes it"
+    ):
         box_frequency(datasets, label_space, boxed[0].upper())
     with pytest.raises(InputError, match="--novel: 'griffin' is no class of the training datasets"):
         box_frequency(datasets, label_space, "griffin")
@@ -396,9 +476,13 @@ def test_detic_batches_are_of_one_dataset_each(datasets):
     assert later == first[-len(later) :]
 
 
-@pytest.mark.parametrize("given, of_labels", [((0.1, 2), (0.5, 1.5)), ((0.8, 1.2), (0.8, 1.2)), ((1.6, 3), (1.5, 1.5))])
+@pytest.mark.parametrize(
+    "given, of_labels", [((0.1, 2), (0.5, 1.5)), ((0.8, 1.2), (0.8, 1.2)), ((1.6, 3), (1.5, 1.5))]
+)
 def test_detic_jitter_of_image_labels_has_limits(datasets, given, of_labels):
-    mixture = detic.build_dataloader(replace(SMALL, jitter=given, workers=0), datasets, 0, CPU).dataset
+    mixture = detic.build_dataloader(
+        replace(SMALL, jitter=given, workers=0), datasets, 0, CPU
+    ).dataset
     assert {name: transform.scale for name, transform in mixture.transforms.items()} == {
         "coco-base": given,
         "in21k": of_labels,
@@ -421,7 +505,9 @@ class Enough(Exception):
 
 
 def fast_args(**changes) -> detic.Args:
-    args = parse_args(detic.Args, detic.METHOD, detic.TINY, detic.MODEL_FIELDS, [*FAST, "--prompts", "name"])
+    args = parse_args(
+        detic.Args, detic.METHOD, detic.TINY, detic.MODEL_FIELDS, [*FAST, "--prompts", "name"]
+    )
     return replace(args, image_size=64, image_label_proposals=8, **changes)
 
 
@@ -441,7 +527,11 @@ def test_recipe_of_detic(datasets, tmp_path, monkeypatch, seen, joint):
     with pytest.raises(Enough):
         detic.train(args, datasets if joint else datasets[:1], tmp_path, CPU)
     warmup = (1000, 1e-3) if joint else (10_000, 1e-4)
-    assert seen == {"settings": {"lr": 5e-4, "weight_decay": 1e-4}, "clip": 1.0, "schedule": (5e-4, 90_000, *warmup)}
+    assert seen == {
+        "settings": {"lr": 5e-4, "weight_decay": 1e-4},
+        "clip": 1.0,
+        "schedule": (5e-4, 90_000, *warmup),
+    }
 
 
 def test_detic_settings_of_the_paper():
@@ -449,29 +539,52 @@ def test_detic_settings_of_the_paper():
     assert (args.lr, args.base_batch_size, args.batch_size, args.steps, args.warmup_steps) == (
         *(2e-4, 64, 64, 90_000, 10_000),
     )
-    assert (args.image_label_loss, args.image_label_weight, args.image_label_proposals) == ("max_size", 0.1, 128)
-    assert (args.image_size, args.test_size, args.jitter, args.prompts) == (640, 800, (0.1, 2.0), "a")
-    assert (args.tau, args.cls_bias, args.repeat_threshold, args.rois_per_image) == (0.02, 0, 1e-3, 512)
+    assert (args.image_label_loss, args.image_label_weight, args.image_label_proposals) == (
+        "max_size",
+        0.1,
+        128,
+    )
+    assert (args.image_size, args.test_size, args.jitter, args.prompts) == (
+        640,
+        800,
+        (0.1, 2.0),
+        "a",
+    )
+    assert (args.tau, args.cls_bias, args.repeat_threshold, args.rois_per_image) == (
+        0.02,
+        0,
+        1e-3,
+        512,
+    )
     assert args.fed_loss and args.ignore_zero and args.masks and not args.one_class_per_proposal
     assert (args.dynamic_classifier, detic.NEGATIVE_CAPTION_WEIGHT) == (0, 0.125)
     centernet = make_model().centernet
-    assert (centernet.pre_nms, centernet.post_nms) == ((4000, 1000), (2000, 256))  # in training, in tests
+    assert (centernet.pre_nms, centernet.post_nms) == (
+        (4000, 1000),
+        (2000, 256),
+    )  # in training, in tests
 
 
 def test_detic_trains_with_captions_and_a_dynamic_classifier(tiny_root, tmp_path, monkeypatch):
     tagged = []
     for i in range(4):
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (48, 64, 3), np.uint8)).save(tmp_path / f"{i}.png")
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (48, 64, 3), np.uint8)).save(
+            tmp_path / f"{i}.png"
+        )
         tags = {"pos_category_ids": [1 + i % 3], "captions": [f"picture {i}"] if i < 3 else []}
         tagged.append({"id": i, "file_name": f"{i}.png", "width": 64, "height": 48, **tags})
     categories = [{"id": 1 + i, "name": name} for i, name in enumerate(("cat", "dog", "unicycle"))]
-    (tmp_path / "cc.json").write_text(json.dumps({"images": tagged, "annotations": [], "categories": categories}))
+    (tmp_path / "cc.json").write_text(
+        json.dumps({"images": tagged, "annotations": [], "categories": categories})
+    )
     names = f"coco-base,cc={tmp_path / 'cc.json'}:{tmp_path}/"
     datasets = load_datasets(names, "train", str(tiny_root), masks=True, accepts=detic.SUPERVISION)
     frequency = box_frequency(datasets, LabelSpace([d.vocabulary for d in datasets], merge=True))
 
     def encode(texts):
-        return torch.stack([torch.eye(384)[int(text[-1])] if text else torch.zeros(384) for text in texts])
+        return torch.stack(
+            [torch.eye(384)[int(text[-1])] if text else torch.zeros(384) for text in texts]
+        )
 
     calls, drawn = [], []
     draw, forward, compute_losses = detic.draw_classifier, detic.Model.forward, detic.compute_losses
@@ -495,7 +608,9 @@ def test_detic_trains_with_captions_and_a_dynamic_classifier(tiny_root, tmp_path
     monkeypatch.setattr(detic, "draw_classifier", spy_draw)
     monkeypatch.setattr(detic.Model, "forward", spy_forward)
     monkeypatch.setattr(detic, "compute_losses", spy_losses)
-    args = fast_args(dynamic_classifier=30, dataset_batches="cc=4", dataset_ratios="cc=1", cls_bias=0.0)
+    args = fast_args(
+        dynamic_classifier=30, dataset_batches="cc=4", dataset_ratios="cc=1", cls_bias=0.0
+    )
     detic.train(args, datasets, tmp_path, CPU)
     kinds = set()
     for classes, (targets, captions, outputs, losses) in zip(drawn, calls, strict=True):
@@ -516,7 +631,9 @@ def test_detic_trains_with_captions_and_a_dynamic_classifier(tiny_root, tmp_path
 
 def test_detic_no_caption_is_a_zero_row(monkeypatch):
     monkeypatch.setattr(common.text, "check_package", lambda what: None)
-    monkeypatch.setattr(common.text, "_minilm_encoder", lambda: lambda texts: torch.ones(len(texts), 4))
+    monkeypatch.setattr(
+        common.text, "_minilm_encoder", lambda: lambda texts: torch.ones(len(texts), 4)
+    )
     rows = common.text.sentence_encoder.__wrapped__("minilm")(["", "a dog"])
     assert rows.tolist() == [[0] * 4, [0.5] * 4]
 
@@ -537,7 +654,10 @@ def parts_with_gradient(model) -> set[str]:
     """The parts of the model that a batch has taught anything."""
     taught = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()]
     split = [name.split(".") for name in taught]
-    return {".".join(n[:2]) if n[0] == "backbone" else f"{n[0]}.{n[3]}" if n[0] == "cascade" else n[0] for n in split}
+    return {
+        ".".join(n[:2]) if n[0] == "backbone" else f"{n[0]}.{n[3]}" if n[0] == "cascade" else n[0]
+        for n in split
+    }
 
 
 SEEN = {"backbone.body", "backbone.fpn", "cascade.box_head", "classifiers"}
@@ -551,13 +671,23 @@ def test_detic_image_labels_teach_the_classifier_alone(name):
     outputs, losses = model(*images(), targets, model.text, None)
     assert losses == {}
     for output in outputs:
-        assert output.logits.shape == (len(output.hidden), 6) and not output.logits[:, -1].any()  # background is 0
+        assert (
+            output.logits.shape == (len(output.hidden), 6) and not output.logits[:, -1].any()
+        )  # background is 0
         assert (output.prop_logits is not None) == (name in ("wsod", "wsddn"))
     assert [len(boxes) for boxes in outputs[0].boxes] == [7 + (name == "image")] * 2
-    assert name != "image" or all(boxes[-1].tolist() == [0, 0, 96, 96] for boxes in outputs[0].boxes)
+    assert name != "image" or all(
+        boxes[-1].tolist() == [0, 0, 96, 96] for boxes in outputs[0].boxes
+    )
     detic.compute_losses(model.args, outputs, losses, torch.ones(5))["loss"].backward()
-    assert parts_with_gradient(model) == (SEEN | {"prop_score"} if name in ("wsod", "wsddn") else SEEN)
-    for part in (model.mask_head, model.centernet, *(stage.bbox_pred for stage in model.cascade.stages)):
+    assert parts_with_gradient(model) == (
+        SEEN | {"prop_score"} if name in ("wsod", "wsddn") else SEEN
+    )
+    for part in (
+        model.mask_head,
+        model.centernet,
+        *(stage.bbox_pred for stage in model.cascade.stages),
+    ):
         assert all(p.grad is None for p in part.parameters())
     for classifier, stage in zip(model.classifiers, model.cascade.stages):
         assert classifier.embedding.weight.grad.any() and stage.box_head[1].weight.grad.any()
@@ -570,7 +700,9 @@ def test_detic_boxes_teach_everything():
     boxes = torch.tensor([[20.0, 20, 60, 60], [10.0, 10, 80, 90]])
     targets = [Targets(boxes, torch.tensor([1, 2]), masks=masks) for _ in range(2)]
     outputs, losses = model(*images(), targets, model.text, None)
-    assert all(output.logits.shape == (len(output.hidden), 5) for output in outputs)  # without background
+    assert all(
+        output.logits.shape == (len(output.hidden), 5) for output in outputs
+    )  # without background
     detic.compute_losses(model.args, outputs, losses, torch.ones(5))["loss"].backward()
     assert parts_with_gradient(model) == SEEN | {"centernet", "cascade.bbox_pred", "mask_head"}
     # without masks the head has nothing to learn, and takes part all the same
@@ -581,7 +713,10 @@ def test_detic_boxes_teach_everything():
 def test_detic_proposals_of_image_labels_are_the_best_few():
     model = make_model().train()
     model.args = replace(model.args, image_label_proposals=7)
-    targets = [Targets(*NOTHING, image_labels=torch.tensor([1]), caption=caption) for caption in ("", "a dog")]
+    targets = [
+        Targets(*NOTHING, image_labels=torch.tensor([1]), caption=caption)
+        for caption in ("", "a dog")
+    ]
     captions = F.normalize(torch.randn(3, 384))
     batch, sizes = images()
     outputs, _ = model(batch, sizes, targets, model.text, captions)
@@ -611,7 +746,9 @@ def test_detic_score_is_the_root_of_class_times_objectness():
     found, scores = model.detect(features, sizes)
     proposals = model.centernet(features)[0]
     outputs = model.cascade(features, [b for b, _ in proposals], sizes, None, 0)
-    logits = [classifier(out.hidden, model.text)[1] for classifier, out in zip(model.classifiers, outputs)]
+    logits = [
+        classifier(out.hidden, model.text)[1] for classifier, out in zip(model.classifiers, outputs)
+    ]
     first = 0
     for image, (boxes, objectness) in enumerate(proposals):
         assert found[image].shape == (len(boxes), 4) and scores[image].shape == (len(boxes), 5)
@@ -629,12 +766,18 @@ def test_detic_swapping_the_vocabulary_changes_the_width_alone():
     features = model.extract(*images(1))
     (boxes,), (scores,) = model.detect(features, [(96, 96)])
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    model.set_vocabulary(torch.cat([F.normalize(torch.randn(1, 384)), model.text.flip(0), model.text]))
+    model.set_vocabulary(
+        torch.cat([F.normalize(torch.randn(1, 384)), model.text.flip(0), model.text])
+    )
     (other_boxes,), (other_scores,) = model.detect(features, [(96, 96)])
     assert torch.equal(boxes, other_boxes) and other_scores.shape == (len(boxes), 11)
-    assert torch.allclose(other_scores[:, 6:], scores) and torch.allclose(other_scores[:, 1:6], scores.flip(1))
+    assert torch.allclose(other_scores[:, 6:], scores) and torch.allclose(
+        other_scores[:, 1:6], scores.flip(1)
+    )
     after = model.state_dict()
-    assert all(torch.equal(after[key], before[key]) for key in before if key != "text") and len(after) == len(before)
+    assert all(torch.equal(after[key], before[key]) for key in before if key != "text") and len(
+        after
+    ) == len(before)
     with pytest.raises(InputError, match="7 dimensions, this model needs 384"):
         model.set_vocabulary(torch.ones(3, 7))
 
@@ -644,8 +787,13 @@ def test_detic_predictions_have_masks_of_the_image():
     vocabulary = Vocabulary("any", tuple("abcde"))
     sample = replace(Sample.unlabelled(images(1)[0][0], "any", 0, 0), original_size=(50, 200))
     (found,) = detic.predict(model, collate([sample]), vocabulary)
-    assert found["size"] == (50, 200) and len(found["boxes"]) == len(found["segmentations"]) == len(found["scores"]) > 0
-    assert (found["boxes"] >= 0).all() and (found["boxes"] <= torch.tensor([200, 50, 200, 50])).all()
+    assert (
+        found["size"] == (50, 200)
+        and len(found["boxes"]) == len(found["segmentations"]) == len(found["scores"]) > 0
+    )
+    assert (found["boxes"] >= 0).all() and (
+        found["boxes"] <= torch.tensor([200, 50, 200, 50])
+    ).all()
     assert all(rle["size"] == [50, 200] for rle in found["segmentations"])
     assert found["class_names"] == [vocabulary.names[label] for label in found["labels"].tolist()]
     (found,) = detic.predict(make_model(masks=False), collate([sample]), vocabulary)
@@ -663,13 +811,30 @@ RESULTS = {"AP", "AP50", "AP75", "mask AP", "mask AP50", "AP50 base", "AP50 nove
 def boxes_alone(tiny_root, tmp_path_factory, call):
     """Run folder of the first stage."""
     folder = tmp_path_factory.mktemp("run") / "boxes"
-    call("--datasets", "coco-base", "--data-root", tiny_root, "--output", folder, *FLAGS, method="detic")
+    call(
+        "--datasets",
+        "coco-base",
+        "--data-root",
+        tiny_root,
+        "--output",
+        folder,
+        *FLAGS,
+        method="detic",
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def second_stage(tiny_root, boxes_alone):
-    return ["--datasets", "coco-base,in21k", "--data-root", tiny_root, "--weights", boxes_alone, *FLAGS]
+    return [
+        "--datasets",
+        "coco-base,in21k",
+        "--data-root",
+        tiny_root,
+        "--weights",
+        boxes_alone,
+        *FLAGS,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -689,15 +854,21 @@ def test_detic_first_stage_leaves_base_and_novel(boxes_alone):
     assert list(results) == ["coco-base"] and results["coco-base"].keys() >= RESULTS
     parts = {"loss_mask", "loss_centernet_pos", "loss_cls_stage0", "loss_box_reg_stage2"}
     assert parts <= steps(boxes_alone)[-1].keys() and steps(boxes_alone)[-1]["step"] == 6
-    assert {"first_batch.jpg", "predictions-coco-base.jpg"} <= {path.name for path in boxes_alone.iterdir()}
+    assert {"first_batch.jpg", "predictions-coco-base.jpg"} <= {
+        path.name for path in boxes_alone.iterdir()
+    }
 
 
 def test_detic_second_stage_compares_with_the_first(joint, boxes_alone):
     results = json.loads((joint / "results.json").read_text())
-    assert list(results) == ["coco-base before image labels", "coco-base"]  # image labels cannot be evaluated
+    assert list(results) == [
+        "coco-base before image labels",
+        "coco-base",
+    ]  # image labels cannot be evaluated
     assert all(metrics.keys() >= RESULTS for metrics in results.values())
     assert (
-        results["coco-base before image labels"] == json.loads((boxes_alone / "results.json").read_text())["coco-base"]
+        results["coco-base before image labels"]
+        == json.loads((boxes_alone / "results.json").read_text())["coco-base"]
     )
     assert {"predictions-coco-base.jpg", "predictions-coco-base-before-image-labels.jpg"} <= {
         path.name for path in joint.iterdir()
@@ -705,55 +876,112 @@ def test_detic_second_stage_compares_with_the_first(joint, boxes_alone):
 
 
 def test_detic_two_ranks_train_on_both_kinds_of_batch(second_stage, tmp_path, run):
-    batches = islice(RatioBatchSampler([np.ones(12), np.ones(12)], [1, 4], [4, 16], seed=0, world_size=2), 6)
+    batches = islice(
+        RatioBatchSampler([np.ones(12), np.ones(12)], [1, 4], [4, 16], seed=0, world_size=2), 6
+    )
     assert {batch[0][0] >= 12 for batch in batches} == {True, False}
     done = run(*second_stage, "--output", tmp_path / "run", method="detic", ranks=2)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["coco-base"].keys() >= RESULTS
+    assert (
+        json.loads((tmp_path / "run" / "results.json").read_text())["coco-base"].keys() >= RESULTS
+    )
     assert json.loads((tmp_path / "run" / "args.json").read_text())["environment"]["ranks"] == 2
     tensors = load_file(tmp_path / "run" / "weights.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
-def test_detic_resume_after_kill_ends_with_the_same_weights(joint, second_stage, tmp_path, call, caplog, run_and_kill):
+def test_detic_resume_after_kill_ends_with_the_same_weights(
+    joint, second_stage, tmp_path, call, caplog, run_and_kill
+):
     folder = tmp_path / "killed"
     run_and_kill(folder, *second_stage, "--checkpoint-every", 2, method="detic")
     with caplog.at_level("INFO", "concord"):
         call("--resume", folder, method="detic")
     assert "resumed from" in caplog.text
-    ours, theirs = load_file(folder / "weights.safetensors"), load_file(joint / "weights.safetensors")
+    ours, theirs = (
+        load_file(folder / "weights.safetensors"),
+        load_file(joint / "weights.safetensors"),
+    )
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_detic_wsddn_starts_its_ranks_anew_and_keeps_them(second_stage, tiny_root, tmp_path, call, caplog, fails):
+def test_detic_wsddn_starts_its_ranks_anew_and_keeps_them(
+    second_stage, tiny_root, tmp_path, call, caplog, fails
+):
     folder = tmp_path / "wsddn"
     with caplog.at_level("INFO", "concord"):
-        call(*second_stage, "--image-label-loss", "wsddn", "--steps", 2, "--output", folder, method="detic")
+        call(
+            *second_stage,
+            "--image-label-loss",
+            "wsddn",
+            "--steps",
+            2,
+            "--output",
+            folder,
+            method="detic",
+        )
     assert "'prop_score.' are not in it and start anew" in caplog.text
     classes = len(load_file(folder / "weights.safetensors")["text"])
-    assert load_file(folder / "weights.safetensors")["prop_score.0.2.weight"].shape[0] == classes + 1
+    assert (
+        load_file(folder / "weights.safetensors")["prop_score.0.2.weight"].shape[0] == classes + 1
+    )
     # --weights brings the loss along, so that its branch is there
-    evaluate = ["--eval-only", "--weights", folder, "--datasets", "coco-base,in21k", "--data-root", tiny_root]
+    evaluate = [
+        "--eval-only",
+        "--weights",
+        folder,
+        "--datasets",
+        "coco-base,in21k",
+        "--data-root",
+        tiny_root,
+    ]
     call(*evaluate, "--workers", 0, "--output", tmp_path / "again", method="detic")
     again = json.loads((tmp_path / "again" / "results.json").read_text())["coco-base"]
     assert again == json.loads((folder / "results.json").read_text())["coco-base"]
     # its branch has a column for every class it was trained on
-    flags = ["--datasets", "coco", "--data-root", tiny_root, "--weights", folder, "--output", tmp_path / "o", *FLAGS]
+    flags = [
+        "--datasets",
+        "coco",
+        "--data-root",
+        tiny_root,
+        "--weights",
+        folder,
+        "--output",
+        tmp_path / "o",
+        *FLAGS,
+    ]
     line = fails(*flags, method="detic")
-    assert "prop_score.0.2" in line and f"[{classes + 1}" in line and "datasets of its training" in line
+    assert (
+        "prop_score.0.2" in line
+        and f"[{classes + 1}" in line
+        and "datasets of its training" in line
+    )
 
 
 def test_detic_predicts_any_vocabulary(joint, tmp_path, call):
     Image.new("RGB", (90, 60), "green").save(tmp_path / "green.png")
     names = list(read_table()[0])[:3000]
     (tmp_path / "names.txt").write_text("\n".join(names))
-    for vocabulary, expected in (("cat, traffic light", ["cat", "traffic light"]), (tmp_path / "names.txt", names)):
+    for vocabulary, expected in (
+        ("cat, traffic light", ["cat", "traffic light"]),
+        (tmp_path / "names.txt", names),
+    ):
         folder = tmp_path / str(len(expected))
-        flags = ["--predict", tmp_path / "green.png", "--weights", joint, "--vocabulary", vocabulary]
+        flags = [
+            "--predict",
+            tmp_path / "green.png",
+            "--weights",
+            joint,
+            "--vocabulary",
+            vocabulary,
+        ]
         call(*flags, "--output", folder, "--score-threshold", 0.02, method="detic")
         record = json.loads((folder / "predictions.json").read_text())
         assert [category["name"] for category in record["categories"]] == expected
-        assert all({"bbox", "score", "area", "segmentation"} <= found.keys() for found in record["annotations"])
+        assert all(
+            {"bbox", "score", "area", "segmentation"} <= found.keys()
+            for found in record["annotations"]
+        )
         assert Image.open(folder / "green-0.jpg").size[0] >= 90
 
 
@@ -762,7 +990,17 @@ def test_detic_on_real_images(tmp_path, call):
     for name in ("dress", "hat", "skirt"):  # the shipped text table has these
         shutil.copytree(REAL / "clothing_folder" / "train" / name, tmp_path / "clothes" / name)
     datasets = f"coco:train,clothes={tmp_path / 'clothes'}/"
-    flags = ["--datasets", datasets, "--data-root", REAL, "--output", tmp_path / "run", *FLAGS, "--steps", 3]
+    flags = [
+        "--datasets",
+        datasets,
+        "--data-root",
+        REAL,
+        "--output",
+        tmp_path / "run",
+        *FLAGS,
+        "--steps",
+        3,
+    ]
     call(*flags, "--dataset-batches", "clothes=4", method="detic")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert list(results) == ["coco"] and {"AP", "mask AP"} <= results["coco"].keys()
@@ -770,11 +1008,23 @@ def test_detic_on_real_images(tmp_path, call):
 
 @pytest.mark.parametrize(
     "vocabulary, words",
-    [("cat,cat", "'cat' twice"), ("cat, ,dog", "empty class name"), (" , ", "empty"), ("gone.txt", "does not exist")],
+    [
+        ("cat,cat", "'cat' twice"),
+        ("cat, ,dog", "empty class name"),
+        (" , ", "empty"),
+        ("gone.txt", "does not exist"),
+    ],
 )
 def test_detic_bad_vocabulary(fails, boxes_alone, tmp_path, vocabulary, words):
     Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
-    flags = ["--predict", tmp_path / "one.png", "--weights", boxes_alone, "--output", tmp_path / "o"]
+    flags = [
+        "--predict",
+        tmp_path / "one.png",
+        "--weights",
+        boxes_alone,
+        "--output",
+        tmp_path / "o",
+    ]
     assert words in fails(*flags, "--vocabulary", vocabulary, method="detic")
 
 
@@ -787,19 +1037,33 @@ def test_detic_bad_vocabulary(fails, boxes_alone, tmp_path, vocabulary, words):
         (["--novel", "griffin"], ["--novel: 'griffin'", "no class"]),
         (["--novel", "gone.txt"], ["--novel: gone.txt does not exist"]),
         (["--novel", "zebra,"], ["vocabulary of '--novel' has an empty class name"]),
-        (["--backbone", "vit_tiny_patch16_224"], ["--backbone vit_tiny_patch16_224", "images of any size"]),
+        (
+            ["--backbone", "vit_tiny_patch16_224"],
+            ["--backbone vit_tiny_patch16_224", "images of any size"],
+        ),
         (["--dataset-ratios", "imagenet=4"], ["--dataset-ratios imagenet=4", "coco-base, in21k"]),
         (["--dataset-ratios", "coco-base=0"], ["--dataset-ratios coco-base=0", "NAME=NUMBER"]),
         (["--dataset-sizes", "in21k=-3"], ["--dataset-sizes in21k=-3"]),
         (["--dataset-batches", "in21k"], ["--dataset-batches in21k"]),
         (["--eval-datasets", "in21k"], ["in21k", "no split 'val'"]),
-        (["--dynamic-classifier", "9", "--image-label-loss", "wsddn"], ["--image-label-loss wsddn", "leave one"]),
+        (
+            ["--dynamic-classifier", "9", "--image-label-loss", "wsddn"],
+            ["--image-label-loss wsddn", "leave one"],
+        ),
         (["--dynamic-classifier", "-9"], ["--dynamic-classifier -9", "between"]),
         (["--image-label-weight", "-1"], ["--image-label-weight -1", "between"]),
     ],
 )
 def test_detic_bad_flags(fails, tiny_root, tmp_path, flags, words):
-    datasets = ["--datasets", "coco-base,in21k", "--data-root", tiny_root, "--output", tmp_path / "run", *FLAGS]
+    datasets = [
+        "--datasets",
+        "coco-base,in21k",
+        "--data-root",
+        tiny_root,
+        "--output",
+        tmp_path / "run",
+        *FLAGS,
+    ]
     line = fails(*datasets, *flags, method="detic")
     assert all(word in line for word in words), line
 
@@ -821,8 +1085,21 @@ def test_bad_region_backbones(name, words):
 def test_detic_weights_of_another_text_encoder(fails, second_stage, tiny_root, tmp_path):
     datasets = load_datasets("coco-base,in21k", "train", str(tiny_root), accepts=detic.SUPERVISION)
     for dataset in datasets:
-        np.save(tmp_path / f"{dataset.name}.npy", np.random.default_rng(0).normal(size=(len(dataset.vocabulary), 24)))
+        np.save(
+            tmp_path / f"{dataset.name}.npy",
+            np.random.default_rng(0).normal(size=(len(dataset.vocabulary), 24)),
+        )
     encoder = ",".join(f"{dataset.name}={tmp_path / dataset.name}.npy" for dataset in datasets)
-    for chosen in (second_stage, [*second_stage, "--datasets", "coco-base"]):  # evaluated first, or only trained on
-        line = fails(*chosen, "--text-encoder", encoder, "--output", tmp_path / "run", method="detic")
-        assert "text embeddings" in line and "384" in line and "24" in line and "--text-encoder" in line
+    for chosen in (
+        second_stage,
+        [*second_stage, "--datasets", "coco-base"],
+    ):  # evaluated first, or only trained on
+        line = fails(
+            *chosen, "--text-encoder", encoder, "--output", tmp_path / "run", method="detic"
+        )
+        assert (
+            "text embeddings" in line
+            and "384" in line
+            and "24" in line
+            and "--text-encoder" in line
+        )

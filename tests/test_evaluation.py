@@ -19,7 +19,15 @@ from pycocotools.cocoeval import COCOeval
 
 from common.datasets.index import BEYOND, Index
 from common.errors import InputError
-from common.evaluation import MASK_METRICS, METRICS, _match, evaluate_detections, format_table, recall, to_coco_json
+from common.evaluation import (
+    MASK_METRICS,
+    METRICS,
+    _match,
+    evaluate_detections,
+    format_table,
+    recall,
+    to_coco_json,
+)
 from common.labels import Vocabulary
 from common.masks import decode_masks, encode_masks
 
@@ -30,7 +38,11 @@ REAL_COCO = REAL / "coco/annotations/instances_val2017.json"
 def make_dataset(metric, names, annotations, images=1, relative=False, **extra):
     """annotations: (image, label, x1, y1, x2, y2[, ignore]) each; negatives, not_exhaustive: {image: labels}."""
     rows = np.array([[*a, 0][:7] for a in annotations], dtype=np.float64).reshape(-1, 7)
-    labels = {field: [list(extra[field].get(i, ())) for i in range(images)] for field in PER_IMAGE if field in extra}
+    labels = {
+        field: [list(extra[field].get(i, ())) for i in range(images)]
+        for field in PER_IMAGE
+        if field in extra
+    }
     extra = {field: value for field, value in extra.items() if field not in PER_IMAGE}
     areas = (rows[:, 4] - rows[:, 2]) * (rows[:, 5] - rows[:, 3])
     index = Index.build(
@@ -49,13 +61,20 @@ def make_dataset(metric, names, annotations, images=1, relative=False, **extra):
     )
     ids = extra.pop("ids", ())
     fields = {"hierarchy": None, "frequency": None, **extra}
-    return SimpleNamespace(name="hand", vocabulary=Vocabulary("hand", names, ids), index=index, metric=metric, **fields)
+    return SimpleNamespace(
+        name="hand", vocabulary=Vocabulary("hand", names, ids), index=index, metric=metric, **fields
+    )
 
 
 def predict(*detections, size=(100, 100)):
     """detections: (label, x1, y1, x2, y2, score) each."""
     table = torch.tensor(detections, dtype=torch.float32).reshape(-1, 6)
-    return {"boxes": table[:, 1:5], "labels": table[:, 0].long(), "scores": table[:, 5], "size": size}
+    return {
+        "boxes": table[:, 1:5],
+        "labels": table[:, 0].long(),
+        "scores": table[:, 5],
+        "size": size,
+    }
 
 
 def random_dataset(seed, images=24, classes=6):
@@ -76,8 +95,12 @@ def random_dataset(seed, images=24, classes=6):
         near[:, 2:] = np.maximum(near[:, 2:], near[:, :2] + 1)
         kinds = np.concatenate([np.repeat(labels, 3), rng.integers(0, classes, 5)])
         scores = np.round(rng.random(len(near)), 1)
-        predictions[image] = predict(*np.column_stack([kinds, near, scores]).tolist(), size=(500, 500))
-    areas = np.array([(a[4] - a[2]) * (a[5] - a[3]) for a in annotations]) * rng.uniform(0.4, 1, len(annotations))
+        predictions[image] = predict(
+            *np.column_stack([kinds, near, scores]).tolist(), size=(500, 500)
+        )
+    areas = np.array([(a[4] - a[2]) * (a[5] - a[3]) for a in annotations]) * rng.uniform(
+        0.4, 1, len(annotations)
+    )
     names = tuple(f"class {c}" for c in range(classes))
     ids = [int(i) for i in rng.permutation(1000)[:images]]
     return make_dataset("coco", names, annotations, images, areas=areas, image_ids=ids), predictions
@@ -115,7 +138,9 @@ def pycocotools_evaluator(dataset, results, kind="bbox", **params):
 
 
 def pycocotools_numbers(dataset, predictions, kind="bbox"):
-    evaluator = pycocotools_evaluator(dataset, to_coco_json(dataset, predictions, dataset.index.image_ids), kind)
+    evaluator = pycocotools_evaluator(
+        dataset, to_coco_json(dataset, predictions, dataset.index.image_ids), kind
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator.summarize()
     return dict(zip(METRICS["coco"], evaluator.stats[:6].tolist()))
@@ -124,7 +149,10 @@ def pycocotools_numbers(dataset, predictions, kind="bbox"):
 @pytest.mark.parametrize("seed", range(4))
 def test_coco_equals_pycocotools(seed):
     dataset, predictions = random_dataset(seed)
-    ours, oracle = evaluate_detections(dataset, predictions), pycocotools_numbers(dataset, predictions)
+    ours, oracle = (
+        evaluate_detections(dataset, predictions),
+        pycocotools_numbers(dataset, predictions),
+    )
     assert dataset.index.ignore.any() and 0.05 < oracle["AP"] < 0.95
     assert list(ours) == list(METRICS["coco"])
     assert ours == pytest.approx(oracle, abs=1e-6)
@@ -139,7 +167,9 @@ def test_coco_prints_nothing(capfd):
 def test_coco_crowd_takes_many_detections():
     dataset = make_dataset("coco", ("cat",), [(0, 0, 0, 0, 20, 20), (0, 0, 40, 40, 100, 100, 1)])
     inside_crowd = [(0, 41 + i, 41, 51 + i, 51, 0.9) for i in range(5)]
-    assert evaluate_detections(dataset, {0: predict((0, 0, 0, 20, 20, 0.5), *inside_crowd)})["AP"] == pytest.approx(1)
+    assert evaluate_detections(dataset, {0: predict((0, 0, 0, 20, 20, 0.5), *inside_crowd)})[
+        "AP"
+    ] == pytest.approx(1)
 
 
 def test_what_is_beyond_all_sizes_is_ignored_as_an_object():
@@ -163,31 +193,40 @@ def test_absent_size_is_nan():
 @pytest.mark.parametrize("metric", ["coco", "lvis", "oid"])
 @pytest.mark.parametrize("detections", [[], [(0, 0, 0, 20, 20, 0.5)]])
 def test_no_ground_truth(metric, detections):
-    values = evaluate_detections(make_dataset(metric, ("cat", "dog"), []), {0: predict(*detections)})
+    values = evaluate_detections(
+        make_dataset(metric, ("cat", "dog"), []), {0: predict(*detections)}
+    )
     assert values and all(math.isnan(value) for value in values.values())
 
 
 @pytest.mark.parametrize("metric", ["coco", "lvis", "oid"])
 def test_no_detections_is_zero(metric):
-    values = evaluate_detections(make_dataset(metric, ("cat",), [(0, 0, 0, 0, 20, 20)]), {0: predict()})
+    values = evaluate_detections(
+        make_dataset(metric, ("cat",), [(0, 0, 0, 0, 20, 20)]), {0: predict()}
+    )
     assert values["AP50"] == 0
 
 
 def test_missing_image_is_an_error():
     dataset = make_dataset("coco", ("cat",), [], images=3)
-    with pytest.raises(InputError, match=r"2 of 3 images have no prediction, the first is 'image1'"):
+    with pytest.raises(
+        InputError, match=r"2 of 3 images have no prediction, the first is 'image1'"
+    ):
         evaluate_detections(dataset, {0: predict()})
 
 
 def test_no_images():
     assert all(
-        math.isnan(value) for value in evaluate_detections(make_dataset("coco", ("cat",), [], images=0), {}).values()
+        math.isnan(value)
+        for value in evaluate_detections(make_dataset("coco", ("cat",), [], images=0), {}).values()
     )
 
 
 def test_label_of_another_vocabulary_is_an_error():
     with pytest.raises(ValueError, match="2 classes, but label 7"):
-        evaluate_detections(make_dataset("coco", ("cat", "dog"), []), {0: predict((7, 0, 0, 1, 1, 0.5))})
+        evaluate_detections(
+            make_dataset("coco", ("cat", "dog"), []), {0: predict((7, 0, 0, 1, 1, 0.5))}
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- masks
@@ -206,7 +245,10 @@ def with_masks(dataset, predictions):
     index, angles = dataset.index, np.linspace(0, 2 * np.pi, 24, endpoint=False)
     index.segmentations = encode_masks(ellipses(torch.from_numpy(index.boxes)))
     for row in np.flatnonzero(~index.ignore):
-        centre, radius = index.boxes[row].reshape(2, 2).mean(0), np.diff(index.boxes[row].reshape(2, 2), axis=0)[0] / 2
+        centre, radius = (
+            index.boxes[row].reshape(2, 2).mean(0),
+            np.diff(index.boxes[row].reshape(2, 2), axis=0)[0] / 2,
+        )
         ring = centre + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
         index.segmentations[row] = [ring.ravel().round(2).tolist()]
     for found in predictions.values():
@@ -219,9 +261,14 @@ def test_mask_ap_equals_pycocotools(seed):
     dataset, predictions = random_dataset(seed)
     boxes_only = evaluate_detections(dataset, predictions)
     dataset, predictions = with_masks(dataset, predictions)
-    ours, oracle = evaluate_detections(dataset, predictions), pycocotools_numbers(dataset, predictions, "segm")
+    ours, oracle = (
+        evaluate_detections(dataset, predictions),
+        pycocotools_numbers(dataset, predictions, "segm"),
+    )
     assert 0.05 < oracle["AP"] < 0.95 and abs(oracle["AP"] - boxes_only["AP"]) > 1e-3
-    assert ours == pytest.approx(boxes_only | {f"mask {m}": oracle[m] for m in MASK_METRICS["coco"]}, abs=1e-6)
+    assert ours == pytest.approx(
+        boxes_only | {f"mask {m}": oracle[m] for m in MASK_METRICS["coco"]}, abs=1e-6
+    )
 
 
 def test_mask_ap_needs_masks_on_both_sides():
@@ -239,22 +286,37 @@ def test_mask_ap_of_lvis():
     names, boxes = ("cat", "dog"), [(0, 0, 0, 0, 20, 20), (0, 1, 40, 40, 80, 80)]
     polygons = [[[x, y, X, y, X, Y, x, Y]] for _, _, x, y, X, Y in boxes]
     dataset = make_dataset("lvis", names, boxes, images=2, frequency="rf", segmentations=polygons)
-    found = {0: predict((0, 0, 0, 20, 20, 0.5), (1, 40, 40, 80, 80, 0.5)), 1: predict((0, 5, 5, 9, 9, 0.9))}
+    found = {
+        0: predict((0, 0, 0, 20, 20, 0.5), (1, 40, 40, 80, 80, 0.5)),
+        1: predict((0, 5, 5, 9, 9, 0.9)),
+    }
     masks = decode_masks(polygons, (100, 100))
     masks[1, 60:] = False
     found[0]["segmentations"] = encode_masks(masks)
     found[1]["segmentations"] = encode_masks(masks[:1])
     values = evaluate_detections(dataset, found)
-    expected = {"mask AP": 0.55, "mask AP50": 1, "mask APr": 1, "mask APc": math.nan, "mask APf": 0.1}
-    assert {key: value for key, value in values.items() if "mask" in key} == pytest.approx(expected, nan_ok=True)
+    expected = {
+        "mask AP": 0.55,
+        "mask AP50": 1,
+        "mask APr": 1,
+        "mask APc": math.nan,
+        "mask APf": 0.1,
+    }
+    assert {key: value for key, value in values.items() if "mask" in key} == pytest.approx(
+        expected, nan_ok=True
+    )
     assert values["APf"] == pytest.approx(1)
 
 
 def test_broken_annotated_mask_is_an_error():
     rle = {"size": [50, 50], "counts": "0"}
     dataset = make_dataset("coco", ("cat",), [(0, 0, 0, 0, 20, 20)], segmentations=[rle])
-    found = predict((0, 0, 0, 20, 20, 0.5)) | {"segmentations": encode_masks(torch.ones(1, 100, 100).bool())}
-    with pytest.raises(InputError, match=r"hand.json: image 'image0' has an RLE of size \[50, 50\] for"):
+    found = predict((0, 0, 0, 20, 20, 0.5)) | {
+        "segmentations": encode_masks(torch.ones(1, 100, 100).bool())
+    }
+    with pytest.raises(
+        InputError, match=r"hand.json: image 'image0' has an RLE of size \[50, 50\] for"
+    ):
         evaluate_detections(dataset, {0: found})
 
 
@@ -272,20 +334,30 @@ def test_groups_are_means_of_classes(metric):
         alone.append(evaluate_detections(dataset, predictions, one)["AP50 alone"])
     assert math.isnan(alone[-1]) and len(set(alone[:-1])) > 3
     novel = np.array([False, True, True, False, False, True])  # the last one has no ground truth
-    values = evaluate_detections(dataset, predictions, {"base": ~novel, "novel": torch.from_numpy(novel)})
+    values = evaluate_detections(
+        dataset, predictions, {"base": ~novel, "novel": torch.from_numpy(novel)}
+    )
     assert values["AP50 base"] == pytest.approx(np.mean([alone[0], *alone[3:5]]))
     assert values["AP50 novel"] == pytest.approx(np.mean(alone[1:3]))
     assert values["AP50"] == pytest.approx(np.mean(alone[:-1]))
     if metric == "coco":
         results = to_coco_json(dataset, predictions, dataset.index.image_ids)
-        precision = pycocotools_evaluator(dataset, results).eval["precision"][0, :, :, 0, -1].mean(0)
-        assert alone[:-1] == pytest.approx(precision[:-1].tolist(), abs=1e-6) and precision[-1] == -1
+        precision = (
+            pycocotools_evaluator(dataset, results).eval["precision"][0, :, :, 0, -1].mean(0)
+        )
+        assert (
+            alone[:-1] == pytest.approx(precision[:-1].tolist(), abs=1e-6) and precision[-1] == -1
+        )
 
 
 def test_groups_of_oid():
     boxes = [(0, CAT, 0, 0, 20, 20), (0, WHEEL, 40, 40, 60, 60)]
     found = {0: predict((CAT, 0, 0, 20, 20, 0.5))}
-    groups = {"base": np.arange(5) == WHEEL, "novel": np.isin(range(5), (CAT, ANIMAL)), "none": np.arange(5) == TOY}
+    groups = {
+        "base": np.arange(5) == WHEEL,
+        "novel": np.isin(range(5), (CAT, ANIMAL)),
+        "none": np.arange(5) == TOY,
+    }
     values = evaluate_detections(oid(boxes), found, groups)
     expected = {"AP50": 2 / 3, "AP50 base": 0, "AP50 novel": 1, "AP50 none": math.nan}
     assert values == pytest.approx(expected, nan_ok=True)
@@ -302,9 +374,18 @@ def test_recall_equals_pycocotools(seed):
         result | {"category_id": dataset.vocabulary.ids[0]} for result in results
     ]  # it ranks equal scores by class
     limits = [1, 3, 1000]
-    oracle = pycocotools_evaluator(dataset, results, useCats=0, maxDets=limits).eval["recall"][:, 0, 0].mean(axis=0)
-    proposals = {row: {k: found[k] for k in ("boxes", "scores", "size")} for row, found in predictions.items()}
-    assert recall(dataset, proposals, limits) == pytest.approx({f"AR@{k}": r for k, r in zip(limits, oracle)}, abs=1e-6)
+    oracle = (
+        pycocotools_evaluator(dataset, results, useCats=0, maxDets=limits)
+        .eval["recall"][:, 0, 0]
+        .mean(axis=0)
+    )
+    proposals = {
+        row: {k: found[k] for k in ("boxes", "scores", "size")}
+        for row, found in predictions.items()
+    }
+    assert recall(dataset, proposals, limits) == pytest.approx(
+        {f"AR@{k}": r for k, r in zip(limits, oracle)}, abs=1e-6
+    )
     assert 0.02 < oracle[0] < oracle[1] < oracle[2]
 
 
@@ -354,7 +435,9 @@ def test_lvis_keeps_300_detections():
     wrong = [(0, 50, 50, 70, 70, 0.9)]
     for count, expected in ((299, 1 / 300), (300, 0)):
         predictions = {0: predict(*wrong * count, (0, 0, 0, 20, 20, 0.5))}
-        assert evaluate_detections(make_dataset("lvis", ("cat",), boxes), predictions)["AP"] == pytest.approx(expected)
+        assert evaluate_detections(make_dataset("lvis", ("cat",), boxes), predictions)[
+            "AP"
+        ] == pytest.approx(expected)
 
 
 def random_lvis(seed):
@@ -368,8 +451,15 @@ def random_lvis(seed):
                       for i, here in enumerate(annotated)},
         "not_exhaustive": {i: [c for c in here if rng.random() < 0.2] for i, here in enumerate(annotated)},
     }  # fmt: skip
-    extra = {"areas": index.areas, "image_ids": list(index.image_ids), "frequency": "rrccff", **fields}
-    return make_dataset("lvis", coco.vocabulary.names, list(columns), len(index), **extra), predictions
+    extra = {
+        "areas": index.areas,
+        "image_ids": list(index.image_ids),
+        "frequency": "rrccff",
+        **fields,
+    }
+    return make_dataset(
+        "lvis", coco.vocabulary.names, list(columns), len(index), **extra
+    ), predictions
 
 
 def lvis_numbers(dataset, predictions):
@@ -401,23 +491,58 @@ def lvis_numbers(dataset, predictions):
         ],
     }  # fmt: skip
     gt._create_index()
-    evaluator = LVISEval(gt, LVISResults(gt, to_coco_json(dataset, predictions, index.image_ids), 300), "bbox")
+    evaluator = LVISEval(
+        gt, LVISResults(gt, to_coco_json(dataset, predictions, index.image_ids), 300), "bbox"
+    )
     evaluator.run()
     return {name: evaluator.results[name] for name in METRICS["lvis"]}
 
 
 # of lvis 0.5.3 for `random_lvis`; compared with the package itself where that is installed
 LVIS_NUMBERS = {
-    0: (0.29856598, 0.48642966, 0.2630334, 0.08621886, 0.47686527, 0.65106244, 0.35122659, 0.32714631, 0.13608409),
-    1: (0.32703396, 0.53993631, 0.33944663, 0.07755302, 0.46769936, 0.6478194, 0.31153243, 0.2758413, 0.46042235),
-    2: (0.31527501, 0.53448641, 0.32667103, 0.05082951, 0.45690916, 0.80637445, 0.38443764, 0.25557032, 0.29635913),
+    0: (
+        0.29856598,
+        0.48642966,
+        0.2630334,
+        0.08621886,
+        0.47686527,
+        0.65106244,
+        0.35122659,
+        0.32714631,
+        0.13608409,
+    ),
+    1: (
+        0.32703396,
+        0.53993631,
+        0.33944663,
+        0.07755302,
+        0.46769936,
+        0.6478194,
+        0.31153243,
+        0.2758413,
+        0.46042235,
+    ),
+    2: (
+        0.31527501,
+        0.53448641,
+        0.32667103,
+        0.05082951,
+        0.45690916,
+        0.80637445,
+        0.38443764,
+        0.25557032,
+        0.29635913,
+    ),
 }
 
 
 @pytest.mark.parametrize("seed", LVIS_NUMBERS)
 def test_lvis_equals_the_official_evaluator(seed):
     dataset, predictions = random_lvis(seed)
-    ours = {key: -1 if math.isnan(value) else value for key, value in evaluate_detections(dataset, predictions).items()}
+    ours = {
+        key: -1 if math.isnan(value) else value
+        for key, value in evaluate_detections(dataset, predictions).items()
+    }
     assert ours == pytest.approx(dict(zip(METRICS["lvis"], LVIS_NUMBERS[seed])), abs=1e-6)
     if importlib.util.find_spec("lvis"):
         assert ours == pytest.approx(lvis_numbers(dataset, predictions), abs=1e-6)
@@ -428,11 +553,21 @@ def test_lvis_equals_the_official_evaluator(seed):
 TREE = {
     "LabelName": "/m/root",
     "Subcategory": [
-        {"LabelName": "/m/animal", "Subcategory": [{"LabelName": "/m/cat"}, {"LabelName": "/m/dog"}]},
-        {"LabelName": "/m/toy", "Subcategory": [{"LabelName": "/m/dog"}], "Part": [{"LabelName": "/m/wheel"}]},
+        {
+            "LabelName": "/m/animal",
+            "Subcategory": [{"LabelName": "/m/cat"}, {"LabelName": "/m/dog"}],
+        },
+        {
+            "LabelName": "/m/toy",
+            "Subcategory": [{"LabelName": "/m/dog"}],
+            "Part": [{"LabelName": "/m/wheel"}],
+        },
     ],
 }
-NAMES, IDS = ("Animal", "Cat", "Dog", "Toy", "Wheel"), ("/m/animal", "/m/cat", "/m/dog", "/m/toy", "/m/wheel")
+NAMES, IDS = (
+    ("Animal", "Cat", "Dog", "Toy", "Wheel"),
+    ("/m/animal", "/m/cat", "/m/dog", "/m/toy", "/m/wheel"),
+)
 ANIMAL, CAT, DOG, TOY, WHEEL = range(5)
 
 
@@ -451,9 +586,13 @@ def test_oid_expands_ground_truth_and_predictions():
 
 def test_oid_two_parents_and_parts():
     found = {0: predict((DOG, 0, 0, 20, 20, 0.5))}
-    assert evaluate_detections(oid([(0, DOG, 0, 0, 20, 20)]), found) == {"AP50": 1}  # Dog, Animal, Toy
+    assert evaluate_detections(oid([(0, DOG, 0, 0, 20, 20)]), found) == {
+        "AP50": 1
+    }  # Dog, Animal, Toy
     assert evaluate_detections(oid([(0, TOY, 0, 0, 20, 20)]), found) == {"AP50": 1}
-    assert evaluate_detections(oid([(0, TOY, 0, 0, 20, 20)]), {0: predict((WHEEL, 0, 0, 20, 20, 0.5))}) == {"AP50": 0}
+    assert evaluate_detections(
+        oid([(0, TOY, 0, 0, 20, 20)]), {0: predict((WHEEL, 0, 0, 20, 20, 0.5))}
+    ) == {"AP50": 0}
 
 
 def test_oid_unverified_class_is_ignored():
@@ -477,10 +616,16 @@ def test_oid_group_of_counts_once():
     group = [(0, WHEEL, 0, 0, 80, 80, 1), (0, WHEEL, 80, 80, 100, 100)]
     inside = [(WHEEL, 10 * i, 10, 10 * i + 8, 20, 0.9 - i / 100) for i in range(4)]
     single = (WHEEL, 80, 80, 100, 100, 0.5)
-    assert evaluate_detections(oid(group), {0: predict(*inside, single)}) == {"AP50": 1}  # 1 hit, 3 ignored, 1 hit
-    assert evaluate_detections(oid(group), {0: predict(single)}) == {"AP50": 0.5}  # the group is missed
+    assert evaluate_detections(oid(group), {0: predict(*inside, single)}) == {
+        "AP50": 1
+    }  # 1 hit, 3 ignored, 1 hit
+    assert evaluate_detections(oid(group), {0: predict(single)}) == {
+        "AP50": 0.5
+    }  # the group is missed
     half_out = (WHEEL, 75, 0, 95, 10, 0.9)  # a quarter of it inside: a miss
-    assert evaluate_detections(oid(group), {0: predict(half_out, single)})["AP50"] == pytest.approx(1 / 4)
+    assert evaluate_detections(oid(group), {0: predict(half_out, single)})["AP50"] == pytest.approx(
+        1 / 4
+    )
 
 
 def test_oid_single_box_goes_before_the_group():
@@ -512,11 +657,15 @@ def oid_class_ap(label, truth, found, absent, present):
         boxes = [(box, group) for kind, box, group in boxes if label in kinds(kind)]
         wanted += len(boxes)
         said = {kind for each in present[image] for kind in kinds(each)}
-        said |= {kind for kind in range(len(NAMES)) for each in absent[image] if each in kinds(kind)}
+        said |= {
+            kind for kind in range(len(NAMES)) for each in absent[image] if each in kinds(kind)
+        }
         if not boxes and label not in said:
             continue
         detections = [(score, box) for kind, box, score in found[image] if label in kinds(kind)]
-        single, groups = ([box for box, group in boxes if group == which] for which in (False, True))
+        single, groups = (
+            [box for box, group in boxes if group == which] for which in (False, True)
+        )
         taken, best_of_group = set(), {}
         for score, box in sorted(detections, key=lambda each: -each[0]):
             overlaps = [iou(box, each) for each in single]
@@ -545,17 +694,28 @@ def test_oid_equals_the_protocol_box_by_box(seed):
         number = 0 if image % 5 == 4 else 4
         labels, groups = rng.integers(0, len(NAMES), 6).tolist(), rng.random(6) < 0.3
         truth[image] = list(zip(labels, boxes.tolist(), groups.tolist()))[:number]
-        near = (np.repeat(boxes, 3, axis=0) + rng.normal(0, 2, (18, 4))).astype(np.float32).astype(float)
-        guessed = np.where(rng.random(18) < 0.8, np.repeat(labels, 3), rng.integers(0, len(NAMES), 18)).tolist()
+        near = (
+            (np.repeat(boxes, 3, axis=0) + rng.normal(0, 2, (18, 4)))
+            .astype(np.float32)
+            .astype(float)
+        )
+        guessed = np.where(
+            rng.random(18) < 0.8, np.repeat(labels, 3), rng.integers(0, len(NAMES), 18)
+        ).tolist()
         scores = rng.random(18).astype(np.float32).astype(float).tolist()
         found[image] = list(zip(guessed, near.tolist(), scores))
         here = {kind for label, *_ in truth[image] for kind in kinds(label)}
         unseen = [label for label in range(len(NAMES)) if not here & set(kinds(label))]
         absent[image] = [label for label in unseen if rng.random() < 0.3]
         present[image] = [int(rng.integers(len(NAMES)))] if rng.random() < 0.2 else []
-    boxes = [(image, label, *box, group) for image, each in truth.items() for label, box, group in each]
+    boxes = [
+        (image, label, *box, group) for image, each in truth.items() for label, box, group in each
+    ]
     dataset = oid(boxes, 20, negatives=absent, verified=present)
-    records = {image: predict(*[(k, *box, score) for k, box, score in each]) for image, each in found.items()}
+    records = {
+        image: predict(*[(k, *box, score) for k, box, score in each])
+        for image, each in found.items()
+    }
     expected = [oid_class_ap(label, truth, found, absent, present) for label in range(len(NAMES))]
     expected = np.mean([value for value in expected if value is not None])
     assert 0.1 < expected < 0.9
@@ -578,13 +738,17 @@ def test_oid_equal_overlaps_go_to_the_first_box():
     for order in ((0, 1, 2), (1, 0, 2)):
         by_order[order] = evaluate_detections(oid([boxes[i] for i in order]), {0: found})["AP50"]
     # Animal: the first detection takes the group listed first; the second is in the cats' group alone
-    assert by_order[0, 1, 2] == pytest.approx(2 / 3 / 4) and by_order[1, 0, 2] == pytest.approx(1 / 3 / 4)
+    assert by_order[0, 1, 2] == pytest.approx(2 / 3 / 4) and by_order[1, 0, 2] == pytest.approx(
+        1 / 3 / 4
+    )
 
 
 def test_oid_verified_class_without_a_box():
     wrong = predict((CAT, 50, 50, 70, 70, 0.9))
     boxes, found = [(0, CAT, 0, 0, 20, 20)], {0: predict((CAT, 0, 0, 20, 20, 0.5)), 1: wrong}
-    assert evaluate_detections(oid(boxes, 2, verified={1: [CAT]}), found) == {"AP50": 0.5}  # and so is Animal
+    assert evaluate_detections(oid(boxes, 2, verified={1: [CAT]}), found) == {
+        "AP50": 0.5
+    }  # and so is Animal
     assert evaluate_detections(oid(boxes, 2, verified={1: [ANIMAL]}), found) == {"AP50": 0.75}
 
 
@@ -598,8 +762,12 @@ def test_oid_detection_is_compared_with_one_box():
 
 def test_oid_in_fractions():
     dataset = oid([(0, WHEEL, 0.0, 0.0, 0.5, 0.25)], relative=True)
-    assert evaluate_detections(dataset, {0: predict((WHEEL, 0, 0, 200, 50, 0.5), size=(200, 400))}) == {"AP50": 1}
-    assert evaluate_detections(dataset, {0: predict((WHEEL, 0, 0, 100, 100, 0.5), size=(200, 400))}) == {"AP50": 0}
+    assert evaluate_detections(
+        dataset, {0: predict((WHEEL, 0, 0, 200, 50, 0.5), size=(200, 400))}
+    ) == {"AP50": 1}
+    assert evaluate_detections(
+        dataset, {0: predict((WHEEL, 0, 0, 100, 100, 0.5), size=(200, 400))}
+    ) == {"AP50": 0}
 
 
 def test_relative_boxes_with_the_coco_metric():
@@ -617,7 +785,9 @@ def test_oid_equals_hotcoco_where_protocols_agree(seed):
         cells = rng.permutation(16)[: rng.integers(1, 12)]
         for cell in cells:
             x, y = 25.0 * (cell % 4), 25.0 * (cell // 4)
-            annotations.append((image, int(rng.integers(5)), x, y, x + 20, y + 20, int(rng.random() < 0.3)))
+            annotations.append(
+                (image, int(rng.integers(5)), x, y, x + 20, y + 20, int(rng.random() < 0.3))
+            )
         mine = [a for a in annotations if a[0] == image]
         found = [
             (a[1], a[2] + d, a[3], a[4] + d, a[5], s)
@@ -626,7 +796,9 @@ def test_oid_equals_hotcoco_where_protocols_agree(seed):
         ]
         predictions[image] = predict(*found)
         rows += [[image, d[1], d[2], d[3] - d[1], d[4] - d[2], d[5], d[0]] for d in found]
-    dataset = make_dataset("oid", NAMES, annotations, 12, negatives={i: range(5) for i in range(12)})
+    dataset = make_dataset(
+        "oid", NAMES, annotations, 12, negatives={i: range(5) for i in range(12)}
+    )
     gt = hotcoco.COCO(
         {
             "images": [{"id": i, "height": 100, "width": 100} for i in range(12)],
@@ -647,14 +819,18 @@ def test_oid_equals_hotcoco_where_protocols_agree(seed):
     with pytest.warns(UserWarning), contextlib.redirect_stdout(io.StringIO()):
         oracle = hotcoco.COCOeval(gt, gt.load_res(np.array(rows)), "bbox", oid_style=True)
         oracle.run()
-    assert evaluate_detections(dataset, predictions)["AP50"] == pytest.approx(oracle.get_results()["AP"], abs=1e-6)
+    assert evaluate_detections(dataset, predictions)["AP50"] == pytest.approx(
+        oracle.get_results()["AP"], abs=1e-6
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- output
 
 
 def test_table():
-    text = format_table({"coco": {"AP": 0.41234, "AP50": 1.0}, "openimages": {"AP50": 0.5, "APr": math.nan}})
+    text = format_table(
+        {"coco": {"AP": 0.41234, "AP50": 1.0}, "openimages": {"AP50": 0.5, "APr": math.nan}}
+    )
     assert text.splitlines() == [
         "dataset        AP   AP50  APr",
         "coco        0.412  1.000    -",
@@ -663,7 +839,10 @@ def test_table():
 
 
 def test_wide_table():
-    results = {"a": {f"metric {i}": i / 10 for i in range(10)}, "longer name": {"metric 9": math.nan}}
+    results = {
+        "a": {f"metric {i}": i / 10 for i in range(10)},
+        "longer name": {"metric 9": math.nan},
+    }
     blocks = [block.splitlines() for block in format_table(results, 45).split("\n\n")]
     assert [len(block) for block in blocks] == [3] * 4
     assert blocks[0][0] == "dataset      metric 0  metric 1  metric 2"
@@ -673,7 +852,9 @@ def test_wide_table():
 
 def test_coco_json():
     vocabulary = Vocabulary("coco", ("cat", "dog"), (17, 18))
-    results = to_coco_json(vocabulary, {1: predict((1, 10, 20, 30, 50, 0.5)), 0: predict()}, [5, 139])
+    results = to_coco_json(
+        vocabulary, {1: predict((1, 10, 20, 30, 50, 0.5)), 0: predict()}, [5, 139]
+    )
     assert results == [{"image_id": 139, "category_id": 18, "bbox": [10, 20, 20, 30], "score": 0.5}]
     json.dumps(results)
 
@@ -690,7 +871,11 @@ def real_coco():
     record = json.loads(REAL_COCO.read_text())
     rows = {image["id"]: row for row, image in enumerate(record["images"])}
     ids = tuple(c["id"] for c in record["categories"])
-    annotations, found, rles = [], {row: [] for row in rows.values()}, {row: [] for row in rows.values()}
+    annotations, found, rles = (
+        [],
+        {row: [] for row in rows.values()},
+        {row: [] for row in rows.values()},
+    )
     for a in record["annotations"]:
         x, y, w, h = a["bbox"]
         row, label = rows[a["image_id"]], ids.index(a["category_id"])
@@ -709,7 +894,9 @@ def real_coco():
         segmentations=[a["segmentation"] for a in record["annotations"]],
     )
     sizes = [(image["height"], image["width"]) for image in record["images"]]
-    return dataset, {r: predict(*found[r], size=sizes[r]) | {"segmentations": rles[r]} for r in rows.values()}
+    return dataset, {
+        r: predict(*found[r], size=sizes[r]) | {"segmentations": rles[r]} for r in rows.values()
+    }
 
 
 @pytest.mark.skipif(not REAL_COCO.is_file(), reason="the real data samples are not here")
@@ -728,6 +915,11 @@ def test_shifted_predictions_of_real_coco():
         masks = [mask.roll(shift, (0, 1)) for mask, shift in zip(masks, shifts)]
         found["segmentations"] = encode_masks(torch.stack(masks)) if masks else []
         found["scores"] = torch.rand(len(masks), generator=generator)
-    ours, oracle = evaluate_detections(dataset, predictions), pycocotools_numbers(dataset, predictions, "segm")
+    ours, oracle = (
+        evaluate_detections(dataset, predictions),
+        pycocotools_numbers(dataset, predictions, "segm"),
+    )
     assert 0.1 < oracle["AP"] < 0.9
-    assert [ours["mask AP"], ours["mask AP50"]] == pytest.approx([oracle["AP"], oracle["AP50"]], abs=1e-6)
+    assert [ours["mask AP"], ours["mask AP50"]] == pytest.approx(
+        [oracle["AP"], oracle["AP50"]], abs=1e-6
+    )

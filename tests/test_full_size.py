@@ -74,7 +74,11 @@ def test_full_size_duplicates_are_the_names_that_datasets_share(space_and_text):
     space, text = space_and_text
     duplicates = LabelTables.of(ARGS, text, torch.ones(len(space))).duplicates
     assert torch.equal(duplicates, duplicates.T)
-    person = [space.slice(d).start + names.index("person") for d, names in lower_names(space) if "person" in names]
+    person = [
+        space.slice(d).start + names.index("person")
+        for d, names in lower_names(space)
+        if "person" in names
+    ]
     assert len(person) >= 3
     assert all(duplicates[i, j] for i in person for j in person if i != j)
     coco = space.slice("coco")
@@ -94,31 +98,44 @@ def synthetic(dataset: str, labels: list[int]) -> Sample:
 
 def peak_memory() -> float:
     """GB that this process has had at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**30 if sys.platform == "darwin" else 2**20
+    )
 
 
-@pytest.mark.parametrize("changes", [{}, {"neg_scope": "own", "fed_loss": True}], ids=["all", "own"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"neg_scope": "own", "fed_loss": True}], ids=["all", "own"]
+)
 def test_full_size_training_step(space_and_text, changes):
     torch.manual_seed(0)
     space, text = space_and_text
     args, before = replace(ARGS, **changes), peak_memory()
     model = Model(args, text, pretrained=False).train()
-    frequency = torch.cat([torch.tensor(v.image_counts or [100] * len(v)) for v in space.vocabularies.values()])
+    frequency = torch.cat(
+        [torch.tensor(v.image_counts or [100] * len(v)) for v in space.vocabularies.values()]
+    )
     tables = LabelTables.of(args, text, frequency)
     batch = collate([synthetic("lvis", [3, 1202, 3]), synthetic("oid500", [499])])
     truth = scaledet.assign_targets(batch, space)
     assert truth[0].labels.tolist() == [83, 1282, 83] and truth[1].labels.tolist() == [2147]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4)
     outputs, proposal_losses = model(batch.images, batch.sizes, truth)
-    assert all(out.logits.shape == (len(out.deltas), 2148) for out in outputs) and len(outputs[0].logits) == 128
+    assert (
+        all(out.logits.shape == (len(out.deltas), 2148) for out in outputs)
+        and len(outputs[0].logits) == 128
+    )
     losses = scaledet.compute_losses(args, outputs, proposal_losses, tables)
     assert len(losses) == 3 * 3 + 3 + 1 and all(value.isfinite() for value in losses.values())
     losses["loss"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    assert any(p.grad.abs().max() > 1 for p in model.parameters())  # otherwise clipping is not tried
+    assert any(
+        p.grad.abs().max() > 1 for p in model.parameters()
+    )  # otherwise clipping is not tried
     nn.utils.clip_grad_value_(model.parameters(), 1.0)
     old = [p.detach().clone() for p in model.parameters()]
     optimizer.step()
     assert all(p.isfinite().all() for p in model.parameters())
-    assert not any(torch.equal(p, o) for p, o in zip(model.parameters(), old) if p.grad.abs().max() > 1e-6)
+    assert not any(
+        torch.equal(p, o) for p, o in zip(model.parameters(), old) if p.grad.abs().max() > 1e-6
+    )
     assert peak_memory() - before < 3

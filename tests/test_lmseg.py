@@ -18,19 +18,18 @@ from torch import nn
 from torch.nn import functional as F
 
 import common.backbone
-import common.prompt
 import common.text
 import lmseg
 from common.batch import Sample, collate
 from common.checkpoint import last_checkpoint, save_weights
+from common.command import parse_args
 from common.datasets import load_datasets
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
-from common.matcher import Targets
 from common.optim import parameter_groups, poly_learning_rate
-from common.prompt import ContextEncoder
 from common.sampling import RatioBatchSampler
-from common.training import parse_args
+from common.targets import Targets
+from common.text import ContextEncoder
 from common.transformer import DecoderLayer, sine_position
 from common.transforms import DetrCrop
 
@@ -70,15 +69,23 @@ def make_model(**changes) -> lmseg.Model:
 
 def features(images: int = 2) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What an `extract` of images of 64 x 96 pixels would give."""
-    return torch.randn(images, 32, 16, 24), [torch.randn(images, 32, h, 3 * h // 2) for h in (2, 4, 8)]
+    return torch.randn(images, 32, 16, 24), [
+        torch.randn(images, 32, h, 3 * h // 2) for h in (2, 4, 8)
+    ]
 
 
-def segmented(labels, height: int = 60, width: int = 90, dataset: str = "a", kind: str = "semantic") -> Sample:
+def segmented(
+    labels, height: int = 60, width: int = 90, dataset: str = "a", kind: str = "semantic"
+) -> Sample:
     """A random image with a vertical stripe for each of `labels`, and one of no class."""
-    sample = Sample.unlabelled(torch.randint(0, 256, (3, height, width), dtype=torch.uint8), dataset, 0, 0)
+    sample = Sample.unlabelled(
+        torch.randint(0, 256, (3, height, width), dtype=torch.uint8), dataset, 0, 0
+    )
     stripes = torch.arange(width) * (len(labels) + 1) // width
     segments = torch.where(stripes < len(labels), stripes, -1).short().expand(height, -1)
-    return replace(sample, supervision=kind, labels=torch.tensor(labels, dtype=torch.long), segments=segments)
+    return replace(
+        sample, supervision=kind, labels=torch.tensor(labels, dtype=torch.long), segments=segments
+    )
 
 
 def sigmoid(x: float) -> float:
@@ -95,13 +102,19 @@ def dot(one, other) -> float:
 
 
 def linear(layer: nn.Linear, row: list[float]) -> list[float]:
-    return [dot(weights, row) + bias for weights, bias in zip(layer.weight.tolist(), layer.bias.tolist())]
+    return [
+        dot(weights, row) + bias
+        for weights, bias in zip(layer.weight.tolist(), layer.bias.tolist())
+    ]
 
 
 def layer_norm(norm: nn.LayerNorm, row: list[float]) -> list[float]:
     mean = sum(row) / len(row)
     deviation = math.sqrt(sum((x - mean) ** 2 for x in row) / len(row) + 1e-5)
-    return [(x - mean) / deviation * w + b for x, w, b in zip(row, norm.weight.tolist(), norm.bias.tolist())]
+    return [
+        (x - mean) / deviation * w + b
+        for x, w, b in zip(row, norm.weight.tolist(), norm.bias.tolist())
+    ]
 
 
 # -- classifier and guide ----------------------------------------------------------------------------------------------
@@ -138,7 +151,10 @@ def test_lmseg_sec3_guide():
         attended = []
         for part in (slice(0, 4), slice(4, 8)):
             weights = softmax([dot(query[part], key[part]) * 4**-0.5 for key in keys])
-            attended += [sum(w * key[c] for w, key in zip(weights, keys)) for c in range(part.start, part.stop)]
+            attended += [
+                sum(w * key[c] for w, key in zip(weights, keys))
+                for c in range(part.start, part.stop)
+            ]
         expected = [a + b for a, b in zip(q[b, i].tolist(), linear(guide.output, attended))]
         assert out[b, i].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
@@ -148,9 +164,13 @@ def test_lmseg_guides_drop_images_more_often_in_later_layers():
     assert [guide.drop.p for guide in model.guides] == pytest.approx([0, 0.025, 0.05, 0.075, 0.1])
     guide, q, text = lmseg.CategoryGuide(32, 8, 0.5), torch.randn(64, 3, 32), torch.randn(4, 32)
     moved = guide.eval()(q, text) - q
-    scale = (guide.train()(q, text) - q) / moved  # each image as a whole: left alone, or moved by so much more
+    scale = (
+        guide.train()(q, text) - q
+    ) / moved  # each image as a whole: left alone, or moved by so much more
     kept = scale[:, 0, 0] > 1
-    torch.testing.assert_close(scale, 2.0 * kept[:, None, None].expand_as(scale), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        scale, 2.0 * kept[:, None, None].expand_as(scale), rtol=1e-2, atol=1e-2
+    )
     assert 16 < kept.sum() < 48
     torch.testing.assert_close(guide.eval()(q, text) - q, moved)
 
@@ -163,7 +183,9 @@ def test_lmseg_the_order_of_the_classes_is_that_of_the_columns_and_no_more():
     torch.testing.assert_close(other.logits, one.logits[..., order], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(other.mask_embed, one.mask_embed, rtol=1e-4, atol=1e-4)
     swapped = model.decode(*given, model.text[2:], "a")
-    assert not torch.allclose(swapped.mask_embed[1:], one.mask_embed[1:], atol=1e-2)  # the text steers the masks
+    assert not torch.allclose(
+        swapped.mask_embed[1:], one.mask_embed[1:], atol=1e-2
+    )  # the text steers the masks
     off = make_model(cgd="off").eval()
     masks = [off.decode(*given, text, "a").mask_embed for text in (off.text[:4], off.text[2:])]
     assert torch.equal(*masks)
@@ -179,7 +201,9 @@ def test_lmseg_datasets_of_the_same_names_get_the_same_logits():
     assert torch.equal(text, expected) and text.shape == (7, 384)
     model, given = lmseg.Model(SMALL, text, label_space, pretrained=False).eval(), features()
     rows = [[*label_space.rows(name).tolist(), 6] for name in ("one", "two")]
-    one, two = (model.decode(*given, model.text[own], name) for own, name in zip(rows, ("one", "two")))
+    one, two = (
+        model.decode(*given, model.text[own], name) for own, name in zip(rows, ("one", "two"))
+    )
     assert torch.equal(one.logits, two.logits) and torch.equal(one.mask_embed, two.mask_embed)
 
 
@@ -211,7 +235,9 @@ def test_lmseg_decoder_layers(monkeypatch, cgd):
     spy(lmseg.CategoryGuide, "forward", "guide")
     model, (mask_features, maps) = make_model(cgd=cgd).eval(), features()
     output = model.decode(mask_features, maps, model.text[:4], "a")
-    assert [name for name, *_ in calls] == 4 * STEPS[cgd] and hasattr(model, "guides") == (cgd != "off")
+    assert [name for name, *_ in calls] == 4 * STEPS[cgd] and hasattr(model, "guides") == (
+        cgd != "off"
+    )
     assert torch.equal(calls[0][1][0], model.query_feat.expand(2, -1, -1))
     assert all(after[1][0] is before[2] for before, after in itertools.pairwise(calls))
     norm, projection = model.adapter
@@ -223,15 +249,23 @@ def test_lmseg_decoder_layers(monkeypatch, cgd):
         z, mask_embed = model.head(q)
         torch.testing.assert_close(output.logits[depth], model.classify(z, text, "a"))
         torch.testing.assert_close(output.mask_embed[depth], mask_embed)
-    for i, (_, memory, key_pos, blocked) in enumerate(given[1:] for name, given, _ in calls if name == "cross_attend"):
+    for i, (_, memory, key_pos, blocked) in enumerate(
+        given[1:] for name, given, _ in calls if name == "cross_attend"
+    ):
         level = maps[i % 3]
         expected = level.flatten(2).transpose(1, 2) + model.level_embed[i % 3]
         torch.testing.assert_close(memory, expected)
-        torch.testing.assert_close(key_pos, sine_position(*level.shape[2:], 32).flatten(2).transpose(1, 2))
+        torch.testing.assert_close(
+            key_pos, sine_position(*level.shape[2:], 32).flatten(2).transpose(1, 2)
+        )
         masks = torch.einsum("bqc,bchw->bqhw", output.mask_embed[i], mask_features)
         outside = F.interpolate(masks, level.shape[2:], mode="bilinear").flatten(2) < 0
         assert torch.equal(blocked, outside & ~outside.all(2, keepdim=True)) and blocked.any()
-    assert all(given[1] is model.query_embed for name, given, _ in calls if name in ("cross_attend", "self_attend"))
+    assert all(
+        given[1] is model.query_embed
+        for name, given, _ in calls
+        if name in ("cross_attend", "self_attend")
+    )
     assert all(torch.allclose(given[1], text) for name, given, _ in calls if name == "guide")
 
 
@@ -249,7 +283,7 @@ def clip(monkeypatch):
     nn.init.normal_(model.positional_embedding)
     nn.init.normal_(model.token_embedding.weight)
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    for module in (common.prompt, common.text):
+    for module in (common.text, common.text):
         monkeypatch.setattr(module, "load_clip", lambda encoder: (model, tokenizer))
     return model
 
@@ -275,7 +309,10 @@ def test_context_without_tokens_is_the_plain_encoder(name, clip):
     encoder = ContextEncoder(name, CPU)
     plain = common.text._clip_encoder(name) if encoder.clip else common.text._minilm_encoder()
     ours = encoder(torch.zeros(0, encoder.width), encoder.tokenize(NAMES))
-    assert encoder.width == (64 if encoder.clip else 384) and ours.shape == (3, 24 if encoder.clip else 384)
+    assert encoder.width == (64 if encoder.clip else 384) and ours.shape == (
+        3,
+        24 if encoder.clip else 384,
+    )
     torch.testing.assert_close(ours, plain(NAMES), rtol=1e-4, atol=1e-5)
 
 
@@ -286,7 +323,9 @@ def test_context_is_behind_the_start_token_and_padding_unseen(name, clip):
     together = encoder(context, encoder.tokenize(NAMES))
     for row, text in zip(together, NAMES):
         torch.testing.assert_close(row, by_hand(encoder, context, text), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(together, encoder(context.flip(0), encoder.tokenize(NAMES)), atol=1e-3)
+    assert not torch.allclose(
+        together, encoder(context.flip(0), encoder.tokenize(NAMES)), atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -300,33 +339,49 @@ def test_context_learns_and_the_encoder_does_not(name, clip):
         encoder(context, encoder.tokenize(NAMES)).std(0).sum().backward()
         optimizer.step()
     assert (context != start).all() and not any(p.requires_grad for p in encoder.model.parameters())
-    assert all(torch.equal(tensor, before[key]) for key, tensor in encoder.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[key]) for key, tensor in encoder.model.state_dict().items()
+    )
     assert not any(module.training for module in encoder.model.modules())
 
 
 def test_context_encoders_that_cannot_be_had(clip, no_package):
-    with pytest.raises(InputError, match=r"--text-encoder names\.npy is a file, which cannot read context"):
+    with pytest.raises(
+        InputError, match=r"--text-encoder names\.npy is a file, which cannot read context"
+    ):
         ContextEncoder("names.npy", CPU)
-    with pytest.raises(InputError, match=r"minilm table has no .*--context-tokens 0 needs none.*; pip install gt-all"):
+    with pytest.raises(
+        InputError,
+        match=r"minilm table has no .*--context-tokens 0 needs none.*; pip install gt-all",
+    ):
         ContextEncoder("minilm", CPU)
     del clip.text_projection
-    with pytest.raises(InputError, match="RN50/openai: only CLIP has a text transformer that reads context"):
+    with pytest.raises(
+        InputError, match="RN50/openai: only CLIP has a text transformer that reads context"
+    ):
         ContextEncoder("RN50/openai", CPU)
 
 
-@pytest.mark.parametrize("prompts, prompt", [("photo", "a photo of {}"), ("a", "a {}"), ("name", "{}")])
+@pytest.mark.parametrize(
+    "prompts, prompt", [("photo", "a photo of {}"), ("a", "a {}"), ("name", "{}")]
+)
 def test_lmseg_prompts_behind_the_context(prompts, prompt, clip):
     encoder, args = ContextEncoder("RN50/openai", CPU), replace(SMALL, prompts=prompts)
     context = torch.randn(2, 64)
     rows = lmseg.with_context(args, context, encoder, ["Traffic_Light", "sky"])
-    expected = [by_hand(encoder, context, prompt.format(name)) for name in ("traffic light", "sky", "background")]
+    expected = [
+        by_hand(encoder, context, prompt.format(name))
+        for name in ("traffic light", "sky", "background")
+    ]
     torch.testing.assert_close(rows, torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_lmseg_context_starts_large():
     args, text = replace(SMALL, context_tokens=8), torch.randn(6, 24)
     context = lmseg.Model(args, text, LabelSpace(VOCABULARIES), 384, pretrained=False).context
-    assert context.shape == (8, 384) and float(context.detach().std()) == pytest.approx(0.88, abs=0.04)  # 1, cut at 2
+    assert context.shape == (8, 384) and float(context.detach().std()) == pytest.approx(
+        0.88, abs=0.04
+    )  # 1, cut at 2
     assert make_model().context is None
 
 
@@ -341,10 +396,16 @@ def test_lmseg_text_of_names(monkeypatch, clip):
         return ContextEncoder(*given)
 
     monkeypatch.setattr(lmseg, "ContextEncoder", load)
-    assert torch.equal(lmseg.text_of(args, model, label_space, text, ["Car", "sky"]), text[[4, 2, 5]]) and not loads
+    assert (
+        torch.equal(lmseg.text_of(args, model, label_space, text, ["Car", "sky"]), text[[4, 2, 5]])
+        and not loads
+    )
     names = ["car", "zebra"]
     expected = lmseg.with_context(args, context, ContextEncoder("RN50/openai", CPU), names)
-    assert torch.equal(lmseg.text_of(args, model, label_space, text, names), expected) and len(loads) == 1
+    assert (
+        torch.equal(lmseg.text_of(args, model, label_space, text, names), expected)
+        and len(loads) == 1
+    )
     model.context = None
     rows = lmseg.text_of(args, model, label_space, text, names)
     assert torch.equal(rows, common.text.embed([*names, "background"], "RN50/openai", "name"))
@@ -365,15 +426,23 @@ def test_lmseg_targets_are_masks_of_classes_or_segments():
             assert targets.masks[t, y, x].item() == (inside and sample.segments[y, x].item() == t)
 
 
-def make_output(images: int = 2, queries: int = 5, classes: int = 4, depths: int = 3) -> lmseg.Output:
-    logits, mask_embed = torch.randn(depths, images, queries, classes + 1), torch.randn(depths, images, queries, 8)
+def make_output(
+    images: int = 2, queries: int = 5, classes: int = 4, depths: int = 3
+) -> lmseg.Output:
+    logits, mask_embed = (
+        torch.randn(depths, images, queries, classes + 1),
+        torch.randn(depths, images, queries, 8),
+    )
     parts = 2 * logits, mask_embed, torch.randn(images, 8, 10, 14)
     return lmseg.Output(*(part.requires_grad_() for part in parts))
 
 
 def make_targets(*labels: list[int]) -> list[Targets]:
     none = torch.zeros(0, 4)
-    return [Targets(none, torch.tensor(own).long(), masks=torch.rand(len(own), 40, 56) > 0.5) for own in labels]
+    return [
+        Targets(none, torch.tensor(own).long(), masks=torch.rand(len(own), 40, 56) > 0.5)
+        for own in labels
+    ]
 
 
 @pytest.mark.parametrize("labels", [([1, 3, 0], [2, 2]), ([0, 1, 2, 3, 0], [1])])
@@ -389,7 +458,9 @@ def test_lmseg_matching_is_the_cheapest_of_all(labels):
         truth = F.grid_sample(own.masks[None].float(), grid, align_corners=False)[0, :, 0].tolist()
         assert target.tolist() == sorted(target.tolist()) and len(target) == 3 * min(count, 4)
         for z in range(3):
-            logits = F.grid_sample(output.masks(z, i)[None], grid, align_corners=False)[0, :, 0].tolist()
+            logits = F.grid_sample(output.masks(z, i)[None], grid, align_corners=False)[
+                0, :, 0
+            ].tolist()
             cost = [[0.0] * count for _ in range(4)]
             for q, t in itertools.product(range(4), range(count)):
                 s, y = [sigmoid(x) for x in logits[q]], truth[t]
@@ -401,7 +472,9 @@ def test_lmseg_matching_is_the_cheapest_of_all(labels):
             orders = itertools.permutations(many, len(few))
             choices = ([*zip(*((order, few) if count < 4 else (few, order)))] for order in orders)
             best = min(choices, key=lambda chosen: sum(cost[q][t] for q, t in chosen))
-            assert sorted(zip(query[depth == z].tolist(), target[depth == z].tolist())) == sorted(best)
+            assert sorted(zip(query[depth == z].tolist(), target[depth == z].tolist())) == sorted(
+                best
+            )
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -416,15 +489,21 @@ def test_lmseg_total(monkeypatch, ranks):
         return points
 
     monkeypatch.setattr(lmseg, "sample_pairs", spy)
-    monkeypatch.setattr(lmseg, "mean_over_ranks", lambda count: count / ranks)  # the others have no target
+    monkeypatch.setattr(
+        lmseg, "mean_over_ranks", lambda count: count / ranks
+    )  # the others have no target
     torch.manual_seed(3)
     pairs = lmseg.match(SMALL, output, targets)
     torch.manual_seed(3)
     losses = lmseg.compute_losses(SMALL, output, targets)
     bce = dice = 0.0
-    for i, ((depth, query, target), (logits, masks, rows, num, *points)) in enumerate(zip(pairs, given, strict=True)):
+    for i, ((depth, query, target), (logits, masks, rows, num, *points)) in enumerate(
+        zip(pairs, given, strict=True)
+    ):
         assert torch.equal(rows, target) and masks is targets[i].masks and num == 64
-        torch.testing.assert_close(logits, torch.stack([output.masks(z, i)[q] for z, q in zip(depth, query)]))
+        torch.testing.assert_close(
+            logits, torch.stack([output.masks(z, i)[q] for z, q in zip(depth, query)])
+        )
         for xs, ys in zip(*(part.tolist() for part in points)):
             s = [sigmoid(x) for x in xs]
             bce -= sum(y * math.log(a) + (1 - y) * math.log(1 - a) for a, y in zip(s, ys)) / 64
@@ -433,7 +512,9 @@ def test_lmseg_total(monkeypatch, ranks):
     for z in range(3):
         total = weights = 0.0
         for i, (depth, query, target) in enumerate(pairs):
-            own = dict(zip(query[depth == z].tolist(), targets[i].labels[target[depth == z]].tolist()))
+            own = dict(
+                zip(query[depth == z].tolist(), targets[i].labels[target[depth == z]].tolist())
+            )
             for q in range(5):
                 label = own.get(q, 4)
                 weight = 0.1 if label == 4 else 1.0
@@ -441,9 +522,15 @@ def test_lmseg_total(monkeypatch, ranks):
                 weights += weight
         entropy += total / weights
     count = 5 / ranks
-    expected = {"loss_class": 2 * entropy, "loss_mask": 5 * bce / count, "loss_dice": 5 * dice / count}
+    expected = {
+        "loss_class": 2 * entropy,
+        "loss_mask": 5 * bce / count,
+        "loss_dice": 5 * dice / count,
+    }
     expected["loss"] = sum(expected.values())
-    assert {name: value.item() for name, value in losses.items()} == pytest.approx(expected, rel=1e-4)
+    assert {name: value.item() for name, value in losses.items()} == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("labels", [([], []), ([], [1, 3]), ([2], [])])
@@ -452,7 +539,11 @@ def test_lmseg_images_without_targets(labels):
     losses = lmseg.compute_losses(SMALL, output, targets)
     losses["loss"].backward()
     gradients = [output.logits.grad, output.mask_embed.grad, output.mask_features.grad]
-    assert losses["loss"].isfinite() and all(g.isfinite().all() for g in gradients) and output.logits.grad.any()
+    assert (
+        losses["loss"].isfinite()
+        and all(g.isfinite().all() for g in gradients)
+        and output.logits.grad.any()
+    )
     assert output.mask_features.grad.flatten(1).any(1).tolist() == [bool(own) for own in labels]
     if not any(labels):
         assert losses["loss_mask"] == losses["loss_dice"] == 0
@@ -468,7 +559,11 @@ def test_lmseg_everything_learns(labels):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     learning = {name for name, p in model.named_parameters() if p.grad.any()}
     own = {"query_feat", "query_embed", "level_embed", "tau", "adapter.1.weight"}
-    own |= {f"guides.{i}.{part}.weight" for i in range(4) for part in ("norm_q", "norm_text", "query", "output")}
+    own |= {
+        f"guides.{i}.{part}.weight"
+        for i in range(4)
+        for part in ("norm_q", "norm_text", "query", "output")
+    }
     masks = {"head.mask_embed.4.weight", "pixel_decoder.mask_features.weight"}
     assert own <= learning and (masks <= learning) == any(labels)
 
@@ -489,7 +584,10 @@ def check_pipeline(args, dataset, base, factors, crop, longest, factor=1.0):
     transform, steps = lmseg.augmentation(args, dataset), range(factors[0], factors[1] + 1)
     assert transform.short == pytest.approx([factor * base * step / 10 for step in steps], abs=1)
     assert all(isinstance(side, int) for side in transform.short)
-    assert transform.crop == tuple(factor * side for side in crop) and transform.max_side == factor * longest
+    assert (
+        transform.crop == tuple(factor * side for side in crop)
+        and transform.max_side == factor * longest
+    )
     assert transform.color_jitter and transform.flip == 0.5
 
 
@@ -502,13 +600,17 @@ def test_lmseg_dataset_aware_augmentation(dataset):
 
 @pytest.mark.parametrize("dataset", TABLE)
 def test_lmseg_size_of_test_images(dataset):
-    whole, half = (lmseg.test_transform(lmseg.Args(image_size=size), dataset) for size in (512, 256))
+    whole, half = (
+        lmseg.test_transform(lmseg.Args(image_size=size), dataset) for size in (512, 256)
+    )
     assert (whole.size, whole.longest) == (2 * half.size, 2 * half.longest) == TABLE[dataset][-1]
 
 
 def test_lmseg_augmentation_of_coco_panoptic_is_that_of_detr():
     name, whole, half = "coco-panoptic", lmseg.Args(), lmseg.Args(image_size=256)
-    assert lmseg.augmentation(whole, name) == DetrCrop(800) and lmseg.augmentation(half, name) == DetrCrop(400)
+    assert lmseg.augmentation(whole, name) == DetrCrop(800) and lmseg.augmentation(
+        half, name
+    ) == DetrCrop(400)
     tests = [lmseg.test_transform(args, name) for args in (whole, half)]
     assert [(t.size, t.longest) for t in tests] == [(800, 1333), (400, 666)]
     alike = lmseg.Args(daa=False)
@@ -544,7 +646,11 @@ def test_lmseg_sampling(flags, share):
 
 def test_lmseg_ranks_draw_for_themselves(monkeypatch):
     monkeypatch.setattr(lmseg, "world_size", lambda: 2)
-    streams, args, datasets = [], lmseg.Args(batch_size=6, workers=0, seed=7), [Counted("a", 24), Counted("b", 36)]
+    streams, args, datasets = (
+        [],
+        lmseg.Args(batch_size=6, workers=0, seed=7),
+        [Counted("a", 24), Counted("b", 36)],
+    )
     for rank in (0, 1):
         monkeypatch.setattr(lmseg, "rank", lambda rank=rank: rank)
         whole = list(islice(lmseg.build_dataloader(args, datasets, 0).batch_sampler, 40))
@@ -558,8 +664,13 @@ def test_lmseg_ranks_draw_for_themselves(monkeypatch):
     draws = [draw for stream in streams for batch in stream for _, draw in batch]
     assert len(set(draws)) == len(draws)  # no image is augmented alike on both
     for first, count in ((0, 24), (24, 36)):  # an epoch: both ranks together see each image once
-        rows = [[r for batch in stream for r, _ in batch if first <= r < first + count] for stream in streams]
-        assert sorted(r for own in rows for r in own[: count // 2]) == list(range(first, first + count))
+        rows = [
+            [r for batch in stream for r, _ in batch if first <= r < first + count]
+            for stream in streams
+        ]
+        assert sorted(r for own in rows for r in own[: count // 2]) == list(
+            range(first, first + count)
+        )
 
 
 # -- multi-head baseline -----------------------------------------------------------------------------------------------
@@ -568,7 +679,15 @@ def test_lmseg_ranks_draw_for_themselves(monkeypatch):
 def test_lmseg_heads_know_no_text():
     model = make_model(classifier="heads")
     names = {name.split(".")[0] for name, _ in model.named_parameters()}
-    shared = {"backbone", "pixel_decoder", "layers", "head", "query_feat", "query_embed", "level_embed"}
+    shared = {
+        "backbone",
+        "pixel_decoder",
+        "layers",
+        "head",
+        "query_feat",
+        "query_embed",
+        "level_embed",
+    }
     assert names == {*shared, "classifiers"} and model.context is None
     assert [tuple(head.weight.shape) for head in model.classifiers.children()] == [(4, 32), (3, 32)]
     given, outputs = features(), []
@@ -578,7 +697,9 @@ def test_lmseg_heads_know_no_text():
     assert torch.equal(outputs[0].mask_embed, outputs[1].mask_embed)
     z = torch.randn(2, 32)
     for row, logits in zip(z.tolist(), model.classify(z, torch.randn(3, 24), "b.1")):
-        assert logits.tolist() == pytest.approx(linear(list(model.classifiers.children())[1], row), abs=1e-5)
+        assert logits.tolist() == pytest.approx(
+            linear(list(model.classifiers.children())[1], row), abs=1e-5
+        )
 
 
 def test_lmseg_a_head_learns_from_its_own_dataset():
@@ -589,12 +710,18 @@ def test_lmseg_a_head_learns_from_its_own_dataset():
     lmseg.compute_losses(model.args, output, targets)["loss"].backward()
     first, second = model.classifiers.children()
     assert first.weight.grad is None and second.weight.grad.any()
-    assert all(p.grad is not None for name, p in model.named_parameters() if not name.startswith("classifiers."))
+    assert all(
+        p.grad is not None
+        for name, p in model.named_parameters()
+        if not name.startswith("classifiers.")
+    )
 
 
 def test_lmseg_heads_of_any_names():
     names = ["a.b", "a_b", "train", "keys"]
-    label_space = LabelSpace([Vocabulary(name, tuple("cdefgh"[: i + 1])) for i, name in enumerate(names)])
+    label_space = LabelSpace(
+        [Vocabulary(name, tuple("cdefgh"[: i + 1])) for i, name in enumerate(names)]
+    )
     args = replace(SMALL, classifier="heads", cgd="off")
     model = lmseg.Model(args, torch.randn(11, 24), label_space, pretrained=False)
     z = torch.randn(2, 32)
@@ -623,8 +750,12 @@ def predicted(monkeypatch):
         queries = len(probabilities)
         logits = torch.randn(2, 1, queries, len(probabilities[0]))
         logits[-1, 0] = torch.tensor(probabilities).log()
-        maps = torch.tensor(columns, dtype=torch.float)[None, :, None].expand(-1, -1, 16, -1)  # (1, Q, 16, 16)
-        output = lmseg.Output(logits, torch.stack([torch.randn(queries, queries), torch.eye(queries)])[:, None], maps)
+        maps = torch.tensor(columns, dtype=torch.float)[None, :, None].expand(
+            -1, -1, 16, -1
+        )  # (1, Q, 16, 16)
+        output = lmseg.Output(
+            logits, torch.stack([torch.randn(queries, queries), torch.eye(queries)])[:, None], maps
+        )
         given = []
         monkeypatch.setattr(model, "forward", lambda *inputs: given.append(inputs) or output)
         monkeypatch.setattr(model, "args", replace(SMALL, **changes))
@@ -648,16 +779,26 @@ def halves(cut: int, inside: float = 9.0, outside: float = -9.0) -> list[float]:
 
 def test_lmseg_predictions_of_the_two_tasks(predicted):
     columns = [halves(8), halves(8, -9, 9)]
-    background = [[0.2, 0.1, 0.7], [0.02, 0.08, 0.9]]  # no segment; in the label map the other classes still count
+    background = [
+        [0.2, 0.1, 0.7],
+        [0.02, 0.08, 0.9],
+    ]  # no segment; in the label map the other classes still count
     semantic = predicted(background, columns, "semantic")
-    assert semantic.keys() == {"semantic", "class_names", "size"} and semantic["semantic"].shape == (64, 128)
+    assert semantic.keys() == {"semantic", "class_names", "size"} and semantic[
+        "semantic"
+    ].shape == (64, 128)
     assert (semantic["semantic"] == (torch.arange(128) >= 64)).all()
     panoptic = predicted(SURE, columns)
-    assert panoptic.keys() == {*semantic, "panoptic", "segments_info"} and panoptic["panoptic"].dtype == torch.int32
+    assert (
+        panoptic.keys() == {*semantic, "panoptic", "segments_info"}
+        and panoptic["panoptic"].dtype == torch.int32
+    )
     assert torch.equal(panoptic["semantic"], semantic["semantic"])
     assert (panoptic["panoptic"] == 1 + (torch.arange(128) >= 64)).all()
     kinds = [(s["id"], s["label"], s["isthing"]) for s in panoptic["segments_info"]]
-    assert kinds == [(1, 0, True), (2, 1, False)] and panoptic["segments_info"][0]["score"] == pytest.approx(0.9)
+    assert kinds == [(1, 0, True), (2, 1, False)] and panoptic["segments_info"][0][
+        "score"
+    ] == pytest.approx(0.9)
     assert not predicted(background, columns, object_threshold=0.0)["panoptic"].any()
 
 
@@ -670,10 +811,17 @@ def test_lmseg_a_segment_is_all_that_its_query_won(predicted):
 def test_lmseg_thresholds_of_segments(predicted):
     columns = [halves(8), halves(8, -9, 9)]
     unsure = [[0.78, 0.12, 0.1], SURE[1]]
-    assert [s["label"] for s in predicted(unsure, columns, object_threshold=0.8)["segments_info"]] == [1]
-    assert [s["label"] for s in predicted(unsure, columns, object_threshold=0.7)["segments_info"]] == [0, 1]
+    assert [
+        s["label"] for s in predicted(unsure, columns, object_threshold=0.8)["segments_info"]
+    ] == [1]
+    assert [
+        s["label"] for s in predicted(unsure, columns, object_threshold=0.7)["segments_info"]
+    ] == [0, 1]
     assert lmseg.Args().object_threshold == 0.8
-    for lost, labels in ((2, [0, 1]), (3, [1])):  # of 12 columns of the first mask; less than 0.8 are left of it
+    for lost, labels in (
+        (2, [0, 1]),
+        (3, [1]),
+    ):  # of 12 columns of the first mask; less than 0.8 are left of it
         second = [9.0 if i >= 12 - lost else -9.0 for i in range(16)]
         found = predicted([[0.85, 0.1, 0.05], [0.02, 0.97, 0.01]], [halves(12), second])
         assert [s["label"] for s in found["segments_info"]] == labels
@@ -689,10 +837,15 @@ def test_poly_learning_rate():
 
 def test_parameter_groups():
     model = nn.Module()
-    model.backbone = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 4).requires_grad_(False))
+    model.backbone = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 4).requires_grad_(False)
+    )
     model.head = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GroupNorm(2, 4))
     model.head.queries = nn.Parameter(torch.zeros(3))
-    model.queries, model.frozen = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2), requires_grad=False)
+    model.queries, model.frozen = (
+        nn.Parameter(torch.zeros(2)),
+        nn.Parameter(torch.zeros(2), requires_grad=False),
+    )
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = {
         (group["lr_factor"], group["weight_decay"]): {names[p] for p in group["params"]}
@@ -702,13 +855,17 @@ def test_parameter_groups():
         (0.2, 0.3): {"backbone.0.weight", "backbone.0.bias"},
         (0.2, 0.0): {"backbone.1.weight", "backbone.1.bias"},
         (1.0, 0.3): {"head.0.weight", "head.0.bias", "head.queries"},
-        (1.0, 0.0): {f"head.{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")} | {"queries"},
+        (1.0, 0.0): {f"head.{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
+        | {"queries"},
     }
 
 
 def test_a_factor_of_0_freezes_the_backbone():
     model = nn.Module()
-    model.backbone, model.head = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), nn.Linear(4, 4)
+    model.backbone, model.head = (
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)),
+        nn.Linear(4, 4),
+    )
     (group,) = parameter_groups(model.train(), weight_decay=0.3, backbone_factor=0)
     assert set(group["params"]) == set(model.head.parameters()) and group["lr_factor"] == 1
     assert not any(p.requires_grad for p in model.backbone.parameters())
@@ -717,10 +874,18 @@ def test_a_factor_of_0_freezes_the_backbone():
 
 def test_lmseg_full_size():
     """The widths and head counts of the released code; evaluation repeats what decides its augmentation."""
-    model = lmseg.Model(lmseg.Args(), torch.empty(6, 1024), LabelSpace(VOCABULARIES), 512, pretrained=False)
+    model = lmseg.Model(
+        lmseg.Args(), torch.empty(6, 1024), LabelSpace(VOCABULARIES), 512, pretrained=False
+    )
     layer, encoder = model.layers[0], model.pixel_decoder.layers[0]
     assert layer.linear1.weight.shape == (2048, 256) and encoder.linear1.weight.shape == (1024, 256)
-    assert layer.self_attn.heads == layer.cross_attn.heads == encoder.self_attn.heads == model.guides[0].heads == 8
+    assert (
+        layer.self_attn.heads
+        == layer.cross_attn.heads
+        == encoder.self_attn.heads
+        == model.guides[0].heads
+        == 8
+    )
     assert len(model.layers) == len(model.guides) == 9 and len(model.pixel_decoder.layers) == 6
     assert model.query_feat.shape == (100, 256) and model.context.shape == (8, 512)
     assert model.adapter[1].weight.shape == (256, 1024) and model.tau.item() == pytest.approx(0.07)
@@ -738,7 +903,9 @@ def test_recipe_of_lmseg(tokens, tiny_root, own_data, tmp_path, monkeypatch, cli
         return optimizers[-1][0]
 
     def spy_clip(parameters, norm):
-        rates = {round(group["lr"] / group["lr_factor"], 12) for group in optimizers[0][0].param_groups}
+        rates = {
+            round(group["lr"] / group["lr_factor"], 12) for group in optimizers[0][0].param_groups
+        }
         clips.append((len(parameters := list(parameters)), norm, *rates))
         return clip_norm(parameters, norm)
 
@@ -746,18 +913,31 @@ def test_recipe_of_lmseg(tokens, tiny_root, own_data, tmp_path, monkeypatch, cli
         inputs.append((dataset, text.detach(), model.context.detach().clone() if tokens else None))
         return forward(model, images, sizes, text, dataset)
 
-    monkeypatch.setattr(common.backbone, "load_pretrained", lambda *_: False)  # so that no norm is frozen
+    monkeypatch.setattr(
+        common.backbone, "load_pretrained", lambda *_: False
+    )  # so that no norm is frozen
     monkeypatch.setattr(torch.optim, "AdamW", spy_adamw)
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", spy_clip)
     monkeypatch.setattr(lmseg.Model, "forward", spy_forward)
-    args = replace(SMALL, text_encoder="RN50/openai", prompts="photo", context_tokens=tokens, image_size=64, workers=0)
+    args = replace(
+        SMALL,
+        text_encoder="RN50/openai",
+        prompts="photo",
+        context_tokens=tokens,
+        image_size=64,
+        workers=0,
+    )
     args = replace(args, batch_size=2, base_batch_size=4, lr=1e-3, steps=4)
-    datasets = load_datasets(f"{own_data},coco-panoptic", "train", str(tiny_root), accepts=lmseg.SUPERVISION)
+    datasets = load_datasets(
+        f"{own_data},coco-panoptic", "train", str(tiny_root), accepts=lmseg.SUPERVISION
+    )
     model = lmseg.train(args, datasets, tmp_path, CPU)
     ((optimizer, settings),) = optimizers
     count = len(list(model.parameters()))
     assert settings == {"lr": 5e-4, "fused": True}
-    assert clips == [(count, 0.01, pytest.approx(5e-4 * (1 - step / 4) ** 0.9)) for step in range(4)]
+    assert clips == [
+        (count, 0.01, pytest.approx(5e-4 * (1 - step / 4) ** 0.9)) for step in range(4)
+    ]
     names, groups = {p: name for name, p in model.named_parameters()}, {}
     for group in optimizer.param_groups:
         groups[group["lr_factor"], group["weight_decay"]] = {names[p] for p in group["params"]}
@@ -765,9 +945,19 @@ def test_recipe_of_lmseg(tokens, tiny_root, own_data, tmp_path, monkeypatch, cli
     assert sum(map(len, groups.values())) == count
     own = {"query_feat", "query_embed", "level_embed", "tau", "adapter.0.weight"}
     assert own | ({"context"} if tokens else set()) <= groups[1.0, 0.0]
-    assert {"adapter.1.weight", "guides.0.query.bias", "layers.0.self_attn.in_proj_weight"} <= groups[1.0, 1e-4]
-    assert "backbone.body.conv1.weight" in groups[0.1, 1e-4] and "backbone.body.bn1.weight" in groups[0.1, 0.0]
-    encoder, of_name = ContextEncoder("RN50/openai", CPU), {d.name: d.vocabulary.names for d in datasets}
+    assert {
+        "adapter.1.weight",
+        "guides.0.query.bias",
+        "layers.0.self_attn.in_proj_weight",
+    } <= groups[1.0, 1e-4]
+    assert (
+        "backbone.body.conv1.weight" in groups[0.1, 1e-4]
+        and "backbone.body.bn1.weight" in groups[0.1, 0.0]
+    )
+    encoder, of_name = (
+        ContextEncoder("RN50/openai", CPU),
+        {d.name: d.vocabulary.names for d in datasets},
+    )
 
     def text_of(context, names):
         if tokens:
@@ -786,7 +976,12 @@ def test_lmseg_settings_of_the_paper():
     args = lmseg.Args()
     assert (args.lr, args.batch_size, args.base_batch_size, args.steps) == (1e-4, 16, 16, 160_000)
     assert (args.text_encoder, args.prompts, args.context_tokens) == ("RN50/openai", "photo", 8)
-    assert (args.cgd, args.classifier, args.daa, args.sampling) == ("visual_text", "text", True, "uniform")
+    assert (args.cgd, args.classifier, args.daa, args.sampling) == (
+        "visual_text",
+        "text",
+        True,
+        "uniform",
+    )
     assert (args.queries, args.points, args.channels) == (100, 112 * 112, 256)
     assert (args.encoder_layers, args.decoder_layers, args.image_size) == (6, 9, 512)
 
@@ -794,9 +989,40 @@ def test_lmseg_settings_of_the_paper():
 # -- command line ------------------------------------------------------------------------------------------------------
 
 FLAGS = [
-    *["--backbone", "tf_efficientnet_lite0", "--text-encoder", "minilm", "--prompts", "name", "--context-tokens", "0"],
-    *["--channels", "32", "--queries", "10", "--points", "128", "--encoder-layers", "1", "--decoder-layers", "2"],
-    *["--image-size", "96", "--batch-size", "2", "--base-batch-size", "2", "--steps", "4", "--workers", "0"],
+    *[
+        "--backbone",
+        "tf_efficientnet_lite0",
+        "--text-encoder",
+        "minilm",
+        "--prompts",
+        "name",
+        "--context-tokens",
+        "0",
+    ],
+    *[
+        "--channels",
+        "32",
+        "--queries",
+        "10",
+        "--points",
+        "128",
+        "--encoder-layers",
+        "1",
+        "--decoder-layers",
+        "2",
+    ],
+    *[
+        "--image-size",
+        "96",
+        "--batch-size",
+        "2",
+        "--base-batch-size",
+        "2",
+        "--steps",
+        "4",
+        "--workers",
+        "0",
+    ],
     *["--device", "cpu", "--lr", "1e-3"],
 ]
 CONTEXT = ["--text-encoder", "RN50/openai", "--prompts", "photo", "--context-tokens", "2"]
@@ -846,20 +1072,29 @@ def trained(data, tmp_path_factory, call) -> Path:
 
 
 def test_lmseg_run_leaves_everything(trained):
-    results, steps = read(trained / "results.json"), (trained / "metrics.jsonl").read_text().splitlines()
+    results, steps = (
+        read(trained / "results.json"),
+        (trained / "metrics.jsonl").read_text().splitlines(),
+    )
     assert list(results) == ["ade20k", "coco-panoptic"]
     assert results["ade20k"].keys() == {"mIoU", "fwIoU", "mACC", "pACC"}
     assert results["coco-panoptic"].keys() == {"PQ", "SQ", "RQ", "PQ things", "PQ stuff", "mIoU"}
     last = json.loads(steps[-1])
     assert last["step"] == 4 and last["lr"] == pytest.approx(1e-3 * 0.25**0.9)
-    assert last["loss"] == pytest.approx(sum(last[f"loss_{part}"] for part in ("class", "mask", "dice")), rel=1e-4)
+    assert last["loss"] == pytest.approx(
+        sum(last[f"loss_{part}"] for part in ("class", "mask", "dice")), rel=1e-4
+    )
     names = {path.name for path in trained.iterdir()}
     assert {"first_batch.jpg", "predictions-ade20k.jpg", "predictions-coco-panoptic.jpg"} <= names
     assert load_file(trained / "weights.safetensors")["text"].shape == (150 + 133 + 1, 384)
 
 
-def test_lmseg_evaluates_each_dataset_with_its_own_text_and_task(tiny_root, tmp_path, monkeypatch, no_package):
-    datasets = load_datasets("ade20k,coco-panoptic,cityscapes", "val", str(tiny_root), accepts=lmseg.SUPERVISION)
+def test_lmseg_evaluates_each_dataset_with_its_own_text_and_task(
+    tiny_root, tmp_path, monkeypatch, no_package
+):
+    datasets = load_datasets(
+        "ade20k,coco-panoptic,cityscapes", "val", str(tiny_root), accepts=lmseg.SUPERVISION
+    )
     label_space, text = lmseg.build_label_space(SMALL, [d.vocabulary for d in datasets[:2]])
     model, seen = lmseg.Model(SMALL, text, label_space, pretrained=False), []
 
@@ -873,24 +1108,61 @@ def test_lmseg_evaluates_each_dataset_with_its_own_text_and_task(tiny_root, tmp_
 
     monkeypatch.setattr(lmseg, "evaluate_dataset", evaluated)
     lmseg.evaluate(SMALL, model, label_space, datasets, tmp_path)
-    assert seen == [("ade20k", "semantic"), ("coco-panoptic", "panoptic"), ("cityscapes", "semantic")]
+    assert seen == [
+        ("ade20k", "semantic"),
+        ("coco-panoptic", "panoptic"),
+        ("cityscapes", "semantic"),
+    ]
 
 
 def test_lmseg_evaluation_alone_is_the_same(trained, data, tmp_path, call):
-    flags = ["--eval-only", "--weights", trained, "--workers", 0, "--device", "cpu", "--output", tmp_path / "again"]
+    flags = [
+        "--eval-only",
+        "--weights",
+        trained,
+        "--workers",
+        0,
+        "--device",
+        "cpu",
+        "--output",
+        tmp_path / "again",
+    ]
     call(*data, *flags, method="lmseg")
     assert read(tmp_path / "again" / "results.json") == read(trained / "results.json")
 
 
 @pytest.mark.parametrize("task", ["semantic", "panoptic"])
 def test_lmseg_predicts_any_vocabulary(task, trained, tmp_path, call, no_package):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)).save(tmp_path / "a.png")
-    flags = ["--predict", tmp_path / "a.png", "--weights", trained, "--vocabulary", "sky, person, traffic light"]
-    flags += ["--task", task, "--object-threshold", 0, "--device", "cpu", "--output", tmp_path / "out"]
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)).save(
+        tmp_path / "a.png"
+    )
+    flags = [
+        "--predict",
+        tmp_path / "a.png",
+        "--weights",
+        trained,
+        "--vocabulary",
+        "sky, person, traffic light",
+    ]
+    flags += [
+        "--task",
+        task,
+        "--object-threshold",
+        0,
+        "--device",
+        "cpu",
+        "--output",
+        tmp_path / "out",
+    ]
     call(*flags, method="lmseg")
     out = tmp_path / "out"
     assert (out / "a-0.jpg").is_file() and (out / "panoptic.json").is_file() == (task == "panoptic")
-    assert (out / "semantic" / "classes.txt").read_text().split("\n") == ["sky", "person", "traffic light", ""]
+    assert (out / "semantic" / "classes.txt").read_text().split("\n") == [
+        "sky",
+        "person",
+        "traffic light",
+        "",
+    ]
     semantic = np.asarray(Image.open(out / "semantic" / "a-0.png"))
     assert semantic.shape == (60, 90) and semantic.max() < 3
     if task == "panoptic":
@@ -900,10 +1172,14 @@ def test_lmseg_predicts_any_vocabulary(task, trained, tmp_path, call, no_package
         ]  # fmt: skip
         ids = np.asarray(Image.open(out / "panoptic" / "a-0.png")) @ [1, 256, 65536]
         (annotation,) = record["annotations"]
-        assert ids.shape == (60, 90) and {s["id"] for s in annotation["segments_info"]} == set(ids.flat) - {0}
+        assert ids.shape == (60, 90) and {s["id"] for s in annotation["segments_info"]} == set(
+            ids.flat
+        ) - {0}
 
 
-def test_lmseg_resume_after_kill_ends_with_the_same_weights(trained, data, tmp_path, call, run_and_kill):
+def test_lmseg_resume_after_kill_ends_with_the_same_weights(
+    trained, data, tmp_path, call, run_and_kill
+):
     run_and_kill(tmp_path / "killed", *data, *FLAGS, "--checkpoint-every", 2, method="lmseg")
     call("--resume", tmp_path / "killed", method="lmseg")
     assert same_weights(tmp_path / "killed", trained)
@@ -911,16 +1187,33 @@ def test_lmseg_resume_after_kill_ends_with_the_same_weights(trained, data, tmp_p
 
 def test_lmseg_two_ranks(data, tmp_path, run):
     """With heads, of which a step may leave one alone on a rank, or on both."""
-    batches = [islice(RatioBatchSampler([np.ones(12)] * 2, [1, 1], [2, 2], 0, 0, r, 2, apart=True), 4) for r in (0, 1)]
-    assert any((one[0][0] < 12) != (other[0][0] < 12) for one, other in zip(*batches))  # two datasets in one step
-    heads = ["--classifier", "heads", "--eval-datasets", "coco-panoptic", "--output", tmp_path / "run"]
+    batches = [
+        islice(RatioBatchSampler([np.ones(12)] * 2, [1, 1], [2, 2], 0, 0, r, 2, apart=True), 4)
+        for r in (0, 1)
+    ]
+    assert any(
+        (one[0][0] < 12) != (other[0][0] < 12) for one, other in zip(*batches)
+    )  # two datasets in one step
+    heads = [
+        "--classifier",
+        "heads",
+        "--eval-datasets",
+        "coco-panoptic",
+        "--output",
+        tmp_path / "run",
+    ]
     done = run(*data, *FLAGS, *heads, method="lmseg", ranks=2)
     assert done.returncode == 0, done.stderr
     assert read(tmp_path / "run" / "results.json").keys() == {"coco-panoptic"}
-    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "run" / "weights.safetensors").values())
+    assert all(
+        tensor.isfinite().all()
+        for tensor in load_file(tmp_path / "run" / "weights.safetensors").values()
+    )
 
 
-def test_lmseg_trained_context_needs_no_encoder_for_trained_names(own_data, tmp_path, monkeypatch, call, clip):
+def test_lmseg_trained_context_needs_no_encoder_for_trained_names(
+    own_data, tmp_path, monkeypatch, call, clip
+):
     data, loads = ["--datasets", own_data, *FLAGS, *CONTEXT], []
     before = {key: tensor.clone() for key, tensor in clip.state_dict().items()}
 
@@ -931,13 +1224,21 @@ def test_lmseg_trained_context_needs_no_encoder_for_trained_names(own_data, tmp_
     monkeypatch.setattr(lmseg, "ContextEncoder", load)
     whole = tmp_path / "whole"
     call(*data, "--checkpoint-every", 1, "--output", whole, method="lmseg")
-    assert len(loads) == 1 and all(torch.equal(clip.state_dict()[key], before[key]) for key in before)
-    tensors, earlier = (load_file(file / "weights.safetensors") for file in (whole, whole / "checkpoint-0000003"))
+    assert len(loads) == 1 and all(
+        torch.equal(clip.state_dict()[key], before[key]) for key in before
+    )
+    tensors, earlier = (
+        load_file(file / "weights.safetensors") for file in (whole, whole / "checkpoint-0000003")
+    )
     assert tensors["context"].shape == (2, 64) and (tensors["context"] != earlier["context"]).all()
     args = lmseg.Args(prompts="photo")
-    text = lmseg.with_context(args, tensors["context"], ContextEncoder("RN50/openai", CPU), ["sky", "grass"])
+    text = lmseg.with_context(
+        args, tensors["context"], ContextEncoder("RN50/openai", CPU), ["sky", "grass"]
+    )
     torch.testing.assert_close(tensors["text"], text, rtol=1e-4, atol=1e-4)
-    assert torch.equal(load_file(last_checkpoint(whole) / "weights.safetensors")["text"], tensors["text"])
+    assert torch.equal(
+        load_file(last_checkpoint(whole) / "weights.safetensors")["text"], tensors["text"]
+    )
 
     def stop(losses, step):
         if step == 3:
@@ -954,14 +1255,33 @@ def test_lmseg_trained_context_needs_no_encoder_for_trained_names(own_data, tmp_
 
     monkeypatch.setattr(lmseg, "ContextEncoder", refuse)
     given = ["--weights", whole, "--device", "cpu", "--workers", 0]
-    call(*given, "--eval-only", "--datasets", own_data, "--image-size", 96, "--output", tmp_path / "o", method="lmseg")
+    call(
+        *given,
+        "--eval-only",
+        "--datasets",
+        own_data,
+        "--image-size",
+        96,
+        "--output",
+        tmp_path / "o",
+        method="lmseg",
+    )
     results = read(tmp_path / "o" / "results.json")
     assert results == read(whole / "results.json") and results["my.maps"]["pACC"] > 0
     image = own_data.rpartition(":")[2] + "0.png"
     call(*given, "--predict", image, "--output", tmp_path / "known", method="lmseg")
     assert (tmp_path / "known" / "semantic" / "classes.txt").read_text() == "sky\ngrass\n"
     with pytest.raises(Enough):
-        call(*given, "--predict", image, "--vocabulary", "sky, zebra", "--output", tmp_path / "new", method="lmseg")
+        call(
+            *given,
+            "--predict",
+            image,
+            "--vocabulary",
+            "sky, zebra",
+            "--output",
+            tmp_path / "new",
+            method="lmseg",
+        )
 
 
 def test_lmseg_multi_head_baseline(own_data, tiny_root, tmp_path, call, fails):
@@ -971,28 +1291,52 @@ def test_lmseg_multi_head_baseline(own_data, tiny_root, tmp_path, call, fails):
     results = read(tmp_path / "run" / "results.json")
     assert list(results) == ["my.maps", "coco-panoptic"] and results["my.maps"]["pACC"] > 0
     tensors = load_file(tmp_path / "run" / "weights.safetensors")
-    biases = [t for key, t in tensors.items() if key.startswith("classifiers.") and key.endswith("bias")]
+    biases = [
+        t for key, t in tensors.items() if key.startswith("classifiers.") and key.endswith("bias")
+    ]
     assert sorted(map(len, biases)) == [3, 134]
     assert not any(key.startswith(("guides", "adapter", "tau", "context")) for key in tensors)
     given = [*data, "--weights", tmp_path / "run", "--eval-only"]
-    call(*given, "--datasets", own_data, "--image-size", 96, "--output", tmp_path / "again", method="lmseg")
+    call(
+        *given,
+        "--datasets",
+        own_data,
+        "--image-size",
+        96,
+        "--output",
+        tmp_path / "again",
+        method="lmseg",
+    )
     assert read(tmp_path / "again" / "results.json") == {"my.maps": results["my.maps"]}
     line = fails(*given, "--eval-datasets", "ade20k", "--output", tmp_path / "o", method="lmseg")
     assert "--classifier heads" in line and "'ade20k'" in line
     # known before the training, not after it
     line = fails(*heads, "--eval-datasets", "ade20k", "--output", tmp_path / "late", method="lmseg")
-    assert "--classifier heads" in line and "'ade20k'" in line and not (tmp_path / "late" / "metrics.jsonl").exists()
+    assert (
+        "--classifier heads" in line
+        and "'ade20k'" in line
+        and not (tmp_path / "late" / "metrics.jsonl").exists()
+    )
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--datasets", "coco"], ["'coco' has instances only", "semantic label maps or panoptic segments"]),
+        (
+            ["--datasets", "coco"],
+            ["'coco' has instances only", "semantic label maps or panoptic segments"],
+        ),
         (["--datasets", "in21k"], ["'in21k' has image labels only"]),
-        (["--datasets", "ade20k:val,cityscape"], ["unknown dataset 'cityscape'; nearest: cityscapes"]),
+        (
+            ["--datasets", "ade20k:val,cityscape"],
+            ["unknown dataset 'cityscape'; nearest: cityscapes"],
+        ),
         (["--eval-datasets", "o365"], ["'o365' has boxes only", "--eval-datasets"]),
         (["--dataset-ratios", "coco=2"], ["--dataset-ratios coco=2", "ade20k, coco-panoptic"]),
-        (["--context-tokens", "8"], ["minilm table has no embedding of learned context", "pip install"]),
+        (
+            ["--context-tokens", "8"],
+            ["minilm table has no embedding of learned context", "pip install"],
+        ),
         (["--prompts", "photo"], ["no embedding of prompts 'photo'", "pip install"]),
         (["--backbone", "resnet5"], ["--backbone resnet5 is not a timm model"]),
         (["--batch-size", "0"], ["--batch-size 0"]),

@@ -11,7 +11,13 @@ from torch.nn import functional as F
 from common.backbone import Backbone
 from common.errors import InputError
 from common.pixel_decoder import MSDeformAttn, PixelDecoder, pixel_centres
-from common.set_loss import hungarian, pairwise_bce, pairwise_dice, point_sample, uncertain_points
+from common.point_matching import (
+    hungarian,
+    pairwise_bce,
+    pairwise_dice,
+    point_sample,
+    uncertain_points,
+)
 from common.transformer import Attention, DecoderLayer, QueryHead, blocked_pixels, sine_position
 
 
@@ -32,7 +38,10 @@ def test_matching_is_the_cheapest_of_all():
         cost = torch.randn(4, 3)
         rows, columns = hungarian(cost)
         assert rows.tolist() == sorted(set(rows.tolist())) and sorted(columns.tolist()) == [0, 1, 2]
-        best = min(sum(cost[q, t] for t, q in enumerate(chosen)) for chosen in itertools.permutations(range(4), 3))
+        best = min(
+            sum(cost[q, t] for t, q in enumerate(chosen))
+            for chosen in itertools.permutations(range(4), 3)
+        )
         assert float(cost[rows, columns].sum()) == pytest.approx(float(best), abs=1e-5)
 
 
@@ -53,7 +62,9 @@ def test_pairwise_costs_are_those_of_each_pair():
     bce, dice = pairwise_bce(logits, targets), pairwise_dice(logits, targets)
     for q, t in itertools.product(range(4), range(3)):
         pairs = list(zip(logits[q].tolist(), targets[t].tolist()))
-        expected = -sum(math.log(sigmoid(x)) if y else math.log(1 - sigmoid(x)) for x, y in pairs) / len(pairs)
+        expected = -sum(
+            math.log(sigmoid(x)) if y else math.log(1 - sigmoid(x)) for x, y in pairs
+        ) / len(pairs)
         assert float(bce[q, t]) == pytest.approx(expected, rel=1e-4)
         both = sum(sigmoid(x) * y for x, y in pairs)
         expected = 1 - (2 * both + 1) / (sum(sigmoid(x) + y for x, y in pairs) + 1)
@@ -77,13 +88,18 @@ def ramp(height: int, width: int) -> torch.Tensor:
 
 def test_points_of_a_ramp_are_exact():
     height, width = 6, 9
-    inside = 0.5 + torch.rand(1, 50, 2) * torch.tensor([width - 1, height - 1])  # x, y between the outermost centres
+    inside = 0.5 + torch.rand(1, 50, 2) * torch.tensor(
+        [width - 1, height - 1]
+    )  # x, y between the outermost centres
     sampled = point_sample(ramp(height, width), inside / torch.tensor([width, height]))
     torch.testing.assert_close(sampled, 2 * inside[..., 0] - 3 * inside[..., 1] + 1)
 
 
 def test_points_at_the_border_mix_with_zero():
-    ones, points = torch.ones(1, 4, 4), torch.tensor([[[0.0, 0.5], [0.0, 0.0], [1.0, 1.0], [0.5, 0.5], [-1.0, 0.5]]])
+    ones, points = (
+        torch.ones(1, 4, 4),
+        torch.tensor([[[0.0, 0.5], [0.0, 0.0], [1.0, 1.0], [0.5, 0.5], [-1.0, 0.5]]]),
+    )
     assert point_sample(ones, points).tolist() == [[0.5, 0.25, 0.25, 1.0, 0.0]]
 
 
@@ -95,7 +111,9 @@ def test_points_shared_by_masks_are_points_of_each():
 
 
 def test_uncertain_points_are_the_least_certain():
-    logits = ramp(16, 16).repeat(3, 1, 1).requires_grad_() - torch.tensor([0.0, 5.0, -9.0]).view(3, 1, 1)
+    logits = ramp(16, 16).repeat(3, 1, 1).requires_grad_() - torch.tensor([0.0, 5.0, -9.0]).view(
+        3, 1, 1
+    )
     candidates, random = torch.rand(3, 120, 2), torch.rand(3, 10, 2)
     points = uncertain_points(logits, 40, candidates, random)
     assert points.shape == (3, 40, 2) and torch.equal(points[:, 30:], random)
@@ -103,8 +121,15 @@ def test_uncertain_points_are_the_least_certain():
     for own, far, given in zip(points[:, :30], distance, candidates):
         assert sorted(own.tolist()) == sorted(given[far.argsort()[:30]].tolist())
     drawn = uncertain_points(logits, 41)
-    assert drawn.shape == (3, 41, 2) and not drawn.requires_grad and drawn.min() >= 0 and drawn.max() <= 1
-    near, anywhere = (point_sample(logits, part).abs().mean() for part in (drawn[:, :30], drawn[:, 30:]))
+    assert (
+        drawn.shape == (3, 41, 2)
+        and not drawn.requires_grad
+        and drawn.min() >= 0
+        and drawn.max() <= 1
+    )
+    near, anywhere = (
+        point_sample(logits, part).abs().mean() for part in (drawn[:, :30], drawn[:, 30:])
+    )
     assert near < anywhere / 2
 
 
@@ -167,13 +192,20 @@ def decode(layers, head, q, query_pos, memory, level_features):
     key_pos = sine_position(*level_features.shape[-2:], q.shape[2]).flatten(2).transpose(1, 2)
     for layer in layers:
         blocked = blocked_pixels(head(q)[1], level_features)
-        q = layer.feed_forward(layer.self_attend(layer.cross_attend(q, query_pos, memory, key_pos, blocked), query_pos))
+        q = layer.feed_forward(
+            layer.self_attend(layer.cross_attend(q, query_pos, memory, key_pos, blocked), query_pos)
+        )
     return head(q)
 
 
 def test_permuted_queries_give_permuted_outputs():
     layers, head = [DecoderLayer(16, 4, 32) for _ in range(3)], QueryHead(16)
-    q, query_pos, memory, order = torch.randn(1, 6, 16), torch.randn(6, 16), torch.randn(1, 20, 16), torch.randperm(6)
+    q, query_pos, memory, order = (
+        torch.randn(1, 6, 16),
+        torch.randn(6, 16),
+        torch.randn(1, 20, 16),
+        torch.randperm(6),
+    )
     features = torch.randn(1, 16, 4, 5)
     for one, other in zip(
         decode(layers, head, q, query_pos, memory, features),
@@ -201,7 +233,9 @@ def test_deformable_attention_starts_on_squares():
     directions = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
     expected = torch.tensor(directions)[:, None, None] * torch.arange(1, 5).view(1, 1, 4, 1)
     torch.testing.assert_close(offsets, expected.expand(-1, 3, -1, -1).float(), atol=1e-5, rtol=0)
-    assert not attention.sampling_offsets.weight.any() and not attention.attention_weights.weight.any()
+    assert (
+        not attention.sampling_offsets.weight.any() and not attention.attention_weights.weight.any()
+    )
 
 
 def test_pixel_centres_are_x_and_y_row_by_row():
@@ -212,8 +246,12 @@ def test_pixel_centres_are_x_and_y_row_by_row():
 @pytest.mark.parametrize("autocast", [True, False])
 def test_pixel_decoder_gives_maps_of_four_strides(autocast):
     decoder = PixelDecoder([8, 12, 16, 20], channels=32, layers=2, ffn=48, heads=4)
-    assert decoder.layers[1].self_attn.sampling_offsets.bias.abs().max() == 4  # nothing drew it anew
-    features = [torch.randn(2, c, 96 // s, 160 // s) for c, s in zip((8, 12, 16, 20), (4, 8, 16, 32))]
+    assert (
+        decoder.layers[1].self_attn.sampling_offsets.bias.abs().max() == 4
+    )  # nothing drew it anew
+    features = [
+        torch.randn(2, c, 96 // s, 160 // s) for c, s in zip((8, 12, 16, 20), (4, 8, 16, 32))
+    ]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         features = [f.bfloat16() for f in features] if autocast else features
         mask_features, maps = decoder(features)
@@ -226,7 +264,9 @@ def test_pixel_decoder_gives_maps_of_four_strides(autocast):
 
 def test_compiled_parts_agree_with_eager():
     decoder = PixelDecoder([8, 12, 16, 20], channels=32, layers=1, ffn=48, heads=4)
-    features = [torch.randn(1, c, 64 // s, 96 // s) for c, s in zip((8, 12, 16, 20), (4, 8, 16, 32))]
+    features = [
+        torch.randn(1, c, 64 // s, 96 // s) for c, s in zip((8, 12, 16, 20), (4, 8, 16, 32))
+    ]
     eager = decoder(features)
     compiled = torch.compile(decoder, backend="aot_eager", fullgraph=True)(features)
     torch.testing.assert_close(compiled, eager)
@@ -252,7 +292,9 @@ def test_backbones_give_four_maps(name, channels):
     features = backbone(backbone.normalise(images, [(64, 96), (50, 90)]))
     assert [f.shape for f in features] == [(2, c, 64 // s, 96 // s) for c, s in zip(channels, ALL)]
     sum(f.square().sum() for f in features).backward()
-    assert all(p.grad is not None for p in backbone.parameters())  # none is idle: DistributedDataParallel would wait
+    assert all(
+        p.grad is not None for p in backbone.parameters()
+    )  # none is idle: DistributedDataParallel would wait
 
 
 def test_channels_of_detectors():
@@ -269,11 +311,16 @@ def test_plain_vit_keeps_places():
             assert feature.shape == (2, 256, 128 // stride, 192 // stride)
             change = (feature[1] - feature[0]).abs().sum(0)
             y, x = divmod(int(change.argmax()), change.shape[1])
-            assert abs((y + 0.5) * stride - 80) <= 16 + stride / 2 and abs((x + 0.5) * stride - 144) <= 16 + stride / 2
+            assert (
+                abs((y + 0.5) * stride - 80) <= 16 + stride / 2
+                and abs((x + 0.5) * stride - 144) <= 16 + stride / 2
+            )
 
 
 def test_plain_vit_is_for_segmenters_alone():
-    with pytest.raises(InputError, match=r"^--backbone vit_tiny_patch16_224 cannot be used for images of any size"):
+    with pytest.raises(
+        InputError, match=r"^--backbone vit_tiny_patch16_224 cannot be used for images of any size"
+    ):
         Backbone("vit_tiny_patch16_224", 64, pretrained=False)
     with pytest.raises(InputError, match=r"^--backbone beit_base_patch16_224 .*images of any size"):
         Backbone("beit_base_patch16_224", 0, pretrained=False, strides=ALL)

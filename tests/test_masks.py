@@ -19,12 +19,16 @@ from common.masks import area_of, crop_masks, decode_masks, encode_masks, paste_
 from common.visualize import save_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of pycocotools
-PARITY = Path(os.environ.get("CONCORD_PARITY", Path(__file__).resolve().parents[2] / "shared" / "parity"))
+PARITY = Path(
+    os.environ.get("CONCORD_PARITY", Path(__file__).resolve().parents[2] / "shared" / "parity")
+)
 
 
 def recorded(name: str) -> dict:
     if not (PARITY / f"{name}.safetensors").is_file():
-        pytest.skip(f"no {name}.safetensors in {PARITY}; CONCORD_PARITY names the folder of recorded tensors")
+        pytest.skip(
+            f"no {name}.safetensors in {PARITY}; CONCORD_PARITY names the folder of recorded tensors"
+        )
     return load_file(PARITY / f"{name}.safetensors")
 
 
@@ -59,7 +63,10 @@ def test_decode_equals_pycocotools(seed):
     for kind in (polygons, encode_masks(expected), [uncompressed(mask) for mask in expected]):
         decoded = decode_masks(kind, (height, width))
         assert decoded.dtype == torch.bool and torch.equal(decoded, expected)
-        assert all(torch.equal(decoded[i], pixels_of_pycocotools(s, height, width)) for i, s in enumerate(kind))
+        assert all(
+            torch.equal(decoded[i], pixels_of_pycocotools(s, height, width))
+            for i, s in enumerate(kind)
+        )
 
 
 def test_encode_equals_pycocotools():
@@ -74,7 +81,11 @@ def test_encode_equals_pycocotools():
 def test_nothing():
     assert decode_masks([], (4, 5)).shape == (0, 4, 5)
     assert encode_masks(torch.zeros(0, 4, 5, dtype=torch.bool)) == []
-    assert crop_masks(torch.zeros(0, 4, 5, dtype=torch.bool), torch.zeros(0, 4), 7).shape == (0, 7, 7)
+    assert crop_masks(torch.zeros(0, 4, 5, dtype=torch.bool), torch.zeros(0, 4), 7).shape == (
+        0,
+        7,
+        7,
+    )
     assert paste_masks(torch.zeros(0, 7, 7), torch.zeros(0, 4), (4, 5)).shape == (0, 4, 5)
     assert not decode_masks([[], [[1.0, 1.0, 3.0, 3.0]]], (4, 5)).any()  # no polygon, a line
 
@@ -102,7 +113,12 @@ def test_wrong_segmentations(segmentation, message):
 
 
 def test_one_pixel():
-    assert decode_masks([{"size": [1, 1], "counts": counts} for counts in ([1], [0, 1], "1")], (1, 1)).sum() == 1
+    assert (
+        decode_masks(
+            [{"size": [1, 1], "counts": counts} for counts in ([1], [0, 1], "1")], (1, 1)
+        ).sum()
+        == 1
+    )
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real data samples are not here")
@@ -143,11 +159,15 @@ def test_paste_equals_sampling_the_whole_image():
     probabilities = torch.rand(40, 14, 14, generator=generator)
     pasted = paste_masks(probabilities, boxes, (50, 70))
     expected = [paste_on_the_whole_image(p, b, 50, 70) for p, b in zip(probabilities, boxes)]
-    assert pasted.dtype == torch.bool and torch.equal(pasted, torch.stack(expected)) and pasted.any()
+    assert (
+        pasted.dtype == torch.bool and torch.equal(pasted, torch.stack(expected)) and pasted.any()
+    )
 
 
 def test_paste_of_broken_boxes():
-    boxes = torch.tensor([[float("nan")] * 4, [5, 5, 5, 5], [9, 9, 2, 2], [-9, -9, -1, -1], [99, 0, 120, 9]])
+    boxes = torch.tensor(
+        [[float("nan")] * 4, [5, 5, 5, 5], [9, 9, 2, 2], [-9, -9, -1, -1], [99, 0, 120, 9]]
+    )
     assert not paste_masks(torch.ones(5, 7, 7), boxes, (10, 20)).any()
 
 
@@ -166,7 +186,9 @@ def test_parity_crop_masks(variant):
         foreground = tensors[f"{sampled}.gt_classes"] < len(tensors["zs_weight_raw"])
         truth = tensors[f"{sampled}.gt_boxes"][foreground]
         rows = (truth[:, None] == tensors[f"gt{image}.boxes"]).all(dim=2).int().argmax(dim=1)
-        boxes, targets = (tensors[f"{variant}.mask.image{image}.{name}"] for name in ("boxes", "targets"))
+        boxes, targets = (
+            tensors[f"{variant}.mask.image{image}.{name}"] for name in ("boxes", "targets")
+        )
         assert torch.equal(boxes, tensors[f"{sampled}.boxes"][foreground])
         ours = crop_masks(tensors[f"gt{image}.masks"].bool(), boxes, targets.shape[-1], rows)
         assert torch.equal(ours, targets.bool())
@@ -177,7 +199,10 @@ def test_parity_crop_masks(variant):
 def test_parity_paste_masks():
     tensors = recorded("detic_whole_model")
     masks = tensors["post0.masks"].bool()
-    probabilities, boxes = tensors["det0.masks28"][: len(masks), 0], tensors["post0.boxes"][: len(masks)]
+    probabilities, boxes = (
+        tensors["det0.masks28"][: len(masks), 0],
+        tensors["post0.boxes"][: len(masks)],
+    )
     assert torch.equal(paste_masks(probabilities, boxes, masks.shape[1:]), masks)
 
 
@@ -203,13 +228,20 @@ class Hand:
 def detect(batch):
     """Everything is a cat and a dog; the boxes are not those of the masks."""
     boxes = torch.tensor([[10.0, 5, 30, 20], [40.0, 30, 59, 39]])
-    found = {"boxes": boxes, "labels": torch.tensor([0, 1]), "scores": torch.tensor([0.9, 0.1]), "masks": MASKS}
+    found = {
+        "boxes": boxes,
+        "labels": torch.tensor([0, 1]),
+        "scores": torch.tensor([0.9, 0.1]),
+        "masks": MASKS,
+    }
     return [found | {"class_names": ["cat", "dog"], "size": s.original_size} for s in batch.samples]
 
 
 def test_dataset_predictions_keep_rles(tmp_path):
     predictions = predict_dataset(detect, Hand(), lambda sample: sample, 0, "hand")
-    assert sorted(predictions) == [0, 1] and all("masks" not in found for found in predictions.values())
+    assert sorted(predictions) == [0, 1] and all(
+        "masks" not in found for found in predictions.values()
+    )
     assert torch.equal(decode_masks(predictions[1]["segmentations"], (40, 60)), MASKS)
     assert predictions[0]["class_names"] == ["cat", "dog"]
     draw_predictions(Hand(), predictions, tmp_path, "a set", 0.5)
@@ -219,13 +251,21 @@ def test_dataset_predictions_keep_rles(tmp_path):
 @pytest.mark.parametrize("masked", [True, False])
 def test_file_predictions_have_masks(tmp_path, masked):
     def predict(batch):
-        return [{k: v for k, v in found.items() if masked or k != "masks"} for found in detect(batch)]
+        return [
+            {k: v for k, v in found.items() if masked or k != "masks"} for found in detect(batch)
+        ]
 
     save_image(Hand().load(0).image, tmp_path / "in.png")
-    predict_files(predict, (str(tmp_path / "in.png"),), VOCABULARY, lambda sample: sample, tmp_path, 0.5)
+    predict_files(
+        predict, (str(tmp_path / "in.png"),), VOCABULARY, lambda sample: sample, tmp_path, 0.5
+    )
     cat, dog = json.loads((tmp_path / "predictions.json").read_text())["annotations"]
     assert [cat["category_id"], dog["category_id"]] == [17, 18]
-    assert [cat["area"], dog["area"]] == ([300, 75] if masked else [300, 171]) and ("segmentation" in dog) == masked
+    assert [cat["area"], dog["area"]] == ([300, 75] if masked else [300, 171]) and (
+        "segmentation" in dog
+    ) == masked
     if masked:
-        assert torch.equal(decode_masks([cat["segmentation"], dog["segmentation"]], (40, 60)), MASKS)
+        assert torch.equal(
+            decode_masks([cat["segmentation"], dog["segmentation"]], (40, 60)), MASKS
+        )
     assert (tmp_path / "in-0.jpg").is_file()

@@ -45,17 +45,40 @@ def draw(shapes, batch, queries, heads, d, points):
     No point is within 0.01 of a pixel centre, where gradients jump.
     """
     torch.manual_seed(0)
-    size = torch.tensor([(width, height) for height, width in shapes], dtype=torch.float64)[:, None]  # (L, 1, 2)
+    size = torch.tensor([(width, height) for height, width in shapes], dtype=torch.float64)[
+        :, None
+    ]  # (L, 1, 2)
     centre = torch.rand(batch, queries, 2, dtype=torch.float64)
-    where = torch.rand(batch, queries, heads, len(shapes), points, 2, dtype=torch.float64) * (size + 6) - 3.5
+    where = (
+        torch.rand(batch, queries, heads, len(shapes), points, 2, dtype=torch.float64) * (size + 6)
+        - 3.5
+    )
     where = where.floor() + where.frac().abs().clamp(0.01, 0.99)
     offsets = where - (centre[:, :, None, None, None] * size - 0.5)
     value = torch.randn(batch, sum(h * w for h, w in shapes), heads, d, dtype=torch.float64)
     logits = torch.randn(batch, queries, heads, len(shapes) * points, dtype=torch.float64)
-    return value, shapes, offsets, logits, centre, torch.randn(batch, queries, heads * d, dtype=torch.float64)
+    return (
+        value,
+        shapes,
+        offsets,
+        logits,
+        centre,
+        torch.randn(batch, queries, heads * d, dtype=torch.float64),
+    )
 
 
-def run(function, value, shapes, offsets, logits, centre, cotangent, device="cpu", dtype=None, value_dtype=None):
+def run(
+    function,
+    value,
+    shapes,
+    offsets,
+    logits,
+    centre,
+    cotangent,
+    device="cpu",
+    dtype=None,
+    value_dtype=None,
+):
     """(out, gradients of value, offsets, logits) on `device` in `dtype`."""
     inputs = [x.detach().to(device, dtype) for x in (value, offsets, logits)]
     inputs[0] = inputs[0].to(value_dtype or inputs[0].dtype)
@@ -98,9 +121,13 @@ def test_half_precision_offsets(device):
 def test_points_on_borders_and_pixel_centres(device):
     shapes = ((1, 1), (2, 3))
     value, _, _, logits, _, cotangent = draw(shapes, 1, 81, 2, 8, 1)
-    steps = torch.tensor([-1, -0.5, 0, 0.5, 1, 1.5, 2, 2.5, 3], dtype=torch.float64)  # pixels; 2.5 = 3 - 0.5
+    steps = torch.tensor(
+        [-1, -0.5, 0, 0.5, 1, 1.5, 2, 2.5, 3], dtype=torch.float64
+    )  # pixels; 2.5 = 3 - 0.5
     grid = torch.cartesian_prod(steps, steps)  # (81, 2)
-    offsets = (grid + 0.5)[None, :, None, None, None].expand(1, 81, 2, 2, 1, 2)  # from the corner of the map, exactly
+    offsets = (grid + 0.5)[None, :, None, None, None].expand(
+        1, 81, 2, 2, 1, 2
+    )  # from the corner of the map, exactly
     inputs = value, shapes, offsets, logits, torch.zeros(81, 2).double(), cotangent
     compare(run(msda, *inputs, device, torch.float32), run(reference, *inputs), 1e-5)
 
@@ -129,7 +156,9 @@ def test_images_do_not_mix(device):
     value, shapes, *tensors = draw(*CASES["K12"])
     both = run(msda, value, shapes, *tensors, device, torch.float32)
     for i in range(2):
-        one = run(msda, value[i : i + 1], shapes, *(x[i : i + 1] for x in tensors), device, torch.float32)
+        one = run(
+            msda, value[i : i + 1], shapes, *(x[i : i + 1] for x in tensors), device, torch.float32
+        )
         compare([x[i : i + 1] for x in both], [x.detach().cpu().double() for x in one], 1e-6)
 
 
@@ -141,7 +170,11 @@ def test_inputs_need_not_be_contiguous(device):
     logits = torch.cat([logits, logits], -1)[..., :12]
     centre = centre.permute(2, 1, 0).contiguous().permute(2, 1, 0)
     cotangent = cotangent.transpose(1, 2).contiguous().transpose(1, 2)
-    compare(run(msda, value, shapes, offsets, logits, centre, cotangent, device, torch.float32), wanted, 1e-5)
+    compare(
+        run(msda, value, shapes, offsets, logits, centre, cotangent, device, torch.float32),
+        wanted,
+        1e-5,
+    )
 
 
 def test_no_queries(device):
@@ -150,11 +183,18 @@ def test_no_queries(device):
 
 
 def test_three_forms_of_reference(device):
-    value, shapes, offsets, logits, centre, _ = (x.float() if torch.is_tensor(x) else x for x in draw(*CASES["K12"]))
+    value, shapes, offsets, logits, centre, _ = (
+        x.float() if torch.is_tensor(x) else x for x in draw(*CASES["K12"])
+    )
     centre = centre[:1].expand(2, -1, -1)  # the same in both images
     forms = centre[0], centre, centre[:, :, None].expand(-1, -1, 3, -1)
     a, b, c = (
-        msda(*(x.to(device) if torch.is_tensor(x) else x for x in (value, shapes, offsets, logits, form)))
+        msda(
+            *(
+                x.to(device) if torch.is_tensor(x) else x
+                for x in (value, shapes, offsets, logits, form)
+            )
+        )
         for form in forms
     )
     assert torch.equal(a, b) and torch.equal(a, c)
@@ -167,10 +207,18 @@ def test_the_formula_is_grid_sample():
     value, shapes, offsets, logits, centre, _ = draw(*CASES["K12"])
     weights, start, wanted = logits.softmax(-1).unflatten(-1, (3, 4)), 0, 0
     for i, (height, width) in enumerate(shapes):
-        level = value[:, start : start + height * width].permute(0, 2, 3, 1).reshape(4, 32, height, width)
-        where = centre[:, :, None, None] + offsets[:, :, :, i] / torch.tensor([width, height])  # (B, Q, M, P, 2)
+        level = (
+            value[:, start : start + height * width]
+            .permute(0, 2, 3, 1)
+            .reshape(4, 32, height, width)
+        )
+        where = centre[:, :, None, None] + offsets[:, :, :, i] / torch.tensor(
+            [width, height]
+        )  # (B, Q, M, P, 2)
         grid = 2 * where.transpose(1, 2).flatten(0, 1) - 1
-        found = F.grid_sample(level, grid, align_corners=False).view(2, 2, 32, 19, 4)  # (B, M, d, Q, P)
+        found = F.grid_sample(level, grid, align_corners=False).view(
+            2, 2, 32, 19, 4
+        )  # (B, M, d, Q, P)
         wanted = wanted + torch.einsum("bmdqp,bqmp->bqmd", found, weights[:, :, :, i]).flatten(2)
         start += height * width
     torch.testing.assert_close(reference(value, shapes, offsets, logits, centre), wanted)
@@ -183,10 +231,14 @@ def test_gradcheck(function):
     assert torch.autograd.gradcheck(lambda v, o, w: function(v, shapes, o, w, centre), inputs)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter reads numbers, which tensors without data do not have")
+@pytest.mark.skipif(
+    INTERPRETED, reason="the interpreter reads numbers, which tensors without data do not have"
+)
 def test_compiles_without_a_break_for_any_number_of_queries(device):
     torch._dynamo.reset()
-    step = torch.compile(lambda *inputs: msda(*inputs).square(), fullgraph=True, dynamic=True, backend="aot_eager")
+    step = torch.compile(
+        lambda *inputs: msda(*inputs).square(), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
     for queries in (19, 23, 40):
         inputs = draw(*CASES["K12"][:2], queries, *CASES["K12"][3:])
         with torch._dynamo.config.patch(error_on_recompile=queries > 19):
@@ -201,7 +253,9 @@ def test_opcheck(device):
     )
     tensors = [x.requires_grad_() for x in (value, offsets, logits)]
     sizes = [side for shape in shapes for side in shape]
-    torch.library.opcheck(torch.ops.concord.msda.default, (*tensors, centre[:, :, None].expand(-1, -1, 3, -1), sizes))
+    torch.library.opcheck(
+        torch.ops.concord.msda.default, (*tensors, centre[:, :, None].expand(-1, -1, 3, -1), sizes)
+    )
 
 
 def test_wrong_shapes_are_refused():
@@ -222,31 +276,55 @@ def test_parity_core(device, precision):
     tensors, _ = recorded("mask2former_pixel_decoder")
     if precision == "fp64" and (device == "cuda" or INTERPRETED):
         pytest.skip("the kernels are for single and half precision")
-    tensors = {key.removeprefix("msda.core."): x for key, x in tensors.items() if key.startswith("msda.core.")}
+    tensors = {
+        key.removeprefix("msda.core."): x
+        for key, x in tensors.items()
+        if key.startswith("msda.core.")
+    }
     shapes = tuple(map(tuple, tensors["spatial_shapes"].tolist()))
-    names, dtype = ("value", "sampling_locations", "attention_weights"), getattr(torch, f"float{precision[2:]}")
+    names, dtype = (
+        ("value", "sampling_locations", "attention_weights"),
+        getattr(torch, f"float{precision[2:]}"),
+    )
     value, locations, weights = (tensors[name].to(device, dtype).requires_grad_() for name in names)
-    offsets = locations * locations.new_tensor([(width, height) for height, width in shapes])[:, None]
+    offsets = (
+        locations * locations.new_tensor([(width, height) for height, width in shapes])[:, None]
+    )
     # weights that sum to 1 are a softmax of their logarithms; others are that times their sum
     total = weights.sum((-2, -1))  # (B, Q, M)
-    out = msda(value, shapes, offsets, weights.flatten(-2).log(), value.new_zeros(value.shape[0], offsets.shape[1], 2))
+    out = msda(
+        value,
+        shapes,
+        offsets,
+        weights.flatten(-2).log(),
+        value.new_zeros(value.shape[0], offsets.shape[1], 2),
+    )
     out = (out.unflatten(-1, value.shape[2:]) * total[..., None]).flatten(2)
     tolerance = 1e-12 if precision == "fp64" else 1e-5
     check(f"msda {precision}: output", out.cpu(), tensors[f"{precision}.output"], tolerance)
     grads = torch.autograd.grad(out, (value, locations, weights), tensors["cotangent"].to(out))
     for name, grad in zip(names, grads):
-        check(f"msda {precision}: gradient of {name}", grad.cpu(), tensors[f"{precision}.grad_{name}"], 10 * tolerance)
+        check(
+            f"msda {precision}: gradient of {name}",
+            grad.cpu(),
+            tensors[f"{precision}.grad_{name}"],
+            10 * tolerance,
+        )
 
 
 @pytest.mark.parametrize("form", ["ref2", "ref2_padded", "ref4"])
 def test_parity_module(device, form):
     tensors, record = recorded("mask2former_pixel_decoder")
-    query, source, padding = (tensors[f"msda.module_in.{n}"] for n in ("query", "input_flatten", "padding_mask"))
+    query, source, padding = (
+        tensors[f"msda.module_in.{n}"] for n in ("query", "input_flatten", "padding_mask")
+    )
     shapes = tuple(map(tuple, tensors["msda.module_in.spatial_shapes"].tolist()))
     heads, points = record["config"]["nheads"], record["config"]["n_points"]
 
     def linear(name, x):
-        return F.linear(x, tensors[f"msda.module.{name}.weight"], tensors[f"msda.module.{name}.bias"])
+        return F.linear(
+            x, tensors[f"msda.module.{name}.weight"], tensors[f"msda.module.{name}.bias"]
+        )
 
     value = linear("value_proj", source)
     if form == "ref2_padded":
@@ -258,7 +336,9 @@ def test_parity_module(device, form):
         size = torch.tensor([(width, height) for height, width in shapes])  # (L, 2)
         offsets = offsets / points * (centre[..., 2:] * 0.5 * size)[:, :, None, :, None]
     value = value.unflatten(-1, (heads, -1))
-    value, offsets, logits, centre = (x.to(device) for x in (value, offsets, logits, centre[..., :2]))
+    value, offsets, logits, centre = (
+        x.to(device) for x in (value, offsets, logits, centre[..., :2])
+    )
     out = linear("output_proj", msda(value, shapes, offsets, logits, centre).cpu())
     check(f"msda module {form}", out, tensors[f"msda.module_out.{form}"], 1e-5)
 
@@ -270,10 +350,24 @@ def test_parity_module(device, form):
 def test_interpreted():
     """This file in a process of its own, with kernels in place of the CPU path."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--noconftest",
+        __file__,
+    ]
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        command, cwd=Path(__file__).parent.parent, env=env, capture_output=True, text=True, timeout=240
+        command,
+        cwd=Path(__file__).parent.parent,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
 
@@ -289,13 +383,21 @@ def test_kernels_compile_for_hopper(value, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {"L": 3, "P": 4, "D": 32, "T": 16, "TP": 4, "TK": 16, "TD": 32}
     numbers = ("pixels", "queries", "heads", "ref_b", "ref_q", "ref_l", "ref_xy")
-    types = dict.fromkeys(constants, "constexpr") | dict.fromkeys(numbers, "i32") | {"levels": "*i32"}
+    types = (
+        dict.fromkeys(constants, "constexpr") | dict.fromkeys(numbers, "i32") | {"levels": "*i32"}
+    )
     types |= dict.fromkeys(("value", "grad", "out"), f"*{value}")
     for kernel in (common.msda._forward_kernel, common.msda._backward_kernel):
         names = kernel.arg_names
         signature = {name: types.get(name, "*fp32") for name in names}
         places = {(names.index(name),): number for name, number in constants.items()}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
-        built = triton.compile(ASTSource(kernel, signature, places, aligned), target=GPUTarget("cuda", 90, 32))
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if signature[name].startswith("*")
+        }
+        built = triton.compile(
+            ASTSource(kernel, signature, places, aligned), target=GPUTarget("cuda", 90, 32)
+        )
         assert built.asm["cubin"] and "ld.global.v4.b32" in built.asm["ptx"]
     assert "add.v4.f32" in built.asm["ptx"]

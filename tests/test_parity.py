@@ -23,11 +23,15 @@ from parity import (
 import common.centernet
 import scaledet
 from common.centernet import CenterNet, CenterNetHead, Grid
-from common.matcher import Targets
+from common.targets import Targets
 
 # -- CenterNet ---------------------------------------------------------------------------------------------------------
 
-LOSSES = {"loss_centernet_pos": "agn_pos", "loss_centernet_neg": "agn_neg", "loss_centernet_loc": "loc"}
+LOSSES = {
+    "loss_centernet_pos": "agn_pos",
+    "loss_centernet_neg": "agn_neg",
+    "loss_centernet_loc": "loc",
+}
 
 
 def centernet_case(variant: str = "train"):
@@ -37,10 +41,19 @@ def centernet_case(variant: str = "train"):
     c["IGNORE_HIGH_FP"] = c.get("ignore_high_fp", c["IGNORE_HIGH_FP"])
     pre_nms = (c["PRE_NMS_TOPK_TRAIN"], c["PRE_NMS_TOPK_TEST"])
     net = CenterNet(
-        c["feature_channels"], c["FPN_STRIDES"], pre_nms, (c["POST_NMS_TOPK_TRAIN"], c["POST_NMS_TOPK_TEST"])
+        c["feature_channels"],
+        c["FPN_STRIDES"],
+        pre_nms,
+        (c["POST_NMS_TOPK_TRAIN"], c["POST_NMS_TOPK_TEST"]),
     )
-    net.centernet_head = CenterNetHead(c["feature_channels"], len(c["FPN_STRIDES"]), c["NUM_BOX_CONVS"])
-    net.size_ranges, net.min_overlap, net.min_radius = c["SOI"], c["HM_MIN_OVERLAP"], c["MIN_RADIUS"]
+    net.centernet_head = CenterNetHead(
+        c["feature_channels"], len(c["FPN_STRIDES"]), c["NUM_BOX_CONVS"]
+    )
+    net.size_ranges, net.min_overlap, net.min_radius = (
+        c["SOI"],
+        c["HM_MIN_OVERLAP"],
+        c["MIN_RADIUS"],
+    )
     net.pos_weight, net.neg_weight = c["POS_WEIGHT"], c["NEG_WEIGHT"]
     net.alpha, net.gamma, net.beta = c["HM_FOCAL_ALPHA"], c["LOSS_GAMMA"], c["HM_FOCAL_BETA"]
     net.ignore_high_fp = c["IGNORE_HIGH_FP"] if c["IGNORE_HIGH_FP"] > 0 else torch.inf
@@ -48,7 +61,9 @@ def centernet_case(variant: str = "train"):
     net.train(variant != "infer")
     net.nms_threshold = c["NMS_TH_TRAIN"] if net.training else c["NMS_TH_TEST"]
     prefix = "proposal_generator."
-    net.load_state_dict({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
+    net.load_state_dict(
+        {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+    )
     features = [tensors[f"features.{level}"].requires_grad_() for level in c["IN_FEATURES"]]
     boxes = [tensors[f"gt{i}.boxes"] for i in range(len(features[0]))]
     return net, features, boxes, tensors, record
@@ -60,10 +75,17 @@ def test_parity_centernet_head_and_grid():
     parts = [h * w for h, w in grid.shapes]
     logits, ltrb = net.centernet_head(features)
     levels = zip(
-        record["config"]["IN_FEATURES"], logits.split(parts, 1), ltrb.split(parts, 1), grid.points.split(parts)
+        record["config"]["IN_FEATURES"],
+        logits.split(parts, 1),
+        ltrb.split(parts, 1),
+        grid.points.split(parts),
     )
     for level, level_logits, level_ltrb, points in levels:
-        check("centernet head: objectness logits", level_logits, tensors[f"head.agn_hm.{level}"].flatten(1))
+        check(
+            "centernet head: objectness logits",
+            level_logits,
+            tensors[f"head.agn_hm.{level}"].flatten(1),
+        )
         official = tensors[f"head.reg.{level}"].flatten(2).transpose(1, 2)
         check("centernet head: distances", level_ltrb, official)
         assert torch.equal(points, tensors[f"grids.{level}"])
@@ -93,18 +115,28 @@ def test_parity_centernet_losses_and_gradients(variant):
     net, features, boxes, tensors, record = centernet_case(variant)
     _, losses = net(features, boxes)
     for ours, official in LOSSES.items():
-        check(f"centernet {variant}: {ours}", losses[ours], record[variant]["losses"][f"loss_centernet_{official}"])
+        check(
+            f"centernet {variant}: {ours}",
+            losses[ours],
+            record[variant]["losses"][f"loss_centernet_{official}"],
+        )
     sum(losses.values()).backward()
     ours = {f"proposal_generator.{name}": p for name, p in net.named_parameters()}
     ours |= {f"features.{level}": f for level, f in zip(record["config"]["IN_FEATURES"], features)}
     prefix = f"{variant}.grad."
     stored = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-    assert stored.keys() <= ours.keys() and sum(name.startswith("features.") for name in stored) == len(features)
+    assert stored.keys() <= ours.keys() and sum(
+        name.startswith("features.") for name in stored
+    ) == len(features)
     check_gradients(f"centernet {variant}: gradients", ours, stored)
     for name, norm in record[variant]["grad_norms"].items():
         got = ours[f"proposal_generator.{name}"].grad.norm()
         check(
-            f"centernet {variant}: gradient norms", got, norm, 1e-3, 1e-3 * max(record[variant]["grad_norms"].values())
+            f"centernet {variant}: gradient norms",
+            got,
+            norm,
+            1e-3,
+            1e-3 * max(record[variant]["grad_norms"].values()),
         )
 
 
@@ -138,7 +170,9 @@ def test_parity_centernet_proposals(variant, monkeypatch):
     for i, (found, before) in enumerate(zip(proposals, candidates)):
         assert (found[1].diff() <= 0).all()
         ours, official = compare("proposals", found, f"proposals{i}")
-        assert ours == min(official, net.post_nms[not net.training])  # theirs keeps all that tie with the last
+        assert ours == min(
+            official, net.post_nms[not net.training]
+        )  # theirs keeps all that tie with the last
         if variant == "infer":
             ours, official = compare("candidates before NMS", before, f"pre_nms{i}")
             assert ours == official
@@ -155,7 +189,12 @@ def test_parity_cascade_training(variant, monkeypatch):
     num_classes, num_images = len(model.text), len(model.sizes)
     feed_recorded_draws(monkeypatch, scaledet, tensors, variant)
     truth = [
-        Targets(tensors[f"gt{i}.boxes"], tensors[f"gt{i}.classes"], (0, num_classes), tensors[f"gt{i}.masks"] > 0)
+        Targets(
+            tensors[f"gt{i}.boxes"],
+            tensors[f"gt{i}.classes"],
+            (0, num_classes),
+            tensors[f"gt{i}.masks"] > 0,
+        )
         for i in range(num_images)
     ]
     outputs, proposal_losses = model.train()(model.images, model.sizes, truth)
@@ -167,8 +206,16 @@ def test_parity_cascade_training(variant, monkeypatch):
     official = record[variant]["losses"]
     masks = config["MASK_WEIGHT"] * model.mask_head.loss(model.features, outputs[0])
     for k in range(len(outputs)):
-        check(f"cascade {variant}: classification loss", losses[f"loss_hard_stage{k}"], official[f"loss_cls_stage{k}"])
-        check(f"cascade {variant}: box loss", losses[f"loss_box_reg_stage{k}"], official[f"loss_box_reg_stage{k}"])
+        check(
+            f"cascade {variant}: classification loss",
+            losses[f"loss_hard_stage{k}"],
+            official[f"loss_cls_stage{k}"],
+        )
+        check(
+            f"cascade {variant}: box loss",
+            losses[f"loss_box_reg_stage{k}"],
+            official[f"loss_box_reg_stage{k}"],
+        )
     check(f"cascade {variant}: mask loss", masks, official["loss_mask"])
     check(f"cascade {variant}: total", losses["loss"] + masks, record[variant]["total"])
 

@@ -29,9 +29,9 @@ import detic
 from common.batch import Sample, collate
 from common.boxes import select_detections
 from common.cascade import draw_classifier
+from common.command import parse_args
 from common.masks import decode_masks
-from common.matcher import Targets
-from common.training import parse_args
+from common.targets import Targets
 
 # -- losses of image labels --------------------------------------------------------------------------------------------
 # Neither max_size_softmax nor train_softmax: detic.py has no softmax over classes, as no released model does.
@@ -45,7 +45,14 @@ def image_label_case(suffix: str = ""):
     counts = config["num_proposals"]
     boxes = [tensors[f"proposals{i}.boxes"] for i in range(len(counts))]
     bags = [detic.Bag(*parts) for parts in zip(boxes, logits.split(counts), ranks.split(counts))]
-    return logits, ranks, bags, [torch.tensor(labels) for labels in config["labels"]], tensors, record
+    return (
+        logits,
+        ranks,
+        bags,
+        [torch.tensor(labels) for labels in config["labels"]],
+        tensors,
+        record,
+    )
 
 
 @pytest.mark.parametrize("variant", detic.IMAGE_LABEL_LOSSES)
@@ -54,7 +61,9 @@ def test_parity_image_label_losses(variant):
     loss, official = detic.IMAGE_LABEL_LOSSES[variant], record[variant]
     each = [(bag, label, loss(bag, label)) for bag, own in zip(bags, labels) for label in own]
     check(
-        f"image labels {variant}: of each label", torch.stack([term for *_, term in each]), official["per_label_loss"]
+        f"image labels {variant}: of each label",
+        torch.stack([term for *_, term in each]),
+        official["per_label_loss"],
     )
     if variant not in ("wsod", "wsddn"):  # all proposals take part there
         for (bag, _, term), row in zip(each, official["selected_proposal"], strict=True):
@@ -63,9 +72,19 @@ def test_parity_image_label_losses(variant):
     total = record["config"]["image_loss_weight"] * detic.loss_image_labels(loss, bags, labels)
     check(f"image labels {variant}: loss", total, official["image_loss"])
     total.backward()
-    check(f"image labels {variant}: gradients", logits.grad, tensors[f"{variant}.grad_cls_logits"], 1e-3)
+    check(
+        f"image labels {variant}: gradients",
+        logits.grad,
+        tensors[f"{variant}.grad_cls_logits"],
+        1e-3,
+    )
     if f"{variant}.grad_prop_logits" in tensors:
-        check(f"image labels {variant}: gradients", ranks.grad, tensors[f"{variant}.grad_prop_logits"], 1e-3)
+        check(
+            f"image labels {variant}: gradients",
+            ranks.grad,
+            tensors[f"{variant}.grad_prop_logits"],
+            1e-3,
+        )
     else:
         assert ranks.grad is None
 
@@ -74,17 +93,26 @@ def test_parity_image_label_loss_of_a_single_proposal():
     logits, _, bags, _, tensors, record = image_label_case()
     bag = detic.Bag(bags[0].boxes[:1], bags[0].logits[:1])
     labels = [torch.tensor(record["single_proposal"]["labels"])]
-    total = record["config"]["image_loss_weight"] * detic.loss_image_labels(detic.loss_max_size, [bag], labels)
+    total = record["config"]["image_loss_weight"] * detic.loss_image_labels(
+        detic.loss_max_size, [bag], labels
+    )
     check("image labels single_proposal: loss", total, record["single_proposal"]["image_loss"])
     total.backward()
-    check("image labels single_proposal: gradients", logits.grad[:1], tensors["single_proposal.grad_cls_logits"], 1e-3)
+    check(
+        "image labels single_proposal: gradients",
+        logits.grad[:1],
+        tensors["single_proposal.grad_cls_logits"],
+        1e-3,
+    )
     assert not logits.grad[1:].any()
 
 
 def test_parity_image_label_loss_of_drawn_classes():
     logits, _, bags, labels, tensors, record = image_label_case("dynamic.")
     labels = [tensors["dynamic.cls_id_map"][own] for own in labels]
-    total = record["config"]["image_loss_weight"] * detic.loss_image_labels(detic.loss_max_size, bags, labels)
+    total = record["config"]["image_loss_weight"] * detic.loss_image_labels(
+        detic.loss_max_size, bags, labels
+    )
     check("image labels dynamic: loss", total, record["dynamic"]["image_loss"])
     total.backward()
     check("image labels dynamic: gradients", logits.grad, tensors["dynamic.grad_cls_logits"], 1e-3)
@@ -97,7 +125,9 @@ def test_parity_captions(variant):
     own = list(range(captions.shape[1]))
     loss = detic.loss_captions(captions.split(config["num_proposals"]), own, 1.0)
     total = config["caption_weight"] * loss  # ours is always 1, the official default
-    total = total + detic.loss_image_labels(detic.loss_max_size, bags, labels) * (variant == "captiontag")
+    total = total + detic.loss_image_labels(detic.loss_max_size, bags, labels) * (
+        variant == "captiontag"
+    )
     total = config["image_loss_weight"] * total
     check(f"captions {variant}: loss", total, record[variant]["image_loss"])
     total.backward()
@@ -112,9 +142,13 @@ def test_parity_captions(variant):
 # -- heads -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["train_plain", "train_fed", "train_ignore_zero", "train_dynamic"])
+@pytest.mark.parametrize(
+    "variant", ["train_plain", "train_fed", "train_ignore_zero", "train_dynamic"]
+)
 def test_parity_box_supervision(variant, monkeypatch):
-    dynamic = case("detic_roi")[1]["config"]["MODEL.NUM_SAMPLE_CATS"] if variant == "train_dynamic" else 0
+    dynamic = (
+        case("detic_roi")[1]["config"]["MODEL.NUM_SAMPLE_CATS"] if variant == "train_dynamic" else 0
+    )
     model, tensors, record, config = recorded_model(
         monkeypatch, detic, fed_loss=variant == "train_fed", ignore_zero=variant == "train_ignore_zero",
         dynamic_classifier=dynamic,
@@ -122,7 +156,9 @@ def test_parity_box_supervision(variant, monkeypatch):
     feed_recorded_draws(monkeypatch, detic, tensors, variant)
     frequency = tensors["freq_image_count"].float()
     truth = [
-        Targets(tensors[f"gt{i}.boxes"], tensors[f"gt{i}.classes"], masks=tensors[f"gt{i}.masks"] > 0)
+        Targets(
+            tensors[f"gt{i}.boxes"], tensors[f"gt{i}.classes"], masks=tensors[f"gt{i}.masks"] > 0
+        )
         for i in range(len(model.sizes))
     ]
     text, places = model.text, torch.arange(len(model.text) + 1)
@@ -134,8 +170,16 @@ def test_parity_box_supervision(variant, monkeypatch):
         assert torch.equal(drawn, sampled.sort().values)  # ours are in the order of the classes
         order = torch.cat([sampled.argsort(), torch.tensor([len(sampled)])])
         text, frequency = text[drawn], frequency[drawn]
-        check(f"cascade {variant}: classifier", F.pad(text, (0, 0, 0, 1)), tensors[f"{variant}.classifier"][order])
-        logits = {key: t[:, order] for key, t in tensors.items() if key.startswith(variant) and "cls_logits" in key}
+        check(
+            f"cascade {variant}: classifier",
+            F.pad(text, (0, 0, 0, 1)),
+            tensors[f"{variant}.classifier"][order],
+        )
+        logits = {
+            key: t[:, order]
+            for key, t in tensors.items()
+            if key.startswith(variant) and "cls_logits" in key
+        }
         tensors, places = tensors | logits, order.argsort()[tensors[f"{variant}.cls_id_map"]]
 
     outputs, losses = model.train()(model.images, model.sizes, truth, text, None)
@@ -155,20 +199,29 @@ def test_parity_box_supervision(variant, monkeypatch):
 @pytest.mark.parametrize("variant", ["image_max_size", "image_max_size_with_box"])
 def test_parity_image_label_supervision(variant, monkeypatch):
     model, tensors, record, _ = recorded_model(
-        monkeypatch, detic, image_label_weight=case("detic_roi")[1]["config"]["MODEL.ROI_BOX_HEAD.IMAGE_LOSS_WEIGHT"]
+        monkeypatch,
+        detic,
+        image_label_weight=case("detic_roi")[1]["config"]["MODEL.ROI_BOX_HEAD.IMAGE_LOSS_WEIGHT"],
     )
     with_box = variant == "image_max_size_with_box"
-    model.args = replace(model.args, image_label_proposals=len(tensors[f"{variant}.stage0.image0.boxes"]) - with_box)
+    model.args = replace(
+        model.args, image_label_proposals=len(tensors[f"{variant}.stage0.image0.boxes"]) - with_box
+    )
     nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
     caption = "appends the box of the image" if with_box else ""
-    truth = [Targets(*nothing, image_labels=torch.tensor(own), caption=caption) for own in record[variant]["labels"]]
+    truth = [
+        Targets(*nothing, image_labels=torch.tensor(own), caption=caption)
+        for own in record[variant]["labels"]
+    ]
     outputs, losses = model.train()(model.images, model.sizes, truth, model.text, None)
     assert not losses
     for k, output in enumerate(outputs):
         for i, boxes in enumerate(output.boxes):
             check(f"cascade {variant}: boxes", boxes, tensors[f"{variant}.stage{k}.image{i}.boxes"])
         # with the column of background, whose logit is the bias
-        check(f"cascade {variant}: logits", output.logits, tensors[f"{variant}.stage{k}.cls_logits"])
+        check(
+            f"cascade {variant}: logits", output.logits, tensors[f"{variant}.stage{k}.cls_logits"]
+        )
     losses = detic.compute_losses(model.args, outputs, losses, torch.ones(len(model.text)))
     official = record[variant]["losses"]
     assert losses.keys() == {"loss"} | {f"loss_image_labels_stage{k}" for k in range(len(outputs))}
@@ -199,7 +252,9 @@ def official_checkpoint(tensors: dict, record: dict) -> dict:
         elif recipe.get("ignored") or ".base.fc." in key:
             state[key] = torch.tensor(0)
         else:
-            draws = np.random.RandomState(recipe["seed"]).standard_normal(int(np.prod(recipe["shape"])))
+            draws = np.random.RandomState(recipe["seed"]).standard_normal(
+                int(np.prod(recipe["shape"]))
+            )
             values = (recipe["offset"] + recipe["scale"] * draws).astype(np.float32)
             state[key] = torch.from_numpy(values.reshape(recipe["shape"]))
     for key, first in record["first_values_check"].items():
@@ -221,8 +276,12 @@ def test_parity_whole_model_from_official_checkpoint(tmp_path, monkeypatch):
     assert len(label_space) == config["num_classes"]
     check("whole model: tau", args.tau, 1 / config["NORM_TEMP"])
 
-    (size,), (output_size,) = ([tuple(s) for s in config[key]] for key in ("image_sizes_hw", "output_sizes_hw"))
-    batch = collate([replace(Sample.unlabelled(tensors["image0"], "any", 0, 0), original_size=output_size)])
+    (size,), (output_size,) = (
+        [tuple(s) for s in config[key]] for key in ("image_sizes_hw", "output_sizes_hw")
+    )
+    batch = collate(
+        [replace(Sample.unlabelled(tensors["image0"], "any", 0, 0), original_size=output_size)]
+    )
     model.eval()
     with torch.no_grad():
         images = model.backbone.normalise(batch.images, batch.sizes)
@@ -238,7 +297,9 @@ def test_parity_whole_model_from_official_checkpoint(tmp_path, monkeypatch):
         ((boxes, objectness),), _ = model.centernet(features)
         official = [tensors[f"proposals0.{key}"] for key in ("boxes", "scores")]
         ours = [boxes, objectness, torch.zeros(len(boxes))]
-        check_sets("whole model: proposals", ours, [*official, torch.zeros(len(official[0]))], max(size))
+        check_sets(
+            "whole model: proposals", ours, [*official, torch.zeros(len(official[0]))], max(size)
+        )
         (final,), (scores,) = model.detect(features, batch.sizes)
         distance, row = torch.cdist(official[0], boxes, p=torch.inf).min(1)
         same = distance < 1e-4 * max(size)  # at most the one proposal at the cut has no partner
@@ -247,10 +308,14 @@ def test_parity_whole_model_from_official_checkpoint(tmp_path, monkeypatch):
         wanted = clip_boxes_to_image(tensors["det0.all_boxes"][same], size)
         check("whole model: boxes of the last stage", final[row], wanted)
         check("whole model: scores", scores[row], tensors["det0.all_scores"][same, :-1])
-        background = (0.5 * official[1]).sqrt()  # its logit is 0, so that nothing is lost with its column
+        background = (
+            0.5 * official[1]
+        ).sqrt()  # its logit is 0, so that nothing is lost with its column
         check("whole model: scores of background", background, tensors["det0.all_scores"][:, -1])
         detections = [tensors[f"det0.{key}"] for key in ("boxes", "scores", "classes")]
-        found = select_detections(final, scores, False, config["SCORE_THRESH_TEST"], config["DETECTIONS_PER_IMAGE"])
+        found = select_detections(
+            final, scores, False, config["SCORE_THRESH_TEST"], config["DETECTIONS_PER_IMAGE"]
+        )
         check_sets("whole model: detections", list(found), detections, max(size))
         masks28 = tensors["det0.masks28"][:, 0]
         masks = model.mask_head(features, [detections[0][: len(masks28)]]).sigmoid()
@@ -265,4 +330,10 @@ def test_parity_whole_model_from_official_checkpoint(tmp_path, monkeypatch):
     for mask, box, label in zip(pasted, official[0], official[2]):
         far = (ours[0] - box).abs().amax(1).masked_fill(ours[2] != label, torch.inf)
         own = decode_masks([found["segmentations"][int(far.argmin())]], output_size)[0]
-        check("whole model: pasted masks, pixels that differ", (own ^ mask).sum() / mask.sum(), 0.0, 1e-3, floor=1)
+        check(
+            "whole model: pasted masks, pixels that differ",
+            (own ^ mask).sum() / mask.sum(),
+            0.0,
+            1e-3,
+            floor=1,
+        )

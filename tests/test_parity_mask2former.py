@@ -16,8 +16,14 @@ from common.backbone import Backbone
 from common.checkpoint import load_weights
 from common.convert import MASK2FORMER, converted, rename
 from common.pixel_decoder import MSDeformAttn, PixelDecoder, pixel_centres, tokens
+from common.point_matching import (
+    hungarian,
+    pairwise_bce,
+    pairwise_dice,
+    point_sample,
+    uncertain_points,
+)
 from common.segments import instances, panoptic_map, restore, semantic_map
-from common.set_loss import hungarian, pairwise_bce, pairwise_dice, point_sample, uncertain_points
 from common.transformer import DecoderLayer, QueryHead, blocked_pixels, sine_position
 
 
@@ -52,7 +58,10 @@ class Base(nn.Module):
             z, mask_embed = self.head(q)
             outputs.append((z, mask_embed))
             all_blocked.append(blocked)
-        predictions = [(self.class_embed(z), torch.einsum("bqc,bchw->bqhw", m, mask_features)) for z, m in outputs]
+        predictions = [
+            (self.class_embed(z), torch.einsum("bqc,bchw->bqhw", m, mask_features))
+            for z, m in outputs
+        ]
         return predictions, all_blocked
 
 
@@ -63,7 +72,11 @@ def own_names(prefix: str, official: dict) -> dict:
 
 
 def stored(tensors: dict, prefix: str) -> dict:
-    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(prefix)
+    }
 
 
 def check_norms(quantity: str, module: nn.Module, prefix: str, official: dict) -> None:
@@ -96,7 +109,9 @@ def test_parity_pixel_decoder():
         total = total + (ours * tensors[f"cotangent.multi_scale.{i}"]).sum()
         position = sine_position(*ours.shape[-2:], ours.shape[1])
         check("pixel decoder: position", position, tensors[f"position_embedding.{i}"])
-    centres = torch.cat([pixel_centres(*m.shape[-2:], "cpu") for m in maps])  # (S, 2), the same for all levels
+    centres = torch.cat(
+        [pixel_centres(*m.shape[-2:], "cpu") for m in maps]
+    )  # (S, 2), the same for all levels
     centres = centres[None, :, None].expand(-1, -1, len(maps), -1)
     check("pixel decoder: reference points", centres, tensors["reference_points"])
     total.backward()
@@ -112,7 +127,10 @@ def test_parity_deformable_attention():
     shapes = tuple(map(tuple, tensors["msda.module_in.spatial_shapes"].tolist()))
     attention = MSDeformAttn(config["conv_dim"], config["nheads"], len(shapes), config["n_points"])
     attention.load_state_dict(stored(tensors, "msda.module."))
-    given = [tensors[f"msda.module_in.{name}"] for name in ("query", "input_flatten", "reference_points2")]
+    given = [
+        tensors[f"msda.module_in.{name}"]
+        for name in ("query", "input_flatten", "reference_points2")
+    ]
     ours = attention(*given[:2], shapes, given[2])
     check("deformable attention", ours, tensors["msda.module_out.ref2"])
 
@@ -138,7 +156,9 @@ def test_parity_transformer_decoder():
             total = total + (ours * tensors[f"cotangent.layer{i}.{name}"]).sum()
     assert len(blocked) == config["dec_layers"]
     for i, ours in enumerate(blocked):
-        official = tensors[f"out.attn_mask.{i}"].bool()  # before the repair of rows that block all: none does
+        official = tensors[
+            f"out.attn_mask.{i}"
+        ].bool()  # before the repair of rows that block all: none does
         assert torch.equal(ours, official) and not official.all(2).any()
     total.backward()
     official = {f"multi_scale.{i}": tensors[f"grad.multi_scale.{i}"] for i in range(3)}
@@ -167,18 +187,24 @@ def test_parity_matching(layer):
         cost = cost + config["cost_dice"] * pairwise_dice(sampled, target)
         check("matching: cost", cost, tensors[prefix + "cost"])
         queries, columns = hungarian(cost)
-        assert torch.equal(queries, tensors[prefix + "query"]) and torch.equal(columns, tensors[prefix + "target"])
+        assert torch.equal(queries, tensors[prefix + "query"]) and torch.equal(
+            columns, tensors[prefix + "target"]
+        )
 
 
 @pytest.mark.parametrize("layer, end", LAYERS.items())
 def test_parity_losses(layer, end):
     tensors, record = case("mask2former_loss")
     config, official = record["config"], record["losses_unweighted"]
-    logits, masks = (tensors[f"pred.{layer}.{kind}"].requires_grad_() for kind in ("logits", "masks"))
+    logits, masks = (
+        tensors[f"pred.{layer}.{kind}"].requires_grad_() for kind in ("logits", "masks")
+    )
     labels = torch.full(logits.shape[:2], config["num_classes"])
     picked, truth = [], []
     for i in range(config["batch"]):
-        queries, columns = (tensors[f"match.{layer}.image{i}.{kind}"] for kind in ("query", "target"))
+        queries, columns = (
+            tensors[f"match.{layer}.image{i}.{kind}"] for kind in ("query", "target")
+        )
         labels[i, queries] = tensors[f"target{i}.labels"][columns]
         picked.append(masks[i, queries])
         truth.append(tensors[f"target{i}.masks"][columns])
@@ -244,7 +270,9 @@ def whole_model(tmp_path_factory):
     base.pixel_decoder = PixelDecoder(base.backbone.channels, channels)
     load_weights(twin, base.eval())  # all but the classifier
     for kind in ("weight", "bias"):
-        getattr(base.class_embed, kind).data.copy_(official[f"sem_seg_head.predictor.class_embed.{kind}"])
+        getattr(base.class_embed, kind).data.copy_(
+            official[f"sem_seg_head.predictor.class_embed.{kind}"]
+        )
     size = tuple(config["image_sizes_hw"][0])
     with torch.no_grad():
         features = base.backbone(base.backbone.normalise(tensors["image0"][None], [size]))
@@ -259,16 +287,24 @@ def test_parity_whole_model_from_official_checkpoint(whole_model):
     for name, feature in zip(("res2", "res3", "res4", "res5"), features, strict=True):
         step = strides.get(f"backbone.{name}", 1)
         check(f"whole model: {name}", feature[:, ::step], tensors[f"backbone.{name}"])
-    check("whole model: mask features", mask_features[:, :: strides["mask_features"]], tensors["mask_features"])
+    check(
+        "whole model: mask features",
+        mask_features[:, :: strides["mask_features"]],
+        tensors["mask_features"],
+    )
     for i, ours in enumerate(maps):
         check("whole model: memories", ours, tensors[f"multi_scale.{i}"])
     *auxiliary, (logits, masks) = predictions
-    assert len(auxiliary) == sum(key.startswith("aux") and key.endswith("pred_logits") for key in tensors)
+    assert len(auxiliary) == sum(
+        key.startswith("aux") and key.endswith("pred_logits") for key in tensors
+    )
     for i, (aux_logits, aux_masks) in enumerate(auxiliary):
         check("whole model: auxiliary logits", aux_logits, tensors[f"aux{i}.pred_logits"])
         if f"aux{i}.pred_masks" in tensors:
             step = record["config"]["query_stride_aux_masks"]
-            check("whole model: auxiliary masks", aux_masks[:, ::step], tensors[f"aux{i}.pred_masks"])
+            check(
+                "whole model: auxiliary masks", aux_masks[:, ::step], tensors[f"aux{i}.pred_masks"]
+            )
     check("whole model: logits", logits, tensors["pred_logits"])
     check("whole model: masks", masks, tensors["pred_masks"])
 
@@ -284,14 +320,23 @@ def test_parity_whole_model_predictions(whole_model):
     semantic = semantic_map(classes, masks)
     check("whole model: semantic map", semantic[:10], tensors["post0.semantic_first10"])
     best = tensors["post0.semantic_argmax"]
-    check("whole model: labels, pixels that differ", (semantic.argmax(0) != best).float().mean(), 0.0, 1e-4, floor=1)
+    check(
+        "whole model: labels, pixels that differ",
+        (semantic.argmax(0) != best).float().mean(),
+        0.0,
+        1e-4,
+        floor=1,
+    )
     is_thing = torch.zeros(classes.shape[1], dtype=torch.bool)
     is_thing[config["thing_class_ids"]] = True
     thresholds = dict(zip(*[iter(config["overrides"])] * 2))
     object_threshold, overlap = (
-        thresholds[f"MODEL.MASK_FORMER.TEST.{kind}_THRESHOLD"] for kind in ("OBJECT_MASK", "OVERLAP")
+        thresholds[f"MODEL.MASK_FORMER.TEST.{kind}_THRESHOLD"]
+        for kind in ("OBJECT_MASK", "OVERLAP")
     )
-    panoptic, segments = panoptic_map(probabilities, masks, is_thing.tolist(), object_threshold, overlap, True)
+    panoptic, segments = panoptic_map(
+        probabilities, masks, is_thing.tolist(), object_threshold, overlap, True
+    )
     wrong = (panoptic != tensors["post0.panoptic"]).float().mean()
     check("whole model: panoptic map, pixels that differ", wrong, 0.0, 1e-4, floor=1)
     official = [(s["id"], s["category_id"], s["isthing"]) for s in record["post0.segments"]]

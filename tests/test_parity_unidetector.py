@@ -13,10 +13,9 @@ from torchvision.ops import clip_boxes_to_image
 import common.oln
 import unidetector
 from common.boxes import decode_boxes, two_layers
-from common.clip_resnet import AttentionPool
-from common.matcher import Targets, match_anchors
+from common.clip_resnet import AttentionPool, RegionOutput
 from common.oln import BOX_WEIGHTS, OLN, RPN
-from common.regions import RegionOutput
+from common.targets import Targets, match_anchors
 
 ATTENTION = "bbox_head.attnpool."
 
@@ -49,7 +48,10 @@ class RecordedRegions(nn.Module):
         super().__init__()
         self.features = tensors["roi.features"]
         self.attnpool = AttentionPool(
-            self.features.shape[-1], config["attnpool_dim"], config["attnpool_heads"], config["embed_dim"]
+            self.features.shape[-1],
+            config["attnpool_dim"],
+            config["attnpool_heads"],
+            config["embed_dim"],
         )
         self.attnpool.load_state_dict(part(tensors, ATTENTION))
 
@@ -79,10 +81,14 @@ def test_parity_attention_pool_logits_and_boxes(monkeypatch):
     check("attention pooling", classifier.regions(None, None), tensors["roi.pooled"])
     x, deltas = classifier(torch.zeros(1, 3, 1, 1), [(1, 1)], [tensors["roi.boxes"]])
     official = tensors["roi.cls_logits"]
-    check("classifier: logits", unidetector.compare(x, model.text, model.args.tau), official[:, :-1])
+    check(
+        "classifier: logits", unidetector.compare(x, model.text, model.args.tau), official[:, :-1]
+    )
     assert not official[:, -1].any()  # background has no embedding: nothing is lost with its column
     check("classifier: box deltas", deltas, tensors["roi.box_deltas"])
-    boxes = clip_boxes_to_image(decode_boxes(tensors["roi.boxes"], deltas, BOX_WEIGHTS), record["config"]["image_hw"])
+    boxes = clip_boxes_to_image(
+        decode_boxes(tensors["roi.boxes"], deltas, BOX_WEIGHTS), record["config"]["image_hw"]
+    )
     check("classifier: decoded boxes", boxes, tensors["roi.decoded_boxes"])
 
 
@@ -91,15 +97,27 @@ def test_parity_inference(variant, monkeypatch):
     _, record = recorded()
     c = record[f"inference.{variant}"]
     model, tensors, record = classifier_case(monkeypatch, beta=c["beta"], gamma=c["gamma"] or 0.0)
-    model.set_vocabulary(model.text, tensors["calibration.class_counts"] if c["calibrated"] else None)
+    model.set_vocabulary(
+        model.text, tensors["calibration.class_counts"] if c["calibrated"] else None
+    )
     official = tensors[f"inference.{variant}.scores"]
     eta, p = tensors["roi.proposal_scores"], tensors["roi.cls_logits"].sigmoid()
-    ours = p[:, :-1] if model.counts is None else unidetector.calibrate(p[:, :-1], model.counts, model.args.gamma)
+    ours = (
+        p[:, :-1]
+        if model.counts is None
+        else unidetector.calibrate(p[:, :-1], model.counts, model.args.gamma)
+    )
     check(f"inference {variant}: scores", unidetector.fuse(ours, eta, c["beta"]), official[:, :-1])
-    check(f"inference {variant}: background", unidetector.fuse(p[:, -1:], eta, c["beta"]), official[:, -1:])
+    check(
+        f"inference {variant}: background",
+        unidetector.fuse(p[:, -1:], eta, c["beta"]),
+        official[:, -1:],
+    )
 
     given = {}
-    monkeypatch.setattr(unidetector, "soft_nms", lambda boxes, scores: given.setdefault("scores", scores))
+    monkeypatch.setattr(
+        unidetector, "soft_nms", lambda boxes, scores: given.setdefault("scores", scores)
+    )
     regions = {
         "boxes": tensors["roi.boxes"],
         "embeddings": F.normalize(tensors["roi.pooled"]),
@@ -118,7 +136,9 @@ def with_targets(deltas):
     return boxes, decode_boxes(boxes, deltas, BOX_WEIGHTS)
 
 
-def classifier_output(logits, deltas, labels, bbox_targets, scopes: list, counts: list) -> RegionOutput:
+def classifier_output(
+    logits, deltas, labels, bbox_targets, scopes: list, counts: list
+) -> RegionOutput:
     boxes, gt_boxes = with_targets(bbox_targets)
     targets = [Targets(*t) for t in zip(gt_boxes.split(counts), labels.split(counts), scopes)]
     return RegionOutput(list(boxes.split(counts)), logits, deltas, targets)
@@ -126,7 +146,10 @@ def classifier_output(logits, deltas, labels, bbox_targets, scopes: list, counts
 
 def feed_draws(monkeypatch, draws: list, sizes: list) -> None:
     """`sample_classes` answers with recorded indices; the one after the last class is background."""
-    masks = [torch.zeros(n + 1, dtype=torch.bool).index_fill(0, drawn, True)[:-1] for drawn, n in zip(draws, sizes)]
+    masks = [
+        torch.zeros(n + 1, dtype=torch.bool).index_fill(0, drawn, True)[:-1]
+        for drawn, n in zip(draws, sizes)
+    ]
     answers = iter(masks)
     monkeypatch.setattr(unidetector, "sample_classes", lambda *_: next(answers))
 
@@ -134,8 +157,14 @@ def feed_draws(monkeypatch, draws: list, sizes: list) -> None:
 @pytest.mark.parametrize("variant", ["freq", "no_freq"])
 def test_parity_federated_loss(variant, monkeypatch):
     tensors, record = recorded()
-    t, c, num = part(tensors, f"train.{variant}."), record[f"train.{variant}"], len(tensors["zs_weight_raw"])
-    logits, deltas = (tensors[f"roi.{name}"].clone().requires_grad_() for name in ("cls_logits", "box_deltas"))
+    t, c, num = (
+        part(tensors, f"train.{variant}."),
+        record[f"train.{variant}"],
+        len(tensors["zs_weight_raw"]),
+    )
+    logits, deltas = (
+        tensors[f"roi.{name}"].clone().requires_grad_() for name in ("cls_logits", "box_deltas")
+    )
     labels = own_labels(tensors["train.labels"], num)
     assert torch.equal(tensors["train.bbox_weights"].amax(1) > 0, labels >= 0)
     assert len(t["appeared"]) == c["fed_loss_num_cat"]
@@ -144,13 +173,17 @@ def test_parity_federated_loss(variant, monkeypatch):
     drawn = t["appeared"][~torch.isin(t["appeared"], labels) & (t["appeared"] < num)]
     assert (count[drawn] > 0).all()
     feed_draws(monkeypatch, [t["appeared"]], [num])
-    output = classifier_output(logits[:, :-1], deltas, labels, tensors["train.bbox_targets"], [(0, num)], [len(labels)])
+    output = classifier_output(
+        logits[:, :-1], deltas, labels, tensors["train.bbox_targets"], [(0, num)], [len(labels)]
+    )
     losses = unidetector.compute_losses(output, {}, count)
     check(f"federated {variant}: classification", losses["loss_classification"], c["loss_cls"])
     check(f"federated {variant}: box", losses["loss_box"], c["loss_bbox"])
     losses["loss"].backward()
     official = {"logits": t["grad_cls_logits"], "deltas": t["grad_box_deltas"]}
-    check_gradients(f"federated {variant}: gradients", {"logits": logits, "deltas": deltas}, official)
+    check_gradients(
+        f"federated {variant}: gradients", {"logits": logits, "deltas": deltas}, official
+    )
 
 
 def test_parity_partitioned_loss(monkeypatch):
@@ -166,9 +199,15 @@ def test_parity_partitioned_loss(monkeypatch):
         for own, d in zip(t["labels"].split(counts), owners)
     ])  # fmt: skip
     assert torch.equal(t["bbox_weights"].amax(1) > 0, labels >= 0)
-    feed_draws(monkeypatch, [t[f"image{i}.appeared"] for i in range(len(owners))], [sizes[d] for d in owners])
+    feed_draws(
+        monkeypatch,
+        [t[f"image{i}.appeared"] for i in range(len(owners))],
+        [sizes[d] for d in owners],
+    )
     scopes = [(starts[d], starts[d] + sizes[d]) for d in owners]
-    joint = torch.cat([logits[:, :-1] for logits in both], 1)  # the concatenation, as Model makes it
+    joint = torch.cat(
+        [logits[:, :-1] for logits in both], 1
+    )  # the concatenation, as Model makes it
     output = classifier_output(joint, deltas, labels, tensors["train.bbox_targets"], scopes, counts)
     losses = unidetector.compute_losses(output, {}, torch.ones(sum(sizes)))
     check("partitioned: classification", losses["loss_classification"], c["loss_cls"])
@@ -193,10 +232,20 @@ def test_parity_localizer_regions():
             for kind in ("weight", "bias")
         }
     )
-    head = nn.ModuleDict({"fc_cls": nn.Linear(width, 2), "fc_reg": nn.Linear(width, 4), "fc_iou": nn.Linear(width, 1)})
-    head.load_state_dict({k.replace("fc_bbox_score", "fc_iou"): v for k, v in state.items() if k.startswith("fc_")})
+    head = nn.ModuleDict(
+        {
+            "fc_cls": nn.Linear(width, 2),
+            "fc_reg": nn.Linear(width, 4),
+            "fc_iou": nn.Linear(width, 1),
+        }
+    )
+    head.load_state_dict(
+        {k.replace("fc_bbox_score", "fc_iou"): v for k, v in state.items() if k.startswith("fc_")}
+    )
     x = box_head(t["features"])
-    logits, deltas, iou = (head[name](x).detach().requires_grad_() for name in ("fc_cls", "fc_reg", "fc_iou"))
+    logits, deltas, iou = (
+        head[name](x).detach().requires_grad_() for name in ("fc_cls", "fc_reg", "fc_iou")
+    )
     check("localizer: class logits", logits, t["cls_logits"])
     check("localizer: box deltas", deltas, t["box_deltas"])
     check("localizer: IoU logits", iou, t["iou_logits"])
@@ -204,24 +253,34 @@ def test_parity_localizer_regions():
         logits.softmax(1)[:, 0], t["rpn_score"][:, 0], iou[:, 0].sigmoid(), record["cln.alpha"]
     )
     check("localizer: eta", eta, t["scores"][:, 0])
-    boxes = clip_boxes_to_image(decode_boxes(tensors["roi.boxes"], deltas, BOX_WEIGHTS), record["config"]["image_hw"])
+    boxes = clip_boxes_to_image(
+        decode_boxes(tensors["roi.boxes"], deltas, BOX_WEIGHTS), record["config"]["image_hw"]
+    )
     check("localizer: decoded boxes", boxes, t["decoded_boxes"])
 
 
 def test_parity_localizer_region_losses(monkeypatch):
     tensors, record = recorded()
     t = part(tensors, "cln.roi.")
-    logits, deltas, iou = (t[name].clone().requires_grad_() for name in ("cls_logits", "box_deltas", "iou_logits"))
+    logits, deltas, iou = (
+        t[name].clone().requires_grad_() for name in ("cls_logits", "box_deltas", "iou_logits")
+    )
     labels = t["labels"].neg()  # 0 is foreground, 1 background
     monkeypatch.setattr(common.oln, "paired_iou", lambda *_: t["iou_targets"][labels >= 0])
     boxes, gt_boxes = with_targets(t["bbox_targets"])
     losses = OLN.losses(None, (logits, deltas, iou[:, 0]), [boxes], [Targets(gt_boxes, labels)])
-    names = {"loss_roi_cls": "loss_cls", "loss_roi_box": "loss_bbox", "loss_roi_iou": "loss_bbox_score"}
+    names = {
+        "loss_roi_cls": "loss_cls",
+        "loss_roi_box": "loss_bbox",
+        "loss_roi_iou": "loss_bbox_score",
+    }
     for ours, official in names.items():
         check(f"localizer: {ours}", losses[ours], record["cln.roi.losses"][official])
     sum(losses.values()).backward()
     ours = {"cls_logits": logits, "box_deltas": deltas, "iou_logits": iou}
-    check_gradients("localizer: gradients of the second stage", ours, {name: t[f"grad_{name}"] for name in ours})
+    check_gradients(
+        "localizer: gradients of the second stage", ours, {name: t[f"grad_{name}"] for name in ours}
+    )
 
 
 # -- localizer, first stage --------------------------------------------------------------------------------------------
@@ -232,14 +291,22 @@ def rpn_case():
     tensors, record = recorded()
     t, c = part(tensors, "cln.rpn."), record["config"]["cln"]
     official = c["train"]
-    assert c["strides"] == common.oln.STRIDES and (RPN.scale, RPN.sampled) == (c["anchor_scale"], official["num"])
+    assert c["strides"] == common.oln.STRIDES and (RPN.scale, RPN.sampled) == (
+        c["anchor_scale"],
+        official["num"],
+    )
     assert RPN.box_match[:2] == (official["pos_iou"], official["neg_iou"])
     assert RPN.centre_match[:2] == (official["obj_pos_iou"], official["obj_neg_iou"])
-    assert (RPN.box_fraction, RPN.centre_fraction) == (official["pos_fraction"], official["objectness_pos_fraction"])
+    assert (RPN.box_fraction, RPN.centre_fraction) == (
+        official["pos_fraction"],
+        official["objectness_pos_fraction"],
+    )
     features = [t[f"feature{i}"].requires_grad_() for i in range(len(c["strides"]))]
     rpn = RPN(features[0].shape[1])
     rpn.pre_nms = c["nms_pre"]  # fewer than ours
-    rpn.load_state_dict({k: v for k, v in part(tensors, "cln.rpn_head.").items() if not k.startswith("rpn_cls")})
+    rpn.load_state_dict(
+        {k: v for k, v in part(tensors, "cln.rpn_head.").items() if not k.startswith("rpn_cls")}
+    )
     return rpn, features, t, record
 
 
@@ -256,7 +323,9 @@ def test_parity_rpn_head_anchors_and_proposals():
     [(boxes, scores)], _ = rpn(features, [tuple(record["config"]["image_hw"])])
     parts = [min(rpn.pre_nms, len(anchors)) for anchors in rpn.anchors(features)]
     # the order inside a level that is kept whole is not by score there
-    official = torch.cat([rows[rows[:, 4].argsort(descending=True)] for rows in t["proposals"].split(parts)])
+    official = torch.cat(
+        [rows[rows[:, 4].argsort(descending=True)] for rows in t["proposals"].split(parts)]
+    )
     check("rpn: proposals", boxes, official[:, :4])
     check("rpn: scores of proposals", scores, official[:, 4])
 
@@ -284,10 +353,14 @@ def test_parity_rpn_targets():
     fg = drawn & (matched >= 0)
     assert int(fg.sum()) == min(int((matched >= 0).sum()), int(rpn.sampled * rpn.centre_fraction))
     assert not official[drawn & (matched < 0)].any()
-    check("rpn: centreness", common.oln.centreness(anchors[fg], gt_boxes[matched[fg]]), official[fg])
+    check(
+        "rpn: centreness", common.oln.centreness(anchors[fg], gt_boxes[matched[fg]]), official[fg]
+    )
 
     rows, boxes, count, scored, scores = rpn.targets(anchors, gt_boxes, size)
-    assert torch.equal(rows.sort().values, (level_cat(t, "target.box_weights", levels) > 0).nonzero()[:, 0])
+    assert torch.equal(
+        rows.sort().values, (level_cat(t, "target.box_weights", levels) > 0).nonzero()[:, 0]
+    )
     assert count == sum(record["cln.rpn.num_samples"]) and len(scored) == int(drawn.sum())
     assert inside[scored].all() and len(boxes) == len(rows) and len(scores) == len(scored)
 
@@ -298,14 +371,26 @@ def test_parity_rpn_losses_and_gradients(monkeypatch):
     count = sum(record["cln.rpn.num_samples"])
     official, total = record["cln.rpn.losses_per_level"], 0
     for i, (anchors, tblr, logits) in enumerate(zip(rpn.anchors(features), *rpn.head(features))):
-        fg, scored = (t[f"target.{name}.{i}"][0] > 0 for name in ("box_weights", "objectness_weights"))
-        box = common.oln.loss_rpn_box(anchors[fg], tblr[0, fg], t[f"target.boxes.{i}"][0, fg]) / count
-        centre = common.oln.loss_rpn_objectness(logits[0, scored], t[f"target.objectness.{i}"][0, scored]) / count
+        fg, scored = (
+            t[f"target.{name}.{i}"][0] > 0 for name in ("box_weights", "objectness_weights")
+        )
+        box = (
+            common.oln.loss_rpn_box(anchors[fg], tblr[0, fg], t[f"target.boxes.{i}"][0, fg]) / count
+        )
+        centre = (
+            common.oln.loss_rpn_objectness(
+                logits[0, scored], t[f"target.objectness.{i}"][0, scored]
+            )
+            / count
+        )
         check("rpn: box loss", box, official["loss_rpn_bbox"][i])
         check("rpn: objectness loss", centre, official["loss_rpn_obj"][i])
         total = total + box + centre
 
-    drawn = level_cat(t, "target.box_weights", levels) > 0, level_cat(t, "target.objectness_weights", levels) > 0
+    drawn = (
+        level_cat(t, "target.box_weights", levels) > 0,
+        level_cat(t, "target.objectness_weights", levels) > 0,
+    )
     targets = (drawn[0].nonzero()[:, 0], level_cat(t, "target.boxes", levels)[drawn[0]], count)
     targets += (drawn[1].nonzero()[:, 0], level_cat(t, "target.objectness", levels)[drawn[1]])
     monkeypatch.setattr(rpn, "targets", lambda *_: targets)
@@ -313,4 +398,6 @@ def test_parity_rpn_losses_and_gradients(monkeypatch):
     check("rpn: total", sum(losses.values()), total)
     sum(losses.values()).backward()
     ours = dict(enumerate(features))
-    check_gradients("rpn: gradients of the features", ours, {i: t[f"grad_feature{i}"] for i in ours})
+    check_gradients(
+        "rpn: gradients of the features", ours, {i: t[f"grad_feature{i}"] for i in ours}
+    )

@@ -12,9 +12,10 @@ import pytest
 from conftest import REAL
 from PIL import Image
 
-from common.datasets import default_eval, load_datasets, openimages, panoptic, store, voc
-from common.datasets import visual_genome as vg
-from common.datasets.registry import parse_datasets
+from common.datasets import default_eval, load_datasets, store
+from common.datasets.names import parse_datasets
+from common.datasets.readers import openimages, panoptic, voc
+from common.datasets.readers import visual_genome as vg
 from common.errors import InputError
 from common.labels import DATA, Vocabulary
 
@@ -40,7 +41,9 @@ def photo(path, width=60, height=40):
 
 def thing(name, *corners, difficult=0):
     box = "".join(f"<{c}>{x}</{c}>" for c, x in zip(("xmin", "ymin", "xmax", "ymax"), corners))
-    parts = "<part><name>head</name><bndbox><xmin>9</xmin></bndbox></part>" if name == "person" else ""
+    parts = (
+        "<part><name>head</name><bndbox><xmin>9</xmin></bndbox></part>" if name == "person" else ""
+    )
     return f"<object><name>{name}</name>{parts}<difficult>{difficult}</difficult><bndbox>{box}</bndbox></object>"
 
 
@@ -65,9 +68,20 @@ def voc_year(year, **lists):
 @pytest.mark.parametrize("base", ["VOCdevkit", "."])
 def test_voc_trains_on_both_years_and_is_tested_on_2007(tmp_path, base):
     devkit = tmp_path / base
-    voc_year(devkit / "VOC2007", trainval=["000005", "000007"], train=["000005"], val=["000007"], test=["000001"])
-    voc_year(devkit / "VOC2012", trainval=["2008_000002"], train=["2008_000002"], val=["2008_000003"])
-    ids = {s: list(load("voc", tmp_path, s).index.image_ids) for s in ("train", "val", "train2007", "val2012")}
+    voc_year(
+        devkit / "VOC2007",
+        trainval=["000005", "000007"],
+        train=["000005"],
+        val=["000007"],
+        test=["000001"],
+    )
+    voc_year(
+        devkit / "VOC2012", trainval=["2008_000002"], train=["2008_000002"], val=["2008_000003"]
+    )
+    ids = {
+        s: list(load("voc", tmp_path, s).index.image_ids)
+        for s in ("train", "val", "train2007", "val2012")
+    }
     assert ids == {
         "train": ["000005", "000007", "2008_000002"], "val": ["000001"], "train2007": ["000005"],
         "val2012": ["2008_000003"],
@@ -89,9 +103,21 @@ def test_voc_boxes_are_pixel_edges_and_difficult_objects_are_ignored(tmp_path):
     dataset = load("voc", tmp_path)
     sample, whole = dataset.load(0), dataset.load(0, keep_ignored=True)
     assert sample.boxes.tolist() == [[0, 0, 60, 40], [6, 8, 7, 9]]  # the second is one pixel
-    assert whole.boxes.tolist()[1] == [9, 19.5, 30, 40] and dataset.index.ignore.tolist() == [False, True, False]
-    assert dataset.index.sizes.tolist() == [[40, 60]] and dataset.index.areas.tolist() == [2400, 2.0**40, 1]
-    assert [dataset.vocabulary.ids[k] for k in whole.labels] == [15, 12, 20]  # the values in SegmentationClass
+    assert whole.boxes.tolist()[1] == [9, 19.5, 30, 40] and dataset.index.ignore.tolist() == [
+        False,
+        True,
+        False,
+    ]
+    assert dataset.index.sizes.tolist() == [[40, 60]] and dataset.index.areas.tolist() == [
+        2400,
+        2.0**40,
+        1,
+    ]
+    assert [dataset.vocabulary.ids[k] for k in whole.labels] == [
+        15,
+        12,
+        20,
+    ]  # the values in SegmentationClass
 
 
 def test_own_xml_files(tmp_path, caplog):
@@ -114,13 +140,17 @@ def test_xml_files_beside_their_images(tmp_path):
     xml(tmp_path / "a_jpg.rf.1.xml", thing("ant", 2, 2, 9, 9))
     photo(tmp_path / "a_jpg.rf.1.png")
     dataset = load(f"my={tmp_path}/:{tmp_path}/")
-    assert dataset.index.file_name(0) == "a_jpg.rf.1.png" and dataset.load(0).boxes.tolist() == [[1, 1, 9, 9]]
+    assert dataset.index.file_name(0) == "a_jpg.rf.1.png" and dataset.load(0).boxes.tolist() == [
+        [1, 1, 9, 9]
+    ]
 
 
 def test_own_list_of_xml_files(tmp_path):
     voc_year(tmp_path, trainval=["000001", "000002"], val=["000002"])
     dataset = load(f"my={tmp_path}/ImageSets/Main/val.txt:{tmp_path}/JPEGImages")
-    assert list(dataset.index.image_ids) == ["000002"] and dataset.load(0).boxes.tolist() == [[0, 0, 60, 2]]
+    assert list(dataset.index.image_ids) == ["000002"] and dataset.load(0).boxes.tolist() == [
+        [0, 0, 60, 2]
+    ]
     assert len(load(f"my={tmp_path}/ImageSets/Main/trainval.txt:{tmp_path}/JPEGImages")) == 2
 
 
@@ -146,16 +176,34 @@ LAUGHS = '<!DOCTYPE a [<!ENTITY a "ha">' + "".join(
         ("<svg></svg>", ["<svg>", "<annotation>"]),
         ("<annotation><size><width>wide</width></size></annotation>", ["'wide'"]),
         (f"{LAUGHS}]><annotation>&j;</annotation>", ["DOCTYPE"]),
-        (f'<?xml version="1.0" encoding="utf-16"?>{LAUGHS}]><annotation>&j;</annotation>', ["DOCTYPE"]),
+        (
+            f'<?xml version="1.0" encoding="utf-16"?>{LAUGHS}]><annotation>&j;</annotation>',
+            ["DOCTYPE"],
+        ),
         ('<!DOCTYPE a SYSTEM "file:///etc/passwd"><annotation/>', ["DOCTYPE"]),
-        ("<annotation><object><name>cat</name></object></annotation>", ["object 1 ('cat')", "bndbox", "has none"]),
-        (f"<annotation>{thing('cat', 1, 2, 3)}</annotation>", ["bndbox", "xmax, ymax", "'xmax': '3'}"]),
+        (
+            "<annotation><object><name>cat</name></object></annotation>",
+            ["object 1 ('cat')", "bndbox", "has none"],
+        ),
+        (
+            f"<annotation>{thing('cat', 1, 2, 3)}</annotation>",
+            ["bndbox", "xmax, ymax", "'xmax': '3'}"],
+        ),
         (f"<annotation>{thing('cat', 1, 2, 3, 'four')}</annotation>", ["object 1", "four"]),
         (f"<annotation>{thing(' ', 1, 2, 3, 4)}</annotation>", ["object 1 has no name"]),
         (f"<annotation>{thing('fat' + chr(10) + 'cat', 1, 2, 3, 4)}</annotation>", ["'fat cat'"]),
-        (f"<annotation>{thing('yak', 1, 2, 3, 4)}</annotation>", ["'yak'", "not one of 'voc'", "my=ANNOTATIONS/:"]),
-        (f"<annotation>{thing('cat', 'nan', 2, 3, 4)}</annotation>", ["000001.jpg", "nan", "NaN or negative size"]),
-        (f"<annotation>{thing('cat', 30, 2, 3, 4)}</annotation>", ["000001.jpg", "[29.0, 1.0, 3.0, 4.0]"]),
+        (
+            f"<annotation>{thing('yak', 1, 2, 3, 4)}</annotation>",
+            ["'yak'", "not one of 'voc'", "my=ANNOTATIONS/:"],
+        ),
+        (
+            f"<annotation>{thing('cat', 'nan', 2, 3, 4)}</annotation>",
+            ["000001.jpg", "nan", "NaN or negative size"],
+        ),
+        (
+            f"<annotation>{thing('cat', 30, 2, 3, 4)}</annotation>",
+            ["000001.jpg", "[29.0, 1.0, 3.0, 4.0]"],
+        ),
     ],
 )
 def test_bad_xml_gets_one_line(tmp_path, text, words):
@@ -166,7 +214,9 @@ def test_bad_xml_gets_one_line(tmp_path, text, words):
     line = refused("voc", tmp_path)
     assert time.perf_counter() - start < 2
     # Index.build checks the boxes of all files at once and names the list
-    assert (str(path) in line or "ImageSets/Main/test.txt" in line) and all(word in line for word in words), line
+    assert (str(path) in line or "ImageSets/Main/test.txt" in line) and all(
+        word in line for word in words
+    ), line
 
 
 def test_missing_files_get_one_line(tmp_path):
@@ -189,7 +239,9 @@ def test_missing_files_get_one_line(tmp_path):
 def test_no_generated_stand_in_gets_one_line():
     for name in ("voc", "vg", "in-boxes", "odinw13", "mapillary", "coco-stuff"):
         line = refused(name, tiny=32)
-        assert re.search(rf"no generated dataset '({name}|odinw-AerialMaritimeDrone)'; there are coco", line)
+        assert re.search(
+            rf"no generated dataset '({name}|odinw-AerialMaritimeDrone)'; there are coco", line
+        )
         assert "leave out --tiny" in line
 
 
@@ -208,7 +260,11 @@ def test_real_xml_files(folder, list, images, boxes, classes):
     root = REAL / folder
     source = root / f"ImageSets/Main/{list}.txt" if list else root / "Annotations"
     dataset = load(f"my={source}:{root / 'JPEGImages'}")
-    assert (len(dataset), len(dataset.index.labels), dataset.vocabulary.names) == (images, boxes, classes)
+    assert (len(dataset), len(dataset.index.labels), dataset.vocabulary.names) == (
+        images,
+        boxes,
+        classes,
+    )
     assert not dataset.index.outside().any()
     for i in range(len(dataset)):
         sample = dataset.load(i, keep_ignored=True)
@@ -241,13 +297,19 @@ def test_what_is_no_file_is_refused(tmp_path):
     (tmp_path / "VOC2007/ImageSets/Main/test.txt").write_text("000001\n")
     size = "<size><width>2147483648</width><height>5</height></size>"
     xml(tmp_path / "VOC2007/Annotations/000001.xml", thing("cat", 1, 1, 2, 2), size=size)
-    assert "VOC2007/JPEGImages/000001.jpg' has the size [5.0, 2147483648.0]" in refused("voc", tmp_path)
+    assert "VOC2007/JPEGImages/000001.jpg' has the size [5.0, 2147483648.0]" in refused(
+        "voc", tmp_path
+    )
 
 
 # -- ImageNet's boxes
 
 
-def imagenet(root, *wnids, words="n02084071\tdog, domestic dog\nn02012849\tcrane\nn03126707\tcrane, derrick\n"):
+def imagenet(
+    root,
+    *wnids,
+    words="n02084071\tdog, domestic dog\nn02012849\tcrane\nn03126707\tcrane, derrick\n",
+):
     for i, wnid in enumerate(wnids):
         size = "<size><width>30</width><height>20</height></size>"  # half of the image's
         things = thing(wnid, 3, 2, 21, 10), thing("Scottish_deerhound", 15, 10, 0, 0)
@@ -272,7 +334,11 @@ def test_imagenet_boxes(tmp_path):
     assert dataset.load(0).boxes.tolist() == [pytest.approx(box, abs=1e-5) for box in expected]
     dataset.load(0)
     assert not dataset.warned  # that the image has another size is as it should be
-    xml(tmp_path / "imagenet/Annotation/n02084071/n02084071_1.xml", thing("n02084071", 1, 1, 9, 9), size="")
+    xml(
+        tmp_path / "imagenet/Annotation/n02084071/n02084071_1.xml",
+        thing("n02084071", 1, 1, 9, 9),
+        size="",
+    )
     assert "n02084071_1.xml does not tell the size" in refused("in-boxes", tmp_path)
 
 
@@ -306,8 +372,21 @@ def visual_genome(root, **changes):
     ]  # fmt: skip
     for image in images:
         photo(folder / image["url"].split("rak248/")[1])
-    more = [{"synsets": ["clock.n.02"], "h": 9, "object_id": 8, "names": ["clocks"], "w": 9, "y": 4, "x": 3}]
-    objects = [{"image_id": 2317993, "objects": things, "image_url": "u"}, {"image_id": 1, "objects": more}]
+    more = [
+        {
+            "synsets": ["clock.n.02"],
+            "h": 9,
+            "object_id": 8,
+            "names": ["clocks"],
+            "w": 9,
+            "y": 4,
+            "x": 3,
+        }
+    ]
+    objects = [
+        {"image_id": 2317993, "objects": things, "image_url": "u"},
+        {"image_id": 1, "objects": more},
+    ]
     (folder / "image_data.json").write_text(json.dumps(images))
     (folder / "objects.json").write_text(json.dumps(objects))
     return folder
@@ -318,11 +397,23 @@ def test_visual_genome(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "concord"):
         dataset = load("vg", tmp_path)
     assert "1 of 4 objects have no synset and are left out" in caplog.text
-    assert dataset.vocabulary.names == ("clock", "street sign")  # two synsets of one word are one class
-    assert [dataset.index.file_name(i) for i in (0, 1)] == ["VG_100K_2/1.jpg", "VG_100K/2317993.jpg"]
-    assert list(dataset.index.image_ids) == [1, 2317993] and dataset.index.sizes.tolist() == [[40, 60]] * 2
+    assert dataset.vocabulary.names == (
+        "clock",
+        "street sign",
+    )  # two synsets of one word are one class
+    assert [dataset.index.file_name(i) for i in (0, 1)] == [
+        "VG_100K_2/1.jpg",
+        "VG_100K/2317993.jpg",
+    ]
+    assert (
+        list(dataset.index.image_ids) == [1, 2317993]
+        and dataset.index.sizes.tolist() == [[40, 60]] * 2
+    )
     sample = dataset.load(1)
-    assert sample.boxes.tolist() == [[3, 4, 13, 34], [0, 0, 2, 1]] and sample.labels.tolist() == [0, 1]
+    assert sample.boxes.tolist() == [[3, 4, 13, 34], [0, 0, 2, 1]] and sample.labels.tolist() == [
+        0,
+        1,
+    ]
     assert dataset.load(0).labels.tolist() == [0] and len(load("vg", tmp_path, "train")) == 2
 
 
@@ -341,7 +432,11 @@ def test_visual_genome(tmp_path, caplog):
             '[{"image_id": 1, "url": "a/b.jpg", "width": null, "height": 1}]',
             ["image_data.json: int()"],
         ),
-        ("image_data.json", '[{"image_id": 1, "url": "a/../b.jpg", "width": 1, "height": 1}]', ["leaves the image"]),
+        (
+            "image_data.json",
+            '[{"image_id": 1, "url": "a/../b.jpg", "width": 1, "height": 1}]',
+            ["leaves the image"],
+        ),
     ],
 )
 def test_bad_visual_genome_gets_one_line(tmp_path, file, text, words):
@@ -381,8 +476,12 @@ def test_odinw_in_its_official_layout(tmp_path):
     for number, place in enumerate(ODINW, 1):
         record = {
             "images": [{"id": 0, "file_name": "a.jpg", "width": 60, "height": 40}],
-            "categories": [{"id": k, "name": f"class {k}", "supercategory": "x"} for k in range(1, number + 1)],
-            "annotations": [{"id": 0, "image_id": 0, "category_id": number, "bbox": [1, 2, 3, 4], "iscrowd": 0}],
+            "categories": [
+                {"id": k, "name": f"class {k}", "supercategory": "x"} for k in range(1, number + 1)
+            ],
+            "annotations": [
+                {"id": 0, "image_id": 0, "category_id": number, "bbox": [1, 2, 3, 4], "iscrowd": 0}
+            ],
         }
         path = tmp_path / "odinw" / f"{place}annotations_without_background.json"
         photo(path.parent / "a.jpg")
@@ -391,14 +490,19 @@ def test_odinw_in_its_official_layout(tmp_path):
     assert [d.name for d in datasets] == [f"odinw-{place.split('/')[0]}" for place in ODINW]
     assert [len(d.vocabulary) for d in datasets] == list(range(1, 14))  # each its own
     assert all(d.load(0).boxes.tolist() == [[1, 2, 4, 6]] for d in datasets)
-    assert load("odinw-PascalVOC", tmp_path).index.source.endswith("valid/annotations_without_background.json")
+    assert load("odinw-PascalVOC", tmp_path).index.source.endswith(
+        "valid/annotations_without_background.json"
+    )
     assert "pistols/export/val_annotations" in refused("odinw-pistols", tmp_path)
     assert "pothole/train/annotations" in refused("odinw-pothole", tmp_path, split="train")
 
 
 def test_the_group_in_the_grammar():
     names = [f"odinw-{place.split('/')[0]}" for place in ODINW]
-    assert parse_datasets("coco,odinw13:test", "val") == [("coco", "val", None), *((n, "test", None) for n in names)]
+    assert parse_datasets("coco,odinw13:test", "val") == [
+        ("coco", "val", None),
+        *((n, "test", None) for n in names),
+    ]
     assert default_eval("odinw13:train,coco") == ",".join([*names, "coco"])
     with pytest.raises(InputError, match="'odinw-pothole' is named twice"):
         parse_datasets("odinw13,odinw-pothole", "val")
@@ -441,7 +545,13 @@ def test_coco_stuff_in_both_layouts(tmp_path):
     key = "COCO_train2014_000000000077"
     for part, split in (("train", "train"), ("test", "val")):
         base = tmp_path / "mmseg/coco_stuff10k"
-        pair(base / f"annotations/{part}2014", base / f"images/{part}2014", key, [0, 1, 12, 171], "_labelTrainIds.png")
+        pair(
+            base / f"annotations/{part}2014",
+            base / f"images/{part}2014",
+            key,
+            [0, 1, 12, 171],
+            "_labelTrainIds.png",
+        )
         base = tmp_path / "maskformer/coco/coco_stuff_10k"
         maps, images = base / f"annotations_detectron2/{part}", base / f"images_detectron2/{part}"
         pair(maps, images, key, [255, 0, 11, 170])
@@ -471,7 +581,9 @@ def test_the_vocabularies_are_those_published():
     published = json.loads((REAL / "label_spaces/mapillary_v1.1_config.json").read_text())["labels"]
     mapillary = Vocabulary.known("mapillary")
     assert [label["readable"] for label in published if label["evaluate"]] == list(mapillary.names)
-    assert [label["instances"] for label in published if label["evaluate"]] == list(mapillary.is_thing)
+    assert [label["instances"] for label in published if label["evaluate"]] == list(
+        mapillary.is_thing
+    )
     assert [label["evaluate"] for label in published] == [True] * 65 + [False]  # 65: unlabelled
 
 
@@ -480,14 +592,25 @@ def test_the_vocabularies_are_those_published():
 HEADER = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
 
 
-def openimages_files(root, box="{part}-annotations-bbox.csv", label="{part}-annotations-human-imagelabels-boxable.csv"):
+def openimages_files(
+    root,
+    box="{part}-annotations-bbox.csv",
+    label="{part}-annotations-human-imagelabels-boxable.csv",
+):
     """An infant bed (one of the 500) and a toothbrush (of the 601 alone) in a; b has a verified label and no box."""
     folder = root / "oid/annotations"
     folder.mkdir(parents=True, exist_ok=True)
     for part in ("train", "validation"):
-        bed, brush = "a,xclick,/m/061hd_,1,0.1,0.5,0.2,0.6,0,0,1,0,0", "a,xclick,/m/012xff,1,0,1,0,1,0,0,0,0,0"
+        bed, brush = (
+            "a,xclick,/m/061hd_,1,0.1,0.5,0.2,0.6,0,0,1,0,0",
+            "a,xclick,/m/012xff,1,0,1,0,1,0,0,0,0,0",
+        )
         (folder / box.format(part=part)).write_text("\n".join([HEADER, bed, brush, ""]))
-        labels = ["ImageID,Source,LabelName,Confidence", "a,verification,/m/061hd_,1", "b,verification,/m/061hd_,0"]
+        labels = [
+            "ImageID,Source,LabelName,Confidence",
+            "a,verification,/m/061hd_,1",
+            "b,verification,/m/061hd_,0",
+        ]
         (folder / label.format(part=part)).write_text("\n".join([*labels, ""]))
         photo(root / f"oid/images/{part}/a.jpg")
         photo(root / f"oid/images/{part}/b.jpg")
@@ -498,8 +621,13 @@ def test_openimages_with_500_and_601_classes(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "concord"):
         all_classes, challenge = load("oid", tmp_path, "train"), load("oid500", tmp_path, "train")
     assert "1 boxes of classes that are not among the 500 are left out" in caplog.text
-    assert (len(all_classes.vocabulary), len(challenge.vocabulary)) == (601, 500) and len(all_classes) == 1
-    assert [all_classes.vocabulary.names[k] for k in all_classes.index.labels] == ["Infant bed", "Toothbrush"]
+    assert (len(all_classes.vocabulary), len(challenge.vocabulary)) == (601, 500) and len(
+        all_classes
+    ) == 1
+    assert [all_classes.vocabulary.names[k] for k in all_classes.index.labels] == [
+        "Infant bed",
+        "Toothbrush",
+    ]
     assert challenge.index.boxes.tolist() == [
         pytest.approx([0.1, 0.2, 0.5, 0.6])
     ]  # x, y, x, y; the file has x, x, y, y
@@ -520,11 +648,16 @@ def test_openimages_without_what_its_metric_needs_says_so(tmp_path, caplog):
     load("oid", tmp_path, "train")
     assert not caplog.text
     load("oid", tmp_path)
-    assert "there is no bbox_labels_600_hierarchy.json beside it, so the AP50 will not be" in caplog.text
+    assert (
+        "there is no bbox_labels_600_hierarchy.json beside it, so the AP50 will not be"
+        in caplog.text
+    )
     (tmp_path / "oid/bbox_labels_600_hierarchy.json").write_text("{}")
     (tmp_path / "oid/annotations/validation-annotations-human-imagelabels-boxable.csv").unlink()
     load("oid", tmp_path)
-    assert "there is no validation-annotations-human-imagelabels-boxable.csv beside it" in caplog.text
+    assert (
+        "there is no validation-annotations-human-imagelabels-boxable.csv beside it" in caplog.text
+    )
 
 
 def test_the_list_of_classes_may_have_a_header(tmp_path):
@@ -537,12 +670,22 @@ def test_the_list_of_classes_may_have_a_header(tmp_path):
 
 def test_the_challenge_has_files_of_its_own(tmp_path):
     openimages_files(
-        tmp_path, *(f"challenge-2019-{{part}}-detection-{kind}.csv" for kind in ("bbox", "human-imagelabels"))
+        tmp_path,
+        *(
+            f"challenge-2019-{{part}}-detection-{kind}.csv"
+            for kind in ("bbox", "human-imagelabels")
+        ),
     )
     tree = {"LabelName": "/m/0bl9f", "Subcategory": [{"LabelName": "/m/061hd_"}]}
-    (tmp_path / "oid/annotations/challenge-2019-label500-hierarchy.json").write_text(json.dumps(tree))
+    (tmp_path / "oid/annotations/challenge-2019-label500-hierarchy.json").write_text(
+        json.dumps(tree)
+    )
     dataset = load("oid500", tmp_path)
-    assert dataset.hierarchy == tree and len(dataset) == 2 and len(load("oid500", tmp_path, "train")) == 1
+    assert (
+        dataset.hierarchy == tree
+        and len(dataset) == 2
+        and len(load("oid500", tmp_path, "train")) == 1
+    )
     assert "validation-annotations-bbox.csv does not exist" in refused("oid", tmp_path)
 
 
@@ -557,14 +700,19 @@ def reads(tmp_path, monkeypatch):
     done = []
     for module in (openimages, panoptic, vg, voc):
         title, read = module.__name__.rpartition(".")[2], module.read_index
-        monkeypatch.setattr(module, "read_index", lambda *args, t=title, r=read: done.append(t) or r(*args))
+        monkeypatch.setattr(
+            module, "read_index", lambda *args, t=title, r=read: done.append(t) or r(*args)
+        )
     return done
 
 
 def columns(dataset):
     index = dataset.index
     arrays = [getattr(index, field) for field in (*store.ARRAYS, *store.ROWS)]
-    return [None if a is None else list(map(str, a)) for a in arrays] + [dataset.vocabulary, dataset.summary()]
+    return [None if a is None else list(map(str, a)) for a in arrays] + [
+        dataset.vocabulary,
+        dataset.summary(),
+    ]
 
 
 @pytest.mark.parametrize("name", ["oid", "coco-panoptic", "cityscapes-panoptic", "vg", "voc"])
@@ -582,7 +730,9 @@ def test_every_format_is_read_once(tmp_path, tiny_root, reads, monkeypatch, name
     assert all((a == b).all() for a, b in zip(plain.index.by_label, second.index.by_label))
     for i in range(len(plain)):
         a, b = plain.load(i), second.load(i)
-        assert a.labels.tolist() == b.labels.tolist() and (a.boxes is None or a.boxes.tolist() == b.boxes.tolist())
+        assert a.labels.tolist() == b.labels.tolist() and (
+            a.boxes is None or a.boxes.tolist() == b.boxes.tolist()
+        )
 
 
 def test_a_change_of_any_file_is_seen(tmp_path, reads):

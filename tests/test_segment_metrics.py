@@ -15,11 +15,17 @@ import common.inference
 from common.batch import Sample
 from common.datasets.index import Index
 from common.datasets.maps import label_table, read_label_map
-from common.datasets.panoptic import read_panoptic
+from common.datasets.readers.panoptic import read_panoptic
 from common.inference import evaluate_dataset, predict_files
 from common.labels import Vocabulary
 from common.masks import decode_masks, encode_masks
-from common.segment_metrics import confusion, match_segments, panoptic_results, segment_counts, semantic_results
+from common.segment_metrics import (
+    confusion,
+    match_segments,
+    panoptic_results,
+    segment_counts,
+    semantic_results,
+)
 from common.segments import instances
 from common.visualize import save_image
 
@@ -36,12 +42,19 @@ def test_miou_equals_hotcoco(seed):
     oracle, total = semantic.SemanticEval(classes, ignore_index=255), 0
     for _ in range(4):
         truth = rng.integers(-1, classes, (30, 40))
-        predicted = np.where(rng.random(truth.shape) < 0.5, truth, rng.integers(0, classes, truth.shape)).clip(0)
+        predicted = np.where(
+            rng.random(truth.shape) < 0.5, truth, rng.integers(0, classes, truth.shape)
+        ).clip(0)
         oracle.update(np.where(truth < 0, 255, truth), predicted)
         total = total + confusion(truth, predicted, classes)
     assert np.array_equal(total, oracle.confusion())
-    names, expected = {"mIoU": "mIoU", "fwIoU": "fwIoU", "mACC": "mAcc", "pACC": "aAcc"}, oracle.results()
-    assert semantic_results(total) == pytest.approx({ours: expected[name] for ours, name in names.items()}, abs=1e-9)
+    names, expected = (
+        {"mIoU": "mIoU", "fwIoU": "fwIoU", "mACC": "mAcc", "pACC": "aAcc"},
+        oracle.results(),
+    )
+    assert semantic_results(total) == pytest.approx(
+        {ours: expected[name] for ours, name in names.items()}, abs=1e-9
+    )
     assert 0.2 < expected["mIoU"] < 0.8
 
 
@@ -53,7 +66,9 @@ def test_miou_by_hand():
     iou, recall = (2 / 4, 2 / 3), (2 / 3, 2 / 3)
     expected = {"mIoU": sum(iou) / 2, "fwIoU": sum(iou) / 2, "mACC": sum(recall) / 2, "pACC": 4 / 6}
     assert results == pytest.approx(expected)
-    assert all(math.isnan(value) for value in semantic_results(np.zeros((4, 4), dtype=np.int64)).values())
+    assert all(
+        math.isnan(value) for value in semantic_results(np.zeros((4, 4), dtype=np.int64)).values()
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- PQ
@@ -78,7 +93,9 @@ def disturbed(rng, rows, labels, classes):
     rows = np.where((rows >= 0) & ~np.append(lost, True)[rows], rows, -1)
     kept, inverse = np.unique(rows[rows >= 0], return_inverse=True)
     rows[rows >= 0] = inverse
-    labels = np.where(rng.random(len(kept)) < 0.2, rng.integers(0, classes, len(kept)), labels[kept])
+    labels = np.where(
+        rng.random(len(kept)) < 0.2, rng.integers(0, classes, len(kept)), labels[kept]
+    )
     extra = np.append(labels, rng.integers(0, classes))
     rows[:5, :5], rows[rng.random(rows.shape) < 0.02] = len(labels), -1
     kept, inverse = np.unique(rows[rows >= 0], return_inverse=True)
@@ -91,20 +108,33 @@ def write_panoptic(folder, name, images, vocabulary):
     (folder / name).mkdir(parents=True)
     record = {"images": [], "annotations": [], "categories": []}
     for label, thing in enumerate(vocabulary.is_thing):
-        category = {"id": vocabulary.ids[label], "name": vocabulary.names[label], "isthing": int(thing)}
+        category = {
+            "id": vocabulary.ids[label],
+            "name": vocabulary.names[label],
+            "isthing": int(thing),
+        }
         record["categories"].append(category)
     for i, (rows, labels, crowd) in enumerate(images):
         ids = 256 * np.arange(1, len(labels) + 2)  # of more than one channel
         ids[-1] = 0
-        colors = np.stack([ids[rows] >> shift & 255 for shift in (0, 8, 16)], axis=2).astype(np.uint8)
+        colors = np.stack([ids[rows] >> shift & 255 for shift in (0, 8, 16)], axis=2).astype(
+            np.uint8
+        )
         Image.fromarray(colors).save(folder / name / f"{i}.png")
         segments = [
-            {"id": int(id), "category_id": vocabulary.ids[label], "iscrowd": int(c), "area": int((rows == row).sum())}
+            {
+                "id": int(id),
+                "category_id": vocabulary.ids[label],
+                "iscrowd": int(c),
+                "area": int((rows == row).sum()),
+            }
             for row, (id, label, c) in enumerate(zip(ids, labels, crowd))
         ]
         shape = {"height": rows.shape[0], "width": rows.shape[1]}
         record["images"].append({"id": i, "file_name": f"{i}.jpg", **shape})
-        record["annotations"].append({"image_id": i, "file_name": f"{i}.png", "segments_info": segments})
+        record["annotations"].append(
+            {"image_id": i, "file_name": f"{i}.png", "segments_info": segments}
+        )
     (folder / f"{name}.json").write_text(json.dumps(record))
     return folder / f"{name}.json"
 
@@ -123,17 +153,28 @@ def test_pq_equals_hotcoco(tmp_path, seed):
     for _ in range(8):
         rows, labels = blobs(rng, (60, 80), 12, classes, 0.05)
         crowd, seen = rng.random(len(labels)) < 0.25, set()
-        for row in np.flatnonzero(crowd):  # one crowd of each class, as the official code reads them
+        for row in np.flatnonzero(
+            crowd
+        ):  # one crowd of each class, as the official code reads them
             crowd[row] = labels[row] not in seen
             seen.add(labels[row])
         truth.append((rows, labels, crowd))
         rows, labels = disturbed(rng, rows, labels, classes)
         found.append((rows, labels, np.zeros(len(labels), dtype=bool)))
         counts = counts + match_segments(*truth[-1], *found[-1][:2], classes)
-    paths = [write_panoptic(tmp_path, name, images, VOCABULARY) for name, images in (("gt", truth), ("dt", found))]
+    paths = [
+        write_panoptic(tmp_path, name, images, VOCABULARY)
+        for name, images in (("gt", truth), ("dt", found))
+    ]
     expected = panoptic.pq_compute(*map(str, paths))
-    official = [[expected["per_class"][id][key] for id in VOCABULARY.ids] for key in ("tp", "fp", "fn", "iou")]
-    assert counts == pytest.approx(np.array(official, dtype=float), abs=1e-9) and counts[:3].sum(axis=1).min() > 0
+    official = [
+        [expected["per_class"][id][key] for id in VOCABULARY.ids]
+        for key in ("tp", "fp", "fn", "iou")
+    ]
+    assert (
+        counts == pytest.approx(np.array(official, dtype=float), abs=1e-9)
+        and counts[:3].sum(axis=1).min() > 0
+    )
     check_against_hotcoco(panoptic_results(counts, VOCABULARY.is_thing), expected)
 
 
@@ -160,26 +201,38 @@ def test_pq_without_segments():
     nothing, void = np.zeros(0, dtype=np.int64), np.full((2, 3), -1)
     counts = match_segments(void, nothing, nothing.astype(bool), void, nothing, 3)
     assert counts.shape == (4, 3) and not counts.any()
-    assert all(math.isnan(value) for value in panoptic_results(counts, (True, True, False)).values())
+    assert all(
+        math.isnan(value) for value in panoptic_results(counts, (True, True, False)).values()
+    )
     one = match_segments(void + 1, np.array([2]), np.array([False]), void, nothing, 3)
     assert one.tolist() == [[0] * 3, [0] * 3, [0, 0, 1], [0] * 3]
     assert panoptic_results(one, (True, True, False))["PQ"] == 0
-    half = match_segments(strip(0, 4, 2), np.array([0, 0]), np.zeros(2, bool), strip(0, 2, 4), np.array([0, 1]), 3)
+    half = match_segments(
+        strip(0, 4, 2), np.array([0, 0]), np.zeros(2, bool), strip(0, 2, 4), np.array([0, 1]), 3
+    )
     assert half[0].tolist() == [0, 0, 0]  # an IoU of exactly 0.5 is none
 
 
 @pytest.mark.parametrize(
     "found, message",
     [
-        ({"semantic": torch.zeros(3, 4)}, r"a map of \(3, 4\) was predicted for an image of \(2, 3\)"),
+        (
+            {"semantic": torch.zeros(3, 4)},
+            r"a map of \(3, 4\) was predicted for an image of \(2, 3\)",
+        ),
         ({"semantic": torch.full((2, 3), 9)}, "4 classes, but label 9 was predicted"),
         ({"semantic": torch.full((2, 3), -1)}, "4 classes, but label -1 was predicted"),
         ({"panoptic": torch.zeros(3, 4), "segments_info": []}, r"a map of \(3, 4\) was predicted"),
-        ({"panoptic": torch.ones(2, 3), "segments_info": [{"id": 1, "label": 4, "score": 1}]}, "but label 4 was"),
+        (
+            {"panoptic": torch.ones(2, 3), "segments_info": [{"id": 1, "label": 4, "score": 1}]},
+            "but label 4 was",
+        ),
     ],
 )
 def test_wrong_predictions_are_errors(found, message):
-    truth = SimpleNamespace(labels=torch.zeros(1, dtype=torch.long), segments=torch.zeros(2, 3, dtype=torch.int16))
+    truth = SimpleNamespace(
+        labels=torch.zeros(1, dtype=torch.long), segments=torch.zeros(2, 3, dtype=torch.int16)
+    )
     with pytest.raises(ValueError, match=message):
         segment_counts(found, truth, np.zeros(1, dtype=bool) if "panoptic" in found else None, 4)
 
@@ -199,11 +252,15 @@ class Hand:
         self.segments[5:15, 20:40], self.segments[20:, :30], self.segments[20:, 30:] = 1, 2, 3
         self.segments[:, :4] = -1
         boxes = np.array([[4, 0, 60, 20], [20, 5, 40, 15], [4, 20, 30, 40], [30, 20, 60, 40]])
-        columns = [np.tile(column, 5) for column in (self.labels, [920, 200, 520, 600], [0, 0, 1, 0])]
+        columns = [
+            np.tile(column, 5) for column in (self.labels, [920, 200, 520, 600], [0, 0, 1, 0])
+        ]
         columns = np.repeat(np.arange(5), 4), np.tile(boxes, (5, 1)), *columns
         files = [f"{i}.jpg" for i in range(5)]
         masks = encode_masks(self.segments == torch.arange(4)[:, None, None]) * 5
-        self.index = Index.build("hand", files, range(5), np.tile([40, 60], (5, 1)), *columns, segmentations=masks)
+        self.index = Index.build(
+            "hand", files, range(5), np.tile([40, 60], (5, 1)), *columns, segmentations=masks
+        )
 
     def __len__(self):
         return 5
@@ -213,7 +270,9 @@ class Hand:
         if self.metric == "coco":
             rows = self.index.rows(i)
             sample.boxes, sample.labels = torch.from_numpy(self.index.boxes[rows]), self.labels
-            sample.masks = decode_masks(self.index.segmentations[rows], (40, 60)) if self.masks else None
+            sample.masks = (
+                decode_masks(self.index.segmentations[rows], (40, 60)) if self.masks else None
+            )
             return sample
         sample.labels, sample.segments = self.labels, self.segments
         if not keep_ignored:
@@ -230,11 +289,16 @@ def segmenter(batch):
         if sample.index % 2 == 0:
             panoptic[5:15, 20:40], panoptic[20:, :30], panoptic[20:, 30:] = 2, 3, 40000
             others = ((2, 1, True), (3, 1, True), (40000, 3, False))
-            info += [{"id": id, "label": label, "isthing": thing, "score": 0.8} for id, label, thing in others]
+            info += [
+                {"id": id, "label": label, "isthing": thing, "score": 0.8}
+                for id, label, thing in others
+            ]
         semantic = torch.zeros(40, 60, dtype=torch.int16)
         for segment in info:
             semantic[panoptic == segment["id"]] = segment["label"]
-        found.append({"panoptic": panoptic, "segments_info": info, "semantic": semantic, "size": (40, 60)})
+        found.append(
+            {"panoptic": panoptic, "segments_info": info, "semantic": semantic, "size": (40, 60)}
+        )
     return found
 
 
@@ -242,7 +306,10 @@ def detector(batch):
     """The masks of the ground truth by way of `instances`."""
     masks = torch.where(Hand("pq").segments == torch.tensor([0, 1, 3])[:, None, None], 5.0, -5.0)
     probabilities = torch.zeros(3, 4).scatter_(1, torch.tensor([[2], [1], [3]]), 0.9)
-    return [instances(probabilities, masks, 3) | {"class_names": NAMES, "size": (40, 60)} for _ in batch.samples]
+    return [
+        instances(probabilities, masks, 3) | {"class_names": NAMES, "size": (40, 60)}
+        for _ in batch.samples
+    ]
 
 
 def evaluate(metric, folder, predict):
@@ -290,7 +357,9 @@ def test_ranks_share_the_work(tmp_path, monkeypatch, metric):
 
         monkeypatch.setattr(common.inference, "gather_on_main", gather)
         results = evaluate(metric, tmp_path / str(rank), segmenter)
-        assert results == (alone if rank == 0 else {}) and (tmp_path / str(rank)).exists() == (rank == 0)
+        assert results == (alone if rank == 0 else {}) and (tmp_path / str(rank)).exists() == (
+            rank == 0
+        )
     assert [len(pictured) for _, pictured in parts] == [1, 2, 2]
 
 
@@ -305,16 +374,26 @@ def test_real_panoptic_predictions(tmp_path):
     (tmp_path / "gt.json").write_text(json.dumps(record))
     (tmp_path / "gt").symlink_to(source.with_suffix(""))
     dataset = read_panoptic("real", tmp_path / "gt.json", REAL / "coco/val2017")
-    wrong = {row: rng.random(len(dataset.load(row, keep_ignored=True).labels)) for row in range(len(dataset))}
+    wrong = {
+        row: rng.random(len(dataset.load(row, keep_ignored=True).labels))
+        for row in range(len(dataset))
+    }
 
     def shifted(batch):
         (sample,) = batch.samples
         truth, chance = dataset.load(sample.index, keep_ignored=True), wrong[sample.index]
         panoptic = torch.roll(truth.segments.int() + 1, (3, 5), dims=(0, 1))
         panoptic[torch.isin(panoptic, torch.from_numpy(np.flatnonzero(chance < 0.1)) + 1)] = 0
-        labels = np.where(chance > 0.9, (truth.labels.numpy() + 1) % len(dataset.vocabulary), truth.labels.numpy())
+        labels = np.where(
+            chance > 0.9, (truth.labels.numpy() + 1) % len(dataset.vocabulary), truth.labels.numpy()
+        )
         info = [
-            {"id": id, "label": int(labels[id - 1]), "isthing": dataset.vocabulary.is_thing[labels[id - 1]], "score": 1}
+            {
+                "id": id,
+                "label": int(labels[id - 1]),
+                "isthing": dataset.vocabulary.is_thing[labels[id - 1]],
+                "score": 1,
+            }
             for id in panoptic.unique().tolist()
             if id
         ]
@@ -329,7 +408,8 @@ def test_real_panoptic_predictions(tmp_path):
     (tmp_path / "found.json").write_text(json.dumps(written))
     folders = str(tmp_path / "gt"), str(tmp_path / "panoptic")
     check_against_hotcoco(
-        results, panoptic.pq_compute(str(tmp_path / "gt.json"), str(tmp_path / "found.json"), *folders)
+        results,
+        panoptic.pq_compute(str(tmp_path / "gt.json"), str(tmp_path / "found.json"), *folders),
     )
     assert 0.2 < results["PQ"] < 0.9 and dataset.index.ignore.sum() == 2
 
@@ -357,7 +437,9 @@ def test_files_are_read_back(tmp_path):
         labels = [VOCABULARY.names[s["label"]] for s in wanted["segments_info"]]
         assert [dataset.vocabulary.names[label] for label in sample.labels] == labels
         table = label_table(range(4), (255,))
-        assert np.array_equal(read_label_map(out / "semantic" / f"{names[i]}.png", table), wanted["semantic"])
+        assert np.array_equal(
+            read_label_map(out / "semantic" / f"{names[i]}.png", table), wanted["semantic"]
+        )
     annotation = json.loads((out / "panoptic.json").read_text())["annotations"][0]
     assert annotation["segments_info"][1] == {
         "id": 2, "category_id": 3, "score": 0.8, "area": 200, "bbox": [20, 5, 20, 10], "iscrowd": 0,
@@ -376,15 +458,24 @@ def test_label_maps_of_many_classes(tmp_path, classes, mode):
     def predict(_):
         return [{"semantic": labels, "size": (20, 50)}]
 
-    predict_files(predict, (str(tmp_path / "in.png"),), vocabulary, lambda sample: sample, tmp_path, 0.5)
+    predict_files(
+        predict, (str(tmp_path / "in.png"),), vocabulary, lambda sample: sample, tmp_path, 0.5
+    )
     with Image.open(tmp_path / "semantic/in-0.png") as picture:
         assert picture.mode == mode and np.array_equal(np.asarray(picture), labels)
-    assert not (tmp_path / "predictions.json").exists() and not (tmp_path / "panoptic.json").exists()
+    assert (
+        not (tmp_path / "predictions.json").exists() and not (tmp_path / "panoptic.json").exists()
+    )
 
 
 def test_files_with_instances(tmp_path):
     save_image(Hand("pq").load(0).image, tmp_path / "in.png")
-    predict_files(detector, (str(tmp_path / "in.png"),), VOCABULARY, lambda sample: sample, tmp_path, 0.5)
+    predict_files(
+        detector, (str(tmp_path / "in.png"),), VOCABULARY, lambda sample: sample, tmp_path, 0.5
+    )
     annotations = json.loads((tmp_path / "predictions.json").read_text())["annotations"]
-    assert sorted(a["category_id"] for a in annotations) == [3, 20, 300] and sum(a["area"] for a in annotations) == 1720
+    assert (
+        sorted(a["category_id"] for a in annotations) == [3, 20, 300]
+        and sum(a["area"] for a in annotations) == 1720
+    )
     assert (tmp_path / "in-0.jpg").is_file() and not (tmp_path / "panoptic.json").exists()

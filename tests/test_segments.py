@@ -47,7 +47,9 @@ def test_semantic_equals_recorded(recorded):
     for i, (probabilities, masks) in enumerate(images):
         official = tensors[f"post.semantic.image{i}"]
         check("semantic", semantic_map(probabilities[:, :-1], masks), official, 1e-5)
-        assert torch.equal(semantic_labels(probabilities[:, :-1], masks), official.argmax(0).short())
+        assert torch.equal(
+            semantic_labels(probabilities[:, :-1], masks), official.argmax(0).short()
+        )
 
 
 @pytest.mark.parametrize("variant", ["default", "loose"])
@@ -75,7 +77,9 @@ def test_instances_equal_recorded(recorded, variant):
     things = torch.tensor(things_of(config)) if variant == "instance" else None
     for i, (probabilities, masks) in enumerate(images):
         found = instances(probabilities[:, :-1], masks, config["test_topk"], things)
-        check(f"{variant}: scores", found["scores"], tensors[f"post.{variant}.image{i}.scores"], 1e-5)
+        check(
+            f"{variant}: scores", found["scores"], tensors[f"post.{variant}.image{i}.scores"], 1e-5
+        )
         assert torch.equal(found["labels"], tensors[f"post.{variant}.image{i}.classes"])
         assert torch.equal(found["masks"], tensors[f"post.{variant}.image{i}.masks"].bool())
 
@@ -102,7 +106,10 @@ def test_semantic_labels_in_strips(monkeypatch):
 
 def queries(*rows, classes=3):
     """(label, probability, columns) each -> probabilities (Q, K + 1), logits (Q, 2, 10), +-2 in and off the columns."""
-    probabilities, logits = torch.zeros(len(rows), classes + 1), torch.full((len(rows), 2, 10), -2.0)
+    probabilities, logits = (
+        torch.zeros(len(rows), classes + 1),
+        torch.full((len(rows), 2, 10), -2.0),
+    )
     for p, logit, (label, probability, columns) in zip(probabilities, logits, rows):
         p += (1 - probability) / classes
         p[label] = probability
@@ -125,7 +132,9 @@ def test_panoptic_rules():
         (2, 0.82, slice(3, 7)),  # three of its four columns are lost
     )
     panoptic, found = panoptic_map(*inputs, THINGS, 0.8, 0.5, intersect=True)
-    assert panoptic.dtype == torch.int32 and panoptic.tolist() == [[1, 1, 2, 2, 3, 0, 3, 0, 0, 0]] * 2
+    assert (
+        panoptic.dtype == torch.int32 and panoptic.tolist() == [[1, 1, 2, 2, 3, 0, 3, 0, 0, 0]] * 2
+    )
     scores = [s.pop("score") for s in found]
     assert scores == pytest.approx([0.9, 0.85, 0.95])  # of the merged ones the highest
     assert found == [
@@ -138,15 +147,23 @@ def test_panoptic_rules():
 def test_panoptic_regions_of_both_papers():
     """With `intersect` the segment ends with its mask, without it reaches as far as no other query is stronger."""
     inputs = queries((0, 0.95, slice(0, 3)), (2, 0.9, slice(6, 9)))
-    assert panoptic_map(*inputs, THINGS, 0.8, 0.8, True)[0].tolist() == [[1, 1, 1, 0, 0, 0, 2, 2, 2, 0]] * 2
-    assert panoptic_map(*inputs, THINGS, 0.8, 0.8, False)[0].tolist() == [[1, 1, 1, 1, 1, 1, 2, 2, 2, 1]] * 2
+    assert (
+        panoptic_map(*inputs, THINGS, 0.8, 0.8, True)[0].tolist()
+        == [[1, 1, 1, 0, 0, 0, 2, 2, 2, 0]] * 2
+    )
+    assert (
+        panoptic_map(*inputs, THINGS, 0.8, 0.8, False)[0].tolist()
+        == [[1, 1, 1, 1, 1, 1, 2, 2, 2, 1]] * 2
+    )
 
 
 def test_panoptic_without_segments():
     panoptic, found = panoptic_map(*queries((3, 0.9, slice(0, 5))), THINGS, 0.5, 0.8, True)
     assert not panoptic.any() and panoptic.shape == (2, 10) and found == []
     empty = queries((0, 0.9, slice(0, 0)))  # its mask is empty
-    assert all(panoptic_map(*empty, THINGS, 0.5, 0.8, intersect)[1] == [] for intersect in (True, False))
+    assert all(
+        panoptic_map(*empty, THINGS, 0.5, 0.8, intersect)[1] == [] for intersect in (True, False)
+    )
 
 
 def test_instances_by_hand():
@@ -157,7 +174,9 @@ def test_instances_by_hand():
     found = instances(probabilities, logits, top_k=3)
     inside = torch.tensor([1.0] * 5 + [3.0]).sigmoid().mean()
     assert found["labels"].tolist() == [0, 1, 2]  # the mask of the best query is empty: 0
-    assert torch.allclose(found["scores"], torch.stack([0.6 * inside, 0.3 * inside, torch.zeros(())]), atol=1e-6)
+    assert torch.allclose(
+        found["scores"], torch.stack([0.6 * inside, 0.3 * inside, torch.zeros(())]), atol=1e-6
+    )
     assert found["boxes"].tolist() == [[2, 1, 5, 3], [2, 1, 5, 3], [0, 0, 0, 0]]
     assert torch.equal(found["masks"][0], logits[0] > 0) and not found["masks"][2].any()
     chosen = instances(probabilities, logits, top_k=3, things=torch.tensor([True, False, True]))
@@ -171,12 +190,17 @@ def test_boxes_are_tight():
     masks = torch.rand(40, 9, 11, generator=torch.Generator().manual_seed(0)) > 0.97
     for box, mask in zip(mask_boxes(masks).tolist(), masks):
         y, x = mask.nonzero(as_tuple=True)
-        expected = [int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1] if len(x) else [0] * 4
+        expected = (
+            [int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1] if len(x) else [0] * 4
+        )
         assert box == expected
 
 
 def test_rows_of_predictions():
-    info = [{"id": 7, "label": 4, "score": 0.5, "isthing": True}, {"id": 2, "label": 4, "score": 1, "isthing": True}]
+    info = [
+        {"id": 7, "label": 4, "score": 0.5, "isthing": True},
+        {"id": 2, "label": 4, "score": 1, "isthing": True},
+    ]
     found = {"panoptic": torch.tensor([[0, 7], [2, 2]], dtype=torch.int32), "segments_info": info}
     rows = segment_rows(found | {"semantic": torch.zeros(2, 2)})
     assert rows["segments"].tolist() == [[-1, 0], [1, 1]]
@@ -184,7 +208,9 @@ def test_rows_of_predictions():
     rows = segment_rows({"semantic": torch.tensor([[9, 3], [3, 3]], dtype=torch.int16)})
     assert rows["segments"].tolist() == [[1, 0], [0, 0]] and rows["labels"].tolist() == [3, 9]
     nothing = segment_rows({"panoptic": torch.zeros(2, 2, dtype=torch.int32), "segments_info": []})
-    assert (nothing["segments"] == -1).all() and len(nothing["labels"]) == len(nothing["scores"]) == 0
+    assert (nothing["segments"] == -1).all() and len(nothing["labels"]) == len(
+        nothing["scores"]
+    ) == 0
     with pytest.raises(ValueError, match="segment 5 of the map is not in segments_info"):
         segment_rows({"panoptic": torch.tensor([[0, 5]]), "segments_info": info})
 
@@ -206,13 +232,19 @@ def test_segments_are_tinted_and_named():
     image = gray()
     drawn = draw_segments(image, rows, ["cat", "dog"], torch.tensor([0.5, 0.25]))
     assert drawn.shape == (3, 500, 600) and (image == 128).all()
-    assert drawn[:, 100, 100].tolist() == halves("cat") and drawn[:, 100, 300].tolist() == halves("dog")
+    assert drawn[:, 100, 100].tolist() == halves("cat") and drawn[:, 100, 300].tolist() == halves(
+        "dog"
+    )
     assert drawn[:, 100, 500].tolist() == [128] * 3  # no segment
     assert (drawn[:, :, 199:201] == 255).all(dim=0).any(dim=1).all()  # a white line all along
     for name, columns in (("cat", slice(0, 200)), ("dog", slice(200, 400))):
-        plate = (drawn[:, :, columns] == torch.tensor(color_of(name), dtype=torch.uint8)[:, None, None]).all(dim=0)
+        plate = (
+            drawn[:, :, columns] == torch.tensor(color_of(name), dtype=torch.uint8)[:, None, None]
+        ).all(dim=0)
         y, x = plate.nonzero(as_tuple=True)
-        assert len(y) > 500 and y.min() > 50 and y.max() < 450 and x.min() > 40 and x.max() < 160  # well inside
+        assert (
+            len(y) > 500 and y.min() > 50 and y.max() < 450 and x.min() > 40 and x.max() < 160
+        )  # well inside
 
 
 def test_segments_of_one_class_have_shades():
@@ -225,7 +257,11 @@ def test_thin_segments_have_no_name():
     rows = torch.zeros(500, 600, dtype=torch.int16)
     rows[250:254] = 1
     drawn = draw_segments(gray(), rows, ["cat", "dog"])
-    assert not (drawn == torch.tensor(color_of("dog"), dtype=torch.uint8)[:, None, None]).all(dim=0).any()
+    assert (
+        not (drawn == torch.tensor(color_of("dog"), dtype=torch.uint8)[:, None, None])
+        .all(dim=0)
+        .any()
+    )
 
 
 def test_segments_of_small_and_empty_images():
@@ -242,9 +278,14 @@ def test_grids_show_segments():
     sample = Sample.unlabelled(gray(480, 480), "one", 7, 0)
     sample.labels, sample.segments, sample.supervision = torch.tensor([1]), rows, "panoptic"
     drawn = training_grid(collate([sample]), {"one": Vocabulary("one", ("cat", "dog"))})
-    assert drawn[:, 28 + 100, 100].tolist() == halves("dog") and drawn[:, 28 + 100, 400].tolist() == [128] * 3
+    assert (
+        drawn[:, 28 + 100, 100].tolist() == halves("dog")
+        and drawn[:, 28 + 100, 400].tolist() == [128] * 3
+    )
     found = segment_rows({"semantic": F.pad(torch.ones(480, 240), (240, 0)).long()})
     drawn = prediction_grid([gray(480, 480)], [vars(sample)], [found], ("cat", "dog"))
     left, right = drawn[:, 28:, :484], drawn[:, 28:, 484:]
     assert left[:, 100, 100].tolist() == halves("dog") and left[:, 100, 400].tolist() == [128] * 3
-    assert right[:, 100, 100].tolist() == halves("cat") and right[:, 100, 400].tolist() == halves("dog")
+    assert right[:, 100, 100].tolist() == halves("cat") and right[:, 100, 400].tolist() == halves(
+        "dog"
+    )

@@ -13,13 +13,21 @@ from conftest import REAL
 from PIL import Image
 
 from common.batch import Batch, Sample, collate
-from common.datasets import load_datasets, tiny_scene
+from common.datasets import load_datasets
 from common.datasets.maps import label_table, read_label_map
-from common.datasets.tiny_maps import LAYOUTS, stuff
+from common.datasets.tiny import scene
+from common.datasets.tiny.maps import LAYOUTS, stuff
 from common.errors import InputError
 from common.labels import Vocabulary
 from common.masks import drop_unseen, segment_masks
-from common.transforms import DetrCrop, LargeScaleJitter, ResizeShortest, SegmentationCrop, jitter_colors, move
+from common.transforms import (
+    DetrCrop,
+    LargeScaleJitter,
+    ResizeShortest,
+    SegmentationCrop,
+    jitter_colors,
+    move,
+)
 
 ALL = ("boxes", "instances", "semantic", "panoptic", "image_labels")
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real samples at {REAL}")
@@ -57,7 +65,17 @@ def segmented(height=4, width=6):
     segments[:, : width // 3], segments[: height // 2, width // 2 :], segments[:, -1] = 0, 2, -1
     image = torch.stack([segments * 40 + 50, segments * 60 + 70, 200 - segments * 50]).byte()
     none = torch.zeros(0, 4)
-    return Sample(image, "d", "panoptic", 0, 0, (height, width), none, torch.tensor([5, 7, 5]), segments=segments)
+    return Sample(
+        image,
+        "d",
+        "panoptic",
+        0,
+        0,
+        (height, width),
+        none,
+        torch.tensor([5, 7, 5]),
+        segments=segments,
+    )
 
 
 def test_masks_of_segments():
@@ -75,14 +93,21 @@ def test_masks_of_segments():
 def test_rows_without_a_pixel_are_dropped():
     segments = torch.tensor([[3, 3, -1], [1, -1, 3]], dtype=torch.int16)
     rows, labels = drop_unseen(segments, torch.tensor([10, 11, 12, 13, 14]))
-    assert rows.tolist() == [[1, 1, -1], [0, -1, 1]] and labels.tolist() == [11, 13] and rows.dtype == torch.int16
+    assert (
+        rows.tolist() == [[1, 1, -1], [0, -1, 1]]
+        and labels.tolist() == [11, 13]
+        and rows.dtype == torch.int16
+    )
     rows, labels = drop_unseen(torch.full((2, 2), -1, dtype=torch.int16), torch.tensor([4]))
     assert len(labels) == 0 and (rows == -1).all()
 
 
 def test_batches_keep_segments():
     batch = collate([segmented(), segmented(6, 9)], divisor=4, square={"d": 20})
-    assert batch.images.shape == (2, 3, 20, 20) and [s.segments.shape for s in batch.samples] == [(4, 6), (6, 9)]
+    assert batch.images.shape == (2, 3, 20, 20) and [s.segments.shape for s in batch.samples] == [
+        (4, 6),
+        (6, 9),
+    ]
     moved = Batch(batch.images, batch.sizes, batch.samples).to(torch.device("meta")).samples[0]
     assert moved.segments.is_meta and moved.labels.is_meta
 
@@ -101,11 +126,18 @@ def ade(root, maps="annotations", values=((0, 1, 150), (3, 3, 1)), split="valida
 def test_ade20k(tmp_path):
     ade(tmp_path)
     dataset = load("ade", tmp_path)
-    assert (dataset.name, dataset.metric, dataset.supervision, len(dataset)) == ("ade20k", "miou", "semantic", 2)
+    assert (dataset.name, dataset.metric, dataset.supervision, len(dataset)) == (
+        "ade20k",
+        "miou",
+        "semantic",
+        2,
+    )
     assert len(dataset.vocabulary) == 150 and dataset.vocabulary.is_thing is None
     sample = dataset.load(1)
     assert sample.labels.tolist() == [0, 2, 149] and sample.labels.dtype == torch.int64
-    assert sample.segments.tolist() == [[-1, 0, 2], [1, 1, 0]] and sample.segments.dtype == torch.int16
+    assert (
+        sample.segments.tolist() == [[-1, 0, 2], [1, 1, 0]] and sample.segments.dtype == torch.int16
+    )
     assert sample.boxes.shape == (0, 4) and sample.masks is None and sample.original_size == (2, 3)
     assert (sample.image_id, sample.supervision) == ("ADE_val_2", "semantic")
     assert dataset.image_counts() is None and dataset.index.positives()[0].size == 0
@@ -129,13 +161,18 @@ def test_start_up_decodes_no_map(tmp_path):
 
 @pytest.mark.parametrize(
     "kinds, values",
-    [(["labelIds", "labelTrainIds"], [[9, 7, 33], [14, 11, 8]]), (["labelTrainIds"], [[255, 0, 18], [255, 2, 1]])],
+    [
+        (["labelIds", "labelTrainIds"], [[9, 7, 33], [14, 11, 8]]),
+        (["labelTrainIds"], [[255, 0, 18], [255, 2, 1]]),
+    ],
 )
 def test_cityscapes(tmp_path, kinds, values):
     for kind in kinds:
         save(tmp_path / f"cityscapes/gtFine/val/ulm/ulm_000001_gtFine_{kind}.png", values)
     save(tmp_path / "cityscapes/gtFine/val/ulm/ulm_000001_gtFine_color.png", np.zeros((2, 3, 3)))
-    save(tmp_path / "cityscapes/leftImg8bit/val/ulm/ulm_000001_leftImg8bit.png", np.zeros((2, 3, 3)))
+    save(
+        tmp_path / "cityscapes/leftImg8bit/val/ulm/ulm_000001_leftImg8bit.png", np.zeros((2, 3, 3))
+    )
     dataset = load("cityscapes", tmp_path)
     assert (len(dataset), len(dataset.vocabulary), dataset.metric) == (1, 19, "miou")
     assert of_pixels(dataset.load(0)).tolist() == [[-1, 0, 18], [-1, 2, 1]]
@@ -156,7 +193,10 @@ def test_own_label_maps(tmp_path, caplog, place):
     with caplog.at_level(logging.INFO, "concord"):
         dataset = load(text)
     assert "my: 1 images without a label map" in caplog.text and "first: no map" in caplog.text
-    assert dataset.vocabulary == Vocabulary("my", ("sky", "road", "car"), (0, 1, 2)) and dataset.metric == "miou"
+    assert (
+        dataset.vocabulary == Vocabulary("my", ("sky", "road", "car"), (0, 1, 2))
+        and dataset.metric == "miou"
+    )
     assert list(dataset.index.image_ids) == ["a", "b/c"]
     assert of_pixels(dataset.load(1)).tolist() == [[0, 1, 2], [-1, -1, 0]]
 
@@ -174,7 +214,10 @@ def test_bad_label_maps(tmp_path):
     text, path = own(tmp_path), tmp_path / "maps/a.png"
     save(path, np.zeros((2, 4)))
     line = refused(text)
-    assert f"label map {path} has 2 x 4 pixels" in line and f"{tmp_path}/images/a.jpg has 2 x 3" in line
+    assert (
+        f"label map {path} has 2 x 4 pixels" in line
+        and f"{tmp_path}/images/a.jpg has 2 x 3" in line
+    )
     save(path, [[0, 0, 0], [0, 9, 4]])
     assert f"label map {path} has the value 9 at x = 1, y = 1" in (line := refused(text))
     assert "the values are 0 to 3, 255" in line
@@ -203,13 +246,19 @@ def test_bad_folders_of_label_maps(tmp_path):
 
 @pytest.mark.parametrize(
     "classes, words",
-    [("sky\nroad\nsky", "class name 'sky' twice"), ("sky\n\nroad", "empty class name"), ("", "empty class name")],
+    [
+        ("sky\nroad\nsky", "class name 'sky' twice"),
+        ("sky\n\nroad", "empty class name"),
+        ("", "empty class name"),
+    ],
 )
 def test_bad_lists_of_classes(tmp_path, classes, words):
     line = refused(own(tmp_path, classes))
     assert f"{tmp_path}/classes.txt" in line and words in line
     (tmp_path / "classes.txt").unlink()
-    assert f"{tmp_path}/maps/classes.txt does not exist" in refused(own(tmp_path, place="other.txt"))
+    assert f"{tmp_path}/maps/classes.txt does not exist" in refused(
+        own(tmp_path, place="other.txt")
+    )
 
 
 @needs_real
@@ -220,7 +269,10 @@ def test_real_ade20k():
         sample = dataset.load(i)
         values = np.asarray(Image.open(dataset.maps / dataset.index.map_name(i))).astype(int)
         assert np.array_equal(of_pixels(sample), values - 1)  # 0 is void
-        assert np.array_equal(sample.labels + 1, np.setdiff1d(values, [0])) and sample.segments.shape == sample.size
+        assert (
+            np.array_equal(sample.labels + 1, np.setdiff1d(values, [0]))
+            and sample.segments.shape == sample.size
+        )
     names = [dataset.vocabulary.names[label] for label in dataset.load(0).labels]
     assert names == ["wall", "building", "sky", "tree", "road", "grass", "plant"]
 
@@ -228,10 +280,17 @@ def test_real_ade20k():
 @needs_real
 def test_real_camvid():
     dataset = load(f"camvid={REAL}/camvid/trainannot:{REAL}/camvid/train")
-    assert (len(dataset), len(dataset.vocabulary), dataset.vocabulary.names[9]) == (5, 11, "pedestrian")
+    assert (len(dataset), len(dataset.vocabulary), dataset.vocabulary.names[9]) == (
+        5,
+        11,
+        "pedestrian",
+    )
     sample = dataset.load(4)
     values = np.asarray(Image.open(dataset.maps / dataset.index.map_name(4))).astype(int)
-    assert np.array_equal(of_pixels(sample), np.where(values == 11, -1, values)) and (values == 11).any()
+    assert (
+        np.array_equal(of_pixels(sample), np.where(values == 11, -1, values))
+        and (values == 11).any()
+    )
 
 
 @needs_real
@@ -239,7 +298,9 @@ def test_real_format_of_cityscapes(tmp_path):
     shutil.copytree(REAL / "cityscapes_format/gtFine", tmp_path / "cityscapes/gtFine")
     size = Image.open(REAL / "cityscapes_format/gtFine/val/highway/higway_gtFine_labelIds.png").size
     (tmp_path / "cityscapes/leftImg8bit/val/highway").mkdir(parents=True)
-    Image.new("RGB", size).save(tmp_path / "cityscapes/leftImg8bit/val/highway/higway_leftImg8bit.png")
+    Image.new("RGB", size).save(
+        tmp_path / "cityscapes/leftImg8bit/val/highway/higway_leftImg8bit.png"
+    )
     dataset = load("cityscapes", tmp_path)
     labels = dataset.load(0).labels
     assert [dataset.vocabulary.names[label] for label in labels] == ["road", "pole", "sky"]
@@ -258,15 +319,19 @@ def colours(ids):
     return np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1)
 
 
-def panoptic(root, pixels=PIXELS, images=None, annotations=None, categories=None, maps="panoptic", **change):
+def panoptic(
+    root, pixels=PIXELS, images=None, annotations=None, categories=None, maps="panoptic", **change
+):
     segments = [
         {"id": IDS["cat"], "category_id": 7, "area": 3, "bbox": [0, 0, 2, 2], "iscrowd": 0},
         {"id": IDS["sky"], "category_id": 2, "area": 3, "bbox": [2, 0, 2, 2], "iscrowd": 0},
-        {"id": IDS["crowd"], "category_id": 7, "area": 1, "bbox": [1, 1, 1, 1], "iscrowd": 1} | change,
+        {"id": IDS["crowd"], "category_id": 7, "area": 1, "bbox": [1, 1, 1, 1], "iscrowd": 1}
+        | change,
     ]
     record = {
         "images": images or [{"id": 3, "file_name": "x.jpg", "height": 2, "width": 4}],
-        "annotations": annotations or [{"image_id": 3, "file_name": "x.png", "segments_info": segments}],
+        "annotations": annotations
+        or [{"image_id": 3, "file_name": "x.png", "segments_info": segments}],
         "categories": categories or CATEGORIES,
     }
     (root / "ann").mkdir(exist_ok=True)
@@ -285,22 +350,35 @@ def test_panoptic(tmp_path, maps):
     assert sample.labels.tolist() == [1, 0] and sample.boxes.shape == (0, 4)
     assert sample.segments.tolist() == [[0, 0, 1, -1], [0, -1, 1, 1]]
     whole = dataset.load(0, keep_ignored=True)
-    assert whole.labels.tolist() == [1, 0, 1] and whole.segments.tolist() == [[0, 0, 1, -1], [0, 2, 1, 1]]
+    assert whole.labels.tolist() == [1, 0, 1] and whole.segments.tolist() == [
+        [0, 0, 1, -1],
+        [0, 2, 1, 1],
+    ]
     assert dataset.index.ignore[dataset.index.rows(0)].tolist() == [False, False, True]
     assert dataset.image_counts().tolist() == [1, 1]
-    assert dataset.summary() == ("my: 1 images, 3 segments (1 crowd, not trained on), 2 classes (2 with segments)")
+    assert dataset.summary() == (
+        "my: 1 images, 3 segments (1 crowd, not trained on), 2 classes (2 with segments)"
+    )
 
 
 def test_segments_that_others_cover_have_no_row(tmp_path):
     """As in ADE20K's panoptic maps, where things are painted over stuff."""
     dataset = load(panoptic(tmp_path, [[260] * 4, [0] * 4]))
-    assert dataset.load(0).labels.tolist() == [0] and dataset.load(0).segments[0].tolist() == [0] * 4
-    assert dataset.load(0, keep_ignored=True).labels.tolist() == [1, 0, 1]  # missed by every prediction
+    assert (
+        dataset.load(0).labels.tolist() == [0] and dataset.load(0).segments[0].tolist() == [0] * 4
+    )
+    assert dataset.load(0, keep_ignored=True).labels.tolist() == [
+        1,
+        0,
+        1,
+    ]  # missed by every prediction
 
 
 def test_bad_panoptic_files(tmp_path, caplog):
     path = tmp_path / "panoptic/x.png"
-    assert f"{path} has the id 9 at x = 3, y = 1" in refused(panoptic(tmp_path, [[5, 5, 260, 0], [5, 5, 5, 9]]))
+    assert f"{path} has the id 9 at x = 3, y = 1" in refused(
+        panoptic(tmp_path, [[5, 5, 260, 0], [5, 5, 5, 9]])
+    )
     assert f"label map {path} has 1 x 4 pixels" in refused(panoptic(tmp_path, [[5, 5, 260, 0]]))
     text = panoptic(tmp_path)
     save(path, np.zeros((2, 4)))
@@ -308,7 +386,10 @@ def test_bad_panoptic_files(tmp_path, caplog):
     path.unlink()
     assert f"my: label map {path} is missing (1 of 1" in refused(text)
     path.parent.rmdir()
-    assert f"{tmp_path}/ann/panoptic, the folder of the PNGs of panoptic.json, does not exist" in refused(text)
+    assert (
+        f"{tmp_path}/ann/panoptic, the folder of the PNGs of panoptic.json, does not exist"
+        in refused(text)
+    )
 
 
 @pytest.mark.parametrize(
@@ -321,8 +402,14 @@ def test_bad_panoptic_files(tmp_path, caplog):
         ({"images": [{"id": 3, "file_name": "x.jpg"}] * 2}, "an image comes twice"),
         ({"images": [{"id": 3, "file_name": "../x.jpg"}]}, "leaves the image folder"),
         ({"annotations": [{"image_id": 3, "segments_info": []}]}, "field 'file_name' is missing"),
-        ({"categories": [{"id": 7, "name": "cat", "isthing": "0"}]}, "an isthing that is not 0 or 1"),
-        ({"annotations": [{"image_id": 3, "file_name": "x.png", "segments_info": [{"id": 1}]}]}, "field 'category_id'"),
+        (
+            {"categories": [{"id": 7, "name": "cat", "isthing": "0"}]},
+            "an isthing that is not 0 or 1",
+        ),
+        (
+            {"annotations": [{"image_id": 3, "file_name": "x.png", "segments_info": [{"id": 1}]}]},
+            "field 'category_id'",
+        ),
     ],
 )
 def test_bad_panoptic_json(tmp_path, change, words):
@@ -355,11 +442,17 @@ def test_panoptic_cityscapes_finds_its_images(tmp_path):
     }  # fmt: skip
     (base / "cityscapes_panoptic_val.json").write_text(json.dumps(record))
     dataset = load("cityscapes-panoptic", tmp_path)
-    assert of_pixels(dataset.load(0)).tolist() == [[0, 11, -1]] and sum(dataset.vocabulary.is_thing) == 8
+    assert (
+        of_pixels(dataset.load(0)).tolist() == [[0, 11, -1]]
+        and sum(dataset.vocabulary.is_thing) == 8
+    )
 
 
 def test_objects365_with_masks(tmp_path, caplog):
-    boxes = [{"id": k, "image_id": 1, "category_id": 2, "bbox": [0, 0, 2, 2], "iscrowd": 0, "area": 4} for k in (1, 2)]
+    boxes = [
+        {"id": k, "image_id": 1, "category_id": 2, "bbox": [0, 0, 2, 2], "iscrowd": 0, "area": 4}
+        for k in (1, 2)
+    ]
     record = {
         "images": [{"id": 1, "file_name": "images/v1/patch8/a.jpg", "height": 4, "width": 4}],
         "annotations": [boxes[0] | {"segmentation": [[0, 0, 2, 0, 2, 2, 0, 2]]}, boxes[1]],
@@ -371,11 +464,17 @@ def test_objects365_with_masks(tmp_path, caplog):
         dataset = load("o365-instances", tmp_path, masks=True)
     assert "1 boxes without a mask are left out" in caplog.text
     assert dataset.name == dataset.vocabulary.dataset == dataset.load(0).dataset == "o365-instances"
-    assert dataset.load(0).masks.sum() == 4 and dataset.supervision == "instances" and dataset.metric == "coco"
+    assert (
+        dataset.load(0).masks.sum() == 4
+        and dataset.supervision == "instances"
+        and dataset.metric == "coco"
+    )
 
 
 @needs_real
-@pytest.mark.parametrize("split, images, segments, crowds", [("train", 96, 1060, 6), ("val", 32, 327, 2)])
+@pytest.mark.parametrize(
+    "split, images, segments, crowds", [("train", 96, 1060, 6), ("val", 32, 327, 2)]
+)
 def test_real_coco_panoptic(split, images, segments, crowds):
     dataset = load("coco-panoptic", REAL, split)
     index = dataset.index
@@ -383,9 +482,14 @@ def test_real_coco_panoptic(split, images, segments, crowds):
     assert len(dataset.vocabulary) == 133 and sum(dataset.vocabulary.is_thing) == 80
     for i in range(0, len(dataset), 8):
         sample, rows = dataset.load(i, keep_ignored=True), index.rows(i)
-        counts = np.bincount(sample.segments.numpy().ravel() + 1, minlength=len(sample.labels) + 1)[1:]
+        counts = np.bincount(sample.segments.numpy().ravel() + 1, minlength=len(sample.labels) + 1)[
+            1:
+        ]
         assert counts.tolist() == index.areas[rows].tolist()  # as the json says
-        assert np.array_equal(sample.labels, index.labels[rows]) and sample.segments.shape == sample.size
+        assert (
+            np.array_equal(sample.labels, index.labels[rows])
+            and sample.segments.shape == sample.size
+        )
     crowded = int(np.flatnonzero(np.add.reduceat(index.ignore, index.offsets[:-1]))[0])
     sample, rows = dataset.load(crowded), index.rows(crowded)
     assert (sample.segments < 0).sum() >= index.areas[rows][index.ignore[rows]].sum() > 0
@@ -397,20 +501,26 @@ def test_real_coco_panoptic(split, images, segments, crowds):
 
 def test_detectors_refuse_maps_before_anything_is_read():
     for name, words in (("ade20k", "semantic label maps"), ("coco-panoptic", "panoptic segments")):
-        with pytest.raises(InputError, match=f"'{name}' has {words} only; this method needs boxes or instances"):
+        with pytest.raises(
+            InputError, match=f"'{name}' has {words} only; this method needs boxes or instances"
+        ):
             load_datasets(name, "train", tiny=64)
 
 
 # -- the embedded datasets
 
 
-PANOPTIC = {"coco-panoptic": "coco", "ade20k-panoptic": "ade20k", "cityscapes-panoptic": "cityscapes"}
+PANOPTIC = {
+    "coco-panoptic": "coco",
+    "ade20k-panoptic": "ade20k",
+    "cityscapes-panoptic": "cityscapes",
+}
 
 
 def test_every_texture_has_a_real_name():
     for name, layout in LAYOUTS.items():
         assert set(stuff(name).values()) <= set(Vocabulary.known(layout.vocabulary).names)
-        assert set(stuff(name)) <= {*tiny_scene.TEXTURES, "wood wall"}
+        assert set(stuff(name)) <= {*scene.TEXTURES, "wood wall"}
     assert "snow" in stuff("coco") and "snow" not in stuff("ade20k")  # ADE20K has no such class
 
 
@@ -425,7 +535,7 @@ def test_generated_panoptic_maps(tiny_root, name, split):
         sample, rows = dataset.load(i, keep_ignored=True), dataset.index.rows(i)
         masks = segment_masks(sample)
         assert masks.sum(dim=(1, 2)).tolist() == dataset.index.areas[rows].tolist()
-        boxes = [tiny_scene.tight_box(mask) for mask in masks.numpy()]
+        boxes = [scene.tight_box(mask) for mask in masks.numpy()]
         assert [[x, y, x + w, y + h] for x, y, w, h in boxes] == dataset.index.boxes[rows].tolist()
         regions = [label for label in sample.labels.tolist() if not known.is_thing[label]]
         assert len(set(regions)) == len(regions) > 0  # stuff is one segment for each class
@@ -455,9 +565,12 @@ def test_generated_semantic_and_panoptic_agree(tiny_root, name):
 
 def test_generated_masks_of_objects365(tiny_root):
     boxes, masks = load("o365", tiny_root), load("o365-instances", tiny_root, masks=True)
-    assert torch.equal(boxes.load(0).boxes, masks.load(0).boxes) and masks.vocabulary.names == boxes.vocabulary.names
+    assert (
+        torch.equal(boxes.load(0).boxes, masks.load(0).boxes)
+        and masks.vocabulary.names == boxes.vocabulary.names
+    )
     for mask, (x1, y1, x2, y2) in zip(masks.load(0).masks, masks.load(0).boxes.int().tolist()):
-        assert tiny_scene.tight_box(mask.numpy()) == [x1, y1, x2 - x1, y2 - y1]
+        assert scene.tight_box(mask.numpy()) == [x1, y1, x2 - x1, y2 - y1]
 
 
 # -- transforms
@@ -465,11 +578,23 @@ def test_generated_masks_of_objects365(tiny_root):
 
 def striped(height, width):
     """Nine segments; the colour of a pixel tells its segment, so that a transform can be checked by looking."""
-    rows, columns = torch.meshgrid(torch.arange(height) * 3 // height, torch.arange(width) * 3 // width, indexing="ij")
+    rows, columns = torch.meshgrid(
+        torch.arange(height) * 3 // height, torch.arange(width) * 3 // width, indexing="ij"
+    )
     segments = (rows * 3 + columns).short()
     image = torch.stack([segments * 20 + 30] * 3).byte()
     none = torch.zeros(0, 4)
-    return Sample(image, "d", "panoptic", 0, 0, (height, width), none, torch.arange(9) + 100, segments=segments)
+    return Sample(
+        image,
+        "d",
+        "panoptic",
+        0,
+        0,
+        (height, width),
+        none,
+        torch.arange(9) + 100,
+        segments=segments,
+    )
 
 
 TRANSFORMS = {
@@ -491,7 +616,11 @@ def test_segments_follow_their_pixels(name):
         wrong = (expected[out.segments.long()] - out.image[0].long()).abs() > 10
         assert wrong.float().mean() < 0.12  # only where the image blends two segments
         assert out.segments.unique().tolist() == list(range(len(out.labels)))  # none is empty
-        sizes.add(out.size), counts.add(len(out.labels)), flips.add(bool(out.image[0, 0, 0] > out.image[0, 0, -1]))
+        (
+            sizes.add(out.size),
+            counts.add(len(out.labels)),
+            flips.add(bool(out.image[0, 0, 0] > out.image[0, 0, -1])),
+        )
     if name == "test":
         assert sizes == {(50, 67)} and counts == {9} and flips == {False}
     else:
@@ -500,8 +629,13 @@ def test_segments_follow_their_pixels(name):
 
 def test_semantic_crop_follows_its_settings():
     torch.manual_seed(0)
-    shapes = {SegmentationCrop((30, 60), (40, 200), 70, False)(striped(60, 80)).size for _ in range(20)}
-    assert shapes == {(30, 40), (40, 70)}  # 60 x 80 would have a side above 70: it is 52 x 70, cut to 40 x 70
+    shapes = {
+        SegmentationCrop((30, 60), (40, 200), 70, False)(striped(60, 80)).size for _ in range(20)
+    }
+    assert shapes == {
+        (30, 40),
+        (40, 70),
+    }  # 60 x 80 would have a side above 70: it is 52 x 70, cut to 40 x 70
 
 
 def test_detr_crop_follows_its_settings():
@@ -517,23 +651,30 @@ def test_boxes_and_masks_follow_detr_crop():
     sample = striped(60, 80)
     sample.masks, sample.segments = segment_masks(sample), None
     sample.boxes = torch.tensor(
-        [[x1, y1, x1 + w, y1 + h] for x1, y1, w, h in map(tiny_scene.tight_box, sample.masks.numpy())]
+        [[x1, y1, x1 + w, y1 + h] for x1, y1, w, h in map(scene.tight_box, sample.masks.numpy())]
     )
     sample.boxes = sample.boxes.float()
     for _ in range(20):
         out = DetrCrop(64)(sample)
         assert len(out.boxes) == len(out.labels) == len(out.masks) > 0
         for mask, box in zip(out.masks, out.boxes):
-            x, y, w, h = tiny_scene.tight_box(mask.numpy())
+            x, y, w, h = scene.tight_box(mask.numpy())
             assert (torch.tensor([x, y, x + w, y + h]) - box).abs().max() <= 2
 
 
 def test_instances_whose_mask_is_cut_off_are_dropped():
     sample = Sample.unlabelled(torch.zeros(3, 20, 20, dtype=torch.uint8), "a", 0, 0)
     masks = torch.zeros(2, 20, 20, dtype=torch.bool)
-    masks[0, :, 15:], masks[0, 0], masks[1, 8:12, 8:12] = True, True, True  # an L whose box covers everything
+    masks[0, :, 15:], masks[0, 0], masks[1, 8:12, 8:12] = (
+        True,
+        True,
+        True,
+    )  # an L whose box covers everything
     sample = replace(
-        sample, boxes=torch.tensor([[0.0, 0, 20, 20], [8, 8, 12, 12]]), labels=torch.tensor([4, 5]), masks=masks
+        sample,
+        boxes=torch.tensor([[0.0, 0, 20, 20], [8, 8, 12, 12]]),
+        labels=torch.tensor([4, 5]),
+        masks=masks,
     )
     seen = move(sample, (20, 20), (5, 0, 10, 10))
     assert seen.labels.tolist() == [5] and seen.boxes.tolist() == [[8, 3, 10, 7]]

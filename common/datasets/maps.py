@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import InputError
-from common.paths import refuse_pipe
+from common.files import refuse_pipe
 
 VOID, UNKNOWN = -1, -2
 
@@ -26,7 +26,9 @@ def read_label_map(path: Path, table: np.ndarray) -> np.ndarray:
 
     Raises InputError for a file that cannot be decoded, a colour picture, a value that is no class.
     """
-    values = _read(path, ("1", "L", "P", "I;16", "I"), "has one number for each pixel, and not colours")
+    values = _read(
+        path, ("1", "L", "P", "I;16", "I"), "has one number for each pixel, and not colours"
+    )
     labels = np.append(table, UNKNOWN)[values.astype(np.int64).clip(-1, len(table))]
     if labels.min() == UNKNOWN:
         y, x = np.argwhere(labels == UNKNOWN)[0]
@@ -60,9 +62,13 @@ def _read(path: Path, modes: tuple[str, ...], what: str) -> np.ndarray:
         refuse_pipe(path, "label map")
         with Image.open(path) as image:
             if image.mode not in modes:
-                raise InputError(f"label map {path} is a picture of mode {image.mode}; a map {what}")
+                raise InputError(
+                    f"label map {path} is a picture of mode {image.mode}; a map {what}"
+                )
             return np.asarray(image)
     except FileNotFoundError:
         raise InputError(f"label map {path} does not exist; check the path") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"label map {path} cannot be decoded ({error}); replace it or remove its image") from None
+        raise InputError(
+            f"label map {path} cannot be decoded ({error}); replace it or remove its image"
+        ) from None

@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 
 from common.errors import InputError
-from common.paths import NO_ARRAY, atomic_path, cache_dir
+from common.files import NO_ARRAY, atomic_path, cache_dir
 
 log = logging.getLogger("concord")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -69,7 +69,12 @@ def index_tar(path: Path) -> np.ndarray:
         with atomic_path(cached) as temporary:
             np.save(temporary, members)
     except OSError as error:
-        log.warning("%s cannot be written, so the headers of %s are read at each start (%s)", cached, path, error)
+        log.warning(
+            "%s cannot be written, so the headers of %s are read at each start (%s)",
+            cached,
+            path,
+            error,
+        )
     return members
 
 
@@ -87,7 +92,9 @@ def read_members(path: Path) -> np.ndarray:
                 tar.members = []  # else the headers of all images stay in memory
                 place = PurePosixPath(member.name)
                 if place.is_absolute() or ".." in place.parts:
-                    raise InputError(f"shard {path}: member '{member.name}' leaves the folder; pack it anew")
+                    raise InputError(
+                        f"shard {path}: member '{member.name}' leaves the folder; pack it anew"
+                    )
                 if not member.isfile() or place.name.startswith("."):
                     continue
                 key = str(place.with_name(place.name.partition(".")[0]))
@@ -100,7 +107,9 @@ def read_members(path: Path) -> np.ndarray:
                 else:
                     others += 1
             tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile itself ends in silence
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(
+                tarfile.BLOCKSIZE
+            ):  # tarfile itself ends in silence
                 raise tarfile.ReadError(f"neither a header nor the end at byte {tar.offset}")
     except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
         raise InputError(f"shard {path} is no whole tar file, or a compressed one ({error}); unzip or download it "
@@ -109,15 +118,27 @@ def read_members(path: Path) -> np.ndarray:
         raise InputError(f"shard {path}: a number is no class, and the images have no label beside them; add "
                          "KEY.cls or KEY.json with a 'label', or name the tar by its class")  # fmt: skip
     if labels:  # pairs KEY.jpg and KEY.cls; a KEY.mask.png is another part of the sample
-        plain = [image for image in images if "." + PurePosixPath(image[1]).name.partition(".")[2].lower() in IMAGES]
+        plain = [
+            image
+            for image in images
+            if "." + PurePosixPath(image[1]).name.partition(".")[2].lower() in IMAGES
+        ]
         images, others = plain, others + len(images) - len(plain)
     if others:
         log.info("%s: %d members that are neither images nor labels are left out", path, others)
     if not labels:
         labels = dict.fromkeys((key for key, *_ in images), os.fsencode(path.stem))
-    rows = [(os.fsencode(f"{path.name}/{name}"), labels.get(key, b""), *span) for key, name, *span in images]
+    rows = [
+        (os.fsencode(f"{path.name}/{name}"), labels.get(key, b""), *span)
+        for key, name, *span in images
+    ]
     widths = [max((len(row[column]) for row in rows), default=1) for column in (0, 1)]
-    columns = [("name", f"S{widths[0]}"), ("label", f"S{max(widths[1], 1)}"), ("offset", "i8"), ("size", "i8")]
+    columns = [
+        ("name", f"S{widths[0]}"),
+        ("label", f"S{max(widths[1], 1)}"),
+        ("offset", "i8"),
+        ("size", "i8"),
+    ]
     return np.array(rows, dtype=columns)
 
 

@@ -15,7 +15,7 @@ import orjson
 from filelock import FileLock, Timeout
 
 from common.datasets.index import Index, JsonRows
-from common.paths import NO_ARRAY, atomic_path, cache_dir
+from common.files import NO_ARRAY, atomic_path, cache_dir
 
 log = logging.getLogger("concord")
 VERSION = 3  # of the columns and what they mean; other versions are made again
@@ -31,7 +31,9 @@ ROWS = ("image_ids", "segmentations", "negatives", "not_exhaustive", "verified",
 Read = Callable[[BinaryIO], tuple[Index, dict]]
 
 
-def cached_index(source: Path, options: list, read: Read, files: Sequence[Path] = ()) -> tuple[Index, dict]:
+def cached_index(
+    source: Path, options: list, read: Read, files: Sequence[Path] = ()
+) -> tuple[Index, dict]:
     """What `read` makes of `source`, the index and the facts beside it; of large files from the cache.
 
     options: what else decides the result; json can write it
@@ -51,7 +53,9 @@ def cached_index(source: Path, options: list, read: Read, files: Sequence[Path] 
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with waiting(FileLock(folder.with_suffix(".lock")), source):
-                return _find(source, folder, files, stamps) or _store(source, folder, files, stamps, read)
+                return _find(source, folder, files, stamps) or _store(
+                    source, folder, files, stamps, read
+                )
         except OSError as error:
             log.warning("%s cannot be written, so %s is read as a whole at each start (%s)", folder.parent, source,
                         error)  # fmt: skip
@@ -62,7 +66,9 @@ def cached_index(source: Path, options: list, read: Read, files: Sequence[Path] 
 
 def is_cached(source: Path, options: list) -> bool:
     """Whether `cached_index` with these arguments would not read the file."""
-    return _find(source, _folder(source, options, [source]), [source], _stamps([source])) is not None
+    return (
+        _find(source, _folder(source, options, [source]), [source], _stamps([source])) is not None
+    )
 
 
 @contextmanager
@@ -110,7 +116,9 @@ def _hash(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _find(source: Path, folder: Path, files: Sequence[Path], stamps: list[list[int]]) -> tuple[Index, dict] | None:
+def _find(
+    source: Path, folder: Path, files: Sequence[Path], stamps: list[list[int]]
+) -> tuple[Index, dict] | None:
     """What the folder holds, if that is whole and of the files as they are now."""
     try:
         record = orjson.loads((folder / "facts.json").read_bytes())
@@ -121,7 +129,9 @@ def _find(source: Path, folder: Path, files: Sequence[Path], stamps: list[list[i
                 return None
             write_json(folder / "facts.json", record | {"stamps": stamps})
         arrays = _map(folder, record["arrays"])
-        return _unpack(source, arrays, record, folder) if _forms(arrays) == record["arrays"] else None
+        return (
+            _unpack(source, arrays, record, folder) if _forms(arrays) == record["arrays"] else None
+        )
     except (*NO_ARRAY, KeyError, TypeError, AttributeError):
         return None
 
@@ -144,7 +154,9 @@ def _store(
             with (temporary / f"{name}.npy").open("wb") as file:
                 np.save(file, arrays.pop(name))
                 _sync(file)
-        arrays = _map(temporary, names)  # before the folder takes its place, where another process may replace it
+        arrays = _map(
+            temporary, names
+        )  # before the folder takes its place, where another process may replace it
         record |= {"stamps": stamps, "hash": digest, "arrays": _forms(arrays)}
         (temporary / "facts.json").write_bytes(orjson.dumps(record))
         shutil.rmtree(folder, ignore_errors=True)  # one folder cannot replace another
@@ -169,7 +181,9 @@ def _pack(index: Index, facts: dict) -> tuple[dict[str, np.ndarray], dict]:
     return arrays, {"relative": index.relative, "num_outside": index.num_outside, "facts": facts}
 
 
-def _unpack(source: Path, arrays: dict, record: dict, folder: Path | None = None) -> tuple[Index, dict]:
+def _unpack(
+    source: Path, arrays: dict, record: dict, folder: Path | None = None
+) -> tuple[Index, dict]:
     rows = {}
     for field in ROWS:
         if f"{field}.starts" in arrays:
@@ -177,15 +191,24 @@ def _unpack(source: Path, arrays: dict, record: dict, folder: Path | None = None
             rows[field] = JsonRows(text, arrays[f"{field}.starts"], arrays[f"{field}.ends"])
     fields = {field: arrays[field] for field in ARRAYS if field in arrays}
     index = Index(str(source), relative=record["relative"], folder=folder, **fields, **rows)
-    index.by_label, index.num_outside = (arrays["by_label.images"], arrays["by_label.counts"]), record["num_outside"]
+    index.by_label, index.num_outside = (
+        (arrays["by_label.images"], arrays["by_label.counts"]),
+        record["num_outside"],
+    )
     return index, record["facts"]
 
 
 def _map(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     blob = folder / "blob.bin"
-    arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names if name != "blob"}
+    arrays = {
+        name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
+        for name in names
+        if name != "blob"
+    }
     empty = not blob.stat().st_size  # which cannot be mapped
-    return arrays | {"blob": np.zeros(0, np.uint8) if empty else np.asarray(np.memmap(blob, np.uint8, "r"))}
+    return arrays | {
+        "blob": np.zeros(0, np.uint8) if empty else np.asarray(np.memmap(blob, np.uint8, "r"))
+    }
 
 
 def _forms(arrays: dict[str, np.ndarray]) -> dict[str, list]:

@@ -14,7 +14,9 @@ CHUNK = 1 << 20  # bytes
 CUTS = 30  # tried before more text is read: an element may hold thousands of objects
 SPACE = b" \t\r\n"
 KEY, COMMA = re.compile(rb'("(?:[^"\\]|\\.)*")[ \t\r\n]*:', re.DOTALL), re.compile(rb"[ \t\r\n]*,")
-TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|["\[\]{},]', re.DOTALL)  # a quote alone opens a string that was cut off
+TOKEN = re.compile(
+    rb'"(?:[^"\\]|\\.)*"|["\[\]{},]', re.DOTALL
+)  # a quote alone opens a string that was cut off
 
 
 def read_json(path: Path) -> dict:
@@ -26,7 +28,9 @@ def read_json(path: Path) -> dict:
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
     if not isinstance(record, dict):
-        raise InputError(f"{path} holds a json {type(record).__name__}; a COCO-format json object is needed")
+        raise InputError(
+            f"{path} holds a json {type(record).__name__}; a COCO-format json object is needed"
+        )
     return record
 
 
@@ -195,7 +199,9 @@ def _whole_elements(text: bytes) -> tuple[list, int, bool] | None:
             break
         if (comma := COMMA.match(text, cut + 1)) and (found := _parse(text[: cut + 1] + b"]")):
             run, used = found
-            return (run, comma.end(), False) if used > cut + 1 else (run, used, True)  # or the list ended before it
+            return (
+                (run, comma.end(), False) if used > cut + 1 else (run, used, True)
+            )  # or the list ended before it
     found = _parse(text[: text.rfind(b"]") + 1])
     return found and (*found, True)
 

@@ -7,14 +7,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from common.datasets.base import Dataset
-from common.datasets.folder import IMAGES, class_names
+from common.datasets.dataset import Dataset
 from common.datasets.index import BEYOND, Index
-from common.datasets.semantic import listing
+from common.datasets.readers.folder import IMAGES, class_names
+from common.datasets.readers.semantic import listing
 from common.datasets.store import cached_index
 from common.errors import InputError
+from common.files import refuse_pipe
 from common.labels import Vocabulary
-from common.paths import refuse_pipe
 
 log = logging.getLogger("concord")
 IMAGENET = "in-boxes"
@@ -39,10 +39,15 @@ def read_voc(name: str, annotations: Path, images: Path, metric: str = "coco") -
     Raises InputError naming the xml file and the remedy: not xml or not of this format, a DOCTYPE, an object without a
     name or four corners, a class that is not one of VOC's, no image of its name.
     """
-    files = listed(annotations, images) if annotations.is_file() else paired(name, annotations, images)
+    files = (
+        listed(annotations, images) if annotations.is_file() else paired(name, annotations, images)
+    )
     xmls, photos = [xml for xml, _ in files.values()], [photo for _, photo in files.values()]
     index, facts = cached_index(
-        annotations, ["voc", name == IMAGENET, *photos], lambda _: read_index(name, annotations, files), xmls
+        annotations,
+        ["voc", name == IMAGENET, *photos],
+        lambda _: read_index(name, annotations, files),
+        xmls,
     )
     vocabulary, label_of = read_classes(name, images, facts["classes"])
     for title in facts["classes"]:
@@ -64,15 +69,21 @@ def read_index(name: str, source: Path, files: dict[str, tuple[Path, str]]) -> t
         sizes.append(size)
         objects += [(row, *each) for each in found]
     if not objects:
-        raise InputError(f"{source}: none of its {len(files)} xml files has an object; name another")
+        raise InputError(
+            f"{source}: none of its {len(files)} xml files has an object; name another"
+        )
     image_of, titles, boxes, difficult = zip(*objects)
     boxes, sizes, image_of = np.array(boxes), np.array(sizes), np.array(image_of)
     if name == IMAGENET:
         shown = sizes[image_of][:, [1, 0, 1, 0]]
         if not shown.all():
             lost = list(files.values())[image_of[np.argmin(shown.all(axis=1))]][0]
-            raise InputError(f"{lost} does not tell the size that its corners are of; complete or remove it")
-        boxes = np.concatenate([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])], axis=1)
+            raise InputError(
+                f"{lost} does not tell the size that its corners are of; complete or remove it"
+            )
+        boxes = np.concatenate(
+            [np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])], axis=1
+        )
         boxes, sizes = boxes / shown, np.zeros_like(sizes)
         folders = [key.partition("/")[0] for key in files]
         titles = [folders[i] for i in image_of]
@@ -102,17 +113,29 @@ def holds_xml(folder: Path) -> bool:
 
 def listed(path: Path, images: Path) -> dict[str, tuple[Path, str]]:
     """{id: (xml file, image below `images`)} of a list in YEAR/ImageSets/Main/."""
-    all_years = sorted(images.glob("VOC20??/ImageSets/Main/trainval.txt")) if path.name == "trainval.txt" else []
+    all_years = (
+        sorted(images.glob("VOC20??/ImageSets/Main/trainval.txt"))
+        if path.name == "trainval.txt"
+        else []
+    )
     files = {}
     for file in all_years or [path]:
         year = file.absolute().parent.parent.parent
         photos = year / "JPEGImages"
-        below = photos.relative_to(images.absolute()) if photos.is_relative_to(images.absolute()) else Path()
+        below = (
+            photos.relative_to(images.absolute())
+            if photos.is_relative_to(images.absolute())
+            else Path()
+        )
         try:
             ids = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{file} cannot be read ({error}); it should name an image on each line") from None
-        files |= {id: (year / "Annotations" / f"{id}.xml", (below / f"{id}.jpg").as_posix()) for id in ids}
+            raise InputError(
+                f"{file} cannot be read ({error}); it should name an image on each line"
+            ) from None
+        files |= {
+            id: (year / "Annotations" / f"{id}.xml", (below / f"{id}.jpg").as_posix()) for id in ids
+        }
     return files
 
 
@@ -120,7 +143,11 @@ def paired(name: str, annotations: Path, images: Path) -> dict[str, tuple[Path, 
     """{path without its ending: (xml file, image below `images`)} of two folders."""
     xml_of = listing(name, annotations, (".xml",))
     # ImageNet has fourteen times as many images as files with boxes; they are not listed
-    image_of = {key: f"{key}.JPEG" for key in xml_of} if name == IMAGENET else listing(name, images, IMAGES)
+    image_of = (
+        {key: f"{key}.JPEG" for key in xml_of}
+        if name == IMAGENET
+        else listing(name, images, IMAGES)
+    )
     if lost := [key for key in xml_of if key not in image_of]:
         raise InputError(f"{name}: {annotations / xml_of[lost[0]]} has no image in {images} ({len(lost)} of "
                          f"{len(xml_of)} xml files); add the images or remove the files")  # fmt: skip
@@ -143,11 +170,17 @@ def read_xml(path: Path) -> tuple[tuple[int, int], list[tuple[str, list[float], 
         root = ElementTree.parse(path, ElementTree.XMLParser(target=NoDoctype())).getroot()
         if root.tag != "annotation":
             raise ValueError(f"it starts with <{root.tag}>, not with <annotation>")
-        height, width = (int(float(root.findtext(f"size/{side}") or 0)) for side in ("height", "width"))
+        height, width = (
+            int(float(root.findtext(f"size/{side}") or 0)) for side in ("height", "width")
+        )
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); put it there or take it out of the list") from None
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}); put it there or take it out of the list"
+        ) from None
     except (ElementTree.ParseError, ValueError, LookupError, OverflowError) as error:
-        raise InputError(f"{path} is no xml file of Pascal VOC's format ({error}); mend it or take it out") from None
+        raise InputError(
+            f"{path} is no xml file of Pascal VOC's format ({error}); mend it or take it out"
+        ) from None
     objects = []
     for number, thing in enumerate(root.findall("object"), 1):
         title = " ".join((thing.findtext("name") or "").split())
@@ -173,4 +206,6 @@ def read_classes(name: str, images: Path, written: list[str]) -> tuple[Vocabular
     for title, word in zip(written, names):
         ids.setdefault(word, title)  # the first of each name
     label_of = {word: label for label, word in enumerate(ids)}
-    return Vocabulary(name, tuple(ids), tuple(ids.values())), {t: label_of[word] for t, word in zip(written, names)}
+    return Vocabulary(name, tuple(ids), tuple(ids.values())), {
+        t: label_of[word] for t, word in zip(written, names)
+    }

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.datasets.base import Dataset
+from common.datasets.dataset import Dataset
 from common.datasets.index import Index
-from common.datasets.openimages import read_table
+from common.datasets.readers.openimages import read_table
 from common.datasets.shards import IMAGES, Shards, index_tar
 from common.errors import InputError
 from common.labels import Vocabulary
@@ -32,10 +32,16 @@ def read_folder(name: str, root: Path) -> Dataset:
         raise InputError(f"dataset '{name}': folder {root} does not exist; check the path")
     entries = [name for name in sorted(os.listdir(root)) if not name.startswith(".")]
     if tars := [name for name in entries if name.endswith(".tar") and os.path.isfile(root / name)]:
-        log_count(root, len(set(entries).difference(tars, LISTS)), "entries beside the tar files are left out")
+        log_count(
+            root,
+            len(set(entries).difference(tars, LISTS)),
+            "entries beside the tar files are left out",
+        )
         return read_tars(name, root, tars)
     files, others = {}, 0
-    class_folders = [name for name in entries if os.path.isdir(root / name)]  # False for a link that leads nowhere
+    class_folders = [
+        name for name in entries if os.path.isdir(root / name)
+    ]  # False for a link that leads nowhere
     for folder in class_folders:
         refuse_no_text(name, root, folder)
         found = [file for file in sorted(os.listdir(root / folder)) if not file.startswith(".")]
@@ -47,7 +53,11 @@ def read_folder(name: str, root: Path) -> Dataset:
         raise InputError(f"dataset '{name}': {root} needs a folder or a tar file of images for each class, but {what}; "
                          "name the folder above or below")  # fmt: skip
     log_count(root, len(files) - len(folders), "class folders without an image are left out")
-    log_count(root, len(set(entries).difference(class_folders, LISTS)), "entries beside the class folders are left out")
+    log_count(
+        root,
+        len(set(entries).difference(class_folders, LISTS)),
+        "entries beside the class folders are left out",
+    )
     log_count(root, others, "files that are no images are left out")
     file_names = [f"{folder}/{file}" for folder in folders for file in files[folder]]
     labels = np.repeat(np.arange(len(folders)), [len(files[folder]) for folder in folders])
@@ -62,14 +72,22 @@ def read_tars(name: str, root: Path, tars: list[str]) -> Dataset:
     """
     bar = tqdm(tars, "headers of tar files", unit="tar", delay=2, leave=False, disable=None)
     members = [index_tar(root / tar) for tar in bar]
-    log_count(root, sum(len(each) == 0 for each in members), "tar files without an image are left out")
-    log_count(root, sum(int((each["label"] == b"").sum()) for each in members), "images without a label are left out")
+    log_count(
+        root, sum(len(each) == 0 for each in members), "tar files without an image are left out"
+    )
+    log_count(
+        root,
+        sum(int((each["label"] == b"").sum()) for each in members),
+        "images without a label are left out",
+    )
     members = [each[each["label"] != b""] for each in members]
     # sorted for each tar first: together they can be many millions
     parts = [np.unique(each["label"], return_inverse=True) for each in members]
     texts = np.array(sorted({text for unique, _ in parts for text in unique.tolist()}))
     if not len(texts):
-        raise InputError(f"dataset '{name}': the tar files in {root} hold no images with labels; name another folder")
+        raise InputError(
+            f"dataset '{name}': the tar files in {root} hold no images with labels; name another folder"
+        )
     classes = [os.fsdecode(text) for text in texts.tolist()]
     for label in classes:
         refuse_no_text(name, root, label)
@@ -82,7 +100,9 @@ def read_tars(name: str, root: Path, tars: list[str]) -> Dataset:
                                  f"classes.txt has {len(classes)} lines, from 0; complete it")  # fmt: skip
         labels = np.array(numbers, int)[labels]
     tar_of = np.repeat(np.arange(len(tars), dtype=np.int32), [len(each) for each in members])
-    offsets, sizes = (np.concatenate([each[column] for each in members]) for column in ("offset", "size"))
+    offsets, sizes = (
+        np.concatenate([each[column] for each in members]) for column in ("offset", "size")
+    )
     shards = Shards([root / tar for tar in tars], tar_of, offsets, sizes)
     file_names = np.concatenate([each["name"] for each in members])
     return labelled_images(name, root, classes, file_names, labels, shards)
@@ -99,7 +119,9 @@ def labelled_images(
     """The dataset of images with one label each: `labels` (I,) index `classes`, of which those of one name are one."""
     names = class_names(root, classes)
     label_of = {label: i for i, label in enumerate(dict.fromkeys(names))}
-    log_count(root, len(names) - len(label_of), "classes have the name of another; they are one class")
+    log_count(
+        root, len(names) - len(label_of), "classes have the name of another; they are one class"
+    )
     total = len(file_names)
     index = Index.build(
         source=str(root),
@@ -121,7 +143,9 @@ def log_count(root: Path, number: int, what: str) -> None:
 
 def refuse_no_text(name: str, root: Path, label: str) -> None:
     if any("\ud800" <= letter <= "\udfff" for letter in label):  # bytes that are no UTF-8
-        raise InputError(f"dataset '{name}': {root} has the class {label!r}, which is no text; rename it")
+        raise InputError(
+            f"dataset '{name}': {root} has the class {label!r}, which is no text; rename it"
+        )
 
 
 def read_class_list(name: str, root: Path) -> list[str]:
@@ -156,5 +180,7 @@ def read_words(path: Path) -> dict[str, str]:
     try:
         rows = [line.partition("\t") for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); it should be lines of id, tab, synonyms") from None
+        raise InputError(
+            f"{path} cannot be read ({error}); it should be lines of id, tab, synonyms"
+        ) from None
     return {wnid.strip(): synonyms.split(",")[0].strip() for wnid, _, synonyms in rows}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.datasets.base import Dataset
-from common.datasets.folder import IMAGES
+from common.datasets.dataset import Dataset
 from common.datasets.index import Index, encoded
 from common.datasets.maps import label_table
+from common.datasets.readers.folder import IMAGES
 from common.errors import InputError
 from common.labels import Vocabulary
 
@@ -40,7 +40,9 @@ def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> 
         plain = any(maps.glob("*/*_gtFine_labelIds.png"))
         map_ending = "_gtFine_labelIds.png" if plain else "_gtFine_labelTrainIds.png"
         # the ids 0 to 33 of labels.py that are not evaluated, or 255
-        table = label_table(vocabulary.ids if plain else range(19), tuple(range(34)) if plain else (255,))
+        table = label_table(
+            vocabulary.ids if plain else range(19), tuple(range(34)) if plain else (255,)
+        )
     elif name == "coco-stuff":
         vocabulary = Vocabulary.known(name)
         map_ending = ".png" if shifted else "_labelTrainIds.png"
@@ -48,12 +50,22 @@ def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> 
     else:
         vocabulary = Vocabulary.known(name) if name == "mapillary" else read_classes(name, maps)
         table = label_table(vocabulary.ids, (255, len(vocabulary)))
-    map_of, image_of = (listing(name, root, e) for root, e in ((maps, (map_ending,)), (images, image_endings)))
+    map_of, image_of = (
+        listing(name, root, e) for root, e in ((maps, (map_ending,)), (images, image_endings))
+    )
     if not map_of:
-        raise InputError(f"dataset '{name}': {maps} holds no label maps, which are files *{map_ending}; check the path")
+        raise InputError(
+            f"dataset '{name}': {maps} holds no label maps, which are files *{map_ending}; check the path"
+        )
     bare = [key for key in image_of if key not in map_of]
     if bare:
-        log.info("%s: %d images without a label map in %s are left out (first: %s)", name, len(bare), maps, bare[0])
+        log.info(
+            "%s: %d images without a label map in %s are left out (first: %s)",
+            name,
+            len(bare),
+            maps,
+            bare[0],
+        )
     lost = [key for key in map_of if key not in image_of]
     if lost:
         raise InputError(f"{name}: label map {maps / map_of[lost[0]]} has no image in {images} ({len(lost)} of "
@@ -66,12 +78,16 @@ def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> 
         map_names=encoded(map_of.values()),
     )
     vocabulary = replace(vocabulary, is_thing=None)  # all pixels of a class are one segment
-    return Dataset(name, vocabulary, index, images, metric, "semantic", maps=maps, pixel_labels=table)
+    return Dataset(
+        name, vocabulary, index, images, metric, "semantic", maps=maps, pixel_labels=table
+    )
 
 
 def read_classes(name: str, maps: Path) -> Vocabulary:
     """The vocabulary in classes.txt, in the folder of the label maps or beside it: one name per line, values from 0."""
-    path = next((p for p in (maps / "classes.txt", maps.parent / "classes.txt") if p.is_file()), None)
+    path = next(
+        (p for p in (maps / "classes.txt", maps.parent / "classes.txt") if p.is_file()), None
+    )
     if path is None:
         raise InputError(f"dataset '{name}': {maps / 'classes.txt'} does not exist; name the classes there, one per "
                          "line in the order of the pixel values from 0")  # fmt: skip
@@ -79,7 +95,9 @@ def read_classes(name: str, maps: Path) -> Vocabulary:
         names = tuple(line.strip() for line in path.read_text("utf-8-sig").rstrip().split("\n"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); save it as UTF-8 text") from None
-    return replace(Vocabulary(str(path), names, tuple(range(len(names)))), dataset=name)  # its errors name the file
+    return replace(
+        Vocabulary(str(path), names, tuple(range(len(names)))), dataset=name
+    )  # its errors name the file
 
 
 def listing(name: str, root: Path, endings: tuple[str, ...]) -> dict[str, str]:

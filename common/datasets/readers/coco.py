@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from common.datasets.base import Dataset
+from common.datasets.dataset import Dataset
 from common.datasets.index import Index, JsonRows, Parts
 from common.datasets.store import cached_index
 from common.datasets.stream import read_fields
@@ -27,7 +27,9 @@ PER_IMAGE = {"negatives": "neg_category_ids", "not_exhaustive": "not_exhaustive_
 TAGS = ("pos_category_ids", "captions")
 
 
-def read_coco(name: str, annotations: Path, images: Path, metric: str, only_masks: bool = False) -> Dataset:
+def read_coco(
+    name: str, annotations: Path, images: Path, metric: str, only_masks: bool = False
+) -> Dataset:
     """Read a COCO, LVIS or Objects365 json.
 
     Classes are the file's categories in the order of their ids; a dataset with a list in data/vocabularies takes its
@@ -38,7 +40,9 @@ def read_coco(name: str, annotations: Path, images: Path, metric: str, only_mask
     Raises InputError naming the file, the field and the remedy.
     """
 
-    as_written = (images / "images").is_dir()  # Objects365 in the tree that its file names show, not in patch folders
+    as_written = (
+        images / "images"
+    ).is_dir()  # Objects365 in the tree that its file names show, not in patch folders
 
     def read(blob: BinaryIO) -> tuple[Index, dict]:
         return read_index(name, annotations, only_masks, as_written, blob)
@@ -50,19 +54,29 @@ def read_coco(name: str, annotations: Path, images: Path, metric: str, only_mask
         vocabulary = read_vocabulary(name, annotations, categories)
         by_id = {c["id"]: c["frequency"] for c in categories} if metric == "lvis" else {}
         if odd := [id for id, frequency in by_id.items() if frequency not in ("r", "c", "f")]:
-            raise InputError(f"{annotations}: category {odd[0]} has the frequency {by_id[odd[0]]!r}; write r, c or f")
+            raise InputError(
+                f"{annotations}: category {odd[0]} has the frequency {by_id[odd[0]]!r}; write r, c or f"
+            )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{annotations}: {what} in an entry; a COCO-format json is needed") from None
+        raise InputError(
+            f"{annotations}: {what} in an entry; a COCO-format json is needed"
+        ) from None
     if facts["left_out"]:
         log.info("%s: %d boxes without a mask are left out", annotations, facts["left_out"])
     if facts["some_masks"]:
         log.warning("%s: only %d of %d annotations have a segmentation, so none is used", annotations,
                     facts["some_masks"], len(index.labels))  # fmt: skip
     if facts["never_there"]:
-        log.info("%s: %d images that were never published are left out", annotations, facts["never_there"])
+        log.info(
+            "%s: %d images that were never published are left out",
+            annotations,
+            facts["never_there"],
+        )
     tagged = index.image_labels is not None
-    supervision = "image_labels" if tagged else "boxes" if index.segmentations is None else "instances"
+    supervision = (
+        "image_labels" if tagged else "boxes" if index.segmentations is None else "instances"
+    )
     frequency = "".join(by_id[id] for id in vocabulary.ids) if by_id else None
     return Dataset(name, vocabulary, index, images, metric, supervision, frequency=frequency)
 
@@ -73,7 +87,9 @@ def read_o365_instances(name: str, annotations: Path, images: Path, metric: str)
     return replace(dataset, name=name, vocabulary=replace(dataset.vocabulary, dataset=name))
 
 
-def read_index(name: str, path: Path, only_masks: bool, as_written: bool, blob: BinaryIO) -> tuple[Index, dict]:
+def read_index(
+    name: str, path: Path, only_masks: bool, as_written: bool, blob: BinaryIO
+) -> tuple[Index, dict]:
     """The index and the facts beside it, as `cached_index` wants them."""
     images = Images(path, as_written)
     boxes, categories = Boxes(path, images.number_of_id, only_masks, blob), []
@@ -92,10 +108,15 @@ def read_index(name: str, path: Path, only_masks: bool, as_written: bool, blob: 
     vocabulary = read_vocabulary(name, path, categories)
     index = to_index(path, images, boxes, vocabulary)
     if tagged:
-        index = replace(index, **read_tags(path, [images.tags.get(i, {}) for i in range(len(index))], vocabulary))
+        index = replace(
+            index,
+            **read_tags(path, [images.tags.get(i, {}) for i in range(len(index))], vocabulary),
+        )
     if index.segmentations is None:
         blob.truncate(0)
-    never_there = np.array([name.endswith(NEVER_THERE) for name in index.file_names.tolist()], dtype=bool)
+    never_there = np.array(
+        [name.endswith(NEVER_THERE) for name in index.file_names.tolist()], dtype=bool
+    )
     if never_there.any():
         index = index.select(~never_there)
     kept = [{key: c[key] for key in ("id", "name", "frequency") if key in c} for c in categories]
@@ -115,7 +136,11 @@ class Images:
     """
 
     def __init__(self, path: Path, as_written: bool):
-        self.path, self.as_written, self.number_of_id = path, as_written, defaultdict(count().__next__)
+        self.path, self.as_written, self.number_of_id = (
+            path,
+            as_written,
+            defaultdict(count().__next__),
+        )
         self.ids, self.names, self.sizes = [], [], [np.zeros((0, 2), np.int32)]
         self.known, self.tags = {field: {} for field in PER_IMAGE}, {}
 
@@ -136,11 +161,21 @@ class Boxes:
     """The list `annotations`, gathered run by run; masks are written to `blob`. Images and classes have numbers yet."""
 
     def __init__(self, path: Path, number_of_image: dict, only_masks: bool, blob: BinaryIO):
-        self.path, self.number_of_image, self.only_masks, self.blob = path, number_of_image, only_masks, blob
+        self.path, self.number_of_image, self.only_masks, self.blob = (
+            path,
+            number_of_image,
+            only_masks,
+            blob,
+        )
         self.number_of_class = defaultdict(count().__next__)
         self.count, self.left_out, self.num_masks = 0, 0, 0
         self.parts = Parts(
-            image=np.int32, label=np.int32, box=(np.float32, 4), area=np.float32, ignore=bool, mask_length=np.int64
+            image=np.int32,
+            label=np.int32,
+            box=(np.float32, 4),
+            area=np.float32,
+            ignore=bool,
+            mask_length=np.int64,
         )
 
     def add(self, run: list[dict]) -> None:
@@ -155,7 +190,9 @@ class Boxes:
             "area": [e["area"] if "area" in e else e["bbox"][2] * e["bbox"][3] for e in run],
             "ignore": [entry.get("iscrowd", 0) for entry in run],
         }
-        if columns["ignore"].count(0) + columns["ignore"].count(1) < len(run):  # true and false are among them
+        if columns["ignore"].count(0) + columns["ignore"].count(1) < len(
+            run
+        ):  # true and false are among them
             entry = next(entry for entry in run if entry.get("iscrowd", 0) not in (0, 1))
             raise InputError(f"{self.path}: annotation {entry.get('id')} has the iscrowd {entry['iscrowd']!r}; write "
                              "the number 0 or 1")  # fmt: skip
@@ -187,7 +224,9 @@ class Boxes:
             boxes = np.zeros(0)
         if boxes.shape != (len(run), 4) or boxes.dtype.kind not in "biuf":
             for entry in run:
-                if len(entry["bbox"]) != 4 or not all(isinstance(x, (int, float)) for x in entry["bbox"]):
+                if len(entry["bbox"]) != 4 or not all(
+                    isinstance(x, (int, float)) for x in entry["bbox"]
+                ):
                     raise InputError(f"{self.path}: annotation {entry.get('id')} has the bbox {entry['bbox']}; four "
                                      "numbers needed: x, y, width, height")  # fmt: skip
         boxes = np.array(values, dtype=np.float64) if boxes.dtype != np.float64 else boxes
@@ -206,16 +245,23 @@ def to_index(path: Path, images: Images, boxes: Boxes, vocabulary: Vocabulary) -
     row_of[numbers] = np.arange(len(numbers))
     if (row_of >= 0).sum() < len(images.ids):
         raise InputError(f"{path}: two images share an id; give each its own")
-    label_of = np.array([vocabulary.index_of_id.get(id, -1) for id in boxes.number_of_class], dtype=np.int32)
+    label_of = np.array(
+        [vocabulary.index_of_id.get(id, -1) for id in boxes.number_of_class], dtype=np.int32
+    )
     image_of, labels = row_of[boxes.parts.take("image")], label_of[boxes.parts.take("label")]
-    for rows, field, place in ((image_of, "image_id", "images"), (labels, "category_id", "categories")):
+    for rows, field, place in (
+        (image_of, "image_id", "images"),
+        (labels, "category_id", "categories"),
+    ):
         if (rows < 0).any():
             entry = boxes.entry(int(np.argmax(rows < 0)))
             raise InputError(f"{path}: annotation {entry.get('id')} has the unknown {field} {entry[field]}; list it in "
                              f"'{place}' or remove the annotation ({(rows < 0).sum()} such in the file)")  # fmt: skip
     areas = boxes.parts.take("area")
     odd = ~(np.isfinite(areas) & (areas >= 0))
-    if odd.any() and "area" in (entry := boxes.entry(int(np.argmax(odd)))):  # else its box is what is wrong
+    if odd.any() and "area" in (
+        entry := boxes.entry(int(np.argmax(odd)))
+    ):  # else its box is what is wrong
         raise InputError(f"{path}: annotation {entry.get('id')} has the area {entry['area']}; write its square pixels "
                          "or leave the field out")  # fmt: skip
     lengths = boxes.parts.take("mask_length")
@@ -230,10 +276,15 @@ def to_index(path: Path, images: Images, boxes: Boxes, vocabulary: Vocabulary) -
         labels=labels,
         areas=areas,
         ignore=boxes.parts.take("ignore"),
-        segmentations=JsonRows(ends[:0], ends - lengths, ends) if boxes.has_masks and boxes.count else None,
+        segmentations=JsonRows(ends[:0], ends - lengths, ends)
+        if boxes.has_masks and boxes.count
+        else None,
         **{
             field: JsonRows.of(
-                [[vocabulary.index_of_id[id] for id in known.get(row, ())] for row in range(len(numbers))]
+                [
+                    [vocabulary.index_of_id[id] for id in known.get(row, ())]
+                    for row in range(len(numbers))
+                ]
             )
             for field, known in images.known.items()
             if known
@@ -251,7 +302,9 @@ def read_tags(path: Path, images: list[dict], vocabulary: Vocabulary) -> dict:
                 raise InputError(f"{path}: image {image['id']} has the unknown id {id} in pos_category_ids; "
                                  "list it in 'categories' or remove it")  # fmt: skip
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise InputError(f"{path}: image {image['id']} has captions that are no list of strings; mend them")
+            raise InputError(
+                f"{path}: image {image['id']} has captions that are no list of strings; mend them"
+            )
         labels.append(sorted({vocabulary.index_of_id[id] for id in ids}))
         captions.append(tuple(texts))
     return {
@@ -296,10 +349,16 @@ def file_name(path: Path, image: dict, as_written: bool = False) -> str:
     Raises InputError for a name that leaves the image folder or can be none.
     """
     name = str(image["file_name"] if "file_name" in image else image["coco_url"])
-    if "file_name" not in image or (name.startswith(("images/v1/", "images/v2/")) and not as_written):
+    if "file_name" not in image or (
+        name.startswith(("images/v1/", "images/v2/")) and not as_written
+    ):
         name = "/".join(name.split("/")[-2:])
     if "\0" in name or "\n" in name or len(name) > 4096:
-        raise InputError(f"{path}: file_name {name[:80]!r} ({len(name)} letters) can be no file's; give its path")
+        raise InputError(
+            f"{path}: file_name {name[:80]!r} ({len(name)} letters) can be no file's; give its path"
+        )
     if name.startswith("/") or ".." in name.split("/"):
-        raise InputError(f"{path}: file_name '{name}' leaves the image folder; give a path below it")
+        raise InputError(
+            f"{path}: file_name '{name}' leaves the image folder; give a path below it"
+        )
     return name

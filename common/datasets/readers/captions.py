@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.datasets.base import Dataset, missing_files
-from common.datasets.coco import file_name, read_coco
+from common.datasets.dataset import Dataset, missing_files
 from common.datasets.index import Index
-from common.datasets.semantic import listing
+from common.datasets.readers.coco import file_name, read_coco
+from common.datasets.readers.semantic import listing
 from common.datasets.shards import IMAGES
 from common.errors import InputError
 from common.labels import DATA, Vocabulary
@@ -32,14 +32,18 @@ def read_captions(name: str, annotations: Path, images: Path, metric: str = "coc
     """
     if annotations.suffix == ".json":
         return read_coco(name, annotations, images, metric)
-    pairs = (read_lines(annotations, images) if annotations.is_file() else []) or read_beside(name, images)
+    pairs = (read_lines(annotations, images) if annotations.is_file() else []) or read_beside(
+        name, images
+    )
     if not pairs:
         raise InputError(f"dataset '{name}': no image of {annotations} is in {images}; download them as LINE.jpg, or "
                          "with img2dataset as FOLDER/KEY.jpg beside KEY.txt")  # fmt: skip
     classes_in = class_finder()
     found = [(file, caption, labels) for file, caption in pairs if (labels := classes_in(caption))]
     if not found:
-        raise InputError(f"dataset '{name}': none of the {len(pairs)} captions of {annotations} names a class of LVIS")
+        raise InputError(
+            f"dataset '{name}': none of the {len(pairs)} captions of {annotations} names a class of LVIS"
+        )
     if bare := len(pairs) - len(found):
         log.info("%s: %d images whose caption names no class are left out", annotations, bare)
     files, captions, labels = zip(*found)
@@ -63,7 +67,9 @@ def class_finder() -> Callable[[str], list[int]]:
     Conceptual Captions, where it stands between spaces.
     """
     synonyms = json.loads((DATA / "vocabularies" / "lvis.json").read_text())["synonyms"]
-    starting: dict[str, list[tuple[str, int]]] = {}  # first word -> names between spaces, with their labels
+    starting: dict[
+        str, list[tuple[str, int]]
+    ] = {}  # first word -> names between spaces, with their labels
     for label, names in enumerate(synonyms):
         for name in names:
             words = name.partition("(")[0].replace("_", " ").lower().split()
@@ -72,7 +78,9 @@ def class_finder() -> Callable[[str], list[int]]:
     def classes_in(caption: str) -> list[int]:
         words = caption.lower().translate(PUNCTUATION).split()
         text = f" {' '.join(words)} "
-        return sorted({label for word in set(words) for name, label in starting.get(word, ()) if name in text})
+        return sorted(
+            {label for word in set(words) for name, label in starting.get(word, ()) if name in text}
+        )
 
     return classes_in
 
@@ -88,12 +96,21 @@ def read_lines(path: Path, images: Path) -> list[tuple[str, str]]:
                     raise InputError(f"{path}: line {number} has {len(columns)} columns; write the caption, a tab and "
                                      "the URL or path of the image")  # fmt: skip
                 caption, place = columns
-                pairs.append((f"{number}.jpg" if "://" in place else file_name(path, {"file_name": place}), caption))
+                pairs.append(
+                    (
+                        f"{number}.jpg"
+                        if "://" in place
+                        else file_name(path, {"file_name": place}),
+                        caption,
+                    )
+                )
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); save it as UTF-8 text") from None
     missing = set(missing_files(images, (file for file, _ in pairs)))
     if missing:
-        log.info("%s: %d of %d images are not in %s and left out", path, len(missing), len(pairs), images)
+        log.info(
+            "%s: %d of %d images are not in %s and left out", path, len(missing), len(pairs), images
+        )
     return [pair for pair in pairs if pair[0] not in missing]
 
 
@@ -106,5 +123,7 @@ def read_beside(name: str, images: Path) -> list[tuple[str, str]]:
         try:
             pairs.append((files[key], (images / texts[key]).read_text("utf-8").strip()))
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{images / texts[key]} cannot be read ({error}); save it as UTF-8 text") from None
+            raise InputError(
+                f"{images / texts[key]} cannot be read ({error}); save it as UTF-8 text"
+            ) from None
     return sorted(pairs)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.datasets.base import Dataset
-from common.datasets.coco import OPTIONS as COCO_OPTIONS
-from common.datasets.coco import file_name, read_vocabulary
+from common.datasets.dataset import Dataset
 from common.datasets.index import Index, Parts, encoded
+from common.datasets.readers.coco import OPTIONS as COCO_OPTIONS
+from common.datasets.readers.coco import file_name, read_vocabulary
 from common.datasets.store import cached_index, is_cached
 from common.datasets.stream import read_fields
 from common.errors import InputError
@@ -26,7 +26,11 @@ def is_panoptic(path: Path) -> bool:
         return False
     if is_cached(path, options("")):
         return True
-    runs = (run for field, run in read_fields(path) if field == "annotations" and isinstance(run, list) and run)
+    runs = (
+        run
+        for field, run in read_fields(path)
+        if field == "annotations" and isinstance(run, list) and run
+    )
     first = next(runs, [None])[0]
     return isinstance(first, dict) and "segments_info" in first
 
@@ -49,13 +53,17 @@ def read_panoptic(name: str, annotations: Path, images: Path, metric: str = "pq"
         raise InputError(f"dataset '{name}': {places[0]}, the folder of the PNGs of {annotations.name}, does not "
                          "exist; unpack it there")  # fmt: skip
     try:
-        index, facts = cached_index(annotations, options(name), lambda _: read_index(name, annotations))
+        index, facts = cached_index(
+            annotations, options(name), lambda _: read_index(name, annotations)
+        )
         vocabulary = read_vocabulary(name, annotations, facts["categories"])
         is_thing = {c["id"]: bool(c["isthing"]) for c in facts["categories"]}
         vocabulary = replace(vocabulary, is_thing=tuple(is_thing[id] for id in vocabulary.ids))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{annotations}: {what} in an entry; a panoptic json of COCO's format is needed") from None
+        raise InputError(
+            f"{annotations}: {what} in an entry; a panoptic json of COCO's format is needed"
+        ) from None
     if facts["bare"]:
         log.info("%s: %d images without segments_info are left out", annotations, facts["bare"])
     return Dataset(name, vocabulary, index, images, metric, "panoptic", maps=maps)
@@ -69,14 +77,19 @@ def read_index(name: str, path: Path) -> tuple[Index, dict]:
             continue
         found.add(field)
         if field == "images":
-            images += [(e["id"], image_name(name, path, e), e.get("height", 0), e.get("width", 0)) for e in run]
+            images += [
+                (e["id"], image_name(name, path, e), e.get("height", 0), e.get("width", 0))
+                for e in run
+            ]
         elif field == "annotations":
             segments.add(run)
         else:
             categories += run
     for field in ("images", "annotations", "categories"):
         if field not in found:
-            raise InputError(f"{path}: the list '{field}' is missing; a panoptic json of COCO's format is needed")
+            raise InputError(
+                f"{path}: the list '{field}' is missing; a panoptic json of COCO's format is needed"
+            )
     if not all(category["isthing"] in (0, 1) for category in categories):
         raise ValueError("an isthing that is not 0 or 1")
     listed, number_of = len(images), segments.number_of_image
@@ -87,10 +100,14 @@ def read_index(name: str, path: Path) -> tuple[Index, dict]:
         raise InputError(f"{path}: an image comes twice in 'images' or 'annotations'; keep one")
     if len(row_of) < len(number_of):
         unknown = min(number_of.keys() - row_of.keys())
-        raise InputError(f"{path}: an annotation has the unknown image_id {unknown}; list it in 'images' or remove it")
+        raise InputError(
+            f"{path}: an annotation has the unknown image_id {unknown}; list it in 'images' or remove it"
+        )
     label_of = read_vocabulary(name, path, categories).index_of_id
     numbers, labels = segments.parts.take("image"), segments.parts.take("category")
-    labels = np.array([label_of.get(id, -1) for id in segments.number_of_category], dtype=np.int32)[labels]
+    labels = np.array([label_of.get(id, -1) for id in segments.number_of_category], dtype=np.int32)[
+        labels
+    ]
     if (labels < 0).any():
         image = list(number_of)[numbers[np.argmax(labels < 0)]]
         unknown = next(id for id in segments.number_of_category if id not in label_of)
@@ -122,9 +139,16 @@ class Segments:
 
     def __init__(self, path: Path):
         self.path, self.maps = path, []
-        self.number_of_image, self.number_of_category = (defaultdict(count().__next__) for _ in range(2))
+        self.number_of_image, self.number_of_category = (
+            defaultdict(count().__next__) for _ in range(2)
+        )
         self.parts = Parts(
-            image=np.int32, id=np.int64, category=np.int32, box=(np.float32, 4), area=np.float32, crowd=bool
+            image=np.int32,
+            id=np.int64,
+            category=np.int32,
+            box=(np.float32, 4),
+            area=np.float32,
+            crowd=bool,
         )
 
     def add(self, run: list[dict]) -> None:
@@ -132,16 +156,22 @@ class Segments:
         for entry in run:
             found = entry["segments_info"]
             ids = [segment["id"] for segment in found]
-            if len(set(ids)) < len(ids) or not all(isinstance(id, int) and 0 < id < 1 << 24 for id in ids):
+            if len(set(ids)) < len(ids) or not all(
+                isinstance(id, int) and 0 < id < 1 << 24 for id in ids
+            ):
                 raise InputError(f"{self.path}: image {entry['image_id']} has the segment ids {ids}; each is a number "
                                  "of its own, from 1 to 16777215")  # fmt: skip
             self.maps.append(file_name(self.path, {"file_name": entry["file_name"]}))
             image_of += [self.number_of_image[entry["image_id"]]] * len(found)
             segments += found
         for segment in segments:
-            if segment.get("iscrowd", 0) not in (0, 1) or not isinstance(segment.get("area", 0), int | float):
+            if segment.get("iscrowd", 0) not in (0, 1) or not isinstance(
+                segment.get("area", 0), int | float
+            ):
                 raise ValueError("an iscrowd that is not 0 or 1, or an area that is no number")
-        boxes = np.array([segment.get("bbox", (0, 0, 0, 0)) for segment in segments], dtype=np.float64)
+        boxes = np.array(
+            [segment.get("bbox", (0, 0, 0, 0)) for segment in segments], dtype=np.float64
+        )
         if segments and boxes.shape != (len(segments), 4):
             raise ValueError("a bbox that is not x, y, width, height")
         boxes = boxes.reshape(-1, 4)

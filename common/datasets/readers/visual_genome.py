@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.datasets.base import Dataset
-from common.datasets.coco import file_name
+from common.datasets.dataset import Dataset
 from common.datasets.index import Index, Parts
+from common.datasets.readers.coco import file_name
 from common.datasets.store import cached_index
 from common.datasets.stream import read_elements
 from common.errors import InputError
@@ -30,15 +30,25 @@ def read_visual_genome(name: str, annotations: Path, images: Path, metric: str) 
     places = annotations.with_name("image_data.json")
     if not places.is_file():
         raise InputError(f"{places} does not exist; put it there, from visualgenome.org")
-    index, facts = cached_index(annotations, ["vg"], lambda _: read_index(annotations, places), [annotations, places])
+    index, facts = cached_index(
+        annotations, ["vg"], lambda _: read_index(annotations, places), [annotations, places]
+    )
     if bare := facts["bare"]:
-        log.info("%s: %d of %d objects have no synset and are left out", annotations, bare, bare + len(index.labels))
+        log.info(
+            "%s: %d of %d objects have no synset and are left out",
+            annotations,
+            bare,
+            bare + len(index.labels),
+        )
     return Dataset(name, Vocabulary(name, tuple(facts["names"])), index, images, metric)
 
 
 def read_index(annotations: Path, places: Path) -> tuple[Index, dict]:
     row_of, file_names, sizes, bare = {}, [], [], 0
-    parts, number_of = Parts(image=np.int32, box=(np.float32, 4), word=np.int32), defaultdict(count().__next__)
+    parts, number_of = (
+        Parts(image=np.int32, box=(np.float32, 4), word=np.int32),
+        defaultdict(count().__next__),
+    )
     path = places
     try:
         for image in read_elements(places):
@@ -52,19 +62,27 @@ def read_index(annotations: Path, places: Path) -> tuple[Index, dict]:
                                  "one version")  # fmt: skip
             found = [each for each in image["objects"] if each["synsets"]]
             bare += len(image["objects"]) - len(found)
-            boxes = np.array([(o["x"], o["y"], o["w"], o["h"]) for o in found], dtype=np.float64).reshape(-1, 4)
+            boxes = np.array(
+                [(o["x"], o["y"], o["w"], o["h"]) for o in found], dtype=np.float64
+            ).reshape(-1, 4)
             boxes[:, 2:] += boxes[:, :2]  # xywh -> xyxy
             words = [o["synsets"][0].rsplit(".", 2)[0].replace("_", " ") for o in found]
             parts.add(
-                image=[row_of[image["image_id"]]] * len(found), box=boxes, word=[number_of[word] for word in words]
+                image=[row_of[image["image_id"]]] * len(found),
+                box=boxes,
+                word=[number_of[word] for word in words],
             )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{path}: {what} in an entry; a file of visualgenome.org is needed") from None
+        raise InputError(
+            f"{path}: {what} in an entry; a file of visualgenome.org is needed"
+        ) from None
     if len(row_of) < len(file_names):
         raise InputError(f"{places}: an image_id comes twice; download the file again")
     names = sorted(number_of)
-    label_of = np.argsort([number_of[name] for name in names])  # the inverse permutation: number -> label
+    label_of = np.argsort(
+        [number_of[name] for name in names]
+    )  # the inverse permutation: number -> label
     index = Index.build(
         source=str(annotations),
         file_names=file_names,

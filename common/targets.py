@@ -35,7 +35,9 @@ def match_by_iou(boxes: Tensor, gt_boxes: Tensor, threshold: float) -> tuple[Ten
     Source: facebookresearch/detectron2:detectron2/modeling/matcher.py, without low-quality matches.
     """
     if len(gt_boxes) == 0:
-        return boxes.new_zeros(len(boxes), dtype=torch.long), boxes.new_zeros(len(boxes), dtype=torch.bool)
+        return boxes.new_zeros(len(boxes), dtype=torch.long), boxes.new_zeros(
+            len(boxes), dtype=torch.bool
+        )
     iou, index = box_iou(gt_boxes, boxes).max(dim=0)  # (Q,)
     return index, iou >= threshold
 
@@ -52,7 +54,9 @@ def sample_fg_bg(matched: Tensor, num: int, fg_fraction: float) -> Tensor:
     return torch.cat([fg, bg[torch.randperm(len(bg), device=bg.device)[:num_bg]]])
 
 
-def match_anchors(anchors: Tensor, gt_boxes: Tensor, fg_iou: float, bg_iou: float, low_iou: float) -> Tensor:
+def match_anchors(
+    anchors: Tensor, gt_boxes: Tensor, fg_iou: float, bg_iou: float, low_iou: float
+) -> Tensor:
     """(M, 4) anchors, (N, 4) ground truth -> (M,) index of the ground truth, -1: background, -2: neither.
 
     Foreground overlaps its best ground truth by fg_iou, background none by bg_iou. A ground truth whose best overlap

@@ -16,7 +16,10 @@ def point_sample(maps: Tensor, points: Tensor) -> Tensor:
 
     points: x, y in 0..1 of the map, whose pixels are squares: the first one's centre is at (0.5 / W, 0.5 / H)
     """
-    maps, shared = maps.float(), len(points) == 1  # maps with the same points are channels of one image
+    maps, shared = (
+        maps.float(),
+        len(points) == 1,
+    )  # maps with the same points are channels of one image
     grid = (2 * points - 1)[:, None]  # (N, 1, P, 2)
     sampled = F.grid_sample(maps[None] if shared else maps[:, None], grid, align_corners=False)
     return sampled[0, :, 0] if shared else sampled[:, 0, 0]
@@ -37,7 +40,9 @@ def uncertain_points(
         candidates = torch.rand(1, 3 * num, 2, device=logits.device).expand(len(logits), -1, -1)
     if random is None:
         random = torch.rand(len(logits), num - sure, 2, device=logits.device)
-    rows = point_sample(logits, candidates).abs().topk(sure, largest=False, sorted=False).indices  # (N, sure)
+    rows = (
+        point_sample(logits, candidates).abs().topk(sure, largest=False, sorted=False).indices
+    )  # (N, sure)
     return torch.cat([candidates.gather(1, rows[..., None].expand(-1, -1, 2)), random], 1)
 
 
@@ -67,8 +72,12 @@ def hungarian(cost: Tensor) -> tuple[Tensor, Tensor]:
 
 def assign_by_depth(cost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`hungarian` in each depth of cost (Z, Q, T) -> depth, query, target (R,) of all pairs, sorted by target."""
-    found = [hungarian(of_depth) for of_depth in cost.cpu()]  # one copy from the device for all depths
-    depth = torch.repeat_interleave(torch.arange(len(found)), torch.tensor([len(rows) for rows, _ in found]))
+    found = [
+        hungarian(of_depth) for of_depth in cost.cpu()
+    ]  # one copy from the device for all depths
+    depth = torch.repeat_interleave(
+        torch.arange(len(found)), torch.tensor([len(rows) for rows, _ in found])
+    )
     query, target = (torch.cat(part) for part in zip(*found))
     order = target.argsort(stable=True)
     return tuple(part[order].to(cost.device) for part in (depth, query, target))

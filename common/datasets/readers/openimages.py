@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from common.datasets.base import Dataset
+from common.datasets.dataset import Dataset
 from common.datasets.index import Index, Parts
 from common.datasets.store import cached_index
 from common.datasets.stream import read_json
@@ -32,26 +32,39 @@ def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> 
     """
     classes = beside(annotations, CLASSES)
     if classes:
-        pairs = [row for row in read_rows(classes) if row and row[0] != "LabelName"]  # V7 has a header
+        pairs = [
+            row for row in read_rows(classes) if row and row[0] != "LabelName"
+        ]  # V7 has a header
         if any(len(row) != 2 for row in pairs):
-            raise InputError(f"{classes}: a line is not ID,NAME; was the file cut off? download it again")
+            raise InputError(
+                f"{classes}: a line is not ID,NAME; was the file cut off? download it again"
+            )
         listed = Vocabulary(name, tuple(p[1] for p in pairs), tuple(p[0] for p in pairs))
     else:
         listed = Vocabulary.known("oid")
     vocabulary = Vocabulary.known(name) if name == "oid500" else listed
     tree = beside(annotations, *TREES)
-    labels = [annotations.name.replace("bbox", f"human-imagelabels{ending}") for ending in ("-boxable", "")]
+    labels = [
+        annotations.name.replace("bbox", f"human-imagelabels{ending}")
+        for ending in ("-boxable", "")
+    ]
     verified = beside(annotations, *labels)
     if "train" not in annotations.name and not (tree and verified):
         lost = labels[0] if tree else TREES[0]
-        log.warning("%s: there is no %s beside it, so the AP50 will not be the official one", annotations, lost)
+        log.warning(
+            "%s: there is no %s beside it, so the AP50 will not be the official one",
+            annotations,
+            lost,
+        )
 
     def read(_: BinaryIO) -> tuple[Index, dict]:
         absent, present = read_verified(verified, vocabulary) if verified else ({}, {})
         evaluated = absent | present if "validation" in annotations.name else ()
         index, left_out = read_index(annotations, listed, vocabulary, evaluated)
         if verified:
-            index.negatives, index.verified = ([of.get(id, []) for id in index.image_ids] for of in (absent, present))
+            index.negatives, index.verified = (
+                [of.get(id, []) for id in index.image_ids] for of in (absent, present)
+            )
         return index, {"left_out": left_out}
 
     files = [path for path in (annotations, verified) if path]
@@ -59,12 +72,18 @@ def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> 
     if facts["left_out"]:
         log.info("%s: %d boxes of classes that are not among the %d are left out", annotations, facts["left_out"],
                  len(vocabulary))  # fmt: skip
-    return Dataset(name, vocabulary, index, images, metric, hierarchy=read_json(tree) if tree else None)
+    return Dataset(
+        name, vocabulary, index, images, metric, hierarchy=read_json(tree) if tree else None
+    )
 
 
 def beside(annotations: Path, *names: str) -> Path | None:
     """The first of the files that exists in the folder of the annotations or the one above."""
-    places = [folder / name for name in names for folder in (annotations.parent, annotations.parent.parent)]
+    places = [
+        folder / name
+        for name in names
+        for folder in (annotations.parent, annotations.parent.parent)
+    ]
     return next((place for place in places if place.is_file()), None)
 
 
@@ -82,11 +101,15 @@ def read_table(path: Path, columns: list[str]):
     header = next(rows, [])
     missing = [c for c in columns if c not in header]
     if missing:
-        raise InputError(f"{path}: column '{missing[0]}' is missing; the first line must name {', '.join(columns)}")
+        raise InputError(
+            f"{path}: column '{missing[0]}' is missing; the first line must name {', '.join(columns)}"
+        )
     at = [header.index(c) for c in columns]
     for number, row in enumerate(rows, 2):
         if len(row) != len(header):
-            raise InputError(f"{path}: line {number} has {len(row)} of {len(header)} columns; was the file cut off?")
+            raise InputError(
+                f"{path}: line {number} has {len(row)} of {len(header)} columns; was the file cut off?"
+            )
         yield number, [row[i] for i in at]
 
 
@@ -104,7 +127,9 @@ def read_index(
         image_of, boxes, labels, group = [], [], [], []
         for line, (image, mid, *corners, group_of) in run:
             if mid not in listed.index_of_id:
-                raise InputError(f"{path}: line {line} has the unknown LabelName '{mid}'; {CLASSES} must list it")
+                raise InputError(
+                    f"{path}: line {line} has the unknown LabelName '{mid}'; {CLASSES} must list it"
+                )
             if mid not in vocabulary.index_of_id:
                 left_out += 1
                 continue
@@ -112,7 +137,9 @@ def read_index(
             try:
                 boxes.append([float(c) for c in corners])
             except ValueError:
-                raise InputError(f"{path}: line {line} has a box that is no number ({', '.join(corners)})") from None
+                raise InputError(
+                    f"{path}: line {line} has a box that is no number ({', '.join(corners)})"
+                ) from None
             image_of.append(row_of.setdefault(image, len(row_of)))
             labels.append(vocabulary.index_of_id[mid])
             group.append(group_of == "1")
@@ -133,7 +160,9 @@ def read_index(
     return index, left_out
 
 
-def read_verified(path: Path, vocabulary: Vocabulary) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+def read_verified(
+    path: Path, vocabulary: Vocabulary
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     """For each image that has some, the labels that people verified to be absent; and those to be present."""
     absent, present = {}, {}
     for line, (image, mid, confidence) in read_table(path, ["ImageID", "LabelName", "Confidence"]):
@@ -146,4 +175,6 @@ def read_verified(path: Path, vocabulary: Vocabulary) -> tuple[dict[str, list[in
 
 def refuse_path(path: Path, line: int, image: str) -> None:
     if "/" in image or image.startswith("."):
-        raise InputError(f"{path}: line {line} has the ImageID '{image}', which leaves the image folder")
+        raise InputError(
+            f"{path}: line {line} has the ImageID '{image}', which leaves the image folder"
+        )

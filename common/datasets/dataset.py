@@ -23,9 +23,9 @@ from common.datasets.maps import VOID, read_label_map, read_segment_map
 from common.datasets.shards import Shards
 from common.datasets.store import write_json
 from common.errors import InputError
+from common.files import refuse_pipe
 from common.labels import Vocabulary
 from common.masks import decode_masks, drop_unseen
-from common.paths import refuse_pipe
 
 log = logging.getLogger("concord")
 
@@ -58,7 +58,9 @@ class Dataset:
     maps: Path | None = None
     pixel_labels: np.ndarray | None = None
     shards: Shards | None = None
-    warned: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.bool).share_memory_(), repr=False)
+    warned: Tensor = field(
+        default_factory=lambda: torch.zeros(1, dtype=torch.bool).share_memory_(), repr=False
+    )
 
     def __len__(self) -> int:
         return len(self.index)
@@ -95,7 +97,9 @@ class Dataset:
             original_size=(height, width),
             boxes=boxes,
             labels=torch.from_numpy(index.labels[rows].astype(np.int64)),
-            masks=self._masks(i, rows, (height, width)) if self.masks and index.segmentations is not None else None,
+            masks=self._masks(i, rows, (height, width))
+            if self.masks and index.segmentations is not None
+            else None,
             image_labels=None
             if index.image_labels is None
             else torch.from_numpy(index.image_labels[index.image_label_rows(i)].astype(np.int64)),
@@ -126,13 +130,18 @@ class Dataset:
         """(H, W) int16 segments of image `i`, which has that size, and their labels (N,) int64."""
         index, path = self.index, self.maps / self.index.map_name(i)
         if self.pixel_labels is not None:
-            segments, labels = read_label_map(path, self.pixel_labels), np.arange(len(self.vocabulary))
+            segments, labels = (
+                read_label_map(path, self.pixel_labels),
+                np.arange(len(self.vocabulary)),
+            )
         else:
             rows = index.rows(i)
             segments = read_segment_map(path, index.segment_ids[rows])
             labels, ignore = index.labels[rows].astype(np.int64), index.ignore[rows]
             if ignore.any() and not keep_ignored:
-                segments = np.append(np.where(ignore, VOID, np.arange(len(labels))), VOID).astype(np.int16)[segments]
+                segments = np.append(np.where(ignore, VOID, np.arange(len(labels))), VOID).astype(
+                    np.int16
+                )[segments]
         if segments.shape != size:
             raise InputError(f"label map {path} has {segments.shape[0]} x {segments.shape[1]} pixels (height, width), "
                              f"but its image {self.images / index.file_name(i)} has {size[0]} x {size[1]}; replace one "
@@ -155,9 +164,7 @@ class Dataset:
         """One line for the log: how much there is to learn from."""
         index, classes = self.index, len(self.vocabulary)
         if self.pixel_labels is not None:
-            return (
-                f"{self.name}: {len(self)} images with label maps, {classes} classes (which occur, the maps alone tell)"
-            )
+            return f"{self.name}: {len(self)} images with label maps, {classes} classes (which occur, the maps alone tell)"
         seen = int((self.image_counts() > 0).sum())
         if self.maps is not None:
             return (
@@ -171,7 +178,11 @@ class Dataset:
                 f"{self.name}: {len(self)} images ({empty} without a box), {len(index.labels)} boxes ({crowds} crowd "
                 f"or group, not trained on{lost}), {classes} classes ({seen} with boxes)"
             )
-        captions = np.array([len(texts) for texts in index.captions]) if index.captions else np.zeros(1, int)
+        captions = (
+            np.array([len(texts) for texts in index.captions])
+            if index.captions
+            else np.zeros(1, int)
+        )
         bare = int(((np.diff(index.image_label_offsets) == 0) & (captions == 0)).sum())
         return (
             f"{self.name}: {len(self)} images ({bare} without label and caption), {len(index.image_labels)} image "
@@ -230,7 +241,9 @@ def _read_memo(memo: Path | None) -> dict[str, int]:
 def _time(folder: Path) -> int:
     """When something was last added to or removed from a folder, in ns; 0 if no time can tell the next change apart."""
     changed = folder.stat().st_mtime_ns if os.path.isdir(folder) else 0
-    return changed if time.time_ns() - changed > 2e9 else 0  # some file systems count in two seconds
+    return (
+        changed if time.time_ns() - changed > 2e9 else 0
+    )  # some file systems count in two seconds
 
 
 def read_image(path: Path, data: bytes | None = None) -> Tensor:
@@ -267,4 +280,6 @@ def open_image(path: Path, data: bytes | None) -> Iterator[Image.Image]:
     except FileNotFoundError:
         raise InputError(f"image {path} does not exist; check the path") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"image {path} cannot be decoded ({error}); replace it or remove its entry") from None
+        raise InputError(
+            f"image {path} cannot be decoded ({error}); replace it or remove its entry"
+        ) from None
