@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from common.batch import Batch, Sample, collate
-from common.datasets.dataset import Dataset, read_image
+from common.datasets.dataset import Dataset
+from common.datasets.files import read_image
 from common.distributed import gather_on_main, rank, world_size
 from common.evaluation import evaluate_detections, to_coco_json
 from common.files import atomic_path

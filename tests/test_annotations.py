@@ -20,8 +20,8 @@ from filelock import FileLock
 
 from common import files
 from common.command import run_command
-from common.datasets import dataset, load_datasets, store
-from common.datasets.dataset import missing_files
+from common.datasets import load_datasets, store
+from common.datasets.files import missing_files
 from common.datasets.index import JsonRows
 from common.datasets.readers import coco
 from common.datasets.readers.coco import read_coco
@@ -557,9 +557,7 @@ def test_images_are_listed_again_only_where_a_folder_changed(tmp_path, cache, mo
     path = write(tmp_path / "a.json")
     images = tmp_path / "images"
     listed = []
-    monkeypatch.setattr(
-        dataset.os, "listdir", lambda at, real=os.listdir: listed.append(at) or real(at)
-    )
+    monkeypatch.setattr(os, "listdir", lambda at, real=os.listdir: listed.append(at) or real(at))
 
     def check():
         listed.clear()

@@ -14,7 +14,7 @@ from PIL import Image
 from common.command import run_command
 from common.datasets import __main__ as tool
 from common.datasets import names
-from common.datasets.dataset import read_image, read_size
+from common.datasets.files import read_image, read_size
 from common.datasets.known import KNOWN
 
 CLEAN = (

@@ -14,7 +14,8 @@ from PIL import Image
 
 from common.batch import Sample, collate
 from common.datasets import default_eval, load_datasets, names
-from common.datasets.dataset import Dataset, read_image
+from common.datasets.dataset import Dataset
+from common.datasets.files import read_image
 from common.datasets.index import Index
 from common.datasets.names import parse_datasets
 from common.errors import InputError

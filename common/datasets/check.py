@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.datasets.dataset import Dataset, missing_files, read_size
+from common.datasets.dataset import Dataset
+from common.datasets.files import missing_files, read_size
 from common.errors import InputError
 
 CHUNK, SHOWN = 64, 3  # images that a process takes at a time; names that are printed of each kind

@@ -1,29 +1,20 @@
 """A dataset: an index of annotations, a vocabulary, and images that are decoded on demand."""
 
 import hashlib
-import io
-import json
 import logging
-import os
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from common.batch import Sample, Supervision
+from common.datasets.files import missing_files, read_image
 from common.datasets.index import Index
 from common.datasets.maps import VOID, read_label_map, read_segment_map
 from common.datasets.shards import Shards
-from common.datasets.store import write_json
 from common.errors import InputError
-from common.files import refuse_pipe
 from common.labels import Vocabulary
 from common.masks import decode_masks, drop_unseen
 
@@ -202,84 +193,3 @@ class Dataset:
                     f"{self.name}: {kind} {root / missing[0]} is missing ({len(missing)} of {len(self)} that "
                     f"{index.source} lists); add the {kind}s or take them out of the annotations"
                 )
-
-
-def missing_files(root: Path, names: Iterable[str], memo: Path | None = None) -> list[str]:
-    """Those of the names that are not below `root`; one directory listing for each folder.
-
-    memo: a json file for the times of the folders when nothing was missing, for the same names; none of these folders
-          is listed again before it changes
-    """
-    known = _read_memo(memo)
-    same = {folder: at for folder, at in known.items() if at and at == _time(root / folder)}
-    if known and len(same) == len(known):
-        return []
-    listings: dict[str, set[str]] = {}
-    times, missing = dict(same), []
-    for name in names:
-        folder, _, base = name.rpartition("/")
-        if folder in same:
-            continue
-        if folder not in listings:
-            path = root / folder
-            times[folder] = _time(path)
-            listings[folder] = set(os.listdir(path)) if os.path.isdir(path) else set()
-        if base not in listings[folder]:
-            missing.append(name)
-    if memo and not missing:
-        write_json(memo, times)
-    return missing
-
-
-def _read_memo(memo: Path | None) -> dict[str, int]:
-    try:
-        return dict(json.loads(memo.read_text())) if memo else {}
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def _time(folder: Path) -> int:
-    """When something was last added to or removed from a folder, in ns; 0 if no time can tell the next change apart."""
-    changed = folder.stat().st_mtime_ns if os.path.isdir(folder) else 0
-    return (
-        changed if time.time_ns() - changed > 2e9 else 0
-    )  # some file systems count in two seconds
-
-
-def read_image(path: Path, data: bytes | None = None) -> Tensor:
-    """(3, H, W) uint8 RGB, upright according to its EXIF tag, of the file or of the `data` that go by its name.
-
-    Raises InputError for a missing or broken image.
-    """
-    with open_image(path, data) as image:
-        if image.mode == "F":
-            raise ValueError("floating-point pixels; save it with 8 bits")
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-        return pil_to_tensor(image.convert("RGB"))
-
-
-def read_size(path: Path, data: bytes | None = None) -> tuple[int, int]:
-    """Height and width of what `read_image` gives, from the header alone."""
-    with open_image(path, data) as image:
-        exif = Image.Image.getexif(image)  # that of PNG files would decode the image
-        turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by a quarter
-        return image.size if turned else image.size[::-1]
-
-
-@contextmanager
-def open_image(path: Path, data: bytes | None) -> Iterator[Image.Image]:
-    """Raises InputError for a missing file, and for what goes wrong while the image is used."""
-    try:
-        refuse_pipe(path, "image")
-        with Image.open(path if data is None else io.BytesIO(data)) as image:
-            yield image
-    except IsADirectoryError:
-        raise InputError(f"image {path} is a folder; give image files") from None
-    except FileNotFoundError:
-        raise InputError(f"image {path} does not exist; check the path") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"image {path} cannot be decoded ({error}); replace it or remove its entry"
-        ) from None

@@ -14,11 +14,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import orjson
 
+from common.datasets.files import IMAGES
 from common.errors import InputError
 from common.files import NO_ARRAY, atomic_path, cache_dir
 
 log = logging.getLogger("concord")
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass

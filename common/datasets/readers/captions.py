@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.datasets.dataset import Dataset, missing_files
+from common.datasets.dataset import Dataset
+from common.datasets.files import IMAGES, file_name, listing, missing_files
 from common.datasets.index import Index
-from common.datasets.readers.coco import file_name, read_coco
-from common.datasets.readers.semantic import listing
-from common.datasets.shards import IMAGES
+from common.datasets.readers.coco import read_coco
 from common.errors import InputError
 from common.labels import DATA, Vocabulary
 

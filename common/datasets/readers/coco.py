@@ -11,6 +11,7 @@ from typing import BinaryIO
 import numpy as np
 
 from common.datasets.dataset import Dataset
+from common.datasets.files import file_name
 from common.datasets.index import Index, JsonRows, Parts
 from common.datasets.store import cached_index
 from common.datasets.stream import read_fields
@@ -340,25 +341,3 @@ def read_vocabulary(name: str, path: Path, categories: list[dict]) -> Vocabulary
 def simple(name: str) -> str:
     """Without what spellings of a class name differ in."""
     return re.sub(r"\(.*?\)|[^a-z0-9]", "", name.lower())
-
-
-def file_name(path: Path, image: dict, as_written: bool = False) -> str:
-    """The image's path below its folder: LVIS gives `coco_url`, Objects365 images/v2/patch3/x.jpg for patch3/x.jpg.
-
-    as_written: the images of Objects365 lie where their names say
-    Raises InputError for a name that leaves the image folder or can be none.
-    """
-    name = str(image["file_name"] if "file_name" in image else image["coco_url"])
-    if "file_name" not in image or (
-        name.startswith(("images/v1/", "images/v2/")) and not as_written
-    ):
-        name = "/".join(name.split("/")[-2:])
-    if "\0" in name or "\n" in name or len(name) > 4096:
-        raise InputError(
-            f"{path}: file_name {name[:80]!r} ({len(name)} letters) can be no file's; give its path"
-        )
-    if name.startswith("/") or ".." in name.split("/"):
-        raise InputError(
-            f"{path}: file_name '{name}' leaves the image folder; give a path below it"
-        )
-    return name

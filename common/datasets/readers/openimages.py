@@ -1,6 +1,5 @@
 """OpenImages csv files: boxes in fractions of the image, group-of boxes, verified image labels, the class tree."""
 
-import csv
 import logging
 from collections.abc import Iterable
 from itertools import islice
@@ -10,6 +9,7 @@ from typing import BinaryIO
 import numpy as np
 
 from common.datasets.dataset import Dataset
+from common.datasets.files import read_rows, read_table
 from common.datasets.index import Index, Parts
 from common.datasets.store import cached_index
 from common.datasets.stream import read_json
@@ -85,32 +85,6 @@ def beside(annotations: Path, *names: str) -> Path | None:
         for folder in (annotations.parent, annotations.parent.parent)
     ]
     return next((place for place in places if place.is_file()), None)
-
-
-def read_rows(path: Path):
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            yield from csv.reader(file)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is not a csv file ({error}); download it again") from None
-
-
-def read_table(path: Path, columns: list[str]):
-    """The named columns of a csv file with a header, row by row, after the row's number."""
-    rows = read_rows(path)
-    header = next(rows, [])
-    missing = [c for c in columns if c not in header]
-    if missing:
-        raise InputError(
-            f"{path}: column '{missing[0]}' is missing; the first line must name {', '.join(columns)}"
-        )
-    at = [header.index(c) for c in columns]
-    for number, row in enumerate(rows, 2):
-        if len(row) != len(header):
-            raise InputError(
-                f"{path}: line {number} has {len(row)} of {len(header)} columns; was the file cut off?"
-            )
-        yield number, [row[i] for i in at]
 
 
 def read_index(

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from common.datasets.dataset import Dataset
+from common.datasets.files import file_name
 from common.datasets.index import Index, Parts, encoded
 from common.datasets.readers.coco import OPTIONS as COCO_OPTIONS
-from common.datasets.readers.coco import file_name, read_vocabulary
+from common.datasets.readers.coco import read_vocabulary
 from common.datasets.store import cached_index, is_cached
 from common.datasets.stream import read_fields
 from common.errors import InputError

@@ -1,16 +1,15 @@
 """Semantic label maps beside images: ADE20K, Cityscapes, COCO-Stuff, Mapillary Vistas, and one's own folders."""
 
 import logging
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from common.datasets.dataset import Dataset
+from common.datasets.files import IMAGES, listing
 from common.datasets.index import Index, encoded
 from common.datasets.maps import label_table
-from common.datasets.readers.folder import IMAGES
 from common.errors import InputError
 from common.labels import Vocabulary
 
@@ -98,21 +97,3 @@ def read_classes(name: str, maps: Path) -> Vocabulary:
     return replace(
         Vocabulary(str(path), names, tuple(range(len(names)))), dataset=name
     )  # its errors name the file
-
-
-def listing(name: str, root: Path, endings: tuple[str, ...]) -> dict[str, str]:
-    """{path below `root` without its ending: path below `root`} of all files with such endings, sorted."""
-    found: dict[str, str] = {}
-    for folder, _, files in os.walk(root):
-        below = os.path.relpath(folder, root).replace(os.sep, "/")
-        for file in sorted(files):
-            ending = next((e for e in endings if file.lower().endswith(e.lower())), None)
-            if ending and not file.startswith("."):
-                path = file if below == "." else f"{below}/{file}"
-                key = path[: -len(ending)]
-                if key in found:
-                    raise InputError(
-                        f"dataset '{name}': {root / path} and {found[key]} have one name; keep one of them"
-                    )
-                found[key] = path
-    return dict(sorted(found.items()))

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from common.datasets.dataset import Dataset
+from common.datasets.files import file_name
 from common.datasets.index import Index, Parts
-from common.datasets.readers.coco import file_name
 from common.datasets.store import cached_index
 from common.datasets.stream import read_elements
 from common.errors import InputError

@@ -8,9 +8,9 @@ from xml.etree import ElementTree
 import numpy as np
 
 from common.datasets.dataset import Dataset
+from common.datasets.files import IMAGES, listing
 from common.datasets.index import BEYOND, Index
-from common.datasets.readers.folder import IMAGES, class_names
-from common.datasets.readers.semantic import listing
+from common.datasets.readers.wordnet import class_names
 from common.datasets.store import cached_index
 from common.errors import InputError
 from common.files import refuse_pipe
