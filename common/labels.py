@@ -1,7 +1,9 @@
-"""Vocabularies of single datasets and the label space that concatenates them."""
+"""The class names of one dataset, and the label space that several datasets make together."""
 
+import difflib
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +16,7 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 
 
 def fold(name: str) -> str:
-    """Lower case, underscores to spaces, single spaces: 'arctic_(type_of_shoe)' -> 'arctic (type of shoe)'."""
+    """Returns the name in lower case, with single spaces for underscores and runs of spaces."""
     return " ".join(name.replace("_", " ").lower().split())
 
 
@@ -22,13 +24,15 @@ def fold(name: str) -> str:
 class Vocabulary:
     """The class names of one dataset, in the order of its label indices.
 
-    dataset:      the name under which its samples arrive (`Sample.dataset`)
+    dataset:      the name of the dataset (`Sample.dataset`)
     names:        C class names
-    ids:          C original category ids (COCO 1..90, OpenImages "/m/01g317", ...); default 1..C
-    image_counts: C numbers of training images that contain the class, where the dataset publishes them
-    is_thing:     C bools: instances of the class can be counted; None where the dataset does not tell things from stuff
+    ids:          C original category ids (COCO 1..90, OpenImages "/m/01g317"); default 1..C
+    image_counts: C numbers of training images that show the class, if the dataset publishes them
+    is_thing:     C bools, True for things and False for stuff; None if the dataset does not tell
+    text:         (C, D) text embeddings of the names; `with_text` sets them
+    source:       the file or flag that the names come from, for error messages
 
-    Raises InputError for an empty vocabulary, an empty or repeated name, a repeated id.
+    Raises InputError for an empty vocabulary, an empty or repeated name and a repeated id.
     """
 
     dataset: str
@@ -36,47 +40,86 @@ class Vocabulary:
     ids: tuple[int | str, ...] = ()
     image_counts: tuple[int, ...] | None = None
     is_thing: tuple[bool, ...] | None = None
+    text: Tensor | None = field(default=None, compare=False, repr=False)
+    source: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self):
         if not self.ids:
             object.__setattr__(self, "ids", tuple(range(1, len(self.names) + 1)))
+        title = f"vocabulary of '{self.source or self.dataset}'"
         if not self.names:
-            raise InputError(
-                f"vocabulary of '{self.dataset}' is empty; give at least one class name"
-            )
+            raise InputError(f"{title} is empty; give at least one class name")
         if any(not name.strip() for name in self.names):
-            raise InputError(
-                f"vocabulary of '{self.dataset}' has an empty class name; remove or name it"
-            )
+            raise InputError(f"{title} has an empty class name; remove or name it")
         if len(self.ids) != len(self.names):
-            raise InputError(
-                f"vocabulary of '{self.dataset}' has {len(self.names)} names but {len(self.ids)} ids"
-            )
+            raise InputError(f"{title} has {len(self.names)} names but {len(self.ids)} ids")
         for what, values in (("class name", self.names), ("category id", self.ids)):
             if len(set(values)) < len(values):
                 twice = next(v for i, v in enumerate(values) if v in values[:i])
-                raise InputError(
-                    f"vocabulary of '{self.dataset}' has the {what} '{twice}' twice; keep one"
-                )
+                raise InputError(f"{title} has the {what} '{twice}' twice; keep one")
 
     def __len__(self) -> int:
         return len(self.names)
 
     @cached_property
     def index_of_id(self) -> dict[int | str, int]:
+        """Maps each original category id to its label index."""
         return {id: index for index, id in enumerate(self.ids)}
 
     @classmethod
     def known(cls, dataset: str) -> "Vocabulary":
-        """The vocabulary kept in data/vocabularies/<dataset>.json; its 'origin' field says where it is from."""
+        """Reads data/vocabularies/<dataset>.json. The file's field 'origin' names its source."""
         record = json.loads((DATA / "vocabularies" / f"{dataset}.json").read_text())
-        counts, is_thing = (
-            tuple(record[key]) if key in record else None for key in ("image_counts", "is_thing")
+        return cls(
+            dataset,
+            tuple(record["names"]),
+            tuple(record["ids"]),
+            tuple(record["image_counts"]) if "image_counts" in record else None,
+            tuple(record["is_thing"]) if "is_thing" in record else None,
         )
-        return cls(dataset, tuple(record["names"]), tuple(record["ids"]), counts, is_thing)
+
+    @classmethod
+    def parse(
+        cls, names: str, dataset: str = "vocabulary", source: str = "--vocabulary"
+    ) -> "Vocabulary":
+        """Splits comma-separated names, or reads a text file with one name per line.
+
+        Raises InputError for a file that is missing or is not UTF-8, and as the class does.
+        """
+        is_file = names.endswith(".txt")
+        if is_file and not Path(names).is_file():
+            raise InputError(
+                f"{source}: {names} does not exist; give a text file with one name per line, or names"
+            )
+        try:
+            entries = (
+                Path(names).read_text("utf-8-sig").splitlines() if is_file else names.split(",")
+            )
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"{source}: {names} cannot be read ({error}); save it as UTF-8 text"
+            ) from None
+        entries = [entry.strip() for entry in entries]
+        if is_file or not names.strip():  # an empty name between commas stays, to be refused
+            entries = list(filter(None, entries))
+        return cls(dataset, tuple(entries), source=source)
+
+    def with_text(self, embed: Callable[..., Tensor]) -> "Vocabulary":
+        """Returns the vocabulary with the text `embed(names, dataset=...)` of its own names."""
+        text = embed(self.names, dataset=self.dataset)
+        if text.ndim != 2 or len(text) != len(self):
+            raise InputError(
+                f"{len(self)} names of '{self.dataset}' got text embeddings {tuple(text.shape)}"
+            )
+        return replace(self, text=text)
 
     def with_things(self) -> "Vocabulary":
-        """Things told from stuff by their names: stuff is what a known dataset calls so, and none a thing."""
+        """Returns the vocabulary with `is_thing` filled in from the known datasets.
+
+        A name is stuff if some known dataset lists it as stuff and none lists it as a thing.
+        """
+        if self.is_thing is not None:
+            return self
         kinds: dict[str, bool] = {}
         for file in (DATA / "vocabularies").glob("*.json"):
             record = json.loads(file.read_text())
@@ -84,82 +127,180 @@ class Vocabulary:
                 kinds[fold(name)] = kinds.get(fold(name), False) or thing
         return replace(self, is_thing=tuple(kinds.get(fold(name), True) for name in self.names))
 
-    @classmethod
-    def parse(
-        cls, text: str, dataset: str = "vocabulary", flag: str = "--vocabulary"
-    ) -> "Vocabulary":
-        """Comma-separated names, or a text file with one name per line; errors name the `flag` they are from."""
-        is_file = text.endswith(".txt")
-        if is_file and not Path(text).is_file():
-            raise InputError(
-                f"{flag}: {text} does not exist; give a text file with one name per line, or names"
-            )
-        try:
-            entries = Path(text).read_text("utf-8-sig").splitlines() if is_file else text.split(",")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{flag}: {text} cannot be read ({error}); save it as UTF-8 text"
-            ) from None
-        keep_empty = not is_file and text.strip()  # to refuse them
-        names = tuple(entry.strip() for entry in entries if keep_empty or entry.strip())
-        return replace(cls(flag, names), dataset=dataset)
-
 
 class LabelSpace:
-    """The joint label space of several vocabularies; `to_global` is the one way into it.
+    """The classes of several datasets, and what their names mean.
 
-    By default the plain concatenation: label k of dataset d becomes offset(d) + k; nothing is merged. With `merge`,
-    classes whose names fold to the same text ("person", "Person") are one, spelled as in the first dataset.
+    By default the vocabularies are concatenated: class k of dataset d is column offset(d) + k. With
+    `merge`, classes whose names fold to the same text ("person", "Person") share one column, which
+    has the spelling and the text of the first dataset.
 
-    Raises InputError if a dataset name comes twice.
+    vocabularies: {dataset: Vocabulary}
+    names:        C class names
+    text:         (C, D) text embeddings of unit norm, or None for a method without text
+
+    Names and text cannot be mixed up. No argument takes text: `embed(names, dataset=...)` makes it
+    from the names, (C_d, D), unless the vocabulary already has its own.
+
+    Raises InputError if a dataset is named twice.
     """
 
-    def __init__(self, vocabularies: list[Vocabulary], merge: bool = False):
+    def __init__(
+        self,
+        vocabularies: list[Vocabulary],
+        embed: Callable[..., Tensor] | None = None,
+        merge: bool = False,
+    ):
+        self.embed = embed
+        self.merged = merge
+        if embed:
+            vocabularies = [v if v.text is not None else v.with_text(embed) for v in vocabularies]
         self.vocabularies = {v.dataset: v for v in vocabularies}
         if len(self.vocabularies) < len(vocabularies):
             raise InputError("a dataset is named twice in one label space; name each once")
-        names, self._rows, seen = [], {}, {}
+
+        names: list[str] = []
+        rows: list[Tensor] = []
+        column_of: dict[str, int] = {}
+        self._columns: dict[str, Tensor] = {}
         for vocabulary in vocabularies:
-            own = []
-            for name in vocabulary.names:
-                key = fold(name) if merge else len(names)
-                if seen.setdefault(key, len(names)) == len(names):
+            columns = []
+            for k, name in enumerate(vocabulary.names):
+                column = column_of.setdefault(fold(name), len(names)) if merge else len(names)
+                columns.append(column)
+                if column == len(names):  # a new one
                     names.append(name)
-                own.append(seen[key])
-            self._rows[vocabulary.dataset] = torch.tensor(own)
-        self.names, self.merged = tuple(names), merge
+                    rows += [] if vocabulary.text is None else [vocabulary.text[k]]
+            self._columns[vocabulary.dataset] = torch.tensor(columns)
+        self.names = tuple(names)
+        self.text = torch.stack(rows) if rows else None
 
     def __len__(self) -> int:
         return len(self.names)
 
     @property
     def datasets(self) -> list[str]:
+        """The names of the datasets, in order."""
         return list(self.vocabularies)
 
-    def distinct(self) -> tuple[Vocabulary, list[int]]:
-        """One vocabulary without repeats ("person" and "Person" are one name), and the row of each of its names."""
-        rows: dict[str, int] = {}
-        for row, name in enumerate(self.names):
-            rows.setdefault(fold(name), row)
-        return Vocabulary("all", tuple(self.names[row] for row in rows.values())), list(
-            rows.values()
-        )
+    @property
+    def width(self) -> int:
+        """D, the width of the text embeddings; 0 without text."""
+        return 0 if self.text is None else self.text.shape[1]
 
-    def rows(self, dataset: str) -> Tensor:
-        """(C_d,) int64: where the labels of `dataset` lie. KeyError for a dataset that is not part of it."""
-        return self._rows[dataset]
-
-    def slice(self, dataset: str) -> slice:
-        """`rows` of a concatenation, which are consecutive."""
-        rows = self.rows(dataset)
-        return slice(int(rows[0]), int(rows[-1]) + 1)
-
-    def to_global(self, dataset: str, labels: Tensor) -> Tensor:
-        """(N,) indices in the dataset's own vocabulary -> (N,) indices in the joint label space."""
-        return self.rows(dataset).to(labels.device)[labels]
+    @property
+    def is_thing(self) -> tuple[bool, ...]:
+        """C bools of a label space of one dataset. Classes of unknown kind are things."""
+        (vocabulary,) = self.vocabularies.values()
+        return vocabulary.is_thing or (True,) * len(self)
 
     @cached_property
     def dataset_of_label(self) -> Tensor:
-        """(C,) int64: the position of the dataset that each label of a concatenation comes from."""
+        """(C,) int64: the position of the dataset that each column of a concatenation is from."""
         sizes = torch.tensor([len(v) for v in self.vocabularies.values()])
         return torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+
+    def columns(self, dataset: str) -> Tensor:
+        """Returns (C_d,) int64: the column of each class of `dataset`.
+
+        Raises InputError, with the nearest names, for a dataset that the label space lacks.
+        """
+        if dataset not in self._columns:
+            near = difflib.get_close_matches(dataset, self.datasets, cutoff=0.4) or self.datasets
+            raise InputError(
+                f"dataset '{dataset}' is not part of this label space; nearest: {', '.join(near)}"
+            )
+        return self._columns[dataset]
+
+    def scope(self, dataset: str) -> slice:
+        """Returns the columns of `dataset` in a concatenation, where they are consecutive."""
+        columns = self.columns(dataset)
+        return slice(int(columns[0]), int(columns[-1]) + 1)
+
+    def to_global(self, dataset: str, labels: Tensor) -> Tensor:
+        """Maps label indices (N,) of `dataset` to columns (N,) of the label space."""
+        return self.columns(dataset).to(labels.device)[labels]
+
+    def part(self, dataset: str) -> "LabelSpace":
+        """Returns the label space of one dataset: its names and its text."""
+        self.columns(dataset)
+        return LabelSpace([self.vocabularies[dataset]], self.embed)
+
+    def unique(self) -> "LabelSpace":
+        """Returns the label space without repeated names. Without text it is returned as it is."""
+        if self.text is None:
+            return self
+        column: dict[str, int] = {}
+        for k, name in enumerate(self.names):
+            column.setdefault(fold(name), k)
+        rows = list(column.values())
+        names = tuple(self.names[row] for row in rows)
+        return LabelSpace([Vocabulary("all", names, text=self.text[rows])], self.embed)
+
+    def swap(self, vocabulary: Vocabulary | str) -> "LabelSpace":
+        """Returns the label space of other classes for the same model.
+
+        vocabulary: a Vocabulary, names such as "cat, traffic cone", or a .txt file with one name per
+                    line. Without text it must be a dataset of this label space, or its name.
+
+        Names of this label space keep their text. If there is another name, all are embedded.
+        Raises InputError for a name without an embedding, and for text of another width.
+        """
+        if self.text is None:
+            dataset = vocabulary if isinstance(vocabulary, str) else vocabulary.dataset
+            if dataset not in self.vocabularies:
+                raise InputError(
+                    f"this model classifies without text, so it knows no names and no dataset"
+                    f" '{dataset}'; it was trained on {', '.join(self.datasets)}"
+                )
+            return (
+                LabelSpace([vocabulary])
+                if isinstance(vocabulary, Vocabulary)
+                else self.part(dataset)
+            )
+        if isinstance(vocabulary, str):
+            vocabulary = Vocabulary.parse(vocabulary)
+        swapped = LabelSpace([replace(vocabulary, text=self._known_text(vocabulary))], self.embed)
+        if swapped.width != self.width:
+            raise InputError(
+                f"text embeddings have {swapped.width} dimensions, this model needs {self.width};"
+                " use the --text-encoder it was trained with"
+            )
+        return swapped.to(self.text.device)
+
+    def _known_text(self, vocabulary: Vocabulary) -> Tensor | None:
+        """Returns the rows of names that this label space has; None if it lacks one of them."""
+        if (
+            vocabulary.dataset in self.vocabularies
+        ):  # one name may have another row in another dataset
+            known = self.vocabularies[vocabulary.dataset]
+            names, text = known.names, known.text
+        else:
+            names, text = self.names, self.text
+        row_of = {fold(name): row for row, name in reversed(list(enumerate(names)))}
+        rows = [row_of.get(fold(name)) for name in vocabulary.names]
+        return None if None in rows else text[rows]
+
+    def shuffled(self, seed: int) -> "LabelSpace":
+        """Returns a control for zero-shot evaluation: each name with the text of another name."""
+        (vocabulary,) = self.vocabularies.values()
+        order = derangement(len(self), seed)
+        return LabelSpace([replace(vocabulary, text=self.text[order])])
+
+    def with_things(self) -> "LabelSpace":
+        """Returns the label space with `is_thing` filled in from the known datasets."""
+        vocabularies = [v.with_things() for v in self.vocabularies.values()]
+        return LabelSpace(vocabularies, self.embed, self.merged)
+
+    def to(self, device: torch.device | str) -> "LabelSpace":
+        """Returns the label space with its text on `device`."""
+        if self.text is None:
+            return self
+        vocabularies = [replace(v, text=v.text.to(device)) for v in self.vocabularies.values()]
+        return LabelSpace(vocabularies, self.embed, self.merged)
+
+
+def derangement(length: int, seed: int) -> Tensor:
+    """Returns a random order (length,) in which no item keeps its place, if there are several."""
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+    return torch.empty_like(order).scatter_(0, order, order.roll(1))

@@ -68,18 +68,6 @@ def embed(
     return rows[[index[name] for name in folded]]
 
 
-def choose_vocabulary(args, label_space: LabelSpace, text: Tensor) -> tuple[Vocabulary, Tensor]:
-    """What `--predict` looks for, and its embeddings: `--vocabulary`, else the distinct classes that were trained on.
-
-    text (C, D): the embeddings of `label_space`
-    """
-    if not args.vocabulary:
-        vocabulary, rows = label_space.distinct()
-        return vocabulary, text[rows]
-    vocabulary = Vocabulary.parse(args.vocabulary)
-    return vocabulary, embed(vocabulary.names, args.text_encoder, args.prompts, vocabulary.dataset)
-
-
 @lru_cache(maxsize=1)
 def sentence_encoder(encoder: str) -> Encode:
     """The encoder itself, for sentences like captions: N texts -> (N, D) of norm 1 on the CPU, not cached; 0 for "".
@@ -274,40 +262,6 @@ def _read_npy(encoder: str, dataset: str | None, count: int) -> Tensor:
     return F.normalize(rows, dim=-1)
 
 
-def known_names() -> list[str]:
-    """All folded names of data/vocabularies/*.json and of the free label space of data/tiny/emoji.csv, sorted.
-
-    And the words for what is of no class: segmenters name it, too.
-    """
-    names = ["background", "unlabeled"]
-    names += [
-        n
-        for file in (DATA / "vocabularies").glob("*.json")
-        for n in json.loads(file.read_text())["names"]
-    ]
-    emoji = DATA / "tiny" / "emoji.csv"
-    if emoji.is_file():
-        names += [
-            row["lineart"]
-            for row in csv.DictReader(emoji.read_text("utf-8").splitlines())
-            if row["lineart"]
-        ]
-    return sorted({fold(name) for name in names})
-
-
-def build_table(path: Path) -> None:
-    """Writes `path`: fp16 rows of all known names, with the names, their encoder and its licence as metadata."""
-    names = known_names()
-    origin = f"sentence-transformers/all-MiniLM-L6-v2, Apache-2.0, mean pooling, from the pip package {PACKAGE}"
-    about = {"encoder": origin, "prompts": "{}", "names": names}
-    rows = prompt_ensemble(names, templates("name"), _minilm_encoder()).half()
-    with atomic_path(
-        path
-    ) as temporary:  # one metadata key: safetensors does not keep the order of several
-        save_file({"embeddings": rows}, temporary, {"table": json.dumps(about, ensure_ascii=False)})
-    print(f"{path}: {len(names)} names, {Path(path).stat().st_size / 1e6:.2f} MB")
-
-
 def _reason(error: Exception) -> str:
     """The first sentence of an error, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:160]
@@ -374,9 +328,3 @@ class ContextEncoder:
 def insert(tokens: Tensor, context: Tensor) -> Tensor:
     """tokens (K, T, width), context (n, width) -> (K, T + n, width), the context behind the first token."""
     return torch.cat([tokens[:, :1], context.expand(len(tokens), -1, -1), tokens[:, 1:]], 1)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] != "build":
-        sys.exit(f"usage: python -m common.text build {TABLE.relative_to(DATA.parent)}")
-    build_table(Path(sys.argv[2]))
