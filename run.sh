@@ -2,8 +2,8 @@
 # Concord in one command, on a machine with nothing but Python >= 3.10.
 #
 #   ./run.sh                      train ScaleDet on two generated datasets, evaluate both and one never trained on
-#   ./run.sh METHOD               the same for another method, on the generated datasets that show what it is for
-#   ./run.sh METHOD ARGS...       run a method, for example: ./run.sh scaledet --datasets coco,o365 --data-root DATA
+#   ./run.sh METHOD [FLAGS...]    the demonstration of a method on generated data, with further flags
+#   ./run.sh METHOD ARGS...       run a method on your data: ./run.sh scaledet --datasets coco,o365 --data-root DATA
 #   ./run.sh test [ARGS...]       run all tests (ARGS go to pytest)
 #
 # The first call makes .venv and installs into it; an interrupted installation is repaired by the next call.
@@ -33,28 +33,14 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
 fi
 
 case "${1:-}" in
-    "") exec .venv/bin/python scaledet.py --datasets coco,o365 --tiny ;;
+    "") exec .venv/bin/python -m common.demo scaledet ;;
     test) shift; exec .venv/bin/python -m pytest "$@" ;;
     -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0" ;;
     *)
-        if [ ! -f "$1.py" ]; then
+        if [ ! -f "$1.py" ] || ! grep -q '^class Args' "$1.py"; then
             echo "error: there is no method '$1'; there are: $(grep -l '^class Args' ./*.py | sed 's|./||; s|\.py||' | xargs)" >&2
             exit 2
         fi
-        method=$1
-        shift
-        if [ "$method" = detic ] && [ $# -eq 0 ]; then  # boxes alone, then boxes and image labels
-            boxes=runs/detic-boxes-$(date +%Y%m%d-%H%M%S)-$$
-            echo "stage 1 of 2: boxes alone"
-            .venv/bin/python detic.py --datasets coco-base --tiny --output "$boxes"
-            echo "stage 2 of 2: boxes and image labels, after an evaluation of stage 1"
-            set -- --datasets coco-base,in21k --tiny --weights "$boxes"
-        fi
-        [ $# -gt 0 ] || case $method in
-            lmseg) set -- --datasets ade20k,coco-panoptic --tiny ;;
-            dataseg) set -- --datasets ade20k,coco-panoptic,o365 --dataset-ratios ade20k=2,coco-panoptic=3,o365=3 --tiny ;;
-            *) set -- --datasets coco,o365 --tiny ;;
-        esac
-        exec .venv/bin/python "$method.py" "$@"
+        exec .venv/bin/python -m common.demo "$@"
         ;;
 esac

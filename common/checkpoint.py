@@ -1,4 +1,7 @@
-"""Weights and checkpoints: safetensors beside JSON metadata, written whole or not at all, loaded without unpickling."""
+"""Weights and checkpoints: safetensors with JSON metadata.
+
+Files are written whole or not at all, and loaded without unpickling code.
+"""
 
 import errno
 import json
@@ -16,17 +19,27 @@ from torch.optim import Optimizer
 from common.distributed import gather_on_main, rank, world_size
 from common.errors import InputError
 from common.files import atomic_path
-from common.labels import fold
+from common.labels import LabelSpace, Vocabulary
 
 log = logging.getLogger("concord")
 
+TEXT = "label_space."  # prefix of the tensors that hold the text of a dataset
 
-def save_weights(path: Path, model: nn.Module, metadata: dict) -> None:
-    """Parameters and persistent buffers as safetensors; `metadata` values are kept as JSON strings."""
-    save_tensors(path, model.state_dict(), metadata)
+
+def save_weights(path: Path, model: nn.Module, label_space: LabelSpace, metadata: dict) -> None:
+    """Writes a model and the label space that it was trained on as one safetensors file.
+
+    The tensors are the model's state dict and "label_space.<dataset>", the text of each dataset.
+    The names go into the metadata, whose values are JSON.
+    """
+    vocabularies = label_space.vocabularies.values()
+    text = {TEXT + v.dataset: v.text for v in vocabularies if v.text is not None}
+    names = {v.dataset: {"names": v.names, "is_thing": v.is_thing} for v in vocabularies}
+    save_tensors(path, model.state_dict() | text, metadata | {"vocabularies": names})
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
+    """Writes tensors and JSON metadata as safetensors. Raises OSError if the disk is full."""
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     with atomic_path(path) as temporary:
         try:
@@ -68,11 +81,15 @@ def weights_file(path: str | Path) -> Path:
 
 
 def read_metadata(path: str | Path, method: str) -> dict:
-    """What `save_weights` wrote beside the tensors. Raises InputError if it is not there, or of another method."""
+    """Reads the metadata of a weights file: method, args, vocabularies, and the method's own keys.
+
+    Raises InputError if it cannot be read, is of another method or of an older version.
+    """
     file = weights_file(path)
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
+            old = "text" in opened.keys()  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
             f"weights {file} cannot be read ({error}); a .safetensors file is needed"
@@ -85,58 +102,62 @@ def read_metadata(path: str | Path, method: str) -> dict:
         raise InputError(
             f"weights {file} are not of {method}.py but of {metadata['method']}.py; use that"
         )
-    lists = metadata["vocabularies"] if isinstance(metadata["vocabularies"], dict) else {"": None}
-    known = lists or "base" in metadata  # a base knows no classes
-    lists = [*lists.values(), metadata.get("boxed", [])]
-    known = known and isinstance(metadata.get("width", 0), int)
-    sound = known and all(
-        isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists
-    )
-    if not (sound and isinstance(metadata["args"], dict)):
+    if old:
         raise InputError(
-            f"weights {file} have damaged settings or class names; copy or train them again"
+            f"weights {file} are of an older version, which kept the label space inside the model;"
+            " train them again, or use that version"
         )
+    if not isinstance(metadata["args"], dict) or not isinstance(metadata["vocabularies"], dict):
+        raise InputError(f"weights {file} have damaged settings; copy or train them again")
     return metadata
 
 
-def read_text(path: str | Path) -> Tensor:
-    """(C, D) text embeddings of the label space that the weights were trained on. Raises InputError if it has none."""
+def read_model(path: str | Path, method: str) -> tuple[dict, list[Vocabulary]]:
+    """Reads what a model is rebuilt from: the metadata, and the vocabularies with their text.
+
+    Raises InputError as `read_metadata`, for weights of a base model, which know no classes, and
+    for damaged names or text.
+    """
     file = weights_file(path)
-    with safe_open(file, framework="pt") as opened:
-        if "text" not in opened.keys():  # noqa: SIM118 (not a dict)
-            raise InputError(
-                f"weights {file} hold no text embeddings of classes: only a training can start from them"
-            )
-        text = opened.get_tensor("text")
-    if text.ndim != 2 or not text.is_floating_point():
+    metadata = read_metadata(file, method)
+    if not metadata["vocabularies"]:
         raise InputError(
-            f"weights {file}: tensor 'text' is no table of text embeddings; copy or train them again"
+            f"weights {file} are those of a base model without classes: only a training can start from them"
         )
-    return text.float()
+    with safe_open(file, framework="pt") as opened:
+        stored = {key: opened.get_tensor(key) for key in opened.keys() if key.startswith(TEXT)}  # noqa: SIM118
 
+    def embed(names: tuple[str, ...], dataset: str) -> Tensor:
+        return stored[TEXT + dataset].float()
 
-def read_model(path: str | Path, method: str) -> tuple[dict, Tensor]:
-    """`read_metadata` and `read_text`: what a model is rebuilt with. Raises InputError if they do not fit."""
-    metadata, text = read_metadata(path, method), read_text(path)
-    names = [fold(name) for names in metadata["vocabularies"].values() for name in names]
-    if (
-        not len(set(names)) <= len(text) <= len(names) + 1
-    ):  # classes of the same name may be one; background has a row
-        rows = f"{len(text)} text embeddings for {len(names)} classes"
-        raise InputError(f"weights {path} have {rows}; copy or train them again")
-    return metadata, text
+    vocabularies = []
+    try:
+        for dataset, record in metadata["vocabularies"].items():
+            is_thing = record.get("is_thing")
+            vocabulary = Vocabulary(
+                dataset,
+                tuple(name.strip() for name in record["names"]),
+                is_thing=tuple(map(bool, is_thing)) if is_thing else None,
+            )
+            vocabularies.append(vocabulary.with_text(embed) if stored else vocabulary)
+    except (KeyError, TypeError, AttributeError, InputError) as error:
+        raise InputError(
+            f"weights {file} have damaged class names or text ({error}); copy or train them again"
+        ) from None
+    return metadata, vocabularies
 
 
 def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str = "") -> None:
-    """Load safetensors into `model`, but for its buffer `text`: a model keeps the label space it was made with.
+    """Loads the tensors of a weights file into `model`. Its label space is read by `read_model`.
 
-    Weights whose metadata has a `base` make up those parts of a model; its other parts stay as they were initialised.
+    Weights of a base model fill the parts that their metadata names under `base`. The other parts
+    keep their initial values.
 
-    fresh: prefix of tensors that the file may lack; they stay as they were initialised, with a line in the log
-    only:  prefix of the tensors to load; the others stay as they were initialised, whether the file has them or not
+    fresh: prefix of tensors that the file may lack; they keep their initial values, and the log says so
+    only:  prefix of the tensors to load; all others keep their initial values
 
-    Raises InputError if the file is missing or broken, lacks a tensor, has one too many, or one of another shape, or
-    if it was trained with text embeddings of another width.
+    Raises InputError if the file is missing or broken, lacks a tensor, has one too many or one of
+    another shape.
     """
     file = weights_file(path)
     try:
@@ -147,56 +168,71 @@ def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str 
         raise InputError(
             f"weights {file} cannot be read ({error}); a .safetensors file is needed"
         ) from None
+    tensors = {key: t for key, t in tensors.items() if not key.startswith(TEXT)}
     own = model.state_dict()
     if only:
         tensors = {key: t for key, t in tensors.items() if key.startswith(only)}
         tensors |= {key: t for key, t in own.items() if not key.startswith(only)}
 
-    def optional(key: str) -> bool:
-        return bool(fresh and key.startswith(fresh)) or bool(
-            base and key.partition(".")[0] not in base
+    new = set()
+    for key in own.keys() - tensors.keys():
+        in_base = not base or key.partition(".")[0] in base
+        if (fresh and key.startswith(fresh)) or not in_base:
+            new.add(key)
+            tensors[key] = own[key]
+    if new:
+        parts = sorted({f"'{key[: key.find('.') + 1] or key}'" for key in new})
+        log.info(
+            "weights %s: %d tensors of %s are not in it and start anew",
+            file,
+            len(new),
+            ", ".join(parts),
         )
-
-    if new := {key: own[key] for key in own.keys() - tensors.keys() if optional(key)}:
-        named = ", ".join(sorted({f"'{key[: key.find('.') + 1] or key}'" for key in new}))
-        log.info(f"weights {file}: {len(new)} tensors of {named} are not in it and start anew")
-        tensors |= new
-    width, other = (
-        state["text"].shape[-1] if "text" in state else None for state in (own, tensors)
-    )
-    if width and other and width != other:
-        raise InputError(f"weights {file} were trained with text embeddings of {other} dimensions, these have {width}; "
-                         "use the --text-encoder they were trained with")  # fmt: skip
     for key in sorted(own.keys() | tensors.keys()):
-        if key not in own or key not in tensors:
-            side = "unknown to" if key not in own else "missing for"
-            raise InputError(
-                f"weights {file}: tensor '{key}' is {side} this model; another --backbone or method?"
-            )
-        if own[key].shape != tensors[key].shape and key != "text":
-            raise InputError(f"weights {file}: tensor '{key}' has the shape {list(tensors[key].shape)}, this model "
-                             f"needs {list(own[key].shape)}; give the flags and datasets of its training")  # fmt: skip
-        if own[key].is_floating_point() and not tensors[key].is_floating_point():
-            raise InputError(
-                f"weights {file}: tensor '{key}' is {tensors[key].dtype}, this model needs {own[key].dtype}"
-            )
-        if not torch.isfinite(tensors[key].float()).all():
-            raise InputError(
-                f"weights {file}: tensor '{key}' holds values that are not finite; train again"
-            )
-    model.load_state_dict(tensors | {key: own[key] for key in own if key == "text"})
+        check_tensor(file, key, own.get(key), tensors.get(key))
+    model.load_state_dict(tensors)
+
+
+def check_tensor(file: Path, key: str, own: Tensor | None, stored: Tensor | None) -> None:
+    """Raises InputError if the stored tensor `key` does not fit the model's own."""
+    if own is None or stored is None:
+        side = "unknown to" if own is None else "missing for"
+        raise InputError(
+            f"weights {file}: tensor '{key}' is {side} this model; another --backbone or method?"
+        )
+    if own.shape != stored.shape:
+        raise InputError(
+            f"weights {file}: tensor '{key}' has the shape {list(stored.shape)}, this model needs"
+            f" {list(own.shape)}; give the flags (--text-encoder, ...) and datasets of its training"
+        )
+    if own.is_floating_point() and not stored.is_floating_point():
+        raise InputError(
+            f"weights {file}: tensor '{key}' is {stored.dtype}, this model needs {own.dtype}"
+        )
+    if not torch.isfinite(stored.float()).all():
+        raise InputError(
+            f"weights {file}: tensor '{key}' holds values that are not finite; train again"
+        )
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, metadata: dict
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    label_space: LabelSpace,
+    optimizer: Optimizer,
+    metadata: dict,
 ) -> None:
-    """Write checkpoint-<step>/ whole or not at all, then drop all but two. Every rank calls it: each has its RNG."""
+    """Writes checkpoint-<step>/ whole or not at all, then removes all but the last two.
+
+    Every rank must call it, since each has its own random state.
+    """
     states = gather_on_main(rng_states())
     if rank() > 0:
         return
     with atomic_path(folder / f"checkpoint-{step:07d}") as temporary:
         temporary.mkdir()
-        save_weights(temporary / "weights.safetensors", model, metadata)
+        save_weights(temporary / "weights.safetensors", model, label_space, metadata)
         state = {"step": step, "optimizer": optimizer.state_dict(), "rng": states}
         try:
             torch.save(state, temporary / "state.pt")
@@ -221,6 +257,11 @@ def checkpoints(folder: Path) -> list[Path]:
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run folder; its weights load with `load_weights`."""
     return checkpoints(folder)[-1] if checkpoints(folder) else None
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Returns the step at which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:

@@ -1,4 +1,4 @@
-"""The mechanics around a training loop: command line, run folder, log."""
+"""The command line of a method: flags, their ranges, and how a run ends."""
 
 import dataclasses
 import difflib
@@ -9,8 +9,9 @@ import multiprocessing
 import os
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import torch.distributed as dist
 import tyro
@@ -20,43 +21,32 @@ from common.checkpoint import read_metadata
 from common.convert import converted
 from common.errors import InputError
 
-log = logging.getLogger("concord")
 
-POSITIVE = {
-    "batch_size",
-    "base_batch_size",
-    "image_size",
-    "test_size",
-    "lr",
-    "tau",
-    "checkpoint_every",
-}
-POSITIVE |= {"classifier_lr", "rpn_proposals", "test_proposals", "fc_dim", "rois_per_image"}
-POSITIVE |= {"image_label_proposals"}
-NOT_NEGATIVE = {"classifier_steps", "alpha", "beta", "dynamic_classifier", "image_label_weight"}
-NOT_NEGATIVE |= {
-    "steps",
-    "workers",
-    "warmup_steps",
-    "lam",
-    "repeat_threshold",
-    "seed",
-    "score_threshold",
-}
-LIMITS = dict.fromkeys(NOT_NEGATIVE, (0, 2**31 - 1)) | dict.fromkeys(
-    ("image_size", "test_size"), (16, 16384)
-)
-LIMITS |= {"channels": (1, 8192), "queries": (1, 10_000), "points": (1, 1_000_000)}
-LIMITS |= dict.fromkeys(("encoder_layers", "decoder_layers"), (1, 100))
-LIMITS |= {
-    "gamma": (0, 10),
-    "semantic_size": (16, 16384),
-    "object_threshold": (0, 1),
-    "context_tokens": (0, 64),
-}
-LIMITS |= {"backbone_factor": (0, 100)}
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a flag may have, as part of its type: Annotated[float, Range(above=0)].
 
-# -- command line ------------------------------------------------------------------------------------------------------
+    A tuple of two numbers is a range itself: both must be allowed, the smaller one first.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
+
+    def __contains__(self, number: float) -> bool:
+        return self.low <= number <= self.high and number > self.above
+
+    def __str__(self) -> str:
+        if self.above > -math.inf:
+            bound = f" and at most {self.high}" if self.high < math.inf else ""
+            return f"greater than {self.above}{bound}"
+        if self.high == math.inf:
+            return f"at least {self.low}"
+        return f"between {self.low} and {self.high}"
+
+
+COUNT = Range(0, 2**31 - 1)  # steps, seeds, numbers of processes
+SIDE = Range(16, 16384)  # pixels
 
 
 def parse_args(
@@ -64,15 +54,19 @@ def parse_args(
     method: str,
     tiny: dict,
     model_fields: list[str],
+    convert: Callable | None = None,
     argv: list[str] | None = None,
 ):
-    """The dataclass as flags. Flags win over what the run is to repeat, that over --tiny, that over the defaults.
+    """Parses the command line into `args_class`.
 
-    tiny:         the defaults under --tiny
-    model_fields: what --weights brings along, so that a model is rebuilt as it was trained; --resume brings everything
+    A flag wins over a saved setting, that over --tiny, and that over the default. --resume brings
+    all settings of its run; --weights brings `model_fields`, those that shape the model.
 
-    Raises InputError for a flag that does not exist, with the nearest one; tyro itself reports a value that does not
-    fit, also with exit code 2.
+    tiny:    the defaults under --tiny
+    convert: converts official weights (`common.convert`), which --weights may name; or None
+
+    Raises InputError for an unknown flag, with the nearest one, and for a number out of its range.
+    tyro reports a value that does not fit its type, also with exit code 2.
     """
     argv = sys.argv[1:] if argv is None else argv
 
@@ -88,14 +82,12 @@ def parse_args(
         raise InputError(f"unknown argument '{unknown[0]}'; {hint}")
     if args.resume:
         repeated = vars(default).keys() - {"resume", "output", "eval_only", "predict"}
-        args, _ = parse(
-            with_saved(default, read_args(Path(args.resume) / "args.json", method), repeated)
-        )
+        saved = read_args(Path(args.resume) / "args.json", method)
+        args, _ = parse(with_saved(default, saved, repeated))
     elif args.weights:
-        weights = args.weights
-        if Path(weights).is_file() and Path(weights).suffix != ".safetensors":
-            weights = str(converted(weights, method))
-        args, _ = parse(with_saved(default, read_metadata(weights, method)["args"], model_fields))
+        weights = str(converted(args.weights, method, convert))
+        saved = read_metadata(weights, method)["args"]
+        args, _ = parse(with_saved(default, saved, model_fields))
         args.weights = weights
     check_numbers(args)
     args.workers = min(args.workers, os.cpu_count() or 1)
@@ -103,58 +95,66 @@ def parse_args(
 
 
 def with_saved(default, saved: dict, names):
-    """`default` with the saved values of the fields `names`; json has lists where the dataclass has tuples."""
-    values = {
-        name: tuple(v) if isinstance(v := saved[name], list) else v
-        for name in names
-        if name in saved
-    }
+    """Returns `default` with the saved values of the fields `names`. JSON lists become tuples.
+
+    Raises InputError for a saved value of another type, or one that is not among the choices.
+    """
     hints = get_type_hints(type(default))
-    for name, value in values.items():
-        kinds = (
-            (int, float)
-            if isinstance(getattr(default, name), float)
-            else type(getattr(default, name))
-        )
+    values = {}
+    for name in names:
+        if name not in saved:
+            continue
+        value = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
+        is_number = isinstance(getattr(default, name), float)
+        kinds = (int, float) if is_number else type(getattr(default, name))
         choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else [value]
         if not isinstance(value, kinds) or value not in choices:
             raise InputError(
                 f"the saved setting {name} is {value!r}, which does not fit; is the file damaged?"
             )
+        values[name] = value
     return dataclasses.replace(default, **values)
 
 
+def saved_args(args_class: type, metadata: dict):
+    """Returns the settings of a training, as `read_metadata` gives them, as an `args_class`."""
+    default = args_class()
+    return with_saved(default, metadata["args"], vars(default).keys())
+
+
 def check_numbers(args) -> None:
-    """Raises InputError for a number that no run can have."""
+    """Raises InputError for a number that is not in the range of its flag's type."""
+    hints = get_type_hints(type(args), include_extras=True)
     for name, value in vars(args).items():
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        flag = f"--{name.replace('_', '-')} {shown}"
-        if isinstance(value, float) and not math.isfinite(value):
+        numbers = value if isinstance(value, tuple) else (value,)
+        flag = f"--{name.replace('_', '-')} {' '.join(map(str, numbers))}"
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise InputError(f"{flag} must be a finite number")
-        if name in POSITIVE and value <= 0:
-            raise InputError(f"{flag} must be greater than 0")
-        low, high = LIMITS.get(name, (-math.inf, math.inf))
-        if name in LIMITS and not low <= value <= high:
-            raise InputError(f"{flag} must be between {low} and {high}")
-        if name.endswith("jitter") and not 0 < value[0] <= value[1] <= 100:
-            raise InputError(f"{flag} must be a range above 0, smaller number first")
-    if args.batch_size % (ranks := int(os.environ.get("WORLD_SIZE", 1))):
+        if get_origin(hints[name]) is not Annotated:
+            continue
+        (allowed,) = hints[name].__metadata__
+        if not all(number in allowed for number in numbers):
+            raise InputError(f"{flag} must be {allowed}")
+        if list(numbers) != sorted(numbers):
+            raise InputError(f"{flag} must be a range, the smaller number first")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % ranks:
         raise InputError(
             f"--batch-size {args.batch_size} is not a multiple of the {ranks} ranks; make it one"
         )
 
 
-def per_dataset(
-    flag: str, text: str, datasets: list, default: int, **special: int
-) -> dict[str, int]:
-    """{dataset: value} of a flag like "coco=1,in21k=4"; what it does not name has the default of its supervision.
+def per_dataset(args, name: str, datasets: list, default: int, **special: int) -> dict[str, int]:
+    """Parses the flag `name` of `args`, as "coco=1,in21k=4", into {dataset: value}.
 
-    special: the defaults of some kinds of supervision, such as image_labels=4
+    default: the value of a dataset that the flag does not name
+    special: such values for some kinds of supervision, as image_labels=4
 
-    Raises InputError for a name that is not among `datasets` and a value that is no number greater than 0.
+    Raises InputError for a dataset that is not in `datasets`, and for a value outside 1..16384.
     """
+    flag = f"--{name.replace('_', '-')}"
     values = {d.name: special.get(d.supervision, default) for d in datasets}
-    for entry in filter(None, text.split(",")):
+    for entry in filter(None, getattr(args, name).split(",")):
         name, _, value = (part.strip() for part in entry.partition("="))
         if name not in values:
             raise InputError(
@@ -167,6 +167,7 @@ def per_dataset(
 
 
 def read_args(path: Path, method: str) -> dict:
+    """Reads args.json of a run folder. Raises InputError if broken or of another method."""
     try:
         saved = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -181,13 +182,13 @@ def read_args(path: Path, method: str) -> dict:
 
 
 def close_bars() -> None:
-    """So that a message does not stand on the line of a living bar."""
+    """Closes all progress bars, so that a message gets a line of its own."""
     for bar in list(getattr(tqdm, "_instances", [])):
         bar.close()
 
 
 def fail(line: str) -> None:
-    """Print one line and end with exit code 2."""
+    """Prints one line and ends the process with exit code 2."""
     close_bars()
     print(f"error: {line}", file=sys.stderr)
     sys.stdout.flush()
@@ -196,29 +197,28 @@ def fail(line: str) -> None:
     sys.exit(2)
 
 
-def run_command(main) -> None:
-    """Call `main()`; bad input ends with one line and exit code 2, an interrupt with 130."""
+def run_command(main: Callable[[], None]) -> None:
+    """Calls `main()`. Bad input ends with one line and exit code 2, an interrupt with 130."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(
-        resource.RLIMIT_NOFILE, (hard, hard)
-    )  # every tensor from a data loading process needs a file
-    if (
-        sys.platform == "linux"
-    ):  # Python 3.14's default would give every worker a copy of the mapped annotations
+    # every tensor from a data loading process needs an open file
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if sys.platform == "linux":
+        # Python 3.14's default would give every worker a copy of the mapped annotations
         multiprocessing.set_start_method("fork", force=True)
     try:
         main()
     except InputError as error:
-        # a DataLoader worker hands its exception over as a whole traceback; the message is its last line
+        # a DataLoader worker hands on its whole traceback; the message is the last line
         fail(str(error).strip().splitlines()[-1].removeprefix("common.errors.InputError: "))
     except OSError as error:  # a full disk, a read-only folder, a name that is too long
         if error.errno is None:
             raise
         place = error.filename or "writing"
         fail(
-            f"{place}: {error.strerror}; see to the disk or folder, or choose another --output or CONCORD_CACHE"
+            f"{place}: {error.strerror}; see to the disk or folder, or choose another --output or"
+            " CONCORD_CACHE"
         )
     except KeyboardInterrupt:
         close_bars()

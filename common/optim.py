@@ -1,8 +1,24 @@
 """Learning-rate schedules and the parameter groups of the optimiser."""
 
+import logging
 import math
 
 from torch import nn
+
+log = logging.getLogger("concord")
+
+
+def scaled_lr(lr: float, args) -> float:
+    """Returns `lr`, which is meant for --base-batch-size images, scaled to --batch-size."""
+    scaled = lr * args.batch_size / args.base_batch_size
+    log.info(
+        "lr %g for %d images per step -> %g for %d",
+        lr,
+        args.base_batch_size,
+        scaled,
+        args.batch_size,
+    )
+    return scaled
 
 
 def learning_rate(step: int, base: float, steps: int, warmup: int, warmup_factor: float) -> float:

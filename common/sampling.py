@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
-from common.batch import Sample
+from common.batch import Sample, collate
 from common.datasets.dataset import Dataset
 from common.errors import InputError
 
@@ -237,7 +239,19 @@ def shard(length: int, rank: int, world_size: int) -> range:
     return range(rank, length, world_size)
 
 
-def derangement(length: int, seed: int) -> torch.Tensor:
-    """A random order (length,) in which nothing keeps its place, for controls; a single item has no other place."""
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
-    return torch.empty_like(order).scatter_(0, order, order.roll(1))
+def make_loader(
+    mixture: Mixture, workers: int, square: dict[str, int] | None = None, **sampling
+) -> DataLoader:
+    """Returns the loader of a training.
+
+    square:   pads the images of each dataset to one shape, as `collate`
+    sampling: DataLoader's sampler and batch_size, or its batch_sampler
+    """
+    return DataLoader(
+        mixture,
+        collate_fn=partial(collate, square=square),
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own: it must not disturb the run's random numbers
+        **sampling,
+    )

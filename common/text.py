@@ -7,9 +7,7 @@
 `python -m common.text build data/minilm.safetensors` makes the table again.
 """
 
-import csv
 import json
-import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -18,15 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from common.errors import InputError
-from common.files import atomic_path, cached_rows
+from common.files import cached_rows
 from common.hub import hub
-from common.labels import DATA, LabelSpace, Vocabulary, fold
+from common.labels import DATA, fold
 
 Encode = Callable[[list[str]], Tensor]  # N texts -> (N, D), not normalised
 TABLE = DATA / "minilm.safetensors"

@@ -1,38 +1,42 @@
-"""The promise of the method files: the same banners and names in the same order, small enough to read, no drift."""
+"""The promises of the code: method files line up, common/ knows no method, all of it stays readable."""
 
 import ast
+import difflib
+import io
 import itertools
+import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-METHODS = [REPO / f"{name}.py" for name in ("lmseg", "dataseg", "detic", "unidetector", "scaledet")]
+METHODS = sorted(p for p in REPO.glob("*.py") if "\nclass Args:" in p.read_text())
 BANNERS = ["Args", "Model", "Losses", "Inference", "Train", "Evaluate", "Main"]
-NAMES = [
-    "Args",
-    "build_label_space",
-    "Model",
-    "assign_targets",
-    "compute_losses",
-    "predict",
+NAMES = ["Args", "build_label_space", "Model", "prepare_targets", "compute_losses", "predict"]
+NAMES += ["predict_images", "build_dataloader", "train", "evaluate", "load", "main"]
+WIRING = [
     "build_dataloader",
-]
-NAMES += ["train", "evaluate", "main"]
-# the blocks that are the same to the letter in several method files: change one, change all
-DETECTORS, SEGMENTERS = ["detic", "scaledet"], ["dataseg", "lmseg"]
-SHARED = {
-    "TextClassifier": [DETECTORS],
-    "Output": [SEGMENTERS],
-    "loss_class": [SEGMENTERS],
-    "loss_mask": [SEGMENTERS],
-    "loss_dice": [SEGMENTERS],
-    "Model.set_vocabulary": [DETECTORS + SEGMENTERS],
-    "Model.extract": [DETECTORS, SEGMENTERS],
-    "Model.detect": [DETECTORS],
-    "load_trained": [["dataseg", "scaledet"]],
+    "train",
+    "evaluate",
+    "load",
+    "main",
+]  # where single lines are compared
+
+# lines of the wiring that two files write almost alike, and why they may
+ALLOWED: dict[str, str] = {}
+
+# the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
+BUDGETS = {"labels & text": 800, "data": 5100, "detectors": 2200, "segmenters": 1500, "a run": 2900}
+GROUPS = {
+    "labels & text": "labels text class_counts",
+    "data": "batch transforms sampling",
+    "detectors": "backbone boxes targets centernet cascade masks oln clip_resnet proposals"
+    " image_label_losses text_classifier",
+    "segmenters": "msda pixel_decoder transformer point_matching mask_losses segments"
+    " segment_metrics",
 }
 
 
@@ -51,41 +55,67 @@ def blocks(path: Path) -> dict[str, list[str]]:
     """The source lines of every top-level function and class, and of the methods of Model as Model.name."""
     text, found = path.read_text(), {}
     for node in definitions(path):
-        methods = node.body if node.name == "Model" else []
-        found |= {
-            f"Model.{part.name}": part for part in methods if isinstance(part, ast.FunctionDef)
-        }
-        found[node.name] = node
+        if node.name == "Model":
+            parts = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            found |= {f"Model.{part.name}": part for part in parts}
+        else:
+            found[node.name] = node
     return {
         name: ast.get_source_segment(text, node, padded=True).splitlines()
         for name, node in found.items()
     }
 
 
-@pytest.mark.parametrize("name", SHARED)
-def test_shared_blocks_do_not_drift(name):
-    for one, other in (pair for group in SHARED[name] for pair in itertools.pairwise(group)):
-        one, other = REPO / f"{one}.py", REPO / f"{other}.py"
-        for line, twin in itertools.zip_longest(blocks(one)[name], blocks(other)[name]):
-            assert line == twin, (
-                f"{name} of {one.name} and {other.name} drifts at: {line!r} / {twin!r}"
-            )
+def likeness(one: str, other: str) -> float:
+    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
+    return matcher.ratio() if matcher.real_quick_ratio() >= 0.9 else 0.0
 
 
-def test_shared_blocks_are_declared():
+def drifts(one: Path, other: Path) -> list[str]:
+    """What two method files write almost, but not quite, alike: whole blocks, and lines of the wiring."""
+    found = []
+    ours, theirs = blocks(one), blocks(other)
+    for name in sorted(ours.keys() & theirs.keys() - {"Args"}):
+        a, b = ours[name], theirs[name]
+        if a != b and name not in WIRING and likeness("\n".join(a), "\n".join(b)) >= 0.9:
+            line, twin = next((x, y) for x, y in itertools.zip_longest(a, b) if x != y)
+            found.append(f"{name}: {(line or '').strip()!r} / {(twin or '').strip()!r}")
+        if name in WIRING:
+            extra, missing = [x for x in a if x not in b], [y for y in b if y not in a]
+            for line, twin in itertools.product(extra, missing):
+                if likeness(line, twin) >= 0.9:
+                    found.append(f"{name}: {line.strip()!r} / {twin.strip()!r}")
+    return found
+
+
+def test_shared_text_does_not_drift():
+    found = []
     for one, other in itertools.combinations(METHODS, 2):
-        ours, theirs = blocks(one), blocks(other)
-        for name in ours.keys() & theirs.keys():
-            declared = any({one.stem, other.stem} <= set(group) for group in SHARED.get(name, []))
-            assert declared or ours[name] != theirs[name], (
-                f"{name} is the same in {one.name} and {other.name}: SHARED"
-            )
+        for drift in drifts(one, other):
+            if not any(reason in drift for reason in ALLOWED):
+                found.append(f"{one.name} {other.name} {drift}")
+    assert not found, "\n".join(["the same text to the letter, or an entry in ALLOWED:", *found])
+
+
+def test_a_drift_is_found(tmp_path):
+    text = (REPO / "scaledet.py").read_text()
+    one, other = tmp_path / "one.py", tmp_path / "other.py"
+    one.write_text(text)
+    other.write_text(
+        text.replace(
+            "def label_similarity(text: Tensor", "def label_similarity(rows: Tensor"
+        ).replace("check_finite(losses, step)", "check_finite(loss, step)")
+    )
+    assert [drift.partition(":")[0] for drift in drifts(one, other)] == [
+        "label_similarity",
+        "train",
+    ]
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
 def test_banners_and_names(path):
     banners = [
-        line.strip("# -") for line in path.read_text().splitlines() if line.startswith("# ----")
+        line.strip("# -") for line in path.read_text().splitlines() if line.startswith("# -- ")
     ]
     assert banners == BANNERS
     names = [node.name for node in definitions(path)]
@@ -102,26 +132,104 @@ def test_losses_name_their_equation(path):
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
 def test_method_stays_readable(path):
-    assert len(path.read_text().splitlines()) <= 650
+    assert len(path.read_text().splitlines()) <= 750
+
+
+def python_files() -> list[Path]:
+    return [*METHODS, *(REPO / "common").rglob("*.py")]
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda p: str(p.relative_to(REPO)))
+def test_functions_stay_readable(path):
     for node in functions(path):
         length = node.end_lineno - node.lineno + 1
         assert length <= (120 if node.name == "train" else 80), f"{node.name} has {length} lines"
-        assert len(node.args.args) <= 8, f"{node.name} has {len(node.args.args)} parameters"
+        triton = any("triton" in ast.unparse(decorator) for decorator in node.decorator_list)
+        assert triton or len(node.args.args) <= 9, (
+            f"{node.name} has {len(node.args.args)} parameters"
+        )
+
+
+def test_public_functions_of_methods_have_docstrings():
+    for path in METHODS:
+        bare = [
+            n.name
+            for n in functions(path)
+            if not n.name.startswith("__") and not ast.get_docstring(n)
+        ]
+        assert set(bare) <= {"main"}, f"{path.name}: {bare}"
+
+
+def code_size(path: Path) -> tuple[int, int]:
+    """Syntax nodes (ast.expr, ast.stmt) and code lines of a file, comments and docstrings apart."""
+    text = path.read_text()
+    rows: set[int] = set()
+    layout = (
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    )
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in layout:
+            rows.update(range(token.start[0], token.end[0] + 1))
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            rows -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return sum(isinstance(node, (ast.expr, ast.stmt)) for node in ast.walk(tree)), len(rows)
+
+
+def test_one_thought_a_line():
+    datasets = list((REPO / "common/datasets").rglob("*.py"))
+    for paths in (METHODS, list((REPO / "common").glob("*.py")), datasets):
+        sizes = {path: code_size(path) for path in paths}
+        for path, (nodes, lines) in sizes.items():
+            assert lines <= 40 or nodes / lines <= 8, (
+                f"{path.name} has {nodes / lines:.1f} syntax nodes a line"
+            )
+        assert sum(n for n, _ in sizes.values()) / sum(lines for _, lines in sizes.values()) <= 6.5
 
 
 def test_common_stays_small():
-    sizes = {p: len(p.read_text().splitlines()) for p in (REPO / "common").rglob("*.py")}
-    assert max(sizes.values()) <= 450, max(sizes, key=sizes.get)
-    assert sum(sizes.values()) <= 9400
+    lines = dict.fromkeys(BUDGETS, 0)
+    for path in (REPO / "common").rglob("*.py"):
+        length = len(path.read_text().splitlines())
+        assert length <= 450, f"{path.name} has {length} lines"
+        group = next((g for g, names in GROUPS.items() if path.stem in names.split()), "a run")
+        lines["data" if "datasets" in path.parts else group] += length
+    assert all(lines[group] <= budget for group, budget in BUDGETS.items()), lines
 
 
-def test_common_imports_no_method():
+def test_common_knows_no_method():
+    """No module of common/ imports a method file, names one, or names a flag that only one method has."""
+    flags = {}
+    for path in METHODS:
+        args = next(node for node in definitions(path) if node.name == "Args")
+        for node in args.body:
+            if isinstance(node, ast.AnnAssign):
+                flags.setdefault("--" + node.target.id.replace("_", "-"), []).append(path.stem)
+    alone = {flag for flag, methods in flags.items() if len(methods) == 1}
     methods = {p.stem for p in METHODS}
+    found = []
     for path in (REPO / "common").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not methods & {m.split(".")[0] for m in modules}, path
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                names += (
+                    [node.value]
+                    if node.value in methods
+                    else re.findall(r"\b(\w+)\.py\b", node.value)
+                )
+                found += [
+                    f"{path.name}: {f}" for f in re.findall(r"--[a-z-]+", node.value) if f in alone
+                ]
+            found += [f"{path.name}: {n}" for n in names if n.split(".")[0] in methods]
+    assert not found, "\n".join(found)
 
 
 def shared_args(path: Path) -> list[str]:
@@ -134,13 +242,16 @@ def test_shared_args_do_not_drift():
     for one, other in itertools.pairwise(METHODS):
         for line, twin in zip(shared_args(one), shared_args(other), strict=True):
             assert line == twin, f"{one.name} and {other.name} drift at: {line!r} / {twin!r}"
-    for path in METHODS:
-        fields = [
-            line
-            for line in shared_args(path)
-            if ": " in line and " = " in line and not line.startswith('    """')
-        ]
-        assert len(fields) <= 24
+    fields = [line for line in shared_args(METHODS[0]) if re.match(r"    \w+: ", line)]
+    assert len(fields) <= 24
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
+def test_inline_dependencies_are_those_of_the_project(path):
+    wanted = (REPO / "pyproject.toml").read_text()
+    wanted = re.findall(r'"([a-zA-Z][\w-]*)>=', wanted.partition("text = [")[0])
+    block = path.read_text().split("# dependencies = [")[1].split("# ///")[0]
+    assert sorted(re.findall(r'"([\w-]+)"', block)) == sorted(wanted)
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
@@ -152,6 +263,12 @@ def test_help_is_the_manual(path):
     args = next(node for node in definitions(path) if node.name == "Args")
     for field in (node.target.id for node in args.body if isinstance(node, ast.AnnAssign)):
         assert "--" + field.replace("_", "-") in done.stdout
+
+
+def test_readme_lists_every_method_and_module():
+    readme = (REPO / "README.md").read_text()
+    for path in [*METHODS, *(REPO / "common").glob("[a-z]*.py")]:
+        assert path.name in readme, path.name
 
 
 def test_code_is_formatted():

@@ -1,0 +1,94 @@
+"""Image-label losses of earlier work: which proposals of an image get its image-level label.
+
+They are the rivals in Table 1 of Detic (arXiv 2201.02605). Each takes the proposals of one image
+and one of its labels, and returns the loss of that label.
+Source: facebookresearch/Detic:detic/modeling/roi_heads/detic_fast_rcnn.py.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Shapes: n proposals of the image, C classes and a background column.
+
+
+@dataclass
+class Bag:
+    """The proposals of an image with image-level labels: a bag, in multiple-instance learning.
+
+    They are sorted by objectness, the highest first.
+    """
+
+    boxes: Tensor  # (n, 4)
+    logits: Tensor  # (n, C + 1), the last column is background
+    prop_logits: Tensor | None = None  # (n, C + 1), logits of WSDDN's second branch
+
+
+def make_bags(boxes: list[Tensor], logits: Tensor, prop_logits: Tensor | None) -> list[Bag]:
+    """Splits logits (R, C + 1) of all images into bags, by boxes, B tensors (n, 4)."""
+    sizes = [len(b) for b in boxes]
+    branch = [None] * len(boxes) if prop_logits is None else prop_logits.split(sizes)
+    return [Bag(*parts) for parts in zip(boxes, logits.split(sizes), branch)]
+
+
+def label_bce(logits: Tensor, label: Tensor) -> Tensor:
+    """Returns the BCE of logits (..., C + 1) and the one-hot `label`, summed over the columns."""
+    target = F.one_hot(label, logits.shape[-1]).to(logits).expand_as(logits)
+    return F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(-1)
+
+
+def loss_first(bag: Bag, label: Tensor) -> Tensor:
+    """Max-object-score: `label_bce` of the proposal with the highest objectness, the first one."""
+    return label_bce(bag.logits[0], label)
+
+
+def loss_image(bag: Bag, label: Tensor) -> Tensor:
+    """Image-box: `label_bce` of the whole image, whose box is the last proposal."""
+    return label_bce(bag.logits[-1], label)
+
+
+def loss_max_score(bag: Bag, label: Tensor) -> Tensor:
+    """Prediction-based (YOLO9000): `label_bce` of the proposal with the highest logit of it."""
+    return label_bce(bag.logits[bag.logits[:, label].argmax()], label)
+
+
+def loss_min_loss(bag: Bag, label: Tensor) -> Tensor:
+    """An alternative in Detic's code: the smallest `label_bce` of all proposals."""
+    return label_bce(bag.logits, label).min()
+
+
+def loss_wsddn(bag: Bag, label: Tensor) -> Tensor:
+    """WSDDN (arXiv 1511.02853): mean_c BCE(p_c, y_c), p_c = sum_j sigmoid(s_jc) softmax_j(r_jc).
+
+    s: logits; r: prop_logits, whose softmax runs over the proposals; y: one-hot of `label`. Unlike
+    the other losses, it is the mean over the C + 1 columns, not the sum.
+    """
+    p = (bag.logits.sigmoid() * bag.prop_logits.softmax(0)).sum(0)  # (C + 1,)
+    p = p.clamp(1e-10, 1 - 1e-10)
+    return F.binary_cross_entropy(p, F.one_hot(label, len(p)).to(p))
+
+
+# max_size is Detic's own
+ImageLabelLoss = Literal["max_size", "max_score", "first", "image", "min_loss", "wsddn"]
+RIVALS = {
+    "max_score": loss_max_score,
+    "first": loss_first,
+    "image": loss_image,
+    "min_loss": loss_min_loss,
+    "wsddn": loss_wsddn,
+}
+
+
+def loss_image_labels(loss, bags: list[Bag], image_labels: list[Tensor]) -> Tensor:
+    """L_im = 1/B sum_i 1/|Y_i| sum_{y in Y_i} loss(bag_i, y) for B images with labels Y_i, (K,).
+
+    An image without a label or without a proposal adds 0.
+    """
+    terms = [bags[0].logits.sum() * 0]  # a gradient even if there is no other term
+    for bag, labels in zip(bags, image_labels):
+        if len(bag.boxes):
+            terms += [loss(bag, label) / len(labels) for label in labels]
+    return torch.stack(terms).sum() / len(bags)

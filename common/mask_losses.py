@@ -1,0 +1,45 @@
+"""Mask2Former's mask losses, on points instead of whole masks, and the matching cost that mirrors them.
+
+Source: facebookresearch/Mask2Former:mask2former/modeling/{matcher.py,criterion.py}.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.point_matching import pairwise_bce, pairwise_dice, point_sample
+
+# Shapes: Z predictions, Q queries, N masks of an image, R matched pairs, P points, C channels.
+
+
+def mask_cost(mask_embed: Tensor, mask_features: Tensor, masks: Tensor, num_points: int) -> Tensor:
+    """Returns the matching cost 5 BCE + 5 dice (Z, Q, N) of queries and masks (N, H, W) of an image.
+
+    Both are means over random points, which all queries and predictions share.
+
+    mask_embed: (Z, Q, C); mask_features: (C, h, w); mask logits are their product
+    """
+    points = torch.rand(1, num_points, 2, device=masks.device)
+    # sampling is linear: sampled features give the logits at the points, without a whole mask
+    logits = mask_embed @ point_sample(mask_features, points)  # (Z, Q, P)
+    truth = point_sample(masks, points)  # (N, P)
+    return torch.stack([5 * pairwise_bce(x, truth) + 5 * pairwise_dice(x, truth) for x in logits])
+
+
+def loss_mask(logits: Tensor, truth: Tensor, num_masks: Tensor) -> Tensor:
+    """BCE of logits and truth, both (R, P), at points.
+
+    Mean over the points, sum over the pairs / num_masks, the masks per rank (at least 1).
+    """
+    bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    return bce.mean(1).sum() / num_masks
+
+
+def loss_dice(logits: Tensor, truth: Tensor, num_masks: Tensor) -> Tensor:
+    """1 - (2 sum s t + 1) / (sum s + sum t + 1), s = sigmoid.
+
+    Sums over the points of logits and truth, both (R, P); sum over the pairs / num_masks.
+    """
+    s = logits.sigmoid()
+    dice = (2 * (s * truth).sum(1) + 1) / (s.sum(1) + truth.sum(1) + 1)
+    return (1 - dice).sum() / num_masks
