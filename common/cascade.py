@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchvision.ops import clip_boxes_to_image
 
 from common.backbone import STRIDES
-from common.boxes import box_delta_loss, decode_boxes, pool_rois, two_layers
+from common.boxes import box_delta_loss, decode_boxes, have_area, pool_rois, two_layers
 from common.masks import crop_masks
 from common.targets import RegionTargets, Targets, match_regions
 
@@ -82,10 +82,7 @@ class Cascade(nn.Module):
 
         With targets, every stage matches its regions to the ground truth by its own IoU. The first
         stage also samples `num_samples` regions per image, from the proposals and the ground truth.
-
-        features: P3, P4, ... (B, F, h, w), of which the first three are used
-        boxes:    B tensors (Q, 4), the proposals
-        sizes:    B pairs (height, width)
+        features: P3, P4, P5, ... (B, F, h, w); boxes: B tensors (Q, 4), the proposals
         """
         outputs = []
         for k, stage in enumerate(self.stages):
@@ -106,14 +103,11 @@ class Cascade(nn.Module):
             outputs.append(output)
             boxes = self.refine(k, output, sizes)
             if self.training:  # without the boxes that clipping left empty
-                boxes = [b[(b[:, 2:] > b[:, :2]).all(1)] for b in boxes]
+                boxes = [b[have_area(b)] for b in boxes]
         return outputs
 
     def refine(self, k: int, output: StageOutput, sizes: list[tuple[int, int]]) -> list[Tensor]:
-        """Returns the boxes of stage k moved by its deltas and clipped to the images, detached.
-
-        B tensors (Q, 4).
-        """
+        """Returns the boxes of stage k, moved by its deltas and clipped: B tensors (Q, 4)."""
         counts = [len(boxes) for boxes in output.boxes]
         refined = []
         for boxes, deltas, size in zip(output.boxes, output.deltas.detach().split(counts), sizes):
@@ -127,9 +121,7 @@ def sample_federated(labels: Tensor, frequency: Tensor, num: int = 50) -> Tensor
 
     All classes of `labels` are in it. If they are fewer than `num` (background counts as one),
     others are sampled without replacement, with probabilities proportional to sqrt(frequency).
-
-    labels:    any number of labels, -1 on background
-    frequency: (C,) float, training images of each class
+    labels (R,), -1 on background; frequency (C,), training images of each class
     Source: facebookresearch/Detic:detic/modeling/utils.py (get_fed_loss_inds).
     """
     sampled = torch.zeros_like(frequency)
@@ -145,9 +137,8 @@ def sample_federated(labels: Tensor, frequency: Tensor, num: int = 50) -> Tensor
 def loss_box_reg(k: int, output: StageOutput) -> Tensor:
     """Box regression loss of stage k: 1/R sum_{r in fg} |d_r - encode(b_r, g_r)|_1, plain L1.
 
-    d (R, 4): predicted deltas; b (R, 4): regions; g (R, 4): their ground truth.
-    `encode_boxes` uses the weights `box_weights[k]`. R counts all sampled regions of the batch,
-    background too.
+    d (R, 4) are the predicted deltas, b (R, 4) the regions, g (R, 4) their ground truth. encode is
+    `encode_boxes` with the weights `box_weights[k]`. R counts all regions, background too.
     """
     boxes = torch.cat(output.boxes)  # (R, 4)
     gt_boxes = torch.cat([t.boxes for t in output.targets])  # (R, 4)
@@ -181,10 +172,7 @@ class MaskHead(nn.Module):
         """BCE of the masks of foreground regions: mean over these regions and their 28 x 28 cells.
 
         Images without masks take no part. Without any foreground region, the loss is 0.
-
-        features: P3, P4, ... (B, F, h, w)
-        stage:    the output of the first stage
-        targets:  of the B images
+        features: P3, P4, P5, ... (B, F, h, w); stage: of the cascade, the first in Detic
         """
         boxes, rows = [], []
         for regions, matched, image in zip(stage.boxes, stage.targets, targets):

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms
 
+from common.boxes import centres, sides
 from common.distributed import mean_over_ranks
 from common.errors import InputError
 
 
 class Scale(nn.Module):
-    """Multiplies its input by a learned factor, at first 1."""
+    """Multiplies its input by a learned factor, initially 1."""
 
     def __init__(self):
         super().__init__()
@@ -30,17 +31,15 @@ class Scale(nn.Module):
 
 
 class CenterNetHead(nn.Module):
-    """The head shared by all levels: a tower of convolutions, then objectness and distances.
-
-    The parameter names are the official ones.
-    """
+    """The head, shared by all levels. The parameter names are the official ones."""
 
     def __init__(self, channels: int, num_levels: int, num_convs: int = 4):
         """Raises InputError if GroupNorm cannot split the channels into 32 groups."""
         super().__init__()
         if channels % 32 or not channels:
             raise InputError(
-                f"--channels {channels} must be a multiple of 32, the groups of the head's GroupNorm"
+                f"--channels {channels} must be a multiple of 32, the groups of the head's "
+                "GroupNorm"
             )
         tower = []
         for _ in range(num_convs):
@@ -59,10 +58,7 @@ class CenterNetHead(nn.Module):
         nn.init.constant_(self.bbox_pred.bias, 8.0)
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """L maps (B, F, h, w) -> objectness logits (B, M), distances (B, M, 4).
-
-        The distances l, t, r, b to the sides of the box are in strides.
-        """
+        """L maps (B, F, h, w) -> objectness logits (B, M), l, t, r, b in strides (B, M, 4)."""
         logits, distances = [], []
         for feature, scale in zip(features, self.scales):
             x = self.bbox_tower(feature)
@@ -91,7 +87,8 @@ class Grid:
             rows = torch.arange(h, device=device)
             columns = torch.arange(w, device=device)
             y, x = torch.meshgrid(rows, columns, indexing="ij")
-            points.append(torch.stack([x, y], -1).view(-1, 2) * stride + stride // 2)
+            cells = torch.stack([x, y], -1).view(-1, 2)
+            points.append(cells * stride + stride // 2)
         counts = torch.tensor([len(p) for p in points], device=device)
         levels = torch.repeat_interleave(torch.arange(len(shapes), device=device), counts)
         stride_of_point = torch.tensor(strides, device=device).float()[levels]
@@ -117,10 +114,7 @@ class CenterNet(nn.Module):
     def __init__(
         self, channels: int, strides: list[int], pre_nms: tuple[int, int], post_nms: tuple[int, int]
     ):
-        """pre_nms, post_nms: proposals per level before NMS, and per image after it.
-
-        Both are pairs (in training, at inference).
-        """
+        """pre_nms, post_nms: (train, test) proposals per level before NMS, per image after it."""
         super().__init__()
         self.strides = strides
         self.pre_nms = pre_nms
@@ -130,12 +124,10 @@ class CenterNet(nn.Module):
     def forward(
         self, features: list[Tensor], gt_boxes: list[Tensor] | None = None
     ) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
-        """Returns the proposals of each image, and the losses.
+        """Returns the proposals of each image, boxes (Q, 4) and scores (Q,), and the losses.
 
-        Proposals are boxes (Q, 4) and scores (Q,), by falling score, without a gradient.
-
-        features: L tensors (B, F, h, w)
-        gt_boxes: B tensors (N, 4); without them there are no losses
+        Proposals come by falling score and carry no gradient.
+        features: L tensors (B, F, h, w); gt_boxes: B tensors (N, 4); without them, no losses
         """
         grid = Grid.of(features, self.strides)
         logits, ltrb = self.centernet_head(features)
@@ -160,8 +152,8 @@ class CenterNet(nn.Module):
             return heatmap, ltrb, grid.levels[:0]
         points = grid.points[:, None]  # (M, 1, 2)
         strides = grid.strides[:, None, None]  # (M, 1, 1)
-        centre = (boxes[:, :2] + boxes[:, 2:]) / 2  # (N, 2)
-        side = boxes[:, 2:] - boxes[:, :2]  # (N, 2)
+        centre = centres(boxes)  # (N, 2)
+        side = sides(boxes)  # (N, 2)
 
         # the location of the cell that holds the centre
         cell = (centre / strides).floor() * strides + (strides / 2).floor()  # (M, N, 2)
@@ -169,7 +161,8 @@ class CenterNet(nn.Module):
         at_centre = (offset == 0).all(-1)  # (M, N)
 
         # heat map: a Gaussian whose radius grows with the box
-        distance2 = ((points - centre) ** 2).sum(-1).masked_fill(at_centre, 0)  # (M, N)
+        distance2 = ((points - centre) ** 2).sum(-1)  # (M, N)
+        distance2 = distance2.masked_fill(at_centre, 0)
         delta = (1 - self.min_overlap) / (1 + self.min_overlap)
         radius2 = (2 * delta**2 * side.prod(1)).clamp(min=self.min_radius**2)  # (N,)
         weighted = distance2 / radius2  # (M, N)
@@ -178,48 +171,42 @@ class CenterNet(nn.Module):
 
         # distances: to the nearest box, of those around the location and centred close to it
         half_diagonal = side.norm(dim=1) / 2  # (N,)
-        ranges = boxes.new_tensor(self.size_ranges)  # (L, 2)
-        in_level = (half_diagonal >= ranges[:, :1]) & (half_diagonal <= ranges[:, 1:])  # (L, N)
-        in_level = in_level[grid.levels]  # (M, N)
+        low, high = boxes.new_tensor(self.size_ranges)[grid.levels, :, None].unbind(1)  # (M, 1)
+        in_level = (half_diagonal >= low) & (half_diagonal <= high)  # (M, N)
         ltrb = torch.cat([points - boxes[:, :2], boxes[:, 2:] - points], -1)  # (M, N, 4)
-        candidate = in_level & (offset <= strides).all(-1) & (ltrb > 0).all(-1)  # (M, N)
+        close = (offset <= strides).all(-1)  # (M, N)
+        around = (ltrb > 0).all(-1)  # (M, N)
+        candidate = in_level & close & around
         best, box = weighted.masked_fill(~candidate, torch.inf).min(1)  # (M,)
         row = torch.arange(len(box), device=box.device)
         ltrb = ltrb[row, box] / grid.strides[:, None]
         ltrb = ltrb.masked_fill(best.isinf()[:, None], -1)
-
-        centres = (at_centre & in_level).nonzero()[:, 0]
-        return heatmap, ltrb, centres
+        return heatmap, ltrb, (at_centre & in_level).nonzero()[:, 0]
 
     def losses(
         self, grid: Grid, logits: Tensor, ltrb: Tensor, gt_boxes: list[Tensor]
     ) -> dict[str, Tensor]:
         """Returns the focal losses of the heat map and the GIoU loss of the distances.
 
-        p = sigmoid(logits) clamped to [1e-4, 1 - 1e-4], h the target heat map, over all images:
-
         loss_centernet_pos = 0.5 * 0.25 / n * sum over the n centres of -(1 - p)^2 log(p)
-        loss_centernet_neg = 0.5 * 0.75 / n * sum over the locations of -p^2 (1 - h)^4 log(1 - p),
-            where locations with p >= 0.85 count 0
-        loss_centernet_loc = 1 / m * sum of 1 - GIoU (`loss_ltrb_giou`) over the m locations with
-            target distances
+        loss_centernet_neg = 0.5 * 0.75 / n * sum over all locations of -p^2 (1 - h)^4 log(1 - p)
+        loss_centernet_loc = 1 / m * sum over the m locations with distances of 1 - GIoU
 
-        n and m are means over ranks, and at least 1.
-
+        p is sigmoid(logits) clamped to [1e-4, 1 - 1e-4], h the target heat map. A negative with
+        p >= 0.85 counts 0. n and m are of all images, averaged over ranks, at least 1.
         logits (B, M), ltrb (B, M, 4), gt_boxes: B tensors (N, 4)
         """
         targets = [self.targets(grid, boxes) for boxes in gt_boxes]
-        heatmaps, distances, centres = zip(*targets)
+        heatmaps, distances, centre_rows = zip(*targets)
         heatmap = torch.stack(heatmaps)  # (B, M)
         gt_ltrb = torch.stack(distances)  # (B, M, 4)
-
         p = logits.sigmoid().clamp(1e-4, 1 - 1e-4)  # (B, M)
-        positive = torch.cat([p[i, rows] for i, rows in enumerate(centres)])  # (n,)
-        count = mean_over_ranks(p.new_tensor(float(len(positive)))).clamp(min=1)
+        positive = torch.cat([p[i, rows] for i, rows in enumerate(centre_rows)])  # (n,)
+        count = p.new_tensor(float(len(positive)))
+        count = mean_over_ranks(count).clamp(min=1)
         pos = -(torch.log(positive) * (1 - positive) ** self.gamma).sum()
         neg = -torch.log(1 - p) * p**self.gamma * (1 - heatmap) ** self.beta
         neg = neg.masked_fill(p >= self.ignore_high_fp, 0).sum()
-
         regressed = gt_ltrb.amin(-1) >= 0  # (B, M)
         count_reg = mean_over_ranks(regressed.sum().to(p)).clamp(min=1)
         loc = loss_ltrb_giou(ltrb[regressed], gt_ltrb[regressed])
@@ -230,9 +217,9 @@ class CenterNet(nn.Module):
         }
 
     def proposals(self, grid: Grid, p: Tensor, ltrb: Tensor) -> tuple[Tensor, Tensor]:
-        """Objectness p (M,), distances (M, 4) of one image -> boxes (Q, 4), scores sqrt(p) (Q,).
+        """Selects the proposals of one image: the best of each level, then NMS over all levels.
 
-        The best of each level, then NMS over all levels; by falling score.
+        Objectness p (M,), distances (M, 4) -> boxes (Q, 4), scores sqrt(p) (Q,), by falling score
         """
         at_inference = int(not self.training)
         kept = []
@@ -255,18 +242,17 @@ class CenterNet(nn.Module):
 def loss_ltrb_giou(pred: Tensor, target: Tensor) -> Tensor:
     """Sum over P pairs of 1 - GIoU, GIoU = (I + 1) / (U + 1) - (H - U) / H.
 
-    I, U, H are the areas of the intersection, of the union and of the smallest box around both.
-    The areas are in squared strides, like the distances.
-
-    pred, target: (P, 4) distances l, t, r, b from the same point
+    I, U, H are the areas of intersection, union and smallest box around both.
+    pred, target: (P, 4) distances l, t, r, b from the same point, in strides
     Source: xingyizhou/CenterNet2:centernet/modeling/layers/iou_loss.py.
     """
-    area = (pred[:, :2] + pred[:, 2:]).prod(1)
-    target_area = (target[:, :2] + target[:, 2:]).prod(1)
-    low = torch.minimum(pred, target)
-    high = torch.maximum(pred, target)
-    intersection = (low[:, :2] + low[:, 2:]).prod(1)
-    hull = (high[:, :2] + high[:, 2:]).prod(1)
-    union = area + target_area - intersection
+
+    def area(ltrb: Tensor) -> Tensor:
+        return (ltrb[:, :2] + ltrb[:, 2:]).prod(1)
+
+    both = area(pred) + area(target)
+    intersection = area(torch.minimum(pred, target))
+    hull = area(torch.maximum(pred, target))
+    union = both - intersection
     giou = (intersection + 1) / (union + 1) - (hull - union) / hull
     return (1 - giou).sum()

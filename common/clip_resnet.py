@@ -95,7 +95,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """CLIP's pooling: attention whose query is the mean of the cells; keys are the mean and all cells.
+    """CLIP's pooling: the mean of all cells attends to itself and to the cells.
 
     E is the number of channels of stage 4, T = 1 + size^2 the number of tokens.
     """
@@ -128,7 +128,7 @@ class AttentionPool(nn.Module):
 class CLIPResNetC4(nn.Module):
     """CLIP's ResNet as a region encoder.
 
-    With pretrained weights, BatchNorm uses its stored statistics, and the stem and the first stage
+    If the weights are pretrained, BatchNorm uses its stored statistics, and stem and first stage
     are frozen.
     """
 
@@ -189,25 +189,14 @@ class CLIPResNetC4(nn.Module):
         return self.layer3(self.layer2(self.layer1(F.avg_pool2d(x, 2))))
 
     def forward(self, images: Tensor, boxes: list[Tensor]) -> Tensor:
-        """Normalised images (B, 3, H, W), boxes B tensors (Q, 4) -> embeddings (R, out).
-
-        The embeddings have any length.
-        """
+        """Normalised images (B, 3, H, W), boxes B tensors (Q, 4) -> embeddings (R, out)."""
         features = self.trunk(images).float()
         pooled = pool_rois([features], [self.stride], boxes, self.resolution)  # (R, E / 2, r, r)
         return self.attnpool(self.layer4(pooled))
 
 
-def is_clip(name: str) -> bool:
-    """Returns whether a --classifier-backbone names a CLIP ResNet, and not a timm model."""
-    return name.startswith("RN") or name.endswith(FILES)
-
-
 def architecture(name: str) -> dict:
-    """Returns open_clip's settings (layers, width, image_size, embed_dim) of a CLIP ResNet.
-
-    Raises InputError if open_clip has no CLIP ResNet of this name.
-    """
+    """Returns open_clip's settings of a CLIP ResNet; raises InputError if it has none."""
     import open_clip
 
     model = name.partition("/")[0] if name.startswith("RN") else "RN50"
@@ -222,9 +211,8 @@ def architecture(name: str) -> dict:
 
 
 def load_pretrained(model: CLIPResNetC4, name: str) -> bool:
-    """Loads the weights that `name` gives into the model; returns whether it found them.
+    """Loads the weights that `name` gives. If the hub has none, logs why and returns False.
 
-    If the hub cannot be reached, logs a warning and returns False.
     Raises InputError for unknown weights, and as `read_tensors` and `load_by_prefix`.
     """
     import open_clip
@@ -255,10 +243,7 @@ def load_pretrained(model: CLIPResNetC4, name: str) -> bool:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors of a .safetensors file, or of a torch file that holds only data.
-
-    Raises InputError if the file is missing or is neither.
-    """
+    """Reads a .safetensors file, or a torch file that holds only data; InputError if it cannot."""
     try:
         content = load_file(path) if path.suffix == ".safetensors" else load_plain(path)
     except (OSError, ValueError, SafetensorError) as error:
@@ -285,10 +270,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def load_by_prefix(model: CLIPResNetC4, tensors: dict[str, Tensor], source: str) -> None:
     """Copies the image encoder's tensors, with any of PREFIXES, into the model; logs the others.
 
-    source: the name of the weights, for messages
-
-    Raises InputError for a tensor that is missing, has another shape, or belongs to another image
-    encoder.
+    source: name of the weights, for messages
+    Raises InputError for a tensor that is missing, of another shape, or of another image encoder.
     """
     own = {key: t for key, t in model.state_dict().items() if key != "frozen_norm"}
     found = {}
@@ -336,10 +319,10 @@ class RegionOutput:
 
 
 class FPNRegions(nn.Module):
-    """A timm model as a region encoder: P3 to P5, a box head, and a linear layer to the embedding."""
+    """A timm model as a region encoder: P3 to P5, a box head, and a linear layer."""
 
     def __init__(self, name: str, out: int, channels: int, fc_dim: int, pretrained: bool):
-        """name: timm model; out: width of the embeddings; channels: of the FPN; fc_dim: of the box head."""
+        """out: width of the embeddings; channels: of the FPN; fc_dim: width of the box head."""
         super().__init__()
         self.backbone = Backbone(name, channels, pretrained, STRIDES, flag="--classifier-backbone")
         self.box_head = two_layers(channels, fc_dim)
@@ -350,10 +333,7 @@ class FPNRegions(nn.Module):
         return self.backbone.normalise(images, sizes)
 
     def forward(self, images: Tensor, boxes: list[Tensor]) -> Tensor:
-        """Normalised images (B, 3, H, W), boxes B tensors (Q, 4) -> embeddings (R, out).
-
-        The embeddings have any length.
-        """
+        """Normalised images (B, 3, H, W), boxes B tensors (Q, 4) -> embeddings (R, out)."""
         features = [feature.float() for feature in self.backbone(images)]
         with torch.autocast(images.device.type, enabled=False):
             return self.embedding(self.box_head(pool_rois(features, STRIDES, boxes, 7)))
@@ -364,12 +344,10 @@ def region_features(
 ) -> CLIPResNetC4 | FPNRegions:
     """Creates the region encoder `name`, whose embeddings are as wide as the text embeddings.
 
-    name:             CLIP ResNet or timm model
-    channels, fc_dim: as in `FPNRegions`; a CLIP ResNet does not use them
-
+    A CLIP ResNet does not use `channels` and `fc_dim`, which `FPNRegions` explains.
     Raises InputError for a name that is neither, and for a CLIP ResNet of another width.
     """
-    if not is_clip(name):
+    if not name.startswith("RN") and not name.endswith(FILES):
         return FPNRegions(name, text_dim, channels, fc_dim, pretrained)
     regions = CLIPResNetC4(name, pretrained)
     if regions.out != text_dim:

@@ -11,16 +11,12 @@ from common.batch import Sample
 
 
 def to_rle(segmentation: list | dict, size: tuple[int, int]) -> dict:
-    """Converts COCO polygons or an RLE to a compressed RLE, {"size": [H, W], "counts": str or bytes}.
+    """Converts polygons or an RLE of COCO to a compressed RLE, {"size": [H, W], "counts": ...}.
 
     The pixels are those of pycocotools. Polygons of fewer than three points have no pixels, as in
-    detectron2.
-
-    segmentation: list of polygons, or an RLE, compressed or not
-    size:         (height, width) of the image
-
-    Raises ValueError if `segmentation` is neither, or an RLE of another size, or one whose runs do
-    not fill the image.
+    detectron2. `counts` is str or bytes.
+    Raises ValueError if `segmentation` is neither polygons nor an RLE, or an RLE that has another
+    (height, width) than `size` or whose runs do not fill it.
     """
     height, width = size
     try:
@@ -62,10 +58,7 @@ def _polygons_to_rle(polygons: list, height: int, width: int) -> dict:
 
 
 def decode_masks(segmentations: list, size: tuple[int, int]) -> Tensor:
-    """Decodes N COCO polygons or RLEs to masks (N, H, W) bool; size is (H, W).
-
-    Raises ValueError as `to_rle`.
-    """
+    """N COCO segmentations, size (H, W) -> (N, H, W) bool. Raises ValueError as `to_rle`."""
     masks = torch.zeros(len(segmentations), *size, dtype=torch.bool)
     for mask, segmentation in zip(masks, segmentations):
         pixels = hotcoco.mask.decode(to_rle(segmentation, size))
@@ -74,10 +67,7 @@ def decode_masks(segmentations: list, size: tuple[int, int]) -> Tensor:
 
 
 def encode_masks(masks: Tensor) -> list[dict]:
-    """Encodes masks (N, H, W) bool as N compressed RLEs for COCO's json files.
-
-    Each is {"size": [H, W], "counts": str}.
-    """
+    """Masks (N, H, W) bool -> N RLEs as in COCO's json files, {"size": [H, W], "counts": str}."""
     encoded = []
     for mask in masks.cpu():
         rle = hotcoco.mask.encode(np.asarray(mask))
@@ -87,10 +77,7 @@ def encode_masks(masks: Tensor) -> list[dict]:
 
 
 def segment_masks(sample: Sample) -> Tensor:
-    """Returns the pixels of each label, (N, H, W) bool, from the sample's `segments` or `masks`.
-
-    Raises ValueError if the sample has neither.
-    """
+    """Returns the pixels of each label, (N, H, W) bool; ValueError if the sample has none."""
     segments = sample.segments
     if segments is not None:
         rows = torch.arange(len(sample.labels), dtype=segments.dtype, device=segments.device)
@@ -101,11 +88,7 @@ def segment_masks(sample: Sample) -> Tensor:
 
 
 def drop_unseen(segments: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Drops the labels without a pixel, and renumbers the segments of the others.
-
-    segments: (H, W) int16, row of `labels` of each pixel, or -1
-    labels:   (N,)
-    """
+    """Drops the labels (N,) without a pixel in segments (H, W), and renumbers the segments."""
     pixels = np.bincount(segments.numpy().ravel() + 1, minlength=len(labels) + 1)
     seen = pixels[1:] > 0  # (N,)
     if seen.all():
@@ -125,8 +108,7 @@ def crop_masks(masks: Tensor, boxes: Tensor, size: int, rows: Tensor | None = No
 
     masks: (N, H, W) bool
     boxes: (R, 4) xyxy
-    rows:  (R,) the mask of each box; without it, box i has mask i. Boxes that share a mask need no
-        copies of it.
+    rows:  (R,) the mask of each box; without it, box i has mask i
     Source: facebookresearch/detectron2:detectron2/structures/masks.py (BitMasks.crop_and_resize).
     """
     if rows is None:
@@ -142,11 +124,8 @@ def paste_masks(
     """Pastes the square masks of a mask head into the image: (N, H, W) bool.
 
     Samples bilinearly at the centres of the pixels. Pixels outside of the box are False. Each box
-    is sampled alone and within its own window: only the result is as large as the image.
-
-    probabilities: (N, s, s) in [0, 1]
-    boxes:         (N, 4) xyxy, one for each mask
-    size:          (H, W)
+    is sampled alone and within its own window, so that only the result is as large as the image.
+    probabilities (N, s, s), boxes (N, 4) xyxy, size (H, W)
     Source: facebookresearch/detectron2:detectron2/layers/mask_ops.py (paste_masks_in_image).
     """
     height, width = size
@@ -169,7 +148,7 @@ def paste_masks(
 
 
 def _pixel_centres(start: int, end: int, low: Tensor, extent: Tensor) -> Tensor:
-    """Centres of the pixels from `start` to `end`, relative to a box side: -1 at its start, 1 at its end."""
+    """Returns the centres of pixels in coordinates of a box, which is -1 to 1: (end - start,)."""
     centres = torch.arange(start, end, device=low.device) + 0.5
     return (centres - low) / extent * 2 - 1
 

@@ -14,7 +14,16 @@ from torch.nn import functional as F
 from torchvision.ops import clip_boxes_to_image
 
 from common.backbone import Backbone
-from common.boxes import box_delta_loss, decode_boxes, paired_iou, pool_rois, two_layers
+from common.boxes import (
+    box_delta_loss,
+    centres,
+    decode_boxes,
+    have_area,
+    paired_iou,
+    pool_rois,
+    sides,
+    two_layers,
+)
 from common.distributed import amp_context
 from common.targets import RegionTargets, Targets, match_anchors, match_regions, sample_fg_bg
 
@@ -49,10 +58,7 @@ class RPN(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def head(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """L maps (B, F, h, w) -> L tensors tblr (B, h * w, 4), L objectness logits (B, h * w).
-
-        `decode_tblr` explains tblr.
-        """
+        """L maps (B, F, h, w) -> of each: tblr (B, h * w, 4), objectness logits (B, h * w)."""
         tblr, logits = [], []
         for feature in features:
             hidden = F.normalize(self.rpn_conv(feature).relu())  # unit length over channels
@@ -68,9 +74,8 @@ class RPN(nn.Module):
         anchors = []
         for feature, stride in zip(features, STRIDES):
             h, w = feature.shape[-2:]
-            rows = torch.arange(h, device=feature.device, dtype=torch.float) * stride
-            columns = torch.arange(w, device=feature.device, dtype=torch.float) * stride
-            y, x = torch.meshgrid(rows, columns, indexing="ij")
+            cell = torch.arange(max(h, w), device=feature.device, dtype=torch.float) * stride
+            y, x = torch.meshgrid(cell[:h], cell[:w], indexing="ij")
             centre = torch.stack([x, y], -1).view(-1, 2)
             half = self.scale * stride / 2
             anchors.append(torch.cat([centre - half, centre + half], 1))
@@ -85,15 +90,13 @@ class RPN(nn.Module):
         """Returns the proposals of each image, boxes (Q, 4) and scores (Q,), and the losses.
 
         Proposals come level by level and carry no gradient.
-
-        features: L maps (B, F, h, w)
-        gt_boxes: B tensors (N, 4); without them there are no losses
+        features: L maps (B, F, h, w); gt_boxes: B tensors (N, 4); without them, no losses
         """
         anchors = self.anchors(features)
         tblr, logits = self.head(features)
         losses = {}
         if gt_boxes is not None:
-            joined = (torch.cat(anchors), torch.cat(tblr, 1), torch.cat(logits, 1))
+            joined = torch.cat(anchors), torch.cat(tblr, 1), torch.cat(logits, 1)
             losses = self.losses(*joined, gt_boxes, sizes)
         proposals = []
         with torch.no_grad():
@@ -106,9 +109,9 @@ class RPN(nn.Module):
     def proposals(
         self, anchors: list[Tensor], tblr: list[Tensor], scores: list[Tensor], size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Returns the best boxes (Q, 4) of one image, clipped to it, and their scores (Q,).
+        """Returns the best boxes (Q, 4) of each level of one image, clipped, and scores (Q,).
 
-        The best `pre_nms` of each level, without empty boxes. The lists have an entry per level.
+        Empty boxes are left out. The lists have one entry per level.
         """
         boxes, kept = [], []
         for anchor, distance, score in zip(anchors, tblr, scores):
@@ -117,31 +120,29 @@ class RPN(nn.Module):
             boxes.append(clip_boxes_to_image(decoded, size))
             kept.append(best)
         boxes = torch.cat(boxes)
-        not_empty = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        not_empty = have_area(boxes)
         return boxes[not_empty], torch.cat(kept)[not_empty]
 
     def targets(
         self, anchors: Tensor, gt_boxes: Tensor, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor, int, Tensor, Tensor]:
-        """Samples anchors of one image for both losses; anchors (M, 4), gt_boxes (N, 4).
+        """Samples anchors of one image, anchors (M, 4), gt_boxes (N, 4), for both losses.
 
-        Anchors that are not wholly in the image take no part. Returns:
-        rows (P,): anchors whose boxes are regressed
-        boxes (P, 4): their ground truth
-        number of anchors sampled with them, background included
-        scored rows (S,): anchors that are scored
-        scores (S,): their `centreness`, 0 on background
+        Anchors that are not wholly in the image take no part. Returns the rows (P,) of anchors to
+        regress, their ground truth (P, 4), the number of anchors sampled for it with background,
+        the rows (S,) of anchors to score, and their scores (S,): `centreness`, 0 on background.
         """
         height, width = size
-        inside = (anchors[:, :2] >= 0).all(1) & (anchors[:, 2] < width) & (anchors[:, 3] < height)
+        inside = (anchors[:, :2] >= 0).all(1)
+        inside &= (anchors[:, 2] < width) & (anchors[:, 3] < height)
         inside = inside.nonzero().squeeze(1)
 
         def sample(match: tuple, fraction: float) -> tuple[Tensor, Tensor]:
-            """Returns sampled anchors, and the row of their ground truth, -1 on background."""
             matched = match_anchors(anchors[inside], gt_boxes, *match)
             decided = (matched > -2).nonzero().squeeze(1)
-            sampled = decided[sample_fg_bg(matched[decided] >= 0, self.sampled, fraction)]
-            return inside[sampled], matched[sampled]
+            fg = matched[decided] >= 0
+            sampled = decided[sample_fg_bg(fg, self.sampled, fraction)]
+            return inside[sampled], matched[sampled]  # anchors, their ground truth or -1
 
         rows, matched = sample(self.box_match, self.box_fraction)
         fg = matched >= 0
@@ -160,11 +161,9 @@ class RPN(nn.Module):
         gt_boxes: list[Tensor],
         sizes: list[tuple[int, int]],
     ) -> dict[str, Tensor]:
-        """Returns `loss_rpn_box` and `loss_rpn_objectness`, summed over images, divided by n.
+        """Returns `loss_rpn_box` and `loss_rpn_objectness`, summed over images, both divided by n.
 
-        n counts the anchors of the batch that were sampled for box regression, background
-        included, at least 1. It divides both losses.
-
+        n counts the anchors sampled for box regression in the batch with background, at least 1.
         anchors (M, 4), tblr (B, M, 4), logits (B, M), gt_boxes: B tensors (N, 4)
         """
         targets = [self.targets(anchors, boxes, size) for boxes, size in zip(gt_boxes, sizes)]
@@ -195,12 +194,9 @@ class OLN(nn.Module):
         rois_per_image: int = 512,
         rpn_proposals: int = 2000,
     ):
-        """Creates the networks.
+        """backbone: timm model; channels: of FPN and RPN; fc_dim: width of the box head.
 
-        backbone:       timm model
-        channels:       of the FPN and the RPN
-        fc_dim:         width of the box head
-        amp:            "auto", "on" or "off", bfloat16 autocast of the backbone
+        amp:            bfloat16 autocast of the backbone, as in `amp_context`
         rois_per_image: regions sampled in training, at most a quarter of them foreground
         rpn_proposals:  proposals per level
         """
@@ -218,7 +214,7 @@ class OLN(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def head(self, features: list[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """P2, P3, ..., boxes B tensors (Q, 4) -> class logits (R, 2), deltas (R, 4), IoU logits (R,).
+        """P2 to P6, boxes B tensors (Q, 4) -> class logits (R, 2), deltas (R, 4), IoU logits (R,).
 
         The classes are object (column 0) and background.
         """
@@ -231,10 +227,8 @@ class OLN(nn.Module):
         """Returns the losses if targets are given, and otherwise the detections of each image.
 
         Detections are refined boxes (Q, 4), clipped to the image, and three scores (Q,): of being
-        an object, centreness of the anchor, and IoU.
-
-        images:  (B, 3, H, W) uint8
-        targets: of the B images; their labels are not used
+        an object, centreness of the anchor, and IoU. The labels of the targets are not used.
+        images: (B, 3, H, W) uint8
         """
         with amp_context(self.amp, images.device):
             features = self.backbone(self.backbone.normalise(images, sizes))
@@ -263,10 +257,7 @@ class OLN(nn.Module):
     def losses(
         self, outputs: tuple, boxes: list[Tensor], targets: list[RegionTargets]
     ) -> dict[str, Tensor]:
-        """Returns the losses of the box head, each divided by the number R of all regions.
-
-        outputs: of `head`; boxes: B tensors (Q, 4), the sampled regions
-        """
+        """Returns the losses of the outputs of `head`, each divided by the number R of regions."""
         logits, deltas, iou = outputs
         regions = torch.cat(boxes)  # (R, 4)
         gt_boxes = torch.cat([t.boxes for t in targets])  # (R, 4)
@@ -284,22 +275,20 @@ def decode_tblr(anchors: Tensor, tblr: Tensor) -> Tensor:
     tblr: distances from the anchor's centre to the top, bottom, left and right side of the box,
         divided by the anchor's height (t, b) or width (l, r)
     """
-    centre = (anchors[:, :2] + anchors[:, 2:]) / 2
-    side = anchors[:, 2:] - anchors[:, :2]
+    centre = centres(anchors)
+    side = sides(anchors)
     top_left = centre - tblr[:, [2, 0]] * side
     bottom_right = centre + tblr[:, [3, 1]] * side
     return torch.cat([top_left, bottom_right], 1)
 
 
 def centreness(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """sqrt(min(t, b) / max(t, b) * min(l, r) / max(l, r)) of each anchor in its box: (M,).
+    """sqrt(min(t, b) / max(t, b) * min(l, r) / max(l, r)): anchors (M, 4), boxes (M, 4) -> (M,).
 
-    t, b, l, r are the distances from the anchor's centre to the sides of the box. An anchor whose
-    centre is outside of its box gets 0.
-
-    anchors, boxes: (M, 4)
+    t, b, l, r are the distances from the anchor's centre to the sides of the box in the same row.
+    An anchor whose centre is outside of its box gets 0.
     """
-    centre = (anchors[:, :2] + anchors[:, 2:]) / 2
+    centre = centres(anchors)
     before = (centre - boxes[:, :2]).clamp(min=0)  # (M, 2) l, t
     after = (boxes[:, 2:] - centre).clamp(min=0)  # (M, 2) r, b
     larger = torch.maximum(before, after).clamp(min=1e-6)
@@ -307,34 +296,28 @@ def centreness(anchors: Tensor, boxes: Tensor) -> Tensor:
 
 
 def loss_rpn_box(anchors: Tensor, tblr: Tensor, gt_boxes: Tensor) -> Tensor:
-    """Box loss of P foreground anchors: sum of 10 (1 - IoU), IoU of the decoded box, at least 1e-6.
-
-    anchors, tblr, gt_boxes: (P, 4)
-    """
+    """Sum of 10 (1 - max(IoU, 1e-6)) of decoded foreground anchors; all tensors are (P, 4)."""
     iou = paired_iou(decode_tblr(anchors, tblr), gt_boxes).clamp(min=1e-6)
     return 10 * (1 - iou).sum()
 
 
 def loss_rpn_objectness(logits: Tensor, scores: Tensor) -> Tensor:
-    """Objectness loss of S sampled anchors: sum of |sigmoid(logit) - score|.
-
-    logits (S,); scores (S,): centreness, 0 on background
-    """
+    """Sum of |sigmoid(logit) - score| of sampled anchors: logits (S,), scores (S,)."""
     return (logits.sigmoid() - scores).abs().sum()
 
 
 def loss_roi_cls(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of the classes object (column 0) and background, mean over R regions.
+    """Cross entropy of object (column 0) and background, mean over R regions.
 
-    logits (R, 2); labels (R,), -1 on background
+    logits (R, 2), labels (R,), -1 on background
     """
     return F.cross_entropy(logits, (labels < 0).long(), reduction="sum") / max(len(labels), 1)
 
 
 def loss_roi_iou(logits: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
-    """IoU loss: 1/R sum_{r in fg} |sigmoid(logit_r) - IoU(b_r, g_r)|; R counts background too.
+    """IoU loss: 1/R sum_{r in fg} |sigmoid(logit_r) - IoU(b_r, g_r)|. R counts background too.
 
-    logits (R,); labels (R,), -1 on background; boxes (R, 4) b; gt_boxes (R, 4) g
+    logits (R,), labels (R,), -1 on background, boxes b (R, 4), gt_boxes g (R, 4)
     """
     fg = labels >= 0
     iou = paired_iou(boxes[fg], gt_boxes[fg])

@@ -1,4 +1,4 @@
-"""Proposals of a frozen localizer on all training images: computed once, stored in the run folder."""
+"""Proposals of a frozen localizer for all training images, stored in the run folder."""
 
 import hashlib
 from collections.abc import Callable
@@ -40,10 +40,7 @@ class WithProposals(Dataset):
 
 
 def fingerprint(localizer: nn.Module, *settings) -> str:
-    """Returns 12 hex digits of a hash of the localizer's weights and settings.
-
-    They are part of the file name, so that other weights have other files.
-    """
+    """Returns 12 hex digits of a hash of weights and settings: other weights have other files."""
     digest = hashlib.sha256(repr(settings).encode())
     for tensor in localizer.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
@@ -68,17 +65,14 @@ def with_proposals(
     key: str,
     workers: int,
 ) -> list[WithProposals]:
-    """Returns the datasets with their proposals, which it computes if `folder` does not have them.
+    """Returns the datasets with their proposals. Computes those that `folder` does not have.
 
-    locate:  returns for each image of a batch `boxes` (Q, 4) in pixels of the original image, and
-        its `size` (height, width)
-    resize:  the transform of the images that `locate` gets
-    key:     identifies the localizer (`fingerprint`); part of the file names
-    workers: data loading processes
+    locate: returns for each image of a batch, which `resize` has transformed, `boxes` (Q, 4) in
+        pixels of the original image, and its `size` (height, width)
+    key:    `fingerprint` of the localizer, part of the file names
     """
 
     def compact(batch: Batch) -> list[dict]:
-        """Returns the boxes of `locate` as they are stored."""
         stored = []
         for found in locate(batch):
             height, width = found["size"]
@@ -102,6 +96,5 @@ def with_proposals(
                 with atomic_path(path) as temporary:
                     np.save(temporary, table)
             from_main(None)  # the other ranks wait for the file
-        fields = vars(dataset)  # those of Dataset
-        extended.append(WithProposals(**fields, proposal_file=path))
+        extended.append(WithProposals(**vars(dataset), proposal_file=path))  # all of its fields
     return extended

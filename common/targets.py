@@ -31,11 +31,10 @@ class Targets:
 class RegionTargets:
     """The targets of the Q sampled regions of one image.
 
-    Each region is matched to its best-overlapping ground truth, however small the overlap is.
-
-    boxes:    (Q, 4) xyxy, the matched ground truth; without ground truth, the regions themselves
-    labels:   (Q,) int64, those of the matched ground truth; -1 on background
-    gt_index: (Q,) int64, row of the matched ground truth in `Targets`; 0 without ground truth
+    The matched ground truth is the best-overlapping one, even on background.
+    boxes:    (Q, 4) xyxy, the matched ground truth; the regions themselves if there is none
+    labels:   (Q,) int64, of the matched ground truth; -1 on background
+    gt_index: (Q,) int64, row of the matched ground truth in `Targets`; 0 if there is none
     """
 
     boxes: Tensor
@@ -47,7 +46,6 @@ def match_by_iou(boxes: Tensor, gt_boxes: Tensor, threshold: float) -> tuple[Ten
     """Returns the best-overlapping ground truth of each box, and whether its IoU >= threshold.
 
     boxes (Q, 4), gt_boxes (N, 4) -> index (Q,) int64, matched (Q,) bool
-
     Without ground truth, every index is 0 and nothing is matched.
     Source: facebookresearch/detectron2:detectron2/modeling/matcher.py, without low-quality matches.
     """
@@ -61,7 +59,7 @@ def match_by_iou(boxes: Tensor, gt_boxes: Tensor, threshold: float) -> tuple[Ten
 def sample_fg_bg(matched: Tensor, num: int, fg_fraction: float) -> Tensor:
     """Samples at most `num` rows of `matched` (Q,) bool; returns their indices, matched rows first.
 
-    At most `fg_fraction` of `num` are matched rows. The others are unmatched rows.
+    At most `fg_fraction` of `num` are matched rows.
     Source: facebookresearch/detectron2:detectron2/modeling/sampling.py.
     """
     fg = matched.nonzero().squeeze(1)
@@ -79,11 +77,9 @@ def match_anchors(
     """Returns the row of the ground truth of each anchor: (M,), -1 on background, -2 for neither.
 
     An anchor is foreground if its best IoU is at least fg_iou, and background if it is below
-    bg_iou. Low-quality matches come on top: a ground truth whose best IoU with any anchor is at
-    least low_iou also takes all anchors of this IoU, even from another ground truth. If several
-    ground truths take the same anchor, the last one gets it.
-
-    anchors (M, 4), gt_boxes (N, 4)
+    bg_iou. Low-quality matches: a ground truth whose best IoU with any anchor is at least low_iou
+    also takes all anchors of this IoU, even from another ground truth; of several, the last one
+    gets the anchor. anchors (M, 4), gt_boxes (N, 4)
     Source: mmdetection:mmdet/core/bbox/assigners/max_iou_assigner.py.
     """
     if len(gt_boxes) == 0:
@@ -104,11 +100,10 @@ def match_regions(
 ) -> tuple[Tensor, RegionTargets]:
     """Matches the regions (Q, 4) of one image to its ground truth; returns regions and targets.
 
-    A region whose best IoU is below `iou` is background.
-
-    num_samples: if given (first stage), the boxes of the ground truth join the regions, and so
-        many regions are sampled, at most a quarter of them foreground
-    Source: facebookresearch/detectron2:detectron2/modeling/roi_heads (roi_heads.py, cascade_rcnn.py).
+    A region is background if its best IoU is below `iou`. With num_samples > 0 (first stage), the
+    ground truth's boxes join the regions. Then num_samples regions are sampled, at most a quarter
+    of them foreground.
+    Source: facebookresearch/detectron2: modeling/roi_heads (roi_heads.py, cascade_rcnn.py).
     """
     if num_samples:
         boxes = torch.cat([targets.boxes, boxes])
