@@ -27,6 +27,7 @@ class Sample:
                    one row per class present ("semantic") or per segment ("panoptic"), without masks and boxes
     image_labels:  (K,) int64, classes that the image shows somewhere, or None
     captions:      sentences about the image
+    proposals:     (Q, 4) float32 xyxy, boxes of a frozen localizer, absolute pixels of `image`, or None
     """
 
     image: Tensor
@@ -41,6 +42,7 @@ class Sample:
     segments: Tensor | None = None
     image_labels: Tensor | None = None
     captions: tuple[str, ...] = ()
+    proposals: Tensor | None = None
 
     @classmethod
     def unlabelled(cls, image: Tensor, dataset: str, image_id: int | str, index: int) -> "Sample":
@@ -75,7 +77,7 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         self.images = self.images.to(device, non_blocking=True)
         for sample in self.samples:
-            for field in ("boxes", "labels", "masks", "segments", "image_labels"):
+            for field in ("boxes", "labels", "masks", "segments", "image_labels", "proposals"):
                 value = getattr(sample, field)
                 if value is not None:
                     setattr(sample, field, value.to(device, non_blocking=True))

@@ -1,4 +1,4 @@
-"""Box deltas and RoI pooling as in detectron2; IoU, NMS and clipping are torchvision's."""
+"""Boxes as in detectron2: deltas and their loss, RoI pooling, NMS, IoU of pairs."""
 
 import math
 from collections.abc import Callable
@@ -10,94 +10,113 @@ from torchvision.ops import batched_nms, box_iou, roi_align
 MAX_LOG_SCALE = math.log(1000 / 16)  # a delta may enlarge a box at most this much
 
 
-def _centre_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    size = boxes[:, 2:] - boxes[:, :2]
-    return boxes[:, :2] + 0.5 * size, size
+def sides(boxes: Tensor) -> Tensor:
+    """Returns the widths and heights (N, 2) of boxes (N, 4)."""
+    return boxes[:, 2:] - boxes[:, :2]
+
+
+def centres(boxes: Tensor) -> Tensor:
+    """Returns the centres (N, 2) of boxes (N, 4)."""
+    return (boxes[:, :2] + boxes[:, 2:]) / 2
+
+
+def have_area(boxes: Tensor) -> Tensor:
+    """Returns which boxes (N, 4) are not empty: (N,) bool."""
+    return (boxes[:, 2:] > boxes[:, :2]).all(1)
 
 
 def encode_boxes(boxes: Tensor, targets: Tensor, weights: tuple[float, ...]) -> Tensor:
-    """(N, 4) xyxy boxes and the (N, 4) boxes they should become -> (N, 4) weighted (dx, dy, dw, dh).
+    """Returns the weighted deltas dx, dy, dw, dh (N, 4) that move boxes (N, 4) to targets (N, 4).
 
     Source: facebookresearch/detectron2:detectron2/modeling/box_regression.py (Box2BoxTransform).
     """
-    centre, size = _centre_size(boxes)
-    target_centre, target_size = _centre_size(targets)
-    deltas = torch.cat(
-        [(target_centre - centre) / size, torch.log(target_size / size)], dim=1
-    )  # (N, 4)
+    size = sides(boxes)
+    target_size = sides(targets)
+    centre = boxes[:, :2] + 0.5 * size
+    target_centre = targets[:, :2] + 0.5 * target_size
+    shift = (target_centre - centre) / size
+    scale = torch.log(target_size / size)
+    deltas = torch.cat([shift, scale], 1)  # (N, 4)
     return deltas * deltas.new_tensor(weights)
 
 
 def decode_boxes(boxes: Tensor, deltas: Tensor, weights: tuple[float, ...]) -> Tensor:
-    """The inverse of `encode_boxes`: (N, 4) xyxy boxes moved by (N, 4) weighted deltas; growth is capped."""
-    centre, size = _centre_size(boxes)
+    """Moves boxes (N, 4) by weighted deltas (N, 4): the inverse of `encode_boxes`."""
+    size = sides(boxes)
+    centre = boxes[:, :2] + 0.5 * size
     deltas = deltas / deltas.new_tensor(weights)
     centre = centre + deltas[:, :2] * size
     size = size * deltas[:, 2:].clamp(max=MAX_LOG_SCALE).exp()
-    return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=1)  # (N, 4)
+    return torch.cat([centre - 0.5 * size, centre + 0.5 * size], 1)  # (N, 4)
 
 
 def box_delta_loss(
     deltas: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor, weights: tuple[float, ...]
 ) -> Tensor:
-    """L1 of the foreground's deltas, class-agnostic: sum over foreground / all R regions.
+    """Class-agnostic box regression loss: 1/R sum_{r in fg} |d_r - encode(b_r, g_r)|_1.
 
-    deltas, boxes, gt_boxes (R, 4); labels (R,), -1 on background.
+    R counts all regions, background too. Without any, the loss is 0.
+    deltas d (R, 4), labels (R,), -1 on background, boxes b (R, 4), gt_boxes g (R, 4)
     Source: facebookresearch/detectron2:detectron2/modeling/roi_heads/fast_rcnn.py (box_reg_loss).
     """
     fg = labels >= 0
-    wanted = encode_boxes(boxes[fg], gt_boxes[fg], weights)  # (R_fg, 4)
-    return (deltas[fg] - wanted).abs().sum() / max(len(labels), 1)
+    target = encode_boxes(boxes[fg], gt_boxes[fg], weights)  # (R_fg, 4)
+    return (deltas[fg] - target).abs().sum() / max(len(labels), 1)
 
 
 class RoIAlign(torch.autograd.Function):
-    """torchvision's roi_align, half-pixel aligned, whose backward visits only regions that have a gradient.
+    """torchvision's roi_align, whose backward pass visits only the regions that have a gradient.
 
-    Of the proposals of an image that has nothing but a label, that is one in a hundred.
+    Of an image with image-level labels, that is one region in a hundred.
     """
 
     @staticmethod
     def forward(ctx, feature: Tensor, rois: Tensor, resolution: int, scale: float) -> Tensor:
-        """feature (B, F, h, w), rois (R, 5) of image and box -> (R, F, r, r)."""
+        """feature (B, F, h, w), rois (R, 5) = image index and box -> (R, F, r, r)."""
         ctx.save_for_backward(rois)
-        ctx.settings = scale, resolution, resolution, *feature.shape
+        ctx.settings = (scale, resolution, resolution, *feature.shape)
         return roi_align(feature, rois, resolution, scale, aligned=True)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        (rois,), rows = ctx.saved_tensors, gradient.flatten(1).any(1)  # (R,)
+        """Gradient (R, F, r, r) of the output -> gradient (B, F, h, w) of the feature."""
+        (rois,) = ctx.saved_tensors
+        rows = gradient.flatten(1).any(1)  # (R,)
         backward = torch.ops.torchvision._roi_align_backward
-        return backward(gradient[rows], rois[rows], *ctx.settings, 0, True), None, None, None
+        gradient = backward(gradient[rows], rois[rows], *ctx.settings, 0, True)
+        return gradient, None, None, None
 
 
 def pool_rois(
     features: list[Tensor], strides: list[int], boxes: list[Tensor], resolution: int
 ) -> Tensor:
-    """RoIAlign of every box on the level that fits its size.
+    """Pools each box by RoIAlign from the level that fits its size: (R, F, r, r).
 
-    features L times (B, F, h, w), boxes B times (Q, 4) -> (R, F, r, r), R the regions of all images.
-
-    A 224-pixel box goes to the stride-16 level. Half-pixel aligned, adaptive sampling.
+    A box of 224 x 224 pixels is pooled from the map of stride 16.
+    features: L tensors (B, F, h, w), with their strides; boxes: B tensors (Q, 4), R in all
     Source: facebookresearch/detectron2:detectron2/modeling/poolers.py.
     """
     flat = torch.cat(boxes)  # (R, 4)
-    image = torch.repeat_interleave(torch.tensor([len(b) for b in boxes], device=flat.device))
-    rois = torch.cat([image[:, None].to(flat), flat], dim=1)  # (R, 5)
-    size = (flat[:, 2:] - flat[:, :2]).prod(1).clamp(min=0).sqrt()
-    level = torch.floor(4 + torch.log2(size / 224 + 1e-8)) - math.log2(strides[0])
+    counts = torch.tensor([len(b) for b in boxes], device=flat.device)
+    image = torch.repeat_interleave(counts)  # (R,)
+    rois = torch.cat([image[:, None].to(flat), flat], 1)  # (R, 5)
+    size = sides(flat).prod(1).clamp(min=0).sqrt()
+    log_stride = torch.floor(4 + torch.log2(size / 224 + 1e-8))
+    level = log_stride - math.log2(strides[0])
     level = level.clamp(0, len(features) - 1).long()  # (R,)
-    rows = [(level == i).nonzero().squeeze(1) for i in range(len(features))]
-    pooled = [
-        RoIAlign.apply(feature, rois[r], resolution, 1 / stride)
-        for feature, stride, r in zip(features, strides, rows)
-    ]
-    return torch.cat(pooled)[torch.cat(rows).argsort()]  # back to the order of the boxes
+    pooled, rows = [], []
+    for i, (feature, stride) in enumerate(zip(features, strides)):
+        row = (level == i).nonzero().squeeze(1)
+        rows.append(row)
+        pooled.append(RoIAlign.apply(feature, rois[row], resolution, 1 / stride))
+    order = torch.cat(rows).argsort()
+    return torch.cat(pooled)[order]  # in the order of the boxes
 
 
 def two_layers(
     channels: int, fc_dim: int, init: Callable[[Tensor], object] = nn.init.xavier_uniform_
 ) -> nn.Sequential:
-    """Pooled features (R, F, 7, 7) -> (R, fc_dim); `init` fills the weights of both layers."""
+    """Returns a box head: pooled features (R, F, 7, 7) -> (R, fc_dim); `init` fills its weights."""
     layers = nn.Sequential(
         nn.Flatten(),
         nn.Linear(channels * 49, fc_dim),
@@ -113,49 +132,52 @@ def two_layers(
 
 def select_detections(
     boxes: Tensor, scores: Tensor, one_class: bool, threshold: float = 0.02, limit: int = 300
-):
-    """boxes (Q, 4), scores (Q, C) -> the best `limit` (N, 4), (N,), labels (N,) after NMS per class at IoU 0.5.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the best `limit` detections of an image after NMS per class at IoU 0.5.
 
-    one_class: only the best class of each box, instead of every class above the threshold.
-    Source: facebookresearch/detectron2:detectron2/modeling/roi_heads/fast_rcnn.py (fast_rcnn_inference).
+    boxes (Q, 4), scores (Q, C) -> boxes (N, 4), scores (N,), labels (N,)
+    one_class: a box keeps only its best class, instead of every class above the threshold
+    Source: facebookresearch/detectron2: modeling/roi_heads/fast_rcnn.py (fast_rcnn_inference).
     """
     if one_class:
         scores = scores.masked_fill(scores < scores.amax(1, keepdim=True), 0)
     row, label = (scores > threshold).nonzero(as_tuple=True)
-    if len(row) > 10_000:  # tens of thousands of classes; NMS hardly ever looks so far down
+    if len(row) > 10_000:  # with tens of thousands of classes; NMS hardly ever needs more
         best = scores[row, label].topk(10_000).indices
-        row, label = row[best], label[best]
+        row = row[best]
+        label = label[best]
     kept = batched_nms(boxes[row], scores[row, label], label, 0.5)[:limit]
-    row, label = row[kept], label[kept]
+    row = row[kept]
+    label = label[kept]
     return boxes[row], scores[row, label], label
 
 
 def soft_nms(boxes: Tensor, scores: Tensor, sigma: float = 0.5, min_score: float = 1e-3) -> Tensor:
-    """Gaussian soft-NMS of every class: boxes (Q, 4), scores (Q, C) -> decayed scores (Q, C), 0 below min_score.
+    """Gaussian soft-NMS per class: boxes (Q, 4), scores (Q, C) -> (Q, C), 0 if below `min_score`.
 
-    Class by class the best remaining box k is kept and the others decay by exp(-IoU^2 / sigma). All classes share the
-    boxes, so each of at most Q rounds handles every class at once. Source: arXiv 1704.04503, and mmcv's soft_nms.
+    Repeatedly, the best remaining box of a class keeps its score, and the scores of the others are
+    multiplied by exp(-IoU^2 / sigma). Each of at most Q rounds does this for all classes at once.
+    Source: arXiv 1704.04503, and mmcv's soft_nms.
     """
     decay = torch.exp(-(box_iou(boxes, boxes) ** 2) / sigma)  # (Q, Q)
-    left, final = scores.T.clone(), torch.zeros_like(scores.T)  # (C, Q)
+    remaining = scores.T.clone()  # (C, Q)
+    final = torch.zeros_like(remaining)  # (C, Q)
     for _ in range(len(boxes)):
-        best, row = left.max(1)  # (C,)
+        best, row = remaining.max(1)  # (C,)
         if not (best >= min_score).any():
             break
         best = best.masked_fill(best < min_score, 0)
-        final.scatter_reduce_(
-            1, row[:, None], best[:, None], "amax"
-        )  # a class that has nothing left keeps its scores
-        left = (left * decay[row]).scatter_(1, row[:, None], 0)
+        column = row[:, None]  # (C, 1)
+        # the maximum: a class without remaining boxes must not lose a score
+        final.scatter_reduce_(1, column, best[:, None], "amax")
+        remaining = (remaining * decay[row]).scatter_(1, column, 0)
     return final.T
 
 
 def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU of each box with the one in the same row: (N, 4), (N, 4) -> (N,). A box of negative size overlaps nothing."""
-    low, high = (
-        torch.maximum(boxes[:, :2], others[:, :2]),
-        torch.minimum(boxes[:, 2:], others[:, 2:]),
-    )
+    """IoU of boxes in the same row: (N, 4), (N, 4) -> (N,). Empty boxes overlap nothing."""
+    low = torch.maximum(boxes[:, :2], others[:, :2])
+    high = torch.minimum(boxes[:, 2:], others[:, 2:])
     shared = (high - low).clamp(min=0).prod(1)
-    area, other_area = ((b[:, 2:] - b[:, :2]).prod(1) for b in (boxes, others))
-    return shared / (area + other_area - shared).clamp(min=1e-6)
+    area = sides(boxes).prod(1) + sides(others).prod(1)
+    return shared / (area - shared).clamp(min=1e-6)

@@ -1,8 +1,11 @@
-"""CenterNet2's second stage: a cascade of class-agnostic box heads over P3-P5, and a class-agnostic mask head.
+"""CenterNet2's second stage: a cascade of class-agnostic box heads on P3 to P5, and a mask head.
 
-What classifies their regions, the method says. Source: facebookresearch/Detic:detic/modeling/roi_heads
-(detic_roi_heads.py, detic_fast_rcnn.py), on top of facebookresearch/detectron2:detectron2/modeling/roi_heads
-(cascade_rcnn.py, roi_heads.py, mask_head.py). R counts the regions (RoIs) of all images, Q those of one.
+The classifiers belong to the method files.
+Source: facebookresearch/Detic:detic/modeling/roi_heads (detic_roi_heads.py, detic_fast_rcnn.py), on
+top of facebookresearch/detectron2:detectron2/modeling/roi_heads (cascade_rcnn.py, roi_heads.py,
+mask_head.py).
+
+Shapes: B images, Q regions of one image, R regions of all images, F feature channels.
 """
 
 from dataclasses import dataclass
@@ -14,55 +17,52 @@ from torch.nn import functional as F
 from torchvision.ops import clip_boxes_to_image
 
 from common.backbone import STRIDES
-from common.boxes import box_delta_loss, decode_boxes, pool_rois, two_layers
+from common.boxes import box_delta_loss, decode_boxes, have_area, pool_rois, two_layers
 from common.masks import crop_masks
-from common.targets import Targets, match_regions
+from common.targets import RegionTargets, Targets, match_regions
 
 
 @dataclass
 class StageOutput:
-    """What one stage saw and said of its R regions; `targets` in training, what follows them by the method."""
+    """The regions of one cascade stage, and its outputs for them."""
 
-    boxes: list[Tensor]  # B times (Q, 4), the regions
+    boxes: list[Tensor]  # B tensors (Q, 4), the regions
     hidden: Tensor  # (R, fc_dim) output of the box head
-    deltas: Tensor  # (R, 4)
-    targets: list[Targets]  # B
-    cosine: Tensor | None = None  # (R, C)
-    logits: Tensor | None = None  # (R, C), in Detic (R, C + 1) on images that have only labels
-    prop_logits: Tensor | None = None  # (R, C + 1), of WSDDN
-    captions: Tensor | None = None  # (R, M), logits of M captions
+    deltas: Tensor  # (R, 4) predicted box deltas
+    targets: list[RegionTargets]  # B; empty at inference
 
     @property
     def labels(self) -> Tensor:
-        return torch.cat([t.labels for t in self.targets])  # (R,)
+        """(R,) labels of all regions, -1 on background."""
+        return torch.cat([t.labels for t in self.targets])
 
 
 def mlp(dim: int, out: int) -> nn.Sequential:
+    """Returns two linear layers with a ReLU between them: (R, dim) -> (R, out)."""
     return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, out))
 
 
 class BoxStage(nn.Module):
-    """Two fully connected layers and class-agnostic box regression."""
+    """One stage: a box head of two linear layers, and class-agnostic box regression."""
 
     def __init__(self, channels: int, fc_dim: int):
         super().__init__()
-        self.box_head = two_layers(
-            channels, fc_dim, partial(nn.init.kaiming_uniform_, a=1)
-        )  # c2_xavier_fill
+        c2_xavier_fill = partial(nn.init.kaiming_uniform_, a=1)  # detectron2's
+        self.box_head = two_layers(channels, fc_dim, c2_xavier_fill)
         self.bbox_pred = mlp(fc_dim, 4)
         nn.init.normal_(self.bbox_pred[2].weight, std=0.001)
         nn.init.zeros_(self.bbox_pred[2].bias)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """(R, F, 7, 7) -> (R, fc_dim), box deltas (R, 4)."""
+        """Pooled features (R, F, 7, 7) -> hidden (R, fc_dim), box deltas (R, 4)."""
         hidden = self.box_head(pooled)
         return hidden, self.bbox_pred(hidden)
 
 
 class Cascade(nn.Module):
-    """Each stage sees, describes and refines the boxes of the one before, which carry no gradient."""
+    """Three stages; each pools and refines the boxes of the one before, which carry no gradient."""
 
-    ious = (0.6, 0.7, 0.8)
+    ious = (0.6, 0.7, 0.8)  # least IoU of foreground regions, per stage
     box_weights = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
     strides = STRIDES[:3]
 
@@ -74,87 +74,79 @@ class Cascade(nn.Module):
         self,
         features: list[Tensor],
         boxes: list[Tensor],
-        sizes: list,
-        truth: list[Targets] | None,
-        sample: int,
+        sizes: list[tuple[int, int]],
+        targets: list[Targets] | None = None,
+        num_samples: int = 0,
     ) -> list[StageOutput]:
-        """features P3.., boxes B times (Q, 4) -> an output per stage; with `truth` regions are drawn and labelled."""
+        """Runs all stages on the proposals; returns the output of each.
+
+        With targets, every stage matches its regions to the ground truth by its own IoU. The first
+        stage also samples `num_samples` regions per image, from the proposals and the ground truth.
+        features: P3, P4, P5, ... (B, F, h, w); boxes: B tensors (Q, 4), the proposals
+        """
         outputs = []
         for k, stage in enumerate(self.stages):
-            targets = []
-            if truth is not None:
+            region_targets = []
+            if targets is not None:
+                number = num_samples if k == 0 else 0
                 matched = [
-                    match_regions(b, t, self.ious[k], sample if k == 0 else 0)
-                    for b, t in zip(boxes, truth)
+                    match_regions(regions, image, self.ious[k], number)
+                    for regions, image in zip(boxes, targets)
                 ]
-                boxes, targets = [m[0] for m in matched], [m[1] for m in matched]
-            pooled = pool_rois(
-                features[: len(self.strides)], self.strides, boxes, 7
-            )  # (R, F, 7, 7)
-            if (
-                pooled.requires_grad
-            ):  # the stages share the features: each passes on its part of their gradient
+                boxes = [regions for regions, _ in matched]
+                region_targets = [target for _, target in matched]
+            pooled = pool_rois(features[: len(self.strides)], self.strides, boxes, 7)
+            if pooled.requires_grad:  # the stages share the features, and average their gradients
                 pooled.register_hook(lambda gradient: gradient / len(self.stages))
-            outputs.append(StageOutput(boxes, *stage(pooled), targets))
-            boxes = self.refine(k, outputs[-1], sizes)
-            if self.training:
-                boxes = [b[(b[:, 2:] > b[:, :2]).all(1)] for b in boxes]
+            hidden, deltas = stage(pooled)
+            output = StageOutput(boxes, hidden, deltas, region_targets)
+            outputs.append(output)
+            boxes = self.refine(k, output, sizes)
+            if self.training:  # without the boxes that clipping left empty
+                boxes = [b[have_area(b)] for b in boxes]
         return outputs
 
-    def refine(self, k: int, output: StageOutput, sizes: list) -> list[Tensor]:
-        """The boxes of stage k moved by its deltas and clipped to the images: B times (Q, 4), detached."""
-        deltas = output.deltas.detach().split([len(b) for b in output.boxes])
-        moved = [decode_boxes(b, d, self.box_weights[k]) for b, d in zip(output.boxes, deltas)]
-        return [clip_boxes_to_image(b, size) for b, size in zip(moved, sizes)]
+    def refine(self, k: int, output: StageOutput, sizes: list[tuple[int, int]]) -> list[Tensor]:
+        """Returns the boxes of stage k, moved by its deltas and clipped: B tensors (Q, 4)."""
+        counts = [len(boxes) for boxes in output.boxes]
+        refined = []
+        for boxes, deltas, size in zip(output.boxes, output.deltas.detach().split(counts), sizes):
+            moved = decode_boxes(boxes, deltas, self.box_weights[k])
+            refined.append(clip_boxes_to_image(moved, size))
+        return refined
 
 
 def sample_federated(labels: Tensor, frequency: Tensor, num: int = 50) -> Tensor:
-    """(C,) 0 or 1: the classes of `labels` (background counts as one), filled up to `num` by draws ~ sqrt(frequency).
+    """Samples the classes of the federated loss: (C,) 1 for a sampled class, 0 for another.
 
+    All classes of `labels` are in it. If they are fewer than `num` (background counts as one),
+    others are sampled without replacement, with probabilities proportional to sqrt(frequency).
+    labels (R,), -1 on background; frequency (C,), training images of each class
     Source: facebookresearch/Detic:detic/modeling/utils.py (get_fed_loss_inds).
     """
-    chosen = torch.zeros_like(frequency)
+    sampled = torch.zeros_like(frequency)
     present = labels.unique()
-    chosen[present[present >= 0]] = 1
-    chance = frequency.sqrt() * (1 - chosen)  # (C,)
+    sampled[present[present >= 0]] = 1
+    chance = frequency.sqrt() * (1 - sampled)  # (C,)
     missing = min(num - len(present), int((chance > 0).sum()))
     if missing > 0:
-        chosen[torch.multinomial(chance, missing)] = 1
-    return chosen
-
-
-def draw_classifier(targets: list[Targets], frequency: Tensor, num: int) -> Tensor | None:
-    """Detic's dynamic classifier: (K,) the labels of a batch and others up to `num`; None, that is all, for num = 0.
-
-    Others are drawn ~ sqrt(frequency) for boxes, uniformly for image labels; `targets` are rewritten to their places.
-    Source: facebookresearch/Detic:detic/modeling/meta_arch/custom_rcnn.py (_sample_cls_inds).
-    """
-    if not num:
-        return None
-    if targets[0].image_labels is not None:
-        frequency = torch.ones_like(frequency)
-    present = torch.cat([t.labels if t.image_labels is None else t.image_labels for t in targets])
-    drawn = sample_federated(present, frequency, num).nonzero().squeeze(1)  # (K,)
-    place = torch.full_like(frequency, -1, dtype=torch.long).scatter(
-        0, drawn, torch.arange(len(drawn)).to(drawn)
-    )
-    for target in targets:
-        target.labels = place[target.labels]
-        target.image_labels = None if target.image_labels is None else place[target.image_labels]
-    return drawn
+        sampled[torch.multinomial(chance, missing)] = 1
+    return sampled
 
 
 def loss_box_reg(k: int, output: StageOutput) -> Tensor:
-    """`box_delta_loss` of stage k."""
-    boxes, gt_boxes = (
-        torch.cat(output.boxes),
-        torch.cat([t.boxes for t in output.targets]),
-    )  # (R, 4)
+    """Box regression loss of stage k: 1/R sum_{r in fg} |d_r - encode(b_r, g_r)|_1, plain L1.
+
+    d (R, 4) are the predicted deltas, b (R, 4) the regions, g (R, 4) their ground truth. encode is
+    `encode_boxes` with the weights `box_weights[k]`. R counts all regions, background too.
+    """
+    boxes = torch.cat(output.boxes)  # (R, 4)
+    gt_boxes = torch.cat([t.boxes for t in output.targets])  # (R, 4)
     return box_delta_loss(output.deltas, output.labels, boxes, gt_boxes, Cascade.box_weights[k])
 
 
 class MaskHead(nn.Module):
-    """One mask per region, whatever its class; parameter names are the official ones."""
+    """Class-agnostic mask head: one mask per region. The parameter names are the official ones."""
 
     def __init__(self, channels: int, num_convs: int = 4):
         super().__init__()
@@ -169,27 +161,33 @@ class MaskHead(nn.Module):
         nn.init.normal_(self.predictor.weight, std=0.001)
 
     def forward(self, features: list[Tensor], boxes: list[Tensor]) -> Tensor:
-        """P3.., boxes B times (Q, 4) -> logits (R, 28, 28)."""
-        x = pool_rois(
-            features[: len(Cascade.strides)], Cascade.strides, boxes, 14
-        )  # (R, F, 14, 14)
+        """P3, P4, ... (B, F, h, w), boxes B tensors (Q, 4) -> mask logits (R, 28, 28)."""
+        strides = Cascade.strides
+        x = pool_rois(features[: len(strides)], strides, boxes, 14)  # (R, F, 14, 14)
         for n in range(1, self.num_convs + 1):
             x = getattr(self, f"mask_fcn{n}")(x).relu()
         return self.predictor(self.deconv(x).relu())[:, 0]
 
-    def loss(self, features: list[Tensor], output: StageOutput) -> Tensor:
-        """BCE over the foreground regions of the first stage that have masks: mean over regions and 28 x 28 cells."""
-        boxes = [
-            b[t.labels >= 0] if t.masks is not None else b[:0]
-            for b, t in zip(output.boxes, output.targets)
-        ]
+    def loss(self, features: list[Tensor], stage: StageOutput, targets: list[Targets]) -> Tensor:
+        """BCE of the masks of foreground regions: mean over these regions and their 28 x 28 cells.
+
+        Images without masks take no part. Without any foreground region, the loss is 0.
+        features: P3, P4, P5, ... (B, F, h, w); stage: of the cascade, the first in Detic
+        """
+        boxes, rows = [], []
+        for regions, matched, image in zip(stage.boxes, stage.targets, targets):
+            fg = matched.labels >= 0
+            if image.masks is None:
+                fg = torch.zeros_like(fg)
+            boxes.append(regions[fg])
+            rows.append(matched.gt_index[fg])
         logits = self(features, boxes)  # (R_fg, 28, 28)
         if len(logits) == 0:
             return logits.sum()
         size = logits.shape[-1]
-        target = [
-            crop_masks(t.masks, b, size, t.owner[t.labels >= 0])
-            for b, t in zip(boxes, output.targets)
-            if t.masks is not None
+        crops = [
+            crop_masks(image.masks, b, size, row)
+            for image, b, row in zip(targets, boxes, rows)
+            if len(b)
         ]
-        return F.binary_cross_entropy_with_logits(logits, torch.cat(target).to(logits))
+        return F.binary_cross_entropy_with_logits(logits, torch.cat(crops).to(logits))

@@ -1,7 +1,9 @@
-"""CenterNet2's first stage: class-agnostic proposals from a centre heat map on P3-P7.
+"""CenterNet2's first stage: class-agnostic proposals from a centre heat map on P3 to P7.
 
-Source: xingyizhou/CenterNet2:centernet/modeling/dense_heads (centernet.py, centernet_head.py), with the settings of
-facebookresearch/Detic:configs/Base-C2_L_R5021k_640b64_4x.yaml. M counts the locations of all levels of one image.
+Source: xingyizhou/CenterNet2:centernet/modeling/dense_heads (centernet.py, centernet_head.py), with
+the settings of facebookresearch/Detic:configs/Base-C2_L_R5021k_640b64_4x.yaml.
+
+Shapes: B images, L levels, M locations of all levels of one image, N boxes of one image.
 """
 
 import math
@@ -11,58 +13,64 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms
 
+from common.boxes import centres, sides
 from common.distributed import mean_over_ranks
 from common.errors import InputError
 
 
 class Scale(nn.Module):
+    """Multiplies its input by a learned factor, initially 1."""
+
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the scaled tensor."""
         return x * self.scale
 
 
 class CenterNetHead(nn.Module):
-    """One tower shared by all levels; parameter names are the official ones."""
+    """The head, shared by all levels. The parameter names are the official ones."""
 
     def __init__(self, channels: int, num_levels: int, num_convs: int = 4):
+        """Raises InputError if GroupNorm cannot split the channels into 32 groups."""
         super().__init__()
         if channels % 32 or not channels:
             raise InputError(
-                f"--channels {channels} must be a multiple of 32, the groups of the head's GroupNorm"
+                f"--channels {channels} must be a multiple of 32, the groups of the head's "
+                "GroupNorm"
             )
         tower = []
         for _ in range(num_convs):
-            tower += [
-                nn.Conv2d(channels, channels, 3, padding=1),
-                nn.GroupNorm(32, channels),
-                nn.ReLU(),
-            ]
+            tower.append(nn.Conv2d(channels, channels, 3, padding=1))
+            tower.append(nn.GroupNorm(32, channels))
+            tower.append(nn.ReLU())
         self.bbox_tower = nn.Sequential(*tower)
         self.agn_hm = nn.Conv2d(channels, 1, 3, padding=1)
         self.bbox_pred = nn.Conv2d(channels, 4, 3, padding=1)
         self.scales = nn.ModuleList(Scale() for _ in range(num_levels))
-        for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
-            nn.init.normal_(conv.weight, std=0.01)
-            nn.init.zeros_(conv.bias)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                nn.init.zeros_(module.bias)
         nn.init.constant_(self.agn_hm.bias, -math.log(99))  # prior probability 0.01
         nn.init.constant_(self.bbox_pred.bias, 8.0)
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """L maps (B, F, h, w) -> objectness logits (B, M) and distances l, t, r, b in strides (B, M, 4)."""
-        logits, ltrb = [], []
+        """L maps (B, F, h, w) -> objectness logits (B, M), l, t, r, b in strides (B, M, 4)."""
+        logits, distances = [], []
         for feature, scale in zip(features, self.scales):
             x = self.bbox_tower(feature)
+            ltrb = scale(self.bbox_pred(x)).relu()
             logits.append(self.agn_hm(x).flatten(1))  # (B, h * w)
-            ltrb.append(scale(self.bbox_pred(x)).relu().flatten(2).transpose(1, 2))  # (B, h * w, 4)
-        return torch.cat(logits, 1), torch.cat(ltrb, 1)
+            distances.append(ltrb.flatten(2).transpose(1, 2))  # (B, h * w, 4)
+        return torch.cat(logits, 1), torch.cat(distances, 1)
 
 
 @dataclass
 class Grid:
-    """The M locations of all levels, level by level, row by row."""
+    """The M locations of all levels, level by level and row by row."""
 
     points: Tensor  # (M, 2) x, y in pixels
     strides: Tensor  # (M,)
@@ -71,140 +79,180 @@ class Grid:
 
     @classmethod
     def of(cls, features: list[Tensor], strides: list[int]) -> "Grid":
-        points, device = [], features[0].device
-        shapes = [tuple(f.shape[-2:]) for f in features]
+        """Returns the locations of L maps (B, F, h, w) with these strides."""
+        device = features[0].device
+        shapes = [tuple(feature.shape[-2:]) for feature in features]
+        points = []
         for (h, w), stride in zip(shapes, strides):
-            y, x = torch.meshgrid(
-                torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij"
-            )
-            points.append(torch.stack([x, y], -1).view(-1, 2) * stride + stride // 2)
-        levels = torch.repeat_interleave(
-            torch.arange(len(shapes), device=device),
-            torch.tensor([len(p) for p in points], device=device),
-        )
-        return cls(
-            torch.cat(points).float(),
-            torch.tensor(strides, device=device).float()[levels],
-            levels,
-            shapes,
-        )
+            rows = torch.arange(h, device=device)
+            columns = torch.arange(w, device=device)
+            y, x = torch.meshgrid(rows, columns, indexing="ij")
+            cells = torch.stack([x, y], -1).view(-1, 2)
+            points.append(cells * stride + stride // 2)
+        counts = torch.tensor([len(p) for p in points], device=device)
+        levels = torch.repeat_interleave(torch.arange(len(shapes), device=device), counts)
+        stride_of_point = torch.tensor(strides, device=device).float()[levels]
+        return cls(torch.cat(points).float(), stride_of_point, levels, shapes)
 
 
 class CenterNet(nn.Module):
-    """Proposal network: head, targets, losses and proposals.
+    """The proposal network: head, targets, losses and proposals. The constants are Detic's."""
 
-    Defaults are Detic's. `size_ranges`: a box belongs to a level if half its diagonal lies in the closed range.
-    """
-
+    # a box belongs to each level whose closed range holds half its diagonal, in pixels
     size_ranges = ((0, 80), (64, 160), (128, 320), (256, 640), (512, 1e7))
-    min_overlap, min_radius = 0.8, 4.0
-    pos_weight = neg_weight = 0.5
-    alpha, gamma, beta = 0.25, 2, 4
-    ignore_high_fp: float = 0.85  # a confident negative this high may well be an unlabelled object
-    score_threshold, nms_threshold = 1e-4, 0.9
+    min_overlap = 0.8
+    min_radius = 4.0
+    pos_weight = 0.5
+    neg_weight = 0.5
+    alpha = 0.25
+    gamma = 2
+    beta = 4
+    ignore_high_fp: float = 0.85  # a negative of this confidence may be an unlabelled object
+    score_threshold = 1e-4
+    nms_threshold = 0.9
 
     def __init__(
         self, channels: int, strides: list[int], pre_nms: tuple[int, int], post_nms: tuple[int, int]
     ):
-        """`pre_nms` (per level) and `post_nms` (per image): how many proposals to keep in (training, test)."""
+        """pre_nms, post_nms: (train, test) proposals per level before NMS, per image after it."""
         super().__init__()
-        self.strides, self.pre_nms, self.post_nms = strides, pre_nms, post_nms
+        self.strides = strides
+        self.pre_nms = pre_nms
+        self.post_nms = post_nms
         self.centernet_head = CenterNetHead(channels, len(strides))
 
-    def forward(self, features: list[Tensor], gt_boxes: list[Tensor] | None = None):
-        """Proposals per image [(boxes (Q, 4), scores (Q,))] by falling score; losses if `gt_boxes` are given."""
+    def forward(
+        self, features: list[Tensor], gt_boxes: list[Tensor] | None = None
+    ) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
+        """Returns the proposals of each image, boxes (Q, 4) and scores (Q,), and the losses.
+
+        Proposals come by falling score and carry no gradient.
+        features: L tensors (B, F, h, w); gt_boxes: B tensors (N, 4); without them, no losses
+        """
         grid = Grid.of(features, self.strides)
         logits, ltrb = self.centernet_head(features)
-        losses = {} if gt_boxes is None else self.losses(grid, logits, ltrb, gt_boxes)
+        losses = {}
+        if gt_boxes is not None:
+            losses = self.losses(grid, logits, ltrb, gt_boxes)
         with torch.no_grad():
-            proposals = [self.proposals(grid, p, d) for p, d in zip(logits.sigmoid(), ltrb)]
+            p = logits.sigmoid()
+            proposals = [self.proposals(grid, *image) for image in zip(p, ltrb)]
         return proposals, losses
 
     def targets(self, grid: Grid, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, 4) boxes of one image -> heat map (M,), l, t, r, b in strides (M, 4) (negative: none), centres (P,).
+        """Returns the targets of one image with boxes (N, 4).
 
-        `centres` are the cells that hold a box centre, once per level the box belongs to (repeats are meant).
+        heatmap (M,): 1 at the location whose cell holds a box centre, falling with the distance
+        ltrb (M, 4): distances l, t, r, b in strides; all -1 where no box is to be regressed
+        centres (P,): locations of box centres, once per box and level that the box belongs to
         """
-        points, strides = grid.points[:, None], grid.strides[:, None, None]  # (M, 1, 2), (M, 1, 1)
-        ranges = boxes.new_tensor(self.size_ranges)  # (L, 2)
-        centre = (boxes[:, :2] + boxes[:, 2:]) / 2  # (N, 2)
-        cell = (centre / strides).floor() * strides + (
-            strides / 2
-        ).floor()  # (M, N, 2) the location that holds it
-        offset = (points - cell).abs()
-        distance2 = ((points - centre) ** 2).sum(-1).masked_fill((offset == 0).all(-1), 0)  # (M, N)
-        delta = (1 - self.min_overlap) / (1 + self.min_overlap)
-        area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-        weighted = distance2 / (2 * delta**2 * area).clamp(min=self.min_radius**2)  # (M, N)
-        ltrb = torch.cat([points - boxes[:, :2], boxes[:, 2:] - points], -1)  # (M, N, 4)
-
-        half_diagonal = (boxes[:, 2:] - boxes[:, :2]).norm(dim=1) / 2  # (N,)
-        in_level = (half_diagonal >= ranges[:, :1]) & (half_diagonal <= ranges[:, 1:])  # (L, N)
-        candidate = (
-            in_level[grid.levels] & (offset <= strides).all(-1) & (ltrb > 0).all(-1)
-        )  # (M, N)
         if len(boxes) == 0:
-            return (
-                grid.strides.new_zeros(len(points)),
-                grid.points.new_full((len(points), 4), -1),
-                grid.levels[:0],
-            )
+            heatmap = torch.zeros_like(grid.strides)
+            ltrb = grid.points.new_full((len(heatmap), 4), -1)
+            return heatmap, ltrb, grid.levels[:0]
+        points = grid.points[:, None]  # (M, 1, 2)
+        strides = grid.strides[:, None, None]  # (M, 1, 1)
+        centre = centres(boxes)  # (N, 2)
+        side = sides(boxes)  # (N, 2)
+
+        # the location of the cell that holds the centre
+        cell = (centre / strides).floor() * strides + (strides / 2).floor()  # (M, N, 2)
+        offset = (points - cell).abs()
+        at_centre = (offset == 0).all(-1)  # (M, N)
+
+        # heat map: a Gaussian whose radius grows with the box
+        distance2 = ((points - centre) ** 2).sum(-1)  # (M, N)
+        distance2 = distance2.masked_fill(at_centre, 0)
+        delta = (1 - self.min_overlap) / (1 + self.min_overlap)
+        radius2 = (2 * delta**2 * side.prod(1)).clamp(min=self.min_radius**2)  # (N,)
+        weighted = distance2 / radius2  # (M, N)
         heatmap = torch.exp(-weighted.min(1).values)
         heatmap = heatmap.masked_fill(heatmap < 1e-4, 0)
+
+        # distances: to the nearest box, of those around the location and centred close to it
+        half_diagonal = side.norm(dim=1) / 2  # (N,)
+        low, high = boxes.new_tensor(self.size_ranges)[grid.levels, :, None].unbind(1)  # (M, 1)
+        in_level = (half_diagonal >= low) & (half_diagonal <= high)  # (M, N)
+        ltrb = torch.cat([points - boxes[:, :2], boxes[:, 2:] - points], -1)  # (M, N, 4)
+        close = (offset <= strides).all(-1)  # (M, N)
+        around = (ltrb > 0).all(-1)  # (M, N)
+        candidate = in_level & close & around
         best, box = weighted.masked_fill(~candidate, torch.inf).min(1)  # (M,)
-        ltrb = ltrb[torch.arange(len(box), device=box.device), box] / grid.strides[:, None]
+        row = torch.arange(len(box), device=box.device)
+        ltrb = ltrb[row, box] / grid.strides[:, None]
         ltrb = ltrb.masked_fill(best.isinf()[:, None], -1)
-        is_centre = (offset == 0).all(-1) & in_level[grid.levels]  # (M, N)
-        return heatmap, ltrb, is_centre.nonzero()[:, 0]
+        return heatmap, ltrb, (at_centre & in_level).nonzero()[:, 0]
 
     def losses(
         self, grid: Grid, logits: Tensor, ltrb: Tensor, gt_boxes: list[Tensor]
     ) -> dict[str, Tensor]:
-        """Focal loss of the heat map and GIoU loss of the distances, each over the mean count of all ranks."""
+        """Returns the focal losses of the heat map and the GIoU loss of the distances.
+
+        loss_centernet_pos = 0.5 * 0.25 / n * sum over the n centres of -(1 - p)^2 log(p)
+        loss_centernet_neg = 0.5 * 0.75 / n * sum over all locations of -p^2 (1 - h)^4 log(1 - p)
+        loss_centernet_loc = 1 / m * sum over the m locations with distances of 1 - GIoU
+
+        p is sigmoid(logits) clamped to [1e-4, 1 - 1e-4], h the target heat map. A negative with
+        p >= 0.85 counts 0. n and m are of all images, averaged over ranks, at least 1.
+        logits (B, M), ltrb (B, M, 4), gt_boxes: B tensors (N, 4)
+        """
         targets = [self.targets(grid, boxes) for boxes in gt_boxes]
-        heatmap = torch.stack([t[0] for t in targets])  # (B, M)
-        gt_ltrb = torch.stack([t[1] for t in targets])  # (B, M, 4)
+        heatmaps, distances, centre_rows = zip(*targets)
+        heatmap = torch.stack(heatmaps)  # (B, M)
+        gt_ltrb = torch.stack(distances)  # (B, M, 4)
         p = logits.sigmoid().clamp(1e-4, 1 - 1e-4)  # (B, M)
-        positive = torch.cat([p[i, t[2]] for i, t in enumerate(targets)])  # (P,)
-        count = mean_over_ranks(p.new_tensor(float(len(positive)))).clamp(min=1)
+        positive = torch.cat([p[i, rows] for i, rows in enumerate(centre_rows)])  # (n,)
+        count = p.new_tensor(float(len(positive)))
+        count = mean_over_ranks(count).clamp(min=1)
         pos = -(torch.log(positive) * (1 - positive) ** self.gamma).sum()
         neg = -torch.log(1 - p) * p**self.gamma * (1 - heatmap) ** self.beta
         neg = neg.masked_fill(p >= self.ignore_high_fp, 0).sum()
         regressed = gt_ltrb.amin(-1) >= 0  # (B, M)
         count_reg = mean_over_ranks(regressed.sum().to(p)).clamp(min=1)
+        loc = loss_ltrb_giou(ltrb[regressed], gt_ltrb[regressed])
         return {
             "loss_centernet_pos": self.pos_weight * self.alpha * pos / count,
             "loss_centernet_neg": self.neg_weight * (1 - self.alpha) * neg / count,
-            "loss_centernet_loc": loss_ltrb_giou(ltrb[regressed], gt_ltrb[regressed]) / count_reg,
+            "loss_centernet_loc": loc / count_reg,
         }
 
     def proposals(self, grid: Grid, p: Tensor, ltrb: Tensor) -> tuple[Tensor, Tensor]:
-        """Objectness (M,) and distances (M, 4) of one image -> (Q, 4) boxes, (Q,) scores sqrt(p), by falling score."""
-        keep = []
+        """Selects the proposals of one image: the best of each level, then NMS over all levels.
+
+        Objectness p (M,), distances (M, 4) -> boxes (Q, 4), scores sqrt(p) (Q,), by falling score
+        """
+        at_inference = int(not self.training)
+        kept = []
         for level in range(len(self.strides)):
-            rows = ((grid.levels == level) & (p > self.score_threshold)).nonzero().squeeze(1)
-            keep.append(rows[p[rows].topk(min(len(rows), self.pre_nms[not self.training])).indices])
-        keep = torch.cat(keep)
-        points, reach = grid.points[keep], ltrb[keep] * grid.strides[keep, None]
-        top_left = points - reach[:, :2]
-        boxes = torch.cat(
-            [top_left, torch.maximum(points + reach[:, 2:], top_left + 0.01)], 1
-        )  # (Q, 4)
-        scores = p[keep].sqrt()
-        best = nms(boxes, scores, self.nms_threshold)[: self.post_nms[not self.training]]
+            candidate = (grid.levels == level) & (p > self.score_threshold)
+            rows = candidate.nonzero().squeeze(1)
+            number = min(len(rows), self.pre_nms[at_inference])
+            kept.append(rows[p[rows].topk(number).indices])
+        rows = torch.cat(kept)
+        points = grid.points[rows]
+        ltrb = ltrb[rows] * grid.strides[rows, None]  # in pixels
+        low = points - ltrb[:, :2]
+        high = torch.maximum(points + ltrb[:, 2:], low + 0.01)
+        boxes = torch.cat([low, high], 1)  # (Q, 4)
+        scores = p[rows].sqrt()
+        best = nms(boxes, scores, self.nms_threshold)[: self.post_nms[at_inference]]
         return boxes[best], scores[best]
 
 
 def loss_ltrb_giou(pred: Tensor, target: Tensor) -> Tensor:
-    """Sum of 1 - GIoU over (P, 4) pairs of distances l, t, r, b from the same point.
+    """Sum over P pairs of 1 - GIoU, GIoU = (I + 1) / (U + 1) - (H - U) / H.
 
-    One is added to intersection and union; the penalty uses the areas without it.
+    I, U, H are the areas of intersection, union and smallest box around both.
+    pred, target: (P, 4) distances l, t, r, b from the same point, in strides
     Source: xingyizhou/CenterNet2:centernet/modeling/layers/iou_loss.py.
     """
-    area = (pred[:, :2] + pred[:, 2:]).prod(1) + (target[:, :2] + target[:, 2:]).prod(1)
-    low, high = torch.minimum(pred, target), torch.maximum(pred, target)
-    intersection = (low[:, :2] + low[:, 2:]).prod(1)
-    hull = (high[:, :2] + high[:, 2:]).prod(1)
-    union = area - intersection
+
+    def area(ltrb: Tensor) -> Tensor:
+        return (ltrb[:, :2] + ltrb[:, 2:]).prod(1)
+
+    both = area(pred) + area(target)
+    intersection = area(torch.minimum(pred, target))
+    hull = area(torch.maximum(pred, target))
+    union = both - intersection
     giou = (intersection + 1) / (union + 1) - (hull - union) / hull
     return (1 - giou).sum()

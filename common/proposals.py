@@ -1,4 +1,4 @@
-"""A frozen localizer's boxes for all training images: computed once, kept in the run folder, given with the samples."""
+"""Proposals of a frozen localizer for all training images, stored in the run folder."""
 
 import hashlib
 from collections.abc import Callable
@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from common.batch import Batch, Sample
 from common.datasets.dataset import Dataset
@@ -16,39 +15,32 @@ from common.distributed import from_main, rank
 from common.files import atomic_path
 from common.inference import predict_dataset
 
-UNIT = 65535  # proposals are kept as uint16 fractions of the image's sides: 8 bytes a box, right to 0.02 pixels
+# coordinates are stored as fractions of the image's sides, in uint16: right to 0.02 pixels
+UNIT = 65535
 
 
 @dataclass
 class WithProposals(Dataset):
-    """A dataset whose samples carry the proposals of `proposals`, a file, as further boxes with the label -1."""
+    """A dataset whose samples have `proposals`.
 
-    proposals: Path = Path()
+    proposal_file: .npy file (I, Q, 4) uint16, the boxes of each image, padded with zeros
+    """
+
+    proposal_file: Path = Path()
 
     def load(self, i: int, keep_ignored: bool = False) -> Sample:
+        """Returns image `i` as `Dataset.load` does, with its proposals."""
         sample = super().load(i, keep_ignored)
-        rows = np.load(self.proposals, mmap_mode="r")[
-            i
-        ]  # (Q, 4), what is left over at the end is 0
-        boxes = torch.from_numpy(rows[rows[:, 2] > 0].astype(np.float32)) / UNIT
-        boxes = boxes * boxes.new_tensor(sample.original_size)[[1, 0, 1, 0]]
-        labels = F.pad(sample.labels, (0, len(boxes)), value=-1)
-        return replace(sample, boxes=torch.cat([sample.boxes, boxes]), labels=labels, masks=None)
-
-
-def take_proposals(batch: Batch) -> list[Tensor]:
-    """B times (Q, 4): the boxes of label -1, which are taken out of the samples."""
-    proposals = [s.boxes[s.labels < 0] for s in batch.samples]
-    for sample in batch.samples:
-        sample.boxes, sample.labels = (
-            sample.boxes[sample.labels >= 0],
-            sample.labels[sample.labels >= 0],
-        )
-    return proposals
+        rows = np.load(self.proposal_file, mmap_mode="r")[i]  # (Q, 4)
+        rows = rows[rows[:, 2] > 0]  # without the padding
+        fractions = torch.from_numpy(rows.astype(np.float32)) / UNIT
+        height, width = sample.original_size
+        scale = fractions.new_tensor([width, height, width, height])
+        return replace(sample, proposals=fractions * scale)
 
 
 def fingerprint(localizer: nn.Module, *settings) -> str:
-    """Twelve letters that change with the weights and the settings, so that other weights have other files."""
+    """Returns 12 hex digits of a hash of weights and settings: other weights have other files."""
     digest = hashlib.sha256(repr(settings).encode())
     for tensor in localizer.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
@@ -56,53 +48,53 @@ def fingerprint(localizer: nn.Module, *settings) -> str:
 
 
 def intact(path: Path, count: int) -> bool:
-    """Whether `path` holds the proposals of so many images; a damaged file is as good as none."""
+    """Returns whether `path` holds the proposals of `count` images; False for a damaged file."""
     try:
         table = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return False
-    return (
-        table.dtype == np.uint16
-        and table.shape[:1] + table.shape[2:] == (count, 4)
-        and bool(table.any())
-    )
+    shaped = table.shape[:1] + table.shape[2:] == (count, 4)
+    return table.dtype == np.uint16 and shaped and bool(table.any())
 
 
 def with_proposals(
     locate: Callable[[Batch], list[dict]],
     datasets: list[Dataset],
-    resize,
+    resize: Callable[[Sample], Sample],
     folder: Path,
     key: str,
     workers: int,
 ) -> list[WithProposals]:
-    """The datasets with proposals in `folder`, from an earlier call with this `key` or else from `locate`.
+    """Returns the datasets with their proposals. Computes those that `folder` does not have.
 
-    locate: batch -> for each image `boxes` (Q, 4) in pixels of the original image, and its `size`
+    locate: returns for each image of a batch, which `resize` has transformed, `boxes` (Q, 4) in
+        pixels of the original image, and its `size` (height, width)
+    key:    `fingerprint` of the localizer, part of the file names
     """
 
     def compact(batch: Batch) -> list[dict]:
-        fractions = [
-            f["boxes"].cpu().numpy() / np.array(f["size"])[[1, 0, 1, 0]] for f in locate(batch)
-        ]
-        return [{"boxes": np.round(f.clip(0, 1) * UNIT).astype(np.uint16)} for f in fractions]
+        stored = []
+        for found in locate(batch):
+            height, width = found["size"]
+            scale = np.array([width, height, width, height])
+            fractions = found["boxes"].cpu().numpy() / scale
+            stored.append({"boxes": np.round(fractions.clip(0, 1) * UNIT).astype(np.uint16)})
+        return stored
 
     extended = []
     for dataset in datasets:
         images = hashlib.sha256(dataset.index.file_names.tobytes()).hexdigest()[:6]
         path = folder / f"proposals-{dataset.name}-{key}{images}.npy"
         if not from_main(intact(path, len(dataset))):
-            found = predict_dataset(
-                compact, dataset, resize, workers, f"{dataset.name}: proposals to train on"
-            )
+            title = f"{dataset.name}: proposals to train on"
+            found = predict_dataset(compact, dataset, resize, workers, title)
             if rank() == 0:
-                table = np.zeros(
-                    (len(dataset), max(len(f["boxes"]) for f in found.values()), 4), np.uint16
-                )
-                for row, f in found.items():
-                    table[row, : len(f["boxes"])] = f["boxes"]
+                most = max(len(image["boxes"]) for image in found.values())
+                table = np.zeros((len(dataset), most, 4), np.uint16)
+                for row, image in found.items():
+                    table[row, : len(image["boxes"])] = image["boxes"]
                 with atomic_path(path) as temporary:
                     np.save(temporary, table)
             from_main(None)  # the other ranks wait for the file
-        extended.append(WithProposals(**vars(dataset), proposals=path))
+        extended.append(WithProposals(**vars(dataset), proposal_file=path))  # all of its fields
     return extended

@@ -1,6 +1,6 @@
-"""Which ground truth supervises which prediction."""
+"""Ground truth of images, and its assignment to anchors and regions by IoU."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,85 +9,111 @@ from torchvision.ops import box_iou
 
 @dataclass
 class Targets:
-    """What is known of an image, or of its regions, in the joint label space.
+    """The ground truth of one image, with labels of the joint label space.
 
     boxes:        (N, 4) xyxy in pixels
-    labels:       (N,), for regions -1 on background
-    scope:        start and stop of the labels of the image's own dataset, where labels are concatenated
-    masks:        (N, H, W) bool of the image's ground truth, or None; regions have it as it is
-    owner:        (N,), only for regions: the row of their ground truth, whatever the overlap
-    image_labels: (K,), or None; an image that has them has no boxes, but may have a caption
+    labels:       (N,) int64
+    scope:        the columns of the label space that this image may train; None: all
+    masks:        (N, H, W) bool, or None
+    image_labels: (K,) int64 image-level labels, or None; an image that has them has no boxes
+    caption:      of an image with image-level labels; "" without one
     """
 
     boxes: Tensor
     labels: Tensor
-    scope: tuple[int, int] = (0, 0)
+    scope: slice | None = None
     masks: Tensor | None = None
-    owner: Tensor | None = None
     image_labels: Tensor | None = None
     caption: str = ""
 
 
-def match_by_iou(boxes: Tensor, gt_boxes: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """(Q, 4) boxes, (N, 4) ground truth -> (Q,) index of the best ground truth, (Q,) bool IoU >= threshold.
+@dataclass
+class RegionTargets:
+    """The targets of the Q sampled regions of one image.
 
-    Without ground truth every index is 0 and nothing is matched.
+    The matched ground truth is the best-overlapping one, even on background.
+    boxes:    (Q, 4) xyxy, the matched ground truth; the regions themselves if there is none
+    labels:   (Q,) int64, of the matched ground truth; -1 on background
+    gt_index: (Q,) int64, row of the matched ground truth in `Targets`; 0 if there is none
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    gt_index: Tensor
+
+
+def match_by_iou(boxes: Tensor, gt_boxes: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Returns the best-overlapping ground truth of each box, and whether its IoU >= threshold.
+
+    boxes (Q, 4), gt_boxes (N, 4) -> index (Q,) int64, matched (Q,) bool
+    Without ground truth, every index is 0 and nothing is matched.
     Source: facebookresearch/detectron2:detectron2/modeling/matcher.py, without low-quality matches.
     """
     if len(gt_boxes) == 0:
-        return boxes.new_zeros(len(boxes), dtype=torch.long), boxes.new_zeros(
-            len(boxes), dtype=torch.bool
-        )
-    iou, index = box_iou(gt_boxes, boxes).max(dim=0)  # (Q,)
+        index = boxes.new_zeros(len(boxes), dtype=torch.long)
+        return index, index.bool()
+    iou, index = box_iou(gt_boxes, boxes).max(0)  # (Q,)
     return index, iou >= threshold
 
 
 def sample_fg_bg(matched: Tensor, num: int, fg_fraction: float) -> Tensor:
-    """(Q,) bool -> indices of at most `num` rows, at most `fg_fraction` of them matched; foreground first.
+    """Samples at most `num` rows of `matched` (Q,) bool; returns their indices, matched rows first.
 
+    At most `fg_fraction` of `num` are matched rows.
     Source: facebookresearch/detectron2:detectron2/modeling/sampling.py.
     """
-    fg, bg = matched.nonzero().squeeze(1), (~matched).nonzero().squeeze(1)
+    fg = matched.nonzero().squeeze(1)
+    bg = (~matched).nonzero().squeeze(1)
     num_fg = min(len(fg), int(num * fg_fraction))
     num_bg = min(len(bg), num - num_fg)
     fg = fg[torch.randperm(len(fg), device=fg.device)[:num_fg]]
-    return torch.cat([fg, bg[torch.randperm(len(bg), device=bg.device)[:num_bg]]])
+    bg = bg[torch.randperm(len(bg), device=bg.device)[:num_bg]]
+    return torch.cat([fg, bg])
 
 
 def match_anchors(
     anchors: Tensor, gt_boxes: Tensor, fg_iou: float, bg_iou: float, low_iou: float
 ) -> Tensor:
-    """(M, 4) anchors, (N, 4) ground truth -> (M,) index of the ground truth, -1: background, -2: neither.
+    """Returns the row of the ground truth of each anchor: (M,), -1 on background, -2 for neither.
 
-    Foreground overlaps its best ground truth by fg_iou, background none by bg_iou. A ground truth whose best overlap
-    is low_iou or more also takes the anchors that reach it, from whomever had them; of several the last one wins.
+    An anchor is foreground if its best IoU is at least fg_iou, and background if it is below
+    bg_iou. Low-quality matches: a ground truth whose best IoU with any anchor is at least low_iou
+    also takes all anchors of this IoU, even from another ground truth; of several, the last one
+    gets the anchor. anchors (M, 4), gt_boxes (N, 4)
     Source: mmdetection:mmdet/core/bbox/assigners/max_iou_assigner.py.
     """
     if len(gt_boxes) == 0:
         return anchors.new_full((len(anchors),), -1, dtype=torch.long)
     iou = box_iou(gt_boxes, anchors)  # (N, M)
     best, index = iou.max(0)  # (M,)
-    matched = torch.where(best >= fg_iou, index, torch.where(best < bg_iou, -1, -2))
+    unmatched = torch.where(best < bg_iou, -1, -2)
+    matched = torch.where(best >= fg_iou, index, unmatched)
     top = iou.amax(1, keepdim=True)  # (N, 1)
+    takes = (iou == top) & (top >= low_iou)  # (N, M)
     number = torch.arange(1, len(iou) + 1, device=iou.device)[:, None]
-    taken = (((iou == top) & (top >= low_iou)) * number).amax(0)  # (M,) 0: by none
-    return torch.where(taken > 0, taken - 1, matched)
+    taker = (takes * number).amax(0)  # (M,) row + 1 of the last one that takes it; 0: none
+    return torch.where(taker > 0, taker - 1, matched)
 
 
-def match_regions(boxes: Tensor, truth: Targets, iou: float, sample: int) -> tuple[Tensor, Targets]:
-    """Regions (Q, 4) of one image and what supervises them; the label is -1 where no ground truth overlaps by `iou`.
+def match_regions(
+    boxes: Tensor, targets: Targets, iou: float, num_samples: int = 0
+) -> tuple[Tensor, RegionTargets]:
+    """Matches the regions (Q, 4) of one image to its ground truth; returns regions and targets.
 
-    sample > 0 (first stage): the ground truth joins the proposals and `sample` regions are drawn, a quarter foreground.
-    Source: facebookresearch/detectron2:detectron2/modeling/roi_heads (roi_heads.py, cascade_rcnn.py).
+    A region is background if its best IoU is below `iou`. With num_samples > 0 (first stage), the
+    ground truth's boxes join the regions. Then num_samples regions are sampled, at most a quarter
+    of them foreground.
+    Source: facebookresearch/detectron2: modeling/roi_heads (roi_heads.py, cascade_rcnn.py).
     """
-    if sample:
-        boxes = torch.cat([truth.boxes, boxes])
-    index, matched = match_by_iou(boxes, truth.boxes, iou)
-    if sample:
-        drawn = sample_fg_bg(matched, sample, 0.25)
-        boxes, index, matched = boxes[drawn], index[drawn], matched[drawn]
-    if len(truth.boxes) == 0:
-        labels = boxes.new_full((len(boxes),), -1, dtype=torch.long)
-        return boxes, replace(truth, boxes=boxes, labels=labels, masks=None)
-    labels = truth.labels[index].masked_fill(~matched, -1)
-    return boxes, replace(truth, boxes=truth.boxes[index], labels=labels, owner=index)
+    if num_samples:
+        boxes = torch.cat([targets.boxes, boxes])
+    gt_index, matched = match_by_iou(boxes, targets.boxes, iou)
+    if num_samples:
+        sampled = sample_fg_bg(matched, num_samples, 0.25)
+        boxes = boxes[sampled]
+        gt_index = gt_index[sampled]
+        matched = matched[sampled]
+    if len(targets.boxes) == 0:
+        return boxes, RegionTargets(boxes, torch.full_like(gt_index, -1), gt_index)
+    labels = targets.labels[gt_index].masked_fill(~matched, -1)
+    return boxes, RegionTargets(targets.boxes[gt_index], labels, gt_index)

@@ -137,10 +137,17 @@ def shortest_size(
 
 
 def apply(sample: Sample, transform) -> Sample:
-    """Apply one torchvision v2 functional to image and boxes alike."""
-    boxes = tv_tensors.BoundingBoxes(sample.boxes, format="XYXY", canvas_size=sample.size)
+    """Applies one torchvision v2 functional to the image, the boxes and the proposals."""
+
+    def apply_to_boxes(boxes: Tensor) -> Tensor:
+        boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=sample.size)
+        return transform(boxes).as_subclass(torch.Tensor)
+
     image = transform(tv_tensors.Image(sample.image)).as_subclass(torch.Tensor)
-    return replace(sample, image=image, boxes=transform(boxes).as_subclass(torch.Tensor))
+    proposals = sample.proposals
+    if proposals is not None:
+        proposals = apply_to_boxes(proposals)
+    return replace(sample, image=image, boxes=apply_to_boxes(sample.boxes), proposals=proposals)
 
 
 def move(
@@ -164,6 +171,8 @@ def move(
     if segments is not None:
         segments, labels = drop_unseen(resize_masks(segments[None], size, part, flip)[0], labels)
         return replace(sample, segments=segments, labels=labels)
+    if sample.proposals is not None:
+        sample = replace(sample, proposals=sample.proposals[not_empty(sample.proposals)])
     kept = not_empty(sample.boxes)
     if masks is not None:
         masks = resize_masks(masks[kept], size, part, flip)
