@@ -22,7 +22,7 @@ def box_frequency(datasets: list[Dataset], label_space: LabelSpace, novel: str =
     Raises InputError for a novel class that has boxes or is unknown, and if no dataset has any box.
     """
     declared = {
-        k: d.name for d in datasets for k in label_space.rows(d.name)[list(d.novel)].tolist()
+        k: d.name for d in datasets for k in label_space.columns(d.name)[list(d.novel)].tolist()
     }
     known = {fold(name): k for k, name in enumerate(label_space.names)}
     for name in Vocabulary.parse(novel, flag="--novel").names if novel else ():
@@ -36,7 +36,7 @@ def box_frequency(datasets: list[Dataset], label_space: LabelSpace, novel: str =
         if dataset.supervision == "image_labels":
             continue
         counts = np.bincount(
-            label_space.rows(dataset.name), dataset.image_counts(), len(label_space)
+            label_space.columns(dataset.name), dataset.image_counts(), len(label_space)
         )
         if boxed := [k for k in declared if counts[k]]:
             name, where = label_space.names[boxed[0]], declared[boxed[0]]

@@ -246,6 +246,8 @@ class LabelSpace:
         Names of this label space keep their text. If there is another name, all are embedded.
         Raises InputError for a name without an embedding, and for text of another width.
         """
+        if vocabulary == "":
+            return self.unique()
         if self.text is None:
             dataset = vocabulary if isinstance(vocabulary, str) else vocabulary.dataset
             if dataset not in self.vocabularies:

@@ -160,3 +160,23 @@ def paste_rles(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> l
         masks = paste_masks(probability[None], box[None], size)
         rles += encode_masks(masks)
     return rles
+
+
+def rasterise(boxes: Tensor, size: tuple[int, int], stride: int = 4) -> tuple[Tensor, Tensor]:
+    """Draws boxes (N, 4) as the rows (N, h) and the columns (N, w) that they cover, 0 or 1.
+
+    (h, w) = size is the grid of the masks. A cell is covered if the pixel at its centre is in the
+    box, whose edges are rounded outwards. A box without such a cell covers the cell of its centre.
+    Source: aim-uofa/AdelaiDet:adet/modeling/condinst/condinst.py (add_bitmasks_from_boxes).
+    """
+    sides = []
+    for length, low, high in (
+        (size[0], boxes[:, 1], boxes[:, 3]),
+        (size[1], boxes[:, 0], boxes[:, 2]),
+    ):
+        pixel = torch.arange(length, device=boxes.device) * stride + stride // 2
+        inside = (pixel >= low.floor()[:, None]) & (pixel < (high + 1).floor()[:, None])
+        middle = ((low + high) / 2 // stride).long().clamp(0, length - 1)
+        inside |= F.one_hot(middle, length).bool() & ~inside.any(1, keepdim=True)
+        sides.append(inside.float())  # (N, length)
+    return sides[0], sides[1]

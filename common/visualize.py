@@ -375,7 +375,7 @@ def _closest_labels(similarity: Tensor, label_space: LabelSpace, limit: int) -> 
     """Labels with their closest partner in every other dataset, best first, an equal share each; by dataset."""
     others, slices = (
         _other_datasets(similarity, label_space),
-        [label_space.slice(d) for d in label_space.datasets],
+        [label_space.scope(d) for d in label_space.datasets],
     )
     best = [others[:, part].max(dim=1) for part in slices]
     closeness = sum(found.values.masked_fill(found.values.isinf(), 0) for found in best)
@@ -408,7 +408,7 @@ def label_report(similarity: Tensor, label_space: LabelSpace, top: int = 3) -> s
         "|---|---|---|",
     ]
     for dataset in label_space.datasets:
-        part = (others[label_space.slice(dataset)] > 0.99).any(dim=1)
+        part = (others[label_space.scope(dataset)] > 0.99).any(dim=1)
         lines.append(f"| {dataset} | {len(part)} | {int(part.sum())} |")
     lines += ["", f"| dataset | label | closest labels{elsewhere} (cosine) |", "|---|---|---|"]
     owners = [label_space.datasets[i] for i in label_space.dataset_of_label.tolist()]
