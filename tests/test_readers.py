@@ -698,10 +698,16 @@ def reads(tmp_path, monkeypatch):
     monkeypatch.setenv("CONCORD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(store, "LARGE", 0)
     done = []
-    for module in (openimages, panoptic, vg, voc):
-        title, read = module.__name__.rpartition(".")[2], module.read_index
+    readers = (
+        (openimages, "read_box_csv"),
+        (panoptic, "read_segments"),
+        (vg, "read_objects"),
+        (voc, "read_xmls"),
+    )
+    for module, function in readers:
+        title, read = module.__name__.rpartition(".")[2], getattr(module, function)
         monkeypatch.setattr(
-            module, "read_index", lambda *args, t=title, r=read: done.append(t) or r(*args)
+            module, function, lambda *args, t=title, r=read: done.append(t) or r(*args)
         )
     return done
 

@@ -1,7 +1,8 @@
-"""Semantic label maps beside images: ADE20K, Cityscapes, COCO-Stuff, Mapillary Vistas, and one's own folders."""
+"""Reader of semantic label maps: ADE20K, Cityscapes, COCO-Stuff, Mapillary Vistas, custom folders."""
 
 import logging
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,59 +17,69 @@ from common.labels import Vocabulary
 log = logging.getLogger("concord")
 
 
-def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> Dataset:
-    """Pair the PNGs below `maps` with the images below `images` that have their names; no map is decoded.
+@dataclass(frozen=True)
+class MapFormat:
+    """Pixel values and file names of a dataset's label maps.
 
-    ade20k:     1..150, 0 is void; in a folder annotations_detectron2: 0..149, 255 is void
-    cityscapes: CITY/*_labelIds.png, else *_labelTrainIds.png, with *_leftImg8bit.png
-    coco-stuff: *_labelTrainIds.png of mmsegmentation: 1..171, 0 is void; in a folder annotations_detectron2, of
-                MaskFormer's prepare_coco_stuff_10k_v1.0_sem_seg.py: 0..170, 255 is void
-    mapillary:  0..64, 65 is void
-    others:     `read_classes`; 255 and the number of classes are void
-
-    Images without a map are left out and counted in the log. Raises InputError for a folder without maps, maps without
-    an image, two images of one name, a missing or bad list of classes.
+    values: of the C classes, in the order of the vocabulary; void: without a class
+    maps, images: endings of the file names; what is before them is the same for map and image
     """
-    map_ending, image_endings = ".png", IMAGES
-    shifted = "annotations_detectron2" in maps.parts
-    if name == "ade20k":
-        vocabulary = Vocabulary.known(name)
-        table = label_table(range(150) if shifted else vocabulary.ids, (255,) if shifted else (0,))
-    elif name == "cityscapes":
-        vocabulary, image_endings = Vocabulary.known(name), ("_leftImg8bit.png",)
-        plain = any(maps.glob("*/*_gtFine_labelIds.png"))
-        map_ending = "_gtFine_labelIds.png" if plain else "_gtFine_labelTrainIds.png"
-        # the ids 0 to 33 of labels.py that are not evaluated, or 255
-        table = label_table(
-            vocabulary.ids if plain else range(19), tuple(range(34)) if plain else (255,)
-        )
-    elif name == "coco-stuff":
-        vocabulary = Vocabulary.known(name)
-        map_ending = ".png" if shifted else "_labelTrainIds.png"
-        table = label_table(range(171), (255,)) if shifted else label_table(range(1, 172), (0,))
-    else:
-        vocabulary = Vocabulary.known(name) if name == "mapillary" else read_classes(name, maps)
-        table = label_table(vocabulary.ids, (255, len(vocabulary)))
-    map_of, image_of = (
-        listing(name, root, e) for root, e in ((maps, (map_ending,)), (images, image_endings))
-    )
+
+    values: Sequence[int]
+    void: Sequence[int]
+    maps: str = ".png"
+    images: tuple[str, ...] = IMAGES
+
+
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+CITYSCAPES_IMAGES = ("_leftImg8bit.png",)
+# "detectron2": maps in a folder annotations_detectron2; MaskFormer's
+# prepare_coco_stuff_10k_v1.0_sem_seg.py writes those of COCO-Stuff, mmsegmentation the others.
+# "train ids": Cityscapes without *_labelIds.png
+FORMATS = {
+    "ade20k": MapFormat(range(1, 151), (0,)),
+    "ade20k detectron2": MapFormat(range(150), (255,)),
+    "cityscapes": MapFormat(CITYSCAPES_IDS, range(34), "_gtFine_labelIds.png", CITYSCAPES_IMAGES),
+    "cityscapes train ids": MapFormat(
+        range(19), (255,), "_gtFine_labelTrainIds.png", CITYSCAPES_IMAGES
+    ),
+    "coco-stuff": MapFormat(range(1, 172), (0,), "_labelTrainIds.png"),
+    "coco-stuff detectron2": MapFormat(range(171), (255,)),
+    "mapillary": MapFormat(range(65), (65, 255)),
+}
+
+
+def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> Dataset:
+    """Pairs the PNGs below `maps` with the images of the same names below `images`.
+
+    No map is decoded. FORMATS lists the known datasets. Other datasets need a list of classes, see
+    `read_map_classes`; in their maps, 255 and the number of classes are void.
+    Images without a map are left out and their number is logged.
+    Raises InputError for a folder without maps, a map without an image, two images with the same
+    name, a missing or bad list of classes.
+    """
+    form = find_format(name, maps)
+    vocabulary = Vocabulary.known(name) if form else read_map_classes(name, maps)
+    if form is None:
+        form = MapFormat(vocabulary.ids, void=(255, len(vocabulary)))
+    pixel_labels = label_table(form.values, form.void)
+    map_of = listing(name, maps, (form.maps,))
+    image_of = listing(name, images, form.images)
     if not map_of:
         raise InputError(
-            f"dataset '{name}': {maps} holds no label maps, which are files *{map_ending}; check the path"
+            f"dataset '{name}': {maps} holds no label maps, which are files *{form.maps}; check "
+            "the path"
         )
     bare = [key for key in image_of if key not in map_of]
     if bare:
-        log.info(
-            "%s: %d images without a label map in %s are left out (first: %s)",
-            name,
-            len(bare),
-            maps,
-            bare[0],
-        )
+        message = "%s: %d images without a label map in %s are left out (first: %s)"
+        log.info(message, name, len(bare), maps, bare[0])
     lost = [key for key in map_of if key not in image_of]
     if lost:
-        raise InputError(f"{name}: label map {maps / map_of[lost[0]]} has no image in {images} ({len(lost)} of "
-                         f"{len(map_of)} maps); add the images or remove the maps")  # fmt: skip
+        raise InputError(
+            f"{name}: label map {maps / map_of[lost[0]]} has no image in {images} ({len(lost)} of "
+            f"{len(map_of)} maps); add the images or remove the maps"
+        )
     index = Index.build(
         source=str(maps),
         file_names=[image_of[key] for key in map_of],
@@ -78,22 +89,34 @@ def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> 
     )
     vocabulary = replace(vocabulary, is_thing=None)  # all pixels of a class are one segment
     return Dataset(
-        name, vocabulary, index, images, metric, "semantic", maps=maps, pixel_labels=table
+        name, vocabulary, index, images, metric, "semantic", maps=maps, pixel_labels=pixel_labels
     )
 
 
-def read_classes(name: str, maps: Path) -> Vocabulary:
-    """The vocabulary in classes.txt, in the folder of the label maps or beside it: one name per line, values from 0."""
-    path = next(
-        (p for p in (maps / "classes.txt", maps.parent / "classes.txt") if p.is_file()), None
-    )
+def find_format(name: str, maps: Path) -> MapFormat | None:
+    """Returns the format of a known dataset's maps, None for another dataset."""
+    variant = ""
+    if name == "cityscapes":
+        if not any(maps.glob("*/*_gtFine_labelIds.png")):
+            variant = " train ids"
+    elif "annotations_detectron2" in maps.parts:
+        variant = " detectron2"
+    return FORMATS.get(name + variant, FORMATS.get(name))
+
+
+def read_map_classes(name: str, maps: Path) -> Vocabulary:
+    """Reads classes.txt in `maps` or its parent: a class name per line; its pixel value is its line, from 0."""
+    places = (maps / "classes.txt", maps.parent / "classes.txt")
+    path = next((place for place in places if place.is_file()), None)
     if path is None:
-        raise InputError(f"dataset '{name}': {maps / 'classes.txt'} does not exist; name the classes there, one per "
-                         "line in the order of the pixel values from 0")  # fmt: skip
+        raise InputError(
+            f"dataset '{name}': {places[0]} does not exist; name the classes there, one per line "
+            "in the order of the pixel values from 0"
+        )
     try:
         names = tuple(line.strip() for line in path.read_text("utf-8-sig").rstrip().split("\n"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); save it as UTF-8 text") from None
-    return replace(
-        Vocabulary(str(path), names, tuple(range(len(names)))), dataset=name
-    )  # its errors name the file
+    # the errors of Vocabulary name the file
+    vocabulary = Vocabulary(str(path), names, tuple(range(len(names))))
+    return replace(vocabulary, dataset=name)
