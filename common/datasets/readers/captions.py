@@ -1,4 +1,4 @@
-"""Reader of images with captions: Conceptual Captions and custom files. Classes are image-level labels."""
+"""Reader of images with captions, whose classes become image-level labels."""
 
 import json
 import logging
@@ -104,10 +104,8 @@ def read_lines(path: Path, images: Path) -> list[tuple[str, str]]:
                         "tab and the URL or path of the image"
                     )
                 caption, place = columns
-                if "://" in place:
-                    image = f"{number}.jpg"
-                else:
-                    image = file_name(path, {"file_name": place})
+                is_url = "://" in place
+                image = f"{number}.jpg" if is_url else file_name(path, {"file_name": place})
                 pairs.append((image, caption))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); save it as UTF-8 text") from None

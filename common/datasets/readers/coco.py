@@ -4,7 +4,7 @@ import logging
 import re
 from collections import defaultdict
 from dataclasses import replace
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,8 +27,9 @@ NEVER_PUBLISHED = (
     b"patch6/objects365_v1_00320532.jpg",
     b"patch6/objects365_v1_00320534.jpg",
 )
-ID_LISTS = {"negatives": "neg_category_ids", "not_exhaustive": "not_exhaustive_category_ids"}
-TAGS = ("pos_category_ids", "captions")
+# Lists that an image may have: two of LVIS, then two of Detic's files
+NEGATIVES, NOT_EXHAUSTIVE = "neg_category_ids", "not_exhaustive_category_ids"
+TAGS, CAPTIONS = "pos_category_ids", "captions"
 
 
 def read_coco(
@@ -101,14 +102,14 @@ def read_index(
             add[field](value)
         elif field == "annotations" and value:
             broken = True
-    tagged = bool(images.tags) and not boxes.count and not broken
+    tagged = (images.lists[TAGS] or images.lists[CAPTIONS]) and not boxes.count and not broken
     for field in add:
         if field not in found and not (tagged and field == "annotations"):
             raise InputError(f"{path}: the list '{field}' is missing; a COCO-format json is needed")
     vocabulary = read_vocabulary(name, path, categories)
     index = to_index(path, images, boxes, vocabulary)
     if tagged:
-        index = replace(index, **read_tags(path, images.tags, len(index), vocabulary))
+        index = replace(index, **read_tags(path, images, vocabulary))
     if index.segmentations is None:
         blob.truncate(0)
     file_names = index.file_names.tolist()
@@ -127,8 +128,7 @@ def read_index(
 class Images:
     """Collects the entries of the json list `images`, chunk by chunk.
 
-    id_lists: for each field in ID_LISTS: row -> category ids, of the images that list any
-    tags:     row -> {id, image-level labels, captions}, of the images that have a key in TAGS
+    lists: {key: {row: list}} for the keys above; only of the images that have the key
     """
 
     def __init__(self, path: Path, as_written: bool):
@@ -136,21 +136,25 @@ class Images:
         self.as_written = as_written
         self.ids, self.names = [], []
         self.sizes = [np.zeros((0, 2), np.int32)]  # (height, width), one array for each chunk
-        self.id_lists = {field: {} for field in ID_LISTS}
-        self.tags = {}
+        self.lists = {NEGATIVES: {}, NOT_EXHAUSTIVE: {}, TAGS: {}, CAPTIONS: {}}
 
     def add(self, chunk: list[dict]) -> None:
         """Adds the next entries of the list."""
         for row, image in enumerate(chunk, len(self.ids)):
-            for field, key in ID_LISTS.items():
-                if image.get(key):
-                    self.id_lists[field][row] = image[key]
-            if not image.keys().isdisjoint(TAGS):
-                self.tags[row] = {key: image[key] for key in ("id", *TAGS) if key in image}
+            for key, list_of_row in self.lists.items():
+                if key in image:
+                    list_of_row[row] = image[key]
         self.ids += [image["id"] for image in chunk]
         self.names += [file_name(self.path, image, self.as_written) for image in chunk]
         sizes = [(image.get("height", 0), image.get("width", 0)) for image in chunk]
         self.sizes.append(np.array(sizes, dtype=np.int32).reshape(-1, 2))
+
+    def labels(self, key: str, vocabulary: Vocabulary) -> JsonRows | None:
+        """Returns each image's list of category ids as labels, None if all lists are empty."""
+        ids_of_row = [self.lists[key].get(row) or () for row in range(len(self.ids))]
+        if not any(ids_of_row):
+            return None
+        return JsonRows.of([[vocabulary.index_of_id[id] for id in ids] for ids in ids_of_row])
 
 
 class Boxes:
@@ -214,9 +218,7 @@ class Boxes:
         """Returns the entries with a mask if `only_masks`, otherwise all. Counts the others."""
         if not self.only_masks:
             return chunk
-        kept = [
-            entry for entry in chunk if not isinstance(entry, dict) or entry.get("segmentation")
-        ]
+        kept = [e for e in chunk if not isinstance(e, dict) or e.get("segmentation")]
         self.left_out += len(chunk) - len(kept)
         return kept
 
@@ -240,13 +242,9 @@ class Boxes:
 
     def entry(self, position: int) -> dict:
         """Reads the annotation at `position` again, for an error message."""
-        for field, chunk in read_fields(self.path):
-            if field == "annotations":
-                kept = self.kept(chunk)
-                if position < len(kept):
-                    return kept[position]
-                position -= len(kept)
-        raise IndexError(position)
+        chunks = (chunk for field, chunk in read_fields(self.path) if field == "annotations")
+        entries = (entry for chunk in chunks for entry in self.kept(chunk))
+        return next(islice(entries, position, None))
 
 
 def to_index(path: Path, images: Images, boxes: Boxes, vocabulary: Vocabulary) -> Index:
@@ -286,12 +284,6 @@ def to_index(path: Path, images: Images, boxes: Boxes, vocabulary: Vocabulary) -
         lengths = boxes.parts.take("mask_length")
         ends = np.cumsum(lengths)
         segmentations = JsonRows(ends[:0], ends - lengths, ends)  # their text is in the blob
-    label_lists = {}
-    for field, ids_of_row in images.id_lists.items():
-        if ids_of_row:
-            rows = [ids_of_row.get(row, ()) for row in range(len(images.ids))]
-            labels_of_row = [[vocabulary.index_of_id[id] for id in ids] for ids in rows]
-            label_lists[field] = JsonRows.of(labels_of_row)
     return Index.build(
         source=str(path),
         file_names=images.names,
@@ -303,29 +295,26 @@ def to_index(path: Path, images: Images, boxes: Boxes, vocabulary: Vocabulary) -
         areas=areas,
         ignore=boxes.parts.take("ignore"),
         segmentations=segmentations,
-        **label_lists,
+        negatives=images.labels(NEGATIVES, vocabulary),
+        not_exhaustive=images.labels(NOT_EXHAUSTIVE, vocabulary),
     )
 
 
-def read_tags(path: Path, tags: dict[int, dict], num_images: int, vocabulary: Vocabulary) -> dict:
-    """Returns the fields `image_labels`, `image_label_offsets` and `captions` of an Index.
-
-    tags: see `Images`
-    """
+def read_tags(path: Path, images: Images, vocabulary: Vocabulary) -> dict:
+    """Returns the fields `image_labels`, `image_label_offsets` and `captions` of an Index."""
     labels, captions = [], []
-    for row in range(num_images):
-        image = tags.get(row, {})
-        ids = image.get("pos_category_ids") or ()
-        texts = image.get("captions") or []
+    for row, image_id in enumerate(images.ids):
+        ids = images.lists[TAGS].get(row) or ()
+        texts = images.lists[CAPTIONS].get(row) or []
         for id in ids:
             if id not in vocabulary.index_of_id:
                 raise InputError(
-                    f"{path}: image {image['id']} has the unknown id {id} in pos_category_ids; "
-                    "list it in 'categories' or remove it"
+                    f"{path}: image {image_id} has the unknown id {id} in {TAGS}; list it in "
+                    "'categories' or remove it"
                 )
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise InputError(
-                f"{path}: the captions of image {image['id']} are not a list of strings; mend them"
+                f"{path}: image {image_id} has captions that are no list of strings; mend them"
             )
         labels.append(sorted({vocabulary.index_of_id[id] for id in ids}))
         captions.append(tuple(texts))
@@ -358,7 +347,7 @@ def read_vocabulary(name: str, path: Path, categories: list[dict]) -> Vocabulary
 
 
 def listed_names(name: str, path: Path, names: dict[int, str]) -> dict[int, str]:
-    """Returns `names` (id -> name) as data/vocabularies spells them. Raises InputError if most differ."""
+    """Returns `names` {id: name} as data/vocabularies spells them; see `read_vocabulary`."""
     known = Vocabulary.known(name)
     remedy = "is it another dataset's file? then name it: --datasets my=ANN.json:IMAGES/"
     for id, given in names.items():

@@ -37,14 +37,12 @@ def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> 
     listed = read_class_csv(name, class_list) if class_list else Vocabulary.known("oid")
     vocabulary = Vocabulary.known(name) if name == "oid500" else listed
     tree = find_file(annotations, *TREES)
-    label_files = [
-        annotations.name.replace("bbox", f"human-imagelabels{ending}")
-        for ending in ("-boxable", "")
-    ]
-    verified = find_file(annotations, *label_files)
+    boxable = annotations.name.replace("bbox", "human-imagelabels-boxable")
+    complete = annotations.name.replace("bbox", "human-imagelabels")
+    verified = find_file(annotations, boxable, complete)
     if "train" not in annotations.name and not (tree and verified):
         message = "%s: there is no %s beside it, so the AP50 will not be the official one"
-        log.warning(message, annotations, label_files[0] if tree else TREES[0])
+        log.warning(message, annotations, boxable if tree else TREES[0])
 
     def read(_: BinaryIO) -> tuple[Index, dict]:
         absent, present = read_verified(verified, vocabulary) if verified else ({}, {})
@@ -99,8 +97,7 @@ def read_box_csv(
         for line, (image, class_id, *corners, group_of) in chunk:
             if class_id not in listed.index_of_id:
                 raise InputError(
-                    f"{path}: line {line} has the unknown LabelName '{class_id}'; {CLASSES} must "
-                    "list it"
+                    f"{path}: line {line} has the LabelName '{class_id}', which {CLASSES} lacks"
                 )
             if class_id not in vocabulary.index_of_id:
                 left_out += 1

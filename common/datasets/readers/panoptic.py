@@ -22,7 +22,7 @@ LISTS = ("images", "annotations", "categories")
 
 
 def is_panoptic(path: Path) -> bool:
-    """Returns whether the first annotation in a json lists segments. Raises InputError for no json."""
+    """Returns whether the first annotation lists segments. Raises InputError for no json."""
     if is_cached(path, coco.CACHE_OPTIONS):
         return False
     if is_cached(path, cache_options("")):
@@ -78,9 +78,8 @@ def read_segments(name: str, path: Path) -> tuple[Index, dict]:
         found.add(field)
         if field == "images":
             for image in chunk:
-                file = image_name(name, path, image)
-                size = image.get("height", 0), image.get("width", 0)
-                images.append((image["id"], file, size))
+                id, file = image["id"], image_name(name, path, image)
+                images.append((id, file, (image.get("height", 0), image.get("width", 0))))
         elif field == "annotations":
             segments.add(chunk)
         else:
@@ -155,13 +154,13 @@ class Segments:
         )
 
     def add(self, chunk: list[dict]) -> None:
-        """Adds the next entries. Raises InputError or ValueError for a segment with wrong fields."""
+        """Adds the next entries. Raises InputError or ValueError for a wrong segment."""
         image_of, segments = [], []
         for entry in chunk:
             found = entry["segments_info"]
             ids = [segment["id"] for segment in found]
             valid = all(isinstance(id, int) and 0 < id < 1 << 24 for id in ids)
-            if not valid or len(set(ids)) < len(ids):
+            if len(set(ids)) < len(ids) or not valid:
                 raise InputError(
                     f"{self.path}: image {entry['image_id']} has the segment ids {ids}; each is a "
                     "number of its own, from 1 to 16777215"

@@ -1,4 +1,4 @@
-"""Reader of semantic label maps: ADE20K, Cityscapes, COCO-Stuff, Mapillary Vistas, custom folders."""
+"""Reader of label maps: ADE20K, Cityscapes, COCO-Stuff, Mapillary Vistas, custom folders."""
 
 import logging
 from collections.abc import Sequence
@@ -32,17 +32,15 @@ class MapFormat:
 
 
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-CITYSCAPES_IMAGES = ("_leftImg8bit.png",)
+LEFT_IMAGES = ("_leftImg8bit.png",)
 # "detectron2": maps in a folder annotations_detectron2; MaskFormer's
 # prepare_coco_stuff_10k_v1.0_sem_seg.py writes those of COCO-Stuff, mmsegmentation the others.
 # "train ids": Cityscapes without *_labelIds.png
 FORMATS = {
     "ade20k": MapFormat(range(1, 151), (0,)),
     "ade20k detectron2": MapFormat(range(150), (255,)),
-    "cityscapes": MapFormat(CITYSCAPES_IDS, range(34), "_gtFine_labelIds.png", CITYSCAPES_IMAGES),
-    "cityscapes train ids": MapFormat(
-        range(19), (255,), "_gtFine_labelTrainIds.png", CITYSCAPES_IMAGES
-    ),
+    "cityscapes": MapFormat(CITYSCAPES_IDS, range(34), "_gtFine_labelIds.png", LEFT_IMAGES),
+    "cityscapes train ids": MapFormat(range(19), (255,), "_gtFine_labelTrainIds.png", LEFT_IMAGES),
     "coco-stuff": MapFormat(range(1, 172), (0,), "_labelTrainIds.png"),
     "coco-stuff detectron2": MapFormat(range(171), (255,)),
     "mapillary": MapFormat(range(65), (65, 255)),
@@ -59,16 +57,17 @@ def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> 
     name, a missing or bad list of classes.
     """
     form = find_format(name, maps)
-    vocabulary = Vocabulary.known(name) if form else read_map_classes(name, maps)
-    if form is None:
+    if form:
+        vocabulary = Vocabulary.known(name)
+    else:
+        vocabulary = read_map_classes(name, maps)
         form = MapFormat(vocabulary.ids, void=(255, len(vocabulary)))
-    pixel_labels = label_table(form.values, form.void)
+    table = label_table(form.values, form.void)
     map_of = listing(name, maps, (form.maps,))
     image_of = listing(name, images, form.images)
     if not map_of:
         raise InputError(
-            f"dataset '{name}': {maps} holds no label maps, which are files *{form.maps}; check "
-            "the path"
+            f"dataset '{name}': {maps} holds no label maps, files *{form.maps}; check the path"
         )
     bare = [key for key in image_of if key not in map_of]
     if bare:
@@ -89,23 +88,22 @@ def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> 
     )
     vocabulary = replace(vocabulary, is_thing=None)  # all pixels of a class are one segment
     return Dataset(
-        name, vocabulary, index, images, metric, "semantic", maps=maps, pixel_labels=pixel_labels
+        name, vocabulary, index, images, metric, "semantic", maps=maps, pixel_labels=table
     )
 
 
 def find_format(name: str, maps: Path) -> MapFormat | None:
     """Returns the format of a known dataset's maps, None for another dataset."""
-    variant = ""
-    if name == "cityscapes":
-        if not any(maps.glob("*/*_gtFine_labelIds.png")):
-            variant = " train ids"
+    variant = name
+    if name == "cityscapes" and not any(maps.glob("*/*_gtFine_labelIds.png")):
+        variant = "cityscapes train ids"
     elif "annotations_detectron2" in maps.parts:
-        variant = " detectron2"
-    return FORMATS.get(name + variant, FORMATS.get(name))
+        variant = f"{name} detectron2"
+    return FORMATS.get(variant, FORMATS.get(name))
 
 
 def read_map_classes(name: str, maps: Path) -> Vocabulary:
-    """Reads classes.txt in `maps` or its parent: a class name per line; its pixel value is its line, from 0."""
+    """Reads classes.txt in `maps` or its parent. The class in line i, from 0, has pixel value i."""
     places = (maps / "classes.txt", maps.parent / "classes.txt")
     path = next((place for place in places if place.is_file()), None)
     if path is None:

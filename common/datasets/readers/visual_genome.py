@@ -31,12 +31,8 @@ def read_visual_genome(name: str, annotations: Path, images: Path, metric: str) 
     image_data = annotations.with_name("image_data.json")
     if not image_data.is_file():
         raise InputError(f"{image_data} does not exist; put it there, from visualgenome.org")
-    index, facts = cached_index(
-        source=annotations,
-        options=["vg"],
-        read=lambda _: read_objects(annotations, image_data),
-        files=[annotations, image_data],
-    )
+    files = [annotations, image_data]
+    index, facts = cached_index(annotations, ["vg"], lambda _: read_objects(*files), files)
     if facts["bare"]:
         message = "%s: %d of %d objects have no synset and are left out"
         log.info(message, annotations, facts["bare"], facts["bare"] + len(index.labels))

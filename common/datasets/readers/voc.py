@@ -28,16 +28,15 @@ def read_voc(name: str, annotations: Path, images: Path, metric: str = "coco") -
     logged. Corners are pixels, counted from 1, and belong to the box: it spans xmin - 1 to xmax.
     Difficult objects are not trained on. The metric ignores them, because their area is beyond all
     of its size ranges. Many files are read once and stored in the cache, see `cached_index`.
-    Source of the pixel convention: facebookresearch/detectron2:detectron2/data/datasets/pascal_voc.py
+    Source: facebookresearch/detectron2:detectron2/data/datasets/pascal_voc.py (pixel convention)
 
     voc:      its 20 classes; the list trainval.txt stands for those of all years
-    in-boxes: the classes are the folders, because some files name the objects in words. Corners are
-              relative to the size that the file gives, which is not always that of the image. They
-              are edges, not pixels, and come in any order.
+    in-boxes: the classes are the folders; corners are edges, in any order, in an image of the size
+              that the file gives, which may not be the image's.
               Source: tensorflow/models:research/inception/inception/data/process_bounding_boxes.py
     others:   the classes that occur, sorted; WordNet ids get their names as in `read_folder`
 
-    Raises InputError naming the xml file and the remedy, for: another format, a DOCTYPE, an object
+    Raises InputError naming the xml file and the remedy: another format, a DOCTYPE, an object
     without a name or four corners, a class that VOC does not have, a missing image.
     """
     if annotations.is_file():
@@ -46,11 +45,9 @@ def read_voc(name: str, annotations: Path, images: Path, metric: str = "coco") -
         files = find_pairs(name, annotations, images)
     xmls = [xml for xml, _ in files.values()]
     image_files = [image for _, image in files.values()]
+    options = ["voc", name == IMAGENET, *image_files]
     index, facts = cached_index(
-        source=annotations,
-        options=["voc", name == IMAGENET, *image_files],
-        read=lambda _: read_xmls(name, annotations, files),
-        files=xmls,
+        annotations, options, lambda _: read_xmls(name, annotations, files), xmls
     )
     if name == "voc":
         vocabulary, labels = known_vocabulary(name, xmls, facts["classes"])
@@ -64,15 +61,16 @@ def read_voc(name: str, annotations: Path, images: Path, metric: str = "coco") -
 def read_xmls(name: str, source: Path, files: dict[str, tuple[Path, str]]) -> tuple[Index, dict]:
     """Returns the index and the facts that `cached_index` stores with it.
 
-    The labels of the index are rows of facts["classes"], the sorted classes as the files write them.
+    The labels of the index are rows of facts["classes"], the classes as written, sorted.
     """
     sizes, image_of, classes, corners, difficult = [], [], [], [], []
     for row, (xml, _) in enumerate(files.values()):
-        size, *objects = read_xml(xml)
+        size, names, boxes, flags = read_xml(xml)
         sizes.append(size)
-        image_of += [row] * len(objects[0])
-        for column, values in zip((classes, corners, difficult), objects):
-            column += values
+        image_of += [row] * len(names)
+        classes += names
+        corners += boxes
+        difficult += flags
     if not classes:
         raise InputError(
             f"{source}: none of its {len(files)} xml files has an object; name another"
@@ -82,10 +80,8 @@ def read_xmls(name: str, source: Path, files: dict[str, tuple[Path, str]]) -> tu
         scale = sizes[image_of][:, [1, 0, 1, 0]]
         if not scale.all():
             lost = image_of[int(np.argmin(scale.all(axis=1)))]
-            raise InputError(
-                f"{list(files.values())[lost][0]} does not tell the size that its corners are of; "
-                "complete or remove it"
-            )
+            xml = list(files.values())[lost][0]
+            raise InputError(f"{xml} does not tell the size of its image; add it")
         low = np.minimum(boxes[:, :2], boxes[:, 2:])
         high = np.maximum(boxes[:, :2], boxes[:, 2:])
         boxes = np.concatenate([low, high], axis=1) / scale
@@ -130,9 +126,8 @@ def find_listed(path: Path, images: Path) -> dict[str, tuple[Path, str]]:
         try:
             lines = file.read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{file} cannot be read ({error}); it should name an image on each line"
-            ) from None
+            remedy = "it should name an image on each line"
+            raise InputError(f"{file} cannot be read ({error}); {remedy}") from None
         for id in [line.split()[0] for line in lines if line.strip()]:
             files[id] = year / "Annotations" / f"{id}.xml", (below / f"{id}.jpg").as_posix()
     return files
