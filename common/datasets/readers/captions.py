@@ -45,8 +45,7 @@ def read_captions(name: str, annotations: Path, images: Path, metric: str = "coc
     labelled = [entry for entry in labelled if entry[2]]
     if not labelled:
         raise InputError(
-            f"dataset '{name}': none of the {len(pairs)} captions of {annotations} names a class "
-            "of LVIS"
+            f"'{name}': none of the {len(pairs)} captions of {annotations} names a class of LVIS"
         )
     bare = len(pairs) - len(labelled)
     if bare:

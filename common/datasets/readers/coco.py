@@ -4,6 +4,7 @@ import logging
 import re
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import BinaryIO
@@ -40,7 +41,7 @@ def read_coco(
     The classes are the file's categories, sorted by id. A dataset with a list in data/vocabularies
     takes the names from there, because Objects365 misspells some. If the file has no annotations,
     the `pos_category_ids` (image-level labels) and `captions` of its images are read, as in Detic's
-    files. A large file is read once and stored in the cache, see `cached_index`.
+    files.
 
     only_masks: leave out boxes without a mask and log their number
     Raises InputError naming the file, the field and the remedy.
@@ -53,9 +54,7 @@ def read_coco(
     if as_written:
         options.append("as written")
 
-    def read(blob: BinaryIO) -> tuple[Index, dict]:
-        return read_index(name, annotations, only_masks, as_written, blob)
-
+    read = partial(read_index, name, annotations, only_masks, as_written)
     frequency = None
     try:
         index, facts = cached_index(annotations, options, read)
@@ -121,7 +120,7 @@ def read_index(
         "categories": [{key: entry[key] for key in keys if key in entry} for entry in categories],
         "left_out": boxes.left_out,
         "never_there": int(unpublished.sum()),
-        "some_masks": 0 if boxes.has_masks else boxes.num_masks,
+        "some_masks": boxes.num_masks if boxes.num_masks < boxes.count else 0,
     }
 
 
@@ -160,10 +159,8 @@ class Images:
 class Boxes:
     """Collects the entries of the json list `annotations`, chunk by chunk. Writes masks to `blob`.
 
-    The lists `images` and `categories` may follow in the file, so ids are numbered in the order in
-    which the annotations mention them. `to_index` replaces these numbers by rows and labels.
-
-    index_of_image_id, index_of_category_id: id -> 0, 1, 2, ...; a new id gets the next number
+    index_of_image_id, index_of_category_id: dict, id -> 0, 1, 2, ... in the order in which the
+        annotations mention the ids. The lists `images` and `categories` may come later in the file.
     """
 
     def __init__(self, path: Path, only_masks: bool, blob: BinaryIO):
@@ -181,11 +178,6 @@ class Boxes:
             ignore=bool,
             mask_length=np.int64,
         )
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether each annotation so far has a mask."""
-        return self.num_masks == self.count
 
     def add(self, chunk: list[dict]) -> None:
         """Adds the next entries of the list. Raises InputError for a wrong box or iscrowd."""
@@ -208,7 +200,7 @@ class Boxes:
                 "write the number 0 or 1"
             )
         self.num_masks += sum("segmentation" in entry for entry in chunk)
-        if self.has_masks:
+        if self.num_masks == self.count:  # each annotation so far has one
             masks = JsonRows.of([entry["segmentation"] for entry in chunk])
             self.blob.write(masks.text)
             columns["mask_length"] = masks.ends - masks.starts
@@ -249,14 +241,12 @@ class Boxes:
 
 def to_index(path: Path, images: Images, boxes: Boxes, vocabulary: Vocabulary) -> Index:
     """Builds the index. Raises InputError for a repeated image id, an unknown id or a bad area."""
-    # images without a box get their number here
-    numbers = [boxes.index_of_image_id[id] for id in images.ids]
-    row_of = np.full(len(boxes.index_of_image_id), -1)
-    row_of[numbers] = np.arange(len(numbers))
-    if (row_of >= 0).sum() < len(images.ids):
+    row_of_id = {id: row for row, id in enumerate(images.ids)}
+    if len(row_of_id) < len(images.ids):
         raise InputError(f"{path}: two images share an id; give each its own")
+    row_of = [row_of_id.get(id, -1) for id in boxes.index_of_image_id]
     label_of = [vocabulary.index_of_id.get(id, -1) for id in boxes.index_of_category_id]
-    image_of = row_of[boxes.parts.take("image")]
+    image_of = np.array(row_of, dtype=np.int64)[boxes.parts.take("image")]
     labels = np.array(label_of, dtype=np.int32)[boxes.parts.take("label")]
     for rows, field, listed_in in (
         (image_of, "image_id", "images"),
@@ -267,8 +257,7 @@ def to_index(path: Path, images: Images, boxes: Boxes, vocabulary: Vocabulary) -
             entry = boxes.entry(int(np.argmax(unknown)))
             raise InputError(
                 f"{path}: annotation {entry.get('id')} has the unknown {field} {entry[field]}; "
-                f"list it in '{listed_in}' or remove the annotation ({unknown.sum()} such in the "
-                "file)"
+                f"list it in '{listed_in}' or remove the annotation ({unknown.sum()} in the file)"
             )
     areas = boxes.parts.take("area")
     bad = ~(np.isfinite(areas) & (areas >= 0))
@@ -280,7 +269,7 @@ def to_index(path: Path, images: Images, boxes: Boxes, vocabulary: Vocabulary) -
                 "square pixels or leave the field out"
             )
     segmentations = None
-    if boxes.has_masks and boxes.count:
+    if boxes.count and boxes.num_masks == boxes.count:
         lengths = boxes.parts.take("mask_length")
         ends = np.cumsum(lengths)
         segmentations = JsonRows(ends[:0], ends - lengths, ends)  # their text is in the blob
@@ -341,28 +330,21 @@ def read_vocabulary(name: str, path: Path, categories: list[dict]) -> Vocabulary
     names = {category["id"]: str(category["name"]) for category in categories}
     if len(names) < len(categories):
         raise InputError(f"{path}: two categories share an id; give each its own")
-    if (DATA / "vocabularies" / f"{name}.json").is_file():
-        names = listed_names(name, path, names)
-    return Vocabulary(name, tuple(names.values()), tuple(names))
-
-
-def listed_names(name: str, path: Path, names: dict[int, str]) -> dict[int, str]:
-    """Returns `names` {id: name} as data/vocabularies spells them; see `read_vocabulary`."""
+    if not (DATA / "vocabularies" / f"{name}.json").is_file():
+        return Vocabulary(name, tuple(names.values()), tuple(names))
     known = Vocabulary.known(name)
+    listed = dict(zip(known.ids, known.names))
     remedy = "is it another dataset's file? then name it: --datasets my=ANN.json:IMAGES/"
-    for id, given in names.items():
-        if id not in known.index_of_id:
-            raise InputError(
-                f"{path}: category id {id} ('{given}') is not one of '{name}'; {remedy}"
-            )
-    listed = {id: known.names[known.index_of_id[id]] for id in names}
+    for id in names:
+        if id not in listed:
+            raise InputError(f"{path}: id {id} ('{names[id]}') is not one of '{name}'; {remedy}")
     other = [id for id in names if simplified(names[id]) != simplified(listed[id])]
     if len(other) > 0.5 * len(names):  # a few names are spelt differently
+        id = other[0]
         raise InputError(
-            f"{path}: category id {other[0]} is '{names[other[0]]}', but '{listed[other[0]]}' in "
-            f"'{name}'; {remedy}"
+            f"{path}: category id {id} is '{names[id]}', but '{listed[id]}' in '{name}'; {remedy}"
         )
-    return listed
+    return Vocabulary(name, tuple(listed[id] for id in names), tuple(names))
 
 
 def simplified(name: str) -> str:

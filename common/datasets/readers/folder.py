@@ -79,8 +79,7 @@ def read_tars(name: str, root: Path, tars: list[str]) -> Dataset:
     texts = np.array(sorted({text for unique, _ in parts for text in unique.tolist()}))
     if not len(texts):
         raise InputError(
-            f"dataset '{name}': the tar files in {root} hold no images with labels; name another "
-            "folder"
+            f"dataset '{name}': the tar files in {root} hold no images with labels; add labels"
         )
     classes = [os.fsdecode(text) for text in texts.tolist()]
     for label in classes:

@@ -30,7 +30,6 @@ def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> 
     A file whose name contains `validation` also gets the images that have image-level labels but no
     box. There, a detection of a verified class is a false positive; other detections are ignored.
     Source: tensorflow/models:research/object_detection/metrics/oid_challenge_evaluation.py
-    A large file is read once and stored in the cache, see `cached_index`.
     Raises InputError naming the file, the row and the remedy.
     """
     class_list = find_file(annotations, CLASSES)

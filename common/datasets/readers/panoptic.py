@@ -100,8 +100,7 @@ def read_segments(name: str, path: Path) -> tuple[Index, dict]:
     if len(row_of) < len(index_of):
         unknown = min(index_of.keys() - row_of.keys())
         raise InputError(
-            f"{path}: an annotation has the unknown image_id {unknown}; list it in 'images' or "
-            "remove it"
+            f"{path}: an annotation has the unknown image_id {unknown}; list it in 'images'"
         )
     vocabulary = coco.read_vocabulary(name, path, categories)
     label_of = [vocabulary.index_of_id.get(id, -1) for id in segments.index_of_category_id]
@@ -111,8 +110,7 @@ def read_segments(name: str, path: Path) -> tuple[Index, dict]:
         image_id = list(index_of)[image_of[np.argmax(labels < 0)]]
         unknown = list(segments.index_of_category_id)[label_of.index(-1)]
         raise InputError(
-            f"{path}: image {image_id} has the unknown category_id {unknown}; list it in "
-            "'categories' or remove it"
+            f"{path}: image {image_id} has the unknown category_id {unknown}; 'categories' lacks it"
         )
     index = Index.build(
         source=str(path),
@@ -191,11 +189,9 @@ class Segments:
 
 
 def image_name(name: str, path: Path, image: dict) -> str:
-    """Returns the image's path below its folder.
-
-    Cityscapes' createPanopticImgs.py writes a file_name that does not exist; the id gives the name.
-    """
+    """Returns the image's path below its folder."""
     if name != CITYSCAPES:
         return file_name(path, image)
+    # createPanopticImgs.py writes a file_name that does not exist
     city, *_ = image["id"].split("_")
     return file_name(path, {"file_name": f"{city}/{image['id']}_leftImg8bit.png"})

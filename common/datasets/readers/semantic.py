@@ -1,8 +1,7 @@
 """Reader of label maps: ADE20K, Cityscapes, COCO-Stuff, Mapillary Vistas, custom folders."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,33 +16,20 @@ from common.labels import Vocabulary
 log = logging.getLogger("concord")
 
 
-@dataclass(frozen=True)
-class MapFormat:
-    """Pixel values and file names of a dataset's label maps.
-
-    values: of the C classes, in the order of the vocabulary; void: without a class
-    maps, images: endings of the file names; what is before them is the same for map and image
-    """
-
-    values: Sequence[int]
-    void: Sequence[int]
-    maps: str = ".png"
-    images: tuple[str, ...] = IMAGES
-
-
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 LEFT_IMAGES = ("_leftImg8bit.png",)
-# "detectron2": maps in a folder annotations_detectron2; MaskFormer's
-# prepare_coco_stuff_10k_v1.0_sem_seg.py writes those of COCO-Stuff, mmsegmentation the others.
-# "train ids": Cityscapes without *_labelIds.png
+# Pixel values of the C classes, in the order of the vocabulary; void values; ending of the maps'
+# names; endings of the images' names. What precedes the endings is the same for map and image.
+# "detectron2": maps in a folder annotations_detectron2, which detectron2's and MaskFormer's scripts
+# write. "train ids": Cityscapes without *_labelIds.png. COCO-Stuff's other maps: mmsegmentation.
 FORMATS = {
-    "ade20k": MapFormat(range(1, 151), (0,)),
-    "ade20k detectron2": MapFormat(range(150), (255,)),
-    "cityscapes": MapFormat(CITYSCAPES_IDS, range(34), "_gtFine_labelIds.png", LEFT_IMAGES),
-    "cityscapes train ids": MapFormat(range(19), (255,), "_gtFine_labelTrainIds.png", LEFT_IMAGES),
-    "coco-stuff": MapFormat(range(1, 172), (0,), "_labelTrainIds.png"),
-    "coco-stuff detectron2": MapFormat(range(171), (255,)),
-    "mapillary": MapFormat(range(65), (65, 255)),
+    "ade20k": (range(1, 151), (0,), ".png", IMAGES),
+    "ade20k detectron2": (range(150), (255,), ".png", IMAGES),
+    "cityscapes": (CITYSCAPES_IDS, range(34), "_gtFine_labelIds.png", LEFT_IMAGES),
+    "cityscapes train ids": (range(19), (255,), "_gtFine_labelTrainIds.png", LEFT_IMAGES),
+    "coco-stuff": (range(1, 172), (0,), "_labelTrainIds.png", IMAGES),
+    "coco-stuff detectron2": (range(171), (255,), ".png", IMAGES),
+    "mapillary": (range(65), (65, 255), ".png", IMAGES),
 }
 
 
@@ -56,18 +42,24 @@ def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> 
     Raises InputError for a folder without maps, a map without an image, two images with the same
     name, a missing or bad list of classes.
     """
-    form = find_format(name, maps)
-    if form:
+    variant = name
+    if name == "cityscapes" and not any(maps.glob("*/*_gtFine_labelIds.png")):
+        variant = "cityscapes train ids"
+    elif name in ("ade20k", "coco-stuff") and "annotations_detectron2" in maps.parts:
+        variant = f"{name} detectron2"
+    if variant in FORMATS:
         vocabulary = Vocabulary.known(name)
+        values, void, map_ending, image_endings = FORMATS[variant]
     else:
         vocabulary = read_map_classes(name, maps)
-        form = MapFormat(vocabulary.ids, void=(255, len(vocabulary)))
-    table = label_table(form.values, form.void)
-    map_of = listing(name, maps, (form.maps,))
-    image_of = listing(name, images, form.images)
+        values, void = vocabulary.ids, (255, len(vocabulary))
+        map_ending, image_endings = ".png", IMAGES
+    table = label_table(values, void)
+    map_of = listing(name, maps, (map_ending,))
+    image_of = listing(name, images, image_endings)
     if not map_of:
         raise InputError(
-            f"dataset '{name}': {maps} holds no label maps, files *{form.maps}; check the path"
+            f"dataset '{name}': {maps} holds no label maps, files *{map_ending}; check the path"
         )
     bare = [key for key in image_of if key not in map_of]
     if bare:
@@ -90,16 +82,6 @@ def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> 
     return Dataset(
         name, vocabulary, index, images, metric, "semantic", maps=maps, pixel_labels=table
     )
-
-
-def find_format(name: str, maps: Path) -> MapFormat | None:
-    """Returns the format of a known dataset's maps, None for another dataset."""
-    variant = name
-    if name == "cityscapes" and not any(maps.glob("*/*_gtFine_labelIds.png")):
-        variant = "cityscapes train ids"
-    elif "annotations_detectron2" in maps.parts:
-        variant = f"{name} detectron2"
-    return FORMATS.get(variant, FORMATS.get(name))
 
 
 def read_map_classes(name: str, maps: Path) -> Vocabulary:

@@ -23,7 +23,6 @@ def read_visual_genome(name: str, annotations: Path, images: Path, metric: str) 
 
     The classes are the words of the synsets ('clock' of 'clock.n.01'), sorted. Synsets with the
     same word are one class. Objects without a synset are left out and their number is logged.
-    Large files are read once and stored in the cache, see `cached_index`.
     Note: UniDetector evaluates 7605 classes on some of the images and publishes neither list. Here,
     all images and all classes that occur are used. Source: zhenyuw16/UniDetector#9
     Raises InputError naming the file, the field and the remedy.
@@ -55,8 +54,7 @@ def read_objects(annotations: Path, image_data: Path) -> tuple[Index, dict]:
         for image in read_elements(annotations):
             if image["image_id"] not in row_of:
                 raise InputError(
-                    f"{path}: the image_id {image['image_id']} is not in {image_data}; both files "
-                    "must be of one version"
+                    f"{path}: image_id {image['image_id']} is not in {image_data}; use one version"
                 )
             named = [each for each in image["objects"] if each["synsets"]]
             bare += len(image["objects"]) - len(named)

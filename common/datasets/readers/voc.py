@@ -27,7 +27,7 @@ def read_voc(name: str, annotations: Path, images: Path, metric: str = "coco") -
     An image has the name of its xml file. Images without one are left out and their number is
     logged. Corners are pixels, counted from 1, and belong to the box: it spans xmin - 1 to xmax.
     Difficult objects are not trained on. The metric ignores them, because their area is beyond all
-    of its size ranges. Many files are read once and stored in the cache, see `cached_index`.
+    of its size ranges.
     Source: facebookresearch/detectron2:detectron2/data/datasets/pascal_voc.py (pixel convention)
 
     voc:      its 20 classes; the list trainval.txt stands for those of all years

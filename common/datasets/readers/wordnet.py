@@ -46,8 +46,7 @@ def class_names(root: Path, folders: list[str]) -> list[str]:
     if unnamed:
         raise InputError(
             f"{root / unnamed[0]} is a WordNet id without a name ({len(unnamed)} such folders); "
-            f"list it in {root / 'classes.csv'} (columns wnid,name) or words.txt (id, tab, "
-            "synonyms)"
+            f"list it in {root / 'classes.csv'} (columns wnid,name) or words.txt (id, tab, names)"
         )
     return [known[folder] if WNID.fullmatch(folder) else folder for folder in folders]
 
