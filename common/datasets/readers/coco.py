@@ -63,9 +63,7 @@ def read_coco(
             frequency = read_frequency(annotations, facts["categories"], vocabulary)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise InputError(
-            f"{annotations}: {what} in an entry; a COCO-format json is needed"
-        ) from None
+        raise InputError(f"{annotations}: {what} in an entry; a COCO json is needed") from None
     if facts["left_out"]:
         log.info("%s: %d boxes without a mask are left out", annotations, facts["left_out"])
     if facts["some_masks"]:
@@ -355,9 +353,7 @@ def simplified(name: str) -> str:
 def read_frequency(path: Path, categories: list[dict], vocabulary: Vocabulary) -> str:
     """Returns LVIS's frequency group of each class, r, c or f, as a string of C letters."""
     frequency_of = {category["id"]: category["frequency"] for category in categories}
-    for id, frequency in frequency_of.items():
-        if frequency not in ("r", "c", "f"):
-            raise InputError(
-                f"{path}: category {id} has the frequency {frequency!r}; write r, c or f"
-            )
+    for id, group in frequency_of.items():
+        if group not in ("r", "c", "f"):
+            raise InputError(f"{path}: category {id} has the frequency {group!r}; write r, c or f")
     return "".join(frequency_of[id] for id in vocabulary.ids)

@@ -86,8 +86,13 @@ def read_tars(name: str, root: Path, tars: list[str]) -> Dataset:
         refuse_no_text(name, root, label)
     labels = np.concatenate([np.searchsorted(texts, unique)[inverse] for unique, inverse in parts])
     if all(label.isdecimal() for label in classes):
-        numbers = classes
-        classes = read_class_lines(name, root)
+        numbers, path = classes, root / "classes.txt"
+        if not path.is_file():
+            raise InputError(
+                f"dataset '{name}': the tar files in {root} have numbers for labels; name the "
+                f"classes in {path}, one per line from 0"
+            )
+        classes = list(Vocabulary.parse(str(path), name, f"dataset '{name}'").names)
         for number in numbers:
             if len(number) > 9 or int(number) >= len(classes):
                 raise InputError(
@@ -146,14 +151,3 @@ def refuse_no_text(name: str, root: Path, label: str) -> None:
         raise InputError(
             f"dataset '{name}': {root} has the class {label!r}, which is no text; rename it"
         )
-
-
-def read_class_lines(name: str, root: Path) -> list[str]:
-    """Returns the class names in `root`/classes.txt. Raises InputError if it does not exist."""
-    path = root / "classes.txt"
-    if not path.is_file():
-        raise InputError(
-            f"dataset '{name}': the tar files in {root} have numbers for labels; name the classes "
-            f"in {path}, one per line from 0"
-        )
-    return list(Vocabulary.parse(str(path), name, f"dataset '{name}'").names)

@@ -95,9 +95,7 @@ def read_box_csv(
         image_of, boxes, labels, group = [], [], [], []
         for line, (image, class_id, *corners, group_of) in chunk:
             if class_id not in listed.index_of_id:
-                raise InputError(
-                    f"{path}: line {line} has the LabelName '{class_id}', which {CLASSES} lacks"
-                )
+                raise InputError(f"{path}: line {line}: {CLASSES} lacks LabelName '{class_id}'")
             if class_id not in vocabulary.index_of_id:
                 left_out += 1
                 continue
@@ -145,6 +143,4 @@ def read_verified(
 def refuse_path(path: Path, line: int, image: str) -> None:
     """Raises InputError for an image id that leads out of the image folder."""
     if "/" in image or image.startswith("."):
-        raise InputError(
-            f"{path}: line {line} has the ImageID '{image}', which leaves the image folder"
-        )
+        raise InputError(f"{path}: line {line}: ImageID '{image}' leaves the image folder")

@@ -25,17 +25,12 @@ def is_panoptic(path: Path) -> bool:
     """Returns whether the first annotation lists segments. Raises InputError for no json."""
     if is_cached(path, coco.CACHE_OPTIONS):
         return False
-    if is_cached(path, cache_options("")):
+    if is_cached(path, ["panoptic", False]):
         return True
     for field, chunk in read_fields(path):
         if field == "annotations" and isinstance(chunk, list) and chunk:
             return isinstance(chunk[0], dict) and "segments_info" in chunk[0]
     return False
-
-
-def cache_options(name: str) -> list:
-    """Returns the `options` of `cached_index`."""
-    return ["panoptic", name == CITYSCAPES]
 
 
 def read_panoptic(name: str, annotations: Path, images: Path, metric: str = "pq") -> Dataset:
@@ -53,17 +48,16 @@ def read_panoptic(name: str, annotations: Path, images: Path, metric: str = "pq"
             "not exist; unpack it there"
         )
     try:
+        options = ["panoptic", name == CITYSCAPES]
         index, facts = cached_index(
-            annotations, cache_options(name), lambda _: read_segments(name, annotations)
+            annotations, options, lambda _: read_segments(name, annotations)
         )
         vocabulary = coco.read_vocabulary(name, annotations, facts["categories"])
         is_thing = {entry["id"]: bool(entry["isthing"]) for entry in facts["categories"]}
         vocabulary = replace(vocabulary, is_thing=tuple(is_thing[id] for id in vocabulary.ids))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise InputError(
-            f"{annotations}: {what} in an entry; a panoptic json of COCO's format is needed"
-        ) from None
+        raise InputError(f"{annotations}: {what} in an entry; a panoptic json is needed") from None
     if facts["bare"]:
         log.info("%s: %d images without segments_info are left out", annotations, facts["bare"])
     return Dataset(name, vocabulary, index, images, metric, "panoptic", maps=maps)
@@ -86,9 +80,7 @@ def read_segments(name: str, path: Path) -> tuple[Index, dict]:
             categories += chunk
     for field in LISTS:
         if field not in found:
-            raise InputError(
-                f"{path}: the list '{field}' is missing; a panoptic json of COCO's format is needed"
-            )
+            raise InputError(f"{path}: the list '{field}' is missing; a panoptic json is needed")
     if not all(category["isthing"] in (0, 1) for category in categories):
         raise ValueError("an isthing that is not 0 or 1")
     index_of = segments.index_of_image_id

@@ -69,9 +69,7 @@ def read_objects(annotations: Path, image_data: Path) -> tuple[Index, dict]:
             )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise InputError(
-            f"{path}: {what} in an entry; a file of visualgenome.org is needed"
-        ) from None
+        raise InputError(f"{path}: {what} in an entry; download the file again") from None
     if len(row_of) < len(file_names):
         raise InputError(f"{image_data}: an image_id comes twice; download the file again")
     names = sorted(index_of_word)

@@ -49,10 +49,19 @@ def read_voc(name: str, annotations: Path, images: Path, metric: str = "coco") -
     index, facts = cached_index(
         annotations, options, lambda _: read_xmls(name, annotations, files), xmls
     )
+    classes = facts["classes"]  # as written; the labels in the index are their rows
     if name == "voc":
-        vocabulary, labels = known_vocabulary(name, xmls, facts["classes"])
+        vocabulary = Vocabulary.known(name)
+        other = [each for each in classes if each not in vocabulary.names]
+        if other:
+            xml = next(xml for xml in xmls if other[0] in [each for each, *_ in read_xml(xml)[1]])
+            raise InputError(
+                f"{xml}: the class '{other[0]}' is not one of 'voc'; is it another dataset's file? "
+                "then name it: --datasets my=ANNOTATIONS/:IMAGES/"
+            )
+        labels = np.array([vocabulary.names.index(each) for each in classes], dtype=np.int32)
     else:
-        vocabulary, labels = folder_vocabulary(name, images, facts["classes"])
+        vocabulary, labels = folder_vocabulary(name, images, classes)
     if (labels != np.arange(len(labels))).any():
         index = replace(index, labels=labels[index.labels])
     return Dataset(name, vocabulary, index, images, metric)
@@ -63,21 +72,17 @@ def read_xmls(name: str, source: Path, files: dict[str, tuple[Path, str]]) -> tu
 
     The labels of the index are rows of facts["classes"], the classes as written, sorted.
     """
-    sizes, image_of, classes, corners, difficult = [], [], [], [], []
+    sizes, objects = [], []
     for row, (xml, _) in enumerate(files.values()):
-        size, names, boxes, flags = read_xml(xml)
+        size, found = read_xml(xml)
         sizes.append(size)
-        image_of += [row] * len(names)
-        classes += names
-        corners += boxes
-        difficult += flags
-    if not classes:
-        raise InputError(
-            f"{source}: none of its {len(files)} xml files has an object; name another"
-        )
+        objects += [(row, *each) for each in found]
+    if not objects:
+        raise InputError(f"{source}: none of its {len(files)} xml files has an object; use another")
+    image_of, classes, corners, difficult = zip(*objects)
     boxes, sizes = np.array(corners), np.array(sizes)
     if name == IMAGENET:
-        scale = sizes[image_of][:, [1, 0, 1, 0]]
+        scale = sizes[list(image_of)][:, [1, 0, 1, 0]]
         if not scale.all():
             lost = image_of[int(np.argmin(scale.all(axis=1)))]
             xml = list(files.values())[lost][0]
@@ -126,8 +131,7 @@ def find_listed(path: Path, images: Path) -> dict[str, tuple[Path, str]]:
         try:
             lines = file.read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            remedy = "it should name an image on each line"
-            raise InputError(f"{file} cannot be read ({error}); {remedy}") from None
+            raise InputError(f"{file} cannot be read ({error}); name one image a line") from None
         for id in [line.split()[0] for line in lines if line.strip()]:
             files[id] = year / "Annotations" / f"{id}.xml", (below / f"{id}.jpg").as_posix()
     return files
@@ -160,10 +164,10 @@ class NoDoctype(ElementTree.TreeBuilder):
         raise ValueError("it has a DOCTYPE")
 
 
-def read_xml(path: Path) -> tuple[tuple[int, int], list[str], list[list[float]], list[bool]]:
-    """Returns (height, width), and of each object its class, its four corners, if it is difficult.
+def read_xml(path: Path) -> tuple[tuple[int, int], list[tuple[str, list[float], bool]]]:
+    """Returns (height, width), and (class, corners, is difficult) of each object, all as written.
 
-    Sizes that the file does not give are 0. Classes and corners are as the file writes them.
+    A size that the file does not give is 0. Raises InputError for a bad file or object.
     """
     try:
         refuse_pipe(path, "xml file")
@@ -173,19 +177,17 @@ def read_xml(path: Path) -> tuple[tuple[int, int], list[str], list[list[float]],
         height = int(float(root.findtext("size/height") or 0))
         width = int(float(root.findtext("size/width") or 0))
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror}); put it there or take it out of the list"
-        ) from None
+        raise InputError(f"{path} cannot be read ({error.strerror}); add or unlist it") from None
     except (ElementTree.ParseError, ValueError, LookupError, OverflowError) as error:
         raise InputError(
-            f"{path} is no xml file of Pascal VOC's format ({error}); mend it or take it out"
+            f"{path} is no xml file of Pascal VOC's format ({error}); mend it"
         ) from None
-    classes, boxes, difficult = [], [], []
+    objects = []
     for number, thing in enumerate(root.findall("object"), 1):
         name = " ".join((thing.findtext("name") or "").split())
         corners = {part.tag: part.text for part in thing.iterfind("bndbox/*")}
         try:
-            boxes.append([float(corners[corner]) for corner in CORNERS])
+            box = [float(corners[corner]) for corner in CORNERS]
         except (KeyError, TypeError, ValueError):
             raise InputError(
                 f"{path}: object {number} ('{name}') needs a bndbox of the numbers "
@@ -193,21 +195,5 @@ def read_xml(path: Path) -> tuple[tuple[int, int], list[str], list[list[float]],
             ) from None
         if not name:
             raise InputError(f"{path}: object {number} has no name; name its class or remove it")
-        classes.append(name)
-        difficult.append((thing.findtext("difficult") or "").strip() == "1")
-    return (height, width), classes, boxes, difficult
-
-
-def known_vocabulary(
-    name: str, xmls: list[Path], classes: list[str]
-) -> tuple[Vocabulary, np.ndarray]:
-    """Returns VOC's vocabulary and the label of each class. Raises InputError for another class."""
-    vocabulary = Vocabulary.known(name)
-    for each in classes:
-        if each not in vocabulary.names:
-            xml = next(xml for xml in xmls if each in read_xml(xml)[1])
-            raise InputError(
-                f"{xml}: the class '{each}' is not one of '{name}'; is it another dataset's file? "
-                "then name it: --datasets my=ANNOTATIONS/:IMAGES/"
-            )
-    return vocabulary, np.array([vocabulary.names.index(each) for each in classes], dtype=np.int32)
+        objects.append((name, box, (thing.findtext("difficult") or "").strip() == "1"))
+    return (height, width), objects

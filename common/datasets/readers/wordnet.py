@@ -56,7 +56,5 @@ def read_words(path: Path) -> dict[str, str]:
     try:
         rows = [line.partition("\t") for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}); it should be lines of id, tab, synonyms"
-        ) from None
+        raise InputError(f"{path} cannot be read ({error}); save it as UTF-8 text") from None
     return {wnid.strip(): synonyms.split(",")[0].strip() for wnid, _, synonyms in rows}
