@@ -28,9 +28,9 @@ NEVER_PUBLISHED = (
     b"patch6/objects365_v1_00320532.jpg",
     b"patch6/objects365_v1_00320534.jpg",
 )
-# Lists that an image may have: two of LVIS, then two of Detic's files
+# Lists that an image may have: two in LVIS, two in Detic's files
 NEGATIVES, NOT_EXHAUSTIVE = "neg_category_ids", "not_exhaustive_category_ids"
-TAGS, CAPTIONS = "pos_category_ids", "captions"
+IMAGE_LABELS, CAPTIONS = "pos_category_ids", "captions"
 
 
 def read_coco(
@@ -53,7 +53,6 @@ def read_coco(
         options.append("only masks")
     if as_written:
         options.append("as written")
-
     read = partial(read_index, name, annotations, only_masks, as_written)
     frequency = None
     try:
@@ -99,14 +98,15 @@ def read_index(
             add[field](value)
         elif field == "annotations" and value:
             broken = True
-    tagged = (images.lists[TAGS] or images.lists[CAPTIONS]) and not boxes.count and not broken
+    labelled = images.lists[IMAGE_LABELS] or images.lists[CAPTIONS]
+    image_level = labelled and not boxes.count and not broken
     for field in add:
-        if field not in found and not (tagged and field == "annotations"):
+        if field not in found and not (image_level and field == "annotations"):
             raise InputError(f"{path}: the list '{field}' is missing; a COCO-format json is needed")
     vocabulary = read_vocabulary(name, path, categories)
     index = to_index(path, images, boxes, vocabulary)
-    if tagged:
-        index = replace(index, **read_tags(path, images, vocabulary))
+    if image_level:
+        index = replace(index, **read_image_labels(path, images, vocabulary))
     if index.segmentations is None:
         blob.truncate(0)
     file_names = index.file_names.tolist()
@@ -125,7 +125,7 @@ def read_index(
 class Images:
     """Collects the entries of the json list `images`, chunk by chunk.
 
-    lists: {key: {row: list}} for the keys above; only of the images that have the key
+    lists: the four lists above, as {key: {row: list}}, of the images that have the key
     """
 
     def __init__(self, path: Path, as_written: bool):
@@ -133,7 +133,7 @@ class Images:
         self.as_written = as_written
         self.ids, self.names = [], []
         self.sizes = [np.zeros((0, 2), np.int32)]  # (height, width), one array for each chunk
-        self.lists = {NEGATIVES: {}, NOT_EXHAUSTIVE: {}, TAGS: {}, CAPTIONS: {}}
+        self.lists = {NEGATIVES: {}, NOT_EXHAUSTIVE: {}, IMAGE_LABELS: {}, CAPTIONS: {}}
 
     def add(self, chunk: list[dict]) -> None:
         """Adds the next entries of the list."""
@@ -188,21 +188,20 @@ class Boxes:
             "label": [self.index_of_category_id[entry["category_id"]] for entry in chunk],
             "box": self.read_boxes(chunk),
             "area": [e["area"] if "area" in e else e["bbox"][2] * e["bbox"][3] for e in chunk],
-            "ignore": [entry.get("iscrowd", 0) for entry in chunk],
         }
-        # false and true count as 0 and 1
-        if columns["ignore"].count(0) + columns["ignore"].count(1) < len(chunk):
-            entry = next(entry for entry in chunk if entry.get("iscrowd", 0) not in (0, 1))
+        ignore = [entry.get("iscrowd", 0) for entry in chunk]
+        if ignore.count(0) + ignore.count(1) < len(chunk):  # false and true count as 0 and 1
+            wrong = next(row for row, value in enumerate(ignore) if value not in (0, 1))
             raise InputError(
-                f"{self.path}: annotation {entry.get('id')} has the iscrowd {entry['iscrowd']!r}; "
-                "write the number 0 or 1"
+                f"{self.path}: annotation {chunk[wrong].get('id')} has the iscrowd "
+                f"{ignore[wrong]!r}; write the number 0 or 1"
             )
         self.num_masks += sum("segmentation" in entry for entry in chunk)
         if self.num_masks == self.count:  # each annotation so far has one
             masks = JsonRows.of([entry["segmentation"] for entry in chunk])
             self.blob.write(masks.text)
             columns["mask_length"] = masks.ends - masks.starts
-        self.parts.add(**columns)
+        self.parts.add(ignore=ignore, **columns)
 
     def kept(self, chunk: list[dict]) -> list[dict]:
         """Returns the entries with a mask if `only_masks`, otherwise all. Counts the others."""
@@ -238,7 +237,7 @@ class Boxes:
 
 
 def to_index(path: Path, images: Images, boxes: Boxes, vocabulary: Vocabulary) -> Index:
-    """Builds the index. Raises InputError for a repeated image id, an unknown id or a bad area."""
+    """Returns the index. Raises InputError for a repeated image id, an unknown id or a bad area."""
     row_of_id = {id: row for row, id in enumerate(images.ids)}
     if len(row_of_id) < len(images.ids):
         raise InputError(f"{path}: two images share an id; give each its own")
@@ -287,17 +286,17 @@ def to_index(path: Path, images: Images, boxes: Boxes, vocabulary: Vocabulary) -
     )
 
 
-def read_tags(path: Path, images: Images, vocabulary: Vocabulary) -> dict:
-    """Returns the fields `image_labels`, `image_label_offsets` and `captions` of an Index."""
+def read_image_labels(path: Path, images: Images, vocabulary: Vocabulary) -> dict:
+    """Returns the Index fields `image_labels`, `image_label_offsets` and `captions`."""
     labels, captions = [], []
     for row, image_id in enumerate(images.ids):
-        ids = images.lists[TAGS].get(row) or ()
+        ids = images.lists[IMAGE_LABELS].get(row) or ()
         texts = images.lists[CAPTIONS].get(row) or []
         for id in ids:
             if id not in vocabulary.index_of_id:
                 raise InputError(
-                    f"{path}: image {image_id} has the unknown id {id} in {TAGS}; list it in "
-                    "'categories' or remove it"
+                    f"{path}: image {image_id} has the unknown id {id} in {IMAGE_LABELS}; list it "
+                    "in 'categories' or remove it"
                 )
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise InputError(

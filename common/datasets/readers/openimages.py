@@ -26,7 +26,8 @@ def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> 
     """Reads `*-annotations-bbox.csv` of OpenImages or of the OpenImages Challenge.
 
     Looks for the class list, the class tree and the image-level labels in the same folder, then in
-    its parent. Without tree or labels it warns, and AP50 is not the official one.
+    its parent. Without tree or labels AP50 is not the official one; a warning says so, unless the
+    file name contains `train`.
     A file whose name contains `validation` also gets the images that have image-level labels but no
     box. There, a detection of a verified class is a false positive; other detections are ignored.
     Source: tensorflow/models:research/object_detection/metrics/oid_challenge_evaluation.py
@@ -95,7 +96,9 @@ def read_box_csv(
         image_of, boxes, labels, group = [], [], [], []
         for line, (image, class_id, *corners, group_of) in chunk:
             if class_id not in listed.index_of_id:
-                raise InputError(f"{path}: line {line}: {CLASSES} lacks LabelName '{class_id}'")
+                raise InputError(
+                    f"{path}: line {line}: {CLASSES} lacks LabelName '{class_id}'; add it"
+                )
             if class_id not in vocabulary.index_of_id:
                 left_out += 1
                 continue

@@ -100,9 +100,9 @@ def read_segments(name: str, path: Path) -> tuple[Index, dict]:
     image_of = segments.parts.take("image")
     if (labels < 0).any():
         image_id = list(index_of)[image_of[np.argmax(labels < 0)]]
-        unknown = list(segments.index_of_category_id)[label_of.index(-1)]
+        id = list(segments.index_of_category_id)[label_of.index(-1)]
         raise InputError(
-            f"{path}: image {image_id} has the unknown category_id {unknown}; 'categories' lacks it"
+            f"{path}: image {image_id} has the unknown category_id {id}; list it in 'categories'"
         )
     index = Index.build(
         source=str(path),
@@ -184,6 +184,6 @@ def image_name(name: str, path: Path, image: dict) -> str:
     """Returns the image's path below its folder."""
     if name != CITYSCAPES:
         return file_name(path, image)
-    # createPanopticImgs.py writes a file_name that does not exist
+    # Cityscapes' createPanopticImgs.py writes a file_name that does not exist
     city, *_ = image["id"].split("_")
     return file_name(path, {"file_name": f"{city}/{image['id']}_leftImg8bit.png"})

@@ -14,31 +14,29 @@ from common.errors import InputError
 from common.labels import Vocabulary
 
 log = logging.getLogger("concord")
-
-
-CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 LEFT_IMAGES = ("_leftImg8bit.png",)
-# Pixel values of the C classes, in the order of the vocabulary; void values; ending of the maps'
-# names; endings of the images' names. What precedes the endings is the same for map and image.
-# "detectron2": maps in a folder annotations_detectron2, which detectron2's and MaskFormer's scripts
-# write. "train ids": Cityscapes without *_labelIds.png. COCO-Stuff's other maps: mmsegmentation.
+# Columns: pixel values of the classes (None: their ids in the vocabulary); void values; ending of
+# a map's file name; endings of an image's file name.
+# detectron2: the maps are in a folder annotations_detectron2. For COCO-Stuff, MaskFormer's
+# prepare_coco_stuff_10k_v1.0_sem_seg.py writes them; mmsegmentation writes *_labelTrainIds.png.
+# train ids: the folder has no *_labelIds.png.
 FORMATS = {
-    "ade20k": (range(1, 151), (0,), ".png", IMAGES),
+    "ade20k": (None, (0,), ".png", IMAGES),
     "ade20k detectron2": (range(150), (255,), ".png", IMAGES),
-    "cityscapes": (CITYSCAPES_IDS, range(34), "_gtFine_labelIds.png", LEFT_IMAGES),
+    "cityscapes": (None, range(34), "_gtFine_labelIds.png", LEFT_IMAGES),
     "cityscapes train ids": (range(19), (255,), "_gtFine_labelTrainIds.png", LEFT_IMAGES),
     "coco-stuff": (range(1, 172), (0,), "_labelTrainIds.png", IMAGES),
     "coco-stuff detectron2": (range(171), (255,), ".png", IMAGES),
-    "mapillary": (range(65), (65, 255), ".png", IMAGES),
+    "mapillary": (None, (65, 255), ".png", IMAGES),
 }
 
 
 def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> Dataset:
-    """Pairs the PNGs below `maps` with the images of the same names below `images`.
+    """Reads a folder of label maps: pairs each PNG with the image of the same name.
 
-    No map is decoded. FORMATS lists the known datasets. Other datasets need a list of classes, see
-    `read_map_classes`; in their maps, 255 and the number of classes are void.
-    Images without a map are left out and their number is logged.
+    File names are compared without the endings in FORMATS. No map is decoded. A custom dataset
+    needs a list of classes, see `read_map_classes`. In its maps, 255 and the number of classes are
+    void. Images without a map are left out and their number is logged.
     Raises InputError for a folder without maps, a map without an image, two images with the same
     name, a missing or bad list of classes.
     """
@@ -52,9 +50,8 @@ def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> 
         values, void, map_ending, image_endings = FORMATS[variant]
     else:
         vocabulary = read_map_classes(name, maps)
-        values, void = vocabulary.ids, (255, len(vocabulary))
-        map_ending, image_endings = ".png", IMAGES
-    table = label_table(values, void)
+        values, void, map_ending, image_endings = None, (255, len(vocabulary)), ".png", IMAGES
+    table = label_table(values or vocabulary.ids, void)
     map_of = listing(name, maps, (map_ending,))
     image_of = listing(name, images, image_endings)
     if not map_of:

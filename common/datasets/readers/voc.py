@@ -31,8 +31,8 @@ def read_voc(name: str, annotations: Path, images: Path, metric: str = "coco") -
     Source: facebookresearch/detectron2:detectron2/data/datasets/pascal_voc.py (pixel convention)
 
     voc:      its 20 classes; the list trainval.txt stands for those of all years
-    in-boxes: the classes are the folders; corners are edges, in any order, in an image of the size
-              that the file gives, which may not be the image's.
+    in-boxes: the classes are the folders. Corners are edges in any order, relative to the size in
+              the file, which may differ from the image's.
               Source: tensorflow/models:research/inception/inception/data/process_bounding_boxes.py
     others:   the classes that occur, sorted; WordNet ids get their names as in `read_folder`
 
@@ -52,14 +52,14 @@ def read_voc(name: str, annotations: Path, images: Path, metric: str = "coco") -
     classes = facts["classes"]  # as written; the labels in the index are their rows
     if name == "voc":
         vocabulary = Vocabulary.known(name)
-        other = [each for each in classes if each not in vocabulary.names]
+        other = [title for title in classes if title not in vocabulary.names]
         if other:
-            xml = next(xml for xml in xmls if other[0] in [each for each, *_ in read_xml(xml)[1]])
+            xml = next(xml for xml in xmls if other[0] in [title for title, *_ in read_xml(xml)[1]])
             raise InputError(
                 f"{xml}: the class '{other[0]}' is not one of 'voc'; is it another dataset's file? "
                 "then name it: --datasets my=ANNOTATIONS/:IMAGES/"
             )
-        labels = np.array([vocabulary.names.index(each) for each in classes], dtype=np.int32)
+        labels = np.array([vocabulary.names.index(title) for title in classes], dtype=np.int32)
     else:
         vocabulary, labels = folder_vocabulary(name, images, classes)
     if (labels != np.arange(len(labels))).any():
@@ -87,14 +87,13 @@ def read_xmls(name: str, source: Path, files: dict[str, tuple[Path, str]]) -> tu
             lost = image_of[int(np.argmin(scale.all(axis=1)))]
             xml = list(files.values())[lost][0]
             raise InputError(f"{xml} does not tell the size of its image; add it")
-        low = np.minimum(boxes[:, :2], boxes[:, 2:])
-        high = np.maximum(boxes[:, :2], boxes[:, 2:])
-        boxes = np.concatenate([low, high], axis=1) / scale
+        points = boxes.reshape(-1, 2, 2)
+        boxes = np.concatenate([points.min(axis=1), points.max(axis=1)], axis=1) / scale
         sizes = np.zeros_like(sizes)  # only the images tell
         folders = [key.partition("/")[0] for key in files]
         classes = [folders[row] for row in image_of]
     else:
-        boxes -= (1, 1, 0, 0)
+        boxes -= (1, 1, 0, 0)  # corners are counted from 1 and belong to the box
     unique, labels = np.unique(classes, return_inverse=True)
     index = Index.build(
         source=str(source),
@@ -131,7 +130,7 @@ def find_listed(path: Path, images: Path) -> dict[str, tuple[Path, str]]:
         try:
             lines = file.read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{file} cannot be read ({error}); name one image a line") from None
+            raise InputError(f"{file} cannot be read ({error}); write one id per line") from None
         for id in [line.split()[0] for line in lines if line.strip()]:
             files[id] = year / "Annotations" / f"{id}.xml", (below / f"{id}.jpg").as_posix()
     return files
@@ -177,7 +176,9 @@ def read_xml(path: Path) -> tuple[tuple[int, int], list[tuple[str, list[float], 
         height = int(float(root.findtext("size/height") or 0))
         width = int(float(root.findtext("size/width") or 0))
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); add or unlist it") from None
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}); add it or remove it from the list"
+        ) from None
     except (ElementTree.ParseError, ValueError, LookupError, OverflowError) as error:
         raise InputError(
             f"{path} is no xml file of Pascal VOC's format ({error}); mend it"
