@@ -39,9 +39,8 @@ def read_coco(
     """Reads a COCO, LVIS or Objects365 json.
 
     The classes are the file's categories, sorted by id. A dataset with a list in data/vocabularies
-    takes the names from there, because Objects365 misspells some. If the file has no annotations,
-    the `pos_category_ids` (image-level labels) and `captions` of its images are read, as in Detic's
-    files.
+    takes the names from there, because Objects365 misspells some. Images without annotations may
+    have `pos_category_ids` (image-level labels) and `captions`, as in Detic's files.
 
     only_masks: leave out boxes without a mask and log their number
     Raises InputError naming the file, the field and the remedy.

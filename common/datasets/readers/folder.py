@@ -86,7 +86,8 @@ def read_tars(name: str, root: Path, tars: list[str]) -> Dataset:
         refuse_no_text(name, root, label)
     labels = np.concatenate([np.searchsorted(texts, unique)[inverse] for unique, inverse in parts])
     if all(label.isdecimal() for label in classes):
-        numbers, path = classes, root / "classes.txt"
+        numbers = classes
+        path = root / "classes.txt"
         if not path.is_file():
             raise InputError(
                 f"dataset '{name}': the tar files in {root} have numbers for labels; name the "

@@ -97,7 +97,7 @@ def read_box_csv(
         for line, (image, class_id, *corners, group_of) in chunk:
             if class_id not in listed.index_of_id:
                 raise InputError(
-                    f"{path}: line {line}: {CLASSES} lacks LabelName '{class_id}'; add it"
+                    f"{path}: line {line} has unknown LabelName '{class_id}'; add it to {CLASSES}"
                 )
             if class_id not in vocabulary.index_of_id:
                 left_out += 1

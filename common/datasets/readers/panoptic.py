@@ -65,7 +65,8 @@ def read_panoptic(name: str, annotations: Path, images: Path, metric: str = "pq"
 
 def read_segments(name: str, path: Path) -> tuple[Index, dict]:
     """Returns the index of the images with an entry, and the facts stored with it in the cache."""
-    images, segments, categories, found = [], Segments(path), [], set()
+    images, categories, found = [], [], set()
+    segments = Segments(path)
     for field, chunk in read_fields(path):
         if field not in LISTS or not isinstance(chunk, list):
             continue

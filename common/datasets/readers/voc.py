@@ -124,7 +124,8 @@ def find_listed(path: Path, images: Path) -> dict[str, tuple[Path, str]]:
     files = {}
     for file in lists or [path]:
         year = file.absolute().parent.parent.parent
-        image_folder, below = year / "JPEGImages", Path()
+        image_folder = year / "JPEGImages"
+        below = Path()
         if image_folder.is_relative_to(images.absolute()):
             below = image_folder.relative_to(images.absolute())
         try:
