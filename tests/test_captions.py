@@ -63,7 +63,10 @@ def test_classes_in_a_caption(caption, names):
 def test_the_finder_agrees_with_a_search_for_every_name():
     record = json.loads((DATA / "vocabularies/lvis.json").read_text())
     assert len(record["synonyms"]) == len(LVIS) and all(record["synonyms"])
-    caption = "the cat on a cocktail table near an alarm clock , traffic light and toy animal with a polo shirt"
+    caption = (
+        "the cat on a cocktail table near an alarm clock , traffic light and toy animal "
+        "with a polo shirt"
+    )
     expected = []
     for label, names in enumerate(record["synonyms"]):
         plain = [f" {name.replace('_', ' ').split('(')[0].strip().lower()} " for name in names]

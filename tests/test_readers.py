@@ -1,4 +1,4 @@
-"""Pascal VOC, ImageNet's boxes, Visual Genome, ODinW-13, COCO-Stuff and Mapillary Vistas in their published layouts."""
+"""Published layouts: VOC, ImageNet's boxes, Visual Genome, ODinW-13, COCO-Stuff and others."""
 
 import json
 import logging
@@ -44,7 +44,8 @@ def thing(name, *corners, difficult=0):
     parts = (
         "<part><name>head</name><bndbox><xmin>9</xmin></bndbox></part>" if name == "person" else ""
     )
-    return f"<object><name>{name}</name>{parts}<difficult>{difficult}</difficult><bndbox>{box}</bndbox></object>"
+    fields = f"<name>{name}</name>{parts}<difficult>{difficult}</difficult>"
+    return f"<object>{fields}<bndbox>{box}</bndbox></object>"
 
 
 def xml(path, *things, size="<size><width>60</width><height>40</height></size>"):
@@ -53,7 +54,7 @@ def xml(path, *things, size="<size><width>60</width><height>40</height></size>")
 
 
 def voc_year(year, **lists):
-    """VOC/Annotations, JPEGImages and the lists, with a cat in each image whose number is that of the image."""
+    """Writes xml files, images and lists. Image n has a cat whose box is n pixels high."""
     for part, ids in lists.items():
         for id in ids:
             xml(year / f"Annotations/{id}.xml", thing("cat", 1, 1, 60, int(id[-1])))
@@ -83,9 +84,11 @@ def test_voc_trains_on_both_years_and_is_tested_on_2007(tmp_path, base):
         for s in ("train", "val", "train2007", "val2012")
     }
     assert ids == {
-        "train": ["000005", "000007", "2008_000002"], "val": ["000001"], "train2007": ["000005"],
+        "train": ["000005", "000007", "2008_000002"],
+        "val": ["000001"],
+        "train2007": ["000005"],
         "val2012": ["2008_000003"],
-    }  # fmt: skip
+    }
     dataset = load("voc", tmp_path, "train")
     assert dataset.load(2).boxes.tolist() == [[0, 0, 60, 2]]  # the image of its own year
     assert [dataset.vocabulary.names[k] for k in dataset.load(2).labels] == ["cat"]
@@ -359,17 +362,39 @@ def visual_genome(root, **changes):
     """Two images of the two folders; `changes` of the first object."""
     folder = root / "vg"
     images = [
-        {"image_id": id, "url": f"https://cs.stanford.edu/people/rak248/{place}/{id}.jpg", "width": 60, "height": 40,
-         "coco_id": None, "flickr_id": None}
+        {
+            "image_id": id,
+            "url": f"https://cs.stanford.edu/people/rak248/{place}/{id}.jpg",
+            "width": 60,
+            "height": 40,
+            "coco_id": None,
+            "flickr_id": None,
+        }
         for id, place in ((1, "VG_100K_2"), (2317993, "VG_100K"))
-    ]  # fmt: skip
+    ]
     things = [
-        {"synsets": ["clock.n.01"], "h": 30, "object_id": 5, "merged_object_ids": [], "names": ["clock"], "w": 10,
-         "y": 4, "x": 3} | changes,
+        {
+            "synsets": ["clock.n.01"],
+            "h": 30,
+            "object_id": 5,
+            "merged_object_ids": [],
+            "names": ["clock"],
+            "w": 10,
+            "y": 4,
+            "x": 3,
+        }
+        | changes,
         {"synsets": [], "h": 9, "object_id": 6, "names": ["thingy"], "w": 9, "y": 4, "x": 3},
-        {"synsets": ["street_sign.n.01", "sign.n.02"], "h": 1, "object_id": 7, "names": ["sign"], "w": 2, "y": 0,
-         "x": 0},
-    ]  # fmt: skip
+        {
+            "synsets": ["street_sign.n.01", "sign.n.02"],
+            "h": 1,
+            "object_id": 7,
+            "names": ["sign"],
+            "w": 2,
+            "y": 0,
+            "x": 0,
+        },
+    ]
     for image in images:
         photo(folder / image["url"].split("rak248/")[1])
     more = [
@@ -464,12 +489,20 @@ def test_bad_boxes_of_visual_genome_get_one_line(tmp_path):
 
 # test.ann_file of microsoft/GLIP:configs/odinw_13/*.yaml, val's where there is no test
 ODINW = [
-    "AerialMaritimeDrone/large/test/", "Aquarium/Aquarium Combined.v2-raw-1024.coco/test/", "CottontailRabbits/test/",
+    "AerialMaritimeDrone/large/test/",
+    "Aquarium/Aquarium Combined.v2-raw-1024.coco/test/",
+    "CottontailRabbits/test/",
     "EgoHands/generic/test/",
-    "NorthAmericaMushrooms/North American Mushrooms.v1-416x416.coco/test/", "Packages/Raw/test/", "PascalVOC/valid/",
-    "pistols/export/test_", "pothole/test/", "Raccoon/Raccoon.v2-raw.coco/test/", "ShellfishOpenImages/raw/test/",
-    "thermalDogsAndPeople/test/", "VehiclesOpenImages/416x416/test/",
-]  # fmt: skip
+    "NorthAmericaMushrooms/North American Mushrooms.v1-416x416.coco/test/",
+    "Packages/Raw/test/",
+    "PascalVOC/valid/",
+    "pistols/export/test_",
+    "pothole/test/",
+    "Raccoon/Raccoon.v2-raw.coco/test/",
+    "ShellfishOpenImages/raw/test/",
+    "thermalDogsAndPeople/test/",
+    "VehiclesOpenImages/416x416/test/",
+]
 
 
 def test_odinw_in_its_official_layout(tmp_path):
@@ -589,7 +622,10 @@ def test_the_vocabularies_are_those_published():
 
 # -- OpenImages
 
-HEADER = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
+HEADER = (
+    "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,"
+    "IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
+)
 
 
 def openimages_files(
@@ -597,7 +633,10 @@ def openimages_files(
     box="{part}-annotations-bbox.csv",
     label="{part}-annotations-human-imagelabels-boxable.csv",
 ):
-    """An infant bed (one of the 500) and a toothbrush (of the 601 alone) in a; b has a verified label and no box."""
+    """Image a has an infant bed (one of the 500) and a toothbrush (one of the 601 only).
+
+    Image b has a verified label and no box.
+    """
     folder = root / "oid/annotations"
     folder.mkdir(parents=True, exist_ok=True)
     for part in ("train", "validation"):
@@ -698,10 +737,16 @@ def reads(tmp_path, monkeypatch):
     monkeypatch.setenv("CONCORD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(store, "LARGE", 0)
     done = []
-    for module in (openimages, panoptic, vg, voc):
-        title, read = module.__name__.rpartition(".")[2], module.read_index
+    readers = (
+        (openimages, "read_box_csv"),
+        (panoptic, "read_segments"),
+        (vg, "read_objects"),
+        (voc, "read_xmls"),
+    )
+    for module, function in readers:
+        title, read = module.__name__.rpartition(".")[2], getattr(module, function)
         monkeypatch.setattr(
-            module, "read_index", lambda *args, t=title, r=read: done.append(t) or r(*args)
+            module, function, lambda *args, t=title, r=read: done.append(t) or r(*args)
         )
     return done
 

@@ -1,4 +1,4 @@
-"""Semantic and panoptic datasets: what the files say of each pixel, and that it stays with the pixel."""
+"""Semantic and panoptic datasets: each pixel gets the label in the files, and keeps it."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real samples at {
 
 
 def save(path, pixels):
-    """Save a list or array as a picture: numbers as they are, or three of them per pixel as colours."""
+    """Saves a list or array as a picture: one number per pixel, or three as a colour."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.asarray(pixels, np.uint8)).save(path)
 
@@ -425,7 +425,7 @@ def test_images_without_segments_are_counted(tmp_path, caplog):
 
 
 def test_panoptic_cityscapes_finds_its_images(tmp_path):
-    """createPanopticImgs.py writes file names that do not exist; the id and the city lead to the image."""
+    """The id gives the image, since createPanopticImgs.py writes file names that do not exist."""
     base = tmp_path / "cityscapes/gtFine"
     known, id = Vocabulary.known("cityscapes"), "ulm_000001_000019"
     classes = zip(known.ids, known.names, known.is_thing)
@@ -433,13 +433,22 @@ def test_panoptic_cityscapes_finds_its_images(tmp_path):
     save(base / f"cityscapes_panoptic_val/{id}_gtFine_panoptic.png", colours([[7, 24001, 24]]))
     segments = [(7, 7, 0), (24001, 24, 0), (24, 24, 1)]
     record = {
-        "images": [{"id": id, "file_name": f"{id}_gtFine_leftImg8bit.png", "height": 1, "width": 3}],
-        "annotations": [{
-            "image_id": id, "file_name": f"{id}_gtFine_panoptic.png",
-            "segments_info": [{"id": s, "category_id": c, "iscrowd": crowd} for s, c, crowd in segments],
-        }],
-        "categories": [{"id": i, "name": name, "isthing": int(thing)} for i, name, thing in classes],
-    }  # fmt: skip
+        "images": [
+            {"id": id, "file_name": f"{id}_gtFine_leftImg8bit.png", "height": 1, "width": 3}
+        ],
+        "annotations": [
+            {
+                "image_id": id,
+                "file_name": f"{id}_gtFine_panoptic.png",
+                "segments_info": [
+                    {"id": s, "category_id": c, "iscrowd": crowd} for s, c, crowd in segments
+                ],
+            }
+        ],
+        "categories": [
+            {"id": i, "name": name, "isthing": int(thing)} for i, name, thing in classes
+        ],
+    }
     (base / "cityscapes_panoptic_val.json").write_text(json.dumps(record))
     dataset = load("cityscapes-panoptic", tmp_path)
     assert (
@@ -577,7 +586,7 @@ def test_generated_masks_of_objects365(tiny_root):
 
 
 def striped(height, width):
-    """Nine segments; the colour of a pixel tells its segment, so that a transform can be checked by looking."""
+    """Returns an image of nine segments, in which the colour of a pixel tells its segment."""
     rows, columns = torch.meshgrid(
         torch.arange(height) * 3 // height, torch.arange(width) * 3 // width, indexing="ij"
     )

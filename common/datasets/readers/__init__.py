@@ -1,1 +1,1 @@
-"""One module for each format of annotations."""
+"""One module for each format of annotations. Large files are cached, see `cached_index`."""

@@ -1,4 +1,4 @@
-"""Images with captions: Conceptual Captions and anyone's own. The classes that a caption names are image labels."""
+"""Reader of images with captions, whose classes become image-level labels."""
 
 import json
 import logging
@@ -20,32 +20,37 @@ PUNCTUATION = str.maketrans({mark: f" {mark} " for mark in '.,;:!?"()'})
 
 
 def read_captions(name: str, annotations: Path, images: Path, metric: str = "coco") -> Dataset:
-    """Read lines of caption, tab, URL or path below `images`; a json goes to `read_coco`.
+    """Reads lines of caption, tab, URL or path below `images`. A json is read by `read_coco`.
 
-    The image of the URL in line N is N.jpg or, if there are none of these, what img2dataset wrote: FOLDER/KEY.jpg with
-    its caption in KEY.txt; these are also read where `annotations` is no file. The classes are those of LVIS, found by
-    `class_finder`. Images that are not there or whose caption names no class are left out and counted in the log.
-    Raises InputError for a line that is not two columns, a path that leaves the folder, text that is not UTF-8, no
-    image or none with a class.
-    Source: facebookresearch/Detic:tools/download_cc.py, tools/get_cc_tags.py.
+    If line N has a URL, its image is N.jpg. If there are no such images, or `annotations` is not a
+    file, reads what img2dataset wrote: FOLDER/KEY.jpg with the caption in FOLDER/KEY.txt.
+    The image-level labels are the LVIS classes in the caption, see `class_finder`. Missing images
+    and images whose caption names no class are left out and their numbers are logged.
+    Source: facebookresearch/Detic:tools/download_cc.py, tools/get_cc_tags.py
+    Raises InputError for a line that is not two columns, a path that leaves the folder, text that
+    is not UTF-8, no image, no image with a class.
     """
     if annotations.suffix == ".json":
         return read_coco(name, annotations, images, metric)
-    pairs = (read_lines(annotations, images) if annotations.is_file() else []) or read_beside(
-        name, images
-    )
+    pairs = read_lines(annotations, images) if annotations.is_file() else []
     if not pairs:
-        raise InputError(f"dataset '{name}': no image of {annotations} is in {images}; download them as LINE.jpg, or "
-                         "with img2dataset as FOLDER/KEY.jpg beside KEY.txt")  # fmt: skip
-    classes_in = class_finder()
-    found = [(file, caption, labels) for file, caption in pairs if (labels := classes_in(caption))]
-    if not found:
+        pairs = read_text_files(name, images)
+    if not pairs:
         raise InputError(
-            f"dataset '{name}': none of the {len(pairs)} captions of {annotations} names a class of LVIS"
+            f"dataset '{name}': no image of {annotations} is in {images}; download them as "
+            "LINE.jpg, or with img2dataset as FOLDER/KEY.jpg beside KEY.txt"
         )
-    if bare := len(pairs) - len(found):
+    find_classes = class_finder()
+    labelled = [(file, caption, find_classes(caption)) for file, caption in pairs]
+    labelled = [entry for entry in labelled if entry[2]]
+    if not labelled:
+        raise InputError(
+            f"'{name}': none of the {len(pairs)} captions of {annotations} names a class of LVIS"
+        )
+    bare = len(pairs) - len(labelled)
+    if bare:
         log.info("%s: %d images whose caption names no class are left out", annotations, bare)
-    files, captions, labels = zip(*found)
+    files, captions, labels = zip(*labelled)
     index = Index.build(
         source=str(annotations),
         file_names=files,
@@ -60,69 +65,68 @@ def read_captions(name: str, annotations: Path, images: Path, metric: str = "coc
 
 
 def class_finder() -> Callable[[str], list[int]]:
-    """A function from a caption to the labels of the LVIS classes in it: one of their synonyms, word by word.
+    """Returns a function that finds the LVIS classes in a caption: caption -> sorted labels.
 
-    Case does not matter; what a name has in parentheses is no part of it. Punctuation is a word of its own, as in
-    Conceptual Captions, where it stands between spaces.
+    A class is found if one of its synonyms is in the caption as whole words, in upper or lower
+    case. Parentheses are not part of a synonym. Punctuation marks are words, as in Conceptual
+    Captions, where they have spaces around them.
     """
-    synonyms = json.loads((DATA / "vocabularies" / "lvis.json").read_text())["synonyms"]
-    starting: dict[
-        str, list[tuple[str, int]]
-    ] = {}  # first word -> names between spaces, with their labels
-    for label, names in enumerate(synonyms):
-        for name in names:
-            words = name.partition("(")[0].replace("_", " ").lower().split()
+    record = json.loads((DATA / "vocabularies" / "lvis.json").read_text())
+    # first word -> synonyms that start with it, between spaces, with their labels
+    starting: dict[str, list[tuple[str, int]]] = {}
+    for label, synonyms in enumerate(record["synonyms"]):
+        for synonym in synonyms:
+            words = synonym.partition("(")[0].replace("_", " ").lower().split()
             starting.setdefault(words[0], []).append((f" {' '.join(words)} ", label))
 
-    def classes_in(caption: str) -> list[int]:
+    def find_classes(caption: str) -> list[int]:
         words = caption.lower().translate(PUNCTUATION).split()
         text = f" {' '.join(words)} "
-        return sorted(
-            {label for word in set(words) for name, label in starting.get(word, ()) if name in text}
-        )
+        labels = set()
+        for word in set(words):
+            labels |= {label for synonym, label in starting.get(word, ()) if synonym in text}
+        return sorted(labels)
 
-    return classes_in
+    return find_classes
 
 
 def read_lines(path: Path, images: Path) -> list[tuple[str, str]]:
-    """File name below `images` and caption of each line whose image is there."""
+    """Returns (file name below `images`, caption) of each line whose image exists."""
     pairs = []
     try:
         with path.open(encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 columns = line.strip("\r\n").split("\t")
                 if len(columns) != 2:
-                    raise InputError(f"{path}: line {number} has {len(columns)} columns; write the caption, a tab and "
-                                     "the URL or path of the image")  # fmt: skip
-                caption, place = columns
-                pairs.append(
-                    (
-                        f"{number}.jpg"
-                        if "://" in place
-                        else file_name(path, {"file_name": place}),
-                        caption,
+                    raise InputError(
+                        f"{path}: line {number} has {len(columns)} columns; write the caption, a "
+                        "tab and the URL or path of the image"
                     )
-                )
+                caption, place = columns
+                is_url = "://" in place
+                image = f"{number}.jpg" if is_url else file_name(path, {"file_name": place})
+                pairs.append((image, caption))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); save it as UTF-8 text") from None
-    missing = set(missing_files(images, (file for file, _ in pairs)))
+    missing = set(missing_files(images, (image for image, _ in pairs)))
     if missing:
-        log.info(
-            "%s: %d of %d images are not in %s and left out", path, len(missing), len(pairs), images
-        )
-    return [pair for pair in pairs if pair[0] not in missing]
+        message = "%s: %d of %d images are not in %s and left out"
+        log.info(message, path, len(missing), len(pairs), images)
+    return [(image, caption) for image, caption in pairs if image not in missing]
 
 
-def read_beside(name: str, images: Path) -> list[tuple[str, str]]:
-    """File name below `images` and caption of each image that has a text file of its name beside it."""
-    texts, files, pairs = listing(name, images, (".txt",)), listing(name, images, IMAGES), []
-    if bare := len(files.keys() - texts.keys()):
+def read_text_files(name: str, images: Path) -> list[tuple[str, str]]:
+    """Returns (file name below `images`, caption) of each image with a text file of its name."""
+    texts = listing(name, images, (".txt",))
+    files = listing(name, images, IMAGES)
+    bare = len(files.keys() - texts.keys())
+    if bare:
         log.info("%s: %d images without a text file beside them are left out", images, bare)
+    pairs = []
     for key in files.keys() & texts.keys():
+        path = images / texts[key]
         try:
-            pairs.append((files[key], (images / texts[key]).read_text("utf-8").strip()))
+            pairs.append((files[key], path.read_text("utf-8").strip()))
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{images / texts[key]} cannot be read ({error}); save it as UTF-8 text"
-            ) from None
+            raise InputError(f"{path} cannot be read ({error}); save it as UTF-8 text") from None
     return sorted(pairs)

@@ -1,4 +1,4 @@
-"""OpenImages csv files: boxes in fractions of the image, group-of boxes, verified image labels, the class tree."""
+"""Reader of OpenImages csv files: boxes, verified image-level labels, the class tree."""
 
 import logging
 from collections.abc import Iterable
@@ -19,103 +19,98 @@ from common.labels import Vocabulary
 log = logging.getLogger("concord")
 CLASSES = "class-descriptions-boxable.csv"
 TREES = ("bbox_labels_600_hierarchy.json", "challenge-2019-label500-hierarchy.json")
-RUN = 100_000  # rows that are Python objects at a time
+CHUNK = 100_000  # rows that are Python objects at one time
 
 
 def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> Dataset:
-    """Read `*-annotations-bbox.csv` or the challenge's; class list, tree, verified labels are beside it or above.
+    """Reads `*-annotations-bbox.csv` of OpenImages or of the OpenImages Challenge.
 
-    Of a validation file, images without a box that have a verified label are listed too: what is found there is wrong.
-    Source: tensorflow/models:research/object_detection/metrics/oid_challenge_evaluation.py.
-    Large files are read once and kept as columns in the cache, see `cached_index`.
+    Looks for the class list, the class tree and the image-level labels in the same folder, then in
+    its parent. Without tree or labels AP50 is not the official one; a warning says so, unless the
+    file name contains `train`.
+    A file whose name contains `validation` also gets the images that have image-level labels but no
+    box. There, a detection of a verified class is a false positive; other detections are ignored.
+    Source: tensorflow/models:research/object_detection/metrics/oid_challenge_evaluation.py
     Raises InputError naming the file, the row and the remedy.
     """
-    classes = beside(annotations, CLASSES)
-    if classes:
-        pairs = [
-            row for row in read_rows(classes) if row and row[0] != "LabelName"
-        ]  # V7 has a header
-        if any(len(row) != 2 for row in pairs):
-            raise InputError(
-                f"{classes}: a line is not ID,NAME; was the file cut off? download it again"
-            )
-        listed = Vocabulary(name, tuple(p[1] for p in pairs), tuple(p[0] for p in pairs))
-    else:
-        listed = Vocabulary.known("oid")
+    class_list = find_file(annotations, CLASSES)
+    listed = read_class_csv(name, class_list) if class_list else Vocabulary.known("oid")
     vocabulary = Vocabulary.known(name) if name == "oid500" else listed
-    tree = beside(annotations, *TREES)
-    labels = [
-        annotations.name.replace("bbox", f"human-imagelabels{ending}")
-        for ending in ("-boxable", "")
-    ]
-    verified = beside(annotations, *labels)
+    tree = find_file(annotations, *TREES)
+    boxable = annotations.name.replace("bbox", "human-imagelabels-boxable")
+    complete = annotations.name.replace("bbox", "human-imagelabels")
+    verified = find_file(annotations, boxable, complete)
     if "train" not in annotations.name and not (tree and verified):
-        lost = labels[0] if tree else TREES[0]
-        log.warning(
-            "%s: there is no %s beside it, so the AP50 will not be the official one",
-            annotations,
-            lost,
-        )
+        message = "%s: there is no %s beside it, so the AP50 will not be the official one"
+        log.warning(message, annotations, boxable if tree else TREES[0])
 
     def read(_: BinaryIO) -> tuple[Index, dict]:
         absent, present = read_verified(verified, vocabulary) if verified else ({}, {})
         evaluated = absent | present if "validation" in annotations.name else ()
-        index, left_out = read_index(annotations, listed, vocabulary, evaluated)
+        index, left_out = read_box_csv(annotations, listed, vocabulary, evaluated)
         if verified:
-            index.negatives, index.verified = (
-                [of.get(id, []) for id in index.image_ids] for of in (absent, present)
-            )
+            index.negatives = [absent.get(id, []) for id in index.image_ids]
+            index.verified = [present.get(id, []) for id in index.image_ids]
         return index, {"left_out": left_out}
 
-    files = [path for path in (annotations, verified) if path]
+    files = [annotations, verified] if verified else [annotations]
     index, facts = cached_index(annotations, ["oid", listed.ids, vocabulary.ids], read, files)
     if facts["left_out"]:
-        log.info("%s: %d boxes of classes that are not among the %d are left out", annotations, facts["left_out"],
-                 len(vocabulary))  # fmt: skip
-    return Dataset(
-        name, vocabulary, index, images, metric, hierarchy=read_json(tree) if tree else None
-    )
+        message = "%s: %d boxes of classes that are not among the %d are left out"
+        log.info(message, annotations, facts["left_out"], len(vocabulary))
+    hierarchy = read_json(tree) if tree else None
+    return Dataset(name, vocabulary, index, images, metric, hierarchy=hierarchy)
 
 
-def beside(annotations: Path, *names: str) -> Path | None:
-    """The first of the files that exists in the folder of the annotations or the one above."""
-    places = [
-        folder / name
-        for name in names
-        for folder in (annotations.parent, annotations.parent.parent)
-    ]
-    return next((place for place in places if place.is_file()), None)
+def find_file(annotations: Path, *names: str) -> Path | None:
+    """Returns the first of `names` that exists in the folder of `annotations` or in its parent."""
+    for name in names:
+        for folder in (annotations.parent, annotations.parent.parent):
+            if (folder / name).is_file():
+                return folder / name
+    return None
 
 
-def read_index(
-    path: Path, listed: Vocabulary, vocabulary: Vocabulary, without_box: Iterable[str] = ()
+def read_class_csv(name: str, path: Path) -> Vocabulary:
+    """Returns the classes in a csv file of id and name."""
+    rows = [row for row in read_rows(path) if row and row[0] != "LabelName"]  # V7 has a header
+    if any(len(row) != 2 for row in rows):
+        raise InputError(f"{path}: a line is not ID,NAME; was the file cut off? download it again")
+    return Vocabulary(name, tuple(row[1] for row in rows), tuple(row[0] for row in rows))
+
+
+def read_box_csv(
+    path: Path, listed: Vocabulary, vocabulary: Vocabulary, without_box: Iterable[str]
 ) -> tuple[Index, int]:
-    """And the number of boxes of classes that are `listed` but not in `vocabulary`, which are left out.
+    """Returns the index and the number of boxes that are left out.
 
-    without_box: images to list, too; with a box or not
+    Boxes of classes that are in `listed` but not in `vocabulary` are left out.
+    without_box: ids of images that the index lists even if they have no box
+    Raises InputError for an unknown class, a bad box or a bad image id.
     """
     row_of: dict[str, int] = {}
-    parts, left_out = Parts(image=np.int32, box=(np.float32, 4), label=np.int32, group=bool), 0
+    parts = Parts(image=np.int32, box=(np.float32, 4), label=np.int32, group=bool)
+    left_out = 0
     rows = read_table(path, ["ImageID", "LabelName", "XMin", "YMin", "XMax", "YMax", "IsGroupOf"])
-    while run := list(islice(rows, RUN)):
+    while chunk := list(islice(rows, CHUNK)):
         image_of, boxes, labels, group = [], [], [], []
-        for line, (image, mid, *corners, group_of) in run:
-            if mid not in listed.index_of_id:
+        for line, (image, class_id, *corners, group_of) in chunk:
+            if class_id not in listed.index_of_id:
                 raise InputError(
-                    f"{path}: line {line} has the unknown LabelName '{mid}'; {CLASSES} must list it"
+                    f"{path}: line {line} has unknown LabelName '{class_id}'; add it to {CLASSES}"
                 )
-            if mid not in vocabulary.index_of_id:
+            if class_id not in vocabulary.index_of_id:
                 left_out += 1
                 continue
             refuse_path(path, line, image)
             try:
-                boxes.append([float(c) for c in corners])
+                boxes.append([float(corner) for corner in corners])
             except ValueError:
                 raise InputError(
                     f"{path}: line {line} has a box that is no number ({', '.join(corners)})"
                 ) from None
             image_of.append(row_of.setdefault(image, len(row_of)))
-            labels.append(vocabulary.index_of_id[mid])
+            labels.append(vocabulary.index_of_id[class_id])
             group.append(group_of == "1")
         parts.add(image=image_of, box=np.reshape(boxes, (-1, 4)), label=labels, group=group)
     for image in without_box:
@@ -124,7 +119,7 @@ def read_index(
         source=str(path),
         file_names=[f"{image}.jpg" for image in row_of],
         image_ids=list(row_of),
-        sizes=np.zeros((len(row_of), 2)),  # the csv does not tell
+        sizes=np.zeros((len(row_of), 2)),  # the csv does not give them
         image_of=parts.take("image"),
         boxes=parts.take("box"),
         labels=parts.take("label"),
@@ -137,18 +132,18 @@ def read_index(
 def read_verified(
     path: Path, vocabulary: Vocabulary
 ) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-    """For each image that has some, the labels that people verified to be absent; and those to be present."""
+    """Returns {image id: labels verified to be absent} and {image id: labels verified present}."""
     absent, present = {}, {}
-    for line, (image, mid, confidence) in read_table(path, ["ImageID", "LabelName", "Confidence"]):
-        of = absent if confidence.strip() in ("0", "0.0") else present
-        if mid in vocabulary.index_of_id:
+    rows = read_table(path, ["ImageID", "LabelName", "Confidence"])
+    for line, (image, class_id, confidence) in rows:
+        if class_id in vocabulary.index_of_id:
             refuse_path(path, line, image)
-            of.setdefault(image, []).append(vocabulary.index_of_id[mid])
+            labels_of = absent if confidence.strip() in ("0", "0.0") else present
+            labels_of.setdefault(image, []).append(vocabulary.index_of_id[class_id])
     return absent, present
 
 
 def refuse_path(path: Path, line: int, image: str) -> None:
+    """Raises InputError for an image id that leads out of the image folder."""
     if "/" in image or image.startswith("."):
-        raise InputError(
-            f"{path}: line {line} has the ImageID '{image}', which leaves the image folder"
-        )
+        raise InputError(f"{path}: line {line}: ImageID '{image}' leaves the image folder")

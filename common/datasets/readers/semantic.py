@@ -1,4 +1,4 @@
-"""Semantic label maps beside images: ADE20K, Cityscapes, COCO-Stuff, Mapillary Vistas, and one's own folders."""
+"""Reader of label maps: ADE20K, Cityscapes, COCO-Stuff, Mapillary Vistas, custom folders."""
 
 import logging
 from dataclasses import replace
@@ -14,61 +14,60 @@ from common.errors import InputError
 from common.labels import Vocabulary
 
 log = logging.getLogger("concord")
+LEFT_IMAGES = ("_leftImg8bit.png",)
+# Columns: pixel values of the classes (None: their ids in the vocabulary); void values; ending of
+# a map's file name; endings of an image's file name.
+# detectron2: the maps are in a folder annotations_detectron2. For COCO-Stuff, MaskFormer's
+# prepare_coco_stuff_10k_v1.0_sem_seg.py writes them; mmsegmentation writes *_labelTrainIds.png.
+# train ids: the folder has no *_labelIds.png.
+FORMATS = {
+    "ade20k": (None, (0,), ".png", IMAGES),
+    "ade20k detectron2": (range(150), (255,), ".png", IMAGES),
+    "cityscapes": (None, range(34), "_gtFine_labelIds.png", LEFT_IMAGES),
+    "cityscapes train ids": (range(19), (255,), "_gtFine_labelTrainIds.png", LEFT_IMAGES),
+    "coco-stuff": (range(1, 172), (0,), "_labelTrainIds.png", IMAGES),
+    "coco-stuff detectron2": (range(171), (255,), ".png", IMAGES),
+    "mapillary": (None, (65, 255), ".png", IMAGES),
+}
 
 
 def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> Dataset:
-    """Pair the PNGs below `maps` with the images below `images` that have their names; no map is decoded.
+    """Reads a folder of label maps: pairs each PNG with the image of the same name.
 
-    ade20k:     1..150, 0 is void; in a folder annotations_detectron2: 0..149, 255 is void
-    cityscapes: CITY/*_labelIds.png, else *_labelTrainIds.png, with *_leftImg8bit.png
-    coco-stuff: *_labelTrainIds.png of mmsegmentation: 1..171, 0 is void; in a folder annotations_detectron2, of
-                MaskFormer's prepare_coco_stuff_10k_v1.0_sem_seg.py: 0..170, 255 is void
-    mapillary:  0..64, 65 is void
-    others:     `read_classes`; 255 and the number of classes are void
-
-    Images without a map are left out and counted in the log. Raises InputError for a folder without maps, maps without
-    an image, two images of one name, a missing or bad list of classes.
+    File names are compared without the endings in FORMATS. No map is decoded. A custom dataset
+    needs a list of classes, see `read_map_classes`. In its maps, 255 and the number of classes are
+    void. Images without a map are left out and their number is logged.
+    Raises InputError for a folder without maps, a map without an image, two images with the same
+    name, a missing or bad list of classes.
     """
-    map_ending, image_endings = ".png", IMAGES
-    shifted = "annotations_detectron2" in maps.parts
-    if name == "ade20k":
+    variant = name
+    if name == "cityscapes" and not any(maps.glob("*/*_gtFine_labelIds.png")):
+        variant = "cityscapes train ids"
+    elif name in ("ade20k", "coco-stuff") and "annotations_detectron2" in maps.parts:
+        variant = f"{name} detectron2"
+    if variant in FORMATS:
         vocabulary = Vocabulary.known(name)
-        table = label_table(range(150) if shifted else vocabulary.ids, (255,) if shifted else (0,))
-    elif name == "cityscapes":
-        vocabulary, image_endings = Vocabulary.known(name), ("_leftImg8bit.png",)
-        plain = any(maps.glob("*/*_gtFine_labelIds.png"))
-        map_ending = "_gtFine_labelIds.png" if plain else "_gtFine_labelTrainIds.png"
-        # the ids 0 to 33 of labels.py that are not evaluated, or 255
-        table = label_table(
-            vocabulary.ids if plain else range(19), tuple(range(34)) if plain else (255,)
-        )
-    elif name == "coco-stuff":
-        vocabulary = Vocabulary.known(name)
-        map_ending = ".png" if shifted else "_labelTrainIds.png"
-        table = label_table(range(171), (255,)) if shifted else label_table(range(1, 172), (0,))
+        values, void, map_ending, image_endings = FORMATS[variant]
     else:
-        vocabulary = Vocabulary.known(name) if name == "mapillary" else read_classes(name, maps)
-        table = label_table(vocabulary.ids, (255, len(vocabulary)))
-    map_of, image_of = (
-        listing(name, root, e) for root, e in ((maps, (map_ending,)), (images, image_endings))
-    )
+        vocabulary = read_map_classes(name, maps)
+        values, void, map_ending, image_endings = None, (255, len(vocabulary)), ".png", IMAGES
+    table = label_table(values or vocabulary.ids, void)
+    map_of = listing(name, maps, (map_ending,))
+    image_of = listing(name, images, image_endings)
     if not map_of:
         raise InputError(
-            f"dataset '{name}': {maps} holds no label maps, which are files *{map_ending}; check the path"
+            f"dataset '{name}': {maps} holds no label maps, files *{map_ending}; check the path"
         )
     bare = [key for key in image_of if key not in map_of]
     if bare:
-        log.info(
-            "%s: %d images without a label map in %s are left out (first: %s)",
-            name,
-            len(bare),
-            maps,
-            bare[0],
-        )
+        message = "%s: %d images without a label map in %s are left out (first: %s)"
+        log.info(message, name, len(bare), maps, bare[0])
     lost = [key for key in map_of if key not in image_of]
     if lost:
-        raise InputError(f"{name}: label map {maps / map_of[lost[0]]} has no image in {images} ({len(lost)} of "
-                         f"{len(map_of)} maps); add the images or remove the maps")  # fmt: skip
+        raise InputError(
+            f"{name}: label map {maps / map_of[lost[0]]} has no image in {images} ({len(lost)} of "
+            f"{len(map_of)} maps); add the images or remove the maps"
+        )
     index = Index.build(
         source=str(maps),
         file_names=[image_of[key] for key in map_of],
@@ -82,18 +81,19 @@ def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> 
     )
 
 
-def read_classes(name: str, maps: Path) -> Vocabulary:
-    """The vocabulary in classes.txt, in the folder of the label maps or beside it: one name per line, values from 0."""
-    path = next(
-        (p for p in (maps / "classes.txt", maps.parent / "classes.txt") if p.is_file()), None
-    )
+def read_map_classes(name: str, maps: Path) -> Vocabulary:
+    """Reads classes.txt in `maps` or its parent. The class in line i, from 0, has pixel value i."""
+    places = (maps / "classes.txt", maps.parent / "classes.txt")
+    path = next((place for place in places if place.is_file()), None)
     if path is None:
-        raise InputError(f"dataset '{name}': {maps / 'classes.txt'} does not exist; name the classes there, one per "
-                         "line in the order of the pixel values from 0")  # fmt: skip
+        raise InputError(
+            f"dataset '{name}': {places[0]} does not exist; name the classes there, one per line "
+            "in the order of the pixel values from 0"
+        )
     try:
         names = tuple(line.strip() for line in path.read_text("utf-8-sig").rstrip().split("\n"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); save it as UTF-8 text") from None
-    return replace(
-        Vocabulary(str(path), names, tuple(range(len(names)))), dataset=name
-    )  # its errors name the file
+    # the errors of Vocabulary name the file
+    vocabulary = Vocabulary(str(path), names, tuple(range(len(names))))
+    return replace(vocabulary, dataset=name)

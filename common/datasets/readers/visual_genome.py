@@ -1,4 +1,4 @@
-"""Visual Genome: objects.json, and image_data.json beside it."""
+"""Reader of Visual Genome: objects.json, with image_data.json in the same folder."""
 
 import logging
 from collections import defaultdict
@@ -19,70 +19,62 @@ log = logging.getLogger("concord")
 
 
 def read_visual_genome(name: str, annotations: Path, images: Path, metric: str) -> Dataset:
-    """Read objects.json of visualgenome.org; `images` holds VG_100K/ and VG_100K_2/.
+    """Reads objects.json of visualgenome.org. `images` holds VG_100K/ and VG_100K_2/.
 
-    A class is the word of a synset ('clock' of 'clock.n.01'), in alphabetic order; synsets of one word are one class.
-    Objects without a synset are left out and counted in the log. Large files are read once, see `cached_index`.
-    Note: UniDetector evaluates 7605 classes on a part of the images and publishes neither list; here the classes
-    are those that occur, and the images all. Source: zhenyuw16/UniDetector#9
+    The classes are the words of the synsets ('clock' of 'clock.n.01'), sorted. Synsets with the
+    same word are one class. Objects without a synset are left out and their number is logged.
+    Note: UniDetector evaluates 7605 classes on some of the images and publishes neither list. Here,
+    all images and all classes that occur are used. Source: zhenyuw16/UniDetector#9
     Raises InputError naming the file, the field and the remedy.
     """
-    places = annotations.with_name("image_data.json")
-    if not places.is_file():
-        raise InputError(f"{places} does not exist; put it there, from visualgenome.org")
-    index, facts = cached_index(
-        annotations, ["vg"], lambda _: read_index(annotations, places), [annotations, places]
-    )
-    if bare := facts["bare"]:
-        log.info(
-            "%s: %d of %d objects have no synset and are left out",
-            annotations,
-            bare,
-            bare + len(index.labels),
-        )
+    image_data = annotations.with_name("image_data.json")
+    if not image_data.is_file():
+        raise InputError(f"{image_data} does not exist; put it there, from visualgenome.org")
+    files = [annotations, image_data]
+    index, facts = cached_index(annotations, ["vg"], lambda _: read_objects(*files), files)
+    if facts["bare"]:
+        message = "%s: %d of %d objects have no synset and are left out"
+        log.info(message, annotations, facts["bare"], facts["bare"] + len(index.labels))
     return Dataset(name, Vocabulary(name, tuple(facts["names"])), index, images, metric)
 
 
-def read_index(annotations: Path, places: Path) -> tuple[Index, dict]:
-    row_of, file_names, sizes, bare = {}, [], [], 0
-    parts, number_of = (
-        Parts(image=np.int32, box=(np.float32, 4), word=np.int32),
-        defaultdict(count().__next__),
-    )
-    path = places
+def read_objects(annotations: Path, image_data: Path) -> tuple[Index, dict]:
+    """Returns the index and the facts that `cached_index` stores with it."""
+    row_of, file_names, sizes = {}, [], []
+    parts = Parts(image=np.int32, box=(np.float32, 4), word=np.int32)
+    index_of_word = defaultdict(count().__next__)  # in the order of the objects
+    bare = 0
+    path = image_data
     try:
-        for image in read_elements(places):
+        for image in read_elements(image_data):
             row_of[image["image_id"]] = len(row_of)
-            file_names.append(file_name(places, {"coco_url": image["url"]}))  # VG_100K/1.jpg
+            file_names.append(file_name(image_data, {"coco_url": image["url"]}))  # VG_100K/1.jpg
             sizes.append((int(image["height"]), int(image["width"])))
         path = annotations
         for image in read_elements(annotations):
             if image["image_id"] not in row_of:
-                raise InputError(f"{path}: the image_id {image['image_id']} is not in {places}; both files must be of "
-                                 "one version")  # fmt: skip
-            found = [each for each in image["objects"] if each["synsets"]]
-            bare += len(image["objects"]) - len(found)
-            boxes = np.array(
-                [(o["x"], o["y"], o["w"], o["h"]) for o in found], dtype=np.float64
-            ).reshape(-1, 4)
+                raise InputError(
+                    f"{path}: image_id {image['image_id']} is not in {image_data}; use one version"
+                )
+            named = [each for each in image["objects"] if each["synsets"]]
+            bare += len(image["objects"]) - len(named)
+            xywh = [(each["x"], each["y"], each["w"], each["h"]) for each in named]
+            boxes = np.array(xywh, dtype=np.float64).reshape(-1, 4)
             boxes[:, 2:] += boxes[:, :2]  # xywh -> xyxy
-            words = [o["synsets"][0].rsplit(".", 2)[0].replace("_", " ") for o in found]
+            synsets = [each["synsets"][0].rsplit(".", 2)[0] for each in named]
             parts.add(
-                image=[row_of[image["image_id"]]] * len(found),
+                image=[row_of[image["image_id"]]] * len(named),
                 box=boxes,
-                word=[number_of[word] for word in words],
+                word=[index_of_word[synset.replace("_", " ")] for synset in synsets],
             )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise InputError(
-            f"{path}: {what} in an entry; a file of visualgenome.org is needed"
-        ) from None
+        raise InputError(f"{path}: {what} in an entry; download the file again") from None
     if len(row_of) < len(file_names):
-        raise InputError(f"{places}: an image_id comes twice; download the file again")
-    names = sorted(number_of)
-    label_of = np.argsort(
-        [number_of[name] for name in names]
-    )  # the inverse permutation: number -> label
+        raise InputError(f"{image_data}: an image_id comes twice; download the file again")
+    names = sorted(index_of_word)
+    # argsort inverts the permutation: index of a word -> label
+    label_of = np.argsort([index_of_word[name] for name in names])
     index = Index.build(
         source=str(annotations),
         file_names=file_names,

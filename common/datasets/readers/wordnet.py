@@ -1,39 +1,60 @@
-"""Names of WordNet ids, ImageNet's class folders."""
+"""Classes that are folders of images: WordNet ids, as in ImageNet, or plain names."""
 
 import re
 from pathlib import Path
 
+import numpy as np
+
 from common.datasets.files import read_table
 from common.errors import InputError
+from common.labels import Vocabulary
 
 WNID = re.compile(r"n\d{8}")
 
 
+def folder_vocabulary(
+    dataset: str, root: Path, folders: list[str]
+) -> tuple[Vocabulary, np.ndarray]:
+    """Returns the vocabulary of the class folders in `root`, and the label of each folder, int32.
+
+    Folders with the same class name are one class, whose id is the first of these folders.
+    """
+    names = class_names(root, folders)
+    id_of = dict(zip(reversed(names), reversed(folders)))
+    label_of = {name: label for label, name in enumerate(dict.fromkeys(names))}
+    vocabulary = Vocabulary(dataset, tuple(label_of), tuple(id_of[name] for name in label_of))
+    return vocabulary, np.array([label_of[name] for name in names], dtype=np.int32)
+
+
 def class_names(root: Path, folders: list[str]) -> list[str]:
-    """The class name of each folder. Raises InputError for a WordNet id that no file names."""
-    if not any(WNID.fullmatch(folder) for folder in folders):
+    """Returns the class name of each folder: that of its WordNet id, or the folder's own name.
+
+    The names are read from words.txt and classes.csv in `root` and its parent.
+    Raises InputError for a WordNet id without a name.
+    """
+    ids = [folder for folder in folders if WNID.fullmatch(folder)]
+    if not ids:
         return folders
     known = {}
-    for place in (root.parent, root):  # the nearer one decides
-        if (file := place / "words.txt").is_file():
-            known |= read_words(file)
-        if (file := place / "classes.csv").is_file():
-            known |= {wnid: name.strip() for _, (wnid, name) in read_table(file, ["wnid", "name"])}
-    unnamed = [folder for folder in folders if WNID.fullmatch(folder) and not known.get(folder)]
+    for place in (root.parent, root):  # names in `root` replace those in its parent
+        words, table = place / "words.txt", place / "classes.csv"
+        if words.is_file():
+            known |= read_words(words)
+        if table.is_file():
+            known |= {wnid: name.strip() for _, (wnid, name) in read_table(table, ["wnid", "name"])}
+    unnamed = [wnid for wnid in ids if not known.get(wnid)]
     if unnamed:
         raise InputError(
-            f"{root / unnamed[0]} is a WordNet id without a name ({len(unnamed)} such folders); list it in "
-            f"{root / 'classes.csv'} (columns wnid,name) or words.txt (id, tab, synonyms)"
+            f"{root / unnamed[0]} is a WordNet id without a name ({len(unnamed)} such folders); "
+            f"list it in {root / 'classes.csv'} (columns wnid,name) or words.txt (id, tab, names)"
         )
     return [known[folder] if WNID.fullmatch(folder) else folder for folder in folders]
 
 
 def read_words(path: Path) -> dict[str, str]:
-    """WordNet id -> the first of its synonyms, from lines such as 'n01440764<tab>tench, Tinca tinca'."""
+    """Returns {WordNet id: first synonym} of lines like 'n01440764<tab>tench, Tinca tinca'."""
     try:
         rows = [line.partition("\t") for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}); it should be lines of id, tab, synonyms"
-        ) from None
+        raise InputError(f"{path} cannot be read ({error}); save it as UTF-8 text") from None
     return {wnid.strip(): synonyms.split(",")[0].strip() for wnid, _, synonyms in rows}
