@@ -231,13 +231,15 @@ def load_arrays(path: Path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def converted(path: str | Path, method: str) -> Path:
+def converted(path: str | Path, method: str, convert=None) -> Path:
     """The safetensors twin of an official checkpoint (.pth, or a .pkl of arrays), made once in the cache folder.
 
     Raises InputError for a method without an official layout, a file that cannot be read without running code, and
     tensors of another layout.
     """
     file = weights_file(path)
+    if file.suffix == '.safetensors':
+        return file
     if method not in CONVERTERS:
         raise InputError(
             f"weights {file} are no .safetensors of {method}.py, whose official weights do not exist"
