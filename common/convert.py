@@ -238,7 +238,7 @@ def converted(path: str | Path, method: str, convert=None) -> Path:
     tensors of another layout.
     """
     file = weights_file(path)
-    if file.suffix == '.safetensors':
+    if file.suffix == ".safetensors":
         return file
     if method not in CONVERTERS:
         raise InputError(
