@@ -110,12 +110,11 @@ from common.visualize import save_image, training_grid
 
 # Shapes: B images, Q proposals of an image, R regions (RoIs) of all images, N ground truths of an
 # image, C classes of the label space, D width of the text embeddings, F feature channels,
-# H W pixels, h w feature cells, K image-level labels and n proposals of an image that has no boxes,
-# M captions.
+# H W pixels, K image-level labels and n proposals of an image without boxes, M captions.
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
-DEMO = [  # the demonstration of ./run.sh: boxes alone, then boxes and image-level labels
+DEMO = [  # the demonstration of ./run.sh: boxes, then boxes and image-level labels
     "--datasets coco-base --tiny --output {output}-boxes",
     "--datasets coco-base,in21k --tiny --weights {output}-boxes --output {output}",
 ]
