@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from common.batch import Supervision
 from common.datasets.base_split import coco_base, lvis_base
@@ -134,6 +135,8 @@ ODINW = {
     "thermalDogsAndPeople": "thermalDogsAndPeople",
     "VehiclesOpenImages": "VehiclesOpenImages/416x416",
 }
+_semantic = partial(Known, metric="miou", read=read_semantic, supervision="semantic")
+_panoptic = partial(Known, metric="pq", read=read_panoptic, supervision="panoptic")
 COCO = Known(
     "COCO 2017 (cocodataset.org)",
     _splits(("coco/annotations/instances_{split}2017.json", "coco/{split}2017")),
@@ -177,29 +180,20 @@ KNOWN = {
     # The challenge of 2019 took its files from Open Images. Either can be read: the reader keeps
     # the challenge's 500 classes.
     "oid500": _openimages("challenge-2019-{part}-detection-bbox.csv", *OID_NAMES),
-    "ade20k": Known(
+    "ade20k": _semantic(
         "ADE20K's SceneParsing benchmark (sceneparsing.csail.mit.edu)",
         _ade20k("annotations/{part}", "annotations_detectron2/{part}"),
-        metric="miou",
-        read=read_semantic,
-        supervision="semantic",
     ),
-    "ade20k-panoptic": Known(
+    "ade20k-panoptic": _panoptic(
         "what Mask2Former's prepare_ade20k_pan_seg.py makes",
         _ade20k("ade20k_panoptic_{split}.json"),
-        metric="pq",
-        read=read_panoptic,
-        supervision="panoptic",
         whole="ade20k",
     ),
-    "cityscapes": Known(
+    "cityscapes": _semantic(
         "Cityscapes with fine annotations (cityscapes-dataset.com)",
         _splits(("cityscapes/gtFine/{split}", "cityscapes/leftImg8bit/{split}")),
-        metric="miou",
-        read=read_semantic,
-        supervision="semantic",
     ),
-    "cityscapes-panoptic": Known(
+    "cityscapes-panoptic": _panoptic(
         "what cityscapesScripts' createPanopticImgs.py makes",
         _splits(
             (
@@ -207,20 +201,14 @@ KNOWN = {
                 "cityscapes/leftImg8bit/{split}",
             ),
         ),
-        metric="pq",
-        read=read_panoptic,
-        supervision="panoptic",
         whole="cityscapes",
     ),
-    "coco-panoptic": Known(
+    "coco-panoptic": _panoptic(
         "COCO 2017 panoptic (cocodataset.org)",
         _splits(("coco/annotations/panoptic_{split}2017.json", "coco/{split}2017")),
-        metric="pq",
-        read=read_panoptic,
-        supervision="panoptic",
         whole="coco",
     ),
-    "coco-stuff": Known(
+    "coco-stuff": _semantic(
         "COCO-Stuff 10k (github.com/nightrome/cocostuff10k) "
         "as MaskFormer or mmsegmentation prepares it",
         _splits(
@@ -228,11 +216,8 @@ KNOWN = {
             ("coco_stuff10k/annotations/{part}2014", "coco_stuff10k/images/{part}2014"),
             val="test",
         ),
-        metric="miou",
-        read=read_semantic,
-        supervision="semantic",
     ),
-    "mapillary": Known(
+    "mapillary": _semantic(
         "Mapillary Vistas v1.2 (mapillary.com/dataset/vistas)",
         _splits(
             (f"{VISTAS}/labels", f"{VISTAS}/images"),
@@ -240,9 +225,6 @@ KNOWN = {
             train="training",
             val="validation",
         ),
-        metric="miou",
-        read=read_semantic,
-        supervision="semantic",
     ),
     "voc": Known(
         "Pascal VOC 2007 and 2012 (host.robots.ox.ac.uk/pascal/VOC)",
