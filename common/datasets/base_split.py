@@ -37,12 +37,8 @@ def coco_base(coco: Dataset, split: str) -> Dataset:
     novel_ids = [id for id, name in zip(ids, names) if name in record["novel"]]
     dataset = _base_split(coco, Vocabulary("coco-base", names, ids), novel_ids, split)
     filled = np.diff(dataset.index.offsets) > 0
-    log.info(
-        "coco-base: %d of %d %s images without a box are left out",
-        (~filled).sum(),
-        len(filled),
-        split,
-    )
+    message = "coco-base: %d of %d %s images without a box are left out"
+    log.info(message, (~filled).sum(), len(filled), split)
     return replace(dataset, index=dataset.index.select(filled))
 
 
@@ -61,15 +57,9 @@ def _base_split(
     kept = labels >= 0
     if split == "train":
         kept &= ~np.isin(labels, novel)
-    log.info(
-        "%s: %d of %d %s boxes are left out; %d base and %d novel classes",
-        vocabulary.dataset,
-        (~kept).sum(),
-        len(kept),
-        split,
-        len(vocabulary) - len(novel),
-        len(novel),
-    )
+    message = "%s: %d of %d %s boxes are left out; %d base and %d novel classes"
+    counts = (len(vocabulary) - len(novel), len(novel))
+    log.info(message, vocabulary.dataset, (~kept).sum(), len(kept), split, *counts)
     return replace(
         whole,
         name=vocabulary.dataset,

@@ -62,10 +62,9 @@ class Dataset:
     def load(self, i: int, keep_ignored: bool = False) -> Sample:
         """Returns image `i` with its boxes or segments, untransformed.
 
-        Crowds and group-of boxes are left out, unless `keep_ignored`.
-        Boxes are clipped to the image. Boxes without an area in it are left out, with their labels
-        and masks. Segments without a pixel are left out, too; but with `keep_ignored`, every
-        segment that a panoptic json lists has a row, in its order.
+        Boxes are clipped to the image. Boxes without an area in it and segments without a pixel are
+        left out. So are crowds and group-of boxes, unless `keep_ignored`; then every segment that a
+        panoptic json lists has a row, in its order.
         Raises InputError for an image or label map that cannot be decoded, and for a map or mask of
         another size than its image.
         """
@@ -119,15 +118,12 @@ class Dataset:
         annotated = tuple(self.index.sizes[i].tolist())
         if annotated not in (size, (0, 0)) and not self.warned:
             self.warned.fill_(True)
-            log.warning(
+            message = (
                 "%s: image '%s' has %d x %d pixels (height, width), but %d x %d in %s; do its "
-                "boxes fit? (other such images are not named)",
-                self.name,
-                self.index.file_name(i),
-                *size,
-                *annotated,
-                self.index.source,
+                "boxes fit? (other such images are not named)"
             )
+            name = self.index.file_name(i)
+            log.warning(message, self.name, name, *size, *annotated, self.index.source)
 
     def _masks(self, i: int, rows: np.ndarray, size: tuple[int, int]) -> Tensor:
         """Returns the masks (N, H, W) bool of the annotations `rows` (N,) of image `i`."""
@@ -195,9 +191,7 @@ class Dataset:
                 f"{start} ({empty} without a box), {len(index.labels)} boxes ({crowds} crowd or "
                 f"group, not trained on{outside}), {classes} ({seen} with boxes)"
             )
-        captions = np.zeros(len(self), np.int64)
-        if index.captions:
-            captions[:] = [len(texts) for texts in index.captions]
+        captions = np.array([len(texts) for texts in index.captions or [()] * len(self)], int)
         unlabelled = np.diff(index.image_label_offsets) == 0
         bare = int((unlabelled & (captions == 0)).sum())
         return (

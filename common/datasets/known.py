@@ -70,16 +70,13 @@ def _ade20k(*annotations: str) -> Splits:
     return _splits(*places, train="training", val="validation")
 
 
-def _openimages(*names: str) -> Known:
-    """Returns Open Images, read from the first of the csv files `names` that exists."""
+def _openimages(*files: tuple[str, str]) -> Known:
+    """Returns Open Images, read from the first of the `files` (csv file, image folder) to exist."""
     places = []
     for base in ("oid", "openimages"):
-        for name in names:
-            images = f"{base}/images/{{part}}"
-            places += [(f"{base}/annotations/{name}", images), (f"{base}/{name}", images)]
-        images = f"{base}/images"
-        for folder in (f"{base}/annotations", base):
-            places.append((f"{folder}/annotations-bbox.csv", images))
+        for file, images in files:
+            for folder in (f"{base}/annotations", base):
+                places.append((f"{folder}/{file}", f"{base}/{images}"))
     return Known(
         "OpenImages (storage.googleapis.com/openimages)",
         _splits(*places, val="validation"),
@@ -116,7 +113,14 @@ def _odinw(name: str) -> Known:
     return Known(title, _splits(place, val="valid", test=test))
 
 
-OID_NAMES = ("{part}-annotations-bbox.csv", "oidv6-{part}-annotations-bbox.csv")
+OID = (
+    ("{part}-annotations-bbox.csv", "images/{part}"),
+    ("oidv6-{part}-annotations-bbox.csv", "images/{part}"),
+    ("annotations-bbox.csv", "images"),
+)
+CHALLENGE = ("challenge-2019-{part}-detection-bbox.csv", "images/{part}")
+O365 = "objects365/annotations/zhiyuan_objv2"
+CITYSCAPES = "cityscapes/gtFine/cityscapes"
 IN_L = "imagenet/ImageNet-LVIS"
 STUFF = "coco/coco_stuff_10k"
 VISTAS = "mapillary_vistas/{part}"
@@ -155,12 +159,13 @@ KNOWN = {
         "Objects365 v2 (objects365.org)",
         {
             "train": [
-                (f"objects365/annotations/zhiyuan_objv2_train{mended}.json", "objects365/train")
-                for mended in ("", "_fixname_fixmiss", "_fixmiss")  # by Detic's tools
+                (f"{O365}_train.json", "objects365/train"),
+                (f"{O365}_train_fixname_fixmiss.json", "objects365/train"),  # by Detic's tools
+                (f"{O365}_train_fixmiss.json", "objects365/train"),
             ],
             "val": [
-                (f"objects365/annotations/zhiyuan_objv2_val{mended}.json", "objects365/val")
-                for mended in ("", "_fixname")
+                (f"{O365}_val.json", "objects365/val"),
+                (f"{O365}_val_fixname.json", "objects365/val"),
             ],
         },
     ),
@@ -169,17 +174,16 @@ KNOWN = {
         "(google-research-datasets/DaTaSeg-Objects365-Instance-Segmentation)",
         {
             "val": [
-                (f"{folder}/o365_instance_seg_val.json", "objects365/val")
-                for folder in ("objects365/annotations", "objects365")
+                ("objects365/annotations/o365_instance_seg_val.json", "objects365/val"),
+                ("objects365/o365_instance_seg_val.json", "objects365/val"),
             ]
         },
         read=read_o365_instances,
         whole="o365",
     ),
-    "oid": _openimages(*OID_NAMES),
-    # The challenge of 2019 took its files from Open Images. Either can be read: the reader keeps
-    # the challenge's 500 classes.
-    "oid500": _openimages("challenge-2019-{part}-detection-bbox.csv", *OID_NAMES),
+    "oid": _openimages(*OID),
+    # the reader keeps the challenge's 500 classes, also of the files of Open Images
+    "oid500": _openimages(CHALLENGE, *OID),
     "ade20k": _semantic(
         "ADE20K's SceneParsing benchmark (sceneparsing.csail.mit.edu)",
         _ade20k("annotations/{part}", "annotations_detectron2/{part}"),
@@ -195,12 +199,7 @@ KNOWN = {
     ),
     "cityscapes-panoptic": _panoptic(
         "what cityscapesScripts' createPanopticImgs.py makes",
-        _splits(
-            (
-                "cityscapes/gtFine/cityscapes_panoptic_{split}.json",
-                "cityscapes/leftImg8bit/{split}",
-            ),
-        ),
+        _splits((f"{CITYSCAPES}_panoptic_{{split}}.json", "cityscapes/leftImg8bit/{split}")),
         whole="cityscapes",
     ),
     "coco-panoptic": _panoptic(

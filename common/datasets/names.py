@@ -1,14 +1,12 @@
 """The grammar of --datasets, and the loading of the datasets that it names.
 
 An entry is one of
-    NAME                              a known dataset
-    NAME:SPLIT                        one of its splits
-    NAME=ANNOTATIONS.json:IMAGES/     a custom dataset: COCO, LVIS or COCO panoptic format
-    NAME=CAPTIONS.tsv:IMAGES/         image-text pairs
-    NAME=LIST.txt:IMAGES/             a VOC image list
-    NAME=FOLDER/:IMAGES/              a folder of xml files or label maps
-    NAME=FOLDER/                      a folder or tar file of images per class, or images and xml
-                                      files in one folder
+    NAME or NAME:SPLIT             a known dataset
+    NAME=ANNOTATIONS.json:IMAGES/  custom boxes, masks or panoptic segments in COCO format
+    NAME=CAPTIONS.tsv:IMAGES/      image-text pairs
+    NAME=LIST.txt:IMAGES/          a list of images with VOC's xml files
+    NAME=FOLDER/:IMAGES/           xml files or label maps
+    NAME=FOLDER/                   images and their xml files, or a folder or tar of images per class
 """
 
 import difflib
@@ -33,13 +31,6 @@ from common.errors import InputError
 from common.files import cache_dir
 
 log = logging.getLogger("concord")
-WORDS = {
-    "boxes": "boxes",
-    "instances": "instances",
-    "image_labels": "image labels",
-    "semantic": "semantic label maps",
-    "panoptic": "panoptic segments",
-}
 Parsed = tuple[str, str, tuple[str, str] | None]
 
 
@@ -157,8 +148,7 @@ def load_datasets(
     accepts:   the kinds of supervision that the method can learn from
     check:     a missing image is an error, and so is a train split without a box
 
-    Raises InputError for bad names, nothing under the data root, broken annotations, missing
-    images, another kind of supervision.
+    Raises InputError as `parse_datasets` and `load_dataset`, and for other supervision.
     """
     datasets = []
     for name, own_split, paths in parse_datasets(text, split):
@@ -167,11 +157,10 @@ def load_datasets(
             known = KNOWN[name]
             if known.supervision:  # refuse before any file is listed or generated
                 _refuse_supervision(known.supervision, accepts, name, split)
+            if tiny and data_root:
+                message = "--tiny draws a stand-in for '%s'; %s is not read for it"
+                log.warning(message, name, data_root)
             if tiny:
-                if data_root:
-                    log.warning(
-                        "--tiny draws a stand-in for '%s'; %s is not read for it", name, data_root
-                    )
                 root = generate(known.whole or name, cache_dir(), tiny)
         dataset = load_dataset(name, own_split, paths, root, check)
         _refuse_supervision(dataset.supervision, accepts, name, split)
@@ -196,9 +185,9 @@ def data_folder(data_root: str) -> Path:
 
 
 def find_files(name: str, split: str, root: Path) -> tuple[Path, Path] | None:
-    """Returns the paths of the annotations and the images of a known dataset, or None.
+    """Returns the paths of the annotations and the images of a known dataset.
 
-    Among the places whose annotations exist, the first whose image folder exists is preferred.
+    They are the first that both exist, or the first annotations that exist, or None.
     """
     places = [
         (root / annotations, root / images) for annotations, images in KNOWN[name].splits[split]
@@ -285,11 +274,16 @@ def _refuse_supervision(
     supervision: Supervision, accepts: tuple[Supervision, ...], name: str, split: str
 ) -> None:
     """Raises InputError if the method cannot learn from this kind of supervision."""
-    if supervision in accepts:
-        return
-    has = WORDS[supervision]
-    needs = " or ".join(WORDS[kind] for kind in accepts)
+    words = {
+        "image_labels": "image labels",
+        "semantic": "semantic label maps",
+        "panoptic": "panoptic segments",
+    }
     remedy = "leave it out of --datasets"
     if split != "train":
         remedy = "name others with --eval-datasets"
-    raise InputError(f"dataset '{name}' has {has} only; this method needs {needs}; {remedy}")
+    if supervision not in accepts:
+        has, *needs = [words.get(kind, kind) for kind in (supervision, *accepts)]
+        raise InputError(
+            f"dataset '{name}' has {has} only; this method needs {' or '.join(needs)}; {remedy}"
+        )

@@ -58,12 +58,8 @@ def cached_index(source: Path, options: list, read: Read, files: Sequence[Path] 
                 found = _find(source, folder, files, stamps)
                 return found or _store(source, folder, files, stamps, read)
         except OSError as error:
-            log.warning(
-                "%s cannot be written, so %s is read as a whole at each start (%s)",
-                folder.parent,
-                source,
-                error,
-            )
+            message = "%s cannot be written, so %s is read as a whole at each start (%s)"
+            log.warning(message, folder.parent, source, error)
     blob = io.BytesIO()
     arrays, record = _pack(*read(blob))
     arrays["blob"] = np.frombuffer(blob.getbuffer(), np.uint8)

@@ -49,8 +49,32 @@ def read_fields(path: Path, chunk: int = CHUNK) -> Iterator[tuple[str, object]]:
     one empty run. About `chunk` bytes of the file are in memory.
     Raises InputError if the file cannot be read, is not json, is no object or has a field twice.
     """
-    with window(path, chunk) as text:
-        yield from _fields(text, path)
+    fields = set()
+    with _window(path, chunk) as text:
+        if text.peek() != b"{":
+            read_json(path)  # raises the error of what is no object
+        text.use(1)
+        ended = text.peek() == b"}" and text.next(b"}")
+        while not ended:
+            if text.peek() != b'"':
+                raise orjson.JSONDecodeError("a field's name expected", "", 0)
+            key = text.find(KEY.match)
+            field = orjson.loads(key[1])
+            if field in fields:
+                raise orjson.JSONDecodeError(f"the field '{field}' comes twice", "", 0)
+            fields.add(field)
+            text.use(key.end())
+            if text.peek() == b"[":
+                text.use(1)
+                for run in _runs(text):
+                    yield field, run
+            else:
+                end = text.find(_value_end)
+                value = orjson.loads(text.held[:end])
+                text.use(end)
+                yield field, value
+            ended = text.next(b",}") == b"}"
+        text.end()
 
 
 def read_elements(path: Path, chunk: int = CHUNK) -> Iterator[object]:
@@ -58,7 +82,7 @@ def read_elements(path: Path, chunk: int = CHUNK) -> Iterator[object]:
 
     Raises InputError if the file cannot be read, is not json or is no list.
     """
-    with window(path, chunk) as text:
+    with _window(path, chunk) as text:
         if text.peek() == b"{":
             raise InputError(f"{path} holds a json object; a list is needed")
         text.next(b"[")
@@ -68,13 +92,17 @@ def read_elements(path: Path, chunk: int = CHUNK) -> Iterator[object]:
 
 
 @contextmanager
-def window(path: Path, chunk: int) -> Iterator["Window"]:
+def _window(path: Path, chunk: int) -> Iterator["Window"]:
     """Context manager that yields the text of a json file, to be read `chunk` bytes at a time.
 
+    Turns Python's cycle collector off. It would run after every 700 new objects, and take twice as
+    long as parsing them.
     Raises InputError if the file cannot be read, or if the block finds that it is not json.
     """
+    collects = gc.isenabled()
+    gc.disable()
     try:
-        with no_collector(), path.open("rb") as file:
+        with path.open("rb") as file:
             text = Window(file.read, chunk)
             try:
                 yield text
@@ -82,44 +110,25 @@ def window(path: Path, chunk: int) -> Iterator["Window"]:
                 raise not_json(path, f"{error.msg}, near byte {text.used + error.pos}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
-
-
-@contextmanager
-def no_collector() -> Iterator[None]:
-    """Context manager that turns Python's cycle collector off.
-
-    It would run after every 700 new objects, and take twice as long as parsing them.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
     finally:
-        if was_on:
+        if collects:
             gc.enable()
 
 
 class Window:
-    """The part of a file that is in memory: read, and not yet used up.
+    """The bytes of a file that are read and not yet used up: `held`.
 
-    read:  read(count) returns up to `count` further bytes of the file
-    chunk: how many bytes are read at a time, at least
-    held:  the bytes in memory
-    used:  the number of bytes used up
+    read: read(count) returns up to `count` further bytes of the file
+    used: the number of bytes before `held`
     """
 
     def __init__(self, read: Callable[[int], bytes], chunk: int):
-        self.read = read
-        self.chunk = chunk
-        self.held = b""
-        self.used = 0
+        self.read, self.chunk = read, chunk
+        self.held, self.used = b"", 0
 
     def more(self) -> bool:
-        """Reads on. Returns False at the end of the file.
-
-        Reads at least as much as is held, so that a value of many chunks is not scanned once for
-        each chunk.
-        """
+        """Reads on. Returns False at the end of the file."""
+        # doubles what is held: a value of many chunks is not scanned once for each of them
         new = self.read(max(self.chunk, len(self.held)))
         self.held += new
         return bool(new)
@@ -131,10 +140,7 @@ class Window:
         self.held = rest
 
     def find(self, scan: Callable[[bytes], object]):
-        """Reads on until `scan(held)` returns something, and returns that.
-
-        Raises JSONDecodeError at the end of the file.
-        """
+        """Reads on until `scan(held)` is not None. Raises JSONDecodeError at the end of the file."""
         while (found := scan(self.held)) is None:
             if not self.more():
                 raise orjson.JSONDecodeError("unexpected end of data", "", 0)
@@ -161,40 +167,8 @@ class Window:
             raise orjson.JSONDecodeError("unexpected content after document", "", 0)
 
 
-def _fields(text: Window, path: Path) -> Iterator[tuple[str, object]]:
-    """Yields the fields of an object, as `read_fields`."""
-    if text.peek() != b"{":
-        read_json(path)  # raises the error of what is no object
-    text.use(1)
-    fields = set()
-    ended = text.peek() == b"}" and text.next(b"}")
-    while not ended:
-        if text.peek() != b'"':
-            raise orjson.JSONDecodeError("a field's name expected", "", 0)
-        key = text.find(KEY.match)
-        field = orjson.loads(key[1])
-        if field in fields:
-            raise orjson.JSONDecodeError(f"the field '{field}' comes twice", "", 0)
-        fields.add(field)
-        text.use(key.end())
-        if text.peek() == b"[":
-            text.use(1)
-            for run in _runs(text):
-                yield field, run
-        else:
-            end = text.find(_value_end)
-            value = orjson.loads(text.held[:end])
-            text.use(end)
-            yield field, value
-        ended = text.next(b",}") == b"}"
-    text.end()
-
-
 def _value_end(text: bytes) -> int | None:
-    """Returns where the value at the start of `text` ends: before a comma or brace not its own.
-
-    None if more text is needed.
-    """
+    """Returns where the value at the start of `text` ends; None if more text is needed."""
     depth = 0
     for token in TOKEN.finditer(text):
         letter = token[0]
