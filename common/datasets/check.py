@@ -77,10 +77,8 @@ def check_images(
         if error:
             broken.append(error)
         elif annotated not in (size, (0, 0)):
-            resized.append(
-                f"{names[i]}: {size[0]} x {size[1]} (height, width), not {annotated[0]} x "
-                f"{annotated[1]}"
-            )
+            expected = f"{annotated[0]} x {annotated[1]}"
+            resized.append(f"{names[i]}: {size[0]} x {size[1]} (height, width), not {expected}")
         sizes[i] = size
         seen.update(labels)
     return problems, sizes, seen
@@ -95,7 +93,6 @@ class Examined(torch.utils.data.Dataset):
     quick: bool
 
     def __len__(self) -> int:
-        """Returns the number of rows."""
         return len(self.rows)
 
     def __getitem__(self, i: int) -> tuple[tuple[int, int], str, list[int]]:

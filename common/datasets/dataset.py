@@ -56,7 +56,6 @@ class Dataset:
     )
 
     def __len__(self) -> int:
-        """Returns the number of images."""
         return len(self.index)
 
     def load(self, i: int, keep_ignored: bool = False) -> Sample:
@@ -90,7 +89,8 @@ class Dataset:
         if self.masks and index.segmentations is not None:
             masks = self._masks(i, rows, (height, width))
         if index.image_labels is not None:
-            image_labels = _labels(index.image_labels[index.image_label_rows(i)])
+            labels = index.image_labels[index.image_label_rows(i)]
+            image_labels = torch.from_numpy(labels.astype(np.int64))
         return Sample(
             image=image,
             dataset=self.name,
@@ -99,7 +99,7 @@ class Dataset:
             index=i,
             original_size=(height, width),
             boxes=boxes[inside],
-            labels=_labels(index.labels[rows]),
+            labels=torch.from_numpy(index.labels[rows].astype(np.int64)),
             masks=masks,
             image_labels=image_labels,
             captions=tuple(index.captions[i]) if index.captions else (),
@@ -216,8 +216,3 @@ class Dataset:
                     f"{len(self)} that {self.index.source} lists); add the {kind}s or take them "
                     "out of the annotations"
                 )
-
-
-def _labels(rows: np.ndarray) -> Tensor:
-    """Returns int32 labels as an int64 tensor."""
-    return torch.from_numpy(rows.astype(np.int64))

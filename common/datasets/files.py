@@ -89,24 +89,24 @@ def read_size(path: Path, data: bytes | None = None) -> tuple[int, int]:
 
 
 @contextmanager
-def open_image(path: Path, data: bytes | None) -> Iterator[Image.Image]:
-    """Context manager that yields the PIL image at `path`.
+def open_image(path: Path, data: bytes | None = None, kind: str = "image") -> Iterator[Image.Image]:
+    """Context manager that yields the PIL image at `path`, which messages call a `kind`.
 
     If `data` is given, decodes these bytes and uses `path` only in messages.
     Raises InputError if the image is missing or cannot be decoded, also if Pillow fails later,
     inside the `with` block.
     """
     try:
-        refuse_pipe(path, "image")
+        refuse_pipe(path, kind)
         with Image.open(path if data is None else io.BytesIO(data)) as image:
             yield image
     except IsADirectoryError:
-        raise InputError(f"image {path} is a folder; give image files") from None
+        raise InputError(f"{kind} {path} is a folder; give image files") from None
     except FileNotFoundError:
-        raise InputError(f"image {path} does not exist; check the path") from None
+        raise InputError(f"{kind} {path} does not exist; check the path") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(
-            f"image {path} cannot be decoded ({error}); replace it or remove its entry"
+            f"{kind} {path} cannot be decoded ({error}); replace it or remove its entry"
         ) from None
 
 
@@ -126,10 +126,8 @@ def listing(name: str, root: Path, endings: tuple[str, ...]) -> dict[str, str]:
             path = file if below == "." else f"{below}/{file}"
             key = path[: -len(ending)]
             if key in found:
-                raise InputError(
-                    f"dataset '{name}': {root / path} and {found[key]} have one name; keep one of "
-                    "them"
-                )
+                both = f"{root / path} and {found[key]}"
+                raise InputError(f"dataset '{name}': {both} have one name; keep one of them")
             found[key] = path
     return dict(sorted(found.items()))
 
@@ -165,19 +163,17 @@ def read_table(path: Path, columns: list[str]) -> Iterator[tuple[int, list[str]]
     """
     rows = read_rows(path)
     header = next(rows, [])
+    names = ", ".join(columns)
     for column in columns:
         if column not in header:
             raise InputError(
-                f"{path}: column '{column}' is missing; the first line must name "
-                f"{', '.join(columns)}"
+                f"{path}: column '{column}' is missing; the first line must name {names}"
             )
     places = [header.index(column) for column in columns]
     for number, row in enumerate(rows, 2):
         if len(row) != len(header):
-            raise InputError(
-                f"{path}: line {number} has {len(row)} of {len(header)} columns; was the file cut "
-                "off?"
-            )
+            count = f"{len(row)} of {len(header)} columns"
+            raise InputError(f"{path}: line {number} has {count}; was the file cut off?")
         yield number, [row[place] for place in places]
 
 

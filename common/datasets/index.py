@@ -41,7 +41,6 @@ class JsonRows(Sequence):
         return cls(np.frombuffer(text, np.uint8), offsets[:-1], offsets[1:])
 
     def __len__(self) -> int:
-        """Returns the number of values."""
         return len(self.starts)
 
     def __getitem__(self, row: int):
@@ -125,7 +124,6 @@ class Index:
     folder: Path | None = None
 
     def __len__(self) -> int:
-        """Returns the number of images."""
         return len(self.file_names)
 
     @property
@@ -194,8 +192,8 @@ class Index:
         """Returns only the images where `images` (I,) bool is true. There are no image labels."""
         kept = self.keep(images[self.image_of])
         rows = np.flatnonzero(images)
-        columns = ["file_names", "map_names", "image_ids", "sizes"]
-        columns += ["negatives", "not_exhaustive", "verified", "captions"]
+        columns = ("file_names", "map_names", "image_ids", "sizes")
+        columns += ("negatives", "not_exhaustive", "verified", "captions")
         per_image = {name: _take(getattr(self, name), rows) for name in columns}
         offsets = np.concatenate([[0], np.cumsum(np.diff(kept.offsets)[rows])])
         return replace(kept, offsets=offsets, folder=None, **per_image)

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from common.datasets.files import open_image
 from common.errors import InputError
-from common.files import refuse_pipe
 
 VOID = -1  # the label of pixels that are not trained on
 UNKNOWN = -2  # of values that no class has
@@ -72,21 +71,8 @@ def read_segment_map(path: Path, ids: np.ndarray) -> np.ndarray:
 
 
 def _read(path: Path, modes: tuple[str, ...], needed: str) -> np.ndarray:
-    """Reads the values of an image of one of the `modes` of Pillow.
-
-    Raises InputError, in which `needed` says what a map has.
-    """
-    try:
-        refuse_pipe(path, "label map")
-        with Image.open(path) as image:
-            if image.mode not in modes:
-                raise InputError(
-                    f"label map {path} is a picture of mode {image.mode}; a map {needed}"
-                )
-            return np.asarray(image)
-    except FileNotFoundError:
-        raise InputError(f"label map {path} does not exist; check the path") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"label map {path} cannot be decoded ({error}); replace it or remove its image"
-        ) from None
+    """Reads the values of an image of one of Pillow's `modes`. `needed` says what a map has."""
+    with open_image(path, kind="label map") as image:
+        if image.mode not in modes:
+            raise InputError(f"label map {path} is a picture of mode {image.mode}; a map {needed}")
+        return np.asarray(image)

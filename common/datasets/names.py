@@ -6,7 +6,7 @@ An entry is one of
     NAME=CAPTIONS.tsv:IMAGES/      image-text pairs
     NAME=LIST.txt:IMAGES/          a list of images with VOC's xml files
     NAME=FOLDER/:IMAGES/           xml files or label maps
-    NAME=FOLDER/                   images and their xml files, or a folder or tar of images per class
+    NAME=FOLDER/                   images and their xml files, or a folder of images per class
 """
 
 import difflib
@@ -35,7 +35,7 @@ Parsed = tuple[str, str, tuple[str, str] | None]
 
 
 def entries(text: str) -> list[str]:
-    """Splits `text` at its commas; replaces the name of a group by the names of its members."""
+    """Splits `text` at its commas. Replaces the name of a group by the names of its members."""
     found = []
     for entry in text.split(","):
         name, colon, split = entry.strip().partition(":")

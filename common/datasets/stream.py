@@ -140,7 +140,7 @@ class Window:
         self.held = rest
 
     def find(self, scan: Callable[[bytes], object]):
-        """Reads on until `scan(held)` is not None. Raises JSONDecodeError at the end of the file."""
+        """Reads on until `scan(held)` finds something. Raises JSONDecodeError at the file's end."""
         while (found := scan(self.held)) is None:
             if not self.more():
                 raise orjson.JSONDecodeError("unexpected end of data", "", 0)
