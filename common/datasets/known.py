@@ -141,6 +141,7 @@ ODINW = {
 }
 _semantic = partial(Known, metric="miou", read=read_semantic, supervision="semantic")
 _panoptic = partial(Known, metric="pq", read=read_panoptic, supervision="panoptic")
+_image_labels = partial(Known, supervision="image_labels")
 COCO = Known(
     "COCO 2017 (cocodataset.org)",
     _splits(("coco/annotations/instances_{split}2017.json", "coco/{split}2017")),
@@ -253,20 +254,18 @@ KNOWN = {
         {"val": [("lineart/annotations/instances_val.json", "lineart/val")]},
         generated=True,
     ),
-    "in21k": Known(
+    "in21k": _image_labels(
         "ImageNet-21K (image-net.org), a tar for each class,",
         {"train": [("imagenet/ImageNet-21K", "imagenet/ImageNet-21K")]},
-        supervision="image_labels",
         class_folders=True,
     ),
-    "in-l": Known(
+    "in-l": _image_labels(
         "the list of Detic's create_imagenetlvis_json.py "
         "(or class folders in imagenet/ImageNet-LVIS)",
         {"train": [("imagenet/annotations/imagenet_lvis_image_info.json", IN_L), (IN_L, IN_L)]},
-        supervision="image_labels",
         class_folders=True,
     ),
-    "cc": Known(
+    "cc": _image_labels(
         "the tags of Detic's tools/get_cc_tags.py "
         "(or Conceptual Captions' own Train_GCC-training.tsv)",
         {
@@ -278,7 +277,6 @@ KNOWN = {
             ]
         },
         read=read_captions,
-        supervision="image_labels",
     ),
 }
 ALIASES = {

@@ -39,7 +39,8 @@ def read_label_map(path: Path, table: np.ndarray) -> np.ndarray:
         gaps = np.flatnonzero(np.diff(known) > 1)
         ranges = []
         for run in np.split(known, gaps + 1):
-            ranges.append(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}")
+            first, last = run[0], run[-1]
+            ranges.append(f"{first}" if first == last else f"{first} to {last}")
         raise InputError(
             f"label map {path} has the value {values[y, x]} at x = {x}, y = {y}, which is no "
             f"class; the values are {', '.join(ranges)}"
@@ -58,8 +59,8 @@ def read_segment_map(path: Path, ids: np.ndarray) -> np.ndarray:
     values = red + green * np.int32(256) + blue * np.int32(65536)
     listed = np.append(ids, 0)
     order = np.argsort(listed)
-    places = np.searchsorted(listed[order], values).clip(max=len(ids))
-    row = order[places]
+    places = np.searchsorted(listed[order], values)
+    row = order[places.clip(max=len(ids))]
     unlisted = listed[row] != values
     if unlisted.any():
         y, x = np.argwhere(unlisted)[0]
