@@ -24,7 +24,7 @@ class Known:
 
     title:         what to download, for messages
     splits:        {split: [(annotations, images), ...]}, paths below the data root. The first pair
-                   that exists is read.
+                   to exist is read.
     metric:        the protocol that scores it
     read:          the reader: read(name, annotations, images, metric) -> Dataset
     supervision:   its kind of annotations; None if only its files tell
@@ -61,7 +61,7 @@ def _splits(*places: tuple[str, str], train: str = "train", val: str = "val", **
 
 
 def _ade20k(*annotations: str) -> Splits:
-    """Returns the splits of ADE20K for the places of the annotations below its folder."""
+    """Returns the splits of ADE20K. `annotations` are paths below its folder."""
     places = [
         (f"{base}/{path}", f"{base}/images/{{part}}")
         for path in annotations
@@ -86,7 +86,7 @@ def _openimages(*files: tuple[str, str]) -> Known:
 
 
 def _voc(*lists: str) -> list[tuple[str, str]]:
-    """Returns the places of image lists such as 2007/test.
+    """Returns the paths of image `lists`, such as 2007/test, each with its image folder.
 
     The folders of the years are in VOCdevkit/ or, as in detectron2's layout, in the data root.
     """
@@ -124,7 +124,7 @@ CITYSCAPES = "cityscapes/gtFine/cityscapes"
 IN_L = "imagenet/ImageNet-LVIS"
 STUFF = "coco/coco_stuff_10k"
 VISTAS = "mapillary_vistas/{part}"
-ODINW = {
+ODINW = {  # the folder of each dataset
     "AerialMaritimeDrone": "AerialMaritimeDrone/large",
     "Aquarium": "Aquarium/Aquarium Combined.v2-raw-1024.coco",
     "CottontailRabbits": "CottontailRabbits",

@@ -19,7 +19,8 @@ def label_table(ids: list[int] | tuple[int, ...], void: tuple[int, ...]) -> np.n
     if len(ids) >= 1 << 15:
         raise InputError(f"a label map with {len(ids)} classes; 32767 is the most")
     table = np.full(1 << 16, UNKNOWN, np.int16)
-    table[[value for value in void if value < len(table)]] = VOID
+    void_values = [value for value in void if value < len(table)]
+    table[void_values] = VOID
     table[list(ids)] = np.arange(len(ids))
     return table
 
@@ -68,7 +69,8 @@ def read_segment_map(path: Path, ids: np.ndarray) -> np.ndarray:
             f"segment map {path} has the id {values[y, x]} at x = {x}, y = {y}, which the panoptic "
             "json does not list for its image; mend one of them"
         )
-    return np.where(row == len(ids), VOID, row).astype(np.int16)
+    is_void = row == len(ids)
+    return np.where(is_void, VOID, row).astype(np.int16)
 
 
 def _read(path: Path, modes: tuple[str, ...], needed: str) -> np.ndarray:

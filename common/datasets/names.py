@@ -66,7 +66,7 @@ def _parse_custom(entry: str, split: str) -> Parsed:
     """Parses NAME=ANNOTATIONS:IMAGES or NAME=FOLDER."""
     name, _, paths = entry.partition("=")
     annotations, colon, images = paths.rpartition(":")
-    if not colon:  # a folder is both, a json file lacks its images
+    if not colon:  # a folder holds both; a json file alone lacks its images
         annotations = "" if images.endswith(".json") else images
     if not annotations:
         raise InputError(
@@ -158,8 +158,8 @@ def load_datasets(
             if known.supervision:  # refuse before any file is listed or generated
                 _refuse_supervision(known.supervision, accepts, name, split)
             if tiny and data_root:
-                message = "--tiny draws a stand-in for '%s'; %s is not read for it"
-                log.warning(message, name, data_root)
+                warning = "--tiny draws a stand-in for '%s'; %s is not read for it"
+                log.warning(warning, name, data_root)
             if tiny:
                 root = generate(known.whole or name, cache_dir(), tiny)
         dataset = load_dataset(name, own_split, paths, root, check)
@@ -189,10 +189,8 @@ def find_files(name: str, split: str, root: Path) -> tuple[Path, Path] | None:
 
     They are the first that both exist, or the first annotations that exist, or None.
     """
-    places = [
-        (root / annotations, root / images) for annotations, images in KNOWN[name].splits[split]
-    ]
-    found = [(annotations, images) for annotations, images in places if annotations.exists()]
+    places = [(root / file, root / folder) for file, folder in KNOWN[name].splits[split]]
+    found = [place for place in places if place[0].exists()]
     for annotations, images in found:
         if images.is_dir():
             return annotations, images
@@ -202,7 +200,7 @@ def find_files(name: str, split: str, root: Path) -> tuple[Path, Path] | None:
 def load_dataset(
     name: str, split: str, paths: tuple[str, str] | None, root: Path, check: bool = True
 ) -> Dataset:
-    """Reads one dataset; its arguments are the name, split and paths of `parse_datasets`.
+    """Reads the dataset that `parse_datasets` describes by `name`, `split` and `paths`.
 
     root:  the data root, for a known dataset
     check: a missing image is an error
@@ -237,10 +235,8 @@ def _read_custom(name: str, annotations: Path, images: Path) -> Dataset:
         read = read_voc if holds_xml(annotations) else read_semantic
         return read(name, annotations, images)
     if not annotations.is_file():
-        raise InputError(
-            f"dataset '{name}': annotations {annotations} do not exist; check the path before the "
-            "colon"
-        )
+        error = f"annotations {annotations} do not exist; check the path before the colon"
+        raise InputError(f"dataset '{name}': {error}")
     if annotations.suffix == ".txt":
         return read_voc(name, annotations, images)
     if annotations.suffix == ".tsv":
@@ -279,11 +275,9 @@ def _refuse_supervision(
         "semantic": "semantic label maps",
         "panoptic": "panoptic segments",
     }
-    remedy = "leave it out of --datasets"
-    if split != "train":
-        remedy = "name others with --eval-datasets"
+    train_remedy, eval_remedy = "leave it out of --datasets", "name others with --eval-datasets"
+    remedy = train_remedy if split == "train" else eval_remedy
     if supervision not in accepts:
-        has, *needs = [words.get(kind, kind) for kind in (supervision, *accepts)]
-        raise InputError(
-            f"dataset '{name}' has {has} only; this method needs {' or '.join(needs)}; {remedy}"
-        )
+        has = words.get(supervision, supervision)
+        needs = " or ".join(words.get(kind, kind) for kind in accepts)
+        raise InputError(f"dataset '{name}' has {has} only; this method needs {needs}; {remedy}")

@@ -52,7 +52,7 @@ def read_fields(path: Path, chunk: int = CHUNK) -> Iterator[tuple[str, object]]:
     fields = set()
     with _window(path, chunk) as text:
         if text.peek() != b"{":
-            read_json(path)  # raises the error of what is no object
+            read_json(path)  # raises the error that fits
         text.use(1)
         ended = text.peek() == b"}" and text.next(b"}")
         while not ended:
@@ -209,8 +209,9 @@ def _whole_elements(text: bytes) -> tuple[list, int, bool] | None:
         found = _parse(text[: cut + 1] + b"]") if comma else None
         if found:
             run, used = found
-            ended = used <= cut + 1  # the list ended before the cut
-            return run, used if ended else comma.end(), ended
+            if used > cut + 1:
+                return run, comma.end(), False
+            return run, used, True  # the list ends before the cut
     found = _parse(text[: text.rfind(b"]") + 1])
     return found and (*found, True)
 
