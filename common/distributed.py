@@ -14,12 +14,9 @@ log = logging.getLogger("concord")
 
 
 def setup_device(device: str, seed: int) -> torch.device:
-    """Returns the device of this process. Joins the process group under torchrun, seeds torch.
+    """Returns the device. Joins the process group under torchrun. Seeds torch with seed + rank.
 
-    device: "cpu", "cuda", "cuda:1" or the like; "auto" is CUDA if there is any, else the CPU
-    seed:   every rank adds its number to it
-
-    Raises InputError for a device that cannot be used.
+    device: "auto" is CUDA if there is any, else the CPU. Raises InputError if it cannot be used.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,10 +77,7 @@ def gather_on_main(value) -> list:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Concatenates the rows of all ranks in rank order, without a gradient.
-
-    rows: (N, ...), the same N on every rank. Returns (N * world_size, ...).
-    """
+    """Concatenates (N, ...) of all ranks in rank order: (N * world_size, ...), without gradient."""
     if world_size() == 1:
         return rows
     parts = [torch.empty_like(rows) for _ in range(world_size())]
@@ -98,8 +92,5 @@ def amp_context(amp: str, device: torch.device):
 
 
 def should_compile(choice: str, device: torch.device) -> bool:
-    """Returns whether to compile the model: "on", "off", or "auto", which compiles on CUDA only.
-
-    On a CPU, compiling takes longer than it saves in a short run.
-    """
+    """Returns whether to compile. "auto" is for CUDA only: on a CPU, short runs are not faster."""
     return choice == "on" or (choice == "auto" and device.type == "cuda")

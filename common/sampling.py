@@ -1,8 +1,7 @@
-"""Sampling of images from several datasets, for training and evaluation.
+"""Sampling of images from several datasets.
 
-The streams of a training are endless and depend on the seed alone. The ranks share them, and a
-resumed run continues them where it stopped. An element is a pair (row, draw): `row` counts the
-images of all datasets together, `draw` the images sampled so far.
+A stream of images is endless and depends on the seed alone; a resumed run continues it. Its
+elements are (row, draw): `row` numbers the images of all datasets, `draw` the elements.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +21,9 @@ Draws = Iterator[tuple[int, int]]
 
 
 class Mixture(torch.utils.data.Dataset):
-    """Several datasets one after the other. Its items are asked for by (row, draw).
+    """Several datasets end to end. The key of an item is (row, draw).
 
-    The augmentation depends on the seed and `draw` alone: not on the number of workers, nor on
-    what was sampled before.
+    The augmentation depends on the seed and `draw` alone, not on the number of workers.
     """
 
     def __init__(
@@ -94,8 +92,7 @@ def endless(
 ) -> Draws:
     """Yields (row, draw) endlessly: the rows of epoch(0), epoch(1), ..., numbered by `draw`.
 
-    Rank r of w yields every w-th element. The first `start` elements of all ranks together are
-    skipped, so that a resumed run sees exactly the images that it would have seen.
+    Rank r of w yields every w-th element. A resumed run skips the first `start` of all elements.
     """
     draw = 0
     number = 0
@@ -141,10 +138,7 @@ class ClassAwareSampler:
     """Endless stream of (row, draw). Samples a class of any dataset, then one of its images.
 
     Both are sampled uniformly. Classes without an image and images without a class are left out.
-
-    start, rank, world_size: as in `endless`
-
-    Raises InputError if no image has a class.
+    start, rank, world_size: as in `endless`. Raises InputError if no image has a class.
     """
 
     def __init__(
@@ -153,8 +147,7 @@ class ClassAwareSampler:
         self.seed = seed
         self.place = (start, rank, world_size)
         self.first_row = first_rows(datasets)
-        # per dataset the images (X_d,) of its classes, one class after the other, and (C_d,) their
-        # numbers; an image of five dogs is one image of "dog"
+        # per dataset (X_d,) the images of its classes, class after class, and (C_d,) their numbers
         self.images, counts = zip(*(dataset.index.by_label for dataset in datasets))
         self.ends = first_rows(self.images)
         counts = np.concatenate(counts)
@@ -162,10 +155,7 @@ class ClassAwareSampler:
         self.firsts = np.cumsum(self.counts) - self.counts  # (C,)
         if not len(self.counts):
             names = ", ".join(dataset.name for dataset in datasets)
-            raise InputError(
-                f"no image of {names} has a class, so none can be sampled by class; check the"
-                " annotations"
-            )
+            raise InputError(f"no image of {names} has a class; check the annotations")
 
     def epoch(self, number: int) -> np.ndarray:
         """Returns the rows of epoch `number`, as many as there are images, with replacement."""
@@ -189,16 +179,13 @@ class RatioBatchSampler:
     factors:     per dataset the repeat factors (I_d,) of its images, all 1 for a plain shuffle
     ratios:      images sampled from each dataset, relative to the others
     batch_sizes: images per step over all ranks; each rank gets its share, rounded down
-    start:       steps to skip, so that a resumed run sees the batches that it would have seen
+    start:       steps that a resumed run skips
     apart:       each rank samples its own dataset, instead of the same one on all ranks
 
     The probability of dataset d is proportional to ratio_d / batch_size_d, so that the numbers of
-    images follow the ratios. Two departures from the source: within a dataset images are sampled in
-    epochs, not with replacement; wide and high images are not kept apart, which would spare no
-    padding with a square crop.
-    Source: facebookresearch/Detic:detic/data/custom_dataset_dataloader.py.
-
-    Raises InputError for numbers that do not fit the datasets or the ranks.
+    images follow the ratios. Source: facebookresearch/Detic:detic/data/custom_dataset_dataloader.py,
+    but images are sampled in epochs, not with replacement. Wide and high images share batches,
+    because a square crop pads both. Raises InputError for numbers that do not fit.
     """
 
     def __init__(
