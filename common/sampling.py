@@ -183,9 +183,10 @@ class RatioBatchSampler:
     apart:       each rank samples its own dataset, instead of the same one on all ranks
 
     The probability of dataset d is proportional to ratio_d / batch_size_d, so that the numbers of
-    images follow the ratios. Source: facebookresearch/Detic:detic/data/custom_dataset_dataloader.py,
-    but images are sampled in epochs, not with replacement. Wide and high images share batches,
-    because a square crop pads both. Raises InputError for numbers that do not fit.
+    images follow the ratios. Wide and high images share batches: a square crop needs the same
+    padding for both. Raises InputError for numbers that do not fit.
+    Source: facebookresearch/Detic:detic/data/custom_dataset_dataloader.py, which samples with
+    replacement; here the images of a dataset are sampled in epochs.
     """
 
     def __init__(
