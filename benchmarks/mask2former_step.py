@@ -1,11 +1,11 @@
 """A training step of Mask2Former, the base of dataseg.py and lmseg.py, against transformers'.
 
 Both have timm's ResNet-50 with frozen BatchNorm, 6 + 9 layers of 256 channels, 100 queries, 12544
-points, the same images and segments. A step is forward, matching, losses, backward, clipping, AdamW.
-Steps alternate in one process; the ratio is that of medians. Peak memory is that of a process of
-each alone. Needs `pip install transformers`.
+points, the same images and segments. A step is forward, matching, losses, backward, clipping and
+AdamW. Steps alternate in one process; the ratio is that of medians. Peak memory is that of a
+process of each alone. Needs `pip install transformers`.
 
-    python benchmarks/mask2former_step.py            # writes benchmarks/mask2former_step-<device>.json
+    python benchmarks/mask2former_step.py    # writes benchmarks/mask2former_step-<device>.json
 """
 
 import argparse

@@ -96,8 +96,8 @@ def read_metadata(path: str | Path, method: str) -> dict:
         ) from None
     if not {"method", "args", "vocabularies"} <= metadata.keys():
         raise InputError(
-            f"weights {file} were not saved by this project: their metadata lacks the settings of the"
-            " model"
+            f"weights {file} were not saved by this project: their metadata lacks the settings of"
+            " the model"
         )
     if metadata["method"] != method:
         raise InputError(
@@ -291,8 +291,8 @@ def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{checkpoint}/state.pt cannot be read ({reason[:99]}); delete {checkpoint} to go on from"
-            " the one before"
+            f"{checkpoint}/state.pt cannot be read ({reason[:99]}); delete {checkpoint} to go on"
+            " from the one before"
         ) from None
     log.info("resumed from %s", checkpoint)
     return step
