@@ -1,4 +1,4 @@
-"""Which classes have boxes in training, and the check that novel ones have none."""
+"""How many training images or detections each class has, and which classes have boxes."""
 
 import json
 from collections.abc import Collection
@@ -13,100 +13,105 @@ from common.errors import InputError
 from common.files import atomic_path
 from common.labels import LabelSpace, Vocabulary, fold
 
+# what reading a file raises that is missing or holds no counts
+BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
-def box_frequency(datasets: list[Dataset], label_space: LabelSpace, novel: str = "") -> Tensor:
-    """(C,) how many training images have a box of each class of the joint label space.
 
-    novel: class names, or a .txt file, that no dataset may box, besides those that a base split declares
+def images_per_class(datasets: list[Dataset], label_space: LabelSpace, novel: str = "") -> Tensor:
+    """Counts the training images that have a box of each class of the label space, (C,) float32.
 
-    Raises InputError for a novel class that has boxes or is unknown, and if no dataset has any box.
+    novel: names of classes that must have no box, or a .txt file of names. The novel classes of
+           `datasets` must have none either.
+
+    Raises InputError for a novel class that has boxes or is unknown, and if no class has boxes.
     """
-    declared = {
-        k: d.name for d in datasets for k in label_space.columns(d.name)[list(d.novel)].tolist()
-    }
-    known = {fold(name): k for k, name in enumerate(label_space.names)}
-    for name in Vocabulary.parse(novel, flag="--novel").names if novel else ():
-        if fold(name) not in known:
+    source_of = {}  # {novel class: what declares it novel}
+    for dataset in datasets:
+        columns = label_space.columns(dataset.name)[list(dataset.novel)]
+        source_of |= dict.fromkeys(columns.tolist(), dataset.name)
+    column_of = {fold(name): column for column, name in enumerate(label_space.names)}
+    for name in Vocabulary.parse(novel, source="--novel").names if novel else ():
+        if fold(name) not in column_of:
             raise InputError(
                 f"--novel: '{name}' is no class of the training datasets; mend or remove it"
             )
-        declared[known[fold(name)]] = "--novel"
-    frequency = torch.zeros(len(label_space))
-    for dataset in datasets:
-        if dataset.supervision == "image_labels":
-            continue
-        counts = np.bincount(
-            label_space.columns(dataset.name), dataset.image_counts(), len(label_space)
-        )
-        if boxed := [k for k in declared if counts[k]]:
-            name, where = label_space.names[boxed[0]], declared[boxed[0]]
-            raise InputError(f"class '{name}' is novel by {where}, but '{dataset.name}' boxes it in "
-                             f"{counts[boxed[0]]:.0f} images ({len(boxed)} such classes); take out these boxes, the "
-                             "class or the dataset")  # fmt: skip
-        frequency += torch.from_numpy(counts).float()
-    if all(dataset.supervision == "image_labels" for dataset in datasets):
+        source_of[column_of[fold(name)]] = "--novel"
+
+    boxed = [dataset for dataset in datasets if dataset.supervision != "image_labels"]
+    if not boxed:
         raise InputError(
             "the training datasets have image labels only; name one with boxes in --datasets, too"
         )
-    if not frequency.any():
-        names = ", ".join(dataset.name for dataset in datasets)
-        raise InputError(f"no box to train on in {names}: there are no annotations, or only crowds or novel classes; "
-                         "name a dataset with boxes in --datasets")  # fmt: skip
-    return frequency
+    total = torch.zeros(len(label_space))
+    for dataset in boxed:
+        columns = label_space.columns(dataset.name)
+        counts = np.bincount(columns, dataset.image_counts(), len(label_space))
+        wrong = [column for column in source_of if counts[column]]
+        if wrong:
+            first = wrong[0]
+            raise InputError(
+                f"class '{label_space.names[first]}' is novel by {source_of[first]}, but"
+                f" '{dataset.name}' boxes it in {counts[first]:.0f} images ({len(wrong)} such"
+                " classes); take out these boxes, the class or the dataset"
+            )
+        total += torch.from_numpy(counts).float()
+    if not total.any():
+        raise InputError(
+            f"no box to train on in {', '.join(dataset.name for dataset in datasets)}: there are"
+            " no annotations, or only crowds or novel classes; name a dataset with boxes in"
+            " --datasets"
+        )
+    return total
 
 
-def boxed_names(frequency: Tensor, label_space: LabelSpace) -> list[str]:
-    """The names of the classes that have boxes."""
-    return [label_space.names[k] for k in frequency.nonzero().squeeze(1).tolist()]
+def boxed_names(images_per_class: Tensor, label_space: LabelSpace) -> list[str]:
+    """Returns the names of the classes that have boxes. images_per_class: (C,)"""
+    return [label_space.names[k] for k in images_per_class.nonzero().flatten().tolist()]
 
 
 def seen_and_unseen(
     vocabulary: Vocabulary, seen: Collection[str], titles: tuple[str, str]
 ) -> dict[str, np.ndarray]:
-    """Under two titles (C,) bool each: the classes whose names are among `seen`, and the others; {} if all are."""
-    names = {fold(name) for name in seen}
-    known = np.array([fold(name) in names for name in vocabulary.names])
+    """Returns {title: (C,) bool} of the classes in `seen` and of the others; {} if all are seen."""
+    folded = {fold(name) for name in seen}
+    known = np.array([fold(name) in folded for name in vocabulary.names])
     return {} if known.all() else dict(zip(titles, (known, ~known)))
 
 
 def count_classes(vocabulary: Vocabulary, predictions: dict[int, dict], path: Path) -> Tensor:
-    """n_j (C,): the number of detections of each class in the predictions of all images, also written to `path`."""
-    labels = torch.cat(
-        [torch.zeros(0, dtype=torch.long), *(found["labels"] for found in predictions.values())]
-    )
-    counts = labels.bincount(minlength=len(vocabulary))
+    """Counts the detections n_j of each class, (C,) int64, and writes names and counts to `path`.
+
+    predictions: {image: {"labels": (N,), ...}}
+    """
+    labels = [torch.zeros(0, dtype=torch.long)]
+    labels += [prediction["labels"] for prediction in predictions.values()]
+    counts = torch.cat(labels).bincount(minlength=len(vocabulary))
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps({"names": vocabulary.names, "counts": counts.tolist()}))
     return counts
 
 
 def read_prior(path: str, vocabulary: Vocabulary | None = None) -> tuple[Vocabulary, Tensor]:
-    """A vocabulary, by default the file's own, and the counts (C,) of its classes.
+    """Reads what `count_classes` wrote. Returns a vocabulary and the counts (C,) of its classes.
 
-    Raises InputError for a file that is missing or broken, and for a class that it does not have.
+    vocabulary: default: that of the file. Raises InputError for a file that is missing or broken,
+    and for a class that it lacks.
     """
     try:
-        saved = json.loads(Path(path).read_text())
-        counts = {
-            fold(name): float(count)
-            for name, count in zip(saved["names"], saved["counts"], strict=True)
-        }
+        record = json.loads(Path(path).read_text())
+        pairs = zip(record["names"], record["counts"], strict=True)
+        counts = {fold(name): float(count) for name, count in pairs}
         if not all(0 <= count <= 2**53 for count in counts.values()):
             raise ValueError("a count is no number of detections")
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
+    except BROKEN as error:
         raise InputError(
             f"--prior {path} cannot be read ({error}); give a prior-*.json of a run folder"
         ) from None
-    vocabulary = vocabulary or Vocabulary("prior", tuple(saved["names"]))
-    if lacking := [name for name in vocabulary.names if fold(name) not in counts]:
-        raise InputError(f"--prior {path} is of another vocabulary: it lacks '{lacking[0]}'; give the prior-*.json of "
-                         "an evaluation with these classes, or none")  # fmt: skip
+    vocabulary = vocabulary or Vocabulary("prior", tuple(record["names"]))
+    lacking = [name for name in vocabulary.names if fold(name) not in counts]
+    if lacking:
+        raise InputError(
+            f"--prior {path} is of another vocabulary: it lacks '{lacking[0]}';"
+            " give the prior-*.json of an evaluation with these classes, or none"
+        )
     return vocabulary, torch.tensor([counts[fold(name)] for name in vocabulary.names])
