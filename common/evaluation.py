@@ -48,8 +48,8 @@ def evaluate_detections(
     """Computes the metrics of `dataset.metric` over all images of the dataset, in 0..1.
 
     predictions: for each row of `dataset.index` a dict with `boxes` (N, 4) xyxy in pixels of the
-                 original image, `labels` (N,) in the dataset's own vocabulary, `scores` (N,),
-                 `size` (height, width) of the image, and optionally `segmentations`, N RLEs
+                 original image, `labels` (N,) in the dataset's vocabulary, `scores` (N,), `size`
+                 (height, width), and optionally `segmentations`, N RLEs
     groups:      name -> (C,) bool, the classes of the group, for example the novel ones
 
     Returns the metrics in METRICS. If dataset and predictions have segmentations, those in
@@ -78,8 +78,8 @@ def recall(
     """Computes COCO's average recall at each limit, with all classes as one: {"AR@<limit>": value}.
 
     AR@limit is the share of ground truth boxes that are found among the best `limit` boxes of each
-    image, averaged over the IoU thresholds 0.5, 0.55 ... 0.95. Crowds and groups are left out. It is
-    NaN if there is no box.
+    image, averaged over the IoU thresholds 0.5, 0.55 ... 0.95. Crowds and groups are left out. It
+    is NaN if there is no box.
 
     proposals: as in `evaluate_detections`, without labels; limits: in rising order
     Raises InputError if an image has no proposals (zero boxes are allowed).
@@ -116,7 +116,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _truth_table(index: Index, predictions: Predictions) -> Table:
-    """Returns the ground truth: image (row of the index), label, area, ignore, boxes (A, 4) xyxy."""
+    """Returns the ground truth: image (index row), label, ignore, boxes (A, 4) xyxy, area."""
     table = {"image": index.image_of, "label": index.labels, "ignore": index.ignore}
     boxes = index.boxes.astype(np.float64)
     area = index.areas.astype(np.float64)
@@ -129,7 +129,7 @@ def _truth_table(index: Index, predictions: Predictions) -> Table:
 
 
 def _prediction_table(dataset: Evaluated, predictions: Predictions) -> Table:
-    """Returns the detections: image (row of the index), label, score, boxes (A, 4) xyxy.
+    """Returns the detections: image (index row), label, score, boxes (A, 4) xyxy.
 
     Raises ValueError for a label outside the vocabulary.
     """
@@ -191,7 +191,7 @@ def _hotcoco(
 
 
 def _have_masks(dataset: Evaluated, predictions: Predictions) -> bool:
-    """Tells if ground truth and predictions have segmentations."""
+    """Tells if dataset and predictions have segmentations."""
     predicted = all("segmentations" in record for record in predictions.values())
     return predicted and dataset.index.segmentations is not None
 
@@ -210,7 +210,7 @@ def _hotcoco_tables(
     for row, image_id in enumerate(number.tolist()):
         image = {"id": image_id, "neg_category_ids": list(absent[row])}
         images.append(image | {"not_exhaustive_category_ids": list(incomplete[row])})
-    letters = getattr(dataset, "frequency", None) or "-" * len(names)
+    letters = dataset.frequency or "-" * len(names)
     categories = []
     for label, (name, letter) in enumerate(zip(names, letters, strict=True)):
         categories.append({"id": label, "name": name, "frequency": letter})
@@ -256,7 +256,7 @@ def _open_images(dataset: Evaluated, truth: Table, found: Table) -> np.ndarray:
 
     hotcoco's OpenImages mode lacks rules 2 and 3, and has rule 1 only for classes with one parent.
     """
-    upward = _ancestors(dataset.vocabulary, getattr(dataset, "hierarchy", None))
+    upward = _ancestors(dataset.vocabulary, dataset.hierarchy)
     verified = np.zeros((len(dataset.index), len(dataset.vocabulary)), dtype=bool)
     truth = _expand(truth, upward, ~verified)
     for row, labels in enumerate(dataset.index.negatives or ()):
@@ -307,7 +307,9 @@ def _expand(table: Table, upward: np.ndarray, verified: np.ndarray) -> Table:
         for ancestor in np.flatnonzero(ancestors):
             kept = rows[verified[table["image"][rows], ancestor]]
             parts.append(_take(table, kept) | {"label": np.full(len(kept), ancestor), "row": kept})
-    expanded = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    expanded = {}
+    for name in parts[0]:
+        expanded[name] = np.concatenate([part[name] for part in parts])
     return _take(expanded, np.argsort(expanded.pop("row"), kind="stable"))
 
 
@@ -391,23 +393,22 @@ def _format_table(results: dict[str, dict[str, float]], width: int) -> str:
     blocks = [[first]]  # each a list of columns
     used = letters
     for metric in metrics:
-        values = [
-            f"{row.get(metric, math.nan):.3f}".replace("nan", "-") for row in results.values()
-        ]
-        letters = max(map(len, [metric, *values]))
+        values = [row.get(metric, math.nan) for row in results.values()]
+        cells = [metric, *("-" if math.isnan(x) else f"{x:.3f}" for x in values)]
+        letters = max(map(len, cells))
         used += 2 + letters
         if used > width and len(blocks[-1]) > 1:
             blocks.append([first])
             used = len(first[0]) + 2 + letters
-        blocks[-1].append([cell.rjust(letters) for cell in (metric, *values)])
+        blocks[-1].append([cell.rjust(letters) for cell in cells])
     return "\n\n".join("\n".join(map("  ".join, zip(*block))) for block in blocks)
 
 
 def to_coco_json(vocabulary: Vocabulary, predictions: Predictions, image_ids: list) -> list[dict]:
-    """Returns COCO results: dicts of image_id, category_id, bbox and score.
+    """Returns COCO results: dicts of image_id, category_id, bbox (x, y, w, h in pixels) and score.
 
-    image_id is image_ids[row], category_id the original id of the class, bbox x, y, width, height in
-    pixels. If the prediction has segmentations, `segmentation` is the RLE.
+    image_id is image_ids[row]. category_id is the original id of the class. If the prediction has
+    segmentations, `segmentation` is the RLE.
     """
     results = []
     for row, found in predictions.items():
