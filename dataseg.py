@@ -79,18 +79,11 @@ from common.checkpoint import (
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
 from common.convert import convert_mask2former, converted
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
-from common.distributed import (
-    amp_context,
-    mean_over_ranks,
-    rank,
-    setup_device,
-    should_compile,
-    world_size,
-)
+from common.distributed import amp_context, rank, setup_device, should_compile, world_size
 from common.evaluation import report
 from common.inference import evaluate_dataset, predict_each, predict_files
 from common.labels import LabelSpace, Vocabulary
-from common.mask_losses import loss_dice, loss_mask, mask_cost
+from common.mask_losses import MaskOutput, loss_dice, loss_mask, mask_cost, masks_per_rank
 from common.masks import rasterise, segment_masks
 from common.optim import parameter_groups, poly_learning_rate, scaled_lr
 from common.pixel_decoder import PixelDecoder, tokens
@@ -106,8 +99,8 @@ from common.visualize import save_image, training_grid
 
 # Shapes: B images, Q queries, C channels, Z predictions (of the initial queries and after each
 # layer), K classes of the dataset, D width of the text embeddings, N segments or boxes of an image,
-# R matched pairs of query and target, P points, S pixels of a feature level, H W pixels, h w cells of
-# stride 4.
+# R matched pairs of query and target, P points, S pixels of a feature level, H W pixels, h w cells
+# of stride 4.
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
@@ -258,20 +251,6 @@ def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
     return LabelSpace(vocabularies, partial(embed, encoder=args.text_encoder, prompts=args.prompts))
 
 
-@dataclass
-class Output:
-    """What the decoder predicts. Mask logits are `mask_embed` times `mask_features`."""
-
-    logits: Tensor  # (Z, B, Q, K + 1), the last column is background
-    mask_embed: Tensor  # (Z, B, Q, C)
-    mask_features: Tensor  # (B, C, h, w)
-
-    def masks(self, z: Tensor | int, image: int, query: Tensor | slice = slice(None)) -> Tensor:
-        """Returns the mask logits (R, h, w) of R queries, in one prediction z or in R of them."""
-        embed = self.mask_embed[z, image, query]  # (R, C)
-        return torch.einsum("rc,chw->rhw", embed, self.mask_features[image])
-
-
 class Model(nn.Module):
     """Mask2Former (arXiv 2112.01527) whose queries are classified by text."""
 
@@ -303,7 +282,7 @@ class Model(nn.Module):
             features = self.backbone(self.backbone.normalise(images, sizes))
         return self.pixel_decoder([f.float() for f in features])
 
-    def decode(self, mask_features: Tensor, maps: list[Tensor], text: Tensor) -> Output:
+    def decode(self, mask_features: Tensor, maps: list[Tensor], text: Tensor) -> MaskOutput:
         """Runs Mask2Former's decoder on the output of `extract`.
 
         Each layer has masked cross-attention to one feature level (the levels take turns),
@@ -326,7 +305,7 @@ class Model(nn.Module):
             q = layer.feed_forward(q)
             predictions.append(self.head(q))
         z, mask_embed = (torch.stack(part) for part in zip(*predictions))  # (Z, B, Q, C)
-        return Output(self.classify(z, text), mask_embed, mask_features)
+        return MaskOutput(self.classify(z, text), mask_embed, mask_features)
 
     def classify(self, z: Tensor, text: Tensor) -> Tensor:
         """Returns logits s cos(e, t) (..., K + 1); the last column is the shared background.
@@ -337,7 +316,7 @@ class Model(nn.Module):
         rows = torch.cat([text, F.normalize(self.background, dim=0)[None]])  # (K + 1, D)
         return self.logit_scale.exp() * e @ rows.T
 
-    def forward(self, images: Tensor, sizes: list[tuple[int, int]], text: Tensor) -> Output:
+    def forward(self, images: Tensor, sizes: list[tuple[int, int]], text: Tensor) -> MaskOutput:
         """Returns all predictions for images (B, 3, H, W) uint8 of one dataset.
 
         text: (K, D), that of the dataset's classes
@@ -405,7 +384,7 @@ def projection_dice(product: Tensor, x: Tensor, t: Tensor) -> Tensor:
     return 1 - 2 * product / (x.square().sum(-1) + t.square().sum(-1) + 1e-5)
 
 
-def box_costs(output: Output, image: int, boxes: Tensor) -> tuple[Tensor, Tensor]:
+def box_costs(output: MaskOutput, image: int, boxes: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the costs (Z, Q, N) of boxes (N, 4): 5 times the dice of rows, and of columns."""
     rows, columns = rasterise(boxes, output.mask_features.shape[-2:])  # (N, h), (N, w)
     costs = []
@@ -419,7 +398,7 @@ def box_costs(output: Output, image: int, boxes: Tensor) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def match(
-    args: Args, output: Output, targets: list[Targets]
+    args: Args, output: MaskOutput, targets: list[Targets]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Matches queries to targets, in each prediction by the Hungarian method.
 
@@ -441,7 +420,7 @@ def match(
 
 
 def join_members(
-    output: Output, image: int, pairs: tuple, labels: Tensor, merged: Tensor
+    output: MaskOutput, image: int, pairs: tuple, labels: Tensor, merged: Tensor
 ) -> tuple[tuple, Tensor]:
     """--merge-in-training: adds free queries that predict a merged class to the pair of its target.
 
@@ -454,11 +433,8 @@ def join_members(
     is_member = predicted[z] == labels[target, None]  # (R, Q)
     is_member &= merged[labels[target], None]
     pair, member = is_member.nonzero(as_tuple=True)
-    all_pairs = (
-        torch.cat([z, z[pair]]),
-        torch.cat([query, member]),
-        torch.cat([target, target[pair]]),
-    )
+    members = (z[pair], member, target[pair])
+    all_pairs = tuple(torch.cat(both) for both in zip(pairs, members))
     return all_pairs, torch.cat([torch.arange(len(z), device=pair.device), pair])
 
 
@@ -493,7 +469,7 @@ def loss_projection(
 
 
 def compute_losses(
-    args: Args, output: Output, targets: list[Targets], merged: Tensor
+    args: Args, output: MaskOutput, targets: list[Targets], merged: Tensor
 ) -> dict[str, Tensor]:
     """L = sum over predictions of 2 L_class + 5 (L_mask + L_dice), or 2 L_class + 5 L_projection.
 
@@ -501,10 +477,7 @@ def compute_losses(
     the proposals that predict such a class. Returns every term with its weight, and their sum as
     `loss`.
     """
-    num_masks = torch.tensor(
-        float(sum(len(t.labels) for t in targets)), device=output.logits.device
-    )
-    num_masks = mean_over_ranks(num_masks).clamp(min=1)
+    num_masks = masks_per_rank(targets, output.logits.device)
     background = output.logits.shape[-1] - 1
     classes = torch.full(output.logits.shape[:-1], background, device=num_masks.device)  # (Z, B, Q)
     sampled, projected = [], []
@@ -750,9 +723,7 @@ def main() -> None:
         model, label_space = load(args.weights, args, device)
     default = default_eval(args.datasets).split(",")
     names = args.eval_datasets or ",".join(EVALUATION.get(name, name) for name in default)
-    evaluated = []
-    if not args.predict:
-        evaluated = load_datasets(names, "val", root, size, accepts=SUPERVISION)
+    evaluated = [] if args.predict else load_datasets(names, "val", root, size, False, SUPERVISION)
     for dataset in evaluated:  # a name without an embedding must show before the training
         label_space.swap(dataset.vocabulary)
     folder = make_run_folder(args, METHOD)

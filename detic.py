@@ -83,7 +83,7 @@ from common.checkpoint import (
 )
 from common.class_counts import boxed_names, images_per_class, seen_and_unseen
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
-from common.convert import convert_detic, converted
+from common.convert import convert_centernet2_detic, converted
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
 from common.distributed import (
     amp_context,
@@ -95,14 +95,7 @@ from common.distributed import (
 )
 from common.errors import InputError
 from common.evaluation import report
-from common.image_label_losses import (
-    RIVALS,
-    Bag,
-    ImageLabelLoss,
-    label_bce,
-    loss_image_labels,
-    make_bags,
-)
+from common.image_label_losses import RIVALS, Bag, ImageLabelLoss, label_bce, loss_image_labels
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
 from common.labels import LabelSpace, Vocabulary
 from common.masks import paste_rles
@@ -117,12 +110,11 @@ from common.visualize import save_image, training_grid
 
 # Shapes: B images, Q proposals of an image, R regions (RoIs) of all images, N ground truths of an
 # image, C classes of the label space, D width of the text embeddings, F feature channels,
-# H W pixels, h w feature cells, K image-level labels of an image, M captions, n proposals of an image
-# with image-level labels.
+# H W pixels, K image-level labels and n proposals of an image without boxes, M captions.
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
-DEMO = [  # the demonstration of ./run.sh: boxes alone, then boxes and image-level labels
+DEMO = [  # the demonstration of ./run.sh: boxes, then boxes and image-level labels
     "--datasets coco-base --tiny --output {output}-boxes",
     "--datasets coco-base,in21k --tiny --weights {output}-boxes --output {output}",
 ]
@@ -191,8 +183,7 @@ class Args:
     base_batch_size: Annotated[int, Range(1)] = 64
     """batch size that --lr is meant for (Detic, R50: 64)"""
     warmup_steps: Annotated[int, COUNT] = 10_000
-    """steps of linear warmup from 1e-4 of --lr (Detic); at most a ninth of --steps.
-    With image-level labels: at most 1000 steps, from 1e-3"""
+    """steps of linear warmup (Detic); at most a ninth of --steps, 1000 with image-level labels"""
     image_label_loss: ImageLabelLoss = "max_size"
     """which proposals of an image get its label (Table 1)"""
     image_label_weight: Annotated[float, Range(0)] = 0.1
@@ -214,8 +205,7 @@ class Args:
     repeat_threshold: Annotated[float, Range(0)] = 0.001
     """t of repeat-factor sampling within a dataset with boxes (LVIS, Detic)"""
     jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)
-    """scale range of large-scale jitter; 1 fits the image into the square (EfficientDet, Detic).
-    For images without boxes: within 0.5 to 1.5"""
+    """scale range of large-scale jitter (EfficientDet); without boxes at least 0.5, at most 1.5"""
     prompts: Literal["auto", "imagenet", "a", "name"] = "a"
     """"a {name}" (Detic), CLIP's 80 templates, or the name (--tiny)"""
     one_class_per_proposal: bool = False
@@ -256,7 +246,7 @@ TINY = {
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias"]
 MODEL_FIELDS += ["channels", "fc_dim", "masks", "image_label_loss"]
 SUPERVISION = ("boxes", "instances", "image_labels")  # what it can learn from
-OFFICIAL = convert_detic  # official weights can be loaded, too
+OFFICIAL = convert_centernet2_detic  # official weights can be loaded, too
 NEGATIVE_CAPTION_WEIGHT = 0.125  # Detic's NEG_CAP_WEIGHT for Conceptual Captions (COCO: 1)
 
 # -- Model -----------------------------------------------------------------------------------------
@@ -331,19 +321,12 @@ class Model(nn.Module):
         proposals, losses = self.centernet(features, [t.boxes for t in targets])
         boxes = [b for b, _ in proposals]
         stages = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
-        predictions = []
-        for classifier, stage in zip(self.classifiers, stages):
-            _, logits = classifier(stage.hidden, text)  # (R, C)
-            predictions.append(Prediction(logits))
+        logits = [classify(s.hidden, text)[1] for classify, s in zip(self.classifiers, stages)]
+        predictions = [Prediction(x) for x in logits]  # (R, C)
         if self.mask_head:
             losses["loss_mask"] = self.mask_head.loss(features, stages[0], targets)
         return stages, predictions, losses
 
-    # An image with image-level labels takes this way:
-    # 1. its proposals of highest objectness are kept (image_label_proposals);
-    # 2. all stages of the cascade see them, without sampling and without matching;
-    # 3. of each stage, the largest proposal is chosen (loss_max_size);
-    # 4. the loss is the BCE of that proposal and the image's label, times lambda (compute_losses).
     def forward_image_labels(
         self,
         features: list[Tensor],
@@ -353,6 +336,11 @@ class Model(nn.Module):
         captions: Tensor | None,
     ) -> tuple[list[StageOutput], list[Prediction]]:
         """Returns the output and the prediction of each stage for images without boxes.
+
+        1. The proposals of highest objectness are kept (--image-label-proposals).
+        2. All stages of the cascade see them, without sampling and without matching.
+        3. In each stage, the largest proposal is chosen (`loss_max_size`).
+        4. The loss is the BCE of its logits and the image's label, times lambda (`image_losses`).
 
         If the whole image takes part (`image`, captions), its box is the last proposal.
         """
@@ -490,8 +478,7 @@ def loss_captions(
     for image_logits, column in zip(logits, caption_columns):
         if column >= 0 and len(image_logits):
             whole = image_logits[-1]  # (M,)
-            target = torch.zeros_like(whole)
-            target[column] = 1
+            target = F.one_hot(torch.tensor(column), len(whole)).to(whole)
             bce = F.binary_cross_entropy_with_logits(whole, target, reduction="none")
             terms.append((bce * (target + negative_weight * (1 - target))).sum())
     return torch.stack(terms).sum() / len(logits)
@@ -526,7 +513,7 @@ def image_losses(
     args: Args, k: int, stage: StageOutput, prediction: Prediction, targets: list[Targets]
 ) -> dict[str, Tensor]:
     """Returns lambda L_im of stage k, and lambda times the caption loss if there are captions."""
-    bags = make_bags(stage.boxes, prediction.logits, prediction.prop_logits)
+    bags = Bag.split(stage.boxes, prediction.logits, prediction.prop_logits)
     loss_of_label = RIVALS.get(args.image_label_loss, loss_max_size)
     loss = loss_image_labels(loss_of_label, bags, [t.image_labels for t in targets])
     losses = {f"loss_image_labels_stage{k}": args.image_label_weight * loss}
@@ -561,8 +548,7 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace) -> list[dict]:
         boxes, scores, labels = select_detections(boxes, scores, model.args.one_class_per_proposal)
         detection = to_detection(boxes, labels, scores, label_space, batch, i)
         if model.mask_head:
-            masks = model.mask_head([f[i : i + 1] for f in features], [boxes])  # (N, 28, 28)
-            masks = masks.sigmoid().cpu()
+            masks = model.mask_head([f[i : i + 1] for f in features], [boxes]).sigmoid().cpu()
             detection["segmentations"] = paste_rles(masks, detection["boxes"], detection["size"])
         detections.append(detection)
     return detections
@@ -634,7 +620,6 @@ def train(
 
     steps = args.steps
     warmup = min(args.warmup_steps, 1000 if joint else args.warmup_steps, steps // 9)
-    warmup_factor = 1e-3 if joint else 1e-4
     lr = scaled_lr(args.lr, args)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4)
@@ -654,15 +639,14 @@ def train(
             save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         batch = batch.to(device)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, lr, steps, warmup, warmup_factor)
+            group["lr"] = learning_rate(step - 1, lr, steps, warmup, 1e-3 if joint else 1e-4)
 
         targets = prepare_targets(batch, label_space)
         classes, targets = sample_classifier(targets, frequency, args.dynamic_classifier)
         captions = None
         if batch.samples[0].dataset in captioned:
             captions = gather_rows(encode([t.caption for t in targets]).to(device))  # (M, D)
-        text = label_space.text[classes]
-        outputs = parallel(batch.images, batch.sizes, targets, text, captions)
+        outputs = parallel(batch.images, batch.sizes, targets, label_space.text[classes], captions)
         stages, predictions, losses = outputs
         losses = compute_losses(args, stages, predictions, targets, losses, frequency[classes])
         optimizer.zero_grad(set_to_none=True)

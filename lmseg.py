@@ -82,20 +82,13 @@ from common.checkpoint import (
 )
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
 from common.convert import convert_mask2former, converted
+from common.dataset_heads import DatasetHeads
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
-from common.distributed import (
-    amp_context,
-    mean_over_ranks,
-    rank,
-    setup_device,
-    should_compile,
-    world_size,
-)
-from common.errors import InputError
+from common.distributed import amp_context, rank, setup_device, should_compile, world_size
 from common.evaluation import report
 from common.inference import evaluate_dataset, predict_each, predict_files
 from common.labels import LabelSpace, Vocabulary, fold
-from common.mask_losses import loss_dice, loss_mask, mask_cost
+from common.mask_losses import MaskOutput, loss_dice, loss_mask, mask_cost, masks_per_rank
 from common.masks import segment_masks
 from common.optim import parameter_groups, poly_learning_rate, scaled_lr
 from common.pixel_decoder import PixelDecoder, tokens
@@ -111,8 +104,8 @@ from common.visualize import save_image, training_grid
 
 # Shapes: B images, Q queries, C channels, Z predictions (of the initial queries and after each
 # layer), K classes of the dataset, D width of the text embeddings, N segments of an image,
-# R matched pairs of query and target, P points, S pixels of a feature level, H W pixels, h w cells of
-# stride 4.
+# R matched pairs of query and target, P points, S pixels of a feature level, H W pixels, h w cells
+# of stride 4.
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
@@ -162,7 +155,7 @@ class Args:
     backbone: str = "resnet50"
     """any timm model with features of strides 4 to 32, or a plain ViT (simple feature pyramid)"""
     text_encoder: str = "RN50/openai"
-    """open_clip MODEL/PRETRAINED, or minilm (in this repository; with --context-tokens 0 --prompts name)"""
+    """open_clip MODEL/PRETRAINED, or minilm (with --context-tokens 0 --prompts name)"""
     prompts: Literal["photo", "a", "name"] = "photo"
     """"a photo of {name}", "a {name}", or the plain name"""
     context_tokens: Annotated[int, Range(0, 64)] = 8
@@ -170,7 +163,7 @@ class Args:
     cgd: Literal["visual_text", "text_visual", "off"] = "visual_text"
     """category-guided decoding: the queries attend to the image, then the text, or the reverse"""
     classifier: Literal["text", "heads"] = "text"
-    """similarity to the text, or the multi-head baseline without text: a linear layer per dataset"""
+    """similarity to the text, or the multi-head baseline: a linear layer per dataset, no text"""
     daa: bool = True
     """dataset-aware augmentation; without it all datasets have that of ADE20K"""
     sampling: Literal["uniform", "size"] = "uniform"
@@ -329,38 +322,6 @@ class CategoryGuide(nn.Module):
         return q + self.drop(self.output(attended.transpose(1, 2).flatten(2)))
 
 
-class Heads(nn.Module):
-    """The multi-head baseline: a linear layer per dataset in place of text."""
-
-    def __init__(self, channels: int, label_space: LabelSpace):
-        super().__init__()
-        self.datasets = label_space.datasets
-        vocabularies = label_space.vocabularies.values()
-        self.layers = nn.ModuleList(nn.Linear(channels, len(v) + 1) for v in vocabularies)
-
-    def forward(self, z: Tensor, label_space: LabelSpace) -> Tensor:
-        """Returns the logits (..., K + 1) of queries z (..., C) for the dataset of label_space."""
-        if len(label_space.datasets) > 1:
-            names = ", ".join(self.datasets)
-            raise InputError(f"--classifier heads: name one of its datasets, --vocabulary {names}")
-        (dataset,) = label_space.datasets
-        return self.layers[self.datasets.index(dataset)](z)
-
-
-@dataclass
-class Output:
-    """What the decoder predicts. Mask logits are `mask_embed` times `mask_features`."""
-
-    logits: Tensor  # (Z, B, Q, K + 1), the last column is background
-    mask_embed: Tensor  # (Z, B, Q, C)
-    mask_features: Tensor  # (B, C, h, w)
-
-    def masks(self, z: Tensor | int, image: int, query: Tensor | slice = slice(None)) -> Tensor:
-        """Returns the mask logits (R, h, w) of R queries, in one prediction z or in R of them."""
-        embed = self.mask_embed[z, image, query]  # (R, C)
-        return torch.einsum("rc,chw->rhw", embed, self.mask_features[image])
-
-
 class Model(nn.Module):
     """Mask2Former (arXiv 2112.01527) whose queries are guided and classified by text."""
 
@@ -384,7 +345,7 @@ class Model(nn.Module):
         self.level_embed = nn.Parameter(torch.randn(3, channels))
         self.heads, self.guides, self.context = None, None, None
         if args.classifier == "heads":
-            self.heads = Heads(channels, label_space)
+            self.heads = DatasetHeads(channels, label_space)
         else:
             dim = label_space.width
             self.adapter = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels))
@@ -412,7 +373,7 @@ class Model(nn.Module):
         maps: list[Tensor],
         label_space: LabelSpace,
         text: Tensor | None,
-    ) -> Output:
+    ) -> MaskOutput:
         """Runs Mask2Former's decoder, with the category guide, on the output of `extract`.
 
         Each layer has masked cross-attention to one feature level (the levels take turns),
@@ -442,7 +403,7 @@ class Model(nn.Module):
             predictions.append(self.head(q))
         z, mask_embed = (torch.stack(part) for part in zip(*predictions))  # (Z, B, Q, C)
         logits = self.classify(z, text) if self.heads is None else self.heads(z, label_space)
-        return Output(logits, mask_embed, mask_features)
+        return MaskOutput(logits, mask_embed, mask_features)
 
     def classify(self, z: Tensor, text: Tensor) -> Tensor:
         """Returns logits cos(z, T) / tau (..., K + 1); the last column is background.
@@ -457,7 +418,7 @@ class Model(nn.Module):
         sizes: list[tuple[int, int]],
         label_space: LabelSpace,
         text: Tensor | None = None,
-    ) -> Output:
+    ) -> MaskOutput:
         """Returns all predictions for images (B, 3, H, W) uint8 of one dataset.
 
         label_space: that of the dataset
@@ -488,7 +449,7 @@ def prepare_targets(batch: Batch) -> list[Targets]:
 
 @torch.no_grad()
 def match(
-    args: Args, output: Output, targets: list[Targets]
+    args: Args, output: MaskOutput, targets: list[Targets]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Matches queries to targets, in each prediction by the Hungarian method.
 
@@ -518,15 +479,12 @@ def loss_class(logits: Tensor, classes: Tensor) -> Tensor:
     return (each.sum(1) / weight[classes].flatten(1).sum(1)).sum()
 
 
-def compute_losses(args: Args, output: Output, targets: list[Targets]) -> dict[str, Tensor]:
+def compute_losses(args: Args, output: MaskOutput, targets: list[Targets]) -> dict[str, Tensor]:
     """L = sum over predictions of 2 L_class + 5 (L_mask + L_dice).
 
     Returns every term with its weight, and their sum as `loss`.
     """
-    num_masks = torch.tensor(
-        float(sum(len(t.labels) for t in targets)), device=output.logits.device
-    )
-    num_masks = mean_over_ranks(num_masks).clamp(min=1)
+    num_masks = masks_per_rank(targets, output.logits.device)
     background = output.logits.shape[-1] - 1
     classes = torch.full(output.logits.shape[:-1], background, device=num_masks.device)  # (Z, B, Q)
     sampled = []
@@ -767,9 +725,7 @@ def main() -> None:
     else:
         model, label_space = load(args.weights, args, device)
     names = args.eval_datasets or default_eval(args.datasets)
-    evaluated = []
-    if not args.predict:
-        evaluated = load_datasets(names, "val", root, size, accepts=SUPERVISION)
+    evaluated = [] if args.predict else load_datasets(names, "val", root, size, False, SUPERVISION)
     for dataset in evaluated:  # a name without an embedding must show before the training
         label_space.swap(dataset.vocabulary)
     folder = make_run_folder(args, METHOD)

@@ -172,7 +172,7 @@ class Args:
     backbone: str = "resnet50.tv_in1k"
     """localizer: any timm model with features of strides 4 to 32; pretrained if it can be loaded"""
     classifier_backbone: str = "RN50/openai"
-    """CLIP ResNet, MODEL/PRETRAINED or MODEL/FILE (paper: RN50/RegionCLIP's .pth), or a timm model"""
+    """CLIP ResNet, MODEL/PRETRAINED or MODEL/FILE (paper: RegionCLIP's file), or a timm model"""
     text_encoder: str = "RN50/openai"
     """open_clip MODEL/PRETRAINED, minilm (ships with Concord), or coco=FILE.npy,lvis=FILE.npy"""
     prompts: Literal["auto", "imagenet", "a", "name"] = "auto"

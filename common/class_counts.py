@@ -30,12 +30,12 @@ def images_per_class(datasets: list[Dataset], label_space: LabelSpace, novel: st
         columns = label_space.columns(dataset.name)[list(dataset.novel)]
         source_of |= dict.fromkeys(columns.tolist(), dataset.name)
     column_of = {fold(name): column for column, name in enumerate(label_space.names)}
-    for name in Vocabulary.parse(novel, source="--novel").names if novel else ():
+    for name in Vocabulary.parse(novel, source="novel classes").names if novel else ():
         if fold(name) not in column_of:
             raise InputError(
-                f"--novel: '{name}' is no class of the training datasets; mend or remove it"
+                f"novel classes: '{name}' is no class of the training datasets; mend or remove it"
             )
-        source_of[column_of[fold(name)]] = "--novel"
+        source_of[column_of[fold(name)]] = "the list of novel classes"
 
     boxed = [dataset for dataset in datasets if dataset.supervision != "image_labels"]
     if not boxed:
@@ -105,13 +105,13 @@ def read_prior(path: str, vocabulary: Vocabulary | None = None) -> tuple[Vocabul
             raise ValueError("a count is no number of detections")
     except BROKEN as error:
         raise InputError(
-            f"--prior {path} cannot be read ({error}); give a prior-*.json of a run folder"
+            f"prior {path} cannot be read ({error}); give a prior-*.json of a run folder"
         ) from None
     vocabulary = vocabulary or Vocabulary("prior", tuple(record["names"]))
     lacking = [name for name in vocabulary.names if fold(name) not in counts]
     if lacking:
         raise InputError(
-            f"--prior {path} is of another vocabulary: it lacks '{lacking[0]}';"
+            f"prior {path} is of another vocabulary: it lacks '{lacking[0]}';"
             " give the prior-*.json of an evaluation with these classes, or none"
         )
     return vocabulary, torch.tensor([counts[fold(name)] for name in vocabulary.names])

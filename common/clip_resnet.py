@@ -204,9 +204,7 @@ def architecture(name: str) -> dict:
     if config is None or not isinstance(config["vision_cfg"]["layers"], list):
         models = open_clip.list_models()
         known = ", ".join(m for m in models if m.startswith("RN") and "gelu" not in m)
-        raise InputError(
-            f"--classifier-backbone {name}: no CLIP ResNet '{model}'; there are {known}"
-        )
+        raise InputError(f"classifier backbone {name}: no CLIP ResNet '{model}'; there are {known}")
     return config["vision_cfg"] | {"embed_dim": config["embed_dim"]}
 
 
@@ -227,7 +225,7 @@ def load_pretrained(model: CLIPResNetC4, name: str) -> bool:
     if source not in tags:
         known = ", ".join(tags)
         raise InputError(
-            f"--classifier-backbone {name}: no weights '{source}' for {kind}; "
+            f"classifier backbone {name}: no weights '{source}' for {kind}; "
             f"there are {known}, or a file"
         )
     try:
@@ -254,7 +252,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         else:
             detail = str(error)[:120]
             reason = f"it is no file of plain tensors ({detail}); save it as .safetensors"
-        raise InputError(f"--classifier-backbone: {path} cannot be read: {reason}") from None
+        raise InputError(f"classifier backbone: {path} cannot be read: {reason}") from None
     for key in ("state_dict", "model"):  # checkpoints nest their tensors
         if isinstance(content, dict):
             content = content.get(key, content)
@@ -324,7 +322,7 @@ class FPNRegions(nn.Module):
     def __init__(self, name: str, out: int, channels: int, fc_dim: int, pretrained: bool):
         """out: width of the embeddings; channels: of the FPN; fc_dim: width of the box head."""
         super().__init__()
-        self.backbone = Backbone(name, channels, pretrained, STRIDES, flag="--classifier-backbone")
+        self.backbone = Backbone(name, channels, pretrained, STRIDES, flag="classifier backbone")
         self.box_head = two_layers(channels, fc_dim)
         self.embedding = nn.Linear(fc_dim, out)
 
@@ -352,7 +350,7 @@ def region_features(
     regions = CLIPResNetC4(name, pretrained)
     if regions.out != text_dim:
         raise InputError(
-            f"--classifier-backbone {name} embeds regions in {regions.out} dimensions, the text "
+            f"classifier backbone {name} embeds regions in {regions.out} dimensions, the text "
             f"encoder names in {text_dim}; --text-encoder RN50/openai fits RN50"
         )
     return regions

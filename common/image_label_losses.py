@@ -26,12 +26,12 @@ class Bag:
     logits: Tensor  # (n, C + 1), the last column is background
     prop_logits: Tensor | None = None  # (n, C + 1), logits of WSDDN's second branch
 
-
-def make_bags(boxes: list[Tensor], logits: Tensor, prop_logits: Tensor | None) -> list[Bag]:
-    """Splits logits (R, C + 1) of all images into bags, by boxes, B tensors (n, 4)."""
-    sizes = [len(b) for b in boxes]
-    branch = [None] * len(boxes) if prop_logits is None else prop_logits.split(sizes)
-    return [Bag(*parts) for parts in zip(boxes, logits.split(sizes), branch)]
+    @classmethod
+    def split(cls, boxes: list[Tensor], logits: Tensor, prop_logits: Tensor | None) -> list["Bag"]:
+        """Makes the bag of each image from logits (R, C + 1) of all, by boxes, B tensors (n, 4)."""
+        sizes = [len(b) for b in boxes]
+        branch = [None] * len(boxes) if prop_logits is None else prop_logits.split(sizes)
+        return [cls(*parts) for parts in zip(boxes, logits.split(sizes), branch)]
 
 
 def label_bce(logits: Tensor, label: Tensor) -> Tensor:

@@ -196,9 +196,13 @@ class LabelSpace:
 
     @property
     def is_thing(self) -> tuple[bool, ...]:
-        """C bools of a label space of one dataset. Classes of unknown kind are things."""
-        (vocabulary,) = self.vocabularies.values()
-        return vocabulary.is_thing or (True,) * len(self)
+        """C bools, True for things and False for stuff. A class of unknown kind is a thing."""
+        is_thing = [True] * len(self)
+        for vocabulary in self.vocabularies.values():
+            columns = self._columns[vocabulary.dataset].tolist()
+            for column, value in zip(columns, vocabulary.is_thing or ()):
+                is_thing[column] = value
+        return tuple(is_thing)
 
     @cached_property
     def dataset_of_label(self) -> Tensor:

@@ -1,21 +1,45 @@
-"""Mask2Former's mask losses, on points instead of whole masks, and the matching cost that mirrors them.
+"""Mask2Former's output, its mask losses at points, and the matching cost that mirrors them.
 
 Source: facebookresearch/Mask2Former:mask2former/modeling/{matcher.py,criterion.py}.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.distributed import mean_over_ranks
 from common.point_matching import pairwise_bce, pairwise_dice, point_sample
+from common.targets import Targets
 
 # Shapes: Z predictions, Q queries, N masks of an image, R matched pairs, P points, C channels.
 
 
-def mask_cost(mask_embed: Tensor, mask_features: Tensor, masks: Tensor, num_points: int) -> Tensor:
-    """Returns the matching cost 5 BCE + 5 dice (Z, Q, N) of queries and masks (N, H, W) of an image.
+@dataclass
+class MaskOutput:
+    """What Mask2Former's decoder predicts. Mask logits are `mask_embed` times `mask_features`."""
 
-    Both are means over random points, which all queries and predictions share.
+    logits: Tensor  # (Z, B, Q, K + 1), the last column is background
+    mask_embed: Tensor  # (Z, B, Q, C)
+    mask_features: Tensor  # (B, C, h, w)
+
+    def masks(self, z: Tensor | int, image: int, query: Tensor | slice = slice(None)) -> Tensor:
+        """Returns the mask logits (R, h, w) of R queries, in one prediction z or in R of them."""
+        embed = self.mask_embed[z, image, query]  # (R, C)
+        return torch.einsum("rc,chw->rhw", embed, self.mask_features[image])
+
+
+def masks_per_rank(targets: list[Targets], device: torch.device) -> Tensor:
+    """Returns the number of target masks, mean over the ranks and at least 1, as a scalar."""
+    num_masks = torch.tensor(float(sum(len(t.labels) for t in targets)), device=device)
+    return mean_over_ranks(num_masks).clamp(min=1)
+
+
+def mask_cost(mask_embed: Tensor, mask_features: Tensor, masks: Tensor, num_points: int) -> Tensor:
+    """Returns the matching cost 5 BCE + 5 dice (Z, Q, N) of queries and masks (N, H, W).
+
+    Both are computed at random points of one image, which all queries and predictions share.
 
     mask_embed: (Z, Q, C); mask_features: (C, h, w); mask logits are their product
     """

@@ -304,7 +304,7 @@ class ContextEncoder:
                 )
             self.token_embedding = model.token_embedding
         else:
-            check_package("learned context (--context-tokens 0 needs none)")
+            check_package("learned context (fixed text needs none)")
             model, self.tokenizer = load_minilm()
             self.token_embedding = model.get_input_embeddings()
         self.model = model.to(device).requires_grad_(False).eval()

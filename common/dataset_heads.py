@@ -1,0 +1,26 @@
+"""The multi-head baseline of training on many datasets: a classifier per dataset, without text."""
+
+from torch import Tensor, nn
+
+from common.errors import InputError
+from common.labels import LabelSpace
+
+
+class DatasetHeads(nn.Module):
+    """A linear layer for each dataset, with a last column for background."""
+
+    def __init__(self, channels: int, label_space: LabelSpace):
+        super().__init__()
+        self.datasets = label_space.datasets
+        vocabularies = label_space.vocabularies.values()
+        self.layers = nn.ModuleList(nn.Linear(channels, len(v) + 1) for v in vocabularies)
+
+    def forward(self, z: Tensor, label_space: LabelSpace) -> Tensor:
+        """Returns the logits (..., K + 1) of queries z (..., C) for the dataset of label_space."""
+        if len(label_space.datasets) > 1:
+            raise InputError(
+                "this model has a classifier for each dataset; name one of them as --vocabulary:"
+                f" {', '.join(self.datasets)}"
+            )
+        (dataset,) = label_space.datasets
+        return self.layers[self.datasets.index(dataset)](z)
