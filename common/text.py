@@ -65,14 +65,14 @@ def embed(
     if encoder == "minilm":
         rows = _embed_minilm(unique, prompts)
     else:
-        rows = _embed_clip(unique, encoder, prompts)
+        rows = _embed_cached(unique, encoder, prompts)
     row_of = {name: row for row, name in enumerate(unique)}
     return rows[[row_of[name] for name in folded]]
 
 
 @lru_cache(maxsize=1)
 def sentence_encoder(encoder: str) -> Encode:
-    """Returns a function that embeds sentences such as captions, without prompts and cache.
+    """Returns a function that embeds sentences such as captions. It uses no prompts and no cache.
 
     The function maps N texts to (N, D) rows of norm 1 on the CPU. The row of "" is zero.
     Raises InputError as `embed` does, and for a .npy file, which cannot embed new text.
@@ -84,9 +84,7 @@ def sentence_encoder(encoder: str) -> Encode:
         )
     if encoder == "minilm":
         check_package("captions")
-        encode = _minilm_encoder()
-    else:
-        encode = _clip_encoder(encoder)
+    encode = _load_encoder(encoder)
 
     @torch.no_grad()
     def embed_sentences(texts: list[str]) -> Tensor:
@@ -137,14 +135,18 @@ def check_package(what: str) -> None:
 
 
 def _embed_minilm(names: list[str], prompts: str) -> Tensor:
-    """Returns (C, 384). Names without a prompt are in the table; the package embeds the rest."""
+    """Returns (C, 384). The table has known names without a prompt. The package embeds the rest."""
+    # the package is needed even if rows are cached, so that no result depends on earlier runs
     if prompts != "name":
-        return _embed_with_package(names, prompts)
+        check_package(f"prompts '{prompts}' (--prompts name needs none)")
+        return _embed_cached(names, "minilm", prompts)
     row_of, table = read_table()
     missing = [name for name in names if name not in row_of]
     if missing:
+        others = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        check_package(", ".join(f"'{name}'" for name in missing[:3]) + others)
         row_of = row_of | {name: row for row, name in enumerate(missing, len(table))}
-        table = torch.cat([table, _embed_with_package(missing, prompts)])
+        table = torch.cat([table, _embed_cached(missing, "minilm", prompts)])
     return table[[row_of[name] for name in names]]
 
 
@@ -162,18 +164,23 @@ def read_table() -> tuple[dict[str, int], Tensor]:
     return {name: row for row, name in enumerate(names)}, F.normalize(rows, dim=-1)
 
 
-def _embed_with_package(names: list[str], prompts: str) -> Tensor:
-    what = ", ".join(f"'{name}'" for name in names[:3])
-    if len(names) > 3:
-        what += f" and {len(names) - 3} more"
-    if prompts != "name":
-        what = f"prompts '{prompts}' (--prompts name needs none)"
-    check_package(what)  # also if all rows are cached: a result must not depend on earlier runs
+def _embed_cached(names: list[str], encoder: str, prompts: str) -> Tensor:
+    """Returns the prompt ensemble (C, D) of names, from the disk cache if it is there."""
+    file = Path(encoder.partition("/")[2])
+    key = [encoder, []]
+    if encoder == "minilm":
+        key = [PACKAGE]
+    elif file.is_file():  # it can be replaced, while a tag names its weights for good
+        key = [encoder, [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]]
 
     def compute() -> Tensor:
-        return prompt_ensemble(names, templates(prompts), _minilm_encoder())
+        return prompt_ensemble(names, templates(prompts), _load_encoder(encoder))
 
-    return cached_rows("text", [PACKAGE, prompts, names], len(names), compute)
+    return cached_rows("text", [*key, prompts, names], len(names), compute)
+
+
+def _load_encoder(encoder: str) -> Encode:
+    return _minilm_encoder() if encoder == "minilm" else _clip_encoder(encoder)
 
 
 def load_minilm() -> tuple:
@@ -190,30 +197,16 @@ def load_minilm() -> tuple:
 
 
 def _minilm_encoder() -> Encode:
-    """Returns the sentence embedding of MiniLM: the mean of the last states over true tokens."""
+    """Returns the encoder of MiniLM. It takes the mean of the last states, without padding."""
     model, tokenizer = load_minilm()
 
     def encode(texts: list[str]) -> Tensor:
-        tokens = tokenizer(
-            texts, padding=True, truncation=True, max_length=256, return_tensors="pt"
-        )
-        mask = tokens["attention_mask"][..., None]  # (N, T, 1)
-        states = model(**tokens).last_hidden_state  # (N, T, 384)
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+        mask = batch["attention_mask"][..., None]  # (N, T, 1)
+        states = model(**batch).last_hidden_state  # (N, T, 384)
         return (states * mask).sum(1) / mask.sum(1)
 
     return encode
-
-
-def _embed_clip(names: list[str], encoder: str, prompts: str) -> Tensor:
-    file = Path(encoder.partition("/")[2])
-    version = []  # a tag names its weights for good, but a file can be replaced
-    if file.is_file():
-        version = [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
-
-    def compute() -> Tensor:
-        return prompt_ensemble(names, templates(prompts), _clip_encoder(encoder))
-
-    return cached_rows("text", [encoder, version, prompts, names], len(names), compute)
 
 
 def load_clip(encoder: str) -> tuple:
