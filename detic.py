@@ -83,7 +83,7 @@ from common.checkpoint import (
 )
 from common.class_counts import boxed_names, images_per_class, seen_and_unseen
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
-from common.convert import convert_detic, converted
+from common.convert import convert_centernet2_detic, converted
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
 from common.distributed import (
     amp_context,
@@ -110,12 +110,11 @@ from common.visualize import save_image, training_grid
 
 # Shapes: B images, Q proposals of an image, R regions (RoIs) of all images, N ground truths of an
 # image, C classes of the label space, D width of the text embeddings, F feature channels,
-# H W pixels, h w feature cells, K image-level labels and n proposals of an image that has no boxes,
-# M captions.
+# H W pixels, K image-level labels and n proposals of an image without boxes, M captions.
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
-DEMO = [  # the demonstration of ./run.sh: boxes alone, then boxes and image-level labels
+DEMO = [  # the demonstration of ./run.sh: boxes, then boxes and image-level labels
     "--datasets coco-base --tiny --output {output}-boxes",
     "--datasets coco-base,in21k --tiny --weights {output}-boxes --output {output}",
 ]
@@ -247,7 +246,7 @@ TINY = {
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias"]
 MODEL_FIELDS += ["channels", "fc_dim", "masks", "image_label_loss"]
 SUPERVISION = ("boxes", "instances", "image_labels")  # what it can learn from
-OFFICIAL = convert_detic  # official weights can be loaded, too
+OFFICIAL = convert_centernet2_detic  # official weights can be loaded, too
 NEGATIVE_CAPTION_WEIGHT = 0.125  # Detic's NEG_CAP_WEIGHT for Conceptual Captions (COCO: 1)
 
 # -- Model -----------------------------------------------------------------------------------------

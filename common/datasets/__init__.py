@@ -1,4 +1,4 @@
-"""Names on the command line -> datasets that yield samples."""
+"""Datasets that yield samples, loaded by their names on the command line."""
 
 from common.datasets.dataset import Dataset
 from common.datasets.names import default_eval, load_datasets, warn_of_overlap

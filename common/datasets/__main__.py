@@ -1,4 +1,8 @@
-"""What lies under a data root, and what is wrong with it: python -m common.datasets list, python -m ... check coco."""
+"""Command line that lists the known datasets and checks the files of datasets.
+
+python -m common.datasets list
+python -m common.datasets check coco
+"""
 
 import sys
 from typing import Annotated
@@ -17,27 +21,23 @@ KINDS = ("boxes", "instances", "semantic", "panoptic", "image_labels")
 
 
 def list_datasets(data_root: str = "") -> None:
-    """Print a line for each split of the known datasets: its classes, and its annotations or what to download.
+    """Prints one line for each split of the known datasets.
+
+    The line shows the number of classes, and the annotations or what to download.
 
     Args:
-        data_root: where the datasets lie; else $DETECTRON2_DATASETS, else ./data
+        data_root: where the datasets are stored; by default $DETECTRON2_DATASETS, or ./data
     """
     rows = []
     for name, known in KNOWN.items():
-        listed = next(
-            (
-                each
-                for each in (name, known.whole)
-                if (DATA / f"vocabularies/{each}.json").is_file()
-            ),
-            None,
-        )
-        classes = f"{len(Vocabulary.known(listed)):>4} classes" if listed else ""
+        classes = ""
+        for listed in (known.whole, name):
+            if (DATA / f"vocabularies/{listed}.json").is_file():
+                classes = f"{len(Vocabulary.known(listed)):>4} classes"
         for split in known.splits:
             found = find_files(name, split, data_folder(data_root))
-            rows.append(
-                (name, split, classes, str(found[0]) if found else f"- ({known.title.rstrip(',')})")
-            )
+            place = str(found[0]) if found else f"- ({known.title.rstrip(',')})"
+            rows.append((name, split, classes, place))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
@@ -49,33 +49,31 @@ def check_datasets(
     tiny: bool = False,
     quick: bool = False,
 ) -> None:
-    """Read the annotations and decode every image; count what is wrong, with the first names of each kind.
+    """Reads the annotations and decodes every image; prints the problems of each kind.
 
-    The exit code is 0 for clean datasets, 1 if there are problems, 2 if a dataset cannot be read at all.
+    The exit code is 0 for clean datasets, 1 if there are problems, 2 if a dataset cannot be read.
 
     Args:
-        datasets: as for the methods, coco,lvis:val,my=ann.json:images/; all splits where none is named
-        data_root: where the datasets lie; else $DETECTRON2_DATASETS, else ./data
+        datasets: as for the methods, coco,lvis:val,my=ann.json:images/; all splits if none is named
+        data_root: where the datasets are stored; by default $DETECTRON2_DATASETS, or ./data
         tiny: check the generated stand-ins
-        quick: read the headers of images alone, and no mask or label map
+        quick: read only the headers of images, and no mask or label map
     """
     jobs = []
     for entry in entries(datasets):
         known = KNOWN.get(ALIASES.get(entry, entry))
-        # voc has others, which are parts of these
-        splits = (
-            [split for split in ("train", "val", "test") if split in known.splits]
-            if known
-            else ["train"]
-        )
+        splits = ["train"]
+        if known:  # VOC has further splits, which are parts of these
+            splits = [split for split in ("train", "val", "test") if split in known.splits]
         jobs += [(entry, split) for split in splits]
     for job in jobs:
-        parse_datasets(*job)  # a wrong name is told before anything is read
+        parse_datasets(*job)  # raises for a wrong name before anything is read
     unreadable = problems = False
-    for entry, split in jobs or [("", "train")]:  # no name at all is an error of load_datasets
+    for entry, split in jobs or [("", "train")]:  # load_datasets raises for no name
+        size = TINY_SIZE if tiny else 0
         try:
             (dataset,) = load_datasets(
-                entry, split, data_root, tiny * TINY_SIZE, not quick, KINDS, check=False
+                entry, split, data_root, size, masks=not quick, accepts=KINDS, check=False
             )
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -86,6 +84,7 @@ def check_datasets(
 
 
 def main() -> None:
+    """Runs the subcommand that the command line names."""
     commands = {"list": list_datasets, "check": check_datasets}
     tyro.extras.subcommand_cli_from_dict(commands, prog="python -m common.datasets")
 

@@ -1,4 +1,4 @@
-"""Open-vocabulary splits of known datasets: the novel classes keep their names and lose their training boxes."""
+"""Open-vocabulary splits of known datasets: the novel classes have a name, but no training box."""
 
 import json
 import logging
@@ -13,65 +13,58 @@ log = logging.getLogger("concord")
 
 
 def lvis_base(lvis: Dataset, split: str) -> Dataset:
-    """LVIS whose rare classes are novel. Source: facebookresearch/Detic:tools/remove_lvis_rare.py."""
-    rare = [id for id, frequency in zip(lvis.vocabulary.ids, lvis.frequency) if frequency == "r"]
-    return base_split(lvis, replace(lvis.vocabulary, dataset="lvis-base"), rare, split)
+    """Returns LVIS with its rare classes as novel classes.
+
+    Source: facebookresearch/Detic:tools/remove_lvis_rare.py.
+    """
+    frequencies = zip(lvis.vocabulary.ids, lvis.frequency)
+    rare = [id for id, frequency in frequencies if frequency == "r"]
+    return _base_split(lvis, replace(lvis.vocabulary, dataset="lvis-base"), rare, split)
 
 
 def coco_base(coco: Dataset, split: str) -> Dataset:
-    """COCO with 48 base and 17 novel classes; the other 15 are in neither split, nor are images without a box left.
+    """Returns COCO with 48 base and 17 novel classes, without the other 15.
 
+    Images that have no box left are left out.
     Source: alirezazareian/ovr-cnn:ipynb/001.ipynb; Detic uses these files.
     """
     known = Vocabulary.known("coco-base")
-    present = [
-        i for i, id in enumerate(known.ids) if id in coco.vocabulary.index_of_id
-    ]  # a small file may lack some
-    names, ids = (tuple(values[i] for i in present) for values in (known.names, known.ids))
-    novel = json.loads((DATA / "vocabularies" / "coco-base.json").read_text())["novel"]
-    novel_ids = [id for id, name in zip(ids, names) if name in novel]
-    dataset = base_split(coco, Vocabulary("coco-base", names, ids), novel_ids, split)
+    record = json.loads((DATA / "vocabularies" / "coco-base.json").read_text())
+    # a small annotation file may lack some classes
+    present = [i for i, id in enumerate(known.ids) if id in coco.vocabulary.index_of_id]
+    names = tuple(known.names[i] for i in present)
+    ids = tuple(known.ids[i] for i in present)
+    novel_ids = [id for id, name in zip(ids, names) if name in record["novel"]]
+    dataset = _base_split(coco, Vocabulary("coco-base", names, ids), novel_ids, split)
     filled = np.diff(dataset.index.offsets) > 0
-    log.info(
-        "coco-base: %d of %d %s images without a box are left out",
-        (~filled).sum(),
-        len(filled),
-        split,
-    )
+    message = "coco-base: %d of %d %s images without a box are left out"
+    log.info(message, (~filled).sum(), len(filled), split)
     return replace(dataset, index=dataset.index.select(filled))
 
 
-def base_split(whole: Dataset, vocabulary: Vocabulary, novel_ids: list[int], split: str) -> Dataset:
-    """`whole` with the classes of `vocabulary` alone, in the split train without the boxes of the novel ones.
+def _base_split(
+    whole: Dataset, vocabulary: Vocabulary, novel_ids: list[int], split: str
+) -> Dataset:
+    """Returns `whole` with the classes of `vocabulary` only.
 
-    Images stay even if nothing is left in them. How many boxes went is said in the log.
+    The split "train" loses the boxes of the novel classes. Images stay even if they lose all boxes.
     """
-    label_of = np.array(
-        [vocabulary.index_of_id.get(id, -1) for id in whole.vocabulary.ids]
-    )  # (C of `whole`,)
-    novel = [vocabulary.index_of_id[id] for id in novel_ids]
+    label_of_id = vocabulary.index_of_id
+    # label in `whole` -> label in `vocabulary`, or -1
+    label_of = np.array([label_of_id.get(id, -1) for id in whole.vocabulary.ids])
+    novel = tuple(label_of_id[id] for id in novel_ids)
     labels = label_of[whole.index.labels].astype(np.int32)  # (A,)
     kept = labels >= 0
     if split == "train":
         kept &= ~np.isin(labels, novel)
-    log.info(
-        "%s: %d of %d %s boxes are left out; %d base and %d novel classes",
-        *(
-            vocabulary.dataset,
-            (~kept).sum(),
-            len(kept),
-            split,
-            len(vocabulary) - len(novel),
-            len(novel),
-        ),
-    )
-    index = replace(whole.index.keep(kept), labels=labels[kept])
-    frequency = whole.frequency if len(vocabulary) == len(whole.vocabulary) else None
+    message = "%s: %d of %d %s boxes are left out; %d base and %d novel classes"
+    counts = (len(vocabulary) - len(novel), len(novel))
+    log.info(message, vocabulary.dataset, (~kept).sum(), len(kept), split, *counts)
     return replace(
         whole,
         name=vocabulary.dataset,
         vocabulary=vocabulary,
-        index=index,
-        frequency=frequency,
-        novel=tuple(novel),
+        index=replace(whole.index.keep(kept), labels=labels[kept]),
+        frequency=whole.frequency if len(vocabulary) == len(whole.vocabulary) else None,
+        novel=novel,
     )

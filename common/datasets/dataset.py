@@ -1,4 +1,4 @@
-"""A dataset: an index of annotations, a vocabulary, and images that are decoded on demand."""
+"""The class Dataset: annotations of one split, their vocabulary, and images decoded on demand."""
 
 import hashlib
 import logging
@@ -25,15 +25,17 @@ log = logging.getLogger("concord")
 class Dataset:
     """One split of one dataset.
 
-    name:      its key in label spaces and results
-    metric:    the protocol that scores it
-    hierarchy: the class tree of OpenImages; frequency: one of r, c, f per class of LVIS
-    novel:     labels that have no boxes to train on, so that an evaluation can show what was learned without
-    masks:     `load` decodes the instance masks, where there are any
-    maps:      folder of the label maps, of semantic and panoptic datasets
-    pixel_labels: (65536,) int16, what the values of semantic label maps mean, as `label_table` makes it
-    shards:    where the images lie inside of tar files, if they do
-    warned:    (1,) bool, shared with the workers: an image of another size than annotated was in the log
+    name:         its key in label spaces and results
+    metric:       the protocol that scores it
+    hierarchy:    the class tree of OpenImages
+    frequency:    one of r, c, f per class of LVIS
+    novel:        labels without training boxes; they are evaluated to show what is learned without
+    masks:        `load` decodes the instance masks, where there are any
+    maps:         folder of the label maps of a semantic or panoptic dataset
+    pixel_labels: (65536,) int16, the label of each value in semantic label maps, see `label_table`
+    shards:       the tar files that hold the images, if they are in tar files
+    warned:       (1,) bool, shared with the workers: a warning of an image with another size than
+                  annotated is in the log
     """
 
     name: str
@@ -57,16 +59,18 @@ class Dataset:
         return len(self.index)
 
     def load(self, i: int, keep_ignored: bool = False) -> Sample:
-        """Image `i` with its boxes or segments, untransformed; crowds and group-of boxes are left out unless asked for.
+        """Returns image `i` with its boxes or segments, untransformed.
 
-        Boxes are clipped to the image; those without an area in it are left out, with their labels and masks. So are
-        segments without a pixel; but with `keep_ignored`, all that a panoptic json lists have a row, in its order.
-        Raises InputError for an image or label map that cannot be decoded, a map or mask that is not of its size.
+        Boxes are clipped to the image. Boxes without an area in it and segments without a pixel are
+        left out. So are crowds and group-of boxes, unless `keep_ignored`; then every segment that a
+        panoptic json lists has a row, in its order.
+        Raises InputError for an image or label map that cannot be decoded, and for a map or mask of
+        another size than its image.
         """
         index = self.index
         image = read_image(*self.image_file(i))
         height, width = image.shape[-2:]
-        self._compare_size(i, (height, width))
+        self._warn_of_size(i, (height, width))
         if self.maps is not None:
             sample = Sample.unlabelled(image, self.name, index.image_ids[i], i)
             segments, labels = self._segments(i, (height, width), keep_ignored)
@@ -76,9 +80,17 @@ class Dataset:
             rows = rows[~index.ignore[rows]]
         boxes = torch.from_numpy(index.boxes[rows]).view(-1, 4)
         limits = boxes.new_tensor([width, height, width, height])
-        boxes = (boxes * limits if index.relative else boxes).clamp(min=0).minimum(limits)
-        inside = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        rows, boxes = rows[inside.numpy()], boxes[inside]
+        if index.relative:
+            boxes = boxes * limits
+        boxes = boxes.clamp(min=0).minimum(limits)
+        inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        rows = rows[inside.numpy()]
+        masks = image_labels = None
+        if self.masks and index.segmentations is not None:
+            masks = self._masks(i, rows, (height, width))
+        if index.image_labels is not None:
+            labels = index.image_labels[index.image_label_rows(i)]
+            image_labels = torch.from_numpy(labels.astype(np.int64))
         return Sample(
             image=image,
             dataset=self.name,
@@ -86,31 +98,35 @@ class Dataset:
             image_id=index.image_ids[i],
             index=i,
             original_size=(height, width),
-            boxes=boxes,
+            boxes=boxes[inside],
             labels=torch.from_numpy(index.labels[rows].astype(np.int64)),
-            masks=self._masks(i, rows, (height, width))
-            if self.masks and index.segmentations is not None
-            else None,
-            image_labels=None
-            if index.image_labels is None
-            else torch.from_numpy(index.image_labels[index.image_label_rows(i)].astype(np.int64)),
+            masks=masks,
+            image_labels=image_labels,
             captions=tuple(index.captions[i]) if index.captions else (),
         )
 
     def image_file(self, i: int) -> tuple[Path, bytes | None]:
-        """The path of image `i`, and its bytes if it is a member of a tar file. Raises InputError for a lost tar."""
-        return self.images / self.index.file_name(i), self.shards.read(i) if self.shards else None
+        """Returns the path of image `i`, and its bytes if it is a member of a tar file.
 
-    def _compare_size(self, i: int, size: tuple[int, int]) -> None:
-        """Say in the log, once for the dataset, that image `i` of `size` (H, W) is not what the annotations say."""
+        Raises InputError for a tar file that cannot be read.
+        """
+        data = self.shards.read(i) if self.shards else None
+        return self.images / self.index.file_name(i), data
+
+    def _warn_of_size(self, i: int, size: tuple[int, int]) -> None:
+        """Logs, once for the dataset, that the `size` (H, W) of image `i` is not as annotated."""
         annotated = tuple(self.index.sizes[i].tolist())
         if annotated not in (size, (0, 0)) and not self.warned:
             self.warned.fill_(True)
-            log.warning("%s: image '%s' has %d x %d pixels (height, width), but %d x %d in %s; do its boxes fit? "
-                        "(other such images are not named)", self.name, self.index.file_name(i), *size, *annotated,
-                        self.index.source)  # fmt: skip
+            message = (
+                "%s: image '%s' has %d x %d pixels (height, width), but %d x %d in %s; do its "
+                "boxes fit? (other such images are not named)"
+            )
+            name = self.index.file_name(i)
+            log.warning(message, self.name, name, *size, *annotated, self.index.source)
 
     def _masks(self, i: int, rows: np.ndarray, size: tuple[int, int]) -> Tensor:
+        """Returns the masks (N, H, W) bool of the annotations `rows` (N,) of image `i`."""
         try:
             return decode_masks([self.index.segmentations[row] for row in rows], size)
         except ValueError as error:
@@ -118,33 +134,36 @@ class Dataset:
             raise InputError(f"{where} has {error}; mend or remove the annotation") from None
 
     def _segments(self, i: int, size: tuple[int, int], keep_ignored: bool) -> tuple[Tensor, Tensor]:
-        """(H, W) int16 segments of image `i`, which has that size, and their labels (N,) int64."""
-        index, path = self.index, self.maps / self.index.map_name(i)
+        """Returns the segments (H, W) int16 of image `i` of `size`, and their labels (N,) int64."""
+        index = self.index
+        path = self.maps / index.map_name(i)
         if self.pixel_labels is not None:
-            segments, labels = (
-                read_label_map(path, self.pixel_labels),
-                np.arange(len(self.vocabulary)),
-            )
+            segments = read_label_map(path, self.pixel_labels)
+            labels = np.arange(len(self.vocabulary))
         else:
             rows = index.rows(i)
             segments = read_segment_map(path, index.segment_ids[rows])
-            labels, ignore = index.labels[rows].astype(np.int64), index.ignore[rows]
+            labels = index.labels[rows].astype(np.int64)
+            ignore = index.ignore[rows]
             if ignore.any() and not keep_ignored:
-                segments = np.append(np.where(ignore, VOID, np.arange(len(labels))), VOID).astype(
-                    np.int16
-                )[segments]
+                row_of = np.where(ignore, VOID, np.arange(len(labels)))
+                row_of = np.append(row_of, VOID)  # VOID is -1: it indexes the last element
+                segments = row_of.astype(np.int16)[segments]
         if segments.shape != size:
-            raise InputError(f"label map {path} has {segments.shape[0]} x {segments.shape[1]} pixels (height, width), "
-                             f"but its image {self.images / index.file_name(i)} has {size[0]} x {size[1]}; replace one "
-                             "of them")  # fmt: skip
-        segments, labels = torch.from_numpy(segments), torch.from_numpy(labels)
-        whole = keep_ignored and self.pixel_labels is None
-        return (segments, labels) if whole else drop_unseen(segments, labels)
+            height, width = segments.shape
+            raise InputError(
+                f"label map {path} has {height} x {width} pixels (height, width), but its image "
+                f"{self.images / index.file_name(i)} has {size[0]} x {size[1]}; replace one of them"
+            )
+        sample = torch.from_numpy(segments), torch.from_numpy(labels)
+        keeps_all = keep_ignored and self.pixel_labels is None
+        return sample if keeps_all else drop_unseen(*sample)
 
     def image_counts(self) -> np.ndarray | None:
-        """(C,) number of images of this split that contain each class, by annotation or image label; not by crowds.
+        """Returns (C,): the number of images that contain each class.
 
-        None for semantic label maps: only decoding all of them would tell.
+        Boxes, segments and image-level labels count, crowds do not. None for semantic label maps:
+        all of them would have to be decoded.
         """
         if self.pixel_labels is not None:
             return None
@@ -152,44 +171,50 @@ class Dataset:
         return np.pad(counts, (0, len(self.vocabulary) - len(counts)))
 
     def summary(self) -> str:
-        """One line for the log: how much there is to learn from."""
-        index, classes = self.index, len(self.vocabulary)
+        """Returns one line for the log: the numbers of images, annotations and classes."""
+        index = self.index
+        start = f"{self.name}: {len(self)} images"
+        classes = f"{len(self.vocabulary)} classes"
         if self.pixel_labels is not None:
-            return f"{self.name}: {len(self)} images with label maps, {classes} classes (which occur, the maps alone tell)"
+            return f"{start} with label maps, {classes} (only the maps tell which of them occur)"
         seen = int((self.image_counts() > 0).sum())
+        crowds = int(index.ignore.sum())
         if self.maps is not None:
             return (
-                f"{self.name}: {len(self)} images, {len(index.labels)} segments ({index.ignore.sum()} crowd, not "
-                f"trained on), {classes} classes ({seen} with segments)"
+                f"{start}, {len(index.labels)} segments ({crowds} crowd, not trained on), "
+                f"{classes} ({seen} with segments)"
             )
         if index.image_labels is None:
-            crowds, empty = int(index.ignore.sum()), int((np.diff(index.offsets) == 0).sum())
-            lost = f"; {index.num_outside} outside their image" if index.num_outside else ""
+            empty = int((np.diff(index.offsets) == 0).sum())
+            outside = f"; {index.num_outside} outside their image" if index.num_outside else ""
             return (
-                f"{self.name}: {len(self)} images ({empty} without a box), {len(index.labels)} boxes ({crowds} crowd "
-                f"or group, not trained on{lost}), {classes} classes ({seen} with boxes)"
+                f"{start} ({empty} without a box), {len(index.labels)} boxes ({crowds} crowd or "
+                f"group, not trained on{outside}), {classes} ({seen} with boxes)"
             )
-        captions = (
-            np.array([len(texts) for texts in index.captions])
-            if index.captions
-            else np.zeros(1, int)
-        )
-        bare = int(((np.diff(index.image_label_offsets) == 0) & (captions == 0)).sum())
+        captions = np.zeros(1, int)
+        if index.captions:
+            captions = np.array([len(texts) for texts in index.captions])
+        unlabelled = np.diff(index.image_label_offsets) == 0
+        bare = int((unlabelled & (captions == 0)).sum())
         return (
-            f"{self.name}: {len(self)} images ({bare} without label and caption), {len(index.image_labels)} image "
-            f"labels, {captions.sum()} captions, no boxes, {classes} classes ({seen} with images)"
+            f"{start} ({bare} without label and caption), {len(index.image_labels)} image labels, "
+            f"{captions.sum()} captions, no boxes, {classes} ({seen} with images)"
         )
 
     def check_images(self) -> None:
-        """Raises InputError naming the first missing image or label map and how many are missing."""
-        index = self.index
-        kinds = [("image", self.images, index.file_name)]
-        kinds += [("label map", self.maps, index.map_name)] if self.maps is not None else []
-        for kind, root, name in kinds:
-            place = hashlib.sha256(f"{kind} {root.absolute()}".encode()).hexdigest()[:16]
-            memo = index.folder and index.folder / f"listed-{place}.json"
-            if missing := missing_files(root, map(name, range(len(self))), memo):
+        """Raises InputError that names the first missing image or label map, and their number."""
+        kinds = [("image", self.images, self.index.file_name)]
+        if self.maps is not None:
+            kinds.append(("label map", self.maps, self.index.map_name))
+        for kind, root, name_of in kinds:
+            memo = None
+            if self.index.folder:
+                digest = hashlib.sha256(f"{kind} {root.absolute()}".encode()).hexdigest()
+                memo = self.index.folder / f"listed-{digest[:16]}.json"
+            missing = missing_files(root, map(name_of, range(len(self))), memo)
+            if missing:
                 raise InputError(
-                    f"{self.name}: {kind} {root / missing[0]} is missing ({len(missing)} of {len(self)} that "
-                    f"{index.source} lists); add the {kind}s or take them out of the annotations"
+                    f"{self.name}: {kind} {root / missing[0]} is missing ({len(missing)} of "
+                    f"{len(self)} that {self.index.source} lists); add the {kind}s or take them "
+                    "out of the annotations"
                 )

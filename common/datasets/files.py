@@ -1,4 +1,4 @@
-"""Files of a dataset: images, listings, tables."""
+"""What the readers share: images, listings of folders, csv tables."""
 
 import csv
 import io
@@ -22,20 +22,21 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def missing_files(root: Path, names: Iterable[str], memo: Path | None = None) -> list[str]:
-    """Those of the names that are not below `root`; one directory listing for each folder.
+    """Returns those of the paths `names` below `root` that do not exist; lists each folder once.
 
-    memo: a json file for the times of the folders when nothing was missing, for the same names; none of these folders
-          is listed again before it changes
+    memo: a json file that keeps the times of the folders if nothing is missing. A later call with
+          the same names does not list a folder again before it changes.
     """
     known = _read_memo(memo)
-    same = {folder: at for folder, at in known.items() if at and at == _time(root / folder)}
-    if known and len(same) == len(known):
+    times = {folder: at for folder, at in known.items() if at and at == _time(root / folder)}
+    if known and len(times) == len(known):
         return []
+    unchanged = set(times)
     listings: dict[str, set[str]] = {}
-    times, missing = dict(same), []
+    missing = []
     for name in names:
         folder, _, base = name.rpartition("/")
-        if folder in same:
+        if folder in unchanged:
             continue
         if folder not in listings:
             path = root / folder
@@ -49,6 +50,7 @@ def missing_files(root: Path, names: Iterable[str], memo: Path | None = None) ->
 
 
 def _read_memo(memo: Path | None) -> dict[str, int]:
+    """Returns {folder: time}, {} if there is no memo or it is damaged."""
     try:
         return dict(json.loads(memo.read_text())) if memo else {}
     except (OSError, ValueError, TypeError):
@@ -56,80 +58,92 @@ def _read_memo(memo: Path | None) -> dict[str, int]:
 
 
 def _time(folder: Path) -> int:
-    """When something was last added to or removed from a folder, in ns; 0 if no time can tell the next change apart."""
+    """Returns when a folder last changed, in ns; 0 if a further change could have the same time."""
     changed = folder.stat().st_mtime_ns if os.path.isdir(folder) else 0
-    return (
-        changed if time.time_ns() - changed > 2e9 else 0
-    )  # some file systems count in two seconds
+    is_old = time.time_ns() - changed > 2e9  # some file systems count in two seconds
+    return changed if is_old else 0
 
 
 def read_image(path: Path, data: bytes | None = None) -> Tensor:
-    """(3, H, W) uint8 RGB, upright according to its EXIF tag, of the file or of the `data` that go by its name.
+    """Reads an image as (3, H, W) uint8 RGB, turned upright according to its EXIF tag.
 
+    data: the image file, if it is not at `path`; `path` is then its name in messages
     Raises InputError for a missing or broken image.
     """
     with open_image(path, data) as image:
         if image.mode == "F":
             raise ValueError("floating-point pixels; save it with 8 bits")
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-        return pil_to_tensor(image.convert("RGB"))
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
+            pixels = (np.asarray(upright) / 257).clip(0, 255).astype(np.uint8)
+            upright = Image.fromarray(pixels)
+        return pil_to_tensor(upright.convert("RGB"))
 
 
 def read_size(path: Path, data: bytes | None = None) -> tuple[int, int]:
-    """Height and width of what `read_image` gives, from the header alone."""
+    """Returns the height and width of `read_image`'s result; reads only the header."""
     with open_image(path, data) as image:
-        exif = Image.Image.getexif(image)  # that of PNG files would decode the image
-        turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by a quarter
+        exif = Image.Image.getexif(image)  # the getexif of PNG images would decode the image
+        turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by 90 or 270 degrees
         return image.size if turned else image.size[::-1]
 
 
 @contextmanager
-def open_image(path: Path, data: bytes | None) -> Iterator[Image.Image]:
-    """Raises InputError for a missing file, and for what goes wrong while the image is used."""
+def open_image(path: Path, data: bytes | None = None, kind: str = "image") -> Iterator[Image.Image]:
+    """Context manager that yields the PIL image at `path`, which messages call a `kind`.
+
+    If `data` is given, decodes these bytes and uses `path` only in messages.
+    Raises InputError if the image is missing or cannot be decoded, also if Pillow fails later,
+    inside the `with` block.
+    """
     try:
-        refuse_pipe(path, "image")
+        refuse_pipe(path, kind)
         with Image.open(path if data is None else io.BytesIO(data)) as image:
             yield image
     except IsADirectoryError:
-        raise InputError(f"image {path} is a folder; give image files") from None
+        raise InputError(f"{kind} {path} is a folder; give image files") from None
     except FileNotFoundError:
-        raise InputError(f"image {path} does not exist; check the path") from None
+        raise InputError(f"{kind} {path} does not exist; check the path") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(
-            f"image {path} cannot be decoded ({error}); replace it or remove its entry"
+            f"{kind} {path} cannot be decoded ({error}); replace it or remove its entry"
         ) from None
 
 
 def listing(name: str, root: Path, endings: tuple[str, ...]) -> dict[str, str]:
-    """{path below `root` without its ending: path below `root`} of all files with such endings, sorted."""
+    """Lists all files below `root` with one of the `endings`, except hidden ones.
+
+    Returns {path without its ending: path}, relative to `root` and sorted.
+    Raises InputError, which names the dataset `name`, if two files differ in their ending only.
+    """
     found: dict[str, str] = {}
     for folder, _, files in os.walk(root):
         below = os.path.relpath(folder, root).replace(os.sep, "/")
         for file in sorted(files):
             ending = next((e for e in endings if file.lower().endswith(e.lower())), None)
-            if ending and not file.startswith("."):
-                path = file if below == "." else f"{below}/{file}"
-                key = path[: -len(ending)]
-                if key in found:
-                    raise InputError(
-                        f"dataset '{name}': {root / path} and {found[key]} have one name; keep one of them"
-                    )
-                found[key] = path
+            if not ending or file.startswith("."):
+                continue
+            path = file if below == "." else f"{below}/{file}"
+            key = path[: -len(ending)]
+            if key in found:
+                both = f"{root / path} and {found[key]}"
+                raise InputError(f"dataset '{name}': {both} have one name; keep one of them")
+            found[key] = path
     return dict(sorted(found.items()))
 
 
 def file_name(path: Path, image: dict, as_written: bool = False) -> str:
-    """The image's path below its folder: LVIS gives `coco_url`, Objects365 images/v2/patch3/x.jpg for patch3/x.jpg.
+    """Returns the path of an image, relative to the image folder, from its record in a json file.
 
-    as_written: the images of Objects365 lie where their names say
-    Raises InputError for a name that leaves the image folder or can be none.
+    LVIS has no `file_name`: the last two parts of `coco_url` are used. Objects365 writes
+    images/v2/patch3/x.jpg but ships patch3/x.jpg: the last two parts are used, too.
+    path:       the json file, for messages
+    as_written: return the names of Objects365 unchanged
+    Raises InputError if the path leaves the image folder or is not a valid file name.
     """
     name = str(image["file_name"] if "file_name" in image else image["coco_url"])
-    if "file_name" not in image or (
-        name.startswith(("images/v1/", "images/v2/")) and not as_written
-    ):
+    is_objects365 = name.startswith(("images/v1/", "images/v2/"))
+    if "file_name" not in image or (is_objects365 and not as_written):
         name = "/".join(name.split("/")[-2:])
     if "\0" in name or "\n" in name or len(name) > 4096:
         raise InputError(
@@ -142,25 +156,29 @@ def file_name(path: Path, image: dict, as_written: bool = False) -> str:
     return name
 
 
-def read_table(path: Path, columns: list[str]):
-    """The named columns of a csv file with a header, row by row, after the row's number."""
+def read_table(path: Path, columns: list[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yields (line number, values of `columns`) of each row of a csv file with a header.
+
+    Raises InputError for a missing column, a row of another length, a file that is not csv.
+    """
     rows = read_rows(path)
     header = next(rows, [])
-    missing = [c for c in columns if c not in header]
-    if missing:
-        raise InputError(
-            f"{path}: column '{missing[0]}' is missing; the first line must name {', '.join(columns)}"
-        )
-    at = [header.index(c) for c in columns]
+    names = ", ".join(columns)
+    for column in columns:
+        if column not in header:
+            raise InputError(
+                f"{path}: column '{column}' is missing; the first line must name {names}"
+            )
+    places = [header.index(column) for column in columns]
     for number, row in enumerate(rows, 2):
         if len(row) != len(header):
-            raise InputError(
-                f"{path}: line {number} has {len(row)} of {len(header)} columns; was the file cut off?"
-            )
-        yield number, [row[i] for i in at]
+            count = f"{len(row)} of {len(header)} columns"
+            raise InputError(f"{path}: line {number} has {count}; was the file cut off?")
+        yield number, [row[place] for place in places]
 
 
-def read_rows(path: Path):
+def read_rows(path: Path) -> Iterator[list[str]]:
+    """Yields the rows of a csv file. Raises InputError if it is not csv."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             yield from csv.reader(file)

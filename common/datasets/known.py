@@ -1,13 +1,10 @@
-"""The known datasets, their folders, and the grammar of --datasets.
+"""The table of known datasets: where their files are stored and how they are read."""
 
-NAME, NAME:SPLIT, NAME=ANNOTATIONS.json:IMAGES/, NAME=CAPTIONS.tsv:IMAGES/, NAME=XML_OR_LABEL_MAPS/:IMAGES/ or, for a
-folder or tar file of images per class, NAME=FOLDER/.
-"""
-
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
+from common.batch import Supervision
 from common.datasets.base_split import coco_base, lvis_base
 from common.datasets.dataset import Dataset
 from common.datasets.readers.captions import read_captions
@@ -18,95 +15,116 @@ from common.datasets.readers.semantic import read_semantic
 from common.datasets.readers.visual_genome import read_visual_genome
 from common.datasets.readers.voc import read_voc
 
-log = logging.getLogger("concord")
+Splits = dict[str, list[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
 class Known:
-    """Where a dataset lies under the data root: {split: [(annotations, images), ...]}; the first to exist is read.
+    """A known dataset.
 
-    Where `annotations` is a folder, it holds label maps, xml files or, for `read_coco`, a folder of images for each
-    class. Image labels have no split "val".
-    whole:      the dataset in whose folder these files are
-    base_split: what makes an open-vocabulary split of `whole`
+    title:         what to download, for messages
+    splits:        {split: [(annotations, images), ...]}, paths below the data root. The first pair
+                   to exist is read.
+    metric:        the protocol that scores it
+    read:          the reader: read(name, annotations, images, metric) -> Dataset
+    supervision:   its kind of annotations; None if only its files tell
+    class_folders: `annotations` may be a folder that holds a folder or tar file of images per class
+    generated:     the dataset exists as generated data only
+    whole:         the dataset in whose folder the files are stored, if that is another one
+    base_split:    makes an open-vocabulary split of the dataset `whole`
     """
 
     title: str
-    splits: dict[str, list[tuple[str, str]]]
+    splits: Splits
     metric: str = "coco"
     read: Callable[..., Dataset] = read_coco
+    supervision: Supervision | None = None
+    class_folders: bool = False
+    generated: bool = False
     whole: str = ""
     base_split: Callable[[Dataset, str], Dataset] | None = None
 
 
-def _openimages(challenge: bool) -> Known:
-    """The files of the challenge 2019, if wanted, come before those of Open Images, from which they were taken."""
+def _splits(*places: tuple[str, str], train: str = "train", val: str = "val", **others) -> Splits:
+    """Returns the splits train, val and `others`, whose paths are `places`.
+
+    In each path, {split} becomes the name of the split, and {part} the value of its argument: the
+    name that the dataset's own files have for it.
+    """
     splits = {}
-    for split, part in (("train", "train"), ("val", "validation")):
-        names = [f"challenge-2019-{part}-detection-bbox.csv"] * challenge
-        names += [
-            f"{part}-annotations-bbox.csv",
-            f"oidv6-{part}-annotations-bbox.csv",
-            "annotations-bbox.csv",
-        ]
+    for split, part in {"train": train, "val": val, **others}.items():
         splits[split] = [
-            (
-                f"{base}/{folder}{name}",
-                f"{base}/images" if name == names[-1] else f"{base}/images/{part}",
-            )
-            for base in ("oid", "openimages")
-            for name in names
-            for folder in ("annotations/", "")
+            (annotations.format(split=split, part=part), images.format(split=split, part=part))
+            for annotations, images in places
         ]
+    return splits
+
+
+def _ade20k(*annotations: str) -> Splits:
+    """Returns the splits of ADE20K. `annotations` are paths below its folder."""
+    places = [
+        (f"{base}/{path}", f"{base}/images/{{part}}")
+        for path in annotations
+        for base in ("ADEChallengeData2016", "ade20k/ADEChallengeData2016")
+    ]
+    return _splits(*places, train="training", val="validation")
+
+
+def _openimages(*files: tuple[str, str]) -> Known:
+    """Returns Open Images, read from the first of the `files` (csv file, image folder) to exist."""
+    places = []
+    for base in ("oid", "openimages"):
+        for file, images in files:
+            for folder in (f"{base}/annotations", base):
+                places.append((f"{folder}/{file}", f"{base}/{images}"))
     return Known(
-        "OpenImages (storage.googleapis.com/openimages)", splits, metric="oid", read=read_openimages
+        "OpenImages (storage.googleapis.com/openimages)",
+        _splits(*places, val="validation"),
+        metric="oid",
+        read=read_openimages,
     )
 
 
-COCO = Known(
-    "COCO 2017 (cocodataset.org)",
-    {s: [(f"coco/annotations/instances_{s}2017.json", f"coco/{s}2017")] for s in ("train", "val")},
-)
-LVIS = Known(
-    "LVIS v1 (lvisdataset.org; its images may be those in coco/)",
-    {
-        s: [(f"lvis/lvis_v1_{s}.json", folder) for folder in ("lvis/images", "coco")]
-        for s in ("train", "val")
-    },
-    metric="lvis",
-)
-
-
-def _cityscapes(annotations: str) -> dict[str, list[tuple[str, str]]]:
-    folder = "cityscapes/gtFine/" + annotations
-    return {
-        split: [(folder.format(split), f"cityscapes/leftImg8bit/{split}")]
-        for split in ("train", "val")
-    }
-
-
-def _ade20k(*annotations: str) -> dict[str, list[tuple[str, str]]]:
-    bases = ("ADEChallengeData2016", "ade20k/ADEChallengeData2016")
-    return {
-        split: [
-            (f"{b}/{a.format(split=split, part=part)}", f"{b}/images/{part}")
-            for a in annotations
-            for b in bases
-        ]
-        for split, part in (("train", "training"), ("val", "validation"))
-    }
-
-
 def _voc(*lists: str) -> list[tuple[str, str]]:
-    """`lists` such as 2007/test; the years lie in VOCdevkit/ or, as in detectron2's layout, in the data root."""
-    return [
-        (f"{base}/VOC{year}/ImageSets/Main/{part}.txt", base)
-        for base in ("VOCdevkit", ".")
-        for year, part in (each.split("/") for each in lists)
-    ]
+    """Returns the paths of image `lists`, such as 2007/test, each with its image folder.
+
+    The folders of the years are in VOCdevkit/ or, as in detectron2's layout, in the data root.
+    """
+    places = []
+    for base in ("VOCdevkit", "."):
+        for each in lists:
+            year, part = each.split("/")
+            places.append((f"{base}/VOC{year}/ImageSets/Main/{part}.txt", base))
+    return places
 
 
-ODINW = {
+def _odinw(name: str) -> Known:
+    """Returns one dataset of ODinW-13. Its annotation file lists its classes.
+
+    Source: microsoft/GLIP:configs/odinw_13.
+    """
+    folder = f"odinw/{ODINW[name]}"
+    file = "annotations_without_background.json"
+    place = (f"{folder}/{{part}}/{file}", f"{folder}/{{part}}")
+    if name == "pistols":  # all its images are in one folder
+        place = (f"{folder}/{{split}}_{file}", folder)
+    test = "valid" if name == "PascalVOC" else "test"  # PascalVOC has no test split
+    title = f"{name} of ODinW-13 (github.com/microsoft/GLIP)"
+    return Known(title, _splits(place, val="valid", test=test))
+
+
+OID = (
+    ("{part}-annotations-bbox.csv", "images/{part}"),
+    ("oidv6-{part}-annotations-bbox.csv", "images/{part}"),
+    ("annotations-bbox.csv", "images"),
+)
+CHALLENGE = ("challenge-2019-{part}-detection-bbox.csv", "images/{part}")
+O365 = "objects365/annotations/zhiyuan_objv2"
+CITYSCAPES = "cityscapes/gtFine/cityscapes"
+IN_L = "imagenet/ImageNet-LVIS"
+STUFF = "coco/coco_stuff_10k"
+VISTAS = "mapillary_vistas/{part}"
+ODINW = {  # the folder of each dataset
     "AerialMaritimeDrone": "AerialMaritimeDrone/large",
     "Aquarium": "Aquarium/Aquarium Combined.v2-raw-1024.coco",
     "CottontailRabbits": "CottontailRabbits",
@@ -121,27 +139,18 @@ ODINW = {
     "thermalDogsAndPeople": "thermalDogsAndPeople",
     "VehiclesOpenImages": "VehiclesOpenImages/416x416",
 }
-
-
-def _odinw(name: str) -> Known:
-    """One of the thirteen, each with the classes of its file. Source: microsoft/GLIP:configs/odinw_13."""
-    folder, file = f"odinw/{ODINW[name]}", "annotations_without_background.json"
-    parts = {
-        "train": "train",
-        "val": "valid",
-        "test": "valid" if name == "PascalVOC" else "test",
-    }  # it has no test
-    if name == "pistols":  # all its images are in one folder
-        splits = {split: [(f"{folder}/{split}_{file}", folder)] for split in parts}
-    else:
-        splits = {
-            split: [(f"{folder}/{part}/{file}", f"{folder}/{part}")]
-            for split, part in parts.items()
-        }
-    return Known(f"{name} of ODinW-13 (github.com/microsoft/GLIP)", splits)
-
-
-IN_L, STUFF, VISTAS = "imagenet/ImageNet-LVIS", "coco/coco_stuff_10k", "mapillary_vistas"
+_semantic = partial(Known, metric="miou", read=read_semantic, supervision="semantic")
+_panoptic = partial(Known, metric="pq", read=read_panoptic, supervision="panoptic")
+_image_labels = partial(Known, supervision="image_labels")
+COCO = Known(
+    "COCO 2017 (cocodataset.org)",
+    _splits(("coco/annotations/instances_{split}2017.json", "coco/{split}2017")),
+)
+LVIS = Known(
+    "LVIS v1 (lvisdataset.org; its images may be those in coco/)",
+    _splits(("lvis/lvis_v1_{split}.json", "lvis/images"), ("lvis/lvis_v1_{split}.json", "coco")),
+    metric="lvis",
+)
 KNOWN = {
     "coco": COCO,
     "coco-base": replace(COCO, whole="coco", base_split=coco_base),
@@ -151,137 +160,120 @@ KNOWN = {
         "Objects365 v2 (objects365.org)",
         {
             "train": [
-                (f"objects365/annotations/zhiyuan_objv2_train{mended}.json", "objects365/train")
-                for mended in ("", "_fixname_fixmiss", "_fixmiss")  # by Detic's tools
+                (f"{O365}_train.json", "objects365/train"),
+                (f"{O365}_train_fixname_fixmiss.json", "objects365/train"),  # by Detic's tools
+                (f"{O365}_train_fixmiss.json", "objects365/train"),
             ],
             "val": [
-                (f"objects365/annotations/zhiyuan_objv2_val{mended}.json", "objects365/val")
-                for mended in ("", "_fixname")
+                (f"{O365}_val.json", "objects365/val"),
+                (f"{O365}_val_fixname.json", "objects365/val"),
             ],
         },
     ),
     "o365-instances": Known(
-        "o365_instance_seg_val.json (google-research-datasets/DaTaSeg-Objects365-Instance-Segmentation)",
+        "o365_instance_seg_val.json "
+        "(google-research-datasets/DaTaSeg-Objects365-Instance-Segmentation)",
         {
             "val": [
-                (f"objects365/{f}o365_instance_seg_val.json", "objects365/val")
-                for f in ("annotations/", "")
+                ("objects365/annotations/o365_instance_seg_val.json", "objects365/val"),
+                ("objects365/o365_instance_seg_val.json", "objects365/val"),
             ]
         },
         read=read_o365_instances,
         whole="o365",
     ),
-    "oid": _openimages(challenge=False),
-    "oid500": _openimages(
-        challenge=True
-    ),  # of whichever files, the reader keeps the challenge's 500 classes
-    "ade20k": Known(
+    "oid": _openimages(*OID),
+    # the reader keeps the challenge's 500 classes, also of the files of Open Images
+    "oid500": _openimages(CHALLENGE, *OID),
+    "ade20k": _semantic(
         "ADE20K's SceneParsing benchmark (sceneparsing.csail.mit.edu)",
         _ade20k("annotations/{part}", "annotations_detectron2/{part}"),
-        metric="miou",
-        read=read_semantic,
     ),
-    "ade20k-panoptic": Known(
+    "ade20k-panoptic": _panoptic(
         "what Mask2Former's prepare_ade20k_pan_seg.py makes",
         _ade20k("ade20k_panoptic_{split}.json"),
-        metric="pq",
-        read=read_panoptic,
         whole="ade20k",
     ),
-    "cityscapes": Known(
+    "cityscapes": _semantic(
         "Cityscapes with fine annotations (cityscapes-dataset.com)",
-        _cityscapes("{}"),
-        metric="miou",
-        read=read_semantic,
+        _splits(("cityscapes/gtFine/{split}", "cityscapes/leftImg8bit/{split}")),
     ),
-    "cityscapes-panoptic": Known(
+    "cityscapes-panoptic": _panoptic(
         "what cityscapesScripts' createPanopticImgs.py makes",
-        _cityscapes("cityscapes_panoptic_{}.json"),
-        metric="pq",
-        read=read_panoptic,
+        _splits((f"{CITYSCAPES}_panoptic_{{split}}.json", "cityscapes/leftImg8bit/{split}")),
         whole="cityscapes",
     ),
-    "coco-panoptic": Known(
+    "coco-panoptic": _panoptic(
         "COCO 2017 panoptic (cocodataset.org)",
-        {
-            s: [(f"coco/annotations/panoptic_{s}2017.json", f"coco/{s}2017")]
-            for s in ("train", "val")
-        },
-        metric="pq",
-        read=read_panoptic,
+        _splits(("coco/annotations/panoptic_{split}2017.json", "coco/{split}2017")),
         whole="coco",
     ),
-    "coco-stuff": Known(
-        "COCO-Stuff 10k (github.com/nightrome/cocostuff10k) as MaskFormer or mmsegmentation prepares it",
-        {
-            split: [
-                (f"{STUFF}/annotations_detectron2/{part}", f"{STUFF}/images_detectron2/{part}"),
-                (f"coco_stuff10k/annotations/{part}2014", f"coco_stuff10k/images/{part}2014"),
-            ]
-            for split, part in (("train", "train"), ("val", "test"))
-        },
-        metric="miou",
-        read=read_semantic,
+    "coco-stuff": _semantic(
+        "COCO-Stuff 10k (github.com/nightrome/cocostuff10k) "
+        "as MaskFormer or mmsegmentation prepares it",
+        _splits(
+            (f"{STUFF}/annotations_detectron2/{{part}}", f"{STUFF}/images_detectron2/{{part}}"),
+            ("coco_stuff10k/annotations/{part}2014", "coco_stuff10k/images/{part}2014"),
+            val="test",
+        ),
     ),
-    "mapillary": Known(
+    "mapillary": _semantic(
         "Mapillary Vistas v1.2 (mapillary.com/dataset/vistas)",
-        {
-            split: [
-                (f"{VISTAS}/{part}/{labels}", f"{VISTAS}/{part}/images")
-                for labels in ("labels", "v1.2/labels")
-            ]
-            for split, part in (("train", "training"), ("val", "validation"))
-        },
-        metric="miou",
-        read=read_semantic,
+        _splits(
+            (f"{VISTAS}/labels", f"{VISTAS}/images"),
+            (f"{VISTAS}/v1.2/labels", f"{VISTAS}/images"),
+            train="training",
+            val="validation",
+        ),
     ),
     "voc": Known(
         "Pascal VOC 2007 and 2012 (host.robots.ox.ac.uk/pascal/VOC)",
         {
             "train": _voc("2007/trainval", "2012/trainval"),
             "val": _voc("2007/test"),
-            **{
-                f"{part}{year}": _voc(f"{year}/{part}")
-                for year in (2007, 2012)
-                for part in ("train", "val")
-            },
+            "train2007": _voc("2007/train"),
+            "val2007": _voc("2007/val"),
+            "train2012": _voc("2012/train"),
+            "val2012": _voc("2012/val"),
         },
         read=read_voc,
     ),
     "vg": Known(
         "Visual Genome's objects.json and image_data.json (visualgenome.org)",
-        {split: [("vg/objects.json", "vg")] for split in ("train", "val")},
+        _splits(("vg/objects.json", "vg")),
         read=read_visual_genome,
     ),
     "in-boxes": Known(
         "ImageNet's bounding boxes (image-net.org, bboxes_annotations.tar.gz), unpacked,",
-        {split: [("imagenet/Annotation", "imagenet/ImageNet-21K")] for split in ("train", "val")},
+        _splits(("imagenet/Annotation", "imagenet/ImageNet-21K")),
         read=read_voc,
     ),
     **{f"odinw-{name}": _odinw(name) for name in ODINW},
     "lineart": Known(
         "the generated zero-shot set; it exists with --tiny only",
         {"val": [("lineart/annotations/instances_val.json", "lineart/val")]},
+        generated=True,
     ),
-    "in21k": Known(
+    "in21k": _image_labels(
         "ImageNet-21K (image-net.org), a tar for each class,",
-        {"train": [("imagenet/ImageNet-21K",) * 2]},
+        {"train": [("imagenet/ImageNet-21K", "imagenet/ImageNet-21K")]},
+        class_folders=True,
     ),
-    "in-l": Known(
-        "the list of Detic's create_imagenetlvis_json.py (or class folders in imagenet/ImageNet-LVIS)",
+    "in-l": _image_labels(
+        "the list of Detic's create_imagenetlvis_json.py "
+        "(or class folders in imagenet/ImageNet-LVIS)",
         {"train": [("imagenet/annotations/imagenet_lvis_image_info.json", IN_L), (IN_L, IN_L)]},
+        class_folders=True,
     ),
-    "cc": Known(
-        "the tags of Detic's tools/get_cc_tags.py (or Conceptual Captions' own Train_GCC-training.tsv)",
+    "cc": _image_labels(
+        "the tags of Detic's tools/get_cc_tags.py "
+        "(or Conceptual Captions' own Train_GCC-training.tsv)",
         {
             "train": [
-                (f"cc3m/{file}", "cc3m/training")
-                for file in (
-                    "train_image_info_tags.json",
-                    "Train_GCC-training.tsv",
-                    "GCC-training.tsv",
-                    "training",
-                )
+                ("cc3m/train_image_info_tags.json", "cc3m/training"),
+                ("cc3m/Train_GCC-training.tsv", "cc3m/training"),
+                ("cc3m/GCC-training.tsv", "cc3m/training"),
+                ("cc3m/training", "cc3m/training"),
             ]
         },
         read=read_captions,

@@ -3,72 +3,79 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from common.datasets.files import open_image
 from common.errors import InputError
-from common.files import refuse_pipe
 
-VOID, UNKNOWN = -1, -2
+VOID = -1  # the label of pixels that are not trained on
+UNKNOWN = -2  # of values that no class has
 
 
 def label_table(ids: list[int] | tuple[int, ...], void: tuple[int, ...]) -> np.ndarray:
-    """(65536,) int16: the label of each pixel value, the row of `ids`; VOID for `void`, UNKNOWN for all others."""
+    """Returns (65536,) int16, the label of each pixel value.
+
+    The label of ids[c] is c. The label of the values in `void` is VOID, of all others UNKNOWN.
+    """
     if len(ids) >= 1 << 15:
         raise InputError(f"a label map with {len(ids)} classes; 32767 is the most")
     table = np.full(1 << 16, UNKNOWN, np.int16)
-    table[[value for value in void if value < len(table)]] = VOID
+    void_values = [value for value in void if value < len(table)]
+    table[void_values] = VOID
     table[list(ids)] = np.arange(len(ids))
     return table
 
 
 def read_label_map(path: Path, table: np.ndarray) -> np.ndarray:
-    """(H, W) int16 labels of a PNG with one channel; `table` is that of `label_table`.
+    """Reads the labels (H, W) int16 of a PNG with one channel; `table` is from `label_table`.
 
-    Raises InputError for a file that cannot be decoded, a colour picture, a value that is no class.
+    Raises InputError for a file that cannot be decoded, a colour image, a value that is no class.
     """
-    values = _read(
-        path, ("1", "L", "P", "I;16", "I"), "has one number for each pixel, and not colours"
-    )
-    labels = np.append(table, UNKNOWN)[values.astype(np.int64).clip(-1, len(table))]
+    modes = ("1", "L", "P", "I;16", "I")
+    values = _read(path, modes, "has one number for each pixel, and not colours")
+    rows = values.astype(np.int64).clip(-1, len(table))
+    labels = np.append(table, UNKNOWN)[rows]  # -1 and len(table) are UNKNOWN
     if labels.min() == UNKNOWN:
         y, x = np.argwhere(labels == UNKNOWN)[0]
         known = np.flatnonzero(table > UNKNOWN)
-        runs = np.split(known, np.flatnonzero(np.diff(known) > 1) + 1)
-        text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
-        raise InputError(f"label map {path} has the value {values[y, x]} at x = {x}, y = {y}, which is no class; "
-                         f"the values are {text}")  # fmt: skip
+        gaps = np.flatnonzero(np.diff(known) > 1)
+        ranges = []
+        for run in np.split(known, gaps + 1):
+            first, last = run[0], run[-1]
+            ranges.append(f"{first}" if first == last else f"{first} to {last}")
+        raise InputError(
+            f"label map {path} has the value {values[y, x]} at x = {x}, y = {y}, which is no "
+            f"class; the values are {', '.join(ranges)}"
+        )
     return labels
 
 
 def read_segment_map(path: Path, ids: np.ndarray) -> np.ndarray:
-    """(H, W) int16: the row of `ids` (N,) that each pixel of a colour PNG names, VOID for 0; id = R + 256 G + 65536 B.
+    """Reads the segments (H, W) int16 of a colour PNG, where id = R + 256 G + 65536 B.
 
+    A pixel of segment ids[n] has the number n; a pixel of id 0 has VOID. ids: (N,)
     Raises InputError for a file that cannot be decoded or has no colours, an id that is not listed.
     """
     colours = _read(path, ("RGB",), "has three channels, id = R + 256 G + 65536 B")
-    values = colours[..., 0] + colours[..., 1] * np.int32(256) + colours[..., 2] * np.int32(65536)
+    red, green, blue = np.moveaxis(colours, -1, 0)
+    values = red + green * np.int32(256) + blue * np.int32(65536)
     listed = np.append(ids, 0)
     order = np.argsort(listed)
-    row = order[np.searchsorted(listed[order], values).clip(max=len(ids))]
-    if (unlisted := listed[row] != values).any():
+    places = np.searchsorted(listed[order], values)
+    row = order[places.clip(max=len(ids))]
+    unlisted = listed[row] != values
+    if unlisted.any():
         y, x = np.argwhere(unlisted)[0]
-        raise InputError(f"segment map {path} has the id {values[y, x]} at x = {x}, y = {y}, which the panoptic json "
-                         "does not list for its image; mend one of them")  # fmt: skip
-    return np.where(row == len(ids), VOID, row).astype(np.int16)
-
-
-def _read(path: Path, modes: tuple[str, ...], what: str) -> np.ndarray:
-    try:
-        refuse_pipe(path, "label map")
-        with Image.open(path) as image:
-            if image.mode not in modes:
-                raise InputError(
-                    f"label map {path} is a picture of mode {image.mode}; a map {what}"
-                )
-            return np.asarray(image)
-    except FileNotFoundError:
-        raise InputError(f"label map {path} does not exist; check the path") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(
-            f"label map {path} cannot be decoded ({error}); replace it or remove its image"
-        ) from None
+            f"segment map {path} has the id {values[y, x]} at x = {x}, y = {y}, which the panoptic "
+            "json does not list for its image; mend one of them"
+        )
+    is_void = row == len(ids)
+    return np.where(is_void, VOID, row).astype(np.int16)
+
+
+def _read(path: Path, modes: tuple[str, ...], needed: str) -> np.ndarray:
+    """Reads the values of an image of one of Pillow's `modes`. `needed` says what a map has."""
+    with open_image(path, kind="label map") as image:
+        if image.mode not in modes:
+            raise InputError(f"label map {path} is a picture of mode {image.mode}; a map {needed}")
+        return np.asarray(image)

@@ -1,7 +1,12 @@
-"""The known datasets, their folders, and the grammar of --datasets.
+"""The grammar of --datasets, and the loading of the datasets that it names.
 
-NAME, NAME:SPLIT, NAME=ANNOTATIONS.json:IMAGES/, NAME=CAPTIONS.tsv:IMAGES/, NAME=XML_OR_LABEL_MAPS/:IMAGES/ or, for a
-folder or tar file of images per class, NAME=FOLDER/.
+An entry is one of
+    NAME or NAME:SPLIT             a known dataset
+    NAME=ANNOTATIONS.json:IMAGES/  custom boxes, masks or panoptic segments in COCO format
+    NAME=CAPTIONS.tsv:IMAGES/      image-text pairs
+    NAME=LIST.txt:IMAGES/          a list of images with VOC's xml files
+    NAME=FOLDER/:IMAGES/           xml files or label maps
+    NAME=FOLDER/                   images and their xml files, or a folder of images per class
 """
 
 import difflib
@@ -26,98 +31,104 @@ from common.errors import InputError
 from common.files import cache_dir
 
 log = logging.getLogger("concord")
+Parsed = tuple[str, str, tuple[str, str] | None]
 
 
 def entries(text: str) -> list[str]:
-    """The entries between the commas of `text`; a group's name, perhaps with a split, becomes its members'."""
+    """Splits `text` at its commas. Replaces the name of a group by the names of its members."""
     found = []
-    for entry in filter(None, (part.strip() for part in text.split(","))):
-        name, colon, rest = entry.partition(":")
-        found += [member + colon + rest for member in GROUPS.get(name, [name])]
-    return found
+    for entry in text.split(","):
+        name, colon, split = entry.strip().partition(":")
+        found += [member + colon + split for member in GROUPS.get(name, [name])]
+    return [entry for entry in found if entry]
 
 
-def parse_datasets(text: str, split: str) -> list[tuple[str, str, tuple[str, str] | None]]:
-    """`a,b:val,my=ann.json:images/` -> [(name, split, (annotations, images) or None)]; `split` where none is named.
+def parse_datasets(text: str, split: str) -> list[Parsed]:
+    """Parses `a,b:val,my=ann.json:images/` into (name, split, paths) of each entry.
 
-    `my=FOLDER/` names a folder of images per class: both are FOLDER.
-    Raises InputError for an unknown name (with the nearest ones), an unknown split, a name given twice, a name of one's
-    own that cannot be part of a file name.
+    `split` is the split of an entry that names none. Paths are None for a known dataset, otherwise
+    (annotations, images). `my=FOLDER/` has FOLDER in both places.
+    Raises InputError for an unknown name (and names the nearest ones), an unknown split, a name
+    given twice, and a custom name that cannot be part of a file name.
     """
-    parsed = []
-    for entry in entries(text):
-        name, custom, paths = entry.partition("=")
-        if custom:
-            annotations, colon, images = paths.rpartition(":")
-            if not (annotations if colon else images) or (not colon and images.endswith(".json")):
-                raise InputError(f"--datasets {entry}: write NAME=ANNOTATIONS.json:IMAGE_FOLDER/, or NAME=FOLDER/ "
-                                 "for a folder with one folder of images per class; xml files or label maps are "
-                                 "NAME=MAP_FOLDER/:IMAGE_FOLDER/")  # fmt: skip
-            if not re.fullmatch(r"[\w-][\w.-]*", name):
-                raise InputError(f"--datasets {entry}: the name '{name}' names files, too; give it letters, digits and "
-                                 "._- only, the first no dot")  # fmt: skip
-            parsed.append((name, split, (annotations or images, images)))
-            continue
-        name, _, own_split = entry.partition(":")
-        name = ALIASES.get(name, name)
-        if name not in KNOWN:
-            near = difflib.get_close_matches(
-                name, [*KNOWN, *ALIASES, *GROUPS], n=3, cutoff=0.4
-            ) or list(KNOWN)
-            raise InputError(
-                f"unknown dataset '{name}'; nearest: {', '.join(near)}; your own: NAME=ANN.json:IMAGES/"
-            )
-        if (own_split or split) not in KNOWN[name].splits:
-            raise InputError(
-                f"dataset '{name}' has no split '{own_split or split}', only {', '.join(KNOWN[name].splits)}"
-            )
-        parsed.append((name, own_split or split, None))
-    names = [name for name, *_ in parsed]
-    if len(set(names)) < len(names):
-        raise InputError(
-            f"dataset '{next(n for n in names if names.count(n) > 1)}' is named twice; name each once"
-        )
+    parsed = [
+        _parse_custom(entry, split) if "=" in entry else _parse_known(entry, split)
+        for entry in entries(text)
+    ]
+    names = [name for name, _, _ in parsed]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"dataset '{name}' is named twice; name each once")
     return parsed
 
 
-def default_eval(text: str, without: Collection[str] = ()) -> str:
-    """What to evaluate after training on `text`: the default split of each known dataset, one's own files as given.
+def _parse_custom(entry: str, split: str) -> Parsed:
+    """Parses NAME=ANNOTATIONS:IMAGES or NAME=FOLDER."""
+    name, _, paths = entry.partition("=")
+    annotations, colon, images = paths.rpartition(":")
+    if not colon:  # a folder holds both; a json file alone lacks its images
+        annotations = "" if images.endswith(".json") else images
+    if not annotations:
+        raise InputError(
+            f"--datasets {entry}: write NAME=ANNOTATIONS.json:IMAGE_FOLDER/, or NAME=FOLDER/ for a "
+            "folder with one folder of images per class; xml files or label maps are "
+            "NAME=MAP_FOLDER/:IMAGE_FOLDER/"
+        )
+    if not re.fullmatch(r"[\w-][\w.-]*", name):
+        raise InputError(
+            f"--datasets {entry}: the name '{name}' becomes part of file names; give it letters, "
+            "digits and ._- only, and no dot first"
+        )
+    return name, split, (annotations, images)
 
-    Image labels cannot be evaluated: in21k and the like are left out, one's own image folders, and the names `without`.
-    "" if none remains.
+
+def _parse_known(entry: str, split: str) -> Parsed:
+    """Parses NAME or NAME:SPLIT."""
+    name, _, own_split = entry.partition(":")
+    name = ALIASES.get(name, name)
+    split = own_split or split
+    if name not in KNOWN:
+        near = difflib.get_close_matches(name, [*KNOWN, *ALIASES, *GROUPS], n=3, cutoff=0.4)
+        raise InputError(
+            f"unknown dataset '{name}'; nearest: {', '.join(near or KNOWN)}; "
+            "your own: NAME=ANN.json:IMAGES/"
+        )
+    splits = KNOWN[name].splits
+    if split not in splits:
+        raise InputError(f"dataset '{name}' has no split '{split}', only {', '.join(splits)}")
+    return name, split, None
+
+
+def default_eval(text: str, without: Collection[str] = ()) -> str:
+    """Returns the default of --eval-datasets, a comma-separated list.
+
+    A known dataset contributes its name, which stands for its default split. A custom dataset
+    contributes its entry unchanged. Datasets with image-level labels only (in21k, image folders)
+    and the names in `without` are dropped. Returns "" if none is left.
     """
-    names = []
+    kept = []
     for entry in entries(text):
         name, custom, paths = entry.partition("=")
         name = name.partition(":")[0]
         if name in without:
             continue
-        if custom and ":" in paths:
-            names.append(entry)
-        elif not custom and not only_image_labels(name := ALIASES.get(name, name)):
-            names.append(name)
-    return ",".join(names)
-
-
-def only_image_labels(name: str) -> bool:
-    return name in KNOWN and "val" not in KNOWN[name].splits
-
-
-def known_supervision(name: str) -> Supervision | None:
-    """What a known dataset has, if that is not for its files to tell."""
-    if only_image_labels(name):
-        return "image_labels"
-    return {read_semantic: "semantic", read_panoptic: "panoptic"}.get(KNOWN[name].read)
+        if custom:
+            if ":" in paths:
+                kept.append(entry)
+            continue
+        name = ALIASES.get(name, name)
+        if name not in KNOWN or KNOWN[name].supervision != "image_labels":
+            kept.append(name)
+    return ",".join(kept)
 
 
 def warn_of_overlap(trained: list[Dataset], evaluated: list[Dataset]) -> None:
-    """One line for each dataset whose metric will be of the images it was trained on."""
+    """Logs one warning for each evaluated dataset whose annotation file is also trained on."""
     sources = {dataset.index.source for dataset in trained}
     for dataset in evaluated:
-        if dataset.index.source in sources:
-            log.warning(
-                "%s is evaluated on its TRAINING images: %s", dataset.name, dataset.index.source
-            )
+        source = dataset.index.source
+        if source in sources:
+            log.warning("%s is evaluated on its TRAINING images: %s", dataset.name, source)
 
 
 def load_datasets(
@@ -129,127 +140,144 @@ def load_datasets(
     accepts: tuple[Supervision, ...] = ("boxes", "instances"),
     check: bool = True,
 ) -> list[Dataset]:
-    """The datasets that `text` names, in its order.
+    """Loads the datasets that `text` names, in its order.
 
-    data_root: where the known datasets lie; else DETECTRON2_DATASETS, else ./data
-    tiny:      > 0: the generated stand-ins with images of that side instead of the real datasets
-    masks:     the samples carry instance masks, where the annotations have them
+    data_root: folder of the known datasets; by default $DETECTRON2_DATASETS, or ./data
+    tiny:      if > 0, generated stand-ins with images of this side replace the real datasets
+    masks:     samples have instance masks, where the annotations have them
     accepts:   the kinds of supervision that the method can learn from
-    check:     a missing image is an error
+    check:     a missing image is an error, and so is a train split without a box
 
-    Raises InputError for bad names, nothing under the data root, broken annotations, missing images, another kind of
-    supervision.
+    Raises InputError as `parse_datasets` and `load_dataset`, and for other supervision.
     """
     datasets = []
     for name, own_split, paths in parse_datasets(text, split):
         root = data_folder(data_root)
-        if not paths and (supervision := known_supervision(name)):
-            refuse_unless(supervision, accepts, name, split)  # before files are listed or generated
-        if tiny and not paths:
-            if data_root:
-                log.warning(
-                    "--tiny draws a stand-in for '%s'; %s is not read for it", name, data_root
-                )
-            root = generate(KNOWN[name].whole or name, cache_dir(), tiny)
+        if not paths:
+            known = KNOWN[name]
+            if known.supervision:  # refuse before any file is listed or generated
+                _refuse_supervision(known.supervision, accepts, name, split)
+            if tiny and data_root:
+                warning = "--tiny draws a stand-in for '%s'; %s is not read for it"
+                log.warning(warning, name, data_root)
+            if tiny:
+                root = generate(known.whole or name, cache_dir(), tiny)
         dataset = load_dataset(name, own_split, paths, root, check)
-        refuse_unless(dataset.supervision, accepts, name, split)
+        _refuse_supervision(dataset.supervision, accepts, name, split)
         boxless = dataset.supervision in ("boxes", "instances") and not len(dataset.index.labels)
         if check and split == "train" and boxless and not dataset.novel:
-            raise InputError(f"{dataset.index.source} has no box to learn from; add annotations or, for image labels, "
-                             "pos_category_ids")  # fmt: skip
+            raise InputError(
+                f"{dataset.index.source} has no box to learn from; add annotations or, for image "
+                "labels, pos_category_ids"
+            )
         datasets.append(replace(dataset, masks=masks))
     if not datasets:
         raise InputError(
-            f"no dataset named; --datasets or --eval-datasets: {', '.join(KNOWN)}, or NAME=ANNOTATIONS.json:IMAGES/"
+            f"no dataset named; --datasets or --eval-datasets: {', '.join(KNOWN)}, or "
+            "NAME=ANNOTATIONS.json:IMAGES/"
         )
     return datasets
 
 
 def data_folder(data_root: str) -> Path:
+    """Returns the data root: `data_root`, or $DETECTRON2_DATASETS, or ./data."""
     return Path(data_root or os.environ.get("DETECTRON2_DATASETS") or "data")
 
 
 def find_files(name: str, split: str, root: Path) -> tuple[Path, Path] | None:
-    """The annotations and images of a known dataset: the first that exist, both if possible."""
-    places = [(root / a, root / i) for a, i in KNOWN[name].splits[split]]
+    """Returns the paths of the annotations and the images of a known dataset.
+
+    They are the first that both exist, or the first annotations that exist, or None.
+    """
+    places = [(root / file, root / folder) for file, folder in KNOWN[name].splits[split]]
     found = [place for place in places if place[0].exists()]
-    return next((place for place in found if place[1].is_dir()), found[0] if found else None)
-
-
-def refuse_unless(
-    supervision: Supervision, accepts: tuple[Supervision, ...], name: str, split: str
-) -> None:
-    words = {
-        "image_labels": "image labels",
-        "semantic": "semantic label maps",
-        "panoptic": "panoptic segments",
-    }
-    if supervision not in accepts:
-        has, *needs = (words.get(kind, kind) for kind in (supervision, *accepts))
-        remedy = (
-            "leave it out of --datasets" if split == "train" else "name others with --eval-datasets"
-        )
-        raise InputError(
-            f"dataset '{name}' has {has} only; this method needs {' or '.join(needs)}; {remedy}"
-        )
+    for annotations, images in found:
+        if images.is_dir():
+            return annotations, images
+    return found[0] if found else None
 
 
 def load_dataset(
     name: str, split: str, paths: tuple[str, str] | None, root: Path, check: bool = True
 ) -> Dataset:
-    """Read the annotations of one dataset and check that all its images exist, unless told not to.
+    """Reads the dataset that `parse_datasets` describes by `name`, `split` and `paths`.
 
-    Raises InputError naming the file and the remedy: nothing under `root`, broken annotations, missing images.
+    root:  the data root, for a known dataset
+    check: a missing image is an error
+    Raises InputError that names the file and the remedy: nothing under `root`, broken annotations,
+    missing images.
     """
-    if paths and paths[0] == paths[1]:
-        folder = Path(paths[0])
-        beside = any(
-            folder.glob("*.xml")
-        )  # each xml file beside its image, as Roboflow exports them
-        return read_voc(name, folder, folder) if beside else read_folder(name, folder)
     if paths:
-        annotations, images = map(Path, paths)
-        if annotations.is_dir():
-            dataset = (read_voc if holds_xml(annotations) else read_semantic)(
-                name, annotations, images
-            )
-        elif annotations.is_file() and annotations.suffix == ".txt":
-            dataset = read_voc(name, annotations, images)
-        elif annotations.is_file() and annotations.suffix == ".tsv":
-            dataset = read_captions(name, annotations, images)
-        elif annotations.is_file():
-            read, metric = (
-                (read_panoptic, "pq") if is_panoptic(annotations) else (read_coco, "coco")
-            )
-            dataset = read(name, annotations, images, metric)
-        else:
-            raise InputError(
-                f"dataset '{name}': annotations {annotations} do not exist; check the path before the colon"
-            )
+        annotations, images = Path(paths[0]), Path(paths[1])
+        if paths[0] == paths[1]:
+            among_images = any(images.glob("*.xml"))  # as Roboflow exports them
+            return read_voc(name, images, images) if among_images else read_folder(name, images)
+        dataset = _read_custom(name, annotations, images)
     else:
         known = KNOWN[name]
-        if name == "lineart" and not (root / "lineart").is_dir():
-            raise InputError("dataset 'lineart' is generated: add --tiny")
-        if not root.is_dir():
-            raise InputError(
-                f"data root {root} does not exist; give --data-root or set DETECTRON2_DATASETS"
-            )
-        if not (found := find_files(name, split, root)):
-            annotations, images = known.splits[split][0]
-            where = "" if images == annotations else f", its images in {root / images}"
-            raise InputError(f"dataset '{name}': {root / annotations} does not exist; put {known.title} there{where}, "
-                             "as data/README.md shows, or give --data-root")  # fmt: skip
-        annotations, images = found
-        if known.read is read_coco and annotations.is_dir():
-            return read_folder(
-                name, annotations
-            )  # it lists what exists, so that nothing can be missing
-        dataset = known.read(
-            known.whole if known.base_split else name, annotations, images, known.metric
-        )
-        dataset = known.base_split(dataset, split) if known.base_split else dataset
+        annotations, images = _known_files(name, split, root)
+        if known.class_folders and annotations.is_dir():
+            return read_folder(name, annotations)  # lists files that exist: none can be missing
+        read_as = known.whole if known.base_split else name
+        dataset = known.read(read_as, annotations, images, known.metric)
+        if known.base_split:
+            dataset = known.base_split(dataset, split)
     if len(dataset) == 0:
         raise InputError(f"{dataset.index.source} lists no images; name another file")
     if check:
         dataset.check_images()
     return dataset
+
+
+def _read_custom(name: str, annotations: Path, images: Path) -> Dataset:
+    """Reads a custom dataset; the annotations' kind follows from their ending and content."""
+    if annotations.is_dir():
+        read = read_voc if holds_xml(annotations) else read_semantic
+        return read(name, annotations, images)
+    if not annotations.is_file():
+        error = f"annotations {annotations} do not exist; check the path before the colon"
+        raise InputError(f"dataset '{name}': {error}")
+    if annotations.suffix == ".txt":
+        return read_voc(name, annotations, images)
+    if annotations.suffix == ".tsv":
+        return read_captions(name, annotations, images)
+    if is_panoptic(annotations):
+        return read_panoptic(name, annotations, images, "pq")
+    return read_coco(name, annotations, images, "coco")
+
+
+def _known_files(name: str, split: str, root: Path) -> tuple[Path, Path]:
+    """Returns the files of `find_files`. Raises InputError that names what to download."""
+    known = KNOWN[name]
+    if known.generated and not (root / name).is_dir():
+        raise InputError(f"dataset '{name}' is generated: add --tiny")
+    if not root.is_dir():
+        raise InputError(
+            f"data root {root} does not exist; give --data-root or set DETECTRON2_DATASETS"
+        )
+    found = find_files(name, split, root)
+    if found:
+        return found
+    annotations, images = known.splits[split][0]
+    where = "" if images == annotations else f", its images in {root / images}"
+    raise InputError(
+        f"dataset '{name}': {root / annotations} does not exist; put {known.title} there{where}, "
+        "as data/README.md shows, or give --data-root"
+    )
+
+
+def _refuse_supervision(
+    supervision: Supervision, accepts: tuple[Supervision, ...], name: str, split: str
+) -> None:
+    """Raises InputError if the method cannot learn from this kind of supervision."""
+    words = {
+        "image_labels": "image labels",
+        "semantic": "semantic label maps",
+        "panoptic": "panoptic segments",
+    }
+    train_remedy, eval_remedy = "leave it out of --datasets", "name others with --eval-datasets"
+    remedy = train_remedy if split == "train" else eval_remedy
+    if supervision not in accepts:
+        has = words.get(supervision, supervision)
+        needs = " or ".join(words.get(kind, kind) for kind in accepts)
+        raise InputError(f"dataset '{name}' has {has} only; this method needs {needs}; {remedy}")

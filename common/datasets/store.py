@@ -1,4 +1,4 @@
-"""What was made of large annotation files, kept as columns on disk and memory-mapped by every later start."""
+"""A cache of large annotation files: each is read once, later starts memory-map its columns."""
 
 import hashlib
 import io
@@ -18,62 +18,63 @@ from common.datasets.index import Index, JsonRows
 from common.files import NO_ARRAY, atomic_path, cache_dir
 
 log = logging.getLogger("concord")
-VERSION = 3  # of the columns and what they mean; other versions are made again
-LARGE = 8 << 20  # bytes; smaller files are read as fast as their columns are found
+VERSION = 3  # of the columns and their meaning; folders of other versions are not used
+LARGE = 8 << 20  # bytes; a smaller file is read as fast as its columns are found
 ARRAYS = (
     *("file_names", "sizes", "offsets", "boxes", "labels", "areas", "ignore"),
     *("image_labels", "image_label_offsets", "map_names", "segment_ids"),
 )
 ROWS = ("image_ids", "segmentations", "negatives", "not_exhaustive", "verified", "captions")
 
-# read(blob) -> (index, facts): what is in the files; json can write the facts. The masks' json is written to `blob`
-# instead of to segmentations.text
-Read = Callable[[BinaryIO], tuple[Index, dict]]
+# An index, and the other facts in the files, which json can express.
+Content = tuple[Index, dict]
+# read(blob) reads the files. It writes the json of the masks to `blob`, not to segmentations.text.
+Read = Callable[[BinaryIO], Content]
 
 
-def cached_index(
-    source: Path, options: list, read: Read, files: Sequence[Path] = ()
-) -> tuple[Index, dict]:
-    """What `read` makes of `source`, the index and the facts beside it; of large files from the cache.
+def cached_index(source: Path, options: list, read: Read, files: Sequence[Path] = ()) -> Content:
+    """Returns the index and the facts that `read` makes of `source`; caches those of large files.
 
-    options: what else decides the result; json can write it
-    files:   those that are read, if there are more than `source`
-    Files of the same sizes and times are the same; at other times, their hash decides. A damaged folder is made again;
-    a cache that cannot be written costs a warning line, never an error. One process reads, while others wait for it.
+    options: what the result depends on besides the files; json can express it
+    files:   the files that are read, if there are more than `source`
+
+    Files of the same sizes and times are taken to be the same. If only the times differ, their hash
+    decides. A damaged cache folder is made again. If the cache cannot be written, a warning is
+    logged. One process reads, others wait for it.
     """
     files = files or [source]
     try:
         stamps = _stamps(files)
-    except (OSError, ValueError):  # `read` says it better
+    except (OSError, ValueError):  # `read` raises a better error
         stamps = []
     if sum(size for size, _ in stamps) >= LARGE:
         folder = _folder(source, options, files)
-        if found := _find(source, folder, files, stamps):
+        found = _find(source, folder, files, stamps)
+        if found:
             return found
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with waiting(FileLock(folder.with_suffix(".lock")), source):
-                return _find(source, folder, files, stamps) or _store(
-                    source, folder, files, stamps, read
-                )
+                found = _find(source, folder, files, stamps)
+                return found or _store(source, folder, files, stamps, read)
         except OSError as error:
-            log.warning("%s cannot be written, so %s is read as a whole at each start (%s)", folder.parent, source,
-                        error)  # fmt: skip
+            message = "%s cannot be written, so %s is read as a whole at each start (%s)"
+            log.warning(message, folder.parent, source, error)
     blob = io.BytesIO()
     arrays, record = _pack(*read(blob))
-    return _unpack(source, arrays | {"blob": np.frombuffer(blob.getbuffer(), np.uint8)}, record)
+    arrays["blob"] = np.frombuffer(blob.getbuffer(), np.uint8)
+    return _unpack(source, arrays, record)
 
 
 def is_cached(source: Path, options: list) -> bool:
-    """Whether `cached_index` with these arguments would not read the file."""
-    return (
-        _find(source, _folder(source, options, [source]), [source], _stamps([source])) is not None
-    )
+    """Returns whether `cached_index` finds `source` in the cache."""
+    folder = _folder(source, options, [source])
+    return _find(source, folder, [source], _stamps([source])) is not None
 
 
 @contextmanager
 def waiting(lock: FileLock, source: Path) -> Iterator[None]:
-    """Hold the lock; after a second without it, a line says what is waited for."""
+    """Context manager that holds `lock`. Logs a line if that takes longer than a second."""
     try:
         lock.acquire(timeout=1)
     except Timeout:
@@ -86,7 +87,7 @@ def waiting(lock: FileLock, source: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, record: object) -> None:
-    """Write what spares time at the next start; where that is not possible, one warning line says so."""
+    """Writes a json file that saves time at the next start; logs a warning if it cannot."""
     try:
         with atomic_path(path) as temporary:
             temporary.write_bytes(orjson.dumps(record))
@@ -95,6 +96,7 @@ def write_json(path: Path, record: object) -> None:
 
 
 def _folder(source: Path, options: list, files: Sequence[Path]) -> Path:
+    """Returns the cache folder of `source`; its name is a hash of all paths and the options."""
     digest = hashlib.sha256(orjson.dumps([VERSION, *options]))
     for path in (source, *files):
         digest.update(b"\0" + bytes(path.absolute()))
@@ -102,12 +104,13 @@ def _folder(source: Path, options: list, files: Sequence[Path]) -> Path:
 
 
 def _stamps(files: Sequence[Path]) -> list[list[int]]:
-    """Size and time of each."""
+    """Returns size and time of each file."""
     stats = (path.stat() for path in files)
     return [[stat.st_size, stat.st_mtime_ns] for stat in stats]
 
 
 def _hash(files: Sequence[Path]) -> str:
+    """Returns a hash of the files' content."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -118,30 +121,32 @@ def _hash(files: Sequence[Path]) -> str:
 
 def _find(
     source: Path, folder: Path, files: Sequence[Path], stamps: list[list[int]]
-) -> tuple[Index, dict] | None:
-    """What the folder holds, if that is whole and of the files as they are now."""
+) -> Content | None:
+    """Returns what the folder holds; None if it is damaged or the files have changed since."""
     try:
         record = orjson.loads((folder / "facts.json").read_bytes())
-        if [size for size, _ in record["stamps"]] != [size for size, _ in stamps]:
+        old_stamps = record["stamps"]
+        if [size for size, _ in old_stamps] != [size for size, _ in stamps]:
             return None
-        if record["stamps"] != stamps:
+        if old_stamps != stamps:
             if record["hash"] != _hash(files):
                 return None
             write_json(folder / "facts.json", record | {"stamps": stamps})
         arrays = _map(folder, record["arrays"])
-        return (
-            _unpack(source, arrays, record, folder) if _forms(arrays) == record["arrays"] else None
-        )
+        if _forms(arrays) != record["arrays"]:
+            return None
+        return _unpack(source, arrays, record, folder)
     except (*NO_ARRAY, KeyError, TypeError, AttributeError):
         return None
 
 
 def _store(
     source: Path, folder: Path, files: Sequence[Path], stamps: list[list[int]], read: Read
-) -> tuple[Index, dict]:
+) -> Content:
+    """Reads the files, writes their columns to `folder` and returns them memory-mapped."""
     gigabytes = sum(size for size, _ in stamps) / 1e9
     log.info("%s (%.1f GB) is read once; later starts use %s", source, gigabytes, folder)
-    digest = _hash(files)  # first: a file that changes after it is found to be another
+    digest = _hash(files)  # before reading: a file that changes meanwhile gets another hash
     for old in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
         shutil.rmtree(old)
     with atomic_path(folder) as temporary:
@@ -154,62 +159,65 @@ def _store(
             with (temporary / f"{name}.npy").open("wb") as file:
                 np.save(file, arrays.pop(name))
                 _sync(file)
-        arrays = _map(
-            temporary, names
-        )  # before the folder takes its place, where another process may replace it
+        # mapped before the folder gets its name, under which another process may replace it
+        arrays = _map(temporary, names)
         record |= {"stamps": stamps, "hash": digest, "arrays": _forms(arrays)}
         (temporary / "facts.json").write_bytes(orjson.dumps(record))
-        shutil.rmtree(folder, ignore_errors=True)  # one folder cannot replace another
+        shutil.rmtree(folder, ignore_errors=True)  # a rename does not replace a folder
     return _unpack(source, arrays, record, folder)
 
 
 def _sync(file: BinaryIO) -> None:
-    """To the disk itself, else a power cut can leave a file's size without its content."""
+    """Writes to the disk itself: a power cut can leave a file of the right size without content."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def _pack(index: Index, facts: dict) -> tuple[dict[str, np.ndarray], dict]:
-    """Arrays but for the masks' text, and a record of the rest. What samplers want is computed once and for all."""
-    arrays = {field: array for field in ARRAYS if (array := getattr(index, field)) is not None}
+    """Converts an index to arrays, without the text of the masks, and a record of the rest.
+
+    The arrays include `by_label`, so that later starts need not compute it.
+    """
+    columns = {field: getattr(index, field) for field in ARRAYS}
+    arrays = {field: column for field, column in columns.items() if column is not None}
     for field in ROWS:
-        if (values := getattr(index, field)) is not None:
-            rows = values if isinstance(values, JsonRows) else JsonRows.of(values)
-            arrays |= {f"{field}.starts": rows.starts, f"{field}.ends": rows.ends}
-            arrays |= {f"{field}.text": rows.text} if field != "segmentations" else {}
+        values = getattr(index, field)
+        if values is None:
+            continue
+        rows = values if isinstance(values, JsonRows) else JsonRows.of(values)
+        arrays |= {f"{field}.starts": rows.starts, f"{field}.ends": rows.ends}
+        if field != "segmentations":
+            arrays[f"{field}.text"] = rows.text
     arrays["by_label.images"], arrays["by_label.counts"] = index.by_label
     return arrays, {"relative": index.relative, "num_outside": index.num_outside, "facts": facts}
 
 
-def _unpack(
-    source: Path, arrays: dict, record: dict, folder: Path | None = None
-) -> tuple[Index, dict]:
-    rows = {}
+def _unpack(source: Path, arrays: dict, record: dict, folder: Path | None = None) -> Content:
+    """Reverses `_pack`; arrays["blob"] is the text of the masks."""
+    fields = {field: arrays[field] for field in ARRAYS if field in arrays}
     for field in ROWS:
         if f"{field}.starts" in arrays:
             text = arrays["blob" if field == "segmentations" else f"{field}.text"]
-            rows[field] = JsonRows(text, arrays[f"{field}.starts"], arrays[f"{field}.ends"])
-    fields = {field: arrays[field] for field in ARRAYS if field in arrays}
-    index = Index(str(source), relative=record["relative"], folder=folder, **fields, **rows)
-    index.by_label, index.num_outside = (
-        (arrays["by_label.images"], arrays["by_label.counts"]),
-        record["num_outside"],
-    )
+            fields[field] = JsonRows(text, arrays[f"{field}.starts"], arrays[f"{field}.ends"])
+    index = Index(str(source), relative=record["relative"], folder=folder, **fields)
+    index.by_label = (arrays["by_label.images"], arrays["by_label.counts"])
+    index.num_outside = record["num_outside"]
     return index, record["facts"]
 
 
 def _map(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Memory-maps the arrays `names` and the blob in `folder`, read-only."""
+    arrays = {}
+    for name in names:
+        if name != "blob":
+            arrays[name] = np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
     blob = folder / "blob.bin"
-    arrays = {
-        name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
-        for name in names
-        if name != "blob"
-    }
-    empty = not blob.stat().st_size  # which cannot be mapped
-    return arrays | {
-        "blob": np.zeros(0, np.uint8) if empty else np.asarray(np.memmap(blob, np.uint8, "r"))
-    }
+    arrays["blob"] = np.zeros(0, np.uint8)
+    if blob.stat().st_size:  # an empty file cannot be mapped
+        arrays["blob"] = np.asarray(np.memmap(blob, np.uint8, "r"))
+    return arrays
 
 
 def _forms(arrays: dict[str, np.ndarray]) -> dict[str, list]:
+    """Returns type and shape of each array."""
     return {name: [str(array.dtype), *array.shape] for name, array in arrays.items()}

@@ -1,4 +1,4 @@
-"""Json files, whole or, where they are large, as runs of the elements of their lists."""
+"""Json files. Large ones are read list by list, in runs of whole elements."""
 
 import gc
 import re
@@ -11,16 +11,16 @@ import orjson
 from common.errors import InputError
 
 CHUNK = 1 << 20  # bytes
-CUTS = 30  # tried before more text is read: an element may hold thousands of objects
+CUTS = 30  # places tried before more text is read: an element may hold thousands of objects
 SPACE = b" \t\r\n"
-KEY, COMMA = re.compile(rb'("(?:[^"\\]|\\.)*")[ \t\r\n]*:', re.DOTALL), re.compile(rb"[ \t\r\n]*,")
-TOKEN = re.compile(
-    rb'"(?:[^"\\]|\\.)*"|["\[\]{},]', re.DOTALL
-)  # a quote alone opens a string that was cut off
+KEY = re.compile(rb'("(?:[^"\\]|\\.)*")[ \t\r\n]*:', re.DOTALL)
+COMMA = re.compile(rb"[ \t\r\n]*,")
+# a quote alone opens a string that is cut off
+TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|["\[\]{},]', re.DOTALL)
 
 
 def read_json(path: Path) -> dict:
-    """The object in a json file. Raises InputError for no json and no object."""
+    """Reads a json file whole. Raises InputError if it does not hold a json object."""
     try:
         record = orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
@@ -34,27 +34,55 @@ def read_json(path: Path) -> dict:
     return record
 
 
-def not_json(path: Path, what: object) -> InputError:
-    return InputError(f"{path} is not valid json ({what}); was it cut off, or does it hold NaN? mend it, copy or "
-                      "download it again")  # fmt: skip
+def not_json(path: Path, reason: object) -> InputError:
+    """Returns the error of a damaged json file."""
+    return InputError(
+        f"{path} is not valid json ({reason}); was it cut off, or does it hold NaN? mend it, copy "
+        "or download it again"
+    )
 
 
 def read_fields(path: Path, chunk: int = CHUNK) -> Iterator[tuple[str, object]]:
-    """(field, value) of each field of the json object in a file, in its order; about `chunk` bytes are in memory.
+    """Yields (field, value) of each field of the json object in a file, in its order.
 
-    A list comes in runs of whole elements under the same field, at least one; an empty list is an empty run.
-    Raises InputError for a file that cannot be read, is no json or no object, or has a field twice.
+    A list is yielded in runs of whole elements, each with the name of the field. An empty list is
+    one empty run. About `chunk` bytes of the file are in memory.
+    Raises InputError if the file cannot be read, is not json, is no object or has a field twice.
     """
-    with window(path, chunk) as text:
-        yield from _fields(text, path)
+    fields = set()
+    with _window(path, chunk) as text:
+        if text.peek() != b"{":
+            read_json(path)  # raises the error that fits
+        text.use(1)
+        ended = text.peek() == b"}" and text.next(b"}")
+        while not ended:
+            if text.peek() != b'"':
+                raise orjson.JSONDecodeError("a field's name expected", "", 0)
+            key = text.find(KEY.match)
+            field = orjson.loads(key[1])
+            if field in fields:
+                raise orjson.JSONDecodeError(f"the field '{field}' comes twice", "", 0)
+            fields.add(field)
+            text.use(key.end())
+            if text.peek() == b"[":
+                text.use(1)
+                for run in _runs(text):
+                    yield field, run
+            else:
+                end = text.find(_value_end)
+                value = orjson.loads(text.held[:end])
+                text.use(end)
+                yield field, value
+            ended = text.next(b",}") == b"}"
+        text.end()
 
 
 def read_elements(path: Path, chunk: int = CHUNK) -> Iterator[object]:
-    """The elements of the json list in a file, with about `chunk` bytes of it in memory.
+    """Yields the elements of the json list in a file. About `chunk` bytes of it are in memory.
 
-    Raises InputError for a file that cannot be read, is no json or no list.
+    Raises InputError if the file cannot be read, is not json or is no list.
     """
-    with window(path, chunk) as text:
+    with _window(path, chunk) as text:
         if text.peek() == b"{":
             raise InputError(f"{path} holds a json object; a list is needed")
         text.next(b"[")
@@ -64,10 +92,17 @@ def read_elements(path: Path, chunk: int = CHUNK) -> Iterator[object]:
 
 
 @contextmanager
-def window(path: Path, chunk: int) -> Iterator["Window"]:
-    """The text of a json file. Raises InputError for what is wrong with it."""
+def _window(path: Path, chunk: int) -> Iterator["Window"]:
+    """Context manager that yields the text of a json file, to be read `chunk` bytes at a time.
+
+    Turns Python's cycle collector off. It would run after every 700 new objects, and take twice as
+    long as parsing them.
+    Raises InputError if the file cannot be read, or if the block finds that it is not json.
+    """
+    collects = gc.isenabled()
+    gc.disable()
     try:
-        with no_collector(), path.open("rb") as file:
+        with path.open("rb") as file:
             text = Window(file.read, chunk)
             try:
                 yield text
@@ -75,53 +110,50 @@ def window(path: Path, chunk: int) -> Iterator["Window"]:
                 raise not_json(path, f"{error.msg}, near byte {text.used + error.pos}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
-
-
-@contextmanager
-def no_collector() -> Iterator[None]:
-    """Python's collector looks for cycles after every 700 new objects, which takes twice as long as to parse them."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
     finally:
-        if was_on:
+        if collects:
             gc.enable()
 
 
 class Window:
-    """The bytes of a file that were read and not yet used."""
+    """The bytes of a file that are read and not yet used up: `held`.
+
+    read: read(count) returns up to `count` further bytes of the file
+    used: the number of bytes before `held`
+    """
 
     def __init__(self, read: Callable[[int], bytes], chunk: int):
-        self.read, self.chunk, self.held, self.used = read, chunk, b"", 0
+        self.read, self.chunk = read, chunk
+        self.held, self.used = b"", 0
 
     def more(self) -> bool:
-        """Read on, at least as much as is held: so a value of many chunks is not scanned for each. False at the end."""
+        """Reads on. Returns False at the end of the file."""
+        # doubles what is held: a value of many chunks is not scanned once for each of them
         new = self.read(max(self.chunk, len(self.held)))
         self.held += new
         return bool(new)
 
     def use(self, count: int) -> None:
-        """Let go of the first `count` bytes and the space after them."""
+        """Uses up the first `count` bytes and the space after them."""
         rest = self.held[count:].lstrip(SPACE)
         self.used += len(self.held) - len(rest)
         self.held = rest
 
     def find(self, scan: Callable[[bytes], object]):
-        """`scan(held)` as soon as it finds something. Raises JSONDecodeError at the end of the file."""
+        """Reads on until `scan(held)` finds something. Raises JSONDecodeError at the file's end."""
         while (found := scan(self.held)) is None:
             if not self.more():
                 raise orjson.JSONDecodeError("unexpected end of data", "", 0)
         return found
 
     def peek(self) -> bytes:
-        """The next character that is no space, empty at the end of the file."""
+        """Returns the next character that is no space, b"" at the end of the file."""
         while not self.held and self.more():
             self.use(0)
         return self.held[:1]
 
     def next(self, expected: bytes) -> bytes:
-        """Use up that character, which must be one of `expected`."""
+        """Uses up and returns the next character, which must be one of `expected`."""
         found = self.peek()
         if not found or found not in expected:
             names = " or ".join(f"'{chr(c)}'" for c in expected)
@@ -130,40 +162,13 @@ class Window:
         return found
 
     def end(self) -> None:
+        """Raises JSONDecodeError unless the file ends here."""
         if self.peek():
             raise orjson.JSONDecodeError("unexpected content after document", "", 0)
 
 
-def _fields(text: Window, path: Path) -> Iterator[tuple[str, object]]:
-    if text.peek() != b"{":
-        read_json(path)  # raises: it is no object
-    text.use(1)
-    fields = set()
-    ended = text.peek() == b"}" and text.next(b"}")
-    while not ended:
-        if text.peek() != b'"':
-            raise orjson.JSONDecodeError("a field's name expected", "", 0)
-        key = text.find(KEY.match)
-        field = orjson.loads(key[1])
-        if field in fields:
-            raise orjson.JSONDecodeError(f"the field '{field}' comes twice", "", 0)
-        fields.add(field)
-        text.use(key.end())
-        if text.peek() == b"[":
-            text.use(1)
-            for run in _runs(text):
-                yield field, run
-        else:
-            end = text.find(_value_end)
-            value = orjson.loads(text.held[:end])
-            text.use(end)
-            yield field, value
-        ended = text.next(b",}") == b"}"
-    text.end()
-
-
 def _value_end(text: bytes) -> int | None:
-    """Where the value that `text` begins with ends: at a comma or brace that is not its own."""
+    """Returns where the value at the start of `text` ends; None if more text is needed."""
     depth = 0
     for token in TOKEN.finditer(text):
         letter = token[0]
@@ -176,7 +181,7 @@ def _value_end(text: bytes) -> int | None:
 
 
 def _runs(text: Window) -> Iterator[list]:
-    """The elements of a list, whose bracket is used up."""
+    """Yields the elements of a list in runs. The opening bracket is used up."""
     ended, first = False, True
     while not ended:
         run, used, ended = text.find(_whole_elements)
@@ -188,30 +193,38 @@ def _runs(text: Window) -> Iterator[list]:
 
 
 def _whole_elements(text: bytes) -> tuple[list, int, bool] | None:
-    """The elements of a list that `text` goes on with, how many bytes they take, and whether the list ends there.
+    """Parses the elements of a list at the start of `text`, as many as are whole.
 
-    A cut between a brace and a comma may be inside of an object or a string of an element, but then what is before it
-    is not balanced and cannot be parsed. None where more text is needed. Raises JSONDecodeError for what is no json.
+    Returns them, how many bytes they take, and whether the list ends there; None if more text is
+    needed. Raises JSONDecodeError if the text is not json.
+    The text is cut between a brace and a comma. A cut inside an element is found out: the text
+    before it is not balanced and cannot be parsed.
     """
     cut = len(text)
     for _ in range(CUTS):
-        if (cut := text.rfind(b"}", 0, cut)) < 0:
+        cut = text.rfind(b"}", 0, cut)
+        if cut < 0:
             break
-        if (comma := COMMA.match(text, cut + 1)) and (found := _parse(text[: cut + 1] + b"]")):
+        comma = COMMA.match(text, cut + 1)
+        found = _parse(text[: cut + 1] + b"]") if comma else None
+        if found:
             run, used = found
-            return (
-                (run, comma.end(), False) if used > cut + 1 else (run, used, True)
-            )  # or the list ended before it
+            if used > cut + 1:
+                return run, comma.end(), False
+            return run, used, True  # the list ends before the cut
     found = _parse(text[: text.rfind(b"]") + 1])
     return found and (*found, True)
 
 
 def _parse(text: bytes) -> tuple[list, int] | None:
-    """The elements of a list that ends in `text` and the bytes up to its end; None if `text` is only a part of it."""
+    """Parses a list that ends in `text`. Its opening bracket is used up.
+
+    Returns its elements and the number of bytes up to its end; None if it does not end in `text`.
+    """
     try:
         return orjson.loads(b"[" + text), len(text)
     except orjson.JSONDecodeError as error:
-        if error.pos >= len(error.doc) - 1:  # whatever is before the end is right
+        if error.pos >= len(error.doc) - 1:  # all before the end is valid
             return None
         head = error.doc[: error.pos].rstrip()
         try:
