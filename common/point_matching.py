@@ -95,8 +95,8 @@ def assign_by_depth(cost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     depth = torch.arange(len(pairs)).repeat_interleave(torch.tensor(counts))
     query, target = (torch.cat(part) for part in zip(*pairs))
     order = target.argsort(stable=True)
-    indices = torch.stack([depth, query, target])[:, order]
-    return tuple(indices.to(cost.device))
+    indices = torch.stack([depth, query, target])
+    return tuple(indices[:, order].to(cost.device))
 
 
 def sample_pairs(logits: Tensor, masks: Tensor, target: Tensor, num: int) -> tuple[Tensor, Tensor]:

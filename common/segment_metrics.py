@@ -1,7 +1,6 @@
 """mIoU and panoptic quality.
 
-Each image gives counts. They are summed over images and ranks, and the metrics are computed from the
-sums.
+Counts of each image are summed over images and ranks. The metrics are computed from the sums.
 """
 
 import math
@@ -110,14 +109,10 @@ def match_segments(
     missed = ~hit & ~crowd
     wrong = ~match.any(axis=0) & ~forgiven  # (N,)
     best = iou.max(axis=1, initial=0, where=match)
-    return np.stack(
-        [
-            count(truth_labels[hit]),
-            count(found_labels[wrong]),
-            count(truth_labels[missed]),
-            count(truth_labels[hit], best[hit]),
-        ]
-    )
+    tp = count(truth_labels[hit])
+    fp = count(found_labels[wrong])
+    fn = count(truth_labels[missed])
+    return np.stack([tp, fp, fn, count(truth_labels[hit], best[hit])])
 
 
 def segment_results(counts: Counts, is_thing: tuple[bool, ...] | None) -> dict[str, float]:
