@@ -192,8 +192,9 @@ def _hotcoco(
 
 def _have_masks(dataset: Evaluated, predictions: Predictions) -> bool:
     """Tells if dataset and predictions have segmentations."""
-    predicted = all("segmentations" in record for record in predictions.values())
-    return predicted and dataset.index.segmentations is not None
+    if dataset.index.segmentations is None:
+        return False
+    return all("segmentations" in record for record in predictions.values())
 
 
 def _hotcoco_tables(
@@ -349,7 +350,8 @@ def _match(
     for eligible in (~group, group):  # groups get what single boxes left over
         overlap = np.where(eligible, overlaps, -1)
         best = overlap.argmax(axis=1)
-        for row in np.flatnonzero(~hit & (overlap.max(axis=1) >= 0.5)):
+        found = overlap.max(axis=1) >= 0.5
+        for row in np.flatnonzero(~hit & found):
             hit[row] = best[row] not in taken
             ignored[row] = group[best[row]] and not hit[row]
             taken.add(best[row])
