@@ -406,10 +406,12 @@ def _format_table(results: dict[str, dict[str, float]], width: int) -> str:
     return "\n\n".join("\n".join(map("  ".join, zip(*block))) for block in blocks)
 
 
-def to_coco_json(vocabulary: Vocabulary, predictions: Predictions, image_ids: list) -> list[dict]:
+def to_coco_json(
+    category_ids: Sequence, predictions: Predictions, image_ids: Sequence
+) -> list[dict]:
     """Returns COCO results: dicts of image_id, category_id, bbox (x, y, w, h in pixels) and score.
 
-    image_id is image_ids[row]. category_id is the original id of the class. If the prediction has
+    image_id is image_ids[row], category_id is category_ids[label]. If the prediction has
     segmentations, `segmentation` is the RLE.
     """
     results = []
@@ -418,7 +420,7 @@ def to_coco_json(vocabulary: Vocabulary, predictions: Predictions, image_ids: li
         columns = zip(boxes, found["labels"].tolist(), found["scores"].tolist())
         rles = found.get("segmentations")
         for i, (box, label, score) in enumerate(columns):
-            entry = {"image_id": image_ids[row], "category_id": vocabulary.ids[label]}
+            entry = {"image_id": image_ids[row], "category_id": category_ids[label]}
             entry |= {"bbox": box, "score": score}
             if rles is not None:
                 entry["segmentation"] = rles[i]

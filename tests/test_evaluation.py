@@ -139,7 +139,7 @@ def pycocotools_evaluator(dataset, results, kind="bbox", **params):
 
 def pycocotools_numbers(dataset, predictions, kind="bbox"):
     evaluator = pycocotools_evaluator(
-        dataset, to_coco_json(dataset.vocabulary, predictions, dataset.index.image_ids), kind
+        dataset, to_coco_json(dataset.vocabulary.ids, predictions, dataset.index.image_ids), kind
     )
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator.summarize()
@@ -341,7 +341,7 @@ def test_groups_are_means_of_classes(metric):
     assert values["AP50 novel"] == pytest.approx(np.mean(alone[1:3]))
     assert values["AP50"] == pytest.approx(np.mean(alone[:-1]))
     if metric == "coco":
-        results = to_coco_json(dataset.vocabulary, predictions, dataset.index.image_ids)
+        results = to_coco_json(dataset.vocabulary.ids, predictions, dataset.index.image_ids)
         precision = (
             pycocotools_evaluator(dataset, results).eval["precision"][0, :, :, 0, -1].mean(0)
         )
@@ -369,7 +369,7 @@ def test_groups_of_oid():
 @pytest.mark.parametrize("seed", range(3))
 def test_recall_equals_pycocotools(seed):
     dataset, predictions = random_dataset(seed)
-    results = to_coco_json(dataset.vocabulary, predictions, dataset.index.image_ids)
+    results = to_coco_json(dataset.vocabulary.ids, predictions, dataset.index.image_ids)
     results = [
         result | {"category_id": dataset.vocabulary.ids[0]} for result in results
     ]  # it ranks equal scores by class
@@ -493,7 +493,7 @@ def lvis_numbers(dataset, predictions):
     gt._create_index()
     evaluator = LVISEval(
         gt,
-        LVISResults(gt, to_coco_json(dataset.vocabulary, predictions, index.image_ids), 300),
+        LVISResults(gt, to_coco_json(dataset.vocabulary.ids, predictions, index.image_ids), 300),
         "bbox",
     )
     evaluator.run()
