@@ -855,7 +855,7 @@ def test_wide_table():
 def test_coco_json():
     vocabulary = Vocabulary("coco", ("cat", "dog"), (17, 18))
     results = to_coco_json(
-        vocabulary, {1: predict((1, 10, 20, 30, 50, 0.5)), 0: predict()}, [5, 139]
+        vocabulary.ids, {1: predict((1, 10, 20, 30, 50, 0.5)), 0: predict()}, [5, 139]
     )
     assert results == [{"image_id": 139, "category_id": 18, "bbox": [10, 20, 20, 30], "score": 0.5}]
     json.dumps(results)
@@ -864,7 +864,7 @@ def test_coco_json():
 def test_coco_json_with_masks():
     rles = encode_masks(torch.rand(1, 100, 100) < 0.5)
     found = predict((1, 10, 20, 30, 50, 0.5)) | {"segmentations": rles}
-    (entry,) = to_coco_json(Vocabulary("coco", ("cat", "dog")), {0: found}, [5])
+    (entry,) = to_coco_json((1, 2), {0: found}, [5])
     assert json.loads(json.dumps(entry))["segmentation"] == rles[0]
 
 
