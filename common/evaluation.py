@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -192,8 +193,9 @@ def _hotcoco(
 
 def _have_masks(dataset: Evaluated, predictions: Predictions) -> bool:
     """Tells if dataset and predictions have segmentations."""
-    predicted = all("segmentations" in record for record in predictions.values())
-    return predicted and dataset.index.segmentations is not None
+    if dataset.index.segmentations is None:
+        return False
+    return all("segmentations" in record for record in predictions.values())
 
 
 def _hotcoco_tables(
@@ -349,7 +351,8 @@ def _match(
     for eligible in (~group, group):  # groups get what single boxes left over
         overlap = np.where(eligible, overlaps, -1)
         best = overlap.argmax(axis=1)
-        for row in np.flatnonzero(~hit & (overlap.max(axis=1) >= 0.5)):
+        found = overlap.max(axis=1) >= 0.5
+        for row in np.flatnonzero(~hit & found):
             hit[row] = best[row] not in taken
             ignored[row] = group[best[row]] and not hit[row]
             taken.add(best[row])
@@ -404,10 +407,12 @@ def _format_table(results: dict[str, dict[str, float]], width: int) -> str:
     return "\n\n".join("\n".join(map("  ".join, zip(*block))) for block in blocks)
 
 
-def to_coco_json(vocabulary: Vocabulary, predictions: Predictions, image_ids: list) -> list[dict]:
+def to_coco_json(
+    category_ids: Sequence, predictions: Predictions, image_ids: Sequence
+) -> list[dict]:
     """Returns COCO results: dicts of image_id, category_id, bbox (x, y, w, h in pixels) and score.
 
-    image_id is image_ids[row]. category_id is the original id of the class. If the prediction has
+    image_id is image_ids[row], category_id is category_ids[label]. If the prediction has
     segmentations, `segmentation` is the RLE.
     """
     results = []
@@ -416,7 +421,7 @@ def to_coco_json(vocabulary: Vocabulary, predictions: Predictions, image_ids: li
         columns = zip(boxes, found["labels"].tolist(), found["scores"].tolist())
         rles = found.get("segmentations")
         for i, (box, label, score) in enumerate(columns):
-            entry = {"image_id": image_ids[row], "category_id": vocabulary.ids[label]}
+            entry = {"image_id": image_ids[row], "category_id": category_ids[label]}
             entry |= {"bbox": box, "score": score}
             if rles is not None:
                 entry["segmentation"] = rles[i]

@@ -138,7 +138,7 @@ class ClassAwareSampler:
         self, datasets: list[Dataset], seed: int, start: int = 0, rank: int = 0, world_size: int = 1
     ):
         self.seed = seed
-        self.place = (start, rank, world_size)
+        self.position = (start, rank, world_size)
         self.first_row = first_rows(datasets)
         # per dataset (X_d,) the images of its classes, class after class, and (C_d,) their numbers
         self.images, counts = zip(*(dataset.index.by_label for dataset in datasets))
@@ -163,7 +163,7 @@ class ClassAwareSampler:
         return rows
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return endless(self.epoch, *self.place)
+        return endless(self.epoch, *self.position)
 
 
 @dataclass
@@ -217,8 +217,8 @@ class RatioBatchSampler:
         streams = []
         for d, factors in enumerate(self.factors):
             start = int(steps[d] * self.sizes[d] * self.world_size)
-            place = (start, self.rank, self.world_size)
-            streams.append(iter(RepeatFactorSampler(factors, (self.seed, d + 1), *place)))
+            position = (start, self.rank, self.world_size)
+            streams.append(iter(RepeatFactorSampler(factors, (self.seed, d + 1), *position)))
         starts = first_rows(self.factors)
         while True:
             d = int(self.edges.searchsorted(rng.random(), "right"))
