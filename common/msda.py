@@ -43,11 +43,14 @@ def msda(
     Raises ValueError if the shapes do not agree.
     """
     batch, pixels, heads, _ = value.shape
+    queries, points = offsets.shape[1], offsets.shape[4]
+    levels = len(shapes)
     if pixels != sum(height * width for height, width in shapes):
         raise ValueError(f"msda: value has {pixels} pixels, but the levels are {shapes}")
-    samples = (batch, offsets.shape[1], heads, len(shapes), offsets.shape[4])
-    fits = logits.shape == (*samples[:3], samples[3] * samples[4])
-    if not fits or offsets.shape != (*samples, 2):
+    samples = (batch, queries, heads, levels, points)
+    logits_fit = logits.shape == (batch, queries, heads, levels * points)
+    offsets_fit = offsets.shape == (*samples, 2)
+    if not logits_fit or not offsets_fit:
         found = f"offsets {offsets.shape} and logits {logits.shape}"
         raise ValueError(f"msda: {found} do not fit {samples} (B, Q, M, L, P)")
     if value.device.type not in KERNELS or (value.is_cuda and value.dtype == torch.float64):
@@ -82,7 +85,8 @@ def formula(
     Arguments and result are those of `msda`. The faster paths are tested against this function.
     """
     dtype = torch.promote_types(value.dtype, torch.float32)
-    weights = logits.to(dtype).softmax(-1).unflatten(-1, offsets.shape[3:5])  # (B, Q, M, L, P)
+    weights = logits.to(dtype).softmax(-1)  # (B, Q, M, L P)
+    weights = weights.unflatten(-1, offsets.shape[3:5])  # (B, Q, M, L, P)
     reference = _per_level(reference, offsets).to(dtype)  # (B, Q, L, 2)
     levels = value.to(dtype).split([height * width for height, width in shapes], 1)
     out = 0
@@ -94,15 +98,24 @@ def formula(
         x, y = position.unbind(-1)  # (B, Q, M, P) in pixels
         left = x.floor().detach()
         top = y.floor().detach()
-        for column, across in ((left, 1 - (x - left)), (left + 1, x - left)):
-            for row, down in ((top, 1 - (y - top)), (top + 1, y - top)):
-                inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        to_right = x - left
+        to_bottom = y - top
+        columns = ((left, 1 - to_right), (left + 1, to_right))
+        rows = ((top, 1 - to_bottom), (top + 1, to_bottom))
+        for column, across in columns:
+            in_x = (column >= 0) & (column < width)
+            for row, down in rows:
+                in_y = (row >= 0) & (row < height)
+                inside = in_x & in_y
                 pixel = torch.where(inside, row * width + column, 0).long()
                 pixel = pixel.transpose(1, 2)  # (B, M, Q, P)
-                index = pixel.flatten(2)[..., None].expand(-1, -1, -1, level.shape[-1])
-                found = level.gather(2, index).unflatten(2, pixel.shape[2:])
+                index = pixel.flatten(2)[..., None]
+                index = index.expand(-1, -1, -1, level.shape[-1])
+                found = level.gather(2, index)
+                found = found.unflatten(2, pixel.shape[2:])
                 found = found.transpose(1, 2)  # (B, Q, M, P, d)
-                weight = inside * across * down * weights[:, :, :, i]
+                weight = inside * across * down
+                weight = weight * weights[:, :, :, i]
                 out = out + torch.einsum("bqmp,bqmpd->bqmd", weight, found)
     return out.flatten(2).to(value.dtype)
 
@@ -166,34 +179,43 @@ class _Samples:
         height, width, start = self.levels.unbind(1)
 
         def row(per_level):  # (L,) -> (M K,)
-            return per_level.to(torch.int32).repeat_interleave(points).repeat(heads)
+            per_sample = per_level.to(torch.int32).repeat_interleave(points)
+            return per_sample.repeat(heads)
 
         self.width = row(width).to(dtype)
         self.height = row(height).to(dtype)
 
         # locations and attention
         size = torch.stack([width, height], -1)
-        centre = (reference.to(dtype) * size - 0.5).repeat_interleave(points, 2)  # (B, Q, K, 2)
-        offsets = offsets.to(dtype).contiguous().flatten(3, 4)  # (B, Q, M, K, 2)
-        position = (centre.unsqueeze(2) + offsets).flatten(2, 3)  # (B, Q, M K, 2)
+        centre = reference.to(dtype) * size - 0.5
+        centre = centre.repeat_interleave(points, 2)  # (B, Q, K, 2)
+        offsets = offsets.to(dtype).contiguous()
+        offsets = offsets.flatten(3, 4)  # (B, Q, M, K, 2)
+        position = centre.unsqueeze(2) + offsets
+        position = position.flatten(2, 3)  # (B, Q, M K, 2)
         x, y = position.unbind(-1)
         logits = logits.to(dtype).contiguous()
-        exp = (logits - logits.amax(-1, True)).exp_()  # F.softmax is slow on rows of K
+        logits = logits - logits.amax(-1, True)
+        exp = logits.exp_()  # F.softmax is slow on rows of K
         self.attention = exp.div_(exp.sum(-1, True)).flatten(2)
         column, self.left, self.right, self.in_x = _axis(x, self.width)
         line, self.top, self.bottom, self.in_y = _axis(y, self.height)
 
         # indices of the corners
         image_start = torch.arange(batch)[:, None, None] * pixels * heads
-        head = torch.arange(heads, dtype=torch.int32).repeat_interleave(levels * points)
-        first = (image_start + row(start * heads)).int() + head
+        head = torch.arange(heads, dtype=torch.int32)
+        head = head.repeat_interleave(levels * points)
+        first = (image_start + row(start * heads)).int()
+        first = first + head
         line.mul_(row(width * heads))
         column.mul_(heads)
         self.base = line.add_(column).add_(first)
         right = heads * (width > 1)
         below = heads * width * (height > 1)
         steps = torch.stack([0 * right, right, below, right + below]).int()  # (4, L)
-        self.corners = self.base.view(-1, 1, levels * points) + steps.repeat_interleave(points, 1)
+        steps = steps.repeat_interleave(points, 1)  # (4, K)
+        top_left = self.base.view(-1, 1, levels * points)
+        self.corners = top_left + steps
 
     def weights(self) -> list[Tensor]:
         """Returns attention times bilinear weight of the four corners: 4 tensors (B Q M, K)."""
@@ -206,10 +228,14 @@ class _Samples:
 def _forward_cpu(value, offsets, logits, reference, sizes):
     """Sums the 4 K weighted rows of value of each query and head: F.embedding_bag."""
     samples = _Samples(value, offsets, logits, reference, sizes)
-    rows = value.reshape(-1, value.shape[-1]).to(samples.attention.dtype)  # (B S M, d)
+    _, queries, heads = offsets.shape[:3]
+    rows = value.reshape(-1, value.shape[-1])  # (B S M, d)
+    rows = rows.to(samples.attention.dtype)
     weights = torch.cat(samples.weights(), 1)  # (B Q M, 4 K)
-    out = F.embedding_bag(samples.corners.flatten(1), rows, mode="sum", per_sample_weights=weights)
-    return out.view(*offsets.shape[:2], out.shape[-1] * offsets.shape[2]).to(value.dtype)
+    corners = samples.corners.flatten(1)
+    out = F.embedding_bag(corners, rows, mode="sum", per_sample_weights=weights)
+    out = out.view(len(offsets), queries, heads * out.shape[-1])
+    return out.to(value.dtype)
 
 
 def _backward_cpu(grad, value, offsets, logits, reference, out, sizes):
@@ -223,11 +249,15 @@ def _backward_cpu(grad, value, offsets, logits, reference, out, sizes):
     top_slope, bottom_slope = _slopes(samples.in_y, samples.height)
     upper = samples.left * dots[0] + samples.right * dots[1]
     lower = samples.left * dots[2] + samples.right * dots[3]
-    along_x = left_slope * (samples.top * dots[0] + samples.bottom * dots[2])
-    along_x += right_slope * (samples.top * dots[1] + samples.bottom * dots[3])
+    on_left = samples.top * dots[0] + samples.bottom * dots[2]
+    on_right = samples.top * dots[1] + samples.bottom * dots[3]
+    along_x = left_slope * on_left
+    along_x += right_slope * on_right
     along_y = top_slope * upper + bottom_slope * lower
-    grad_offsets = torch.stack([along_x, along_y], -1).mul_(samples.attention[..., None])
-    found = (samples.top * upper + samples.bottom * lower).view(logits.shape)  # <grad, sample>
+    grad_offsets = torch.stack([along_x, along_y], -1)
+    grad_offsets.mul_(samples.attention[..., None])
+    found = samples.top * upper + samples.bottom * lower  # <grad, sample>
+    found = found.view(logits.shape)
     attention = samples.attention.view(logits.shape)
     delta = (attention * found).sum(-1, True)
     grad_logits = attention * (found - delta)
@@ -270,7 +300,8 @@ def _value_gradient(samples: _Samples, grad: Tensor, shape: torch.Size) -> Tenso
     """
     batch, pixels, heads, d = shape
     keys, order = samples.base.flatten().sort(stable=True)
-    starts = torch.searchsorted(keys, torch.arange(batch * pixels * heads, dtype=torch.int32))
+    all_rows = torch.arange(batch * pixels * heads, dtype=torch.int32)
+    starts = torch.searchsorted(keys, all_rows)
     queries = order // samples.corners.shape[-1]
     grad_value = torch.zeros(batch, pixels, heads * d, dtype=grad.dtype)
     for corner, weights in enumerate(samples.weights()):
@@ -281,7 +312,8 @@ def _value_gradient(samples: _Samples, grad: Tensor, shape: torch.Size) -> Tenso
             step = corner % 2 + corner // 2 * width  # pixels from the top left corner to this one
             # the last `step` pixels of a level have no such neighbour: their sums are 0
             kept = max(height * width - step, 0)
-            grad_value[:, start + step :][:, :kept] += sums[:, start:][:, :kept]
+            neighbour = start + step
+            grad_value[:, neighbour : neighbour + kept] += sums[:, start : start + kept]
     return grad_value.view(shape)
 
 
@@ -296,7 +328,8 @@ def _launch(kernel, reference, sizes, value, offsets, logits, *others):
     block = padded[0] * padded[2]
     # 16 numbers of a block (T, P, d) per thread: with fewer, index arithmetic repeats; with more,
     # the registers suffice for few programs only
-    tile = min(max(2048 // block, 1), 64)
+    tile = max(2048 // block, 1)
+    tile = min(tile, 64)
     reference = reference.float()
     tensors = [x.contiguous() for x in (value, offsets, logits)]
     numbers = (pixels, queries, heads, *reference.stride(), levels, points, d, tile, *padded)
@@ -334,12 +367,14 @@ if triton is not None:
 def _msda(
     value: Tensor, offsets: Tensor, logits: Tensor, reference: Tensor, sizes: list[int]
 ) -> Tensor:
-    return KERNELS[value.device.type][0](value, offsets, logits, reference, sizes)
+    forward, _ = KERNELS[value.device.type]
+    return forward(value, offsets, logits, reference, sizes)
 
 
 @_msda.register_fake
 def _(value, offsets, logits, reference, sizes):
-    return value.new_empty(offsets.shape[0], offsets.shape[1], value.shape[2] * value.shape[3])
+    batch, _, heads, d = value.shape
+    return value.new_empty(batch, offsets.shape[1], heads * d)
 
 
 @torch.library.custom_op("concord::msda_backward", mutates_args=())
@@ -352,7 +387,8 @@ def _msda_backward(
     out: Tensor,
     sizes: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return KERNELS[value.device.type][1](grad, value, offsets, logits, reference, out, sizes)
+    _, backward = KERNELS[value.device.type]
+    return backward(grad, value, offsets, logits, reference, out, sizes)
 
 
 @_msda_backward.register_fake
