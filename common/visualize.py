@@ -3,25 +3,34 @@
 import colorsys
 import math
 import zlib
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from torch import Tensor
 
 from common.batch import Batch
+from common.drawing import (
+    WHITE,
+    Color,
+    Plates,
+    deepest,
+    edges,
+    enlarged,
+    inside,
+    overlay,
+    shades,
+    shortened,
+    to_picture,
+    to_tensor,
+)
 from common.files import atomic_path
 from common.labels import LabelSpace, Vocabulary
 from common.masks import decode_masks
 
-Color = tuple[int, int, int]
-BACKGROUND: Color = (32, 32, 32)
-BLACK: Color = (0, 0, 0)
-WHITE: Color = (255, 255, 255)
+BACKGROUND = (32, 32, 32)
 
 
 # -- Boxes and segments of one image ---------------------------------------------------------------
@@ -54,27 +63,28 @@ def draw_boxes(
     Enlarges images with a short side below about 480 pixels by an integer factor. The result is
     (3, factor * H, factor * W). Raises ValueError if there are not as many names as boxes.
     """
-    boxes = boxes.detach().float().cpu().reshape(-1, 4)
+    boxes = boxes.detach().float().cpu()
+    boxes = boxes.reshape(-1, 4)
     if len(names) != len(boxes):
         raise ValueError(f"{len(boxes)} boxes but {len(names)} names")
     if colors is None:
         colors = [color_of(name) for name in names]
     if masks is not None:
-        image = _overlay(image, masks, colors, scores)
-    picture, factor = _enlarged(image)
-    corners = _inside(boxes * factor, *picture.size)
+        image = overlay(image, masks, colors, scores)
+    picture, factor = enlarged(image)
+    corners = inside(boxes * factor, *picture.size)
     draw = ImageDraw.Draw(picture)
     line_width = max(2, min(picture.size) // 200)
     for box, color in zip(corners, colors):
         draw.rectangle(box, outline=color, width=line_width)
     # Names are written after all boxes, so that no line crosses a name.
-    plates = _Plates(picture)
+    plates = Plates(picture)
     height = plates.height
     texts = _with_scores(names, scores)
     for (left, top, _, bottom), text, color in zip(corners, texts, colors):
         tops = [top - height, top, bottom - height + 1, bottom + 1, top + height]
         plates.write(text, color, left, tops)
-    return _to_tensor(picture)
+    return to_tensor(picture)
 
 
 def draw_segments(
@@ -94,24 +104,24 @@ def draw_segments(
     if segments.numel() and segments.max() >= len(names):
         raise ValueError(f"row {int(segments.max())} of the segments, but {len(names)} names")
     image = image.detach().cpu()
-    colors = _shades([color_of(name) for name in names])
+    colors = shades([color_of(name) for name in names])
     palette = torch.tensor([*colors, BACKGROUND], dtype=torch.uint8)
-    tints = palette[segments].permute(2, 0, 1)
+    tints = palette[segments]
+    tints = tints.permute(2, 0, 1)
     tinted = image // 2 + tints // 2
     image = torch.where(segments < 0, image, tinted)
-    picture, factor = _enlarged(image)
+    picture, factor = enlarged(image)
 
     rows = segments.numpy().repeat(factor, axis=0)
     rows = rows.repeat(factor, axis=1)
     line_width = max(2, min(picture.size) // 300)
-    edges = _edges(rows)
-    lines = ndimage.maximum_filter(edges, size=line_width)
+    lines = ndimage.maximum_filter(edges(rows), size=line_width)
     picture.paste("white", mask=Image.fromarray(lines))
 
-    plates = _Plates(picture)
+    plates = Plates(picture)
     height = plates.height
     texts = _with_scores(names, scores)
-    for row, depth, x, y in _deepest(segments.numpy()):
+    for row, depth, x, y in deepest(segments.numpy()):
         if depth * factor <= height / 3:
             continue
         text = texts[row]
@@ -120,173 +130,13 @@ def draw_segments(
         top = y * factor - height // 2
         tops = [top, top + height, top - height]
         plates.write(text, colors[row], left, tops, cover=False)
-    return _to_tensor(picture)
-
-
-def _shades(colors: list[Color]) -> list[Color]:
-    """Mixes repeated colours with white and black in turns, more with each repetition."""
-    seen = Counter()
-    shades = []
-    for color in colors:
-        count = seen[color]
-        seen[color] += 1
-        share = 0.7 - 0.7 * 0.6 ** math.ceil(count / 2)
-        target = 255 * (count % 2)
-        shade = [round(channel + share * (target - channel)) for channel in color]
-        shades.append(tuple(shade))
-    return shades
-
-
-def _edges(rows: np.ndarray) -> np.ndarray:
-    """Returns (H, W) bool: the pixels that differ from their right or lower neighbour."""
-    vertical = np.diff(rows, axis=0) != 0
-    horizontal = np.diff(rows, axis=1) != 0
-    below = np.pad(vertical, ((0, 1), (0, 0)))
-    right = np.pad(horizontal, ((0, 0), (0, 1)))
-    return below | right
-
-
-def _deepest(segments: np.ndarray) -> list[tuple[int, float, int, int]]:
-    """Finds the pixel of each segment of `segments` (H, W) that is farthest from the border.
-
-    Returns (row, distance to the border, x, y) of each, sorted by descending distance.
-    """
-    step = max(1, max(segments.shape) // 600)  # a coarse map suffices to place a name
-    coarse = segments[::step, ::step]
-    inside = ~_edges(coarse)
-    padded = np.pad(inside, 1)  # the image border also counts as a border
-    depth = ndimage.distance_transform_edt(padded)
-    depth = depth[1:-1, 1:-1]
-    rows = np.unique(coarse[coarse >= 0])
-    positions = ndimage.maximum_position(depth, coarse, rows)
-    found = []
-    for row, (y, x) in zip(rows, positions):
-        distance = float(depth[y, x]) * step
-        found.append((int(row), distance, x * step, y * step))
-    return sorted(found, key=lambda place: -place[1])
-
-
-def _overlay(image: Tensor, masks: Tensor, colors: list[Color], scores: Tensor | None) -> Tensor:
-    """Blends each mask's colour into the image at 50 %.
-
-    Masks with higher scores are painted last. Without scores, smaller masks are painted last.
-    """
-    image = image.detach().cpu().clone()
-    masks = masks.cpu()
-    halves = torch.tensor(colors, dtype=torch.uint8).view(-1, 3, 1) // 2
-    order = masks.sum((1, 2)).argsort(descending=True)
-    if scores is not None:
-        order = scores.argsort()
-    for row in order.tolist():
-        mask = masks[row]
-        image[:, mask] = image[:, mask] // 2 + halves[row]
-    return image
-
-
-def _to_picture(image: Tensor) -> Image.Image:
-    """Converts an image (3, H, W) uint8 to a PIL picture."""
-    image = image.detach().cpu()
-    channels_last = image.permute(1, 2, 0).contiguous()
-    return Image.fromarray(channels_last.numpy())
-
-
-def _to_tensor(picture: Image.Image) -> Tensor:
-    """Converts a PIL picture to a tensor (3, H, W) uint8."""
-    pixels = np.array(picture)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def _enlarged(image: Tensor) -> tuple[Image.Image, int]:
-    """Enlarges a small image to a short side of about 480 pixels, and returns the factor too."""
-    picture = _to_picture(image)
-    wanted = round(480 / min(picture.size))
-    largest = 2000 // max(picture.size)
-    factor = max(1, min(wanted, largest))
-    size = (picture.width * factor, picture.height * factor)
-    enlarged = picture.resize(size, Image.Resampling.NEAREST)
-    return enlarged, factor
+    return to_tensor(picture)
 
 
 def _with_scores(names: Sequence[str], scores: Tensor | None) -> Sequence[str]:
     if scores is None:
         return names
     return [f"{name} {score:.2f}" for name, score in zip(names, scores.tolist())]
-
-
-def _inside(boxes: Tensor, width: int, height: int) -> list[list[int]]:
-    """Clips boxes (N, 4) to the picture and rounds them to integers.
-
-    Moves the second corner if it is left of or above the first. Replaces NaN by 0.
-    """
-    last_pixel = torch.tensor([width - 1, height - 1] * 2)
-    boxes = boxes.nan_to_num(0)
-    boxes = boxes.clamp(min=0)
-    boxes = torch.minimum(boxes, last_pixel)
-    first, second = boxes.split(2, 1)
-    second = torch.maximum(first, second)
-    corners = torch.cat([first, second], 1)
-    return corners.round().int().tolist()
-
-
-class _Plates:
-    """Names on coloured rectangles in a picture, placed without overlap where there is room."""
-
-    def __init__(self, picture: Image.Image):
-        self.draw = ImageDraw.Draw(picture)
-        self.size = picture.size
-        self.taken = []
-        self.font = ImageFont.load_default(max(14, min(picture.size) // 34))
-        self.height = sum(self.font.getmetrics()) + 2
-
-    def width(self, text: str) -> int:
-        """Returns the width in pixels of the plate of `text`."""
-        return math.ceil(self.font.getlength(text)) + 6
-
-    def write(
-        self, text: str, color: Color, left: int, tops: Sequence[int], cover: bool = True
-    ) -> None:
-        """Writes `text` at the first of `tops` where its plate overlaps no other plate.
-
-        If there is none, writes it at the first of `tops`, or nowhere if `cover` is False.
-        """
-        text = _shortened(text, self.font, self.size[0] - 6)
-        width = self.width(text)
-        rightmost = self.size[0] - width
-        lowest = self.size[1] - self.height
-        x = max(0, min(left, rightmost))
-        plates = []
-        for top in tops:
-            y = max(0, min(top, lowest))
-            plates.append((x, y, x + width - 1, y + self.height - 1))
-        free = [plate for plate in plates if not self._overlaps(plate)]
-        if not free and not cover:
-            return
-        plate = free[0] if free else plates[0]
-        self.taken.append(plate)
-        self.draw.rectangle(plate, fill=color)
-        red, green, blue = color
-        luminance = 0.299 * red + 0.587 * green + 0.114 * blue
-        fill = BLACK if luminance > 130 else WHITE
-        position = (x + 3, plate[1] + 1)
-        self.draw.text(position, text, font=self.font, fill=fill)
-
-    def _overlaps(self, plate: tuple[int, int, int, int]) -> bool:
-        left, top, right, bottom = plate
-        for x0, y0, x1, y1 in self.taken:
-            if left <= x1 and x0 <= right and top <= y1 and y0 <= bottom:
-                return True
-        return False
-
-
-def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Cuts `text` to `width` pixels, with "..." at the end of a cut text."""
-    text = text[:300]  # bounds the time, since each length is measured
-    if font.getlength(text) <= width:
-        return text
-    for length in range(len(text), 0, -1):
-        if font.getlength(text[:length] + "...") <= width:
-            return text[:length] + "..."
-    return "..."
 
 
 # -- Grids of images -------------------------------------------------------------------------------
@@ -299,13 +149,15 @@ def grid(images: Sequence[Tensor], columns: int, captions: Sequence[str] | None 
     """
     if captions is None:
         captions = [""] * len(images)
-    pictures = [_to_picture(image) for image in images]
+    pictures = [to_picture(image) for image in images]
     for picture in pictures:
         picture.thumbnail((1600, 1600))
     font = ImageFont.load_default(18)
     strip = 28 if any(captions) else 0
-    cell_width = max(picture.width for picture in pictures) + 4
-    cell_height = max(picture.height for picture in pictures) + 4 + strip
+    widths = [picture.width for picture in pictures]
+    heights = [picture.height for picture in pictures]
+    cell_width = max(widths) + 4
+    cell_height = max(heights) + 4 + strip
     rows = math.ceil(len(images) / columns)
     size = (cell_width * columns, cell_height * rows)
     sheet = Image.new("RGB", size, BACKGROUND)
@@ -315,10 +167,11 @@ def grid(images: Sequence[Tensor], columns: int, captions: Sequence[str] | None 
         row, column = divmod(i, columns)
         x = column * cell_width
         y = row * cell_height
-        text = _shortened(caption, font, cell_width - 12)
-        draw.text((x + 4, y + 3), text, font=font, fill=WHITE)
+        text = shortened(caption, font, cell_width - 12)
+        position = (x + 4, y + 3)
+        draw.text(position, text, font=font, fill=WHITE)
         sheet.paste(picture, (x, y + strip))
-    return _to_tensor(sheet)
+    return to_tensor(sheet)
 
 
 def save_image(image: Tensor, path: Path | str) -> None:
@@ -327,7 +180,7 @@ def save_image(image: Tensor, path: Path | str) -> None:
     Raises ValueError for an unknown suffix.
     """
     with atomic_path(path) as temporary:
-        _to_picture(image).save(temporary, quality=92)
+        to_picture(image).save(temporary, quality=92)
 
 
 def training_grid(batch: Batch, vocabularies: dict[str, Vocabulary], limit: int = 16) -> Tensor:
@@ -364,7 +217,12 @@ def _draw(image: Tensor, record: dict, names: Sequence[str]) -> Tensor:
 
 
 def prediction_grid(
-    images, targets, predictions, names: Sequence[str], limit: int = 8, min_score=0.3
+    images: Sequence[Tensor],
+    targets: Sequence[dict],
+    predictions: Sequence[dict],
+    names: Sequence[str],
+    limit: int = 8,
+    min_score: float = 0.3,
 ) -> Tensor:
     """Draws the first `limit` images with ground truth on the left and predictions on the right.
 
@@ -386,7 +244,8 @@ def prediction_grid(
             caption = f"prediction, score >= {min_score:g}"
         pictures.append(_draw(image, target, names))
         pictures.append(_draw(image, found, names))
-        captions += ["ground truth", caption]
+        captions.append("ground truth")
+        captions.append(caption)
     columns = 2 if len(pictures) <= 6 else 4
     return grid(pictures, columns, captions)
 
@@ -438,8 +297,10 @@ def similarity_heatmap(
     names = [label_space.names[label] for label in shown]
     axes.set_xticks(range(len(shown)), labels=names, fontsize=7, rotation=90)
     axes.set_yticks(range(len(shown)), labels=names, fontsize=7)
-    _mark_datasets(axes, label_space.dataset_of_label[shown], label_space.datasets)
-    axes.set_title(f"Similarity of class names: {which}", pad=24)
+    dataset_of_row = label_space.dataset_of_label[shown]
+    _mark_datasets(axes, dataset_of_row, label_space.datasets)
+    title = f"Similarity of class names: {which}"
+    axes.set_title(title, pad=24)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130)
 
@@ -457,8 +318,9 @@ def _mark_datasets(axes, dataset_of_row: Tensor, datasets: list[str]) -> None:
         axes.annotate(name, (middle, -0.5), (0, 6), ha="center", **style)
         axes.annotate(name, (end, middle), (6, 0), va="center", rotation=270, **style)
         if first > 0:
-            axes.axhline(first - 0.5, color="white", linewidth=1.5)
-            axes.axvline(first - 0.5, color="white", linewidth=1.5)
+            border = first - 0.5
+            axes.axhline(border, color="white", linewidth=1.5)
+            axes.axvline(border, color="white", linewidth=1.5)
 
 
 def _mask_same_dataset(similarity: Tensor, label_space: LabelSpace) -> Tensor:
@@ -485,7 +347,8 @@ def _closest_labels(similarity: Tensor, label_space: LabelSpace, limit: int) -> 
     best = [masked[:, scope].max(1) for scope in scopes]
     closeness = 0
     for values, _ in best:
-        closeness = closeness + values.masked_fill(values.isinf(), 0)
+        finite = values.masked_fill(values.isinf(), 0)
+        closeness = closeness + finite
     order = closeness.argsort(descending=True, stable=True)
     dataset_of = label_space.dataset_of_label.tolist()
     share = limit // len(scopes)
@@ -519,7 +382,8 @@ def label_report(similarity: Tensor, label_space: LabelSpace, top: int = 3) -> s
     lines.append("|---|---|---|")
     for dataset in label_space.datasets:
         scope = label_space.scope(dataset)
-        duplicate = (masked[scope] > 0.99).any(1)
+        similar = masked[scope] > 0.99
+        duplicate = similar.any(1)
         count = int(duplicate.sum())
         lines.append(f"| {dataset} | {len(duplicate)} | {count} |")
     lines.append("")
@@ -527,7 +391,8 @@ def label_report(similarity: Tensor, label_space: LabelSpace, top: int = 3) -> s
     lines.append("|---|---|---|")
     dataset_of = label_space.dataset_of_label.tolist()
     owners = [label_space.datasets[i] for i in dataset_of]
-    values, indices = masked.topk(min(top, len(names)), 1)
+    top = min(top, len(names))
+    values, indices = masked.topk(top, 1)
     rows = zip(names, owners, values.tolist(), indices.tolist())
     for name, owner, cosines, labels in rows:
         close = []
