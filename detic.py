@@ -83,7 +83,7 @@ from common.checkpoint import (
 )
 from common.class_counts import boxed_names, images_per_class, seen_and_unseen
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
-from common.convert import convert_detic, converted
+from common.convert import convert_centernet2_detic, converted
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
 from common.distributed import (
     amp_context,
@@ -246,7 +246,7 @@ TINY = {
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias"]
 MODEL_FIELDS += ["channels", "fc_dim", "masks", "image_label_loss"]
 SUPERVISION = ("boxes", "instances", "image_labels")  # what it can learn from
-OFFICIAL = convert_detic  # official weights can be loaded, too
+OFFICIAL = convert_centernet2_detic  # official weights can be loaded, too
 NEGATIVE_CAPTION_WEIGHT = 0.125  # Detic's NEG_CAP_WEIGHT for Conceptual Captions (COCO: 1)
 
 # -- Model -----------------------------------------------------------------------------------------

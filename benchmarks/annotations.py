@@ -1,8 +1,9 @@
-"""Start-up on annotations at real size: the first start, the next ones, workers and samplers, against pycocotools.
+"""Start-up on annotations at real size, against pycocotools: first start, later starts, workers.
 
-The annotations are drawn at random, in the layout of Objects365 or, with masks, of COCO; the images are empty files,
-and `load_datasets` looks for all of them, as in a training. Each step runs in a process of its own, and imports are not
-counted. pycocotools takes 18 GB for the second: --peer-share 0.1 measures it on a tenth of the images and boxes.
+The annotations are random, in the layout of Objects365 or, with masks, of COCO. The images are
+empty files, and `load_datasets` looks for all of them, as in a training. Each step runs in a
+process of its own, and imports are not counted. pycocotools takes 18 GB for the second: --peer-share 0.1
+measures it on a tenth of the images and boxes.
 
     python benchmarks/annotations.py --images 118000 --boxes 860000 --masks
     python benchmarks/annotations.py --images 1700000 --boxes 25000000
@@ -37,7 +38,7 @@ PLACES = {  # the annotations and the image folder under the data root; the imag
 
 
 def generate(root: Path, name: str, images: int, boxes: int, masks: bool) -> Path:
-    """-> the json; it and the empty images are below `root`. Annotations come in no order, as in COCO."""
+    """Writes the json and the empty images below `root`. Annotations are unordered, as in COCO."""
     from common.labels import Vocabulary
 
     rng, vocabulary = np.random.default_rng(SEED), Vocabulary.known(name)
@@ -51,28 +52,25 @@ def generate(root: Path, name: str, images: int, boxes: int, masks: bool) -> Pat
         file.write('{"info": {"description": "drawn at random"}, "images": [')
         for i in range(images):
             image = PLACES[name][2].format(i, i % PATCHES)
-            file.write(
-                f'{", " if i else ""}{{"height": 480, "width": 640, "id": {i}, "file_name": "{image}"}}'
-            )
+            entry = {"height": 480, "width": 640, "id": i, "file_name": image}
+            file.write((", " if i else "") + json.dumps(entry))
             os.close(os.open(folder / image, os.O_CREAT))
         file.write('], "annotations": [')
         for first in range(0, boxes, RUN):
             n = min(RUN, boxes - first)
-            of, label = (
-                rng.integers(images, size=n),
-                rng.choice(vocabulary.ids, n, p=(1 / classes) / sum(1 / classes)),
-            )
-            corner, size = (
-                rng.uniform(0, 300, (n, 2)).round(2),
-                rng.uniform(1, 180, (n, 2)).round(2),
-            )
+            of = rng.integers(images, size=n)
+            label = rng.choice(vocabulary.ids, n, p=(1 / classes) / sum(1 / classes))
+            corner = rng.uniform(0, 300, (n, 2)).round(2)
+            size = rng.uniform(1, 180, (n, 2)).round(2)
             mask = rng.integers(len(polygons), size=n) if masks else np.zeros(n, int)
             rows = zip(of.tolist(), label.tolist(), corner.tolist(), size.tolist(), mask.tolist())
-            entries = [
-                f'{f"""{{"segmentation": {polygons[m]}, """ if masks else "{"}"area": {w * h / 2:.4f}, "iscrowd": 0, '
-                f'"image_id": {image}, "bbox": [{x}, {y}, {w}, {h}], "category_id": {k}, "id": {id}}}'
-                for id, (image, k, (x, y), (w, h), m) in enumerate(rows, first)
-            ]
+            entries = []
+            for id, (image, k, (x, y), (w, h), m) in enumerate(rows, first):
+                mask_of = f'"segmentation": {polygons[m]}, ' if masks else ""
+                entries.append(
+                    f'{{{mask_of}"area": {w * h / 2:.4f}, "iscrowd": 0, "image_id": {image}, '
+                    f'"bbox": [{x}, {y}, {w}, {h}], "category_id": {k}, "id": {id}}}'
+                )
             file.write((", " if first else "") + ", ".join(entries))
         names = [{"id": id, "name": name} for id, name in zip(vocabulary.ids, vocabulary.names)]
         file.write('], "categories": ' + json.dumps(names) + "}")
@@ -85,7 +83,7 @@ def polygon(rng: np.random.Generator) -> str:
 
 
 def memory(field: str, file: str = "status") -> float:
-    """MB of this process; unlike ru_maxrss, VmHWM does not begin with the memory of the process that started it."""
+    """Returns the peak MB of this process. ru_maxrss would begin with those of its parent."""
     lines = Path(f"/proc/self/{file}").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field + ":")).split()[1]) / 1024
 

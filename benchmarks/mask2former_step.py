@@ -1,10 +1,11 @@
-"""One training step of our Mask2Former (the base of dataseg.py and lmseg.py) against that of Hugging Face transformers.
+"""A training step of Mask2Former, the base of dataseg.py and lmseg.py, against transformers'.
 
-Both: timm's ResNet-50 with frozen BatchNorm, 6 + 9 layers of 256 channels, 100 queries, 12544 points, the same images
-and segments; forward, matching, losses, backward, clipping, AdamW. Steps alternate in one process; the ratio is that of
-medians. Peak memory is that of a process of each alone. Needs `pip install transformers`.
+Both have timm's ResNet-50 with frozen BatchNorm, 6 + 9 layers of 256 channels, 100 queries, 12544
+points, the same images and segments. A step is forward, matching, losses, backward, clipping and
+AdamW. Steps alternate in one process; the ratio is that of medians. Peak memory is that of a
+process of each alone. Needs `pip install transformers`.
 
-    python benchmarks/mask2former_step.py            # writes benchmarks/mask2former_step-<device>.json
+    python benchmarks/mask2former_step.py    # writes benchmarks/mask2former_step-<device>.json
 """
 
 import argparse
@@ -24,6 +25,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataseg
 from common.batch import Sample, collate
+from common.labels import LabelSpace, Vocabulary
 
 CLASSES, SEGMENTS = 150, 8
 
@@ -47,12 +49,17 @@ def freeze_norms(model: nn.Module) -> None:
             module.eval().requires_grad_(False)
 
 
+def embed_at_random(names: tuple[str, ...], dataset: str) -> torch.Tensor:
+    """Random text embeddings (C, 512) of unit norm."""
+    return nn.functional.normalize(torch.randn(len(names), 512))
+
+
 def ours(side: int, batch: int, device: torch.device) -> Callable[[], float]:
-    """-> a function that takes one step and returns the loss."""
+    """Returns a function that takes one step and returns the loss."""
     args = dataseg.Args()
-    model = dataseg.Model(
-        args, nn.functional.normalize(torch.randn(CLASSES, 512)), pretrained=False
-    ).to(device)
+    vocabulary = Vocabulary("ade20k", tuple(f"class {i}" for i in range(CLASSES)))
+    label_space = LabelSpace([vocabulary], embed_at_random).to(device)
+    model = dataseg.Model(args, label_space, pretrained=False).to(device)
     model.train()
     freeze_norms(model)
     inputs = collate(data(side, batch)).to(device)
@@ -62,17 +69,16 @@ def ours(side: int, batch: int, device: torch.device) -> Callable[[], float]:
     merged = torch.ones(CLASSES, dtype=torch.bool, device=device)
 
     def step() -> float:
-        output = model(inputs.images, inputs.sizes, model.text)
-        loss = dataseg.compute_losses(args, output, dataseg.assign_targets(inputs, merged), merged)[
-            "loss"
-        ]
-        return update(model, optimizer, loss)
+        output = model(inputs.images, inputs.sizes, label_space.text)
+        targets = dataseg.prepare_targets(inputs, merged)
+        losses = dataseg.compute_losses(args, output, targets, merged)
+        return update(model, optimizer, losses["loss"])
 
     return step
 
 
 def theirs(side: int, batch: int, device: torch.device) -> Callable[[], float]:
-    """-> the same step of Hugging Face's model."""
+    """Returns the same step of Hugging Face's model."""
     from transformers import (
         Mask2FormerConfig,
         Mask2FormerForUniversalSegmentation,
@@ -154,7 +160,7 @@ def main() -> None:
         step = SIDES[args.alone](args.size, args.batch, device)
         for _ in range(3):
             step()
-        # unlike ru_maxrss, VmHWM does not begin with the memory of the process that started this one
+        # ru_maxrss would begin with the memory of the parent process
         status = dict(
             line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
         )

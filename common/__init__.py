@@ -1,1 +1,1 @@
-"""What no paper claims as its own: data, backbones, matching, training mechanics, metrics, pictures."""
+"""Shared parts that no paper claims as its own: data, layers, training, metrics and pictures."""

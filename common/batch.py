@@ -1,18 +1,19 @@
-"""Sample and Batch: the one contract between datasets and models."""
+"""Sample and Batch: what datasets hand to models."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 Supervision = Literal["boxes", "instances", "semantic", "panoptic", "image_labels"]
+TENSORS = ("boxes", "labels", "masks", "segments", "image_labels", "proposals")
 
 
 @dataclass
 class Sample:
-    """One image with what its dataset says of it.
+    """One image with its ground truth.
 
     image:         (3, H, W) uint8 RGB
     dataset:       name of the dataset; `labels` are meaningless without it
@@ -23,11 +24,12 @@ class Sample:
     boxes:         (N, 4) float32 xyxy, absolute pixels of `image`
     labels:        (N,) int64, index into the vocabulary of `dataset`
     masks:         (N, H, W) bool, or None
-    segments:      (H, W) int16, or None: the row of `labels` that each pixel belongs to, -1 unlabelled, void or crowd;
-                   one row per class present ("semantic") or per segment ("panoptic"), without masks and boxes
-    image_labels:  (K,) int64, classes that the image shows somewhere, or None
+    segments:      (H, W) int16, or None: for each pixel the row of its segment in `labels`, or -1
+                   for unlabelled, void and crowd. `labels` has one row per class in the image
+                   ("semantic") or per segment ("panoptic"). There are no masks and boxes then.
+    image_labels:  (K,) int64, classes that are somewhere in the image, or None
     captions:      sentences about the image
-    proposals:     (Q, 4) float32 xyxy, boxes of a frozen localizer, absolute pixels of `image`, or None
+    proposals:     (Q, 4) float32 xyxy, boxes of a frozen localizer in pixels of `image`, or None
     """
 
     image: Tensor
@@ -46,21 +48,25 @@ class Sample:
 
     @classmethod
     def unlabelled(cls, image: Tensor, dataset: str, image_id: int | str, index: int) -> "Sample":
-        """An image (3, H, W) of which nothing is known."""
-        none, size = torch.zeros(0, dtype=torch.long), tuple(image.shape[-2:])
-        return cls(image, dataset, "boxes", image_id, index, size, torch.zeros(0, 4), none)
+        """Returns a sample of an image (3, H, W) without ground truth."""
+        size = tuple(image.shape[-2:])
+        boxes = torch.zeros(0, 4)
+        labels = torch.zeros(0, dtype=torch.long)
+        return cls(image, dataset, "boxes", image_id, index, size, boxes, labels)
 
     @property
     def size(self) -> tuple[int, int]:
+        """(height, width) of `image`."""
         return tuple(self.image.shape[-2:])
 
 
 @dataclass
 class Batch:
-    """Images padded with zeros at the right and bottom, their true sizes, and the samples, whose images are views.
+    """Images of one size, padded with zeros at the right and at the bottom.
 
-    images: (B, 3, H, W) uint8, H and W multiples of `divisor`
-    sizes:  B pairs (height, width) before padding
+    images:  (B, 3, H, W) uint8
+    sizes:   B pairs (height, width), before padding
+    samples: B samples; their images are views of `images` without the padding
     """
 
     images: Tensor
@@ -71,13 +77,15 @@ class Batch:
         return len(self.samples)
 
     def pin_memory(self) -> "Batch":
+        """Pins the images in memory. DataLoader calls it."""
         self.images = self.images.pin_memory()
         return self
 
     def to(self, device: torch.device) -> "Batch":
+        """Moves the images and the tensors of all samples to a device, in place."""
         self.images = self.images.to(device, non_blocking=True)
         for sample in self.samples:
-            for field in ("boxes", "labels", "masks", "segments", "image_labels", "proposals"):
+            for field in TENSORS:
                 value = getattr(sample, field)
                 if value is not None:
                     setattr(sample, field, value.to(device, non_blocking=True))
@@ -87,17 +95,19 @@ class Batch:
 def collate(
     samples: list[Sample], divisor: int = 32, square: dict[str, int] | None = None
 ) -> Batch:
-    """Pad a list of samples to one batch.
+    """Pads samples to one size, whose height and width are multiples of `divisor`.
 
-    square: {dataset: side} pads so far that its batches have one shape
+    square: {dataset: side}; pads to at least side x side, so that batches have one shape
     """
-    sides = [s.size for s in samples] + (
-        [(square[s.dataset],) * 2 for s in samples] if square else []
-    )
-    height, width = (-(-max(side) // divisor) * divisor for side in zip(*sides))
-    sizes = [s.size for s in samples]
-    images = torch.stack(
-        [F.pad(s.image, (0, width - w, 0, height - h)) for s, (h, w) in zip(samples, sizes)]
-    )
-    views = [replace(s, image=image[:, :h, :w]) for s, image, (h, w) in zip(samples, images, sizes)]
+    sizes = [sample.size for sample in samples]
+    heights, widths = zip(*sizes)
+    least = max(square[sample.dataset] for sample in samples) if square else 0
+    height = divisor * math.ceil(max(*heights, least) / divisor)
+    width = divisor * math.ceil(max(*widths, least) / divisor)
+    images = samples[0].image.new_zeros(len(samples), 3, height, width)
+    views = []
+    for sample, image, (h, w) in zip(samples, images, sizes):
+        view = image[:, :h, :w]
+        view.copy_(sample.image)
+        views.append(replace(sample, image=view))
     return Batch(images, sizes, views)

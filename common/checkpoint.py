@@ -54,7 +54,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None
 
 
 def load_plain(path: Path):
-    """The content of a torch file that holds nothing but data; no code in it runs.
+    """Loads a torch file that holds nothing but data. No code in it runs.
 
     Raises ValueError with the reason in one line for a damaged file and for one that holds more.
     """
@@ -67,7 +67,7 @@ def load_plain(path: Path):
 
 
 def weights_file(path: str | Path) -> Path:
-    """The file itself, or weights.safetensors of a run folder. Raises InputError if there is none."""
+    """Returns a weights file, or that of a run folder. Raises InputError if there is none."""
     if not str(path):
         raise InputError(
             "--predict and --eval-only need --weights: a .safetensors file or a run folder"
@@ -96,7 +96,8 @@ def read_metadata(path: str | Path, method: str) -> dict:
         ) from None
     if not {"method", "args", "vocabularies"} <= metadata.keys():
         raise InputError(
-            f"weights {file} were not saved by this project: their metadata lacks the model's settings"
+            f"weights {file} were not saved by this project: their metadata lacks the settings of"
+            " the model"
         )
     if metadata["method"] != method:
         raise InputError(
@@ -122,7 +123,8 @@ def read_model(path: str | Path, method: str) -> tuple[dict, list[Vocabulary]]:
     metadata = read_metadata(file, method)
     if not metadata["vocabularies"]:
         raise InputError(
-            f"weights {file} are those of a base model without classes: only a training can start from them"
+            f"weights {file} are those of a base model without classes: only a training can start"
+            " from them"
         )
     with safe_open(file, framework="pt") as opened:
         stored = {key: opened.get_tensor(key) for key in opened.keys() if key.startswith(TEXT)}  # noqa: SIM118
@@ -153,7 +155,7 @@ def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str 
     Weights of a base model fill the parts that their metadata names under `base`. The other parts
     keep their initial values.
 
-    fresh: prefix of tensors that the file may lack; they keep their initial values, and the log says so
+    fresh: prefix of tensors that the file may lack; they keep their initial values, as the log says
     only:  prefix of the tensors to load; all others keep their initial values
 
     Raises InputError if the file is missing or broken, lacks a tensor, has one too many or one of
@@ -243,19 +245,21 @@ def save_checkpoint(
 
 
 def rng_states() -> list[Tensor]:
+    """Returns the random states of this process: of the CPU and, if it is used, of CUDA."""
     return [torch.get_rng_state()] + (
         [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
     )
 
 
 def checkpoints(folder: Path) -> list[Path]:
+    """Returns the checkpoints of a run folder, the oldest first."""
     return sorted(
         p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()
     )
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run folder; its weights load with `load_weights`."""
+    """Returns the newest checkpoint of a run folder; its weights load with `load_weights`."""
     return checkpoints(folder)[-1] if checkpoints(folder) else None
 
 
@@ -265,7 +269,10 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
-    """Restore optimiser and this rank's RNG; returns the step."""
+    """Restores the optimizer and the random state of this rank. Returns the step.
+
+    Raises InputError for a damaged checkpoint, and for one of another model.
+    """
     try:
         state = load_plain(checkpoint / "state.pt")
         step = int(state["step"])
@@ -283,7 +290,9 @@ def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
                 torch.cuda.set_rng_state(cuda[0])
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{checkpoint}/state.pt cannot be read ({reason[:99]}); delete {checkpoint} to go on from "
-                         "the one before") from None  # fmt: skip
+        raise InputError(
+            f"{checkpoint}/state.pt cannot be read ({reason[:99]}); delete {checkpoint} to go on"
+            " from the one before"
+        ) from None
     log.info("resumed from %s", checkpoint)
     return step

@@ -1,6 +1,6 @@
-"""Official checkpoints -> weights in our layout, read without unpickling code and kept as safetensors in the cache.
+"""Conversion of official checkpoints. No code in them runs; the cache keeps the result.
 
-Every official key is renamed, or dropped by a rule that says why; anything else is an error that names the key.
+A rule renames each official tensor, or drops it and says why. A tensor without a rule is an error.
 """
 
 import hashlib
@@ -8,49 +8,61 @@ import io
 import logging
 import pickle
 import re
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.checkpoint import load_plain, save_tensors, weights_file
+from common.checkpoint import TEXT, load_plain, save_tensors, weights_file
 from common.errors import InputError
 from common.files import cache_dir
 from common.labels import Vocabulary
 
 log = logging.getLogger("concord")
-VERSION = 1  # raise it when the rules change, so that old conversions are not taken for new ones
 
-# facebookresearch/Detic with a ResNet-50; the first pattern that fits a whole key decides
+VERSION = 2  # of the rules; older conversions in the cache are not used
+Tensors = dict[str, Tensor]
+Convert = Callable[[Tensors], tuple[Tensors, dict]]  # official -> ours, and the model's metadata
+
+# -- Rules -----------------------------------------------------------------------------------------
+
+# facebookresearch/Detic (CenterNet2) with a ResNet-50; the first pattern that fits decides
+BOX_HEAD = r"roi_heads\.box_head\.(\d)\."
+PREDICTOR = r"roi_heads\.box_predictor\.(\d)\."
 DETIC = {
     r"backbone\.bottom_up\.base\.fc\..*": None,  # ImageNet-21k's classifier, unused
     r"pixel_(mean|std)": None,  # the same as timm's
     r"text_encoder\..*": None,  # CLIP's, frozen; ours comes from open_clip
-    r"roi_heads\.box_predictor\.\d\.freq_weight": None,  # class frequencies, for training on LVIS
+    PREDICTOR + "freq_weight": None,  # class frequencies, for training on LVIS
     r"roi_heads\.box_predictor\.[12]\.cls_score\.zs_weight": None,  # the same as that of stage 0
     r"backbone\.bottom_up\.base\.(.+)": r"backbone.body.\1",
     r"backbone\.fpn_lateral(\d)\.(.+)": r"backbone.fpn.inner_blocks.\1.0.\2",
     r"backbone\.fpn_output(\d)\.(.+)": r"backbone.fpn.layer_blocks.\1.0.\2",
     r"backbone\.top_block\.(.+)": r"backbone.fpn.extra_blocks.\1",
     r"proposal_generator\.(.+)": r"centernet.\1",
-    r"roi_heads\.box_head\.(\d)\.fc1\.(.+)": r"cascade.stages.\1.box_head.1.\2",
-    r"roi_heads\.box_head\.(\d)\.fc2\.(.+)": r"cascade.stages.\1.box_head.3.\2",
-    r"roi_heads\.box_predictor\.(\d)\.bbox_pred\.(.+)": r"cascade.stages.\1.bbox_pred.\2",
-    r"roi_heads\.box_predictor\.(\d)\.cls_score\.linear\.(.+)": r"classifiers.\1.embedding.\2",
-    r"roi_heads\.box_predictor\.(\d)\.cls_score\.cls_bias": r"classifiers.\1.cls_bias",
-    r"roi_heads\.box_predictor\.(\d)\.prop_score\.(.+)": r"prop_score.\1.\2",
-    r"roi_heads\.box_predictor\.0\.cls_score\.zs_weight": "text",
+    BOX_HEAD + r"fc1\.(.+)": r"cascade.stages.\1.box_head.1.\2",
+    BOX_HEAD + r"fc2\.(.+)": r"cascade.stages.\1.box_head.3.\2",
+    PREDICTOR + r"bbox_pred\.(.+)": r"cascade.stages.\1.bbox_pred.\2",
+    PREDICTOR + r"cls_score\.linear\.(.+)": r"classifiers.\1.embedding.\2",
+    PREDICTOR + r"cls_score\.cls_bias": r"classifiers.\1.cls_bias",
+    PREDICTOR + r"prop_score\.(.+)": r"prop_score.\1.\2",
+    r"roi_heads\.box_predictor\.0\.cls_score\.zs_weight": "label_space",
     r"roi_heads\.mask_head\.(.+)": r"mask_head.\1",
 }
 
-# facebookresearch/Mask2Former with detectron2's ResNet-50; older files lack the names pixel_decoder and predictor
-PIXELS, QUERIES = r"sem_seg_head\.(?:pixel_decoder\.)?", r"sem_seg_head\.(?:predictor\.)?"
+# facebookresearch/Mask2Former with detectron2's ResNet-50
+PIXELS = r"sem_seg_head\.(?:pixel_decoder\.)?"  # older files lack the names in the brackets
+QUERIES = r"sem_seg_head\.(?:predictor\.)?"
+CROSS = QUERIES + r"transformer_cross_attention_layers\.(\d+)\."
+SELF = QUERIES + r"transformer_self_attention_layers\.(\d+)\."
+FFN = QUERIES + r"transformer_ffn_layers\.(\d+)\."
 MASK2FORMER = {
     r"pixel_(mean|std)": None,  # the same as timm's
     r"criterion\.empty_weight": None,  # the weight of "no object", a constant of the loss
-    QUERIES
-    + r"class_embed\.(weight|bias)": None,  # a classifier of fixed classes; here texts stand in its place
+    QUERIES + r"class_embed\.(weight|bias)": None,  # classifies fixed classes, here text does it
     r"backbone\.stem\.conv1\.weight": "backbone.body.conv1.weight",
     r"backbone\.stem\.conv1\.norm\.(.+)": r"backbone.body.bn1.\1",
     PIXELS + r"input_proj\.(.+)": r"pixel_decoder.input_proj.\1",
@@ -61,22 +73,21 @@ MASK2FORMER = {
     PIXELS + r"layer_1\.weight": "pixel_decoder.output.0.weight",
     PIXELS + r"layer_1\.norm\.(.+)": r"pixel_decoder.output.1.\1",
     PIXELS + r"mask_features\.(.+)": r"pixel_decoder.mask_features.\1",
-    QUERIES
-    + r"transformer_cross_attention_layers\.(\d+)\.multihead_attn\.(.+)": r"layers.\1.cross_attn.\2",
-    QUERIES + r"transformer_cross_attention_layers\.(\d+)\.norm\.(.+)": r"layers.\1.cross_norm.\2",
-    QUERIES
-    + r"transformer_self_attention_layers\.(\d+)\.self_attn\.(.+)": r"layers.\1.self_attn.\2",
-    QUERIES + r"transformer_self_attention_layers\.(\d+)\.norm\.(.+)": r"layers.\1.self_norm.\2",
-    QUERIES + r"transformer_ffn_layers\.(\d+)\.(linear\d\..+)": r"layers.\1.\2",
-    QUERIES + r"transformer_ffn_layers\.(\d+)\.norm\.(.+)": r"layers.\1.ffn_norm.\2",
+    CROSS + r"multihead_attn\.(.+)": r"layers.\1.cross_attn.\2",
+    CROSS + r"norm\.(.+)": r"layers.\1.cross_norm.\2",
+    SELF + r"self_attn\.(.+)": r"layers.\1.self_attn.\2",
+    SELF + r"norm\.(.+)": r"layers.\1.self_norm.\2",
+    FFN + r"(linear\d\..+)": r"layers.\1.\2",
+    FFN + r"norm\.(.+)": r"layers.\1.ffn_norm.\2",
     QUERIES + r"decoder_norm\.(.+)": r"head.decoder_norm.\1",
     QUERIES + r"(?:query_feat|static_query)\.weight": "query_feat",
     QUERIES + r"(query|level)_embed\.weight": r"\1_embed",
 }
-for i in range(3):  # linear layers; ours count the ReLUs in between
+for i in range(3):  # of the linear layers; ours also counts the ReLUs between them
     MASK2FORMER[QUERIES + rf"mask_embed\.layers\.{i}\.(.+)"] = rf"head.mask_embed.{2 * i}.\1"
 for i in range(1, 5):
-    block, own = rf"backbone\.res{i + 1}\.(\d+)\.", rf"backbone.body.layer{i}.\1."
+    block = rf"backbone\.res{i + 1}\.(\d+)\."
+    own = rf"backbone.body.layer{i}.\1."
     MASK2FORMER |= {
         block + r"(conv\d)\.weight": own + r"\2.weight",
         block + r"conv(\d)\.norm\.(.+)": own + r"bn\2.\3",
@@ -88,43 +99,54 @@ VOCABULARIES = {1203: "lvis", 80: "coco", 365: "o365", 500: "oid500"}  # by the 
 
 
 def rename(key: str, rules: dict[str, str | None]) -> str | None:
-    """Our name of an official tensor, None for one that is not needed. Raises InputError for an unknown one."""
+    """Returns our name of an official tensor, None to drop it. Raises InputError without a rule."""
     for pattern, name in rules.items():
         if match := re.fullmatch(pattern, key):
             return name and match.expand(name)
-    raise InputError(f"tensor '{key}' is of no known official layout; supported: ResNet-50 models of Detic (detic.py) "
-                     "and of Mask2Former (lmseg.py and dataseg.py)")  # fmt: skip
-
-
-def renamed(official: dict[str, Tensor], rules: dict[str, str | None]) -> dict[str, Tensor]:
-    """The tensors under our names, with BatchNorm's counters, which older files lack."""
-    tensors = {name: tensor for key, tensor in official.items() if (name := rename(key, rules))}
-    log.info(
-        "%d of %d official tensors taken; the others have no use here", len(tensors), len(official)
+    raise InputError(
+        f"tensor '{key}' is of no known official layout; supported: ResNet-50 models of"
+        " facebookresearch/Detic (CenterNet2) and of facebookresearch/Mask2Former"
     )
-    for key in [key for key in tensors if key.endswith("running_var")]:
-        tensors.setdefault(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))
-    return tensors | {"backbone.frozen_norm": torch.tensor(True)}
 
 
-def convert_detic(official: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
-    """An official Detic state dict -> tensors in the layout of detic.py, and the metadata that rebuilds the model."""
+def renamed(official: Tensors, rules: dict[str, str | None]) -> Tensors:
+    """Returns the tensors under our names. Adds BatchNorm's counters, which older files lack."""
+    tensors = {}
+    for key, tensor in official.items():
+        if name := rename(key, rules):
+            tensors[name] = tensor
+    log.info("%d of %d official tensors taken; the rest is not needed", len(tensors), len(official))
+    for key in list(tensors):
+        if key.endswith("running_var"):
+            counter = key.replace("running_var", "num_batches_tracked")
+            tensors.setdefault(counter, torch.tensor(0))
+    tensors["backbone.frozen_norm"] = torch.tensor(True)
+    return tensors
+
+
+def convert_centernet2_detic(official: Tensors) -> tuple[Tensors, dict]:
+    """Converts a state dict of Detic's CenterNet2. Returns the tensors and the model's metadata.
+
+    "label_space.<dataset>" (C, D) is the text of the classes. Their number tells the dataset.
+    """
     tensors = renamed(official, DETIC)
-    for part in ("inner_blocks", "layer_blocks"):  # P3, P4, P5 are numbers 0, 1, 2
-        for level in (3, 4, 5):
-            for kind in ("weight", "bias"):
-                old = f"backbone.fpn.{part}.{level}.0.{kind}"
-                tensors[old.replace(f".{level}.", f".{level - 3}.", 1)] = tensors.pop(old)
-    tensors["text"] = tensors["text"][:, :-1].T  # (C, D); the last column is background
-    classes, bias = len(tensors["text"]), tensors.get("classifiers.0.cls_bias")
-    if classes in VOCABULARIES:
-        name, names = VOCABULARIES[classes], Vocabulary.known(VOCABULARIES[classes]).names
+    blocks = ("inner_blocks", "layer_blocks")
+    for block, level, kind in product(blocks, (3, 4, 5), ("weight", "bias")):
+        tensor = tensors.pop(f"backbone.fpn.{block}.{level}.0.{kind}")
+        tensors[f"backbone.fpn.{block}.{level - 3}.0.{kind}"] = tensor  # ours counts from P3
+    text = tensors.pop("label_space")[:, :-1].T  # (C, D); the last column is background
+    if len(text) in VOCABULARIES:
+        dataset = VOCABULARIES[len(text)]
+        names = list(Vocabulary.known(dataset).names)
     else:
-        name, names = "official", [f"class {i}" for i in range(1, classes + 1)]
+        dataset = "official"
+        names = [f"class {i}" for i in range(1, len(text) + 1)]
         log.warning(
             "the names of the checkpoint's %d classes are not known; name yours with --vocabulary",
-            classes,
+            len(text),
         )
+    tensors[TEXT + dataset] = text
+    bias = tensors.get("classifiers.0.cls_bias")
     args = {
         "backbone": "resnet50",
         "text_encoder": "ViT-B-32/openai",
@@ -137,13 +159,14 @@ def convert_detic(official: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]
         "masks": any(key.startswith("mask_head.") for key in tensors),
         "image_label_loss": "wsddn" if "prop_score.0.0.weight" in tensors else "max_size",
     }
-    return tensors, {"args": args, "vocabularies": {name: names}, "boxed": list(names)}
+    vocabularies = {dataset: {"names": names, "is_thing": None}}
+    return tensors, {"args": args, "vocabularies": vocabularies, "boxed": names}
 
 
-def convert_mask2former(official: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
-    """An official Mask2Former state dict -> the base that lmseg.py and dataseg.py share: all but what concerns text.
+def convert_mask2former(official: Tensors) -> tuple[Tensors, dict]:
+    """Converts a state dict of Mask2Former, without its classifier.
 
-    The metadata's `base` names the model's parts that the tensors make up.
+    Returns the tensors and the metadata, whose `base` lists the parts of a model that they fill.
     """
     tensors = renamed(official, MASK2FORMER)
     queries, channels = tensors["query_feat"].shape
@@ -158,14 +181,11 @@ def convert_mask2former(official: dict[str, Tensor]) -> tuple[dict[str, Tensor],
     return tensors, {"args": args, "vocabularies": {}, "base": base}
 
 
-CONVERTERS = {"detic": convert_detic, "lmseg": convert_mask2former, "dataseg": convert_mask2former}
+# -- Pickles of numpy arrays -----------------------------------------------------------------------
 
 
-# -- pickles of numpy arrays -------------------------------------------------------------------------------------------
-
-
-class Kind:
-    """In the place of numpy.dtype: a type of numbers, which a pickle makes of its name and its byte order."""
+class DType:
+    """Stands in for numpy.dtype. A pickle gives it a name and a byte order."""
 
     def __init__(self, name: str, *_):
         self.name = name
@@ -175,106 +195,119 @@ class Kind:
 
 
 class Array:
-    """In the place of numpy.ndarray, which a pickle could make of pointers to anywhere."""
+    """Stands in for numpy.ndarray, which a pickle could make of pointers to any address."""
 
     def __init__(self, *_):
         self.values = None
 
     def __setstate__(self, state: tuple):
-        *_, shape, kind, fortran, data = state
+        *_, shape, dtype, fortran, data = state
         data = data.encode("latin1") if isinstance(data, str) else data
-        self.values = np.frombuffer(data, kind.name).reshape(shape, order="F" if fortran else "C")
+        order = "F" if fortran else "C"
+        self.values = np.frombuffer(data, dtype.name).reshape(shape, order=order)
 
 
-def array_of(data: bytes, kind: Kind, shape: tuple = (), order: str = "C", *_) -> Array:
+def make_array(data: bytes, dtype: DType, shape: tuple = (), order: str = "C", *_) -> Array:
+    """Returns an array of these bytes."""
     array = Array()
-    array.__setstate__((shape, kind, order == "F", data))
+    array.__setstate__((shape, dtype, order == "F", data))
     return array
 
 
-ARRAYS = {  # all that a pickle of arrays calls
+ALLOWED = {  # all that a pickle of arrays calls
     ("collections", "OrderedDict"): dict,
     ("numpy", "ndarray"): Array,
-    ("numpy", "dtype"): Kind,
-    ("_codecs", "encode"): lambda text, _: text.encode(
-        "latin1"
-    ),  # bytes, as older protocols write them
+    ("numpy", "dtype"): DType,
+    # older protocols write bytes as text
+    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
 }
 for package in ("numpy.core", "numpy._core"):
-    ARRAYS[f"{package}.multiarray", "_reconstruct"] = Array
-    ARRAYS[f"{package}.multiarray", "scalar"] = lambda kind, data: array_of(data, kind)
-    ARRAYS[f"{package}.numeric", "_frombuffer"] = array_of
+    ALLOWED[f"{package}.multiarray", "_reconstruct"] = Array
+    ALLOWED[f"{package}.multiarray", "scalar"] = lambda dtype, data: make_array(data, dtype)
+    ALLOWED[f"{package}.numeric", "_frombuffer"] = make_array
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads arrays in dicts and lists; a pickle can call only what `find_class` returns."""
+    """Unpickles dicts and lists of arrays. The pickle can call nothing but what is in ALLOWED."""
 
     def find_class(self, module: str, name: str):
-        if (module, name) not in ARRAYS:
+        """Returns the stand-in for a class or function that the pickle names."""
+        if (module, name) not in ALLOWED:
             raise pickle.UnpicklingError(f"{module}.{name} is no part of an array")
-        return ARRAYS[module, name]
+        return ALLOWED[module, name]
 
 
-def load_arrays(path: Path):
-    """The content of a pickle of numpy arrays, as Mask2Former's model zoo has them: tensors, by name, under "model".
+def load_arrays(path: Path) -> Tensors:
+    """Reads a pickle of numpy arrays, like those of Mask2Former's model zoo, as tensors.
 
-    Raises ValueError with the reason in one line for a damaged file and for one that holds more.
+    Raises ValueError with the reason in one line for a damaged file and for other content.
     """
     try:
         content = ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
         arrays = content.get("model", content)
         return {key: torch.from_numpy(array.values.copy()) for key, array in arrays.items()}
-    except Exception as error:  # on damaged files pickle raises nearly everything
+    except Exception as error:  # pickle raises nearly everything for damaged files
         raise ValueError(f"{type(error).__name__}: {error}".splitlines()[0][:120]) from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -- Conversion ------------------------------------------------------------------------------------
 
 
-def converted(path: str | Path, method: str, convert=None) -> Path:
-    """The safetensors twin of an official checkpoint (.pth, or a .pkl of arrays), made once in the cache folder.
+def load_official(file: Path) -> Tensors:
+    """Reads the state dict of an official checkpoint, alone or under the key "model".
 
-    Raises InputError for a method without an official layout, a file that cannot be read without running code, and
-    tensors of another layout.
+    Raises InputError for a file that is damaged, would run code, or holds no state dict.
+    """
+    try:
+        content = load_arrays(file) if file.suffix == ".pkl" else load_plain(file)
+    except ValueError as error:
+        raise InputError(
+            f"weights {file} cannot be read without running code ({error}); give the published file"
+        ) from None
+    state = content.get("model", content) if isinstance(content, dict) else None
+    items = state.items() if isinstance(state, dict) else []
+    sound = [isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in items]
+    if not sound or not all(sound):
+        raise InputError(f"weights {file} hold no state dict; give the published file")
+    return {key: tensor.clone() for key, tensor in items}
+
+
+def converted(path: str | Path, method: str, convert: Convert | None) -> Path:
+    """Returns the path of the weights as safetensors; converts an official checkpoint once.
+
+    path:    a .safetensors file or a run folder, returned as it is; or an official .pth or .pkl
+    convert: converts the official weights of `method`; None if there are none
+
+    Raises InputError for a file that cannot be read or converted.
     """
     file = weights_file(path)
     if file.suffix == ".safetensors":
         return file
-    if method not in CONVERTERS:
+    if convert is None:
         raise InputError(
-            f"weights {file} are no .safetensors of {method}.py, whose official weights do not exist"
+            f"weights {file} are no .safetensors of {method}.py, whose official weights do not"
+            " exist"
         )
     facts = [VERSION, method, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
-    twin = (
-        cache_dir()
-        / "converted"
-        / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.safetensors"
-    )
-    if not twin.is_file():
-        try:
-            official = load_arrays(file) if file.suffix == ".pkl" else load_plain(file)
-        except ValueError as error:
-            raise InputError(f"weights {file} cannot be read without running code ({error}); give the published "
-                             "file") from None  # fmt: skip
-        official = official.get("model", official) if isinstance(official, dict) else {}
-        official = official if isinstance(official, dict) else {}
-        if not official or not all(
-            isinstance(k, str) and isinstance(t, Tensor) for k, t in official.items()
-        ):
-            raise InputError(f"weights {file} hold no state dict; give the published file")
-        try:
-            tensors, metadata = CONVERTERS[method](
-                {key: tensor.clone() for key, tensor in official.items()}
-            )
-            save_tensors(twin, tensors, {"method": method} | metadata)
-        except InputError as error:
-            raise InputError(f"weights {file}: {error}") from None
-        except KeyError as error:
-            raise InputError(
-                f"weights {file}: tensor {error} is missing; give the published file"
-            ) from None
-        except (IndexError, ValueError, RuntimeError, NotImplementedError) as error:
-            raise InputError(f"weights {file} hold tensors of odd shapes or kinds ({str(error).splitlines()[0][:99]}); "
-                             "give the published file") from None  # fmt: skip
-        log.info("weights %s converted to %s", file, twin)
-    return twin
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    target = cache_dir() / "converted" / f"{digest}.safetensors"
+    if target.is_file():
+        return target
+    official = load_official(file)
+    try:
+        tensors, metadata = convert(official)
+        save_tensors(target, tensors, {"method": method} | metadata)
+    except InputError as error:
+        raise InputError(f"weights {file}: {error}") from None
+    except KeyError as error:
+        raise InputError(
+            f"weights {file}: tensor {error} is missing; give the published file"
+        ) from None
+    except (IndexError, ValueError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:99]
+        raise InputError(
+            f"weights {file} hold tensors of odd shapes or kinds ({reason}); give the published"
+            " file"
+        ) from None
+    log.info("weights %s converted to %s", file, target)
+    return target

@@ -1,8 +1,9 @@
-"""The one exception for input that a user can mend."""
+"""The one exception for bad input."""
 
 
 class InputError(Exception):
-    """Bad input: one line that names the file or flag, the field and the remedy.
+    """Bad input that the user can correct.
 
-    The command line prints it and ends with exit code 2; it never shows a traceback for it.
+    The message is one line. It names the file or flag, the field and the remedy. The command line
+    prints it without a traceback and ends with exit code 2.
     """

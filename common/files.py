@@ -1,4 +1,4 @@
-"""Where computed things are cached, files written whole or not at all, and the hub that may be out of reach."""
+"""The cache folder, and files that are written whole or not at all."""
 
 import hashlib
 import json
@@ -18,12 +18,16 @@ from torch import Tensor
 from common.errors import InputError
 
 log = logging.getLogger("concord")
-# what np.load raises for a file that is damaged or not there; it parses the header as Python
+
+# what np.load raises for a missing or damaged file; it parses the header as Python
 NO_ARRAY = (OSError, EOFError, ValueError, SyntaxError, tokenize.TokenError)
 
 
 def cache_dir() -> Path:
-    """The cache folder: CONCORD_CACHE, else XDG_CACHE_HOME/concord, else ~/.cache/concord. It may not exist yet."""
+    """Returns the cache folder, which may not exist yet.
+
+    It is CONCORD_CACHE, else XDG_CACHE_HOME/concord, else ~/.cache/concord.
+    """
     if folder := os.environ.get("CONCORD_CACHE"):
         return Path(folder).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -32,11 +36,11 @@ def cache_dir() -> Path:
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary sibling of `path` to write a file or folder to; on success it becomes `path` in one step.
+    """Yields a temporary path, for a file or folder that replaces `path` in one step at the end.
 
-    A reader sees the old file or the new one, never half of one, and two processes that write at once do not mix:
-    the temporary name is unique. The folder is made if it is missing. If the block raises, the temporary file is
-    removed and `path` stays as it was. Raises OSError where the folder cannot be written.
+    A reader sees the old file or the new one, never half of one. The temporary name is unique, so
+    two processes can write at once. The folder of `path` is created. If the block raises, the
+    temporary file is removed and `path` stays as it was. Raises OSError if it cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,41 +50,39 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     finally:
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
 def refuse_pipe(path: Path, what: str) -> None:
-    """Raises InputError for a device or pipe, which a reader would wait for."""
+    """Raises InputError for a device or pipe, whose reader might wait forever."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise InputError(f"{what} {path} is no regular file, but a device or pipe; give another")
 
 
 def cached_rows(folder: str, key: list, count: int, compute: Callable[[], Tensor]) -> Tensor:
-    """The (count, ...) tensor stored in cache_dir()/folder under `key`, else `compute()`, which is then stored.
+    """Returns the tensor (count, ...) that `compute` returns, from the cache if it is there.
 
-    key: anything json can write that determines the result. A broken file is computed again; a cache folder that
-    cannot be written costs a warning line, never an error.
+    folder: where to store it, below the cache folder
+    key:    all that determines the result, as values that JSON can hold
+
+    A damaged file is computed again. A cache folder that cannot be written gets a warning.
     """
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = cache_dir() / folder / f"{digest}.safetensors"
-    rows = _read(path)
-    if rows is None or len(rows) != count:
-        rows = compute()
-        _store(path, rows)
-    return rows
-
-
-def _read(path: Path) -> Tensor | None:
     try:
         with safe_open(path, "pt") as file:
-            return file.get_tensor("rows")
+            rows = file.get_tensor("rows")
+        if len(rows) == count:
+            return rows
     except (OSError, SafetensorError):
-        return None
-
-
-def _store(path: Path, rows: Tensor) -> None:
+        pass
+    rows = compute()
     try:
         with atomic_path(path) as temporary:
             save_file({"rows": rows.contiguous()}, temporary)
     except (OSError, SafetensorError) as error:
         log.warning("%s cannot be written, so nothing is cached there (%s)", path.parent, error)
+    return rows

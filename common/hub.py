@@ -1,4 +1,4 @@
-"""The Hugging Face hub."""
+"""Access to the Hugging Face hub, with and without a network."""
 
 import logging
 import os
@@ -7,30 +7,33 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+HUB = "https://huggingface.co"
+
 
 def hub_answers() -> bool:
-    """Whether the Hugging Face hub can be reached: one short try, since its client repeats for most of a minute."""
+    """Returns whether the hub can be reached. Tries once; the hub's client retries for a minute."""
     try:
-        urllib.request.urlopen(
-            os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5
-        ).close()
-    except (OSError, ValueError) as error:
-        return isinstance(error, urllib.error.HTTPError)  # an error page is an answer
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", HUB), timeout=5).close()
+    except urllib.error.HTTPError:
+        return True  # an error page is an answer
+    except (OSError, ValueError):
+        return False
     return True
 
 
 @contextmanager
 def hub() -> Iterator[None]:
-    """Without a network only the hub's local cache is asked; the loaders' log lines are held back in either case."""
+    """Context for loading from the hub. Without a network, only the hub's local cache is used.
+
+    Log lines below the level "critical" are silenced inside the context.
+    """
     from huggingface_hub import constants
 
-    before, constants.HF_HUB_OFFLINE = (
-        constants.HF_HUB_OFFLINE,
-        constants.HF_HUB_OFFLINE or not hub_answers(),
-    )
+    was_offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = was_offline or not hub_answers()
     logging.disable(logging.ERROR)
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE = was_offline
         logging.disable(logging.NOTSET)

@@ -1,10 +1,10 @@
 """Runs a trained model over a dataset, over images in memory and over image files.
 
 Detections are `boxes` (N, 4), `labels` (N,), `scores` (N,), and `masks` (N, H, W) or
-`segmentations` (N RLEs) if the model predicts masks. Segmentations are `semantic` (H, W), the class of each pixel,
-and `panoptic` (H, W), whose values are 0 or the `id` of an entry of `segments_info`, a dictionary
-with `label`, `isthing` and `score`. All are at the original size of the image, which is in `size`
-(height, width).
+`segmentations` (N RLEs) if the model predicts masks. Segmentations are `semantic` (H, W), the class
+of each pixel, and `panoptic` (H, W), whose values are 0 or the `id` of an entry of `segments_info`,
+a dictionary with `label`, `isthing` and `score`. All are at the original size of the image, which
+is in `size` (height, width).
 """
 
 import copy

@@ -18,7 +18,7 @@ from common.targets import Targets
 
 @dataclass
 class MaskOutput:
-    """The predictions of Mask2Former's decoder. Mask logits are `mask_embed` times `mask_features`."""
+    """What Mask2Former's decoder predicts. Mask logits are `mask_embed` times `mask_features`."""
 
     logits: Tensor  # (Z, B, Q, K + 1), the last column is background
     mask_embed: Tensor  # (Z, B, Q, C)

@@ -7,64 +7,71 @@ from torch import nn
 
 log = logging.getLogger("concord")
 
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
 
 def scaled_lr(lr: float, args) -> float:
     """Returns `lr`, which is meant for --base-batch-size images, scaled to --batch-size."""
-    scaled = lr * args.batch_size / args.base_batch_size
-    log.info(
-        "lr %g for %d images per step -> %g for %d",
-        lr,
-        args.base_batch_size,
-        scaled,
-        args.batch_size,
-    )
+    base, size = args.base_batch_size, args.batch_size
+    scaled = lr * size / base
+    log.info("lr %g for %d images per step -> %g for %d", lr, base, scaled, size)
     return scaled
 
 
 def learning_rate(step: int, base: float, steps: int, warmup: int, warmup_factor: float) -> float:
-    """Linear warmup from `warmup_factor`, then half a cosine to 0 (facebookresearch/Detic:detic/custom_solver.py)."""
+    """Returns the rate of half a cosine from `base` to 0, after a linear warmup.
+
+    Source: facebookresearch/Detic:detic/custom_solver.py.
+    """
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    ramp = warmup_factor + (1 - warmup_factor) * min(1.0, step / warmup) if warmup else 1.0
-    return base * cosine * ramp
+    return base * cosine * warmup_ramp(step, warmup, warmup_factor)
 
 
 def stepped_learning_rate(
     step: int, base: float, steps: int, warmup: int, warmup_factor: float
 ) -> float:
-    """Linear warmup over at most a tenth of the steps; a tenth from 8/12 on, a hundredth from 11/12 (mmdetection)."""
-    warmup = min(warmup, steps // 10)
-    ramp = warmup_factor + (1 - warmup_factor) * min(1.0, step / warmup) if warmup else 1.0
-    return base * ramp * 0.1 ** sum(step >= steps * epoch / 12 for epoch in (8, 11))
+    """Returns `base`, a tenth of it from 8/12 of the steps on, a hundredth from 11/12 on.
+
+    The linear warmup takes at most a tenth of the steps. Source: mmdetection's schedule_1x.
+    """
+    decays = sum(step >= steps * epoch / 12 for epoch in (8, 11))
+    return base * warmup_ramp(step, min(warmup, steps // 10), warmup_factor) * 0.1**decays
 
 
 def poly_learning_rate(step: int, base: float, steps: int) -> float:
-    """base (1 - step / steps)^0.9, without warmup (facebookresearch/Mask2Former:configs/ade20k)."""
+    """Returns base (1 - step / steps)^0.9. Source: facebookresearch/Mask2Former:configs/ade20k."""
     return base * (1 - step / steps) ** 0.9
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, backbone_factor: float) -> list[dict]:
-    """Groups for AdamW: `lr_factor` multiplies the rate of the group, `backbone_factor` in the backbone, else 1.
+def warmup_ramp(step: int, warmup: int, factor: float) -> float:
+    """Returns a factor that grows linearly from `factor` to 1 in `warmup` steps."""
+    return factor + (1 - factor) * min(1.0, step / warmup) if warmup else 1.0
 
-    A factor of 0 freezes the backbone: no gradient is computed for it.
-    Normalisation layers and the model's own tensors (queries, codes, temperatures: names without a dot) do not decay.
-    Source: facebookresearch/Mask2Former:train_net.py (build_optimizer), where queries and codes are embeddings.
+
+def parameter_groups(model: nn.Module, weight_decay: float, backbone_factor: float) -> list[dict]:
+    """Returns the parameter groups for AdamW, each with its `lr_factor` and `weight_decay`.
+
+    The training multiplies the learning rate by `lr_factor`: `backbone_factor` in the backbone, 1
+    elsewhere. A `backbone_factor` of 0 freezes the backbone, so that it needs no gradients.
+    There is no weight decay on normalisation layers, nor on the model's own tensors, such as
+    queries, codes and temperatures.
+
+    Source: facebookresearch/Mask2Former:train_net.py (build_optimizer). Its queries are embeddings.
     """
     if not backbone_factor:
         model.backbone.requires_grad_(False).eval()
-    norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-    of_norms = {
-        f"{m}.{p}"
-        for m, module in model.named_modules()
-        if isinstance(module, norms)
-        for p in module._parameters
-    }
-    groups: dict[tuple, dict] = {}
+    norms = [module for module in model.modules() if isinstance(module, NORMS)]
+    of_norms = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            factor = backbone_factor if name.startswith("backbone.") else 1.0
-            decay = 0.0 if name in of_norms or "." not in name else weight_decay
-            group = groups.setdefault(
-                (factor, decay), {"params": [], "lr_factor": factor, "weight_decay": decay}
-            )
-            group["params"].append(parameter)
-    return list(groups.values())
+        if not parameter.requires_grad:
+            continue
+        of_model_itself = "." not in name  # a parameter of a submodule is called module.parameter
+        undecayed = of_model_itself or id(parameter) in of_norms
+        factor = backbone_factor if name.startswith("backbone.") else 1.0
+        decay = 0.0 if undecayed else weight_decay
+        groups.setdefault((factor, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr_factor": factor, "weight_decay": decay}
+        for (factor, decay), parameters in groups.items()
+    ]

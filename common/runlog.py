@@ -1,6 +1,5 @@
-"""Run folder, metrics log, progress bar."""
+"""What a run writes: its folder with args.json, metrics.jsonl, TensorBoard and progress bars."""
 
-import contextlib
 import dataclasses
 import fcntl
 import json
@@ -24,52 +23,51 @@ from common.files import atomic_path
 
 log = logging.getLogger("concord")
 
+# -- Run folder ------------------------------------------------------------------------------------
+
 
 def make_run_folder(args, method: str) -> Path:
-    """`--resume FOLDER`, `--output FOLDER` or runs/<method>-<time>, the same on all ranks; args.json is written to it.
+    """Creates the run folder with its args.json. Returns the path, the same on all ranks.
 
-    Raises InputError if the folder cannot be written.
+    It is that of --resume or --output, by default runs/<method>-<time>. An existing args.json is
+    kept. Raises InputError if the folder cannot be used.
     """
-    name = (
-        args.resume
-        or args.output
-        or f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    )
-    folder = Path(from_main(name))
-    if args.resume and not (args.eval_only or args.predict or checkpoints(folder)):
+    default = f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder = Path(from_main(args.resume or args.output or default))
+    training = not (args.eval_only or args.predict)
+    if training and args.resume and not checkpoints(folder):
         raise InputError(
             f"--resume {folder} holds no checkpoint yet; start again with another --output"
         )
-    if (folder / "metrics.jsonl").exists() and not (args.resume or args.eval_only or args.predict):
+    if training and not args.resume and (folder / "metrics.jsonl").exists():
         raise InputError(
             f"run folder {folder} already holds a training; --resume it or choose another --output"
         )
+    if rank() > 0:
+        return folder
     record = dataclasses.asdict(args) | {"method": method, "environment": environment()}
-    if rank() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (
-                folder / "args.json"
-            ).exists():  # those of the training stay: --resume repeats them
-                with atomic_path(folder / "args.json") as path:
-                    path.write_text(json.dumps(record, indent=1))
-        except OSError as error:
-            raise InputError(
-                f"run folder {folder} cannot be written ({error.strerror}); choose another --output"
-            ) from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "args.json").exists():
+            with atomic_path(folder / "args.json") as path:
+                path.write_text(json.dumps(record, indent=1))
+    except OSError as error:
+        raise InputError(
+            f"run folder {folder} cannot be written ({error.strerror}); choose another --output"
+        ) from None
     return folder
 
 
 def environment() -> dict[str, str | int]:
-    """Versions and revision of this run, so that it can be repeated."""
+    """Returns the versions, the device and the git revision, so that the run can be repeated."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    with contextlib.suppress(OSError):
+    try:
         revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine()
-    )
+    except (OSError, subprocess.TimeoutExpired):  # no git here
+        revision = ""
+    device = platform.processor() or platform.machine()
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -79,14 +77,24 @@ def environment() -> dict[str, str | int]:
     }
 
 
+# -- Log of a training -----------------------------------------------------------------------------
+
+
 class RunLog:
-    """metrics.jsonl, TensorBoard (if installed) and a progress bar with loss, img/s and time left; rank 0 only."""
+    """Writes the losses of a training to metrics.jsonl, TensorBoard and a progress bar.
+
+    Only rank 0 writes. Lines after step `start` are dropped: a resumed run writes them again.
+    The folder is locked until `close`. Raises InputError if another run is training in it.
+
+    steps: steps of the whole training; start: steps that are done; every: steps between two lines
+    """
 
     def __init__(self, folder: Path, steps: int, start: int, every: int = 20):
-        self.every, self.active = every, rank() == 0
+        self.every = every
+        self.active = rank() == 0
         if not self.active:
             return
-        self.lock = (folder / "args.json").open("a")  # held until the training ends
+        self.lock = (folder / "args.json").open("a")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -99,21 +107,22 @@ class RunLog:
         if damaged := written.count(None):
             log.warning("%s: %d damaged lines are dropped", path, damaged)
         kept = [line for line, step in zip(lines, written) if step is not None and step <= start]
-        with atomic_path(
-            path
-        ) as temporary:  # a resumed run writes the steps after its checkpoint again
+        with atomic_path(path) as temporary:
             temporary.write_text("".join(kept))
         self.file = path.open("a")
         self.board = tensorboard_writer(folder)
         self.bar = progress_bar("train", steps, start, "step")
-        self.images, self.since = 0, time.perf_counter()
+        self.images = 0  # since the last line
+        self.since = time.perf_counter()
 
     def step(
         self, step: int, losses: dict[str, Tensor], lr: float, images: int, dataset: str = ""
     ) -> None:
-        """Count one step of so many images; every `every` steps write its losses and the images per second.
+        """Counts one step. Every `every` steps and at the end, writes a line.
 
-        dataset: of a step that is of one alone; losses of different datasets are not comparable and get own curves
+        losses:  scalars, with their sum "loss"
+        images:  number of images in this step, over all ranks
+        dataset: the dataset, if the step has only one; each gets its own curves in TensorBoard
         """
         if not self.active:
             return
@@ -122,25 +131,22 @@ class RunLog:
         if step % self.every and step != self.bar.total:
             return
         now = time.perf_counter()
-        rate, self.images, self.since = self.images / (now - self.since), 0, now
+        rate = self.images / (now - self.since)
+        self.images = 0
+        self.since = now
         values = {name: round(float(value), 6) for name, value in losses.items()}
         shown = {"loss": f"{values['loss']:.3f}", "lr": f"{lr:.1e}", "img/s": f"{rate:.1f}"}
         self.bar.set_postfix(shown, refresh=False)
-        of = {"dataset": dataset} if dataset else {}
-        self.write({"step": step, **of, **values, "lr": lr, "img_per_s": round(rate, 2)})
-
-    def write(self, record: dict) -> None:
-        if not self.active:
-            return
-        self.file.write(json.dumps(record) + "\n")
+        values |= {"lr": lr, "img_per_s": round(rate, 2)}
+        place = {"step": step, "dataset": dataset} if dataset else {"step": step}
+        self.file.write(json.dumps(place | values) + "\n")
         self.file.flush()
         if self.board:
-            folder = f"{record['dataset']}/" if "dataset" in record else ""
-            for name, value in record.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self.board.add_scalar(folder + name, value, record.get("step", 0))
+            for name, value in values.items():
+                self.board.add_scalar(f"{dataset}/{name}" if dataset else name, value, step)
 
     def close(self) -> None:
+        """Closes the files and unlocks the folder."""
         if self.active:
             self.bar.close()
             self.file.close()
@@ -150,7 +156,7 @@ class RunLog:
 
 
 def step_of(line: str) -> int | None:
-    """The step of a line of metrics.jsonl; None if it is damaged, as a killed run may leave its last."""
+    """Returns the step of a line of metrics.jsonl, or None if the line is damaged."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
@@ -158,36 +164,29 @@ def step_of(line: str) -> int | None:
 
 
 def progress_bar(title: str, total: int, initial: int = 0, unit: str = "img") -> tqdm:
-    """A bar with rate and time left; alive in a terminal, a line now and then in a log file."""
-    interval = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(
-        desc=title,
-        total=total,
-        initial=initial,
-        unit=unit,
-        mininterval=interval,
-        disable=rank() > 0,
-    )
+    """Returns a bar with rate and time left, of which `initial` units are done. Only on rank 0.
+
+    In a log file it prints a line at most every 10 seconds.
+    """
+    pace = {"mininterval": 0.1 if sys.stderr.isatty() else 10, "disable": rank() > 0}
+    return tqdm(desc=title, total=total, initial=initial, unit=unit, **pace)
 
 
 def tensorboard_writer(folder: Path):
+    """Returns a TensorBoard writer, or None if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         log.info(
-            "TensorBoard is not installed (pip install tensorboard); metrics.jsonl has the same numbers"
+            "TensorBoard is not installed (pip install tensorboard); see metrics.jsonl instead"
         )
         return None
     return SummaryWriter(folder)
 
 
 def check_finite(losses: dict[str, Tensor], step: int) -> None:
-    """Stop at the first loss that is not finite and name it."""
-    if math.isfinite(float(losses["loss"])):
-        return
-    bad = [
-        name for name, value in losses.items() if name != "loss" and not math.isfinite(float(value))
-    ]
-    raise InputError(
-        f"step {step}: {', '.join(bad) or 'loss'} is not finite; lower --lr or turn --amp off"
-    )
+    """Raises InputError if the sum "loss" is not finite. It names the losses that are not."""
+    if not math.isfinite(losses["loss"]):
+        bad = [name for name, value in losses.items() if not math.isfinite(value)]
+        named = ", ".join(name for name in bad if name != "loss") or "loss"
+        raise InputError(f"step {step}: {named} is not finite; lower --lr or turn --amp off")

@@ -1,4 +1,8 @@
-"""How datasets are mixed: endless, seeded streams of images that ranks share and a resumed run re-enters."""
+"""Sampling of images from several datasets.
+
+A stream of images is endless and depends on the seed alone; a resumed run continues it. Its
+elements are (row, draw): `row` numbers the images of all datasets, `draw` the elements.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,18 +17,22 @@ from common.batch import Sample, collate
 from common.datasets.dataset import Dataset
 from common.errors import InputError
 
+Draws = Iterator[tuple[int, int]]
+
 
 class Mixture(torch.utils.data.Dataset):
-    """Several datasets end to end. An item is asked for by (row, draw): `draw` alone decides its augmentation.
+    """Several datasets end to end. The key of an item is (row, draw).
 
-    So an augmentation depends neither on the number of workers nor on what was drawn before it.
+    The augmentation depends on the seed and `draw` alone, not on the number of workers.
     """
 
     def __init__(
         self, datasets: list[Dataset], transforms: dict[str, Callable[[Sample], Sample]], seed: int
     ):
-        self.datasets, self.transforms, self.seed = datasets, transforms, seed
-        self.starts = np.cumsum([0] + [len(d) for d in datasets])
+        self.datasets = datasets
+        self.transforms = transforms
+        self.seed = seed
+        self.starts = first_rows(datasets)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -53,46 +61,55 @@ class Transformed(torch.utils.data.Dataset):
         return self.transform(self.dataset.load(self.rows[i]))
 
 
-def repeat_factors(datasets: list[Dataset], threshold: float) -> np.ndarray:
-    """(I,) how often each image of the union is to be seen per epoch: max over its classes of max(1, sqrt(t / f_c)).
+def first_rows(parts: Sequence) -> np.ndarray:
+    """Returns (P + 1,): the first row of each of P parts laid end to end, and the length of all."""
+    return np.cumsum([0] + [len(part) for part in parts])
 
-    f_c is the fraction of all I images that contain class c of the concatenated label space.
+
+def repeat_factors(datasets: list[Dataset], threshold: float) -> np.ndarray:
+    """Returns (I,): how often each of all I images is to be seen per epoch.
+
+    It is the maximum over the classes of an image of max(1, sqrt(threshold / f_c)), where f_c is
+    the fraction of all I images that contain class c. Each dataset has its own classes.
     Source: LVIS (arXiv 1908.03195, Sec. B); detectron2's RepeatFactorTrainingSampler.
     """
-    total = sum(len(d) for d in datasets)
+    total = sum(len(dataset) for dataset in datasets)
     factors = []
     for dataset in datasets:
         frequency = np.maximum(dataset.image_counts(), 1) / total
         of_class = np.maximum(1, np.sqrt(threshold / frequency))  # (C_d,)
         of_image = np.ones(len(dataset))
         images, counts = dataset.index.by_label
-        for rows, factor in zip(np.split(images, np.cumsum(counts)[:-1]), of_class):
+        images_of_class = np.split(images, np.cumsum(counts)[:-1])
+        for rows, factor in zip(images_of_class, of_class):
             of_image[rows] = np.maximum(of_image[rows], factor)
         factors.append(of_image)
     return np.concatenate(factors)
 
 
 def endless(
-    epoch: Callable[[int], np.ndarray], start: int, rank: int, world_size: int
-) -> Iterator[tuple[int, int]]:
-    """Endless stream of (row, draw), `epoch(0)`, `epoch(1)`, ... end to end; `draw` counts the elements of the whole.
+    epoch: Callable[[int], np.ndarray], start: int = 0, rank: int = 0, world_size: int = 1
+) -> Draws:
+    """Yields (row, draw) endlessly: the rows of epoch(0), epoch(1), ..., numbered by `draw`.
 
-    Rank r of w takes every w-th element; `start` elements of the whole stream are skipped, so that a resumed run sees
-    exactly the images that it would have seen.
+    Rank r of w yields every w-th element. A resumed run skips the first `start` of all elements.
     """
-    draw, number = 0, 0
+    draw = 0
+    number = 0
     while True:
         rows = epoch(number)
         for i in range(max(0, start - draw), len(rows)):
             if (draw + i) % world_size == rank:
                 yield int(rows[i]), draw + i
-        draw, number = draw + len(rows), number + 1
+        draw += len(rows)
+        number += 1
 
 
 class RepeatFactorSampler:
-    """Endless stream of (row, draw) over epochs in which image i comes floor(rf_i) or ceil(rf_i) times, shuffled.
+    """Endless stream of (row, draw). An epoch has image i floor(f_i) or ceil(f_i) times, shuffled.
 
-    factors: (I,) rf_i, all 1 for a plain shuffle; the other arguments are those of `endless`
+    factors: (I,) repeat factors f_i, all 1 for a plain shuffle
+    start, rank, world_size: as in `endless`
     """
 
     def __init__(
@@ -103,78 +120,73 @@ class RepeatFactorSampler:
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.factors, self.seed, self.place = factors, seed, (start, rank, world_size)
+        self.factors = factors
+        self.seed = seed
+        self.place = (start, rank, world_size)
 
     def epoch(self, number: int) -> np.ndarray:
-        """The rows of epoch `number`, a function of the seed alone; fractional parts are decided by a coin."""
+        """Returns the rows of epoch `number`. It rounds each factor up or down at random."""
         rng = np.random.default_rng([self.seed, number])
         repeats = np.floor(self.factors + rng.random(len(self.factors))).astype(np.int64)
         return rng.permutation(np.repeat(np.arange(len(self.factors)), repeats))
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Draws:
         return endless(self.epoch, *self.place)
 
 
 class ClassAwareSampler:
-    """Endless stream of (row, draw): a class of any dataset drawn uniformly, then one of its images uniformly.
+    """Endless stream of (row, draw). Samples a class of any dataset, then one of its images.
 
-    Classes without an image are left out, and so are images without a class; the other arguments are those of
-    `endless`. Raises InputError if no image has a class.
+    Both are sampled uniformly. Classes without an image and images without a class are left out.
+    start, rank, world_size: as in `endless`. Raises InputError if no image has a class.
     """
 
     def __init__(
         self, datasets: list[Dataset], seed: int, start: int = 0, rank: int = 0, world_size: int = 1
     ):
-        self.seed, self.place, self.total = (
-            seed,
-            (start, rank, world_size),
-            sum(len(d) for d in datasets),
-        )
-        self.images, counts = zip(
-            *(d.index.by_label for d in datasets)
-        )  # per dataset (X_d,), (C_d,)
-        self.first_row = np.cumsum([0] + [len(d) for d in datasets])
-        self.ends = np.cumsum(
-            [0] + [len(images) for images in self.images]
-        )  # of each dataset's part of all images
-        self.counts = np.concatenate(counts)  # (C,); an image of five dogs is one of the dog's
-        self.counts = self.counts[self.counts > 0]
+        self.seed = seed
+        self.place = (start, rank, world_size)
+        self.first_row = first_rows(datasets)
+        # per dataset (X_d,) the images of its classes, class after class, and (C_d,) their numbers
+        self.images, counts = zip(*(dataset.index.by_label for dataset in datasets))
+        self.ends = first_rows(self.images)
+        counts = np.concatenate(counts)
+        self.counts = counts[counts > 0]  # (C,)
         self.firsts = np.cumsum(self.counts) - self.counts  # (C,)
         if not len(self.counts):
-            names = ", ".join(d.name for d in datasets)
-            raise InputError(
-                f"no image of {names} has a class, so none can be drawn by class; check the annotations"
-            )
+            names = ", ".join(dataset.name for dataset in datasets)
+            raise InputError(f"no image of {names} has a class; check the annotations")
 
     def epoch(self, number: int) -> np.ndarray:
-        """(I,) independent draws."""
+        """Returns the rows of epoch `number`, as many as there are images, with replacement."""
         rng = np.random.default_rng([self.seed, number])
-        classes = rng.integers(len(self.counts), size=self.total)
+        size = int(self.first_row[-1])
+        classes = rng.integers(len(self.counts), size=size)
         picked = self.firsts[classes] + rng.integers(self.counts[classes])
-        rows = np.empty(self.total, np.int64)
+        rows = np.empty(size, np.int64)
         for d, images in enumerate(self.images):  # never joined: they may be mapped from files
             own = (picked >= self.ends[d]) & (picked < self.ends[d + 1])
             rows[own] = self.first_row[d] + images[picked[own] - self.ends[d]]
         return rows
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Draws:
         return endless(self.epoch, *self.place)
 
 
 class RatioBatchSampler:
-    """Endless stream of batches, lists of (row of the Mixture, draw), each of one dataset.
+    """Endless stream of batches, lists of (row, draw). All images of a batch are of one dataset.
 
     factors:     per dataset the repeat factors (I_d,) of its images, all 1 for a plain shuffle
-    ratios:      images drawn from each dataset, relative to the others
+    ratios:      images sampled from each dataset, relative to the others
     batch_sizes: images per step over all ranks; each rank gets its share, rounded down
-    start:       steps to skip, so that a resumed run sees exactly the batches that it would have seen
-    apart:       each rank draws its own dataset, instead of the same one on all
+    start:       steps that a resumed run skips
+    apart:       each rank samples its own dataset, instead of the same one on all ranks
 
-    A step goes to dataset d with a probability in proportion to ratio_d / batch_size_d, so that images are drawn in the
-    ratios. Within a dataset they come in epochs, where Detic draws them with replacement; and Detic keeps wide and high
-    images apart, which spares padding only without its large-scale jitter, whose crops fit into one square.
-    Source: facebookresearch/Detic:detic/data/custom_dataset_dataloader.py.
-    Raises InputError for numbers that do not fit the datasets or the ranks.
+    The probability of dataset d is proportional to ratio_d / batch_size_d, so that the numbers of
+    images follow the ratios. Wide and high images share batches: a square crop needs the same
+    padding for both. Raises InputError for numbers that do not fit.
+    Source: facebookresearch/Detic:detic/data/custom_dataset_dataloader.py, which samples with
+    replacement; here the images of a dataset are sampled in epochs.
     """
 
     def __init__(
@@ -197,45 +209,37 @@ class RatioBatchSampler:
             raise InputError(
                 f"a batch of {min(batch_sizes)} images is too small for {world_size} processes"
             )
-        self.factors, self.seed, self.start, self.rank, self.world_size = (
-            factors,
-            seed,
-            start,
-            rank,
-            world_size,
-        )
-        self.sizes = np.array(batch_sizes) // world_size  # (D,) images per rank
+        self.factors = factors
+        self.seed = seed
         self.step_seed = [seed, 0, rank] if apart else [seed, 0]
+        self.start = start
+        self.place = (rank, world_size)
+        self.sizes = np.array(batch_sizes) // world_size  # (D,) images per rank
         shares = np.array(ratios) / self.sizes
-        self.edges = np.cumsum(shares / shares.sum())[
-            :-1
-        ]  # (D - 1,) where [0, 1] is cut into the datasets' parts
+        # (D - 1,) where the interval [0, 1] is cut into one part per dataset
+        self.edges = np.cumsum(shares / shares.sum())[:-1]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        rng, count = np.random.default_rng(self.step_seed), len(self.factors)
-        skipped = np.bincount(
-            self.edges.searchsorted(rng.random(self.start), "right"), minlength=count
-        )
-        firsts = np.cumsum([0] + [len(f) for f in self.factors])
-        streams = [
-            iter(
-                RepeatFactorSampler(
-                    f, (self.seed, d + 1), n * self.world_size, self.rank, self.world_size
-                )
-            )
-            for d, (f, n) in enumerate(zip(self.factors, skipped * self.sizes))
-        ]
+        rng = np.random.default_rng(self.step_seed)
+        rank, world_size = self.place
+        count = len(self.factors)
+        skipped = self.edges.searchsorted(rng.random(self.start), "right")  # a dataset per step
+        steps = np.bincount(skipped, minlength=count)  # (D,)
+        streams = []
+        for d, factors in enumerate(self.factors):
+            start = int(steps[d] * self.sizes[d] * world_size)
+            seed = (self.seed, d + 1)
+            streams.append(iter(RepeatFactorSampler(factors, seed, start, rank, world_size)))
+        starts = first_rows(self.factors)
         while True:
             d = int(self.edges.searchsorted(rng.random(), "right"))
-            # draws of different datasets must differ too: they decide the augmentation
-            yield [
-                (int(firsts[d]) + row, draw * count + d)
-                for row, draw in islice(streams[d], int(self.sizes[d]))
-            ]
+            images = islice(streams[d], int(self.sizes[d]))
+            # `draw` decides the augmentation, so it must differ between the datasets
+            yield [(int(starts[d]) + row, draw * count + d) for row, draw in images]
 
 
 def shard(length: int, rank: int, world_size: int) -> range:
-    """The rows that this rank evaluates: every row of `length` belongs to exactly one rank."""
+    """Returns the rows that this rank evaluates. Each of `length` rows belongs to one rank."""
     return range(rank, length, world_size)
 
 
@@ -244,7 +248,7 @@ def make_loader(
 ) -> DataLoader:
     """Returns the loader of a training.
 
-    square:   pads the images of each dataset to one shape, as `collate`
+    square:   pads the images of each dataset to one shape, as in `collate`
     sampling: DataLoader's sampler and batch_size, or its batch_sampler
     """
     return DataLoader(

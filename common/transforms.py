@@ -1,4 +1,4 @@
-"""Augmentations on samples, made of torchvision.transforms.v2 and its tv_tensors."""
+"""Augmentations of samples, made of torchvision.transforms.v2 and its tv_tensors."""
 
 import math
 from collections.abc import Sequence
@@ -13,13 +13,16 @@ from torchvision.transforms.v2 import functional as F
 from common.batch import Sample
 from common.masks import drop_unseen
 
+WHOLE = (slice(None), slice(None))  # all rows and columns
+
 
 @dataclass
 class LargeScaleJitter:
-    """Resize by a random scale, crop to at most `size` x `size`, flip: EfficientDet's jitter as Detic uses it.
+    """Resizes by a random scale, crops to at most `size` x `size`, flips. EfficientDet's jitter.
 
-    A scale of 1 makes the image just fit into the square; the crop has no padding (the batch pads).
-    Source: facebookresearch/Detic:detic/data/transforms (custom_augmentation_impl.py, custom_transform.py).
+    At a scale of 1 the long side is `size`. The crop has no padding: `collate` pads.
+    Source: facebookresearch/Detic:detic/data/transforms (custom_augmentation_impl.py,
+    custom_transform.py).
     """
 
     size: int
@@ -27,21 +30,21 @@ class LargeScaleJitter:
     flip: float = 0.5
 
     def __call__(self, sample: Sample) -> Sample:
-        height, width = sample.size
-        factor = uniform(*self.scale) * self.size / max(height, width)
-        height, width = max(1, round(height * factor)), max(1, round(width * factor))
-        crop = (min(self.size, height), min(self.size, width))
-        corner = random_corner((height, width), crop)
-        return move(sample, (height, width), (*corner, *crop), coin(self.flip))
+        longest = uniform(*self.scale) * self.size
+        size = shortest_size(sample.size, math.inf, longest)  # only the long side is limited
+        crop = min(self.size, size[0]), min(self.size, size[1])
+        corner = random_corner(size, crop)
+        return move(sample, size, (*corner, *crop), coin(self.flip))
 
 
 @dataclass
 class SegmentationCrop:
-    """Short side to one of `short`, random crop, colour jitter, flip: the augmentation of semantic segmentation.
+    """Resizes the short side, crops, jitters the colours, flips. For semantic segmentation.
 
-    short:    lengths in pixels, drawn with equal probability; max_side: the longest that the long side becomes
-    crop:     at most (height, width); a smaller image stays whole. The batch pads it with what is zero after
-              normalisation, about the grey (128) of the released LMSeg.
+    short:    lengths of the short side in pixels, sampled with equal probability
+    crop:     (height, width) of the crop; a smaller image stays whole. `collate` pads it. The
+              padding is 0 after normalisation, close to the grey (128) of the released LMSeg.
+    max_side: limit of the long side in pixels
     Source: mightyzau/LMSeg, facebookresearch/MaskFormer (mask_former_semantic_dataset_mapper.py).
     """
 
@@ -54,52 +57,62 @@ class SegmentationCrop:
     def __call__(self, sample: Sample) -> Sample:
         size = shortest_size(sample.size, choice(self.short), self.max_side)
         crop = min(self.crop[0], size[0]), min(self.crop[1], size[1])
-        sample = move(sample, size, (*random_corner(size, crop), *crop), coin(self.flip))
-        return replace(sample, image=jitter_colors(sample.image)) if self.color_jitter else sample
+        corner = random_corner(size, crop)
+        sample = move(sample, size, (*corner, *crop), coin(self.flip))
+        if self.color_jitter:
+            sample = replace(sample, image=jitter_colors(sample.image))
+        return sample
 
 
 @dataclass
 class DetrCrop:
-    """Short side to 480, 512, ..., 800, at most 1333 wide, half of the time after a random crop: DETR's augmentation.
+    """Resizes the short side to 480, 512, ..., 800, the long side to at most 1333, flips.
 
-    The crop is of the image with a short side of 400, 500 or 600; its sides are 384 to 600. All numbers are for a
-    `size` of 800 and scale with it. Source: facebookresearch/MaskFormer (detr_panoptic_dataset_mapper.py).
+    Half of the images are cropped before: they are resized to a short side of 400, 500 or 600, and
+    the sides of the crop are 384 to 600. All numbers are for a `size` of 800 and scale with it.
+    DETR's augmentation. Source: facebookresearch/MaskFormer (detr_panoptic_dataset_mapper.py).
     """
 
     size: int = 800
     flip: float = 0.5
 
     def __call__(self, sample: Sample) -> Sample:
-        scaled = lambda length: max(1, round(length * self.size / 800))  # noqa: E731
-        flip, low, high = coin(self.flip), scaled(384), scaled(600)
+        flip = coin(self.flip)
         if coin(0.5):
-            size = shortest_size(sample.size, scaled(choice((400, 500, 600))))
-            crop = tuple(
-                int(torch.randint(min(side, low), min(side, high) + 1, ())) for side in size
-            )
+            low, high = self.scaled(384), self.scaled(600)
+            size = shortest_size(sample.size, self.scaled(choice((400, 500, 600))))
+            crop = tuple(randint(min(side, low), min(side, high) + 1) for side in size)
             sample = move(sample, size, (*random_corner(size, crop), *crop))
-        short = scaled(choice(range(480, 801, 32)))
-        return move(sample, shortest_size(sample.size, short, scaled(1333)), flip=flip)
+        short = self.scaled(choice(range(480, 801, 32)))
+        size = shortest_size(sample.size, short, self.scaled(1333))
+        return move(sample, size, flip=flip)
+
+    def scaled(self, length: int) -> int:
+        """Returns a length for images of `size`, given the length for images of 800."""
+        return max(1, round(length * self.size / 800))
 
 
 @dataclass
 class ResizeShortest:
-    """Short side to `size`, long side at most `longest`, or `size` * 1333 / 800: the test transform of detectron2."""
+    """Resizes the short side to `size`, or to less if the long side would exceed `longest`.
+
+    `longest` = 0 means size * 1333 / 800. detectron2's test transform.
+    """
 
     size: int
     longest: int = 0
 
     def __call__(self, sample: Sample) -> Sample:
-        return move(
-            sample, shortest_size(sample.size, self.size, self.longest or self.size * 1333 / 800)
-        )
+        longest = self.longest or self.size * 1333 / 800
+        return move(sample, shortest_size(sample.size, self.size, longest))
 
 
 @dataclass
 class ResizeShortestRange:
-    """Short side to a random whole number of [low, high], long side at most high * 1333 / 800, then a flip.
+    """Resizes the short side to a random integer from `low` to `high`, flips.
 
-    Source: the multi-scale training of mmdetection (Resize, multiscale_mode="range").
+    The long side is at most high * 1333 / 800. Source: the multi-scale training of mmdetection
+    (Resize, multiscale_mode="range").
     """
 
     low: int
@@ -107,31 +120,45 @@ class ResizeShortestRange:
     flip: float = 0.5
 
     def __call__(self, sample: Sample) -> Sample:
-        short = int(torch.randint(self.low, self.high + 1, ()))
-        return move(
-            sample, shortest_size(sample.size, short, self.high * 1333 / 800), flip=coin(self.flip)
-        )
+        short = randint(self.low, self.high + 1)
+        size = shortest_size(sample.size, short, self.high * 1333 / 800)
+        return move(sample, size, flip=coin(self.flip))
 
 
 def coin(probability: float) -> bool:
+    """Returns True with this probability."""
     return bool(torch.rand(()) < probability)
 
 
+def uniform(low: float, high: float) -> float:
+    """Samples a number between `low` and `high`."""
+    return torch.empty(()).uniform_(low, high).item()
+
+
+def randint(low: int, end: int) -> int:
+    """Samples an integer from `low` to `end` - 1."""
+    return int(torch.randint(low, end, ()))
+
+
 def choice(values: Sequence[int]) -> int:
-    return values[int(torch.randint(len(values), ()))]
+    """Samples one of the values with equal probability."""
+    return values[randint(0, len(values))]
 
 
 def random_corner(size: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int]:
-    """Top and left of a crop (height, width) somewhere in `size`."""
-    return int(torch.randint(size[0] - crop[0] + 1, ())), int(
-        torch.randint(size[1] - crop[1] + 1, ())
-    )
+    """Samples (top, left) of a crop (height, width) in an image of `size`."""
+    top = randint(0, size[0] - crop[0] + 1)
+    left = randint(0, size[1] - crop[1] + 1)
+    return top, left
 
 
 def shortest_size(
     size: tuple[int, int], short: float, longest: float = math.inf
 ) -> tuple[int, int]:
-    """(height, width) in proportion to `size`, the shorter one `short`, but the longer one at most `longest`."""
+    """Returns (height, width) in proportion to `size`, as large as the two limits allow.
+
+    The short side is at most `short` and the long side at most `longest`.
+    """
     factor = min(short / min(size), longest / max(size))
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
@@ -156,9 +183,12 @@ def move(
     window: tuple[int, int, int, int] | None = None,
     flip: bool = False,
 ) -> Sample:
-    """Resize to `size`, cut out the `window` (top, left, height, width), flip; what is not seen any more is dropped.
+    """Resizes a sample, crops it, and mirrors it from left to right.
 
-    Image, boxes, masks and segments alike; the latter two in one go, of what the window leaves.
+    Objects, segments and proposals that are no longer in the image are dropped.
+
+    size:   (height, width) to resize to
+    window: (top, left, height, width) of the crop, in the resized image
     """
     top, left, height, width = window or (0, 0, *size)
     masks, segments, labels = sample.masks, sample.segments, sample.labels
@@ -166,7 +196,8 @@ def move(
         sample = apply(sample, lambda x: F.resize(x, list(size), antialias=True))
     if (height, width) != size:
         sample = apply(sample, lambda x: F.crop(x, top, left, height, width))
-    sample = apply(sample, F.horizontal_flip) if flip else sample
+    if flip:
+        sample = apply(sample, F.horizontal_flip)
     part = slice(top, top + height), slice(left, left + width)
     if segments is not None:
         segments, labels = drop_unseen(resize_masks(segments[None], size, part, flip)[0], labels)
@@ -176,52 +207,61 @@ def move(
     kept = not_empty(sample.boxes)
     if masks is not None:
         masks = resize_masks(masks[kept], size, part, flip)
-        seen = masks.flatten(1).any(1)  # a crop of a box may hold nothing of its mask
-        masks, kept[kept.clone()] = masks[seen], seen
+        seen = masks.flatten(1).any(1)  # the part of a box in the crop may have no mask pixel
+        masks = masks[seen]
+        kept[kept.clone()] = seen
     return replace(sample, boxes=sample.boxes[kept], labels=labels[kept], masks=masks)
 
 
-def jitter_colors(image: Tensor) -> Tensor:
-    """(3, H, W) uint8 in other colours: brightness, contrast, saturation, hue, each half of the time, as SSD jitters.
+def resize_masks(
+    masks: Tensor, size: tuple[int, int], window: tuple[slice, slice] = WHOLE, flip: bool = False
+) -> Tensor:
+    """Resizes masks (N, H, W) to `size`, crops them, and mirrors them if `flip`.
 
+    window: the rows and columns of the crop. Each pixel takes the value of the nearest one.
+    """
+    rows = nearest_pixels(masks.shape[1], size[0])[window[0]]
+    columns = nearest_pixels(masks.shape[2], size[1])[window[1]]
+    if flip:
+        columns = columns[::-1]
+    # numpy's take is several times as fast as indexing in torch
+    return torch.from_numpy(masks.numpy().take(columns, 2).take(rows, 1))
+
+
+def nearest_pixels(old: int, new: int) -> np.ndarray:
+    """Returns (new,): for each of `new` pixels the nearest of `old` pixels.
+
+    It is floor((i + 0.5) * old / new), computed in integers, so that it is exact.
+    """
+    return (2 * np.arange(new) + 1) * old // (2 * new)
+
+
+def not_empty(boxes: Tensor, min_side: float = 1e-5) -> Tensor:
+    """Returns (N,) bool: which boxes (N, 4) have an area (detectron2's filter_empty_instances)."""
+    return (boxes[:, 2:] - boxes[:, :2]).amin(1) >= min_side
+
+
+def jitter_colors(image: Tensor) -> Tensor:
+    """Changes brightness, contrast, saturation and hue, each with probability 1/2, as SSD does.
+
+    image: (3, H, W) uint8, as is the result
     Source: facebookresearch/detectron2:projects/PointRend/point_rend/color_augmentation.py.
     """
     image = image.float()
     if coin(0.5):
         image = (image + uniform(-32, 32)).clamp(0, 255)
-    contrast, late = uniform(0.5, 1.5) if coin(0.5) else 1.0, coin(0.5)
-    image = image if late else (image * contrast).clamp(max=255)
+    contrast = uniform(0.5, 1.5) if coin(0.5) else 1.0
+    contrast_last = coin(0.5)
+    if not contrast_last:
+        image = (image * contrast).clamp(max=255)
     if coin(0.5):  # saturation of HSV: the distance of the channels to the largest one
-        most, least = image.amax(0), image.amin(0)
-        image = most - (most - image) * (most / (most - least).clamp(min=1e-3)).clamp(
-            max=uniform(0.5, 1.5)
-        )
+        most = image.amax(0)
+        least = image.amin(0)
+        limit = most / (most - least).clamp(min=1e-3)
+        image = most - (most - image) * limit.clamp(max=uniform(0.5, 1.5))
     if coin(0.5):
-        image = (
-            F.adjust_hue(image / 255, uniform(-0.1, 0.1)) * 255
-        )  # 18 of 180 degrees, as OpenCV counts them
-    return (image * contrast if late else image).clamp(0, 255).round().byte()
-
-
-def uniform(low: float, high: float) -> float:
-    return torch.empty(()).uniform_(low, high).item()
-
-
-ALL = (slice(None), slice(None))
-
-
-def resize_masks(
-    masks: Tensor, size: tuple[int, int], window: tuple[slice, slice] = ALL, flip: bool = False
-) -> Tensor:
-    """(N, H, W) resized to `size`, cut to the rows and columns of `window`, flipped: the nearest source pixels."""
-    rows, columns = (
-        (2 * np.arange(new)[part] + 1) * old // (2 * new)  # floor((i + 0.5) * old / new), exactly
-        for old, new, part in zip(masks.shape[1:], size, window)
-    )
-    # numpy's take is several times as fast as indexing in torch
-    return torch.from_numpy(masks.numpy().take(columns[::-1] if flip else columns, 2).take(rows, 1))
-
-
-def not_empty(boxes: Tensor, min_side: float = 1e-5) -> Tensor:
-    """(N,) bool: the boxes (N, 4) of which a crop left something (detectron2's filter_empty_instances)."""
-    return (boxes[:, 2:] - boxes[:, :2]).amin(1) >= min_side
+        turn = uniform(-0.1, 0.1)  # 18 of 180 degrees, as OpenCV counts them
+        image = F.adjust_hue(image / 255, turn) * 255
+    if contrast_last:
+        image = image * contrast
+    return image.clamp(0, 255).round().byte()

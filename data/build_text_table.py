@@ -19,7 +19,6 @@ def known_names() -> list[str]:
     return sorted({fold(name) for name in names})
 
 
-
 def build_table(path: Path) -> None:
     """Writes `path`: fp16 rows of all known names, with the names, their encoder and its licence as metadata."""
     names = known_names()
@@ -31,4 +30,3 @@ def build_table(path: Path) -> None:
     ) as temporary:  # one metadata key: safetensors does not keep the order of several
         save_file({"embeddings": rows}, temporary, {"table": json.dumps(about, ensure_ascii=False)})
     print(f"{path}: {len(names)} names, {Path(path).stat().st_size / 1e6:.2f} MB")
-

@@ -1,4 +1,4 @@
-"""Large annotation files: read in runs, kept as columns, mapped by later starts; nothing differs from a plain read."""
+"""Large annotation files, read in runs and memory-mapped later, give what a plain read gives."""
 
 import json
 import logging

@@ -27,7 +27,7 @@ CLEAN = (
 
 @pytest.fixture
 def tell(monkeypatch, capsys):
-    """tell(*args) -> the exit code, {kind of problem: count} of the last dataset, stdout, stderr."""
+    """tell(*args) -> exit code, {kind of problem: count} of the last dataset, stdout, stderr."""
 
     def start(*args) -> tuple[int, dict[str, int], str, str]:
         monkeypatch.setattr(sys, "argv", ["datasets", *map(str, args)])

@@ -36,7 +36,7 @@ needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real samples at {
 
 
 def sample(height=40, width=60, boxes=((10.0, 5.0, 30.0, 25.0),)) -> Sample:
-    """A black image whose boxes are painted white, so that a transform can be checked by looking."""
+    """A black image whose boxes are painted white: a transform can be checked by looking at it."""
     image = torch.zeros(3, height, width, dtype=torch.uint8)
     for x1, y1, x2, y2 in boxes:
         image[:, int(y1) : int(y2), int(x1) : int(x2)] = 255
@@ -205,10 +205,13 @@ def test_sampler_skips_whole_epochs_when_it_resumes():
 def labelled(name: str, labels: list[list[int]], classes: int) -> Dataset:
     """A dataset of image labels without images."""
     index = Index.build(
-        name, [f"{i}.jpg" for i in range(len(labels))], range(len(labels)), np.zeros((len(labels), 2)), *[[]] * 5,
+        name,
+        file_names=[f"{i}.jpg" for i in range(len(labels))],
+        image_ids=range(len(labels)),
+        sizes=np.zeros((len(labels), 2)),
         image_labels=np.array([k for each in labels for k in each], dtype=np.int32),
         image_label_offsets=np.cumsum([0, *map(len, labels)]),
-    )  # fmt: skip
+    )
     vocabulary = Vocabulary(name, tuple(f"{name}{c}" for c in range(classes)))
     return Dataset(name, vocabulary, index, None, supervision="image_labels")
 
@@ -534,7 +537,8 @@ def test_wordnet_ids_are_named(tmp_path, caplog):
         "extra/e.JPEG",
     )
     (root.parent / "words.txt").write_text(
-        "n00000001\ttench, Tinca tinca\nn00000002\tcrane\nn00000003\tcrane\nn00000004\tlion, Panthera leo\n"
+        "n00000001\ttench, Tinca tinca\nn00000002\tcrane\nn00000003\tcrane\n"
+        "n00000004\tlion, Panthera leo\n"
     )
     (root / "classes.csv").write_text("index,wnid,name\n0,n00000001,tench (fish)\n")
     with caplog.at_level(logging.INFO, "concord"):

@@ -1,4 +1,4 @@
-"""The promises of the code: method files line up, common/ knows no method, all of it stays readable."""
+"""The promises of the code: method files line up, common/ knows no method, all stays readable."""
 
 import ast
 import difflib
@@ -52,7 +52,7 @@ def functions(path: Path) -> list[ast.FunctionDef]:
 
 
 def blocks(path: Path) -> dict[str, list[str]]:
-    """The source lines of every top-level function and class, and of the methods of Model as Model.name."""
+    """The source lines of every top-level function and class; methods of Model are Model.name."""
     text, found = path.read_text(), {}
     for node in definitions(path):
         if node.name == "Model":
@@ -72,7 +72,7 @@ def likeness(one: str, other: str) -> float:
 
 
 def drifts(one: Path, other: Path) -> list[str]:
-    """What two method files write almost, but not quite, alike: whole blocks, and lines of the wiring."""
+    """What two method files write almost alike: whole blocks, and lines of the wiring."""
     found = []
     ours, theirs = blocks(one), blocks(other)
     for name in sorted(ours.keys() & theirs.keys() - {"Args"}):
@@ -205,7 +205,7 @@ def test_common_stays_small():
 
 
 def test_common_knows_no_method():
-    """No module of common/ imports a method file, names one, or names a flag that only one method has."""
+    """No module of common/ imports or names a method file, or a flag that one method alone has."""
     flags = {}
     for path in METHODS:
         args = next(node for node in definitions(path) if node.name == "Args")

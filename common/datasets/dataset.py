@@ -146,9 +146,9 @@ class Dataset:
             labels = index.labels[rows].astype(np.int64)
             ignore = index.ignore[rows]
             if ignore.any() and not keep_ignored:
-                kept = np.where(ignore, VOID, np.arange(len(labels)))
-                kept = np.append(kept, VOID)  # VOID is -1, and so indexes the last element
-                segments = kept.astype(np.int16)[segments]
+                row_of = np.where(ignore, VOID, np.arange(len(labels)))
+                row_of = np.append(row_of, VOID)  # VOID is -1: it indexes the last element
+                segments = row_of.astype(np.int16)[segments]
         if segments.shape != size:
             height, width = segments.shape
             raise InputError(
@@ -191,7 +191,9 @@ class Dataset:
                 f"{start} ({empty} without a box), {len(index.labels)} boxes ({crowds} crowd or "
                 f"group, not trained on{outside}), {classes} ({seen} with boxes)"
             )
-        captions = np.array([len(texts) for texts in index.captions or [()] * len(self)], int)
+        captions = np.zeros(1, int)
+        if index.captions:
+            captions = np.array([len(texts) for texts in index.captions])
         unlabelled = np.diff(index.image_label_offsets) == 0
         bare = int((unlabelled & (captions == 0)).sum())
         return (
