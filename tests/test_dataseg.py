@@ -630,7 +630,10 @@ def region(*parts: tuple[slice, slice]):
 
 
 def test_panoptic_maps():
-    """Halves of stuff are one segment, things are not; unsure and overlapped proposals are left out."""
+    """Halves of stuff are one segment, things are not.
+
+    Improbable and overlapped proposals are left out.
+    """
     s, top = slice, slice(0, 3)
     proposals = [
         # 1: a cat
