@@ -677,7 +677,7 @@ def train(
 def evaluate(
     args: Args, model: Model, label_space: LabelSpace, datasets: list[Dataset], folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Evaluates each dataset by its own task and metric, in its own label space. Draws pictures.
+    """Evaluates each dataset by its own metric, in its own label space. Draws pictures.
 
     label_space: that of the training
     """

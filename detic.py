@@ -596,7 +596,7 @@ def build_dataloader(
 def train(
     args: Args, datasets: list[Dataset], label_space: LabelSpace, folder: Path, device: torch.device
 ) -> tuple[Model, LabelSpace]:
-    """Trains one stage on `datasets`. Writes metrics, checkpoints and weights to the run folder.
+    """Trains on `datasets`. Writes metrics, checkpoints and weights to the run folder.
 
     Returns the model and its label space. Every rank calls it; rank 0 writes.
     """
@@ -651,7 +651,7 @@ def train(
         losses = compute_losses(args, stages, predictions, targets, losses, frequency[classes])
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        losses = {name: value.detach() for name, value in losses.items()}
+        losses = {term: value.detach() for term, value in losses.items()}
         check_finite(losses, step)
         nn.utils.clip_grad_value_(model.parameters(), 1.0)
         optimizer.step()

@@ -674,6 +674,9 @@ def trained_label_space(args: Args, model: Model, label_space: LabelSpace) -> La
     return build_label_space(args, vocabularies, context)
 
 
+# -- Evaluate --------------------------------------------------------------------------------------
+
+
 def evaluate(
     args: Args, model: Model, label_space: LabelSpace, datasets: list[Dataset], folder: Path
 ) -> dict[str, dict[str, float]]:
@@ -720,7 +723,7 @@ def main() -> None:
         size = test_transform(args, "coco-panoptic").size
     training = not (args.predict or args.eval_only)
     if training:
-        datasets = load_datasets(args.datasets, "train", root, size, accepts=SUPERVISION)
+        datasets = load_datasets(args.datasets, "train", root, size, False, SUPERVISION)
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:
         model, label_space = load(args.weights, args, device)

@@ -222,7 +222,7 @@ ZERO_SHOT = "lineart"  # the generated dataset that nothing trains on
 
 
 def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
-    """Concatenates the label spaces. T (C, D) holds the text embedding of each label's name.
+    """Concatenates the label spaces. T (C, D) holds the text embedding of each class name.
 
     Adding a dataset adds columns and changes none.
     """
@@ -506,7 +506,7 @@ def train(
         losses = compute_losses(args, stages, predictions, targets, losses, tables)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        losses = {name: value.detach() for name, value in losses.items()}
+        losses = {term: value.detach() for term, value in losses.items()}
         check_finite(losses, step)
         nn.utils.clip_grad_value_(model.parameters(), 1.0)
         optimizer.step()

@@ -1,9 +1,11 @@
-"""Multi-scale deformable attention as in Mask2Former's pixel decoder, against three other ways to compute it.
+"""Speed of multi-scale deformable attention, as in Mask2Former's pixel decoder, against peers.
 
-The formula in PyTorch (`reference`), the formula under torch.compile, and the function of Hugging Face transformers.
-Every pixel of strides 32, 16 and 8 is a query; 8 heads of 32 channels, 4 points. Medians of runs that take turns; on a
-GPU bfloat16 values and a flushed cache. The floor is the traffic that no implementation avoids (each input read once,
-each output written once) at the speed of a plain copy on this device. A printed line says what could not run.
+The peers are the formula in PyTorch (`formula`), the formula under torch.compile, and the function
+of Hugging Face transformers. Every pixel of strides 32, 16 and 8 is a query, with 8 heads of 32
+channels and 4 points. Times are medians of runs that take turns. On a GPU, values are bfloat16 and
+the cache is flushed before each run. The floor is the time of the memory traffic that no
+implementation avoids (each input read once, each output written once), at the speed of a plain
+copy on this device. A peer that cannot run is skipped with a printed line.
 
     python benchmarks/msda.py                        # writes benchmarks/msda-<device>.json
     python benchmarks/msda.py --sizes 320 --repeats 5
@@ -23,13 +25,16 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.msda import msda, reference, triton
+from common.msda import formula, msda, triton
 
 HEADS, CHANNELS, POINTS = 8, 32, 4
 
 
-def draw(side: int, batch: int, spread: float, device: torch.device) -> tuple:
-    """value, shapes, offsets, logits, centres of all pixels; offsets from N(0, spread) pixels."""
+def sample_inputs(side: int, batch: int, spread: float, device: torch.device) -> tuple:
+    """Returns value, shapes, offsets, logits and the centres (S, 2) of all pixels.
+
+    Offsets are normal with a standard deviation of `spread` pixels.
+    """
     shapes = tuple((side // stride, side // stride) for stride in (32, 16, 8))
     centres = []
     for height, width in shapes:
@@ -37,24 +42,18 @@ def draw(side: int, batch: int, spread: float, device: torch.device) -> tuple:
         centres.append(torch.stack([x / width, y / height], -1).flatten(0, 1))
     centres = torch.cat(centres).to(device)  # (S, 2)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    size = batch, len(centres), HEADS
+    size = (batch, len(centres), HEADS)
     value = torch.randn(*size, CHANNELS, device=device, dtype=dtype)
     offsets = torch.randn(*size, len(shapes), POINTS, 2, device=device) * spread
     logits = torch.randn(*size, len(shapes) * POINTS, device=device)
-    return (
-        value.requires_grad_(),
-        shapes,
-        offsets.requires_grad_(),
-        logits.requires_grad_(),
-        centres,
-    )
+    for tensor in (value, offsets, logits):
+        tensor.requires_grad_()
+    return value, shapes, offsets, logits, centres
 
 
 def transformers_msda() -> Callable:
-    """Hugging Face's function behind our signature. ImportError without transformers."""
-    from transformers.models.mask2former.modeling_mask2former import (
-        multi_scale_deformable_attention,
-    )
+    """Returns Hugging Face's function with our signature. Raises ImportError if it is missing."""
+    from transformers.models.mask2former import modeling_mask2former
 
     def call(
         value: Tensor, shapes: tuple, offsets: Tensor, logits: Tensor, centres: Tensor
@@ -62,9 +61,10 @@ def transformers_msda() -> Callable:
         size = torch.tensor([(width, height) for height, width in shapes], device=value.device)
         where = centres[:, None, None, None] + offsets / size[:, None]  # (B, Q, M, L, P, 2)
         weights = logits.softmax(-1).unflatten(-1, (len(shapes), POINTS))
-        return multi_scale_deformable_attention(
-            value, shapes, where.to(value.dtype), weights.to(value.dtype)
-        )
+        where = where.to(value.dtype)
+        weights = weights.to(value.dtype)
+        attend = modeling_mask2former.multi_scale_deformable_attention
+        return attend(value, shapes, where, weights)
 
     return call
 
@@ -72,25 +72,29 @@ def transformers_msda() -> Callable:
 def megabytes(
     value: Tensor, offsets: Tensor, logits: Tensor, centres: Tensor
 ) -> tuple[float, float]:
-    """Compulsory traffic of forward, and of forward and backward. `value` also stands for out and its gradient."""
-    v, samples, c = (
-        sum(x.nbytes for x in xs) / 1e6 for xs in ([value], [offsets, logits], [centres])
-    )
-    forward = 2 * v + samples + c
-    backward = (
-        3 * v + samples + c + samples + v
-    )  # value, gradient, out, samples -> gradients of samples, of value
+    """Returns the unavoidable traffic in MB of forward, and of forward and backward.
+
+    `out`, its gradient and the gradient of value have the size of value.
+    """
+    out = value.nbytes / 1e6
+    samples = (offsets.nbytes + logits.nbytes) / 1e6
+    inputs = out + samples + centres.nbytes / 1e6
+    forward = inputs + out
+    # reads the inputs, out and its gradient; writes the gradients of value and of the samples
+    backward = inputs + 2 * out + out + samples
     return forward, forward + backward
 
 
 def clock(step: Callable, device: torch.device, flush: Tensor) -> float:
-    """Seconds of one call."""
+    """Returns the seconds that one call of `step` takes. On a GPU, `flush` is overwritten first."""
     if device.type == "cpu":
         start = time.perf_counter()
         step()
         return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    flush.zero_()  # empties the cache, and takes so long that the kernels of `step` are queued when it ends
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    # empties the cache, and takes so long that the kernels of `step` are queued when it ends
+    flush.zero_()
     start.record()
     step()
     end.record()
@@ -98,13 +102,37 @@ def clock(step: Callable, device: torch.device, flush: Tensor) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def working_functions(functions: dict[str, Callable], run: Callable, title: str) -> dict:
+    """Returns the functions that `run` can run. The others are skipped with a printed line.
+
+    Each is run three times, to compile it and to warm up.
+    """
+    working = {}
+    for label, function in functions.items():
+        try:
+            for _ in range(3):
+                run(function)
+            working[label] = function
+        except (RuntimeError, NotImplementedError) as error:  # no compiler, memory or such dtype
+            print(f"{label}: {title} skipped, {str(error).splitlines()[0]}")
+    return working
+
+
+def copy_speed(device: torch.device, flush: Tensor) -> float:
+    """Returns the traffic of a plain copy in MB/s, reading and writing."""
+    half, other = flush.chunk(2)
+    seconds = min(clock(partial(half.copy_, other), device, flush) for _ in range(5))
+    return flush.nbytes / 1e6 / seconds
+
+
 def measure(side: int, args: argparse.Namespace, device: torch.device, flush: Tensor) -> dict:
-    """{"floor": ..., implementation: {"forward": {...}, "forward + backward": {...}}} of one image size."""
-    value, shapes, offsets, logits, centres = inputs = draw(side, args.batch, args.spread, device)
+    """Returns {pass: {"floor, ms": ..., implementation: {"median, ms": ...}}} of one image size."""
+    inputs = sample_inputs(side, args.batch, args.spread, device)
+    value, shapes, offsets, logits, centres = inputs
     cotangent = torch.randn(*value.shape[:2], HEADS * CHANNELS, device=device, dtype=value.dtype)
-    functions = {"concord": msda, "reference": reference}
+    functions = {"concord": msda, "formula": formula}
     if not args.no_compile:
-        functions["reference, compiled"] = torch.compile(reference, dynamic=False)
+        functions["formula, compiled"] = torch.compile(formula, dynamic=False)
     try:
         functions["transformers"] = transformers_msda()
     except ImportError as error:
@@ -117,43 +145,29 @@ def measure(side: int, args: argparse.Namespace, device: torch.device, flush: Te
     def both(function: Callable) -> None:
         torch.autograd.grad(function(*inputs), (value, offsets, logits), cotangent)
 
-    half, other = flush.chunk(2)
-    speed = (
-        flush.nbytes / 1e6 / min(clock(partial(half.copy_, other), device, flush) for _ in range(5))
-    )  # MB/s
+    speed = copy_speed(device, flush)
     result = {"shapes": shapes, "copy, GB/s": round(speed / 1e3, 1)}
     traffic = megabytes(value, offsets, logits, centres)
-    for name, pass_, floor in zip(("forward", "forward + backward"), (forward, both), traffic):
-        working, times = dict(functions), {}
-        for label, function in functions.items():  # warm up; compile
-            try:
-                for _ in range(3):
-                    pass_(function)
-            except (
-                RuntimeError,
-                NotImplementedError,
-            ) as error:  # no compiler, no memory, no such dtype
-                print(f"{label}: {name} skipped, {str(error).splitlines()[0]}")
-                del working[label]
+    for title, run, floor in zip(("forward", "forward + backward"), (forward, both), traffic):
+        working = working_functions(functions, run, title)
+        times = {label: [] for label in working}
         for _ in range(args.repeats):  # in turns, as the machine may be busy at times
             for label, function in working.items():
-                times.setdefault(label, []).append(clock(partial(pass_, function), device, flush))
-        print(
-            f"{side} x {side}, {args.batch} images, {name}: floor {floor:.0f} MB, {floor / speed * 1e3:.3f} ms"
-        )
-        result[name] = {"floor, MB": round(floor, 1), "floor, ms": round(floor / speed * 1e3, 4)}
+                times[label].append(clock(partial(run, function), device, flush))
+        floor_ms = floor / speed * 1e3
+        setting = f"{side} x {side}, {args.batch} images, {title}"
+        print(f"{setting}: floor {floor:.0f} MB, {floor_ms:.3f} ms")
+        result[title] = {"floor, MB": round(floor, 1), "floor, ms": round(floor_ms, 4)}
         for label, seconds in times.items():
             median = statistics.median(seconds)
             slower = median / statistics.median(times["concord"])
-            print(
-                f"  {label:20s} {median * 1e3:9.3f} ms {floor / median / 1e3:8.1f} GB/s {slower:7.2f} x concord"
-            )
-            figures = {
-                "median, ms": median * 1e3,
-                "min, ms": min(seconds) * 1e3,
-                "GB/s": floor / median / 1e3,
+            rate = floor / median / 1e3
+            print(f"  {label:20s} {median * 1e3:9.3f} ms {rate:8.1f} GB/s {slower:7.2f} x concord")
+            result[title][label] = {
+                "median, ms": round(median * 1e3, 3),
+                "min, ms": round(min(seconds) * 1e3, 3),
+                "GB/s": round(rate, 3),
             }
-            result[name][label] = {key: round(number, 3) for key, number in figures.items()}
     return result
 
 
@@ -183,8 +197,8 @@ def main() -> None:
         "torch": torch.__version__,
         "triton": triton and triton.__version__,
         **vars(args),
+        "threads": None if cuda else torch.get_num_threads(),
     }
-    report["threads"] = None if cuda else torch.get_num_threads()
     report["results"] = {side: measure(side, args, device, flush) for side in args.sizes}
     path = Path(__file__).parent / f"msda-{name.replace(' ', '-')}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")

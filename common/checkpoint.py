@@ -127,10 +127,14 @@ def read_model(path: str | Path, method: str) -> tuple[dict, list[Vocabulary]]:
             " from them"
         )
     with safe_open(file, framework="pt") as opened:
-        stored = {key: opened.get_tensor(key) for key in opened.keys() if key.startswith(TEXT)}  # noqa: SIM118
+        keys = [key for key in opened.keys() if key.startswith(TEXT)]  # noqa: SIM118 (not a dict)
+        stored = {key: opened.get_tensor(key) for key in keys}
 
     def embed(names: tuple[str, ...], dataset: str) -> Tensor:
-        return stored[TEXT + dataset].float()
+        text = stored[TEXT + dataset]
+        if not text.is_floating_point() or not torch.isfinite(text).all():
+            raise TypeError(f"the text of '{dataset}' has values that are no finite numbers")
+        return text.float()
 
     vocabularies = []
     try:

@@ -1,4 +1,4 @@
-"""How many training images, or detections, each class has."""
+"""How many training images or detections each class has, and which classes have boxes."""
 
 import json
 from collections.abc import Collection
@@ -13,73 +13,78 @@ from common.errors import InputError
 from common.files import atomic_path
 from common.labels import LabelSpace, Vocabulary, fold
 
+# what reading a file raises that is missing or holds no counts
+BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+
 
 def images_per_class(datasets: list[Dataset], label_space: LabelSpace, novel: str = "") -> Tensor:
-    """Returns (C,) the number of training images that have a box of each class.
+    """Counts the training images that have a box of each class of the label space, (C,) float32.
 
-    novel: names, or a .txt file, of classes that no dataset may box, in addition to the novel
-           classes of the datasets themselves
+    novel: names of classes that must have no box, or a .txt file of names. The novel classes of
+           `datasets` must have none either.
 
-    Raises InputError for a novel class that has boxes or is unknown, and if there is no box at all.
+    Raises InputError for a novel class that has boxes or is unknown, and if no class has boxes.
     """
-    declared: dict[int, str] = {}  # column of a novel class: who says so
+    source_of = {}  # {novel class: what declares it novel}
     for dataset in datasets:
-        for k in label_space.columns(dataset.name)[list(dataset.novel)].tolist():
-            declared[k] = dataset.name
-    column_of = {fold(name): k for k, name in enumerate(label_space.names)}
+        columns = label_space.columns(dataset.name)[list(dataset.novel)]
+        source_of |= dict.fromkeys(columns.tolist(), dataset.name)
+    column_of = {fold(name): column for column, name in enumerate(label_space.names)}
     for name in Vocabulary.parse(novel, source="novel classes").names if novel else ():
         if fold(name) not in column_of:
             raise InputError(
                 f"novel classes: '{name}' is no class of the training datasets; mend or remove it"
             )
-        declared[column_of[fold(name)]] = "the list of novel classes"
+        source_of[column_of[fold(name)]] = "the list of novel classes"
 
+    boxed = [dataset for dataset in datasets if dataset.supervision != "image_labels"]
+    if not boxed:
+        raise InputError(
+            "the training datasets have image labels only; name one with boxes in --datasets, too"
+        )
     total = torch.zeros(len(label_space))
-    for dataset in datasets:
-        if dataset.supervision == "image_labels":
-            continue
+    for dataset in boxed:
         columns = label_space.columns(dataset.name)
         counts = np.bincount(columns, dataset.image_counts(), len(label_space))
-        if boxed := [k for k in declared if counts[k]]:
+        wrong = [column for column in source_of if counts[column]]
+        if wrong:
+            first = wrong[0]
             raise InputError(
-                f"class '{label_space.names[boxed[0]]}' is novel by {declared[boxed[0]]}, but"
-                f" '{dataset.name}' boxes it in {counts[boxed[0]]:.0f} images ({len(boxed)} such"
+                f"class '{label_space.names[first]}' is novel by {source_of[first]}, but"
+                f" '{dataset.name}' boxes it in {counts[first]:.0f} images ({len(wrong)} such"
                 " classes); take out these boxes, the class or the dataset"
             )
         total += torch.from_numpy(counts).float()
-    if all(dataset.supervision == "image_labels" for dataset in datasets):
-        raise InputError(
-            "the training datasets have image-level labels only; name one with boxes in --datasets"
-        )
     if not total.any():
-        names = ", ".join(dataset.name for dataset in datasets)
         raise InputError(
-            f"no box to train on in {names}: there are no annotations, or only crowds or novel"
-            " classes; name a dataset with boxes in --datasets"
+            f"no box to train on in {', '.join(dataset.name for dataset in datasets)}: there are"
+            " no annotations, or only crowds or novel classes; name a dataset with boxes in"
+            " --datasets"
         )
     return total
 
 
-def boxed_names(images: Tensor, label_space: LabelSpace) -> list[str]:
-    """Returns the names of the classes that have boxes, by `images_per_class` (C,)."""
-    return [label_space.names[k] for k in images.nonzero().squeeze(1).tolist()]
+def boxed_names(images_per_class: Tensor, label_space: LabelSpace) -> list[str]:
+    """Returns the names of the classes that have boxes. images_per_class: (C,)"""
+    return [label_space.names[k] for k in images_per_class.nonzero().flatten().tolist()]
 
 
 def seen_and_unseen(
     vocabulary: Vocabulary, seen: Collection[str], titles: tuple[str, str]
 ) -> dict[str, np.ndarray]:
-    """Splits the classes into those named in `seen` and the others: two titles, (C,) bool each.
-
-    Returns {} if all are seen.
-    """
-    names = {fold(name) for name in seen}
-    is_seen = np.array([fold(name) in names for name in vocabulary.names])
-    return {} if is_seen.all() else dict(zip(titles, (is_seen, ~is_seen)))
+    """Returns {title: (C,) bool} of the classes in `seen` and of the others; {} if all are seen."""
+    folded = {fold(name) for name in seen}
+    known = np.array([fold(name) in folded for name in vocabulary.names])
+    return {} if known.all() else dict(zip(titles, (known, ~known)))
 
 
 def count_classes(vocabulary: Vocabulary, predictions: dict[int, dict], path: Path) -> Tensor:
-    """Returns (C,) the number of detections of each class, and writes them to `path`."""
-    labels = [torch.zeros(0, dtype=torch.long), *(p["labels"] for p in predictions.values())]
+    """Counts the detections n_j of each class, (C,) int64, and writes names and counts to `path`.
+
+    predictions: {image: {"labels": (N,), ...}}
+    """
+    labels = [torch.zeros(0, dtype=torch.long)]
+    labels += [prediction["labels"] for prediction in predictions.values()]
     counts = torch.cat(labels).bincount(minlength=len(vocabulary))
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps({"names": vocabulary.names, "counts": counts.tolist()}))
@@ -87,32 +92,26 @@ def count_classes(vocabulary: Vocabulary, predictions: dict[int, dict], path: Pa
 
 
 def read_prior(path: str, vocabulary: Vocabulary | None = None) -> tuple[Vocabulary, Tensor]:
-    """Reads what `count_classes` wrote: a vocabulary, by default the file's, and its counts (C,).
+    """Reads what `count_classes` wrote. Returns a vocabulary and the counts (C,) of its classes.
 
-    Raises InputError for a file that is missing or broken, and for a class that it does not have.
+    vocabulary: default: that of the file. Raises InputError for a file that is missing or broken,
+    and for a class that it lacks.
     """
     try:
-        saved = json.loads(Path(path).read_text())
-        pairs = zip(saved["names"], saved["counts"], strict=True)
+        record = json.loads(Path(path).read_text())
+        pairs = zip(record["names"], record["counts"], strict=True)
         counts = {fold(name): float(count) for name, count in pairs}
         if not all(0 <= count <= 2**53 for count in counts.values()):
             raise ValueError("a count is no number of detections")
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
+    except BROKEN as error:
         raise InputError(
             f"prior {path} cannot be read ({error}); give a prior-*.json of a run folder"
         ) from None
-    vocabulary = vocabulary or Vocabulary("prior", tuple(saved["names"]))
-    if lacking := [name for name in vocabulary.names if fold(name) not in counts]:
+    vocabulary = vocabulary or Vocabulary("prior", tuple(record["names"]))
+    lacking = [name for name in vocabulary.names if fold(name) not in counts]
+    if lacking:
         raise InputError(
-            f"prior {path} is of another vocabulary: it lacks '{lacking[0]}'; give the prior-*.json"
-            " of an evaluation with these classes, or none"
+            f"prior {path} is of another vocabulary: it lacks '{lacking[0]}';"
+            " give the prior-*.json of an evaluation with these classes, or none"
         )
     return vocabulary, torch.tensor([counts[fold(name)] for name in vocabulary.names])

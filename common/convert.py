@@ -135,16 +135,13 @@ def convert_centernet2_detic(official: Tensors) -> tuple[Tensors, dict]:
         tensor = tensors.pop(f"backbone.fpn.{block}.{level}.0.{kind}")
         tensors[f"backbone.fpn.{block}.{level - 3}.0.{kind}"] = tensor  # ours counts from P3
     text = tensors.pop("label_space")[:, :-1].T  # (C, D); the last column is background
-    if len(text) in VOCABULARIES:
-        dataset = VOCABULARIES[len(text)]
+    count = len(text)
+    dataset = VOCABULARIES.get(count, "official")
+    if count in VOCABULARIES:
         names = list(Vocabulary.known(dataset).names)
     else:
-        dataset = "official"
-        names = [f"class {i}" for i in range(1, len(text) + 1)]
-        log.warning(
-            "the names of the checkpoint's %d classes are not known; name yours with --vocabulary",
-            len(text),
-        )
+        names = [f"class {i}" for i in range(1, count + 1)]
+        log.warning("the names of %d classes are not known; name yours with --vocabulary", count)
     tensors[TEXT + dataset] = text
     bias = tensors.get("classifiers.0.cls_bias")
     args = {
@@ -185,7 +182,7 @@ def convert_mask2former(official: Tensors) -> tuple[Tensors, dict]:
 
 
 class DType:
-    """Stands in for numpy.dtype. A pickle gives it a name and a byte order."""
+    """Stands in for numpy.dtype: a name, with a byte order in front."""
 
     def __init__(self, name: str, *_):
         self.name = name
@@ -273,9 +270,9 @@ def load_official(file: Path) -> Tensors:
 
 
 def converted(path: str | Path, method: str, convert: Convert | None) -> Path:
-    """Returns the path of the weights as safetensors; converts an official checkpoint once.
+    """Returns the safetensors file of these weights. Converts an official checkpoint once.
 
-    path:    a .safetensors file or a run folder, returned as it is; or an official .pth or .pkl
+    path:    a .safetensors file, a run folder, or an official checkpoint (.pth, .pkl)
     convert: converts the official weights of `method`; None if there are none
 
     Raises InputError for a file that cannot be read or converted.
@@ -284,10 +281,7 @@ def converted(path: str | Path, method: str, convert: Convert | None) -> Path:
     if file.suffix == ".safetensors":
         return file
     if convert is None:
-        raise InputError(
-            f"weights {file} are no .safetensors of {method}.py, whose official weights do not"
-            " exist"
-        )
+        raise InputError(f"weights {file} are no .safetensors; {method} has no official weights")
     facts = [VERSION, method, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
     target = cache_dir() / "converted" / f"{digest}.safetensors"

@@ -32,7 +32,8 @@ class Vocabulary:
     text:         (C, D) text embeddings of the names; `with_text` sets them
     source:       the file or flag that the names come from, for error messages
 
-    Raises InputError for an empty vocabulary, an empty or repeated name and a repeated id.
+    Raises InputError for an empty vocabulary, an empty or repeated name, a repeated id, and text
+    that does not have one row per name.
     """
 
     dataset: str
@@ -57,6 +58,11 @@ class Vocabulary:
             if len(set(values)) < len(values):
                 twice = next(v for i, v in enumerate(values) if v in values[:i])
                 raise InputError(f"{title} has the {what} '{twice}' twice; keep one")
+        if self.text is not None and (self.text.ndim != 2 or len(self.text) != len(self.names)):
+            raise InputError(
+                f"{title} has {len(self.names)} names but text embeddings {tuple(self.text.shape)};"
+                " give one row for each name"
+            )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -86,32 +92,26 @@ class Vocabulary:
 
         Raises InputError for a file that is missing or is not UTF-8, and as the class does.
         """
-        is_file = names.endswith(".txt")
-        if is_file and not Path(names).is_file():
+        if not names.endswith(".txt"):
+            # an empty name between commas is kept, so that it is refused
+            entries = names.split(",") if names.strip() else []
+            return cls(dataset, tuple(entry.strip() for entry in entries), source=source)
+        if not Path(names).is_file():
             raise InputError(
-                f"{source}: {names} does not exist; give a text file with one name per line, or names"
+                f"{source}: {names} does not exist;"
+                " give a text file with one name per line, or names"
             )
         try:
-            entries = (
-                Path(names).read_text("utf-8-sig").splitlines() if is_file else names.split(",")
-            )
+            lines = Path(names).read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"{source}: {names} cannot be read ({error}); save it as UTF-8 text"
             ) from None
-        entries = [entry.strip() for entry in entries]
-        if is_file or not names.strip():  # an empty name between commas stays, to be refused
-            entries = list(filter(None, entries))
-        return cls(dataset, tuple(entries), source=source)
+        return cls(dataset, tuple(line.strip() for line in lines if line.strip()), source=source)
 
     def with_text(self, embed: Callable[..., Tensor]) -> "Vocabulary":
-        """Returns the vocabulary with the text `embed(names, dataset=...)` of its own names."""
-        text = embed(self.names, dataset=self.dataset)
-        if text.ndim != 2 or len(text) != len(self):
-            raise InputError(
-                f"{len(self)} names of '{self.dataset}' got text embeddings {tuple(text.shape)}"
-            )
-        return replace(self, text=text)
+        """Returns the vocabulary with the text of its own names, `embed(names, dataset=...)`."""
+        return replace(self, text=embed(self.names, dataset=self.dataset))
 
     def with_things(self) -> "Vocabulary":
         """Returns the vocabulary with `is_thing` filled in from the known datasets.
@@ -139,10 +139,10 @@ class LabelSpace:
     names:        C class names
     text:         (C, D) text embeddings of unit norm, or None for a method without text
 
-    Names and text cannot be mixed up. No argument takes text: `embed(names, dataset=...)` makes it
-    from the names, (C_d, D), unless the vocabulary already has its own.
+    No argument takes text, so that names cannot get the text of other names. A vocabulary without
+    text gets `embed(names, dataset=...)`, (C_d, D).
 
-    Raises InputError if a dataset is named twice.
+    Raises InputError if a dataset is named twice, and if the text of two datasets differs in width.
     """
 
     def __init__(
@@ -159,21 +159,27 @@ class LabelSpace:
         if len(self.vocabularies) < len(vocabularies):
             raise InputError("a dataset is named twice in one label space; name each once")
 
-        names: list[str] = []
-        rows: list[Tensor] = []
-        column_of: dict[str, int] = {}
-        self._columns: dict[str, Tensor] = {}
-        for vocabulary in vocabularies:
-            columns = []
-            for k, name in enumerate(vocabulary.names):
-                column = column_of.setdefault(fold(name), len(names)) if merge else len(names)
-                columns.append(column)
-                if column == len(names):  # a new one
-                    names.append(name)
-                    rows += [] if vocabulary.text is None else [vocabulary.text[k]]
-            self._columns[vocabulary.dataset] = torch.tensor(columns)
-        self.names = tuple(names)
-        self.text = torch.stack(rows) if rows else None
+        widths = {0 if v.text is None else v.text.shape[1] for v in vocabularies}
+        if len(widths) > 1:
+            raise InputError(
+                f"the text embeddings of {', '.join(self.vocabularies)} have the dimensions"
+                f" {sorted(widths)}; use one --text-encoder for all of them"
+            )
+
+        all_names = [name for vocabulary in vocabularies for name in vocabulary.names]
+        columns = []  # the column of each name
+        rows = []  # the first name of each column
+        column_of = {}
+        for row, name in enumerate(all_names):
+            key = fold(name) if merge else row
+            if key not in column_of:
+                column_of[key] = len(rows)
+                rows.append(row)
+            columns.append(column_of[key])
+        self.names = tuple(all_names[row] for row in rows)
+        self.text = torch.cat([v.text for v in vocabularies])[rows] if any(widths) else None
+        parts = torch.tensor(columns).split([len(v) for v in vocabularies])
+        self._columns = dict(zip(self.vocabularies, parts))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -231,39 +237,33 @@ class LabelSpace:
         return LabelSpace([self.vocabularies[dataset]], self.embed)
 
     def unique(self) -> "LabelSpace":
-        """Returns the label space without repeated names. Without text it is returned as it is."""
+        """Returns a label space of one vocabulary that has each name once, with its first text.
+
+        Names that fold to the same text are one. Without text the label space is returned as it is.
+        """
         if self.text is None:
             return self
-        column: dict[str, int] = {}
-        for k, name in enumerate(self.names):
-            column.setdefault(fold(name), k)
-        rows = list(column.values())
+        column_of: dict[str, int] = {}
+        for column, name in enumerate(self.names):
+            column_of.setdefault(fold(name), column)
+        rows = list(column_of.values())
         names = tuple(self.names[row] for row in rows)
         return LabelSpace([Vocabulary("all", names, text=self.text[rows])], self.embed)
 
     def swap(self, vocabulary: Vocabulary | str) -> "LabelSpace":
         """Returns the label space of other classes for the same model.
 
-        vocabulary: a Vocabulary, names such as "cat, traffic cone", or a .txt file with one name per
-                    line. Without text it must be a dataset of this label space, or its name.
+        vocabulary: a Vocabulary, names such as "cat, traffic cone", or a .txt file with one name
+                    per line; "" for all classes of this label space (`unique`). Without text it
+                    must be a dataset of this label space, or its name.
 
-        Names of this label space keep their text. If there is another name, all are embedded.
+        Names of this label space keep their text. If one of the names is new, all are embedded.
         Raises InputError for a name without an embedding, and for text of another width.
         """
         if vocabulary == "":
             return self.unique()
         if self.text is None:
-            dataset = vocabulary if isinstance(vocabulary, str) else vocabulary.dataset
-            if dataset not in self.vocabularies:
-                raise InputError(
-                    f"this model classifies without text, so it knows no names and no dataset"
-                    f" '{dataset}'; it was trained on {', '.join(self.datasets)}"
-                )
-            return (
-                LabelSpace([vocabulary])
-                if isinstance(vocabulary, Vocabulary)
-                else self.part(dataset)
-            )
+            return self._swap_without_text(vocabulary)
         if isinstance(vocabulary, str):
             vocabulary = Vocabulary.parse(vocabulary)
         swapped = LabelSpace([replace(vocabulary, text=self._known_text(vocabulary))], self.embed)
@@ -274,21 +274,39 @@ class LabelSpace:
             )
         return swapped.to(self.text.device)
 
+    def _swap_without_text(self, vocabulary: Vocabulary | str) -> "LabelSpace":
+        """Returns the label space of one dataset of this label space."""
+        dataset = vocabulary if isinstance(vocabulary, str) else vocabulary.dataset
+        if dataset not in self.vocabularies:
+            raise InputError(
+                "this model classifies without text, so it knows no names and no dataset"
+                f" '{dataset}'; it was trained on {', '.join(self.datasets)}"
+            )
+        known = self.vocabularies[dataset]
+        if isinstance(vocabulary, str):
+            vocabulary = known
+        if [fold(name) for name in vocabulary.names] != [fold(name) for name in known.names]:
+            raise InputError(
+                "this model classifies without text, so it knows only the classes that"
+                f" '{dataset}' had in training; evaluate it on these"
+            )
+        return LabelSpace([vocabulary])
+
     def _known_text(self, vocabulary: Vocabulary) -> Tensor | None:
         """Returns the rows of names that this label space has; None if it lacks one of them."""
-        if (
-            vocabulary.dataset in self.vocabularies
-        ):  # one name may have another row in another dataset
-            known = self.vocabularies[vocabulary.dataset]
-            names, text = known.names, known.text
-        else:
-            names, text = self.names, self.text
-        row_of = {fold(name): row for row, name in reversed(list(enumerate(names)))}
+        # a dataset of this label space has its own text, as one name may have a row per dataset
+        known = self.vocabularies.get(vocabulary.dataset, self)
+        row_of: dict[str, int] = {}
+        for row, name in enumerate(known.names):
+            row_of.setdefault(fold(name), row)
         rows = [row_of.get(fold(name)) for name in vocabulary.names]
-        return None if None in rows else text[rows]
+        return None if None in rows else known.text[rows]
 
     def shuffled(self, seed: int) -> "LabelSpace":
-        """Returns a control for zero-shot evaluation: each name with the text of another name."""
+        """Returns the label space with the text of another name for each name, at random.
+
+        It is a control for zero-shot evaluation of one dataset.
+        """
         (vocabulary,) = self.vocabularies.values()
         order = derangement(len(self), seed)
         return LabelSpace([replace(vocabulary, text=self.text[order])])

@@ -1,13 +1,16 @@
 """Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159, Eq. 3), softmax included.
 
-`msda` samples every level of a feature pyramid at a few learned points around each query and averages what it finds:
+`msda` samples every level of a feature pyramid at a few learned points around each query.
+It returns the weighted mean of the samples:
 
     out[b, q, m] = sum_k softmax_k(logits[b, q, m]) value_m(reference[b, q] + offset[b, q, m, k])
 
-value_m is bilinear between pixel centres and zero outside. `reference` is that formula; Triton kernels compute it on
-CUDA and sparse products on the CPU. Both keep only their inputs and the output for the backward pass.
+value_m is bilinear between pixel centres and zero outside the map. `formula` is this equation in
+PyTorch. Triton kernels compute it on CUDA, sparse products on the CPU. Both keep only their inputs
+and the output for the backward pass.
 
-B images, S pixels of all levels, Q queries, M heads, d channels of a head, L levels, P points, K = L P samples.
+Shapes: B images, S pixels of all levels, Q queries, M heads, d channels of a head, L levels,
+P points, K = L P samples.
 """
 
 import functools
@@ -27,89 +30,98 @@ except ImportError:
 def msda(
     value: Tensor, shapes: tuple, offsets: Tensor, logits: Tensor, reference: Tensor
 ) -> Tensor:
-    """Multi-scale deformable attention without its linear layers.
+    """Computes multi-scale deformable attention without its linear layers.
 
-    value:     (B, S, M, d), the levels one after the other, each row by row; float32, float16, bfloat16 or float64
+    value:     (B, S, M, d), all levels, each row by row; float32, float16, bfloat16 or float64
     shapes:    (height, width) of each level
     offsets:   (B, Q, M, L, P, 2) as (x, y) in pixels of the level
-    logits:    (B, Q, M, L P) attention before the softmax, which goes over levels and points together
-    reference: (Q, 2), (B, Q, 2) or (B, Q, L, 2) as (x, y) in 0..1 of the whole map; it gets no gradient
-    returns    (B, Q, M d) in value's dtype; locations and sums are float32 (float64 where value is)
+    logits:    (B, Q, M, L P), attention before the softmax, which runs over all K samples
+    reference: (Q, 2), (B, Q, 2) or (B, Q, L, 2) as (x, y) in 0..1 of the map; gets no gradient
+
+    Returns (B, Q, M d) in value's dtype. Locations and sums are float32 (float64 if value is).
+    Raises ValueError if the shapes do not agree.
     """
     batch, pixels, heads, _ = value.shape
     if pixels != sum(height * width for height, width in shapes):
-        raise ValueError(
-            f"msda: value has {pixels} pixels, which is not the sum of the levels {shapes}"
-        )
+        raise ValueError(f"msda: value has {pixels} pixels, but the levels are {shapes}")
     samples = (batch, offsets.shape[1], heads, len(shapes), offsets.shape[4])
-    if offsets.shape != (*samples, 2) or logits.shape != (*samples[:3], samples[3] * samples[4]):
-        raise ValueError(
-            f"msda: offsets {offsets.shape} and logits {logits.shape} do not fit {samples} (B, Q, M, L, P)"
-        )
+    fits = logits.shape == (*samples[:3], samples[3] * samples[4])
+    if not fits or offsets.shape != (*samples, 2):
+        found = f"offsets {offsets.shape} and logits {logits.shape}"
+        raise ValueError(f"msda: {found} do not fit {samples} (B, Q, M, L, P)")
     if value.device.type not in KERNELS or (value.is_cuda and value.dtype == torch.float64):
-        return _formula(value, shapes, offsets, logits, reference)
-    return _msda(
-        value,
-        offsets,
-        logits,
-        _per_level(reference, offsets),
-        [side for shape in shapes for side in shape],
-    )
+        return formula(value, shapes, offsets, logits, reference)
+    sizes = [side for shape in shapes for side in shape]
+    return _msda(value, offsets, logits, _per_level(reference, offsets), sizes)
 
 
 def _per_level(reference: Tensor, offsets: Tensor) -> Tensor:
-    """Any of the three forms -> (B, Q, L, 2) without a copy."""
+    """Expands any of the three forms of `reference` to (B, Q, L, 2), without a copy."""
     batch, queries, _, levels, _, _ = offsets.shape
     reference = reference if reference.dim() == 4 else reference.unsqueeze(-2)
     return reference.detach().expand(batch, queries, levels, 2)
 
 
-def reference(
+@functools.lru_cache(maxsize=256)
+def _levels(sizes: tuple, device: torch.device) -> Tensor:
+    """Returns (L, 3) int32: height, width and first pixel of each level."""
+    levels = []
+    start = 0
+    for height, width in zip(sizes[::2], sizes[1::2]):
+        levels.append((height, width, start))
+        start += height * width
+    return torch.tensor(levels, dtype=torch.int32, device=device)
+
+
+def formula(
     value: Tensor, shapes: tuple, offsets: Tensor, logits: Tensor, reference: Tensor
 ) -> Tensor:
-    """`msda` as the formula reads, with gradients from autograd; the other paths are tested against it."""
+    """Computes `msda` as the equation reads. Autograd gives the gradients.
+
+    Arguments and result are those of `msda`. The faster paths are tested against this function.
+    """
     dtype = torch.promote_types(value.dtype, torch.float32)
     weights = logits.to(dtype).softmax(-1).unflatten(-1, offsets.shape[3:5])  # (B, Q, M, L, P)
     reference = _per_level(reference, offsets).to(dtype)  # (B, Q, L, 2)
-    levels = value.to(dtype).split([height * width for height, width in shapes], dim=1)
+    levels = value.to(dtype).split([height * width for height, width in shapes], 1)
     out = 0
     for i, (level, (height, width)) in enumerate(zip(levels, shapes, strict=True)):
+        level = level.transpose(1, 2)  # (B, M, h w, d)
         size = reference.new_tensor([width, height])
-        position = (reference[:, :, i] * size - 0.5)[:, :, None, None] + offsets[:, :, :, i].to(
-            dtype
-        )
-        x, y = position.unbind(-1)  # (B, Q, M, P) pixels
-        left, top = x.floor().detach(), y.floor().detach()
+        centre = (reference[:, :, i] * size - 0.5)[:, :, None, None]
+        position = centre + offsets[:, :, :, i].to(dtype)
+        x, y = position.unbind(-1)  # (B, Q, M, P) in pixels
+        left = x.floor().detach()
+        top = y.floor().detach()
         for column, across in ((left, 1 - (x - left)), (left + 1, x - left)):
             for row, down in ((top, 1 - (y - top)), (top + 1, y - top)):
                 inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-                pixel = (
-                    torch.where(inside, row * width + column, 0).long().transpose(1, 2)
-                )  # (B, M, Q, P)
-                found = level.transpose(1, 2).gather(
-                    2, pixel.flatten(2)[..., None].expand(-1, -1, -1, level.shape[-1])
-                )
-                found = found.unflatten(2, pixel.shape[2:]).transpose(1, 2)  # (B, Q, M, P, d)
-                out = out + torch.einsum(
-                    "bqmp,bqmpd->bqmd", inside * across * down * weights[:, :, :, i], found
-                )
+                pixel = torch.where(inside, row * width + column, 0).long()
+                pixel = pixel.transpose(1, 2)  # (B, M, Q, P)
+                index = pixel.flatten(2)[..., None].expand(-1, -1, -1, level.shape[-1])
+                found = level.gather(2, index).unflatten(2, pixel.shape[2:])
+                found = found.transpose(1, 2)  # (B, Q, M, P, d)
+                weight = inside * across * down * weights[:, :, :, i]
+                out = out + torch.einsum("bqmp,bqmpd->bqmd", weight, found)
     return out.flatten(2).to(value.dtype)
 
 
-_formula = reference  # `msda` has an argument of that name
-
-
-# -- CPU ---------------------------------------------------------------------------------------------------------------
+# -- CPU -------------------------------------------------------------------------------------------
 
 
 def _axis(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Linear interpolation along one axis, between pixels `first` and first + 1.
+    """Interpolates linearly along one axis, between the pixels `first` and first + 1.
 
-    returns first (int32), its weight, the weight of first + 1, and the unit interval that the position is in: -1 before
-    the two pixels, 0 between them, 1 behind them, else outside. `first` is such that both pixels are inside the map.
+    position: (...) in pixels; size: pixels of the axis, broadcast to position
+
+    Returns first (int32), its weight, the weight of first + 1, and the interval of the position.
+    `first` is chosen so that both pixels are inside the map (if it has two). The interval is -1 for
+    the unit before `first`, 0 between both pixels and 1 behind them. Any other interval means that
+    both weights are 0.
     """
     floor = position.floor()
-    first = floor.int().minimum((size - 2).int()).clamp_(min=0)
+    last = (size - 2).int()
+    first = floor.int().minimum(last).clamp_(min=0)
     ahead = position - first
     low = (1 - ahead.abs()).clamp_(min=0)
     high = (1 - (ahead - 1).abs()).clamp_(min=0).mul_(size > 1)
@@ -117,63 +129,81 @@ def _axis(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def _slopes(interval: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Derivatives of the two weights of `_axis` by the position, from the right where they jump."""
+    """Returns the derivatives of both weights of `_axis` by the position.
+
+    interval: as `_axis` returns it. At a pixel centre the weights have a kink. There the result is
+    the derivative to the right.
+    """
     before, between, behind = ((interval == i).to(interval) for i in (-1, 0, 1))
-    return before - between, between.sub_(behind).mul_(size > 1)
+    low = before - between
+    high = between.sub_(behind).mul_(size > 1)
+    return low, high
 
 
 class _Samples:
-    """The corners and weights of all samples, made again in the backward pass rather than kept.
+    """The four nearest pixels (corners) and the weights of all samples.
 
-    Elements are (B, Q, M K); what depends on the level alone is a row (M K,) that broadcasts, since short inner loops
-    cost more than the arithmetic. A pixel of a head is row (b S + pixel) M + m of value as a matrix.
+    The backward pass computes them again instead of keeping them. Attributes are (B, Q, M K) unless
+    a shape is given. Values that depend on the level alone are rows (M K,) that broadcast, since
+    short inner loops cost more than the arithmetic.
+
+    levels:                   (L, 3) of `_levels`
+    width, height:            (M K,) size of the level
+    attention:                softmax of the logits
+    left, right, top, bottom: weights of the two columns and of the two lines of pixels
+    in_x, in_y:               intervals of `_axis`
+    base:                     row of the top left corner, (b S + pixel) M + m, in value (B S M, d)
+    corners:                  (B Q M, 4, K) rows of the corners: top left, top right, bottom left,
+                              bottom right
     """
 
     def __init__(self, value, offsets, logits, reference, sizes):
         batch, pixels, heads, _ = value.shape
         levels, points = offsets.shape[3:5]
         dtype = torch.promote_types(value.dtype, torch.float32)
-        height, width = torch.tensor(sizes).view(levels, 2).unbind(-1)
-        start = (height * width).cumsum(0) - height * width
+        self.levels = _levels(tuple(sizes), value.device)
+        height, width, start = self.levels.unbind(1)
 
         def row(per_level):  # (L,) -> (M K,)
             return per_level.to(torch.int32).repeat_interleave(points).repeat(heads)
 
-        self.width, self.height = row(width).to(dtype), row(height).to(dtype)
-        size = torch.stack([width, height], -1).to(dtype)
+        self.width = row(width).to(dtype)
+        self.height = row(height).to(dtype)
+
+        # locations and attention
+        size = torch.stack([width, height], -1)
         centre = (reference.to(dtype) * size - 0.5).repeat_interleave(points, 2)  # (B, Q, K, 2)
-        offsets, logits = offsets.to(dtype).contiguous(), logits.to(dtype).contiguous()
-        x, y = (centre.unsqueeze(2) + offsets.flatten(3, 4)).flatten(2, 3).unbind(-1)  # (B, Q, M K)
-        exp = (
-            logits - logits.amax(-1, keepdim=True)
-        ).exp_()  # the built-in softmax is slow on rows of K
-        self.attention = exp.div_(exp.sum(-1, keepdim=True)).flatten(2)
+        offsets = offsets.to(dtype).contiguous().flatten(3, 4)  # (B, Q, M, K, 2)
+        position = (centre.unsqueeze(2) + offsets).flatten(2, 3)  # (B, Q, M K, 2)
+        x, y = position.unbind(-1)
+        logits = logits.to(dtype).contiguous()
+        exp = (logits - logits.amax(-1, True)).exp_()  # F.softmax is slow on rows of K
+        self.attention = exp.div_(exp.sum(-1, True)).flatten(2)
         column, self.left, self.right, self.in_x = _axis(x, self.width)
         line, self.top, self.bottom, self.in_y = _axis(y, self.height)
-        first = torch.arange(batch)[:, None, None] * pixels * heads + row(start * heads)
-        first = first.int() + torch.arange(heads, dtype=torch.int32).repeat_interleave(
-            levels * points
-        )
-        self.base = (
-            line.mul_(row(width * heads)).add_(column.mul_(heads)).add_(first)
-        )  # (B, Q, M K)
-        step_x, step_y = row(heads * (width > 1)), row(heads * width * (height > 1))
-        steps = torch.stack([torch.zeros_like(step_x), step_x, step_y, step_x + step_y]).unflatten(
-            1, (heads, -1)
-        )
-        self.corners = (
-            self.base.view(-1, 1, levels * points) + steps[:, 0]
-        )  # (B Q M, 4, K) rows of value
+
+        # indices of the corners
+        image_start = torch.arange(batch)[:, None, None] * pixels * heads
+        head = torch.arange(heads, dtype=torch.int32).repeat_interleave(levels * points)
+        first = (image_start + row(start * heads)).int() + head
+        line.mul_(row(width * heads))
+        column.mul_(heads)
+        self.base = line.add_(column).add_(first)
+        right = heads * (width > 1)
+        below = heads * width * (height > 1)
+        steps = torch.stack([0 * right, right, below, right + below]).int()  # (4, L)
+        self.corners = self.base.view(-1, 1, levels * points) + steps.repeat_interleave(points, 1)
 
     def weights(self) -> list[Tensor]:
-        """4 x (B Q M, K)"""
-        top, bottom = self.attention * self.top, self.attention * self.bottom
-        corners = top * self.left, top * self.right, bottom * self.left, bottom * self.right
+        """Returns attention times bilinear weight of the four corners: 4 tensors (B Q M, K)."""
+        top = self.attention * self.top
+        bottom = self.attention * self.bottom
+        corners = (top * self.left, top * self.right, bottom * self.left, bottom * self.right)
         return [corner.view(-1, self.corners.shape[-1]) for corner in corners]
 
 
 def _forward_cpu(value, offsets, logits, reference, sizes):
-    """One sum of 4 K weighted rows of value for each query and head: a bag of embeddings."""
+    """Sums the 4 K weighted rows of value of each query and head: F.embedding_bag."""
     samples = _Samples(value, offsets, logits, reference, sizes)
     rows = value.reshape(-1, value.shape[-1]).to(samples.attention.dtype)  # (B S M, d)
     weights = torch.cat(samples.weights(), 1)  # (B Q M, 4 K)
@@ -182,86 +212,104 @@ def _forward_cpu(value, offsets, logits, reference, sizes):
 
 
 def _backward_cpu(grad, value, offsets, logits, reference, out, sizes):
-    """Gradients of value, offsets and logits; `out` is for the kernels."""
+    """Returns the gradients of value, offsets and logits. Only the Triton kernel needs `out`."""
     samples = _Samples(value, offsets, logits, reference, sizes)
-    dtype, (count, _, k) = samples.attention.dtype, samples.corners.shape
+    dtype = samples.attention.dtype
     rows = value.reshape(-1, value.shape[-1]).to(dtype)  # (B S M, d)
-    grad = grad.reshape(count, value.shape[-1]).to(dtype)  # (B Q M, d)
-
-    # <grad, value> at each corner: a product of two dense matrices where a sparse one has its entries
-    ends, zeros = (
-        torch.arange(0, 4 * k * count + 1, 4 * k, dtype=torch.int32),
-        torch.zeros(4 * k * count, dtype=dtype),
-    )
-    rows = F.pad(
-        rows, (0, 0, 0, max(4 * k - len(rows), 0))
-    )  # torch wants no more entries than places
-    size, entries = (count, len(rows)), samples.corners.flatten()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        pattern = torch.sparse_csr_tensor(ends, entries, zeros, size, check_invariants=False)
-    torch.sparse.sampled_addmm(pattern, grad, rows.t(), beta=0.0, out=pattern)
-    dots = [
-        corner.reshape_as(samples.base) for corner in pattern.values().view(count, 4, k).unbind(1)
-    ]
+    grad = grad.reshape(-1, value.shape[-1]).to(dtype)  # (B Q M, d)
+    dots = _corner_products(samples, grad, rows)
     left_slope, right_slope = _slopes(samples.in_x, samples.width)
     top_slope, bottom_slope = _slopes(samples.in_y, samples.height)
-    upper, lower = (
-        samples.left * dots[0] + samples.right * dots[1],
-        samples.left * dots[2] + samples.right * dots[3],
-    )
+    upper = samples.left * dots[0] + samples.right * dots[1]
+    lower = samples.left * dots[2] + samples.right * dots[3]
     along_x = left_slope * (samples.top * dots[0] + samples.bottom * dots[2])
     along_x += right_slope * (samples.top * dots[1] + samples.bottom * dots[3])
     along_y = top_slope * upper + bottom_slope * lower
-    grad_offsets = (
-        torch.stack([along_x, along_y], -1).mul_(samples.attention[..., None]).view(offsets.shape)
-    )
-    found = samples.top * upper + samples.bottom * lower  # <grad, sample>
-    delta = (samples.attention * found).view(-1, k).sum(-1).view(*logits.shape[:3], 1)
-    grad_logits = samples.attention.view(logits.shape) * (found.view(logits.shape) - delta)
-
-    # samples sorted by their first corner: each row of value then sums a bag of rows of grad, for each of the corners
-    keys, order = samples.base.flatten().sort(stable=True)
-    starts = torch.searchsorted(keys, torch.arange(value.shape[:3].numel(), dtype=torch.int32))
-    queries = order // k
-    grad_value = torch.zeros(*value.shape[:2], value.shape[2] * value.shape[3], dtype=dtype)
-    for corner, weights in enumerate(samples.weights()):
-        weights = weights.flatten()[order]
-        sums = F.embedding_bag(
-            queries, grad, starts, mode="sum", per_sample_weights=weights
-        ).view_as(grad_value)
-        start = 0
-        for height, width in zip(sizes[::2], sizes[1::2]):
-            step = corner % 2 + corner // 2 * width  # from the first corner to this one
-            pixels = max(
-                height * width - step, 0
-            )  # the others have no such neighbour: their sums are 0
-            grad_value[:, start + step :][:, :pixels] += sums[:, start:][:, :pixels]
-            start += height * width
+    grad_offsets = torch.stack([along_x, along_y], -1).mul_(samples.attention[..., None])
+    found = (samples.top * upper + samples.bottom * lower).view(logits.shape)  # <grad, sample>
+    attention = samples.attention.view(logits.shape)
+    delta = (attention * found).sum(-1, True)
+    grad_logits = attention * (found - delta)
+    grad_value = _value_gradient(samples, grad, value.shape)
     return (
-        grad_value.view(value.shape).to(value.dtype),
-        grad_offsets.to(offsets.dtype),
+        grad_value.to(value.dtype),
+        grad_offsets.view(offsets.shape).to(offsets.dtype),
         grad_logits.to(logits.dtype),
     )
 
 
-# -- CUDA --------------------------------------------------------------------------------------------------------------
+def _corner_products(samples: _Samples, grad: Tensor, rows: Tensor) -> list[Tensor]:
+    """Returns <grad, value> at each corner: 4 tensors (B, Q, M K).
+
+    They are the entries of a sparse matrix, sampled from the product of grad (B Q M, d) and
+    rows (B S M, d).
+    """
+    count, _, k = samples.corners.shape
+    entries = 4 * k * count
+    ends = torch.arange(0, entries + 1, 4 * k, dtype=torch.int32)
+    zeros = torch.zeros(entries, dtype=grad.dtype)
+    # torch wants at least as many columns as entries in a line
+    rows = F.pad(rows, (0, 0, 0, max(4 * k - len(rows), 0)))
+    size = (count, len(rows))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        pattern = torch.sparse_csr_tensor(
+            ends, samples.corners.flatten(), zeros, size, check_invariants=False
+        )
+    torch.sparse.sampled_addmm(pattern, grad, rows.t(), beta=0.0, out=pattern)
+    products = pattern.values().view(count, 4, k).unbind(1)
+    return [product.reshape_as(samples.base) for product in products]
+
+
+def _value_gradient(samples: _Samples, grad: Tensor, shape: torch.Size) -> Tensor:
+    """Returns the gradient of value, of `shape` (B, S, M, d), from grad (B Q M, d).
+
+    Samples are sorted by their top left corner. Each row of value then sums a bag of rows of grad,
+    once for each of the four corners.
+    """
+    batch, pixels, heads, d = shape
+    keys, order = samples.base.flatten().sort(stable=True)
+    starts = torch.searchsorted(keys, torch.arange(batch * pixels * heads, dtype=torch.int32))
+    queries = order // samples.corners.shape[-1]
+    grad_value = torch.zeros(batch, pixels, heads * d, dtype=grad.dtype)
+    for corner, weights in enumerate(samples.weights()):
+        weights = weights.flatten()[order]
+        sums = F.embedding_bag(queries, grad, starts, mode="sum", per_sample_weights=weights)
+        sums = sums.view_as(grad_value)
+        for height, width, start in samples.levels.tolist():
+            step = corner % 2 + corner // 2 * width  # pixels from the top left corner to this one
+            # the last `step` pixels of a level have no such neighbour: their sums are 0
+            kept = max(height * width - step, 0)
+            grad_value[:, start + step :][:, :kept] += sums[:, start:][:, :kept]
+    return grad_value.view(shape)
+
+
+# -- CUDA ------------------------------------------------------------------------------------------
 #
-# A program takes a tile of T queries of one head of one image. The P points of a level are one block (T, P, d), so that
-# many independent rows are in flight; neighbouring queries find most corners in L1. Sizes of levels come as a tensor:
-# reading them costs nothing, and images of a new size need no new kernel. L, P and d are compile-time constants, TP, TK
-# and TD their next powers of two (for K: L P). Pixels of an image are counted in 32 bits, all else in 64.
+# A program takes a tile of T queries of one head of one image. The P points of a level are one
+# block (T, P, d), so that many independent rows are in flight. Neighbouring queries find most
+# corners in L1. Sizes of levels come as a tensor: reading them costs nothing, and images of a new
+# size need no new kernel. L, P and d are compile-time constants. TP, TK and TD are the next powers
+# of two of P, K and d. Pixels of an image are counted in 32 bits, all else in 64.
 
 if triton is not None:
 
     @triton.jit
     def _axis_kernel(position, size):
-        """`_axis` and `_slopes` in one."""
+        """Interpolates linearly along one axis, between the pixels `first` and first + 1.
+
+        position: (T, P) float32 in pixels; size: pixels of the axis
+
+        Returns first (int32), the weights of both pixels, and the derivatives of both weights by
+        the position, each (T, P). Both pixels are inside the map, if it has two.
+        """
         floor = tl.floor(position)
-        first = tl.minimum(tl.maximum(floor, 0.0), tl.maximum(size - 2, 0).to(tl.float32))
+        last = tl.maximum(size - 2, 0).to(tl.float32)
+        first = tl.minimum(tl.maximum(floor, 0.0), last)
         ahead = position - first
         interval = floor - first
-        low, high = tl.maximum(1 - tl.abs(ahead), 0.0), tl.maximum(1 - tl.abs(ahead - 1), 0.0)
+        low = tl.maximum(1 - tl.abs(ahead), 0.0)
+        high = tl.maximum(1 - tl.abs(ahead - 1), 0.0)
         between = (interval == 0).to(tl.float32)
         low_slope = (interval == -1).to(tl.float32) - between
         high_slope = between - (interval == 1).to(tl.float32)
@@ -269,203 +317,284 @@ if triton is not None:
         return first.to(tl.int32), low, high * two, low_slope, high_slope * two
 
     @triton.jit
-    def _softmax_kernel(logits, row, inside, K: tl.constexpr, TK: tl.constexpr):
-        """Maximum and sum of exponentials of each query. row: (T,) its first sample"""
-        k = tl.arange(0, TK)
-        scores = tl.load(logits + row[:, None] + k, inside[:, None] & (k < K), other=0.0)
-        scores = tl.where(k < K, scores.to(tl.float32), float("-inf"))
-        highest = tl.max(scores, 1)
-        return highest, tl.sum(tl.exp(scores - highest[:, None]), 1)
+    def _tile_kernel(queries, heads, T):
+        """Returns the program's image, head, queries (T,), and their rows (T,) of (B Q M, ...).
+
+        The last result (T,) is False for queries beyond the end.
+        """
+        image = (tl.program_id(1) // heads).to(tl.int64)
+        head = tl.program_id(1) % heads
+        query = tl.program_id(0) * T + tl.arange(0, T)
+        row = (image * queries + query) * heads + head
+        return image, head, query, row, query < queries
 
     @triton.jit
-    def _samples_kernel(
-        offsets, logits, reference, levels, level, row, inside, heads, ref_l, ref_xy, highest, total,
-        L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, TP: tl.constexpr, TD: tl.constexpr,
-    ):  # fmt: skip
-        """A level's samples of a tile: where they are in `logits`, attention, both axes (weights, slopes), both rows of
-        corners in an image and a head of value, and which of these exist. reference: (T,) pointers"""
-        p, d = tl.arange(0, TP), tl.arange(0, TD)
-        height, width = tl.load(levels + 3 * level), tl.load(levels + 3 * level + 1)
-        start = tl.load(levels + 3 * level + 2)
-        sample, valid = (row * (L * P) + level * P)[:, None] + p, inside[:, None] & (p < P)
-        attention = tl.exp(
-            tl.load(logits + sample, valid, other=0.0).to(tl.float32) - highest[:, None]
-        )
-        attention = tl.where(valid, attention / total[:, None], 0.0)
+    def _softmax_kernel(logits, row, inside, K, TK):
+        """Returns the maximum of each query's logits and the sum of exp(logit - maximum), (T,).
+
+        row: (T,) row of logits (B Q M, K); inside: (T,) False for queries beyond the end
+        """
+        k = tl.arange(0, TK)
+        valid = inside[:, None] & (k < K)
+        scores = tl.load(logits + (row * K)[:, None] + k, valid, other=0.0)
+        scores = tl.where(k < K, scores.to(tl.float32), float("-inf"))
+        highest = tl.max(scores, 1)
+        total = tl.sum(tl.exp(scores - highest[:, None]), 1)
+        return highest, total
+
+    @triton.jit
+    def _attention_kernel(logits, sample, valid, highest, total):
+        """Returns the attention of the samples of one level, (T, P).
+
+        sample: (T, P) indices of the logits; valid: (T, P) the sample exists
+        highest, total: (T,) results of `_softmax_kernel`
+        """
+        scores = tl.load(logits + sample, valid, other=0.0).to(tl.float32)
+        attention = tl.exp(scores - highest[:, None]) / total[:, None]
+        return tl.where(valid, attention, 0.0)
+
+    @triton.jit
+    def _position_kernel(offsets, sample, valid, reference, ref_xy, inside, level):
+        """Returns x and y of the samples of one level, each (T, P), in pixels of the level.
+
+        reference: (T,) pointers to x of the reference point; y is ref_xy numbers further
+        level: pointer to the height and the width of the level
+        """
         xy = offsets + 2 * sample[:, :, None] + tl.arange(0, 2)
         x, y = tl.split(tl.load(xy, valid[:, :, None], other=0.0).to(tl.float32))
-        x += (tl.load(reference + level * ref_l, inside, other=0.0) * width - 0.5)[:, None]
-        y += (tl.load(reference + level * ref_l + ref_xy, inside, other=0.0) * height - 0.5)[
-            :, None
-        ]
+        ref_x = tl.load(reference, inside, other=0.0)
+        ref_y = tl.load(reference + ref_xy, inside, other=0.0)
+        x += (ref_x * tl.load(level + 1) - 0.5)[:, None]
+        y += (ref_y * tl.load(level) - 0.5)[:, None]
+        return x, y
+
+    @triton.jit
+    def _corner_kernel(x, y, valid, level, heads, D, TD):
+        """Finds the four nearest pixels (corners) of the samples of one level.
+
+        x, y: (T, P) in pixels; level: pointer to height, width and first pixel of the level
+
+        Returns two tuples of (T, P), for x and for y: weights of both pixels and their derivatives.
+        Then (T, P, d) indices of the top left and the bottom left corner in one head of an image.
+        Then (T, P, d) masks: the top left, the top right and the bottom left corner exist.
+        """
+        d = tl.arange(0, TD)
+        height = tl.load(level)
+        width = tl.load(level + 1)
+        start = tl.load(level + 2)
         column, left, right, left_slope, right_slope = _axis_kernel(x, width)
         line, upper, lower, upper_slope, lower_slope = _axis_kernel(y, height)
-        corner = ((start + line * width + column) * heads * D)[:, :, None] + d  # (T, P, d)
-        near = valid & (x >= -1) & (x < width) & (y >= -1) & (y < height)
-        near = near[:, :, None] & (d < D)
-        near_right, near_below = (
-            near & (column + 1 < width)[:, :, None],
-            near & (line + 1 < height)[:, :, None],
-        )
-        x_axis, y_axis = (
-            (left, right, left_slope, right_slope),
-            (upper, lower, upper_slope, lower_slope),
-        )
+        pixel = start + line * width + column
+        corner = (pixel * heads * D)[:, :, None] + d
         below = corner + width * heads * D
-        return sample, valid, attention, x_axis, y_axis, corner, below, near, near_right, near_below
+        in_x = (x >= -1) & (x < width)
+        in_y = (y >= -1) & (y < height)
+        near = (valid & in_x & in_y)[:, :, None] & (d < D)
+        near_right = near & (column + 1 < width)[:, :, None]
+        near_below = near & (line + 1 < height)[:, :, None]
+        x_axis = (left, right, left_slope, right_slope)
+        y_axis = (upper, lower, upper_slope, lower_slope)
+        return x_axis, y_axis, corner, below, near, near_right, near_below
+
+    @triton.jit
+    def _read(pointer, weight, mask):
+        """Returns the vectors at `pointer` (T, P, d), each times its weight (T, P)."""
+        return weight[:, :, None] * tl.load(pointer, mask, other=0.0)
+
+    @triton.jit
+    def _dot(g, pointer, mask):
+        """Returns the products (T, P) of g (T, 1, d) with the vectors at `pointer` (T, P, d)."""
+        return tl.sum(g * tl.load(pointer, mask, other=0.0), 2)
+
+    @triton.jit
+    def _add(pointer, weight, g, mask):
+        """Adds g (T, 1, d), times the weight (T, P), to the vectors at `pointer` (T, P, d)."""
+        tl.atomic_add(pointer, weight[:, :, None] * g, mask, sem="relaxed")
 
     @triton.jit
     def _forward_kernel(
-        value, offsets, logits, reference, levels, out, pixels, queries, heads, ref_b, ref_q, ref_l, ref_xy,
-        L: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
-        T: tl.constexpr, TP: tl.constexpr, TK: tl.constexpr, TD: tl.constexpr,
-    ):  # fmt: skip
-        query = tl.program_id(0) * T + tl.arange(0, T)
-        image, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-        inside, row, d = query < queries, (image * queries + query) * heads + head, tl.arange(0, TD)
-        value += image * pixels * heads * D + head * D
+        reference,
+        levels,
+        value,
+        offsets,
+        logits,
+        out,
+        pixels,
+        queries,
+        heads,
+        ref_b,
+        ref_q,
+        ref_l,
+        ref_xy,
+        L: tl.constexpr,
+        P: tl.constexpr,
+        D: tl.constexpr,
+        T: tl.constexpr,
+        TP: tl.constexpr,
+        TK: tl.constexpr,
+        TD: tl.constexpr,
+    ):
+        """Writes `out` (B, Q, M d) for one tile.
+
+        levels: (L, 3) of `_levels`; ref_b, ref_q, ref_l, ref_xy: strides of reference (B, Q, L, 2)
+        """
+        image, head, query, row, inside = _tile_kernel(queries, heads, T)
+        p = tl.arange(0, TP)
+        valid = inside[:, None] & (p < P)
+        d = tl.arange(0, TD)
+        exists = inside[:, None] & (d < D)
+        value += (image * pixels * heads + head) * D
         reference += image * ref_b + query * ref_q
-        highest, total = _softmax_kernel(logits, row * (L * P), inside, L * P, TK)
+        highest, total = _softmax_kernel(logits, row, inside, L * P, TK)
+        step = heads * D  # from a pixel to the next
         sums = tl.zeros((T, TP, TD), tl.float32)
-        for level in tl.static_range(L):
-            _, _, attention, x_axis, y_axis, corner, below, near, near_right, near_below = _samples_kernel(
-                offsets, logits, reference, levels, level, row, inside, heads, ref_l, ref_xy, highest, total,
-                L, P, D, TP, TD,
-            )  # fmt: skip
-            left, right, upper, lower = (
-                x_axis[0],
-                x_axis[1],
-                attention * y_axis[0],
-                attention * y_axis[1],
+        for i in tl.static_range(L):
+            level = levels + 3 * i
+            point = reference + i * ref_l
+            sample = (row * (L * P) + i * P)[:, None] + p
+            attention = _attention_kernel(logits, sample, valid, highest, total)
+            x, y = _position_kernel(offsets, sample, valid, point, ref_xy, inside, level)
+            x_axis, y_axis, corner, below, near, near_right, near_below = _corner_kernel(
+                x, y, valid, level, heads, D, TD
             )
-            corner, below, step = value + corner, value + below, heads * D
-            sums += (upper * left)[:, :, None] * tl.load(corner, near, other=0.0)
-            sums += (upper * right)[:, :, None] * tl.load(corner + step, near_right, other=0.0)
-            sums += (lower * left)[:, :, None] * tl.load(below, near_below, other=0.0)
-            sums += (lower * right)[:, :, None] * tl.load(
-                below + step, near_right & near_below, other=0.0
-            )
-        tl.store(out + (row * D)[:, None] + d, tl.sum(sums, 1), inside[:, None] & (d < D))
+            left = x_axis[0]
+            right = x_axis[1]
+            upper = attention * y_axis[0]
+            lower = attention * y_axis[1]
+            corner = value + corner
+            below = value + below
+            sums += _read(corner, upper * left, near)
+            sums += _read(corner + step, upper * right, near_right)
+            sums += _read(below, lower * left, near_below)
+            sums += _read(below + step, lower * right, near_right & near_below)
+        here = (row * D)[:, None] + d
+        tl.store(out + here, tl.sum(sums, 1), exists)
 
     @triton.jit
     def _backward_kernel(
-        grad, value, offsets, logits, reference, levels, out, grad_value, grad_offsets, grad_logits,
-        pixels, queries, heads, ref_b, ref_q, ref_l, ref_xy,
-        L: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
-        T: tl.constexpr, TP: tl.constexpr, TK: tl.constexpr, TD: tl.constexpr,
-    ):  # fmt: skip
-        query = tl.program_id(0) * T + tl.arange(0, T)
-        image, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-        inside, row, d = query < queries, (image * queries + query) * heads + head, tl.arange(0, TD)
-        value += image * pixels * heads * D + head * D
-        grad_value += image * pixels * heads * D + head * D
+        reference,
+        levels,
+        value,
+        offsets,
+        logits,
+        out,
+        grad,
+        grad_value,
+        grad_offsets,
+        grad_logits,
+        pixels,
+        queries,
+        heads,
+        ref_b,
+        ref_q,
+        ref_l,
+        ref_xy,
+        L: tl.constexpr,
+        P: tl.constexpr,
+        D: tl.constexpr,
+        T: tl.constexpr,
+        TP: tl.constexpr,
+        TK: tl.constexpr,
+        TD: tl.constexpr,
+    ):
+        """Writes grad_offsets and grad_logits for one tile, and adds the tile's part to grad_value.
+
+        grad: gradient of `out`; the others as in `_forward_kernel`
+        """
+        image, head, query, row, inside = _tile_kernel(queries, heads, T)
+        p = tl.arange(0, TP)
+        valid = inside[:, None] & (p < P)
+        d = tl.arange(0, TD)
+        exists = inside[:, None] & (d < D)
+        start = (image * pixels * heads + head) * D
+        value += start
+        grad_value += start
         reference += image * ref_b + query * ref_q
-        highest, total = _softmax_kernel(logits, row * (L * P), inside, L * P, TK)
-        here, inner = (row * D)[:, None] + d, inside[:, None] & (d < D)
-        g = tl.load(grad + here, inner, other=0.0).to(tl.float32)
-        delta = tl.sum(
-            g * tl.load(out + here, inner, other=0.0), 1
-        )  # = sum_k attention_k <grad, sample_k>
-        g, step = g[:, None, :], heads * D
-        for level in tl.static_range(L):
-            sample, valid, attention, x_axis, y_axis, corner, below, near, near_right, near_below = _samples_kernel(
-                offsets, logits, reference, levels, level, row, inside, heads, ref_l, ref_xy, highest, total,
-                L, P, D, TP, TD,
-            )  # fmt: skip
+        highest, total = _softmax_kernel(logits, row, inside, L * P, TK)
+        step = heads * D  # from a pixel to the next
+        here = (row * D)[:, None] + d
+        g = tl.load(grad + here, exists, other=0.0).to(tl.float32)
+        # delta = sum_k attention_k <grad, sample_k>
+        delta = tl.sum(g * tl.load(out + here, exists, other=0.0), 1)
+        g = g[:, None, :]
+        for i in tl.static_range(L):
+            level = levels + 3 * i
+            point = reference + i * ref_l
+            sample = (row * (L * P) + i * P)[:, None] + p
+            attention = _attention_kernel(logits, sample, valid, highest, total)
+            x, y = _position_kernel(offsets, sample, valid, point, ref_xy, inside, level)
+            x_axis, y_axis, corner, below, near, near_right, near_below = _corner_kernel(
+                x, y, valid, level, heads, D, TD
+            )
             left, right, left_slope, right_slope = x_axis
             upper, lower, upper_slope, lower_slope = y_axis
+            near_both = near_right & near_below
             # the products with grad at the four corners are all that the gradients of a sample need
-            v00 = tl.sum(g * tl.load(value + corner, near, other=0.0), 2)
-            v01 = tl.sum(g * tl.load(value + corner + step, near_right, other=0.0), 2)
-            v10 = tl.sum(g * tl.load(value + below, near_below, other=0.0), 2)
-            v11 = tl.sum(g * tl.load(value + below + step, near_right & near_below, other=0.0), 2)
-            along_x = left_slope * (upper * v00 + lower * v10) + right_slope * (
-                upper * v01 + lower * v11
-            )
-            v0, v1 = left * v00 + right * v01, left * v10 + right * v11
+            v00 = _dot(g, value + corner, near)
+            v01 = _dot(g, value + corner + step, near_right)
+            v10 = _dot(g, value + below, near_below)
+            v11 = _dot(g, value + below + step, near_both)
+            along_left = upper * v00 + lower * v10
+            along_right = upper * v01 + lower * v11
+            along_x = left_slope * along_left + right_slope * along_right
+            v0 = left * v00 + right * v01
+            v1 = left * v10 + right * v11
             along_y = upper_slope * v0 + lower_slope * v1
             found = upper * v0 + lower * v1
             tl.store(grad_logits + sample, attention * (found - delta[:, None]), valid)
             xy = grad_offsets + 2 * sample[:, :, None] + tl.arange(0, 2)
-            tl.store(xy, tl.join(attention * along_x, attention * along_y), valid[:, :, None])
-            upper, lower, corner, below = (
-                attention * upper,
-                attention * lower,
-                grad_value + corner,
-                grad_value + below,
-            )
-            tl.atomic_add(corner, (upper * left)[:, :, None] * g, near, sem="relaxed")
-            tl.atomic_add(corner + step, (upper * right)[:, :, None] * g, near_right, sem="relaxed")
-            tl.atomic_add(below, (lower * left)[:, :, None] * g, near_below, sem="relaxed")
-            tl.atomic_add(
-                below + step,
-                (lower * right)[:, :, None] * g,
-                near_right & near_below,
-                sem="relaxed",
-            )
+            slopes = tl.join(attention * along_x, attention * along_y)
+            tl.store(xy, slopes, valid[:, :, None])
+            upper = attention * upper
+            lower = attention * lower
+            corner = grad_value + corner
+            below = grad_value + below
+            _add(corner, upper * left, g, near)
+            _add(corner + step, upper * right, g, near_right)
+            _add(below, lower * left, g, near_below)
+            _add(below + step, lower * right, g, near_both)
 
 
-@functools.lru_cache(maxsize=256)
-def _levels(sizes: tuple, device: torch.device) -> Tensor:
-    """(L, 3) int32: height, width and first pixel of each level."""
-    height, width = torch.tensor(sizes, dtype=torch.int32).view(-1, 2).unbind(1)
-    return torch.stack([height, width, (height * width).cumsum(0) - height * width], 1).to(
-        device, torch.int32
-    )
-
-
-def _launch(kernel, inputs, outputs, offsets, value, reference):
-    (batch, pixels, heads, d), (_, queries, _, levels, points, _) = value.shape, offsets.shape
+def _launch(kernel, reference, sizes, value, offsets, logits, *others):
+    """Runs `kernel` on all tiles. others: the further tensors that it reads or writes."""
+    batch, pixels, heads, d = value.shape
+    _, queries, _, levels, points, _ = offsets.shape
     padded = [triton.next_power_of_2(n) for n in (points, levels * points, d)]
-    # 16 numbers of a block (T, P, d) per thread: fewer repeat index arithmetic, more leave registers for few programs
-    tile = min(max(2048 // (padded[0] * padded[2]), 1), 64)
-    numbers = pixels, queries, heads, *reference.stride(), levels, points, d, tile, *padded
+    block = padded[0] * padded[2]
+    # 16 numbers of a block (T, P, d) per thread: with fewer, index arithmetic repeats; with more,
+    # the registers suffice for few programs only
+    tile = min(max(2048 // block, 1), 64)
+    reference = reference.float()
+    tensors = [x.contiguous() for x in (value, offsets, logits)]
+    numbers = (pixels, queries, heads, *reference.stride(), levels, points, d, tile, *padded)
     if batch * queries * heads:
-        kernel[triton.cdiv(queries, tile), batch * heads](*inputs, *outputs, *numbers, num_warps=4)
-    return outputs
+        grid = (triton.cdiv(queries, tile), batch * heads)
+        table = _levels(tuple(sizes), value.device)
+        kernel[grid](reference, table, *tensors, *others, *numbers, num_warps=4)
 
 
 def _forward_triton(value, offsets, logits, reference, sizes):
-    value, offsets, logits, reference = (
-        value.contiguous(),
-        offsets.contiguous(),
-        logits.contiguous(),
-        reference.float(),
-    )
+    """Computes `out` (B, Q, M d) by `_forward_kernel`."""
     out = value.new_empty(*offsets.shape[:2], value.shape[2] * value.shape[3])
-    inputs = value, offsets, logits, reference, _levels(tuple(sizes), value.device)
-    return _launch(_forward_kernel, inputs, (out,), offsets, value, reference)[0]
+    _launch(_forward_kernel, reference, sizes, value, offsets, logits, out)
+    return out
 
 
 def _backward_triton(grad, value, offsets, logits, reference, out, sizes):
-    value, offsets, logits, reference = (
-        value.contiguous(),
-        offsets.contiguous(),
-        logits.contiguous(),
-        reference.float(),
-    )
-    # single precision, as many small numbers meet in a pixel; they come in any order: last digits vary between runs
-    grads = (
-        torch.zeros_like(value, dtype=torch.float32),
-        torch.empty_like(offsets),
-        torch.empty_like(logits),
-    )
-    inputs = (
-        grad.contiguous(),
-        value,
-        offsets,
-        logits,
-        reference,
-        _levels(tuple(sizes), value.device),
-        out,
-    )
-    _launch(_backward_kernel, inputs, grads, offsets, value, reference)
-    return grads[0].to(value.dtype), *grads[1:]
+    """Returns the gradients of value, offsets and logits by `_backward_kernel`."""
+    # single precision, as many small numbers meet in a pixel; they come in any order, so the last
+    # digits vary between runs
+    grad_value = value.new_zeros(value.shape, dtype=torch.float32)
+    grad_offsets = offsets.new_empty(offsets.shape)
+    grad_logits = logits.new_empty(logits.shape)
+    others = (out, grad.contiguous(), grad_value, grad_offsets, grad_logits)
+    _launch(_backward_kernel, reference, sizes, value, offsets, logits, *others)
+    return grad_value.to(value.dtype), grad_offsets, grad_logits
 
 
 KERNELS = {"cpu": (_forward_cpu, _backward_cpu)}
 if triton is not None:
-    KERNELS["cuda"] = _forward_triton, _backward_triton
+    KERNELS["cuda"] = (_forward_triton, _backward_triton)
 
 
 @torch.library.custom_op("concord::msda", mutates_args=())

@@ -1,4 +1,6 @@
-"""The mechanics of matching queries to segments and of losses at points; the losses themselves are the methods'.
+"""Hungarian matching of queries to segments, and sampling of points for the mask losses.
+
+The losses themselves are in the method files.
 
 Source: facebookresearch/Mask2Former:mask2former/modeling/{matcher.py,criterion.py}
 """
@@ -12,91 +14,110 @@ from torch.nn import functional as F
 
 
 def point_sample(maps: Tensor, points: Tensor) -> Tensor:
-    """Values (N, P) float32 of maps (N, H, W) at points (N, P, 2), or (1, P, 2) for all maps: bilinear, 0 outside.
+    """Samples maps (N, H, W) bilinearly at points -> (N, P) float32; 0 outside the map.
 
-    points: x, y in 0..1 of the map, whose pixels are squares: the first one's centre is at (0.5 / W, 0.5 / H)
+    points: (N, P, 2), or (1, P, 2) for all maps; x, y in 0..1 of the map. The centre of its first
+            pixel is at (0.5 / W, 0.5 / H).
     """
-    maps, shared = (
-        maps.float(),
-        len(points) == 1,
-    )  # maps with the same points are channels of one image
+    maps = maps.float()
     grid = (2 * points - 1)[:, None]  # (N, 1, P, 2)
-    sampled = F.grid_sample(maps[None] if shared else maps[:, None], grid, align_corners=False)
-    return sampled[0, :, 0] if shared else sampled[:, 0, 0]
+    if len(points) == 1:  # maps with the same points are channels of one image
+        sampled = F.grid_sample(maps[None], grid, align_corners=False)  # (1, N, 1, P)
+        return sampled[0, :, 0]
+    sampled = F.grid_sample(maps[:, None], grid, align_corners=False)  # (N, 1, 1, P)
+    return sampled[:, 0, 0]
 
 
 @torch.no_grad()
 def uncertain_points(
     logits: Tensor, num: int, candidates: Tensor | None = None, random: Tensor | None = None
 ) -> Tensor:
-    """Points (N, num, 2), x and y in 0..1, where the masks of logits (N, H, W) are least certain; a quarter anywhere.
+    """Returns points (N, num, 2), x and y in 0..1: 75 % of them uncertain, 25 % random.
 
-    candidates: (N, 3 * num, 2), of which int(0.75 * num) are taken; default: uniform draws, the same for all masks
-    random: (N, the rest, 2); default: uniform draws
+    logits:     (N, H, W) of the masks
+    candidates: (N, 3 * num, 2), of which those with logits nearest to 0 are taken; by default
+                uniform, the same for all masks
+    random:     (N, num - int(0.75 * num), 2); by default uniform
     Source: PointRend, facebookresearch/detectron2:projects/PointRend/point_rend/point_features.py
     """
-    sure = int(0.75 * num)
+    uncertain = int(0.75 * num)
     if candidates is None:
         candidates = torch.rand(1, 3 * num, 2, device=logits.device).expand(len(logits), -1, -1)
     if random is None:
-        random = torch.rand(len(logits), num - sure, 2, device=logits.device)
-    rows = (
-        point_sample(logits, candidates).abs().topk(sure, largest=False, sorted=False).indices
-    )  # (N, sure)
-    return torch.cat([candidates.gather(1, rows[..., None].expand(-1, -1, 2)), random], 1)
+        rest = num - uncertain
+        random = torch.rand(len(logits), rest, 2, device=logits.device)
+    distance = point_sample(logits, candidates).abs()
+    rows = distance.topk(uncertain, largest=False, sorted=False).indices  # (N, uncertain)
+    rows = rows[..., None].expand(-1, -1, 2)
+    taken = candidates.gather(1, rows)
+    return torch.cat([taken, random], 1)
 
 
 def pairwise_bce(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the points of BCE(logits (Q, P), targets (T, P)) for each pair -> (Q, T).
+    """Computes the BCE of each pair, mean over points: logits (Q, P), targets (T, P) -> (Q, T).
 
-    With BCE(x, t) = softplus(x) - x t, it is one matrix product.
+    BCE(x, t) = softplus(x) - x t, so that one matrix product suffices.
     """
-    return (F.softplus(logits).sum(1, keepdim=True) - logits @ targets.T) / logits.shape[1]
+    negative = F.softplus(logits).sum(1, keepdim=True)  # (Q, 1)
+    return (negative - logits @ targets.T) / logits.shape[1]
 
 
 def pairwise_dice(logits: Tensor, targets: Tensor) -> Tensor:
-    """1 - (2 s.t + 1) / (sum s + sum t + 1) of each pair -> (Q, T); s: sigmoid of logits (Q, P), t: targets (T, P)."""
+    """Computes the dice loss of each pair: logits (Q, P), targets t (T, P) -> (Q, T).
+
+    1 - (2 s.t + 1) / (sum s + sum t + 1), s = sigmoid(logits), sums over the points.
+    """
     s = logits.sigmoid()
-    return 1 - (2 * s @ targets.T + 1) / (s.sum(1, keepdim=True) + targets.sum(1) + 1)
+    overlap = 2 * s @ targets.T  # (Q, T)
+    total = s.sum(1, keepdim=True) + targets.sum(1)
+    return 1 - (overlap + 1) / (total + 1)
 
 
 def hungarian(cost: Tensor) -> tuple[Tensor, Tensor]:
-    """The cheapest one-to-one assignment of cost (Q, T): rows (n,), ascending, and their columns (n,), n = min(Q, T).
+    """Returns the cheapest one-to-one assignment of cost (Q, T): rows, ascending, and columns.
 
-    Costs that are not finite, as half precision may make them, count as large.
+    Both are (min(Q, T),). Costs that are not finite, as half precision may give, count as large.
     """
-    finite = cost.detach().float().nan_to_num(1e6, 1e6, 1e6).cpu()
-    rows, columns = linear_sum_assignment(finite)
-    return torch.as_tensor(rows, device=cost.device), torch.as_tensor(columns, device=cost.device)
+    finite = cost.detach().float().nan_to_num(1e6, 1e6, 1e6)
+    rows, columns = linear_sum_assignment(finite.cpu())
+    rows = torch.as_tensor(rows, device=cost.device)
+    columns = torch.as_tensor(columns, device=cost.device)
+    return rows, columns
 
 
 def assign_by_depth(cost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`hungarian` in each depth of cost (Z, Q, T) -> depth, query, target (R,) of all pairs, sorted by target."""
-    found = [
-        hungarian(of_depth) for of_depth in cost.cpu()
-    ]  # one copy from the device for all depths
-    depth = torch.repeat_interleave(
-        torch.arange(len(found)), torch.tensor([len(rows) for rows, _ in found])
-    )
-    query, target = (torch.cat(part) for part in zip(*found))
+    """Runs `hungarian` for each decoder layer -> depth, query and target of all R pairs, each (R,).
+
+    cost: (Z, Q, T), Z outputs of the decoder. Pairs are sorted by target.
+    """
+    pairs = [hungarian(layer) for layer in cost.cpu()]  # one copy from the device for all layers
+    counts = [len(rows) for rows, _ in pairs]
+    depth = torch.arange(len(pairs)).repeat_interleave(torch.tensor(counts))
+    query, target = (torch.cat(part) for part in zip(*pairs))
     order = target.argsort(stable=True)
-    return tuple(part[order].to(cost.device) for part in (depth, query, target))
+    indices = torch.stack([depth, query, target])
+    return tuple(indices[:, order].to(cost.device))
 
 
 def sample_pairs(logits: Tensor, masks: Tensor, target: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Mask logits (R, h, w) and what they should be, masks (T, H, W) bool [target] -> both at `num` points, (R, num).
+    """Samples the logits of matched masks and their ground truth at `num` points -> (R, num) each.
 
-    target: (R,) in rising order, so that no mask is copied for each of its pairs. The points are those where the logits
-    are least certain (`uncertain_points`); the logits keep their gradient.
+    logits: (R, h, w); they keep their gradient
+    masks:  (T, H, W) bool, ground truth
+    target: (R,) the mask of each pair, ascending, so that no mask is copied for each of its pairs
+
+    The points are those of `uncertain_points`.
     """
     if not len(logits):
-        nothing = logits.flatten(1)[:, :1].expand(-1, num)  # (0, num)
+        nothing = logits.flatten(1)[:, :1]
+        nothing = nothing.expand(-1, num)  # (0, num)
         return nothing, nothing.detach()
     points = uncertain_points(logits.detach(), num)  # (R, num, 2)
     counts = target.bincount(minlength=len(masks)).tolist()
-    truth = [
-        point_sample(mask[None], own.reshape(1, -1, 2)).view(len(own), -1)
-        for mask, own in zip(masks, points.split(counts))
-        if len(own)
-    ]
-    return point_sample(logits, points), torch.cat(truth)
+    truth = []
+    for mask, own in zip(masks, points.split(counts)):  # own: points of the mask's pairs
+        if len(own):
+            values = point_sample(mask[None], own.reshape(1, -1, 2))
+            truth.append(values.view(len(own), -1))
+    sampled = point_sample(logits, points)
+    return sampled, torch.cat(truth)

@@ -17,22 +17,20 @@ from common.batch import Sample, collate
 from common.datasets.dataset import Dataset
 from common.errors import InputError
 
-Draws = Iterator[tuple[int, int]]
 
-
+@dataclass
 class Mixture(torch.utils.data.Dataset):
     """Several datasets end to end. The key of an item is (row, draw).
 
     The augmentation depends on the seed and `draw` alone, not on the number of workers.
     """
 
-    def __init__(
-        self, datasets: list[Dataset], transforms: dict[str, Callable[[Sample], Sample]], seed: int
-    ):
-        self.datasets = datasets
-        self.transforms = transforms
-        self.seed = seed
-        self.starts = first_rows(datasets)
+    datasets: list[Dataset]
+    transforms: dict[str, Callable[[Sample], Sample]]
+    seed: int
+
+    def __post_init__(self):
+        self.starts = first_rows(self.datasets)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -89,7 +87,7 @@ def repeat_factors(datasets: list[Dataset], threshold: float) -> np.ndarray:
 
 def endless(
     epoch: Callable[[int], np.ndarray], start: int = 0, rank: int = 0, world_size: int = 1
-) -> Draws:
+) -> Iterator[tuple[int, int]]:
     """Yields (row, draw) endlessly: the rows of epoch(0), epoch(1), ..., numbered by `draw`.
 
     Rank r of w yields every w-th element. A resumed run skips the first `start` of all elements.
@@ -105,6 +103,7 @@ def endless(
         number += 1
 
 
+@dataclass
 class RepeatFactorSampler:
     """Endless stream of (row, draw). An epoch has image i floor(f_i) or ceil(f_i) times, shuffled.
 
@@ -112,17 +111,11 @@ class RepeatFactorSampler:
     start, rank, world_size: as in `endless`
     """
 
-    def __init__(
-        self,
-        factors: np.ndarray,
-        seed: int | tuple,
-        start: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        self.factors = factors
-        self.seed = seed
-        self.place = (start, rank, world_size)
+    factors: np.ndarray
+    seed: int | tuple
+    start: int = 0
+    rank: int = 0
+    world_size: int = 1
 
     def epoch(self, number: int) -> np.ndarray:
         """Returns the rows of epoch `number`. It rounds each factor up or down at random."""
@@ -130,8 +123,8 @@ class RepeatFactorSampler:
         repeats = np.floor(self.factors + rng.random(len(self.factors))).astype(np.int64)
         return rng.permutation(np.repeat(np.arange(len(self.factors)), repeats))
 
-    def __iter__(self) -> Draws:
-        return endless(self.epoch, *self.place)
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return endless(self.epoch, self.start, self.rank, self.world_size)
 
 
 class ClassAwareSampler:
@@ -145,7 +138,7 @@ class ClassAwareSampler:
         self, datasets: list[Dataset], seed: int, start: int = 0, rank: int = 0, world_size: int = 1
     ):
         self.seed = seed
-        self.place = (start, rank, world_size)
+        self.position = (start, rank, world_size)
         self.first_row = first_rows(datasets)
         # per dataset (X_d,) the images of its classes, class after class, and (C_d,) their numbers
         self.images, counts = zip(*(dataset.index.by_label for dataset in datasets))
@@ -169,8 +162,8 @@ class ClassAwareSampler:
             rows[own] = self.first_row[d] + images[picked[own] - self.ends[d]]
         return rows
 
-    def __iter__(self) -> Draws:
-        return endless(self.epoch, *self.place)
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return endless(self.epoch, *self.position)
 
 
 def make_sampler(
@@ -187,6 +180,7 @@ def make_sampler(
     return RepeatFactorSampler(repeat_factors(datasets, threshold), seed, start, rank, world_size)
 
 
+@dataclass
 class RatioBatchSampler:
     """Endless stream of batches, lists of (row, draw). All images of a batch are of one dataset.
 
@@ -203,47 +197,42 @@ class RatioBatchSampler:
     replacement; here the images of a dataset are sampled in epochs.
     """
 
-    def __init__(
-        self,
-        factors: list[np.ndarray],
-        ratios: Sequence[float],
-        batch_sizes: Sequence[int],
-        seed: int,
-        start: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        apart: bool = False,
-    ):
-        for what, values in (("ratios", ratios), ("batch sizes", batch_sizes)):
-            if len(values) != len(factors) or min(values) <= 0:
+    factors: list[np.ndarray]
+    ratios: Sequence[float]
+    batch_sizes: Sequence[int]
+    seed: int
+    start: int = 0
+    rank: int = 0
+    world_size: int = 1
+    apart: bool = False
+
+    def __post_init__(self):
+        count = len(self.factors)
+        for what, values in (("ratios", self.ratios), ("batch sizes", self.batch_sizes)):
+            if len(values) != count or min(values) <= 0:
                 raise InputError(
-                    f"{what} {list(values)} for {len(factors)} datasets; give each one above 0"
+                    f"{what} {list(values)} for {count} datasets; give each one above 0"
                 )
-        if min(batch_sizes) < world_size:
+        least = min(self.batch_sizes)
+        if least < self.world_size:
             raise InputError(
-                f"a batch of {min(batch_sizes)} images is too small for {world_size} processes"
+                f"a batch of {least} images is too small for {self.world_size} processes"
             )
-        self.factors = factors
-        self.seed = seed
-        self.step_seed = [seed, 0, rank] if apart else [seed, 0]
-        self.start = start
-        self.place = (rank, world_size)
-        self.sizes = np.array(batch_sizes) // world_size  # (D,) images per rank
-        shares = np.array(ratios) / self.sizes
+        self.sizes = np.array(self.batch_sizes) // self.world_size  # (D,) images per rank
+        shares = np.array(self.ratios) / self.sizes
         # (D - 1,) where the interval [0, 1] is cut into one part per dataset
         self.edges = np.cumsum(shares / shares.sum())[:-1]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        rng = np.random.default_rng(self.step_seed)
-        rank, world_size = self.place
+        rng = np.random.default_rng([self.seed, 0, self.rank] if self.apart else [self.seed, 0])
         count = len(self.factors)
         skipped = self.edges.searchsorted(rng.random(self.start), "right")  # a dataset per step
         steps = np.bincount(skipped, minlength=count)  # (D,)
         streams = []
         for d, factors in enumerate(self.factors):
-            start = int(steps[d] * self.sizes[d] * world_size)
-            seed = (self.seed, d + 1)
-            streams.append(iter(RepeatFactorSampler(factors, seed, start, rank, world_size)))
+            start = int(steps[d] * self.sizes[d] * self.world_size)
+            position = (start, self.rank, self.world_size)
+            streams.append(iter(RepeatFactorSampler(factors, (self.seed, d + 1), *position)))
         starts = first_rows(self.factors)
         while True:
             d = int(self.edges.searchsorted(rng.random(), "right"))

@@ -1,4 +1,7 @@
-"""mIoU and panoptic quality: counts of each image, which add up over images and ranks, and what they amount to."""
+"""mIoU and panoptic quality.
+
+Counts of each image are summed over images and ranks. The metrics are computed from the sums.
+"""
 
 import math
 
@@ -14,20 +17,23 @@ Counts = dict[str, np.ndarray]
 def segment_counts(
     found: dict, truth: Sample, crowd: np.ndarray | None, num_classes: int
 ) -> Counts:
-    """What one prediction counts for: "semantic" (K, K) pixels if it has them; "panoptic" (4, K) segments with `crowd`.
+    """Computes the counts of one image: "semantic" (K, K) pixels, "panoptic" (4, K) segments.
 
-    found: `semantic` (H, W), the class of each pixel; for segments `panoptic` (H, W) and `segments_info`
-    truth: the image as in its file, with its crowds as segments of their own (`Dataset.load(..., keep_ignored=True)`)
-    crowd: (N,) bool of the rows of truth.labels, which have a class but count as no segment; None: count no segments
+    found: a prediction. `semantic` (H, W) class of each pixel gives the semantic counts; `panoptic`
+           (H, W) and `segments_info` are needed for the panoptic counts.
+    truth: the image as in its file, its crowds as segments (`Dataset.load(..., keep_ignored=True)`)
+    crowd: (N,) bool per row of truth.labels: has a class, but is no segment to be found. None: no
+           panoptic counts.
 
-    Raises ValueError for a map of another size than the image, or a label that is none of the K classes.
+    Raises ValueError for a map of another size than the image, or a label outside the K classes.
     """
-    labels, segments, counts = truth.labels.numpy(), truth.segments.numpy(), {}
+    labels = truth.labels.numpy()
+    segments = truth.segments.numpy()
+    counts = {}
     if "semantic" in found:
-        classes = np.append(labels, -1)[segments]  # -1 is the last: no class
-        counts["semantic"] = confusion(
-            classes, _checked(found["semantic"], segments.shape), num_classes
-        )
+        classes = np.append(labels, -1)[segments]  # no segment is -1: no class
+        predicted = _checked(found["semantic"], segments.shape)
+        counts["semantic"] = confusion(classes, predicted, num_classes)
     if crowd is not None:
         _checked(found["panoptic"], segments.shape)
         rows = {field: value.numpy() for field, value in segment_rows(found).items()}
@@ -38,19 +44,24 @@ def segment_counts(
 
 
 def _checked(predicted: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Returns the predicted map as int64. Raises ValueError if it is not of the image's size."""
     if tuple(predicted.shape) != size:
         raise ValueError(f"a map of {tuple(predicted.shape)} was predicted for an image of {size}")
     return predicted.cpu().numpy().astype(np.int64)
 
 
 def _check_labels(labels: np.ndarray, num_classes: int) -> None:
+    """Raises ValueError for a label that is no class."""
     if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
         wrong = labels.min() if labels.min() < 0 else labels.max()
         raise ValueError(f"the dataset has {num_classes} classes, but label {wrong} was predicted")
 
 
 def confusion(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """(K, K) int64: the pixels of true class (row) and predicted class (column); truth of -1 does not count."""
+    """Counts the pixels of each true class (row) and predicted class (column): (K, K) int64.
+
+    Pixels whose true class is -1 are left out. Raises ValueError for a predicted label outside K.
+    """
     _check_labels(predicted, num_classes)
     known = truth >= 0
     pairs = truth[known] * num_classes + predicted[known]
@@ -65,93 +76,102 @@ def match_segments(
     found_labels: np.ndarray,
     num_classes: int,
 ) -> np.ndarray:
-    """(4, K) float64: true positives, false positives, false negatives, the sum of the IoU of the true positives.
+    """Counts true positives, false positives, false negatives, sums IoU: (4, K).
 
-    truth, found: (H, W) rows of truth_labels (T,) and found_labels (N,), -1: void, no segment
+    truth, found: (H, W) int, the row of truth_labels (T,) and found_labels (N,); -1 is void
+    crowd:        (T,) bool
 
-    Two segments of one class match if their IoU is above 0.5; void counts in no union. A segment that lies by more than
-    half in void or in crowds of its class is no false positive.
-    Source: cocodataset/panopticapi:panopticapi/evaluation.py, which looks at one crowd of each class.
+    Two segments of a class match if their IoU is above 0.5. Unions exclude void pixels. A segment
+    with more than half of its area in void or in crowds of its class is no false positive.
+    Raises ValueError for a found label outside the K classes.
+    Source: cocodataset/panopticapi:panopticapi/evaluation.py, which uses one crowd per class.
     """
     _check_labels(found_labels, num_classes)
-    shape = len(truth_labels) + 1, len(found_labels) + 1
-    pairs = (
-        truth.astype(np.int64) % shape[0] * shape[1] + found % shape[1]
-    )  # -1 becomes the last row, the last column
-    overlap = np.bincount(pairs.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
-    both, void, area = overlap[:-1, :-1], overlap[-1, :-1], overlap[:, :-1].sum(axis=0)
+    lines = len(truth_labels) + 1
+    columns = len(found_labels) + 1
+    # -1 becomes the last line, the last column
+    pairs = truth.astype(np.int64) % lines * columns + found % columns
+    overlap = np.bincount(pairs.ravel(), minlength=lines * columns).reshape(lines, columns)
+    both = overlap[:-1, :-1]  # (T, N)
+    void = overlap[-1, :-1]
+    area = overlap[:, :-1].sum(axis=0)
     union = overlap[:-1].sum(axis=1, keepdims=True) + area - both - void  # (T, N)
     iou = both / np.maximum(union, 1)
     same = truth_labels[:, None] == found_labels
     match = same & ~crowd[:, None] & (iou > 0.5)
-    forgiven = void + (both * (same & crowd[:, None])).sum(axis=0) > 0.5 * area
+    in_crowds = (both * (same & crowd[:, None])).sum(axis=0)
+    forgiven = void + in_crowds > 0.5 * area
 
     def count(labels, weights=None):
         return np.bincount(labels, weights, minlength=num_classes)
 
-    hit, partner = match.any(axis=1), match.any(axis=0)
-    missed, wrong = ~hit & ~crowd, ~partner & ~forgiven
-    overlaps = count(truth_labels[hit], iou.max(axis=1, initial=0, where=match)[hit])
-    return np.stack(
-        [
-            count(truth_labels[hit]),
-            count(found_labels[wrong]),
-            count(truth_labels[missed]),
-            overlaps,
-        ]
-    )
+    hit = match.any(axis=1)  # (T,)
+    missed = ~hit & ~crowd
+    wrong = ~match.any(axis=0) & ~forgiven  # (N,)
+    best = iou.max(axis=1, initial=0, where=match)
+    tp = count(truth_labels[hit])
+    fp = count(found_labels[wrong])
+    fn = count(truth_labels[missed])
+    return np.stack([tp, fp, fn, count(truth_labels[hit], best[hit])])
 
 
 def segment_results(counts: Counts, is_thing: tuple[bool, ...] | None) -> dict[str, float]:
-    """The metrics in 0..1 of summed counts; with "panoptic" those of `panoptic_results`, with "semantic" of mIoU.
+    """Computes the metrics from summed counts, in 0..1. Means over no class are NaN.
 
-    Panoptic datasets have mIoU alone of the semantic ones. What has no class to average is NaN.
+    "panoptic" counts give `panoptic_results`, and with "semantic" counts also mIoU. "semantic"
+    counts alone give `semantic_results`.
     """
-    results = panoptic_results(counts["panoptic"], is_thing) if "panoptic" in counts else {}
     semantic = semantic_results(counts["semantic"]) if "semantic" in counts else {}
-    return results | ({"mIoU": semantic["mIoU"]} if results and semantic else semantic)
+    if "panoptic" not in counts:
+        return semantic
+    results = panoptic_results(counts["panoptic"], is_thing)
+    if semantic:
+        results["mIoU"] = semantic["mIoU"]
+    return results
 
 
 def semantic_results(matrix: np.ndarray) -> dict[str, float]:
-    """mIoU, fwIoU (weighted by the pixels of the class), mACC (mean recall), pACC (of pixels) of a (K, K) confusion.
+    """Computes mIoU, fwIoU, mACC and pACC from a confusion matrix (K, K).
 
-    A class without a pixel in the ground truth is in no mean, even if it was predicted.
+    fwIoU is weighted by the pixels of the class, mACC is the mean recall, pACC the share of right
+    pixels. Classes without a pixel in the ground truth are left out, even if they were predicted.
     Source: facebookresearch/detectron2:detectron2/evaluation/sem_seg_evaluation.py.
     """
-    there = matrix.sum(axis=1) > 0
-    true, right = matrix.sum(axis=1)[there], matrix.diagonal()[there]
-    iou = right / (true + matrix.sum(axis=0)[there] - right)
+    present = matrix.sum(axis=1) > 0
+    true = matrix.sum(axis=1)[present]
+    right = matrix.diagonal()[present]
+    iou = right / (true + matrix.sum(axis=0)[present] - right)
+    recall = right / true
     weights = true / max(true.sum(), 1)
-    weighted = [
-        float((weights * values).sum()) if there.any() else math.nan
-        for values in (iou, right / true)
-    ]
+
+    def weighted(values: np.ndarray) -> float:
+        return float((weights * values).sum()) if len(values) else math.nan
+
     return {
         "mIoU": _mean(iou),
-        "fwIoU": weighted[0],
-        "mACC": _mean(right / true),
-        "pACC": weighted[1],
+        "fwIoU": weighted(iou),
+        "mACC": _mean(recall),
+        "pACC": weighted(recall),
     }
 
 
 def panoptic_results(counts: np.ndarray, is_thing: tuple[bool, ...] | None) -> dict[str, float]:
-    """PQ, SQ, RQ, and PQ of things and of stuff (if is_thing tells them apart): means over the classes in `counts`.
+    """Computes PQ, SQ and RQ, means over classes; with `is_thing` (K,) also PQ of things and stuff.
 
-    counts: (4, K) of `match_segments`; a class with no segment, neither true nor predicted, is in no mean.
+    counts: (4, K) of `match_segments`. Classes without a true or predicted segment are left out.
     """
     tp, fp, fn, iou = counts
     objects = np.maximum(tp + fp / 2 + fn / 2, 0.5)
     quality = {"PQ": iou / objects, "SQ": iou / np.maximum(tp, 1), "RQ": tp / objects}
-    there = tp + fp + fn > 0
-    results = {name: _mean(values[there]) for name, values in quality.items()}
+    present = tp + fp + fn > 0
+    results = {name: _mean(values[present]) for name, values in quality.items()}
     if is_thing is not None:
         thing = np.array(is_thing)
-        results |= {
-            "PQ things": _mean(quality["PQ"][there & thing]),
-            "PQ stuff": _mean(quality["PQ"][there & ~thing]),
-        }
+        results["PQ things"] = _mean(quality["PQ"][present & thing])
+        results["PQ stuff"] = _mean(quality["PQ"][present & ~thing])
     return results
 
 
 def _mean(values: np.ndarray) -> float:
+    """Returns the mean, NaN of nothing."""
     return float(values.mean()) if len(values) else math.nan

@@ -1,6 +1,9 @@
-"""The masked-attention transformer decoder's parts (Mask2Former, arXiv 2112.01527); the loop is in the method files.
+"""Parts of the masked-attention transformer decoder (Mask2Former, arXiv 2112.01527).
 
-Source: facebookresearch/Mask2Former:mask2former/modeling/transformer_decoder/mask2former_transformer_decoder.py
+The method files combine them into a decoder.
+
+Source: facebookresearch/Mask2Former:mask2former/modeling/transformer_decoder/
+mask2former_transformer_decoder.py and position_encoding.py
 """
 
 import math
@@ -9,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Shapes: B images, Q queries, S pixels of one feature level, C channels, M heads, h w cells of one level.
+# Shapes: B images, Q queries, C channels, M heads, S = h w pixels of one feature level.
 
 
 def sine_position(
     height: int, width: int, channels: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Position code (1, channels, height, width) float32: the first half of the channels tells y, the second x.
+    """Returns the position embedding (1, channels, height, width), float32.
 
-    Each half interleaves sine and cosine of wavelengths up to 10000 times the map.
-    Source: facebookresearch/Mask2Former:mask2former/modeling/transformer_decoder/position_encoding.py
+    The first half of the channels encodes y, the second half x. Each half interleaves sine and
+    cosine of wavelengths up to 10000 times the map.
     """
     frequency = 10_000 ** -(torch.arange(0, channels // 2, 2, device=device) / (channels // 2))
 
@@ -33,7 +36,7 @@ def sine_position(
 
 
 class Attention(nn.Module):
-    """Multi-head attention with the parameters of nn.MultiheadAttention; its masks are the same for all heads."""
+    """Multi-head attention with the parameters of nn.MultiheadAttention. All heads share a mask."""
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -48,30 +51,32 @@ class Attention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None = None
     ) -> Tensor:
-        """query (B, Q, C), key and value (B, S, C) -> (B, Q, C).
+        """Attends: query (B, Q, C), key and value (B, S, C) -> (B, Q, C).
 
-        blocked: (B, Q, S) bool, True where a query may not attend; a row that blocks everything gives NaN
+        blocked: (B, Q, S) bool, True where a query may not attend. A row of True alone gives NaN.
         """
-        projections = zip(
-            (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        )
-        q, k, v = (
-            F.linear(x, w, b).unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for x, w, b in projections
-        )
+        weights = self.in_proj_weight.chunk(3)
+        biases = self.in_proj_bias.chunk(3)
+        projected = []
+        for x, weight, bias in zip((query, key, value), weights, biases):
+            x = F.linear(x, weight, bias).unflatten(2, (self.heads, -1))
+            projected.append(x.transpose(1, 2))  # (B, M, Q or S, C / M)
         attend = None if blocked is None else ~blocked[:, None]  # (B, 1, Q, S)
-        attended = F.scaled_dot_product_attention(q, k, v, attend)  # (B, M, Q, C / M)
+        attended = F.scaled_dot_product_attention(*projected, attend)  # (B, M, Q, C / M)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
 class DecoderLayer(nn.Module):
-    """Masked cross-attention, self-attention, feed-forward: three steps, each added to the queries, then normalised."""
+    """Masked cross-attention, self-attention and feed-forward, each with residual and LayerNorm."""
 
     def __init__(self, channels: int = 256, heads: int = 8, ffn: int = 2048):
         super().__init__()
-        self.cross_attn, self.cross_norm = Attention(channels, heads), nn.LayerNorm(channels)
-        self.self_attn, self.self_norm = Attention(channels, heads), nn.LayerNorm(channels)
-        self.linear1, self.linear2 = nn.Linear(channels, ffn), nn.Linear(ffn, channels)
+        self.cross_attn = Attention(channels, heads)
+        self.cross_norm = nn.LayerNorm(channels)
+        self.self_attn = Attention(channels, heads)
+        self.self_norm = nn.LayerNorm(channels)
+        self.linear1 = nn.Linear(channels, ffn)
+        self.linear2 = nn.Linear(ffn, channels)
         self.ffn_norm = nn.LayerNorm(channels)
         for linear in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(linear.weight)
@@ -79,48 +84,56 @@ class DecoderLayer(nn.Module):
     def cross_attend(
         self, q: Tensor, query_pos: Tensor, memory: Tensor, key_pos: Tensor, blocked: Tensor | None
     ) -> Tensor:
-        """Queries (B, Q, C) attend to the pixels of one level, memory (B, S, C), but for the `blocked` (B, Q, S) ones.
+        """Queries q (B, Q, C) attend to the pixels of one level, memory (B, S, C) -> (B, Q, C).
 
-        query_pos (Q, C) or (B, Q, C) and key_pos (1, S, C) tell where, and are in no value.
+        query_pos (Q, C) or (B, Q, C) and key_pos (1, S, C) are added to queries and keys, not to
+        values. blocked: as in `Attention`
         """
-        return self.cross_norm(
-            q + self.cross_attn(q + query_pos, memory + key_pos, memory, blocked)
-        )
+        attended = self.cross_attn(q + query_pos, memory + key_pos, memory, blocked)
+        return self.cross_norm(q + attended)
 
     def self_attend(self, q: Tensor, query_pos: Tensor) -> Tensor:
-        """Queries (B, Q, C) attend to each other."""
+        """Queries q (B, Q, C) attend to each other -> (B, Q, C)."""
         placed = q + query_pos
         return self.self_norm(q + self.self_attn(placed, placed, q))
 
     def feed_forward(self, q: Tensor) -> Tensor:
-        """Queries (B, Q, C), each on its own."""
-        return self.ffn_norm(q + self.linear2(F.relu(self.linear1(q), inplace=True)))
+        """Applies the feed-forward network to each query, (B, Q, C) -> (B, Q, C)."""
+        hidden = F.relu(self.linear1(q), inplace=True)
+        return self.ffn_norm(q + self.linear2(hidden))
 
 
 class QueryHead(nn.Module):
-    """What is read off the queries before the first layer and after each: the normed query and its mask embedding."""
+    """Normalises queries and computes their mask embeddings, at the start and after each layer."""
 
     def __init__(self, channels: int = 256):
         super().__init__()
         self.decoder_norm = nn.LayerNorm(channels)
         self.mask_embed = nn.Sequential(
-            nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels), nn.ReLU(),
             nn.Linear(channels, channels),
-        )  # fmt: skip
+            nn.ReLU(),
+            nn.Linear(channels, channels),
+            nn.ReLU(),
+            nn.Linear(channels, channels),
+        )
 
     def forward(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """q (B, Q, C) -> z (B, Q, C), for the classifier, and mask_embed (B, Q, C), whose dot products with the mask
-        features are mask logits."""
+        """Returns normalised queries for the classifier, and mask embeddings: (B, Q, C) each.
+
+        The dot products of the mask embeddings with the mask features are the mask logits.
+        """
         z = self.decoder_norm(q)
         return z, self.mask_embed(z)
 
 
 @torch.no_grad()
 def blocked_pixels(mask_embed: Tensor, level_features: Tensor) -> Tensor:
-    """mask_embed (B, Q, C), level_features (B, C, h, w) -> (B, Q, h * w) bool: pixels a query's last mask leaves out.
+    """Returns the mask of masked attention, (B, Q, h w) bool: True outside the query's last mask.
 
-    level_features: the mask features, resized to the level bilinearly. The masks themselves would give the same:
-    resizing is linear, so it may come before the dot product, for 3 maps instead of Q in every layer.
+    mask_embed:     (B, Q, C) of `QueryHead`
+    level_features: (B, C, h, w), the mask features, resized to the level bilinearly
+
+    Resizing is linear: it could follow the dot product, but for Q maps in every layer.
     """
-    blocked = mask_embed @ level_features.flatten(2) < 0  # (B, Q, S): a sigmoid below 0.5
+    blocked = mask_embed @ level_features.flatten(2) < 0  # sigmoid below 0.5
     return blocked & ~blocked.all(2, keepdim=True)  # a query with an empty mask attends everywhere

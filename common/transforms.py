@@ -185,10 +185,8 @@ def move(
 ) -> Sample:
     """Resizes a sample, crops it, and mirrors it from left to right.
 
-    Objects, segments and proposals that are no longer in the image are dropped.
-
-    size:   (height, width) to resize to
-    window: (top, left, height, width) of the crop, in the resized image
+    What is no longer in the image is dropped: objects, segments, proposals.
+    size: (height, width) to resize to; window: (top, left, height, width) of the crop after that
     """
     top, left, height, width = window or (0, 0, *size)
     masks, segments, labels = sample.masks, sample.segments, sample.labels
@@ -216,10 +214,7 @@ def move(
 def resize_masks(
     masks: Tensor, size: tuple[int, int], window: tuple[slice, slice] = WHOLE, flip: bool = False
 ) -> Tensor:
-    """Resizes masks (N, H, W) to `size`, crops them, and mirrors them if `flip`.
-
-    window: the rows and columns of the crop. Each pixel takes the value of the nearest one.
-    """
+    """Resizes masks (N, H, W) to `size` by nearest pixels, crops rows and columns, mirrors."""
     rows = nearest_pixels(masks.shape[1], size[0])[window[0]]
     columns = nearest_pixels(masks.shape[2], size[1])[window[1]]
     if flip:
@@ -229,10 +224,7 @@ def resize_masks(
 
 
 def nearest_pixels(old: int, new: int) -> np.ndarray:
-    """Returns (new,): for each of `new` pixels the nearest of `old` pixels.
-
-    It is floor((i + 0.5) * old / new), computed in integers, so that it is exact.
-    """
+    """Returns the nearest of `old` pixels for each of `new`: floor((i + 0.5) * old / new)."""
     return (2 * np.arange(new) + 1) * old // (2 * new)
 
 
@@ -242,10 +234,9 @@ def not_empty(boxes: Tensor, min_side: float = 1e-5) -> Tensor:
 
 
 def jitter_colors(image: Tensor) -> Tensor:
-    """Changes brightness, contrast, saturation and hue, each with probability 1/2, as SSD does.
+    """Changes brightness, contrast, saturation and hue of (3, H, W) uint8, each half of the time.
 
-    image: (3, H, W) uint8, as is the result
-    Source: facebookresearch/detectron2:projects/PointRend/point_rend/color_augmentation.py.
+    Source: facebookresearch/detectron2:projects/PointRend/point_rend/color_augmentation.py (SSD's).
     """
     image = image.float()
     if coin(0.5):

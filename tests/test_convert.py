@@ -318,9 +318,7 @@ def test_no_checkpoint_at_all(tmp_path):
 
 
 def test_other_methods_have_no_official_weights(pth):
-    with pytest.raises(
-        InputError, match=r"no \.safetensors of scaledet\.py, whose official weights do not exist"
-    ):
+    with pytest.raises(InputError, match=r"no \.safetensors; scaledet has no official weights"):
         converted(pth, "scaledet", None)
 
 

@@ -19,14 +19,13 @@ from common.datasets.files import read_image
 from common.datasets.index import Index
 from common.datasets.names import parse_datasets
 from common.errors import InputError
-from common.labels import LabelSpace, Vocabulary
+from common.labels import LabelSpace, Vocabulary, derangement
 from common.sampling import (
     ClassAwareSampler,
     Mixture,
     RatioBatchSampler,
     RepeatFactorSampler,
     Transformed,
-    derangement,
     repeat_factors,
 )
 from common.transforms import LargeScaleJitter, ResizeShortest, resize_masks

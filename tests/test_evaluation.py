@@ -139,7 +139,7 @@ def pycocotools_evaluator(dataset, results, kind="bbox", **params):
 
 def pycocotools_numbers(dataset, predictions, kind="bbox"):
     evaluator = pycocotools_evaluator(
-        dataset, to_coco_json(dataset, predictions, dataset.index.image_ids), kind
+        dataset, to_coco_json(dataset.vocabulary.ids, predictions, dataset.index.image_ids), kind
     )
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator.summarize()
@@ -341,7 +341,7 @@ def test_groups_are_means_of_classes(metric):
     assert values["AP50 novel"] == pytest.approx(np.mean(alone[1:3]))
     assert values["AP50"] == pytest.approx(np.mean(alone[:-1]))
     if metric == "coco":
-        results = to_coco_json(dataset, predictions, dataset.index.image_ids)
+        results = to_coco_json(dataset.vocabulary.ids, predictions, dataset.index.image_ids)
         precision = (
             pycocotools_evaluator(dataset, results).eval["precision"][0, :, :, 0, -1].mean(0)
         )
@@ -369,7 +369,7 @@ def test_groups_of_oid():
 @pytest.mark.parametrize("seed", range(3))
 def test_recall_equals_pycocotools(seed):
     dataset, predictions = random_dataset(seed)
-    results = to_coco_json(dataset, predictions, dataset.index.image_ids)
+    results = to_coco_json(dataset.vocabulary.ids, predictions, dataset.index.image_ids)
     results = [
         result | {"category_id": dataset.vocabulary.ids[0]} for result in results
     ]  # it ranks equal scores by class
@@ -492,7 +492,9 @@ def lvis_numbers(dataset, predictions):
     }  # fmt: skip
     gt._create_index()
     evaluator = LVISEval(
-        gt, LVISResults(gt, to_coco_json(dataset, predictions, index.image_ids), 300), "bbox"
+        gt,
+        LVISResults(gt, to_coco_json(dataset.vocabulary.ids, predictions, index.image_ids), 300),
+        "bbox",
     )
     evaluator.run()
     return {name: evaluator.results[name] for name in METRICS["lvis"]}
@@ -853,7 +855,7 @@ def test_wide_table():
 def test_coco_json():
     vocabulary = Vocabulary("coco", ("cat", "dog"), (17, 18))
     results = to_coco_json(
-        vocabulary, {1: predict((1, 10, 20, 30, 50, 0.5)), 0: predict()}, [5, 139]
+        vocabulary.ids, {1: predict((1, 10, 20, 30, 50, 0.5)), 0: predict()}, [5, 139]
     )
     assert results == [{"image_id": 139, "category_id": 18, "bbox": [10, 20, 20, 30], "score": 0.5}]
     json.dumps(results)
@@ -862,7 +864,7 @@ def test_coco_json():
 def test_coco_json_with_masks():
     rles = encode_masks(torch.rand(1, 100, 100) < 0.5)
     found = predict((1, 10, 20, 30, 50, 0.5)) | {"segmentations": rles}
-    (entry,) = to_coco_json(Vocabulary("coco", ("cat", "dog")), {0: found}, [5])
+    (entry,) = to_coco_json((1, 2), {0: found}, [5])
     assert json.loads(json.dumps(entry))["segmentation"] == rles[0]
 
 

@@ -16,7 +16,7 @@ from parity import check, report  # noqa: F401
 from torch.nn import functional as F
 
 import common.msda
-from common.msda import msda, reference
+from common.msda import formula, msda
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # levels, B, Q, M, d, P: unequal sides, one pixel, one row, one column; K = 12, 16, 1, 3; padded d and a tile cut short
@@ -99,7 +99,7 @@ def compare(ours, wanted, tolerance: float) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_formula(device, name):
     inputs = draw(*CASES[name])
-    compare(run(msda, *inputs, device, torch.float32), run(reference, *inputs), 1e-5)
+    compare(run(msda, *inputs, device, torch.float32), run(formula, *inputs), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -108,14 +108,14 @@ def test_half_precision_values(device, dtype):
     value, cotangent = value.to(dtype).double(), cotangent.to(dtype).double()
     ours = run(msda, value, *inputs, cotangent, device, torch.float32, dtype)
     assert ours[1].dtype == dtype and ours[2].dtype == torch.float32
-    compare(ours, run(reference, value, *inputs, cotangent), 2**-7)
+    compare(ours, run(formula, value, *inputs, cotangent), 2**-7)
 
 
 def test_half_precision_offsets(device):
     inputs = [x.bfloat16().double() if torch.is_tensor(x) else x for x in draw(*CASES["K3"])]
     ours = run(msda, *inputs, device, torch.bfloat16)
     assert {x.dtype for x in ours} == {torch.bfloat16}
-    compare(ours, run(reference, *inputs), 2**-6)
+    compare(ours, run(formula, *inputs), 2**-6)
 
 
 def test_points_on_borders_and_pixel_centres(device):
@@ -129,7 +129,7 @@ def test_points_on_borders_and_pixel_centres(device):
         1, 81, 2, 2, 1, 2
     )  # from the corner of the map, exactly
     inputs = value, shapes, offsets, logits, torch.zeros(81, 2).double(), cotangent
-    compare(run(msda, *inputs, device, torch.float32), run(reference, *inputs), 1e-5)
+    compare(run(msda, *inputs, device, torch.float32), run(formula, *inputs), 1e-5)
 
 
 def test_far_points_still_move_their_logits(device):
@@ -138,7 +138,7 @@ def test_far_points_still_move_their_logits(device):
     offsets = offsets.clone()
     offsets[:, :, :, 1] = 1e9
     ours = run(msda, value, shapes, offsets, logits, centre, cotangent, device, torch.float32)
-    out, *_, grad = run(reference, value, shapes, offsets, logits, centre, cotangent)
+    out, *_, grad = run(formula, value, shapes, offsets, logits, centre, cotangent)
     product = (out * cotangent).unflatten(-1, (2, 32)).sum(-1, keepdim=True)  # (B, Q, M, 1)
     far = (-logits.softmax(-1) * product)[..., 4:8]
     torch.testing.assert_close(grad[..., 4:8], far)
@@ -164,7 +164,7 @@ def test_images_do_not_mix(device):
 
 def test_inputs_need_not_be_contiguous(device):
     value, shapes, offsets, logits, centre, cotangent = draw(*CASES["K12"])
-    wanted = run(reference, value, shapes, offsets, logits, centre, cotangent)
+    wanted = run(formula, value, shapes, offsets, logits, centre, cotangent)
     value = value.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     offsets = offsets.permute(5, 2, 1, 3, 4, 0).contiguous().permute(5, 2, 1, 3, 4, 0)
     logits = torch.cat([logits, logits], -1)[..., :12]
@@ -200,7 +200,7 @@ def test_three_forms_of_reference(device):
     assert torch.equal(a, b) and torch.equal(a, c)
     level = forms[2] + torch.tensor([0.0, 0.1, 0.2])[:, None]  # each level its own
     inputs = value, shapes, offsets, logits, level, torch.ones(2, 19, 64)
-    compare(run(msda, *inputs, device), run(reference, *inputs, dtype=torch.float64), 1e-4)
+    compare(run(msda, *inputs, device), run(formula, *inputs, dtype=torch.float64), 1e-4)
 
 
 def test_the_formula_is_grid_sample():
@@ -221,10 +221,10 @@ def test_the_formula_is_grid_sample():
         )  # (B, M, d, Q, P)
         wanted = wanted + torch.einsum("bmdqp,bqmp->bqmd", found, weights[:, :, :, i]).flatten(2)
         start += height * width
-    torch.testing.assert_close(reference(value, shapes, offsets, logits, centre), wanted)
+    torch.testing.assert_close(formula(value, shapes, offsets, logits, centre), wanted)
 
 
-@pytest.mark.parametrize("function", [msda, reference])
+@pytest.mark.parametrize("function", [msda, formula])
 def test_gradcheck(function):
     value, shapes, offsets, logits, centre, _ = draw(((2, 3), (1, 2)), 2, 3, 2, 8, 2)
     inputs = [x.requires_grad_() for x in (value, offsets, logits)]
@@ -243,7 +243,7 @@ def test_compiles_without_a_break_for_any_number_of_queries(device):
         inputs = draw(*CASES["K12"][:2], queries, *CASES["K12"][3:])
         with torch._dynamo.config.patch(error_on_recompile=queries > 19):
             ours = run(step, *inputs, device, torch.float32)
-        compare(ours, run(lambda *inputs: reference(*inputs).square(), *inputs), 1e-5)
+        compare(ours, run(lambda *inputs: formula(*inputs).square(), *inputs), 1e-5)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the same registration as without the interpreter")

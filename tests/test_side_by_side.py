@@ -35,7 +35,7 @@ GROUPS = {
     "data": "batch transforms sampling",
     "detectors": "backbone boxes targets centernet cascade masks oln clip_resnet proposals"
     " image_label_losses text_classifier",
-    "segmenters": "msda pixel_decoder transformer point_matching mask_losses segments"
+    "segmenters": "msda pixel_decoder transformer point_matching mask_losses dataset_heads segments"
     " segment_metrics",
 }
 

@@ -1,5 +1,6 @@
-"""Names, prompts, encoders, the disk cache and the tables of the known vocabularies."""
+"""Names, label spaces, prompts, encoders, the disk cache and the known vocabularies."""
 
+import importlib.util
 import json
 import os
 from itertools import combinations
@@ -13,12 +14,11 @@ from torch.nn import functional as F
 import scaledet
 from common import files, hub, text
 from common.errors import InputError
-from common.labels import DATA, LabelSpace, Vocabulary
+from common.labels import DATA, LabelSpace, Vocabulary, derangement
 
-SIZES = {
-    "coco": 80, "coco-base": 65, "lvis": 1203, "o365": 365, "oid": 601, "oid500": 500, "coco-panoptic": 133,
-    "coco-stuff": 171, "ade20k": 150, "ade20k-panoptic": 150, "cityscapes": 19, "mapillary": 65, "voc": 20,
-}  # fmt: skip
+SIZES = {"coco": 80, "coco-base": 65, "lvis": 1203, "o365": 365, "oid": 601, "oid500": 500}
+SIZES |= {"coco-panoptic": 133, "coco-stuff": 171, "ade20k": 150, "ade20k-panoptic": 150}
+SIZES |= {"cityscapes": 19, "mapillary": 65, "voc": 20}
 REAL = Path(os.environ.get("CONCORD_REAL", Path(__file__).resolve().parents[2] / "shared" / "real"))
 DETIC = {
     "coco": "coco_clip_a+cname.npy",
@@ -67,7 +67,7 @@ def small_clip(tmp_path_factory):
 
 @pytest.fixture
 def fake_clip(monkeypatch):
-    """Replaces the loading of open_clip by an encoder of character counts; returns the list of loads."""
+    """Replaces open_clip by an encoder of character counts. Returns the list of loads."""
     loads = []
 
     def load(encoder):
@@ -83,13 +83,22 @@ def no_package(monkeypatch):
     monkeypatch.setattr(text, "find_spec", lambda name: None)
 
 
+@pytest.fixture(scope="session")
+def script():
+    """data/build_text_table.py as a module."""
+    spec = importlib.util.spec_from_file_location("script", DATA / "build_text_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def assert_one_line(error) -> str:
     message = str(error.value)
     assert "\n" not in message
     return message
 
 
-# ------------------------------------------------------------ names and vocabularies
+# -- Names and vocabularies ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -156,12 +165,203 @@ def test_things_and_stuff():
     assert Vocabulary.known("coco").is_thing is None
 
 
-# ------------------------------------------------------------ the MiniLM table
+def test_vocabulary_from_flags_and_files(tmp_path):
+    assert Vocabulary.parse(" cat, traffic cone ").names == ("cat", "traffic cone")
+    path = tmp_path / "names.txt"
+    path.write_bytes("\ufeffcat\n\n caf\u00e9 \n".encode())
+    vocabulary = Vocabulary.parse(str(path), "mine", "--novel")
+    assert vocabulary.names == ("cat", "caf\u00e9") and vocabulary.dataset == "mine"
+    for names, complaint in (
+        ("cat,,dog", "empty class name"),
+        ("  ", "is empty"),
+        ("a,a", "twice"),
+    ):
+        with pytest.raises(InputError, match=f"'--novel' .*{complaint}"):
+            Vocabulary.parse(names, source="--novel")
+    path.write_bytes(b"\xff\xfe")
+    for name, complaint in ((str(path), "cannot be read"), ("gone.txt", "does not exist")):
+        with pytest.raises(InputError, match=f"--vocabulary: .*{complaint}") as error:
+            Vocabulary.parse(name)
+        assert_one_line(error)
 
 
-def test_every_known_name_is_in_the_table(no_package):
+# -- Label spaces ----------------------------------------------------------------------------------
+
+COCO = Vocabulary("coco", ("cat", "Dog", "person"))
+O365 = Vocabulary("o365", ("Person", "traffic_cone"), is_thing=(True, False))
+
+
+def letters(names, dataset):
+    """Returns (C, 6): counts of letters, and the length of the dataset's name. No name has a q."""
+    if any("q" in name for name in names):
+        raise InputError("no embedding")
+    rows = [[1.0 + name.lower().count(c) for c in "aegno"] + [len(dataset)] for name in names]
+    return torch.tensor(rows)
+
+
+def test_concatenation():
+    space = LabelSpace([COCO, O365], letters)
+    assert space.names == (*COCO.names, *O365.names) and len(space) == 5 and space.width == 6
+    assert space.datasets == ["coco", "o365"] and space.dataset_of_label.tolist() == [0, 0, 0, 1, 1]
+    assert torch.equal(space.text[:3], letters(COCO.names, "coco"))
+    assert torch.equal(space.text[3:], letters(O365.names, "o365"))
+    assert space.columns("o365").tolist() == [3, 4] and space.columns("o365").dtype == torch.int64
+    assert space.scope("coco") == slice(0, 3) and space.scope("o365") == slice(3, 5)
+    assert space.to_global("o365", torch.tensor([1, 0, 1])).tolist() == [4, 3, 4]
+
+
+def test_merged_label_space():
+    space = LabelSpace([COCO, O365], letters, merge=True)
+    assert space.names == ("cat", "Dog", "person", "traffic_cone")
+    assert space.columns("coco").tolist() == [0, 1, 2] and space.columns("o365").tolist() == [2, 3]
+    assert space.to_global("o365", torch.tensor([0, 1])).tolist() == [2, 3]
+    assert torch.equal(space.text[:3], letters(COCO.names, "coco"))  # the text of the first dataset
+    assert torch.equal(space.text[3], letters(O365.names, "o365")[1])
+    again = space.to("cpu").with_things()
+    assert again.merged and again.names == space.names and torch.equal(again.text, space.text)
+
+
+def test_part():
+    space = LabelSpace([COCO, O365], letters)
+    part = space.part("o365")
+    assert part.names == O365.names and part.is_thing == (True, False)
+    assert torch.equal(part.text, space.text[3:])
+    assert space.part("coco").is_thing == (True, True, True)
+
+
+@pytest.mark.parametrize("method", ["part", "columns", "scope"])
+def test_unknown_dataset(method):
+    space = LabelSpace([COCO, O365, Vocabulary("o365-small", ("cat",))], letters)
+    with pytest.raises(InputError, match=r"'objects365' .* nearest: o365, o365-small$") as error:
+        getattr(space, method)("objects365")
+    assert_one_line(error)
+    with pytest.raises(InputError, match=r"nearest: coco, o365, o365-small$"):
+        getattr(space, method)("xyz")
+
+
+def test_names_and_text_come_from_one_place():
+    calls = []
+
+    def spy(names, dataset):
+        calls.append((names, dataset))
+        return letters(names, dataset)
+
+    space = LabelSpace([COCO, O365], spy)
+    assert calls == [(COCO.names, "coco"), (O365.names, "o365")]
+    space.part("coco"), space.unique(), space.with_things(), space.swap(O365), space.to("cpu")
+    assert len(calls) == 2  # text that is there is not embedded again
+    space.swap("dog, sofa")
+    assert calls[2:] == [(("dog", "sofa"), "vocabulary")]
+
+
+@pytest.mark.parametrize("rows", [torch.ones(2, 4), torch.ones(4, 4), torch.ones(3)])
+def test_text_without_a_row_per_name_is_refused(rows):
+    for wrong in (
+        lambda: LabelSpace([COCO], lambda names, dataset: rows),
+        lambda: Vocabulary("coco", COCO.names, text=rows),
+    ):
+        with pytest.raises(InputError, match="'coco' has 3 names but text embeddings") as error:
+            wrong()
+        assert_one_line(error)
+
+
+def test_text_of_one_width_for_all_datasets():
+    def embed(names, dataset):
+        return torch.ones(len(names), len(dataset))
+
+    other = Vocabulary("lvis-base", ("cat",))
+    with pytest.raises(InputError, match=r"coco, lvis-base have the dimensions \[4, 9\]"):
+        LabelSpace([COCO, other], embed)
+    with pytest.raises(InputError, match=r"have the dimensions \[0, 4\]"):  # one has none
+        LabelSpace([COCO.with_text(embed), other])
+
+
+def test_dataset_named_twice():
+    with pytest.raises(InputError, match="named twice"):
+        LabelSpace([COCO, COCO], letters)
+
+
+def test_unique():
+    space = LabelSpace([COCO, O365], letters)
+    unique = space.unique()
+    assert unique.names == ("cat", "Dog", "person", "traffic_cone")
+    assert torch.equal(unique.text, space.text[[0, 1, 2, 4]]) and len(unique.datasets) == 1
+    assert space.swap("").names == unique.names and torch.equal(space.swap("").text, unique.text)
+
+
+def test_swap_keeps_the_text_of_known_names(monkeypatch):
+    space = LabelSpace([COCO, O365], letters)
+    monkeypatch.setattr(space, "embed", None)
+    swapped = space.swap("Traffic Cone, dog, PERSON")
+    assert swapped.names == ("Traffic Cone", "dog", "PERSON")
+    assert torch.equal(swapped.text, space.text[[4, 1, 2]])
+    assert torch.equal(space.swap(O365).text, space.text[3:])  # Person as in o365, not as in coco
+    wrong = Vocabulary("voc", ("cat", "person"), text=torch.zeros(2, 6))
+    assert torch.equal(space.swap(wrong).text, space.text[[0, 2]])
+
+
+def test_swap_embeds_new_names(tmp_path):
+    space = LabelSpace([COCO, O365], letters)
+    path = tmp_path / "names.txt"
+    path.write_text("cat\nsofa\n")
+    for vocabulary in ("cat,sofa", str(path), Vocabulary("vocabulary", ("cat", "sofa"))):
+        swapped = space.swap(vocabulary)
+        assert swapped.names == ("cat", "sofa")
+        assert torch.equal(swapped.text, letters(("cat", "sofa"), "vocabulary"))
+    assert space.swap(Vocabulary("voc", ("sofa",), ids=(7,))).vocabularies["voc"].ids == (7,)
+    with pytest.raises(InputError, match="no embedding"):
+        space.swap("cat, qat")
+
+
+def test_swap_to_text_of_another_width(monkeypatch):
+    space = LabelSpace([COCO], letters)
+    monkeypatch.setattr(space, "embed", lambda names, dataset: torch.ones(len(names), 4))
+    with pytest.raises(InputError, match="have 4 dimensions, this model needs 6") as error:
+        space.swap("sofa")
+    assert_one_line(error)
+
+
+def test_label_space_without_text():
+    space = LabelSpace([COCO, O365])
+    assert space.text is None and space.width == 0 and space.names == (*COCO.names, *O365.names)
+    assert space.unique() is space and space.to("cpu") is space
+    assert space.part("o365").text is None and space.with_things().text is None
+    assert space.swap("o365").names == O365.names and space.swap(O365).text is None
+    with pytest.raises(InputError, match=r"no names and no dataset 'cat'.*trained on coco, o365"):
+        space.swap("cat")
+    with pytest.raises(InputError, match="no dataset 'voc'"):
+        space.swap(Vocabulary("voc", COCO.names))
+    with pytest.raises(InputError, match="only the classes that 'coco' had in training"):
+        space.swap(Vocabulary("coco", ("cat", "person", "dog")))
+
+
+def test_things_are_filled_in():
+    space = LabelSpace([Vocabulary("mine", ("Person", "sky", "griffin"))], letters)
+    assert space.with_things().is_thing == (True, False, True)
+    assert torch.equal(space.with_things().text, space.text)
+
+
+def test_shuffled_text_is_of_other_names():
+    names = tuple("abcdefghij")
+    space = LabelSpace([Vocabulary("letters", names)], lambda names, dataset: torch.eye(len(names)))
+    shuffled = space.shuffled(0)
+    assert shuffled.names == names and shuffled.datasets == ["letters"]
+    assert torch.equal(shuffled.text, space.shuffled(0).text)
+    assert not torch.equal(shuffled.text, space.shuffled(1).text)
+    assert not shuffled.text.diagonal().any()
+    assert (shuffled.text.sum(0) == 1).all() and (shuffled.text.sum(1) == 1).all()
+    for length in (1, 2, 3, 50):
+        order = derangement(length, 3)
+        assert sorted(order.tolist()) == list(range(length))
+        assert length == 1 or (order != torch.arange(length)).all()
+
+
+# -- The MiniLM table ------------------------------------------------------------------------------
+
+
+def test_every_known_name_is_in_the_table(no_package, script):
     index, rows = text.read_table()
-    assert set(text.known_names()) <= set(index)
+    assert list(index) == script.known_names()
     assert rows.shape == (len(index), 384) and rows.dtype == torch.float32
     for dataset in SIZES:
         rows = text.embed(Vocabulary.known(dataset).names, "minilm")
@@ -206,9 +406,9 @@ def test_package_agrees_with_the_table_and_takes_free_text(empty_cache):
 
 
 @needs_package
-def test_build_writes_the_shipped_table_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "known_names", lambda: ["bicycle", "couch", "sky"])
-    text.build_table(tmp_path / "table.safetensors")
+def test_script_writes_the_shipped_table_again(tmp_path, monkeypatch, script):
+    monkeypatch.setattr(script, "known_names", lambda: ["bicycle", "couch", "sky"])
+    script.build_table(tmp_path / "table.safetensors")
     expected = text.embed(["bicycle", "couch", "sky"], "minilm")
     monkeypatch.setattr(text, "TABLE", tmp_path / "table.safetensors")
     index, rows = text.read_table.__wrapped__()
@@ -216,17 +416,25 @@ def test_build_writes_the_shipped_table_again(tmp_path, monkeypatch):
     torch.testing.assert_close(rows, expected, atol=1e-3, rtol=0)
 
 
-# ------------------------------------------------------------ prompts and open_clip
+@pytest.mark.parametrize("content", [None, b"not a tensor"])
+def test_broken_table(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(text, "TABLE", tmp_path / "table.safetensors")
+    if content:
+        text.TABLE.write_bytes(content)
+    with pytest.raises(InputError, match=r"restore it: python data/build_text_table\.py") as error:
+        text.read_table.__wrapped__()
+    assert str(text.TABLE) in assert_one_line(error)
+
+
+# -- Prompts and open_clip -------------------------------------------------------------------------
 
 
 def test_prompt_ensemble_against_a_loop(small_clip):
     import open_clip
 
     names = ["couch", "Traffic_Light", "arctic (type of shoe)"]
-    model, tokenizer = (
-        open_clip.create_model(*small_clip.split("/", 1)).eval(),
-        open_clip.get_tokenizer("ViT-B-32"),
-    )
+    model = open_clip.create_model(*small_clip.split("/", 1)).eval()
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
     expected = []
     for name in ("couch", "traffic light", "arctic (type of shoe)"):
         total = torch.zeros(24)
@@ -242,10 +450,8 @@ def test_prompt_ensemble_against_a_loop(small_clip):
 def test_prompts(small_clip):
     import open_clip
 
-    model, tokenizer = (
-        open_clip.create_model(*small_clip.split("/", 1)).eval(),
-        open_clip.get_tokenizer("ViT-B-32"),
-    )
+    model = open_clip.create_model(*small_clip.split("/", 1)).eval()
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
     for prompts, prompt in (("a", "a traffic light"), ("name", "traffic light")):
         expected = F.normalize(model.encode_text(tokenizer([prompt])), dim=-1)
         torch.testing.assert_close(
@@ -300,7 +506,7 @@ def test_weights_that_cannot_be_had(encoder, monkeypatch, tmp_path):
     assert before == constants.HF_HUB_OFFLINE
 
 
-# ------------------------------------------------------------ the disk cache
+# -- The disk cache --------------------------------------------------------------------------------
 
 
 def test_cache_spares_the_encoder(fake_clip):
@@ -363,7 +569,7 @@ def test_atomic_path(tmp_path):
     assert target.read_text() == "first" and list(target.parent.iterdir()) == [target]
 
 
-# ------------------------------------------------------------ .npy
+# -- .npy ------------------------------------------------------------------------------------------
 
 
 def save(path: Path, array) -> str:
@@ -379,11 +585,9 @@ def test_npy_is_normalised_and_selected_by_dataset(tmp_path):
     torch.testing.assert_close(rows, F.normalize(torch.from_numpy(coco).float(), dim=-1))
     both = f"coco={one},lvis={two}"
     assert text.embed(["x", "y"], both, dataset="lvis").shape == (2, 5)
-    space = LabelSpace([Vocabulary("lvis", ("p", "q")), Vocabulary("coco", ("x", "y", "z"))])
+    vocabularies = [Vocabulary("lvis", ("p", "q")), Vocabulary("coco", ("x", "y", "z"))]
     args = scaledet.Args(text_encoder=both)
-    assert torch.equal(
-        scaledet.build_label_space(args, list(space.vocabularies.values()))[1][2:], rows
-    )
+    assert torch.equal(scaledet.build_label_space(args, vocabularies).text[2:], rows)
     with pytest.raises(InputError, match="'oid'") as error:
         text.embed(["x"], both, dataset="oid")
     assert_one_line(error)
@@ -407,12 +611,20 @@ def test_bad_npy(tmp_path, array, complaint):
     assert path in assert_one_line(error)
 
 
-def test_missing_npy():
-    with pytest.raises(InputError, match=r"gone\.npy"):
-        text.embed(["x"], "gone.npy")
+def test_damaged_npy(tmp_path):
+    path = Path(save(tmp_path / "a.npy", np.ones((2, 4), np.float32)))
+    path.write_bytes(path.read_bytes().replace(b"'shape'", b"'shape'("))
+    with pytest.raises(InputError, match=r"give a \.npy file"):
+        text.embed(["x", "y"], str(path))
 
 
-# ------------------------------------------------------------ Detic's published tables
+@pytest.mark.parametrize("encoder", ["gone.npy", "coco=,lvis=gone.npy"])
+def test_missing_npy(encoder):
+    with pytest.raises(InputError, match=r"give a \.npy file"):
+        text.embed(["x"], encoder, dataset="coco")
+
+
+# -- Detic's published tables ----------------------------------------------------------------------
 
 
 def detic_rows(dataset: str) -> torch.Tensor:
@@ -433,7 +645,7 @@ def test_detic_rows_of_the_same_name_agree(one, other):
     """The order of our names is that of the tables: a name has one vector, wherever it stands."""
     first, second = detic_rows(one), detic_rows(other)
     index = {text.fold(name): i for i, name in enumerate(Vocabulary.known(one).names)}
-    # Detic embedded LVIS names with their underscores, so that only single words have the very same prompt
+    # Detic embedded LVIS names with their underscores: only single words have the very same prompt
     lvis = "lvis" in (one, other)
     names = [text.fold(name) for name in Vocabulary.known(other).names]
     pairs = [(index[n], j) for j, n in enumerate(names) if n in index and not (lvis and " " in n)]

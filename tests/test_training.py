@@ -1,4 +1,4 @@
-"""The recipe of `train` and the mechanics around it: what no equation says but every number depends on."""
+"""The recipe of `train` and the mechanics around it, on which every number depends."""
 
 import json
 import math
@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from conftest import FAST
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from torch import nn
 
@@ -22,7 +23,6 @@ from common.checkpoint import (
     load_weights,
     read_metadata,
     read_model,
-    read_text,
     rng_states,
     save_checkpoint,
     save_weights,
@@ -32,6 +32,7 @@ from common.datasets import load_datasets
 from common.distributed import mean_over_ranks
 from common.errors import InputError
 from common.files import atomic_path
+from common.labels import LabelSpace, Vocabulary
 from common.optim import learning_rate
 from common.runlog import RunLog, check_finite
 from common.transforms import ResizeShortest
@@ -51,17 +52,21 @@ def test_learning_rate_warms_up_and_falls_like_a_cosine():
 
 
 def test_recipe_of_scaledet(tiny_root, tmp_path, seen):
-    """AdamW with weight decay 1e-4, gradients clipped by value at 1, lr scaled to the batch; Detic's constants."""
+    """AdamW with weight decay 1e-4, gradients clipped by value at 1, lr scaled to the batch.
+
+    The constants are Detic's.
+    """
     args = parse_args(
         scaledet.Args,
         scaledet.METHOD,
         scaledet.TINY,
         scaledet.MODEL_FIELDS,
-        [*FAST, "--steps", "1"],
+        argv=[*FAST, "--steps", "1"],
     )
     args.batch_size, args.base_batch_size, args.lr = 4, 8, 1e-3
     datasets = load_datasets("coco", "train", str(tiny_root))
-    scaledet.train(args, datasets, tmp_path, torch.device("cpu"))
+    label_space = scaledet.build_label_space(args, [d.vocabulary for d in datasets])
+    scaledet.train(args, datasets, label_space, tmp_path, torch.device("cpu"))
     assert seen == {"settings": {"lr": 5e-4, "weight_decay": 1e-4}, "clip": 1.0}
     defaults = scaledet.Args()
     assert (defaults.lr, defaults.base_batch_size, defaults.warmup_steps, defaults.steps) == (
@@ -93,102 +98,102 @@ def test_box_head_starts_as_in_detectron2():
 SMALL = scaledet.Args(backbone="resnet18", channels=64, fc_dim=32)
 
 
-def small_model(text: torch.Tensor) -> scaledet.Model:
-    return scaledet.Model(SMALL, text, pretrained=False)
+def small_space(classes: int, width: int = 6) -> LabelSpace:
+    """A label space with random text (classes, width)."""
+    vocabulary = Vocabulary("a", tuple(f"class {i}" for i in range(classes)))
+    return LabelSpace([vocabulary.with_text(lambda names, dataset: torch.randn(len(names), width))])
 
 
-def test_weights_bring_all_but_the_label_space(tmp_path):
-    trained, text = small_model(torch.randn(5, 6)), torch.randn(3, 6)
-    save_weights(tmp_path / "weights.safetensors", trained, {})
-    model = small_model(text)
+def small_model(width: int = 6) -> scaledet.Model:
+    """A model for text embeddings of this width."""
+    return scaledet.Model(SMALL, small_space(5, width), pretrained=False)
+
+
+METADATA = {"method": "scaledet", "args": {}}
+
+
+def test_weights_bring_the_model_and_its_label_space(tmp_path):
+    trained, label_space = small_model(), small_space(5)
+    save_weights(tmp_path / "weights.safetensors", trained, label_space, METADATA)
+    model = small_model()
     load_weights(tmp_path, model)
-    assert torch.equal(model.text, text)
-    assert torch.equal(read_text(tmp_path), trained.text)  # of a run folder, or of the file itself
-    assert torch.equal(read_text(tmp_path / "weights.safetensors"), trained.text)
     theirs = trained.state_dict()
-    assert all(
-        torch.equal(tensor, theirs[name])
-        for name, tensor in model.state_dict().items()
-        if name != "text"
-    )
     assert model.state_dict().keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
+    for path in (tmp_path, tmp_path / "weights.safetensors"):  # the run folder, or the file
+        [vocabulary] = read_model(path, "scaledet")[1]
+        assert vocabulary.dataset == "a" and vocabulary.names == label_space.names
+        assert torch.equal(vocabulary.text, label_space.text)
 
 
 def test_weights_of_another_text_encoder_are_refused(tmp_path):
-    save_weights(tmp_path / "weights.safetensors", small_model(torch.randn(5, 6)), {})
-    with pytest.raises(
-        InputError, match=r"text embeddings of 6 dimensions, these have 8; use the --text-encoder"
-    ) as e:
-        load_weights(tmp_path, small_model(torch.randn(5, 8)))
-    assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
+    save_weights(tmp_path / "weights.safetensors", small_model(6), small_space(5, 6), METADATA)
+    with pytest.raises(InputError, match=r"the flags \(--text-encoder, ...\)") as error:
+        load_weights(tmp_path, small_model(8))
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "text, words", [(None, "'text' is missing"), (torch.full((5, 6), math.nan), "not finite")]
-)
-def test_weights_with_a_damaged_label_space_are_refused(tmp_path, text, words):
-    model = small_model(torch.randn(5, 6))
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "text"}
-    save_file(
-        tensors if text is None else tensors | {"text": text}, tmp_path / "weights.safetensors"
-    )
-    with pytest.raises(InputError, match=words):
-        load_weights(tmp_path, model)
-    if text is None:
-        with pytest.raises(InputError, match="no text embeddings"):
-            read_text(tmp_path)
+def damage(path, tensors: dict) -> None:
+    """Replaces tensors of a weights file, or removes those that are None. Keeps the metadata."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    changed = load_file(path) | tensors
+    save_file({key: t for key, t in changed.items() if t is not None}, path, metadata)
+
+
+@pytest.mark.parametrize("text", [None, torch.zeros(4, 6), torch.zeros(6, 6), torch.zeros(5)])
+def test_weights_with_a_damaged_label_space_are_refused(tmp_path, text):
+    """No text for a dataset that has one, or not one row for each class."""
+    vocabularies = [Vocabulary(name, tuple("12345")) for name in "ab"]
+    label_space = LabelSpace(vocabularies, lambda names, dataset: torch.randn(len(names), 6))
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, small_model(), label_space, METADATA)
+    damage(path, {"label_space.b": text})
+    with pytest.raises(InputError, match="damaged class names or text"):
+        read_model(path, "scaledet")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int32])
 def test_weights_of_another_precision(tmp_path, dtype):
-    model = small_model(torch.randn(5, 6))
-    save_file(
-        {name: tensor.to(dtype) for name, tensor in model.state_dict().items()},
-        tmp_path / "weights.safetensors",
-    )
+    model, path = small_model(), tmp_path / "weights.safetensors"
+    save_weights(path, model, small_space(5), METADATA)
+    damage(path, {name: tensor.to(dtype) for name, tensor in load_file(path).items()})
     if dtype == torch.float16:
-        load_weights(tmp_path, model)
-        assert read_text(tmp_path).dtype == torch.float32 == next(model.parameters()).dtype
+        load_weights(path, model)
+        [vocabulary] = read_model(path, "scaledet")[1]
+        assert vocabulary.text.dtype == torch.float32 == next(model.parameters()).dtype
     else:
         with pytest.raises(InputError, match="int32"):
-            load_weights(tmp_path, model)
-        with pytest.raises(InputError, match="no table of text embeddings"):
-            read_text(tmp_path)
+            load_weights(path, model)
 
 
-@pytest.mark.parametrize("names", ["cat", ["cat"], {"a": "cat"}, {"a": [1]}, {"a": None}, {}])
+DAMAGED = ["cat", ["cat"], {"a": "cat"}, {"a": ["cat"]}, {"a": None}, {"a": {}}]
+DAMAGED += [{"a": {"names": names}} for names in (None, [1], ["cat", "cat"])]
+
+
+@pytest.mark.parametrize("names", DAMAGED)
 def test_weights_with_damaged_class_names_are_refused(tmp_path, names):
-    metadata = {"method": "scaledet", "args": {}, "vocabularies": names}
-    save_weights(tmp_path / "weights.safetensors", small_model(torch.randn(5, 6)), metadata)
-    with pytest.raises(InputError, match="damaged settings or class names"):
-        read_metadata(tmp_path, "scaledet")
+    metadata = {key: json.dumps(value) for key, value in METADATA.items()}
+    tensors = {"label_space.a": torch.randn(1, 6)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata | {"vocabularies": json.dumps(names)})
+    with pytest.raises(InputError, match=r"damaged (settings|class names)"):
+        read_model(tmp_path / "a.safetensors", "scaledet")
 
 
-@pytest.mark.parametrize("rows, fits", [(1, False), (2, True), (3, True), (4, True), (5, False)])
-def test_weights_have_a_row_of_text_for_each_class(tmp_path, rows, fits):
-    """Classes of one name may share theirs, and background may have one."""
-    metadata = {
-        "method": "scaledet",
-        "args": {},
-        "vocabularies": {"a": ["cat", "dog"], "b": ["Cat"]},
-    }
-    save_weights(tmp_path / "weights.safetensors", small_model(torch.randn(rows, 6)), metadata)
-    if fits:
-        assert len(read_model(tmp_path, "scaledet")[1]) == rows
-    else:
-        with pytest.raises(InputError, match=f"{rows} text embeddings for 3 classes"):
-            read_model(tmp_path, "scaledet")
+def test_weights_without_classes_are_refused(tmp_path):
+    save_weights(tmp_path / "weights.safetensors", small_model(), LabelSpace([]), METADATA)
+    with pytest.raises(InputError, match="without classes"):
+        read_model(tmp_path, "scaledet")
 
 
-@pytest.mark.parametrize("width, fits", [(0, True), (512, True), ("512", False), (None, False)])
-def test_weights_with_a_damaged_width_are_refused(tmp_path, width, fits):
-    metadata = {"method": "lmseg", "args": {}, "vocabularies": {"a": ["cat"]}, "width": width}
-    save_weights(tmp_path / "weights.safetensors", small_model(torch.randn(2, 6)), metadata)
-    if fits:
-        assert read_metadata(tmp_path, "lmseg")["width"] == width
-    else:
-        with pytest.raises(InputError, match="damaged settings"):
-            read_metadata(tmp_path, "lmseg")
+def test_weights_of_the_older_layout_are_refused(tmp_path):
+    """They kept the label space as the tensor "text" of the model."""
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, small_model(), small_space(5), METADATA)
+    damage(path, {"text": torch.randn(5, 6), "label_space.a": None})
+    with pytest.raises(InputError, match="of an older version") as error:
+        read_metadata(path, "scaledet")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -233,10 +238,11 @@ def test_full_disk_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     def full(*_):
         raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 1 vs 2")
 
-    model = small_model(torch.randn(5, 6))
+    model = small_model()
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="enforce fail"):
-        save_checkpoint(tmp_path, 1, model, torch.optim.SGD(model.parameters(), 0.1), {})
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        save_checkpoint(tmp_path, 1, model, small_space(5), optimizer, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -249,9 +255,12 @@ def test_two_runs_cannot_train_in_one_folder(tmp_path):
 
 
 def test_flags_win_over_weights_and_presets(tmp_path):
-    args = parse_args(scaledet.Args, scaledet.METHOD, scaledet.TINY, [], ["--tiny", "--steps", "7"])
+    def parse(*flags: str) -> scaledet.Args:
+        return parse_args(scaledet.Args, scaledet.METHOD, scaledet.TINY, [], argv=[*flags])
+
+    args = parse("--tiny", "--steps", "7")
     assert args.tiny and args.steps == 7 and args.backbone == "tf_efficientnet_lite0"
-    assert parse_args(scaledet.Args, scaledet.METHOD, scaledet.TINY, [], []).backbone == "resnet50"
+    assert parse().backbone == "resnet50"
 
 
 def test_non_finite_loss_is_named():
