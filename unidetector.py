@@ -628,7 +628,7 @@ def train_stage(
         losses = compute_losses(outputs, targets, losses, frequency)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        losses = {name: value.detach() for name, value in losses.items()}
+        losses = {term: value.detach() for term, value in losses.items()}
         check_finite(losses, step)
         if classifying:
             nn.utils.clip_grad_norm_(parameters, 35.0)

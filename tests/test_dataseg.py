@@ -1349,6 +1349,7 @@ def test_what_is_evaluated(given, evaluated, monkeypatch, call):
     def load(names, split, *_, **__):
         if split == "val":
             raise Enough(names)
+        return []
 
     monkeypatch.setattr(dataseg, "load_datasets", load)
     with pytest.raises(Enough, match=f"^{evaluated}$"):
@@ -1400,5 +1401,5 @@ def test_weights_of_others(trained, data, photo, tmp_path, fails):
         "--output",
         tmp_path / "o",
     ]
-    line = fails("--predict", photo, "--vocabulary", "cat", *flags, method="dataseg")
+    line = fails("--predict", photo, "--vocabulary", "dragon", *flags, method="dataseg")
     assert "text embeddings have 512 dimensions, this model needs 384" in line

