@@ -23,9 +23,6 @@ x, e             embeddings, label_space.text
 pi               prior
 alpha, beta, gamma, tau   alpha, beta, gamma, tau
 
-Structures: partitioned (the paper's), unified (classes merged by name), separate (a classifier per
-dataset). The localizer is shared in all.
-
 Note: what the paper leaves open follows its code (zhenyuw16/UniDetector).
 Note: pi_j is the number of detections of class j in a first pass over the images, and at least 1
   (the code has no guard). Regions do not depend on the classes, so they are embedded once (200 KB
@@ -35,14 +32,11 @@ Note: A_k is sampled per image in every structure. The code for a single dataset
 Note: text is the mean over CLIP's 80 prompts, each normalised before. The official 81 prompts add
   the plain name, and are normalised after.
 Note: test images keep the localizer's own pixel statistics. An official config feeds it CLIP's.
-Note: soft-NMS has mmcv's defaults, sigma 0.5 and a lowest score of 1e-3, so the threshold of 1e-4
-  has no effect.
 Note: all BatchNorm of the localizer is frozen, and box deltas may shrink a box without limit.
 Note: left out are the end-to-end baseline, the subsets that the paper trains on, and its metrics
   for Visual Genome (AR) and ImageNetBoxes (localization accuracy).
 Note: --compile has no effect here: image sizes and the number of regions change at every step.
-Note: a timm model as --classifier-backbone, with FPN and two fully connected layers, is ours, for
-  small runs.
+Note: a timm model with FPN as --classifier-backbone is ours, for small runs.
 
 diff with scaledet.py shows: two networks trained one after the other, no cascade, no soft loss;
 columns of the image's own dataset; calibration at test time, known and unknown classes in the
@@ -78,7 +72,8 @@ from torch.utils.data import DataLoader
 from torchvision.ops import clip_boxes_to_image, nms
 
 from common.batch import Batch
-from common.boxes import box_delta_loss, decode_boxes, soft_nms
+from common.boxes import decode_boxes, soft_nms
+from common.cascade import sample_federated
 from common.checkpoint import (
     checkpoint_step,
     last_checkpoint,
@@ -89,26 +84,26 @@ from common.checkpoint import (
     save_weights,
 )
 from common.class_counts import count_classes, images_per_class, read_prior, seen_and_unseen
-from common.clip_resnet import RegionOutput, region_features
+from common.clip_resnet import RegionClassifier, RegionOutput
 from common.command import COUNT, SIDE, Range, parse_args, run_command, saved_args
 from common.convert import converted
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
-from common.distributed import amp_context, rank, setup_device, world_size
+from common.distributed import rank, setup_device, world_size
 from common.errors import InputError
 from common.evaluation import evaluate_detections, recall, report
-from common.inference import draw_predictions, predict_dataset, predict_each, predict_files
+from common.inference import (
+    detection,
+    draw_predictions,
+    predict_dataset,
+    predict_each,
+    predict_files,
+)
 from common.labels import LabelSpace, Vocabulary
-from common.oln import BOX_WEIGHTS, OLN
+from common.oln import BOX_WEIGHTS, OLN, loss_roi_box
 from common.optim import scaled_lr, stepped_learning_rate
 from common.proposals import fingerprint, with_proposals
 from common.runlog import RunLog, check_finite, make_run_folder
-from common.sampling import (
-    ClassAwareSampler,
-    Mixture,
-    RepeatFactorSampler,
-    make_loader,
-    repeat_factors,
-)
+from common.sampling import Mixture, make_loader, make_sampler
 from common.targets import Targets, match_regions
 from common.text import embed
 from common.transforms import ResizeShortest, ResizeShortestRange
@@ -164,7 +159,7 @@ class Args:
 
     # paper settings
     structure: Literal["partitioned", "unified", "separate"] = "partitioned"
-    """an image is trained on its dataset's classes, on all (merged), or by its dataset's classifier"""
+    """an image trains its dataset's classes, all classes (merged), or its dataset's classifier"""
     stage: Literal["both", "localizer", "classifier"] = "both"
     """what to train; classifier: on the localizer of --weights"""
     sampler: Literal["random", "class-aware", "repeat-factor"] = "random"
@@ -190,13 +185,13 @@ class Args:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd with momentum 0.9 (paper); adamw, at a twentieth of the rates, for a few hundred steps"""
     lr: Annotated[float, Range(above=0)] = 0.02
-    """learning rate of the localizer for --base-batch-size images per step; scaled linearly to --batch-size"""
+    """localizer's learning rate for --base-batch-size images; scaled linearly to --batch-size"""
     classifier_lr: Annotated[float, Range(above=0)] = 0.002
     """learning rate of the classifier, likewise"""
     base_batch_size: Annotated[int, Range(1)] = 16
     """batch size that the learning rates are meant for"""
     warmup_steps: Annotated[int, COUNT] = 500
-    """steps of linear warmup from 1e-3 of the learning rate; at most a tenth of the stage's steps"""
+    """steps of linear warmup from 1e-3 of the learning rate; at most a tenth of a stage's steps"""
     alpha: Annotated[float, Range(0)] = 0.3
     """weight of classification against localization quality in eta"""
     beta: Annotated[float, Range(0)] = 0.3
@@ -268,48 +263,6 @@ def objectness(s_c: Tensor, s_r1: Tensor, s_r2: Tensor, alpha: float) -> Tensor:
     return s_c**alpha * (s_r1 * s_r2) ** (1 - alpha)
 
 
-@torch.no_grad()
-def propose(
-    localizer: OLN, images: Tensor, sizes: list[tuple[int, int]], alpha: float
-) -> list[tuple[Tensor, Tensor]]:
-    """Returns at most 1500 boxes (Q, 4) of each image after NMS, and their eta (Q,), descending."""
-    proposals = []
-    for boxes, *scores in localizer(images, sizes):
-        eta = objectness(*scores, alpha)
-        best = nms(boxes, eta, 0.9)[:1500]
-        proposals.append((boxes[best], eta[best]))
-    return proposals
-
-
-class Classifier(nn.Module):
-    """Embeds regions in the space of the text embeddings, and predicts class-agnostic box deltas.
-
-    Source: zhenyuw16/UniDetector:mmdet/models/roi_heads/bbox_heads/bbox_head_clip_partitioned.py.
-    Its zero column for background has a constant logit and no loss, and is left out.
-    """
-
-    def __init__(self, args: Args, text_dim: int, pretrained: bool):
-        super().__init__()
-        self.args = args
-        self.regions = region_features(
-            args.classifier_backbone, text_dim, args.channels, args.fc_dim, pretrained
-        )
-        self.fc_reg = nn.Linear(text_dim, 4)
-        nn.init.normal_(self.fc_reg.weight, std=0.001)
-        nn.init.zeros_(self.fc_reg.bias)
-
-    def forward(
-        self, images: Tensor, sizes: list[tuple[int, int]], boxes: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Returns embeddings (R, D) of unit norm and box deltas (R, 4).
-
-        images: (B, 3, H, W) uint8; boxes: B tensors (Q, 4)
-        """
-        with amp_context(self.args.amp, images.device):
-            x = self.regions(self.regions.normalise(images, sizes), boxes).float()  # (R, D)
-        return F.normalize(x), self.fc_reg(x)
-
-
 def compare(x: Tensor, text: Tensor, tau: float) -> Tensor:
     """Returns z_ij = cos(x_i, e_j) / tau (R, C) for unit rows x (R, D) and text (C, D)."""
     return x @ text.T / tau
@@ -331,20 +284,17 @@ class Model(nn.Module):
         """pretrained: start from published weights; the localizer only if both are True."""
         super().__init__()
         self.args = args
+        pretrained_localizer = pretrained and pretrained_localizer
+        settings = (args.amp, args.rois_per_image, args.rpn_proposals)
         self.localizer = OLN(
-            args.backbone,
-            args.channels,
-            args.fc_dim,
-            pretrained and pretrained_localizer,
-            args.amp,
-            args.rois_per_image,
-            args.rpn_proposals,
+            args.backbone, args.channels, args.fc_dim, pretrained_localizer, *settings
         )
         num_classifiers = len(label_space.datasets) if args.structure == "separate" else 1
         if args.stage == "localizer":
             num_classifiers = 0
+        settings = (args.classifier_backbone, label_space.width, args.channels, args.fc_dim)
         self.classifiers = nn.ModuleList(
-            Classifier(args, label_space.width, pretrained) for _ in range(num_classifiers)
+            RegionClassifier(*settings, pretrained, args.amp) for _ in range(num_classifiers)
         )
 
     def forward(
@@ -367,39 +317,18 @@ class Model(nn.Module):
         num_regions = self.args.rois_per_image
         matched = [match_regions(b, t, 0.5, num_regions) for b, t in zip(proposals, targets)]
         boxes = [b for b, _ in matched]
-        embeddings, deltas = [None] * len(images), [None] * len(images)
+        parts = [None] * len(images)  # embeddings (Q, D) and deltas (Q, 4) of each image
         for k, classifier in enumerate(self.classifiers):
             rows = [i for i, owner in enumerate(owners) if owner == k]
-            if not rows:
-                continue
-            own = [boxes[i] for i in rows]
-            x, own_deltas = classifier(images[rows], [sizes[i] for i in rows], own)
-            num_boxes = [len(b) for b in own]
-            for i, *parts in zip(rows, x.split(num_boxes), own_deltas.split(num_boxes)):
-                embeddings[i], deltas[i] = parts
-        logits = compare(torch.cat(embeddings), text, self.args.tau)  # (R, C)
-        return RegionOutput(boxes, logits, torch.cat(deltas), [t for _, t in matched]), {}
-
-    def extract_regions(
-        self, images: Tensor, sizes: list[tuple[int, int]], limit: int
-    ) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor, Tensor]]]:
-        """Returns what does not depend on the vocabulary: proposals and regions of each image.
-
-        Proposals are boxes (Q, 4) and eta (Q,). Regions are the `limit` best of them: boxes (Q, 4)
-        moved by the classifier, embeddings (Q, D) and eta (Q,). Several classifiers each give
-        their own regions.
-        """
-        proposals = propose(self.localizer, images, sizes, self.args.alpha)
-        boxes = [b[:limit] for b, _ in proposals]
-        num_boxes = [len(b) for b in boxes]
-        regions = [[] for _ in proposals]
-        for classifier in self.classifiers if limit else ():
-            x, deltas = classifier(images, sizes, boxes)  # (R, D), (R, 4)
-            moved = decode_boxes(torch.cat(boxes), deltas, BOX_WEIGHTS).split(num_boxes)
-            for i, (b, embeddings) in enumerate(zip(moved, x.split(num_boxes))):
-                eta = proposals[i][1][:limit]
-                regions[i].append((clip_boxes_to_image(b, sizes[i]), embeddings, eta))
-        return proposals, [tuple(torch.cat(part) for part in zip(*parts)) for parts in regions]
+            if rows:
+                own = [boxes[i] for i in rows]
+                outputs = classifier(images[rows], [sizes[i] for i in rows], own)
+                num_boxes = [len(b) for b in own]
+                for i, *part in zip(rows, *(output.split(num_boxes) for output in outputs)):
+                    parts[i] = part
+        x, deltas = (torch.cat(part) for part in zip(*parts))
+        logits = compare(x, text, self.args.tau)  # (R, C)
+        return RegionOutput(boxes, logits, deltas, [t for _, t in matched]), {}
 
 
 # -- Losses ----------------------------------------------------------------------------------------
@@ -427,14 +356,10 @@ def sample_classes(labels: Tensor, frequency: Tensor, num: int = 50) -> Tensor:
     Background counts as a class, and may be sampled. Classes without a training image are not.
     labels: (Q,), -1 on background; frequency: (C,), training images of each class
     """
-    sampled = torch.zeros(len(frequency) + 1, device=labels.device)  # the last one is background
-    present = labels.unique()
-    sampled[present] = 1
-    chance = F.pad((frequency > 0).float(), (0, 1), value=1.0) * (1 - sampled)  # (C + 1,)
-    missing = min(num - len(present), int(chance.sum()))
-    if missing > 0:
-        sampled[torch.multinomial(chance, missing)] = 1
-    return sampled[:-1].bool()
+    background = len(frequency)
+    frequency = F.pad((frequency > 0).float(), (0, 1), value=1.0)  # (C + 1,)
+    labels = labels.where(labels >= 0, background)
+    return sample_federated(labels, frequency, num)[:-1].bool()
 
 
 def loss_classification(logits: Tensor, labels: Tensor, sampled: Tensor) -> Tensor:
@@ -475,10 +400,7 @@ def compute_losses(
             sampled = sample_classes(labels, frequency[t.scope])
             terms.append(loss_classification(image_logits[:, t.scope], labels, sampled))
         losses["loss_classification"] = torch.stack(terms).mean()
-        boxes = torch.cat(outputs.boxes)  # (R, 4)
-        gt_boxes = torch.cat([region.boxes for region in outputs.targets])  # (R, 4)
-        labels = torch.cat([region.labels for region in outputs.targets])  # (R,)
-        losses["loss_box"] = box_delta_loss(outputs.deltas, labels, boxes, gt_boxes, BOX_WEIGHTS)
+        losses["loss_box"] = loss_roi_box(outputs.deltas, outputs.boxes, outputs.targets)
     return losses | {"loss": sum(losses.values())}
 
 
@@ -500,27 +422,48 @@ def fuse(p: Tensor, eta: Tensor, beta: float) -> Tensor:
     return p**beta * eta[:, None] ** (1 - beta)
 
 
+def propose(model: Model, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """Returns at most 1500 boxes (Q, 4) of each image after NMS, and their eta (Q,), descending."""
+    proposals = []
+    for boxes, *scores in model.localizer(batch.images, batch.sizes):
+        eta = objectness(*scores, model.args.alpha)
+        best = nms(boxes, eta, 0.9)[:1500]
+        proposals.append((boxes[best], eta[best]))
+    return proposals
+
+
 @torch.no_grad()
 def embed_regions(model: Model, batch: Batch, limit: int) -> list[dict]:
-    """Returns `extract_regions` of each image in pixels of its original size, on the CPU.
+    """Returns what does not depend on class names, in pixels of the original images, on the CPU.
 
-    Keys: boxes, embeddings, eta of the regions; proposals, a detection without classes; size.
+    Each image has `size` and `proposals`, a detection without classes, of at most 1500 boxes. If
+    there are classifiers and limit > 0, it also has the regions: `boxes` (Q, 4), the `limit` best
+    proposals, moved by the classifier; `embeddings` (Q, D) and `eta` (Q,). Each classifier gives
+    its own regions.
     """
     model.eval()
     batch = batch.to(next(model.parameters()).device)
+    proposals = propose(model, batch)
+    best = [boxes[:limit] for boxes, _ in proposals]
+    num_boxes = [len(boxes) for boxes in best]
+    regions = [[] for _ in proposals]
+    for classifier in model.classifiers if limit else ():
+        x, deltas = classifier(batch.images, batch.sizes, best)  # (R, D), (R, 4)
+        moved = decode_boxes(torch.cat(best), deltas, BOX_WEIGHTS).split(num_boxes)
+        for i, (boxes, embeddings) in enumerate(zip(moved, x.split(num_boxes))):
+            boxes = clip_boxes_to_image(boxes, batch.sizes[i])
+            regions[i].append((boxes, embeddings.half(), proposals[i][1][:limit]))
+
     found = []
-    for i, (proposals, regions) in enumerate(
-        zip(*model.extract_regions(batch.images, batch.sizes, limit))
-    ):
+    for i, (boxes, eta) in enumerate(proposals):
         height, width = batch.samples[i].original_size
         h, w = batch.sizes[i]
         scale = torch.tensor([width / w, height / h] * 2)
-        all_boxes, all_eta = (part.cpu() for part in proposals)
         size = {"size": (height, width)}
-        record = {"proposals": {"boxes": all_boxes * scale, "scores": all_eta} | size} | size
-        if regions:
-            boxes, embeddings, eta = (part.cpu() for part in regions)
-            record |= {"boxes": boxes * scale, "embeddings": embeddings.half(), "eta": eta}
+        record = {"proposals": {"boxes": boxes.cpu() * scale, "scores": eta.cpu()} | size} | size
+        if regions[i]:
+            boxes, embeddings, eta = (torch.cat(part).cpu() for part in zip(*regions[i]))
+            record |= {"boxes": boxes * scale, "embeddings": embeddings, "eta": eta}
         found.append(record)
     return found
 
@@ -545,14 +488,8 @@ def classify(
     scores = soft_nms(boxes, fuse(p, eta, model.args.beta)).flatten()  # (Q * C,)
     scores, index = scores.topk(min(limit, len(scores)))
     index = index[scores > 0]
-    labels = index % len(text)
-    return {
-        "boxes": boxes[index // len(text)].cpu(),
-        "labels": labels.cpu(),
-        "scores": scores[: len(index)].cpu(),
-        "class_names": [label_space.names[label] for label in labels.tolist()],
-        "size": regions["size"],
-    }
+    boxes, labels, scores = boxes[index // len(text)], index % len(text), scores[: len(index)]
+    return detection(boxes, labels, scores, label_space, regions["size"])
 
 
 def predict(
@@ -585,27 +522,10 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     """
     resize = ResizeShortestRange(args.image_size // 2, args.image_size)
     position = (args.seed, start * args.batch_size, rank(), world_size())
-    if args.sampler == "class-aware":
-        sampler = ClassAwareSampler(datasets, *position)
-    else:
-        threshold = 0.001 if args.sampler == "repeat-factor" else 0.0  # LVIS's t; 0: all factors 1
-        sampler = RepeatFactorSampler(repeat_factors(datasets, threshold), *position)
+    sampler = make_sampler(args.sampler, datasets, *position)
     mixture = Mixture(datasets, {d.name: resize for d in datasets}, args.seed)
     batch_size = args.batch_size // world_size()
     return make_loader(mixture, args.workers, sampler=sampler, batch_size=batch_size)
-
-
-def proposals_to_train_on(
-    args: Args, model: Model, datasets: list[Dataset], folder: Path
-) -> list[Dataset]:
-    """Returns the datasets with proposals of the frozen localizer, kept in the run folder."""
-    key = fingerprint(model.localizer, args.test_size, args.rpn_proposals, args.alpha)
-
-    def locate(batch: Batch) -> list[dict]:
-        return [record["proposals"] for record in embed_regions(model, batch, 0)]
-
-    resize = ResizeShortest(args.test_size)
-    return with_proposals(locate, datasets, resize, folder, key, args.workers)
 
 
 def train(
@@ -613,8 +533,8 @@ def train(
 ) -> tuple[Model, LabelSpace]:
     """Trains the localizer and then, on its proposals, the classifiers (`train_stage`).
 
-    Writes metrics, checkpoints and weights to the run folder. Returns the model and its label
-    space. Every rank calls it; rank 0 writes.
+    Writes metrics, checkpoints, proposals and weights to the run folder. Returns the model and its
+    label space. Every rank calls it; rank 0 writes.
     """
     for dataset in datasets:
         log.info(dataset.summary())
@@ -630,15 +550,18 @@ def train(
 
     epochs = max(1, 12 * sum(map(len, datasets)) // args.batch_size)
     switch = 0 if args.stage == "classifier" else args.steps or epochs
-    end = switch if args.stage == "localizer" else switch + (args.classifier_steps or epochs)
-    done = checkpoint_step(checkpoint) if checkpoint else 0
-    run_log = RunLog(folder, end, done)
-    run = (label_space, folder, run_log, checkpoint)
-    if done < switch:
-        train_stage(args, model, "localizer", datasets, range(switch), *run)
-    if max(done, switch) < end:
-        datasets = proposals_to_train_on(args, model, datasets, folder)
-        train_stage(args, model, "classifiers", datasets, range(switch, end), *run)
+    steps = switch if args.stage == "localizer" else switch + (args.classifier_steps or epochs)
+    start = checkpoint_step(checkpoint) if checkpoint else 0
+    run_log = RunLog(folder, steps, start)
+    run = (label_space, folder, run_log)
+    if start < switch:
+        train_stage(args, model, "localizer", range(switch), datasets, *run)
+    if max(start, switch) < steps:
+        key = fingerprint(model.localizer, args.test_size, args.rpn_proposals, args.alpha)
+        locate = partial(embed_regions, model, limit=0)
+        resize = ResizeShortest(args.test_size)
+        datasets = with_proposals(locate, datasets, resize, folder, key, args.workers)
+        train_stage(args, model, "classifiers", range(switch, steps), datasets, *run)
     run_log.close()
     if rank() == 0:
         save_weights(folder / "weights.safetensors", model, label_space, run_metadata(args))
@@ -655,29 +578,30 @@ def train_stage(
     args: Args,
     model: Model,
     part: str,
-    datasets: list[Dataset],
     steps: range,
+    datasets: list[Dataset],
     label_space: LabelSpace,
     folder: Path,
     run_log: RunLog,
-    checkpoint: Path | None,
 ) -> None:
     """Trains one part of the model, "localizer" or "classifiers", in the given steps of the run.
 
-    checkpoint: of this or the other stage, or None
+    A resumed run goes on from the last checkpoint, if that is of this stage.
     """
     # set up: model, optimizer, data
+    device = label_space.text.device
+    frequency = images_per_class(datasets, label_space).to(device)  # (C,)
     classifying = part == "classifiers"
     network = getattr(model, part)
     model.eval().requires_grad_(False)
     network.requires_grad_(True).train()  # which freezes what stays frozen
-    frequency = images_per_class(datasets, label_space).to(label_space.text.device)  # (C,)
 
     lr = scaled_lr(args.classifier_lr if classifying else args.lr, args)
     parameters = [p for p in network.parameters() if p.requires_grad]
     kinds = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
-    optimizer = kinds[args.optimizer](parameters, lr, weight_decay=1e-4)
+    optimizer = kinds[args.optimizer](parameters, lr=lr, weight_decay=1e-4)
     torch.manual_seed(args.seed + rank())  # a stage begins alike in a resumed run
+    checkpoint = last_checkpoint(folder) if args.resume else None
     start = steps.start
     if checkpoint and checkpoint_step(checkpoint) > start:
         start = load_checkpoint(checkpoint, optimizer)
@@ -691,9 +615,9 @@ def train_stage(
         # step: forward, backward, update
         if step == 1 and rank() == 0:
             save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
-        batch = batch.to(label_space.text.device)
+        batch = batch.to(device)
+        done = step - 1 - steps.start
         for group in optimizer.param_groups:
-            done = step - steps.start - 1
             group["lr"] = stepped_learning_rate(done, lr, len(steps), args.warmup_steps, 1e-3)
 
         targets = prepare_targets(batch, label_space)
@@ -704,7 +628,7 @@ def train_stage(
         losses = compute_losses(outputs, targets, losses, frequency)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        losses = {name: value.detach() for name, value in losses.items()}
+        losses = {term: value.detach() for term, value in losses.items()}
         check_finite(losses, step)
         if classifying:
             nn.utils.clip_grad_norm_(parameters, 35.0)
@@ -808,8 +732,7 @@ def main() -> None:
     if args.predict:
         if not model.classifiers:
             raise InputError(
-                f"--weights {args.weights} hold a localizer alone; train a classifier on it:"
-                f" --stage classifier --weights {args.weights}"
+                f"--weights {args.weights} hold a localizer alone; train with --stage classifier"
             )
         classes, prior = label_space.swap(args.vocabulary), None
         if args.prior and not args.vocabulary:

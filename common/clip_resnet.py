@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from common.backbone import Backbone, normalise
 from common.boxes import pool_rois, two_layers
 from common.checkpoint import load_plain
-from common.distributed import from_main
+from common.distributed import amp_context, from_main
 from common.errors import InputError
 from common.hub import hub
 from common.targets import RegionTargets
@@ -354,3 +354,33 @@ def region_features(
             f"encoder names in {text_dim}; --text-encoder RN50/openai fits RN50"
         )
     return regions
+
+
+class RegionClassifier(nn.Module):
+    """Embeds regions in the space of the text embeddings, and predicts class-agnostic box deltas.
+
+    Source: zhenyuw16/UniDetector:mmdet/models/roi_heads/bbox_heads/bbox_head_clip_partitioned.py.
+    Its zero column for background has a constant logit and no loss, and is left out.
+    """
+
+    def __init__(
+        self, name: str, text_dim: int, channels: int, fc_dim: int, pretrained: bool, amp: str
+    ):
+        """amp: bfloat16 autocast, as in `amp_context`; the others: as in `region_features`."""
+        super().__init__()
+        self.amp = amp
+        self.regions = region_features(name, text_dim, channels, fc_dim, pretrained)
+        self.fc_reg = nn.Linear(text_dim, 4)
+        nn.init.normal_(self.fc_reg.weight, std=0.001)
+        nn.init.zeros_(self.fc_reg.bias)
+
+    def forward(
+        self, images: Tensor, sizes: list[tuple[int, int]], boxes: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Returns embeddings (R, D) of unit norm and box deltas (R, 4).
+
+        images: (B, 3, H, W) uint8; boxes: B tensors (Q, 4)
+        """
+        with amp_context(self.amp, images.device):
+            x = self.regions(self.regions.normalise(images, sizes), boxes).float()  # (R, D)
+        return F.normalize(x), self.fc_reg(x)

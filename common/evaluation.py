@@ -325,7 +325,8 @@ def _class_ap(truth: Table, found: Table) -> float:
         own = _take(truth, truth_rows[image])
         hit[rows], ignored[rows] = _match(found["boxes"][rows], own["boxes"], own["ignore"])
     hit = hit[~ignored]
-    precision = np.cumsum(hit) / np.arange(1, len(hit) + 1)
+    rank = np.arange(1, len(hit) + 1)
+    precision = np.cumsum(hit) / rank
     envelope = np.maximum.accumulate(precision[::-1])[::-1]  # the best precision at this recall
     return float(envelope[hit].sum() / len(truth["label"]))
 

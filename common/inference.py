@@ -190,12 +190,23 @@ def to_detection(
     """
     height, width = batch.samples[i].original_size
     h, w = batch.sizes[i]
+    boxes = boxes * boxes.new_tensor([width / w, height / h] * 2)
+    return detection(boxes, labels, scores, label_space, (height, width))
+
+
+def detection(
+    boxes: Tensor, labels: Tensor, scores: Tensor, label_space: LabelSpace, size: tuple[int, int]
+) -> dict:
+    """Returns the detections of one image as torchvision's dictionary, on the CPU.
+
+    boxes: (N, 4) in pixels of the original image; size: its height and width
+    """
     return {
-        "boxes": (boxes * boxes.new_tensor([width / w, height / h] * 2)).cpu(),
+        "boxes": boxes.cpu(),
         "labels": labels.cpu(),
         "scores": scores.cpu(),
         "class_names": [label_space.names[label] for label in labels.tolist()],
-        "size": (height, width),
+        "size": size,
     }
 
 

@@ -257,7 +257,8 @@ class LabelSpace:
                     per line; "" for all classes of this label space (`unique`). Without text it
                     must be a dataset of this label space, or its name.
 
-        Names of this label space keep their text. If one of the names is new, all are embedded.
+        A vocabulary with text keeps it. Otherwise names of this label space keep their text. If one
+        of the names is new, all are embedded.
         Raises InputError for a name without an embedding, and for text of another width.
         """
         if vocabulary == "":
@@ -266,7 +267,9 @@ class LabelSpace:
             return self._swap_without_text(vocabulary)
         if isinstance(vocabulary, str):
             vocabulary = Vocabulary.parse(vocabulary)
-        swapped = LabelSpace([replace(vocabulary, text=self._known_text(vocabulary))], self.embed)
+        if vocabulary.text is None:
+            vocabulary = replace(vocabulary, text=self._known_text(vocabulary))
+        swapped = LabelSpace([vocabulary], self.embed)
         if swapped.width != self.width:
             raise InputError(
                 f"text embeddings have {swapped.width} dimensions, this model needs {self.width};"

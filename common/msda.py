@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 try:
     import triton
-    import triton.language as tl
+
+    from common.msda_triton import _backward_kernel, _forward_kernel
 except ImportError:
     triton = None
 
@@ -42,11 +43,14 @@ def msda(
     Raises ValueError if the shapes do not agree.
     """
     batch, pixels, heads, _ = value.shape
+    queries, points = offsets.shape[1], offsets.shape[4]
+    levels = len(shapes)
     if pixels != sum(height * width for height, width in shapes):
         raise ValueError(f"msda: value has {pixels} pixels, but the levels are {shapes}")
-    samples = (batch, offsets.shape[1], heads, len(shapes), offsets.shape[4])
-    fits = logits.shape == (*samples[:3], samples[3] * samples[4])
-    if not fits or offsets.shape != (*samples, 2):
+    samples = (batch, queries, heads, levels, points)
+    logits_fit = logits.shape == (batch, queries, heads, levels * points)
+    offsets_fit = offsets.shape == (*samples, 2)
+    if not logits_fit or not offsets_fit:
         found = f"offsets {offsets.shape} and logits {logits.shape}"
         raise ValueError(f"msda: {found} do not fit {samples} (B, Q, M, L, P)")
     if value.device.type not in KERNELS or (value.is_cuda and value.dtype == torch.float64):
@@ -81,7 +85,8 @@ def formula(
     Arguments and result are those of `msda`. The faster paths are tested against this function.
     """
     dtype = torch.promote_types(value.dtype, torch.float32)
-    weights = logits.to(dtype).softmax(-1).unflatten(-1, offsets.shape[3:5])  # (B, Q, M, L, P)
+    weights = logits.to(dtype).softmax(-1)  # (B, Q, M, L P)
+    weights = weights.unflatten(-1, offsets.shape[3:5])  # (B, Q, M, L, P)
     reference = _per_level(reference, offsets).to(dtype)  # (B, Q, L, 2)
     levels = value.to(dtype).split([height * width for height, width in shapes], 1)
     out = 0
@@ -93,15 +98,24 @@ def formula(
         x, y = position.unbind(-1)  # (B, Q, M, P) in pixels
         left = x.floor().detach()
         top = y.floor().detach()
-        for column, across in ((left, 1 - (x - left)), (left + 1, x - left)):
-            for row, down in ((top, 1 - (y - top)), (top + 1, y - top)):
-                inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        to_right = x - left
+        to_bottom = y - top
+        columns = ((left, 1 - to_right), (left + 1, to_right))
+        rows = ((top, 1 - to_bottom), (top + 1, to_bottom))
+        for column, across in columns:
+            in_x = (column >= 0) & (column < width)
+            for row, down in rows:
+                in_y = (row >= 0) & (row < height)
+                inside = in_x & in_y
                 pixel = torch.where(inside, row * width + column, 0).long()
                 pixel = pixel.transpose(1, 2)  # (B, M, Q, P)
-                index = pixel.flatten(2)[..., None].expand(-1, -1, -1, level.shape[-1])
-                found = level.gather(2, index).unflatten(2, pixel.shape[2:])
+                index = pixel.flatten(2)[..., None]
+                index = index.expand(-1, -1, -1, level.shape[-1])
+                found = level.gather(2, index)
+                found = found.unflatten(2, pixel.shape[2:])
                 found = found.transpose(1, 2)  # (B, Q, M, P, d)
-                weight = inside * across * down * weights[:, :, :, i]
+                weight = inside * across * down
+                weight = weight * weights[:, :, :, i]
                 out = out + torch.einsum("bqmp,bqmpd->bqmd", weight, found)
     return out.flatten(2).to(value.dtype)
 
@@ -165,34 +179,43 @@ class _Samples:
         height, width, start = self.levels.unbind(1)
 
         def row(per_level):  # (L,) -> (M K,)
-            return per_level.to(torch.int32).repeat_interleave(points).repeat(heads)
+            per_sample = per_level.to(torch.int32).repeat_interleave(points)
+            return per_sample.repeat(heads)
 
         self.width = row(width).to(dtype)
         self.height = row(height).to(dtype)
 
         # locations and attention
         size = torch.stack([width, height], -1)
-        centre = (reference.to(dtype) * size - 0.5).repeat_interleave(points, 2)  # (B, Q, K, 2)
-        offsets = offsets.to(dtype).contiguous().flatten(3, 4)  # (B, Q, M, K, 2)
-        position = (centre.unsqueeze(2) + offsets).flatten(2, 3)  # (B, Q, M K, 2)
+        centre = reference.to(dtype) * size - 0.5
+        centre = centre.repeat_interleave(points, 2)  # (B, Q, K, 2)
+        offsets = offsets.to(dtype).contiguous()
+        offsets = offsets.flatten(3, 4)  # (B, Q, M, K, 2)
+        position = centre.unsqueeze(2) + offsets
+        position = position.flatten(2, 3)  # (B, Q, M K, 2)
         x, y = position.unbind(-1)
         logits = logits.to(dtype).contiguous()
-        exp = (logits - logits.amax(-1, True)).exp_()  # F.softmax is slow on rows of K
+        logits = logits - logits.amax(-1, True)
+        exp = logits.exp_()  # F.softmax is slow on rows of K
         self.attention = exp.div_(exp.sum(-1, True)).flatten(2)
         column, self.left, self.right, self.in_x = _axis(x, self.width)
         line, self.top, self.bottom, self.in_y = _axis(y, self.height)
 
         # indices of the corners
         image_start = torch.arange(batch)[:, None, None] * pixels * heads
-        head = torch.arange(heads, dtype=torch.int32).repeat_interleave(levels * points)
-        first = (image_start + row(start * heads)).int() + head
+        head = torch.arange(heads, dtype=torch.int32)
+        head = head.repeat_interleave(levels * points)
+        first = (image_start + row(start * heads)).int()
+        first = first + head
         line.mul_(row(width * heads))
         column.mul_(heads)
         self.base = line.add_(column).add_(first)
         right = heads * (width > 1)
         below = heads * width * (height > 1)
         steps = torch.stack([0 * right, right, below, right + below]).int()  # (4, L)
-        self.corners = self.base.view(-1, 1, levels * points) + steps.repeat_interleave(points, 1)
+        steps = steps.repeat_interleave(points, 1)  # (4, K)
+        top_left = self.base.view(-1, 1, levels * points)
+        self.corners = top_left + steps
 
     def weights(self) -> list[Tensor]:
         """Returns attention times bilinear weight of the four corners: 4 tensors (B Q M, K)."""
@@ -205,10 +228,14 @@ class _Samples:
 def _forward_cpu(value, offsets, logits, reference, sizes):
     """Sums the 4 K weighted rows of value of each query and head: F.embedding_bag."""
     samples = _Samples(value, offsets, logits, reference, sizes)
-    rows = value.reshape(-1, value.shape[-1]).to(samples.attention.dtype)  # (B S M, d)
+    _, queries, heads = offsets.shape[:3]
+    rows = value.reshape(-1, value.shape[-1])  # (B S M, d)
+    rows = rows.to(samples.attention.dtype)
     weights = torch.cat(samples.weights(), 1)  # (B Q M, 4 K)
-    out = F.embedding_bag(samples.corners.flatten(1), rows, mode="sum", per_sample_weights=weights)
-    return out.view(*offsets.shape[:2], out.shape[-1] * offsets.shape[2]).to(value.dtype)
+    corners = samples.corners.flatten(1)
+    out = F.embedding_bag(corners, rows, mode="sum", per_sample_weights=weights)
+    out = out.view(len(offsets), queries, heads * out.shape[-1])
+    return out.to(value.dtype)
 
 
 def _backward_cpu(grad, value, offsets, logits, reference, out, sizes):
@@ -222,11 +249,15 @@ def _backward_cpu(grad, value, offsets, logits, reference, out, sizes):
     top_slope, bottom_slope = _slopes(samples.in_y, samples.height)
     upper = samples.left * dots[0] + samples.right * dots[1]
     lower = samples.left * dots[2] + samples.right * dots[3]
-    along_x = left_slope * (samples.top * dots[0] + samples.bottom * dots[2])
-    along_x += right_slope * (samples.top * dots[1] + samples.bottom * dots[3])
+    on_left = samples.top * dots[0] + samples.bottom * dots[2]
+    on_right = samples.top * dots[1] + samples.bottom * dots[3]
+    along_x = left_slope * on_left
+    along_x += right_slope * on_right
     along_y = top_slope * upper + bottom_slope * lower
-    grad_offsets = torch.stack([along_x, along_y], -1).mul_(samples.attention[..., None])
-    found = (samples.top * upper + samples.bottom * lower).view(logits.shape)  # <grad, sample>
+    grad_offsets = torch.stack([along_x, along_y], -1)
+    grad_offsets.mul_(samples.attention[..., None])
+    found = samples.top * upper + samples.bottom * lower  # <grad, sample>
+    found = found.view(logits.shape)
     attention = samples.attention.view(logits.shape)
     delta = (attention * found).sum(-1, True)
     grad_logits = attention * (found - delta)
@@ -269,7 +300,8 @@ def _value_gradient(samples: _Samples, grad: Tensor, shape: torch.Size) -> Tenso
     """
     batch, pixels, heads, d = shape
     keys, order = samples.base.flatten().sort(stable=True)
-    starts = torch.searchsorted(keys, torch.arange(batch * pixels * heads, dtype=torch.int32))
+    all_rows = torch.arange(batch * pixels * heads, dtype=torch.int32)
+    starts = torch.searchsorted(keys, all_rows)
     queries = order // samples.corners.shape[-1]
     grad_value = torch.zeros(batch, pixels, heads * d, dtype=grad.dtype)
     for corner, weights in enumerate(samples.weights()):
@@ -280,279 +312,12 @@ def _value_gradient(samples: _Samples, grad: Tensor, shape: torch.Size) -> Tenso
             step = corner % 2 + corner // 2 * width  # pixels from the top left corner to this one
             # the last `step` pixels of a level have no such neighbour: their sums are 0
             kept = max(height * width - step, 0)
-            grad_value[:, start + step :][:, :kept] += sums[:, start:][:, :kept]
+            neighbour = start + step
+            grad_value[:, neighbour : neighbour + kept] += sums[:, start : start + kept]
     return grad_value.view(shape)
 
 
 # -- CUDA ------------------------------------------------------------------------------------------
-#
-# A program takes a tile of T queries of one head of one image. The P points of a level are one
-# block (T, P, d), so that many independent rows are in flight. Neighbouring queries find most
-# corners in L1. Sizes of levels come as a tensor: reading them costs nothing, and images of a new
-# size need no new kernel. L, P and d are compile-time constants. TP, TK and TD are the next powers
-# of two of P, K and d. Pixels of an image are counted in 32 bits, all else in 64.
-
-if triton is not None:
-
-    @triton.jit
-    def _axis_kernel(position, size):
-        """Interpolates linearly along one axis, between the pixels `first` and first + 1.
-
-        position: (T, P) float32 in pixels; size: pixels of the axis
-
-        Returns first (int32), the weights of both pixels, and the derivatives of both weights by
-        the position, each (T, P). Both pixels are inside the map, if it has two.
-        """
-        floor = tl.floor(position)
-        last = tl.maximum(size - 2, 0).to(tl.float32)
-        first = tl.minimum(tl.maximum(floor, 0.0), last)
-        ahead = position - first
-        interval = floor - first
-        low = tl.maximum(1 - tl.abs(ahead), 0.0)
-        high = tl.maximum(1 - tl.abs(ahead - 1), 0.0)
-        between = (interval == 0).to(tl.float32)
-        low_slope = (interval == -1).to(tl.float32) - between
-        high_slope = between - (interval == 1).to(tl.float32)
-        two = (size > 1).to(tl.float32)
-        return first.to(tl.int32), low, high * two, low_slope, high_slope * two
-
-    @triton.jit
-    def _tile_kernel(queries, heads, T):
-        """Returns the program's image, head, queries (T,), and their rows (T,) of (B Q M, ...).
-
-        The last result (T,) is False for queries beyond the end.
-        """
-        image = (tl.program_id(1) // heads).to(tl.int64)
-        head = tl.program_id(1) % heads
-        query = tl.program_id(0) * T + tl.arange(0, T)
-        row = (image * queries + query) * heads + head
-        return image, head, query, row, query < queries
-
-    @triton.jit
-    def _softmax_kernel(logits, row, inside, K, TK):
-        """Returns the maximum of each query's logits and the sum of exp(logit - maximum), (T,).
-
-        row: (T,) row of logits (B Q M, K); inside: (T,) False for queries beyond the end
-        """
-        k = tl.arange(0, TK)
-        valid = inside[:, None] & (k < K)
-        scores = tl.load(logits + (row * K)[:, None] + k, valid, other=0.0)
-        scores = tl.where(k < K, scores.to(tl.float32), float("-inf"))
-        highest = tl.max(scores, 1)
-        total = tl.sum(tl.exp(scores - highest[:, None]), 1)
-        return highest, total
-
-    @triton.jit
-    def _attention_kernel(logits, sample, valid, highest, total):
-        """Returns the attention of the samples of one level, (T, P).
-
-        sample: (T, P) indices of the logits; valid: (T, P) the sample exists
-        highest, total: (T,) results of `_softmax_kernel`
-        """
-        scores = tl.load(logits + sample, valid, other=0.0).to(tl.float32)
-        attention = tl.exp(scores - highest[:, None]) / total[:, None]
-        return tl.where(valid, attention, 0.0)
-
-    @triton.jit
-    def _position_kernel(offsets, sample, valid, reference, ref_xy, inside, level):
-        """Returns x and y of the samples of one level, each (T, P), in pixels of the level.
-
-        reference: (T,) pointers to x of the reference point; y is ref_xy numbers further
-        level: pointer to the height and the width of the level
-        """
-        xy = offsets + 2 * sample[:, :, None] + tl.arange(0, 2)
-        x, y = tl.split(tl.load(xy, valid[:, :, None], other=0.0).to(tl.float32))
-        ref_x = tl.load(reference, inside, other=0.0)
-        ref_y = tl.load(reference + ref_xy, inside, other=0.0)
-        x += (ref_x * tl.load(level + 1) - 0.5)[:, None]
-        y += (ref_y * tl.load(level) - 0.5)[:, None]
-        return x, y
-
-    @triton.jit
-    def _corner_kernel(x, y, valid, level, heads, D, TD):
-        """Finds the four nearest pixels (corners) of the samples of one level.
-
-        x, y: (T, P) in pixels; level: pointer to height, width and first pixel of the level
-
-        Returns two tuples of (T, P), for x and for y: weights of both pixels and their derivatives.
-        Then (T, P, d) indices of the top left and the bottom left corner in one head of an image.
-        Then (T, P, d) masks: the top left, the top right and the bottom left corner exist.
-        """
-        d = tl.arange(0, TD)
-        height = tl.load(level)
-        width = tl.load(level + 1)
-        start = tl.load(level + 2)
-        column, left, right, left_slope, right_slope = _axis_kernel(x, width)
-        line, upper, lower, upper_slope, lower_slope = _axis_kernel(y, height)
-        pixel = start + line * width + column
-        corner = (pixel * heads * D)[:, :, None] + d
-        below = corner + width * heads * D
-        in_x = (x >= -1) & (x < width)
-        in_y = (y >= -1) & (y < height)
-        near = (valid & in_x & in_y)[:, :, None] & (d < D)
-        near_right = near & (column + 1 < width)[:, :, None]
-        near_below = near & (line + 1 < height)[:, :, None]
-        x_axis = (left, right, left_slope, right_slope)
-        y_axis = (upper, lower, upper_slope, lower_slope)
-        return x_axis, y_axis, corner, below, near, near_right, near_below
-
-    @triton.jit
-    def _read(pointer, weight, mask):
-        """Returns the vectors at `pointer` (T, P, d), each times its weight (T, P)."""
-        return weight[:, :, None] * tl.load(pointer, mask, other=0.0)
-
-    @triton.jit
-    def _dot(g, pointer, mask):
-        """Returns the products (T, P) of g (T, 1, d) with the vectors at `pointer` (T, P, d)."""
-        return tl.sum(g * tl.load(pointer, mask, other=0.0), 2)
-
-    @triton.jit
-    def _add(pointer, weight, g, mask):
-        """Adds g (T, 1, d), times the weight (T, P), to the vectors at `pointer` (T, P, d)."""
-        tl.atomic_add(pointer, weight[:, :, None] * g, mask, sem="relaxed")
-
-    @triton.jit
-    def _forward_kernel(
-        reference,
-        levels,
-        value,
-        offsets,
-        logits,
-        out,
-        pixels,
-        queries,
-        heads,
-        ref_b,
-        ref_q,
-        ref_l,
-        ref_xy,
-        L: tl.constexpr,
-        P: tl.constexpr,
-        D: tl.constexpr,
-        T: tl.constexpr,
-        TP: tl.constexpr,
-        TK: tl.constexpr,
-        TD: tl.constexpr,
-    ):
-        """Writes `out` (B, Q, M d) for one tile.
-
-        levels: (L, 3) of `_levels`; ref_b, ref_q, ref_l, ref_xy: strides of reference (B, Q, L, 2)
-        """
-        image, head, query, row, inside = _tile_kernel(queries, heads, T)
-        p = tl.arange(0, TP)
-        valid = inside[:, None] & (p < P)
-        d = tl.arange(0, TD)
-        exists = inside[:, None] & (d < D)
-        value += (image * pixels * heads + head) * D
-        reference += image * ref_b + query * ref_q
-        highest, total = _softmax_kernel(logits, row, inside, L * P, TK)
-        step = heads * D  # from a pixel to the next
-        sums = tl.zeros((T, TP, TD), tl.float32)
-        for i in tl.static_range(L):
-            level = levels + 3 * i
-            point = reference + i * ref_l
-            sample = (row * (L * P) + i * P)[:, None] + p
-            attention = _attention_kernel(logits, sample, valid, highest, total)
-            x, y = _position_kernel(offsets, sample, valid, point, ref_xy, inside, level)
-            x_axis, y_axis, corner, below, near, near_right, near_below = _corner_kernel(
-                x, y, valid, level, heads, D, TD
-            )
-            left = x_axis[0]
-            right = x_axis[1]
-            upper = attention * y_axis[0]
-            lower = attention * y_axis[1]
-            corner = value + corner
-            below = value + below
-            sums += _read(corner, upper * left, near)
-            sums += _read(corner + step, upper * right, near_right)
-            sums += _read(below, lower * left, near_below)
-            sums += _read(below + step, lower * right, near_right & near_below)
-        here = (row * D)[:, None] + d
-        tl.store(out + here, tl.sum(sums, 1), exists)
-
-    @triton.jit
-    def _backward_kernel(
-        reference,
-        levels,
-        value,
-        offsets,
-        logits,
-        out,
-        grad,
-        grad_value,
-        grad_offsets,
-        grad_logits,
-        pixels,
-        queries,
-        heads,
-        ref_b,
-        ref_q,
-        ref_l,
-        ref_xy,
-        L: tl.constexpr,
-        P: tl.constexpr,
-        D: tl.constexpr,
-        T: tl.constexpr,
-        TP: tl.constexpr,
-        TK: tl.constexpr,
-        TD: tl.constexpr,
-    ):
-        """Writes grad_offsets and grad_logits for one tile, and adds the tile's part to grad_value.
-
-        grad: gradient of `out`; the others as in `_forward_kernel`
-        """
-        image, head, query, row, inside = _tile_kernel(queries, heads, T)
-        p = tl.arange(0, TP)
-        valid = inside[:, None] & (p < P)
-        d = tl.arange(0, TD)
-        exists = inside[:, None] & (d < D)
-        start = (image * pixels * heads + head) * D
-        value += start
-        grad_value += start
-        reference += image * ref_b + query * ref_q
-        highest, total = _softmax_kernel(logits, row, inside, L * P, TK)
-        step = heads * D  # from a pixel to the next
-        here = (row * D)[:, None] + d
-        g = tl.load(grad + here, exists, other=0.0).to(tl.float32)
-        # delta = sum_k attention_k <grad, sample_k>
-        delta = tl.sum(g * tl.load(out + here, exists, other=0.0), 1)
-        g = g[:, None, :]
-        for i in tl.static_range(L):
-            level = levels + 3 * i
-            point = reference + i * ref_l
-            sample = (row * (L * P) + i * P)[:, None] + p
-            attention = _attention_kernel(logits, sample, valid, highest, total)
-            x, y = _position_kernel(offsets, sample, valid, point, ref_xy, inside, level)
-            x_axis, y_axis, corner, below, near, near_right, near_below = _corner_kernel(
-                x, y, valid, level, heads, D, TD
-            )
-            left, right, left_slope, right_slope = x_axis
-            upper, lower, upper_slope, lower_slope = y_axis
-            near_both = near_right & near_below
-            # the products with grad at the four corners are all that the gradients of a sample need
-            v00 = _dot(g, value + corner, near)
-            v01 = _dot(g, value + corner + step, near_right)
-            v10 = _dot(g, value + below, near_below)
-            v11 = _dot(g, value + below + step, near_both)
-            along_left = upper * v00 + lower * v10
-            along_right = upper * v01 + lower * v11
-            along_x = left_slope * along_left + right_slope * along_right
-            v0 = left * v00 + right * v01
-            v1 = left * v10 + right * v11
-            along_y = upper_slope * v0 + lower_slope * v1
-            found = upper * v0 + lower * v1
-            tl.store(grad_logits + sample, attention * (found - delta[:, None]), valid)
-            xy = grad_offsets + 2 * sample[:, :, None] + tl.arange(0, 2)
-            slopes = tl.join(attention * along_x, attention * along_y)
-            tl.store(xy, slopes, valid[:, :, None])
-            upper = attention * upper
-            lower = attention * lower
-            corner = grad_value + corner
-            below = grad_value + below
-            _add(corner, upper * left, g, near)
-            _add(corner + step, upper * right, g, near_right)
-            _add(below, lower * left, g, near_below)
-            _add(below + step, lower * right, g, near_both)
 
 
 def _launch(kernel, reference, sizes, value, offsets, logits, *others):
@@ -563,7 +328,8 @@ def _launch(kernel, reference, sizes, value, offsets, logits, *others):
     block = padded[0] * padded[2]
     # 16 numbers of a block (T, P, d) per thread: with fewer, index arithmetic repeats; with more,
     # the registers suffice for few programs only
-    tile = min(max(2048 // block, 1), 64)
+    tile = max(2048 // block, 1)
+    tile = min(tile, 64)
     reference = reference.float()
     tensors = [x.contiguous() for x in (value, offsets, logits)]
     numbers = (pixels, queries, heads, *reference.stride(), levels, points, d, tile, *padded)
@@ -601,12 +367,14 @@ if triton is not None:
 def _msda(
     value: Tensor, offsets: Tensor, logits: Tensor, reference: Tensor, sizes: list[int]
 ) -> Tensor:
-    return KERNELS[value.device.type][0](value, offsets, logits, reference, sizes)
+    forward, _ = KERNELS[value.device.type]
+    return forward(value, offsets, logits, reference, sizes)
 
 
 @_msda.register_fake
 def _(value, offsets, logits, reference, sizes):
-    return value.new_empty(offsets.shape[0], offsets.shape[1], value.shape[2] * value.shape[3])
+    batch, _, heads, d = value.shape
+    return value.new_empty(batch, offsets.shape[1], heads * d)
 
 
 @torch.library.custom_op("concord::msda_backward", mutates_args=())
@@ -619,7 +387,8 @@ def _msda_backward(
     out: Tensor,
     sizes: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return KERNELS[value.device.type][1](grad, value, offsets, logits, reference, out, sizes)
+    _, backward = KERNELS[value.device.type]
+    return backward(grad, value, offsets, logits, reference, out, sizes)
 
 
 @_msda_backward.register_fake

@@ -264,7 +264,7 @@ class OLN(nn.Module):
         labels = torch.cat([t.labels for t in targets])  # (R,)
         return {
             "loss_roi_cls": loss_roi_cls(logits, labels),
-            "loss_roi_box": box_delta_loss(deltas, labels, regions, gt_boxes, BOX_WEIGHTS),
+            "loss_roi_box": loss_roi_box(deltas, boxes, targets),
             "loss_roi_iou": loss_roi_iou(iou, labels, regions, gt_boxes),
         }
 
@@ -312,6 +312,17 @@ def loss_roi_cls(logits: Tensor, labels: Tensor) -> Tensor:
     logits (R, 2), labels (R,), -1 on background
     """
     return F.cross_entropy(logits, (labels < 0).long(), reduction="sum") / max(len(labels), 1)
+
+
+def loss_roi_box(deltas: Tensor, boxes: list[Tensor], targets: list[RegionTargets]) -> Tensor:
+    """Box loss: 1/R sum_{r in fg} |d_r - encode(b_r, g_r)|_1. R counts background too.
+
+    deltas d (R, 4); boxes b, B tensors (Q, 4); g are the boxes of the targets
+    """
+    regions = torch.cat(boxes)  # (R, 4)
+    gt_boxes = torch.cat([t.boxes for t in targets])  # (R, 4)
+    labels = torch.cat([t.labels for t in targets])  # (R,)
+    return box_delta_loss(deltas, labels, regions, gt_boxes, BOX_WEIGHTS)
 
 
 def loss_roi_iou(logits: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor) -> Tensor:

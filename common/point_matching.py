@@ -42,7 +42,8 @@ def uncertain_points(
     """
     uncertain = int(0.75 * num)
     if candidates is None:
-        candidates = torch.rand(1, 3 * num, 2, device=logits.device).expand(len(logits), -1, -1)
+        shared = torch.rand(1, 3 * num, 2, device=logits.device)
+        candidates = shared.expand(len(logits), -1, -1)
     if random is None:
         rest = num - uncertain
         random = torch.rand(len(logits), rest, 2, device=logits.device)

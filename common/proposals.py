@@ -67,14 +67,15 @@ def with_proposals(
 ) -> list[WithProposals]:
     """Returns the datasets with their proposals. Computes those that `folder` does not have.
 
-    locate: returns for each image of a batch, which `resize` has transformed, `boxes` (Q, 4) in
-        pixels of the original image, and its `size` (height, width)
+    locate: returns for each image of a batch, which `resize` has transformed, its `proposals`:
+        `boxes` (Q, 4) in pixels of the original image, and its `size` (height, width)
     key:    `fingerprint` of the localizer, part of the file names
     """
 
     def compact(batch: Batch) -> list[dict]:
         stored = []
-        for found in locate(batch):
+        for image in locate(batch):
+            found = image["proposals"]
             height, width = found["size"]
             scale = np.array([width, height, width, height])
             fractions = found["boxes"].cpu().numpy() / scale

@@ -166,6 +166,20 @@ class ClassAwareSampler:
         return endless(self.epoch, *self.position)
 
 
+def make_sampler(
+    kind: str, datasets: list[Dataset], seed: int, start: int, rank: int, world_size: int
+) -> RepeatFactorSampler | ClassAwareSampler:
+    """Returns the sampler `kind` of the images of all datasets.
+
+    kind: "random", "class-aware", or "repeat-factor" with the threshold of LVIS
+    start, rank, world_size: as in `endless`
+    """
+    if kind == "class-aware":
+        return ClassAwareSampler(datasets, seed, start, rank, world_size)
+    threshold = 0.001 if kind == "repeat-factor" else 0.0  # 0: all factors are 1
+    return RepeatFactorSampler(repeat_factors(datasets, threshold), seed, start, rank, world_size)
+
+
 @dataclass
 class RatioBatchSampler:
     """Endless stream of batches, lists of (row, draw). All images of a batch are of one dataset.

@@ -1,4 +1,7 @@
-"""DaTaSeg: its losses and merges against loops over floats, its invariants, BoxInst's recording, the command line."""
+"""DaTaSeg: losses and merges, invariants, BoxInst's recording, the command line.
+
+Losses and merges are compared with loops over floats.
+"""
 
 import itertools
 import json
@@ -20,6 +23,7 @@ from torch import nn
 import common.backbone
 import common.point_matching
 import dataseg
+from common import mask_losses
 from common.batch import Batch, Sample, collate
 from common.checkpoint import save_tensors
 from common.command import parse_args
@@ -27,16 +31,24 @@ from common.convert import convert_mask2former
 from common.datasets import load_datasets
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
+from common.mask_losses import MaskOutput
+from common.masks import rasterise
 from common.point_matching import point_sample
 from common.segments import restore
 from common.targets import Targets
 from common.transformer import sine_position
-from dataseg import Output
 
 SMALL = dataseg.Args(
-    backbone="resnet18", text_encoder="minilm", channels=32, queries=6, points=64, encoder_layers=1, decoder_layers=2,
-    amp="off", workers=0,
-)  # fmt: skip
+    backbone="resnet18",
+    text_encoder="minilm",
+    channels=32,
+    queries=6,
+    points=64,
+    encoder_layers=1,
+    decoder_layers=2,
+    amp="off",
+    workers=0,
+)
 CPU = torch.device("cpu")
 NAMES = "ade20k,coco-panoptic,o365"
 CELL = torch.ones(4, 4, dtype=torch.bool)  # of pixels
@@ -77,23 +89,25 @@ def projection(mask: list[list[float]], *sides: list[float]) -> float:
 
 def random_output(
     depths: int = 2, images: int = 2, queries: int = 4, classes: int = 3, size=(6, 8)
-) -> Output:
+) -> MaskOutput:
     logits, embed = (
         torch.randn(depths, images, queries, classes + 1),
         torch.randn(depths, images, queries, 8),
     )
-    return Output(*(x.requires_grad_() for x in (2 * logits, embed, torch.randn(images, 8, *size))))
+    return MaskOutput(
+        *(x.requires_grad_() for x in (2 * logits, embed, torch.randn(images, 8, *size)))
+    )
 
 
-def all_masks(output: Output):
+def all_masks(output: MaskOutput):
     """(Z, B, Q, h, w)"""
     return torch.einsum("zbqc,bchw->zbqhw", output.mask_embed, output.mask_features)
 
 
-def free(masks, logits) -> Output:
+def free(masks, logits) -> MaskOutput:
     """The masks (B, Q, h, w) themselves, in one depth; logits (B, Q, K + 1)."""
     queries = masks.shape[1]
-    return Output(logits[None], torch.eye(queries).expand(1, len(masks), -1, -1), masks)
+    return MaskOutput(logits[None], torch.eye(queries).expand(1, len(masks), -1, -1), masks)
 
 
 def blocks(cells):
@@ -125,7 +139,7 @@ NOTHING["boxes"] = Targets(torch.zeros(0, 4), torch.zeros(0).long())
 ALONE = torch.zeros(3, dtype=torch.bool)
 
 
-# -- losses ------------------------------------------------------------------------------------------------------------
+# -- losses ----------------------------------------------------------------------------------------
 
 
 def test_class_loss_is_the_sum_over_depths_of_weighted_means():
@@ -144,15 +158,13 @@ def test_class_loss_is_the_sum_over_depths_of_weighted_means():
 
 
 def test_mask_losses_at_points():
-    logits, truth = (
-        3 * torch.randn(5, 7),
-        torch.rand(5, 7),
-    )  # between pixels the truth is between 0 and 1
+    logits = 3 * torch.randn(5, 7)
+    truth = torch.rand(5, 7)  # between pixels the truth is between 0 and 1
     pairs = list(zip(logits.tolist(), truth.tolist()))
     expected = sum(sum(map(soft_bce, x, t)) / 7 for x, t in pairs) / 2.5
-    assert dataseg.loss_mask(logits, truth, 2.5).item() == pytest.approx(expected, rel=1e-5)
+    assert mask_losses.loss_mask(logits, truth, 2.5).item() == pytest.approx(expected, rel=1e-5)
     expected = sum(dice(list(map(sigmoid, x)), t) for x, t in pairs) / 2.5
-    assert dataseg.loss_dice(logits, truth, 2.5).item() == pytest.approx(expected, rel=1e-5)
+    assert mask_losses.loss_dice(logits, truth, 2.5).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_projection_loss():
@@ -190,7 +202,7 @@ def test_cells_of_boxes_are_those_whose_centre_is_inside():
     boxes = torch.cat(
         [random_boxes(30, 34, 0.1), torch.tensor([[4.0, 8, 6, 10], [4.0, 8, 5.9, 9.9]])]
     )
-    sides = dataseg.rasterise(boxes, (9, 11))
+    sides = rasterise(boxes, (9, 11))
     assert [side.shape for side in sides] == [(32, 9), (32, 11)]
     for box, *lines in zip(boxes.tolist(), *(side.tolist() for side in sides)):
         for line, low, high in zip(lines, (box[1], box[0]), (box[3], box[2])):
@@ -212,12 +224,12 @@ def test_cells_of_boxes_are_those_whose_centre_is_inside():
     ],
 )
 def test_every_box_has_a_cell(box, rows, columns):
-    found = dataseg.rasterise(torch.tensor([[0.0, 0, 9, 9], box]), (4, 5))
+    found = rasterise(torch.tensor([[0.0, 0, 9, 9], box]), (4, 5))
     assert [side[1].nonzero().flatten().tolist() for side in found] == [rows, columns]
     assert all(side.dtype == torch.float32 and side.max() == 1 for side in found)
 
 
-# -- matching ----------------------------------------------------------------------------------------------------------
+# -- matching --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", TARGETS)
@@ -243,7 +255,7 @@ def test_matching_is_the_cheapest_by_the_costs_of_the_losses(kind, monkeypatch):
                         list(map(sigmoid, x)), truth
                     )
                 else:
-                    sides = (side[n].tolist() for side in dataseg.rasterise(t.boxes, (6, 8)))
+                    sides = (side[n].tolist() for side in rasterise(t.boxes, (6, 8)))
                     expected += 5 * projection(masks[z, i, q].tolist(), *sides)
                 assert cost[z, q, n].item() == pytest.approx(expected, rel=1e-4)
             all_ways = itertools.permutations(range(4), len(t.labels))
@@ -269,12 +281,15 @@ def test_matching_of_none_and_of_more_than_there_are_queries(kind):
     assert len(set(zip(depth.tolist(), target.tolist()))) == 12
 
 
-# -- the sum -----------------------------------------------------------------------------------------------------------
+# -- the sum ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def cells(monkeypatch):
-    """The points of the losses are the centres of the 6 x 8 cells, where masks and targets are what they are there."""
+    """The points of the losses are the centres of the 6 x 8 cells.
+
+    There masks and targets have the values of the cells.
+    """
     y, x = torch.meshgrid((torch.arange(6) + 0.5) / 6, (torch.arange(8) + 0.5) / 8, indexing="ij")
 
     def centres(logits, num):
@@ -289,7 +304,7 @@ def test_loss_of_all_depths_and_images(kind, cells, monkeypatch):
     output, targets = random_output(depths=3), TARGETS[kind]([2, 0, 2], [1])
     masks, pairs = all_masks(output), dataseg.match(SMALL, output, targets)
     monkeypatch.setattr(dataseg, "match", lambda *_: pairs)
-    monkeypatch.setattr(dataseg, "mean_over_ranks", lambda count: count * 1.5)
+    monkeypatch.setattr(mask_losses, "mean_over_ranks", lambda count: count * 1.5)
     labels, expected = (
         torch.full((3, 2, 4), 3),
         dict.fromkeys(("loss_mask", "loss_dice", "loss_projection"), 0.0),
@@ -302,12 +317,11 @@ def test_loss_of_all_depths_and_images(kind, cells, monkeypatch):
                     masks[z, i, q].flatten().tolist(),
                     t.masks[n, 2::4, 2::4].flatten().float().tolist(),
                 )
-                expected["loss_mask"] += (
-                    5 * sum(map(soft_bce, x, truth)) / 48 / 6
-                )  # 4 targets here, 8 on another rank
+                # 4 targets here, 8 on another rank
+                expected["loss_mask"] += 5 * sum(map(soft_bce, x, truth)) / 48 / 6
                 expected["loss_dice"] += 5 * dice(list(map(sigmoid, x)), truth) / 6
             else:
-                sides = (side[n].tolist() for side in dataseg.rasterise(t.boxes, (6, 8)))
+                sides = (side[n].tolist() for side in rasterise(t.boxes, (6, 8)))
                 expected["loss_projection"] += 5 * projection(masks[z, i, q].tolist(), *sides) / 6
     expected = {name: value for name, value in expected.items() if value}
     expected["loss_class"] = 2 * dataseg.loss_class(output.logits, labels).item()
@@ -318,12 +332,11 @@ def test_loss_of_all_depths_and_images(kind, cells, monkeypatch):
     assert losses["loss"].item() == pytest.approx(sum(expected.values()), rel=1e-4)
     losses["loss"].backward()  # every depth is supervised
     assert output.logits.grad.any(-1).all() and output.mask_embed.grad.any(-1).any(-1).all()
-    monkeypatch.setattr(dataseg, "mean_over_ranks", lambda count: count * 0.1)
+    monkeypatch.setattr(mask_losses, "mean_over_ranks", lambda count: count * 0.1)
     few = dataseg.compute_losses(SMALL, output, targets, ALONE)
     for name in expected.keys() - {"loss_class"}:
-        assert few[name].item() == pytest.approx(
-            6 * losses[name].item(), rel=1e-4
-        )  # at least one target
+        # at least one target
+        assert few[name].item() == pytest.approx(6 * losses[name].item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("merging", [True, False])
@@ -361,14 +374,15 @@ def test_boxes_alone_teach_rectangles():
         assert (found & wanted).sum() / (found | wanted).sum() > 0.97, n
 
 
-# -- merge -------------------------------------------------------------------------------------------------------------
+# -- merge -----------------------------------------------------------------------------------------
 
 KINDS = Vocabulary("a", ("cat", "grass", "sky"), is_thing=(True, False, False))
 
 
 def test_merged_classes_of_the_tasks():
+    classes = LabelSpace([KINDS])
     merged = {
-        task: dataseg.merged_classes(KINDS, task).tolist()
+        task: dataseg.merged_classes(classes, task).tolist()
         for task in ("semantic", "panoptic", "instance")
     }
     assert merged == {
@@ -376,7 +390,8 @@ def test_merged_classes_of_the_tasks():
         "panoptic": [False, True, True],
         "instance": [False] * 3,
     }
-    plain = replace(KINDS, is_thing=None)  # what is not known to be stuff is left alone
+    # what is not known to be stuff is left alone
+    plain = LabelSpace([replace(KINDS, is_thing=None)])
     merged = {task: dataseg.merged_classes(plain, task).tolist() for task in merged}
     assert merged == {"semantic": [True] * 3, "panoptic": [False] * 3, "instance": [False] * 3}
 
@@ -422,17 +437,14 @@ def test_targets_of_each_supervision():
     samples = [labelled("a", kind, labels) for kind, labels in kinds.items()]
     batch, targets = collate(samples), []
     for i, kind in enumerate(kinds):
-        merged = dataseg.merged_classes(KINDS, dataseg.TASKS[kind])
+        merged = dataseg.merged_classes(LabelSpace([KINDS]), dataseg.TASKS[kind])
         targets.append(
-            dataseg.assign_targets(replace(batch, samples=[batch.samples[i]]), merged)[0]
+            dataseg.prepare_targets(replace(batch, samples=[batch.samples[i]]), merged)[0]
         )
     *targets, boxes = targets
     assert [t.labels.tolist() for t in targets] == [[0, 1, 2], [0, 0, 1, 2], [1, 1]]
-    members = [
-        [[1], [2], [0]],
-        [[1], [4], [0, 3], [2]],
-        [[0], [1]],
-    ]  # rows of the sample, in the order of the targets
+    # rows of the sample, in the order of the targets
+    members = [[[1], [2], [0]], [[1], [4], [0, 3], [2]], [[0], [1]]]
     for t, sample, rows in zip(targets, samples, members):
         own = (
             sample.masks
@@ -471,10 +483,12 @@ def test_free_queries_join_the_target_of_their_class():
 
 
 def test_joined_queries_are_supervised_as_one_mask(cells, monkeypatch):
-    """The merged logit is the largest; its gradient reaches the member that has it, and all members learn the class."""
-    logits = (
-        9 * torch.eye(4)[[1, 1, 1, 0, 3]][None]
-    )  # queries 0 to 2 call the second class by its name
+    """The merged logit is the largest. Its gradient reaches the member that has it.
+
+    All members learn the class.
+    """
+    # queries 0 to 2 predict the second class
+    logits = 9 * torch.eye(4)[[1, 1, 1, 0, 3]][None]
     masks, truth = torch.randn(1, 5, 6, 8, requires_grad=True), torch.rand(2, 6, 8) > 0.5
     targets = [Targets(torch.zeros(0, 4), torch.tensor([0, 1]), masks=blocks(truth))]
     pairs = tuple(map(torch.tensor, ([0, 0], [3, 1], [0, 1])))  # depth, query, target
@@ -528,29 +542,34 @@ def test_two_halves_are_the_whole():
     )
 
 
-# -- predictions -------------------------------------------------------------------------------------------------------
+# -- predictions -----------------------------------------------------------------------------------
 
 
 class Says:
-    """In the place of a model: the probabilities (B, Q, K + 1) and mask logits (B, Q, h, w) of its last depth."""
+    """Takes the place of a model.
+
+    probabilities: (B, Q, K + 1) of its last depth; masks: (B, Q, h, w), its mask logits
+    """
 
     def __init__(self, probabilities, masks, **changes):
-        self.args, self.text, last = (
-            replace(SMALL, **changes),
-            torch.zeros(1, 384),
-            free(masks, probabilities.log()),
-        )
+        self.args, last = replace(SMALL, **changes), free(masks, probabilities.log())
         logits, embed = (
             torch.cat([torch.randn_like(x), x]) for x in (last.logits, last.mask_embed)
         )
-        self.output, self.ready = Output(logits, embed, masks), False
+        self.output, self.ready = MaskOutput(logits, embed, masks), False
 
     def eval(self):
         self.ready = True
 
+    def parameters(self):
+        yield self.output.logits
+
     def __call__(self, images, sizes, text):
-        assert text is self.text and self.ready
+        assert torch.equal(text, CLASSES.text) and self.ready
         return self.output
+
+
+CLASSES = LabelSpace([KINDS], lambda names, dataset: torch.eye(3, 384))
 
 
 def images_of(*sizes: tuple[tuple[int, int], tuple[int, int]]) -> Batch:
@@ -566,7 +585,8 @@ def images_of(*sizes: tuple[tuple[int, int], tuple[int, int]]) -> Batch:
 def test_semantic_maps_are_sums_over_all_proposals():
     batch = images_of(((20, 30), (9, 7)), ((28, 17), (12, 14)))
     p, masks = torch.randn(2, 5, 4).softmax(-1), 3 * torch.randn(2, 5, 8, 8)
-    found = dataseg.predict(Says(p, masks), batch, replace(KINDS, is_thing=None), "semantic")
+    classes = LabelSpace([replace(KINDS, is_thing=None, text=CLASSES.text)])
+    found = dataseg.predict(Says(p, masks), batch, classes, "semantic")
     for i, (size, original) in enumerate((((20, 30), (9, 7)), ((28, 17), (12, 14)))):
         assert (
             found[i].keys() == {"class_names", "size", "semantic"} and found[i]["size"] == original
@@ -579,24 +599,23 @@ def test_semantic_maps_are_sums_over_all_proposals():
 
 
 def test_union_and_sum_disagree_where_many_are_unsure():
-    p = torch.tensor(
-        [[[0.6, 0, 0, 0.4], [0.6, 0, 0, 0.4], [0, 0.9, 0, 0.1]]]
-    )  # 0.3 + 0.3 beside 0.45
+    # 0.3 + 0.3 against 0.45
+    p = torch.tensor([[[0.6, 0, 0, 0.4], [0.6, 0, 0, 0.4], [0, 0.9, 0, 0.1]]])
     batch, masks = images_of(((32, 32), (8, 8))), torch.zeros(1, 3, 8, 8)
     for task in ("semantic", "panoptic"):
         maps = [
-            dataseg.predict(Says(p, masks, merge=m), batch, KINDS, task)[0]["semantic"]
+            dataseg.predict(Says(p, masks, merge=m), batch, CLASSES, task)[0]["semantic"]
             for m in ("sum", "max")
         ]
         assert (maps[0] == 0).all() and (maps[1] == 1).all()
 
 
 def test_union_of_a_class_votes_for_no_other():
-    """A proposal that calls itself background, and the runner-up of one that is merged, have no say in the union."""
+    """A proposal of background has no vote, nor has the second class of one that is merged."""
     p = torch.tensor([[[0.5, 0.45, 0, 0.05], [0, 0.3, 0, 0.7]]])
     batch, masks = images_of(((32, 32), (8, 8))), torch.full((1, 2, 8, 8), 9.0)
     maps = [
-        dataseg.predict(Says(p, masks, merge=m), batch, KINDS, "semantic")[0]["semantic"]
+        dataseg.predict(Says(p, masks, merge=m), batch, CLASSES, "semantic")[0]["semantic"]
         for m in ("sum", "max")
     ]
     assert (maps[0] == 1).all() and (maps[1] == 0).all()
@@ -611,41 +630,40 @@ def region(*parts: tuple[slice, slice]):
 
 
 def test_panoptic_maps():
-    """Halves of stuff are one segment, things are not; unsure and overlapped proposals are left out."""
+    """Halves of stuff are one segment, things are not.
+
+    Improbable and overlapped proposals are left out.
+    """
     s, top = slice, slice(0, 3)
     proposals = [
-        ([0.9, 0, 0, 0.1], region((top, s(0, 4)))),  # 1: a cat
-        (
-            [0.85, 0, 0, 0.15],
-            region((top, s(4, 8)), (s(0, 2), s(3, 4))),
-        ),  # 2: another; the first wins 2 of 14 cells
-        (
-            [0.82, 0, 0, 0.18],
-            region((s(3, 4), s(0, 3)), (s(2, 3), s(0, 1))),
-        ),  # only 3 of 4 cells are left
-        ([0, 0.95, 0.05, 0], region((s(4, 7), s(0, 6)))),  # 3: grass, the surer part
-        (
-            [0, 0.9, 0.1, 0],
-            region((s(4, 7), s(2, 8))),
-        ),  # more grass, of which less than 0.8 is left
-        ([0, 0, 0.7, 0.3], region((s(7, 8), s(0, 8)))),  # sky
-        (
-            [0, 0.35, 0.33, 0.32],
-            region((s(7, 8), s(0, 8))),
-        ),  # unsure of grass: it must not join the surer part
-        ([0.05, 0, 0, 0.95], region((s(0, 8), s(0, 8)))),  # nothing
+        # 1: a cat
+        ([0.9, 0, 0, 0.1], region((top, s(0, 4)))),
+        # 2: another; the first wins 2 of 14 cells
+        ([0.85, 0, 0, 0.15], region((top, s(4, 8)), (s(0, 2), s(3, 4)))),
+        # only 3 of 4 cells are left
+        ([0.82, 0, 0, 0.18], region((s(3, 4), s(0, 3)), (s(2, 3), s(0, 1)))),
+        # 3: grass, the more probable part
+        ([0, 0.95, 0.05, 0], region((s(4, 7), s(0, 6)))),
+        # more grass, of which less than 0.8 is left
+        ([0, 0.9, 0.1, 0], region((s(4, 7), s(2, 8)))),
+        # sky
+        ([0, 0, 0.7, 0.3], region((s(7, 8), s(0, 8)))),
+        # unsure of grass: it must not join the more probable part
+        ([0, 0.35, 0.33, 0.32], region((s(7, 8), s(0, 8)))),
+        # nothing
+        ([0.05, 0, 0, 0.95], region((s(0, 8), s(0, 8)))),
     ]
     p, masks = (torch.stack([torch.as_tensor(x) for x in part])[None] for part in zip(*proposals))
     batch, expected = images_of(((32, 32), (8, 8))), torch.zeros(8, 8, dtype=torch.int32)
     for number, part in enumerate([(top, s(0, 4)), (top, s(4, 8)), (s(4, 7), s(0, 8))], 1):
         expected[part] = number
-    (found,) = dataseg.predict(Says(p, masks), batch, KINDS, "panoptic")
+    (found,) = dataseg.predict(Says(p, masks), batch, CLASSES, "panoptic")
     assert found.keys() == {"class_names", "size", "semantic", "panoptic", "segments_info"}
     assert found["panoptic"].tolist() == expected.tolist()
     kinds = {"id": [1, 2, 3], "label": [0, 0, 1], "isthing": [True, True, False]}
     assert {key: [info[key] for info in found["segments_info"]] for key in kinds} == kinds
     assert [info["score"] for info in found["segments_info"]] == pytest.approx([0.9, 0.85, 0.95])
-    (found,) = dataseg.predict(Says(p, masks, object_threshold=0.6), batch, KINDS, "panoptic")
+    (found,) = dataseg.predict(Says(p, masks, object_threshold=0.6), batch, CLASSES, "panoptic")
     expected[7] = 4
     assert (
         found["panoptic"].tolist() == expected.tolist() and found["segments_info"][3]["label"] == 2
@@ -654,7 +672,7 @@ def test_panoptic_maps():
 
 def test_instances_are_not_merged():
     p, masks, original = torch.randn(1, 5, 4).softmax(-1), 3 * torch.randn(1, 5, 8, 8), (9, 7)
-    (found,) = dataseg.predict(Says(p, masks), images_of(((20, 30), original)), KINDS, "instance")
+    (found,) = dataseg.predict(Says(p, masks), images_of(((20, 30), original)), CLASSES, "instance")
     assert found.keys() == {"class_names", "size", "boxes", "labels", "scores", "masks"}
     assert len(found["boxes"]) == 15 and found["masks"].shape == (15, *original)
     logits, expected = restore(masks[0], (32, 32), (20, 30), original), []
@@ -667,15 +685,15 @@ def test_instances_are_not_merged():
     assert torch.equal(found["masks"], logits[[q for _, _, q in expected]] > 0)
 
 
-# -- model -------------------------------------------------------------------------------------------------------------
+# -- model -----------------------------------------------------------------------------------------
 
 
 def small_model(
     vocabularies: list[Vocabulary] | None = None, **changes
 ) -> tuple[dataseg.Model, LabelSpace]:
     args = replace(SMALL, **changes)
-    label_space, text = dataseg.build_label_space(args, vocabularies or [KINDS])
-    return dataseg.Model(args, text, pretrained=False), label_space
+    label_space = dataseg.build_label_space(args, vocabularies or [KINDS])
+    return dataseg.Model(args, label_space, pretrained=False), label_space
 
 
 def test_classes_are_cosines_and_background_is_the_last():
@@ -700,12 +718,9 @@ def random_maps(batch: int = 2, channels: int = 32):
 
 
 def test_queries_look_at_one_level_after_the_other_and_each_answer_counts():
-    (model, _), (mask_features, maps) = small_model(decoder_layers=4), random_maps()
-    output, q, expected = (
-        model.decode(mask_features, maps, model.text),
-        model.query_feat.expand(2, -1, -1),
-        [],
-    )
+    (model, label_space), (mask_features, maps) = small_model(decoder_layers=4), random_maps()
+    output = model.decode(mask_features, maps, label_space.text)
+    q, expected = model.query_feat.expand(2, -1, -1), []
     for i in range(5):
         z, mask_embed = model.head(q)
         expected.append((z, mask_embed, torch.einsum("bqc,bchw->bqhw", mask_embed, mask_features)))
@@ -724,20 +739,20 @@ def test_queries_look_at_one_level_after_the_other_and_each_answer_counts():
             q = layer.feed_forward(layer.self_attend(q, model.query_embed))
     z, mask_embed, masks = map(torch.stack, zip(*expected))
     torch.testing.assert_close(output.mask_embed, mask_embed)
-    torch.testing.assert_close(output.logits, model.classify(z, model.text))
+    torch.testing.assert_close(output.logits, model.classify(z, label_space.text))
     depth, query = torch.tensor([0, 4, 4]), torch.tensor([5, 0, 5])
     torch.testing.assert_close(output.masks(depth, 1, query), masks[depth, 1, query])
     torch.testing.assert_close(output.masks(-1, 0), masks[4, 0])
 
 
 def test_permuted_queries_give_permuted_outputs():
-    (model, _), maps, order = small_model(), random_maps(), torch.randperm(6)
-    one = model.decode(*maps, model.text)
+    (model, label_space), maps, order = small_model(), random_maps(), torch.randperm(6)
+    one = model.decode(*maps, label_space.text)
     model.query_feat.data, model.query_embed.data = (
         model.query_feat[order],
         model.query_embed[order],
     )
-    other = model.decode(*maps, model.text)
+    other = model.decode(*maps, label_space.text)
     torch.testing.assert_close(other.logits, one.logits[:, :, order])
     torch.testing.assert_close(other.mask_embed, one.mask_embed[:, :, order])
 
@@ -757,35 +772,28 @@ def test_base_has_the_shapes_of_the_official_one():
     listing = next(iter(json.loads(BASE_KEYS.read_text()).values()))
     official = {key: torch.empty(facts["shape"], device="meta") for key, facts in listing.items()}
     with torch.device("meta"):
-        own = dataseg.Model(dataseg.Args(), torch.zeros(5, 768), pretrained=False).state_dict()
-    base, rest = {key: t.shape for key, t in convert_mask2former(official)[0].items()}, {}
-    assert base == {
-        key: t.shape for key, t in own.items() if key in base or not rest.setdefault(key, True)
-    }
-    assert rest.keys() == {
-        "class_embed.weight",
-        "class_embed.bias",
-        "background",
-        "logit_scale",
-        "text",
-    }
+        label_space = LabelSpace([KINDS], lambda names, dataset: torch.zeros(len(names), 768))
+        own = dataseg.Model(dataseg.Args(), label_space, pretrained=False).state_dict()
+    base = {key: t.shape for key, t in convert_mask2former(official)[0].items()}
+    assert base == {key: t.shape for key, t in own.items() if key in base}
+    rest = {"class_embed.weight", "class_embed.bias", "background", "logit_scale"}
+    assert own.keys() - base.keys() == rest
 
 
 def test_swapping_the_vocabulary_changes_the_columns_alone():
-    model, _ = small_model()
-    maps, before = random_maps(), {key: t.clone() for key, t in model.state_dict().items()}
-    one = model.decode(*maps, model.text)
-    model.set_vocabulary(torch.cat([unit_rows(1, 384), model.text.flip(0)]).double())
-    other = model.decode(*maps, model.text)
+    model, label_space = small_model()
+    maps = random_maps()
+    one = model.decode(*maps, label_space.text)
+    names = ("dog", *reversed(KINDS.names))
+    other_space = label_space.swap(", ".join(names))
+    assert other_space.names == names
+    assert torch.equal(other_space.text[1:], label_space.text.flip(0))
+    other = model.decode(*maps, other_space.text)
     assert torch.equal(one.mask_embed, other.mask_embed) and other.logits.shape[-1] == 5
     torch.testing.assert_close(other.logits[..., [3, 2, 1, 4]], one.logits)
-    assert all(
-        torch.equal(t, before[key]) for key, t in model.state_dict().items() if key != "text"
-    )
-    with pytest.raises(
-        InputError, match="512 dimensions, this model needs 384; use the --text-encoder"
-    ):
-        model.set_vocabulary(unit_rows(3, 512))
+    message = "512 dimensions, this model needs 384; use the --text-encoder"
+    with pytest.raises(InputError, match=message):
+        label_space.swap(Vocabulary("b", ("x", "y", "z"), text=unit_rows(3, 512)))
 
 
 DATA = {"ade": "semantic", "pan": "panoptic", "ins": "instances", "box": "boxes"}
@@ -794,7 +802,7 @@ SPACE = [replace(KINDS, dataset=name) for name in DATA]
 
 def test_names_of_datasets_make_no_difference():
     model, label_space = small_model(SPACE)
-    assert model.text.shape == (12, 384)
+    assert label_space.text.shape == (12, 384)
     outputs, losses = [], []
     for name in ("ade", "box"):
         torch.manual_seed(5)
@@ -804,10 +812,10 @@ def test_names_of_datasets_make_no_difference():
                 labelled(name, "instances", [2], (64, 64)),
             ]
         )
-        output = model.eval()(batch.images, batch.sizes, model.text[label_space.slice(name)])
+        output = model.eval()(batch.images, batch.sizes, label_space.part(name).text)
         outputs.append(output)
         losses.append(
-            dataseg.compute_losses(SMALL, output, dataseg.assign_targets(batch, ALONE), ALONE)[
+            dataseg.compute_losses(SMALL, output, dataseg.prepare_targets(batch, ALONE), ALONE)[
                 "loss"
             ]
         )
@@ -824,29 +832,32 @@ def test_every_batch_teaches_everything_but_texts(name, labels):
     """DistributedDataParallel waits for the gradient of every parameter."""
     model, label_space = small_model(SPACE)
     batch = collate([labelled(name, DATA[name], own, (64, 64)) for own in labels])
-    output = model.train()(batch.images, batch.sizes, model.text[label_space.slice(name)])
-    losses = dataseg.compute_losses(model.args, output, dataseg.assign_targets(batch, ALONE), ALONE)
+    output = model.train()(batch.images, batch.sizes, label_space.part(name).text)
+    losses = dataseg.compute_losses(
+        model.args, output, dataseg.prepare_targets(batch, ALONE), ALONE
+    )
     losses["loss"].backward()
     assert losses["loss"].isfinite() and losses["loss_class"] > 0
     lacking = [
         key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()
     ]
     assert not lacking and model.background.grad.any() and model.logit_scale.grad.any()
-    assert model.text.grad is None and not model.text.requires_grad
+    assert label_space.text.grad is None and not label_space.text.requires_grad
     of_masks = {"loss_projection"} if name == "box" else {"loss_mask", "loss_dice"}
     assert losses.keys() == {"loss", "loss_class"} | of_masks
     assert all((losses[key] > 0) == bool(labels[0]) for key in of_masks)
 
 
 def test_images_of_a_batch_do_not_mix():
-    model, _ = small_model()
+    model, label_space = small_model()
     batch = collate([Sample.unlabelled(pixels(size), "a", 0, 0) for size in ((96, 64), (70, 96))])
-    both, alone = (model.eval()(batch.images[i:], batch.sizes[i:], model.text) for i in range(2))
+    model.eval()
+    both, alone = (model(batch.images[i:], batch.sizes[i:], label_space.text) for i in range(2))
     torch.testing.assert_close(both.logits[:, 1:], alone.logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(all_masks(both)[:, 1:], all_masks(alone), rtol=1e-3, atol=1e-3)
 
 
-# -- recordings of official code ---------------------------------------------------------------------------------------
+# -- recordings of official code -------------------------------------------------------------------
 
 
 def test_parity_projection_loss():
@@ -857,7 +868,7 @@ def test_parity_projection_loss():
     boxes, masks = (
         torch.cat([tensors[f"gt{i}.{kind}"] for i in range(2)]) for kind in ("boxes", "box_masks")
     )
-    rows, columns = dataseg.rasterise(boxes, logits.shape[-2:], stride)
+    rows, columns = rasterise(boxes, logits.shape[-2:], stride)
     assert torch.equal(rows[:, :, None] * columns[:, None], masks)
     loss = dataseg.loss_projection(logits, rows, columns, count)
     check("projection: loss", loss, record["loss_project"])
@@ -868,12 +879,16 @@ def test_parity_projection_loss():
     check("projection: dice of whole masks", dice, tensors["dice.per_instance"])
 
 
-# -- training ----------------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def datasets(tiny_root):
     return load_datasets(NAMES, "train", str(tiny_root), masks=True, accepts=dataseg.SUPERVISION)
+
+
+def space_of(args, datasets) -> LabelSpace:
+    return dataseg.build_label_space(args, [d.vocabulary for d in datasets])
 
 
 def test_settings_of_the_paper_and_its_base():
@@ -900,7 +915,7 @@ def test_settings_of_the_paper_and_its_base():
 
 
 def test_recipe(datasets, tmp_path, monkeypatch):
-    """AdamW and clipping as Mask2Former's, a poly schedule of a rate that is scaled with the batch."""
+    """AdamW and clipping are Mask2Former's. The poly schedule's rate is scaled with the batch."""
     adamw, clip, parameter_groups = (
         torch.optim.AdamW,
         nn.utils.clip_grad_norm_,
@@ -909,9 +924,8 @@ def test_recipe(datasets, tmp_path, monkeypatch):
     seen, backward = SimpleNamespace(rates=[]), torch.Tensor.backward
 
     def spy_backward(loss):
-        assert all(
-            p.grad is None for p in seen.model.parameters()
-        )  # no gradient of the step before
+        # no gradient of the step before
+        assert all(p.grad is None for p in seen.model.parameters())
         backward(loss)
 
     def spy_groups(model, *settings):
@@ -939,7 +953,7 @@ def test_recipe(datasets, tmp_path, monkeypatch):
         SMALL, image_size=64, semantic_size=64, batch_size=2, base_batch_size=4, lr=1e-3, steps=3
     )
     (tmp_path / "args.json").touch()  # of the run folder
-    dataseg.train(args, datasets, tmp_path, CPU)
+    dataseg.train(args, datasets, space_of(args, datasets), tmp_path, CPU)
     assert seen.settings == {"lr": 5e-4, "fused": True} and len(seen.rates) == 3
     for step, rates in enumerate(seen.rates):
         for rate, factor in rates:
@@ -977,7 +991,8 @@ def test_a_step_knows_the_classes_of_its_dataset(datasets, tmp_path, monkeypatch
 
     def spy_losses(args, output, targets, merged):
         dataset = by_size[output.logits.shape[-1] - 1]
-        assert torch.equal(merged, dataseg.merged_classes(dataset.vocabulary, tasks[dataset.name]))
+        own = LabelSpace([dataset.vocabulary])
+        assert torch.equal(merged, dataseg.merged_classes(own, tasks[dataset.name]))
         seen.add(dataset.name)
         if len(seen) == 3:
             raise Enough
@@ -989,7 +1004,7 @@ def test_a_step_knows_the_classes_of_its_dataset(datasets, tmp_path, monkeypatch
     args = replace(SMALL, image_size=64, semantic_size=64, batch_size=2, steps=40)
     (tmp_path / "args.json").touch()
     with pytest.raises(Enough):
-        dataseg.train(args, datasets, tmp_path, CPU)
+        dataseg.train(args, datasets, space_of(args, datasets), tmp_path, CPU)
 
 
 def test_each_step_has_one_dataset_on_all_ranks(datasets, monkeypatch):
@@ -1005,18 +1020,17 @@ def test_each_step_has_one_dataset_on_all_ranks(datasets, monkeypatch):
         monkeypatch.setattr(dataseg, "rank", lambda rank=rank: rank)
         loaders.append(dataseg.build_dataloader(args, datasets, 0, CPU))
         streams.append(list(islice(loaders[-1].batch_sampler, 2000)))
-    starts, drawn = loaders[0].dataset.starts, np.zeros(3)
+    starts, sampled = loaders[0].dataset.starts, np.zeros(3)
     for batches in zip(*streams):
         kinds = {
             int(starts.searchsorted(row, "right")) - 1 for batch in batches for row, _ in batch
         }
         draws = [draw for batch in batches for _, draw in batch]
-        assert len(kinds) == 1 and len(set(draws)) == len(
-            draws
-        )  # one dataset, and no rank sees another's images
+        # one dataset, and no rank sees another's images
+        assert len(kinds) == 1 and len(set(draws)) == len(draws)
         assert len(batches[0]) == len(batches[1]) == (4 if kinds == {2} else 2)
-        drawn[kinds.pop()] += len(draws)
-    assert (drawn / drawn.sum()).tolist() == pytest.approx([1 / 7, 2 / 7, 4 / 7], abs=0.03)
+        sampled[kinds.pop()] += len(draws)
+    assert (sampled / sampled.sum()).tolist() == pytest.approx([1 / 7, 2 / 7, 4 / 7], abs=0.03)
     later = dataseg.build_dataloader(args, datasets, 7, CPU)  # of the last rank
     assert list(islice(later.batch_sampler, 50)) == streams[1][7:57]
     longest = {"ade20k": 64, "coco-panoptic": 96, "o365": 32}
@@ -1032,29 +1046,33 @@ def test_each_step_has_one_dataset_on_all_ranks(datasets, monkeypatch):
 
 @pytest.mark.parametrize("names", ["ade20k", NAMES])
 def test_tiny_mixes_any_datasets(names, datasets):
+    flags = ["--tiny", "--datasets", names]
     args = parse_args(
-        dataseg.Args, "dataseg", dataseg.TINY, dataseg.MODEL_FIELDS, ["--tiny", "--datasets", names]
+        dataseg.Args, "dataseg", dataseg.TINY, dataseg.MODEL_FIELDS, dataseg.OFFICIAL, flags
     )
     dataseg.build_dataloader(args, [d for d in datasets if d.name in names.split(",")], 0, CPU)
 
 
 def test_each_dataset_is_evaluated_by_its_own_task(tiny_root, tmp_path, monkeypatch):
-    evaluated, (model, _) = {}, small_model()
+    evaluated, (model, label_space) = {}, small_model()
 
-    def spy(detect, dataset, *_):
-        evaluated[dataset.name] = detect.keywords["task"]
-        assert detect.keywords["vocabulary"] is dataset.vocabulary and detect.args == (model,)
-        assert torch.equal(model.text, dataseg.embed(dataset.vocabulary.names, "minilm"))
-        return {}
+    def spy(segment, dataset, *_):
+        evaluated[dataset.name] = segment.keywords["task"]
+        classes = segment.keywords["label_space"]
+        assert segment.func is dataseg.predict and segment.args == (model,)
+        assert classes.vocabularies == {dataset.name: dataset.vocabulary}
+        assert torch.equal(classes.text, dataseg.embed(dataset.vocabulary.names, "minilm"))
+        return {dataset.name: {}}
 
     monkeypatch.setattr(dataseg, "evaluate_dataset", spy)
     names = "ade20k,ade20k-panoptic,coco-panoptic,o365-instances,coco,lvis,oid"
     found = load_datasets(names, "val", str(tiny_root), accepts=dataseg.SUPERVISION)
-    assert list(dataseg.evaluate(SMALL, model, found, tmp_path)) == names.split(",")
+    results = dataseg.evaluate(SMALL, model, label_space, found, tmp_path)
+    assert list(results) == names.split(",")
     assert list(evaluated.values()) == ["semantic", "panoptic", "panoptic", *["instance"] * 4]
 
 
-# -- command line ------------------------------------------------------------------------------------------------------
+# -- command line ----------------------------------------------------------------------------------
 
 FLAGS = [
     *[
@@ -1221,10 +1239,12 @@ def test_resume_after_a_kill_ends_with_the_same_weights(
 
 
 def test_evaluation_set_has_the_text_of_its_dataset(tmp_path):
+    """The names of "o365-instances" are those of "o365", so they have the rows of its file."""
     np.save(tmp_path / "o365.npy", np.eye(3, 5))
-    dataset = SimpleNamespace(name="o365-instances", vocabulary=KINDS)
     args = dataseg.Args(text_encoder=f"ade20k=none.npy,o365={tmp_path / 'o365.npy'}")
-    assert dataseg.text_of(args, dataset).tolist() == np.eye(3, 5).tolist()
+    label_space = dataseg.build_label_space(args, [replace(KINDS, dataset="o365")])
+    classes = label_space.swap(replace(KINDS, dataset="o365-instances"))
+    assert classes.text.tolist() == np.eye(3, 5).tolist()
 
 
 def test_scale_stays_at_most_100(data, tmp_path, call, monkeypatch):
@@ -1299,35 +1319,22 @@ def test_training_starts_from_an_official_mask2former(official, data, tmp_path, 
         dataseg, "parameter_groups", lambda m, *k: models.append(m) or parameter_groups(m, *k)
     )
     monkeypatch.setattr(dataseg, "check_finite", enough)
-    sizes = {
-        "--backbone",
-        "--channels",
-        "--queries",
-        "--encoder-layers",
-        "--decoder-layers",
-    }  # the weights tell them
+    # the weights tell them
+    sizes = {"--backbone", "--channels", "--queries", "--encoder-layers", "--decoder-layers"}
     flags = [flag for pair in zip(*[iter(data)] * 2) if pair[0] not in sizes for flag in pair]
     with pytest.raises(Enough):
         call(*flags, "--weights", file, "--output", tmp_path / "run", method="dataseg")
-    own, kept = (
-        models[0].state_dict(),
-        {key: t for key, t in source.state_dict().items() if key != "text"},
-    )
+    own, kept = models[0].state_dict(), source.state_dict()
     assert all(torch.equal(own[key], t) for key, t in kept.items() if key != "backbone.frozen_norm")
-    assert own.keys() - kept.keys() == {
-        "class_embed.weight",
-        "class_embed.bias",
-        "background",
-        "logit_scale",
-        "text",
-    }
+    new = {"class_embed.weight", "class_embed.bias", "background", "logit_scale"}
+    assert own.keys() - kept.keys() == new
     assert not models[0].backbone.body.bn1.training and models[0].class_embed.weight.any()
 
 
 @pytest.mark.parametrize("flags", [["--predict", "a.jpg"], ["--eval-only", "--datasets", "o365"]])
 def test_an_official_mask2former_knows_no_classes(flags, official, tiny_root, fails):
     line = fails(*flags, "--weights", official[0], "--data-root", tiny_root, method="dataseg")
-    assert "hold no text embeddings of classes: only a training can start from them" in line
+    assert "are those of a base model without classes: only a training can start from them" in line
 
 
 @pytest.mark.parametrize(
@@ -1342,6 +1349,7 @@ def test_what_is_evaluated(given, evaluated, monkeypatch, call):
     def load(names, split, *_, **__):
         if split == "val":
             raise Enough(names)
+        return []
 
     monkeypatch.setattr(dataseg, "load_datasets", load)
     with pytest.raises(Enough, match=f"^{evaluated}$"):
@@ -1375,8 +1383,9 @@ def test_bad_flags(flags, words, data, tmp_path, fails):
 
 
 def test_weights_of_others(trained, data, photo, tmp_path, fails):
-    settings = {"method": "lmseg", "args": {}, "vocabularies": {"a": ["cat"]}}
-    save_tensors(tmp_path / "lmseg.safetensors", {"text": torch.ones(1, 384)}, settings)
+    settings = {"method": "lmseg", "args": {}, "vocabularies": {"a": {"names": ["cat"]}}}
+    tensors = {"label_space.a": torch.ones(1, 384)}
+    save_tensors(tmp_path / "lmseg.safetensors", tensors, settings)
     line = fails("--predict", photo, "--weights", tmp_path / "lmseg.safetensors", method="dataseg")
     assert "are not of dataseg.py but of lmseg.py; use that" in line
     line = fails(
@@ -1392,5 +1401,5 @@ def test_weights_of_others(trained, data, photo, tmp_path, fails):
         "--output",
         tmp_path / "o",
     ]
-    line = fails("--predict", photo, "--vocabulary", "cat", *flags, method="dataseg")
+    line = fails("--predict", photo, "--vocabulary", "dragon", *flags, method="dataseg")
     assert "text embeddings have 512 dimensions, this model needs 384" in line

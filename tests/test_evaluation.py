@@ -1,4 +1,4 @@
-"""Box and mask AP: equal to pycocotools on COCO and to lvis on LVIS, equal to cases worked by hand on OpenImages."""
+"""Box and mask AP, against pycocotools (COCO), lvis (LVIS) and cases by hand (OpenImages)."""
 
 import contextlib
 import importlib.util
@@ -36,7 +36,11 @@ REAL_COCO = REAL / "coco/annotations/instances_val2017.json"
 
 
 def make_dataset(metric, names, annotations, images=1, relative=False, **extra):
-    """annotations: (image, label, x1, y1, x2, y2[, ignore]) each; negatives, not_exhaustive: {image: labels}."""
+    """Returns a dataset to evaluate.
+
+    annotations: (image, label, x1, y1, x2, y2[, ignore]) each
+    extra: negatives, not_exhaustive and verified as {image: labels}; other columns and fields
+    """
     rows = np.array([[*a, 0][:7] for a in annotations], dtype=np.float64).reshape(-1, 7)
     labels = {
         field: [list(extra[field].get(i, ())) for i in range(images)]
@@ -78,7 +82,7 @@ def predict(*detections, size=(100, 100)):
 
 
 def random_dataset(seed, images=24, classes=6):
-    """Classes 0..classes-2 have ground truth, the last has none; some images are empty; scores tie."""
+    """Returns a dataset and predictions. The last class and some images have no boxes."""
     rng = np.random.default_rng(seed)
     annotations, predictions = [], {}
     for image in range(images):
@@ -173,7 +177,7 @@ def test_coco_crowd_takes_many_detections():
 
 
 def test_what_is_beyond_all_sizes_is_ignored_as_an_object():
-    """A difficult object of VOC: found once at IoU 0.5 it is no error; small boxes inside are, unlike in a crowd."""
+    """A difficult object of VOC may be found once. Small boxes inside are errors, in crowds not."""
     boxes = [(0, 0, 0, 0, 20, 20), (0, 0, 40, 40, 80, 80, 1)]
     hit, difficult = (0, 0, 0, 20, 20, 0.5), (0, 40, 40, 80, 78, 0.9)
     inside = [(0, 40 + i, 40, 50 + i, 50, 0.9) for i in range(3)]
@@ -229,7 +233,7 @@ def test_label_of_another_vocabulary_is_an_error():
         )
 
 
-# -------------------------------------------------------------------------------------------------------------- masks
+# -- masks -----------------------------------------------------------------------------------------
 
 
 def ellipses(boxes, size=500):
@@ -241,7 +245,7 @@ def ellipses(boxes, size=500):
 
 
 def with_masks(dataset, predictions):
-    """Each box becomes its ellipse, in the ground truth as polygons (crowds: RLE), in the predictions as RLE."""
+    """Adds ellipses for all boxes: polygons in the ground truth, RLE for crowds and predictions."""
     index, angles = dataset.index, np.linspace(0, 2 * np.pi, 24, endpoint=False)
     index.segmentations = encode_masks(ellipses(torch.from_numpy(index.boxes)))
     for row in np.flatnonzero(~index.ignore):
@@ -282,7 +286,7 @@ def test_mask_ap_needs_masks_on_both_sides():
 
 
 def test_mask_ap_of_lvis():
-    """Right boxes with half of each mask: what is found at IoU 0.5 is all that counts; federated as for boxes."""
+    """A half mask is found at IoU 0.5 only. Masks are evaluated as federated, like boxes."""
     names, boxes = ("cat", "dog"), [(0, 0, 0, 0, 20, 20), (0, 1, 40, 40, 80, 80)]
     polygons = [[[x, y, X, y, X, Y, x, Y]] for _, _, x, y, X, Y in boxes]
     dataset = make_dataset("lvis", names, boxes, images=2, frequency="rf", segmentations=polygons)
@@ -320,7 +324,7 @@ def test_broken_annotated_mask_is_an_error():
         evaluate_detections(dataset, {0: found})
 
 
-# ------------------------------------------------------------------------------------------------- groups of classes
+# -- groups of classes -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metric", ["coco", "lvis"])
@@ -363,7 +367,7 @@ def test_groups_of_oid():
     assert values == pytest.approx(expected, nan_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- recall
+# -- recall ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -402,11 +406,11 @@ def test_recall_by_hand():
         recall(dataset, {0: predict()})
 
 
-# --------------------------------------------------------------------------------------------------------------- LVIS
+# -- LVIS ------------------------------------------------------------------------------------------
 
 
 def test_lvis_federated():
-    """Image 1 has no cat box: a false positive there counts only if cat is verified absent and not else."""
+    """Image 1 has no cat box. A false positive there counts only if cat is verified absent."""
     boxes = [(0, 0, 0, 0, 20, 20)]
     hit, wrong = (0, 0, 0, 20, 20, 0.5), (0, 50, 50, 70, 70, 0.9)
     unknown = make_dataset("lvis", ("cat",), boxes, images=2, frequency="r")
@@ -441,21 +445,23 @@ def test_lvis_keeps_300_detections():
 
 
 def random_lvis(seed):
-    """`random_dataset` without crowds, which LVIS has not, with its three frequencies and partly known images."""
+    """Returns `random_dataset` as LVIS: three frequencies, images annotated in part, no crowds."""
     coco, predictions = random_dataset(seed)
     rng, index, classes = np.random.default_rng(seed), coco.index, len(coco.vocabulary)
     annotated = [set(index.labels[index.rows(i)].tolist()) for i in range(len(index))]
     columns = zip(index.image_of.tolist(), index.labels.tolist(), *index.boxes.T.tolist())
-    fields = {
-        "negatives": {i: [c for c in range(classes) if c not in here and rng.random() < 0.5]
-                      for i, here in enumerate(annotated)},
-        "not_exhaustive": {i: [c for c in here if rng.random() < 0.2] for i, here in enumerate(annotated)},
-    }  # fmt: skip
+    negatives = {}
+    for i, here in enumerate(annotated):
+        negatives[i] = [c for c in range(classes) if c not in here and rng.random() < 0.5]
+    not_exhaustive = {}
+    for i, here in enumerate(annotated):
+        not_exhaustive[i] = [c for c in here if rng.random() < 0.2]
     extra = {
         "areas": index.areas,
         "image_ids": list(index.image_ids),
         "frequency": "rrccff",
-        **fields,
+        "negatives": negatives,
+        "not_exhaustive": not_exhaustive,
     }
     return make_dataset(
         "lvis", coco.vocabulary.names, list(columns), len(index), **extra
@@ -463,7 +469,7 @@ def random_lvis(seed):
 
 
 def lvis_numbers(dataset, predictions):
-    """By the package lvis, which needs a numpy.float that numpy no longer has, and OpenCV for pictures alone."""
+    """Evaluates by the package lvis. It needs the old numpy.float, and OpenCV for pictures."""
     sys.modules.setdefault("cv2", ModuleType("cv2"))
     np.float = float
     from lvis import LVIS, LVISEval, LVISResults
@@ -476,8 +482,11 @@ def lvis_numbers(dataset, predictions):
     gt.logger = logging.getLogger("lvis")
     gt.dataset = {
         "images": [
-            {"id": id, "neg_category_ids": ids(index.negatives[i]),
-             "not_exhaustive_category_ids": ids(index.not_exhaustive[i])}
+            {
+                "id": id,
+                "neg_category_ids": ids(index.negatives[i]),
+                "not_exhaustive_category_ids": ids(index.not_exhaustive[i]),
+            }
             for i, id in enumerate(index.image_ids)
         ],
         "categories": [
@@ -485,11 +494,16 @@ def lvis_numbers(dataset, predictions):
             for id, name, f in zip(vocabulary.ids, vocabulary.names, dataset.frequency)
         ],
         "annotations": [
-            {"id": a + 1, "image_id": index.image_ids[i], "category_id": vocabulary.ids[index.labels[a]],
-             "bbox": [*boxes[a, :2], *(boxes[a, 2:] - boxes[a, :2])], "area": float(index.areas[a])}
+            {
+                "id": a + 1,
+                "image_id": index.image_ids[i],
+                "category_id": vocabulary.ids[index.labels[a]],
+                "bbox": [*boxes[a, :2], *(boxes[a, 2:] - boxes[a, :2])],
+                "area": float(index.areas[a]),
+            }
             for a, i in enumerate(index.image_of)
         ],
-    }  # fmt: skip
+    }
     gt._create_index()
     evaluator = LVISEval(
         gt,
@@ -550,7 +564,7 @@ def test_lvis_equals_the_official_evaluator(seed):
         assert ours == pytest.approx(lvis_numbers(dataset, predictions), abs=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------- OpenImages
+# -- OpenImages ------------------------------------------------------------------------------------
 
 TREE = {
     "LabelName": "/m/root",
@@ -653,7 +667,10 @@ def iou(a, b):
 
 
 def oid_class_ap(label, truth, found, absent, present):
-    """AP50 by the challenge's evaluator, box by box; truth and found: {image: [(label, box, group or score)]}."""
+    """Computes the AP50 as the challenge's evaluator does, box by box; None without ground truth.
+
+    truth, found: {image: [(label, box, group or score)]}
+    """
     scored, wanted = [], 0
     for image, boxes in truth.items():
         boxes = [(box, group) for kind, box, group in boxes if label in kinds(kind)]
@@ -725,7 +742,7 @@ def test_oid_equals_the_protocol_box_by_box(seed):
 
 
 def test_oid_group_gets_what_no_single_box_takes():
-    """A detection that overlaps both belongs to the single box, though all of it is in the group."""
+    """A detection that overlaps both belongs to the single box, though the group contains it."""
     truth = np.array([[0, 0, 80, 80], [10, 10, 30, 30]], dtype=float)
     boxes = np.array([[10, 10, 30, 25], [50, 50, 60, 60]], dtype=float)
     hit, ignored = _match(boxes, truth, np.array([True, False]))
@@ -733,13 +750,13 @@ def test_oid_group_gets_what_no_single_box_takes():
 
 
 def test_oid_equal_overlaps_go_to_the_first_box():
-    """A dog and a cat, both groups, hold one found animal; the second dog group is then still to be found."""
+    """One found animal is in a group of dogs and one of cats; a second group of dogs is missed."""
     boxes = [(0, DOG, 0, 0, 60, 60, 1), (0, CAT, 0, 0, 70, 70, 1), (0, DOG, 60, 60, 90, 90, 1)]
     found = predict((ANIMAL, 10, 10, 20, 20, 0.9), (ANIMAL, 62, 10, 69, 20, 0.8))
     by_order = {}
     for order in ((0, 1, 2), (1, 0, 2)):
         by_order[order] = evaluate_detections(oid([boxes[i] for i in order]), {0: found})["AP50"]
-    # Animal: the first detection takes the group listed first; the second is in the cats' group alone
+    # Animal: the first detection takes the group listed first; the second is in the cats' group
     assert by_order[0, 1, 2] == pytest.approx(2 / 3 / 4) and by_order[1, 0, 2] == pytest.approx(
         1 / 3 / 4
     )
@@ -755,7 +772,7 @@ def test_oid_verified_class_without_a_box():
 
 
 def test_oid_detection_is_compared_with_one_box():
-    """The second detection overlaps most with the box already found: a false positive, though COCO would match it."""
+    """The second detection overlaps the taken box most: a false positive. COCO would match it."""
     truth = np.array([[0, 0, 10, 10], [3, 0, 13, 10]], dtype=float)
     boxes = np.array([[0, 0, 10, 10], [1, 0, 11, 10]], dtype=float)
     hit, ignored = _match(boxes, truth, np.zeros(2, dtype=bool))
@@ -780,7 +797,7 @@ def test_relative_boxes_with_the_coco_metric():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_oid_equals_hotcoco_where_protocols_agree(seed):
-    """Boxes far apart, every class verified, no hierarchy: hotcoco's own OpenImages mode gives the same AP."""
+    """With boxes far apart, all classes verified and no hierarchy, hotcoco gives the same AP."""
     rng = np.random.default_rng(seed)
     annotations, predictions, rows = [], {}, []
     for image in range(12):
@@ -826,7 +843,7 @@ def test_oid_equals_hotcoco_where_protocols_agree(seed):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- output
+# -- output ----------------------------------------------------------------------------------------
 
 
 def test_table():

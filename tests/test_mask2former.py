@@ -1,4 +1,4 @@
-"""The parts that the two segmenters share: pixel decoder, decoder layers, matching, points, backbones of four maps."""
+"""Tests of what both segmenters share: pixel decoder, decoder, matching, points, backbones."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-# -- matching ----------------------------------------------------------------------------------------------------------
+# -- matching --------------------------------------------------------------------------------------
 
 
 def test_matching_is_the_cheapest_of_all():
@@ -77,11 +77,11 @@ def test_pairwise_costs_of_large_logits_are_finite():
     assert torch.isfinite(pairwise_dice(logits, targets)).all()
 
 
-# -- points ------------------------------------------------------------------------------------------------------------
+# -- points ----------------------------------------------------------------------------------------
 
 
 def ramp(height: int, width: int) -> torch.Tensor:
-    """(1, H, W) whose value at pixel position (x, y) is 2x - 3y + 1; a pixel's centre is at its index + 0.5."""
+    """Returns (1, H, W) with the value 2x - 3y + 1 at (x, y). Pixel centres are index + 0.5."""
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     return (2 * x - 3 * y + 1)[None]
 
@@ -142,7 +142,7 @@ def test_no_segment_no_points():
         assert cost(torch.randn(4, 12), torch.zeros(0, 12)).shape == (4, 0)
 
 
-# -- transformer decoder -----------------------------------------------------------------------------------------------
+# -- transformer decoder ---------------------------------------------------------------------------
 
 
 def test_sine_position_by_the_formula():
@@ -224,7 +224,7 @@ def test_images_of_a_batch_do_not_mix():
         torch.testing.assert_close(one[1:], other)
 
 
-# -- pixel decoder -----------------------------------------------------------------------------------------------------
+# -- pixel decoder ---------------------------------------------------------------------------------
 
 
 def test_deformable_attention_starts_on_squares():
@@ -272,7 +272,7 @@ def test_compiled_parts_agree_with_eager():
     torch.testing.assert_close(compiled, eager)
 
 
-# -- backbones ---------------------------------------------------------------------------------------------------------
+# -- backbones -------------------------------------------------------------------------------------
 
 ALL = [4, 8, 16, 32]
 
@@ -302,7 +302,7 @@ def test_channels_of_detectors():
 
 
 def test_plain_vit_keeps_places():
-    """A change in the image changes the maps most where it is, also with patches that do not fit the strides."""
+    """Maps change most where the image changes, also if patches do not fit the strides."""
     backbone = Backbone("vit_small_patch14_dinov2", 0, pretrained=False, strides=ALL).eval()
     images = torch.full((2, 3, 128, 192), 128, dtype=torch.uint8)
     images[1, :, 64:96, 128:160] = 255

@@ -1,7 +1,7 @@
 """Every path of multi-scale deformable attention against the formula in double precision.
 
-The Triton kernels run on a GPU where there is one, and anywhere in Triton's interpreter. That must be chosen before
-Triton is imported: `test_interpreted` runs this file once more with TRITON_INTERPRET=1.
+The Triton kernels run on a GPU if there is one, and anywhere in Triton's interpreter. That must be
+chosen before Triton is imported, so `test_interpreted` runs this file with TRITON_INTERPRET=1.
 """
 
 import os
@@ -19,7 +19,8 @@ import common.msda
 from common.msda import formula, msda
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# levels, B, Q, M, d, P: unequal sides, one pixel, one row, one column; K = 12, 16, 1, 3; padded d and a tile cut short
+# levels, B, Q, M, d, P: unequal sides, one pixel, one row, one column; K = 12, 16, 1, 3; padded d
+# and an incomplete tile
 CASES = {
     "K12": (((3, 4), (6, 8), (2, 1)), 2, 19, 2, 32, 4),
     "K16": (((1, 1), (1, 5), (5, 1), (2, 2)), 1, 5, 3, 20, 4),
@@ -40,7 +41,9 @@ def device(request, monkeypatch) -> str:
 
 
 def draw(shapes, batch, queries, heads, d, points):
-    """value, shapes, offsets, logits, reference and the cotangent, float64; points up to 3 pixels outside of the map.
+    """Returns value, shapes, offsets, logits, reference and the cotangent, in float64.
+
+    Points are up to 3 pixels outside the map.
 
     No point is within 0.01 of a pixel centre, where gradients jump.
     """
@@ -268,7 +271,7 @@ def test_wrong_shapes_are_refused():
         msda(value, shapes, offsets, logits[..., :-1], centre)
 
 
-# -- against the official implementation -------------------------------------------------------------------------------
+# -- against the official implementation -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])
@@ -343,7 +346,7 @@ def test_parity_module(device, form):
     check(f"msda module {form}", out, tensors[f"msda.module_out.{form}"], 1e-5)
 
 
-# -- kernels without a GPU ---------------------------------------------------------------------------------------------
+# -- kernels without a GPU -------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(INTERPRETED, reason="already interpreted")

@@ -1,7 +1,7 @@
-"""The parts of the two segmenters against tensors recorded from the official Mask2Former, and the whole base.
+"""Parts of the two segmenters, and their whole base, against recordings of Mask2Former.
 
-CONCORD_PARITY names the folder. Every size, constant and name is read from it. `pytest -s` prints the worst relative
-error of each quantity.
+CONCORD_PARITY names the folder of recorded tensors. Every size, constant and name is read from it.
+`pytest -s` prints the worst relative error of each quantity.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from common.backbone import Backbone
 from common.checkpoint import load_weights
-from common.convert import MASK2FORMER, converted, rename
+from common.convert import MASK2FORMER, convert_mask2former, converted, rename
 from common.pixel_decoder import MSDeformAttn, PixelDecoder, pixel_centres, tokens
 from common.point_matching import (
     hungarian,
@@ -28,7 +28,7 @@ from common.transformer import DecoderLayer, QueryHead, blocked_pixels, sine_pos
 
 
 class Base(nn.Module):
-    """What the segmenters share, put together as they do, with a classifier of fixed classes in the place of texts."""
+    """What the segmenters share, put together as they do, with a classifier of fixed classes."""
 
     def __init__(self, queries, channels, heads, layers, ffn, classes, mask_channels):
         super().__init__()
@@ -41,8 +41,10 @@ class Base(nn.Module):
         self.class_embed = nn.Linear(channels, classes + 1)
 
     def forward(self, mask_features, maps):
-        """mask_features (B, C, h, w), maps of strides 32, 16, 8 -> logits and masks before the first and after each
-        layer, and the pixels blocked in each."""
+        """Returns logits and masks before the first and after each layer, and the blocked pixels.
+
+        mask_features: (B, C, h, w); maps: of strides 32, 16, 8
+        """
         level_features = [F.interpolate(mask_features, m.shape[-2:], mode="bilinear") for m in maps]
         key_pos = [tokens(sine_position(*m.shape[-2:], m.shape[1])) for m in maps]
         memory = [tokens(m) + embed for m, embed in zip(maps, self.level_embed)]
@@ -66,7 +68,7 @@ class Base(nn.Module):
 
 
 def own_names(prefix: str, official: dict) -> dict:
-    """Tensors by our names of what a part's official names stand for; the classifier has none of ours."""
+    """Returns the tensors of a part under our names. Those of the classifier keep theirs."""
     names = {key: rename(f"sem_seg_head.{prefix}.{key}", MASK2FORMER) or key for key in official}
     return {names[key].removeprefix("pixel_decoder."): tensor for key, tensor in official.items()}
 
@@ -80,7 +82,10 @@ def stored(tensors: dict, prefix: str) -> dict:
 
 
 def check_norms(quantity: str, module: nn.Module, prefix: str, official: dict) -> None:
-    """Of the gradients of all parameters; what is 0 up to rounding is measured against the largest."""
+    """Checks the norms of the gradients of all parameters.
+
+    Those that are 0 up to rounding are measured against the largest.
+    """
     gradients = {name: p.grad for name, p in module.named_parameters()}
     norms = own_names(prefix, official)
     assert norms.keys() == gradients.keys()
@@ -88,16 +93,20 @@ def check_norms(quantity: str, module: nn.Module, prefix: str, official: dict) -
         check(quantity, gradients[name].norm(), norm, 1e-3, floor=1e-3 * max(norms.values()))
 
 
-# -- pixel decoder -----------------------------------------------------------------------------------------------------
+# -- pixel decoder ---------------------------------------------------------------------------------
 
 
 def test_parity_pixel_decoder():
     tensors, record = case("mask2former_pixel_decoder")
     config = record["config"]
     decoder = PixelDecoder(
-        list(config["in_channels"].values()), config["conv_dim"], config["enc_layers"], config["dim_feedforward"],
-        config["nheads"], config["n_points"],
-    )  # fmt: skip
+        list(config["in_channels"].values()),
+        config["conv_dim"],
+        config["enc_layers"],
+        config["dim_feedforward"],
+        config["nheads"],
+        config["n_points"],
+    )
     decoder.mask_features = nn.Conv2d(config["conv_dim"], config["mask_dim"], 1)
     decoder.load_state_dict(own_names("pixel_decoder", stored(tensors, "pixel_decoder.")))
     features = [tensors[f"features.{name}"].requires_grad_() for name in config["in_channels"]]
@@ -109,9 +118,8 @@ def test_parity_pixel_decoder():
         total = total + (ours * tensors[f"cotangent.multi_scale.{i}"]).sum()
         position = sine_position(*ours.shape[-2:], ours.shape[1])
         check("pixel decoder: position", position, tensors[f"position_embedding.{i}"])
-    centres = torch.cat(
-        [pixel_centres(*m.shape[-2:], "cpu") for m in maps]
-    )  # (S, 2), the same for all levels
+    # (S, 2), the same for all levels
+    centres = torch.cat([pixel_centres(*m.shape[-2:], "cpu") for m in maps])
     centres = centres[None, :, None].expand(-1, -1, len(maps), -1)
     check("pixel decoder: reference points", centres, tensors["reference_points"])
     total.backward()
@@ -135,16 +143,21 @@ def test_parity_deformable_attention():
     check("deformable attention", ours, tensors["msda.module_out.ref2"])
 
 
-# -- transformer decoder -----------------------------------------------------------------------------------------------
+# -- transformer decoder ---------------------------------------------------------------------------
 
 
 def test_parity_transformer_decoder():
     tensors, record = case("mask2former_decoder")
     config = record["config"]
     base = Base(
-        config["num_queries"], config["hidden_dim"], config["nheads"], config["dec_layers"], config["dim_feedforward"],
-        config["num_classes"], config["mask_dim"],
-    )  # fmt: skip
+        config["num_queries"],
+        config["hidden_dim"],
+        config["nheads"],
+        config["dec_layers"],
+        config["dim_feedforward"],
+        config["num_classes"],
+        config["mask_dim"],
+    )
     base.load_state_dict(own_names("predictor", stored(tensors, "predictor.")))
     mask_features = tensors["in.mask_features"].requires_grad_()
     maps = [tensors[f"in.multi_scale.{i}"].requires_grad_() for i in range(3)]
@@ -156,9 +169,8 @@ def test_parity_transformer_decoder():
             total = total + (ours * tensors[f"cotangent.layer{i}.{name}"]).sum()
     assert len(blocked) == config["dec_layers"]
     for i, ours in enumerate(blocked):
-        official = tensors[
-            f"out.attn_mask.{i}"
-        ].bool()  # before the repair of rows that block all: none does
+        # before the repair of rows that block all: none does
+        official = tensors[f"out.attn_mask.{i}"].bool()
         assert torch.equal(ours, official) and not official.all(2).any()
     total.backward()
     official = {f"multi_scale.{i}": tensors[f"grad.multi_scale.{i}"] for i in range(3)}
@@ -167,7 +179,7 @@ def test_parity_transformer_decoder():
     check_norms("transformer decoder: gradient norms", base, "predictor", record["grad_norms"])
 
 
-# -- matching and losses -----------------------------------------------------------------------------------------------
+# -- matching and losses ---------------------------------------------------------------------------
 
 LAYERS = {"final": "", "layer0": "_0", "layer1": "_1"}  # and the ends of their losses' names
 
@@ -232,7 +244,7 @@ def test_parity_losses(layer, end):
     check("losses: gradients of masks", masks.grad, tensors[f"grad.{layer}.masks"], 1e-3)
 
 
-# -- whole model -------------------------------------------------------------------------------------------------------
+# -- whole model -----------------------------------------------------------------------------------
 
 
 def official_checkpoint(record: dict) -> dict:
@@ -252,14 +264,17 @@ def official_checkpoint(record: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def whole_model(tmp_path_factory):
-    """What the base makes of the recorded image with converted official weights; tensors, record."""
+    """Returns the base's outputs for the recorded image, with converted official weights.
+
+    Also returns the recorded tensors and the record.
+    """
     tensors, record = case("mask2former_whole_model")
     config, file = record["config"], tmp_path_factory.mktemp("official") / "official.pth"
     official = official_checkpoint(record)
     torch.save({"model": official}, file)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONCORD_CACHE", str(file.parent))
-        twin = converted(file, "lmseg")
+        twin = converted(file, "lmseg", convert_mask2former)
     with safe_open(twin, framework="pt") as opened:
         queries, channels = opened.get_slice("query_feat").get_shape()
         ffn = opened.get_slice("layers.0.linear1.weight").get_shape()[0]

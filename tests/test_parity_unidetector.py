@@ -1,6 +1,7 @@
 """UniDetector's localizer and classifier against tensors recorded from the official implementation.
 
-CONCORD_PARITY names the folder. Every size, constant and draw is read from it; `pytest -s` prints the worst errors.
+CONCORD_PARITY names the folder. Every size, constant and sample is read from it. `pytest -s` prints
+the worst errors.
 """
 
 import pytest
@@ -10,12 +11,14 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import clip_boxes_to_image
 
+import common.clip_resnet
 import common.oln
 import unidetector
 from common.boxes import decode_boxes, two_layers
 from common.clip_resnet import AttentionPool, RegionOutput
+from common.labels import LabelSpace, Vocabulary
 from common.oln import BOX_WEIGHTS, OLN, RPN
-from common.targets import Targets, match_anchors
+from common.targets import RegionTargets, Targets, match_anchors
 
 ATTENTION = "bbox_head.attnpool."
 
@@ -38,7 +41,7 @@ def own_labels(labels, background: int):
     return labels.masked_fill(labels == background, -1)
 
 
-# -- classifier --------------------------------------------------------------------------------------------------------
+# -- classifier ------------------------------------------------------------------------------------
 
 
 class RecordedRegions(nn.Module):
@@ -63,27 +66,28 @@ class RecordedRegions(nn.Module):
 
 
 def classifier_case(monkeypatch, **changes):
-    """A model whose classifier is the recorded one, an image, its boxes, tensors, record."""
+    """Returns a model whose classifier is the recorded one, its label space, tensors, record."""
     tensors, record = recorded()
     c = record["config"]
     text = F.normalize(tensors["zs_weight_raw"])
+    label_space = LabelSpace([Vocabulary("any", tuple(map(str, range(len(text)))), text=text)])
     args = unidetector.Args(tau=1 / c["temperature"], amp="off", **changes)
-    monkeypatch.setattr(unidetector, "region_features", lambda *_: RecordedRegions(tensors, c))
-    monkeypatch.setattr(unidetector, "Localizer", lambda *_: nn.Identity())
-    model = unidetector.Model(args, text, 1)
+    regions = RecordedRegions(tensors, c)
+    monkeypatch.setattr(common.clip_resnet, "region_features", lambda *_: regions)
+    monkeypatch.setattr(unidetector, "OLN", lambda *_: nn.Identity())
+    model = unidetector.Model(args, label_space)
     model.classifiers[0].fc_reg.load_state_dict(part(tensors, "bbox_head.fc_reg."))
-    return model, tensors, record
+    return model, label_space, tensors, record
 
 
 def test_parity_attention_pool_logits_and_boxes(monkeypatch):
-    model, tensors, record = classifier_case(monkeypatch)
+    model, label_space, tensors, record = classifier_case(monkeypatch)
     classifier = model.classifiers[0]
     check("attention pooling", classifier.regions(None, None), tensors["roi.pooled"])
     x, deltas = classifier(torch.zeros(1, 3, 1, 1), [(1, 1)], [tensors["roi.boxes"]])
     official = tensors["roi.cls_logits"]
-    check(
-        "classifier: logits", unidetector.compare(x, model.text, model.args.tau), official[:, :-1]
-    )
+    logits = unidetector.compare(x, label_space.text, model.args.tau)
+    check("classifier: logits", logits, official[:, :-1])
     assert not official[:, -1].any()  # background has no embedding: nothing is lost with its column
     check("classifier: box deltas", deltas, tensors["roi.box_deltas"])
     boxes = clip_boxes_to_image(
@@ -96,23 +100,17 @@ def test_parity_attention_pool_logits_and_boxes(monkeypatch):
 def test_parity_inference(variant, monkeypatch):
     _, record = recorded()
     c = record[f"inference.{variant}"]
-    model, tensors, record = classifier_case(monkeypatch, beta=c["beta"], gamma=c["gamma"] or 0.0)
-    model.set_vocabulary(
-        model.text, tensors["calibration.class_counts"] if c["calibrated"] else None
-    )
+    settings = {"beta": c["beta"], "gamma": c["gamma"] or 0.0}
+    model, label_space, tensors, record = classifier_case(monkeypatch, **settings)
+    prior = tensors["calibration.class_counts"] if c["calibrated"] else None
     official = tensors[f"inference.{variant}.scores"]
     eta, p = tensors["roi.proposal_scores"], tensors["roi.cls_logits"].sigmoid()
-    ours = (
-        p[:, :-1]
-        if model.counts is None
-        else unidetector.calibrate(p[:, :-1], model.counts, model.args.gamma)
-    )
+    ours = p[:, :-1]
+    if prior is not None:
+        ours = unidetector.calibrate(ours, prior, model.args.gamma)
     check(f"inference {variant}: scores", unidetector.fuse(ours, eta, c["beta"]), official[:, :-1])
-    check(
-        f"inference {variant}: background",
-        unidetector.fuse(p[:, -1:], eta, c["beta"]),
-        official[:, -1:],
-    )
+    background = unidetector.fuse(p[:, -1:], eta, c["beta"])
+    check(f"inference {variant}: background", background, official[:, -1:])
 
     given = {}
     monkeypatch.setattr(
@@ -124,8 +122,7 @@ def test_parity_inference(variant, monkeypatch):
         "eta": eta,
         "size": (1, 1),
     }
-    vocabulary = unidetector.Vocabulary("any", tuple(map(str, range(len(model.text)))))
-    found = unidetector.classify(model, regions, vocabulary, 300)
+    found = unidetector.classify(model, regions, label_space, prior, 300)
     check(f"inference {variant}: scores of classify", given["scores"], official[:, :-1])
     assert found["scores"][0] == given["scores"].max()
 
@@ -136,19 +133,26 @@ def with_targets(deltas):
     return boxes, decode_boxes(boxes, deltas, BOX_WEIGHTS)
 
 
-def classifier_output(
-    logits, deltas, labels, bbox_targets, scopes: list, counts: list
-) -> RegionOutput:
+def classifier_output(logits, deltas, labels, bbox_targets, counts: list) -> RegionOutput:
     boxes, gt_boxes = with_targets(bbox_targets)
-    targets = [Targets(*t) for t in zip(gt_boxes.split(counts), labels.split(counts), scopes)]
+    parts = zip(gt_boxes.split(counts), labels.split(counts))
+    targets = [RegionTargets(*part, torch.zeros(len(part[1])).long()) for part in parts]
     return RegionOutput(list(boxes.split(counts)), logits, deltas, targets)
 
 
-def feed_draws(monkeypatch, draws: list, sizes: list) -> None:
-    """`sample_classes` answers with recorded indices; the one after the last class is background."""
+def with_scopes(scopes: list[slice]) -> list[Targets]:
+    """Returns the targets of images of these scopes; no more of them is used."""
+    return [Targets(torch.zeros(0, 4), torch.zeros(0).long(), scope) for scope in scopes]
+
+
+def feed_samples(monkeypatch, samples: list, sizes: list) -> None:
+    """Makes `sample_classes` return recorded indices.
+
+    The one after the last class is background.
+    """
     masks = [
-        torch.zeros(n + 1, dtype=torch.bool).index_fill(0, drawn, True)[:-1]
-        for drawn, n in zip(draws, sizes)
+        torch.zeros(n + 1, dtype=torch.bool).index_fill(0, sampled, True)[:-1]
+        for sampled, n in zip(samples, sizes)
     ]
     answers = iter(masks)
     monkeypatch.setattr(unidetector, "sample_classes", lambda *_: next(answers))
@@ -157,11 +161,8 @@ def feed_draws(monkeypatch, draws: list, sizes: list) -> None:
 @pytest.mark.parametrize("variant", ["freq", "no_freq"])
 def test_parity_federated_loss(variant, monkeypatch):
     tensors, record = recorded()
-    t, c, num = (
-        part(tensors, f"train.{variant}."),
-        record[f"train.{variant}"],
-        len(tensors["zs_weight_raw"]),
-    )
+    t, c = part(tensors, f"train.{variant}."), record[f"train.{variant}"]
+    num = len(tensors["zs_weight_raw"])
     logits, deltas = (
         tensors[f"roi.{name}"].clone().requires_grad_() for name in ("cls_logits", "box_deltas")
     )
@@ -170,13 +171,13 @@ def test_parity_federated_loss(variant, monkeypatch):
     assert len(t["appeared"]) == c["fed_loss_num_cat"]
     assert set(labels.unique().tolist()) - {-1} <= set(t["appeared"].tolist())
     count = tensors["train.freq_image_count"] if variant == "freq" else torch.ones(num)
-    drawn = t["appeared"][~torch.isin(t["appeared"], labels) & (t["appeared"] < num)]
-    assert (count[drawn] > 0).all()
-    feed_draws(monkeypatch, [t["appeared"]], [num])
+    sampled = t["appeared"][~torch.isin(t["appeared"], labels) & (t["appeared"] < num)]
+    assert (count[sampled] > 0).all()
+    feed_samples(monkeypatch, [t["appeared"]], [num])
     output = classifier_output(
-        logits[:, :-1], deltas, labels, tensors["train.bbox_targets"], [(0, num)], [len(labels)]
+        logits[:, :-1], deltas, labels, tensors["train.bbox_targets"], [len(labels)]
     )
-    losses = unidetector.compute_losses(output, {}, count)
+    losses = unidetector.compute_losses(output, with_scopes([slice(0, num)]), {}, count)
     check(f"federated {variant}: classification", losses["loss_classification"], c["loss_cls"])
     check(f"federated {variant}: box", losses["loss_box"], c["loss_bbox"])
     losses["loss"].backward()
@@ -194,22 +195,20 @@ def test_parity_partitioned_loss(monkeypatch):
     sizes = [logits.shape[1] - 1 for logits in both]
     starts = [0, sizes[0]]
     deltas = tensors["roi.box_deltas"].clone().requires_grad_()
-    labels = torch.cat([
-        torch.where(own == c["background_label"], -1, own + starts[d])
-        for own, d in zip(t["labels"].split(counts), owners)
-    ])  # fmt: skip
+    own_columns = zip(t["labels"].split(counts), owners)
+    labels = [
+        torch.where(own == c["background_label"], -1, own + starts[d]) for own, d in own_columns
+    ]
+    labels = torch.cat(labels)
     assert torch.equal(t["bbox_weights"].amax(1) > 0, labels >= 0)
-    feed_draws(
-        monkeypatch,
-        [t[f"image{i}.appeared"] for i in range(len(owners))],
-        [sizes[d] for d in owners],
-    )
-    scopes = [(starts[d], starts[d] + sizes[d]) for d in owners]
+    samples = [t[f"image{i}.appeared"] for i in range(len(owners))]
+    feed_samples(monkeypatch, samples, [sizes[d] for d in owners])
+    targets = with_scopes([slice(starts[d], starts[d] + sizes[d]) for d in owners])
     joint = torch.cat(
         [logits[:, :-1] for logits in both], 1
     )  # the concatenation, as Model makes it
-    output = classifier_output(joint, deltas, labels, tensors["train.bbox_targets"], scopes, counts)
-    losses = unidetector.compute_losses(output, {}, torch.ones(sum(sizes)))
+    output = classifier_output(joint, deltas, labels, tensors["train.bbox_targets"], counts)
+    losses = unidetector.compute_losses(output, targets, {}, torch.ones(sum(sizes)))
     check("partitioned: classification", losses["loss_classification"], c["loss_cls"])
     check("partitioned: box", losses["loss_box"], c["loss_bbox"])
     losses["loss"].backward()
@@ -217,7 +216,7 @@ def test_parity_partitioned_loss(monkeypatch):
     check_gradients("partitioned: gradients", ours, {name: t[f"grad_{name}"] for name in ours})
 
 
-# -- localizer, second stage -------------------------------------------------------------------------------------------
+# -- localizer, second stage -----------------------------------------------------------------------
 
 
 def test_parity_localizer_regions():
@@ -268,7 +267,8 @@ def test_parity_localizer_region_losses(monkeypatch):
     labels = t["labels"].neg()  # 0 is foreground, 1 background
     monkeypatch.setattr(common.oln, "paired_iou", lambda *_: t["iou_targets"][labels >= 0])
     boxes, gt_boxes = with_targets(t["bbox_targets"])
-    losses = OLN.losses(None, (logits, deltas, iou[:, 0]), [boxes], [Targets(gt_boxes, labels)])
+    own = RegionTargets(gt_boxes, labels, torch.zeros_like(labels))
+    losses = OLN.losses(None, (logits, deltas, iou[:, 0]), [boxes], [own])
     names = {
         "loss_roi_cls": "loss_cls",
         "loss_roi_box": "loss_bbox",
@@ -283,7 +283,7 @@ def test_parity_localizer_region_losses(monkeypatch):
     )
 
 
-# -- localizer, first stage --------------------------------------------------------------------------------------------
+# -- localizer, first stage ------------------------------------------------------------------------
 
 
 def rpn_case():
@@ -331,7 +331,7 @@ def test_parity_rpn_head_anchors_and_proposals():
 
 
 def test_parity_rpn_targets():
-    """Sampling is random: every recorded draw must be one that the assignment allows, with the recorded target."""
+    """Sampling is random: the assignment must allow every recorded sample, with its target."""
     rpn, features, t, record = rpn_case()
     levels, size = len(features), tuple(record["config"]["image_hw"])
     anchors, gt_boxes = torch.cat(rpn.anchors(features)), t["gt_boxes"]
@@ -341,18 +341,20 @@ def test_parity_rpn_targets():
 
     matched[inside] = match_anchors(anchors[inside], gt_boxes, *rpn.box_match)
     fg = level_cat(t, "target.box_weights", levels) > 0
-    drawn = level_cat(t, "target.label_weights", levels) > 0
-    assert torch.equal(fg, matched >= 0)  # too few for the half of the sample: all are drawn
-    assert (matched[drawn] > -2).all() and int(drawn.sum()) == sum(record["cln.rpn.num_samples"])
+    sampled = level_cat(t, "target.label_weights", levels) > 0
+    assert torch.equal(fg, matched >= 0)  # too few for the half of the sample: all are sampled
+    assert (matched[sampled] > -2).all() and int(sampled.sum()) == sum(
+        record["cln.rpn.num_samples"]
+    )
     check("rpn: boxes to regress", gt_boxes[matched[fg]], level_cat(t, "target.boxes", levels)[fg])
 
     matched[inside] = match_anchors(anchors[inside], gt_boxes, *rpn.centre_match)
-    drawn = level_cat(t, "target.objectness_weights", levels) > 0
+    sampled = level_cat(t, "target.objectness_weights", levels) > 0
     official = level_cat(t, "target.objectness", levels)
-    assert (matched[drawn] > -2).all() and not official[~drawn].any()
-    fg = drawn & (matched >= 0)
+    assert (matched[sampled] > -2).all() and not official[~sampled].any()
+    fg = sampled & (matched >= 0)
     assert int(fg.sum()) == min(int((matched >= 0).sum()), int(rpn.sampled * rpn.centre_fraction))
-    assert not official[drawn & (matched < 0)].any()
+    assert not official[sampled & (matched < 0)].any()
     check(
         "rpn: centreness", common.oln.centreness(anchors[fg], gt_boxes[matched[fg]]), official[fg]
     )
@@ -361,7 +363,7 @@ def test_parity_rpn_targets():
     assert torch.equal(
         rows.sort().values, (level_cat(t, "target.box_weights", levels) > 0).nonzero()[:, 0]
     )
-    assert count == sum(record["cln.rpn.num_samples"]) and len(scored) == int(drawn.sum())
+    assert count == sum(record["cln.rpn.num_samples"]) and len(scored) == int(sampled.sum())
     assert inside[scored].all() and len(boxes) == len(rows) and len(scores) == len(scored)
 
 
@@ -387,12 +389,12 @@ def test_parity_rpn_losses_and_gradients(monkeypatch):
         check("rpn: objectness loss", centre, official["loss_rpn_obj"][i])
         total = total + box + centre
 
-    drawn = (
+    sampled = (
         level_cat(t, "target.box_weights", levels) > 0,
         level_cat(t, "target.objectness_weights", levels) > 0,
     )
-    targets = (drawn[0].nonzero()[:, 0], level_cat(t, "target.boxes", levels)[drawn[0]], count)
-    targets += (drawn[1].nonzero()[:, 0], level_cat(t, "target.objectness", levels)[drawn[1]])
+    targets = (sampled[0].nonzero()[:, 0], level_cat(t, "target.boxes", levels)[sampled[0]], count)
+    targets += (sampled[1].nonzero()[:, 0], level_cat(t, "target.objectness", levels)[sampled[1]])
     monkeypatch.setattr(rpn, "targets", lambda *_: targets)
     _, losses = rpn(features, [tuple(record["config"]["image_hw"])], [t["gt_boxes"]])
     check("rpn: total", sum(losses.values()), total)

@@ -33,7 +33,7 @@ NAMES = ("cat", "dog", "sky", "sea")
 VOCABULARY = Vocabulary("hand", NAMES, (7, 3, 20, 300), is_thing=(True, True, False, False))
 
 
-# ------------------------------------------------------------------------------------------------------------ mIoU
+# -- mIoU ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -59,7 +59,7 @@ def test_miou_equals_hotcoco(seed):
 
 
 def test_miou_by_hand():
-    """Void counts nowhere, class 2 is predicted but never true: in no mean, yet its pixels are missed elsewhere."""
+    """Void does not count. Class 2 is predicted but never true: it is in no mean."""
     truth = np.array([[0, 0, 0, 1], [1, 1, -1, -1]])
     predicted = np.array([[0, 0, 2, 1], [1, 0, 1, 2]])
     results = semantic_results(confusion(truth, predicted, 4))
@@ -71,11 +71,11 @@ def test_miou_by_hand():
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- PQ
+# -- PQ --------------------------------------------------------------------------------------------
 
 
 def blobs(rng, size, count, labels, void):
-    """(H, W) rows of a random number of rectangles, -1 where there is none, and their labels; every row has pixels."""
+    """Returns (H, W) rows of random rectangles, -1 for none, and their labels. No row is empty."""
     rows = np.full(size, -1)
     for row in range(count):
         (y, x), (h, w) = rng.integers(0, size), rng.integers(4, 25, 2)
@@ -179,7 +179,7 @@ def test_pq_equals_hotcoco(tmp_path, seed):
 
 
 def strip(*lengths):
-    """(1, W) rows: the first `lengths[0]` pixels are void, the next lengths[1] are row 0, and so on."""
+    """Returns rows (1, W): lengths[0] pixels of void, lengths[1] pixels of row 0, and so on."""
     return np.repeat(np.arange(-1, len(lengths) - 1), lengths)[None]
 
 
@@ -188,8 +188,8 @@ def test_pq_by_hand():
     crowd = np.array([False, True, False])
     found = np.array([[0] * 6 + [1] * 5 + [2] * 3 + [3] * 3 + [-1] * 3])
     counts = match_segments(truth, labels, crowd, found, np.array([0, 0, 1, 1]), 2)
-    # row 0: four of the cat's pixels and two of void; 1: two of the cat, three of the crowd, so it is not wrong; 2 and
-    # 3: three of the dog's eight
+    # row 0: four of the cat's pixels, two of void; row 1: two of the cat, three of the crowd, so it
+    # is not wrong; rows 2 and 3: three of the dog's eight
     assert counts.tolist() == [[1, 0], [0, 2], [0, 1], [pytest.approx(4 / 6), 0]]
     results = panoptic_results(counts, (True, False))
     expected = {"PQ": 1 / 3, "SQ": 1 / 3, "RQ": 0.5, "PQ things": 2 / 3, "PQ stuff": 0}
@@ -237,11 +237,11 @@ def test_wrong_predictions_are_errors(found, message):
         segment_counts(found, truth, np.zeros(1, dtype=bool) if "panoptic" in found else None, 4)
 
 
-# ---------------------------------------------------------------------------------------------------- whole datasets
+# -- whole datasets --------------------------------------------------------------------------------
 
 
 class Hand:
-    """Five images of 40 x 60 pixels: a dog on the sky, a crowd of dogs and the sea below, void at the left."""
+    """Five 40 x 60 images: a dog on sky, a crowd of dogs and the sea below, void at the left."""
 
     name, vocabulary, masks = "hand", VOCABULARY, False
     frequency = hierarchy = None
@@ -281,7 +281,7 @@ class Hand:
 
 
 def segmenter(batch):
-    """In even images all is right, but for the dogs of the crowd, which are one; in odd ones all is sky."""
+    """Predicts even images right, but the crowd as one dog. Predicts odd images as sky."""
     found = []
     for sample in batch.samples:
         panoptic = torch.ones(40, 60, dtype=torch.int32)
@@ -325,7 +325,7 @@ def test_panoptic_dataset(tmp_path):
     assert results["PQ things"] == pytest.approx(EXPECTED_PQ["dog"])
     assert results["PQ stuff"] == pytest.approx((EXPECTED_PQ["sky"] + EXPECTED_PQ["sea"]) / 2)
     assert results["PQ"] == pytest.approx(sum(EXPECTED_PQ.values()) / 3) and results["SQ"] == 1
-    # void at the left does not count; the crowd has a class: 200 + 520 pixels of dogs, 920 of sky, 600 of sea
+    # void does not count; the crowd has a class: 200 + 520 pixels of dogs, 920 of sky, 600 of sea
     assert results["mIoU"] == pytest.approx((5 * 920 / (5 * 920 + 2 * 1320) + 3 / 5 + 3 / 5) / 3)
     assert (tmp_path / "predictions-a-set.jpg").is_file()
 
@@ -345,7 +345,7 @@ def test_instance_dataset(tmp_path):
 
 @pytest.mark.parametrize("metric", ["pq", "miou"])
 def test_ranks_share_the_work(tmp_path, monkeypatch, metric):
-    """Each image is counted once, by one of three ranks, and the sums are those of one rank; only rank 0 reports."""
+    """Three ranks count each image once. Sums are those of one rank. Only rank 0 reports."""
     alone, parts = evaluate(metric, tmp_path, segmenter), []
     monkeypatch.setattr(common.inference, "world_size", lambda: 3)
     for rank in (2, 1, 0):
@@ -364,7 +364,7 @@ def test_ranks_share_the_work(tmp_path, monkeypatch, metric):
 
 
 def test_real_panoptic_predictions(tmp_path):
-    """Real ground truth against a shifted copy: written, read back, and measured as hotcoco measures the files."""
+    """Real ground truth and a shifted copy are measured here, and by hotcoco from the files."""
     source = REAL / "coco/annotations/panoptic_val2017.json"
     if not source.is_file():
         pytest.skip(f"no {source}; CONCORD_REAL names the folder of real samples")
@@ -414,11 +414,11 @@ def test_real_panoptic_predictions(tmp_path):
     assert 0.2 < results["PQ"] < 0.9 and dataset.index.ignore.sum() == 2
 
 
-# ------------------------------------------------------------------------------------------------------------- files
+# -- files -----------------------------------------------------------------------------------------
 
 
 def test_files_are_read_back(tmp_path):
-    """Panoptic maps by the reader of panoptic datasets and by hotcoco, label maps by that of semantic ones."""
+    """Panoptic maps are read by `read_panoptic` and hotcoco, label maps by `read_label_map`."""
     hand, out, names = Hand("pq"), tmp_path / "out", ("a b-0", "c-1")
     files = tuple(str(tmp_path / file) for file in ("in/a b.png", "in/below/c.png"))
     for file in files:
@@ -442,8 +442,13 @@ def test_files_are_read_back(tmp_path):
         )
     annotation = json.loads((out / "panoptic.json").read_text())["annotations"][0]
     assert annotation["segments_info"][1] == {
-        "id": 2, "category_id": 3, "score": 0.8, "area": 200, "bbox": [20, 5, 20, 10], "iscrowd": 0,
-    }  # fmt: skip
+        "id": 2,
+        "category_id": 3,
+        "score": 0.8,
+        "area": 200,
+        "bbox": [20, 5, 20, 10],
+        "iscrowd": 0,
+    }
     assert (out / "semantic/classes.txt").read_text().split("\n") == [*NAMES, ""]
     path = str(out / "panoptic.json")
     assert panoptic.pq_compute(path, path)["All"] == {"pq": 1, "sq": 1, "rq": 1, "n": 3}

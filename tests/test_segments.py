@@ -1,4 +1,4 @@
-"""Post-processing of queries equals recorded official results and cases worked by hand; pictures of segments."""
+"""Postprocessing of queries, against official results and cases worked by hand; pictures."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from common.visualize import color_of, draw_segments, prediction_grid, training_
 
 @pytest.fixture(scope="module")
 def recorded():
-    """(probabilities (Q, K + 1), restored masks (Q, H, W)) of each image, the tensors, the record."""
+    """Returns (probabilities (Q, K + 1), restored masks (Q, H, W)) per image, tensors, record."""
     tensors, record = case("mask2former_loss")
     config = record["config"]
     images = [
@@ -42,7 +42,7 @@ def things_of(config):
 
 
 def test_semantic_equals_recorded(recorded):
-    """Masks are restored before the classes are summed; the other order, `semantic_after`, is not ours."""
+    """Masks are restored before the classes are summed, unlike in the record `semantic_after`."""
     images, tensors, _ = recorded
     for i, (probabilities, masks) in enumerate(images):
         official = tensors[f"post.semantic.image{i}"]
@@ -84,11 +84,11 @@ def test_instances_equal_recorded(recorded, variant):
         assert torch.equal(found["masks"], tensors[f"post.{variant}.image{i}.masks"].bool())
 
 
-# ------------------------------------------------------------------------------------------------------- by hand
+# -- by hand ---------------------------------------------------------------------------------------
 
 
 def test_restore_cuts_the_padding():
-    """A linear ramp stays one under bilinear resizing, away from its borders; the padding to the right is gone."""
+    """A ramp remains a ramp after bilinear resizing, except at borders. The padding is cut."""
     ramp = torch.arange(16.0).expand(1, 8, 16).clone()
     full = restore(ramp, (32, 64), (24, 40), (48, 80))
     assert full.shape == (1, 48, 80) and full.dtype == torch.float32
@@ -105,7 +105,10 @@ def test_semantic_labels_in_strips(monkeypatch):
 
 
 def queries(*rows, classes=3):
-    """(label, probability, columns) each -> probabilities (Q, K + 1), logits (Q, 2, 10), +-2 in and off the columns."""
+    """Returns probabilities (Q, K + 1) and logits (Q, 2, 10): 2 inside the columns, -2 outside.
+
+    rows: (label, probability, columns) of each query
+    """
     probabilities, logits = (
         torch.zeros(len(rows), classes + 1),
         torch.full((len(rows), 2, 10), -2.0),
@@ -145,7 +148,7 @@ def test_panoptic_rules():
 
 
 def test_panoptic_regions_of_both_papers():
-    """With `intersect` the segment ends with its mask, without it reaches as far as no other query is stronger."""
+    """With `intersect` a segment ends with its mask. Without, it has all pixels its query wins."""
     inputs = queries((0, 0.95, slice(0, 3)), (2, 0.9, slice(6, 9)))
     assert (
         panoptic_map(*inputs, THINGS, 0.8, 0.8, True)[0].tolist()
@@ -215,7 +218,7 @@ def test_rows_of_predictions():
         segment_rows({"panoptic": torch.tensor([[0, 5]]), "segments_info": info})
 
 
-# ------------------------------------------------------------------------------------------------------- pictures
+# -- pictures --------------------------------------------------------------------------------------
 
 
 def gray(height=500, width=600):

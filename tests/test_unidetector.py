@@ -1,4 +1,4 @@
-"""UniDetector: its equations against loops over floats, its invariants, and the command line from end to end."""
+"""UniDetector: equations against loops over floats, invariants, the command line."""
 
 import inspect
 import itertools
@@ -26,11 +26,11 @@ from common.class_counts import count_classes, read_prior
 from common.clip_resnet import CLIPResNetC4, RegionOutput, load_by_prefix, read_tensors
 from common.datasets import load_datasets
 from common.errors import InputError
-from common.labels import Vocabulary
+from common.labels import LabelSpace, Vocabulary
 from common.oln import BOX_WEIGHTS, OLN, RPN, centreness, decode_tblr, loss_roi_cls, loss_roi_iou
 from common.optim import stepped_learning_rate
-from common.proposals import fingerprint, take_proposals, with_proposals
-from common.targets import Targets, match_anchors, match_regions
+from common.proposals import fingerprint, with_proposals
+from common.targets import RegionTargets, Targets, match_anchors, match_regions
 from common.transforms import ResizeShortestRange
 
 SMALL = {
@@ -60,7 +60,7 @@ def seed():
     torch.manual_seed(0)
 
 
-# -- equations ---------------------------------------------------------------------------------------------------------
+# -- equations -------------------------------------------------------------------------------------
 
 
 def test_unidetector_objectness():
@@ -107,70 +107,66 @@ def test_unidetector_fusion():
 
 def test_unidetector_classification_loss():
     logits, labels = torch.randn(5, 4) * 3, torch.tensor([2, -1, 0, -1, 3])
-    chosen = torch.tensor([True, False, True, True])
+    sampled = torch.tensor([True, False, True, True])
     expected = sum(
         bce(logits[r, j].item(), labels[r] == j) / 5
         for r, j in itertools.product(range(5), range(4))
-        if chosen[j]
+        if sampled[j]
     )
-    assert unidetector.loss_classification(logits, labels, chosen).item() == pytest.approx(
-        expected, rel=1e-5
-    )
-    assert unidetector.loss_classification(logits[:0], labels[:0], chosen) == 0
+    loss = unidetector.loss_classification(logits, labels, sampled)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert unidetector.loss_classification(logits[:0], labels[:0], sampled) == 0
+
+
+def region_output(boxes, logits, deltas, gt_boxes, labels, counts: list[int]) -> RegionOutput:
+    """Returns the output for regions of images with so many of them, with their targets."""
+    parts = zip(gt_boxes.split(counts), labels.split(counts))
+    targets = [RegionTargets(*part, torch.zeros(len(part[1])).long()) for part in parts]
+    return RegionOutput(list(boxes.split(counts)), logits, deltas, targets)
 
 
 def test_unidetector_classification_loss_is_the_mean_over_images():
-    counts, scopes, labels = (
-        [3, 7],
-        [(0, 3), (3, 5)],
-        torch.tensor([2, -1, 0, 4, -1, -1, 3, 3, -1, 4]),
-    )
-    logits, deltas, boxes, gt_boxes = (
-        torch.randn(10, 5),
-        torch.randn(10, 4),
-        random_boxes(10),
-        random_boxes(10),
-    )
-    targets = [Targets(*each) for each in zip(gt_boxes.split(counts), labels.split(counts), scopes)]
-    output = RegionOutput(list(boxes.split(counts)), logits, deltas, targets)
-    losses = unidetector.compute_losses(output, {}, torch.ones(5))
+    counts, scopes = [3, 7], [slice(0, 3), slice(3, 5)]
+    labels = torch.tensor([2, -1, 0, 4, -1, -1, 3, 3, -1, 4])
+    logits, deltas = torch.randn(10, 5), torch.randn(10, 4)
+    boxes, gt_boxes = random_boxes(10), random_boxes(10)
+    none = torch.zeros(0, 4), torch.zeros(0).long()
+    targets = [Targets(*none, scope) for scope in scopes]
+    output = region_output(boxes, logits, deltas, gt_boxes, labels, counts)
+    losses = unidetector.compute_losses(output, targets, {}, torch.ones(5))
     expected, first = 0.0, 0
     for count, scope in zip(counts, scopes):
-        for r, j in itertools.product(range(first, first + count), range(*scope)):
+        for r, j in itertools.product(range(first, first + count), range(scope.start, scope.stop)):
             expected += bce(logits[r, j].item(), labels[r] == j) / count / 2
         first += count
     assert losses["loss_classification"].item() == pytest.approx(expected, rel=1e-5)
-    box = box_delta_loss(
-        deltas, labels, boxes, gt_boxes, BOX_WEIGHTS
-    )  # over the regions of all images
+    # over the regions of all images
+    box = box_delta_loss(deltas, labels, boxes, gt_boxes, BOX_WEIGHTS)
     assert losses["loss_box"] == box and losses["loss"] == losses["loss_classification"] + box
 
 
 @pytest.mark.parametrize("labels", [[3, 3, -1, 7], [3, 7], [-1, -1]])
-def test_unidetector_chosen_classes(labels):
+def test_unidetector_sampled_classes(labels):
     labels, count = torch.tensor(labels), torch.ones(60)
     count[[5, 9]] = 0
     seen, sizes = torch.zeros(60), set()
     for _ in range(200):
-        chosen = unidetector.sample_classes(labels, count)
-        assert chosen[labels[labels >= 0]].all() and not chosen[[5, 9]].any()
-        sizes.add(int(chosen.sum()))
-        seen += chosen
-    assert sizes == (
-        {49} if -1 in labels else {49, 50}
-    )  # background is one of the 50, whether present or drawn
+        sampled = unidetector.sample_classes(labels, count)
+        assert sampled.dtype == torch.bool and sampled.shape == (60,)
+        assert sampled[labels[labels >= 0]].all() and not sampled[[5, 9]].any()
+        sizes.add(int(sampled.sum()))
+        seen += sampled
+    # background is one of the 50, whether present or sampled
+    assert sizes == ({49} if -1 in labels else {49, 50})
     rest = [j for j in range(60) if count[j] and j not in labels]
     assert (seen[rest] > 0).all() and seen[rest].std() < 0.15 * seen[rest].mean()  # uniform
 
 
-def test_unidetector_chosen_classes_of_a_small_vocabulary():
+def test_unidetector_sampled_classes_of_a_small_vocabulary():
     labels, count = torch.tensor([0, -1]), torch.tensor([4, 0, 2])
     assert unidetector.sample_classes(labels, count).tolist() == [True, False, True]
-    assert unidetector.sample_classes(torch.tensor([1]), count).tolist() == [
-        True,
-        True,
-        True,
-    ]  # it is there after all
+    # it is there after all
+    assert unidetector.sample_classes(torch.tensor([1]), count).tolist() == [True, True, True]
 
 
 def test_oln_losses_of_the_second_stage():
@@ -206,15 +202,13 @@ def test_oln_losses_of_the_second_stage():
 
 def test_oln_boxes_and_centreness():
     anchors = torch.tensor([[0.0, 0, 32, 32], [16, 0, 48, 32]])
-    boxes = decode_tblr(
-        anchors, torch.tensor([[0.25, 0.5, 0.125, 1.0], [0, 0, 0, 0]])
-    )  # top, bottom, left, right
+    tblr = torch.tensor([[0.25, 0.5, 0.125, 1.0], [0, 0, 0, 0]])  # top, bottom, left, right
+    boxes = decode_tblr(anchors, tblr)
     assert boxes.tolist() == [[12, 8, 48, 32], [32, 16, 32, 16]]
     expected = math.sqrt(min(8, 16) / max(8, 16) * min(4, 32) / max(4, 32))
     assert centreness(anchors[:1], boxes[:1]).item() == pytest.approx(expected)
-    assert (
-        centreness(anchors[:1], torch.tensor([[20.0, 0, 40, 40]])).item() == 0
-    )  # the centre is outside
+    # the centre is outside
+    assert centreness(anchors[:1], torch.tensor([[20.0, 0, 40, 40]])).item() == 0
 
 
 def test_paired_iou():
@@ -340,9 +334,8 @@ def test_multi_scale_resize():
         short = out.size[0]
         x1, y1, x2, y2 = (out.boxes[0] * 100 / short).tolist()
         flipped = x1 > 100
-        assert (
-            out.size == (short, min(2 * short, 133)) and 40 <= short <= 67
-        )  # 80 * 1333 / 800 = 133
+        # 80 * 1333 / 800 = 133
+        assert out.size == (short, min(2 * short, 133)) and 40 <= short <= 67
         assert [x1, y1, x2, y2] == pytest.approx(
             [150, 20, 190, 60] if flipped else [10, 20, 50, 60], abs=2
         )
@@ -351,7 +344,7 @@ def test_multi_scale_resize():
     assert len(sides) > 15 and flips == {True, False}
 
 
-# -- settings ----------------------------------------------------------------------------------------------------------
+# -- settings --------------------------------------------------------------------------------------
 
 
 def test_unidetector_settings_of_the_paper():
@@ -381,8 +374,7 @@ def test_unidetector_settings_of_the_paper():
         "RN50/openai",
         "auto",
     )
-    assert (unidetector.Localizer.nms_threshold, unidetector.Localizer.kept) == (0.9, 1500)
-    assert (RPN.scale, RPN.sampled, RPN.pre_nms, common.oln.STRIDES) == (
+    assert (RPN.scale, RPN.sampled, RPN(8).pre_nms, common.oln.STRIDES) == (
         8,
         256,
         2000,
@@ -390,15 +382,16 @@ def test_unidetector_settings_of_the_paper():
     )
     assert (RPN.box_match, RPN.box_fraction) == ((0.7, 0.3, 0.3), 0.5)
     assert (RPN.centre_match, RPN.centre_fraction) == ((0.3, 0.1, 0.3), 1.0)
-    assert (OLN.iou, OLN.sampled, BOX_WEIGHTS) == (0.5, 512, (10, 10, 5, 5))
+    assert (OLN.iou, BOX_WEIGHTS) == (0.5, (10, 10, 5, 5))
+    defaults = inspect.signature(OLN).parameters
+    assert [defaults[key].default for key in ("rois_per_image", "rpn_proposals")] == [512, 2000]
     assert (
         CLIPResNetC4.stride,
         common.clip_resnet.architecture("RN50/openai")["image_size"] // 32 * 2,
     ) == (16, 14)
     truth = Targets(random_boxes(3), torch.zeros(3).long())
-    assert (
-        match_regions(random_boxes(900), truth, 0.0, 512)[1].labels >= 0
-    ).sum() == 128  # a quarter of the regions
+    _, targets = match_regions(random_boxes(900), truth, 0.0, 512)
+    assert (targets.labels >= 0).sum() == 128  # a quarter of the regions
     classes, suppression = (
         inspect.signature(f).parameters for f in (unidetector.sample_classes, soft_nms)
     )
@@ -410,7 +403,10 @@ def test_unidetector_settings_of_the_paper():
 
 
 def test_recipe_of_unidetector(tiny_root, tmp_path, monkeypatch):
-    """SGD of momentum 0.9 and weight decay 1e-4, warmup of 500 steps from 1e-3; the classifier's gradients clipped."""
+    """SGD has momentum 0.9 and weight decay 1e-4; 500 steps of warmup start at 1e-3.
+
+    The gradients of the classifier are clipped.
+    """
     seen = []
     sgd, clip, schedule = (
         torch.optim.SGD,
@@ -440,19 +436,20 @@ def test_recipe_of_unidetector(tiny_root, tmp_path, monkeypatch):
         **SMALL, batch_size=2, base_batch_size=4, image_size=64, test_size=64, workers=0
     )
     [dataset] = load_datasets("coco", "train", str(tiny_root))
+    label_space = unidetector.build_label_space(args, [dataset.vocabulary])
+    given = ([dataset], label_space, tmp_path, torch.device("cpu"))
     once = replace(args, steps=1, classifier_steps=1)
-    unidetector.train(once, [dataset], tmp_path, torch.device("cpu"))
+    unidetector.train(once, *given)
     settings = {"momentum": 0.9, "weight_decay": 1e-4}
     localizer, classifier = ([(lr, settings), (0, lr, 1, 500, 1e-3)] for lr in (0.01, 0.001))
     assert seen == [*localizer, *classifier, ("clip", 35.0)]
     monkeypatch.setattr(unidetector, "RunLog", stop)
-    with pytest.raises(
-        Enough, match=f"^{2 * 12 * len(dataset) // 2}$"
-    ):  # 12 epochs of each network
-        unidetector.train(args, [dataset], tmp_path, torch.device("cpu"))
+    # 12 epochs of each network
+    with pytest.raises(Enough, match=f"^{2 * 12 * len(dataset) // 2}$"):
+        unidetector.train(args, *given)
 
 
-# -- label spaces ------------------------------------------------------------------------------------------------------
+# -- label spaces ----------------------------------------------------------------------------------
 
 
 def two_datasets():
@@ -472,31 +469,31 @@ def batch_of(*datasets: str, boxes: int = 2) -> Batch:
 
 def small_model(structure: str = "partitioned", vocabularies=None):
     args = unidetector.Args(**SMALL, structure=structure)
-    label_space, text = unidetector.build_label_space(args, vocabularies or two_datasets())
-    return unidetector.Model(args, text, len(label_space.datasets)), label_space
+    label_space = unidetector.build_label_space(args, vocabularies or two_datasets())
+    return unidetector.Model(args, label_space), label_space
 
 
 def train_step(model, label_space, batch, owners=None):
     """Outputs and losses of the classifiers on random proposals."""
     proposals = [random_boxes(12, 90) for _ in batch.samples]
-    targets = unidetector.assign_targets(batch, label_space)
-    outputs, losses = model(
-        batch.images, batch.sizes, targets, proposals, owners or [0] * len(batch)
-    )
+    targets = unidetector.prepare_targets(batch, label_space)
+    owners = owners or [0] * len(batch)
+    given = (batch.images, batch.sizes, targets, label_space.text)
+    outputs, losses = model(*given, proposals, owners)
     outputs.logits.retain_grad()
-    return outputs, unidetector.compute_losses(outputs, losses, torch.ones(len(label_space)))
+    frequency = torch.ones(len(label_space))
+    return outputs, unidetector.compute_losses(outputs, targets, losses, frequency)
 
 
 def test_label_spaces_of_the_structures():
     for structure, names in {"partitioned": 5, "separate": 5, "unified": 4}.items():
-        label_space, text = unidetector.build_label_space(
-            unidetector.Args(**SMALL, structure=structure), two_datasets()
-        )
-        assert len(label_space) == len(text) == names
-        targets = unidetector.assign_targets(batch_of("a", "b"), label_space)
+        args = unidetector.Args(**SMALL, structure=structure)
+        label_space = unidetector.build_label_space(args, two_datasets())
+        assert len(label_space) == len(label_space.text) == names
+        targets = unidetector.prepare_targets(batch_of("a", "b"), label_space)
         dog = {"unified": 1}.get(structure, 3)
         assert targets[1].labels.tolist() == [dog, {"unified": 3}.get(structure, 4)]
-        assert targets[1].scope == ((0, 4) if structure == "unified" else (3, 5))
+        assert targets[1].scope == (slice(0, 4) if structure == "unified" else slice(3, 5))
 
 
 def test_an_image_leaves_the_columns_of_other_datasets_alone():
@@ -562,14 +559,13 @@ def moved(box: list[float], deltas: list[float], size: tuple[int, int]) -> list[
 def test_regions_of_an_image(structure, monkeypatch):
     """From what the heads say to proposals and regions in pixels of the original image."""
     model, _ = small_model(structure)
-    sizes, originals, limit, kept = [(96, 128), (96, 64)], [(48, 64), (192, 192)], 5, 14
+    sizes, originals, limit = [(96, 128), (96, 64)], [(48, 64), (192, 192)], 5
     anchors = [random_boxes(12, 100).repeat(3, 1), random_boxes(10, 80).repeat(3, 1)]
     proposals = [
-        (boxes + torch.rand(len(boxes), 4) * 2, torch.rand(len(boxes))) for boxes in anchors
+        (boxes + torch.rand(len(boxes), 4) / 2, torch.rand(len(boxes))) for boxes in anchors
     ]
-    logits, deltas, quality = torch.randn(66, 2), torch.randn(66, 4) * 0.3, torch.randn(66)
+    logits, deltas, quality = torch.randn(66, 2), torch.randn(66, 4) * 0.1, torch.randn(66)
     answers = [(unit_rows(2 * limit, 384), torch.randn(2 * limit, 4)) for _ in model.classifiers]
-    monkeypatch.setattr(model.localizer, "kept", kept)
     monkeypatch.setattr(model.localizer, "head", lambda *_: (logits, deltas, quality))
     monkeypatch.setattr(model.localizer.rpn, "forward", lambda *_: (proposals, {}))
     for classifier, answer in zip(model.classifiers, answers):
@@ -595,8 +591,7 @@ def test_regions_of_an_image(structure, monkeypatch):
         for eta, box in sorted(candidates, reverse=True):
             if all(iou(box, other) <= 0.9 for _, other in best):
                 best.append((eta, box))
-        assert kept < len(best) < len(candidates)
-        best = best[:kept]
+        assert len(best) < len(candidates)
         scale = torch.tensor([original[1] / size[1], original[0] / size[0]] * 2)
         assert found[i]["size"] == found[i]["proposals"]["size"] == original
         assert found[i]["proposals"]["scores"].tolist() == pytest.approx(
@@ -620,7 +615,10 @@ def test_regions_of_an_image(structure, monkeypatch):
 
 
 def test_passes_of_the_evaluation(tiny_root, tmp_path, monkeypatch):
-    """Plain, calibrated by the detections of that, and with the texts dealt out; 300 objects on LVIS, 100 elsewhere."""
+    """Plain, calibrated by the detections of that, and with shuffled text.
+
+    There are 300 detections per image on LVIS, and 100 elsewhere.
+    """
     model, label_space = small_model(vocabularies=[Vocabulary.known("coco")])
     corner = torch.arange(20.0)[:, None] * 4 * torch.ones(1, 2)
     regions = {
@@ -629,18 +627,24 @@ def test_passes_of_the_evaluation(tiny_root, tmp_path, monkeypatch):
         "eta": torch.rand(20),
     }
     regions |= {"proposals": {}, "size": (96, 96)}
-    calls, evaluated, set_vocabulary = [], [], model.set_vocabulary
+    calls, evaluated, classify = [], [], unidetector.classify
+
+    def spy_classify(of_model, given, classes, prior, limit):
+        assert of_model is model and given is regions
+        calls.append((classes, prior))
+        return classify(of_model, given, classes, prior, limit)
+
+    def spy_evaluation(dataset, found, groups):
+        evaluated.append(dict(found))
+        return {}
+
     for name in ("recall", "draw_predictions"):
         monkeypatch.setattr(unidetector, name, lambda *_: {})
     monkeypatch.setattr(unidetector, "predict_dataset", lambda *_: {0: regions, 1: regions})
-    monkeypatch.setattr(
-        unidetector, "evaluate_detections", lambda _, found, groups: evaluated.append(found) or {}
-    )
-    monkeypatch.setattr(
-        model, "set_vocabulary", lambda *both: calls.append(both) or set_vocabulary(*both)
-    )
+    monkeypatch.setattr(unidetector, "classify", spy_classify)
+    monkeypatch.setattr(unidetector, "evaluate_detections", spy_evaluation)
     datasets = load_datasets("coco,lvis", "val", str(tiny_root))
-    results = unidetector.evaluate(model.args, model, datasets, tmp_path, label_space)
+    results = unidetector.evaluate(model.args, model, label_space, datasets, tmp_path)
     titles = [title for title in results if "proposals" not in title]
     assert titles == [
         "coco (no calibration)",
@@ -650,16 +654,18 @@ def test_passes_of_the_evaluation(tiny_root, tmp_path, monkeypatch):
         "lvis (shuffled text)",
     ]
     assert [len(found[0]["scores"]) for found in evaluated] == [100, 100, 300, 300, 300]
+    calls = calls[::2]  # of the first image
     for plain, calibrated in ((0, 1), (2, 3)):
-        assert calls[plain][1] is None and torch.equal(calls[plain][0], calls[calibrated][0])
+        (classes, nothing), (same, counts) = calls[plain], calls[calibrated]
+        assert nothing is None and torch.equal(classes.text, same.text)
         labels = torch.cat([found["labels"] for found in evaluated[plain].values()])
-        assert calls[calibrated][1].tolist() == [
-            int((labels == c).sum()) for c in range(len(calls[plain][0]))
-        ]
+        assert counts.tolist() == [int((labels == c).sum()) for c in range(len(classes))]
         assert evaluated[plain][0]["scores"].tolist() != evaluated[calibrated][0]["scores"].tolist()
-    text, (shuffled, counts) = calls[2][0], calls[4]
-    assert counts is None and sorted(text[:, 0].tolist()) == sorted(shuffled[:, 0].tolist())
-    assert not (text == shuffled).all(1).any()
+    (classes, _), (shuffled, counts) = calls[2], calls[4]
+    assert classes.vocabularies == shuffled.vocabularies == {"lvis": datasets[1].vocabulary}
+    text, other = classes.text, shuffled.text
+    assert counts is None and sorted(text[:, 0].tolist()) == sorted(other[:, 0].tolist())
+    assert not (text == other).all(1).any()
 
 
 def test_adding_classes_leaves_the_others_alone():
@@ -673,8 +679,8 @@ def test_adding_classes_leaves_the_others_alone():
     text = unit_rows(6, 384)
     scores = []
     for classes in (4, 6):
-        model.set_vocabulary(text[:classes])
-        found = unidetector.classify(model, regions, Vocabulary("v", tuple("abcdef"[:classes])))
+        vocabulary = Vocabulary("v", tuple("abcdef"[:classes]), text=text[:classes])
+        found = unidetector.classify(model, regions, LabelSpace([vocabulary]))
         scores.append(dict(zip(found["class_names"], found["scores"].tolist())))
     assert scores[0].items() <= scores[1].items() and len(scores[1]) == 6
 
@@ -682,15 +688,17 @@ def test_adding_classes_leaves_the_others_alone():
 def test_an_image_without_boxes_or_proposals():
     model, label_space = small_model()
     batch = batch_of("a", "b", boxes=0)
-    targets = unidetector.assign_targets(batch, label_space)
+    targets = unidetector.prepare_targets(batch, label_space)
     none = [torch.zeros(0, 4), random_boxes(5, 90)]
-    outputs, losses = model(batch.images, batch.sizes, targets, none, [0, 0])
-    losses = unidetector.compute_losses(outputs, losses, torch.ones(5))
+    given = (batch.images, batch.sizes, targets, label_space.text)
+    outputs, losses = model(*given, none, [0, 0])
+    losses = unidetector.compute_losses(outputs, targets, losses, torch.ones(5))
     assert (
         losses["loss_box"] == 0 and losses["loss_classification"] > 0 and losses["loss"].isfinite()
     )
-    _, losses = model(batch.images, batch.sizes, targets)
-    losses = unidetector.compute_losses(None, losses, torch.ones(5))
+    outputs, losses = model(*given)
+    assert outputs is None
+    losses = unidetector.compute_losses(None, targets, losses, torch.ones(5))
     assert losses["loss"].isfinite() and losses["loss_roi_box"] == losses["loss_rpn_box"] == 0
 
 
@@ -704,7 +712,7 @@ def test_what_is_frozen():
     assert not any(m.training for m in body.modules() if isinstance(m, nn.BatchNorm2d))
 
 
-# -- CLIP's ResNet -----------------------------------------------------------------------------------------------------
+# -- CLIP's ResNet ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -813,16 +821,16 @@ def test_clip_frozen_parts(small_clip):
 
 
 def test_clip_width_must_be_that_of_the_texts(small_clip):
+    args = unidetector.Args(**SMALL | {"classifier_backbone": "RN50/openai"})
+    label_space = unidetector.build_label_space(args, two_datasets())
     with pytest.raises(InputError, match="24 dimensions, the text encoder names in 384"):
-        unidetector.Model(
-            unidetector.Args(**SMALL | {"classifier_backbone": "RN50/openai"}), unit_rows(3, 384), 1
-        )
+        unidetector.Model(args, label_space)
 
 
-# -- proposals and prior -----------------------------------------------------------------------------------------------
+# -- proposals and prior ---------------------------------------------------------------------------
 
 
-def test_proposals_are_kept_and_given_with_the_samples(tiny_root, tmp_path):
+def test_proposals_are_stored_and_come_with_the_samples(tiny_root, tmp_path):
     [dataset] = load_datasets("coco", "train", str(tiny_root))
     boxes, calls = {}, []
 
@@ -832,18 +840,17 @@ def test_proposals_are_kept_and_given_with_the_samples(tiny_root, tmp_path):
         calls.append(sample.index)
         some = random_boxes(1 + sample.index % 3) / 200 * torch.tensor([width, height] * 2)
         boxes.setdefault(sample.index, some)
-        return [{"boxes": boxes[sample.index], "size": (height, width)}]
+        found = {"boxes": boxes[sample.index], "size": (height, width)}
+        return [{"proposals": found}]
 
     [extended] = with_proposals(locate, [dataset], ResizeShortestRange(96, 96), tmp_path, "key", 0)
     assert sorted(calls) == list(range(len(dataset))) and len(extended) == len(dataset)
     for i in range(len(dataset)):
-        batch = collate([extended.load(i)])
-        [proposals] = take_proposals(batch)
-        torch.testing.assert_close(proposals, boxes[i], atol=0.01, rtol=0)
+        (sample,) = collate([extended.load(i)]).samples
+        torch.testing.assert_close(sample.proposals, boxes[i], atol=0.01, rtol=0)
         plain = dataset.load(i)
-        assert torch.equal(batch.samples[0].boxes, plain.boxes) and torch.equal(
-            batch.samples[0].labels, plain.labels
-        )
+        assert plain.proposals is None
+        assert torch.equal(sample.boxes, plain.boxes) and torch.equal(sample.labels, plain.labels)
     with_proposals(locate, [dataset], None, tmp_path, "key", 0)
     assert len(calls) == len(dataset)  # a second call reads the file
     [file] = tmp_path.glob("proposals-*.npy")
@@ -894,18 +901,38 @@ def test_prior_round_trip_and_bad_files(tmp_path):
             read_prior(str(path))
 
 
-def test_set_vocabulary_of_another_width():
+def test_best_proposals_are_kept(monkeypatch):
+    """NMS with a threshold of 0.9 leaves at most 1500, of the highest eta."""
     model, _ = small_model()
+    x, y = torch.meshgrid(torch.arange(40.0), torch.arange(40.0), indexing="ij")
+    corners = torch.stack([x.flatten(), y.flatten()], 1)
+    boxes = 10 * torch.cat([corners, corners + 0.9], 1)  # 1600 that do not overlap
+    scores = torch.rand(1600, 3)
+    twice = torch.cat([boxes, boxes + 0.1])  # the IoU is greater than 0.9
+    lower = torch.cat([scores, scores / 2])
+    monkeypatch.setattr(model.localizer, "forward", lambda *_: [(twice, *lower.T)])
+    [(kept, eta)] = unidetector.propose(model, batch_of("a"))
+    expected = unidetector.objectness(*scores.T, 0.3).sort(descending=True)
+    assert torch.equal(eta, expected.values[:1500])
+    assert torch.equal(kept, boxes[expected.indices[:1500]])
+
+
+def test_text_of_another_width_is_refused():
+    _, label_space = small_model()
+    vocabulary = Vocabulary("v", ("x", "y", "z"), text=unit_rows(3, 512))
     with pytest.raises(InputError, match="512 dimensions, this model needs 384"):
-        model.set_vocabulary(unit_rows(3, 512))
+        label_space.swap(vocabulary)
 
 
-# -- command line ------------------------------------------------------------------------------------------------------
+# -- command line ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_root, tmp_path_factory, call):
-    """Run folder of both stages on two datasets, evaluated on one of them and on one never trained on."""
+    """Run folder of both stages on two datasets.
+
+    It is evaluated on one of them and on one never trained on.
+    """
     folder = tmp_path_factory.mktemp("unidetector") / "run"
     data = ["--datasets", "coco,o365", "--eval-datasets", "coco,lineart", "--data-root", tiny_root]
     call(*data, *QUICK, "--output", folder, "--checkpoint-every", 2, method="unidetector")
@@ -1002,7 +1029,10 @@ def test_tiny_evaluates_what_no_dataset_trains_once(given, evaluated, monkeypatc
 def test_resume_ends_with_the_same_weights(
     checkpoint, trained, tiny_root, tmp_path, monkeypatch, call
 ):
-    """Stopped between the stages or in the second one: every bit of the weights is that of the uninterrupted run."""
+    """The run is stopped between the stages or in the second one.
+
+    Every bit of the weights is that of the uninterrupted run.
+    """
     data = [
         "--datasets",
         "coco,o365",
@@ -1131,5 +1161,5 @@ def test_text_of_another_width(trained, tmp_path, fails):
         "--output",
         tmp_path / "o",
     ]
-    line = fails("--predict", "x.jpg", "--vocabulary", "cat", *other, method="unidetector")
+    line = fails("--predict", "x.jpg", "--vocabulary", "dragon", *other, method="unidetector")
     assert "text embeddings have 512 dimensions, this model needs 384" in line

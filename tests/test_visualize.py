@@ -1,4 +1,4 @@
-"""Pictures: boxes where they belong, names that fit, colours that last, reports that count right."""
+"""Tests of the positions of boxes, names and masks, of stable colours, and of label reports."""
 
 import subprocess
 import sys

@@ -1,0 +1,185 @@
+"""Parts of `common.visualize`: colours, placement of names, conversion between tensors and PIL."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+from torch import Tensor
+
+Color = tuple[int, int, int]
+BLACK = (0, 0, 0)
+WHITE = (255, 255, 255)
+
+
+def shades(colors: list[Color]) -> list[Color]:
+    """Mixes repeated colours with white and black in turns, more with each repetition."""
+    seen = Counter()
+    mixed = []
+    for color in colors:
+        count = seen[color]
+        seen[color] += 1
+        exponent = math.ceil(count / 2)
+        share = 0.7 - 0.7 * 0.6**exponent
+        target = 255 * (count % 2)
+        shade = [round(channel + share * (target - channel)) for channel in color]
+        mixed.append(tuple(shade))
+    return mixed
+
+
+def edges(rows: np.ndarray) -> np.ndarray:
+    """Returns (H, W) bool: the pixels that differ from their right or lower neighbour."""
+    vertical = np.diff(rows, axis=0) != 0
+    horizontal = np.diff(rows, axis=1) != 0
+    below = np.pad(vertical, ((0, 1), (0, 0)))
+    right = np.pad(horizontal, ((0, 0), (0, 1)))
+    return below | right
+
+
+def deepest(segments: np.ndarray) -> list[tuple[int, float, int, int]]:
+    """Finds the pixel of each segment of `segments` (H, W) that is farthest from the border.
+
+    Returns (row, distance to the border, x, y) of each, sorted by descending distance.
+    """
+    longest = max(segments.shape)
+    step = max(1, longest // 600)  # a coarse map suffices to place a name
+    coarse = segments[::step, ::step]
+    padded = np.pad(~edges(coarse), 1)  # the image border also counts as a border
+    depth = ndimage.distance_transform_edt(padded)
+    depth = depth[1:-1, 1:-1]
+    foreground = coarse >= 0
+    rows = np.unique(coarse[foreground])
+    positions = ndimage.maximum_position(depth, coarse, rows)
+    found = []
+    for row, (y, x) in zip(rows, positions):
+        distance = float(depth[y, x]) * step
+        found.append((int(row), distance, x * step, y * step))
+    return sorted(found, key=lambda place: -place[1])
+
+
+def overlay(image: Tensor, masks: Tensor, colors: list[Color], scores: Tensor | None) -> Tensor:
+    """Blends each mask's colour into the image at 50 %.
+
+    Masks with higher scores are painted last. Without scores, smaller masks are painted last.
+    """
+    image = image.detach().cpu().clone()
+    masks = masks.cpu()
+    halves = torch.tensor(colors, dtype=torch.uint8) // 2
+    halves = halves.view(-1, 3, 1)
+    areas = masks.sum((1, 2))
+    order = areas.argsort(descending=True)
+    if scores is not None:
+        order = scores.argsort()
+    for row in order.tolist():
+        mask = masks[row]
+        image[:, mask] = image[:, mask] // 2 + halves[row]
+    return image
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """Converts an image (3, H, W) uint8 to a PIL picture."""
+    image = image.detach().cpu()
+    channels_last = image.permute(1, 2, 0).contiguous()
+    pixels = channels_last.numpy()
+    return Image.fromarray(pixels)
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """Converts a PIL picture to a tensor (3, H, W) uint8."""
+    pixels = np.array(picture)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def enlarged(image: Tensor) -> tuple[Image.Image, int]:
+    """Enlarges a small image to a short side of about 480 pixels, and returns the factor too."""
+    picture = to_picture(image)
+    short_side = min(picture.size)
+    long_side = max(picture.size)
+    wanted = round(480 / short_side)
+    largest = 2000 // long_side
+    factor = max(1, min(wanted, largest))
+    size = (picture.width * factor, picture.height * factor)
+    return picture.resize(size, Image.Resampling.NEAREST), factor
+
+
+def inside(boxes: Tensor, width: int, height: int) -> list[list[int]]:
+    """Clips boxes (N, 4) to the picture and rounds them to integers.
+
+    Moves the second corner if it is left of or above the first. Replaces NaN by 0.
+    """
+    last_pixel = torch.tensor([width - 1, height - 1] * 2)
+    boxes = boxes.nan_to_num(0)
+    boxes = boxes.clamp(min=0)
+    boxes = torch.minimum(boxes, last_pixel)
+    first, second = boxes.split(2, 1)
+    second = torch.maximum(first, second)
+    corners = torch.cat([first, second], 1)
+    return corners.round().int().tolist()
+
+
+class Plates:
+    """Names on coloured rectangles in a picture, placed without overlap where there is room."""
+
+    def __init__(self, picture: Image.Image):
+        self.draw = ImageDraw.Draw(picture)
+        self.size = picture.size
+        self.taken = []
+        font_size = max(14, min(picture.size) // 34)
+        self.font = ImageFont.load_default(font_size)
+        ascent, descent = self.font.getmetrics()
+        self.height = ascent + descent + 2
+
+    def width(self, text: str) -> int:
+        """Returns the width in pixels of the plate of `text`."""
+        return math.ceil(self.font.getlength(text)) + 6
+
+    def write(
+        self, text: str, color: Color, left: int, tops: Sequence[int], cover: bool = True
+    ) -> None:
+        """Writes `text` at the first of `tops` where its plate overlaps no other plate.
+
+        If there is none, writes it at the first of `tops`, or nowhere if `cover` is False.
+        """
+        text = shortened(text, self.font, self.size[0] - 6)
+        width = self.width(text)
+        rightmost = self.size[0] - width
+        lowest = self.size[1] - self.height
+        x = max(0, min(left, rightmost))
+        plates = []
+        for top in tops:
+            y = max(0, min(top, lowest))
+            right = x + width - 1
+            bottom = y + self.height - 1
+            plates.append((x, y, right, bottom))
+        free = [plate for plate in plates if not self._overlaps(plate)]
+        if not free and not cover:
+            return
+        plate = free[0] if free else plates[0]
+        self.taken.append(plate)
+        self.draw.rectangle(plate, fill=color)
+        red, green, blue = color
+        luminance = 0.299 * red + 0.587 * green + 0.114 * blue
+        fill = BLACK if luminance > 130 else WHITE
+        position = (x + 3, plate[1] + 1)
+        self.draw.text(position, text, font=self.font, fill=fill)
+
+    def _overlaps(self, plate: tuple[int, int, int, int]) -> bool:
+        left, top, right, bottom = plate
+        for x0, y0, x1, y1 in self.taken:
+            if left <= x1 and x0 <= right and top <= y1 and y0 <= bottom:
+                return True
+        return False
+
+
+def shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Cuts `text` to `width` pixels, with "..." at the end of a cut text."""
+    text = text[:300]  # bounds the time, since each length is measured
+    if font.getlength(text) <= width:
+        return text
+    for length in range(len(text), 0, -1):
+        if font.getlength(text[:length] + "...") <= width:
+            return text[:length] + "..."
+    return "..."
