@@ -4,7 +4,7 @@ Each entry calls the `load` of its file: weights is a run folder or a weights fi
 """
 
 import importlib
-from pathlib import Path
+from pathlib import Path as _Path  # torch.hub takes every other name for an entry
 
 
 def _entry(method: str):
@@ -16,6 +16,6 @@ def _entry(method: str):
     return load
 
 
-for _file in Path(__file__).parent.glob("*.py"):
+for _file in _Path(__file__).parent.glob("*.py"):
     if "\nclass Args:" in _file.read_text():
         globals()[_file.stem] = _entry(_file.stem)

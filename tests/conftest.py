@@ -13,39 +13,20 @@ import torch
 
 from common.command import run_command
 
-torch.set_num_threads(
-    1
-)  # small tensors; two threads that wait for each other on a busy machine are slower than one
+# small tensors: two threads that wait for each other on a busy machine are slower than one
+torch.set_num_threads(1)
 
 REPO = Path(__file__).resolve().parent.parent
+METHODS = sorted(p.stem for p in REPO.glob("*.py") if "\nclass Args:" in p.read_text())
 REAL = Path(os.environ.get("CONCORD_REAL", REPO / "../shared/real"))
-# a model and a run of seconds; the backbone's weights come from a pip package, so that no test uses the network
-FAST = [
-    *[
-        "--backbone",
-        "tf_efficientnet_lite0",
-        "--text-encoder",
-        "minilm",
-        "--channels",
-        "64",
-        "--fc-dim",
-        "32",
-    ],
-    *["--rois-per-image", "16", "--image-size", "96", "--test-size", "96", "--batch-size", "4"],
-    *[
-        "--base-batch-size",
-        "4",
-        "--steps",
-        "6",
-        "--warmup-steps",
-        "2",
-        "--lr",
-        "1e-3",
-        "--workers",
-        "0",
-    ],
-    *["--device", "cpu", "--cls-bias", "-4.6"],
-]
+# A model and a run of seconds. A pip package has the backbone's weights, so that no test uses the
+# network.
+FLAGS = """
+    --backbone tf_efficientnet_lite0 --text-encoder minilm --channels 64 --fc-dim 32
+    --rois-per-image 16 --image-size 96 --test-size 96 --batch-size 4 --base-batch-size 4
+    --steps 6 --warmup-steps 2 --lr 1e-3 --workers 0 --device cpu --cls-bias -4.6
+"""
+FAST = FLAGS.split()
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +42,10 @@ def tiny_root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run():
-    """run(*args, method="scaledet", ranks=1) -> the finished process of `python METHOD.py *args`, output as text."""
+    """run(*args, method="scaledet", ranks=1): `python METHOD.py *args`.
+
+    Returns the finished process, with its output as text.
+    """
 
     def start(
         *args, method: str = "scaledet", ranks: int = 1, timeout: float = 240
@@ -82,7 +66,10 @@ def run():
 
 @pytest.fixture(scope="session")
 def call():
-    """call(*args, method="scaledet"): the command line in this process, for what needs none of its own."""
+    """call(*args, method="scaledet"): the command line in this process.
+
+    For what needs no process of its own.
+    """
 
     def start(*args, method: str = "scaledet") -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -94,7 +81,10 @@ def call():
 
 @pytest.fixture(scope="session")
 def run_and_kill():
-    """run_and_kill(folder, *args, method="scaledet"): SIGKILL as soon as the run folder holds a checkpoint."""
+    """run_and_kill(folder, *args, method="scaledet")
+
+    Sends SIGKILL as soon as the run folder holds a checkpoint.
+    """
 
     def start(folder: Path, *args, method: str = "scaledet", timeout: float = 120) -> None:
         command = [sys.executable, f"{method}.py", "--output", str(folder), *map(str, args)]
@@ -136,7 +126,10 @@ def seen(monkeypatch) -> dict:
 
 @pytest.fixture
 def fails(monkeypatch, capsys):
-    """fails(*args, method="scaledet") -> the one line on stderr of a command that ends with exit code 2."""
+    """fails(*args, method="scaledet"): a command that must end with exit code 2.
+
+    Returns its one line on stderr.
+    """
 
     def check(*args, method: str = "scaledet") -> str:
         monkeypatch.setattr(sys, "argv", [f"{method}.py", *map(str, args)])

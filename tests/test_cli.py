@@ -1,16 +1,280 @@
-"""The command line: what a run leaves behind, resuming, several ranks, and one clear line for every bad input."""
+"""The command line: every method from end to end, resuming, several ranks, and bad input.
 
+For bad input there is one clear line.
+"""
+
+import dataclasses
+import importlib
 import json
+import math
 import os
+import re
+import shlex
 import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAST, REAL
+from conftest import FAST, METHODS, REAL, REPO
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+import hubconf
+from common.datasets.known import KNOWN
+from common.demo import commands
+from common.demo import main as demo_main
+
+# -- every method, from end to end -----------------------------------------------------------------
+
+# what a method has of these settings is small
+SMALL = {"steps": 2, "batch_size": 2, "base_batch_size": 2, "checkpoint_every": 1}
+SMALL |= {"image_size": 96, "test_size": 96, "channels": 64, "fc_dim": 32, "rois_per_image": 16}
+SMALL |= {"encoder_layers": 1, "decoder_layers": 1, "queries": 10, "points": 64}
+
+
+def small_flags(method: str) -> list[str]:
+    """The flags of the method's own TINY settings, but smaller."""
+    module = importlib.import_module(method)
+    fields = {field.name for field in dataclasses.fields(module.Args)}
+    settings = module.TINY | {name: SMALL[name] for name in SMALL.keys() & fields}
+    for name in settings:
+        if name.endswith("_steps"):
+            settings[name] = 2
+        elif name.endswith("_size") and "batch" not in name:
+            settings[name] = 96
+    flags = ["--device", "cpu"]
+    for name, value in settings.items():
+        flags.append("--" + name.replace("_", "-"))
+        flags += map(str, value if isinstance(value, tuple) else [value])
+    return flags
+
+
+def small_runs(method: str, folder, tiny_root) -> list[list[str]]:
+    """The runs of the method's demonstration, on few images and with small settings."""
+    flags = ["--data-root", str(tiny_root), "--output", str(folder), *small_flags(method)]
+    runs = commands(method, flags)
+    return [[part for part in run if part != "--tiny"] for run in runs]
+
+
+def unseen_dataset(method: str) -> str:
+    """A generated dataset of the method's kind, boxes or maps, that its DEMO does not name."""
+    (first, *_) = re.findall(r"--datasets ([\w-]+)", importlib.import_module(method).DEMO[0])
+    maps = KNOWN[first].supervision in ("semantic", "panoptic")
+    return "cityscapes" if maps else "lineart"
+
+
+@dataclasses.dataclass
+class Trained:
+    """A finished training of a method, by its demonstration."""
+
+    method: str
+    folder: Path
+    module: ModuleType
+    output: str
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def finished(request, tiny_root, tmp_path_factory, run) -> Trained:
+    method = request.param
+    folder = tmp_path_factory.mktemp(method) / "a run"
+    for flags in small_runs(method, folder, tiny_root):
+        done = run(*flags, method=method)
+        assert done.returncode == 0, done.stderr
+    return Trained(method, folder, importlib.import_module(method), done.stdout)
+
+
+def test_every_method_trains_and_evaluates(finished):
+    names = {path.name for path in finished.folder.iterdir()}
+    assert {"args.json", "metrics.jsonl", "weights.safetensors", "first_batch.jpg"} <= names
+    assert not [name for name in names if name.startswith(".")]
+    saved = json.loads((finished.folder / "args.json").read_text())
+    assert saved["method"] == finished.method and saved["steps"] == 2
+    results = json.loads((finished.folder / "results.json").read_text())
+    assert results and all(metrics for metrics in results.values())
+    assert next(iter(results)) in finished.output
+    assert [name for name in names if name.startswith("predictions-") and name.endswith(".jpg")]
+    log = [
+        json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert log[-1]["step"] >= 2 and math.isfinite(log[-1]["loss"])
+
+
+def test_every_method_resumes(finished, tmp_path, call, caplog):
+    """Without its last checkpoint and its weights, the run ends with the same weights again."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished.folder, folder)
+    (folder / "weights.safetensors").unlink()
+    (*_, last) = sorted(folder.glob("checkpoint-*"))
+    shutil.rmtree(last)
+    with caplog.at_level("INFO", "concord"):
+        call("--resume", folder, method=finished.method)
+    assert "resumed from" in caplog.text
+    ours = load_file(folder / "weights.safetensors")
+    theirs = load_file(finished.folder / "weights.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    results = [json.loads((f / "results.json").read_text()) for f in (folder, finished.folder)]
+    assert results[0] == results[1]
+
+
+def test_every_method_predicts_with_a_vocabulary(finished, tmp_path, call):
+    Image.new("RGB", (90, 60), "green").save(tmp_path / "green.png")
+    flags = ["--weights", finished.folder, "--output", tmp_path / "o"]
+    flags += ["--vocabulary", "cat, traffic light"]
+    call("--predict", tmp_path / "green.png", *flags, method=finished.method)
+    assert Image.open(tmp_path / "o" / "green-0.jpg").size[0] >= 90
+    names = []
+    for file in ("predictions.json", "panoptic.json"):
+        if (tmp_path / "o" / file).exists():
+            record = json.loads((tmp_path / "o" / file).read_text())
+            names.append([category["name"] for category in record["categories"]])
+            assert [(image["width"], image["height"]) for image in record["images"]] == [(90, 60)]
+    if (tmp_path / "o" / "semantic").exists():
+        names.append((tmp_path / "o" / "semantic" / "classes.txt").read_text().splitlines())
+        assert Image.open(tmp_path / "o" / "semantic" / "green-0.png").size == (90, 60)
+    assert names and all(found == ["cat", "traffic light"] for found in names)
+
+
+def test_every_method_loads_and_predicts_in_python(finished, tmp_path):
+    Image.new("RGB", (90, 60), "green").save(tmp_path / "green.png")
+    model, label_space = finished.module.load(finished.folder)
+    assert not model.training and len(label_space.names) == len(label_space)
+    classes = label_space.swap("cat, traffic light")
+    images = [
+        tmp_path / "green.png",
+        Image.new("RGB", (40, 70), "red"),
+        torch.zeros(3, 50, 30, dtype=torch.uint8),
+    ]
+    predictions = finished.module.predict_images(model, images, classes)
+    sizes = [(60, 90), (70, 40), (50, 30)]
+    for prediction, size in zip(predictions, sizes, strict=True):
+        maps = [prediction[kind] for kind in ("semantic", "panoptic") if kind in prediction]
+        assert maps or "boxes" in prediction
+        assert all(tuple(pixels.shape) == size for pixels in maps)
+        if "boxes" in prediction:
+            assert prediction["size"] == size
+            numbers = [len(prediction[key]) for key in ("boxes", "scores", "labels", "class_names")]
+            assert len(set(numbers)) == 1
+            assert set(prediction["class_names"]) <= {"cat", "traffic light"}
+        for pixels in (prediction[kind] for kind in ("semantic",) if kind in prediction):
+            assert pixels.max() < len(classes)
+
+
+def test_every_method_evaluates_a_dataset_it_never_saw(finished, tiny_root, tmp_path, call):
+    """Beside the first of the training, whose results are those of the training's end."""
+    unseen = unseen_dataset(finished.method)
+    trained = json.loads((finished.folder / "args.json").read_text())["datasets"]
+    assert unseen not in trained
+    before = json.loads((finished.folder / "results.json").read_text())
+    first = trained.split(",")[0]
+    flags = ["--eval-only", "--weights", finished.folder, "--data-root", tiny_root]
+    flags += ["--eval-datasets", f"{first},{unseen}", "--workers", 0, "--output", tmp_path / "o"]
+    flags += ["--device", "cpu"]
+    call(*flags, method=finished.method)
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert results[first] == before[first]
+    main, *others = results[unseen].values()
+    assert math.isfinite(main)
+    assert all(math.isfinite(value) for value in others if value is not None)  # of small objects
+    assert (tmp_path / "o" / f"predictions-{unseen}.jpg").exists()
+
+
+def test_every_method_is_an_entry_of_torch_hub(finished):
+    """torch.hub.load(REPO, METHOD, weights) is `load` of the method's file."""
+    loaded = torch.hub.load(str(REPO), finished.method, str(finished.folder), source="local")
+    model, label_space = loaded
+    own, own_space = finished.module.load(finished.folder)
+    assert type(model).__name__ == "Model" and not model.training
+    theirs = own.state_dict()
+    assert model.state_dict().keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in model.state_dict().items())
+    assert label_space.names == own_space.names and label_space.datasets == own_space.datasets
+
+
+def test_torch_hub_has_one_entry_per_method():
+    """torch.hub takes each callable without a leading underscore for an entry."""
+    entries = {name: value for name, value in vars(hubconf).items() if callable(value)}
+    entries = {name: value for name, value in entries.items() if not name.startswith("_")}
+    assert sorted(entries) == METHODS
+    for method, entry in entries.items():
+        assert entry.__name__ == method and f"{method}.py" in entry.__doc__
+
+
+# -- demonstrations --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_demo_adds_flags_to_every_run(method, monkeypatch):
+    module = importlib.import_module(method)
+    runs = commands(method, ["--steps", "3", "--output", "a folder", "--seed=5"])
+    assert len(runs) == len(module.DEMO)
+    for run, demo in zip(runs, module.DEMO):
+        own = [part.format(output="a folder") for part in shlex.split(demo)]
+        assert run[: len(own)] == own and run[-3:] == ["--steps", "3", "--seed=5"]
+        assert run.count("--output") == 1
+    assert runs[-1][runs[-1].index("--output") + 1] == "a folder"
+    assert commands(method, ["--output=b"])[-1] == commands(method, ["--output", "b"])[-1]
+    # without --output, all runs of a demonstration share a new folder below runs/
+    (*_, last) = commands(method, [])
+    folder = last[last.index("--output") + 1]
+    assert re.fullmatch(rf"runs/{method}-\d{{8}}-\d{{6}}-{os.getpid()}", folder)
+    for run in commands(method, []):
+        assert run[run.index("--output") + 1].startswith(f"runs/{method}-") and "{" not in str(run)
+
+
+def test_demo_fills_in_the_run_folder_wherever_it_is_named(monkeypatch):
+    """Of several runs, a later one may start from the weights of an earlier one."""
+    demo = ["--datasets a --output {output}-first", "--datasets b --weights {output}-first"]
+    monkeypatch.setattr("scaledet.DEMO", demo)
+    assert commands("scaledet", ["--output", "my run", "--lam", "2"]) == [
+        ["--datasets", "a", "--output", "my run-first", "--lam", "2"],
+        ["--datasets", "b", "--weights", "my run-first", "--output", "my run", "--lam", "2"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--datasets", "coco", "--steps", "3"],
+        ["--datasets=my=ann.json:images/"],
+        ["--predict", "a.jpg", "--weights", "runs/a", "--output", "o"],
+        ["--eval-only", "--weights", "runs/a"],
+        ["--resume=runs/a"],
+        ["--help"],
+        ["-h"],
+    ],
+)
+def test_demo_leaves_runs_on_own_data_alone(flags):
+    for method in METHODS:
+        assert commands(method, list(flags)) == [flags]
+
+
+def test_demo_stops_at_the_first_run_that_fails(monkeypatch, capsys):
+    """It prints each command before it runs it, and ends with the exit code of the failed one."""
+    started = []
+
+    def start(command):
+        started.append(command)
+        printed = capsys.readouterr().out.splitlines()
+        assert [shlex.split(line)[1:] for line in printed] == [command[1:]]
+        return subprocess.CompletedProcess(command, 7 * ("b" in command))
+
+    monkeypatch.setattr(subprocess, "run", start)
+    monkeypatch.setattr("scaledet.DEMO", ["--datasets a", "--datasets b", "--datasets c"])
+    monkeypatch.setattr(sys, "argv", ["demo.py", "scaledet", "--output", "my run"])
+    with pytest.raises(SystemExit) as exit:
+        demo_main()
+    assert exit.value.code == 7
+    python = [sys.executable, "scaledet.py", "--datasets"]
+    assert started == [[*python, name, "--output", "my run"] for name in "ab"]
+
+
+# -- one method in detail --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +296,10 @@ def trained(tiny_root, tmp_path_factory, run):
 
 def test_run_folder_has_everything(trained):
     folder, output = trained
-    expected = "args.json metrics.jsonl results.json weights.safetensors label_space.md label_space.png first_batch.jpg"
+    expected = {"args.json", "metrics.jsonl", "results.json", "weights.safetensors"}
+    expected |= {"label_space.md", "label_space.png", "first_batch.jpg"}
     names = {path.name for path in folder.iterdir()}
-    assert set(expected.split()) <= names
+    assert expected <= names
     assert {f"predictions-{name}.jpg" for name in ("coco", "o365", "lineart")} <= names
     assert not [name for name in names if name.startswith(".")]
     results = json.loads((folder / "results.json").read_text())
@@ -127,7 +392,10 @@ def test_two_real_label_spaces_each_by_its_own_metric(tmp_path, run):
 def test_resume_after_kill_ends_with_the_same_weights(
     trained, tiny_root, tmp_path, run, run_and_kill
 ):
-    """SIGKILL after the first checkpoint, --resume: every bit of the weights is that of the uninterrupted run."""
+    """SIGKILL after the first checkpoint, then --resume.
+
+    Every bit of the weights is that of the uninterrupted run.
+    """
     folder = tmp_path / "killed"
     command = [
         "--datasets",
@@ -149,7 +417,7 @@ def test_resume_after_kill_ends_with_the_same_weights(
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# -- bad input --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -231,7 +499,7 @@ def test_broken_image(fails, own, tmp_path, workers):
         ("--device cuda:77 --datasets coco", ["--device"]),
         ("--resume /nowhere", ["--resume", "/nowhere"]),
         ("--lr nan", ["--lr nan", "finite"]),
-        ("--seed -1", ["--seed -1", "between"]),
+        ("--seed -1", ("--seed -1", ["--seed -1", "between"])),
         ("--channels -8", ["--channels -8", "between 1 and 8192"]),
         ("--jitter 2 0.1", ["--jitter 2.0 0.1"]),
         ("--device banana", ["--device banana"]),
@@ -266,19 +534,18 @@ def test_bad_weights(fails, own, trained, tmp_path):
     )
     with safe_open(trained[0] / "weights.safetensors", framework="pt") as opened:
         metadata = opened.metadata()
-    tensors = {
-        key: t for key, t in load_file(trained[0] / "weights.safetensors").items() if key != "text"
-    }
+    tensors = load_file(trained[0] / "weights.safetensors")
+    del tensors["label_space.o365"]
     save_file(tensors, tmp_path / "textless.safetensors", metadata)
-    assert "no text embeddings" in fails(
-        "--predict", "a.jpg", "--weights", tmp_path / "textless.safetensors"
-    )
+    line = fails("--predict", "a.jpg", "--weights", tmp_path / "textless.safetensors")
+    assert "damaged class names or text" in line and "label_space.o365" in line
     common = ["--datasets", own(), "--weights", trained[0], "--output", tmp_path / "run", *FAST]
     assert "has the shape" in fails(*common, "--fc-dim", 48)
     classes = len(json.loads((tmp_path / "ann.json").read_text())["categories"])
     np.save(tmp_path / "text.npy", np.random.default_rng(0).normal(size=(classes, 24)))
     line = fails(*common, "--text-encoder", f"my={tmp_path / 'text.npy'}")
-    assert "text embeddings of 384 dimensions, these have 24" in line and "--text-encoder" in line
+    assert "text embeddings" in line and "--text-encoder" in line
+    assert "24" in line and "384" in line
     assert "missing" in fails(*common, "--cls-bias", 0) or "unknown" in fails(
         *common, "--cls-bias", 0
     )

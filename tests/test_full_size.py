@@ -1,4 +1,4 @@
-"""The label space of the paper, 2148 labels with CLIP's own embeddings, and one training step over it.
+"""The label space of ScaleDet's paper, 2148 labels with CLIP's text, and a training step over it.
 
 CONCORD_REAL names the folder of Detic's published tables.
 """
@@ -16,7 +16,7 @@ from torch import nn
 
 import scaledet
 from common.batch import Sample, collate
-from common.labels import Vocabulary
+from common.labels import LabelSpace, Vocabulary
 from scaledet import Args, LabelTables, Model
 
 REAL = Path(os.environ.get("CONCORD_REAL", Path(__file__).resolve().parents[2] / "shared" / "real"))
@@ -42,46 +42,43 @@ ARGS = Args(
 
 
 @pytest.fixture(scope="module")
-def space_and_text():
+def space() -> LabelSpace:
     return scaledet.build_label_space(ARGS, [Vocabulary.known(name) for name in FILES])
 
 
-def test_full_size_label_space(space_and_text):
-    space, text = space_and_text
+def test_full_size_label_space(space):
     assert len(space) == 2148 and space.datasets == list(SIZES)
-    assert text.shape == (2148, 512)
-    torch.testing.assert_close(text.norm(dim=1), torch.ones(2148))
+    assert space.text.shape == (2148, 512)
+    torch.testing.assert_close(space.text.norm(dim=1), torch.ones(2148))
     for name, file in FILES.items():
         rows = torch.from_numpy(np.load(DETIC / file).astype(np.float32))
-        own = text[space.slice(name)]
+        own = space.text[space.scope(name)]
         assert len(own) == SIZES[name]
         torch.testing.assert_close(own * rows.norm(dim=1, keepdim=True), rows, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("norm", ["minmax", "none"])
-def test_full_size_similarity(space_and_text, norm):
-    space, text = space_and_text
-    similarity = scaledet.label_similarity(text, norm)
+def test_full_size_similarity(space, norm):
+    similarity = scaledet.label_similarity(space.text, norm)
     assert similarity.shape == (2148, 2148) and torch.equal(similarity, similarity.T)
     assert (similarity.diagonal() == 1).all() and similarity.max() == 1
     assert similarity.min() == 0 if norm == "minmax" else 0.3 < similarity.min() < 0.7
-    sofa = space.slice("coco").start + space.vocabularies["coco"].names.index("couch")
+    sofa = space.scope("coco").start + space.vocabularies["coco"].names.index("couch")
     near = [space.names[j].lower() for j in similarity[sofa].topk(4).indices]
     assert near[0] == "couch" and any("sofa" in name for name in near)
 
 
-def test_full_size_duplicates_are_the_names_that_datasets_share(space_and_text):
-    space, text = space_and_text
-    duplicates = LabelTables.of(ARGS, text, torch.ones(len(space))).duplicates
+def test_full_size_duplicates_are_the_names_that_datasets_share(space):
+    duplicates = LabelTables.of(ARGS, space.text, torch.ones(len(space))).duplicates
     assert torch.equal(duplicates, duplicates.T)
     person = [
-        space.slice(d).start + names.index("person")
+        space.scope(d).start + names.index("person")
         for d, names in lower_names(space)
         if "person" in names
     ]
     assert len(person) >= 3
     assert all(duplicates[i, j] for i in person for j in person if i != j)
-    coco = space.slice("coco")
+    coco = space.scope("coco")
     assert not duplicates[coco, coco].any()  # no two classes of COCO mean the same
 
 
@@ -106,25 +103,23 @@ def peak_memory() -> float:
 @pytest.mark.parametrize(
     "changes", [{}, {"neg_scope": "own", "fed_loss": True}], ids=["all", "own"]
 )
-def test_full_size_training_step(space_and_text, changes):
+def test_full_size_training_step(space, changes):
     torch.manual_seed(0)
-    space, text = space_and_text
     args, before = replace(ARGS, **changes), peak_memory()
-    model = Model(args, text, pretrained=False).train()
+    model = Model(args, space, pretrained=False).train()
     frequency = torch.cat(
         [torch.tensor(v.image_counts or [100] * len(v)) for v in space.vocabularies.values()]
     )
-    tables = LabelTables.of(args, text, frequency)
+    tables = LabelTables.of(args, space.text, frequency)
     batch = collate([synthetic("lvis", [3, 1202, 3]), synthetic("oid500", [499])])
-    truth = scaledet.assign_targets(batch, space)
+    truth = scaledet.prepare_targets(batch, space)
     assert truth[0].labels.tolist() == [83, 1282, 83] and truth[1].labels.tolist() == [2147]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4)
-    outputs, proposal_losses = model(batch.images, batch.sizes, truth)
-    assert (
-        all(out.logits.shape == (len(out.deltas), 2148) for out in outputs)
-        and len(outputs[0].logits) == 128
-    )
-    losses = scaledet.compute_losses(args, outputs, proposal_losses, tables)
+    stages, predictions, losses = model(batch.images, batch.sizes, truth, space.text)
+    assert len(stages[0].hidden) == 128
+    for stage, (cosine, logits) in zip(stages, predictions, strict=True):
+        assert cosine.shape == logits.shape == (len(stage.deltas), 2148)
+    losses = scaledet.compute_losses(args, stages, predictions, truth, losses, tables)
     assert len(losses) == 3 * 3 + 3 + 1 and all(value.isfinite() for value in losses.values())
     losses["loss"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
