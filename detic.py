@@ -354,6 +354,7 @@ class Model(nn.Module):
         background = F.pad(text, (0, 0, 0, 1))  # (C + 1, D), whose last row is zero
         predictions = []
         for k, (classifier, stage) in enumerate(zip(self.classifiers, stages)):
+            stage.deltas = stage.deltas.detach()  # no loss: DistributedDataParallel would wait
             prediction = Prediction(classifier(stage.hidden, background)[1])
             if self.prop_score:
                 prediction.prop_logits = self.prop_score[k](stage.hidden)
@@ -518,9 +519,8 @@ def image_losses(
     loss = loss_image_labels(loss_of_label, bags, [t.image_labels for t in targets])
     losses = {f"loss_image_labels_stage{k}": args.image_label_weight * loss}
     if prediction.caption_logits is not None:
-        first = rank() * len(
-            targets
-        )  # captions of all ranks are columns, in the order of the ranks
+        # captions of all ranks are columns, in the order of the ranks
+        first = rank() * len(targets)
         columns = [first + i if t.caption else -1 for i, t in enumerate(targets)]
         logits = prediction.caption_logits.split([len(boxes) for boxes in stage.boxes])
         loss = loss_captions(logits, columns, NEGATIVE_CAPTION_WEIGHT)

@@ -1,12 +1,12 @@
-"""What the tests against tensors recorded from official implementations share: the recordings and their comparison.
+"""What the tests against tensors recorded from official implementations share.
 
-CONCORD_PARITY names the folder.
+These are the recordings and their comparison. CONCORD_PARITY names the folder.
 """
 
 import itertools
 import json
 import os
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,9 @@ import common.cascade
 from common.batch import Batch, Sample
 from common.boxes import select_detections
 from common.cascade import Cascade, MaskHead
-from common.labels import Vocabulary
+from common.labels import LabelSpace, Vocabulary
 from common.masks import crop_masks
+from common.targets import RegionTargets
 
 FOLDER = Path(
     os.environ.get("CONCORD_PARITY", Path(__file__).resolve().parents[2] / "shared" / "parity")
@@ -32,13 +33,10 @@ WORST: dict[str, float] = {}
 
 def case(name: str):
     """(tensors, record) of one recorded case; skips where it is absent."""
-    if not (FOLDER / f"{name}.safetensors").is_file():
-        pytest.skip(
-            f"no {name}.safetensors in {FOLDER}; CONCORD_PARITY names the folder of recorded tensors"
-        )
-    return load_file(FOLDER / f"{name}.safetensors"), json.loads(
-        (FOLDER / f"{name}.json").read_text()
-    )
+    file = FOLDER / f"{name}.safetensors"
+    if not file.is_file():
+        pytest.skip(f"no {file}; CONCORD_PARITY names the folder of recorded tensors")
+    return load_file(file), json.loads(file.with_suffix(".json").read_text())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,7 +49,10 @@ def report():
 
 
 def check(quantity: str, ours, official, tolerance: float = 1e-4, floor: float = 1e-9) -> None:
-    """max |ours - official| within `tolerance` of max |official| (of `floor`, where that is larger)."""
+    """max |ours - official| is within `tolerance` of max |official|.
+
+    floor: what takes the place of max |official| if that is smaller
+    """
     ours, official = (torch.as_tensor(x).detach().double() for x in (ours, official))
     assert ours.shape == official.shape, quantity
     if official.numel():
@@ -61,7 +62,7 @@ def check(quantity: str, ours, official, tolerance: float = 1e-4, floor: float =
 
 
 def check_gradients(quantity: str, ours: dict, official: dict) -> None:
-    """Gradients by official name; those that are 0 up to rounding are measured against the others."""
+    """Gradients by official name. Those that are 0 up to rounding are measured by the others."""
     floor = 1e-3 * max(float(g.abs().max()) for g in official.values())
     for name, gradient in official.items():
         got = torch.zeros_like(gradient) if ours[name].grad is None else ours[name].grad
@@ -69,8 +70,9 @@ def check_gradients(quantity: str, ours: dict, official: dict) -> None:
 
 
 def check_sets(quantity: str, ours: list, official: list, length: float) -> None:
-    """Rows (boxes, scores, classes) as sets: each has its partner, except within rounding of the last score.
+    """Rows (boxes, scores, classes) as sets: each has its partner.
 
+    A row within rounding of the last score may lack one.
     length: pixels that box errors are relative to
     """
     last = max(float(ours[1].min()), float(official[1].min())) + 1e-5
@@ -91,7 +93,7 @@ def check_sets(quantity: str, ours: list, official: list, length: float) -> None
         )
 
 
-# -- cascade -----------------------------------------------------------------------------------------------------------
+# -- cascade ---------------------------------------------------------------------------------------
 
 HEAD, LAYERS = "roi_heads.", {"fc1": "1", "fc2": "3", "linear": "embedding"}
 
@@ -131,57 +133,57 @@ class Recorded(nn.Module):
         return self.result
 
 
-def check_stage(variant: str, k: int, output, tensors: dict) -> None:
-    for i, boxes in enumerate(output.boxes):
+def check_stage(variant: str, k: int, stage, logits, tensors: dict) -> None:
+    """The regions and the outputs of stage k. logits: (R, C)"""
+    for i, boxes in enumerate(stage.boxes):
         check(f"cascade {variant}: boxes", boxes, tensors[f"{variant}.stage{k}.image{i}.boxes"])
     official = tensors[f"{variant}.stage{k}.cls_logits"]
-    check(f"cascade {variant}: logits", output.logits, official[:, :-1])
+    check(f"cascade {variant}: logits", logits, official[:, :-1])
     bias = tensors.get(f"{HEAD}box_predictor.{k}.cls_score.cls_bias", torch.zeros(1))
-    assert (
-        official[:, -1] == bias
-    ).all()  # background has no embedding: nothing is lost with its column
-    check(
-        f"cascade {variant}: box deltas", output.deltas, tensors[f"{variant}.stage{k}.box_deltas"]
-    )
+    # background has no embedding: nothing is lost with its column
+    assert (official[:, -1] == bias).all()
+    deltas = tensors[f"{variant}.stage{k}.box_deltas"]
+    check(f"cascade {variant}: box deltas", stage.deltas, deltas)
 
 
-def feed_recorded_draws(monkeypatch, method, tensors: dict, variant: str) -> None:
-    """Sampled regions come in the recorded order (the budget is not reached: all are drawn), classes as recorded.
+def feed_recorded_samples(monkeypatch, method, tensors: dict, variant: str) -> None:
+    """Feeds the recorded samples of regions and classes.
+
+    Regions come in the recorded order; there are fewer than may be sampled, so that all are.
 
     method: the module whose `sample_federated` is replaced
     """
     images, stages = itertools.count(), itertools.count()
     match = common.cascade.match_regions
 
-    def recorded_match(boxes, truth, iou, sample):
-        boxes, targets = match(boxes, truth, iou, sample)
-        if sample:
+    def recorded_match(boxes, truth, iou, num_samples):
+        boxes, targets = match(boxes, truth, iou, num_samples)
+        if num_samples:
             wanted = tensors[f"{variant}.sampled{next(images)}.boxes"]
             assert sorted(boxes.tolist()) == sorted(wanted.tolist())
             order = (wanted[:, None] - boxes).abs().amax(-1).argmin(1)
             boxes = boxes[order]
-            owner = targets.owner if targets.owner is None else targets.owner[order]
-            targets = replace(
-                targets, boxes=targets.boxes[order], labels=targets.labels[order], owner=owner
+            targets = RegionTargets(
+                targets.boxes[order], targets.labels[order], targets.gt_index[order]
             )
         return boxes, targets
 
     def recorded_classes(labels, frequency):
         appeared = tensors[f"{variant}.stage{next(stages)}.fed_appeared"]
         assert set(labels[labels >= 0].tolist()) <= set(appeared.tolist())
-        return torch.zeros(len(frequency) + 1).index_fill(0, appeared, 1)[
-            :-1
-        ]  # the last one is background
+        mask = torch.zeros(len(frequency) + 1).index_fill(0, appeared, 1)
+        return mask[:-1]  # the last one is background
 
     monkeypatch.setattr(common.cascade, "match_regions", recorded_match)
     monkeypatch.setattr(method, "sample_federated", recorded_classes)
 
 
 def recorded_model(monkeypatch, method, **changes):
-    """`method`'s own Model with the recorded weights, on the recorded features and proposals; the recording.
+    """The Model of `method` with the recorded weights, its label space, and the recording.
 
-    method: a method file; changes: to its Args. The model also holds the features, images and sizes, and the mask head
-    even where the method has none.
+    The model sees the recorded features and proposals. It also holds the features, images and
+    sizes, and the mask head even where the method has none.
+    method: a method file; changes: to its Args
     """
     tensors, record = case("detic_roi")
     config = {key.rpartition(".")[2]: value for key, value in record["config"].items()}
@@ -197,47 +199,56 @@ def recorded_model(monkeypatch, method, **changes):
     ]
     monkeypatch.setattr(method, "Backbone", lambda *_: Recorded(features))
     monkeypatch.setattr(method, "CenterNet", lambda *_, **__: Recorded((proposals, {})))
-    monkeypatch.setattr(
-        method, "MaskHead", lambda channels: MaskHead(channels, config["NUM_CONV"]), raising=False
-    )
+    mask_head = partial(MaskHead, num_convs=config["NUM_CONV"])
+    monkeypatch.setattr(method, "MaskHead", mask_head, raising=False)
     args = method.Args(
-        tau=1 / config["NORM_TEMP"], cls_bias=config["USE_BIAS"], channels=config["feature_channels"],
-        fc_dim=config["FC_DIM"], rois_per_image=config["BATCH_SIZE_PER_IMAGE"], amp="off", **changes,
-    )  # fmt: skip
-    text = F.normalize(tensors["zs_weight_raw"])
-    model = method.Model(args, text, pretrained=False)
-    if not hasattr(model, "mask_head"):
-        model.mask_head = MaskHead(args.channels, config["NUM_CONV"])
-    model.load_state_dict(
-        {own_name(key): tensors[key] for key in trained(tensors)} | {"text": text}
+        tau=1 / config["NORM_TEMP"],
+        cls_bias=config["USE_BIAS"],
+        channels=config["feature_channels"],
+        fc_dim=config["FC_DIM"],
+        rois_per_image=config["BATCH_SIZE_PER_IMAGE"],
+        amp="off",
+        **changes,
     )
+    text = F.normalize(tensors["zs_weight_raw"])
+    names = tuple(map(str, range(len(text))))
+    label_space = LabelSpace([Vocabulary("any", names, text=text)])
+    model = method.Model(args, label_space, pretrained=False)
+    if not hasattr(model, "mask_head"):
+        model.mask_head = mask_head(args.channels)
+    model.load_state_dict({own_name(key): tensors[key] for key in trained(tensors)})
     model.features, model.sizes = features, sizes
     model.images = torch.zeros(len(sizes), 3, *config["padded_hw"], dtype=torch.uint8)
-    return model, tensors, record, config
+    return model, label_space, tensors, record, config
 
 
 def check_targets(
-    variant: str, outputs: list, tensors: dict, num_classes: int, places: torch.Tensor
+    variant: str, stages: list, truth: list, tensors: dict, num_classes: int, places: torch.Tensor
 ) -> None:
-    """What supervises the regions. places: (recorded classes + 1,) label of each class, num_classes of background."""
-    for k, output in enumerate(outputs):
-        for i, targets in enumerate(output.targets):
+    """What supervises the regions.
+
+    truth:  the ground truth of each image
+    places: (recorded classes + 1,) label of each class, num_classes of background
+    """
+    for k, stage in enumerate(stages):
+        for i, targets in enumerate(stage.targets):
             prefix = f"{variant}.stage{k}.image{i}"
             labels = places[tensors[f"{prefix}.gt_classes"]]
             fg = labels < num_classes
             assert torch.equal(targets.labels, labels.masked_fill(~fg, -1))
             if fg.any():
                 assert torch.equal(targets.boxes[fg], tensors[f"{prefix}.gt_boxes"][fg])
-    for i, (boxes, targets) in enumerate(zip(outputs[0].boxes, outputs[0].targets)):
+                assert torch.equal(truth[i].boxes[targets.gt_index[fg]], targets.boxes[fg])
+    for i, (boxes, targets) in enumerate(zip(stages[0].boxes, stages[0].targets)):
         fg, prefix = boxes[targets.labels >= 0], f"{variant}.mask.image{i}"
         check(f"cascade {variant}: boxes with masks", fg, tensors[f"{prefix}.boxes"])
         wanted = tensors[f"{prefix}.targets"].bool()
-        owner = targets.owner[targets.labels >= 0]
-        assert torch.equal(crop_masks(targets.masks, fg, wanted.shape[-1], owner), wanted)
+        rows = targets.gt_index[targets.labels >= 0]
+        assert torch.equal(crop_masks(truth[i].masks, fg, wanted.shape[-1], rows), wanted)
 
 
 def check_cascade_gradients(variant: str, model, tensors: dict, record: dict) -> None:
-    """After backward(): gradients of heads and features, and their norms, where they were recorded."""
+    """After backward(): gradients of heads and features, and their norms, if they were recorded."""
     own, prefix = dict(model.named_parameters()), f"{variant}.grad."
     stored = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
     features = dict(
@@ -259,15 +270,16 @@ def check_cascade_gradients(variant: str, model, tensors: dict, record: dict) ->
 
 
 def check_inference(monkeypatch, method, variant: str) -> None:
-    """`predict` of a method file on what was recorded: stages, boxes, scores, detections, their masks."""
+    """`predict` of a method file on what was recorded.
+
+    Compares stages, boxes, scores, detections and their masks.
+    """
     one_class = variant == "infer_one_class"
-    model, tensors, record, config = recorded_model(
+    model, label_space, tensors, record, config = recorded_model(
         monkeypatch, method, one_class_per_proposal=one_class
     )
-    config |= {
-        key.rpartition(".")[2]: value
-        for key, value in zip(*[iter(record[variant]["overrides"])] * 2)
-    }
+    overrides = iter(record[variant]["overrides"])
+    config |= {key.rpartition(".")[2]: value for key, value in zip(overrides, overrides)}
     assert config.get("ONE_CLASS_PER_PROPOSAL", False) == one_class
     given = []
 
@@ -285,16 +297,14 @@ def check_inference(monkeypatch, method, variant: str) -> None:
         Sample.unlabelled(image[:, :h, :w], "any", 0, 0)
         for image, (h, w) in zip(model.images, model.sizes)
     ]
-    vocabulary = Vocabulary("any", tuple(map(str, range(len(model.text)))))
-    found = method.predict(model, Batch(model.images, model.sizes, samples), vocabulary)
+    batch = Batch(model.images, model.sizes, samples)
+    found = method.predict(model, batch, label_space)
     with torch.no_grad():
         proposals, _ = model.centernet()
-        outputs = model.cascade(
-            model.features, [boxes for boxes, _ in proposals], model.sizes, None, 0
-        )
-        for k, output in enumerate(outputs):
-            output.logits = model.classifiers[k](output.hidden, model.text)[1]
-            check_stage(variant, k, output, tensors)
+        stages = model.cascade(model.features, [boxes for boxes, _ in proposals], model.sizes)
+        for k, stage in enumerate(stages):
+            _, logits = model.classifiers[k](stage.hidden, label_space.text)
+            check_stage(variant, k, stage, logits, tensors)
     for i, ((boxes, scores), detections) in enumerate(zip(given, found, strict=True)):
         official = {
             key: tensors[f"{variant}.image{i}.{key}"] for key in ("boxes", "scores", "classes")

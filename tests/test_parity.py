@@ -1,7 +1,7 @@
 """CenterNet2 and the cascade against tensors recorded from the official implementations.
 
-CONCORD_PARITY names the folder. Every size, constant and name is read from it, so any recording of the same cases will
-do. `pytest -s` prints the worst relative error of each quantity.
+CONCORD_PARITY names the folder. Every size, constant and name is read from it, so that any
+recording of the same cases will do. `pytest -s` prints the worst relative error of each quantity.
 """
 
 import pytest
@@ -15,7 +15,7 @@ from parity import (
     check_sets,
     check_stage,
     check_targets,
-    feed_recorded_draws,
+    feed_recorded_samples,
     recorded_model,
     report,  # noqa: F401 (a fixture)
 )
@@ -25,7 +25,7 @@ import scaledet
 from common.centernet import CenterNet, CenterNetHead, Grid
 from common.targets import Targets
 
-# -- CenterNet ---------------------------------------------------------------------------------------------------------
+# -- CenterNet -------------------------------------------------------------------------------------
 
 LOSSES = {
     "loss_centernet_pos": "agn_pos",
@@ -178,34 +178,35 @@ def test_parity_centernet_proposals(variant, monkeypatch):
             assert ours == official
 
 
-# -- cascade -----------------------------------------------------------------------------------------------------------
+# -- cascade ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", ["train_plain", "train_fed"])
 def test_parity_cascade_training(variant, monkeypatch):
-    model, tensors, record, config = recorded_model(
+    model, label_space, tensors, record, config = recorded_model(
         monkeypatch, scaledet, fed_loss=variant == "train_fed", lam=0, ignore_dup=False
     )
-    num_classes, num_images = len(model.text), len(model.sizes)
-    feed_recorded_draws(monkeypatch, scaledet, tensors, variant)
+    num_classes, num_images = len(label_space), len(model.sizes)
+    feed_recorded_samples(monkeypatch, scaledet, tensors, variant)
     truth = [
         Targets(
             tensors[f"gt{i}.boxes"],
             tensors[f"gt{i}.classes"],
-            (0, num_classes),
+            slice(0, num_classes),
             tensors[f"gt{i}.masks"] > 0,
         )
         for i in range(num_images)
     ]
-    outputs, proposal_losses = model.train()(model.images, model.sizes, truth)
-    for k, output in enumerate(outputs):
-        check_stage(variant, k, output, tensors)
-    check_targets(variant, outputs, tensors, num_classes, torch.arange(num_classes + 1))
-    tables = scaledet.LabelTables.of(model.args, model.text, tensors["freq_image_count"])
-    losses = scaledet.compute_losses(model.args, outputs, proposal_losses, tables)
+    outputs = model.train()(model.images, model.sizes, truth, label_space.text)
+    stages, predictions, losses = outputs
+    for k, (stage, (_, logits)) in enumerate(zip(stages, predictions, strict=True)):
+        check_stage(variant, k, stage, logits, tensors)
+    check_targets(variant, stages, truth, tensors, num_classes, torch.arange(num_classes + 1))
+    tables = scaledet.LabelTables.of(model.args, label_space.text, tensors["freq_image_count"])
+    losses = scaledet.compute_losses(model.args, stages, predictions, truth, losses, tables)
     official = record[variant]["losses"]
-    masks = config["MASK_WEIGHT"] * model.mask_head.loss(model.features, outputs[0])
-    for k in range(len(outputs)):
+    masks = config["MASK_WEIGHT"] * model.mask_head.loss(model.features, stages[0], truth)
+    for k in range(len(stages)):
         check(
             f"cascade {variant}: classification loss",
             losses[f"loss_hard_stage{k}"],

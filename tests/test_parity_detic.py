@@ -1,7 +1,8 @@
-"""Detic against tensors recorded from the official implementation: its image-label losses, its heads, the whole model.
+"""Detic against tensors recorded from the official implementation.
 
-CONCORD_PARITY names the folder. Every size, constant and name is read from it. `pytest -s` prints the worst relative
-error of each quantity.
+These are of its image-label losses, its heads and the whole model. CONCORD_PARITY names the folder.
+Every size, constant and name is read from it. `pytest -s` prints the worst relative error of each
+quantity.
 """
 
 from dataclasses import replace
@@ -17,34 +18,40 @@ from parity import (
     check_sets,
     check_stage,
     check_targets,
-    feed_recorded_draws,
+    feed_recorded_samples,
     recorded_model,
     report,  # noqa: F401 (a fixture)
 )
 from torch.nn import functional as F
 from torchvision.ops import clip_boxes_to_image
 
-import common.cascade
 import detic
 from common.batch import Sample, collate
 from common.boxes import select_detections
-from common.cascade import draw_classifier
 from common.command import parse_args
+from common.image_label_losses import RIVALS, Bag, loss_image_labels
 from common.masks import decode_masks
 from common.targets import Targets
 
-# -- losses of image labels --------------------------------------------------------------------------------------------
-# Neither max_size_softmax nor train_softmax: detic.py has no softmax over classes, as no released model does.
+# -- losses of image labels ------------------------------------------------------------------------
+
+LOSSES = {"max_size": detic.loss_max_size, **RIVALS}
+
+# Neither max_size_softmax nor train_softmax: detic.py has no softmax over classes, as no released
+# model does.
 
 
 def image_label_case(suffix: str = ""):
-    """Leaves of logits and ranks, bags of images, labels, tensors, record; suffix: another recording of the logits."""
+    """Leaves of logits and ranks, bags of images, labels, tensors, record.
+
+    suffix: of another recording of the logits
+    """
     tensors, record = case("detic_image_labels")
     config, logits = record["config"], tensors[f"{suffix}cls_logits"].requires_grad_()
     ranks = tensors["prop_logits"].requires_grad_()
     counts = config["num_proposals"]
     boxes = [tensors[f"proposals{i}.boxes"] for i in range(len(counts))]
-    bags = [detic.Bag(*parts) for parts in zip(boxes, logits.split(counts), ranks.split(counts))]
+    bags = [Bag(*parts) for parts in zip(boxes, logits.split(counts), ranks.split(counts))]
     return (
         logits,
         ranks,
@@ -55,21 +62,21 @@ def image_label_case(suffix: str = ""):
     )
 
 
-@pytest.mark.parametrize("variant", detic.IMAGE_LABEL_LOSSES)
+@pytest.mark.parametrize("variant", LOSSES)
 def test_parity_image_label_losses(variant):
     logits, ranks, bags, labels, tensors, record = image_label_case()
-    loss, official = detic.IMAGE_LABEL_LOSSES[variant], record[variant]
+    loss, official = LOSSES[variant], record[variant]
     each = [(bag, label, loss(bag, label)) for bag, own in zip(bags, labels) for label in own]
     check(
         f"image labels {variant}: of each label",
         torch.stack([term for *_, term in each]),
         official["per_label_loss"],
     )
-    if variant not in ("wsod", "wsddn"):  # all proposals take part there
+    if variant != "wsddn":  # all proposals take part there
         for (bag, _, term), row in zip(each, official["selected_proposal"], strict=True):
             (gradient,) = torch.autograd.grad(term, bag.logits, retain_graph=True)
             assert gradient.any(1).nonzero().flatten().tolist() == [row]
-    total = record["config"]["image_loss_weight"] * detic.loss_image_labels(loss, bags, labels)
+    total = record["config"]["image_loss_weight"] * loss_image_labels(loss, bags, labels)
     check(f"image labels {variant}: loss", total, official["image_loss"])
     total.backward()
     check(
@@ -91,9 +98,9 @@ def test_parity_image_label_losses(variant):
 
 def test_parity_image_label_loss_of_a_single_proposal():
     logits, _, bags, _, tensors, record = image_label_case()
-    bag = detic.Bag(bags[0].boxes[:1], bags[0].logits[:1])
+    bag = Bag(bags[0].boxes[:1], bags[0].logits[:1])
     labels = [torch.tensor(record["single_proposal"]["labels"])]
-    total = record["config"]["image_loss_weight"] * detic.loss_image_labels(
+    total = record["config"]["image_loss_weight"] * loss_image_labels(
         detic.loss_max_size, [bag], labels
     )
     check("image labels single_proposal: loss", total, record["single_proposal"]["image_loss"])
@@ -110,7 +117,7 @@ def test_parity_image_label_loss_of_a_single_proposal():
 def test_parity_image_label_loss_of_drawn_classes():
     logits, _, bags, labels, tensors, record = image_label_case("dynamic.")
     labels = [tensors["dynamic.cls_id_map"][own] for own in labels]
-    total = record["config"]["image_loss_weight"] * detic.loss_image_labels(
+    total = record["config"]["image_loss_weight"] * loss_image_labels(
         detic.loss_max_size, bags, labels
     )
     check("image labels dynamic: loss", total, record["dynamic"]["image_loss"])
@@ -125,9 +132,7 @@ def test_parity_captions(variant):
     own = list(range(captions.shape[1]))
     loss = detic.loss_captions(captions.split(config["num_proposals"]), own, 1.0)
     total = config["caption_weight"] * loss  # ours is always 1, the official default
-    total = total + detic.loss_image_labels(detic.loss_max_size, bags, labels) * (
-        variant == "captiontag"
-    )
+    total = total + loss_image_labels(detic.loss_max_size, bags, labels) * (variant == "captiontag")
     total = config["image_loss_weight"] * total
     check(f"captions {variant}: loss", total, record[variant]["image_loss"])
     total.backward()
@@ -139,21 +144,23 @@ def test_parity_captions(variant):
     )
 
 
-# -- heads -------------------------------------------------------------------------------------------------------------
+# -- heads -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "variant", ["train_plain", "train_fed", "train_ignore_zero", "train_dynamic"]
 )
 def test_parity_box_supervision(variant, monkeypatch):
-    dynamic = (
-        case("detic_roi")[1]["config"]["MODEL.NUM_SAMPLE_CATS"] if variant == "train_dynamic" else 0
-    )
-    model, tensors, record, config = recorded_model(
-        monkeypatch, detic, fed_loss=variant == "train_fed", ignore_zero=variant == "train_ignore_zero",
+    config = case("detic_roi")[1]["config"]
+    dynamic = config["MODEL.NUM_SAMPLE_CATS"] if variant == "train_dynamic" else 0
+    model, label_space, tensors, record, config = recorded_model(
+        monkeypatch,
+        detic,
+        fed_loss=variant == "train_fed",
+        ignore_zero=variant == "train_ignore_zero",
         dynamic_classifier=dynamic,
-    )  # fmt: skip
-    feed_recorded_draws(monkeypatch, detic, tensors, variant)
+    )
+    feed_recorded_samples(monkeypatch, detic, tensors, variant)
     frequency = tensors["freq_image_count"].float()
     truth = [
         Targets(
@@ -161,20 +168,17 @@ def test_parity_box_supervision(variant, monkeypatch):
         )
         for i in range(len(model.sizes))
     ]
-    text, places = model.text, torch.arange(len(model.text) + 1)
+    text, places = label_space.text, torch.arange(len(label_space) + 1)
     if dynamic:
         sampled = tensors[f"{variant}.sampled_classes"]
         mask = torch.zeros_like(frequency).index_fill(0, sampled, 1)
-        monkeypatch.setattr(common.cascade, "sample_federated", lambda *_: mask)
-        drawn = draw_classifier(truth, frequency, dynamic)
-        assert torch.equal(drawn, sampled.sort().values)  # ours are in the order of the classes
+        monkeypatch.setattr(detic, "sample_federated", lambda *_: mask)
+        classes, truth = detic.sample_classifier(truth, frequency, dynamic)
+        assert torch.equal(classes, sampled.sort().values)  # ours are in the order of the classes
         order = torch.cat([sampled.argsort(), torch.tensor([len(sampled)])])
-        text, frequency = text[drawn], frequency[drawn]
-        check(
-            f"cascade {variant}: classifier",
-            F.pad(text, (0, 0, 0, 1)),
-            tensors[f"{variant}.classifier"][order],
-        )
+        text, frequency = text[classes], frequency[classes]
+        official = tensors[f"{variant}.classifier"][order]
+        check(f"cascade {variant}: classifier", F.pad(text, (0, 0, 0, 1)), official)
         logits = {
             key: t[:, order]
             for key, t in tensors.items()
@@ -182,11 +186,11 @@ def test_parity_box_supervision(variant, monkeypatch):
         }
         tensors, places = tensors | logits, order.argsort()[tensors[f"{variant}.cls_id_map"]]
 
-    outputs, losses = model.train()(model.images, model.sizes, truth, text, None)
-    for k, output in enumerate(outputs):
-        check_stage(variant, k, output, tensors)
-    check_targets(variant, outputs, tensors, len(text), places)
-    losses = detic.compute_losses(model.args, outputs, losses, frequency)
+    stages, predictions, losses = model.train()(model.images, model.sizes, truth, text)
+    for k, (stage, prediction) in enumerate(zip(stages, predictions, strict=True)):
+        check_stage(variant, k, stage, prediction.logits, tensors)
+    check_targets(variant, stages, truth, tensors, len(text), places)
+    losses = detic.compute_losses(model.args, stages, predictions, truth, losses, frequency)
     official = record[variant]["losses"]
     assert losses.keys() == official.keys() | {"loss"} and config["MASK_WEIGHT"] == 1
     for name, value in official.items():
@@ -198,33 +202,32 @@ def test_parity_box_supervision(variant, monkeypatch):
 
 @pytest.mark.parametrize("variant", ["image_max_size", "image_max_size_with_box"])
 def test_parity_image_label_supervision(variant, monkeypatch):
-    model, tensors, record, _ = recorded_model(
-        monkeypatch,
-        detic,
-        image_label_weight=case("detic_roi")[1]["config"]["MODEL.ROI_BOX_HEAD.IMAGE_LOSS_WEIGHT"],
+    weight = case("detic_roi")[1]["config"]["MODEL.ROI_BOX_HEAD.IMAGE_LOSS_WEIGHT"]
+    model, label_space, tensors, record, _ = recorded_model(
+        monkeypatch, detic, image_label_weight=weight
     )
     with_box = variant == "image_max_size_with_box"
-    model.args = replace(
-        model.args, image_label_proposals=len(tensors[f"{variant}.stage0.image0.boxes"]) - with_box
-    )
+    proposals = len(tensors[f"{variant}.stage0.image0.boxes"]) - with_box
+    model.args = replace(model.args, image_label_proposals=proposals)
     nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
     caption = "appends the box of the image" if with_box else ""
     truth = [
         Targets(*nothing, image_labels=torch.tensor(own), caption=caption)
         for own in record[variant]["labels"]
     ]
-    outputs, losses = model.train()(model.images, model.sizes, truth, model.text, None)
+    outputs = model.train()(model.images, model.sizes, truth, label_space.text)
+    stages, predictions, losses = outputs
     assert not losses
-    for k, output in enumerate(outputs):
-        for i, boxes in enumerate(output.boxes):
+    for k, (stage, prediction) in enumerate(zip(stages, predictions, strict=True)):
+        for i, boxes in enumerate(stage.boxes):
             check(f"cascade {variant}: boxes", boxes, tensors[f"{variant}.stage{k}.image{i}.boxes"])
         # with the column of background, whose logit is the bias
-        check(
-            f"cascade {variant}: logits", output.logits, tensors[f"{variant}.stage{k}.cls_logits"]
-        )
-    losses = detic.compute_losses(model.args, outputs, losses, torch.ones(len(model.text)))
+        official = tensors[f"{variant}.stage{k}.cls_logits"]
+        check(f"cascade {variant}: logits", prediction.logits, official)
+    frequency = torch.ones(len(label_space))
+    losses = detic.compute_losses(model.args, stages, predictions, truth, losses, frequency)
     official = record[variant]["losses"]
-    assert losses.keys() == {"loss"} | {f"loss_image_labels_stage{k}" for k in range(len(outputs))}
+    assert losses.keys() == {"loss"} | {f"loss_image_labels_stage{k}" for k in range(len(stages))}
     for name, value in official.items():
         ours = losses.get(name.replace("image_loss", "loss_image_labels"), torch.zeros(()))
         check(f"cascade {variant}: losses", ours, value)
@@ -240,11 +243,14 @@ def test_parity_inference(variant, monkeypatch):
     check_inference(monkeypatch, detic, variant)
 
 
-# -- whole model -------------------------------------------------------------------------------------------------------
+# -- whole model -----------------------------------------------------------------------------------
 
 
 def official_checkpoint(tensors: dict, record: dict) -> dict:
-    """The state dict that the recipe describes; of ImageNet's classifier, which is not used, only the names."""
+    """The state dict that the recipe describes.
+
+    ImageNet's classifier, which is not used, has its names alone.
+    """
     state = {}
     for key, recipe in record["weights"].items():
         if recipe.get("stored_as"):
@@ -268,8 +274,10 @@ def test_parity_whole_model_from_official_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setenv("CONCORD_CACHE", str(tmp_path))
     torch.save({"model": official_checkpoint(tensors, record)}, file)
     flags = ["--weights", str(file), "--device", "cpu", "--amp", "off"]
-    args = parse_args(detic.Args, detic.METHOD, detic.TINY, detic.MODEL_FIELDS, flags)
-    model, label_space, _ = detic.load_trained(args, torch.device("cpu"))
+    args = parse_args(
+        detic.Args, detic.METHOD, detic.TINY, detic.MODEL_FIELDS, detic.OFFICIAL, flags
+    )
+    model, label_space = detic.load(args.weights, args)
     file.unlink()
     for twin in (tmp_path / "converted").iterdir():
         twin.unlink()
@@ -300,7 +308,7 @@ def test_parity_whole_model_from_official_checkpoint(tmp_path, monkeypatch):
         check_sets(
             "whole model: proposals", ours, [*official, torch.zeros(len(official[0]))], max(size)
         )
-        (final,), (scores,) = model.detect(features, batch.sizes)
+        (final,), (scores,) = model.detect(features, batch.sizes, label_space.text)
         distance, row = torch.cdist(official[0], boxes, p=torch.inf).min(1)
         same = distance < 1e-4 * max(size)  # at most the one proposal at the cut has no partner
         assert (~same).sum() <= 1
@@ -321,7 +329,7 @@ def test_parity_whole_model_from_official_checkpoint(tmp_path, monkeypatch):
         masks = model.mask_head(features, [detections[0][: len(masks28)]]).sigmoid()
         check("whole model: masks", masks, masks28)
 
-    found = detic.predict(model, batch, label_space.vocabularies["official"])[0]
+    found = detic.predict(model, batch, label_space)[0]
     ours = [found[key] for key in ("boxes", "scores", "labels")]
     official = [tensors[f"post0.{key}"] for key in ("boxes", "scores", "classes")]
     check_sets("whole model: boxes in the image", ours, official, max(output_size))

@@ -1,4 +1,7 @@
-"""Each equation of ScaleDet, and of what it builds on, against loops over floats written from the papers."""
+"""ScaleDet: each equation, and what it builds on, against loops over floats.
+
+The loops are written from the papers.
+"""
 
 import itertools
 import math
@@ -15,16 +18,18 @@ import common.cascade
 import scaledet
 from common.batch import Sample, collate
 from common.boxes import decode_boxes, pool_rois
-from common.cascade import BoxStage, Cascade, MaskHead, StageOutput, loss_box_reg
+from common.cascade import BoxStage, Cascade, MaskHead, StageOutput, loss_box_reg, sample_federated
 from common.centernet import CenterNet, CenterNetHead, Grid
 from common.datasets.dataset import Dataset
 from common.datasets.index import Index
+from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
 from common.sampling import RepeatFactorSampler, repeat_factors
-from common.targets import Targets, match_regions
+from common.targets import RegionTargets, Targets, match_regions
 from common.text import embed
+from common.text_classifier import TextClassifier
 from common.transforms import LargeScaleJitter
-from scaledet import Args, LabelTables, Model, TextClassifier
+from scaledet import Args, LabelTables, Model
 
 SMALL = Args(
     backbone="resnet18",
@@ -35,6 +40,9 @@ SMALL = Args(
     ignore_dup=False,
     amp="off",
 )
+
+
+NOTHING = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
 
 
 @pytest.fixture(autouse=True)
@@ -60,12 +68,16 @@ def iou(a, b) -> float:
     return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
 
 
+def region_targets(boxes, labels) -> RegionTargets:
+    return RegionTargets(boxes, labels, torch.zeros_like(labels))
+
+
 def random_boxes(count: int, side: float = 200, least: float = 8):
     corner = torch.rand(count, 2) * side / 2
     return torch.cat([corner, corner + least + torch.rand(count, 2) * side / 2], 1)
 
 
-# -- label similarity and the losses of the label space ----------------------------------------------------------------
+# -- label similarity and the losses of the label space --------------------------------------------
 
 
 def test_scaledet_label_similarity_is_the_cosine_rescaled():
@@ -90,13 +102,12 @@ def test_scaledet_label_similarity_of_one_label(norm):
 
 def test_scaledet_eq6_hard_label():
     logits, labels = torch.randn(5, 4) * 3, torch.tensor([2, -1, 0, -1, 3])
-    weights = torch.rand(5, 4)
+    mask = torch.rand(5, 4)
     expected = 0.0
     for r, j in itertools.product(range(5), range(4)):
-        expected += weights[r, j].item() * bce(logits[r, j].item(), labels[r] == j) / 5
-    assert scaledet.loss_hard_label(logits, labels, weights).item() == pytest.approx(
-        expected, rel=1e-5
-    )
+        expected += mask[r, j].item() * bce(logits[r, j].item(), labels[r] == j) / 5
+    loss = scaledet.loss_hard_label(logits, labels, mask)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_scaledet_eq7_soft_label():
@@ -118,7 +129,7 @@ def test_scaledet_losses_of_background_alone():
     cosine = torch.rand(3, 4).requires_grad_()
     deltas = torch.randn(3, 4).requires_grad_()
     labels = torch.full((3,), -1)
-    targets = [Targets(torch.zeros(3, 4), labels)]
+    targets = [region_targets(torch.zeros(3, 4), labels)]
     soft = scaledet.loss_soft_label(cosine, labels, torch.eye(4))
     box = loss_box_reg(0, StageOutput([torch.zeros(3, 4)], cosine, deltas, targets))
     hard = scaledet.loss_hard_label(cosine / 0.02, labels, torch.ones(3, 4))
@@ -135,16 +146,18 @@ def test_scaledet_losses_without_regions_are_zero():
     none, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
     assert scaledet.loss_hard_label(none, labels, none) == 0
     assert scaledet.loss_soft_label(none, labels, torch.eye(4)) == 0
-    assert loss_box_reg(0, StageOutput([none], none, none, [Targets(none, labels)])) == 0
+    assert loss_box_reg(0, StageOutput([none], none, none, [region_targets(none, labels)])) == 0
 
 
 def test_scaledet_scale_check_of_hard_and_soft_gradients():
-    """At c = -0.1 a negative feels Eq. 6 a hundred times as strongly as Eq. 7; at c = -0.2 the two are equal."""
+    """How strongly a negative feels Eq. 6 and Eq. 7.
+
+    At c = -0.1 it is a hundred to one. At c = -0.2 the two are equal.
+    """
     num_labels, regions, foreground = 2148, 8, 2
     labels = torch.tensor([0] * foreground + [-1] * (regions - foreground))
-    similarity = torch.full((num_labels, num_labels), 0.7).fill_diagonal_(
-        1
-    )  # texts of unrelated nouns in CLIP
+    # CLIP's cosine of unrelated nouns
+    similarity = torch.full((num_labels, num_labels), 0.7).fill_diagonal_(1)
 
     def gradients(c):
         cosine = torch.full((regions, num_labels), c).requires_grad_()
@@ -159,25 +172,31 @@ def test_scaledet_scale_check_of_hard_and_soft_gradients():
     assert 0.5 < hard / -soft < 2
 
 
-def test_scaledet_class_weights():
-    """neg_scope and ignore_dup, on regions of two images from different datasets; labels 1 and 3 share their text."""
+def test_scaledet_class_mask():
+    """neg_scope and ignore_dup, on regions of two images from different datasets.
+
+    Labels 1 and 3 have the same text.
+    """
     text = unit_rows(5)
     text[3] = text[1]
-    scopes = [(0, 2), (2, 5)]
+    scopes = [slice(0, 2), slice(2, 5)]
     image_labels = [torch.tensor([1, -1, 0]), torch.tensor([3, 2, -1, 4])]
-    targets = [Targets(torch.zeros(len(x), 4), x, scope) for x, scope in zip(image_labels, scopes)]
+    boxes = [torch.zeros(len(x), 4) for x in image_labels]
+    targets = [Targets(*NOTHING, scope) for scope in scopes]
+    matched = [region_targets(*pair) for pair in zip(boxes, image_labels)]
+    stage = StageOutput(boxes, None, None, matched)
     labels = torch.cat(image_labels)
     for own, ignore_dup in itertools.product((False, True), (False, True)):
         args = replace(SMALL, neg_scope="own" if own else "all", ignore_dup=ignore_dup)
-        weights = scaledet.class_weights(
-            args, labels, targets, LabelTables.of(args, text, torch.ones(5))
-        )
+        tables = LabelTables.of(args, text, torch.ones(5))
+        mask = scaledet.class_mask(args, stage, targets, tables)
+        assert mask.shape == (7, 5)
         for r, j in itertools.product(range(len(labels)), range(5)):
-            start, stop = scopes[0 if r < 3 else 1]
-            expected = start <= j < stop or not own
+            scope = scopes[0 if r < 3 else 1]
+            expected = scope.start <= j < scope.stop or not own
             if ignore_dup and {int(labels[r]), j} == {1, 3}:
                 expected = False
-            assert weights[r, j] == expected, (own, ignore_dup, r, j)
+            assert mask[r, j] == expected, (own, ignore_dup, r, j)
 
 
 def test_scaledet_duplicates_are_judged_before_the_rescaling():
@@ -193,54 +212,41 @@ def test_scaledet_fed_loss_fills_up_to_fifty_classes():
     frequency[100:] = 0
     for labels, background in ([3, 3, 110, 7], 0), ([-1, 3, 110, 7], 1), ([-1], 1):
         for _ in range(20):
-            chosen = (
-                scaledet.sample_federated(torch.tensor(labels), frequency)
-                .nonzero()
-                .squeeze(1)
-                .tolist()
-            )
-            assert len(chosen) == 50 - background
-            assert {label for label in labels if label >= 0} <= set(chosen)
-            assert all(frequency[c] > 0 for c in chosen if c not in labels)
+            sampled = sample_federated(torch.tensor(labels), frequency).nonzero().flatten().tolist()
+            assert len(sampled) == 50 - background
+            assert {label for label in labels if label >= 0} <= set(sampled)
+            assert all(frequency[c] > 0 for c in sampled if c not in labels)
 
 
 def test_scaledet_fed_loss_where_classes_are_few_or_many():
     frequency = torch.tensor([5.0, 0, 3, 9])
-    assert scaledet.sample_federated(torch.tensor([1]), frequency).tolist() == [1, 1, 1, 1]
-    assert scaledet.sample_federated(torch.tensor([-1, 0]), frequency).tolist() == [1, 0, 1, 1]
-    everything = torch.arange(80)  # more than 50 classes in the batch: all of them, no draw
-    assert (
-        scaledet.sample_federated(everything, torch.ones(200))
-        .nonzero()
-        .squeeze(1)
-        .equal(everything)
-    )
+    assert sample_federated(torch.tensor([1]), frequency).tolist() == [1, 1, 1, 1]
+    assert sample_federated(torch.tensor([-1, 0]), frequency).tolist() == [1, 0, 1, 1]
+    everything = torch.arange(80)  # more than 50 classes in the batch: all of them, and no other
+    sampled = sample_federated(everything, torch.ones(200)).nonzero().flatten()
+    assert torch.equal(sampled, everything)
 
 
-def test_scaledet_fed_loss_draws_by_the_root_of_the_frequency():
+def test_scaledet_fed_loss_samples_by_the_root_of_the_frequency():
     frequency = torch.tensor([1.0, 4, 16, 100])
-    draws = (
-        sum(scaledet.sample_federated(torch.tensor([-1]), frequency, num=2) for _ in range(3000))
-        / 3000
-    )
+    background = torch.tensor([-1])
+    share = sum(sample_federated(background, frequency, num=2) for _ in range(3000)) / 3000
     expected = torch.tensor([1.0, 2, 4, 10]) / 17
-    assert (draws - expected).abs().max() < 0.04
+    assert (share - expected).abs().max() < 0.04
 
 
 def test_scaledet_fed_loss_acts_on_the_hard_loss_alone():
     args = replace(SMALL, fed_loss=True, lam=2.0)
-    text = unit_rows(60)
-    outputs, labels = (
-        [stage_output(text, [3, -1, 40], k) for k in range(3)],
-        torch.tensor([3, -1, 40]),
-    )
+    text, labels = unit_rows(60), torch.tensor([3, -1, 40])
+    stages, predictions = three_stages(text, labels)
     tables = LabelTables.of(args, text, (torch.arange(60) < 30).float())
-    losses = scaledet.compute_losses(args, outputs, {}, tables)
+    losses = scaledet.compute_losses(args, stages, predictions, whole_scope(text), {}, tables)
     own = torch.zeros(60)
-    own[:30] = own[40] = 1  # 30 classes have images: all are drawn
-    expected = scaledet.loss_hard_label(outputs[1].logits, labels, own.expand(3, 60))
+    own[:30] = own[40] = 1  # 30 classes have images: all are sampled
+    cosine, logits = predictions[1]
+    expected = scaledet.loss_hard_label(logits, labels, own.expand(3, 60))
     torch.testing.assert_close(losses["loss_hard_stage1"], expected)
-    expected = 2 * scaledet.loss_soft_label(outputs[1].cosine, labels, tables.similarity)
+    expected = 2 * scaledet.loss_soft_label(cosine, labels, tables.similarity)
     torch.testing.assert_close(losses["loss_soft_stage1"], expected)
 
 
@@ -267,13 +273,10 @@ def naive_box_reg(output: StageOutput, weights: tuple) -> float:
 
 def test_scaledet_box_regression(monkeypatch):
     monkeypatch.setattr(Cascade, "box_weights", (None, (30.0, 20.0, 15.0, 5.0)))
-    boxes, labels = (
-        list(random_boxes(5).split([2, 3])),
-        torch.tensor([2, -1, 0, -1, 3]).split([2, 3]),
-    )
-    output = StageOutput(
-        boxes, None, torch.randn(5, 4), [Targets(random_boxes(len(x)), x) for x in labels]
-    )
+    boxes = list(random_boxes(5).split([2, 3]))
+    labels = torch.tensor([2, -1, 0, -1, 3]).split([2, 3])
+    targets = [region_targets(random_boxes(len(x)), x) for x in labels]
+    output = StageOutput(boxes, None, torch.randn(5, 4), targets)
     assert output.labels.tolist() == [2, -1, 0, -1, 3]
     expected = naive_box_reg(output, (30.0, 20.0, 15.0, 5.0))
     assert loss_box_reg(1, output).item() == pytest.approx(expected, rel=1e-5)
@@ -296,44 +299,46 @@ def test_scaledet_decoded_boxes():
     assert same == [1, 2, 3, 4]
 
 
-def stage_output(text, labels: list[int], k: int = 0) -> StageOutput:
-    """A stage that saw random regions of two images."""
-    stage, classifier = BoxStage(2, 8), TextClassifier(8, text.shape[1], Args.tau, 0.0)
-    count, split = len(labels), len(labels) // 2
-    parts = (torch.tensor(labels[:split]), torch.tensor(labels[split:]))
-    boxes = random_boxes(count).split([split, count - split])
-    targets = [Targets(random_boxes(len(x)), x, (0, len(text))) for x in parts]
-    hidden, deltas = stage(torch.randn(count, 2, 7, 7) * (k + 1))
-    return StageOutput(list(boxes), hidden, deltas, targets, *classifier(hidden, text))
+def three_stages(text, labels) -> tuple[list[StageOutput], list]:
+    """Three stages that saw random regions of two images, and what their classifiers predict."""
+    stages, predictions = [], []
+    split = [len(labels) // 2, len(labels) - len(labels) // 2]
+    for k in range(3):
+        stage, classifier = BoxStage(2, 8), TextClassifier(8, text.shape[1], Args.tau, 0.0)
+        boxes = random_boxes(len(labels)).split(split)
+        targets = [region_targets(random_boxes(len(x)), x) for x in labels.split(split)]
+        hidden, deltas = stage(torch.randn(len(labels), 2, 7, 7) * (k + 1))
+        stages.append(StageOutput(list(boxes), hidden, deltas, targets))
+        predictions.append(classifier(hidden, text))
+    return stages, predictions
+
+
+def whole_scope(text) -> list[Targets]:
+    """The ground truth of two images of one dataset, which has all labels."""
+    return [Targets(*NOTHING, slice(0, len(text)))] * 2
 
 
 @pytest.mark.parametrize("sim_norm", ["minmax", "none"])
 def test_scaledet_total_is_the_weighted_sum_of_every_stage(sim_norm):
     args = replace(SMALL, lam=0.7, sim_norm=sim_norm)
-    text = unit_rows(6)
-    outputs, labels = (
-        [stage_output(text, [3, -1, 4, 0], k) for k in range(3)],
-        torch.tensor([3, -1, 4, 0]),
-    )
-    tables, similarity = (
-        LabelTables.of(args, text, torch.ones(6)),
-        scaledet.label_similarity(text, sim_norm),
-    )
+    text, labels = unit_rows(6), torch.tensor([3, -1, 4, 0])
+    stages, predictions = three_stages(text, labels)
+    tables = LabelTables.of(args, text, torch.ones(6))
+    similarity = scaledet.label_similarity(text, sim_norm)
     proposal_losses = {
         "loss_centernet_pos": torch.tensor(0.25),
         "loss_centernet_loc": torch.tensor(0.5),
     }
-    losses = scaledet.compute_losses(args, outputs, proposal_losses, tables)
+    truth = whole_scope(text)
+    losses = scaledet.compute_losses(args, stages, predictions, truth, proposal_losses, tables)
     weights = [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
     expected = dict(proposal_losses)
-    for k, out in enumerate(outputs):
-        expected[f"loss_hard_stage{k}"] = scaledet.loss_hard_label(
-            out.logits, labels, torch.ones(4, 6)
-        )
-        expected[f"loss_soft_stage{k}"] = 0.7 * scaledet.loss_soft_label(
-            out.cosine, labels, similarity
-        )
-        expected[f"loss_box_reg_stage{k}"] = torch.tensor(naive_box_reg(out, weights[k]))
+    for k, (stage, (cosine, logits)) in enumerate(zip(stages, predictions)):
+        hard = scaledet.loss_hard_label(logits, labels, torch.ones(4, 6))
+        soft = scaledet.loss_soft_label(cosine, labels, similarity)
+        expected[f"loss_hard_stage{k}"] = hard
+        expected[f"loss_soft_stage{k}"] = 0.7 * soft
+        expected[f"loss_box_reg_stage{k}"] = torch.tensor(naive_box_reg(stage, weights[k]))
     expected["loss"] = sum(expected.values())
     assert losses.keys() == expected.keys()
     for name, value in expected.items():
@@ -341,7 +346,10 @@ def test_scaledet_total_is_the_weighted_sum_of_every_stage(sim_norm):
 
 
 def test_scaledet_without_soft_loss_is_detic_without_federated_mask():
-    """z = 50 norm(W f) . norm(T), BCE summed over the classes, mean over the regions (Detic's zero-shot classifier)."""
+    """z = 50 norm(W f) . norm(T), as Detic's zero-shot classifier has it.
+
+    The BCE is summed over the classes; it is the mean over the regions.
+    """
     args = replace(SMALL, lam=0.0)
     raw_text = torch.randn(7, 5) * 3
     stage, classifier = BoxStage(2, 8), TextClassifier(8, 5, args.tau, args.cls_bias)
@@ -357,10 +365,13 @@ def test_scaledet_without_soft_loss_is_detic_without_federated_mask():
             dot = sum(a * b for a, b in zip(v, t))
             expected += bce(50 * dot / math.hypot(*v) / math.hypot(*t), labels[r] == j) / 4
     text = F.normalize(raw_text)
-    targets = [Targets(torch.ones(4, 4), labels, (0, 7))]
     hidden, deltas = stage(pooled)
-    output = StageOutput([random_boxes(4)], hidden, deltas, targets, *classifier(hidden, text))
-    losses = scaledet.compute_losses(args, [output], {}, LabelTables.of(args, text, torch.ones(7)))
+    targets = [region_targets(torch.ones(4, 4), labels)]
+    output = StageOutput([random_boxes(4)], hidden, deltas, targets)
+    tables = LabelTables.of(args, text, torch.ones(7))
+    predictions = [classifier(hidden, text)]
+    truth = whole_scope(text)[:1]
+    losses = scaledet.compute_losses(args, [output], predictions, truth, {}, tables)
     assert losses["loss_hard_stage0"].item() == pytest.approx(expected, rel=1e-5)
     assert losses["loss_soft_stage0"] == 0
 
@@ -375,49 +386,22 @@ def test_scaledet_class_bias_moves_the_logits_and_not_the_cosine():
     assert classifier.cls_bias.requires_grad and cosine.abs().max() <= 1
 
 
-# -- the label space ---------------------------------------------------------------------------------------------------
+# -- the label space -------------------------------------------------------------------------------
 
 
 def test_scaledet_appending_a_dataset_changes_no_row_before_it():
     first, second = Vocabulary("a", ("cat", "dog", "car")), Vocabulary("b", ("Cat", "sofa"))
-    space, alone = scaledet.build_label_space(SMALL, [first])
-    union, both = scaledet.build_label_space(SMALL, [first, second])
-    assert len(space) == 3 and union.names == ("cat", "dog", "car", "Cat", "sofa")
-    assert torch.equal(both[:3], alone) and torch.equal(both[3:], embed(second.names, "minilm"))
+    alone = scaledet.build_label_space(SMALL, [first])
+    union = scaledet.build_label_space(SMALL, [first, second])
+    assert len(alone) == 3 and union.names == ("cat", "dog", "car", "Cat", "sofa")
+    assert torch.equal(union.text[:3], alone.text)
+    assert torch.equal(union.text[3:], embed(second.names, "minilm"))
     for norm, exact in (("none", True), ("minmax", False)):
-        s, longer = (scaledet.label_similarity(t, norm) for t in (alone, both))
+        s, longer = (scaledet.label_similarity(t, norm) for t in (alone.text, union.text))
         longer = longer[:3, :3]
         if not exact:  # up to the rescaling: the same after undoing it
             s, longer = ((x - x.min()) / (1 - x.min()) for x in (s, longer))
         torch.testing.assert_close(longer, s)
-
-
-def test_label_space_merges_the_names_that_fold_alike():
-    """In the order of first appearance and spelled as there; the concatenation of the same vocabularies merges none."""
-    vocabularies = [
-        Vocabulary("a", ("Traffic light", "cat", "Cup")),
-        Vocabulary("b", ("dog", "traffic_light", "CAT", "sofa")),
-        Vocabulary("c", ("sofa", "cup ", "zebra", "Dog")),
-    ]
-    merged, plain = LabelSpace(vocabularies, merge=True), LabelSpace(vocabularies)
-    assert (
-        merged.names == ("Traffic light", "cat", "Cup", "dog", "sofa", "zebra") and len(merged) == 6
-    )
-    rows = {"a": [0, 1, 2], "b": [3, 0, 1, 4], "c": [4, 2, 5, 3]}
-    assert {name: merged.rows(name).tolist() for name in merged.datasets} == rows
-    assert merged.to_global("b", torch.tensor([1, 1, 3])).tolist() == [0, 0, 4]
-    assert merged.to_global("c", torch.tensor([], dtype=torch.long)).tolist() == []
-    assert merged.rows("a").dtype == merged.to_global("a", torch.tensor([2])).dtype == torch.int64
-    assert plain.names == sum((v.names for v in vocabularies), ()) and len(plain) == 11
-    assert plain.rows("b").tolist() == [3, 4, 5, 6] and plain.slice("b") == slice(3, 7)
-    assert plain.to_global("c", torch.tensor([3, 0])).tolist() == [10, 7]
-    with pytest.raises(KeyError):
-        merged.rows("d")
-
-
-def test_label_space_merges_within_a_dataset_too():
-    space = LabelSpace([Vocabulary("a", ("Bat", "bat", "ball"))], merge=True)
-    assert space.names == ("Bat", "ball") and space.rows("a").tolist() == [0, 0, 1]
 
 
 def test_scaledet_ground_truth_is_offset_by_the_dataset():
@@ -427,38 +411,41 @@ def test_scaledet_ground_truth_is_offset_by_the_dataset():
         sample("a", [[1, 2, 20, 30]] * 2, [0, 2]),
         sample("b", [], []),
     ]
-    truth = scaledet.assign_targets(collate(samples), space)
+    truth = scaledet.prepare_targets(collate(samples), space)
     assert [t.labels.tolist() for t in truth] == [[4], [0, 2], []]
-    assert [t.scope for t in truth] == [(3, 5), (0, 3), (3, 5)]
+    assert [t.scope for t in truth] == [slice(3, 5), slice(0, 3), slice(3, 5)]
 
 
 @pytest.mark.parametrize("ignore_dup", [True, False])
 def test_scaledet_shared_label_of_two_datasets_can_be_confident(ignore_dup):
-    """A positive and its duplicate negative lie on one number: without ignore_dup its probability ends at 1/2."""
+    """A positive and its duplicate negative lie on one number.
+
+    Without ignore_dup its probability ends at 1/2.
+    """
     vocabularies = [Vocabulary("a", ("person", "car")), Vocabulary("b", ("Person", "car"))]
     args = replace(SMALL, ignore_dup=ignore_dup, lam=0.0)
-    _, text = scaledet.build_label_space(args, vocabularies)
+    text = scaledet.build_label_space(args, vocabularies).text
     tables, labels = LabelTables.of(args, text, torch.ones(4)), torch.tensor([2])
-    weights = scaledet.class_weights(
-        args, labels, [Targets(torch.zeros(1, 4), labels, (2, 4))], tables
-    )
+    boxes = torch.zeros(1, 4)
+    stage = StageOutput([boxes], None, None, [region_targets(boxes, labels)])
+    mask = scaledet.class_mask(args, stage, [Targets(boxes, labels, slice(2, 4))], tables)
     embedding = nn.Parameter(torch.randn(1, text.shape[1]))
     optimizer = torch.optim.Adam([embedding], lr=0.05)
     for _ in range(200):
         logits = F.normalize(embedding) @ text.T / args.tau
         optimizer.zero_grad()
-        scaledet.loss_hard_label(logits, labels, weights).backward()
+        scaledet.loss_hard_label(logits, labels, mask).backward()
         optimizer.step()
     p = logits.sigmoid()[0].tolist()
     assert p[0] == pytest.approx(p[2], abs=1e-4)  # "person" and "Person" are one text
     assert p[0] > 0.95 if ignore_dup else p[0] == pytest.approx(0.5, abs=0.02)
 
 
-# -- regions, scores and detections ------------------------------------------------------------------------------------
+# -- regions, scores and detections ----------------------------------------------------------------
 
 
-def test_scaledet_assigned_targets():
-    truth = Targets(random_boxes(4), torch.tensor([7, 0, 3, 5]), (0, 9))
+def test_scaledet_matched_regions():
+    truth = Targets(random_boxes(4), torch.tensor([7, 0, 3, 5]))
     boxes = torch.cat([random_boxes(30), truth.boxes + torch.randn(4, 4) * 3])
     for threshold in Cascade.ious:
         kept, targets = match_regions(boxes, truth, threshold, 0)
@@ -470,18 +457,18 @@ def test_scaledet_assigned_targets():
             best = max(range(4), key=overlaps.__getitem__)
             assert label == (truth.labels[best] if overlaps[best] >= threshold else -1)
             assert label == -1 or target == truth.boxes[best].tolist()
+        assert torch.equal(targets.boxes, truth.boxes[targets.gt_index])
         assert -1 in targets.labels and (targets.labels >= 0).any()
 
 
 def test_scaledet_an_overlap_of_exactly_the_threshold_is_foreground():
-    truth = Targets(torch.tensor([[0.0, 0, 4, 4]]), torch.tensor([1]), (0, 2))
+    truth = Targets(torch.tensor([[0.0, 0, 4, 4]]), torch.tensor([1]))
     assert match_regions(torch.tensor([[0.0, 0, 2, 4]]), truth, 0.5, 0)[1].labels.tolist() == [1]
 
 
-def test_scaledet_first_stage_draws_a_quarter_of_foreground():
-    truth = Targets(
-        torch.tensor([[0.0, 0, 50, 50], [100, 100, 150, 150]]), torch.tensor([4, 6]), (0, 9)
-    )
+def test_scaledet_first_stage_samples_a_quarter_of_foreground():
+    gt_boxes = torch.tensor([[0.0, 0, 50, 50], [100, 100, 150, 150]])
+    truth = Targets(gt_boxes, torch.tensor([4, 6]))
     proposals = torch.cat(
         [
             truth.boxes.repeat(10, 1) + 1,
@@ -490,23 +477,25 @@ def test_scaledet_first_stage_draws_a_quarter_of_foreground():
     )
     boxes, targets = match_regions(proposals, truth, 0.6, 32)
     assert len(boxes) == 32 and (targets.labels >= 0).sum() == 8
-    boxes, targets = match_regions(
-        proposals, truth, 0.6, 512
-    )  # there are fewer than 512: all, and the truth
+    # there are fewer than 512: all, and the truth
+    boxes, targets = match_regions(proposals, truth, 0.6, 512)
     assert len(boxes) == 122 and (targets.labels >= 0).sum() == 22
     assert all((boxes == gt).all(1).any() for gt in truth.boxes)
     assert (match_regions(proposals, truth, 0.6, 64)[1].labels >= 0).sum() == 16
 
 
 def test_scaledet_image_without_boxes_is_background():
-    truth = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), (0, 9))
-    for drawn, count in ((0, 40), (16, 16)):
-        boxes, targets = match_regions(random_boxes(40), truth, 0.6, drawn)
+    for num_samples, count in ((0, 40), (16, 16)):
+        boxes, targets = match_regions(random_boxes(40), Targets(*NOTHING), 0.6, num_samples)
         assert len(boxes) == len(targets.boxes) == count and (targets.labels == -1).all()
+        assert torch.equal(boxes, targets.boxes) and not targets.gt_index.any()
 
 
 def naive_detections(boxes: list, scores: list, one_class: bool) -> list[tuple]:
-    """(score, label, row), best first: threshold 0.02, greedy NMS per class at IoU 0.5, the best 300."""
+    """(score, label, row), the best 300 first.
+
+    Threshold 0.02, greedy NMS per class at IoU 0.5.
+    """
     candidates = []
     for q, row in enumerate(scores):
         for label, score in enumerate(row):
@@ -535,7 +524,7 @@ class TwoStages(Model):
 
     def __init__(self, logits, objectness, boxes):
         nn.Module.__init__(self)
-        self.args, self.text = SMALL, torch.zeros(2, 6)
+        self.args, self.weight = SMALL, nn.Parameter(torch.zeros(()))
         self.centernet = lambda features: ([(boxes, objectness)], {})
         self.cascade = FoundRegions([SimpleNamespace(hidden=x) for x in logits], boxes)
         self.classifiers = [lambda hidden, text: (None, hidden)] * 2
@@ -556,21 +545,23 @@ class FoundRegions:
 
 
 def test_scaledet_scores_and_boxes_of_predictions():
-    """score = sqrt(mean over stages of sigmoid(c / tau) * objectness); boxes in pixels of the original image."""
+    """score = sqrt(mean over stages of sigmoid(c / tau) * objectness).
+
+    Boxes are in pixels of the original image.
+    """
     logits, objectness = torch.randn(2, 3, 2), torch.tensor([0.9, 0.4, 0.2])
     boxes = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [0, 20, 10, 32]])
     picture = replace(sample("a", [], []), original_size=(128, 192))  # the model saw 64 x 64
-    vocabulary = Vocabulary("a", ("cat", "dog"))
-    (found,) = scaledet.predict(
-        TwoStages(logits, objectness, boxes), collate([picture]), vocabulary
-    )
+    classes = LabelSpace([Vocabulary("a", ("cat", "dog"), text=torch.zeros(2, 6))])
+    model = TwoStages(logits, objectness, boxes)
+    (found,) = scaledet.predict(model, collate([picture]), classes)
     expected = []
     for q, label in itertools.product(range(3), range(2)):
         p = (sigmoid(logits[0, q, label].item()) + sigmoid(logits[1, q, label].item())) / 2
         expected.append((math.sqrt(p * objectness[q].item()), label, q))
     expected.sort(reverse=True)
     assert found["scores"].tolist() == pytest.approx([score for score, _, _ in expected], rel=1e-5)
-    assert found["class_names"] == [vocabulary.names[label] for _, label, _ in expected]
+    assert found["class_names"] == [classes.names[label] for _, label, _ in expected]
     assert torch.equal(
         found["boxes"],
         torch.stack([boxes[q] for _, _, q in expected]) * torch.tensor([3.0, 2, 3, 2]),
@@ -595,7 +586,7 @@ def test_scaledet_pooled_values_are_those_of_the_pixels_below():
     assert pooled[0, 0, 0].tolist() == pytest.approx([100 + 20 * i + 10 for i in range(7)])
 
 
-# -- sampling ----------------------------------------------------------------------------------------------------------
+# -- sampling --------------------------------------------------------------------------------------
 
 
 def random_dataset(name: str, images: int, classes: int, rng) -> Dataset:
@@ -604,9 +595,16 @@ def random_dataset(name: str, images: int, classes: int, rng) -> Dataset:
     labels = np.minimum(rng.geometric(0.35, len(image_of)) - 1, classes - 1)
     boxes = np.tile([0.0, 0, 9, 9], (len(image_of), 1))
     index = Index.build(
-        "x.json", [f"{i}.jpg" for i in range(images)], range(images), np.full((images, 2), 9), image_of, boxes, labels,
-        np.full(len(labels), 81.0), rng.random(len(labels)) < 0.2,
-    )  # fmt: skip
+        "x.json",
+        [f"{i}.jpg" for i in range(images)],
+        range(images),
+        np.full((images, 2), 9),
+        image_of,
+        boxes,
+        labels,
+        np.full(len(labels), 81.0),
+        rng.random(len(labels)) < 0.2,
+    )
     return Dataset(name, Vocabulary(name, tuple(f"{name}{c}" for c in range(classes))), index, None)
 
 
@@ -616,7 +614,7 @@ def test_scaledet_repeat_factors_over_the_union():
     space = LabelSpace([d.vocabulary for d in datasets])
     threshold, images = 0.3, []
     for dataset in datasets:
-        offset = space.slice(dataset.name).start
+        offset = space.scope(dataset.name).start
         for i in range(len(dataset)):
             rows = range(dataset.index.offsets[i], dataset.index.offsets[i + 1])
             images.append(
@@ -653,7 +651,7 @@ def test_scaledet_sampler_repeats_each_image_as_often_as_its_factor():
 def test_scaledet_sampler_shares_one_stream_among_ranks_and_resumes_it():
     factors = np.random.default_rng(0).uniform(1, 3, 37)
     whole = take(600, factors, 5)
-    assert [draw for _, draw in whole] == list(range(600))
+    assert [position for _, position in whole] == list(range(600))
     for world in (2, 3):
         for rank in range(world):
             assert take(200, factors, 5, 0, rank, world) == whole[rank : 200 * world : world]
@@ -662,7 +660,7 @@ def test_scaledet_sampler_shares_one_stream_among_ranks_and_resumes_it():
         assert take(30, factors, 5, start, 1, 3) == whole[start + 1 : start + 90 : 3]
 
 
-# -- the whole model ---------------------------------------------------------------------------------------------------
+# -- the whole model -------------------------------------------------------------------------------
 
 
 def sample(dataset: str, boxes: list, labels: list, side: int = 64) -> Sample:
@@ -675,19 +673,19 @@ def sample(dataset: str, boxes: list, labels: list, side: int = 64) -> Sample:
 
 
 @pytest.fixture(scope="module")
-def space_and_text():
-    return scaledet.build_label_space(
-        SMALL, [Vocabulary("a", ("cat", "car")), Vocabulary("b", ("Cat", "sofa", "fox"))]
-    )
+def space() -> LabelSpace:
+    vocabularies = [Vocabulary("a", ("cat", "car")), Vocabulary("b", ("Cat", "sofa", "fox"))]
+    return scaledet.build_label_space(SMALL, vocabularies)
 
 
-def train_losses(model, samples, space, text):
+def train_losses(model, samples, space) -> tuple[list[StageOutput], dict]:
     batch = collate(samples)
-    outputs, proposal_losses = model.train()(
-        batch.images, batch.sizes, scaledet.assign_targets(batch, space)
-    )
-    tables = LabelTables.of(model.args, text, torch.ones(len(text)))
-    return outputs, scaledet.compute_losses(model.args, outputs, proposal_losses, tables)
+    targets = scaledet.prepare_targets(batch, space)
+    outputs = model.train()(batch.images, batch.sizes, targets, space.text)
+    stages, predictions, losses = outputs
+    assert all(p.shape == (len(s.hidden), 5) for s, pair in zip(stages, predictions) for p in pair)
+    tables = LabelTables.of(model.args, space.text, torch.ones(len(space)))
+    return stages, scaledet.compute_losses(model.args, stages, predictions, targets, losses, tables)
 
 
 def check_gradients_reach_everything(model, losses) -> None:
@@ -700,12 +698,11 @@ def check_gradients_reach_everything(model, losses) -> None:
 
 
 @pytest.mark.parametrize("objectness", [-4.6, -20.0], ids=["with proposals", "without a proposal"])
-def test_scaledet_batch_without_objects(space_and_text, objectness):
-    space, text = space_and_text
-    model = Model(replace(SMALL, cls_bias=-4.6), text, pretrained=False)
+def test_scaledet_batch_without_objects(space, objectness):
+    model = Model(replace(SMALL, cls_bias=-4.6), space, pretrained=False)
     nn.init.constant_(model.centernet.centernet_head.agn_hm.bias, objectness)
-    outputs, losses = train_losses(model, [sample("a", [], []), sample("b", [], [])], space, text)
-    assert (len(outputs[0].logits) > 0) == (objectness > -10)
+    stages, losses = train_losses(model, [sample("a", [], []), sample("b", [], [])], space)
+    assert (len(stages[0].hidden) > 0) == (objectness > -10)
     for name in (
         "loss_soft_stage0",
         "loss_box_reg_stage1",
@@ -714,55 +711,49 @@ def test_scaledet_batch_without_objects(space_and_text, objectness):
     ):
         assert losses[name] == 0
     check_gradients_reach_everything(model, losses)
-    (found,) = scaledet.predict(
-        model, collate([sample("a", [], [])]), Vocabulary("any", tuple("abcde"))
-    )
+    (found,) = scaledet.predict(model, collate([sample("a", [], [])]), space)
     assert len(found["boxes"]) == len(found["scores"]) == len(found["class_names"])
 
 
-def test_scaledet_image_whose_crop_left_no_boxes_beside_one_with_boxes(space_and_text):
-    space, text = space_and_text
+def test_scaledet_image_whose_crop_left_no_boxes_beside_one_with_boxes(space):
     far = sample("b", [[250, 250, 255, 255]], [1], side=256)
     cropped = next(
         s for s in (LargeScaleJitter(64, (1.9, 2.0))(far) for _ in range(50)) if len(s.boxes) == 0
     )
     seen = sample("a", [[8, 8, 40, 40], [30, 20, 60, 62]], [1, 0])
-    model = Model(SMALL, text, pretrained=False)
-    outputs, losses = train_losses(model, [cropped, seen], space, text)
-    background, mixed = (t.labels for t in outputs[0].targets)
+    model = Model(SMALL, space, pretrained=False)
+    stages, losses = train_losses(model, [cropped, seen], space)
+    background, mixed = (t.labels for t in stages[0].targets)
     assert (background == -1).all() and len(background) > 0 and {0, 1} <= set(mixed.tolist())
     assert losses["loss_soft_stage0"] > 0 and losses["loss_centernet_loc"] > 0
     check_gradients_reach_everything(model, losses)
 
 
-def test_scaledet_swapping_the_vocabulary_changes_the_width_alone(space_and_text):
-    _, text = space_and_text
-    model = Model(SMALL, text, pretrained=False).eval()
+def test_scaledet_other_classes_change_the_width_of_the_scores_alone(space):
+    model = Model(SMALL, space, pretrained=False).eval()
+    parameters = {name: p.clone() for name, p in model.state_dict().items()}
     batch = collate([sample("a", [], [])])
+    rows = torch.cat([space.text[3:4], unit_rows(6, space.width)])
+    other = LabelSpace([Vocabulary("c", ("sofa", *"abcdef"), text=rows)])
     with torch.no_grad():
         features = model.extract(batch.images, batch.sizes)
-        (boxes,), (before,) = model.detect(features, batch.sizes)
-        parameters = {name: p.clone() for name, p in model.state_dict().items()}
-        model.set_vocabulary(torch.cat([text[3:4], unit_rows(6, text.shape[1])]))
-        (same,), (after,) = model.detect(features, batch.sizes)
+        (boxes,), (before,) = model.detect(features, batch.sizes, space.text)
+        (same,), (after,) = model.detect(features, batch.sizes, other.text)
     assert torch.equal(boxes, same) and parameters.keys() == model.state_dict().keys()
-    assert all(
-        torch.equal(p, parameters[name]) for name, p in model.state_dict().items() if name != "text"
-    )
-    assert len(model.text) == 7 and torch.equal(parameters["text"], text)
+    assert all(torch.equal(p, parameters[name]) for name, p in model.state_dict().items())
     assert before.shape == (len(boxes), 5) and after.shape == (len(boxes), 7)
     torch.testing.assert_close(after[:, 0], before[:, 3])
-    with pytest.raises(scaledet.InputError, match="7 dimensions"):
-        model.set_vocabulary(unit_rows(3, 7))
+    narrow = LabelSpace(list(space.vocabularies.values()), lambda names, dataset: unit_rows(3, 7))
+    with pytest.raises(InputError, match=f"7 dimensions, this model needs {space.width}"):
+        narrow.swap("x, y, z")
 
 
-def test_scaledet_later_stages_see_the_refined_boxes_without_gradient(space_and_text):
+def test_scaledet_later_stages_see_the_refined_boxes_without_gradient(space):
     """Decoded with the weights of their stage, clipped to the image, without the empty ones."""
-    space, text = space_and_text
-    model = Model(SMALL, text, pretrained=False)
+    model = Model(SMALL, space, pretrained=False)
     for stage in model.cascade.stages:
         nn.init.normal_(stage.bbox_pred[2].weight, std=20)
-    outputs, _ = train_losses(model, [sample("a", [[8, 8, 40, 40]], [1])], space, text)
+    outputs, _ = train_losses(model, [sample("a", [[8, 8, 40, 40]], [1])], space)
     for k, weights in enumerate([(10, 10, 5, 5), (20, 20, 10, 10)]):
         boxes = decode_boxes(outputs[k].boxes[0], outputs[k].deltas, weights).clamp(0, 64)
         kept = boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
@@ -775,12 +766,12 @@ def random_features():
     return [torch.randn(1, 64, s, s, requires_grad=True) for s in (8, 4, 2)]
 
 
-def test_scaledet_each_stage_asks_for_more_overlap(space_and_text):
-    model = Model(SMALL, space_and_text[1], pretrained=False)
+def test_scaledet_each_stage_asks_for_more_overlap(space):
+    model = Model(SMALL, space, pretrained=False)
     for stage in model.cascade.stages:
         nn.init.zeros_(stage.bbox_pred[2].weight)  # boxes stay where they are
     boxes = torch.tensor([[0.0, 0, 40, 22], [0, 0, 40, 26], [0, 0, 40, 30]])  # IoU 0.55, 0.65, 0.75
-    truth = Targets(torch.tensor([[0.0, 0, 40, 40]]), torch.tensor([3]), (2, 5))
+    truth = Targets(torch.tensor([[0.0, 0, 40, 40]]), torch.tensor([3]))
     outputs = model.cascade(random_features(), [boxes], [(64, 64)], [truth], 16)
     found = [
         {int(box[3]) for box, label in zip(o.boxes[0], o.targets[0].labels) if label == 3}
@@ -790,8 +781,8 @@ def test_scaledet_each_stage_asks_for_more_overlap(space_and_text):
     assert all(len(o.boxes[0]) == 4 for o in outputs)
 
 
-def test_scaledet_regions_are_pooled_from_three_levels(space_and_text, monkeypatch):
-    model, seen = Model(SMALL, space_and_text[1], pretrained=False).eval(), []
+def test_scaledet_regions_are_pooled_from_three_levels(space, monkeypatch):
+    model, seen = Model(SMALL, space, pretrained=False).eval(), []
 
     def spy(features, strides, *rest):
         seen.append(([tuple(f.shape) for f in features], list(strides)))
@@ -799,34 +790,33 @@ def test_scaledet_regions_are_pooled_from_three_levels(space_and_text, monkeypat
 
     monkeypatch.setattr(common.cascade, "pool_rois", spy)
     batch = collate([sample("a", [], [])])
-    model.detect(model.extract(batch.images, batch.sizes), batch.sizes)
+    model.detect(model.extract(batch.images, batch.sizes), batch.sizes, space.text)
     MaskHead(64)(
         random_features() + [torch.zeros(1, 64, 1, 1)] * 2, [torch.tensor([[3.0, 3, 40, 50]])]
     )
     assert seen == [([(1, 64, 8, 8), (1, 64, 4, 4), (1, 64, 2, 2)], [8, 16, 32])] * 4
 
 
-def test_scaledet_stages_share_the_gradient_of_the_features(space_and_text):
-    _, text = space_and_text
-    model = Model(SMALL, text, pretrained=False)
+def test_scaledet_stages_share_the_gradient_of_the_features(space):
+    model = Model(SMALL, space, pretrained=False)
     features = random_features()
     boxes = [torch.tensor([[3.0, 3, 40, 50]])]
-    weight = torch.randn(1, len(text))
+    weight = torch.randn(1, len(space))
     (first, *_) = model.cascade(features, boxes, [(64, 64)], None, 16)
-    (model.classifiers[0](first.hidden, text)[0] * weight).sum().backward()
+    (model.classifiers[0](first.hidden, space.text)[0] * weight).sum().backward()
     pooled = pool_rois([f.detach().requires_grad_() for f in features], [8, 16, 32], boxes, 7)
     hidden, _ = model.cascade.stages[0](pooled)
     (gradient,) = torch.autograd.grad(
-        (model.classifiers[0](hidden, text)[0] * weight).sum(), pooled
+        (model.classifiers[0](hidden, space.text)[0] * weight).sum(), pooled
     )
     assert float(features[0].grad.sum()) == pytest.approx(
         float(gradient.sum()) / 3, rel=1e-3, abs=1e-5
     )
 
 
-def test_scaledet_settings_of_centernet2(space_and_text):
+def test_scaledet_settings_of_centernet2(space):
     """Constants of facebookresearch/Detic:configs/Base-C2_L_R5021k_640b64_4x.yaml."""
-    model = Model(SMALL, space_and_text[1], pretrained=False)
+    model = Model(SMALL, space, pretrained=False)
     assert model.cascade.ious == (0.6, 0.7, 0.8)
     assert model.cascade.box_weights == ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15))
     assert model.centernet.strides == [8, 16, 32, 64, 128]
@@ -844,7 +834,7 @@ def test_scaledet_settings_of_centernet2(space_and_text):
     )
 
 
-# -- CenterNet ---------------------------------------------------------------------------------------------------------
+# -- CenterNet -------------------------------------------------------------------------------------
 
 STRIDES = [8, 16, 32, 64, 128]
 SOI = [(0, 80), (64, 160), (128, 320), (256, 640), (512, 1e7)]
@@ -1002,7 +992,10 @@ def test_scaledet_centernet_proposals(training):
 
 
 def test_scaledet_centernet_head_layer_by_layer():
-    """4 x [conv, GroupNorm(32), ReLU] shared by the levels; distances are scaled per level, then rectified."""
+    """4 x [conv, GroupNorm(32), ReLU], shared by the levels.
+
+    Distances are scaled per level, then rectified.
+    """
     torch.manual_seed(0)
     head = CenterNetHead(64, num_levels=2)
     for parameter in head.parameters():
