@@ -27,7 +27,7 @@ class Sample:
                    one row per class present ("semantic") or per segment ("panoptic"), without masks and boxes
     image_labels:  (K,) int64, classes that the image shows somewhere, or None
     captions:      sentences about the image
-    proposals:     (Q, 4) float32 xyxy, boxes of a frozen localizer, absolute pixels of `image`, or None
+    proposals:     (Q, 4) float32 xyxy, absolute pixels of `image`, or None: a frozen localizer's
     """
 
     image: Tensor
