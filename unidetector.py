@@ -649,13 +649,12 @@ def evaluate(
     """Evaluates each dataset before and after calibration, in its own label space. Draws pictures.
 
     label_space: that of the training. Classes whose names it lacks are unknown. A dataset outside
-    it is zero-shot, and is evaluated a third time as a control: with each class name's text
-    replaced by that of another name. Each image is embedded once and classified several times.
+    it is zero-shot, and has a control: each class name's text is replaced by that of another name.
     """
     results = {}
     transform = ResizeShortest(args.test_size)
     for dataset in datasets:
-        name, vocabulary = dataset.name, dataset.vocabulary
+        name = dataset.name
         locate = partial(embed_regions, model, limit=args.test_proposals)
         images = predict_dataset(locate, dataset, transform, args.workers, name)
         if rank() > 0:
@@ -665,19 +664,20 @@ def evaluate(
         if not model.classifiers:
             continue
 
-        classes = label_space.swap(vocabulary)
-        groups = seen_and_unseen(vocabulary, label_space.names, ("known", "unknown"))
+        classes = label_space.swap(dataset.vocabulary)
+        groups = seen_and_unseen(dataset.vocabulary, label_space.names, ("known", "unknown"))
         limit = 300 if dataset.metric == "lvis" else 100  # detections per image
         spaces = {f"{name} (no calibration)": classes, name: classes}
-        if name not in label_space.datasets:
-            spaces[f"{name} (shuffled text)"] = classes.shuffled(args.seed)
+        if dataset.name not in label_space.datasets:
+            spaces[f"{dataset.name} (shuffled text)"] = classes.shuffled(args.seed)
         detections = {}
         for title, space in spaces.items():
             prior = None
             if title == name:
-                prior = count_classes(vocabulary, detections, folder / f"prior-{name}.json")
+                counts_file = folder / f"prior-{name}.json"
+                prior = count_classes(dataset.vocabulary, detections, counts_file)
                 if args.prior:
-                    _, prior = read_prior(args.prior, vocabulary)
+                    _, prior = read_prior(args.prior, dataset.vocabulary)
             for row, regions in images.items():
                 detections[row] = classify(model, regions, space, prior, limit)
             results[title] = evaluate_detections(dataset, detections, groups)

@@ -144,7 +144,7 @@ class SimplePyramid(nn.Module):
     """ViTDet's pyramid: maps of strides 4 to 32, all made from the last map of a plain ViT.
 
     Unlike ViTDet's ViT, which uses window attention in most blocks, timm's ViT attends globally.
-    Source: arXiv 2203.16527, Sec. 3; facebookresearch/detectron2: modeling/backbone/vit.py.
+    Source: facebookresearch/detectron2:detectron2/modeling/backbone/vit.py; arXiv 2203.16527.
     """
 
     def __init__(self, width: int, patch: int, strides: list[int], channels: int = 256):

@@ -137,7 +137,8 @@ def select_detections(
 
     boxes (Q, 4), scores (Q, C) -> boxes (N, 4), scores (N,), labels (N,)
     one_class: a box keeps only its best class, instead of every class above the threshold
-    Source: facebookresearch/detectron2: modeling/roi_heads/fast_rcnn.py (fast_rcnn_inference).
+    Source: facebookresearch/detectron2:detectron2/modeling/roi_heads/fast_rcnn.py
+    (fast_rcnn_inference).
     """
     if one_class:
         scores = scores.masked_fill(scores < scores.amax(1, keepdim=True), 0)

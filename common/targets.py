@@ -103,7 +103,8 @@ def match_regions(
     A region is background if its best IoU is below `iou`. With num_samples > 0 (first stage), the
     ground truth's boxes join the regions. Then num_samples regions are sampled, at most a quarter
     of them foreground.
-    Source: facebookresearch/detectron2: modeling/roi_heads (roi_heads.py, cascade_rcnn.py).
+    Source: facebookresearch/detectron2:detectron2/modeling/roi_heads (roi_heads.py,
+    cascade_rcnn.py).
     """
     if num_samples:
         boxes = torch.cat([targets.boxes, boxes])

@@ -19,20 +19,20 @@ from common.masks import area_of, crop_masks, decode_masks, encode_masks, paste_
 from common.visualize import save_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of pycocotools
-PARITY = Path(
-    os.environ.get("CONCORD_PARITY", Path(__file__).resolve().parents[2] / "shared" / "parity")
-)
+DEFAULT_PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
+PARITY = Path(os.environ.get("CONCORD_PARITY", DEFAULT_PARITY))
 
 
 def recorded(name: str) -> dict:
-    if not (PARITY / f"{name}.safetensors").is_file():
-        pytest.skip(
-            f"no {name}.safetensors in {PARITY}; CONCORD_PARITY names the folder of recorded tensors"
-        )
-    return load_file(PARITY / f"{name}.safetensors")
+    """Returns the recorded tensors of the official code; skips the test without the recording."""
+    path = PARITY / f"{name}.safetensors"
+    if not path.is_file():
+        pytest.skip(f"no {path.name} in {PARITY}; set CONCORD_PARITY to the recorded tensors")
+    return load_file(path)
 
 
 def pixels_of_pycocotools(segmentation, height, width):
+    """Returns the mask (H, W) bool that pycocotools decodes."""
     rle = segmentation
     if isinstance(segmentation, list):
         rle = pycocotools.mask.merge(pycocotools.mask.frPyObjects(segmentation, height, width))
@@ -42,13 +42,19 @@ def pixels_of_pycocotools(segmentation, height, width):
 
 
 def random_polygons(rng, height, width):
-    """One to three polygons, some partly outside."""
+    """Returns one to three polygons, some partly outside of the image."""
     sides = [[width, height] * rng.integers(3, 10) for _ in range(rng.integers(1, 4))]
-    return [(rng.uniform(-0.2, 1.2, len(side)) * side).round(2).tolist() for side in sides]
+    polygons = []
+    for side in sides:
+        polygon = rng.uniform(-0.2, 1.2, len(side)) * side
+        polygons.append(polygon.round(2).tolist())
+    return polygons
 
 
 def uncompressed(mask):
-    flat = np.concatenate([[0], mask.numpy().T.ravel(), [1 - int(mask[-1, -1])]]).astype(int)
+    """Returns the uncompressed RLE of a mask (H, W)."""
+    pixels = mask.numpy().T.ravel()
+    flat = np.concatenate([[0], pixels, [1 - int(mask[-1, -1])]]).astype(int)
     ends = np.flatnonzero(np.diff(flat) != 0)
     return {"size": list(mask.shape), "counts": np.diff(ends, prepend=0).tolist()}
 
@@ -60,34 +66,35 @@ def test_decode_equals_pycocotools(seed):
     polygons = [random_polygons(rng, height, width) for _ in range(8)]
     expected = torch.stack([pixels_of_pycocotools(p, height, width) for p in polygons])
     assert 0.02 < expected.float().mean() < 0.9
-    for kind in (polygons, encode_masks(expected), [uncompressed(mask) for mask in expected]):
-        decoded = decode_masks(kind, (height, width))
-        assert decoded.dtype == torch.bool and torch.equal(decoded, expected)
-        assert all(
-            torch.equal(decoded[i], pixels_of_pycocotools(s, height, width))
-            for i, s in enumerate(kind)
-        )
+    runs = [uncompressed(mask) for mask in expected]
+    for segmentations in (polygons, encode_masks(expected), runs):
+        decoded = decode_masks(segmentations, (height, width))
+        assert decoded.dtype == torch.bool
+        assert torch.equal(decoded, expected)
+        for mask, segmentation in zip(decoded, segmentations):
+            assert torch.equal(mask, pixels_of_pycocotools(segmentation, height, width))
 
 
 def test_encode_equals_pycocotools():
-    masks = torch.rand(5, 33, 47) < torch.tensor([0, 0.1, 0.5, 0.9, 1]).view(5, 1, 1)
+    density = torch.tensor([0, 0.1, 0.5, 0.9, 1]).view(5, 1, 1)
+    masks = torch.rand(5, 33, 47) < density
     for mask, rle in zip(masks, encode_masks(masks)):
         oracle = pycocotools.mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
         assert area_of(rle) == mask.sum()
         assert rle == {"size": [33, 47], "counts": oracle["counts"].decode()}
-    assert torch.equal(decode_masks(json.loads(json.dumps(encode_masks(masks))), (33, 47)), masks)
+    written = json.dumps(encode_masks(masks))
+    assert torch.equal(decode_masks(json.loads(written), (33, 47)), masks)
 
 
 def test_nothing():
     assert decode_masks([], (4, 5)).shape == (0, 4, 5)
-    assert encode_masks(torch.zeros(0, 4, 5, dtype=torch.bool)) == []
-    assert crop_masks(torch.zeros(0, 4, 5, dtype=torch.bool), torch.zeros(0, 4), 7).shape == (
-        0,
-        7,
-        7,
-    )
-    assert paste_masks(torch.zeros(0, 7, 7), torch.zeros(0, 4), (4, 5)).shape == (0, 4, 5)
-    assert not decode_masks([[], [[1.0, 1.0, 3.0, 3.0]]], (4, 5)).any()  # no polygon, a line
+    masks = torch.zeros(0, 4, 5, dtype=torch.bool)
+    boxes = torch.zeros(0, 4)
+    assert encode_masks(masks) == []
+    assert crop_masks(masks, boxes, 7).shape == (0, 7, 7)
+    assert paste_masks(torch.zeros(0, 7, 7), boxes, (4, 5)).shape == (0, 4, 5)
+    no_polygon, line = [], [[1.0, 1.0, 3.0, 3.0]]
+    assert not decode_masks([no_polygon, line], (4, 5)).any()
 
 
 @pytest.mark.parametrize(
@@ -113,55 +120,60 @@ def test_wrong_segmentations(segmentation, message):
 
 
 def test_one_pixel():
-    assert (
-        decode_masks(
-            [{"size": [1, 1], "counts": counts} for counts in ([1], [0, 1], "1")], (1, 1)
-        ).sum()
-        == 1
-    )
+    rles = [{"size": [1, 1], "counts": counts} for counts in ([1], [0, 1], "1")]
+    assert decode_masks(rles, (1, 1)).sum() == 1
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real data samples are not here")
 def test_decode_real_coco():
     record = json.loads((REAL / "coco/annotations/instances_val2017.json").read_text())
     sizes = {image["id"]: (image["height"], image["width"]) for image in record["images"]}
-    for a in record["annotations"]:
-        mask = decode_masks([a["segmentation"]], sizes[a["image_id"]])[0]
-        assert torch.equal(mask, pixels_of_pycocotools(a["segmentation"], *sizes[a["image_id"]]))
+    for annotation in record["annotations"]:
+        segmentation = annotation["segmentation"]
+        size = sizes[annotation["image_id"]]
+        [mask] = decode_masks([segmentation], size)
+        assert torch.equal(mask, pixels_of_pycocotools(segmentation, *size))
 
 
-# ------------------------------------------------------------------------------------------------- crops and pastes
+# -- Crops and pastes ------------------------------------------------------------------------------
 
 
 def test_crop_of_whole_pixels():
     mask = torch.rand(1, 8, 8) < 0.5
-    assert torch.equal(crop_masks(mask, torch.tensor([[0.0, 0, 8, 8]]), 8), mask)
-    assert torch.equal(crop_masks(mask, torch.tensor([[2.0, 1, 6, 5]]), 4), mask[:, 1:5, 2:6])
+    whole = torch.tensor([[0.0, 0, 8, 8]])
+    part = torch.tensor([[2.0, 1, 6, 5]])
+    assert torch.equal(crop_masks(mask, whole, 8), mask)
+    assert torch.equal(crop_masks(mask, part, 4), mask[:, 1:5, 2:6])
 
 
 def test_crop_of_shared_masks():
-    masks, rows = torch.rand(3, 20, 30) < 0.5, torch.tensor([2, 0, 0, 1])
+    masks = torch.rand(3, 20, 30) < 0.5
+    rows = torch.tensor([2, 0, 0, 1])
     boxes = torch.tensor([[1.5, 2, 20, 11], [0, 0, 30, 20], [-4, 3, 9, 25], [3, 3, 3, 3]])
     assert torch.equal(crop_masks(masks, boxes, 7, rows), crop_masks(masks[rows], boxes, 7))
 
 
 def paste_on_the_whole_image(probability, box, height, width):
+    """Returns the mask (H, W) bool of one box, sampled at every pixel of the image."""
     x = (torch.arange(width) + 0.5 - box[0]) / (box[2] - box[0]) * 2 - 1
     y = (torch.arange(height) + 0.5 - box[1]) / (box[3] - box[1]) * 2 - 1
-    points = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)
-    return F.grid_sample(probability[None, None], points[None], align_corners=False)[0, 0] >= 0.5
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    points = torch.stack([x, y], -1)
+    values = F.grid_sample(probability[None, None], points[None], align_corners=False)
+    return values[0, 0] >= 0.5
 
 
 def test_paste_equals_sampling_the_whole_image():
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(40, 2, generator=generator) * torch.tensor([90.0, 60.0]) - 15
-    boxes = torch.cat([corners, corners + torch.rand(40, 2, generator=generator) * 60 + 0.1], dim=1)
+    sides = torch.rand(40, 2, generator=generator) * 60 + 0.1
+    boxes = torch.cat([corners, corners + sides], 1)
     probabilities = torch.rand(40, 14, 14, generator=generator)
     pasted = paste_masks(probabilities, boxes, (50, 70))
     expected = [paste_on_the_whole_image(p, b, 50, 70) for p, b in zip(probabilities, boxes)]
-    assert (
-        pasted.dtype == torch.bool and torch.equal(pasted, torch.stack(expected)) and pasted.any()
-    )
+    assert pasted.dtype == torch.bool
+    assert torch.equal(pasted, torch.stack(expected))
+    assert pasted.any()
 
 
 def test_paste_of_broken_boxes():
@@ -173,25 +185,28 @@ def test_paste_of_broken_boxes():
 
 def test_paste_threshold():
     probabilities = torch.full((1, 4, 4), 0.7)
-    inside = (slice(None), slice(4, 8), slice(4, 8))  # away from the border, where the values fade
-    assert paste_masks(probabilities, torch.tensor([[2.0, 2, 10, 10]]), (12, 12), 0.6)[inside].all()
-    assert not paste_masks(probabilities, torch.tensor([[2.0, 2, 10, 10]]), (12, 12), 0.8).any()
+    box = torch.tensor([[2.0, 2, 10, 10]])
+    pasted = paste_masks(probabilities, box, (12, 12), 0.6)
+    assert pasted[:, 4:8, 4:8].all()  # away from the border, where the values fade
+    assert not paste_masks(probabilities, box, (12, 12), 0.8).any()
 
 
 @pytest.mark.parametrize("variant", ["train_plain", "train_fed", "train_dynamic"])
 def test_parity_crop_masks(variant):
-    tensors, image = recorded("detic_roi"), 0
+    tensors = recorded("detic_roi")
+    num_classes = len(tensors["zs_weight_raw"])
+    image = 0
     while f"gt{image}.masks" in tensors:
         sampled = f"{variant}.sampled{image}"
-        foreground = tensors[f"{sampled}.gt_classes"] < len(tensors["zs_weight_raw"])
-        truth = tensors[f"{sampled}.gt_boxes"][foreground]
-        rows = (truth[:, None] == tensors[f"gt{image}.boxes"]).all(dim=2).int().argmax(dim=1)
-        boxes, targets = (
-            tensors[f"{variant}.mask.image{image}.{name}"] for name in ("boxes", "targets")
-        )
-        assert torch.equal(boxes, tensors[f"{sampled}.boxes"][foreground])
-        ours = crop_masks(tensors[f"gt{image}.masks"].bool(), boxes, targets.shape[-1], rows)
-        assert torch.equal(ours, targets.bool())
+        fg = tensors[f"{sampled}.gt_classes"] < num_classes
+        gt_boxes = tensors[f"{sampled}.gt_boxes"][fg]
+        same = (gt_boxes[:, None] == tensors[f"gt{image}.boxes"]).all(2)
+        rows = same.int().argmax(1)
+        boxes = tensors[f"{variant}.mask.image{image}.boxes"]
+        targets = tensors[f"{variant}.mask.image{image}.targets"]
+        assert torch.equal(boxes, tensors[f"{sampled}.boxes"][fg])
+        masks = tensors[f"gt{image}.masks"].bool()
+        assert torch.equal(crop_masks(masks, boxes, targets.shape[-1], rows), targets.bool())
         image += 1
     assert image
 
@@ -199,34 +214,35 @@ def test_parity_crop_masks(variant):
 def test_parity_paste_masks():
     tensors = recorded("detic_whole_model")
     masks = tensors["post0.masks"].bool()
-    probabilities, boxes = (
-        tensors["det0.masks28"][: len(masks), 0],
-        tensors["post0.boxes"][: len(masks)],
-    )
+    probabilities = tensors["det0.masks28"][: len(masks), 0]
+    boxes = tensors["post0.boxes"][: len(masks)]
     assert torch.equal(paste_masks(probabilities, boxes, masks.shape[1:]), masks)
 
 
-# ---------------------------------------------------------------------------------------------------------- inference
+# -- Inference -------------------------------------------------------------------------------------
 
 VOCABULARY = Vocabulary("hand", ("cat", "dog"), (17, 18))
 MASKS = torch.zeros(2, 40, 60, dtype=torch.bool)
-MASKS[0, 5:20, 10:30], MASKS[1, 30:35, 40:55] = True, True
+MASKS[0, 5:20, 10:30] = True
+MASKS[1, 30:35, 40:55] = True
 
 
 class Hand:
-    """Two images with both masks each."""
+    """A dataset of two grey images."""
 
-    name, vocabulary = "hand", VOCABULARY
+    name = "hand"
+    vocabulary = VOCABULARY
 
     def __len__(self):
         return 2
 
     def load(self, i):
-        return Sample.unlabelled(torch.full((3, 40, 60), 128, dtype=torch.uint8), "hand", i, i)
+        grey = torch.full((3, 40, 60), 128, dtype=torch.uint8)
+        return Sample.unlabelled(grey, "hand", i, i)
 
 
 def detect(batch):
-    """Everything is a cat and a dog; the boxes are not those of the masks."""
+    """Detects a cat and a dog in every image. The boxes do not fit the masks."""
     boxes = torch.tensor([[10.0, 5, 30, 20], [40.0, 30, 59, 39]])
     found = {
         "boxes": boxes,
@@ -234,14 +250,15 @@ def detect(batch):
         "scores": torch.tensor([0.9, 0.1]),
         "masks": MASKS,
     }
-    return [found | {"class_names": ["cat", "dog"], "size": s.original_size} for s in batch.samples]
+    found["class_names"] = ["cat", "dog"]
+    return [found | {"size": sample.original_size} for sample in batch.samples]
 
 
 def test_dataset_predictions_keep_rles(tmp_path):
     predictions = predict_dataset(detect, Hand(), lambda sample: sample, 0, "hand")
-    assert sorted(predictions) == [0, 1] and all(
-        "masks" not in found for found in predictions.values()
-    )
+    assert sorted(predictions) == [0, 1]
+    for found in predictions.values():
+        assert "masks" not in found
     assert torch.equal(decode_masks(predictions[1]["segmentations"], (40, 60)), MASKS)
     assert predictions[0]["class_names"] == ["cat", "dog"]
     draw_predictions(Hand(), predictions, tmp_path, "a set", 0.5)
@@ -251,21 +268,20 @@ def test_dataset_predictions_keep_rles(tmp_path):
 @pytest.mark.parametrize("masked", [True, False])
 def test_file_predictions_have_masks(tmp_path, masked):
     def predict(batch):
-        return [
-            {k: v for k, v in found.items() if masked or k != "masks"} for found in detect(batch)
-        ]
+        detections = detect(batch)
+        for found in detections:
+            if not masked:
+                del found["masks"]
+        return detections
 
-    save_image(Hand().load(0).image, tmp_path / "in.png")
-    predict_files(
-        predict, (str(tmp_path / "in.png"),), VOCABULARY, lambda sample: sample, tmp_path, 0.5
-    )
+    path = tmp_path / "in.png"
+    save_image(Hand().load(0).image, path)
+    predict_files(predict, (str(path),), VOCABULARY, lambda sample: sample, tmp_path, 0.5)
     cat, dog = json.loads((tmp_path / "predictions.json").read_text())["annotations"]
     assert [cat["category_id"], dog["category_id"]] == [17, 18]
-    assert [cat["area"], dog["area"]] == ([300, 75] if masked else [300, 171]) and (
-        "segmentation" in dog
-    ) == masked
+    assert [cat["area"], dog["area"]] == ([300, 75] if masked else [300, 171])
+    assert ("segmentation" in dog) == masked
     if masked:
-        assert torch.equal(
-            decode_masks([cat["segmentation"], dog["segmentation"]], (40, 60)), MASKS
-        )
+        segmentations = [cat["segmentation"], dog["segmentation"]]
+        assert torch.equal(decode_masks(segmentations, (40, 60)), MASKS)
     assert (tmp_path / "in-0.jpg").is_file()

@@ -26,16 +26,30 @@ WIRING = [
 ]  # where single lines are compared
 
 # lines of the wiring that two files write almost alike, and why they may
-ALLOWED: dict[str, str] = {}
+ALLOWED = {
+    "LargeScaleJitter(": "DaTaSeg has another jitter for semantic datasets",
+    "load_datasets(args.datasets": "methods differ in the masks and the supervision that they read",
+    '"dataset_ratios"': "the papers sample the datasets by other ratios",
+    "make_loader(": "some models are compiled for one shape, and the samplers differ",
+    "build_dataloader(args, datasets, start": "LMSeg's crops have several shapes",
+    "test_transform(model.args": "LMSeg has a test size for each dataset",
+    "parameter_groups(": "the papers' weight decay",
+    "parallel(batch.images": "the models have other inputs",
+    "predict_files(partial(": "UniDetector's predictions are calibrated",
+    "label_space=space": "ScaleDet evaluates a control, too",
+    "run_metadata(args)": "UniDetector's two stages write the same metadata",
+    "raise InputError(": "other errors",
+    "Each dataset is classified by its own part": "ScaleDet says what a further dataset changes",
+}
 
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
-BUDGETS = {"labels & text": 800, "data": 5100, "detectors": 2200, "segmenters": 1500, "a run": 2900}
+BUDGETS = {"labels & text": 800, "data": 5300, "detectors": 2400, "segmenters": 1700, "a run": 3000}
 GROUPS = {
     "labels & text": "labels text class_counts",
     "data": "batch transforms sampling",
     "detectors": "backbone boxes targets centernet cascade masks oln clip_resnet proposals"
     " image_label_losses text_classifier",
-    "segmenters": "msda pixel_decoder transformer point_matching mask_losses dataset_heads segments"
+    "segmenters": "msda msda_triton pixel_decoder transformer point_matching mask_losses dataset_heads segments"
     " segment_metrics",
 }
 
