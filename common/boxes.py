@@ -79,7 +79,8 @@ def box_delta_loss(
     fg = labels >= 0
     target = encode_boxes(boxes[fg], gt_boxes[fg], weights)  # (R_fg, 4)
     error = deltas[fg] - target
-    total = error.abs().sum()
+    distance = error.abs()
+    total = distance.sum()
     count = max(len(labels), 1)
     return total / count
 
@@ -125,12 +126,16 @@ def pool_rois(
     image = image[:, None].to(flat)  # (R, 1)
     rois = torch.cat([image, flat], 1)  # (R, 5)
     area = sides(flat).prod(1)
-    size = area.clamp(min=0).sqrt()
+    area = area.clamp(min=0)
+    size = area.sqrt()
     ratio = size / 224 + 1e-8
-    log_stride = torch.floor(4 + torch.log2(ratio))
-    level = log_stride - math.log2(strides[0])
+    log_ratio = torch.log2(ratio)
+    log_stride = torch.floor(4 + log_ratio)
+    first = math.log2(strides[0])
     last = len(features) - 1
-    level = level.clamp(0, last).long()  # (R,)
+    level = log_stride - first
+    level = level.clamp(0, last)
+    level = level.long()  # (R,)
     pooled = []
     rows = []
     for i, feature in enumerate(features):
@@ -190,7 +195,8 @@ def soft_nms(boxes: Tensor, scores: Tensor, sigma: float = 0.5, min_score: float
     Source: arXiv 1704.04503, and mmcv's soft_nms.
     """
     iou = box_iou(boxes, boxes)  # (Q, Q)
-    exponent = -(iou**2) / sigma
+    squared = iou**2
+    exponent = -squared / sigma
     decay = torch.exp(exponent)
     remaining = scores.T.clone()  # (C, Q)
     final = torch.zeros_like(remaining)  # (C, Q)

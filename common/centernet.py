@@ -52,9 +52,10 @@ class CenterNetHead(nn.Module):
         scales = [Scale() for _ in range(num_levels)]
         self.scales = nn.ModuleList(scales)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.01)
-                nn.init.zeros_(module.bias)
+            if not isinstance(module, nn.Conv2d):
+                continue
+            nn.init.normal_(module.weight, std=0.01)
+            nn.init.zeros_(module.bias)
         prior = -math.log(99)  # the logit of 0.01
         nn.init.constant_(self.agn_hm.bias, prior)
         nn.init.constant_(self.bbox_pred.bias, 8.0)
@@ -97,13 +98,15 @@ class Grid:
             y, x = torch.meshgrid(rows, columns, indexing="ij")
             cells = torch.stack([x, y], -1)
             cells = cells.view(-1, 2)
-            points.append(cells * stride + stride // 2)
+            middles = cells * stride + stride // 2
+            points.append(middles)
         counts = [len(p) for p in points]
         counts = torch.tensor(counts, device=device)
         levels = torch.repeat_interleave(counts)
         points = torch.cat(points).float()
-        strides = torch.tensor(strides, device=device).float()
-        return cls(points, strides[levels], levels, shapes)
+        strides = torch.tensor(strides, device=device)
+        strides = strides.float()[levels]
+        return cls(points, strides, levels, shapes)
 
 
 class CenterNet(nn.Module):
@@ -168,9 +171,9 @@ class CenterNet(nn.Module):
         side = sides(boxes)  # (N, 2)
 
         # the location of the cell that holds the centre
-        corner = (centre / strides).floor() * strides  # (M, N, 2)
+        index = (centre / strides).floor()  # (M, N, 2)
         half = (strides / 2).floor()
-        cell = corner + half
+        cell = index * strides + half
         offset = (points - cell).abs()
         at_centre = (offset == 0).all(-1)  # (M, N)
 
@@ -193,13 +196,17 @@ class CenterNet(nn.Module):
         ranges = boxes.new_tensor(self.size_ranges)
         ranges = ranges[grid.levels]  # (M, 2)
         low, high = ranges.split(1, 1)  # (M, 1)
-        in_level = (half_diagonal >= low) & (half_diagonal <= high)  # (M, N)
+        above = half_diagonal >= low  # (M, N)
+        below = half_diagonal <= high
+        in_level = above & below
         top_left, bottom_right = boxes.chunk(2, 1)
         before = points - top_left
         after = bottom_right - points
         ltrb = torch.cat([before, after], -1)  # (M, N, 4)
-        close = (offset <= strides).all(-1)  # (M, N)
-        around = (ltrb > 0).all(-1)  # (M, N)
+        close = offset <= strides
+        close = close.all(-1)  # (M, N)
+        around = ltrb > 0
+        around = around.all(-1)  # (M, N)
         candidate = in_level & close & around
         weighted = weighted.masked_fill(~candidate, torch.inf)
         best, box = weighted.min(1)  # (M,)
@@ -234,16 +241,21 @@ class CenterNet(nn.Module):
         positive = torch.cat(positive)  # (n,)
         count = p.new_tensor(float(len(positive)))
         count = mean_over_ranks(count).clamp(min=1)
-        pos = torch.log(positive) * (1 - positive) ** self.gamma
+        hard = (1 - positive) ** self.gamma
+        pos = torch.log(positive) * hard
         pos = -pos.sum()
         far = (1 - heatmap) ** self.beta
-        neg = -torch.log(1 - p) * p**self.gamma * far
+        confident = p**self.gamma
+        neg = -torch.log(1 - p) * confident * far
         ignored = p >= self.ignore_high_fp
-        neg = neg.masked_fill(ignored, 0).sum()
+        neg = neg.masked_fill(ignored, 0)
+        neg = neg.sum()
         regressed = gt_ltrb.amin(-1) >= 0  # (B, M)
         count_reg = regressed.sum().to(p)
         count_reg = mean_over_ranks(count_reg).clamp(min=1)
-        loc = loss_ltrb_giou(ltrb[regressed], gt_ltrb[regressed])
+        ltrb = ltrb[regressed]  # (m, 4)
+        gt_ltrb = gt_ltrb[regressed]
+        loc = loss_ltrb_giou(ltrb, gt_ltrb)
         pos_weight = self.pos_weight * self.alpha
         neg_weight = self.neg_weight * (1 - self.alpha)
         return {

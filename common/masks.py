@@ -107,9 +107,10 @@ def drop_unseen(segments: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     new_row = np.cumsum(seen) - 1
     new_row = np.append(new_row, -1)  # the last entry is that of row -1
     new_row = new_row.astype(np.int16)
-    renumbered = torch.from_numpy(new_row[rows])
-    kept = labels[torch.from_numpy(seen)]
-    return renumbered, kept
+    rows = new_row[rows]
+    segments = torch.from_numpy(rows)
+    seen = torch.from_numpy(seen)
+    return segments, labels[seen]
 
 
 def area_of(rle: dict) -> int:
@@ -153,9 +154,12 @@ def paste_masks(
     boxes = boxes.nan_to_num(0)
     lows, highs = boxes.chunk(2, 1)
     limits = torch.tensor([width, height, width, height])
-    windows = torch.cat([lows.floor(), highs.ceil()], 1)
-    windows = windows.cpu().clamp(min=0)
-    windows = windows.minimum(limits).int()  # (N, 4) pixels that the box touches
+    first = lows.floor()
+    last = highs.ceil()
+    windows = torch.cat([first, last], 1).cpu()
+    windows = windows.clamp(min=0)
+    windows = windows.minimum(limits)
+    windows = windows.int()  # (N, 4) pixels that the box touches
     for i, (x1, y1, x2, y2) in enumerate(windows.tolist()):
         if x1 >= x2 or y1 >= y2:
             continue
@@ -166,8 +170,9 @@ def paste_masks(
         y = _pixel_centres(y1, y2, top, box_height)  # (h,)
         points = torch.meshgrid(x, y, indexing="xy")
         points = torch.stack(points, -1)  # (h, w, 2)
+        points = points[None]
         probability = probabilities[i, None, None]
-        values = F.grid_sample(probability, points[None], align_corners=False)
+        values = F.grid_sample(probability, points, align_corners=False)
         inside = values[0, 0] >= threshold
         pasted[i, y1:y2, x1:x2] = inside
     return pasted
@@ -211,9 +216,11 @@ def _covered(low: Tensor, high: Tensor, length: int, stride: int) -> Tensor:
     start = low.floor()
     end = (high + 1).floor()
     inside = (pixel >= start) & (pixel < end)  # (N, length)
+    covers_any = inside.any(1, keepdim=True)
     middle = (low + high) / 2
-    middle = (middle // stride).long()
+    middle = middle // stride
+    middle = middle.long()
     middle = middle.clamp(0, length - 1)
-    without = ~inside.any(1, keepdim=True)
-    inside |= without & (cell == middle)
+    at_middle = cell == middle
+    inside |= at_middle & ~covers_any
     return inside.float()
