@@ -171,11 +171,15 @@ class CenterNet(nn.Module):
         side = sides(boxes)  # (N, 2)
 
         # the location of the cell that holds the centre
-        index = (centre / strides).floor()  # (M, N, 2)
-        half = (strides / 2).floor()
+        index = centre / strides  # (M, N, 2)
+        index = index.floor()
+        half = strides / 2
+        half = half.floor()
         cell = index * strides + half
-        offset = (points - cell).abs()
-        at_centre = (offset == 0).all(-1)  # (M, N)
+        offset = points - cell
+        offset = offset.abs()
+        at_centre = offset == 0
+        at_centre = at_centre.all(-1)  # (M, N)
 
         # heat map: a Gaussian whose radius grows with the box
         difference = points - centre  # (M, N, 2)
@@ -274,7 +278,8 @@ class CenterNet(nn.Module):
         passing = p > self.score_threshold
         kept = []
         for level in range(len(self.strides)):
-            candidate = (grid.levels == level) & passing
+            on_level = grid.levels == level
+            candidate = on_level & passing
             rows = candidate.nonzero().squeeze(1)
             number = min(len(rows), limit)
             best = p[rows].topk(number).indices
@@ -282,7 +287,8 @@ class CenterNet(nn.Module):
         rows = torch.cat(kept)
         points = grid.points[rows]
         strides = grid.strides[rows]
-        ltrb = ltrb[rows] * strides[:, None]  # in pixels
+        ltrb = ltrb[rows]
+        ltrb = ltrb * strides[:, None]  # in pixels
         before, after = ltrb.chunk(2, 1)
         low = points - before
         high = points + after

@@ -165,7 +165,8 @@ def paste_masks(
             continue
         left, top = lows[i]
         extent = highs[i] - lows[i]
-        box_width, box_height = extent.clamp(min=1e-6)
+        extent = extent.clamp(min=1e-6)
+        box_width, box_height = extent
         x = _pixel_centres(x1, x2, left, box_width)  # (w,)
         y = _pixel_centres(y1, y2, top, box_height)  # (h,)
         points = torch.meshgrid(x, y, indexing="xy")
@@ -214,8 +215,11 @@ def _covered(low: Tensor, high: Tensor, length: int, stride: int) -> Tensor:
     cell = torch.arange(length, device=low.device)
     pixel = cell * stride + stride // 2
     start = low.floor()
-    end = (high + 1).floor()
-    inside = (pixel >= start) & (pixel < end)  # (N, length)
+    end = high + 1
+    end = end.floor()
+    after_start = pixel >= start  # (N, length)
+    before_end = pixel < end
+    inside = after_start & before_end
     covers_any = inside.any(1, keepdim=True)
     middle = (low + high) / 2
     middle = middle // stride
