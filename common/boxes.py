@@ -12,17 +12,20 @@ MAX_LOG_SCALE = math.log(1000 / 16)  # a delta may enlarge a box at most this mu
 
 def sides(boxes: Tensor) -> Tensor:
     """Returns the widths and heights (N, 2) of boxes (N, 4)."""
-    return boxes[:, 2:] - boxes[:, :2]
+    low, high = boxes.chunk(2, 1)
+    return high - low
 
 
 def centres(boxes: Tensor) -> Tensor:
     """Returns the centres (N, 2) of boxes (N, 4)."""
-    return (boxes[:, :2] + boxes[:, 2:]) / 2
+    low, high = boxes.chunk(2, 1)
+    return (low + high) / 2
 
 
 def have_area(boxes: Tensor) -> Tensor:
     """Returns which boxes (N, 4) are not empty: (N,) bool."""
-    return (boxes[:, 2:] > boxes[:, :2]).all(1)
+    low, high = boxes.chunk(2, 1)
+    return (high > low).all(1)
 
 
 def encode_boxes(boxes: Tensor, targets: Tensor, weights: tuple[float, ...]) -> Tensor:
@@ -30,24 +33,38 @@ def encode_boxes(boxes: Tensor, targets: Tensor, weights: tuple[float, ...]) -> 
 
     Source: facebookresearch/detectron2:detectron2/modeling/box_regression.py (Box2BoxTransform).
     """
-    size = sides(boxes)
-    target_size = sides(targets)
-    centre = boxes[:, :2] + 0.5 * size
-    target_centre = targets[:, :2] + 0.5 * target_size
-    shift = (target_centre - centre) / size
-    scale = torch.log(target_size / size)
+    centre, size = _centres_and_sides(boxes)
+    target_centre, target_size = _centres_and_sides(targets)
+    moved = target_centre - centre
+    shift = moved / size
+    ratio = target_size / size
+    scale = torch.log(ratio)
     deltas = torch.cat([shift, scale], 1)  # (N, 4)
-    return deltas * deltas.new_tensor(weights)
+    factors = deltas.new_tensor(weights)
+    return deltas * factors
+
+
+def _centres_and_sides(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns centres and sides, (N, 2) each, rounded as detectron2 rounds them."""
+    low, high = boxes.chunk(2, 1)
+    size = high - low
+    centre = low + 0.5 * size
+    return centre, size
 
 
 def decode_boxes(boxes: Tensor, deltas: Tensor, weights: tuple[float, ...]) -> Tensor:
     """Moves boxes (N, 4) by weighted deltas (N, 4): the inverse of `encode_boxes`."""
-    size = sides(boxes)
-    centre = boxes[:, :2] + 0.5 * size
-    deltas = deltas / deltas.new_tensor(weights)
-    centre = centre + deltas[:, :2] * size
-    size = size * deltas[:, 2:].clamp(max=MAX_LOG_SCALE).exp()
-    return torch.cat([centre - 0.5 * size, centre + 0.5 * size], 1)  # (N, 4)
+    centre, size = _centres_and_sides(boxes)
+    factors = deltas.new_tensor(weights)
+    deltas = deltas / factors
+    shift, log_scale = deltas.chunk(2, 1)
+    centre = centre + shift * size
+    log_scale = log_scale.clamp(max=MAX_LOG_SCALE)
+    size = size * log_scale.exp()
+    half = 0.5 * size
+    low = centre - half
+    high = centre + half
+    return torch.cat([low, high], 1)  # (N, 4)
 
 
 def box_delta_loss(
@@ -61,7 +78,11 @@ def box_delta_loss(
     """
     fg = labels >= 0
     target = encode_boxes(boxes[fg], gt_boxes[fg], weights)  # (R_fg, 4)
-    return (deltas[fg] - target).abs().sum() / max(len(labels), 1)
+    error = deltas[fg] - target
+    distance = error.abs()
+    total = distance.sum()
+    count = max(len(labels), 1)
+    return total / count
 
 
 class RoIAlign(torch.autograd.Function):
@@ -82,9 +103,11 @@ class RoIAlign(torch.autograd.Function):
         """Gradient (R, F, r, r) of the output -> gradient (B, F, h, w) of the feature."""
         (rois,) = ctx.saved_tensors
         rows = gradient.flatten(1).any(1)  # (R,)
+        of_output = gradient[rows]
+        rois = rois[rows]
         backward = torch.ops.torchvision._roi_align_backward
-        gradient = backward(gradient[rows], rois[rows], *ctx.settings, 0, True)
-        return gradient, None, None, None
+        of_feature = backward(of_output, rois, *ctx.settings, 0, True)
+        return of_feature, None, None, None
 
 
 def pool_rois(
@@ -97,37 +120,46 @@ def pool_rois(
     Source: facebookresearch/detectron2:detectron2/modeling/poolers.py.
     """
     flat = torch.cat(boxes)  # (R, 4)
-    counts = torch.tensor([len(b) for b in boxes], device=flat.device)
+    counts = [len(b) for b in boxes]
+    counts = torch.tensor(counts, device=flat.device)
     image = torch.repeat_interleave(counts)  # (R,)
-    rois = torch.cat([image[:, None].to(flat), flat], 1)  # (R, 5)
-    size = sides(flat).prod(1).clamp(min=0).sqrt()
-    log_stride = torch.floor(4 + torch.log2(size / 224 + 1e-8))
-    level = log_stride - math.log2(strides[0])
-    level = level.clamp(0, len(features) - 1).long()  # (R,)
-    pooled, rows = [], []
-    for i, (feature, stride) in enumerate(zip(features, strides)):
-        row = (level == i).nonzero().squeeze(1)
+    image = image[:, None].to(flat)  # (R, 1)
+    rois = torch.cat([image, flat], 1)  # (R, 5)
+    area = sides(flat).prod(1)
+    area = area.clamp(min=0)
+    size = area.sqrt()
+    ratio = size / 224 + 1e-8
+    log_ratio = torch.log2(ratio)
+    log_stride = torch.floor(4 + log_ratio)
+    first = math.log2(strides[0])
+    last = len(features) - 1
+    level = log_stride - first
+    level = level.clamp(0, last)
+    level = level.long()  # (R,)
+    pooled = []
+    rows = []
+    for i, feature in enumerate(features):
+        on_level = level == i
+        row = on_level.nonzero().squeeze(1)
+        scale = 1 / strides[i]
+        pooled_here = RoIAlign.apply(feature, rois[row], resolution, scale)
         rows.append(row)
-        pooled.append(RoIAlign.apply(feature, rois[row], resolution, 1 / stride))
+        pooled.append(pooled_here)
+    pooled = torch.cat(pooled)
     order = torch.cat(rows).argsort()
-    return torch.cat(pooled)[order]  # in the order of the boxes
+    return pooled[order]  # in the order of the boxes
 
 
 def two_layers(
     channels: int, fc_dim: int, init: Callable[[Tensor], object] = nn.init.xavier_uniform_
 ) -> nn.Sequential:
     """Returns a box head: pooled features (R, F, 7, 7) -> (R, fc_dim); `init` fills its weights."""
-    layers = nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(channels * 49, fc_dim),
-        nn.ReLU(),
-        nn.Linear(fc_dim, fc_dim),
-        nn.ReLU(),
-    )
-    for layer in (layers[1], layers[3]):
+    first = nn.Linear(channels * 49, fc_dim)
+    second = nn.Linear(fc_dim, fc_dim)
+    for layer in (first, second):
         init(layer.weight)
         nn.init.zeros_(layer.bias)
-    return layers
+    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU())
 
 
 def select_detections(
@@ -141,16 +173,19 @@ def select_detections(
     (fast_rcnn_inference).
     """
     if one_class:
-        scores = scores.masked_fill(scores < scores.amax(1, keepdim=True), 0)
-    row, label = (scores > threshold).nonzero(as_tuple=True)
+        highest = scores.amax(1, keepdim=True)
+        scores = scores.masked_fill(scores < highest, 0)
+    passing = scores > threshold
+    row, label = passing.nonzero(as_tuple=True)
+    score = scores[row, label]
     if len(row) > 10_000:  # with tens of thousands of classes; NMS hardly ever needs more
-        best = scores[row, label].topk(10_000).indices
+        score, best = score.topk(10_000)
         row = row[best]
         label = label[best]
-    kept = batched_nms(boxes[row], scores[row, label], label, 0.5)[:limit]
-    row = row[kept]
-    label = label[kept]
-    return boxes[row], scores[row, label], label
+    box = boxes[row]
+    kept = batched_nms(box, score, label, 0.5)
+    kept = kept[:limit]
+    return box[kept], score[kept], label[kept]
 
 
 def soft_nms(boxes: Tensor, scores: Tensor, sigma: float = 0.5, min_score: float = 1e-3) -> Tensor:
@@ -160,25 +195,35 @@ def soft_nms(boxes: Tensor, scores: Tensor, sigma: float = 0.5, min_score: float
     multiplied by exp(-IoU^2 / sigma). Each of at most Q rounds does this for all classes at once.
     Source: arXiv 1704.04503, and mmcv's soft_nms.
     """
-    decay = torch.exp(-(box_iou(boxes, boxes) ** 2) / sigma)  # (Q, Q)
+    iou = box_iou(boxes, boxes)  # (Q, Q)
+    squared = iou**2
+    exponent = -squared / sigma
+    decay = torch.exp(exponent)
     remaining = scores.T.clone()  # (C, Q)
     final = torch.zeros_like(remaining)  # (C, Q)
     for _ in range(len(boxes)):
-        best, row = remaining.max(1)  # (C,)
-        if not (best >= min_score).any():
+        best, row = remaining.max(1, keepdim=True)  # (C, 1)
+        passing = best >= min_score
+        if not passing.any():
             break
         best = best.masked_fill(best < min_score, 0)
-        column = row[:, None]  # (C, 1)
         # the maximum: a class without remaining boxes must not lose a score
-        final.scatter_reduce_(1, column, best[:, None], "amax")
-        remaining = (remaining * decay[row]).scatter_(1, column, 0)
+        final.scatter_reduce_(1, row, best, "amax")
+        factor = decay[row.squeeze(1)]  # (C, Q)
+        remaining = remaining * factor
+        remaining.scatter_(1, row, 0)
     return final.T
 
 
 def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """IoU of boxes in the same row: (N, 4), (N, 4) -> (N,). Empty boxes overlap nothing."""
-    low = torch.maximum(boxes[:, :2], others[:, :2])
-    high = torch.minimum(boxes[:, 2:], others[:, 2:])
-    shared = (high - low).clamp(min=0).prod(1)
-    area = sides(boxes).prod(1) + sides(others).prod(1)
-    return shared / (area - shared).clamp(min=1e-6)
+    low, high = boxes.chunk(2, 1)
+    other_low, other_high = others.chunk(2, 1)
+    low = torch.maximum(low, other_low)
+    high = torch.minimum(high, other_high)
+    overlap = high - low
+    shared = overlap.clamp(min=0).prod(1)
+    area = sides(boxes).prod(1)
+    other_area = sides(others).prod(1)
+    union = area + other_area - shared
+    return shared / union.clamp(min=1e-6)

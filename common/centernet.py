@@ -43,28 +43,37 @@ class CenterNetHead(nn.Module):
             )
         tower = []
         for _ in range(num_convs):
-            tower.append(nn.Conv2d(channels, channels, 3, padding=1))
-            tower.append(nn.GroupNorm(32, channels))
-            tower.append(nn.ReLU())
+            conv = nn.Conv2d(channels, channels, 3, padding=1)
+            norm = nn.GroupNorm(32, channels)
+            tower += [conv, norm, nn.ReLU()]
         self.bbox_tower = nn.Sequential(*tower)
         self.agn_hm = nn.Conv2d(channels, 1, 3, padding=1)
         self.bbox_pred = nn.Conv2d(channels, 4, 3, padding=1)
-        self.scales = nn.ModuleList(Scale() for _ in range(num_levels))
+        scales = [Scale() for _ in range(num_levels)]
+        self.scales = nn.ModuleList(scales)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.01)
-                nn.init.zeros_(module.bias)
-        nn.init.constant_(self.agn_hm.bias, -math.log(99))  # prior probability 0.01
+            if not isinstance(module, nn.Conv2d):
+                continue
+            nn.init.normal_(module.weight, std=0.01)
+            nn.init.zeros_(module.bias)
+        prior = -math.log(99)  # the logit of 0.01
+        nn.init.constant_(self.agn_hm.bias, prior)
         nn.init.constant_(self.bbox_pred.bias, 8.0)
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """L maps (B, F, h, w) -> objectness logits (B, M), l, t, r, b in strides (B, M, 4)."""
-        logits, distances = [], []
+        logits = []
+        distances = []
         for feature, scale in zip(features, self.scales):
             x = self.bbox_tower(feature)
-            ltrb = scale(self.bbox_pred(x)).relu()
-            logits.append(self.agn_hm(x).flatten(1))  # (B, h * w)
-            distances.append(ltrb.flatten(2).transpose(1, 2))  # (B, h * w, 4)
+            ltrb = self.bbox_pred(x)
+            ltrb = scale(ltrb).relu()
+            ltrb = ltrb.flatten(2)
+            ltrb = ltrb.transpose(1, 2)  # (B, h * w, 4)
+            heat = self.agn_hm(x)
+            heat = heat.flatten(1)  # (B, h * w)
+            logits.append(heat)
+            distances.append(ltrb)
         return torch.cat(logits, 1), torch.cat(distances, 1)
 
 
@@ -87,12 +96,17 @@ class Grid:
             rows = torch.arange(h, device=device)
             columns = torch.arange(w, device=device)
             y, x = torch.meshgrid(rows, columns, indexing="ij")
-            cells = torch.stack([x, y], -1).view(-1, 2)
-            points.append(cells * stride + stride // 2)
-        counts = torch.tensor([len(p) for p in points], device=device)
-        levels = torch.repeat_interleave(torch.arange(len(shapes), device=device), counts)
-        stride_of_point = torch.tensor(strides, device=device).float()[levels]
-        return cls(torch.cat(points).float(), stride_of_point, levels, shapes)
+            cells = torch.stack([x, y], -1)
+            cells = cells.view(-1, 2)
+            middles = cells * stride + stride // 2
+            points.append(middles)
+        counts = [len(p) for p in points]
+        counts = torch.tensor(counts, device=device)
+        levels = torch.repeat_interleave(counts)
+        points = torch.cat(points).float()
+        strides = torch.tensor(strides, device=device)
+        strides = strides.float()[levels]
+        return cls(points, strides, levels, shapes)
 
 
 class CenterNet(nn.Module):
@@ -135,8 +149,9 @@ class CenterNet(nn.Module):
         if gt_boxes is not None:
             losses = self.losses(grid, logits, ltrb, gt_boxes)
         with torch.no_grad():
-            p = logits.sigmoid()
-            proposals = [self.proposals(grid, *image) for image in zip(p, ltrb)]
+            probabilities = logits.sigmoid()
+            images = zip(probabilities, ltrb)
+            proposals = [self.proposals(grid, p, distances) for p, distances in images]
         return proposals, losses
 
     def targets(self, grid: Grid, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,32 +171,56 @@ class CenterNet(nn.Module):
         side = sides(boxes)  # (N, 2)
 
         # the location of the cell that holds the centre
-        cell = (centre / strides).floor() * strides + (strides / 2).floor()  # (M, N, 2)
-        offset = (points - cell).abs()
-        at_centre = (offset == 0).all(-1)  # (M, N)
+        index = centre / strides  # (M, N, 2)
+        index = index.floor()
+        half = strides / 2
+        half = half.floor()
+        cell = index * strides + half
+        offset = points - cell
+        offset = offset.abs()
+        at_centre = offset == 0
+        at_centre = at_centre.all(-1)  # (M, N)
 
         # heat map: a Gaussian whose radius grows with the box
-        distance2 = ((points - centre) ** 2).sum(-1)  # (M, N)
+        difference = points - centre  # (M, N, 2)
+        distance2 = (difference**2).sum(-1)  # (M, N)
         distance2 = distance2.masked_fill(at_centre, 0)
-        delta = (1 - self.min_overlap) / (1 + self.min_overlap)
-        radius2 = (2 * delta**2 * side.prod(1)).clamp(min=self.min_radius**2)  # (N,)
+        overlap = self.min_overlap
+        delta = (1 - overlap) / (1 + overlap)
+        area = side.prod(1)  # (N,)
+        radius2 = 2 * delta**2 * area
+        radius2 = radius2.clamp(min=self.min_radius**2)
         weighted = distance2 / radius2  # (M, N)
-        heatmap = torch.exp(-weighted.min(1).values)
+        nearest = weighted.amin(1)  # (M,)
+        heatmap = torch.exp(-nearest)
         heatmap = heatmap.masked_fill(heatmap < 1e-4, 0)
 
         # distances: to the nearest box, of those around the location and centred close to it
         half_diagonal = side.norm(dim=1) / 2  # (N,)
-        low, high = boxes.new_tensor(self.size_ranges)[grid.levels, :, None].unbind(1)  # (M, 1)
-        in_level = (half_diagonal >= low) & (half_diagonal <= high)  # (M, N)
-        ltrb = torch.cat([points - boxes[:, :2], boxes[:, 2:] - points], -1)  # (M, N, 4)
-        close = (offset <= strides).all(-1)  # (M, N)
-        around = (ltrb > 0).all(-1)  # (M, N)
+        ranges = boxes.new_tensor(self.size_ranges)
+        ranges = ranges[grid.levels]  # (M, 2)
+        low, high = ranges.split(1, 1)  # (M, 1)
+        above = half_diagonal >= low  # (M, N)
+        below = half_diagonal <= high
+        in_level = above & below
+        top_left, bottom_right = boxes.chunk(2, 1)
+        before = points - top_left
+        after = bottom_right - points
+        ltrb = torch.cat([before, after], -1)  # (M, N, 4)
+        close = offset <= strides
+        close = close.all(-1)  # (M, N)
+        around = ltrb > 0
+        around = around.all(-1)  # (M, N)
         candidate = in_level & close & around
-        best, box = weighted.masked_fill(~candidate, torch.inf).min(1)  # (M,)
+        weighted = weighted.masked_fill(~candidate, torch.inf)
+        best, box = weighted.min(1)  # (M,)
         row = torch.arange(len(box), device=box.device)
-        ltrb = ltrb[row, box] / grid.strides[:, None]
-        ltrb = ltrb.masked_fill(best.isinf()[:, None], -1)
-        return heatmap, ltrb, (at_centre & in_level).nonzero()[:, 0]
+        ltrb = ltrb[row, box] / strides[:, 0]  # (M, 4)
+        without_box = best.isinf()
+        ltrb[without_box] = -1
+        at_box = at_centre & in_level
+        location, _ = at_box.nonzero(as_tuple=True)
+        return heatmap, ltrb, location
 
     def losses(
         self, grid: Grid, logits: Tensor, ltrb: Tensor, gt_boxes: list[Tensor]
@@ -200,19 +239,32 @@ class CenterNet(nn.Module):
         heatmaps, distances, centre_rows = zip(*targets)
         heatmap = torch.stack(heatmaps)  # (B, M)
         gt_ltrb = torch.stack(distances)  # (B, M, 4)
-        p = logits.sigmoid().clamp(1e-4, 1 - 1e-4)  # (B, M)
-        positive = torch.cat([p[i, rows] for i, rows in enumerate(centre_rows)])  # (n,)
+        p = logits.sigmoid()  # (B, M)
+        p = p.clamp(1e-4, 1 - 1e-4)
+        positive = [p[i, rows] for i, rows in enumerate(centre_rows)]
+        positive = torch.cat(positive)  # (n,)
         count = p.new_tensor(float(len(positive)))
         count = mean_over_ranks(count).clamp(min=1)
-        pos = -(torch.log(positive) * (1 - positive) ** self.gamma).sum()
-        neg = -torch.log(1 - p) * p**self.gamma * (1 - heatmap) ** self.beta
-        neg = neg.masked_fill(p >= self.ignore_high_fp, 0).sum()
+        hard = (1 - positive) ** self.gamma
+        pos = torch.log(positive) * hard
+        pos = -pos.sum()
+        far = (1 - heatmap) ** self.beta
+        confident = p**self.gamma
+        neg = -torch.log(1 - p) * confident * far
+        ignored = p >= self.ignore_high_fp
+        neg = neg.masked_fill(ignored, 0)
+        neg = neg.sum()
         regressed = gt_ltrb.amin(-1) >= 0  # (B, M)
-        count_reg = mean_over_ranks(regressed.sum().to(p)).clamp(min=1)
-        loc = loss_ltrb_giou(ltrb[regressed], gt_ltrb[regressed])
+        count_reg = regressed.sum().to(p)
+        count_reg = mean_over_ranks(count_reg).clamp(min=1)
+        ltrb = ltrb[regressed]  # (m, 4)
+        gt_ltrb = gt_ltrb[regressed]
+        loc = loss_ltrb_giou(ltrb, gt_ltrb)
+        pos_weight = self.pos_weight * self.alpha
+        neg_weight = self.neg_weight * (1 - self.alpha)
         return {
-            "loss_centernet_pos": self.pos_weight * self.alpha * pos / count,
-            "loss_centernet_neg": self.neg_weight * (1 - self.alpha) * neg / count,
+            "loss_centernet_pos": pos_weight * pos / count,
+            "loss_centernet_neg": neg_weight * neg / count,
             "loss_centernet_loc": loc / count_reg,
         }
 
@@ -222,20 +274,29 @@ class CenterNet(nn.Module):
         Objectness p (M,), distances (M, 4) -> boxes (Q, 4), scores sqrt(p) (Q,), by falling score
         """
         at_inference = int(not self.training)
+        limit = self.pre_nms[at_inference]
+        passing = p > self.score_threshold
         kept = []
         for level in range(len(self.strides)):
-            candidate = (grid.levels == level) & (p > self.score_threshold)
+            on_level = grid.levels == level
+            candidate = on_level & passing
             rows = candidate.nonzero().squeeze(1)
-            number = min(len(rows), self.pre_nms[at_inference])
-            kept.append(rows[p[rows].topk(number).indices])
+            number = min(len(rows), limit)
+            best = p[rows].topk(number).indices
+            kept.append(rows[best])
         rows = torch.cat(kept)
         points = grid.points[rows]
-        ltrb = ltrb[rows] * grid.strides[rows, None]  # in pixels
-        low = points - ltrb[:, :2]
-        high = torch.maximum(points + ltrb[:, 2:], low + 0.01)
+        strides = grid.strides[rows]
+        ltrb = ltrb[rows]
+        ltrb = ltrb * strides[:, None]  # in pixels
+        before, after = ltrb.chunk(2, 1)
+        low = points - before
+        high = points + after
+        high = torch.maximum(high, low + 0.01)
         boxes = torch.cat([low, high], 1)  # (Q, 4)
         scores = p[rows].sqrt()
-        best = nms(boxes, scores, self.nms_threshold)[: self.post_nms[at_inference]]
+        best = nms(boxes, scores, self.nms_threshold)
+        best = best[: self.post_nms[at_inference]]
         return boxes[best], scores[best]
 
 
@@ -248,11 +309,17 @@ def loss_ltrb_giou(pred: Tensor, target: Tensor) -> Tensor:
     """
 
     def area(ltrb: Tensor) -> Tensor:
-        return (ltrb[:, :2] + ltrb[:, 2:]).prod(1)
+        before, after = ltrb.chunk(2, 1)
+        side = before + after
+        return side.prod(1)
 
     both = area(pred) + area(target)
-    intersection = area(torch.minimum(pred, target))
-    hull = area(torch.maximum(pred, target))
+    nearer = torch.minimum(pred, target)
+    farther = torch.maximum(pred, target)
+    intersection = area(nearer)
+    hull = area(farther)
     union = both - intersection
-    giou = (intersection + 1) / (union + 1) - (hull - union) / hull
+    iou = (intersection + 1) / (union + 1)
+    unused = (hull - union) / hull
+    giou = iou - unused
     return (1 - giou).sum()

@@ -17,7 +17,8 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 
 def fold(name: str) -> str:
     """Returns the name in lower case, with single spaces for underscores and runs of spaces."""
-    return " ".join(name.replace("_", " ").lower().split())
+    words = name.replace("_", " ").lower().split()
+    return " ".join(words)
 
 
 @dataclass(frozen=True)
@@ -46,22 +47,29 @@ class Vocabulary:
 
     def __post_init__(self):
         if not self.ids:
-            object.__setattr__(self, "ids", tuple(range(1, len(self.names) + 1)))
-        title = f"vocabulary of '{self.source or self.dataset}'"
+            ids = range(1, len(self.names) + 1)
+            object.__setattr__(self, "ids", tuple(ids))
+        origin = self.source or self.dataset
+        title = f"vocabulary of '{origin}'"
         if not self.names:
             raise InputError(f"{title} is empty; give at least one class name")
-        if any(not name.strip() for name in self.names):
+        if not all(name.strip() for name in self.names):
             raise InputError(f"{title} has an empty class name; remove or name it")
-        if len(self.ids) != len(self.names):
-            raise InputError(f"{title} has {len(self.names)} names but {len(self.ids)} ids")
+        count = len(self.names)
+        if len(self.ids) != count:
+            raise InputError(f"{title} has {count} names but {len(self.ids)} ids")
         for what, values in (("class name", self.names), ("category id", self.ids)):
-            if len(set(values)) < len(values):
-                twice = next(v for i, v in enumerate(values) if v in values[:i])
-                raise InputError(f"{title} has the {what} '{twice}' twice; keep one")
-        if self.text is not None and (self.text.ndim != 2 or len(self.text) != len(self.names)):
+            seen = set()
+            for value in values:
+                if value in seen:
+                    raise InputError(f"{title} has the {what} '{value}' twice; keep one")
+                seen.add(value)
+        if self.text is None:
+            return
+        if self.text.ndim != 2 or len(self.text) != count:
+            shape = tuple(self.text.shape)
             raise InputError(
-                f"{title} has {len(self.names)} names but text embeddings {tuple(self.text.shape)};"
-                " give one row for each name"
+                f"{title} has {count} names but text embeddings {shape}; give one row for each name"
             )
 
     def __len__(self) -> int:
@@ -75,14 +83,13 @@ class Vocabulary:
     @classmethod
     def known(cls, dataset: str) -> "Vocabulary":
         """Reads data/vocabularies/<dataset>.json. The file's field 'origin' names its source."""
-        record = json.loads((DATA / "vocabularies" / f"{dataset}.json").read_text())
-        return cls(
-            dataset,
-            tuple(record["names"]),
-            tuple(record["ids"]),
-            tuple(record["image_counts"]) if "image_counts" in record else None,
-            tuple(record["is_thing"]) if "is_thing" in record else None,
-        )
+        file = DATA / "vocabularies" / f"{dataset}.json"
+        record = json.loads(file.read_text())
+        fields = {}
+        for field_name in ("names", "ids", "image_counts", "is_thing"):
+            if field_name in record:
+                fields[field_name] = tuple(record[field_name])
+        return cls(dataset, **fields)
 
     @classmethod
     def parse(
@@ -95,7 +102,8 @@ class Vocabulary:
         if not names.endswith(".txt"):
             # an empty name between commas is kept, so that it is refused
             entries = names.split(",") if names.strip() else []
-            return cls(dataset, tuple(entry.strip() for entry in entries), source=source)
+            stripped = [entry.strip() for entry in entries]
+            return cls(dataset, tuple(stripped), source=source)
         if not Path(names).is_file():
             raise InputError(
                 f"{source}: {names} does not exist;"
@@ -107,7 +115,9 @@ class Vocabulary:
             raise InputError(
                 f"{source}: {names} cannot be read ({error}); save it as UTF-8 text"
             ) from None
-        return cls(dataset, tuple(line.strip() for line in lines if line.strip()), source=source)
+        stripped = [line.strip() for line in lines]
+        filled = [line for line in stripped if line]
+        return cls(dataset, tuple(filled), source=source)
 
     def with_text(self, embed: Callable[..., Tensor]) -> "Vocabulary":
         """Returns the vocabulary with the text of its own names, `embed(names, dataset=...)`."""
@@ -123,9 +133,12 @@ class Vocabulary:
         kinds: dict[str, bool] = {}
         for file in (DATA / "vocabularies").glob("*.json"):
             record = json.loads(file.read_text())
-            for name, thing in zip(record["names"], record.get("is_thing", ())):
-                kinds[fold(name)] = kinds.get(fold(name), False) or thing
-        return replace(self, is_thing=tuple(kinds.get(fold(name), True) for name in self.names))
+            known = zip(record["names"], record.get("is_thing", ()))
+            for name, thing in known:
+                key = fold(name)
+                kinds[key] = kinds.get(key, False) or thing
+        is_thing = [kinds.get(fold(name), True) for name in self.names]
+        return replace(self, is_thing=tuple(is_thing))
 
 
 class LabelSpace:
@@ -177,8 +190,12 @@ class LabelSpace:
                 rows.append(row)
             columns.append(column_of[key])
         self.names = tuple(all_names[row] for row in rows)
-        self.text = torch.cat([v.text for v in vocabularies])[rows] if any(widths) else None
-        parts = torch.tensor(columns).split([len(v) for v in vocabularies])
+        self.text = None
+        if any(widths):
+            text = torch.cat([v.text for v in vocabularies])
+            self.text = text[rows]
+        sizes = [len(v) for v in vocabularies]
+        parts = torch.tensor(columns).split(sizes)
         self._columns = dict(zip(self.vocabularies, parts))
 
     def __len__(self) -> int:
@@ -200,15 +217,16 @@ class LabelSpace:
         is_thing = [True] * len(self)
         for vocabulary in self.vocabularies.values():
             columns = self._columns[vocabulary.dataset].tolist()
-            for column, value in zip(columns, vocabulary.is_thing or ()):
+            kinds = vocabulary.is_thing or ()
+            for column, value in zip(columns, kinds):
                 is_thing[column] = value
         return tuple(is_thing)
 
     @cached_property
     def dataset_of_label(self) -> Tensor:
         """(C,) int64: the position of the dataset that each column of a concatenation is from."""
-        sizes = torch.tensor([len(v) for v in self.vocabularies.values()])
-        return torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        sizes = [len(v) for v in self.vocabularies.values()]
+        return torch.repeat_interleave(torch.tensor(sizes))
 
     def columns(self, dataset: str) -> Tensor:
         """Returns (C_d,) int64: the column of each class of `dataset`.
@@ -216,9 +234,10 @@ class LabelSpace:
         Raises InputError, with the nearest names, for a dataset that the label space lacks.
         """
         if dataset not in self._columns:
-            near = difflib.get_close_matches(dataset, self.datasets, cutoff=0.4) or self.datasets
+            near = difflib.get_close_matches(dataset, self.datasets, cutoff=0.4)
+            nearest = ", ".join(near or self.datasets)
             raise InputError(
-                f"dataset '{dataset}' is not part of this label space; nearest: {', '.join(near)}"
+                f"dataset '{dataset}' is not part of this label space; nearest: {nearest}"
             )
         return self._columns[dataset]
 
@@ -248,7 +267,8 @@ class LabelSpace:
             column_of.setdefault(fold(name), column)
         rows = list(column_of.values())
         names = tuple(self.names[row] for row in rows)
-        return LabelSpace([Vocabulary("all", names, text=self.text[rows])], self.embed)
+        vocabulary = Vocabulary("all", names, text=self.text[rows])
+        return LabelSpace([vocabulary], self.embed)
 
     def swap(self, vocabulary: Vocabulary | str) -> "LabelSpace":
         """Returns the label space of other classes for the same model.
@@ -288,7 +308,8 @@ class LabelSpace:
         known = self.vocabularies[dataset]
         if isinstance(vocabulary, str):
             vocabulary = known
-        if [fold(name) for name in vocabulary.names] != [fold(name) for name in known.names]:
+        names = [fold(name) for name in vocabulary.names]
+        if names != [fold(name) for name in known.names]:
             raise InputError(
                 "this model classifies without text, so it knows only the classes that"
                 f" '{dataset}' had in training; evaluate it on these"
@@ -312,7 +333,8 @@ class LabelSpace:
         """
         (vocabulary,) = self.vocabularies.values()
         order = derangement(len(self), seed)
-        return LabelSpace([replace(vocabulary, text=self.text[order])])
+        shuffled = replace(vocabulary, text=self.text[order])
+        return LabelSpace([shuffled])
 
     def with_things(self) -> "LabelSpace":
         """Returns the label space with `is_thing` filled in from the known datasets."""
@@ -323,11 +345,17 @@ class LabelSpace:
         """Returns the label space with its text on `device`."""
         if self.text is None:
             return self
-        vocabularies = [replace(v, text=v.text.to(device)) for v in self.vocabularies.values()]
+        vocabularies = []
+        for vocabulary in self.vocabularies.values():
+            text = vocabulary.text.to(device)
+            vocabularies.append(replace(vocabulary, text=text))
         return LabelSpace(vocabularies, self.embed, self.merged)
 
 
 def derangement(length: int, seed: int) -> Tensor:
     """Returns a random order (length,) in which no item keeps its place, if there are several."""
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
-    return torch.empty_like(order).scatter_(0, order, order.roll(1))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(length, generator=generator)
+    following = torch.empty_like(order)
+    following[order] = order.roll(1)
+    return following

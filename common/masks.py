@@ -25,19 +25,19 @@ def to_rle(segmentation: list | dict, size: tuple[int, int]) -> dict:
         rle_size = segmentation["size"]
         counts = segmentation["counts"]
         if tuple(rle_size) != (height, width):
-            raise ValueError(
-                f"an RLE of size {rle_size} for an image of {[height, width]} (height, width)"
-            )
+            wanted = [height, width]
+            raise ValueError(f"an RLE of size {rle_size} for an image of {wanted} (height, width)")
         rle = segmentation
         if not isinstance(counts, str | bytes):
             rle = hotcoco.mask.frPyObjects(segmentation, height, width)
     except (TypeError, KeyError) as error:
-        raise ValueError(
-            f"{str(segmentation)[:40]} is neither a list of polygons nor an RLE ({error})"
-        ) from None
+        start = str(segmentation)[:40]
+        raise ValueError(f"{start} is neither a list of polygons nor an RLE ({error})") from None
     area_of(rle)  # raises ValueError if it cannot be read or its runs exceed the image
+    smaller_size = [1, height * width - 1]
+    smaller = {"size": smaller_size, "counts": rle["counts"]}
     try:
-        area_of({"size": [1, height * width - 1], "counts": rle["counts"]})
+        area_of(smaller)
     except ValueError:
         return rle  # its runs exceed an image of one pixel less, so they fill this one
     raise ValueError(f"an RLE whose counts sum to less than {height} x {width} pixels")
@@ -45,15 +45,19 @@ def to_rle(segmentation: list | dict, size: tuple[int, int]) -> dict:
 
 def _polygons_to_rle(polygons: list, height: int, width: int) -> dict:
     """Returns the union of the polygons; raises TypeError if one is not a flat list of numbers."""
-    whole, short = [], []
+    whole = []
     for polygon in polygons:
-        (whole if len(polygon) >= 6 else short).append(polygon)
-    for polygon in short:
-        if not all(isinstance(x, int | float) for x in polygon):
-            raise TypeError("a polygon is a flat list of numbers x, y, x, y, ...")
+        if len(polygon) >= 6:
+            whole.append(polygon)  # hotcoco checks its numbers
+            continue
+        for x in polygon:
+            if not isinstance(x, int | float):
+                raise TypeError("a polygon is a flat list of numbers x, y, x, y, ...")
     if whole:
-        return hotcoco.mask.merge(hotcoco.mask.frPyObjects(whole, height, width))
-    empty = {"size": [height, width], "counts": [height * width]}
+        parts = hotcoco.mask.frPyObjects(whole, height, width)
+        return hotcoco.mask.merge(parts)
+    runs = [height * width]  # one run, of background
+    empty = {"size": [height, width], "counts": runs}
     return hotcoco.mask.frPyObjects(empty, height, width)
 
 
@@ -61,8 +65,10 @@ def decode_masks(segmentations: list, size: tuple[int, int]) -> Tensor:
     """N COCO segmentations, size (H, W) -> (N, H, W) bool. Raises ValueError as `to_rle`."""
     masks = torch.zeros(len(segmentations), *size, dtype=torch.bool)
     for mask, segmentation in zip(masks, segmentations):
-        pixels = hotcoco.mask.decode(to_rle(segmentation, size))
-        mask.copy_(torch.from_numpy(pixels.view(bool)))
+        rle = to_rle(segmentation, size)
+        pixels = hotcoco.mask.decode(rle)
+        pixels = pixels.view(bool)
+        mask.copy_(torch.from_numpy(pixels))
     return masks
 
 
@@ -70,9 +76,11 @@ def encode_masks(masks: Tensor) -> list[dict]:
     """Masks (N, H, W) bool -> N RLEs as in COCO's json files, {"size": [H, W], "counts": str}."""
     encoded = []
     for mask in masks.cpu():
-        rle = hotcoco.mask.encode(np.asarray(mask))
+        pixels = np.asarray(mask)
+        rle = hotcoco.mask.encode(pixels)
         size = [int(side) for side in rle["size"]]
-        encoded.append({"size": size, "counts": rle["counts"].decode()})
+        counts = rle["counts"].decode()
+        encoded.append({"size": size, "counts": counts})
     return encoded
 
 
@@ -80,8 +88,9 @@ def segment_masks(sample: Sample) -> Tensor:
     """Returns the pixels of each label, (N, H, W) bool; ValueError if the sample has none."""
     segments = sample.segments
     if segments is not None:
-        rows = torch.arange(len(sample.labels), dtype=segments.dtype, device=segments.device)
-        return segments == rows[:, None, None]
+        rows = torch.arange(len(sample.labels))
+        rows = rows[:, None, None].to(segments)  # its type and device
+        return segments == rows
     if sample.masks is None:
         raise ValueError(f"image '{sample.image_id}' of {sample.dataset} has no masks")
     return sample.masks
@@ -89,13 +98,19 @@ def segment_masks(sample: Sample) -> Tensor:
 
 def drop_unseen(segments: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Drops the labels (N,) without a pixel in segments (H, W), and renumbers the segments."""
-    pixels = np.bincount(segments.numpy().ravel() + 1, minlength=len(labels) + 1)
+    rows = segments.numpy()
+    shifted = rows.ravel() + 1  # from 0
+    pixels = np.bincount(shifted, minlength=len(labels) + 1)
     seen = pixels[1:] > 0  # (N,)
     if seen.all():
         return segments, labels
-    new_row = np.cumsum(seen, dtype=np.int16) - 1
-    new_row = np.append(new_row, -1).astype(np.int16)  # the last entry is that of row -1
-    return torch.from_numpy(new_row[segments.numpy()]), labels[torch.from_numpy(seen)]
+    new_row = np.cumsum(seen) - 1
+    new_row = np.append(new_row, -1)  # the last entry is that of row -1
+    new_row = new_row.astype(np.int16)
+    rows = new_row[rows]
+    segments = torch.from_numpy(rows)
+    seen = torch.from_numpy(seen)
+    return segments, labels[seen]
 
 
 def area_of(rle: dict) -> int:
@@ -113,9 +128,12 @@ def crop_masks(masks: Tensor, boxes: Tensor, size: int, rows: Tensor | None = No
     """
     if rows is None:
         rows = torch.arange(len(masks), device=boxes.device)
-    rois = torch.cat([rows[:, None].to(boxes), boxes], 1)  # (R, 5)
-    crops = roi_align(masks[:, None].to(boxes), rois, size, sampling_ratio=0, aligned=True)
-    return crops[:, 0] >= 0.5
+    rows = rows[:, None].to(boxes)  # (R, 1)
+    rois = torch.cat([rows, boxes], 1)  # (R, 5)
+    masks = masks[:, None].to(boxes)  # (N, 1, H, W)
+    crops = roi_align(masks, rois, size, sampling_ratio=0, aligned=True)
+    crops = crops.squeeze(1)
+    return crops >= 0.5
 
 
 def paste_masks(
@@ -129,28 +147,44 @@ def paste_masks(
     Source: facebookresearch/detectron2:detectron2/layers/mask_ops.py (paste_masks_in_image).
     """
     height, width = size
-    pasted = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=probabilities.device)
-    boxes = boxes.detach().float().nan_to_num(0)
+    device = probabilities.device
+    pasted = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=device)
+    probabilities = probabilities.float()
+    boxes = boxes.detach().float()
+    boxes = boxes.nan_to_num(0)
+    lows, highs = boxes.chunk(2, 1)
     limits = torch.tensor([width, height, width, height])
-    windows = torch.cat([boxes[:, :2].floor(), boxes[:, 2:].ceil()], 1).cpu()
-    windows = windows.clamp(min=0).minimum(limits).int()  # (N, 4) pixels that the box touches
-    images = zip(pasted, probabilities.float(), boxes, windows.tolist())
-    for mask, probability, box, (x1, y1, x2, y2) in images:
+    first = lows.floor()
+    last = highs.ceil()
+    windows = torch.cat([first, last], 1).cpu()
+    windows = windows.clamp(min=0)
+    windows = windows.minimum(limits)
+    windows = windows.int()  # (N, 4) pixels that the box touches
+    for i, (x1, y1, x2, y2) in enumerate(windows.tolist()):
         if x1 >= x2 or y1 >= y2:
             continue
-        extent = (box[2:] - box[:2]).clamp(min=1e-6)
-        x = _pixel_centres(x1, x2, box[0], extent[0])  # (w,)
-        y = _pixel_centres(y1, y2, box[1], extent[1])  # (h,)
-        points = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)  # (h, w, 2)
-        values = F.grid_sample(probability[None, None], points[None], align_corners=False)
-        mask[y1:y2, x1:x2] = values[0, 0] >= threshold
+        left, top = lows[i]
+        extent = highs[i] - lows[i]
+        extent = extent.clamp(min=1e-6)
+        box_width, box_height = extent
+        x = _pixel_centres(x1, x2, left, box_width)  # (w,)
+        y = _pixel_centres(y1, y2, top, box_height)  # (h,)
+        points = torch.meshgrid(x, y, indexing="xy")
+        points = torch.stack(points, -1)  # (h, w, 2)
+        points = points[None]
+        probability = probabilities[i, None, None]
+        values = F.grid_sample(probability, points, align_corners=False)
+        inside = values[0, 0] >= threshold
+        pasted[i, y1:y2, x1:x2] = inside
     return pasted
 
 
 def _pixel_centres(start: int, end: int, low: Tensor, extent: Tensor) -> Tensor:
     """Returns the centres of pixels in coordinates of a box, which is -1 to 1: (end - start,)."""
-    centres = torch.arange(start, end, device=low.device) + 0.5
-    return (centres - low) / extent * 2 - 1
+    pixels = torch.arange(start, end, device=low.device)
+    centres = pixels + 0.5
+    fraction = (centres - low) / extent
+    return fraction * 2 - 1
 
 
 def paste_rles(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[dict]:
@@ -169,14 +203,28 @@ def rasterise(boxes: Tensor, size: tuple[int, int], stride: int = 4) -> tuple[Te
     box, whose edges are rounded outwards. A box without such a cell covers the cell of its centre.
     Source: aim-uofa/AdelaiDet:adet/modeling/condinst/condinst.py (add_bitmasks_from_boxes).
     """
-    sides = []
-    for length, low, high in (
-        (size[0], boxes[:, 1], boxes[:, 3]),
-        (size[1], boxes[:, 0], boxes[:, 2]),
-    ):
-        pixel = torch.arange(length, device=boxes.device) * stride + stride // 2
-        inside = (pixel >= low.floor()[:, None]) & (pixel < (high + 1).floor()[:, None])
-        middle = ((low + high) / 2 // stride).long().clamp(0, length - 1)
-        inside |= F.one_hot(middle, length).bool() & ~inside.any(1, keepdim=True)
-        sides.append(inside.float())  # (N, length)
-    return sides[0], sides[1]
+    height, width = size
+    left, top, right, bottom = boxes.split(1, 1)  # (N, 1)
+    rows = _covered(top, bottom, height, stride)
+    columns = _covered(left, right, width, stride)
+    return rows, columns
+
+
+def _covered(low: Tensor, high: Tensor, length: int, stride: int) -> Tensor:
+    """Returns which of `length` cells are covered from low (N, 1) to high (N, 1): (N, length)."""
+    cell = torch.arange(length, device=low.device)
+    pixel = cell * stride + stride // 2
+    start = low.floor()
+    end = high + 1
+    end = end.floor()
+    after_start = pixel >= start  # (N, length)
+    before_end = pixel < end
+    inside = after_start & before_end
+    covers_any = inside.any(1, keepdim=True)
+    middle = (low + high) / 2
+    middle = middle // stride
+    middle = middle.long()
+    middle = middle.clamp(0, length - 1)
+    at_middle = cell == middle
+    inside |= at_middle & ~covers_any
+    return inside.float()

@@ -59,11 +59,16 @@ class RPN(nn.Module):
 
     def head(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """L maps (B, F, h, w) -> of each: tblr (B, h * w, 4), objectness logits (B, h * w)."""
-        tblr, logits = [], []
+        tblr = []
+        logits = []
         for feature in features:
-            hidden = F.normalize(self.rpn_conv(feature).relu())  # unit length over channels
-            tblr.append(self.rpn_reg(hidden).flatten(2).transpose(1, 2))
-            logits.append(self.rpn_obj(hidden).flatten(1))
+            hidden = self.rpn_conv(feature).relu()
+            hidden = F.normalize(hidden)  # unit length over channels
+            distances = self.rpn_reg(hidden).flatten(2)
+            distances = distances.transpose(1, 2)
+            objectness = self.rpn_obj(hidden)
+            tblr.append(distances)
+            logits.append(objectness.flatten(1))
         return tblr, logits
 
     def anchors(self, features: list[Tensor]) -> list[Tensor]:
@@ -74,11 +79,15 @@ class RPN(nn.Module):
         anchors = []
         for feature, stride in zip(features, STRIDES):
             h, w = feature.shape[-2:]
-            cell = torch.arange(max(h, w), device=feature.device, dtype=torch.float) * stride
+            cell = torch.arange(max(h, w), device=feature.device, dtype=torch.float)
+            cell = cell * stride
             y, x = torch.meshgrid(cell[:h], cell[:w], indexing="ij")
-            centre = torch.stack([x, y], -1).view(-1, 2)
+            centre = torch.stack([x, y], -1)
+            centre = centre.view(-1, 2)
             half = self.scale * stride / 2
-            anchors.append(torch.cat([centre - half, centre + half], 1))
+            low = centre - half
+            high = centre + half
+            anchors.append(torch.cat([low, high], 1))
         return anchors
 
     def forward(
@@ -96,14 +105,17 @@ class RPN(nn.Module):
         tblr, logits = self.head(features)
         losses = {}
         if gt_boxes is not None:
-            joined = torch.cat(anchors), torch.cat(tblr, 1), torch.cat(logits, 1)
-            losses = self.losses(*joined, gt_boxes, sizes)
+            all_anchors = torch.cat(anchors)
+            all_tblr = torch.cat(tblr, 1)
+            all_logits = torch.cat(logits, 1)
+            losses = self.losses(all_anchors, all_tblr, all_logits, gt_boxes, sizes)
         proposals = []
         with torch.no_grad():
             for i, size in enumerate(sizes):
                 distances = [level[i] for level in tblr]
                 scores = [level[i].sigmoid() for level in logits]
-                proposals.append(self.proposals(anchors, distances, scores, size))
+                of_image = self.proposals(anchors, distances, scores, size)
+                proposals.append(of_image)
         return proposals, losses
 
     def proposals(
@@ -113,15 +125,19 @@ class RPN(nn.Module):
 
         Empty boxes are left out. The lists have one entry per level.
         """
-        boxes, kept = [], []
+        boxes = []
+        kept = []
         for anchor, distance, score in zip(anchors, tblr, scores):
-            best, row = score.topk(min(len(score), self.pre_nms))
+            number = min(len(score), self.pre_nms)
+            best, row = score.topk(number)
             decoded = decode_tblr(anchor[row], distance[row])
-            boxes.append(clip_boxes_to_image(decoded, size))
+            clipped = clip_boxes_to_image(decoded, size)
+            boxes.append(clipped)
             kept.append(best)
         boxes = torch.cat(boxes)
+        kept = torch.cat(kept)
         not_empty = have_area(boxes)
-        return boxes[not_empty], torch.cat(kept)[not_empty]
+        return boxes[not_empty], kept[not_empty]
 
     def targets(
         self, anchors: Tensor, gt_boxes: Tensor, size: tuple[int, int]
@@ -133,25 +149,31 @@ class RPN(nn.Module):
         the rows (S,) of anchors to score, and their scores (S,): `centreness`, 0 on background.
         """
         height, width = size
-        inside = (anchors[:, :2] >= 0).all(1)
-        inside &= (anchors[:, 2] < width) & (anchors[:, 3] < height)
+        left, top, right, bottom = anchors.unbind(1)
+        inside = (left >= 0) & (top >= 0)
+        inside &= (right < width) & (bottom < height)
         inside = inside.nonzero().squeeze(1)
 
         def sample(match: tuple, fraction: float) -> tuple[Tensor, Tensor]:
             matched = match_anchors(anchors[inside], gt_boxes, *match)
-            decided = (matched > -2).nonzero().squeeze(1)
+            decided = matched > -2
+            decided = decided.nonzero().squeeze(1)
             fg = matched[decided] >= 0
-            sampled = decided[sample_fg_bg(fg, self.sampled, fraction)]
+            sampled = sample_fg_bg(fg, self.sampled, fraction)
+            sampled = decided[sampled]
             return inside[sampled], matched[sampled]  # anchors, their ground truth or -1
 
         rows, matched = sample(self.box_match, self.box_fraction)
         fg = matched >= 0
+        regressed = rows[fg]
+        regressed_boxes = gt_boxes[matched[fg]]
         scored, scored_match = sample(self.centre_match, self.centre_fraction)
         scored_fg = scored_match >= 0
+        fg_anchors = anchors[scored[scored_fg]]
+        fg_boxes = gt_boxes[scored_match[scored_fg]]
         scores = torch.zeros(len(scored), device=anchors.device)
-        scored_boxes = gt_boxes[scored_match[scored_fg]]
-        scores[scored_fg] = centreness(anchors[scored[scored_fg]], scored_boxes)
-        return rows[fg], gt_boxes[matched[fg]], len(rows), scored, scores
+        scores[scored_fg] = centreness(fg_anchors, fg_boxes)
+        return regressed, regressed_boxes, len(rows), scored, scores
 
     def losses(
         self,
@@ -166,17 +188,17 @@ class RPN(nn.Module):
         n counts the anchors sampled for box regression in the batch with background, at least 1.
         anchors (M, 4), tblr (B, M, 4), logits (B, M), gt_boxes: B tensors (N, 4)
         """
-        targets = [self.targets(anchors, boxes, size) for boxes, size in zip(gt_boxes, sizes)]
-        box_terms, objectness_terms, count = [], [], 0
-        for i, (rows, boxes, number, scored, scores) in enumerate(targets):
-            box_terms.append(loss_rpn_box(anchors[rows], tblr[i, rows], boxes))
-            objectness_terms.append(loss_rpn_objectness(logits[i, scored], scores))
+        box_loss = 0
+        objectness_loss = 0
+        count = 0
+        for i, boxes in enumerate(gt_boxes):
+            targets = self.targets(anchors, boxes, sizes[i])
+            rows, matched_boxes, number, scored, scores = targets
+            box_loss += loss_rpn_box(anchors[rows], tblr[i, rows], matched_boxes)
+            objectness_loss += loss_rpn_objectness(logits[i, scored], scores)
             count += number
         count = max(count, 1)
-        return {
-            "loss_rpn_box": sum(box_terms) / count,
-            "loss_rpn_objectness": sum(objectness_terms) / count,
-        }
+        return {"loss_rpn_box": box_loss / count, "loss_rpn_objectness": objectness_loss / count}
 
 
 class OLN(nn.Module):
@@ -209,8 +231,10 @@ class OLN(nn.Module):
         self.fc_cls = nn.Linear(fc_dim, 2)
         self.fc_reg = nn.Linear(fc_dim, 4)
         self.fc_iou = nn.Linear(fc_dim, 1)
-        for layer, std in ((self.fc_cls, 0.01), (self.fc_reg, 0.001), (self.fc_iou, 0.01)):
-            nn.init.normal_(layer.weight, std=std)
+        nn.init.normal_(self.fc_cls.weight, std=0.01)
+        nn.init.normal_(self.fc_reg.weight, std=0.001)
+        nn.init.normal_(self.fc_iou.weight, std=0.01)
+        for layer in (self.fc_cls, self.fc_reg, self.fc_iou):
             nn.init.zeros_(layer.bias)
 
     def head(self, features: list[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,8 +242,12 @@ class OLN(nn.Module):
 
         The classes are object (column 0) and background.
         """
-        x = self.box_head(pool_rois(features[:4], STRIDES[:4], boxes, 7))  # (R, fc_dim)
-        return self.fc_cls(x), self.fc_reg(x), self.fc_iou(x).squeeze(1)
+        pooled = pool_rois(features[:4], STRIDES[:4], boxes, 7)  # (R, F, 7, 7)
+        x = self.box_head(pooled)  # (R, fc_dim)
+        logits = self.fc_cls(x)
+        deltas = self.fc_reg(x)
+        iou = self.fc_iou(x)
+        return logits, deltas, iou.squeeze(1)
 
     def forward(
         self, images: Tensor, sizes: list[tuple[int, int]], targets: list[Targets] | None = None
@@ -231,27 +259,34 @@ class OLN(nn.Module):
         images: (B, 3, H, W) uint8
         """
         with amp_context(self.amp, images.device):
-            features = self.backbone(self.backbone.normalise(images, sizes))
+            normalised = self.backbone.normalise(images, sizes)
+            features = self.backbone(normalised)
         features = [feature.float() for feature in features]
-        gt_boxes = None if targets is None else [t.boxes for t in targets]
+        gt_boxes = None
+        if targets is not None:
+            gt_boxes = [t.boxes for t in targets]
         proposals, losses = self.rpn(features, sizes, gt_boxes)
         boxes = [b for b, _ in proposals]
         if targets is not None:
-            matched = [
-                match_regions(regions, image, self.iou, self.rois_per_image)
-                for regions, image in zip(boxes, targets)
-            ]
-            boxes = [regions for regions, _ in matched]
-            region_targets = [target for _, target in matched]
-            return losses | self.losses(self.head(features, boxes), boxes, region_targets)
+            regions = []
+            region_targets = []
+            for proposed, of_image in zip(boxes, targets):
+                matched = match_regions(proposed, of_image, self.iou, self.rois_per_image)
+                sampled, target = matched
+                regions.append(sampled)
+                region_targets.append(target)
+            outputs = self.head(features, regions)
+            return losses | self.losses(outputs, regions, region_targets)
 
         logits, deltas, iou = self.head(features, boxes)
         counts = [len(b) for b in boxes]
-        moved = decode_boxes(torch.cat(boxes), deltas, BOX_WEIGHTS).split(counts)
-        s_c = logits.softmax(1)[:, 0].split(counts)
+        moved = decode_boxes(torch.cat(boxes), deltas, BOX_WEIGHTS)
+        moved = moved.split(counts)
+        refined = [clip_boxes_to_image(b, size) for b, size in zip(moved, sizes)]
+        probabilities = logits.softmax(1)
+        s_c = probabilities[:, 0].split(counts)
         s_r1 = [score for _, score in proposals]
         s_r2 = iou.sigmoid().split(counts)
-        refined = [clip_boxes_to_image(b, size) for b, size in zip(moved, sizes)]
         return list(zip(refined, s_c, s_r1, s_r2))
 
     def losses(
@@ -289,21 +324,27 @@ def centreness(anchors: Tensor, boxes: Tensor) -> Tensor:
     An anchor whose centre is outside of its box gets 0.
     """
     centre = centres(anchors)
-    before = (centre - boxes[:, :2]).clamp(min=0)  # (M, 2) l, t
-    after = (boxes[:, 2:] - centre).clamp(min=0)  # (M, 2) r, b
-    larger = torch.maximum(before, after).clamp(min=1e-6)
-    return (torch.minimum(before, after) / larger).prod(1).sqrt()
+    low, high = boxes.chunk(2, 1)
+    before = (centre - low).clamp(min=0)  # (M, 2) l, t
+    after = (high - centre).clamp(min=0)  # (M, 2) r, b
+    smaller = torch.minimum(before, after)
+    larger = torch.maximum(before, after)
+    ratio = smaller / larger.clamp(min=1e-6)
+    return ratio.prod(1).sqrt()
 
 
 def loss_rpn_box(anchors: Tensor, tblr: Tensor, gt_boxes: Tensor) -> Tensor:
     """Sum of 10 (1 - max(IoU, 1e-6)) of decoded foreground anchors; all tensors are (P, 4)."""
-    iou = paired_iou(decode_tblr(anchors, tblr), gt_boxes).clamp(min=1e-6)
+    boxes = decode_tblr(anchors, tblr)
+    iou = paired_iou(boxes, gt_boxes)
+    iou = iou.clamp(min=1e-6)
     return 10 * (1 - iou).sum()
 
 
 def loss_rpn_objectness(logits: Tensor, scores: Tensor) -> Tensor:
     """Sum of |sigmoid(logit) - score| of sampled anchors: logits (S,), scores (S,)."""
-    return (logits.sigmoid() - scores).abs().sum()
+    error = logits.sigmoid() - scores
+    return error.abs().sum()
 
 
 def loss_roi_cls(logits: Tensor, labels: Tensor) -> Tensor:
@@ -311,7 +352,10 @@ def loss_roi_cls(logits: Tensor, labels: Tensor) -> Tensor:
 
     logits (R, 2), labels (R,), -1 on background
     """
-    return F.cross_entropy(logits, (labels < 0).long(), reduction="sum") / max(len(labels), 1)
+    column = (labels < 0).long()
+    total = F.cross_entropy(logits, column, reduction="sum")
+    count = max(len(labels), 1)
+    return total / count
 
 
 def loss_roi_box(deltas: Tensor, boxes: list[Tensor], targets: list[RegionTargets]) -> Tensor:
@@ -332,4 +376,7 @@ def loss_roi_iou(logits: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor
     """
     fg = labels >= 0
     iou = paired_iou(boxes[fg], gt_boxes[fg])
-    return (logits[fg].sigmoid() - iou).abs().sum() / max(len(labels), 1)
+    error = logits[fg].sigmoid() - iou
+    total = error.abs().sum()
+    count = max(len(labels), 1)
+    return total / count

@@ -12,7 +12,8 @@ NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 def scaled_lr(lr: float, args) -> float:
     """Returns `lr`, which is meant for --base-batch-size images, scaled to --batch-size."""
-    base, size = args.base_batch_size, args.batch_size
+    base = args.base_batch_size
+    size = args.batch_size
     scaled = lr * size / base
     log.info("lr %g for %d images per step -> %g for %d", lr, base, scaled, size)
     return scaled
@@ -23,8 +24,10 @@ def learning_rate(step: int, base: float, steps: int, warmup: int, warmup_factor
 
     Source: facebookresearch/Detic:detic/custom_solver.py.
     """
-    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return base * cosine * warmup_ramp(step, warmup, warmup_factor)
+    angle = math.pi * step / steps
+    cosine = 0.5 * (1 + math.cos(angle))
+    ramp = warmup_ramp(step, warmup, warmup_factor)
+    return base * cosine * ramp
 
 
 def stepped_learning_rate(
@@ -34,18 +37,27 @@ def stepped_learning_rate(
 
     The linear warmup takes at most a tenth of the steps. Source: mmdetection's schedule_1x.
     """
-    decays = sum(step >= steps * epoch / 12 for epoch in (8, 11))
-    return base * warmup_ramp(step, min(warmup, steps // 10), warmup_factor) * 0.1**decays
+    decays = 0
+    for epoch in (8, 11):
+        if step >= steps * epoch / 12:
+            decays += 1
+    warmup = min(warmup, steps // 10)
+    ramp = warmup_ramp(step, warmup, warmup_factor)
+    return base * ramp * 0.1**decays
 
 
 def poly_learning_rate(step: int, base: float, steps: int) -> float:
     """Returns base (1 - step / steps)^0.9. Source: facebookresearch/Mask2Former:configs/ade20k."""
-    return base * (1 - step / steps) ** 0.9
+    remaining = 1 - step / steps
+    return base * remaining**0.9
 
 
 def warmup_ramp(step: int, warmup: int, factor: float) -> float:
     """Returns a factor that grows linearly from `factor` to 1 in `warmup` steps."""
-    return factor + (1 - factor) * min(1.0, step / warmup) if warmup else 1.0
+    if not warmup:
+        return 1.0
+    progress = min(1.0, step / warmup)
+    return factor + (1 - factor) * progress
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, backbone_factor: float) -> list[dict]:
@@ -60,8 +72,11 @@ def parameter_groups(model: nn.Module, weight_decay: float, backbone_factor: flo
     """
     if not backbone_factor:
         model.backbone.requires_grad_(False).eval()
-    norms = [module for module in model.modules() if isinstance(module, NORMS)]
-    of_norms = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
+    of_norms = set()
+    for module in model.modules():
+        if isinstance(module, NORMS):
+            own = module.parameters(recurse=False)
+            of_norms.update(id(parameter) for parameter in own)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -70,8 +85,10 @@ def parameter_groups(model: nn.Module, weight_decay: float, backbone_factor: flo
         undecayed = of_model_itself or id(parameter) in of_norms
         factor = backbone_factor if name.startswith("backbone.") else 1.0
         decay = 0.0 if undecayed else weight_decay
-        groups.setdefault((factor, decay), []).append(parameter)
-    return [
-        {"params": parameters, "lr_factor": factor, "weight_decay": decay}
-        for (factor, decay), parameters in groups.items()
-    ]
+        group = groups.setdefault((factor, decay), [])
+        group.append(parameter)
+    listed = []
+    for (factor, decay), parameters in groups.items():
+        group = {"params": parameters, "lr_factor": factor, "weight_decay": decay}
+        listed.append(group)
+    return listed

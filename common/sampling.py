@@ -38,10 +38,12 @@ class Mixture(torch.utils.data.Dataset):
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         row, draw = item
         d = int(np.searchsorted(self.starts, row, side="right")) - 1
-        sample = self.datasets[d].load(row - int(self.starts[d]))
+        start = int(self.starts[d])
+        sample = self.datasets[d].load(row - start)
+        transform = self.transforms[sample.dataset]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed * 1_000_003 + draw)
-            return self.transforms[sample.dataset](sample)
+            return transform(sample)
 
 
 @dataclass
@@ -56,12 +58,14 @@ class Transformed(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Sample:
-        return self.transform(self.dataset.load(self.rows[i]))
+        sample = self.dataset.load(self.rows[i])
+        return self.transform(sample)
 
 
 def first_rows(parts: Sequence) -> np.ndarray:
     """Returns (P + 1,): the first row of each of P parts laid end to end, and the length of all."""
-    return np.cumsum([0] + [len(part) for part in parts])
+    lengths = [len(part) for part in parts]
+    return np.cumsum([0, *lengths])
 
 
 def repeat_factors(datasets: list[Dataset], threshold: float) -> np.ndarray:
@@ -74,11 +78,14 @@ def repeat_factors(datasets: list[Dataset], threshold: float) -> np.ndarray:
     total = sum(len(dataset) for dataset in datasets)
     factors = []
     for dataset in datasets:
-        frequency = np.maximum(dataset.image_counts(), 1) / total
-        of_class = np.maximum(1, np.sqrt(threshold / frequency))  # (C_d,)
+        image_counts = np.maximum(dataset.image_counts(), 1)  # (C_d,)
+        frequency = image_counts / total
+        of_class = np.sqrt(threshold / frequency)
+        of_class = np.maximum(1, of_class)
         of_image = np.ones(len(dataset))
         images, counts = dataset.index.by_label
-        images_of_class = np.split(images, np.cumsum(counts)[:-1])
+        ends = np.cumsum(counts)
+        images_of_class = np.split(images, ends[:-1])
         for rows, factor in zip(images_of_class, of_class):
             of_image[rows] = np.maximum(of_image[rows], factor)
         factors.append(of_image)
@@ -120,8 +127,11 @@ class RepeatFactorSampler:
     def epoch(self, number: int) -> np.ndarray:
         """Returns the rows of epoch `number`. It rounds each factor up or down at random."""
         rng = np.random.default_rng([self.seed, number])
-        repeats = np.floor(self.factors + rng.random(len(self.factors))).astype(np.int64)
-        return rng.permutation(np.repeat(np.arange(len(self.factors)), repeats))
+        count = len(self.factors)
+        repeats = np.floor(self.factors + rng.random(count))
+        repeats = repeats.astype(np.int64)
+        rows = np.repeat(np.arange(count), repeats)
+        return rng.permutation(rows)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return endless(self.epoch, self.start, self.rank, self.world_size)
@@ -141,7 +151,8 @@ class ClassAwareSampler:
         self.position = (start, rank, world_size)
         self.first_row = first_rows(datasets)
         # per dataset (X_d,) the images of its classes, class after class, and (C_d,) their numbers
-        self.images, counts = zip(*(dataset.index.by_label for dataset in datasets))
+        by_label = [dataset.index.by_label for dataset in datasets]
+        self.images, counts = zip(*by_label)
         self.ends = first_rows(self.images)
         counts = np.concatenate(counts)
         self.counts = counts[counts > 0]  # (C,)
@@ -155,11 +166,14 @@ class ClassAwareSampler:
         rng = np.random.default_rng([self.seed, number])
         size = int(self.first_row[-1])
         classes = rng.integers(len(self.counts), size=size)
-        picked = self.firsts[classes] + rng.integers(self.counts[classes])
+        within = rng.integers(self.counts[classes])
+        picked = self.firsts[classes] + within
         rows = np.empty(size, np.int64)
         for d, images in enumerate(self.images):  # never joined: they may be mapped from files
-            own = (picked >= self.ends[d]) & (picked < self.ends[d + 1])
-            rows[own] = self.first_row[d] + images[picked[own] - self.ends[d]]
+            start, end = self.ends[d : d + 2]
+            own = (picked >= start) & (picked < end)
+            image = images[picked[own] - start]
+            rows[own] = self.first_row[d] + image
         return rows
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -177,7 +191,8 @@ def make_sampler(
     if kind == "class-aware":
         return ClassAwareSampler(datasets, seed, start, rank, world_size)
     threshold = 0.001 if kind == "repeat-factor" else 0.0  # 0: all factors are 1
-    return RepeatFactorSampler(repeat_factors(datasets, threshold), seed, start, rank, world_size)
+    factors = repeat_factors(datasets, threshold)
+    return RepeatFactorSampler(factors, seed, start, rank, world_size)
 
 
 @dataclass
@@ -224,15 +239,20 @@ class RatioBatchSampler:
         self.edges = np.cumsum(shares / shares.sum())[:-1]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        rng = np.random.default_rng([self.seed, 0, self.rank] if self.apart else [self.seed, 0])
+        seed = [self.seed, 0]
+        if self.apart:
+            seed.append(self.rank)
+        rng = np.random.default_rng(seed)
         count = len(self.factors)
-        skipped = self.edges.searchsorted(rng.random(self.start), "right")  # a dataset per step
+        numbers = rng.random(self.start)
+        skipped = self.edges.searchsorted(numbers, "right")  # a dataset per step
         steps = np.bincount(skipped, minlength=count)  # (D,)
         streams = []
         for d, factors in enumerate(self.factors):
+            seed = (self.seed, d + 1)
             start = int(steps[d] * self.sizes[d] * self.world_size)
-            position = (start, self.rank, self.world_size)
-            streams.append(iter(RepeatFactorSampler(factors, (self.seed, d + 1), *position)))
+            sampler = RepeatFactorSampler(factors, seed, start, self.rank, self.world_size)
+            streams.append(iter(sampler))
         starts = first_rows(self.factors)
         while True:
             d = int(self.edges.searchsorted(rng.random(), "right"))

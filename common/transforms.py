@@ -11,6 +11,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from common.batch import Sample
+from common.boxes import sides
 from common.masks import drop_unseen
 
 WHOLE = (slice(None), slice(None))  # all rows and columns
@@ -30,11 +31,12 @@ class LargeScaleJitter:
     flip: float = 0.5
 
     def __call__(self, sample: Sample) -> Sample:
-        longest = uniform(*self.scale) * self.size
+        scale = uniform(*self.scale)
+        longest = scale * self.size
         size = shortest_size(sample.size, math.inf, longest)  # only the long side is limited
-        crop = min(self.size, size[0]), min(self.size, size[1])
-        corner = random_corner(size, crop)
-        return move(sample, size, (*corner, *crop), coin(self.flip))
+        window = random_window(size, (self.size, self.size))
+        flip = coin(self.flip)
+        return move(sample, size, window, flip)
 
 
 @dataclass
@@ -55,12 +57,14 @@ class SegmentationCrop:
     flip: float = 0.5
 
     def __call__(self, sample: Sample) -> Sample:
-        size = shortest_size(sample.size, choice(self.short), self.max_side)
-        crop = min(self.crop[0], size[0]), min(self.crop[1], size[1])
-        corner = random_corner(size, crop)
-        sample = move(sample, size, (*corner, *crop), coin(self.flip))
+        short = choice(self.short)
+        size = shortest_size(sample.size, short, self.max_side)
+        window = random_window(size, self.crop)
+        flip = coin(self.flip)
+        sample = move(sample, size, window, flip)
         if self.color_jitter:
-            sample = replace(sample, image=jitter_colors(sample.image))
+            image = jitter_colors(sample.image)
+            sample = replace(sample, image=image)
         return sample
 
 
@@ -79,17 +83,27 @@ class DetrCrop:
     def __call__(self, sample: Sample) -> Sample:
         flip = coin(self.flip)
         if coin(0.5):
-            low, high = self.scaled(384), self.scaled(600)
-            size = shortest_size(sample.size, self.scaled(choice((400, 500, 600))))
-            crop = tuple(randint(min(side, low), min(side, high) + 1) for side in size)
-            sample = move(sample, size, (*random_corner(size, crop), *crop))
-        short = self.scaled(choice(range(480, 801, 32)))
-        size = shortest_size(sample.size, short, self.scaled(1333))
+            short = choice((400, 500, 600))
+            size = shortest_size(sample.size, self.scaled(short))
+            height = self.random_side(size[0])
+            width = self.random_side(size[1])
+            window = random_window(size, (height, width))
+            sample = move(sample, size, window)
+        short = choice(range(480, 801, 32))
+        longest = self.scaled(1333)
+        size = shortest_size(sample.size, self.scaled(short), longest)
         return move(sample, size, flip=flip)
+
+    def random_side(self, length: int) -> int:
+        """Samples the side of a crop of an image whose side is `length`."""
+        low = min(length, self.scaled(384))
+        high = min(length, self.scaled(600))
+        return randint(low, high + 1)
 
     def scaled(self, length: int) -> int:
         """Returns a length for images of `size`, given the length for images of 800."""
-        return max(1, round(length * self.size / 800))
+        length = round(length * self.size / 800)
+        return max(1, length)
 
 
 @dataclass
@@ -104,7 +118,8 @@ class ResizeShortest:
 
     def __call__(self, sample: Sample) -> Sample:
         longest = self.longest or self.size * 1333 / 800
-        return move(sample, shortest_size(sample.size, self.size, longest))
+        size = shortest_size(sample.size, self.size, longest)
+        return move(sample, size)
 
 
 @dataclass
@@ -121,8 +136,10 @@ class ResizeShortestRange:
 
     def __call__(self, sample: Sample) -> Sample:
         short = randint(self.low, self.high + 1)
-        size = shortest_size(sample.size, short, self.high * 1333 / 800)
-        return move(sample, size, flip=coin(self.flip))
+        longest = self.high * 1333 / 800
+        size = shortest_size(sample.size, short, longest)
+        flip = coin(self.flip)
+        return move(sample, size, flip=flip)
 
 
 def coin(probability: float) -> bool:
@@ -132,7 +149,9 @@ def coin(probability: float) -> bool:
 
 def uniform(low: float, high: float) -> float:
     """Samples a number between `low` and `high`."""
-    return torch.empty(()).uniform_(low, high).item()
+    number = torch.empty(())
+    number.uniform_(low, high)
+    return number.item()
 
 
 def randint(low: int, end: int) -> int:
@@ -142,14 +161,25 @@ def randint(low: int, end: int) -> int:
 
 def choice(values: Sequence[int]) -> int:
     """Samples one of the values with equal probability."""
-    return values[randint(0, len(values))]
+    index = randint(0, len(values))
+    return values[index]
 
 
 def random_corner(size: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int]:
     """Samples (top, left) of a crop (height, width) in an image of `size`."""
-    top = randint(0, size[0] - crop[0] + 1)
-    left = randint(0, size[1] - crop[1] + 1)
+    rows = size[0] - crop[0]
+    columns = size[1] - crop[1]
+    top = randint(0, rows + 1)
+    left = randint(0, columns + 1)
     return top, left
+
+
+def random_window(size: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Samples (top, left, height, width) of a crop of at most `crop` in an image of `size`."""
+    height = min(crop[0], size[0])
+    width = min(crop[1], size[1])
+    top, left = random_corner(size, (height, width))
+    return top, left, height, width
 
 
 def shortest_size(
@@ -159,8 +189,12 @@ def shortest_size(
 
     The short side is at most `short` and the long side at most `longest`.
     """
-    factor = min(short / min(size), longest / max(size))
-    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+    short_factor = short / min(size)
+    long_factor = longest / max(size)
+    factor = min(short_factor, long_factor)
+    height = round(size[0] * factor)
+    width = round(size[1] * factor)
+    return max(1, height), max(1, width)
 
 
 def apply(sample: Sample, transform) -> Sample:
@@ -168,13 +202,16 @@ def apply(sample: Sample, transform) -> Sample:
 
     def apply_to_boxes(boxes: Tensor) -> Tensor:
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=sample.size)
-        return transform(boxes).as_subclass(torch.Tensor)
+        boxes = transform(boxes)
+        return boxes.as_subclass(Tensor)
 
-    image = transform(tv_tensors.Image(sample.image)).as_subclass(torch.Tensor)
+    image = tv_tensors.Image(sample.image)
+    image = transform(image).as_subclass(Tensor)
+    boxes = apply_to_boxes(sample.boxes)
     proposals = sample.proposals
     if proposals is not None:
         proposals = apply_to_boxes(proposals)
-    return replace(sample, image=image, boxes=apply_to_boxes(sample.boxes), proposals=proposals)
+    return replace(sample, image=image, boxes=boxes, proposals=proposals)
 
 
 def move(
@@ -189,48 +226,62 @@ def move(
     size: (height, width) to resize to; window: (top, left, height, width) of the crop after that
     """
     top, left, height, width = window or (0, 0, *size)
-    masks, segments, labels = sample.masks, sample.segments, sample.labels
     if sample.size != size:
         sample = apply(sample, lambda x: F.resize(x, list(size), antialias=True))
     if (height, width) != size:
         sample = apply(sample, lambda x: F.crop(x, top, left, height, width))
     if flip:
         sample = apply(sample, F.horizontal_flip)
-    part = slice(top, top + height), slice(left, left + width)
-    if segments is not None:
-        segments, labels = drop_unseen(resize_masks(segments[None], size, part, flip)[0], labels)
+    rows = slice(top, top + height)
+    columns = slice(left, left + width)
+    part = (rows, columns)
+    labels = sample.labels
+    if sample.segments is not None:
+        segments = resize_masks(sample.segments[None], size, part, flip)
+        segments, labels = drop_unseen(segments[0], labels)
         return replace(sample, segments=segments, labels=labels)
-    if sample.proposals is not None:
-        sample = replace(sample, proposals=sample.proposals[not_empty(sample.proposals)])
+    proposals = sample.proposals
+    if proposals is not None:
+        proposals = proposals[not_empty(proposals)]
     kept = not_empty(sample.boxes)
+    masks = sample.masks
     if masks is not None:
         masks = resize_masks(masks[kept], size, part, flip)
         seen = masks.flatten(1).any(1)  # the part of a box in the crop may have no mask pixel
         masks = masks[seen]
         kept[kept.clone()] = seen
-    return replace(sample, boxes=sample.boxes[kept], labels=labels[kept], masks=masks)
+    boxes = sample.boxes[kept]
+    labels = labels[kept]
+    return replace(sample, boxes=boxes, labels=labels, masks=masks, proposals=proposals)
 
 
 def resize_masks(
     masks: Tensor, size: tuple[int, int], window: tuple[slice, slice] = WHOLE, flip: bool = False
 ) -> Tensor:
     """Resizes masks (N, H, W) to `size` by nearest pixels, crops rows and columns, mirrors."""
-    rows = nearest_pixels(masks.shape[1], size[0])[window[0]]
-    columns = nearest_pixels(masks.shape[2], size[1])[window[1]]
+    _, height, width = masks.shape
+    rows = nearest_pixels(height, size[0])
+    columns = nearest_pixels(width, size[1])
+    rows = rows[window[0]]
+    columns = columns[window[1]]
     if flip:
         columns = columns[::-1]
     # numpy's take is several times as fast as indexing in torch
-    return torch.from_numpy(masks.numpy().take(columns, 2).take(rows, 1))
+    pixels = masks.numpy()
+    pixels = pixels.take(columns, 2)
+    pixels = pixels.take(rows, 1)
+    return torch.from_numpy(pixels)
 
 
 def nearest_pixels(old: int, new: int) -> np.ndarray:
     """Returns the nearest of `old` pixels for each of `new`: floor((i + 0.5) * old / new)."""
-    return (2 * np.arange(new) + 1) * old // (2 * new)
+    half_pixels = 2 * np.arange(new) + 1
+    return half_pixels * old // (2 * new)
 
 
 def not_empty(boxes: Tensor, min_side: float = 1e-5) -> Tensor:
     """Returns (N,) bool: which boxes (N, 4) have an area (detectron2's filter_empty_instances)."""
-    return (boxes[:, 2:] - boxes[:, :2]).amin(1) >= min_side
+    return sides(boxes).amin(1) >= min_side
 
 
 def jitter_colors(image: Tensor) -> Tensor:
@@ -240,19 +291,29 @@ def jitter_colors(image: Tensor) -> Tensor:
     """
     image = image.float()
     if coin(0.5):
-        image = (image + uniform(-32, 32)).clamp(0, 255)
-    contrast = uniform(0.5, 1.5) if coin(0.5) else 1.0
+        image = image + uniform(-32, 32)
+        image = image.clamp(0, 255)
+    contrast = 1.0
+    if coin(0.5):
+        contrast = uniform(0.5, 1.5)
     contrast_last = coin(0.5)
     if not contrast_last:
-        image = (image * contrast).clamp(max=255)
+        image = image * contrast
+        image = image.clamp(max=255)
     if coin(0.5):  # saturation of HSV: the distance of the channels to the largest one
         most = image.amax(0)
         least = image.amin(0)
-        limit = most / (most - least).clamp(min=1e-3)
-        image = most - (most - image) * limit.clamp(max=uniform(0.5, 1.5))
+        spread = most - least
+        limit = most / spread.clamp(min=1e-3)
+        factor = uniform(0.5, 1.5)
+        factor = limit.clamp(max=factor)
+        distance = most - image
+        image = most - distance * factor
     if coin(0.5):
         turn = uniform(-0.1, 0.1)  # 18 of 180 degrees, as OpenCV counts them
-        image = F.adjust_hue(image / 255, turn) * 255
+        image = F.adjust_hue(image / 255, turn)
+        image = image * 255
     if contrast_last:
         image = image * contrast
-    return image.clamp(0, 255).round().byte()
+    image = image.clamp(0, 255)
+    return image.round().byte()

@@ -40,7 +40,8 @@ def color_of(name: str) -> Color:
     """Returns the RGB colour of a class name, which is the same in every picture and every run."""
     number = zlib.crc32(name.casefold().encode())  # hash() would differ between processes
     hue = (number % 24) / 24
-    lightness = (0.38, 0.5, 0.66)[number // 24 % 3]
+    level = number // 24 % 3
+    lightness = (0.38, 0.5, 0.66)[level]
     channels = colorsys.hls_to_rgb(hue, lightness, 0.95)
     return tuple(round(255 * channel) for channel in channels)
 
@@ -72,17 +73,20 @@ def draw_boxes(
     if masks is not None:
         image = overlay(image, masks, colors, scores)
     picture, factor = enlarged(image)
-    corners = inside(boxes * factor, *picture.size)
+    width, height = picture.size
+    corners = inside(boxes * factor, width, height)
     draw = ImageDraw.Draw(picture)
-    line_width = max(2, min(picture.size) // 200)
+    line_width = max(2, min(width, height) // 200)
     for box, color in zip(corners, colors):
         draw.rectangle(box, outline=color, width=line_width)
     # Names are written after all boxes, so that no line crosses a name.
     plates = Plates(picture)
-    height = plates.height
     texts = _with_scores(names, scores)
     for (left, top, _, bottom), text, color in zip(corners, texts, colors):
-        tops = [top - height, top, bottom - height + 1, bottom + 1, top + height]
+        above = top - plates.height
+        below = top + plates.height
+        at_bottom = bottom + 1 - plates.height
+        tops = [above, top, at_bottom, bottom + 1, below]
         plates.write(text, color, left, tops)
     return to_tensor(picture)
 
@@ -101,10 +105,13 @@ def draw_segments(
     for an index without a name.
     """
     segments = segments.cpu().long()
-    if segments.numel() and segments.max() >= len(names):
-        raise ValueError(f"row {int(segments.max())} of the segments, but {len(names)} names")
+    if segments.numel():
+        last = int(segments.max())
+        if last >= len(names):
+            raise ValueError(f"row {last} of the segments, but {len(names)} names")
     image = image.detach().cpu()
-    colors = shades([color_of(name) for name in names])
+    colors = [color_of(name) for name in names]
+    colors = shades(colors)
     palette = torch.tensor([*colors, BACKGROUND], dtype=torch.uint8)
     tints = palette[segments]
     tints = tints.permute(2, 0, 1)
@@ -115,8 +122,10 @@ def draw_segments(
     rows = segments.numpy().repeat(factor, axis=0)
     rows = rows.repeat(factor, axis=1)
     line_width = max(2, min(picture.size) // 300)
-    lines = ndimage.maximum_filter(edges(rows), size=line_width)
-    picture.paste("white", mask=Image.fromarray(lines))
+    lines = edges(rows)
+    lines = ndimage.maximum_filter(lines, size=line_width)
+    lines = Image.fromarray(lines)
+    picture.paste("white", mask=lines)
 
     plates = Plates(picture)
     height = plates.height
@@ -136,7 +145,8 @@ def draw_segments(
 def _with_scores(names: Sequence[str], scores: Tensor | None) -> Sequence[str]:
     if scores is None:
         return names
-    return [f"{name} {score:.2f}" for name, score in zip(names, scores.tolist())]
+    scored = zip(names, scores.tolist())
+    return [f"{name} {score:.2f}" for name, score in scored]
 
 
 # -- Grids of images -------------------------------------------------------------------------------
@@ -237,10 +247,12 @@ def prediction_grid(
     """
     pictures = []
     captions = []
-    for image, target, found in list(zip(images, targets, predictions))[:limit]:
+    shown = list(zip(images, targets, predictions))
+    for image, target, found in shown[:limit]:
         caption = "prediction"
         if "segments" not in found:
-            found = _best_boxes(found, min_score, tuple(image.shape[1:]))
+            _, height, width = image.shape
+            found = _best_boxes(found, min_score, (height, width))
             caption = f"prediction, score >= {min_score:g}"
         pictures.append(_draw(image, target, names))
         pictures.append(_draw(image, found, names))
@@ -254,7 +266,8 @@ def _best_boxes(prediction: dict, min_score: float, size: tuple[int, int]) -> di
     """Returns at most 30 boxes with `min_score` or more, best first, with their decoded masks."""
     scores = prediction["scores"]
     passing = scores >= min_score
-    count = min(30, int(passing.sum()))
+    count = int(passing.sum())
+    count = min(30, count)
     best = scores.argsort(descending=True)[:count]
     shown = {field: prediction[field][best] for field in ("boxes", "labels", "scores")}
     if "segmentations" in prediction:
@@ -295,8 +308,9 @@ def similarity_heatmap(
     cosines = axes.imshow(part.numpy(), cmap="viridis", vmin=darkest, vmax=1)
     figure.colorbar(cosines, ax=axes, label="cosine", shrink=0.6, pad=0.06)
     names = [label_space.names[label] for label in shown]
-    axes.set_xticks(range(len(shown)), labels=names, fontsize=7, rotation=90)
-    axes.set_yticks(range(len(shown)), labels=names, fontsize=7)
+    ticks = range(len(shown))
+    axes.set_xticks(ticks, labels=names, fontsize=7, rotation=90)
+    axes.set_yticks(ticks, labels=names, fontsize=7)
     dataset_of_row = label_space.dataset_of_label[shown]
     _mark_datasets(axes, dataset_of_row, label_space.datasets)
     title = f"Similarity of class names: {which}"
@@ -312,7 +326,8 @@ def _mark_datasets(axes, dataset_of_row: Tensor, datasets: list[str]) -> None:
     for position in dataset_of_row.unique().tolist():
         member = dataset_of_row == position
         rows = member.nonzero().flatten().tolist()
-        first, last = rows[0], rows[-1]
+        first = rows[0]
+        last = rows[-1]
         middle = (first + last) / 2
         name = datasets[position]
         axes.annotate(name, (middle, -0.5), (0, 6), ha="center", **style)
@@ -359,11 +374,14 @@ def _closest_labels(similarity: Tensor, label_space: LabelSpace, limit: int) -> 
             if values[label].isfinite():
                 partner = int(partners[label])
                 group.append(scope.start + partner)
-        new = [k for k in group if k not in chosen[dataset_of[k]]]
-        lists = [chosen[dataset_of[k]] for k in new]
-        if all(len(labels) < share for labels in lists):
-            for k, labels in zip(new, lists):
-                labels.append(k)
+        new = []  # the labels to add, each with the list that it belongs to
+        for member in group:
+            labels = chosen[dataset_of[member]]
+            if member not in labels:
+                new.append((member, labels))
+        if all(len(labels) < share for _, labels in new):
+            for member, labels in new:
+                labels.append(member)
     return [label for labels in chosen for label in labels]
 
 
@@ -377,7 +395,9 @@ def label_report(similarity: Tensor, label_space: LabelSpace, top: int = 3) -> s
     """
     masked = _mask_same_dataset(similarity, label_space)
     names = [name.replace("|", "\\|") for name in label_space.names]
-    elsewhere = " in another dataset" if len(label_space.datasets) > 1 else ""
+    elsewhere = ""
+    if len(label_space.datasets) > 1:
+        elsewhere = " in another dataset"
     lines = [f"| dataset | labels | labels with a duplicate{elsewhere} (cosine > 0.99) |"]
     lines.append("|---|---|---|")
     for dataset in label_space.datasets:
@@ -398,7 +418,8 @@ def label_report(similarity: Tensor, label_space: LabelSpace, top: int = 3) -> s
         close = []
         for cosine, label in zip(cosines, labels):
             if cosine > -math.inf:
-                close.append(f"{owners[label]}: {names[label]} ({cosine:.2f})")
+                full_name = f"{owners[label]}: {names[label]}"
+                close.append(f"{full_name} ({cosine:.2f})")
         closest = ", ".join(close)
         lines.append(f"| {owner} | {name} | {closest} |")
     return "\n".join(lines) + "\n"
