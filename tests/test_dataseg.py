@@ -17,7 +17,7 @@ from parity import case, check, report  # noqa: F401 (report is a fixture)
 from PIL import Image
 from safetensors.torch import load_file
 from test_convert import BASE_KEYS, official_base
-from test_equations import bce, random_boxes, sigmoid, unit_rows
+from test_scaledet import bce, random_boxes, sigmoid, unit_rows
 from torch import nn
 
 import common.backbone

@@ -13,7 +13,7 @@ import torch
 from conftest import FAST
 from PIL import Image
 from safetensors.torch import load_file
-from test_equations import bce, iou, random_boxes, unit_rows
+from test_scaledet import bce, iou, random_boxes, unit_rows
 from torch import nn
 from torchvision.ops import roi_align
 
