@@ -2,8 +2,8 @@
 
 The annotations are random, in the layout of Objects365 or, with masks, of COCO. The images are
 empty files, and `load_datasets` looks for all of them, as in a training. Each step runs in a
-process of its own, and imports are not counted. pycocotools takes 18 GB for the second: --peer-share 0.1
-measures it on a tenth of the images and boxes.
+process of its own, and imports are not counted. pycocotools takes 18 GB for the second:
+--peer-share 0.1 measures it on a tenth of the images and boxes.
 
     python benchmarks/annotations.py --images 118000 --boxes 860000 --masks
     python benchmarks/annotations.py --images 1700000 --boxes 25000000

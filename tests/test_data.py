@@ -425,7 +425,9 @@ def test_boxes_are_clipped_and_those_outside_are_left_out(tmp_path, caplog):
 
 def test_fractions_outside_are_counted():
     boxes = [[0.2, 0.2, 1.4, 0.5], [1.0, 0, 1.2, 1], [0, -0.5, 1, 0]]
-    index = Index.build("s", ["a"], [0], [(0, 0)], [0] * 3, boxes, [0] * 3, [1] * 3, [0] * 3)
+    index = Index.build(
+        "s", ["a"], [0], [(0, 0)], [0] * 3, boxes, [0] * 3, areas=[1] * 3, ignore=[0] * 3
+    )
     assert index.outside().tolist() == [False] * 3  # pixels of an image whose size is not known
     index.relative = True
     assert index.outside().tolist() == [False, True, True]

@@ -1,4 +1,4 @@
-"""The embedded datasets: deterministic, whole, in the real formats, with boxes and ids that are right."""
+"""The embedded datasets: deterministic, whole, in the real formats, with right boxes and ids."""
 
 import csv
 import json

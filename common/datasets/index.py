@@ -208,6 +208,7 @@ class Index:
         image_of=(),
         boxes=(),
         labels=(),
+        *,
         areas=None,
         ignore=None,
         **extra,
