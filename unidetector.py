@@ -343,9 +343,7 @@ def prepare_targets(batch: Batch, label_space: LabelSpace) -> list[Targets]:
     targets = []
     for sample in batch.samples:
         labels = label_space.to_global(sample.dataset, sample.labels)
-        scope = slice(0, len(label_space))
-        if not label_space.merged:
-            scope = label_space.scope(sample.dataset)
+        scope = label_space.scope(sample.dataset)
         targets.append(Targets(sample.boxes, labels, scope))
     return targets
 

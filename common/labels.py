@@ -215,7 +215,7 @@ class LabelSpace:
     def is_thing(self) -> tuple[bool, ...]:
         """C bools, True for things and False for stuff. A class of unknown kind is a thing."""
         is_thing = [True] * len(self)
-        for vocabulary in self.vocabularies.values():
+        for vocabulary in reversed(self.vocabularies.values()):  # of merged classes the first counts
             columns = self._columns[vocabulary.dataset].tolist()
             kinds = vocabulary.is_thing or ()
             for column, value in zip(columns, kinds):
@@ -242,8 +242,13 @@ class LabelSpace:
         return self._columns[dataset]
 
     def scope(self, dataset: str) -> slice:
-        """Returns the columns of `dataset` in a concatenation, where they are consecutive."""
+        """Returns the columns that an image of `dataset` may train.
+
+        They are its own classes in a concatenation, and all classes if these are merged.
+        """
         columns = self.columns(dataset)
+        if self.merged:
+            return slice(0, len(self))
         return slice(int(columns[0]), int(columns[-1]) + 1)
 
     def to_global(self, dataset: str, labels: Tensor) -> Tensor:
