@@ -215,7 +215,7 @@ class LabelSpace:
     def is_thing(self) -> tuple[bool, ...]:
         """C bools, True for things and False for stuff. A class of unknown kind is a thing."""
         is_thing = [True] * len(self)
-        for vocabulary in reversed(self.vocabularies.values()):  # of merged classes the first counts
+        for vocabulary in reversed(self.vocabularies.values()):  # the first decides
             columns = self._columns[vocabulary.dataset].tolist()
             kinds = vocabulary.is_thing or ()
             for column, value in zip(columns, kinds):
