@@ -34,7 +34,7 @@ fi
 
 case "${1:-}" in
     "") exec .venv/bin/python -m common.demo scaledet ;;
-    test) shift; exec .venv/bin/python -m pytest "$@" ;;
+    test) shift; exec .venv/bin/python -m pytest -n auto "$@" ;;
     -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0" ;;
     *)
         if [ ! -f "$1.py" ] || ! grep -q '^class Args' "$1.py"; then
