@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage
 from torch import Tensor
 
@@ -31,32 +31,26 @@ def color_of(name: str) -> Color:
     return tuple(round(255 * channel) for channel in colorsys.hls_to_rgb(hue, lightness, 0.95))
 
 
-# -- One image -------------------------------------------------------------------------------------
-
-
 def draw_boxes(
     image: Tensor,
     boxes: Tensor,
     names: list[str],
     scores: Tensor | None = None,
-    colors: list[Color] | None = None,
     masks: Tensor | None = None,
 ) -> Tensor:
     """Draws N boxes with their names on an image (3, H, W) uint8 and returns it as (3, h, w) uint8.
 
     boxes:  (N, 4) xyxy in pixels of `image`, clipped to it
     scores: (N,) in 0..1, written behind the names
-    colors: N RGB triples in 0..255; the default is `color_of(name)`
     masks:  (N, H, W) bool, blended into the image below the boxes
 
-    An image with a short side below about 480 pixels is enlarged by an integer factor. So h and w
-    may be multiples of H and W. Raises ValueError if there are not as many names as boxes.
+    Enlarges an image whose short side is below about 480 pixels by an integer factor. Raises
+    ValueError if there are not as many names as boxes.
     """
     boxes = boxes.detach().float().cpu().reshape(-1, 4)
     if len(names) != len(boxes):
         raise ValueError(f"{len(boxes)} boxes but {len(names)} names")
-    if colors is None:
-        colors = [color_of(name) for name in names]
+    colors = [color_of(name) for name in names]
     if masks is not None:
         image = _overlay(image, masks, colors, scores)
     picture, factor = _enlarge(image)
@@ -66,10 +60,10 @@ def draw_boxes(
         draw.rectangle(box, outline=color, width=max(2, min(picture.size) // 200))
     # after all boxes, so that no line crosses a name
     plates = _Plates(picture)
-    high = plates.height
+    high = plates.text_height
     for (left, top, _, bottom), text, color in zip(corners, _with_scores(names, scores), colors):
-        tops = (top - high, top, bottom - high + 1, bottom + 1, top + high)
-        plates.write(text, color, left, tops)
+        tops = [top - high, top, bottom - high + 1, bottom + 1, top + high]
+        plates.write(text, color, left, tops, cover=True)
     return _to_tensor(picture)
 
 
@@ -82,14 +76,13 @@ def draw_segments(
     scores:   (N,) in 0..1, written behind the names
 
     White lines separate the segments. A name is written at the pixel farthest from the borders of
-    its segment, unless the segment is too thin or other names leave no room. Segments of one
-    colour get different shades of it. Small images are enlarged as in `draw_boxes`. Raises
-    ValueError for an index without a name.
+    its segment, unless the segment is too thin or other names leave no room. Enlarges small images
+    as `draw_boxes` does. Raises ValueError for an index without a name.
     """
-    image = image.detach().cpu()
+    image = image.cpu()
     segments = segments.cpu().long()
     if segments.numel() and segments.max() >= len(names):
-        raise ValueError(f"index {int(segments.max())} in the segments, but {len(names)} names")
+        raise ValueError(f"row {int(segments.max())} of the segments, but {len(names)} names")
     colors = _shades([color_of(name) for name in names])
     palette = torch.tensor([*colors, BACKGROUND], dtype=torch.uint8)  # -1 is the last row
     tinted = image // 2 + palette[segments].permute(2, 0, 1) // 2
@@ -98,21 +91,21 @@ def draw_segments(
     lines = ndimage.maximum_filter(_edges(enlarged), size=max(2, min(picture.size) // 300))
     picture.paste("white", mask=Image.fromarray(lines))
     plates = _Plates(picture)
-    high = plates.height
+    high = plates.text_height
     texts = _with_scores(names, scores)
     for row, depth, x, y in _deepest(segments.numpy()):
         if depth * factor > high / 3:
-            left = x * factor - plates.width(texts[row]) // 2
+            left = x * factor - plates.text_width(texts[row]) // 2
             top = y * factor - high // 2
-            tops = (top, top + high, top - high)
+            tops = [top, top + high, top - high]
             plates.write(texts[row], colors[row], left, tops, cover=False)
     return _to_tensor(picture)
 
 
 def _shades(colors: list[Color]) -> list[Color]:
     """Mixes each repetition of a colour with ever more white or black, alternately."""
-    seen = Counter()
     shades = []
+    seen = Counter()
     for color in colors:
         share = 0.7 - 0.7 * 0.6 ** math.ceil(seen[color] / 2)
         target = 255 * (seen[color] % 2)
@@ -124,13 +117,13 @@ def _shades(colors: list[Color]) -> list[Color]:
 def _edges(segments: np.ndarray) -> np.ndarray:
     """Marks the pixels (H, W) bool whose right or lower neighbour is in another segment."""
     edges = np.zeros(segments.shape, dtype=bool)
-    edges[:, :-1] = segments[:, 1:] != segments[:, :-1]
-    edges[:-1] |= segments[1:] != segments[:-1]
+    edges[:, :-1] = np.diff(segments, axis=1) != 0
+    edges[:-1] |= np.diff(segments, axis=0) != 0
     return edges
 
 
 def _deepest(segments: np.ndarray) -> list[tuple[int, float, int, int]]:
-    """Finds the pixel of each segment in `segments` (H, W) that is farthest from its borders.
+    """Finds the pixel of each segment of (H, W) that is farthest from its borders.
 
     Returns (index of the segment, distance to the border, x, y), largest distance first.
     """
@@ -139,10 +132,12 @@ def _deepest(segments: np.ndarray) -> list[tuple[int, float, int, int]]:
     inside = np.pad(~_edges(coarse), 1)  # the border of the image is a border of its segments
     depth = ndimage.distance_transform_edt(inside)[1:-1, 1:-1]
     rows = np.unique(coarse[coarse >= 0])
-    found = []
-    for row, (y, x) in zip(rows, ndimage.maximum_position(depth, coarse, rows)):
-        found.append((int(row), float(depth[y, x]) * step, x * step, y * step))
-    return sorted(found, key=lambda place: -place[1])
+    peaks = ndimage.maximum_position(depth, coarse, rows)
+    found = [
+        (int(row), float(depth[y, x]) * step, x * step, y * step)
+        for row, (y, x) in zip(rows, peaks)
+    ]
+    return sorted(found, key=lambda entry: -entry[1])
 
 
 def _overlay(image: Tensor, masks: Tensor, colors: list[Color], scores: Tensor | None) -> Tensor:
@@ -150,17 +145,17 @@ def _overlay(image: Tensor, masks: Tensor, colors: list[Color], scores: Tensor |
 
     Masks with higher scores are painted last. Without scores, smaller masks are painted last.
     """
-    image = image.detach().cpu().clone()
+    image = image.cpu().clone()
     masks = masks.cpu()
     halves = torch.tensor(colors, dtype=torch.uint8).view(-1, 3, 1) // 2
-    order = masks.sum((1, 2)).argsort(descending=True) if scores is None else scores.argsort()
-    for row in order.tolist():
+    priority = -masks.sum((1, 2)) if scores is None else scores
+    for row in priority.argsort().tolist():
         image[:, masks[row]] = image[:, masks[row]] // 2 + halves[row]
     return image
 
 
 def _to_picture(image: Tensor) -> Image.Image:
-    return Image.fromarray(image.detach().cpu().permute(1, 2, 0).contiguous().numpy())
+    return Image.fromarray(image.permute(1, 2, 0).numpy(force=True))
 
 
 def _to_tensor(picture: Image.Image) -> Tensor:
@@ -168,27 +163,21 @@ def _to_tensor(picture: Image.Image) -> Tensor:
 
 
 def _enlarge(image: Tensor) -> tuple[Image.Image, int]:
-    """Enlarges a small image to a short side of about 480 pixels, which names need.
-
-    Returns the picture and the integer factor, which is 1 for a large image.
-    """
+    """Enlarges a small image, so that names fit, and returns it with the integer factor."""
     picture = _to_picture(image)
-    factor = max(1, min(round(480 / min(picture.size)), 2000 // max(picture.size)))
-    size = (picture.width * factor, picture.height * factor)
-    return picture.resize(size, Image.Resampling.NEAREST), factor
+    factor = min(round(480 / min(picture.size)), 2000 // max(picture.size))
+    factor = max(1, factor)
+    return ImageOps.scale(picture, factor, Image.Resampling.NEAREST), factor
 
 
 def _with_scores(names: Sequence[str], scores: Tensor | None) -> Sequence[str]:
     if scores is None:
         return names
-    return [f"{name} {score:.2f}" for name, score in zip(names, scores.tolist())]
+    return [f"{name} {score:.2f}" for name, score in zip(names, scores)]
 
 
 def _clip(boxes: Tensor, width: int, height: int) -> list[list[int]]:
-    """Clips boxes (N, 4) xyxy to the picture and rounds them.
-
-    A diverged model's NaN becomes 0. A second corner before the first is moved to it.
-    """
+    """Clips boxes (N, 4) xyxy to the picture. NaN becomes 0, a negative width or height too."""
     corners = boxes.nan_to_num(0).clamp(min=0).view(-1, 2, 2)
     corners = corners.minimum(torch.tensor([width - 1, height - 1]))
     corners[:, 1] = corners.amax(1)
@@ -196,47 +185,38 @@ def _clip(boxes: Tensor, width: int, height: int) -> list[list[int]]:
 
 
 class _Plates:
-    """Writes names on coloured plates into a picture, side by side where there is room."""
+    """Writes names on coloured plates into a picture, apart from each other where there is room."""
 
     def __init__(self, picture: Image.Image):
         self.draw = ImageDraw.Draw(picture)
-        self.size = picture.size
-        self.taken = []
+        self.width, self.height = picture.size
+        self.taken = np.zeros((self.height, self.width), dtype=bool)
         self.font = ImageFont.load_default(max(14, min(picture.size) // 34))
-        self.height = sum(self.font.getmetrics()) + 2
+        self.text_height = sum(self.font.getmetrics()) + 2
 
-    def width(self, text: str) -> int:
+    def text_width(self, text: str) -> int:
         return math.ceil(self.font.getlength(text)) + 6
 
-    def write(
-        self, text: str, color: Color, left: int, tops: Sequence[int], cover: bool = True
-    ) -> None:
+    def write(self, text: str, color: Color, left: int, tops: list[int], cover: bool) -> None:
         """Writes `text` at the first of `tops` where its plate covers no other plate.
 
-        If there is none, it writes at the first of `tops` with `cover`, and nothing without.
+        If it covers one at all of them, it is written at the first with `cover`, else not at all.
         """
-        text = _shorten(text, self.font, self.size[0] - 6)
-        width = self.width(text)
-        x = max(0, min(left, self.size[0] - width))
-        plates = []
-        for top in tops:
-            y = max(0, min(top, self.size[1] - self.height))
-            plates.append((x, y, x + width - 1, y + self.height - 1))
-        free = [plate for plate in plates if self._is_free(*plate)]
+        text = _shorten(text, self.font, self.width - 6)
+        width = self.text_width(text)
+        height = self.text_height
+        x = max(0, min(left, self.width - width))
+        tops = [max(0, min(top, self.height - height)) for top in tops]
+        free = [y for y in tops if not self.taken[y : y + height, x : x + width].any()]
         if not free and not cover:
             return
-        plate = (free or plates)[0]
-        self.taken.append(plate)
-        self.draw.rectangle(plate, fill=color)
-        luminance = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+        y = free[0] if free else tops[0]
+        self.taken[y : y + height, x : x + width] = True
+        self.draw.rectangle((x, y, x + width - 1, y + height - 1), fill=color)
+        red, green, blue = color
+        luminance = 0.299 * red + 0.587 * green + 0.114 * blue
         fill = (0, 0, 0) if luminance > 130 else WHITE
-        self.draw.text((x + 3, plate[1] + 1), text, font=self.font, fill=fill)
-
-    def _is_free(self, x1: int, y1: int, x2: int, y2: int) -> bool:
-        return all(
-            x1 > right or left > x2 or y1 > bottom or top > y2
-            for left, top, right, bottom in self.taken
-        )
+        self.draw.text((x + 3, y + 1), text, font=self.font, fill=fill)
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
@@ -249,14 +229,8 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return text + "..."
 
 
-# -- Grids -----------------------------------------------------------------------------------------
-
-
 def grid(images: Sequence[Tensor], columns: int, captions: Sequence[str] | None = None) -> Tensor:
-    """Arranges images (3, h, w) uint8 in rows of `columns` and returns one image (3, H, W) uint8.
-
-    They are padded to equal size. Each caption is written above its image.
-    """
+    """Arranges images (3, h, w) uint8 in rows of `columns`, with captions above, as (3, H, W)."""
     if captions is None:
         captions = [""] * len(images)
     pictures = [_to_picture(image) for image in images]
@@ -280,10 +254,7 @@ def grid(images: Sequence[Tensor], columns: int, captions: Sequence[str] | None 
 
 
 def save_image(image: Tensor, path: Path | str) -> None:
-    """Writes an image (3, H, W) uint8 atomically, as jpg or png by the suffix of `path`.
-
-    Raises ValueError for an unknown suffix.
-    """
+    """Writes (3, H, W) uint8 atomically. Raises ValueError for an unknown suffix."""
     with atomic_path(path) as temporary:
         _to_picture(image).save(temporary, quality=92)
 
@@ -291,9 +262,10 @@ def save_image(image: Tensor, path: Path | str) -> None:
 def training_grid(batch: Batch, vocabularies: dict[str, Vocabulary], limit: int = 16) -> Tensor:
     """Draws the first `limit` images of a batch with their ground truth, as (3, h, w) uint8.
 
-    The names of image-level labels, which have no boxes, are in the caption.
+    Image-level labels are named in the caption.
     """
-    images, captions = [], []
+    images = []
+    captions = []
     for padded, (height, width), sample in zip(batch.images[:limit], batch.sizes, batch.samples):
         names = vocabularies[sample.dataset].names
         images.append(_draw(padded[:, :height, :width], vars(sample), names))
@@ -310,7 +282,7 @@ def _draw(image: Tensor, record: dict, names: Sequence[str]) -> Tensor:
     scores = record.get("scores")
     if record.get("segments") is not None:
         return draw_segments(image, record["segments"], labels, scores)
-    return draw_boxes(image, record["boxes"], labels, scores, masks=record.get("masks"))
+    return draw_boxes(image, record["boxes"], labels, scores, record.get("masks"))
 
 
 def prediction_grid(
@@ -330,7 +302,8 @@ def prediction_grid(
     predictions: the same with `scores` (N,); masks are RLEs, `segmentations`. The 30 best boxes
                  with a score of at least `min_score` are drawn, and all segments
     """
-    pictures, captions = [], []
+    pictures = []
+    captions = []
     for image, target, found in list(zip(images, targets, predictions))[:limit]:
         caption = "prediction"
         if "segments" not in found:
@@ -353,16 +326,11 @@ def _best_boxes(found: dict, size: tuple[int, int], min_score: float) -> dict:
     return shown
 
 
-# -- Similarity of labels --------------------------------------------------------------------------
-
-
-def similarity_heatmap(
-    similarity: Tensor, label_space: LabelSpace, path: Path | str, limit: int = 60
-) -> None:
+def similarity_heatmap(similarity: Tensor, label_space: LabelSpace, path: Path) -> None:
     """Saves a heat map of the label similarity matrix (C, C) to `path`, grouped by dataset.
 
-    With at most 80 labels it shows all. With more, it shows about `limit`: the labels with the most
-    similar label in another dataset, the same number per dataset.
+    With at most 80 labels it shows all. With more, it shows about 60: those with the most similar
+    labels in other datasets, the same number per dataset.
     """
     # imported here: it takes half a second. Without pyplot it draws with Agg
     from matplotlib.figure import Figure
@@ -370,7 +338,7 @@ def similarity_heatmap(
     shown = list(range(len(label_space)))
     which = f"all {len(shown)} labels"
     if len(label_space) > 80:
-        shown = _closest_labels(similarity, label_space, limit)
+        shown = _closest_labels(similarity, label_space, limit=60)
         single = len(label_space.datasets) == 1
         others = "each other" if single else "a label of another dataset"
         which = f"{len(shown)} of {len(label_space)} labels, closest to {others}"
@@ -394,14 +362,14 @@ def _mark_datasets(axes, dataset_of_row: Tensor, datasets: list[str]) -> None:
     style = {"textcoords": "offset points", "weight": "bold"}
     end = len(dataset_of_row) - 0.5
     start = -0.5
-    for position, count in zip(*dataset_of_row.unique_consecutive(return_counts=True)):
-        middle = start + int(count) / 2
+    for position, count in Counter(dataset_of_row.tolist()).items():
+        middle = start + count / 2
         axes.annotate(datasets[position], (middle, -0.5), (0, 6), ha="center", **style)
         axes.annotate(datasets[position], (end, middle), (6, 0), va="center", rotation=270, **style)
         if start > 0:
             axes.axhline(start, color="white", linewidth=1.5)
             axes.axvline(start, color="white", linewidth=1.5)
-        start += int(count)
+        start += count
 
 
 def _mask_same_dataset(similarity: Tensor, label_space: LabelSpace) -> Tensor:
@@ -410,33 +378,30 @@ def _mask_same_dataset(similarity: Tensor, label_space: LabelSpace) -> Tensor:
     With a single dataset, only the diagonal is set to -inf.
     """
     owner = label_space.dataset_of_label
-    if len(label_space.datasets) > 1:
-        hidden = owner[:, None] == owner
-    else:
+    hidden = owner[:, None] == owner
+    if len(label_space.datasets) == 1:
         hidden = torch.eye(len(owner), dtype=torch.bool)
     return similarity.detach().float().cpu().masked_fill(hidden, -math.inf)
 
 
 def _closest_labels(similarity: Tensor, label_space: LabelSpace, limit: int) -> list[int]:
-    """Selects the labels that are most similar to labels of other datasets, sorted by dataset.
+    """Selects the labels most similar to labels of other datasets, an equal share of each dataset.
 
-    A label is taken with its most similar label in every other dataset, and only if all of them
-    fit. No dataset gets more than an equal share of `limit`.
+    Selects a label with its most similar label in every other dataset or not at all.
     """
     masked = _mask_same_dataset(similarity, label_space)
     owners = label_space.dataset_of_label.tolist()
-    values, partners = [], []
+    closeness = torch.zeros(len(owners))
+    groups = [[label] for label in range(len(owners))]  # each label with its partners
     for part in map(label_space.slice, label_space.datasets):
-        best = masked[:, part].max(1)
-        values.append(best.values)
-        partners.append(best.indices + part.start)
-    closeness = sum(value.masked_fill(value.isinf(), 0) for value in values)
-    has_partner = torch.stack(values, 1).isfinite()  # (C, datasets)
-    partners = torch.stack(partners, 1)  # (C, datasets)
-    share = limit // len(values)
+        values, indices = masked[:, part].max(1)
+        closeness += values.masked_fill(values.isinf(), 0)
+        for label in values.isfinite().nonzero().flatten().tolist():
+            groups[label].append(part.start + int(indices[label]))
+    share = limit // len(label_space.datasets)
     chosen = []
     for label in closeness.argsort(descending=True, stable=True).tolist():
-        group = [label, *partners[label, has_partner[label]].tolist()]
+        group = groups[label]
         taken = Counter(owners[k] for k in chosen)
         if all(k in chosen or taken[owners[k]] < share for k in group):
             chosen += [k for k in group if k not in chosen]
@@ -446,8 +411,8 @@ def _closest_labels(similarity: Tensor, label_space: LabelSpace, limit: int) -> 
 def label_report(similarity: Tensor, label_space: LabelSpace, top: int = 3) -> str:
     """Returns Markdown tables of the `top` most similar labels of other datasets for every label.
 
-    similarity: (C, C) cosines. The first table counts, for each dataset, the labels with a
-    duplicate (cosine > 0.99) in another one. With a single dataset both tables compare within it.
+    The first table counts the labels with a duplicate (cosine > 0.99) in another dataset. With a
+    single dataset both tables compare within it.
     """
     masked = _mask_same_dataset(similarity, label_space)
     names = [name.replace("|", "\\|") for name in label_space.names]
@@ -460,12 +425,13 @@ def label_report(similarity: Tensor, label_space: LabelSpace, top: int = 3) -> s
     lines += ["", f"| dataset | label | closest labels{elsewhere} (cosine) |", "|---|---|---|"]
     owners = [label_space.datasets[i] for i in label_space.dataset_of_label.tolist()]
     best = masked.topk(min(top, len(names)), dim=1)
-    for k, (cosines, labels) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
-        close = []
-        for cosine, label in zip(cosines, labels):
-            if cosine > -math.inf:
-                close.append(f"{owners[label]}: {names[label]} ({cosine:.2f})")
-        lines += [f"| {owners[k]} | {names[k]} | {', '.join(close)} |"]
+    for row, (cosines, labels) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
+        close = [
+            f"{owners[label]}: {names[label]} ({cosine:.2f})"
+            for cosine, label in zip(cosines, labels)
+            if cosine > -math.inf
+        ]
+        lines += [f"| {owners[row]} | {names[row]} | {', '.join(close)} |"]
     return "\n".join(lines) + "\n"
 
 

@@ -111,13 +111,12 @@ def test_broken_boxes_are_drawn_somewhere():
     assert draw_boxes(gray(), boxes, ["a", "b", "c"]).shape == (3, 500, 600)
 
 
-def test_given_colors_and_overlapping_plates():
+def test_overlapping_plates():
     boxes = torch.tensor([[100.0, 200.0, 300.0, 400.0]]).repeat(2, 1)
-    drawn = draw_boxes(gray(), boxes, ["cat", "dog"], colors=[(250, 0, 0), (0, 0, 250)])
-    assert (
-        len(where(drawn[:, :200], (250, 0, 0))) > 200
-    )  # the plate of the first is not covered by the second
-    assert len(where(drawn[:, 200:], (0, 0, 250))) > 200
+    drawn = draw_boxes(gray(), boxes, ["cat", "dog"])
+    # the plate of the first is not covered by the second
+    assert len(where(drawn[:, :200], color_of("cat"))) > 200
+    assert len(where(drawn[:, 200:], color_of("dog"))) > 200
 
 
 def test_colors_are_stable_across_processes():
@@ -135,24 +134,19 @@ def test_masks_are_half_transparent():
     masks = torch.zeros(2, 500, 600, dtype=torch.bool)
     masks[0, 210:390, 110:290] = True
     masks[1, 250:300, 150:200] = True  # within the first: drawn over it, whatever the order
-    image, boxes = (
-        gray(),
-        torch.tensor([[100.0, 200.0, 300.0, 400.0], [100.0, 200.0, 300.0, 400.0]]),
-    )
-    colors = [(200, 0, 0), (0, 0, 200)]
+    image = gray()
+    boxes = torch.tensor([[100.0, 200.0, 300.0, 400.0]]).repeat(2, 1)
+    names = ["cat", "dog"]
+    once = [64 + channel // 2 for channel in color_of("cat")]
+    twice = [below // 2 + channel // 2 for below, channel in zip(once, color_of("dog"))]
     for order in ([0, 1], [1, 0]):
-        drawn = draw_boxes(
-            image, boxes, ["cat", "dog"], colors=[colors[i] for i in order], masks=masks[order]
-        )
-        assert drawn[:, 350, 250].tolist() == [164, 64, 64] and drawn[:, 275, 175].tolist() == [
-            82,
-            32,
-            132,
-        ]
-        assert drawn[:, 205, 150].tolist() == [128] * 3 and drawn[:, 450, 450].tolist() == [128] * 3
-        assert (
-            tuple(drawn[:, 300, 100].tolist()) == colors[order[1]]
-        )  # the line of the box is not covered
+        drawn = draw_boxes(image, boxes, [names[i] for i in order], masks=masks[order])
+        assert drawn[:, 350, 250].tolist() == once
+        assert drawn[:, 275, 175].tolist() == twice
+        assert drawn[:, 205, 150].tolist() == [128] * 3
+        assert drawn[:, 450, 450].tolist() == [128] * 3
+        # the line of the box is not covered
+        assert tuple(drawn[:, 300, 100].tolist()) == color_of(names[order[1]])
     assert (image == 128).all()
     assert torch.equal(draw_boxes(image, boxes[:0], [], masks=masks[:0]), image)
 
@@ -160,12 +154,10 @@ def test_masks_are_half_transparent():
 def test_masks_of_small_images_are_enlarged():
     masks = torch.zeros(1, 32, 40, dtype=torch.bool)
     masks[0, 24:30, 10:20] = True
-    drawn = draw_boxes(
-        gray(32, 40), torch.tensor([[0.0, 0, 1, 1]]), ["a"], colors=[(0, 0, 0)], masks=masks
-    )
+    drawn = draw_boxes(gray(32, 40), torch.tensor([[0.0, 0, 1, 1]]), ["a"], masks=masks)
     assert drawn.shape == (3, 480, 600)
     assert torch.equal(
-        (drawn[0, 15 * 20 :, 15 * 8 :] == 64),
+        (drawn[0, 15 * 20 :, 15 * 8 :] == 64 + color_of("a")[0] // 2),
         masks[0, 20:, 8:].repeat_interleave(15, 0).repeat_interleave(15, 1),
     )
 
