@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.datasets.tiny.maps import LAYOUTS, maps_of, write_maps, write_panoptic
+from common.datasets.tiny.maps import LAYOUTS, describe, maps_of, write_maps, write_panoptic
 from common.datasets.tiny.scene import (
     Job,
     Recipe,
     Scene,
-    describe,
     emoji,
     first_label,
     make_image,

@@ -1,4 +1,4 @@
-"""The segments of a generated scene as semantic label maps, panoptic PNGs and their json."""
+"""Annotations of a generated scene: objects, semantic label maps, panoptic PNGs and their json."""
 
 import csv
 import json
@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from hotcoco import mask as rle
 from PIL import Image
 
 from common.datasets.tiny.scene import Job, Scene, Thing, tight_box
@@ -50,6 +51,27 @@ LAYOUTS = {
 known = cache(Vocabulary.known)
 
 
+def describe(thing: Thing) -> dict:
+    """Returns what the annotation files tell of an object, as numbers and strings."""
+    code = rle.encode(np.asfortranarray(thing.mask.astype(np.uint8)))
+    # COCO's crowds are uncompressed
+    counts = run_lengths(thing.mask) if thing.group else code["counts"].decode()
+    return {
+        "label": thing.label,
+        "box": tight_box(thing.mask),  # x, y, w, h
+        "area": int(thing.mask.sum()),
+        "rle": {"size": list(code["size"]), "counts": counts},
+        "group": thing.group,
+    }
+
+
+def run_lengths(mask: np.ndarray) -> list[int]:
+    """Returns the lengths of the runs of 0, 1, 0, ... down the columns of a mask (H, W)."""
+    flat = np.concatenate([[False], mask.ravel(order="F")])
+    ends = np.flatnonzero(flat[1:] != flat[:-1])
+    return np.diff([0, *ends, mask.size]).tolist()
+
+
 def image_id(job: Job) -> str:
     return job.path.stem.removesuffix("_leftImg8bit")
 
@@ -80,12 +102,12 @@ def stuff(name: str) -> dict[str, str]:
 
 
 def find_segments(
-    job: Job, things: list[Thing], ground: dict[str, np.ndarray]
+    job: Job, things: list[Thing], ground: list[tuple[str, np.ndarray]]
 ) -> list[tuple[str, bool, np.ndarray]]:
     """Returns (class, whether it is a crowd, mask (H, W) bool) of each segment.
 
     Each thing is a segment. All visible pixels of one class of stuff are one segment, too. `ground`
-    has the mask of each texture.
+    is the textures as `background` returns them.
     """
     vocabulary = known(LAYOUTS[job.name].vocabulary)
     is_thing = dict(zip(vocabulary.names, vocabulary.is_thing))
@@ -99,14 +121,14 @@ def find_segments(
         else:  # painted as an object, but stuff in this vocabulary
             regions[thing.label] |= thing.mask
     classes = stuff(job.name)
-    for texture, mask in ground.items():
+    for texture, mask in ground:
         if texture in classes:
             regions[classes[texture]] |= mask & free
     return found + [(label, False, mask) for label, mask in regions.items() if mask.any()]
 
 
 def write_maps(
-    job: Job, folder: Path, things: list[Thing], ground: dict[str, np.ndarray]
+    job: Job, folder: Path, things: list[Thing], ground: list[tuple[str, np.ndarray]]
 ) -> list[dict]:
     """Saves the maps of one image and returns its segments_info of the panoptic json."""
     panoptic = known(LAYOUTS[job.name].vocabulary)
@@ -135,7 +157,7 @@ def write_maps(
 
 
 def write_panoptic(split: str, folder: Path, scenes: list[Scene]) -> None:
-    """Writes the panoptic json of one split, in COCO's format, which ADE20K and Cityscapes share."""
+    """Writes the panoptic json of one split in COCO's format, which all three datasets share."""
     dataset = scenes[0].job.name
     layout = LAYOUTS[dataset]
     vocabulary = known(layout.vocabulary)

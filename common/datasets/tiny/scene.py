@@ -11,9 +11,8 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from hotcoco import mask as rle
 from numpy.random import Generator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from common.errors import InputError
 from common.labels import DATA
@@ -201,23 +200,23 @@ def lineart(image: Image.Image) -> Image.Image:
 # -- Background ------------------------------------------------------------------------------------
 
 TEXTURES = {  # dark and light colour, cells of noise down and across, grain
-    "sky": ((90, 150, 215), (225, 238, 250), (3, 2), 0.0),
-    "grass": ((52, 96, 34), (134, 176, 72), (9, 24), 0.12),
-    "snow": ((198, 210, 226), (248, 250, 255), (3, 3), 0.03),
-    "sand": ((196, 164, 112), (236, 214, 166), (6, 4), 0.1),
-    "sea": ((24, 84, 130), (88, 164, 196), (22, 4), 0.04),
-    "brick": ((132, 62, 46), (186, 104, 80), (8, 8), 0.06),
-    "wood": ((118, 78, 44), (190, 142, 92), (3, 40), 0.03),
-    "asphalt": ((74, 76, 80), (128, 130, 132), (3, 3), 0.14),
-    "dusk": ((204, 120, 108), (250, 216, 172), (4, 2), 0.0),
-    "mountain": ((78, 84, 104), (158, 164, 178), (5, 12), 0.1),
-    "plaster": ((204, 198, 178), (242, 238, 226), (2, 2), 0.03),
-    "facade": ((136, 118, 104), (186, 170, 150), (3, 3), 0.04),
-    "leaves": ((22, 60, 30), (98, 146, 70), (20, 20), 0.2),
-    "crops": ((156, 140, 52), (214, 196, 92), (4, 36), 0.1),
-    "soil": ((86, 60, 42), (144, 110, 78), (8, 8), 0.14),
-    "water": ((30, 104, 106), (126, 184, 176), (26, 3), 0.03),
-    "paving": ((146, 142, 138), (198, 194, 188), (3, 3), 0.05),
+    "sky": ("#5a96d7", "#e1eefa", (3, 2), 0.0),
+    "grass": ("#346022", "#86b048", (9, 24), 0.12),
+    "snow": ("#c6d2e2", "#f8faff", (3, 3), 0.03),
+    "sand": ("#c4a470", "#ecd6a6", (6, 4), 0.1),
+    "sea": ("#185482", "#58a4c4", (22, 4), 0.04),
+    "brick": ("#843e2e", "#ba6850", (8, 8), 0.06),
+    "wood": ("#764e2c", "#be8e5c", (3, 40), 0.03),
+    "asphalt": ("#4a4c50", "#808284", (3, 3), 0.14),
+    "dusk": ("#cc786c", "#fad8ac", (4, 2), 0.0),
+    "mountain": ("#4e5468", "#9ea4b2", (5, 12), 0.1),
+    "plaster": ("#ccc6b2", "#f2eee2", (2, 2), 0.03),
+    "facade": ("#887668", "#baaa96", (3, 3), 0.04),
+    "leaves": ("#163c1e", "#629246", (20, 20), 0.2),
+    "crops": ("#9c8c34", "#d6c45c", (4, 36), 0.1),
+    "soil": ("#563c2a", "#906e4e", (8, 8), 0.14),
+    "water": ("#1e686a", "#7eb8b0", (26, 3), 0.03),
+    "paving": ("#928e8a", "#c6c2bc", (3, 3), 0.05),
 }
 
 
@@ -237,8 +236,8 @@ def texture(rng: Generator, size: int, kind: str) -> np.ndarray:
     tone = noise(rng, size, cells)
     if grain:
         tone += grain * rng.standard_normal((size, size), dtype=np.float32)
-    dark = np.float32(dark) * rng.uniform(0.88, 1.08, 3).astype(np.float32)
-    light = np.float32(light) * rng.uniform(0.88, 1.08, 3).astype(np.float32)
+    dark = np.float32(ImageColor.getrgb(dark)) * np.float32(rng.uniform(0.88, 1.08, 3))
+    light = np.float32(ImageColor.getrgb(light)) * np.float32(rng.uniform(0.88, 1.08, 3))
     picture = dark + (light - dark) * tone[..., None]
     if kind in ("brick", "wood", "facade", "paving"):
         picture[joints(rng, size, kind)] *= 0.72
@@ -265,36 +264,31 @@ def joints(rng: Generator, size: int, kind: str) -> np.ndarray:
 
 def background(
     rng: Generator, size: int, recipe: Recipe
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+) -> tuple[np.ndarray, list[tuple[str, np.ndarray]]]:
     """Paints one texture above and one below a wavy horizon, sometimes with a patch of a third.
 
-    Returns the picture (size, size, 3) float32 and {texture: mask (size, size) bool}. Wood above
-    the horizon is called "wood wall".
+    Returns the picture (size, size, 3) float32 and (texture, mask (size, size) bool) of each. Wood
+    above the horizon is called "wood wall".
     """
     upper = rng.choice(recipe.above)
     lower, third = rng.choice(recipe.below, 2, replace=False)
     picture = texture(rng, size, lower)
-    names = np.full((size, size), lower, dtype=object)
+    patch = np.zeros((size, size), bool)
     if rng.random() < 0.4:
         patch = noise(rng, size, (2, 2), octaves=2) > 0.6
         picture[patch] = texture(rng, size, third)[patch]
-        names[patch] = third
     wave = noise(rng, size, (1, 4), octaves=2)[0] * 0.15
     above = np.arange(size)[:, None] < size * (rng.uniform(0.1, 0.6) + wave)
     picture[above] = texture(rng, size, upper)[above]
-    upper = "wood wall" if upper == "wood" else upper
-    names[above] = upper
-    return picture, {name: names == name for name in (upper, lower, third)}
+    name = "wood wall" if upper == "wood" else upper
+    return picture, [(name, above), (lower, ~above & ~patch), (third, ~above & patch)]
 
 
 # -- Objects ---------------------------------------------------------------------------------------
 
 
-def make_image(job: Job) -> tuple[list[Thing], dict[str, np.ndarray]]:
-    """Paints and saves one image.
-
-    Returns its objects and {texture: mask (H, W) bool}; the masks continue below the objects.
-    """
+def make_image(job: Job) -> tuple[list[Thing], list[tuple[str, np.ndarray]]]:
+    """Paints and saves one image. Returns its objects and the textures as `background` does."""
     rng = np.random.default_rng(zlib.crc32(f"{job.name} {job.split} {job.number}".encode()))
     canvas, ground = background(rng, job.size, job.recipe)
     if "lineart" in job.recipe.styles:  # pale paper, as the drawings are black on white
@@ -440,24 +434,3 @@ def shade(canvas: np.ndarray, thing: Thing) -> None:
     across = (pixels[columns] - middle) / (0.5 * width + 1)
     distance = down[:, None] ** 2 + across**2
     canvas[rows, columns] *= 1 - 0.45 * np.exp(-1.5 * distance)[..., None]
-
-
-def describe(thing: Thing) -> dict:
-    """Returns what the annotation files tell of an object, as numbers and strings."""
-    code = rle.encode(np.asfortranarray(thing.mask.astype(np.uint8)))
-    # COCO's crowds are uncompressed
-    counts = run_lengths(thing.mask) if thing.group else code["counts"].decode()
-    return {
-        "label": thing.label,
-        "box": tight_box(thing.mask),  # x, y, w, h
-        "area": int(thing.mask.sum()),
-        "rle": {"size": list(code["size"]), "counts": counts},
-        "group": thing.group,
-    }
-
-
-def run_lengths(mask: np.ndarray) -> list[int]:
-    """Returns the lengths of the runs of 0, 1, 0, ... down the columns of a mask (H, W)."""
-    flat = np.concatenate([[False], mask.ravel(order="F")])
-    ends = np.flatnonzero(flat[1:] != flat[:-1])
-    return np.diff([0, *ends, mask.size]).tolist()
