@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.datasets.tiny.maps import LAYOUTS, describe, maps_of, write_maps, write_panoptic
+from common.datasets.tiny.maps import LAYOUTS, Scene, describe, maps_of, write_maps, write_panoptic
 from common.datasets.tiny.scene import (
     Job,
     Recipe,
-    Scene,
     emoji,
     first_label,
     make_image,

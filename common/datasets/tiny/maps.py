@@ -11,8 +11,17 @@ import numpy as np
 from hotcoco import mask as rle
 from PIL import Image
 
-from common.datasets.tiny.scene import Job, Scene, Thing, tight_box
+from common.datasets.tiny.scene import Job, Thing, tight_box
 from common.labels import DATA, Vocabulary
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What one image shows: its objects as `describe` returns them, and its segments_info."""
+
+    job: Job
+    things: list[dict]
+    segments: list[dict]
 
 
 @dataclass(frozen=True)

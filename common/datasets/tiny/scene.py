@@ -73,15 +73,6 @@ class Thing:
     mask: np.ndarray
 
 
-@dataclass(frozen=True)
-class Scene:
-    """What one image shows: its objects as `describe` returns them, and its segments_info."""
-
-    job: Job
-    things: list[dict]
-    segments: list[dict]
-
-
 # -- Classes ---------------------------------------------------------------------------------------
 
 # 200 classes of Objects365 have art; a run of minutes sees half of them often enough to learn them
@@ -95,15 +86,17 @@ def emoji(name: str) -> dict[str, list[str]]:
     if name == "in21k":
         # the classes of coco, which include those without boxes in coco-base, and some of lvis
         coco = emoji("coco")
+        lvis = emoji("lvis")
         used = set().union(*coco.values())
-        others = {k: v for k, v in emoji("lvis").items() if k not in coco and not used & set(v)}
-        return coco | {label: others[label] for label in list(others)[::EXTRA]}
+        others = [label for label in lvis if label not in coco and used.isdisjoint(lvis[label])]
+        return coco | {label: lvis[label] for label in others[::EXTRA]}
     text = (DATA / "tiny" / "emoji.csv").read_text(encoding="utf-8")
     classes: dict[str, list[str]] = {}
     for row in csv.DictReader(text.splitlines()):
         if row[name]:
             classes.setdefault(row[name], []).append(row["codepoint"])
-    return {label: classes[label] for label in list(classes)[:: EVERY.get(name, 1)]}
+    kept = list(classes)[:: EVERY.get(name, 1)]
+    return {label: classes[label] for label in kept}
 
 
 @cache
@@ -116,10 +109,7 @@ def class_weights(name: str, tail: float) -> tuple[list[str], np.ndarray]:
 
 
 def first_label(name: str, tail: float, number: int) -> str:
-    """Returns the class of the first object of image `number`.
-
-    The classes take turns, so that the rarest class occurs, too.
-    """
+    """Returns the class of an image's first object. All classes take turns, even the rarest."""
     classes, _ = class_weights(name, tail)
     return classes[number % len(classes)]
 
@@ -222,10 +212,13 @@ TEXTURES = {  # dark and light colour, cells of noise down and across, grain
 
 def noise(rng: Generator, size: int, cells: tuple[int, int], octaves: int = 3) -> np.ndarray:
     """Samples fractal noise (size, size) in 0..1; the coarsest octave has `cells` down, across."""
+    down, across = cells
     total = np.zeros((size, size), np.float32)
     for octave in range(octaves):
-        grid = Image.fromarray(rng.random([c << octave for c in cells], dtype=np.float32))
-        total += np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC)) / 2 ** (octave + 1)
+        shape = (down << octave, across << octave)
+        grid = Image.fromarray(rng.random(shape, dtype=np.float32))
+        grid = grid.resize((size, size), Image.Resampling.BICUBIC)
+        total += np.asarray(grid) / 2 ** (octave + 1)
     mean = 0.5 * (1 - 0.5**octaves)
     return np.clip((total - mean) * 1.8 + 0.5, 0, 1)
 
@@ -245,10 +238,7 @@ def texture(rng: Generator, size: int, kind: str) -> np.ndarray:
 
 
 def joints(rng: Generator, size: int, kind: str) -> np.ndarray:
-    """Returns the dark pixels (size, size) bool of a texture.
-
-    They are the mortar of bricks, the gaps of wood and paving, and the windows of a facade.
-    """
+    """Returns the pixels (size, size) bool of mortar in bricks, gaps, or windows in a facade."""
     rows, columns = np.indices((size, size))
     if kind == "wood":
         return columns % max(8, int(size * rng.uniform(0.1, 0.2))) == 0
@@ -289,7 +279,8 @@ def background(
 
 def make_image(job: Job) -> tuple[list[Thing], list[tuple[str, np.ndarray]]]:
     """Paints and saves one image. Returns its objects and the textures as `background` does."""
-    rng = np.random.default_rng(zlib.crc32(f"{job.name} {job.split} {job.number}".encode()))
+    seed = zlib.crc32(f"{job.name} {job.split} {job.number}".encode())
+    rng = np.random.default_rng(seed)
     canvas, ground = background(rng, job.size, job.recipe)
     if "lineart" in job.recipe.styles:  # pale paper, as the drawings are black on white
         canvas = 165 + 0.33 * canvas.mean(-1, keepdims=True).repeat(3, -1)
@@ -300,7 +291,8 @@ def make_image(job: Job) -> tuple[list[Thing], list[tuple[str, np.ndarray]]]:
         paste(canvas, thing.patch, thing.x, thing.y)
     canvas *= rng.uniform(0.85, 1.05)
     canvas += rng.standard_normal((job.size, job.size, 1), dtype=np.float32) * 3
-    Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8)).save(job.path, quality=90)
+    canvas = canvas.clip(0, 255).astype(np.uint8)
+    Image.fromarray(canvas).save(job.path, quality=90)
     return things, ground
 
 
@@ -353,18 +345,17 @@ def fit(
 
 
 def overlap(canvas: np.ndarray, patch: np.ndarray, x: int, y: int) -> tuple:
-    """Returns the views of `canvas` and of `patch`, with its corner at x, y, where they overlap."""
+    """Returns views of `canvas` and of `patch`, with its top left corner at x, y, that overlap."""
     left = max(x, 0)
     top = max(y, 0)
-    patch = patch[top - y : canvas.shape[0] - y, left - x : canvas.shape[1] - x]
-    return canvas[top : top + patch.shape[0], left : left + patch.shape[1]], patch
+    height, width = canvas.shape[:2]
+    patch = patch[top - y : height - y, left - x : width - x]
+    height, width = patch.shape[:2]
+    return canvas[top : top + height, left : left + width], patch
 
 
 def visible(opaque: np.ndarray, x: int, y: int, occupied: np.ndarray) -> np.ndarray | None:
-    """Returns the mask (H, W) of the visible pixels of an opaque shape (h, w) at x, y.
-
-    Returns None if they are too few to annotate.
-    """
+    """Returns the visible pixels (H, W) of a shape (h, w) at x, y, None if too few to annotate."""
     mask = np.zeros_like(occupied)
     window, part = overlap(mask, opaque, x, y)
     window[:] = part
@@ -377,15 +368,14 @@ def visible(opaque: np.ndarray, x: int, y: int, occupied: np.ndarray) -> np.ndar
 def tight_box(mask: np.ndarray) -> list[int]:
     """Returns [x, y, w, h] of the pixels in a mask (H, W)."""
     rows, columns = np.nonzero(mask)
-    x, y = int(columns.min()), int(rows.min())
-    return [x, y, int(columns.max()) + 1 - x, int(rows.max()) + 1 - y]
+    x = columns.min()
+    y = rows.min()
+    box = [x, y, columns.max() + 1 - x, rows.max() + 1 - y]
+    return [int(value) for value in box]
 
 
 def draw(rng: Generator, recipe: Recipe, codepoint: str, side: float) -> np.ndarray:
-    """Returns one emoji (h, w, 4) float32, randomly mirrored, turned and lit.
-
-    Its longer side is scaled to `side` pixels first.
-    """
+    """Returns one emoji (h, w, 4) float32, about `side` pixels long, mirrored, turned and lit."""
     image = sprite(str(rng.choice(recipe.styles)), codepoint)
     size = [max(2, round(s * side / max(image.size))) for s in image.size]
     image = image.resize(size, Image.Resampling.BILINEAR)
@@ -402,10 +392,12 @@ def draw_group(rng: Generator, recipe: Recipe, codepoint: str, side: float) -> n
     members = [draw(rng, recipe, codepoint, side * 0.4) for _ in range(rng.integers(10, 16))]
     patch = np.zeros((int(side * 0.7), int(side * 1.1), 4), np.float32)
     # without the mean colour, soft edges would mix with black
-    patch[..., :3] = members[0][members[0][..., 3] > 64, :3].mean(0)
+    opaque = members[0][..., 3] > 64
+    patch[..., :3] = members[0][opaque, :3].mean(0)
+    height, width = patch.shape[:2]
     for member in members:
-        x = int(rng.uniform(0, max(1, patch.shape[1] - member.shape[1])))
-        y = int(rng.uniform(0, max(1, patch.shape[0] - member.shape[0])))
+        x = int(rng.uniform(0, max(1, width - member.shape[1])))
+        y = int(rng.uniform(0, max(1, height - member.shape[0])))
         paste(patch, member, x, y)
     return patch
 
@@ -427,10 +419,13 @@ def shade(canvas: np.ndarray, thing: Thing) -> None:
     middle = thing.x + width / 2
     bottom = thing.y + height - 1
     radius = 0.08 * height + 2
-    rows = slice(max(0, int(bottom - 2 * radius)), max(0, int(bottom + 2 * radius)))
-    columns = slice(max(0, int(middle - 0.8 * width)), max(0, int(middle + 0.8 * width)))
-    pixels = np.arange(len(canvas), dtype=np.float32)
-    down = (pixels[rows] - bottom) / radius
-    across = (pixels[columns] - middle) / (0.5 * width + 1)
-    distance = down[:, None] ** 2 + across**2
-    canvas[rows, columns] *= 1 - 0.45 * np.exp(-1.5 * distance)[..., None]
+    top = max(0, int(bottom - 2 * radius))
+    left = max(0, int(middle - 0.8 * width))
+    window = canvas[
+        top : max(0, int(bottom + 2 * radius)), left : max(0, int(middle + 0.8 * width))
+    ]
+    rows, columns = np.indices(window.shape[:2], sparse=True, dtype=np.float32)
+    down = (rows + top - bottom) / radius
+    across = (columns + left - middle) / (0.5 * width + 1)
+    distance = down**2 + across**2
+    window *= 1 - 0.45 * np.exp(-1.5 * distance)[..., None]
