@@ -28,7 +28,8 @@ def color_of(name: str) -> Color:
     number = zlib.crc32(name.casefold().encode())  # unlike hash(), the same in every process
     hue = (number % 24) / 24
     lightness = (0.38, 0.5, 0.66)[number // 24 % 3]
-    return tuple(round(255 * channel) for channel in colorsys.hls_to_rgb(hue, lightness, 0.95))
+    channels = colorsys.hls_to_rgb(hue, lightness, 0.95)
+    return tuple(round(255 * channel) for channel in channels)
 
 
 def draw_boxes(
@@ -44,8 +45,8 @@ def draw_boxes(
     scores: (N,) in 0..1, written behind the names
     masks:  (N, H, W) bool, blended into the image below the boxes
 
-    Enlarges an image whose short side is below about 480 pixels by an integer factor. Raises
-    ValueError if there are not as many names as boxes.
+    Enlarges a short side below about 480 pixels by an integer factor. Raises ValueError if there
+    are not as many names as boxes.
     """
     boxes = boxes.detach().float().cpu().reshape(-1, 4)
     if len(names) != len(boxes):
@@ -56,8 +57,9 @@ def draw_boxes(
     picture, factor = _enlarge(image)
     corners = _clip(boxes * factor, *picture.size)
     draw = ImageDraw.Draw(picture)
+    width = max(2, min(picture.size) // 200)
     for box, color in zip(corners, colors):
-        draw.rectangle(box, outline=color, width=max(2, min(picture.size) // 200))
+        draw.rectangle(box, outline=color, width=width)
     # after all boxes, so that no line crosses a name
     plates = _Plates(picture)
     high = plates.text_height
@@ -85,20 +87,24 @@ def draw_segments(
         raise ValueError(f"row {int(segments.max())} of the segments, but {len(names)} names")
     colors = _shades([color_of(name) for name in names])
     palette = torch.tensor([*colors, BACKGROUND], dtype=torch.uint8)  # -1 is the last row
-    tinted = image // 2 + palette[segments].permute(2, 0, 1) // 2
-    picture, factor = _enlarge(torch.where(segments < 0, image, tinted))
-    enlarged = segments.numpy().repeat(factor, axis=0).repeat(factor, axis=1)
-    lines = ndimage.maximum_filter(_edges(enlarged), size=max(2, min(picture.size) // 300))
+    tint = palette[segments].permute(2, 0, 1)  # (3, H, W)
+    blended = image // 2 + tint // 2
+    picture, factor = _enlarge(torch.where(segments < 0, image, blended))
+    rows = segments.numpy()
+    enlarged = rows.repeat(factor, axis=0).repeat(factor, axis=1)
+    width = max(2, min(picture.size) // 300)
+    lines = ndimage.maximum_filter(_edges(enlarged), size=width)
     picture.paste("white", mask=Image.fromarray(lines))
     plates = _Plates(picture)
     high = plates.text_height
     texts = _with_scores(names, scores)
-    for row, depth, x, y in _deepest(segments.numpy()):
+    for row, depth, x, y in _deepest(rows):
         if depth * factor > high / 3:
-            left = x * factor - plates.text_width(texts[row]) // 2
+            text = texts[row]
+            left = x * factor - plates.text_width(text) // 2
             top = y * factor - high // 2
             tops = [top, top + high, top - high]
-            plates.write(texts[row], colors[row], left, tops, cover=False)
+            plates.write(text, colors[row], left, tops, cover=False)
     return _to_tensor(picture)
 
 
@@ -107,8 +113,9 @@ def _shades(colors: list[Color]) -> list[Color]:
     shades = []
     seen = Counter()
     for color in colors:
-        share = 0.7 - 0.7 * 0.6 ** math.ceil(seen[color] / 2)
-        target = 255 * (seen[color] % 2)
+        count = seen[color]
+        share = 0.7 - 0.7 * 0.6 ** math.ceil(count / 2)
+        target = 255 * (count % 2)
         shades.append(tuple(round(channel + share * (target - channel)) for channel in color))
         seen[color] += 1
     return shades
@@ -133,10 +140,9 @@ def _deepest(segments: np.ndarray) -> list[tuple[int, float, int, int]]:
     depth = ndimage.distance_transform_edt(inside)[1:-1, 1:-1]
     rows = np.unique(coarse[coarse >= 0])
     peaks = ndimage.maximum_position(depth, coarse, rows)
-    found = [
-        (int(row), float(depth[y, x]) * step, x * step, y * step)
-        for row, (y, x) in zip(rows, peaks)
-    ]
+    found = []
+    for row, (y, x) in zip(rows, peaks):
+        found.append((row, depth[y, x] * step, x * step, y * step))
     return sorted(found, key=lambda entry: -entry[1])
 
 
@@ -150,7 +156,8 @@ def _overlay(image: Tensor, masks: Tensor, colors: list[Color], scores: Tensor |
     halves = torch.tensor(colors, dtype=torch.uint8).view(-1, 3, 1) // 2
     priority = -masks.sum((1, 2)) if scores is None else scores
     for row in priority.argsort().tolist():
-        image[:, masks[row]] = image[:, masks[row]] // 2 + halves[row]
+        mask = masks[row]
+        image[:, mask] = image[:, mask] // 2 + halves[row]
     return image
 
 
@@ -268,7 +275,8 @@ def training_grid(batch: Batch, vocabularies: dict[str, Vocabulary], limit: int 
     captions = []
     for padded, (height, width), sample in zip(batch.images[:limit], batch.sizes, batch.samples):
         names = vocabularies[sample.dataset].names
-        images.append(_draw(padded[:, :height, :width], vars(sample), names))
+        image = padded[:, :height, :width]
+        images.append(_draw(image, vars(sample), names))
         caption = f"{sample.dataset} {sample.image_id} ({sample.supervision}) "
         if sample.image_labels is not None:
             caption += ", ".join(names[label] for label in sample.image_labels.tolist())
@@ -332,8 +340,7 @@ def similarity_heatmap(similarity: Tensor, label_space: LabelSpace, path: Path) 
     With at most 80 labels it shows all. With more, it shows about 60: those with the most similar
     labels in other datasets, the same number per dataset.
     """
-    # imported here: it takes half a second. Without pyplot it draws with Agg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # takes half a second; without pyplot it draws with Agg
 
     shown = list(range(len(label_space)))
     which = f"all {len(shown)} labels"
@@ -373,22 +380,17 @@ def _mark_datasets(axes, dataset_of_row: Tensor, datasets: list[str]) -> None:
 
 
 def _mask_same_dataset(similarity: Tensor, label_space: LabelSpace) -> Tensor:
-    """Sets the similarity (C, C) of two labels of the same dataset to -inf.
-
-    With a single dataset, only the diagonal is set to -inf.
-    """
+    """Sets (C, C) to -inf within each dataset; of a single dataset, only the diagonal."""
     owner = label_space.dataset_of_label
     hidden = owner[:, None] == owner
     if len(label_space.datasets) == 1:
         hidden = torch.eye(len(owner), dtype=torch.bool)
-    return similarity.detach().float().cpu().masked_fill(hidden, -math.inf)
+    similarity = similarity.detach().float().cpu()
+    return similarity.masked_fill(hidden, -math.inf)
 
 
 def _closest_labels(similarity: Tensor, label_space: LabelSpace, limit: int) -> list[int]:
-    """Selects the labels most similar to labels of other datasets, an equal share of each dataset.
-
-    Selects a label with its most similar label in every other dataset or not at all.
-    """
+    """Selects labels with their most similar label in every other dataset, an equal share each."""
     masked = _mask_same_dataset(similarity, label_space)
     owners = label_space.dataset_of_label.tolist()
     closeness = torch.zeros(len(owners))
@@ -396,8 +398,9 @@ def _closest_labels(similarity: Tensor, label_space: LabelSpace, limit: int) -> 
     for part in map(label_space.slice, label_space.datasets):
         values, indices = masked[:, part].max(1)
         closeness += values.masked_fill(values.isinf(), 0)
-        for label in values.isfinite().nonzero().flatten().tolist():
-            groups[label].append(part.start + int(indices[label]))
+        for label, (value, index) in enumerate(zip(values.tolist(), indices.tolist())):
+            if value > -math.inf:
+                groups[label].append(part.start + index)
     share = limit // len(label_space.datasets)
     chosen = []
     for label in closeness.argsort(descending=True, stable=True).tolist():
@@ -411,8 +414,7 @@ def _closest_labels(similarity: Tensor, label_space: LabelSpace, limit: int) -> 
 def label_report(similarity: Tensor, label_space: LabelSpace, top: int = 3) -> str:
     """Returns Markdown tables of the `top` most similar labels of other datasets for every label.
 
-    The first table counts the labels with a duplicate (cosine > 0.99) in another dataset. With a
-    single dataset both tables compare within it.
+    The first table counts labels with a duplicate. A single dataset is compared with itself.
     """
     masked = _mask_same_dataset(similarity, label_space)
     names = [name.replace("|", "\\|") for name in label_space.names]

@@ -1,4 +1,4 @@
-"""Pictures: boxes where they belong, names that fit, colours that last, reports that count right."""
+"""Pictures: boxes, names that fit, colours that last, and reports that count right."""
 
 import subprocess
 import sys

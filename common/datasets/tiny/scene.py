@@ -190,23 +190,23 @@ def lineart(image: Image.Image) -> Image.Image:
 # -- Background ------------------------------------------------------------------------------------
 
 TEXTURES = {  # dark and light colour, cells of noise down and across, grain
-    "sky": ("#5a96d7", "#e1eefa", (3, 2), 0.0),
-    "grass": ("#346022", "#86b048", (9, 24), 0.12),
-    "snow": ("#c6d2e2", "#f8faff", (3, 3), 0.03),
-    "sand": ("#c4a470", "#ecd6a6", (6, 4), 0.1),
-    "sea": ("#185482", "#58a4c4", (22, 4), 0.04),
-    "brick": ("#843e2e", "#ba6850", (8, 8), 0.06),
-    "wood": ("#764e2c", "#be8e5c", (3, 40), 0.03),
-    "asphalt": ("#4a4c50", "#808284", (3, 3), 0.14),
-    "dusk": ("#cc786c", "#fad8ac", (4, 2), 0.0),
-    "mountain": ("#4e5468", "#9ea4b2", (5, 12), 0.1),
-    "plaster": ("#ccc6b2", "#f2eee2", (2, 2), 0.03),
-    "facade": ("#887668", "#baaa96", (3, 3), 0.04),
-    "leaves": ("#163c1e", "#629246", (20, 20), 0.2),
-    "crops": ("#9c8c34", "#d6c45c", (4, 36), 0.1),
-    "soil": ("#563c2a", "#906e4e", (8, 8), 0.14),
-    "water": ("#1e686a", "#7eb8b0", (26, 3), 0.03),
-    "paving": ("#928e8a", "#c6c2bc", (3, 3), 0.05),
+    "sky": ("#5a96d7", "#e1eefa", 3, 2, 0.0),
+    "grass": ("#346022", "#86b048", 9, 24, 0.12),
+    "snow": ("#c6d2e2", "#f8faff", 3, 3, 0.03),
+    "sand": ("#c4a470", "#ecd6a6", 6, 4, 0.1),
+    "sea": ("#185482", "#58a4c4", 22, 4, 0.04),
+    "brick": ("#843e2e", "#ba6850", 8, 8, 0.06),
+    "wood": ("#764e2c", "#be8e5c", 3, 40, 0.03),
+    "asphalt": ("#4a4c50", "#808284", 3, 3, 0.14),
+    "dusk": ("#cc786c", "#fad8ac", 4, 2, 0.0),
+    "mountain": ("#4e5468", "#9ea4b2", 5, 12, 0.1),
+    "plaster": ("#ccc6b2", "#f2eee2", 2, 2, 0.03),
+    "facade": ("#887668", "#baaa96", 3, 3, 0.04),
+    "leaves": ("#163c1e", "#629246", 20, 20, 0.2),
+    "crops": ("#9c8c34", "#d6c45c", 4, 36, 0.1),
+    "soil": ("#563c2a", "#906e4e", 8, 8, 0.14),
+    "water": ("#1e686a", "#7eb8b0", 26, 3, 0.03),
+    "paving": ("#928e8a", "#c6c2bc", 3, 3, 0.05),
 }
 
 
@@ -225,13 +225,14 @@ def noise(rng: Generator, size: int, cells: tuple[int, int], octaves: int = 3) -
 
 def texture(rng: Generator, size: int, kind: str) -> np.ndarray:
     """Paints one kind of texture, (size, size, 3) float32 in 0..255."""
-    dark, light, cells, grain = TEXTURES[kind]
-    tone = noise(rng, size, cells)
+    dark, light, down, across, grain = TEXTURES[kind]
+    tone = noise(rng, size, (down, across))
     if grain:
         tone += grain * rng.standard_normal((size, size), dtype=np.float32)
     dark = np.float32(ImageColor.getrgb(dark)) * np.float32(rng.uniform(0.88, 1.08, 3))
     light = np.float32(ImageColor.getrgb(light)) * np.float32(rng.uniform(0.88, 1.08, 3))
-    picture = dark + (light - dark) * tone[..., None]
+    tone = tone[..., None]  # (size, size, 1)
+    picture = dark + (light - dark) * tone
     if kind in ("brick", "wood", "facade", "paving"):
         picture[joints(rng, size, kind)] *= 0.72
     return picture
@@ -304,8 +305,9 @@ def place(rng: Generator, job: Job) -> list[Thing]:
     recipe = job.recipe
     things = []
     occupied = np.zeros((job.size, job.size), bool)
-    has_group = rng.random() < recipe.groups
-    for i in range(rng.integers(recipe.objects[0], recipe.objects[1] + 1)):
+    has_group = rng.random() < recipe.groups  # the first object
+    fewest, most = recipe.objects
+    for i in range(rng.integers(fewest, most + 1)):
         label = next_label(rng, job, things)
         things += fit(rng, job, label, recipe.side, occupied, has_group and i == 0)
     if recipe.distractors and rng.random() < recipe.distractors:
@@ -360,9 +362,10 @@ def visible(opaque: np.ndarray, x: int, y: int, occupied: np.ndarray) -> np.ndar
     window, part = overlap(mask, opaque, x, y)
     window[:] = part
     mask &= ~occupied
-    if mask.sum() < max(0.4 * opaque.sum(), 24) or min(tight_box(mask)[2:]) < 8:
+    if mask.sum() < max(0.4 * opaque.sum(), 24):
         return None
-    return mask
+    _, _, width, height = tight_box(mask)
+    return mask if min(width, height) >= 8 else None
 
 
 def tight_box(mask: np.ndarray) -> list[int]:
@@ -377,7 +380,8 @@ def tight_box(mask: np.ndarray) -> list[int]:
 def draw(rng: Generator, recipe: Recipe, codepoint: str, side: float) -> np.ndarray:
     """Returns one emoji (h, w, 4) float32, about `side` pixels long, mirrored, turned and lit."""
     image = sprite(str(rng.choice(recipe.styles)), codepoint)
-    size = [max(2, round(s * side / max(image.size))) for s in image.size]
+    longer = max(image.size)
+    size = [max(2, round(s * side / longer)) for s in image.size]
     image = image.resize(size, Image.Resampling.BILINEAR)
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -420,10 +424,10 @@ def shade(canvas: np.ndarray, thing: Thing) -> None:
     bottom = thing.y + height - 1
     radius = 0.08 * height + 2
     top = max(0, int(bottom - 2 * radius))
+    end = max(0, int(bottom + 2 * radius))
     left = max(0, int(middle - 0.8 * width))
-    window = canvas[
-        top : max(0, int(bottom + 2 * radius)), left : max(0, int(middle + 0.8 * width))
-    ]
+    right = max(0, int(middle + 0.8 * width))
+    window = canvas[top:end, left:right]
     rows, columns = np.indices(window.shape[:2], sparse=True, dtype=np.float32)
     down = (rows + top - bottom) / radius
     across = (columns + left - middle) / (0.5 * width + 1)
