@@ -63,7 +63,8 @@ def draw_boxes(
     # after all boxes, so that no line crosses a name
     plates = _Plates(picture)
     high = plates.text_height
-    for (left, top, _, bottom), text, color in zip(corners, _with_scores(names, scores), colors):
+    texts = _with_scores(names, scores)
+    for (left, top, _, bottom), text, color in zip(corners, texts, colors):
         tops = [top - high, top, bottom - high + 1, bottom + 1, top + high]
         plates.write(text, color, left, tops, cover=True)
     return _to_tensor(picture)
@@ -116,7 +117,8 @@ def _shades(colors: list[Color]) -> list[Color]:
         count = seen[color]
         share = 0.7 - 0.7 * 0.6 ** math.ceil(count / 2)
         target = 255 * (count % 2)
-        shades.append(tuple(round(channel + share * (target - channel)) for channel in color))
+        mixed = [round(channel + share * (target - channel)) for channel in color]
+        shades.append(tuple(mixed))
         seen[color] += 1
     return shades
 
@@ -130,10 +132,7 @@ def _edges(segments: np.ndarray) -> np.ndarray:
 
 
 def _deepest(segments: np.ndarray) -> list[tuple[int, float, int, int]]:
-    """Finds the pixel of each segment of (H, W) that is farthest from its borders.
-
-    Returns (index of the segment, distance to the border, x, y), largest distance first.
-    """
+    """Finds the deepest pixel of each segment of (H, W), as (row, distance to border, x, y)."""
     step = max(1, max(segments.shape) // 600)  # a coarse map is enough to place a name
     coarse = segments[::step, ::step]
     inside = np.pad(~_edges(coarse), 1)  # the border of the image is a border of its segments
@@ -143,7 +142,7 @@ def _deepest(segments: np.ndarray) -> list[tuple[int, float, int, int]]:
     found = []
     for row, (y, x) in zip(rows, peaks):
         found.append((row, depth[y, x] * step, x * step, y * step))
-    return sorted(found, key=lambda entry: -entry[1])
+    return sorted(found, key=lambda entry: -entry[1])  # deepest first
 
 
 def _overlay(image: Tensor, masks: Tensor, colors: list[Color], scores: Tensor | None) -> Tensor:
@@ -162,18 +161,21 @@ def _overlay(image: Tensor, masks: Tensor, colors: list[Color], scores: Tensor |
 
 
 def _to_picture(image: Tensor) -> Image.Image:
-    return Image.fromarray(image.permute(1, 2, 0).numpy(force=True))
+    array = image.permute(1, 2, 0).numpy(force=True)
+    return Image.fromarray(array)
 
 
 def _to_tensor(picture: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    array = np.array(picture)
+    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def _enlarge(image: Tensor) -> tuple[Image.Image, int]:
     """Enlarges a small image, so that names fit, and returns it with the integer factor."""
     picture = _to_picture(image)
-    factor = min(round(480 / min(picture.size)), 2000 // max(picture.size))
-    factor = max(1, factor)
+    wanted = round(480 / min(picture.size))
+    largest = 2000 // max(picture.size)
+    factor = max(1, min(wanted, largest))
     return ImageOps.scale(picture, factor, Image.Resampling.NEAREST), factor
 
 
@@ -186,7 +188,8 @@ def _with_scores(names: Sequence[str], scores: Tensor | None) -> Sequence[str]:
 def _clip(boxes: Tensor, width: int, height: int) -> list[list[int]]:
     """Clips boxes (N, 4) xyxy to the picture. NaN becomes 0, a negative width or height too."""
     corners = boxes.nan_to_num(0).clamp(min=0).view(-1, 2, 2)
-    corners = corners.minimum(torch.tensor([width - 1, height - 1]))
+    last = torch.tensor([width - 1, height - 1])
+    corners = corners.minimum(last)
     corners[:, 1] = corners.amax(1)
     return corners.flatten(1).round().int().tolist()
 
@@ -205,9 +208,9 @@ class _Plates:
         return math.ceil(self.font.getlength(text)) + 6
 
     def write(self, text: str, color: Color, left: int, tops: list[int], cover: bool) -> None:
-        """Writes `text` at the first of `tops` where its plate covers no other plate.
+        """Writes `text` at the first of `tops` where its plate covers no other.
 
-        If it covers one at all of them, it is written at the first with `cover`, else not at all.
+        If there is none, it covers another at tops[0] or, without `cover`, is not written.
         """
         text = _shorten(text, self.font, self.width - 6)
         width = self.text_width(text)
@@ -253,8 +256,9 @@ def grid(images: Sequence[Tensor], columns: int, captions: Sequence[str] | None 
     sheet = Image.new("RGB", (step_x * columns, step_y * rows), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        x = i % columns * step_x
-        y = i // columns * step_y
+        row, column = divmod(i, columns)
+        x = column * step_x
+        y = row * step_y
         draw.text((x + 4, y + 3), _shorten(caption, font, width - 8), font=font, fill=WHITE)
         sheet.paste(picture, (x, y + strip))
     return _to_tensor(sheet)
@@ -279,7 +283,8 @@ def training_grid(batch: Batch, vocabularies: dict[str, Vocabulary], limit: int 
         images.append(_draw(image, vars(sample), names))
         caption = f"{sample.dataset} {sample.image_id} ({sample.supervision}) "
         if sample.image_labels is not None:
-            caption += ", ".join(names[label] for label in sample.image_labels.tolist())
+            labels = sample.image_labels.tolist()
+            caption += ", ".join(names[label] for label in labels)
         captions.append(caption)
     return grid(images, math.ceil(math.sqrt(len(images))), captions)
 
@@ -288,8 +293,9 @@ def _draw(image: Tensor, record: dict, names: Sequence[str]) -> Tensor:
     """Draws the segments of `record` if it has any, otherwise its boxes and masks."""
     labels = [names[label] for label in record["labels"].tolist()]
     scores = record.get("scores")
-    if record.get("segments") is not None:
-        return draw_segments(image, record["segments"], labels, scores)
+    segments = record.get("segments")
+    if segments is not None:
+        return draw_segments(image, segments, labels, scores)
     return draw_boxes(image, record["boxes"], labels, scores, record.get("masks"))
 
 
@@ -312,7 +318,7 @@ def prediction_grid(
     """
     pictures = []
     captions = []
-    for image, target, found in list(zip(images, targets, predictions))[:limit]:
+    for image, target, found in zip(images[:limit], targets, predictions):
         caption = "prediction"
         if "segments" not in found:
             found = _best_boxes(found, tuple(image.shape[1:]), min_score)
@@ -325,8 +331,8 @@ def prediction_grid(
 def _best_boxes(found: dict, size: tuple[int, int], min_score: float) -> dict:
     """Selects the 30 best boxes from `min_score` on and decodes their masks to `size`."""
     scores = found["scores"]
-    count = min(30, int((scores >= min_score).sum()))
-    best = scores.argsort(descending=True)[:count]
+    count = int((scores >= min_score).sum())
+    best = scores.argsort(descending=True)[: min(30, count)]
     shown = {field: found[field][best] for field in ("boxes", "labels", "scores")}
     if "segmentations" in found:
         rles = [found["segmentations"][row] for row in best.tolist()]
@@ -337,8 +343,8 @@ def _best_boxes(found: dict, size: tuple[int, int], min_score: float) -> dict:
 def similarity_heatmap(similarity: Tensor, label_space: LabelSpace, path: Path) -> None:
     """Saves a heat map of the label similarity matrix (C, C) to `path`, grouped by dataset.
 
-    With at most 80 labels it shows all. With more, it shows about 60: those with the most similar
-    labels in other datasets, the same number per dataset.
+    Of more than 80 labels it shows about 60, an equal share per dataset: those with the most
+    similar labels in other datasets.
     """
     from matplotlib.figure import Figure  # takes half a second; without pyplot it draws with Agg
 
@@ -349,7 +355,7 @@ def similarity_heatmap(similarity: Tensor, label_space: LabelSpace, path: Path) 
         single = len(label_space.datasets) == 1
         others = "each other" if single else "a label of another dataset"
         which = f"{len(shown)} of {len(label_space)} labels, closest to {others}"
-    part = similarity.detach().float().cpu()[shown][:, shown]
+    part = similarity[shown][:, shown].detach().float().cpu()
     side = 4.5 + 0.16 * len(shown)
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.add_subplot()
@@ -404,10 +410,10 @@ def _closest_labels(similarity: Tensor, label_space: LabelSpace, limit: int) -> 
     share = limit // len(label_space.datasets)
     chosen = []
     for label in closeness.argsort(descending=True, stable=True).tolist():
-        group = groups[label]
         taken = Counter(owners[k] for k in chosen)
-        if all(k in chosen or taken[owners[k]] < share for k in group):
-            chosen += [k for k in group if k not in chosen]
+        new = [k for k in groups[label] if k not in chosen]
+        if all(taken[owners[k]] < share for k in new):
+            chosen += new
     return sorted(chosen, key=lambda k: owners[k])
 
 
@@ -427,13 +433,15 @@ def label_report(similarity: Tensor, label_space: LabelSpace, top: int = 3) -> s
     lines += ["", f"| dataset | label | closest labels{elsewhere} (cosine) |", "|---|---|---|"]
     owners = [label_space.datasets[i] for i in label_space.dataset_of_label.tolist()]
     best = masked.topk(min(top, len(names)), dim=1)
-    for row, (cosines, labels) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
+    values = best.values.tolist()
+    indices = best.indices.tolist()
+    for owner, name, cosines, labels in zip(owners, names, values, indices):
         close = [
             f"{owners[label]}: {names[label]} ({cosine:.2f})"
             for cosine, label in zip(cosines, labels)
             if cosine > -math.inf
         ]
-        lines += [f"| {owners[row]} | {names[row]} | {', '.join(close)} |"]
+        lines += [f"| {owner} | {name} | {', '.join(close)} |"]
     return "\n".join(lines) + "\n"
 
 

@@ -102,7 +102,8 @@ def emoji(name: str) -> dict[str, list[str]]:
 @cache
 def class_weights(name: str, tail: float) -> tuple[list[str], np.ndarray]:
     """Returns the classes in a fixed random order and the probability of each."""
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    seed = zlib.crc32(name.encode())
+    rng = np.random.default_rng(seed)
     classes = rng.permutation(sorted(emoji(name))).tolist()
     weights = (np.arange(len(classes)) + 3.0) ** -tail
     return classes, weights / weights.sum()
@@ -242,15 +243,18 @@ def joints(rng: Generator, size: int, kind: str) -> np.ndarray:
     """Returns the pixels (size, size) bool of mortar in bricks, gaps, or windows in a facade."""
     rows, columns = np.indices((size, size))
     if kind == "wood":
-        return columns % max(8, int(size * rng.uniform(0.1, 0.2))) == 0
+        width = max(8, int(size * rng.uniform(0.1, 0.2)))
+        return columns % width == 0
     if kind == "brick":
         height = max(6, int(size * rng.uniform(0.05, 0.1)))
         shifted = columns + (rows // height % 2) * height
         return (rows % height == 0) | (shifted % (2 * height) == 0)
     cell = max(9, int(size * rng.uniform(0.08, 0.16)))
+    down = rows % cell
+    across = columns % cell
     if kind == "facade":
-        return (rows % cell < cell // 2) & (columns % cell < cell // 2)
-    return (rows % cell < 1) | (columns % cell < 1)
+        return (down < cell // 2) & (across < cell // 2)
+    return (down == 0) | (across == 0)
 
 
 def background(
@@ -284,14 +288,16 @@ def make_image(job: Job) -> tuple[list[Thing], list[tuple[str, np.ndarray]]]:
     rng = np.random.default_rng(seed)
     canvas, ground = background(rng, job.size, job.recipe)
     if "lineart" in job.recipe.styles:  # pale paper, as the drawings are black on white
-        canvas = 165 + 0.33 * canvas.mean(-1, keepdims=True).repeat(3, -1)
+        gray = canvas.mean(-1, keepdims=True)
+        canvas = 165 + 0.33 * gray.repeat(3, -1)
     things = place(rng, job)
     for thing in reversed(things):  # the first is in front
         if not thing.group:
             shade(canvas, thing)
         paste(canvas, thing.patch, thing.x, thing.y)
     canvas *= rng.uniform(0.85, 1.05)
-    canvas += rng.standard_normal((job.size, job.size, 1), dtype=np.float32) * 3
+    grain = rng.standard_normal((job.size, job.size, 1), dtype=np.float32)
+    canvas += grain * 3
     canvas = canvas.clip(0, 255).astype(np.uint8)
     Image.fromarray(canvas).save(job.path, quality=90)
     return things, ground
@@ -386,14 +392,16 @@ def draw(rng: Generator, recipe: Recipe, codepoint: str, side: float) -> np.ndar
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     image = image.rotate(rng.normal(0, 10), Image.Resampling.BICUBIC, expand=True)
-    patch = np.array(image.crop(image.getchannel("A").getbbox()), dtype=np.float32)
+    image = image.crop(image.getchannel("A").getbbox())
+    patch = np.array(image, dtype=np.float32)
     patch[..., :3] *= rng.uniform(0.8, 1.1)
     return patch
 
 
 def draw_group(rng: Generator, recipe: Recipe, codepoint: str, side: float) -> np.ndarray:
     """Returns a cluster of small objects of one class, (h, w, 4), annotated as one region."""
-    members = [draw(rng, recipe, codepoint, side * 0.4) for _ in range(rng.integers(10, 16))]
+    count = rng.integers(10, 16)
+    members = [draw(rng, recipe, codepoint, side * 0.4) for _ in range(count)]
     patch = np.zeros((int(side * 0.7), int(side * 1.1), 4), np.float32)
     # without the mean colour, soft edges would mix with black
     opaque = members[0][..., 3] > 64
@@ -432,4 +440,5 @@ def shade(canvas: np.ndarray, thing: Thing) -> None:
     down = (rows + top - bottom) / radius
     across = (columns + left - middle) / (0.5 * width + 1)
     distance = down**2 + across**2
-    window *= 1 - 0.45 * np.exp(-1.5 * distance)[..., None]
+    shadow = np.exp(-1.5 * distance)
+    window *= 1 - 0.45 * shadow[..., None]
