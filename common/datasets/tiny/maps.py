@@ -1,12 +1,14 @@
-"""The segments of an embedded scene in the real file formats: semantic label maps, panoptic PNGs and their json."""
+"""Annotations of a generated scene: objects, semantic label maps, panoptic PNGs and their json."""
 
 import csv
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+from hotcoco import mask as rle
 from PIL import Image
 
 from common.datasets.tiny.scene import Job, Thing, tight_box
@@ -14,13 +16,23 @@ from common.labels import DATA, Vocabulary
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where the files of one dataset lie in its folder; {}: the split and the image's id.
+class Scene:
+    """What one image shows: its objects as `describe` returns them, and its segments_info."""
 
-    vocabulary: of the panoptic json; that of the label maps bears the name of the dataset
-    panoptic:   folder of the PNGs, beside which their json lies; png: what is added to an id for the name of its PNG
-    semantic:   label map, or none
-    image:      what is added to an id for the file_name in the json
+    job: Job
+    things: list[dict]
+    segments: list[dict]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """File names in the folder of one dataset; {} are the split and the image's id.
+
+    vocabulary: vocabulary of the panoptic json; the label maps use the one named as the dataset
+    panoptic:   folder of the panoptic PNGs; their json is in the same place, with suffix .json
+    semantic:   path of a label map, or empty
+    png:        suffix of a panoptic PNG
+    image:      suffix of an image's file_name in the json
     """
 
     vocabulary: str
@@ -31,17 +43,42 @@ class Layout:
 
 
 LAYOUTS = {
-    "coco": Layout("coco-panoptic", "annotations/panoptic_{}2017"),
-    "ade20k": Layout("ade20k-panoptic", "ade20k_panoptic_{}", "annotations/{}/{}.png"),
+    "coco": Layout(vocabulary="coco-panoptic", panoptic="annotations/panoptic_{}2017"),
+    "ade20k": Layout(
+        vocabulary="ade20k-panoptic",
+        panoptic="ade20k_panoptic_{}",
+        semantic="annotations/{}/{}.png",
+    ),
     "cityscapes": Layout(
-        *("cityscapes", "gtFine/cityscapes_panoptic_{}", "gtFine/{}/{}_gtFine_labelIds.png"),
-        *(
-            "_gtFine_panoptic.png",
-            "_gtFine_leftImg8bit.png",
-        ),  # the latter names no file, as in the real json
+        vocabulary="cityscapes",
+        panoptic="gtFine/cityscapes_panoptic_{}",
+        semantic="gtFine/{}/{}_gtFine_labelIds.png",
+        png="_gtFine_panoptic.png",
+        image="_gtFine_leftImg8bit.png",  # names no file, as in the real json
     ),
 }
 known = cache(Vocabulary.known)
+
+
+def describe(thing: Thing) -> dict:
+    """Returns what the annotation files tell of an object, as numbers and strings."""
+    code = rle.encode(np.asfortranarray(thing.mask.astype(np.uint8)))
+    # COCO's crowds are uncompressed
+    counts = run_lengths(thing.mask) if thing.group else code["counts"].decode()
+    return {
+        "label": thing.label,
+        "box": tight_box(thing.mask),  # x, y, w, h
+        "area": int(thing.mask.sum()),
+        "rle": {"size": list(code["size"]), "counts": counts},
+        "group": thing.group,
+    }
+
+
+def run_lengths(mask: np.ndarray) -> list[int]:
+    """Returns the lengths of the runs of 0, 1, 0, ... down the columns of a mask (H, W)."""
+    flat = np.concatenate([[False], mask.ravel(order="F")])
+    ends = np.flatnonzero(flat[1:] != flat[:-1])
+    return np.diff([0, *ends, mask.size]).tolist()
 
 
 def image_id(job: Job) -> str:
@@ -49,88 +86,100 @@ def image_id(job: Job) -> str:
 
 
 def panoptic_folder(name: str, split: str) -> str:
-    return LAYOUTS[name].panoptic.format(
-        {"training": "train", "validation": "val"}.get(split, split)
-    )
+    split = {"training": "train", "validation": "val"}.get(split, split)
+    return LAYOUTS[name].panoptic.format(split)
 
 
 def maps_of(job: Job) -> list[str]:
-    """The files of `write_maps` below the dataset's folder: the panoptic PNG and perhaps a semantic one."""
+    """Lists the files of `write_maps`: the panoptic PNG and, for some datasets, a label map."""
     if job.name not in LAYOUTS:
         return []
-    layout, id = LAYOUTS[job.name], image_id(job)
-    city = f"{job.path.parent.name}/" if job.name == "cityscapes" else ""
-    semantic = [layout.semantic.format(job.split, city + id)] if layout.semantic else []
-    return [f"{panoptic_folder(job.name, job.split)}/{id}{layout.png}", *semantic]
+    layout = LAYOUTS[job.name]
+    id = image_id(job)
+    files = [f"{panoptic_folder(job.name, job.split)}/{id}{layout.png}"]
+    if layout.semantic:
+        city = f"{job.path.parent.name}/" if job.name == "cityscapes" else ""
+        files.append(layout.semantic.format(job.split, city + id))
+    return files
 
 
 @cache
 def stuff(name: str) -> dict[str, str]:
-    """{texture: class} of dataset `name`; textures that are of no class are void."""
-    rows = csv.DictReader((DATA / "tiny" / "stuff.csv").read_text(encoding="utf-8").splitlines())
-    return {row["texture"]: row[name] for row in rows if row[name]}
+    """Returns {texture: class} of dataset `name`. A texture without a class is unlabelled."""
+    text = (DATA / "tiny" / "stuff.csv").read_text(encoding="utf-8")
+    return {row["texture"]: row[name] for row in csv.DictReader(text.splitlines()) if row[name]}
 
 
 def find_segments(
-    job: Job, things: list[Thing], ground: dict[str, np.ndarray]
+    job: Job, things: list[Thing], ground: list[tuple[str, np.ndarray]]
 ) -> list[tuple[str, bool, np.ndarray]]:
-    """(class, whether it is a crowd, mask (H, W) bool): each thing, and all that is seen of each class of stuff."""
+    """Returns (class, whether it is a crowd, mask (H, W) bool) of each segment.
+
+    Each thing is a segment. All visible pixels of one class of stuff are one segment, too. `ground`
+    is the textures as `background` returns them.
+    """
     vocabulary = known(LAYOUTS[job.name].vocabulary)
     is_thing = dict(zip(vocabulary.names, vocabulary.is_thing))
-    free = ~np.any([thing.mask for thing in things], axis=0) if things else True
-    parts = [(thing.label, thing.mask) for thing in things if not is_thing[thing.label]]
-    parts += [
-        (stuff(job.name)[name], mask & free)
-        for name, mask in ground.items()
-        if name in stuff(job.name)
-    ]
-    regions = {
-        label: np.any([mask for other, mask in parts if other == label], axis=0)
-        for label, _ in parts
-    }
-    found = [(thing.label, thing.group, thing.mask) for thing in things if is_thing[thing.label]]
+    free = np.ones((job.size, job.size), bool)
+    regions = defaultdict(lambda: np.zeros((job.size, job.size), bool))
+    found = []
+    for thing in things:
+        free &= ~thing.mask
+        if is_thing[thing.label]:
+            found.append((thing.label, thing.group, thing.mask))
+        else:  # painted as an object, but stuff in this vocabulary
+            regions[thing.label] |= thing.mask
+    classes = stuff(job.name)
+    for texture, mask in ground:
+        if texture in classes:
+            regions[classes[texture]] |= mask & free
     return found + [(label, False, mask) for label, mask in regions.items() if mask.any()]
 
 
 def write_maps(
-    job: Job, folder: Path, things: list[Thing], ground: dict[str, np.ndarray]
+    job: Job, folder: Path, things: list[Thing], ground: list[tuple[str, np.ndarray]]
 ) -> list[dict]:
-    """Save the maps of one image; returns its segments_info."""
-    layout, info = LAYOUTS[job.name], []
-    ids, values = (dict(zip(v.names, v.ids)) for v in (known(layout.vocabulary), known(job.name)))
+    """Saves the maps of one image and returns its segments_info of the panoptic json."""
+    panoptic = known(LAYOUTS[job.name].vocabulary)
+    semantic = known(job.name)
+    category_ids = dict(zip(panoptic.names, panoptic.ids))
+    values = dict(zip(semantic.names, semantic.ids))
     colours = np.zeros((job.size, job.size, 3), np.uint8)
     classes = np.zeros((job.size, job.size), np.uint8)
+    infos = []
     for label, crowd, mask in find_segments(job, things, ground):
-        number = 1 + (len(info) + 1) * 123_457 % 16_777_215  # each another, of all three channels
-        colours[mask] = number % 256, number // 256 % 256, number // 65536
-        classes[mask] = values.get(
-            label, 0
-        )  # the label map of coco, which lacks stuff, is not saved
-        segment = {"id": number, "category_id": ids[label], "iscrowd": int(crowd)}
-        info.append(segment | {"bbox": tight_box(mask), "area": int(mask.sum())})
-    panoptic, *semantic = maps_of(job)
-    Image.fromarray(colours).save(folder / panoptic)
-    for file in semantic:
-        Image.fromarray(classes).save(folder / file)
-    return info
+        # different for each segment, and large enough to use all three channels
+        id = 1 + (len(infos) + 1) * 123_457 % 16_777_215
+        colours[mask] = id % 256, id // 256 % 256, id // 65536
+        classes[mask] = values.get(label, 0)  # coco lacks stuff; its label map is not saved
+        info = {
+            "id": id,
+            "category_id": category_ids[label],
+            "iscrowd": int(crowd),
+            "bbox": tight_box(mask),
+            "area": int(mask.sum()),
+        }
+        infos.append(info)
+    for file, array in zip(maps_of(job), (colours, classes)):
+        Image.fromarray(array).save(folder / file)
+    return infos
 
 
-def write_panoptic(
-    name: str, split: str, folder: Path, scenes: list[tuple[Job, list[dict]]]
-) -> None:
-    """The json of panoptic COCO, which ADE20K's and Cityscapes' tools write, too; it names all classes."""
-    layout, vocabulary = LAYOUTS[name], known(LAYOUTS[name].vocabulary)
-    categories = zip(vocabulary.ids, vocabulary.names, vocabulary.is_thing)
-    record = {"images": [], "annotations": []}
-    record["categories"] = [
-        {"id": id, "name": label, "isthing": int(thing)} for id, label, thing in categories
-    ]
-    for job, segments in scenes:
-        name = image_id(job)
-        id = int(name) if job.name == "coco" else name
-        image = {"id": id, "file_name": name + layout.image, "width": job.size, "height": job.size}
-        record["images"].append(image)
-        record["annotations"].append(
-            {"image_id": id, "file_name": name + layout.png, "segments_info": segments}
-        )
-    (folder / f"{panoptic_folder(scenes[0][0].name, split)}.json").write_text(json.dumps(record))
+def write_panoptic(split: str, folder: Path, scenes: list[Scene]) -> None:
+    """Writes the panoptic json of one split in COCO's format, which all three datasets share."""
+    dataset = scenes[0].job.name
+    layout = LAYOUTS[dataset]
+    vocabulary = known(layout.vocabulary)
+    images, annotations, categories = [], [], []
+    for id, label, thing in zip(vocabulary.ids, vocabulary.names, vocabulary.is_thing):
+        categories.append({"id": id, "name": label, "isthing": int(thing)})
+    for scene in scenes:
+        name = image_id(scene.job)
+        id = int(name) if dataset == "coco" else name
+        size = {"width": scene.job.size, "height": scene.job.size}
+        images.append({"id": id, "file_name": name + layout.image} | size)
+        annotation = {"image_id": id, "file_name": name + layout.png}
+        annotations.append(annotation | {"segments_info": scene.segments})
+    record = {"images": images, "annotations": annotations, "categories": categories}
+    path = folder / f"{panoptic_folder(dataset, split)}.json"
+    path.write_text(json.dumps(record))
