@@ -53,7 +53,9 @@ def msda(
     if not logits_fit or not offsets_fit:
         found = f"offsets {offsets.shape} and logits {logits.shape}"
         raise ValueError(f"msda: {found} do not fit {samples} (B, Q, M, L, P)")
-    if value.device.type not in KERNELS or (value.is_cuda and value.dtype == torch.float64):
+    is_double = value.dtype == torch.float64
+    has_kernel = value.device.type in KERNELS
+    if not has_kernel or (value.is_cuda and is_double):
         return formula(value, shapes, offsets, logits, reference)
     sizes = [side for shape in shapes for side in shape]
     return _msda(value, offsets, logits, _per_level(reference, offsets), sizes)
@@ -221,8 +223,9 @@ class _Samples:
         """Returns attention times bilinear weight of the four corners: 4 tensors (B Q M, K)."""
         top = self.attention * self.top
         bottom = self.attention * self.bottom
+        samples = self.corners.shape[-1]
         corners = (top * self.left, top * self.right, bottom * self.left, bottom * self.right)
-        return [corner.view(-1, self.corners.shape[-1]) for corner in corners]
+        return [corner.view(-1, samples) for corner in corners]
 
 
 def _forward_cpu(value, offsets, logits, reference, sizes):
@@ -402,7 +405,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    return *_msda_backward(grad, *ctx.saved_tensors, ctx.sizes), None, None
+    gradients = _msda_backward(grad, *ctx.saved_tensors, ctx.sizes)
+    return *gradients, None, None
 
 
 _msda.register_autograd(_backward, setup_context=_setup_context)

@@ -17,14 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.datasets.tiny.maps import LAYOUTS, Scene, describe, maps_of, write_maps, write_panoptic
-from common.datasets.tiny.scene import (
-    Job,
-    Recipe,
-    emoji,
-    first_label,
-    make_image,
-    package_folder,
-)
+from common.datasets.tiny.scene import Job, Recipe, emoji, first_label, make_image, package_folder
 from common.errors import InputError
 from common.files import atomic_path
 from common.labels import DATA, Vocabulary

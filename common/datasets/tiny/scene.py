@@ -421,8 +421,10 @@ def paste(canvas: np.ndarray, patch: np.ndarray, x: int, y: int) -> None:
     """
     window, patch = overlap(canvas, patch, x, y)
     alpha = patch[..., 3:] / 255
-    window[..., :3] += (patch[..., :3] - window[..., :3]) * alpha
-    window[..., 3:] += (255 - window[..., 3:]) * alpha  # empty for RGB
+    colours = window[..., :3]
+    colours += (patch[..., :3] - colours) * alpha
+    opacity = window[..., 3:]  # empty for RGB
+    opacity += (255 - opacity) * alpha
 
 
 def shade(canvas: np.ndarray, thing: Thing) -> None:
