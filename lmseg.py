@@ -377,8 +377,9 @@ class Model(nn.Module):
         """Runs Mask2Former's decoder, with the category guide, on the output of `extract`.
 
         Each layer has masked cross-attention to one feature level (the levels take turns),
-        attention to the text (`guides`), self-attention and a feed-forward network. The
-        predictions of all layers are returned, for the auxiliary losses. text: (K + 1, D)
+        attention to the text (`guides`; it comes first with --cgd text_visual), self-attention and
+        a feed-forward network. The predictions before the first layer and after each are returned,
+        for the auxiliary losses. text: (K + 1, D); None with --classifier heads
         """
         memory, position, resized = [], [], []
         for features, code in zip(maps, self.level_embed):

@@ -116,8 +116,8 @@ def read_metadata(path: str | Path, method: str) -> dict:
 def read_model(path: str | Path, method: str) -> tuple[dict, list[Vocabulary]]:
     """Reads what a model is rebuilt from: the metadata, and the vocabularies with their text.
 
-    Raises InputError as `read_metadata`, for weights of a base model, which know no classes, and
-    for damaged names or text.
+    Raises InputError where `read_metadata` does, for weights of a base model (they have no
+    vocabularies), and for damaged class names or text.
     """
     file = weights_file(path)
     metadata = read_metadata(file, method)

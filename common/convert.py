@@ -110,7 +110,12 @@ def rename(key: str, rules: dict[str, str | None]) -> str | None:
 
 
 def renamed(official: Tensors, rules: dict[str, str | None]) -> Tensors:
-    """Returns the tensors under our names. Adds BatchNorm's counters, which older files lack."""
+    """Returns the official tensors under our names; those whose rule gives None are dropped.
+
+    Adds BatchNorm's counters, which older files lack, and `backbone.frozen_norm` = True.
+    rules: as in `rename`, {regular expression: our name, or None}
+    Raises InputError for a tensor that no rule matches.
+    """
     tensors = {}
     for key, tensor in official.items():
         if name := rename(key, rules):

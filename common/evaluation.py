@@ -192,7 +192,7 @@ def _hotcoco(
 
 
 def _have_masks(dataset: Evaluated, predictions: Predictions) -> bool:
-    """Tells if dataset and predictions have segmentations."""
+    """Tells if the dataset has segmentations and every prediction has them, too."""
     if dataset.index.segmentations is None:
         return False
     return all("segmentations" in record for record in predictions.values())
@@ -231,7 +231,10 @@ def _hotcoco_tables(
 
 
 def _true_segmentations(index: Index, predictions: Predictions) -> list[dict]:
-    """Returns the annotated segmentations as RLEs. Raises InputError for one that is broken."""
+    """Returns the annotated segmentations of all boxes as RLEs, at the `size` of the predictions.
+
+    Raises InputError that names the image whose segmentation is broken.
+    """
     rles = []
     for image, segmentation in zip(index.image_of.tolist(), index.segmentations):
         try:

@@ -35,13 +35,16 @@ class Bag:
 
 
 def label_bce(logits: Tensor, label: Tensor) -> Tensor:
-    """Returns the BCE of logits (..., C + 1) and the one-hot `label`, summed over the columns."""
+    """Returns the BCE of logits (..., C + 1), whose target is 1 at index `label` and 0 elsewhere.
+
+    It is summed over the columns: (...).
+    """
     target = F.one_hot(label, logits.shape[-1]).to(logits).expand_as(logits)
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(-1)
 
 
 def loss_first(bag: Bag, label: Tensor) -> Tensor:
-    """Max-object-score: `label_bce` of the proposal with the highest objectness, the first one."""
+    """Max-object-score: `label_bce` of the first proposal, which has the highest objectness."""
     return label_bce(bag.logits[0], label)
 
 
@@ -51,7 +54,7 @@ def loss_image(bag: Bag, label: Tensor) -> Tensor:
 
 
 def loss_max_score(bag: Bag, label: Tensor) -> Tensor:
-    """Prediction-based (YOLO9000): `label_bce` of the proposal with the highest logit of it."""
+    """Prediction-based (YOLO9000): `label_bce` of the proposal with the highest `label` logit."""
     return label_bce(bag.logits[bag.logits[:, label].argmax()], label)
 
 

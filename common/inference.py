@@ -137,7 +137,7 @@ def predict_dataset(
     """Returns {row: prediction} of the whole dataset on rank 0, and {} on the other ranks.
 
     Each image is predicted once, by one rank, in a batch of its own. So no result depends on other
-    images or on the number of ranks. Masks are kept as `segmentations`.
+    images or on the number of ranks. `masks` are replaced by `segmentations`, their RLEs.
     """
     rows = shard(len(dataset), rank(), world_size())
     transformed = Transformed(dataset, transform, rows)

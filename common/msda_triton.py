@@ -13,12 +13,13 @@ import triton.language as tl
 
 @triton.jit
 def _axis_kernel(position, size):
-    """Interpolates linearly along one axis, between the pixels `first` and first + 1.
+    """Computes the weights of linear interpolation along one axis. The map is zero outside.
 
     position: (T, P) float32 in pixels; size: pixels of the axis
 
-    Returns first (int32), the weights of both pixels, and the derivatives of both weights by
-    the position, each (T, P). Both pixels are inside the map, if it has two.
+    Returns, each (T, P): first (int32), the left of two neighbouring pixels, moved into the map;
+    the weights of pixel `first` and of first + 1, which sum to less than 1 beyond the border; and
+    the derivatives of both weights by the position. If size is 1, the second weight is 0.
     """
     floor = tl.floor(position)
     last = tl.maximum(size - 2, 0).to(tl.float32)

@@ -40,7 +40,10 @@ class WithProposals(Dataset):
 
 
 def fingerprint(localizer: nn.Module, *settings) -> str:
-    """Returns 12 hex digits of a hash of weights and settings: other weights have other files."""
+    """Returns a hash (12 hex digits) of the localizer's weights and of `settings`.
+
+    It is part of the names of the proposal files, so other weights do not read the same file.
+    """
     digest = hashlib.sha256(repr(settings).encode())
     for tensor in localizer.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
@@ -65,11 +68,13 @@ def with_proposals(
     key: str,
     workers: int,
 ) -> list[WithProposals]:
-    """Returns the datasets with their proposals. Computes those that `folder` does not have.
+    """Returns the datasets with their proposals. Computes the files that `folder` lacks.
 
-    locate: returns for each image of a batch, which `resize` has transformed, its `proposals`:
-        `boxes` (Q, 4) in pixels of the original image, and its `size` (height, width)
+    locate: takes a batch transformed by `resize` and returns one dictionary per image. Its entry
+            "proposals" has boxes (Q, 4) in pixels of the original image, and its size
     key:    `fingerprint` of the localizer, part of the file names
+
+    Every rank calls it.
     """
 
     def compact(batch: Batch) -> list[dict]:

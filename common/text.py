@@ -135,7 +135,11 @@ def check_package(what: str) -> None:
 
 
 def _embed_minilm(names: list[str], prompts: str) -> Tensor:
-    """Returns (C, 384). The table has known names without a prompt. The package embeds the rest."""
+    """Returns MiniLM's embeddings (C, 384) of the names.
+
+    With prompts "name", names in data/minilm.safetensors are looked up there. All others are
+    computed by the MiniLM package. Raises InputError if it is needed but not installed.
+    """
     # the package is needed even if rows are cached, so that no result depends on earlier runs
     if prompts != "name":
         check_package(f"prompts '{prompts}' (--prompts name needs none)")

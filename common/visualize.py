@@ -339,9 +339,9 @@ def _mark_datasets(axes, dataset_of_row: Tensor, datasets: list[str]) -> None:
 
 
 def _mask_same_dataset(similarity: Tensor, label_space: LabelSpace) -> Tensor:
-    """Sets the similarity (C, C) of two labels of the same dataset to -inf.
+    """Returns a copy of the similarity (C, C), with -inf for two labels of the same dataset.
 
-    With a single dataset, only the diagonal is set to -inf.
+    With a single dataset, only the diagonal is -inf.
     """
     dataset = label_space.dataset_of_label
     hidden = dataset[:, None] == dataset

@@ -25,7 +25,8 @@ def lvis_base(lvis: Dataset, split: str) -> Dataset:
 def coco_base(coco: Dataset, split: str) -> Dataset:
     """Returns COCO with 48 base and 17 novel classes, without the other 15.
 
-    Images that have no box left are left out.
+    If `split` is "train", the boxes of the novel classes are removed; their names stay. Images that
+    have no box left are left out. Classes that the annotations lack are left out, too.
     Source: alirezazareian/ovr-cnn:ipynb/001.ipynb; Detic uses these files.
     """
     known = Vocabulary.known("coco-base")

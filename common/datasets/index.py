@@ -148,7 +148,10 @@ class Index:
         return slice(int(self.image_label_offsets[image]), int(self.image_label_offsets[image + 1]))
 
     def positives(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (X,) images and (X,) labels: one pair per image-level label or trained box."""
+        """Returns (X,) images and (X,) labels, one pair per image-level label.
+
+        Without image-level labels, there is one pair per box that is not ignored (a crowd).
+        """
         if self.image_labels is not None:
             counts = np.diff(self.image_label_offsets)
             return np.repeat(np.arange(len(self)), counts), self.image_labels

@@ -100,11 +100,12 @@ def _parse_known(entry: str, split: str) -> Parsed:
 
 
 def default_eval(text: str, without: Collection[str] = ()) -> str:
-    """Returns the default of --eval-datasets, a comma-separated list.
+    """Returns the default of --eval-datasets for the value `text` of --datasets.
 
-    A known dataset contributes its name, which stands for its default split. A custom dataset
-    contributes its entry unchanged. Datasets with image-level labels only (in21k, image folders)
-    and the names in `without` are dropped. Returns "" if none is left.
+    Both are comma-separated lists. A known dataset contributes its name alone, which stands for its
+    default split. A custom dataset contributes its entry unchanged. Left out are datasets with
+    image-level labels only (in21k, image folders) and the names in `without`. Returns "" if none is
+    left.
     """
     kept = []
     for entry in entries(text):

@@ -116,7 +116,11 @@ def read_lines(path: Path, images: Path) -> list[tuple[str, str]]:
 
 
 def read_text_files(name: str, images: Path) -> list[tuple[str, str]]:
-    """Returns (file name below `images`, caption) of each image with a text file of its name."""
+    """Returns the sorted (file name below `images`, caption) of each image X.jpg with a file X.txt.
+
+    Images without such a file are left out and counted in the log. name: of the dataset, for
+    messages. Raises InputError for a text file that is not UTF-8.
+    """
     texts = listing(name, images, (".txt",))
     files = listing(name, images, IMAGES)
     bare = len(files.keys() - texts.keys())

@@ -124,7 +124,8 @@ def read_index(
 class Images:
     """Collects the entries of the json list `images`, chunk by chunk.
 
-    lists: the four lists above, as {key: {row: list}}, of the images that have the key
+    lists: {key: {row: list}} for the keys NEGATIVES, NOT_EXHAUSTIVE, IMAGE_LABELS and CAPTIONS;
+           only rows whose image has the key
     """
 
     def __init__(self, path: Path, as_written: bool):

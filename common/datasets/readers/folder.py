@@ -23,11 +23,12 @@ LISTS = ("classes.txt", "classes.csv", "words.txt")  # files that name the class
 def read_folder(name: str, root: Path) -> Dataset:
     """Reads `root`/CLASS/IMAGE, or the tar files in `root` if there are any. Skips hidden files.
 
-    A folder named by a WordNet id takes its name from classes.csv or words.txt in `root` or its
+    The class of an image in a tar is the label beside it (KEY.cls, KEY.json). If a tar has no
+    labels, its own name is the class. Labels that are numbers are lines of classes.txt, from 0. A
+    folder named by a WordNet id takes its name from classes.csv or words.txt in `root` or its
     parent; ids with the same name are one class. Empty folders and files that are not images are
-    left out and their numbers are logged.
-    Raises InputError if there are no folders, no images, an id without a name or a name that is
-    not text.
+    left out and counted in the log. Raises InputError if there are no folders, no images, an id or
+    number without a name or a name that is not text, and for a damaged tar.
     """
     if not root.is_dir():
         raise InputError(f"dataset '{name}': folder {root} does not exist; check the path")
