@@ -118,10 +118,10 @@ def test_collate_pads_and_remembers_sizes():
 
 def test_label_space_keeps_datasets_apart():
     space = LabelSpace([Vocabulary("a", ("cat", "dog")), Vocabulary("b", ("dog", "cow", "cat"))])
-    assert space.names == ("cat", "dog", "dog", "cow", "cat") and space.slice("b") == slice(2, 5)
+    assert space.names == ("cat", "dog", "dog", "cow", "cat") and space.scope("b") == slice(2, 5)
     assert space.to_global("b", torch.tensor([0, 2])).tolist() == [2, 4]
     assert space.dataset_of_label.tolist() == [0, 0, 1, 1, 1]
-    with pytest.raises(KeyError):
+    with pytest.raises(InputError, match="'c' is not part of this label space; nearest: "):
         space.to_global("c", torch.tensor([0]))
     with pytest.raises(InputError, match="twice"):
         LabelSpace([Vocabulary("a", ("cat",)), Vocabulary("a", ("dog",))])

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pycocotools.mask
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from common.batch import Sample
 from common.inference import draw_predictions, predict_dataset, predict_files
-from common.labels import Vocabulary
+from common.labels import LabelSpace, Vocabulary
 from common.masks import area_of, crop_masks, decode_masks, encode_masks, paste_masks
 from common.visualize import save_image
 
@@ -267,7 +268,7 @@ def test_dataset_predictions_keep_rles(tmp_path):
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_file_predictions_have_masks(tmp_path, masked):
-    def predict(batch):
+    def predict(batch, label_space):
         detections = detect(batch)
         for found in detections:
             if not masked:
@@ -276,7 +277,8 @@ def test_file_predictions_have_masks(tmp_path, masked):
 
     path = tmp_path / "in.png"
     save_image(Hand().load(0).image, path)
-    predict_files(predict, (str(path),), VOCABULARY, lambda sample: sample, tmp_path, 0.5)
+    args = SimpleNamespace(predict=(str(path),), score_threshold=0.5)
+    predict_files(predict, args, LabelSpace([VOCABULARY]), lambda sample: sample, tmp_path)
     cat, dog = json.loads((tmp_path / "predictions.json").read_text())["annotations"]
     assert [cat["category_id"], dog["category_id"]] == [17, 18]
     assert [cat["area"], dog["area"]] == ([300, 75] if masked else [300, 171])

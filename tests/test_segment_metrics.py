@@ -17,7 +17,7 @@ from common.datasets.index import Index
 from common.datasets.maps import label_table, read_label_map
 from common.datasets.readers.panoptic import read_panoptic
 from common.inference import evaluate_dataset, predict_files
-from common.labels import Vocabulary
+from common.labels import LabelSpace, Vocabulary
 from common.masks import decode_masks, encode_masks
 from common.segment_metrics import (
     confusion,
@@ -252,14 +252,21 @@ class Hand:
         self.segments[5:15, 20:40], self.segments[20:, :30], self.segments[20:, 30:] = 1, 2, 3
         self.segments[:, :4] = -1
         boxes = np.array([[4, 0, 60, 20], [20, 5, 40, 15], [4, 20, 30, 40], [30, 20, 60, 40]])
-        columns = [
+        labels, areas, ignore = (
             np.tile(column, 5) for column in (self.labels, [920, 200, 520, 600], [0, 0, 1, 0])
-        ]
-        columns = np.repeat(np.arange(5), 4), np.tile(boxes, (5, 1)), *columns
+        )
         files = [f"{i}.jpg" for i in range(5)]
-        masks = encode_masks(self.segments == torch.arange(4)[:, None, None]) * 5
         self.index = Index.build(
-            "hand", files, range(5), np.tile([40, 60], (5, 1)), *columns, segmentations=masks
+            "hand",
+            files,
+            range(5),
+            np.tile([40, 60], (5, 1)),
+            np.repeat(np.arange(5), 4),
+            np.tile(boxes, (5, 1)),
+            labels,
+            areas=areas,
+            ignore=ignore,
+            segmentations=encode_masks(self.segments == torch.arange(4)[:, None, None]) * 5,
         )
 
     def __len__(self):
@@ -313,7 +320,20 @@ def detector(batch):
 
 
 def evaluate(metric, folder, predict):
-    return evaluate_dataset(predict, Hand(metric), lambda sample: sample, 0, "a set", folder, 0.5)
+    args = SimpleNamespace(workers=0, score_threshold=0.5)
+    results = evaluate_dataset(predict, Hand(metric), keep, args, folder, "a set")
+    return results.get("a set", results)
+
+
+def keep(sample):
+    return sample
+
+
+def write_predictions(predict, files, vocabulary, folder):
+    """Runs predict_files with `predict`, which needs the batch alone."""
+    args = SimpleNamespace(predict=tuple(map(str, files)), score_threshold=0.5)
+    label_space = LabelSpace([vocabulary])
+    predict_files(lambda batch, label_space: predict(batch), args, label_space, keep, folder)
 
 
 EXPECTED_PQ = {"sky": 3 / (3 + 2 / 2 + 2 / 2), "dog": 3 / (3 + 2 / 2), "sea": 3 / (3 + 2 / 2)}
@@ -399,9 +419,10 @@ def test_real_panoptic_predictions(tmp_path):
         ]
         return [{"panoptic": panoptic, "segments_info": info, "size": truth.original_size}]
 
-    results = evaluate_dataset(shifted, dataset, lambda sample: sample, 0, "real", tmp_path, 0.5)
+    args = SimpleNamespace(workers=0, score_threshold=0.5)
+    results = evaluate_dataset(shifted, dataset, keep, args, tmp_path)["real"]
     files = tuple(str(dataset.images / dataset.index.file_name(row)) for row in range(len(dataset)))
-    predict_files(shifted, files, dataset.vocabulary, lambda sample: sample, tmp_path, 0.5)
+    write_predictions(shifted, files, dataset.vocabulary, tmp_path)
     written = json.loads((tmp_path / "panoptic.json").read_text())
     for annotation in written["annotations"]:
         annotation["image_id"] = int(dataset.index.image_ids[annotation["image_id"]])
@@ -423,7 +444,7 @@ def test_files_are_read_back(tmp_path):
     files = tuple(str(tmp_path / file) for file in ("in/a b.png", "in/below/c.png"))
     for file in files:
         save_image(hand.load(0).image, file)
-    predict_files(segmenter, files, VOCABULARY, lambda sample: sample, out, 0.5)
+    write_predictions(segmenter, files, VOCABULARY, out)
     maps = [f"{folder}/{name}.png" for folder in ("panoptic", "semantic") for name in names]
     expected = [*maps, *(f"{name}.jpg" for name in names), "panoptic.json", "semantic/classes.txt"]
     assert {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()} == set(expected)
@@ -463,9 +484,7 @@ def test_label_maps_of_many_classes(tmp_path, classes, mode):
     def predict(_):
         return [{"semantic": labels, "size": (20, 50)}]
 
-    predict_files(
-        predict, (str(tmp_path / "in.png"),), vocabulary, lambda sample: sample, tmp_path, 0.5
-    )
+    write_predictions(predict, [tmp_path / "in.png"], vocabulary, tmp_path)
     with Image.open(tmp_path / "semantic/in-0.png") as picture:
         assert picture.mode == mode and np.array_equal(np.asarray(picture), labels)
     assert (
@@ -475,9 +494,7 @@ def test_label_maps_of_many_classes(tmp_path, classes, mode):
 
 def test_files_with_instances(tmp_path):
     save_image(Hand("pq").load(0).image, tmp_path / "in.png")
-    predict_files(
-        detector, (str(tmp_path / "in.png"),), VOCABULARY, lambda sample: sample, tmp_path, 0.5
-    )
+    write_predictions(detector, [tmp_path / "in.png"], VOCABULARY, tmp_path)
     annotations = json.loads((tmp_path / "predictions.json").read_text())["annotations"]
     assert (
         sorted(a["category_id"] for a in annotations) == [3, 20, 300]

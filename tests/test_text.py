@@ -296,8 +296,8 @@ def test_swap_keeps_the_text_of_known_names(monkeypatch):
     assert swapped.names == ("Traffic Cone", "dog", "PERSON")
     assert torch.equal(swapped.text, space.text[[4, 1, 2]])
     assert torch.equal(space.swap(O365).text, space.text[3:])  # Person as in o365, not as in coco
-    wrong = Vocabulary("voc", ("cat", "person"), text=torch.zeros(2, 6))
-    assert torch.equal(space.swap(wrong).text, space.text[[0, 2]])
+    own = Vocabulary("voc", ("cat", "person"), text=torch.zeros(2, 6))
+    assert torch.equal(space.swap(own).text, own.text)  # a vocabulary keeps the text that it has
 
 
 def test_swap_embeds_new_names(tmp_path):
