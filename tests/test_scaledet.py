@@ -602,8 +602,8 @@ def random_dataset(name: str, images: int, classes: int, rng) -> Dataset:
         image_of,
         boxes,
         labels,
-        np.full(len(labels), 81.0),
-        rng.random(len(labels)) < 0.2,
+        areas=np.full(len(labels), 81.0),
+        ignore=rng.random(len(labels)) < 0.2,
     )
     return Dataset(name, Vocabulary(name, tuple(f"{name}{c}" for c in range(classes))), index, None)
 
