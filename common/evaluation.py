@@ -24,11 +24,11 @@ from common.labels import Vocabulary
 from common.masks import to_rle
 
 log = logging.getLogger("concord")
-
 _COCO = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 METRICS = {"coco": _COCO, "lvis": (*_COCO, "APr", "APc", "APf"), "oid": ("AP50",)}
 MASK_METRICS = {"coco": ("AP", "AP50"), "lvis": ("AP", "AP50", "APr", "APc", "APf"), "oid": ()}
 Predictions = dict[int, dict[str, Any]]  # row of the index -> fields, see evaluate_detections
+Results = dict[str, float]  # metric -> value
 Table = dict[str, np.ndarray]  # columns of length A
 
 
@@ -45,7 +45,7 @@ class Evaluated(Protocol):
 
 def evaluate_detections(
     dataset: Evaluated, predictions: Predictions, groups: dict[str, np.ndarray] | None = None
-) -> dict[str, float]:
+) -> Results:
     """Computes the metrics of `dataset.metric` over all images of the dataset, in 0..1.
 
     predictions: for each row of `dataset.index` a dict with `boxes` (N, 4) xyxy in pixels of the
@@ -75,7 +75,7 @@ def evaluate_detections(
 
 def recall(
     dataset: Evaluated, proposals: Predictions, limits: tuple[int, ...] = (10, 100, 1000)
-) -> dict[str, float]:
+) -> Results:
     """Computes COCO's average recall at each limit, with all classes as one: {"AR@<limit>": value}.
 
     AR@limit is the share of ground truth boxes that are found among the best `limit` boxes of each
@@ -123,7 +123,8 @@ def _truth_table(index: Index, predictions: Predictions) -> Table:
     area = index.areas.astype(np.float64)
     if index.relative and len(boxes):  # only the predictions know the size of these images
         sizes = [tuple(predictions[row]["size"]) for row in range(len(index))]
-        height, width = np.array(sizes, dtype=np.float64)[table["image"]].T
+        sizes = np.array(sizes, dtype=np.float64)  # (I, 2)
+        height, width = sizes[table["image"]].T
         boxes = boxes * np.stack([width, height, width, height], axis=1)
         area = _xywh(boxes)[:, 2:].prod(axis=1)
     return table | {"boxes": boxes, "area": area}
@@ -143,7 +144,7 @@ def _prediction_table(dataset: Evaluated, predictions: Predictions) -> Table:
 
     label = column("labels")
     classes = len(dataset.vocabulary)
-    wrong = set(label.tolist()) - set(range(classes))
+    wrong = set(label.tolist()).difference(range(classes))
     if wrong:
         raise ValueError(
             f"{dataset.name} has {classes} classes, but label {min(wrong):.0f} was predicted"
@@ -168,11 +169,11 @@ def _xywh(boxes: np.ndarray) -> np.ndarray:
 
 def _hotcoco(
     dataset: Evaluated, truth: Table, found: Table, predictions: Predictions
-) -> tuple[dict[str, float], np.ndarray]:
+) -> tuple[Results, np.ndarray]:
     """Returns the metrics, and the box AP50 (C,) of each class; -1 if it has no ground truth."""
     tables = _hotcoco_tables(dataset, truth, found, predictions)
 
-    def run(kind: str) -> tuple[dict[str, float], np.ndarray]:
+    def run(kind: str) -> tuple[Results, np.ndarray]:
         evaluator = hotcoco.COCOeval(*tables, kind, lvis_style=dataset.metric == "lvis")
         with contextlib.redirect_stdout(io.StringIO()):  # it has no silent summary
             evaluator.run()
@@ -210,8 +211,12 @@ def _hotcoco_tables(
     incomplete = index.not_exhaustive or [()] * len(index)
     images = []
     for row, image_id in enumerate(number.tolist()):
-        image = {"id": image_id, "neg_category_ids": list(absent[row])}
-        images.append(image | {"not_exhaustive_category_ids": list(incomplete[row])})
+        image = {
+            "id": image_id,
+            "neg_category_ids": list(absent[row]),
+            "not_exhaustive_category_ids": list(incomplete[row]),
+        }
+        images.append(image)
     letters = dataset.frequency or "-" * len(names)
     categories = []
     for label, (name, letter) in enumerate(zip(names, letters, strict=True)):
@@ -220,11 +225,16 @@ def _hotcoco_tables(
     if _have_masks(dataset, predictions):
         annotated = _true_segmentations(index, predictions)
         detected = [rle for row in range(len(index)) for rle in predictions[row]["segmentations"]]
-    image = number[truth["image"]]
-    boxes = _xywh(truth["boxes"])
-    crowd = truth["ignore"] & (truth["area"] < BEYOND)  # the others are ignored by their area
-    columns = {"area": truth["area"], "iscrowd": crowd, "segmentation": annotated}
-    gt = hotcoco.COCO.from_arrays(images, categories, image, truth["label"], boxes, **columns)
+    gt = hotcoco.COCO.from_arrays(
+        images,
+        categories,
+        number[truth["image"]],
+        truth["label"],
+        _xywh(truth["boxes"]),
+        area=truth["area"],
+        iscrowd=truth["ignore"] & (truth["area"] < BEYOND),  # the others are ignored by their area
+        segmentation=annotated,
+    )
     boxes = _xywh(found["boxes"])
     columns = (number[found["image"]], *boxes.T, found["score"], found["label"])
     return gt, gt.load_res(np.stack(columns, axis=1), segmentation=detected)
@@ -306,21 +316,23 @@ def _expand(table: Table, upward: np.ndarray, verified: np.ndarray) -> Table:
 
     Rows stay in the given order, since the first of equal overlaps is taken as the best.
     """
-    parts = []
+    rows = []
+    labels = []
     for label, ancestors in enumerate(upward):
-        rows = np.flatnonzero(table["label"] == label)
+        own = np.flatnonzero(table["label"] == label)
         for ancestor in np.flatnonzero(ancestors):
-            kept = rows[verified[table["image"][rows], ancestor]]
-            parts.append(_take(table, kept) | {"label": np.full(len(kept), ancestor), "row": kept})
-    expanded = {}
-    for name in parts[0]:
-        expanded[name] = np.concatenate([part[name] for part in parts])
-    return _take(expanded, np.argsort(expanded.pop("row"), kind="stable"))
+            kept = own[verified[table["image"][own], ancestor]]
+            rows.append(kept)
+            labels.append(np.full(len(kept), ancestor))
+    rows = np.concatenate(rows)
+    order = np.argsort(rows, kind="stable")
+    return _take(table, rows[order]) | {"label": np.concatenate(labels)[order]}
 
 
 def _class_ap(truth: Table, found: Table) -> float:
     """Computes the all-point AP of one class over all images. found: sorted by falling score"""
-    hit, ignored = np.zeros((2, len(found["score"])), dtype=bool)
+    hit = np.zeros_like(found["score"], dtype=bool)
+    ignored = np.zeros_like(hit)
     found_rows = _rows_by_image(found)
     truth_rows = _rows_by_image(truth)
     for image in found_rows.keys() & truth_rows.keys():
@@ -348,7 +360,8 @@ def _match(
 
     boxes: (D, 4) xyxy by falling score; truth: (G, 4) xyxy; group: (G,) bool, is a group-of box
     """
-    hit, ignored = np.zeros((2, len(boxes)), dtype=bool)
+    hit = np.zeros(len(boxes), dtype=bool)
+    ignored = np.zeros_like(hit)
     taken = set()
     # (D, G): IoU, but the share of the detection's own area for groups
     overlaps = hotcoco.mask.bbox_iou(_xywh(boxes), _xywh(truth), group)
@@ -357,13 +370,14 @@ def _match(
         best = overlap.argmax(axis=1)
         found = overlap.max(axis=1) >= 0.5
         for row in np.flatnonzero(~hit & found):
-            hit[row] = best[row] not in taken
-            ignored[row] = group[best[row]] and not hit[row]
-            taken.add(best[row])
+            box = best[row]
+            hit[row] = box not in taken
+            ignored[row] = group[box] and not hit[row]
+            taken.add(box)
     return hit, ignored
 
 
-def report(results: dict[str, dict[str, float]], folder: Path) -> None:
+def report(results: dict[str, Results], folder: Path) -> None:
     """Writes results.json, and the table to the log. Does nothing if there are no results."""
     if not results:
         return
@@ -375,7 +389,7 @@ def report(results: dict[str, dict[str, float]], folder: Path) -> None:
     log.info("\n%s", format_table(results))
 
 
-def format_table(results: dict[str, dict[str, float]], width: int = 120) -> str:
+def format_table(results: dict[str, Results], width: int = 120) -> str:
     """Formats one row per dataset and one column per metric; '-' for a missing value or NaN.
 
     Metrics are in the order of their first appearance. Datasets that share no metric get separate
@@ -384,7 +398,7 @@ def format_table(results: dict[str, dict[str, float]], width: int = 120) -> str:
     tables: list[dict] = []
     for name, values in results.items():
         for table in tables:
-            if any(row.keys() & values.keys() for row in table.values()):
+            if any(row.keys() & values for row in table.values()):
                 table[name] = values
                 break
         else:
@@ -392,11 +406,12 @@ def format_table(results: dict[str, dict[str, float]], width: int = 120) -> str:
     return "\n\n".join(_format_table(table, width) for table in tables)
 
 
-def _format_table(results: dict[str, dict[str, float]], width: int) -> str:
+def _format_table(results: dict[str, Results], width: int) -> str:
     """Formats a table of datasets that share metrics; see `format_table`."""
-    metrics = list(dict.fromkeys(name for values in results.values() for name in values))
-    letters = max(map(len, ["dataset", *results]))
-    first = [name.ljust(letters) for name in ("dataset", *results)]
+    metrics = dict.fromkeys(name for values in results.values() for name in values)
+    names = ["dataset", *results]
+    letters = max(map(len, names))
+    first = [name.ljust(letters) for name in names]
     blocks = [[first]]  # each a list of columns
     used = letters
     for metric in metrics:
@@ -421,12 +436,17 @@ def to_coco_json(
     """
     results = []
     for row, found in predictions.items():
-        boxes = _xywh(found["boxes"].double().numpy()).tolist()
-        columns = zip(boxes, found["labels"].tolist(), found["scores"].tolist())
+        boxes = _xywh(found["boxes"].double().numpy())
+        labels = found["labels"].tolist()
+        scores = found["scores"].tolist()
         rles = found.get("segmentations")
-        for i, (box, label, score) in enumerate(columns):
-            entry = {"image_id": image_ids[row], "category_id": category_ids[label]}
-            entry |= {"bbox": box, "score": score}
+        for i, box in enumerate(boxes.tolist()):
+            entry = {
+                "image_id": image_ids[row],
+                "category_id": category_ids[labels[i]],
+                "bbox": box,
+                "score": scores[i],
+            }
             if rles is not None:
                 entry["segmentation"] = rles[i]
             results.append(entry)

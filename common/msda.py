@@ -43,9 +43,11 @@ def msda(
     Raises ValueError if the shapes do not agree.
     """
     batch, pixels, heads, _ = value.shape
-    queries, points = offsets.shape[1], offsets.shape[4]
+    queries = offsets.shape[1]
+    points = offsets.shape[4]
     levels = len(shapes)
-    if pixels != sum(height * width for height, width in shapes):
+    areas = [height * width for height, width in shapes]
+    if pixels != sum(areas):
         raise ValueError(f"msda: value has {pixels} pixels, but the levels are {shapes}")
     samples = (batch, queries, heads, levels, points)
     logits_fit = logits.shape == (batch, queries, heads, levels * points)
@@ -53,18 +55,19 @@ def msda(
     if not logits_fit or not offsets_fit:
         found = f"offsets {offsets.shape} and logits {logits.shape}"
         raise ValueError(f"msda: {found} do not fit {samples} (B, Q, M, L, P)")
-    is_double = value.dtype == torch.float64
-    has_kernel = value.device.type in KERNELS
-    if not has_kernel or (value.is_cuda and is_double):
+    double_on_cuda = value.is_cuda and value.dtype == torch.float64
+    if value.device.type not in KERNELS or double_on_cuda:
         return formula(value, shapes, offsets, logits, reference)
+    reference = _per_level(reference, offsets)
     sizes = [side for shape in shapes for side in shape]
-    return _msda(value, offsets, logits, _per_level(reference, offsets), sizes)
+    return _msda(value, offsets, logits, reference, sizes)
 
 
 def _per_level(reference: Tensor, offsets: Tensor) -> Tensor:
     """Expands any of the three forms of `reference` to (B, Q, L, 2), without a copy."""
     batch, queries, _, levels, _, _ = offsets.shape
-    reference = reference if reference.dim() == 4 else reference.unsqueeze(-2)
+    if reference.dim() < 4:
+        reference = reference.unsqueeze(-2)
     return reference.detach().expand(batch, queries, levels, 2)
 
 
@@ -90,13 +93,16 @@ def formula(
     weights = logits.to(dtype).softmax(-1)  # (B, Q, M, L P)
     weights = weights.unflatten(-1, offsets.shape[3:5])  # (B, Q, M, L, P)
     reference = _per_level(reference, offsets).to(dtype)  # (B, Q, L, 2)
-    levels = value.to(dtype).split([height * width for height, width in shapes], 1)
+    areas = [height * width for height, width in shapes]
+    levels = value.to(dtype).split(areas, 1)
     out = 0
     for i, (level, (height, width)) in enumerate(zip(levels, shapes, strict=True)):
         level = level.transpose(1, 2)  # (B, M, h w, d)
         size = reference.new_tensor([width, height])
-        centre = (reference[:, :, i] * size - 0.5)[:, :, None, None]
-        position = centre + offsets[:, :, :, i].to(dtype)
+        centre = reference[:, :, i] * size - 0.5
+        centre = centre[:, :, None, None]
+        offset = offsets[:, :, :, i].to(dtype)
+        position = centre + offset
         x, y = position.unbind(-1)  # (B, Q, M, P) in pixels
         left = x.floor().detach()
         top = y.floor().detach()
@@ -140,8 +146,11 @@ def _axis(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     first = floor.int().minimum(last).clamp_(min=0)
     ahead = position - first
     low = (1 - ahead.abs()).clamp_(min=0)
-    high = (1 - (ahead - 1).abs()).clamp_(min=0).mul_(size > 1)
-    return first, low, high, floor.sub_(first)
+    behind = (ahead - 1).abs()
+    high = (1 - behind).clamp_(min=0)
+    high.mul_(size > 1)
+    interval = floor.sub_(first)
+    return first, low, high, interval
 
 
 def _slopes(interval: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +159,9 @@ def _slopes(interval: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     interval: as `_axis` returns it. At a pixel centre the weights have a kink. There the result is
     the derivative to the right.
     """
-    before, between, behind = ((interval == i).to(interval) for i in (-1, 0, 1))
+    before = (interval == -1).to(interval)
+    between = (interval == 0).to(interval)
+    behind = (interval == 1).to(interval)
     low = before - between
     high = between.sub_(behind).mul_(size > 1)
     return low, high
@@ -199,12 +210,14 @@ class _Samples:
         logits = logits.to(dtype).contiguous()
         logits = logits - logits.amax(-1, True)
         exp = logits.exp_()  # F.softmax is slow on rows of K
-        self.attention = exp.div_(exp.sum(-1, True)).flatten(2)
+        exp.div_(exp.sum(-1, True))
+        self.attention = exp.flatten(2)
         column, self.left, self.right, self.in_x = _axis(x, self.width)
         line, self.top, self.bottom, self.in_y = _axis(y, self.height)
 
         # indices of the corners
-        image_start = torch.arange(batch)[:, None, None] * pixels * heads
+        image = torch.arange(batch).view(-1, 1, 1)
+        image_start = image * pixels * heads
         head = torch.arange(heads, dtype=torch.int32)
         head = head.repeat_interleave(levels * points)
         first = (image_start + row(start * heads)).int()
@@ -224,7 +237,11 @@ class _Samples:
         top = self.attention * self.top
         bottom = self.attention * self.bottom
         samples = self.corners.shape[-1]
-        corners = (top * self.left, top * self.right, bottom * self.left, bottom * self.right)
+        top_left = top * self.left
+        top_right = top * self.right
+        bottom_left = bottom * self.left
+        bottom_right = bottom * self.right
+        corners = (top_left, top_right, bottom_left, bottom_right)
         return [corner.view(-1, samples) for corner in corners]
 
 
@@ -283,7 +300,8 @@ def _corner_products(samples: _Samples, grad: Tensor, rows: Tensor) -> list[Tens
     ends = torch.arange(0, entries + 1, 4 * k, dtype=torch.int32)
     zeros = torch.zeros(entries, dtype=grad.dtype)
     # torch wants at least as many columns as entries in a line
-    rows = F.pad(rows, (0, 0, 0, max(4 * k - len(rows), 0)))
+    lacking = max(4 * k - len(rows), 0)
+    rows = F.pad(rows, (0, 0, 0, lacking))
     size = (count, len(rows))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
@@ -291,8 +309,8 @@ def _corner_products(samples: _Samples, grad: Tensor, rows: Tensor) -> list[Tens
             ends, samples.corners.flatten(), zeros, size, check_invariants=False
         )
     torch.sparse.sampled_addmm(pattern, grad, rows.t(), beta=0.0, out=pattern)
-    products = pattern.values().view(count, 4, k).unbind(1)
-    return [product.reshape_as(samples.base) for product in products]
+    products = pattern.values().view(count, 4, k)
+    return [product.reshape_as(samples.base) for product in products.unbind(1)]
 
 
 def _value_gradient(samples: _Samples, grad: Tensor, shape: torch.Size) -> Tensor:
@@ -316,7 +334,8 @@ def _value_gradient(samples: _Samples, grad: Tensor, shape: torch.Size) -> Tenso
             # the last `step` pixels of a level have no such neighbour: their sums are 0
             kept = max(height * width - step, 0)
             neighbour = start + step
-            grad_value[:, neighbour : neighbour + kept] += sums[:, start : start + kept]
+            part = sums[:, start : start + kept]
+            grad_value[:, neighbour : neighbour + kept] += part
     return grad_value.view(shape)
 
 
@@ -344,7 +363,9 @@ def _launch(kernel, reference, sizes, value, offsets, logits, *others):
 
 def _forward_triton(value, offsets, logits, reference, sizes):
     """Computes `out` (B, Q, M d) by `_forward_kernel`."""
-    out = value.new_empty(*offsets.shape[:2], value.shape[2] * value.shape[3])
+    _, _, heads, d = value.shape
+    batch, queries = offsets.shape[:2]
+    out = value.new_empty(batch, queries, heads * d)
     _launch(_forward_kernel, reference, sizes, value, offsets, logits, out)
     return out
 
@@ -405,8 +426,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    gradients = _msda_backward(grad, *ctx.saved_tensors, ctx.sizes)
-    return *gradients, None, None
+    grads = _msda_backward(grad, *ctx.saved_tensors, ctx.sizes)
+    return *grads, None, None  # none of reference and sizes
 
 
 _msda.register_autograd(_backward, setup_context=_setup_context)

@@ -29,8 +29,9 @@ class MSDeformAttn(nn.Module):
         self.heads = heads
         self.levels = levels
         self.points = points
-        self.sampling_offsets = nn.Linear(channels, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(channels, heads * levels * points)
+        samples = heads * levels * points
+        self.sampling_offsets = nn.Linear(channels, samples * 2)
+        self.attention_weights = nn.Linear(channels, samples)
         self.value_proj = nn.Linear(channels, channels)
         self.output_proj = nn.Linear(channels, channels)
         self.reset_parameters()
@@ -40,19 +41,23 @@ class MSDeformAttn(nn.Module):
 
         All attention weights are equal at first.
         """
-        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        step = 2 * math.pi / self.heads
+        angle = torch.arange(self.heads) * step
         direction = torch.stack([angle.cos(), angle.sin()], -1)  # (M, 2)
-        direction = direction / direction.abs().amax(1, keepdim=True)
-        distance = torch.arange(1, self.points + 1).view(1, 1, -1, 1)
-        offsets = direction[:, None, None] * distance
+        longer = direction.abs().amax(1, keepdim=True)
+        direction = direction / longer  # on the square
+        direction = direction.view(-1, 1, 1, 2)
+        distance = torch.arange(1, self.points + 1)
+        distance = distance.view(1, 1, -1, 1)
+        offsets = direction * distance
         offsets = offsets.expand(-1, self.levels, -1, -1)  # (M, L, P, 2)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.flatten())
-        for linear in (self.sampling_offsets, self.attention_weights):
-            nn.init.zeros_(linear.weight)
+        nn.init.zeros_(self.sampling_offsets.weight)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
         for linear in (self.value_proj, self.output_proj):
             nn.init.xavier_uniform_(linear.weight)
-        for linear in (self.attention_weights, self.value_proj, self.output_proj):
             nn.init.zeros_(linear.bias)
 
     def forward(
@@ -63,11 +68,15 @@ class MSDeformAttn(nn.Module):
         shapes:    (h, w) of each level
         reference: (Q, 2), (B, Q, 2) or (B, Q, L, 2), reference points as x and y in 0..1
         """
-        value = self.value_proj(value_input).unflatten(2, (self.heads, -1))  # (B, S, M, C / M)
+        value = self.value_proj(value_input)
+        value = value.unflatten(2, (self.heads, -1))  # (B, S, M, C / M)
         samples = (self.heads, self.levels, self.points, 2)
-        offsets = self.sampling_offsets(query).unflatten(2, samples)  # (B, Q, M, L, P, 2)
-        logits = self.attention_weights(query).unflatten(2, (self.heads, -1))  # (B, Q, M, L * P)
-        return self.output_proj(msda(value, shapes, offsets, logits, reference))
+        offsets = self.sampling_offsets(query)
+        offsets = offsets.unflatten(2, samples)  # (B, Q, M, L, P, 2)
+        logits = self.attention_weights(query)
+        logits = logits.unflatten(2, (self.heads, -1))  # (B, Q, M, L * P)
+        attended = msda(value, shapes, offsets, logits, reference)
+        return self.output_proj(attended)
 
 
 class EncoderLayer(nn.Module):
@@ -85,10 +94,13 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, shapes: tuple, reference: Tensor) -> Tensor:
         """Updates the tokens: x (B, S, C), position (1, S, C), reference (S, 2) -> (B, S, C)."""
-        attended = self.self_attn(x + position, x, shapes, reference)
+        query = x + position
+        attended = self.self_attn(query, x, shapes, reference)
         x = self.norm1(x + attended)
-        hidden = F.relu(self.linear1(x), inplace=True)
-        return self.norm2(x + self.linear2(hidden))
+        hidden = self.linear1(x)
+        hidden = F.relu(hidden, inplace=True)
+        change = self.linear2(hidden)
+        return self.norm2(x + change)
 
 
 class PixelDecoder(nn.Module):
@@ -115,15 +127,20 @@ class PixelDecoder(nn.Module):
         self.input_proj = nn.ModuleList()
         for width in reversed(levels):  # from stride 32 to stride 8
             conv = nn.Conv2d(width, channels, 1)
-            self.input_proj.append(nn.Sequential(conv, nn.GroupNorm(32, channels)))
-        self.level_embed = nn.Parameter(torch.randn(len(levels), channels))
-        self.layers = nn.ModuleList(
-            EncoderLayer(channels, ffn, heads, len(levels), points) for _ in range(layers)
-        )
+            norm = nn.GroupNorm(32, channels)
+            self.input_proj.append(nn.Sequential(conv, norm))
+        embed = torch.randn(len(levels), channels)
+        self.level_embed = nn.Parameter(embed)
+        self.layers = nn.ModuleList()
+        for _ in range(layers):
+            layer = EncoderLayer(channels, ffn, heads, len(levels), points)
+            self.layers.append(layer)
         lateral = nn.Conv2d(res2, channels, 1, bias=False)
-        self.lateral = nn.Sequential(lateral, nn.GroupNorm(32, channels))
+        norm = nn.GroupNorm(32, channels)
+        self.lateral = nn.Sequential(lateral, norm)
         smooth = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.output = nn.Sequential(smooth, nn.GroupNorm(32, channels), nn.ReLU(inplace=True))
+        norm = nn.GroupNorm(32, channels)
+        self.output = nn.Sequential(smooth, norm, nn.ReLU(inplace=True))
         self.mask_features = nn.Conv2d(channels, channels, 1)
         for conv in (lateral, smooth, self.mask_features):
             nn.init.kaiming_uniform_(conv.weight, a=1)
@@ -141,22 +158,33 @@ class PixelDecoder(nn.Module):
         """
         with torch.autocast(features[0].device.type, enabled=False):
             res2, *levels = (feature.float() for feature in features)
-            maps = [project(x) for project, x in zip(self.input_proj, reversed(levels))]
-            shapes = tuple(tuple(x.shape[-2:]) for x in maps)
+            levels.reverse()
+            shapes = []
+            areas = []
+            pixels = []
             positions = []
-            for (height, width), x, embed in zip(shapes, maps, self.level_embed):
-                sine = sine_position(height, width, x.shape[1], x.device)
+            centres = []
+            for level, project, embed in zip(levels, self.input_proj, self.level_embed):
+                x = project(level)
+                _, channels, height, width = x.shape
+                sine = sine_position(height, width, channels, x.device)
+                shapes.append((height, width))
+                areas.append(height * width)
+                pixels.append(tokens(x))
                 positions.append(tokens(sine) + embed)
+                centres.append(pixel_centres(height, width, x.device))
+            x = torch.cat(pixels, 1)  # (B, S, C)
             position = torch.cat(positions, 1)  # (1, S, C)
-            centres = [pixel_centres(*shape, res2.device) for shape in shapes]
             reference = torch.cat(centres)  # (S, 2)
-            x = torch.cat([tokens(x) for x in maps], 1)  # (B, S, C)
             for layer in self.layers:
-                x = layer(x, position, shapes, reference)
-            parts = x.split([height * width for height, width in shapes], 1)
-            maps = [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, shapes)]
+                x = layer(x, position, tuple(shapes), reference)
+            maps = []
+            for part, shape in zip(x.split(areas, 1), shapes):
+                part = part.transpose(1, 2)
+                maps.append(part.unflatten(2, shape))
             larger = F.interpolate(maps[-1], res2.shape[-2:], mode="bilinear")
-            return self.mask_features(self.output(self.lateral(res2) + larger)), maps
+            fused = self.lateral(res2) + larger
+            return self.mask_features(self.output(fused)), maps
 
 
 def tokens(feature: Tensor) -> Tensor:
@@ -166,6 +194,9 @@ def tokens(feature: Tensor) -> Tensor:
 
 def pixel_centres(height: int, width: int, device: torch.device) -> Tensor:
     """Returns (height * width, 2): x, y in 0..1 of the centres of a map's pixels, row by row."""
-    y = (torch.arange(height, device=device) + 0.5) / height
-    x = (torch.arange(width, device=device) + 0.5) / width
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
+    row = torch.arange(height, device=device)
+    column = torch.arange(width, device=device)
+    y = (row + 0.5) / height
+    x = (column + 0.5) / width
+    grid = torch.meshgrid(x, y, indexing="xy")
+    return torch.stack(grid, -1).flatten(0, 1)

@@ -20,11 +20,14 @@ def point_sample(maps: Tensor, points: Tensor) -> Tensor:
             pixel is at (0.5 / W, 0.5 / H).
     """
     maps = maps.float()
-    grid = (2 * points - 1)[:, None]  # (N, 1, P, 2)
+    grid = 2 * points - 1  # the corners of the map are at -1 and 1
+    grid = grid.unsqueeze(1)  # (N, 1, P, 2)
     if len(points) == 1:  # maps with the same points are channels of one image
-        sampled = F.grid_sample(maps[None], grid, align_corners=False)  # (1, N, 1, P)
+        image = maps.unsqueeze(0)
+        sampled = F.grid_sample(image, grid, align_corners=False)  # (1, N, 1, P)
         return sampled[0, :, 0]
-    sampled = F.grid_sample(maps[:, None], grid, align_corners=False)  # (N, 1, 1, P)
+    images = maps.unsqueeze(1)
+    sampled = F.grid_sample(images, grid, align_corners=False)  # (N, 1, 1, P)
     return sampled[:, 0, 0]
 
 
@@ -40,16 +43,20 @@ def uncertain_points(
     random:     (N, num - int(0.75 * num), 2); by default uniform
     Source: PointRend, facebookresearch/detectron2:projects/PointRend/point_rend/point_features.py
     """
+    count = len(logits)
+    device = logits.device
     uncertain = int(0.75 * num)
+    rest = num - uncertain
     if candidates is None:
-        shared = torch.rand(1, 3 * num, 2, device=logits.device)
-        candidates = shared.expand(len(logits), -1, -1)
+        shared = torch.rand(1, 3 * num, 2, device=device)
+        candidates = shared.expand(count, -1, -1)
     if random is None:
-        rest = num - uncertain
-        random = torch.rand(len(logits), rest, 2, device=logits.device)
-    distance = point_sample(logits, candidates).abs()
-    rows = distance.topk(uncertain, largest=False, sorted=False).indices  # (N, uncertain)
-    rows = rows[..., None].expand(-1, -1, 2)
+        random = torch.rand(count, rest, 2, device=device)
+    sampled = point_sample(logits, candidates)
+    distance = sampled.abs()
+    nearest = distance.topk(uncertain, largest=False, sorted=False)
+    rows = nearest.indices.unsqueeze(2)  # (N, uncertain, 1)
+    rows = rows.expand(-1, -1, 2)
     taken = candidates.gather(1, rows)
     return torch.cat([taken, random], 1)
 
@@ -59,8 +66,12 @@ def pairwise_bce(logits: Tensor, targets: Tensor) -> Tensor:
 
     BCE(x, t) = softplus(x) - x t, so that one matrix product suffices.
     """
-    negative = F.softplus(logits).sum(1, keepdim=True)  # (Q, 1)
-    return (negative - logits @ targets.T) / logits.shape[1]
+    points = logits.shape[1]
+    negative = F.softplus(logits)
+    negative = negative.sum(1, keepdim=True)  # (Q, 1)
+    positive = logits @ targets.T  # (Q, T)
+    total = negative - positive
+    return total / points
 
 
 def pairwise_dice(logits: Tensor, targets: Tensor) -> Tensor:
@@ -70,7 +81,8 @@ def pairwise_dice(logits: Tensor, targets: Tensor) -> Tensor:
     """
     s = logits.sigmoid()
     overlap = 2 * s @ targets.T  # (Q, T)
-    total = s.sum(1, keepdim=True) + targets.sum(1)
+    predicted = s.sum(1, keepdim=True)
+    total = predicted + targets.sum(1)
     return 1 - (overlap + 1) / (total + 1)
 
 
@@ -91,13 +103,22 @@ def assign_by_depth(cost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     cost: (Z, Q, T), Z outputs of the decoder. Pairs are sorted by target.
     """
-    pairs = [hungarian(layer) for layer in cost.cpu()]  # one copy from the device for all layers
-    counts = [len(rows) for rows, _ in pairs]
-    depth = torch.arange(len(pairs)).repeat_interleave(torch.tensor(counts))
-    query, target = (torch.cat(part) for part in zip(*pairs))
+    depths = []
+    queries = []
+    targets = []
+    layers = cost.cpu()  # one copy from the device for all
+    for depth, layer in enumerate(layers):
+        rows, columns = hungarian(layer)
+        depths.append(torch.full_like(rows, depth))
+        queries.append(rows)
+        targets.append(columns)
+    depth = torch.cat(depths)
+    query = torch.cat(queries)
+    target = torch.cat(targets)
     order = target.argsort(stable=True)
-    indices = torch.stack([depth, query, target])
-    return tuple(indices[:, order].to(cost.device))
+    pairs = torch.stack([depth, query, target])
+    pairs = pairs[:, order].to(cost.device)
+    return tuple(pairs)
 
 
 def sample_pairs(logits: Tensor, masks: Tensor, target: Tensor, num: int) -> tuple[Tensor, Tensor]:
@@ -114,11 +135,14 @@ def sample_pairs(logits: Tensor, masks: Tensor, target: Tensor, num: int) -> tup
         nothing = nothing.expand(-1, num)  # (0, num)
         return nothing, nothing.detach()
     points = uncertain_points(logits.detach(), num)  # (R, num, 2)
-    counts = target.bincount(minlength=len(masks)).tolist()
+    counts = target.bincount(minlength=len(masks))
+    points_by_mask = points.split(counts.tolist())
     truth = []
-    for mask, own in zip(masks, points.split(counts)):  # own: points of the mask's pairs
-        if len(own):
-            values = point_sample(mask[None], own.reshape(1, -1, 2))
-            truth.append(values.view(len(own), -1))
+    for mask, own in zip(masks, points_by_mask):  # own: points of the mask's pairs
+        if not len(own):
+            continue
+        shared = own.reshape(1, -1, 2)
+        values = point_sample(mask[None], shared)
+        truth.append(values.view(len(own), -1))
     sampled = point_sample(logits, points)
     return sampled, torch.cat(truth)

@@ -36,24 +36,34 @@ def segment_counts(
         counts["semantic"] = confusion(classes, predicted, num_classes)
     if crowd is not None:
         _checked(found["panoptic"], segments.shape)
-        rows = {field: value.numpy() for field, value in segment_rows(found).items()}
+        rows = segment_rows(found)
         counts["panoptic"] = match_segments(
-            segments, labels, crowd, rows["segments"], rows["labels"], num_classes
+            truth=segments,
+            truth_labels=labels,
+            crowd=crowd,
+            found=rows["segments"].numpy(),
+            found_labels=rows["labels"].numpy(),
+            num_classes=num_classes,
         )
     return counts
 
 
 def _checked(predicted: Tensor, size: tuple[int, int]) -> np.ndarray:
     """Returns the predicted map as int64. Raises ValueError if it is not of the image's size."""
-    if tuple(predicted.shape) != size:
-        raise ValueError(f"a map of {tuple(predicted.shape)} was predicted for an image of {size}")
+    shape = tuple(predicted.shape)
+    if shape != size:
+        raise ValueError(f"a map of {shape} was predicted for an image of {size}")
     return predicted.cpu().numpy().astype(np.int64)
 
 
 def _check_labels(labels: np.ndarray, num_classes: int) -> None:
     """Raises ValueError for a label that is no class."""
-    if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
-        wrong = labels.min() if labels.min() < 0 else labels.max()
+    if not labels.size:
+        return
+    lowest = labels.min()
+    highest = labels.max()
+    if lowest < 0 or highest >= num_classes:
+        wrong = lowest if lowest < 0 else highest
         raise ValueError(f"the dataset has {num_classes} classes, but label {wrong} was predicted")
 
 
@@ -65,7 +75,8 @@ def confusion(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.
     _check_labels(predicted, num_classes)
     known = truth >= 0
     pairs = truth[known] * num_classes + predicted[known]
-    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+    counts = np.bincount(pairs, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes)
 
 
 def match_segments(
@@ -90,16 +101,22 @@ def match_segments(
     lines = len(truth_labels) + 1
     columns = len(found_labels) + 1
     # -1 becomes the last line, the last column
-    pairs = truth.astype(np.int64) % lines * columns + found % columns
-    overlap = np.bincount(pairs.ravel(), minlength=lines * columns).reshape(lines, columns)
+    line = truth.astype(np.int64) % lines
+    column = found % columns
+    pairs = line * columns + column
+    overlap = np.bincount(pairs.ravel(), minlength=lines * columns)
+    overlap = overlap.reshape(lines, columns)
     both = overlap[:-1, :-1]  # (T, N)
     void = overlap[-1, :-1]
     area = overlap[:, :-1].sum(axis=0)
-    union = overlap[:-1].sum(axis=1, keepdims=True) + area - both - void  # (T, N)
+    true_area = overlap[:-1].sum(axis=1, keepdims=True)  # (T, 1)
+    union = true_area + area - both - void  # (T, N)
     iou = both / np.maximum(union, 1)
     same = truth_labels[:, None] == found_labels
-    match = same & ~crowd[:, None] & (iou > 0.5)
-    in_crowds = (both * (same & crowd[:, None])).sum(axis=0)
+    own_crowd = same & crowd[:, None]
+    own_segment = same & ~crowd[:, None]
+    match = own_segment & (iou > 0.5)
+    in_crowds = (both * own_crowd).sum(axis=0)
     forgiven = void + in_crowds > 0.5 * area
 
     def count(labels, weights=None):
@@ -109,10 +126,12 @@ def match_segments(
     missed = ~hit & ~crowd
     wrong = ~match.any(axis=0) & ~forgiven  # (N,)
     best = iou.max(axis=1, initial=0, where=match)
-    tp = count(truth_labels[hit])
+    hit_labels = truth_labels[hit]
+    tp = count(hit_labels)
     fp = count(found_labels[wrong])
     fn = count(truth_labels[missed])
-    return np.stack([tp, fp, fn, count(truth_labels[hit], best[hit])])
+    sums = count(hit_labels, best[hit])
+    return np.stack([tp, fp, fn, sums])
 
 
 def segment_results(counts: Counts, is_thing: tuple[bool, ...] | None) -> dict[str, float]:
@@ -137,15 +156,22 @@ def semantic_results(matrix: np.ndarray) -> dict[str, float]:
     pixels. Classes without a pixel in the ground truth are left out, even if they were predicted.
     Source: facebookresearch/detectron2:detectron2/evaluation/sem_seg_evaluation.py.
     """
-    present = matrix.sum(axis=1) > 0
-    true = matrix.sum(axis=1)[present]
-    right = matrix.diagonal()[present]
-    iou = right / (true + matrix.sum(axis=0)[present] - right)
+    true = matrix.sum(axis=1)
+    predicted = matrix.sum(axis=0)
+    right = matrix.diagonal()
+    present = true > 0
+    true = true[present]
+    predicted = predicted[present]
+    right = right[present]
+    union = true + predicted - right
+    iou = right / union
     recall = right / true
     weights = true / max(true.sum(), 1)
 
     def weighted(values: np.ndarray) -> float:
-        return float((weights * values).sum()) if len(values) else math.nan
+        if not len(values):
+            return math.nan
+        return float((weights * values).sum())
 
     return {
         "mIoU": _mean(iou),
@@ -162,13 +188,18 @@ def panoptic_results(counts: np.ndarray, is_thing: tuple[bool, ...] | None) -> d
     """
     tp, fp, fn, iou = counts
     objects = np.maximum(tp + fp / 2 + fn / 2, 0.5)
-    quality = {"PQ": iou / objects, "SQ": iou / np.maximum(tp, 1), "RQ": tp / objects}
+    pq = iou / objects
+    sq = iou / np.maximum(tp, 1)
+    rq = tp / objects
     present = tp + fp + fn > 0
-    results = {name: _mean(values[present]) for name, values in quality.items()}
+    results = {}
+    results["PQ"] = _mean(pq[present])
+    results["SQ"] = _mean(sq[present])
+    results["RQ"] = _mean(rq[present])
     if is_thing is not None:
         thing = np.array(is_thing)
-        results["PQ things"] = _mean(quality["PQ"][present & thing])
-        results["PQ stuff"] = _mean(quality["PQ"][present & ~thing])
+        results["PQ things"] = _mean(pq[present & thing])
+        results["PQ stuff"] = _mean(pq[present & ~thing])
     return results
 
 

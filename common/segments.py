@@ -24,9 +24,12 @@ def restore(
     Returns (Q, height, width) float32. This is the first step of every task, also where Mask2Former
     resizes the class scores instead (semantic segmentation).
     """
-    full = F.interpolate(mask_logits[None].float(), padded, mode="bilinear", align_corners=False)
-    cropped = full[..., : size[0], : size[1]]
-    return F.interpolate(cropped, original, mode="bilinear", align_corners=False)[0]
+    height, width = size
+    batch = mask_logits[None].float()
+    full = F.interpolate(batch, padded, mode="bilinear", align_corners=False)
+    cropped = full[..., :height, :width]
+    restored = F.interpolate(cropped, original, mode="bilinear", align_corners=False)
+    return restored[0]
 
 
 def semantic_map(probabilities: Tensor, mask_logits: Tensor) -> Tensor:
@@ -34,7 +37,8 @@ def semantic_map(probabilities: Tensor, mask_logits: Tensor) -> Tensor:
 
     probabilities: (Q, K); mask_logits: (Q, H, W), of which the sigmoid is taken
     """
-    return torch.einsum("qk,qhw->khw", probabilities.float(), mask_logits.float().sigmoid())
+    masks = mask_logits.float().sigmoid()
+    return torch.einsum("qk,qhw->khw", probabilities.float(), masks)
 
 
 def semantic_labels(probabilities: Tensor, mask_logits: Tensor) -> Tensor:
@@ -42,7 +46,9 @@ def semantic_labels(probabilities: Tensor, mask_logits: Tensor) -> Tensor:
 
     It works in strips of rows, since scores of 150 classes are larger than all the masks.
     """
-    rows = max(1, STRIP // (max(probabilities.shape) * mask_logits.shape[2]))
+    width = mask_logits.shape[2]
+    scores_per_row = max(probabilities.shape) * width
+    rows = max(1, STRIP // scores_per_row)
     strips = []
     for strip in mask_logits.split(rows, 1):
         scores = semantic_map(probabilities, strip)
@@ -72,29 +78,37 @@ def panoptic_map(
     are dicts of `id` (1..n; 0 in the map is no segment), `label`, `isthing` and `score`.
     """
     scores, labels = probabilities.max(1)
-    kept = (labels < probabilities.shape[1] - 1) & (scores > object_threshold)
-    kept = kept.nonzero().flatten()
-    panoptic = torch.zeros(mask_logits.shape[1:], dtype=torch.int32, device=mask_logits.device)
-    if not len(kept):
+    no_object = probabilities.shape[1] - 1
+    kept = (labels < no_object) & (scores > object_threshold)
+    scores = scores[kept]
+    labels = labels[kept]
+    size = mask_logits.shape[1:]
+    panoptic = torch.zeros(size, dtype=torch.int32, device=mask_logits.device)
+    if not len(scores):
         return panoptic, []
     masks = mask_logits[kept].float().sigmoid_()  # of a copy
-    winner = (scores[kept, None, None] * masks).argmax(0)  # (H, W)
+    winner = (scores[:, None, None] * masks).argmax(0)  # (H, W)
     segments = []
     stuff = {}  # label -> its only segment
-    for row, (score, label) in enumerate(zip(scores[kept].tolist(), labels[kept].tolist())):
+    queries = zip(scores.tolist(), labels.tolist())
+    for row, (score, label) in enumerate(queries):
         won = winner == row
         mask = masks[row] >= 0.5
         region = won & mask if intersect else won
-        if not (region.any() and mask.any()) or won.sum() / mask.sum() < overlap_threshold:
+        if not region.any() or not mask.any():
+            continue
+        share = won.sum() / mask.sum()
+        if share < overlap_threshold:
             continue
         segment = stuff.get(label)
         if segment is None:
+            number = len(segments) + 1
             thing = bool(is_thing[label])
-            segment = {"id": len(segments) + 1, "label": label, "isthing": thing}
+            segment = {"id": number, "label": label, "isthing": thing, "score": score}
             segments.append(segment)
             if not thing:
                 stuff[label] = segment
-        segment["score"] = max(score, segment.get("score", 0))
+        segment["score"] = max(score, segment["score"])
         panoptic[region] = segment["id"]
     return panoptic, segments
 
@@ -110,19 +124,29 @@ def instances(
 
     things: (K,) bool; instances of other classes are dropped after the choice
     """
-    scores, pairs = probabilities.flatten().topk(min(top_k, probabilities.numel()))
-    queries = pairs // probabilities.shape[1]
-    labels = pairs % probabilities.shape[1]
+    classes = probabilities.shape[1]
+    count = min(top_k, probabilities.numel())
+    scores, pairs = probabilities.flatten().topk(count)
+    queries = pairs // classes
+    labels = pairs % classes
     if things is not None:
-        kept = things.to(labels.device)[labels]
-        scores, queries, labels = scores[kept], queries[kept], labels[kept]
+        things = things.to(labels.device)
+        kept = things[labels]
+        scores = scores[kept]
+        queries = queries[kept]
+        labels = labels[kept]
     masks = mask_logits > 0  # (Q, H, W)
     quality = []
     for logits, mask in zip(mask_logits.float(), masks):
-        quality.append((logits.sigmoid() * mask).sum() / (mask.sum() + 1e-6))
-    scores, order = (scores * torch.stack(quality)[queries]).sort(descending=True)
+        inside = logits.sigmoid() * mask
+        area = mask.sum() + 1e-6
+        quality.append(inside.sum() / area)
+    quality = torch.stack(quality)  # (Q,)
+    scores = scores * quality[queries]
+    scores, order = scores.sort(descending=True)
     masks = masks[queries[order]]
-    return {"boxes": mask_boxes(masks), "labels": labels[order], "scores": scores, "masks": masks}
+    boxes = mask_boxes(masks)
+    return {"boxes": boxes, "labels": labels[order], "scores": scores, "masks": masks}
 
 
 def mask_boxes(masks: Tensor) -> Tensor:
@@ -130,8 +154,10 @@ def mask_boxes(masks: Tensor) -> Tensor:
     edges = []
     for side in (masks.any(1), masks.any(2)):  # (N, W), (N, H)
         first = side.byte().argmax(1)
-        last = side.shape[1] - side.flip(1).byte().argmax(1)
-        edges.append((first, last * side.any(1)))
+        behind = side.flip(1).byte().argmax(1)
+        last = side.shape[1] - behind
+        last = last * side.any(1)  # 0 for an empty mask
+        edges.append((first, last))
     (left, right), (top, bottom) = edges
     return torch.stack([left, top, right, bottom], 1).float()
 
@@ -147,15 +173,20 @@ def segment_rows(found: dict) -> dict:
         return {"segments": segments, "labels": labels}
     panoptic = found["panoptic"].cpu().long()
     info = found["segments_info"]
-    ids = [0, *(segment["id"] for segment in info)]
-    row_of = torch.full((max(int(panoptic.max()), *ids) + 1,), -2)  # -2: unknown id
+    ids = [0]  # row -1
+    labels = []
+    scores = []
+    for segment in info:
+        ids.append(segment["id"])
+        labels.append(segment["label"])
+        scores.append(float(segment["score"]))
+    largest = max(int(panoptic.max()), *ids)
+    row_of = torch.full((largest + 1,), -2)  # -2: unknown id
     row_of[ids] = torch.arange(-1, len(info))
     segments = row_of[panoptic]
     unknown = panoptic[segments == -2]
     if len(unknown):
-        raise ValueError(f"segment {int(unknown[0])} of the map is not in segments_info")
-    return {
-        "segments": segments,
-        "labels": torch.tensor([segment["label"] for segment in info], dtype=torch.long),
-        "scores": torch.tensor([float(segment["score"]) for segment in info]),
-    }
+        first = int(unknown[0])
+        raise ValueError(f"segment {first} of the map is not in segments_info")
+    labels = torch.tensor(labels, dtype=torch.long)
+    return {"segments": segments, "labels": labels, "scores": torch.tensor(scores)}

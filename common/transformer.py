@@ -23,16 +23,23 @@ def sine_position(
     The first half of the channels encodes y, the second half x. Each half interleaves sine and
     cosine of wavelengths up to 10000 times the map.
     """
-    frequency = 10_000 ** -(torch.arange(0, channels // 2, 2, device=device) / (channels // 2))
+    half = channels // 2
+    exponent = torch.arange(0, half, 2, device=device) / half
+    frequency = 10_000**-exponent
 
     def code(length: int) -> Tensor:
-        position = torch.arange(1, length + 1, device=device) / (length + 1e-6) * (2 * math.pi)
+        pixel = torch.arange(1, length + 1, device=device)
+        position = pixel / (length + 1e-6) * (2 * math.pi)
         angle = position[:, None] * frequency
-        return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)  # (length, channels / 2)
+        waves = torch.stack([angle.sin(), angle.cos()], -1)
+        return waves.flatten(1)  # (length, channels / 2)
 
-    y = code(height)[:, None].expand(-1, width, -1)
-    x = code(width)[None].expand(height, -1, -1)
-    return torch.cat([y, x], -1).permute(2, 0, 1)[None]
+    y = code(height).unsqueeze(1)
+    y = y.expand(-1, width, -1)
+    x = code(width).unsqueeze(0)
+    x = x.expand(height, -1, -1)
+    embedding = torch.cat([y, x], -1)  # (height, width, channels)
+    return embedding.permute(2, 0, 1).unsqueeze(0)
 
 
 class Attention(nn.Module):
@@ -59,11 +66,15 @@ class Attention(nn.Module):
         biases = self.in_proj_bias.chunk(3)
         projected = []
         for x, weight, bias in zip((query, key, value), weights, biases):
-            x = F.linear(x, weight, bias).unflatten(2, (self.heads, -1))
+            x = F.linear(x, weight, bias)
+            x = x.unflatten(2, (self.heads, -1))
             projected.append(x.transpose(1, 2))  # (B, M, Q or S, C / M)
-        attend = None if blocked is None else ~blocked[:, None]  # (B, 1, Q, S)
+        attend = None
+        if blocked is not None:
+            attend = ~blocked.unsqueeze(1)  # (B, 1, Q, S)
         attended = F.scaled_dot_product_attention(*projected, attend)  # (B, M, Q, C / M)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
+        attended = attended.transpose(1, 2).flatten(2)
+        return self.out_proj(attended)
 
 
 class DecoderLayer(nn.Module):
@@ -89,18 +100,23 @@ class DecoderLayer(nn.Module):
         query_pos (Q, C) or (B, Q, C) and key_pos (1, S, C) are added to queries and keys, not to
         values. blocked: as in `Attention`
         """
-        attended = self.cross_attn(q + query_pos, memory + key_pos, memory, blocked)
+        placed = q + query_pos
+        keys = memory + key_pos
+        attended = self.cross_attn(placed, keys, memory, blocked)
         return self.cross_norm(q + attended)
 
     def self_attend(self, q: Tensor, query_pos: Tensor) -> Tensor:
         """Queries q (B, Q, C) attend to each other -> (B, Q, C)."""
         placed = q + query_pos
-        return self.self_norm(q + self.self_attn(placed, placed, q))
+        attended = self.self_attn(placed, placed, q)
+        return self.self_norm(q + attended)
 
     def feed_forward(self, q: Tensor) -> Tensor:
         """Applies the feed-forward network to each query, (B, Q, C) -> (B, Q, C)."""
-        hidden = F.relu(self.linear1(q), inplace=True)
-        return self.ffn_norm(q + self.linear2(hidden))
+        hidden = self.linear1(q)
+        hidden = F.relu(hidden, inplace=True)
+        change = self.linear2(hidden)
+        return self.ffn_norm(q + change)
 
 
 class QueryHead(nn.Module):
@@ -135,5 +151,7 @@ def blocked_pixels(mask_embed: Tensor, level_features: Tensor) -> Tensor:
 
     Resizing is linear: it could follow the dot product, but for Q maps in every layer.
     """
-    blocked = mask_embed @ level_features.flatten(2) < 0  # sigmoid below 0.5
-    return blocked & ~blocked.all(2, keepdim=True)  # a query with an empty mask attends everywhere
+    logits = mask_embed @ level_features.flatten(2)
+    blocked = logits < 0  # sigmoid below 0.5
+    empty = blocked.all(2, keepdim=True)
+    return blocked & ~empty  # a query with an empty mask attends everywhere
