@@ -426,13 +426,10 @@ def _format_table(results: dict[str, Results], width: int) -> str:
     return "\n\n".join("\n".join(map("  ".join, zip(*block))) for block in blocks)
 
 
-def to_coco_json(
-    category_ids: Sequence, predictions: Predictions, image_ids: Sequence
-) -> list[dict]:
+def to_coco_json(ids: Sequence, predictions: Predictions, image_ids: Sequence) -> list[dict]:
     """Returns COCO results: dicts of image_id, category_id, bbox (x, y, w, h in pixels) and score.
 
-    image_id is image_ids[row], category_id is category_ids[label]. If the prediction has
-    segmentations, `segmentation` is the RLE.
+    image_id is image_ids[row], category_id is ids[label], `segmentation` is the RLE, if any.
     """
     results = []
     for row, found in predictions.items():
@@ -443,7 +440,7 @@ def to_coco_json(
         for i, box in enumerate(boxes.tolist()):
             entry = {
                 "image_id": image_ids[row],
-                "category_id": category_ids[labels[i]],
+                "category_id": ids[labels[i]],
                 "bbox": box,
                 "score": scores[i],
             }
