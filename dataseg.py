@@ -116,7 +116,7 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset; more with --tiny)"""
+    """datasets to evaluate (default: the val split of each training dataset; --tiny may add one)"""
     data_root: str = ""
     """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
     tiny: bool = False
@@ -128,7 +128,7 @@ class Args:
     predict: tuple[str, ...] = ()
     """images to draw predictions on, instead of training"""
     vocabulary: str = ""
-    """classes for --predict: "cat, traffic cone", or a .txt file (default: those trained on)"""
+    """classes for --predict: "cat, traffic cone", a .txt file, or without text a dataset's name"""
     score_threshold: Annotated[float, Range(0)] = 0.3
     """lowest score that is drawn"""
     resume: str = ""
@@ -457,7 +457,7 @@ def loss_projection(
 ) -> Tensor:
     """Sec. 3, boxes: D(px, gx) + D(py, gy), D = 1 - 2 sum(x t) / (sum x^2 + sum t^2).
 
-    mask_logits: (R, h, w), whose `projections` are px and py
+    mask_logits: (R, h, w); px, py are the maxima of its sigmoid over y and over x
     rows:        (R, h), gy, the rows that the box covers; columns: (R, w), gx
 
     Sum over the pairs / num_masks. Source: BoxInst (arXiv 2012.02310).
@@ -714,7 +714,8 @@ def load(
 def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
     device = setup_device(args.device, args.seed)
-    root, size = args.data_root, args.image_size if args.tiny else 0  # of generated images
+    root = args.data_root
+    size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
         datasets = load_datasets(args.datasets, "train", root, size, True, SUPERVISION)

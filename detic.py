@@ -12,7 +12,7 @@ zero-shot classifier: cos(f, w) / tau             TextClassifier
 Sec. 3  box supervision: (federated) BCE          loss_cls
 Sec. 4  max-size: BCE of the largest proposal     loss_max_size
 Sec. 4  captions as classifier of whole images    loss_captions
-L = L_rpn + L_cls + L_reg + L_mask, or
+L = L_rpn + L_cls + L_box + L_mask, or
 lambda L_im for images without boxes              compute_losses
 
 Symbol           variable
@@ -25,8 +25,8 @@ arXiv 2201.02605. Rivals of max-size, which Table 1 compares: common/image_label
 
 Note: where the paper and its code (facebookresearch/Detic) differ, we follow the code, with three
   exceptions. Classes are merged by name, not first by WordNet synset. All ranks of a step train on
-  one dataset, as a single GPU does. A parameter without a loss in a step is not updated; in the
-  code, losses of zero let it decay and keep its momentum.
+  one dataset, as a single GPU does. A parameter without a loss in a step has no gradient and is
+  not updated; in the code its gradient is 0, so it decays and keeps its momentum.
 Note: novel classes are no negatives of images with boxes (--ignore-zero), as in the paper's COCO
   split. The official LVIS-base run differs there: it uses the class frequencies of all of LVIS.
 Note: timm has no ImageNet-21k ResNet-50, which the paper starts from. Ours is ImageNet-1k. Swin has
@@ -37,7 +37,7 @@ Note: the paper's COCO split has a detector of its own (Faster R-CNN C4). Here c
   detector of LVIS.
 
 diff with scaledet.py shows: labels merged, not concatenated; a mask head; image-label losses, no
-soft loss; batches of one dataset each; base and novel classes in the table.
+soft loss; batches of one dataset each; base and novel classes in the results.
 
     python detic.py --datasets coco-base --tiny             # stage 1: minutes on a CPU
     python detic.py --datasets coco-base,in21k --tiny --weights runs/detic-...      # stage 2
@@ -114,7 +114,7 @@ from common.visualize import save_image, training_grid
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
-DEMO = [  # the demonstration of ./run.sh: boxes, then boxes and image-level labels
+DEMO = [  # the demonstration of ./run.sh
     "--datasets coco-base --tiny --output {output}-boxes",
     "--datasets coco-base,in21k --tiny --weights {output}-boxes --output {output}",
 ]
@@ -127,7 +127,7 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset; more with --tiny)"""
+    """datasets to evaluate (default: the val split of each training dataset; --tiny may add one)"""
     data_root: str = ""
     """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
     tiny: bool = False
@@ -139,7 +139,7 @@ class Args:
     predict: tuple[str, ...] = ()
     """images to draw predictions on, instead of training"""
     vocabulary: str = ""
-    """classes for --predict: "cat, traffic cone", or a .txt file (default: those trained on)"""
+    """classes for --predict: "cat, traffic cone", a .txt file, or without text a dataset's name"""
     score_threshold: Annotated[float, Range(0)] = 0.3
     """lowest score that is drawn"""
     resume: str = ""
@@ -183,21 +183,21 @@ class Args:
     base_batch_size: Annotated[int, Range(1)] = 64
     """batch size that --lr is meant for (Detic, R50: 64)"""
     warmup_steps: Annotated[int, COUNT] = 10_000
-    """steps of linear warmup (Detic); at most a ninth of --steps, 1000 with image-level labels"""
+    """steps of linear warmup (Detic); at most a ninth of --steps, and 1000 with image labels"""
     image_label_loss: ImageLabelLoss = "max_size"
     """which proposals of an image get its label (Table 1)"""
     image_label_weight: Annotated[float, Range(0)] = 0.1
     """lambda, weight of the image-label and caption losses (Sec. 4)"""
     image_label_proposals: Annotated[int, Range(1)] = 128
-    """proposals of an image without boxes, those of highest objectness (COCO: 32; WS_NUM_PROPS)"""
+    """proposals of highest objectness, without boxes (Detic's WS_NUM_PROPS; COCO: 32)"""
     dynamic_classifier: Annotated[int, COUNT] = 0
-    """classes sampled per step to train on; 0: all; 50 for vocabularies of tens of thousands"""
+    """classes sampled per step (50 for tens of thousands), in place of --fed-loss; 0: all"""
     masks: bool = True
     """a class-agnostic mask head, if the datasets have masks"""
     novel: str = ""
     """classes that no dataset may box, names or a .txt file (default: those of -base datasets)"""
     ignore_zero: bool = True
-    """classes without any box are no negatives of images with boxes (Detic's IGNORE_ZERO_CATS)"""
+    """leave classes without any box out of the negatives (Detic's IGNORE_ZERO_CATS)"""
     fed_loss: bool = True
     """federated loss (for LVIS): samples 50 classes per step by the root of their frequency"""
     tau: Annotated[float, Range(above=0)] = 0.02
@@ -340,9 +340,9 @@ class Model(nn.Module):
         1. The proposals of highest objectness are kept (--image-label-proposals).
         2. All stages of the cascade see them, without sampling and without matching.
         3. In each stage, the largest proposal is chosen (`loss_max_size`).
-        4. The loss is the BCE of its logits and the image's label, times lambda (`image_losses`).
+        4. The loss is lambda times the BCE of its logits and the label (`compute_image_losses`).
 
-        If the whole image takes part (`image`, captions), its box is the last proposal.
+        If the whole image takes part (captions, --image-label-loss image), it is the last proposal.
         """
         boxes = []
         for (b, _), (h, w), t in zip(self.centernet(features)[0], sizes, targets):
@@ -368,7 +368,7 @@ class Model(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the boxes of the last stage, B tensors (Q, 4), and scores, B tensors (Q, C).
 
-        s = sqrt(mean over stages of sigmoid(logits) * objectness), as in Detic's code.
+        s = sqrt(mean over stages of sigmoid(logits) * o), o the objectness, as in Detic's code.
         """
         proposals = self.centernet(features)[0]
         boxes = [b for b, _ in proposals]
@@ -376,7 +376,7 @@ class Model(nn.Module):
         logits = [classify(s.hidden, text)[1] for classify, s in zip(self.classifiers, stages)]
         mean = torch.stack([x.sigmoid() for x in logits]).mean(0)  # (R, C)
         probabilities = mean.split([len(b) for b in boxes])  # B tensors (Q, C)
-        scores = [(p * s[:, None]).sqrt() for p, (_, s) in zip(probabilities, proposals)]
+        scores = [(p * o[:, None]).sqrt() for p, (_, o) in zip(probabilities, proposals)]
         return self.cascade.refine(len(stages) - 1, stages[-1], sizes), scores
 
 
@@ -407,7 +407,7 @@ def sample_classifier(
     """Samples the classes of a step: the labels of the batch, and others up to `num`; 0: all.
 
     Other classes are sampled by the square root of `frequency` (C,) for boxes, and uniformly for
-    image-level labels. Returns the columns of the classes, (K,), and targets that count in them.
+    image-level labels. Returns their columns, and targets whose labels are positions in these.
     Source: facebookresearch/Detic:detic/modeling/meta_arch/custom_rcnn.py (_sample_cls_inds).
     """
     if not num:
@@ -415,7 +415,7 @@ def sample_classifier(
     labels = [t.labels if t.image_labels is None else t.image_labels for t in targets]
     if targets[0].image_labels is not None:
         frequency = torch.ones_like(frequency)
-    classes = sample_federated(torch.cat(labels), frequency, num).nonzero().squeeze(1)  # (K,)
+    classes = sample_federated(torch.cat(labels), frequency, num).nonzero().squeeze(1)
     position = torch.full_like(frequency, -1, dtype=torch.long)  # (C,)
     position[classes] = torch.arange(len(classes), device=classes.device)
     sampled = []
@@ -456,8 +456,8 @@ def loss_max_size(bag: Bag, label: Tensor) -> Tensor:
     """Sec. 4, max-size: BCE(W f_j, c), j = argmax_j area(b_j), for the label c of an image.
 
     W f_j are the proposal's logits (C + 1,), background included; the BCE with the one-hot c is
-    summed over them (`label_bce`). The last proposal may be the whole image, so it is chosen only
-    if there is no other.
+    summed over them (`label_bce`). The last proposal, which may be the whole image, is left out
+    unless it is the only one.
     """
     areas = (bag.boxes[:, 2:] - bag.boxes[:, :2]).prod(1)  # (n,)
     candidates = areas[:-1] if len(areas) > 1 else areas
@@ -467,7 +467,7 @@ def loss_max_size(bag: Bag, label: Tensor) -> Tensor:
 def loss_captions(
     logits: list[Tensor], caption_columns: list[int], negative_weight: float
 ) -> Tensor:
-    """Sec. 4, captions: 1/B sum_i BCE(W_M f'_i, i). f' is the feature of the whole image.
+    """Sec. 4, captions: 1/B sum_i BCE(W_M f'_i, i). f' is that of the whole image, the last row.
 
     logits:          B tensors (n, M), W_M f with the M captions of the batch as classifier
     caption_columns: column of each image's own caption, -1 without a caption
@@ -495,9 +495,8 @@ def compute_losses(
 ) -> dict[str, Tensor]:
     """L = sum over stages of (L_cls + L_box) + L_mask + the CenterNet losses for images with boxes.
 
-    Images with image-level labels have lambda L_im alone, summed over the stages. frequency: (C,),
-    training images with a box of the class. Returns every term with its weight, and their sum as
-    `loss`.
+    Images without boxes have lambda (L_im + the caption loss), summed over the stages. Returns
+    every term with its weight, and `loss`, their sum. frequency: (C,), as in `class_mask`
     """
     losses = dict(proposal_losses)
     for k, (stage, prediction) in enumerate(zip(stages, predictions)):
@@ -506,11 +505,11 @@ def compute_losses(
             losses[f"loss_cls_stage{k}"] = loss_cls(prediction.logits, stage.labels, mask)
             losses[f"loss_box_reg_stage{k}"] = loss_box_reg(k, stage)
         else:
-            losses |= image_losses(args, k, stage, prediction, targets)
+            losses |= compute_image_losses(args, k, stage, prediction, targets)
     return losses | {"loss": sum(losses.values())}
 
 
-def image_losses(
+def compute_image_losses(
     args: Args, k: int, stage: StageOutput, prediction: Prediction, targets: list[Targets]
 ) -> dict[str, Tensor]:
     """Returns lambda L_im of stage k, and lambda times the caption loss if there are captions."""
@@ -715,7 +714,8 @@ def main() -> None:
             " --dynamic-classifier cannot sample some; leave one of them out"
         )
     device = setup_device(args.device, args.seed)
-    root, size = args.data_root, args.image_size if args.tiny else 0  # of generated images
+    root = args.data_root
+    size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     without_boxes = []
     if training:

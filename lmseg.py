@@ -119,7 +119,7 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset; more with --tiny)"""
+    """datasets to evaluate (default: the val split of each training dataset; --tiny may add one)"""
     data_root: str = ""
     """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
     tiny: bool = False
@@ -131,7 +131,7 @@ class Args:
     predict: tuple[str, ...] = ()
     """images to draw predictions on, instead of training"""
     vocabulary: str = ""
-    """classes for --predict: "cat, traffic cone", or a .txt file (default: those trained on)"""
+    """classes for --predict: "cat, traffic cone", a .txt file, or without text a dataset's name"""
     score_threshold: Annotated[float, Range(0)] = 0.3
     """lowest score that is drawn"""
     resume: str = ""
@@ -719,7 +719,8 @@ def load(
 def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
     device = setup_device(args.device, args.seed)
-    root, size = args.data_root, 0
+    root = args.data_root
+    size = 0
     if args.tiny:  # generated images are as large as the largest pipeline needs
         size = test_transform(args, "coco-panoptic").size
     training = not (args.predict or args.eval_only)

@@ -1,32 +1,32 @@
 """ScaleDet: A Scalable Multi-Dataset Object Detector (Chen et al., CVPR 2023, arXiv 2306.04849).
 
-Claim. A region of an image is a negative for the classes of all datasets but its own label, and a
-soft loss says how similar each of these classes is to that label. The label space is the plain
+Claim. A region is a negative for every class of every dataset except its own label, and a soft loss
+says how similar each of these classes is to that label. The label space is the plain
 concatenation of all label lists; each label is the frozen text embedding of its name, and nothing
 is merged by hand. A new label space at test time is a new list of names; nothing is retrained.
 
 Equation                                          function
 concatenation of the label spaces                 build_label_space
 t_i, text embedding of label i                    common.text.embed
-S_ij = cos(t_i, t_j), normalised                  label_similarity
+S_ij = cos(t_i, t_j), rescaled to [0, 1]          label_similarity
 Eq. 6  hard label assignment: BCE of c / tau      loss_hard_label
 Eq. 7  soft label assignment: MSE of c and S      loss_soft_label
 L = L_hard + lambda L_soft, per cascade stage     compute_losses
 
 Symbol           variable
-L, n             label_space, C
+n                C
 T                label_space.text
 S                similarity
 c                cosine
 lambda, tau      lam, tau
 
-Note: no code was released, and the bodies of the equations could not be read. Their form is that of
-  the paper's figure and text.
+Note: no code was released, and we had no access to the typeset equations. Their form is that of the
+  paper's figure and text.
 Note: the paper builds on Detic's code. Settings that the paper does not give are Detic's: tau,
   schedule, AdamW for "Adam", test thresholds, proposals trained together with the rest.
 Note: lambda = 1 is our choice.
 Note: where the text is ambiguous we take it literally. All other labels are negatives
-  (--neg-scope all). Repeat factors are computed over all datasets together. The text embedding is
+  (neg_scope = all). Repeat factors are computed over all datasets together. The text embedding is
   the mean over CLIP's 80 prompts, each normalised first.
 Note: OpenImages has 500 classes (oid500, the challenge's) or 601 (oid). With 500, the paper's label
   space has 2148 labels.
@@ -112,7 +112,7 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset; more with --tiny)"""
+    """datasets to evaluate (default: the val split of each training dataset; --tiny may add one)"""
     data_root: str = ""
     """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
     tiny: bool = False
@@ -124,7 +124,7 @@ class Args:
     predict: tuple[str, ...] = ()
     """images to draw predictions on, instead of training"""
     vocabulary: str = ""
-    """classes for --predict: "cat, traffic cone", or a .txt file (default: those trained on)"""
+    """classes for --predict: "cat, traffic cone", a .txt file, or without text a dataset's name"""
     score_threshold: Annotated[float, Range(0)] = 0.3
     """lowest score that is drawn"""
     resume: str = ""
@@ -158,7 +158,7 @@ class Args:
     steps: Annotated[int, COUNT] = 0
     """optimiser steps (default: 90000 per training dataset)"""
     lr: Annotated[float, Range(above=0)] = 2e-4
-    """learning rate for --base-batch-size images per step; scaled linearly to --batch-size"""
+    """learning rate for --base-batch-size images, scaled linearly; falls by half a cosine to 0"""
     base_batch_size: Annotated[int, Range(1)] = 64
     """batch size that --lr is meant for (Detic, R50: 64)"""
     warmup_steps: Annotated[int, COUNT] = 10_000
@@ -253,7 +253,7 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.backbone = Backbone(args.backbone, args.channels, pretrained)
-        # proposals before and after NMS, each in training and at test time
+        # numbers of proposals in training and at test time, before (per level) and after NMS
         self.centernet = CenterNet(args.channels, STRIDES, (4000, 1000), (2000, 256))
         self.cascade = Cascade(args.channels, args.fc_dim)
         self.classifiers = nn.ModuleList(
@@ -278,9 +278,7 @@ class Model(nn.Module):
         proposals, losses = self.centernet(features, [t.boxes for t in targets])
         boxes = [b for b, _ in proposals]
         stages = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
-        predictions = [
-            classifier(stage.hidden, text) for classifier, stage in zip(self.classifiers, stages)
-        ]
+        predictions = [classify(s.hidden, text) for classify, s in zip(self.classifiers, stages)]
         return stages, predictions, losses
 
     def detect(
@@ -288,7 +286,7 @@ class Model(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the boxes of the last stage, B tensors (Q, 4), and scores, B tensors (Q, C).
 
-        s = sqrt(mean over stages of sigmoid(logits) * objectness), as in Detic's code.
+        s = sqrt(mean over stages of sigmoid(logits) * o), o the objectness, as in Detic's code.
         """
         proposals = self.centernet(features)[0]
         boxes = [b for b, _ in proposals]
@@ -296,7 +294,7 @@ class Model(nn.Module):
         logits = [classify(s.hidden, text)[1] for classify, s in zip(self.classifiers, stages)]
         mean = torch.stack([x.sigmoid() for x in logits]).mean(0)  # (R, C)
         probabilities = mean.split([len(b) for b in boxes])  # B tensors (Q, C)
-        scores = [(p * s[:, None]).sqrt() for p, (_, s) in zip(probabilities, proposals)]
+        scores = [(p * o[:, None]).sqrt() for p, (_, o) in zip(probabilities, proposals)]
         return self.cascade.refine(len(stages) - 1, stages[-1], sizes), scores
 
 
@@ -312,7 +310,7 @@ def prepare_targets(batch: Batch, label_space: LabelSpace) -> list[Targets]:
     for sample in batch.samples:
         labels = label_space.to_global(sample.dataset, sample.labels)
         scope = label_space.scope(sample.dataset)
-        targets.append(Targets(sample.boxes, labels, scope))
+        targets.append(Targets(sample.boxes, labels, scope=scope))
     return targets
 
 
@@ -341,9 +339,9 @@ def class_mask(
     if args.neg_scope == "own":
         mask.zero_()
         for rows, t in zip(mask.split([len(boxes) for boxes in stage.boxes]), targets):
-            rows[:, t.scope] = 1
+            rows[:, t.scope] = 1  # a view of mask
     if args.fed_loss:
-        mask = mask * sample_federated(labels, tables.images_per_class)
+        mask = mask * sample_federated(labels, tables.images_per_class)  # (C,), one for the stage
     if args.ignore_dup:
         fg = labels >= 0
         mask[fg] = mask[fg].masked_fill(tables.duplicates[labels[fg]], 0)
@@ -388,7 +386,7 @@ def compute_losses(
     proposal_losses: dict[str, Tensor],
     tables: LabelTables,
 ) -> dict[str, Tensor]:
-    """L = sum over stages of (L_hl + lambda L_sl + L_box) + the CenterNet losses.
+    """L = sum over stages of (L_hl + lambda L_sl + L_box, `loss_box_reg`) + the CenterNet losses.
 
     Returns every term with its weight, and their sum as `loss`.
     """
@@ -469,7 +467,7 @@ def train(
     images_per_class = np.concatenate([d.image_counts() for d in datasets])
     tables = LabelTables.of(args, label_space.text, torch.from_numpy(images_per_class))
     if rank() == 0:
-        cosines = label_space.text @ label_space.text.T
+        cosines = label_space.text @ label_space.text.T  # raw, not rescaled
         report_label_space(cosines.cpu(), label_space, folder)
 
     checkpoint = last_checkpoint(folder) if args.resume else None
@@ -568,7 +566,8 @@ def load(
 def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
     device = setup_device(args.device, args.seed)
-    root, size = args.data_root, args.image_size if args.tiny else 0  # of generated images
+    root = args.data_root
+    size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
         datasets = load_datasets(args.datasets, "train", root, size)

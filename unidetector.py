@@ -125,7 +125,7 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset; more with --tiny)"""
+    """datasets to evaluate (default: the val split of each training dataset; --tiny may add one)"""
     data_root: str = ""
     """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
     tiny: bool = False
@@ -137,7 +137,7 @@ class Args:
     predict: tuple[str, ...] = ()
     """images to draw predictions on, instead of training"""
     vocabulary: str = ""
-    """classes for --predict: "cat, traffic cone", or a .txt file (default: those trained on)"""
+    """classes for --predict: "cat, traffic cone", a .txt file, or without text a dataset's name"""
     score_threshold: Annotated[float, Range(0)] = 0.3
     """lowest score that is drawn"""
     resume: str = ""
@@ -708,7 +708,8 @@ def main() -> None:
     if args.stage == "classifier" and not (args.weights or args.resume):
         raise InputError("--stage classifier needs --weights: the run folder of a localizer")
     device = setup_device(args.device, args.seed)
-    root, size = args.data_root, args.image_size if args.tiny else 0  # of generated images
+    root = args.data_root
+    size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
         datasets = load_datasets(args.datasets, "train", root, size)

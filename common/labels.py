@@ -307,8 +307,8 @@ class LabelSpace:
         dataset = vocabulary if isinstance(vocabulary, str) else vocabulary.dataset
         if dataset not in self.vocabularies:
             raise InputError(
-                "this model classifies without text, so it knows no names and no dataset"
-                f" '{dataset}'; it was trained on {', '.join(self.datasets)}"
+                f"this model classifies without text and knows no dataset '{dataset}'; it was"
+                f" trained on {', '.join(self.datasets)}"
             )
         known = self.vocabularies[dataset]
         if isinstance(vocabulary, str):

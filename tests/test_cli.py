@@ -28,6 +28,7 @@ import hubconf
 from common.datasets.known import KNOWN
 from common.demo import commands
 from common.demo import main as demo_main
+from common.errors import InputError
 
 # -- every method, from end to end -----------------------------------------------------------------
 
@@ -88,6 +89,15 @@ def finished(request, tiny_root, tmp_path_factory, run) -> Trained:
     return Trained(method, folder, importlib.import_module(method), done.stdout)
 
 
+def words(finished: Trained) -> tuple[str, list[str]]:
+    """A --vocabulary and its classes: any names, or without text a dataset of the training."""
+    _, label_space = finished.module.load(finished.folder)
+    if label_space.text is not None:
+        return "cat, traffic light", ["cat", "traffic light"]
+    dataset = label_space.datasets[0]
+    return dataset, list(label_space.part(dataset).names)
+
+
 def test_every_method_trains_and_evaluates(finished):
     names = {path.name for path in finished.folder.iterdir()}
     assert {"args.json", "metrics.jsonl", "weights.safetensors", "first_batch.jpg"} <= names
@@ -125,7 +135,8 @@ def test_every_method_resumes(finished, tmp_path, call, caplog):
 def test_every_method_predicts_with_a_vocabulary(finished, tmp_path, call):
     Image.new("RGB", (90, 60), "green").save(tmp_path / "green.png")
     flags = ["--weights", finished.folder, "--output", tmp_path / "o"]
-    flags += ["--vocabulary", "cat, traffic light"]
+    vocabulary, classes = words(finished)
+    flags += ["--vocabulary", vocabulary]
     call("--predict", tmp_path / "green.png", *flags, method=finished.method)
     assert Image.open(tmp_path / "o" / "green-0.jpg").size[0] >= 90
     names = []
@@ -137,14 +148,15 @@ def test_every_method_predicts_with_a_vocabulary(finished, tmp_path, call):
     if (tmp_path / "o" / "semantic").exists():
         names.append((tmp_path / "o" / "semantic" / "classes.txt").read_text().splitlines())
         assert Image.open(tmp_path / "o" / "semantic" / "green-0.png").size == (90, 60)
-    assert names and all(found == ["cat", "traffic light"] for found in names)
+    assert names and all(found == classes for found in names)
 
 
 def test_every_method_loads_and_predicts_in_python(finished, tmp_path):
     Image.new("RGB", (90, 60), "green").save(tmp_path / "green.png")
     model, label_space = finished.module.load(finished.folder)
     assert not model.training and len(label_space.names) == len(label_space)
-    classes = label_space.swap("cat, traffic light")
+    vocabulary, names = words(finished)
+    classes = label_space.swap(vocabulary)
     images = [
         tmp_path / "green.png",
         Image.new("RGB", (40, 70), "red"),
@@ -160,13 +172,13 @@ def test_every_method_loads_and_predicts_in_python(finished, tmp_path):
             assert prediction["size"] == size
             numbers = [len(prediction[key]) for key in ("boxes", "scores", "labels", "class_names")]
             assert len(set(numbers)) == 1
-            assert set(prediction["class_names"]) <= {"cat", "traffic light"}
+            assert set(prediction["class_names"]) <= set(names)
         for pixels in (prediction[kind] for kind in ("semantic",) if kind in prediction):
             assert pixels.max() < len(classes)
 
 
 def test_every_method_evaluates_a_dataset_it_never_saw(finished, tiny_root, tmp_path, call):
-    """Beside the first of the training, whose results are those of the training's end."""
+    """With the first of the training, whose results are those of its end; refused without text."""
     unseen = unseen_dataset(finished.method)
     trained = json.loads((finished.folder / "args.json").read_text())["datasets"]
     assert unseen not in trained
@@ -175,6 +187,10 @@ def test_every_method_evaluates_a_dataset_it_never_saw(finished, tiny_root, tmp_
     flags = ["--eval-only", "--weights", finished.folder, "--data-root", tiny_root]
     flags += ["--eval-datasets", f"{first},{unseen}", "--workers", 0, "--output", tmp_path / "o"]
     flags += ["--device", "cpu"]
+    if finished.module.load(finished.folder)[1].text is None:
+        with pytest.raises(InputError, match=f"no dataset '{unseen}'"):
+            call(*flags, method=finished.method)
+        return
     call(*flags, method=finished.method)
     results = json.loads((tmp_path / "o" / "results.json").read_text())
     assert results[first] == before[first]

@@ -210,7 +210,7 @@ def test_detic_sec4_wsddn():
 
 
 def test_detic_every_choice_of_image_label_loss_has_its_own():
-    """The losses of --image-label-loss, and which of them `image_losses` takes."""
+    """The losses of --image-label-loss, and which of them `compute_image_losses` takes."""
     assert get_args(detic.ImageLabelLoss) == tuple(LOSSES)
     assert len(set(LOSSES.values())) == len(LOSSES)
     args, labels = replace(SMALL, image_label_weight=0.3), torch.tensor([1])
@@ -220,7 +220,7 @@ def test_detic_every_choice_of_image_label_loss_has_its_own():
         stage = StageOutput([one.boxes], torch.randn(6, 8), torch.randn(6, 4), [])
         prediction = Prediction(one.logits, one.prop_logits)
         chosen = replace(args, image_label_loss=name)
-        losses = detic.image_losses(chosen, 2, stage, prediction, targets)
+        losses = detic.compute_image_losses(chosen, 2, stage, prediction, targets)
         expected = 0.3 * loss(one, labels[0]).item()
         assert losses.keys() == {"loss_image_labels_stage2"}
         assert losses["loss_image_labels_stage2"].item() == pytest.approx(expected, rel=1e-5)

@@ -1390,7 +1390,7 @@ def test_lmseg_multi_head_baseline(own_data, tiny_root, tmp_path, call, fails):
     )
     assert read(tmp_path / "again" / "results.json") == {"my.maps": results["my.maps"]}
     line = fails(*given, "--eval-datasets", "ade20k", "--output", tmp_path / "o", method="lmseg")
-    unknown = "this model classifies without text, so it knows no names and no dataset 'ade20k'"
+    unknown = "this model classifies without text and knows no dataset 'ade20k'"
     assert unknown in line and "trained on my.maps, coco-panoptic" in line
     # known before the training, not after it
     line = fails(*heads, "--eval-datasets", "ade20k", "--output", tmp_path / "late", method="lmseg")

@@ -327,7 +327,7 @@ def test_label_space_without_text():
     assert space.unique() is space and space.to("cpu") is space
     assert space.part("o365").text is None and space.with_things().text is None
     assert space.swap("o365").names == O365.names and space.swap(O365).text is None
-    with pytest.raises(InputError, match=r"no names and no dataset 'cat'.*trained on coco, o365"):
+    with pytest.raises(InputError, match=r"knows no dataset 'cat'.*trained on coco, o365"):
         space.swap("cat")
     with pytest.raises(InputError, match="no dataset 'voc'"):
         space.swap(Vocabulary("voc", COCO.names))
