@@ -473,9 +473,9 @@ def compute_losses(
 ) -> dict[str, Tensor]:
     """L = sum over predictions of 2 L_class + 5 (L_mask + L_dice), or 2 L_class + 5 L_projection.
 
-    The second form is that of boxes. merged: (K,) bool; --merge-in-training supervises the union of
-    the proposals that predict such a class. Returns every term with its weight, and their sum as
-    `loss`.
+    The second form is that of boxes. merged: (K,) bool. --merge-in-training unites the proposals
+    that predict such a class: they share its class target, and the maximum of their mask logits is
+    the mask. Returns every term with its weight, and their sum as `loss`.
     """
     num_masks = masks_per_rank(targets, output.logits.device)
     background = output.logits.shape[-1] - 1

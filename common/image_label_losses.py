@@ -35,31 +35,34 @@ class Bag:
 
 
 def label_bce(logits: Tensor, label: Tensor) -> Tensor:
-    """Returns the BCE of logits (..., C + 1), whose target is 1 at index `label` and 0 elsewhere.
+    """Returns sum_c BCE(sigmoid(s_c), y_c) over the C + 1 columns.
 
-    It is summed over the columns: (...).
+    logits: (..., C + 1), s; label: the index where y is 1. Returns (...).
     """
     target = F.one_hot(label, logits.shape[-1]).to(logits).expand_as(logits)
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(-1)
 
 
 def loss_first(bag: Bag, label: Tensor) -> Tensor:
-    """Max-object-score: `label_bce` of the first proposal, which has the highest objectness."""
+    """Max-object-score: sum_c BCE(s_jc, y_c) (`label_bce`), j the proposal of highest objectness.
+
+    It is the first one.
+    """
     return label_bce(bag.logits[0], label)
 
 
 def loss_image(bag: Bag, label: Tensor) -> Tensor:
-    """Image-box: `label_bce` of the whole image, whose box is the last proposal."""
+    """Image-box: sum_c BCE(s_jc, y_c) (`label_bce`), j the whole image, the last proposal."""
     return label_bce(bag.logits[-1], label)
 
 
 def loss_max_score(bag: Bag, label: Tensor) -> Tensor:
-    """Prediction-based (YOLO9000): `label_bce` of the proposal with the highest `label` logit."""
+    """Prediction-based (YOLO9000): sum_c BCE(s_jc, y_c) (`label_bce`), j = argmax_j s_j,label."""
     return label_bce(bag.logits[bag.logits[:, label].argmax()], label)
 
 
 def loss_min_loss(bag: Bag, label: Tensor) -> Tensor:
-    """An alternative in Detic's code: the smallest `label_bce` of all proposals."""
+    """An alternative in Detic's code: min_j sum_c BCE(s_jc, y_c) (`label_bce`), j all proposals."""
     return label_bce(bag.logits, label).min()
 
 

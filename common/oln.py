@@ -292,7 +292,11 @@ class OLN(nn.Module):
     def losses(
         self, outputs: tuple, boxes: list[Tensor], targets: list[RegionTargets]
     ) -> dict[str, Tensor]:
-        """Returns the losses of the outputs of `head`, each divided by the number R of regions."""
+        """Returns loss_roi_cls, loss_roi_box and loss_roi_iou, each divided by R, the regions.
+
+        outputs: class logits (R, 2), deltas (R, 4) and IoU logits (R,), as `head` returns them
+        boxes:   B tensors (Q, 4), the regions
+        """
         logits, deltas, iou = outputs
         regions = torch.cat(boxes)  # (R, 4)
         gt_boxes = torch.cat([t.boxes for t in targets])  # (R, 4)
@@ -361,7 +365,8 @@ def loss_roi_cls(logits: Tensor, labels: Tensor) -> Tensor:
 def loss_roi_box(deltas: Tensor, boxes: list[Tensor], targets: list[RegionTargets]) -> Tensor:
     """Box loss: 1/R sum_{r in fg} |d_r - encode(b_r, g_r)|_1. R counts background too.
 
-    deltas d (R, 4); boxes b, B tensors (Q, 4); g are the boxes of the targets
+    deltas: (R, 4), d; boxes: B tensors (Q, 4), b. The targets hold g, and labels that are -1 on
+    background. encode gives box deltas with the weights BOX_WEIGHTS.
     """
     regions = torch.cat(boxes)  # (R, 4)
     gt_boxes = torch.cat([t.boxes for t in targets])  # (R, 4)
