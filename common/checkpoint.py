@@ -209,7 +209,7 @@ def check_tensor(file: Path, key: str, own: Tensor | None, stored: Tensor | None
     if own.shape != stored.shape:
         raise InputError(
             f"weights {file}: tensor '{key}' has the shape {list(stored.shape)}, this model needs"
-            f" {list(own.shape)}; give the datasets and flags (--text-encoder, ...) of its training"
+            f" {list(own.shape)}; give the flags (--text-encoder, ...) and datasets of its training"
         )
     if own.is_floating_point() and not stored.is_floating_point():
         raise InputError(
