@@ -94,6 +94,4 @@ def read_map_classes(name: str, maps: Path) -> Vocabulary:
         names = tuple(line.strip() for line in path.read_text("utf-8-sig").rstrip().split("\n"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); save it as UTF-8 text") from None
-    # the errors of Vocabulary name the file
-    vocabulary = Vocabulary(str(path), names, tuple(range(len(names))))
-    return replace(vocabulary, dataset=name)
+    return Vocabulary(name, names, tuple(range(len(names))), source=str(path))
