@@ -77,7 +77,7 @@ from common.checkpoint import (
     save_weights,
 )
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
-from common.convert import convert_mask2former, converted
+from common.convert import convert_if_official, convert_mask2former
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
 from common.evaluation import report
@@ -589,17 +589,17 @@ def build_dataloader(
     Compiled models get images of one shape per dataset.
     """
     size, semantic = args.image_size, args.semantic_size
-    sizes = per_dataset(args, "dataset_sizes", datasets, size, semantic=semantic)
+    sides = per_dataset(args, "dataset_sizes", datasets, size, semantic=semantic)
     batches = per_dataset(args, "dataset_batches", datasets, args.batch_size)
     ratios = per_dataset(args, "dataset_ratios", datasets, 4, semantic=1)
     transforms = {}
     for d in datasets:
         jitter = args.semantic_jitter if d.supervision == "semantic" else args.jitter
-        transforms[d.name] = LargeScaleJitter(sizes[d.name], jitter)
+        transforms[d.name] = LargeScaleJitter(sides[d.name], jitter)
     factors = [np.ones(len(d)) for d in datasets]
     position = (args.seed, start, rank(), world_size())
     sampler = RatioBatchSampler(factors, [*ratios.values()], [*batches.values()], *position)
-    square = sizes if should_compile(args.compile, device) else None
+    square = sides if should_compile(args.compile, device) else None
     mixture = Mixture(datasets, transforms, args.seed)
     return make_loader(mixture, args.workers, square, batch_sampler=sampler)
 
@@ -636,7 +636,9 @@ def train(
     if should_compile(args.compile, device):
         model.backbone.compile()
         model.pixel_decoder.compile()
-    parallel = DistributedDataParallel(model) if world_size() > 1 else model
+    parallel = model
+    if world_size() > 1:
+        parallel = DistributedDataParallel(model)
     loader = build_dataloader(args, datasets, start, device)
     run_log = RunLog(folder, steps, start)
 
@@ -702,7 +704,7 @@ def load(
     args: default: the settings of the training, which the file holds. Raises InputError for a file
     that is missing, broken or of another method.
     """
-    path = converted(path, METHOD, OFFICIAL)
+    path = convert_if_official(path, METHOD, OFFICIAL)
     metadata, vocabularies = read_model(path, METHOD)
     args = args or saved_args(Args, metadata)
     label_space = build_label_space(args, vocabularies)

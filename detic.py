@@ -83,19 +83,12 @@ from common.checkpoint import (
 )
 from common.class_counts import boxed_names, images_per_class, seen_and_unseen
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
-from common.convert import convert_centernet2_detic, converted
+from common.convert import convert_centernet2_detic, convert_if_official
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
-from common.distributed import (
-    amp_context,
-    gather_rows,
-    rank,
-    setup_device,
-    should_compile,
-    world_size,
-)
+from common.distributed import amp_context, gather, rank, setup_device, should_compile, world_size
 from common.errors import InputError
 from common.evaluation import report
-from common.image_label_losses import RIVALS, Bag, ImageLabelLoss, label_bce, loss_image_labels
+from common.image_label_losses import RIVALS, Bag, ImageLabelLoss, label_bce, mean_over_bags
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
 from common.labels import LabelSpace, Vocabulary
 from common.masks import paste_rles
@@ -179,15 +172,17 @@ class Args:
     steps: Annotated[int, COUNT] = 90_000
     """optimiser steps of either stage (Detic's "4x")"""
     lr: Annotated[float, Range(above=0)] = 2e-4
-    """learning rate for --base-batch-size images per step; scaled linearly to --batch-size"""
+    """learning rate for --base-batch-size images, scaled linearly; falls by half a cosine to 0"""
     base_batch_size: Annotated[int, Range(1)] = 64
     """batch size that --lr is meant for (Detic, R50: 64)"""
     warmup_steps: Annotated[int, COUNT] = 10_000
-    """steps of linear warmup (Detic); at most a ninth of --steps, and 1000 with image labels"""
+    """steps of linear warmup from 1e-4 of --lr; image labels: 1000 from 1e-3; at most steps / 9"""
     image_label_loss: ImageLabelLoss = "max_size"
     """which proposals of an image get its label (Table 1)"""
     image_label_weight: Annotated[float, Range(0)] = 0.1
     """lambda, weight of the image-label and caption losses (Sec. 4)"""
+    tau: Annotated[float, Range(above=0)] = 0.02
+    """temperature of the classifier (Detic's factor 50)"""
     image_label_proposals: Annotated[int, Range(1)] = 128
     """proposals of highest objectness, without boxes (Detic's WS_NUM_PROPS; COCO: 32)"""
     dynamic_classifier: Annotated[int, COUNT] = 0
@@ -200,8 +195,6 @@ class Args:
     """leave classes without any box out of the negatives (Detic's IGNORE_ZERO_CATS)"""
     fed_loss: bool = True
     """federated loss (for LVIS): samples 50 classes per step by the root of their frequency"""
-    tau: Annotated[float, Range(above=0)] = 0.02
-    """temperature of the classifier (Detic's factor 50)"""
     repeat_threshold: Annotated[float, Range(0)] = 0.001
     """t of repeat-factor sampling within a dataset with boxes (LVIS, Detic)"""
     jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)
@@ -282,7 +275,7 @@ class Model(nn.Module):
         self.args = args
         self.boxed: list[str] = []  # names of the classes that had boxes in training
         self.backbone = Backbone(args.backbone, args.channels, pretrained)
-        # proposals before and after NMS, each in training and at test time
+        # proposals in (training, test): at most 4000, 1000 a level before NMS, 2000, 256 after it
         self.centernet = CenterNet(args.channels, STRIDES, (4000, 1000), (2000, 256))
         self.cascade = Cascade(args.channels, args.fc_dim)
         self.classifiers = nn.ModuleList(
@@ -290,11 +283,10 @@ class Model(nn.Module):
             for _ in self.cascade.stages
         )
         self.mask_head = MaskHead(args.channels) if args.masks else None
-        two_branches = args.image_label_loss == "wsddn"
-        columns = len(label_space) + 1
-        self.prop_score = nn.ModuleList(
-            mlp(args.fc_dim, columns) for _ in self.cascade.stages if two_branches
-        )
+        self.prop_score = nn.ModuleList()  # WSDDN's second branch
+        if args.image_label_loss == "wsddn":
+            columns = len(label_space) + 1
+            self.prop_score.extend(mlp(args.fc_dim, columns) for _ in self.cascade.stages)
 
     def extract(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
         """Returns the features P3 .. P7 of images (B, 3, H, W) uint8."""
@@ -317,9 +309,11 @@ class Model(nn.Module):
         """
         features = self.extract(images, sizes)
         if targets[0].image_labels is not None:  # a batch is of one dataset
-            return *self.forward_image_labels(features, sizes, targets, text, captions), {}
+            outputs = self.forward_image_labels(features, sizes, targets, text, captions)
+            return *outputs, {}  # the proposals have no loss
         proposals, losses = self.centernet(features, [t.boxes for t in targets])
         boxes = [b for b, _ in proposals]
+        # samples regions, and matches those of each stage to the ground truth
         stages = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
         logits = [classify(s.hidden, text)[1] for classify, s in zip(self.classifiers, stages)]
         predictions = [Prediction(x) for x in logits]  # (R, C)
@@ -340,7 +334,7 @@ class Model(nn.Module):
         1. The proposals of highest objectness are kept (--image-label-proposals).
         2. All stages of the cascade see them, without sampling and without matching.
         3. In each stage, the largest proposal is chosen (`loss_max_size`).
-        4. The loss is lambda times the BCE of its logits and the label (`compute_image_losses`).
+        4. The loss is lambda times the BCE of its logits and the label.
 
         If the whole image takes part (captions, --image-label-loss image), it is the last proposal.
         """
@@ -351,11 +345,12 @@ class Model(nn.Module):
                 b = torch.cat([b, b.new_tensor([[0, 0, w, h]])])
             boxes.append(b)
         stages = self.cascade(features, boxes, sizes)
-        background = F.pad(text, (0, 0, 0, 1))  # (C + 1, D), whose last row is zero
+        with_background = F.pad(text, (0, 0, 0, 1))  # (C + 1, D), the last row is zero
         predictions = []
         for k, (classifier, stage) in enumerate(zip(self.classifiers, stages)):
-            stage.deltas = stage.deltas.detach()  # no loss: DistributedDataParallel would wait
-            prediction = Prediction(classifier(stage.hidden, background)[1])
+            # no loss uses the deltas; DistributedDataParallel would wait for their gradient
+            stage.deltas = stage.deltas.detach()
+            prediction = Prediction(classifier(stage.hidden, with_background)[1])
             if self.prop_score:
                 prediction.prop_logits = self.prop_score[k](stage.hidden)
             if captions is not None:
@@ -370,14 +365,14 @@ class Model(nn.Module):
 
         s = sqrt(mean over stages of sigmoid(logits) * o), o the objectness, as in Detic's code.
         """
-        proposals = self.centernet(features)[0]
+        proposals, _ = self.centernet(features)  # of each image: boxes (Q, 4), objectness (Q,)
         boxes = [b for b, _ in proposals]
         stages = self.cascade(features, boxes, sizes)
         logits = [classify(s.hidden, text)[1] for classify, s in zip(self.classifiers, stages)]
         mean = torch.stack([x.sigmoid() for x in logits]).mean(0)  # (R, C)
         probabilities = mean.split([len(b) for b in boxes])  # B tensors (Q, C)
         scores = [(p * o[:, None]).sqrt() for p, (_, o) in zip(probabilities, proposals)]
-        return self.cascade.refine(len(stages) - 1, stages[-1], sizes), scores
+        return self.cascade.refine(stages[-1], sizes), scores
 
 
 # -- Losses ----------------------------------------------------------------------------------------
@@ -489,41 +484,42 @@ def compute_losses(
     args: Args,
     stages: list[StageOutput],
     predictions: list[Prediction],
-    targets: list[Targets],
     proposal_losses: dict[str, Tensor],
+    targets: list[Targets],
     frequency: Tensor,
 ) -> dict[str, Tensor]:
     """L = sum over stages of (L_cls + L_box) + L_mask + the CenterNet losses for images with boxes.
 
-    Images without boxes have lambda (L_im + the caption loss), summed over the stages. Returns
-    every term with its weight, and `loss`, their sum. frequency: (C,), as in `class_mask`
+    Images without boxes have lambda (L_im + the caption loss), summed over the stages.
+    Returns every term with its weight, and their sum as `loss`.
+    frequency: (C,), as in `class_mask`
     """
     losses = dict(proposal_losses)
     for k, (stage, prediction) in enumerate(zip(stages, predictions)):
         if targets[0].image_labels is None:
             mask = class_mask(args, stage.labels, frequency)
             losses[f"loss_cls_stage{k}"] = loss_cls(prediction.logits, stage.labels, mask)
-            losses[f"loss_box_reg_stage{k}"] = loss_box_reg(k, stage)
+            losses[f"loss_box_reg_stage{k}"] = loss_box_reg(stage)
         else:
-            losses |= compute_image_losses(args, k, stage, prediction, targets)
+            losses |= compute_image_label_losses(args, stage, prediction, targets)
     return losses | {"loss": sum(losses.values())}
 
 
-def compute_image_losses(
-    args: Args, k: int, stage: StageOutput, prediction: Prediction, targets: list[Targets]
+def compute_image_label_losses(
+    args: Args, stage: StageOutput, prediction: Prediction, targets: list[Targets]
 ) -> dict[str, Tensor]:
-    """Returns lambda L_im of stage k, and lambda times the caption loss if there are captions."""
+    """Returns lambda L_im of a stage, and lambda times the caption loss if there are captions."""
+    loss_of_label = (RIVALS | {"max_size": loss_max_size})[args.image_label_loss]
     bags = Bag.split(stage.boxes, prediction.logits, prediction.prop_logits)
-    loss_of_label = RIVALS.get(args.image_label_loss, loss_max_size)
-    loss = loss_image_labels(loss_of_label, bags, [t.image_labels for t in targets])
-    losses = {f"loss_image_labels_stage{k}": args.image_label_weight * loss}
+    loss = mean_over_bags(loss_of_label, bags, [t.image_labels for t in targets])
+    losses = {f"loss_image_labels_stage{stage.index}": args.image_label_weight * loss}
     if prediction.caption_logits is not None:
-        # captions of all ranks are columns, in the order of the ranks
+        # the captions of all ranks are columns; each rank has a batch of the same size
         first = rank() * len(targets)
         columns = [first + i if t.caption else -1 for i, t in enumerate(targets)]
         logits = prediction.caption_logits.split([len(boxes) for boxes in stage.boxes])
         loss = loss_captions(logits, columns, NEGATIVE_CAPTION_WEIGHT)
-        losses[f"loss_captions_stage{k}"] = args.image_label_weight * loss
+        losses[f"loss_captions_stage{stage.index}"] = args.image_label_weight * loss
     return losses
 
 
@@ -573,21 +569,21 @@ def build_dataloader(
     Compiled models get images of one shape per dataset.
     """
     size, batch = args.image_size, args.batch_size
-    sizes = per_dataset(args, "dataset_sizes", datasets, size, image_labels=size // 2)
+    sides = per_dataset(args, "dataset_sizes", datasets, size, image_labels=size // 2)
     batches = per_dataset(args, "dataset_batches", datasets, batch, image_labels=4 * batch)
     ratios = per_dataset(args, "dataset_ratios", datasets, 1, image_labels=4)
     transforms, factors = {}, []
     for d in datasets:
         if d.supervision == "image_labels":
             low, high = (min(max(scale, 0.5), 1.5) for scale in args.jitter)
-            transforms[d.name] = LargeScaleJitter(sizes[d.name], (low, high))
+            transforms[d.name] = LargeScaleJitter(sides[d.name], (low, high))
             factors.append(np.ones(len(d)))
         else:
-            transforms[d.name] = LargeScaleJitter(sizes[d.name], args.jitter)
+            transforms[d.name] = LargeScaleJitter(sides[d.name], args.jitter)
             factors.append(repeat_factors([d], args.repeat_threshold))
     position = (args.seed, start, rank(), world_size())
     sampler = RatioBatchSampler(factors, [*ratios.values()], [*batches.values()], *position)
-    square = sizes if should_compile(args.compile, device) else None
+    square = sides if should_compile(args.compile, device) else None
     mixture = Mixture(datasets, transforms, args.seed)
     return make_loader(mixture, args.workers, square, batch_sampler=sampler)
 
@@ -618,17 +614,20 @@ def train(
     model.boxed = metadata["boxed"] = boxed_names(frequency, label_space)
 
     steps = args.steps
-    warmup = min(args.warmup_steps, 1000 if joint else args.warmup_steps, steps // 9)
+    warmup = min(args.warmup_steps, steps // 9)
+    warmup_factor = 1e-4
+    if joint:  # as the official configs of stage 2
+        warmup = min(warmup, 1000)
+        warmup_factor = 1e-3
     lr = scaled_lr(args.lr, args)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
     if should_compile(args.compile, device):
         model.backbone.compile()
-    # batches with image-level labels train neither the mask head nor the box regression
-    parallel = (
-        DistributedDataParallel(model, find_unused_parameters=True) if world_size() > 1 else model
-    )
+    parallel = model
+    if world_size() > 1:  # image-level labels train neither the mask head nor the box regression
+        parallel = DistributedDataParallel(model, find_unused_parameters=True)
     loader = build_dataloader(args, datasets, start, device)
     run_log = RunLog(folder, steps, start)
 
@@ -638,16 +637,17 @@ def train(
             save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         batch = batch.to(device)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, lr, steps, warmup, 1e-3 if joint else 1e-4)
+            group["lr"] = learning_rate(step - 1, lr, steps, warmup, warmup_factor)
 
         targets = prepare_targets(batch, label_space)
         classes, targets = sample_classifier(targets, frequency, args.dynamic_classifier)
         captions = None
         if batch.samples[0].dataset in captioned:
-            captions = gather_rows(encode([t.caption for t in targets]).to(device))  # (M, D)
-        outputs = parallel(batch.images, batch.sizes, targets, label_space.text[classes], captions)
-        stages, predictions, losses = outputs
-        losses = compute_losses(args, stages, predictions, targets, losses, frequency[classes])
+            captions = gather(encode([t.caption for t in targets]).to(device))  # (M, D)
+        text = label_space.text[classes]
+        # outputs: stages, predictions and the losses of the proposals
+        outputs = parallel(batch.images, batch.sizes, targets, text, captions)
+        losses = compute_losses(args, *outputs, targets, frequency[classes])
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         losses = {term: value.detach() for term, value in losses.items()}
@@ -696,7 +696,7 @@ def load(
     args: default: the settings of the training, which the file holds. Raises InputError for a file
     that is missing, broken or of another method.
     """
-    path = converted(path, METHOD, OFFICIAL)
+    path = convert_if_official(path, METHOD, OFFICIAL)
     metadata, vocabularies = read_model(path, METHOD)
     args = args or saved_args(Args, metadata)
     label_space = build_label_space(args, vocabularies)
@@ -724,7 +724,7 @@ def main() -> None:
         images_per_class(datasets, label_space, args.novel)  # refuses novel classes with boxes
         without_boxes = [d.name for d in datasets if d.supervision == "image_labels"]
         has_masks = any(d.supervision == "instances" for d in datasets)
-        args.masks = args.masks and (has_masks or bool(args.weights))
+        args.masks = args.masks and (has_masks or bool(args.weights))  # else nothing trains it
         if without_boxes and not (args.weights or args.resume):
             log.warning("image-level labels need --weights: the run folder of stage 1, boxes alone")
     else:
@@ -739,7 +739,7 @@ def main() -> None:
         model, label_space = train(args, datasets, label_space, folder, device)
     if args.predict:
         transform = ResizeShortest(args.test_size)
-        classes = label_space.swap(args.vocabulary)
+        classes = label_space.swap(args.vocabulary)  # without --vocabulary all classes
         predict_files(partial(predict, model), args, classes, transform, folder)
     else:
         report(evaluate(args, model, label_space, evaluated, folder), folder)

@@ -81,7 +81,7 @@ from common.checkpoint import (
     save_weights,
 )
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
-from common.convert import convert_mask2former, converted
+from common.convert import convert_if_official, convert_mask2former
 from common.dataset_heads import DatasetHeads
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
@@ -705,7 +705,7 @@ def load(
     args: default: the settings of the training, which the file holds. Raises InputError for a file
     that is missing, broken or of another method.
     """
-    path = converted(path, METHOD, OFFICIAL)
+    path = convert_if_official(path, METHOD, OFFICIAL)
     metadata, vocabularies = read_model(path, METHOD)
     args = args or saved_args(Args, metadata)
     label_space = build_label_space(args, vocabularies)

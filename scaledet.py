@@ -81,7 +81,7 @@ from common.checkpoint import (
     save_weights,
 )
 from common.command import COUNT, SIDE, Range, parse_args, run_command, saved_args
-from common.convert import converted
+from common.convert import convert_if_official
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
 from common.evaluation import report
@@ -224,9 +224,10 @@ ZERO_SHOT = "lineart"  # the generated dataset that nothing trains on
 def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
     """Concatenates the label spaces. T (C, D) holds the text embedding of each class name.
 
-    Adding a dataset adds columns and changes none.
+    Adding a dataset adds columns and changes none. Vocabularies of a weights file bring their text.
     """
-    return LabelSpace(vocabularies, partial(embed, encoder=args.text_encoder, prompts=args.prompts))
+    embed_names = partial(embed, encoder=args.text_encoder, prompts=args.prompts)
+    return LabelSpace(vocabularies, embed_names)
 
 
 def label_similarity(text: Tensor, sim_norm: str) -> Tensor:
@@ -253,7 +254,7 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.backbone = Backbone(args.backbone, args.channels, pretrained)
-        # numbers of proposals in training and at test time, before (per level) and after NMS
+        # proposals in (training, test): at most 4000, 1000 a level before NMS, 2000, 256 after it
         self.centernet = CenterNet(args.channels, STRIDES, (4000, 1000), (2000, 256))
         self.cascade = Cascade(args.channels, args.fc_dim)
         self.classifiers = nn.ModuleList(
@@ -277,6 +278,7 @@ class Model(nn.Module):
         features = self.extract(images, sizes)
         proposals, losses = self.centernet(features, [t.boxes for t in targets])
         boxes = [b for b, _ in proposals]
+        # samples regions, and matches those of each stage to the ground truth
         stages = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
         predictions = [classify(s.hidden, text) for classify, s in zip(self.classifiers, stages)]
         return stages, predictions, losses
@@ -288,14 +290,14 @@ class Model(nn.Module):
 
         s = sqrt(mean over stages of sigmoid(logits) * o), o the objectness, as in Detic's code.
         """
-        proposals = self.centernet(features)[0]
+        proposals, _ = self.centernet(features)  # of each image: boxes (Q, 4), objectness (Q,)
         boxes = [b for b, _ in proposals]
         stages = self.cascade(features, boxes, sizes)
         logits = [classify(s.hidden, text)[1] for classify, s in zip(self.classifiers, stages)]
         mean = torch.stack([x.sigmoid() for x in logits]).mean(0)  # (R, C)
         probabilities = mean.split([len(b) for b in boxes])  # B tensors (Q, C)
         scores = [(p * o[:, None]).sqrt() for p, (_, o) in zip(probabilities, proposals)]
-        return self.cascade.refine(len(stages) - 1, stages[-1], sizes), scores
+        return self.cascade.refine(stages[-1], sizes), scores
 
 
 # -- Losses ----------------------------------------------------------------------------------------
@@ -382,8 +384,8 @@ def compute_losses(
     args: Args,
     stages: list[StageOutput],
     predictions: list[tuple[Tensor, Tensor]],
-    targets: list[Targets],
     proposal_losses: dict[str, Tensor],
+    targets: list[Targets],
     tables: LabelTables,
 ) -> dict[str, Tensor]:
     """L = sum over stages of (L_hl + lambda L_sl + L_box, `loss_box_reg`) + the CenterNet losses.
@@ -396,7 +398,7 @@ def compute_losses(
         soft = loss_soft_label(cosine, stage.labels, tables.similarity)
         losses[f"loss_hard_stage{k}"] = loss_hard_label(logits, stage.labels, mask)
         losses[f"loss_soft_stage{k}"] = args.lam * soft
-        losses[f"loss_box_reg_stage{k}"] = loss_box_reg(k, stage)
+        losses[f"loss_box_reg_stage{k}"] = loss_box_reg(stage)
     return losses | {"loss": sum(losses.values())}
 
 
@@ -442,12 +444,12 @@ def build_dataloader(
     A batch may mix datasets. Skips what `start` steps have seen. Compiled models get images of one
     shape.
     """
-    sizes = {d.name: args.image_size for d in datasets}
-    transforms = {name: LargeScaleJitter(size, args.jitter) for name, size in sizes.items()}
+    sides = {d.name: args.image_size for d in datasets}
+    transforms = {name: LargeScaleJitter(side, args.jitter) for name, side in sides.items()}
     factors = repeat_factors(datasets, args.repeat_threshold)
     seen = start * args.batch_size
     sampler = RepeatFactorSampler(factors, args.seed, seen, rank(), world_size())
-    square = sizes if should_compile(args.compile, device) else None
+    square = sides if should_compile(args.compile, device) else None
     mixture = Mixture(datasets, transforms, args.seed)
     batch_size = args.batch_size // world_size()
     return make_loader(mixture, args.workers, square, sampler=sampler, batch_size=batch_size)
@@ -480,13 +482,16 @@ def train(
 
     steps = args.steps or 90_000 * len(datasets)
     warmup = min(args.warmup_steps, steps // 9)
+    warmup_factor = 1e-4
     lr = scaled_lr(args.lr, args)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
     if should_compile(args.compile, device):
         model.backbone.compile()
-    parallel = DistributedDataParallel(model) if world_size() > 1 else model
+    parallel = model
+    if world_size() > 1:
+        parallel = DistributedDataParallel(model)
     loader = build_dataloader(args, datasets, start, device)
     run_log = RunLog(folder, steps, start)
 
@@ -496,12 +501,12 @@ def train(
             save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         batch = batch.to(device)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, lr, steps, warmup, 1e-4)
+            group["lr"] = learning_rate(step - 1, lr, steps, warmup, warmup_factor)
 
         targets = prepare_targets(batch, label_space)
+        # outputs: stages, predictions and the losses of the proposals
         outputs = parallel(batch.images, batch.sizes, targets, label_space.text)
-        stages, predictions, losses = outputs
-        losses = compute_losses(args, stages, predictions, targets, losses, tables)
+        losses = compute_losses(args, *outputs, targets, tables)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         losses = {term: value.detach() for term, value in losses.items()}
@@ -554,7 +559,7 @@ def load(
     args: default: the settings of the training, which the file holds. Raises InputError for a file
     that is missing, broken or of another method.
     """
-    path = converted(path, METHOD, OFFICIAL)
+    path = convert_if_official(path, METHOD, OFFICIAL)
     metadata, vocabularies = read_model(path, METHOD)
     args = args or saved_args(Args, metadata)
     label_space = build_label_space(args, vocabularies)
@@ -586,7 +591,7 @@ def main() -> None:
         model, label_space = train(args, datasets, label_space, folder, device)
     if args.predict:
         transform = ResizeShortest(args.test_size)
-        classes = label_space.swap(args.vocabulary)
+        classes = label_space.swap(args.vocabulary)  # without --vocabulary all classes
         predict_files(partial(predict, model), args, classes, transform, folder)
     else:
         report(evaluate(args, model, label_space, evaluated, folder), folder)

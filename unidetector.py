@@ -86,7 +86,7 @@ from common.checkpoint import (
 from common.class_counts import count_classes, images_per_class, read_prior, seen_and_unseen
 from common.clip_resnet import RegionClassifier, RegionOutput
 from common.command import COUNT, SIDE, Range, parse_args, run_command, saved_args
-from common.convert import converted
+from common.convert import convert_if_official
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
 from common.distributed import rank, setup_device, world_size
 from common.errors import InputError
@@ -694,7 +694,7 @@ def load(
     args: default: the settings of the training, which the file holds. Raises InputError for a file
     that is missing, broken or of another method.
     """
-    path = converted(path, METHOD, OFFICIAL)
+    path = convert_if_official(path, METHOD, OFFICIAL)
     metadata, vocabularies = read_model(path, METHOD)
     args = args or saved_args(Args, metadata)
     label_space = build_label_space(args, vocabularies)

@@ -26,6 +26,7 @@ from common.targets import RegionTargets, Targets, match_regions
 class StageOutput:
     """The regions of one cascade stage, and its outputs for them."""
 
+    index: int  # of the stage, 0 for the first
     boxes: list[Tensor]  # B tensors (Q, 4), the regions
     hidden: Tensor  # (R, fc_dim) output of the box head
     deltas: Tensor  # (R, 4) predicted box deltas
@@ -99,19 +100,20 @@ class Cascade(nn.Module):
             if pooled.requires_grad:  # the stages share the features, and average their gradients
                 pooled.register_hook(lambda gradient: gradient / len(self.stages))
             hidden, deltas = stage(pooled)
-            output = StageOutput(boxes, hidden, deltas, region_targets)
+            output = StageOutput(k, boxes, hidden, deltas, region_targets)
             outputs.append(output)
-            boxes = self.refine(k, output, sizes)
+            boxes = self.refine(output, sizes)
             if self.training:  # without the boxes that clipping left empty
                 boxes = [b[have_area(b)] for b in boxes]
         return outputs
 
-    def refine(self, k: int, output: StageOutput, sizes: list[tuple[int, int]]) -> list[Tensor]:
-        """Returns the boxes of stage k, moved by its deltas and clipped: B tensors (Q, 4)."""
+    def refine(self, output: StageOutput, sizes: list[tuple[int, int]]) -> list[Tensor]:
+        """Returns the boxes of a stage, moved by its deltas and clipped: B tensors (Q, 4)."""
+        weights = self.box_weights[output.index]
         counts = [len(boxes) for boxes in output.boxes]
         refined = []
         for boxes, deltas, size in zip(output.boxes, output.deltas.detach().split(counts), sizes):
-            moved = decode_boxes(boxes, deltas, self.box_weights[k])
+            moved = decode_boxes(boxes, deltas, weights)
             refined.append(clip_boxes_to_image(moved, size))
         return refined
 
@@ -134,15 +136,16 @@ def sample_federated(labels: Tensor, frequency: Tensor, num: int = 50) -> Tensor
     return sampled
 
 
-def loss_box_reg(k: int, output: StageOutput) -> Tensor:
-    """Box regression loss of stage k: 1/R sum_{r in fg} |d_r - encode(b_r, g_r)|_1, plain L1.
+def loss_box_reg(output: StageOutput) -> Tensor:
+    """Box regression loss of a stage: 1/R sum_{r in fg} |d_r - encode(b_r, g_r)|_1, plain L1.
 
     d (R, 4) are the predicted deltas, b (R, 4) the regions, g (R, 4) their ground truth. encode is
-    `encode_boxes` with the weights `box_weights[k]`. R counts all regions, background too.
+    `encode_boxes` with the stage's `Cascade.box_weights`. R counts all regions, background too.
     """
     boxes = torch.cat(output.boxes)  # (R, 4)
     gt_boxes = torch.cat([t.boxes for t in output.targets])  # (R, 4)
-    return box_delta_loss(output.deltas, output.labels, boxes, gt_boxes, Cascade.box_weights[k])
+    weights = Cascade.box_weights[output.index]
+    return box_delta_loss(output.deltas, output.labels, boxes, gt_boxes, weights)
 
 
 class MaskHead(nn.Module):

@@ -18,7 +18,7 @@ import tyro
 from tqdm import tqdm
 
 from common.checkpoint import read_metadata
-from common.convert import converted
+from common.convert import convert_if_official
 from common.errors import InputError
 
 
@@ -85,7 +85,7 @@ def parse_args(
         saved = read_args(Path(args.resume) / "args.json", method)
         args, _ = parse(with_saved(default, saved, repeated))
     elif args.weights:
-        weights = str(converted(args.weights, method, convert))
+        weights = str(convert_if_official(args.weights, method, convert))
         saved = read_metadata(weights, method)["args"]
         args, _ = parse(with_saved(default, saved, model_fields))
         args.weights = weights

@@ -274,7 +274,7 @@ def load_official(file: Path) -> Tensors:
     return {key: tensor.clone() for key, tensor in items}
 
 
-def converted(path: str | Path, method: str, convert: Convert | None) -> Path:
+def convert_if_official(path: str | Path, method: str, convert: Convert | None) -> Path:
     """Returns the safetensors file of these weights. Converts an official checkpoint once.
 
     path:    a .safetensors file, a run folder, or an official checkpoint (.pth, .pkl)

@@ -76,7 +76,7 @@ def gather_on_main(value) -> list:
     return gathered or []
 
 
-def gather_rows(rows: Tensor) -> Tensor:
+def gather(rows: Tensor) -> Tensor:
     """Concatenates (N, ...) of all ranks in rank order: (N * world_size, ...), without gradient."""
     if world_size() == 1:
         return rows

@@ -88,7 +88,7 @@ RIVALS = {
 }
 
 
-def loss_image_labels(loss, bags: list[Bag], image_labels: list[Tensor]) -> Tensor:
+def mean_over_bags(loss, bags: list[Bag], image_labels: list[Tensor]) -> Tensor:
     """L_im = 1/B sum_i 1/|Y_i| sum_{y in Y_i} loss(bag_i, y) for B images with labels Y_i, (K,).
 
     An image without a label or without a proposal adds 0.

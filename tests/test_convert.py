@@ -26,8 +26,8 @@ from common.convert import (
     DETIC,
     MASK2FORMER,
     convert_centernet2_detic,
+    convert_if_official,
     convert_mask2former,
-    converted,
     rename,
 )
 from common.errors import InputError
@@ -48,7 +48,7 @@ def cache(tmp_path, monkeypatch):
 
 def convert_detic(path):
     """Returns the converted file of official Detic weights."""
-    return converted(path, "detic", convert_centernet2_detic)
+    return convert_if_official(path, "detic", convert_centernet2_detic)
 
 
 def official_name(key: str) -> str | None:
@@ -319,7 +319,7 @@ def test_no_checkpoint_at_all(tmp_path):
 
 def test_other_methods_have_no_official_weights(pth):
     with pytest.raises(InputError, match=r"no \.safetensors; scaledet has no official weights"):
-        converted(pth, "scaledet", None)
+        convert_if_official(pth, "scaledet", None)
 
 
 def test_weights_of_this_project_are_returned_as_they_are(tmp_path, cache):
@@ -327,8 +327,8 @@ def test_weights_of_this_project_are_returned_as_they_are(tmp_path, cache):
     file = tmp_path / "weights.safetensors"
     save_file({"x": torch.ones(1)}, file)
     for function in (None, convert_centernet2_detic):
-        assert converted(file, "detic", function) == file
-        assert converted(tmp_path, "detic", function) == file
+        assert convert_if_official(file, "detic", function) == file
+        assert convert_if_official(tmp_path, "detic", function) == file
     assert not cache.exists()
 
 
@@ -483,7 +483,7 @@ def pickled(protocol: int):
 )
 def test_official_weights_are_the_base(name, old, save, tmp_path, base, caplog):
     save(official_base(base, old), tmp_path / name)
-    twin = converted(tmp_path / name, "dataseg", convert_mask2former)
+    twin = convert_if_official(tmp_path / name, "dataseg", convert_mask2former)
     metadata = read_metadata(twin, "dataseg")
     sizes = {"queries": 5, "channels": 32, "encoder_layers": 1, "decoder_layers": 2}
     assert metadata["args"] == {"backbone": "resnet50", **sizes}
@@ -509,7 +509,9 @@ def test_base_alone_detects_nothing(tmp_path, base):
     with pytest.raises(
         InputError, match="a base model without classes: only a training can start from them"
     ):
-        read_model(converted(tmp_path / "official.pth", "lmseg", convert_mask2former), "lmseg")
+        read_model(
+            convert_if_official(tmp_path / "official.pth", "lmseg", convert_mask2former), "lmseg"
+        )
 
 
 def test_lost_tensor_of_the_base_is_named(tmp_path, base):
@@ -520,7 +522,8 @@ def test_lost_tensor_of_the_base_is_named(tmp_path, base):
         InputError, match=r"tensor 'layers\.1\.linear2\.bias' is missing for this model"
     ):
         load_weights(
-            converted(tmp_path / "official.pth", "lmseg", convert_mask2former), Base(32, 5, 2, 1)
+            convert_if_official(tmp_path / "official.pth", "lmseg", convert_mask2former),
+            Base(32, 5, 2, 1),
         )
 
 
@@ -542,7 +545,7 @@ def test_lost_tensor_of_the_base_is_named(tmp_path, base):
 def test_other_segmenters_are_refused(content, words, tmp_path, cache):
     torch.save(content, tmp_path / "official.pth")
     with pytest.raises(InputError) as error:
-        converted(tmp_path / "official.pth", "lmseg", convert_mask2former)
+        convert_if_official(tmp_path / "official.pth", "lmseg", convert_mask2former)
     line = str(error.value)
     assert (
         "\n" not in line
@@ -576,7 +579,7 @@ def test_code_in_a_pickle_of_arrays_does_not_run(protocol, inside, tmp_path, cac
             InputError,
             match=r"zoo\.pkl cannot be read without running code .* is no part of an array",
         ):
-            converted(file, "lmseg", convert_mask2former)
+            convert_if_official(file, "lmseg", convert_mask2former)
         assert not folder.exists() and not cache.exists()
         pickle.loads(file.read_bytes())
         assert folder.is_dir()  # so it would have
@@ -595,5 +598,5 @@ NO_ARRAYS.append({"a": POINTERS})
 def test_other_pickles_are_refused(content, tmp_path, cache):
     (tmp_path / "zoo.pkl").write_bytes(content)
     with pytest.raises(InputError, match=r"zoo\.pkl cannot be read without running code") as error:
-        converted(tmp_path / "zoo.pkl", "lmseg", convert_mask2former)
+        convert_if_official(tmp_path / "zoo.pkl", "lmseg", convert_mask2former)
     assert "\n" not in str(error.value) and not cache.exists()

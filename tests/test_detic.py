@@ -32,10 +32,10 @@ from common.image_label_losses import (
     Bag,
     loss_first,
     loss_image,
-    loss_image_labels,
     loss_max_score,
     loss_min_loss,
     loss_wsddn,
+    mean_over_bags,
 )
 from common.labels import LabelSpace, Vocabulary
 from common.sampling import RatioBatchSampler, repeat_factors
@@ -210,17 +210,17 @@ def test_detic_sec4_wsddn():
 
 
 def test_detic_every_choice_of_image_label_loss_has_its_own():
-    """The losses of --image-label-loss, and which of them `compute_image_losses` takes."""
+    """The losses of --image-label-loss, and which of them `compute_image_label_losses` takes."""
     assert get_args(detic.ImageLabelLoss) == tuple(LOSSES)
     assert len(set(LOSSES.values())) == len(LOSSES)
     args, labels = replace(SMALL, image_label_weight=0.3), torch.tensor([1])
     targets = [Targets(*NOTHING, image_labels=labels)]
     for name, loss in LOSSES.items():
         one = bag()
-        stage = StageOutput([one.boxes], torch.randn(6, 8), torch.randn(6, 4), [])
+        stage = StageOutput(2, [one.boxes], torch.randn(6, 8), torch.randn(6, 4), [])
         prediction = Prediction(one.logits, one.prop_logits)
         chosen = replace(args, image_label_loss=name)
-        losses = detic.compute_image_losses(chosen, 2, stage, prediction, targets)
+        losses = detic.compute_image_label_losses(chosen, stage, prediction, targets)
         expected = 0.3 * loss(one, labels[0]).item()
         assert losses.keys() == {"loss_image_labels_stage2"}
         assert losses["loss_image_labels_stage2"].item() == pytest.approx(expected, rel=1e-5)
@@ -234,15 +234,15 @@ def test_detic_sec4_image_labels(name):
     expected = 0
     for one, own in zip(bags, labels):
         expected += sum(loss(one, label).item() for label in own) / len(own)
-    total = loss_image_labels(loss, bags, labels)
+    total = mean_over_bags(loss, bags, labels)
     assert total.item() == pytest.approx(expected / 3, rel=1e-5)
     # an image without a label and one without a proposal add 0, and count
     bags, labels = [*bags, bag(5), bag(0)], [*labels, labels[0][:0], labels[0]]
-    total = loss_image_labels(loss, bags, labels)
+    total = mean_over_bags(loss, bags, labels)
     assert total.item() == pytest.approx(expected / 5, rel=1e-5)
     total.backward()
     assert bags[3].logits.grad is None and all(one.logits.grad.any() for one in bags[:3])
-    nothing = loss_image_labels(loss, [one := bag(0), bag(5)], [labels[0], labels[0][:0]])
+    nothing = mean_over_bags(loss, [one := bag(0), bag(5)], [labels[0], labels[0][:0]])
     nothing.backward()
     assert nothing == 0 and one.logits.grad is not None
 
@@ -272,10 +272,11 @@ def test_detic_sec4_captions(negative_weight):
 
 def three_stages() -> list[StageOutput]:
     """Three random stages, which saw 4 and 3 regions of two images."""
-    return [
-        StageOutput([random_boxes(4), random_boxes(3)], torch.randn(7, 8), torch.randn(7, 4), [])
-        for _ in range(3)
-    ]
+    stages = []
+    for k in range(3):
+        boxes = [random_boxes(4), random_boxes(3)]
+        stages.append(StageOutput(k, boxes, torch.randn(7, 8), torch.randn(7, 4), []))
+    return stages
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -285,7 +286,7 @@ def test_detic_total_of_image_labels(ranks, monkeypatch):
     targets = [Targets(*NOTHING, image_labels=torch.tensor(own)) for own in ([1], [0, 2])]
     targets[0].caption = "a dog"
     predictions = [Prediction(torch.randn(7, 6), caption_logits=torch.randn(7, 4)) for _ in stages]
-    losses = detic.compute_losses(args, stages, predictions, targets, {}, torch.ones(5))
+    losses = detic.compute_losses(args, stages, predictions, {}, targets, torch.ones(5))
     for k, (stage, prediction) in enumerate(zip(stages, predictions)):
         bags = [Bag(b, rows) for b, rows in zip(stage.boxes, prediction.logits.split([4, 3]))]
         image = sum(
@@ -320,11 +321,11 @@ def test_detic_total_of_boxes():
     targets = [Targets(random_boxes(2), torch.tensor([1, 2]))] * 2
     given = {"loss_mask": torch.tensor(2.0), "loss_centernet_pos": torch.tensor(3.0)}
     args = replace(SMALL, fed_loss=False)
-    losses = detic.compute_losses(args, stages, predictions, targets, given, frequency)
+    losses = detic.compute_losses(args, stages, predictions, given, targets, frequency)
     for k, (stage, prediction) in enumerate(zip(stages, predictions)):
         expected = detic.loss_cls(prediction.logits, stage.labels, frequency)
         assert losses[f"loss_cls_stage{k}"].item() == pytest.approx(expected.item(), rel=1e-6)
-        expected = loss_box_reg(k, stage)
+        expected = loss_box_reg(stage)
         assert losses[f"loss_box_reg_stage{k}"].item() == pytest.approx(expected.item(), rel=1e-6)
     assert losses.keys() == {
         "loss",
@@ -620,10 +621,10 @@ def test_detic_trains_with_captions_and_a_dynamic_classifier(
         assert targets is sampled_targets and torch.equal(text, label_space.text[classes])
         return forward(model, images, sizes, targets, text, captions)
 
-    def spy_losses(args, stages, predictions, targets, losses, counts):
+    def spy_losses(args, stages, predictions, losses, targets, counts):
         classes, sampled_targets = sampled[-1]
         assert targets is sampled_targets and torch.equal(counts, frequency[classes])
-        losses = compute_losses(args, stages, predictions, targets, losses, counts)
+        losses = compute_losses(args, stages, predictions, losses, targets, counts)
         calls[-1] += (predictions, {name for name, value in losses.items() if value > 0})
         return losses
 
@@ -687,7 +688,7 @@ SEEN = {"backbone.body", "backbone.fpn", "cascade.box_head", "classifiers"}
 
 
 def train_losses(model, stages, predictions, targets, losses) -> dict:
-    return detic.compute_losses(model.args, stages, predictions, targets, losses, torch.ones(5))
+    return detic.compute_losses(model.args, stages, predictions, losses, targets, torch.ones(5))
 
 
 @pytest.mark.parametrize("name", LOSSES)

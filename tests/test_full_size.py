@@ -119,7 +119,7 @@ def test_full_size_training_step(space, changes):
     assert len(stages[0].hidden) == 128
     for stage, (cosine, logits) in zip(stages, predictions, strict=True):
         assert cosine.shape == logits.shape == (len(stage.deltas), 2148)
-    losses = scaledet.compute_losses(args, stages, predictions, truth, losses, tables)
+    losses = scaledet.compute_losses(args, stages, predictions, losses, truth, tables)
     assert len(losses) == 3 * 3 + 3 + 1 and all(value.isfinite() for value in losses.values())
     losses["loss"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

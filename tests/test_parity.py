@@ -203,7 +203,7 @@ def test_parity_cascade_training(variant, monkeypatch):
         check_stage(variant, k, stage, logits, tensors)
     check_targets(variant, stages, truth, tensors, num_classes, torch.arange(num_classes + 1))
     tables = scaledet.LabelTables.of(model.args, label_space.text, tensors["freq_image_count"])
-    losses = scaledet.compute_losses(model.args, stages, predictions, truth, losses, tables)
+    losses = scaledet.compute_losses(model.args, stages, predictions, losses, truth, tables)
     official = record[variant]["losses"]
     masks = config["MASK_WEIGHT"] * model.mask_head.loss(model.features, stages[0], truth)
     for k in range(len(stages)):

@@ -29,7 +29,7 @@ import detic
 from common.batch import Sample, collate
 from common.boxes import select_detections
 from common.command import parse_args
-from common.image_label_losses import RIVALS, Bag, loss_image_labels
+from common.image_label_losses import RIVALS, Bag, mean_over_bags
 from common.masks import decode_masks
 from common.targets import Targets
 
@@ -76,7 +76,7 @@ def test_parity_image_label_losses(variant):
         for (bag, _, term), row in zip(each, official["selected_proposal"], strict=True):
             (gradient,) = torch.autograd.grad(term, bag.logits, retain_graph=True)
             assert gradient.any(1).nonzero().flatten().tolist() == [row]
-    total = record["config"]["image_loss_weight"] * loss_image_labels(loss, bags, labels)
+    total = record["config"]["image_loss_weight"] * mean_over_bags(loss, bags, labels)
     check(f"image labels {variant}: loss", total, official["image_loss"])
     total.backward()
     check(
@@ -100,7 +100,7 @@ def test_parity_image_label_loss_of_a_single_proposal():
     logits, _, bags, _, tensors, record = image_label_case()
     bag = Bag(bags[0].boxes[:1], bags[0].logits[:1])
     labels = [torch.tensor(record["single_proposal"]["labels"])]
-    total = record["config"]["image_loss_weight"] * loss_image_labels(
+    total = record["config"]["image_loss_weight"] * mean_over_bags(
         detic.loss_max_size, [bag], labels
     )
     check("image labels single_proposal: loss", total, record["single_proposal"]["image_loss"])
@@ -117,7 +117,7 @@ def test_parity_image_label_loss_of_a_single_proposal():
 def test_parity_image_label_loss_of_drawn_classes():
     logits, _, bags, labels, tensors, record = image_label_case("dynamic.")
     labels = [tensors["dynamic.cls_id_map"][own] for own in labels]
-    total = record["config"]["image_loss_weight"] * loss_image_labels(
+    total = record["config"]["image_loss_weight"] * mean_over_bags(
         detic.loss_max_size, bags, labels
     )
     check("image labels dynamic: loss", total, record["dynamic"]["image_loss"])
@@ -132,7 +132,7 @@ def test_parity_captions(variant):
     own = list(range(captions.shape[1]))
     loss = detic.loss_captions(captions.split(config["num_proposals"]), own, 1.0)
     total = config["caption_weight"] * loss  # ours is always 1, the official default
-    total = total + loss_image_labels(detic.loss_max_size, bags, labels) * (variant == "captiontag")
+    total = total + mean_over_bags(detic.loss_max_size, bags, labels) * (variant == "captiontag")
     total = config["image_loss_weight"] * total
     check(f"captions {variant}: loss", total, record[variant]["image_loss"])
     total.backward()
@@ -190,7 +190,7 @@ def test_parity_box_supervision(variant, monkeypatch):
     for k, (stage, prediction) in enumerate(zip(stages, predictions, strict=True)):
         check_stage(variant, k, stage, prediction.logits, tensors)
     check_targets(variant, stages, truth, tensors, len(text), places)
-    losses = detic.compute_losses(model.args, stages, predictions, truth, losses, frequency)
+    losses = detic.compute_losses(model.args, stages, predictions, losses, truth, frequency)
     official = record[variant]["losses"]
     assert losses.keys() == official.keys() | {"loss"} and config["MASK_WEIGHT"] == 1
     for name, value in official.items():
@@ -225,7 +225,7 @@ def test_parity_image_label_supervision(variant, monkeypatch):
         official = tensors[f"{variant}.stage{k}.cls_logits"]
         check(f"cascade {variant}: logits", prediction.logits, official)
     frequency = torch.ones(len(label_space))
-    losses = detic.compute_losses(model.args, stages, predictions, truth, losses, frequency)
+    losses = detic.compute_losses(model.args, stages, predictions, losses, truth, frequency)
     official = record[variant]["losses"]
     assert losses.keys() == {"loss"} | {f"loss_image_labels_stage{k}" for k in range(len(stages))}
     for name, value in official.items():

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from common.backbone import Backbone
 from common.checkpoint import load_weights
-from common.convert import MASK2FORMER, convert_mask2former, converted, rename
+from common.convert import MASK2FORMER, convert_if_official, convert_mask2former, rename
 from common.pixel_decoder import MSDeformAttn, PixelDecoder, pixel_centres, tokens
 from common.point_matching import (
     hungarian,
@@ -274,7 +274,7 @@ def whole_model(tmp_path_factory):
     torch.save({"model": official}, file)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONCORD_CACHE", str(file.parent))
-        twin = converted(file, "lmseg", convert_mask2former)
+        twin = convert_if_official(file, "lmseg", convert_mask2former)
     with safe_open(twin, framework="pt") as opened:
         queries, channels = opened.get_slice("query_feat").get_shape()
         ffn = opened.get_slice("layers.0.linear1.weight").get_shape()[0]

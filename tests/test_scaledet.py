@@ -131,7 +131,7 @@ def test_scaledet_losses_of_background_alone():
     labels = torch.full((3,), -1)
     targets = [region_targets(torch.zeros(3, 4), labels)]
     soft = scaledet.loss_soft_label(cosine, labels, torch.eye(4))
-    box = loss_box_reg(0, StageOutput([torch.zeros(3, 4)], cosine, deltas, targets))
+    box = loss_box_reg(StageOutput(0, [torch.zeros(3, 4)], cosine, deltas, targets))
     hard = scaledet.loss_hard_label(cosine / 0.02, labels, torch.ones(3, 4))
     assert soft == 0 and box == 0
     assert hard.item() == pytest.approx(
@@ -146,7 +146,7 @@ def test_scaledet_losses_without_regions_are_zero():
     none, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
     assert scaledet.loss_hard_label(none, labels, none) == 0
     assert scaledet.loss_soft_label(none, labels, torch.eye(4)) == 0
-    assert loss_box_reg(0, StageOutput([none], none, none, [region_targets(none, labels)])) == 0
+    assert loss_box_reg(StageOutput(0, [none], none, none, [region_targets(none, labels)])) == 0
 
 
 def test_scaledet_scale_check_of_hard_and_soft_gradients():
@@ -184,7 +184,7 @@ def test_scaledet_class_mask():
     boxes = [torch.zeros(len(x), 4) for x in image_labels]
     targets = [Targets(*NOTHING, scope) for scope in scopes]
     matched = [region_targets(*pair) for pair in zip(boxes, image_labels)]
-    stage = StageOutput(boxes, None, None, matched)
+    stage = StageOutput(0, boxes, None, None, matched)
     labels = torch.cat(image_labels)
     for own, ignore_dup in itertools.product((False, True), (False, True)):
         args = replace(SMALL, neg_scope="own" if own else "all", ignore_dup=ignore_dup)
@@ -240,7 +240,7 @@ def test_scaledet_fed_loss_acts_on_the_hard_loss_alone():
     text, labels = unit_rows(60), torch.tensor([3, -1, 40])
     stages, predictions = three_stages(text, labels)
     tables = LabelTables.of(args, text, (torch.arange(60) < 30).float())
-    losses = scaledet.compute_losses(args, stages, predictions, whole_scope(text), {}, tables)
+    losses = scaledet.compute_losses(args, stages, predictions, {}, whole_scope(text), tables)
     own = torch.zeros(60)
     own[:30] = own[40] = 1  # 30 classes have images: all are sampled
     cosine, logits = predictions[1]
@@ -276,10 +276,10 @@ def test_scaledet_box_regression(monkeypatch):
     boxes = list(random_boxes(5).split([2, 3]))
     labels = torch.tensor([2, -1, 0, -1, 3]).split([2, 3])
     targets = [region_targets(random_boxes(len(x)), x) for x in labels]
-    output = StageOutput(boxes, None, torch.randn(5, 4), targets)
+    output = StageOutput(1, boxes, None, torch.randn(5, 4), targets)
     assert output.labels.tolist() == [2, -1, 0, -1, 3]
     expected = naive_box_reg(output, (30.0, 20.0, 15.0, 5.0))
-    assert loss_box_reg(1, output).item() == pytest.approx(expected, rel=1e-5)
+    assert loss_box_reg(output).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_scaledet_decoded_boxes():
@@ -308,7 +308,7 @@ def three_stages(text, labels) -> tuple[list[StageOutput], list]:
         boxes = random_boxes(len(labels)).split(split)
         targets = [region_targets(random_boxes(len(x)), x) for x in labels.split(split)]
         hidden, deltas = stage(torch.randn(len(labels), 2, 7, 7) * (k + 1))
-        stages.append(StageOutput(list(boxes), hidden, deltas, targets))
+        stages.append(StageOutput(len(stages), list(boxes), hidden, deltas, targets))
         predictions.append(classifier(hidden, text))
     return stages, predictions
 
@@ -330,7 +330,7 @@ def test_scaledet_total_is_the_weighted_sum_of_every_stage(sim_norm):
         "loss_centernet_loc": torch.tensor(0.5),
     }
     truth = whole_scope(text)
-    losses = scaledet.compute_losses(args, stages, predictions, truth, proposal_losses, tables)
+    losses = scaledet.compute_losses(args, stages, predictions, proposal_losses, truth, tables)
     weights = [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
     expected = dict(proposal_losses)
     for k, (stage, (cosine, logits)) in enumerate(zip(stages, predictions)):
@@ -367,11 +367,11 @@ def test_scaledet_without_soft_loss_is_detic_without_federated_mask():
     text = F.normalize(raw_text)
     hidden, deltas = stage(pooled)
     targets = [region_targets(torch.ones(4, 4), labels)]
-    output = StageOutput([random_boxes(4)], hidden, deltas, targets)
+    output = StageOutput(0, [random_boxes(4)], hidden, deltas, targets)
     tables = LabelTables.of(args, text, torch.ones(7))
     predictions = [classifier(hidden, text)]
     truth = whole_scope(text)[:1]
-    losses = scaledet.compute_losses(args, [output], predictions, truth, {}, tables)
+    losses = scaledet.compute_losses(args, [output], predictions, {}, truth, tables)
     assert losses["loss_hard_stage0"].item() == pytest.approx(expected, rel=1e-5)
     assert losses["loss_soft_stage0"] == 0
 
@@ -427,7 +427,7 @@ def test_scaledet_shared_label_of_two_datasets_can_be_confident(ignore_dup):
     text = scaledet.build_label_space(args, vocabularies).text
     tables, labels = LabelTables.of(args, text, torch.ones(4)), torch.tensor([2])
     boxes = torch.zeros(1, 4)
-    stage = StageOutput([boxes], None, None, [region_targets(boxes, labels)])
+    stage = StageOutput(0, [boxes], None, None, [region_targets(boxes, labels)])
     mask = scaledet.class_mask(args, stage, [Targets(boxes, labels, slice(2, 4))], tables)
     embedding = nn.Parameter(torch.randn(1, text.shape[1]))
     optimizer = torch.optim.Adam([embedding], lr=0.05)
@@ -540,8 +540,8 @@ class FoundRegions:
     def __call__(self, *_):
         return self.outputs
 
-    def refine(self, k, output, sizes):
-        return [self.boxes] if (k, output) == (1, self.outputs[1]) else None
+    def refine(self, output, sizes):
+        return [self.boxes] if output == self.outputs[1] else None
 
 
 def test_scaledet_scores_and_boxes_of_predictions():
@@ -685,7 +685,7 @@ def train_losses(model, samples, space) -> tuple[list[StageOutput], dict]:
     stages, predictions, losses = outputs
     assert all(p.shape == (len(s.hidden), 5) for s, pair in zip(stages, predictions) for p in pair)
     tables = LabelTables.of(model.args, space.text, torch.ones(len(space)))
-    return stages, scaledet.compute_losses(model.args, stages, predictions, targets, losses, tables)
+    return stages, scaledet.compute_losses(model.args, stages, predictions, losses, targets, tables)
 
 
 def check_gradients_reach_everything(model, losses) -> None:

@@ -38,6 +38,7 @@ ALLOWED = {
     "predict_files(partial(": "UniDetector's predictions are calibrated",
     "label_space=space": "ScaleDet evaluates a control, too",
     "run_metadata(args)": "UniDetector's two stages write the same metadata",
+    "find_unused_parameters=": "which steps leave out parameters",
     "raise InputError(": "other errors",
     "Each dataset is classified by its own part": "ScaleDet says what a further dataset changes",
 }
