@@ -128,7 +128,7 @@ class Args:
     predict: tuple[str, ...] = ()
     """images to draw predictions on, instead of training"""
     vocabulary: str = ""
-    """classes for --predict: "cat, traffic cone", a .txt file, or without text a dataset's name"""
+    """classes for --predict: "cat, traffic cone", or a .txt file with a name per line"""
     score_threshold: Annotated[float, Range(0)] = 0.3
     """lowest score that is drawn"""
     resume: str = ""
@@ -352,10 +352,10 @@ def merge_targets(masks: Tensor, labels: Tensor, merged: Tensor) -> tuple[Tensor
 
 
 def prepare_targets(batch: Batch, merged: Tensor) -> list[Targets]:
-    """Returns the masks (N, H, W) of each image, padded as the batch, or its boxes without masks.
+    """Returns the labels of each image, and its masks (N, H, W), padded as the batch, or its boxes.
 
-    The masks of each class of `merged`, (K,) bool, are one. Labels stay those of the dataset, since
-    the softmax has no other dataset's classes.
+    All masks of a class are joined if it is in `merged`, (K,) bool. Labels stay those of the
+    dataset, since the softmax has no other dataset's classes.
     """
     height, width = batch.images.shape[-2:]
     targets = []
@@ -376,7 +376,7 @@ def projections(mask_logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def projection_dice(product: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """Returns BoxInst's dice loss 1 - 2 sum(x t) / (sum x^2 + sum t^2), sums over the last axis.
+    """Returns BoxInst's dice loss 1 - 2 sum(x t) / (sum x^2 + sum t^2 + 1e-5), over the last axis.
 
     product: sum(x t), one value per pair in the loss, and a matrix of all pairs in the matching
     x, t:    (..., length), predicted and true projections, which broadcast to `product`
@@ -443,7 +443,7 @@ def loss_class(logits: Tensor, classes: Tensor) -> Tensor:
 
     logits: (Z, B, Q, K + 1); classes: (Z, B, Q), K on background
 
-    Weighted mean over the queries of each prediction, sum over the Z predictions.
+    Weighted mean over the B Q queries of each prediction, sum over the Z predictions.
     """
     weight = torch.ones(logits.shape[-1], device=logits.device)
     weight[-1] = 0.1
@@ -455,10 +455,10 @@ def loss_class(logits: Tensor, classes: Tensor) -> Tensor:
 def loss_projection(
     mask_logits: Tensor, rows: Tensor, columns: Tensor, num_masks: Tensor
 ) -> Tensor:
-    """Sec. 3, boxes: D(px, gx) + D(py, gy), D = 1 - 2 sum(x t) / (sum x^2 + sum t^2).
+    """Sec. 3, boxes: D(px, gx) + D(py, gy), D the dice of `projection_dice`.
 
     mask_logits: (R, h, w); px, py are the maxima of its sigmoid over y and over x
-    rows:        (R, h), gy, the rows that the box covers; columns: (R, w), gx
+    rows:        (R, h), gy, 1 for the rows that the box covers; columns: (R, w), gx
 
     Sum over the pairs / num_masks. Source: BoxInst (arXiv 2012.02310).
     """
@@ -473,9 +473,13 @@ def compute_losses(
 ) -> dict[str, Tensor]:
     """L = sum over predictions of 2 L_class + 5 (L_mask + L_dice), or 2 L_class + 5 L_projection.
 
-    The second form is that of boxes. merged: (K,) bool. --merge-in-training unites the proposals
-    that predict such a class: they share its class target, and the maximum of their mask logits is
-    the mask. Returns every term with its weight, and their sum as `loss`.
+    The second form is that of boxes (`loss_projection` on the grid of `rasterise`).
+    `loss_class` is of all queries; those without a target have class K. `loss_mask` and `loss_dice`
+    are of the pairs of `match`, at args.points points of each, with num_masks of `masks_per_rank`.
+    merged: (K,) bool. With --merge-in-training, an unmatched query that predicts a merged class
+    joins the pair of this class in its prediction (`join_members`): it has the same class target,
+    and the mask of the pair is the maximum of their logits.
+    Returns every term with its weight, and their sum as `loss`.
     """
     num_masks = masks_per_rank(targets, output.logits.device)
     background = output.logits.shape[-1] - 1
@@ -597,8 +601,8 @@ def build_dataloader(
         jitter = args.semantic_jitter if d.supervision == "semantic" else args.jitter
         transforms[d.name] = LargeScaleJitter(sides[d.name], jitter)
     factors = [np.ones(len(d)) for d in datasets]
-    position = (args.seed, start, rank(), world_size())
-    sampler = RatioBatchSampler(factors, [*ratios.values()], [*batches.values()], *position)
+    place = (args.seed, start, rank(), world_size())
+    sampler = RatioBatchSampler(factors, [*ratios.values()], [*batches.values()], *place)
     square = sides if should_compile(args.compile, device) else None
     mixture = Mixture(datasets, transforms, args.seed)
     return make_loader(mixture, args.workers, square, batch_sampler=sampler)
@@ -609,7 +613,7 @@ def train(
 ) -> tuple[Model, LabelSpace]:
     """Trains on `datasets`. Writes metrics, checkpoints and weights to the run folder.
 
-    Returns the model and its label space. Every rank calls it; rank 0 writes.
+    Returns the model, and the label space on `device`. Every rank calls it; rank 0 writes.
     """
     # set up: data, model, optimizer
     for dataset in datasets:
@@ -679,9 +683,9 @@ def train(
 def evaluate(
     args: Args, model: Model, label_space: LabelSpace, datasets: list[Dataset], folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Evaluates each dataset by its own metric, in its own label space. Draws pictures.
+    """Evaluates each dataset by its own metric, on its own classes alone. Draws pictures.
 
-    label_space: that of the training
+    label_space: that of the training, whose names keep their text
     """
     results = {}
     transform = ResizeShortest(args.test_size)

@@ -24,17 +24,16 @@ lambda, tau      image_label_weight, tau
 arXiv 2201.02605. Rivals of max-size, which Table 1 compares: common/image_label_losses.py.
 
 Note: where the paper and its code (facebookresearch/Detic) differ, we follow the code, with three
-  exceptions. Classes are merged by name, not first by WordNet synset. All ranks of a step train on
-  one dataset, as a single GPU does. A parameter without a loss in a step has no gradient and is
-  not updated; in the code its gradient is 0, so it decays and keeps its momentum.
+  exceptions. Classes are merged by name alone; the code tries WordNet synsets first. All ranks
+  train a step on one dataset, as a single GPU does. A parameter without a loss in a step has no
+  gradient and is not updated; in the code its gradient is 0, so it decays and keeps its momentum.
 Note: novel classes are no negatives of images with boxes (--ignore-zero), as in the paper's COCO
   split. The official LVIS-base run differs there: it uses the class frequencies of all of LVIS.
 Note: timm has no ImageNet-21k ResNet-50, which the paper starts from. Ours is ImageNet-1k. Swin has
   its 21k weights.
 Note: the image-label losses have the official background column, whose text is zero and whose logit
   is the bias. The box losses have no such column, as in the code.
-Note: the paper's COCO split has a detector of its own (Faster R-CNN C4). Here coco-base has the
-  detector of LVIS.
+Note: the paper's COCO split has Faster R-CNN C4. Here coco-base has the same detector as LVIS.
 
 diff with scaledet.py shows: labels merged, not concatenated; a mask head; image-label losses, no
 soft loss; batches of one dataset each; base and novel classes in the results.
@@ -132,7 +131,7 @@ class Args:
     predict: tuple[str, ...] = ()
     """images to draw predictions on, instead of training"""
     vocabulary: str = ""
-    """classes for --predict: "cat, traffic cone", a .txt file, or without text a dataset's name"""
+    """classes for --predict: "cat, traffic cone", or a .txt file with a name per line"""
     score_threshold: Annotated[float, Range(0)] = 0.3
     """lowest score that is drawn"""
     resume: str = ""
@@ -166,9 +165,9 @@ class Args:
     dataset_ratios: str = ""
     """images sampled per dataset, as lvis=1,in21k=16 (default: boxes 1, image-level labels 4)"""
     dataset_sizes: str = ""
-    """--image-size per dataset, as in21k=320 (default: half of --image-size without boxes)"""
+    """--image-size per dataset, as in21k=320 (default without boxes: half of --image-size)"""
     dataset_batches: str = ""
-    """--batch-size per dataset, as in21k=256 (default: 4 times --batch-size without boxes)"""
+    """--batch-size per dataset, as in21k=256 (default without boxes: 4 times --batch-size)"""
     steps: Annotated[int, COUNT] = 90_000
     """optimiser steps of either stage (Detic's "4x")"""
     lr: Annotated[float, Range(above=0)] = 2e-4
@@ -176,7 +175,7 @@ class Args:
     base_batch_size: Annotated[int, Range(1)] = 64
     """batch size that --lr is meant for (Detic, R50: 64)"""
     warmup_steps: Annotated[int, COUNT] = 10_000
-    """steps of linear warmup from 1e-4 of --lr; image labels: 1000 from 1e-3; at most steps / 9"""
+    """steps of warmup from 1e-4 of --lr, at most steps / 9; image labels: <= 1000, from 1e-3"""
     image_label_loss: ImageLabelLoss = "max_size"
     """which proposals of an image get its label (Table 1)"""
     image_label_weight: Annotated[float, Range(0)] = 0.1
@@ -184,7 +183,7 @@ class Args:
     tau: Annotated[float, Range(above=0)] = 0.02
     """temperature of the classifier (Detic's factor 50)"""
     image_label_proposals: Annotated[int, Range(1)] = 128
-    """proposals of highest objectness, without boxes (Detic's WS_NUM_PROPS; COCO: 32)"""
+    """proposals kept of an image without boxes, by objectness (Detic's WS_NUM_PROPS; COCO: 32)"""
     dynamic_classifier: Annotated[int, COUNT] = 0
     """classes sampled per step (50 for tens of thousands), in place of --fed-loss; 0: all"""
     masks: bool = True
@@ -266,8 +265,8 @@ class Prediction:
 class Model(nn.Module):
     """CenterNet2 (arXiv 2103.07461): proposals from a heat map of centres, then a cascade of heads.
 
-    Each of the three stages classifies its regions by text and refines their boxes. A mask head
-    reads the regions of the first.
+    Each of the three stages classifies its regions by text and refines their boxes. A mask head is
+    trained on the regions of the first. At test time it reads the final boxes.
     """
 
     def __init__(self, args: Args, label_space: LabelSpace, pretrained: bool = True):
@@ -275,7 +274,7 @@ class Model(nn.Module):
         self.args = args
         self.boxed: list[str] = []  # names of the classes that had boxes in training
         self.backbone = Backbone(args.backbone, args.channels, pretrained)
-        # proposals in (training, test): at most 4000, 1000 a level before NMS, 2000, 256 after it
+        # (training, test): most proposals of a level before NMS, then of an image after NMS
         self.centernet = CenterNet(args.channels, STRIDES, (4000, 1000), (2000, 256))
         self.cascade = Cascade(args.channels, args.fc_dim)
         self.classifiers = nn.ModuleList(
@@ -331,10 +330,10 @@ class Model(nn.Module):
     ) -> tuple[list[StageOutput], list[Prediction]]:
         """Returns the output and the prediction of each stage for images without boxes.
 
-        1. The proposals of highest objectness are kept (--image-label-proposals).
-        2. All stages of the cascade see them, without sampling and without matching.
-        3. In each stage, the largest proposal is chosen (`loss_max_size`).
-        4. The loss is lambda times the BCE of its logits and the label.
+        1. Here: the proposals of highest objectness are kept (--image-label-proposals).
+        2. Here: all stages of the cascade see them, without sampling and without matching.
+        3. In `compute_image_label_losses`: in each stage, the largest proposal is chosen.
+        4. There, too: the loss is lambda times the BCE of its logits and the label.
 
         If the whole image takes part (captions, --image-label-loss image), it is the last proposal.
         """
@@ -421,8 +420,10 @@ def sample_classifier(
 
 
 def class_mask(args: Args, labels: Tensor, frequency: Tensor) -> Tensor:
-    """Returns w (C,) of Sec. 3, 0 or 1: the classes that the regions train.
+    """Returns w (C,) of `loss_cls`: 1 for a class that the regions train, otherwise 0.
 
+    --fed-loss trains the classes of `sample_federated`, unless --dynamic-classifier has sampled
+    already. --ignore-zero leaves out the classes of frequency 0.
     labels: (R,), -1 on background; frequency: (C,), training images with a box of the class
     """
     mask = torch.ones_like(frequency)
@@ -438,7 +439,7 @@ def loss_cls(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     labels: (R,), -1 on background, where y is all 0
     mask:   (C,), w
 
-    Sum over classes, mean over the R regions of the batch.
+    Sum over classes, mean over the R regions of the batch; 0 without regions.
     """
     target = torch.zeros_like(logits)  # (R, C)
     fg = labels >= 0
@@ -451,27 +452,25 @@ def loss_max_size(bag: Bag, label: Tensor) -> Tensor:
     """Sec. 4, max-size: BCE(W f_j, c), j = argmax_j area(b_j), for the label c of an image.
 
     W f_j are the proposal's logits (C + 1,), background included; the BCE with the one-hot c is
-    summed over them (`label_bce`). The last proposal, which may be the whole image, is left out
-    unless it is the only one.
+    summed over them (`label_bce`). As in the code, the last proposal is left out, whether it is the
+    whole image or not, unless it is the only one.
     """
     areas = (bag.boxes[:, 2:] - bag.boxes[:, :2]).prod(1)  # (n,)
     candidates = areas[:-1] if len(areas) > 1 else areas
     return label_bce(bag.logits[candidates.argmax()], label)
 
 
-def loss_captions(
-    logits: list[Tensor], caption_columns: list[int], negative_weight: float
-) -> Tensor:
-    """Sec. 4, captions: 1/B sum_i BCE(W_M f'_i, i). f' is that of the whole image, the last row.
+def loss_captions(logits: list[Tensor], columns: list[int], negative_weight: float) -> Tensor:
+    """Sec. 4, captions: 1/B sum_i sum_m v_im BCE(W_M f'_i, y_im), f'_i the whole image i.
 
-    logits:          B tensors (n, M), W_M f with the M captions of the batch as classifier
-    caption_columns: column of each image's own caption, -1 without a caption
-    negative_weight: weight of the other captions
+    y_im and the weight v_im are 1 for the image's own caption, else 0 and negative_weight.
+    logits:  B tensors (n, M), W_M f with the M captions of the batch; the whole image is last
+    columns: column of each image's own caption, -1 without a caption
 
-    Sum over the M columns. An image without a caption adds 0.
+    An image without a caption or without a proposal adds 0.
     """
     terms = [logits[0].sum() * 0]
-    for image_logits, column in zip(logits, caption_columns):
+    for image_logits, column in zip(logits, columns):
         if column >= 0 and len(image_logits):
             whole = image_logits[-1]  # (M,)
             target = F.one_hot(torch.tensor(column), len(whole)).to(whole)
@@ -490,9 +489,10 @@ def compute_losses(
 ) -> dict[str, Tensor]:
     """L = sum over stages of (L_cls + L_box) + L_mask + the CenterNet losses for images with boxes.
 
-    Images without boxes have lambda (L_im + the caption loss), summed over the stages.
-    Returns every term with its weight, and their sum as `loss`.
-    frequency: (C,), as in `class_mask`
+    L_cls is `loss_cls` with w of `class_mask`, L_box is `loss_box_reg`. proposal_losses hold those
+    of `CenterNet.losses` and L_mask, `MaskHead.loss` of the first stage.
+    Images without boxes have `compute_image_label_losses`, summed over the stages, instead.
+    Returns every term with its weight, and their sum as `loss`. frequency: as in `class_mask`
     """
     losses = dict(proposal_losses)
     for k, (stage, prediction) in enumerate(zip(stages, predictions)):
@@ -508,7 +508,11 @@ def compute_losses(
 def compute_image_label_losses(
     args: Args, stage: StageOutput, prediction: Prediction, targets: list[Targets]
 ) -> dict[str, Tensor]:
-    """Returns lambda L_im of a stage, and lambda times the caption loss if there are captions."""
+    """Returns lambda L_im of a stage, and lambda times `loss_captions` if there are captions.
+
+    L_im is `mean_over_bags` of the loss of --image-label-loss, by default `loss_max_size`. Other
+    captions than the image's own weigh NEGATIVE_CAPTION_WEIGHT.
+    """
     loss_of_label = (RIVALS | {"max_size": loss_max_size})[args.image_label_loss]
     bags = Bag.split(stage.boxes, prediction.logits, prediction.prop_logits)
     loss = mean_over_bags(loss_of_label, bags, [t.image_labels for t in targets])
@@ -574,15 +578,15 @@ def build_dataloader(
     ratios = per_dataset(args, "dataset_ratios", datasets, 1, image_labels=4)
     transforms, factors = {}, []
     for d in datasets:
+        jitter = args.jitter
         if d.supervision == "image_labels":
-            low, high = (min(max(scale, 0.5), 1.5) for scale in args.jitter)
-            transforms[d.name] = LargeScaleJitter(sides[d.name], (low, high))
+            jitter = tuple(min(max(scale, 0.5), 1.5) for scale in jitter)
             factors.append(np.ones(len(d)))
         else:
-            transforms[d.name] = LargeScaleJitter(sides[d.name], args.jitter)
             factors.append(repeat_factors([d], args.repeat_threshold))
-    position = (args.seed, start, rank(), world_size())
-    sampler = RatioBatchSampler(factors, [*ratios.values()], [*batches.values()], *position)
+        transforms[d.name] = LargeScaleJitter(sides[d.name], jitter)
+    place = (args.seed, start, rank(), world_size())
+    sampler = RatioBatchSampler(factors, [*ratios.values()], [*batches.values()], *place)
     square = sides if should_compile(args.compile, device) else None
     mixture = Mixture(datasets, transforms, args.seed)
     return make_loader(mixture, args.workers, square, batch_sampler=sampler)
@@ -593,7 +597,7 @@ def train(
 ) -> tuple[Model, LabelSpace]:
     """Trains on `datasets`. Writes metrics, checkpoints and weights to the run folder.
 
-    Returns the model and its label space. Every rank calls it; rank 0 writes.
+    Returns the model, and the label space on `device`. Every rank calls it; rank 0 writes.
     """
     # set up: data, model, optimizer
     for dataset in datasets:
@@ -608,7 +612,7 @@ def train(
     weights = checkpoint or args.weights
     model = Model(args, label_space, pretrained=not weights).to(device)
     if weights:
-        load_weights(weights, model, fresh="" if checkpoint else "prop_score.")
+        load_weights(weights, model, fresh="" if checkpoint else "prop_score.")  # stage 1 lacks it
     model.train()
     metadata = {"method": METHOD, "args": asdict(args)}
     model.boxed = metadata["boxed"] = boxed_names(frequency, label_space)
@@ -644,9 +648,8 @@ def train(
         captions = None
         if batch.samples[0].dataset in captioned:
             captions = gather(encode([t.caption for t in targets]).to(device))  # (M, D)
-        text = label_space.text[classes]
         # outputs: stages, predictions and the losses of the proposals
-        outputs = parallel(batch.images, batch.sizes, targets, text, captions)
+        outputs = parallel(batch.images, batch.sizes, targets, label_space.text[classes], captions)
         losses = compute_losses(args, *outputs, targets, frequency[classes])
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
@@ -671,7 +674,7 @@ def train(
 def evaluate(
     args: Args, model: Model, label_space: LabelSpace, datasets: list[Dataset], folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Evaluates each dataset by its own metric, in its own label space. Draws pictures.
+    """Evaluates each dataset by its own metric, on its own classes alone. Draws pictures.
 
     label_space: that of the training. Classes that had boxes in it are base classes, others novel.
     """
@@ -701,7 +704,7 @@ def load(
     args = args or saved_args(Args, metadata)
     label_space = build_label_space(args, vocabularies)
     model = Model(args, label_space, pretrained=False).to(device)
-    load_weights(path, model, fresh="prop_score.")
+    load_weights(path, model, fresh="prop_score.")  # predictions do not need it
     model.boxed = metadata["boxed"]
     return model.eval(), label_space.to(device)
 
@@ -709,10 +712,7 @@ def load(
 def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
     if args.dynamic_classifier and args.image_label_loss == "wsddn":
-        raise InputError(
-            "--image-label-loss wsddn ranks the proposals for every class, so that"
-            " --dynamic-classifier cannot sample some; leave one of them out"
-        )
+        raise InputError("--image-label-loss wsddn needs all classes: drop --dynamic-classifier")
     device = setup_device(args.device, args.seed)
     root = args.data_root
     size = args.image_size if args.tiny else 0  # of generated images
@@ -724,7 +724,7 @@ def main() -> None:
         images_per_class(datasets, label_space, args.novel)  # refuses novel classes with boxes
         without_boxes = [d.name for d in datasets if d.supervision == "image_labels"]
         has_masks = any(d.supervision == "instances" for d in datasets)
-        args.masks = args.masks and (has_masks or bool(args.weights))  # else nothing trains it
+        args.masks &= has_masks or bool(args.weights)  # weights may bring a trained mask head
         if without_boxes and not (args.weights or args.resume):
             log.warning("image-level labels need --weights: the run folder of stage 1, boxes alone")
     else:

@@ -31,8 +31,8 @@ Note: after the masked attention of a layer the queries attend to the text. The 
 Note: prompts are "a photo of {name}". For panoptic data the released code has the plain name
   (--prompts name), and what the paper has is not known.
 Note: a name has one word form, the first, which the released code takes too. Names longer than its
-  ten tokens stay whole. Fixed text has unit length, which the norm of the adapter makes up for.
-Note: 160,000 steps are those of the released configs. A script for four datasets has 320,000.
+  ten tokens stay whole. Fixed text has unit length; the adapter's LayerNorm undoes that.
+Note: 160,000 steps are those of the released configs. Its script for four datasets has 320,000.
 Note: training images are padded as far as their batch needs, not to the size of the crop.
 Note: in one step every rank samples its own dataset. A batch has one, so its text needs no padding.
 Note: segments that a crop leaves empty are dropped, also those of panoptic maps.
@@ -131,7 +131,7 @@ class Args:
     predict: tuple[str, ...] = ()
     """images to draw predictions on, instead of training"""
     vocabulary: str = ""
-    """classes for --predict: "cat, traffic cone", a .txt file, or without text a dataset's name"""
+    """classes for --predict: "cat, traffic cone", or a .txt file with a name per line"""
     score_threshold: Annotated[float, Range(0)] = 0.3
     """lowest score that is drawn"""
     resume: str = ""
@@ -262,7 +262,7 @@ def build_label_space(
 ) -> LabelSpace:
     """Concatenates the label spaces. Each dataset is decoded and classified by its own part.
 
-    context: the learned context tokens (n, width), which the text reads; None: fixed text
+    context: (n, width) learned tokens, which the text encoder reads before each name
     """
     if args.classifier == "heads":
         return LabelSpace(vocabularies)
@@ -377,9 +377,9 @@ class Model(nn.Module):
         """Runs Mask2Former's decoder, with the category guide, on the output of `extract`.
 
         Each layer has masked cross-attention to one feature level (the levels take turns),
-        attention to the text (`guides`; it comes first with --cgd text_visual), self-attention and
-        a feed-forward network. The predictions before the first layer and after each are returned,
-        for the auxiliary losses. text: (K + 1, D); None with --classifier heads
+        attention to the text (`guides`, by --cgd after it, before it or not at all), self-attention
+        and a feed-forward network. Returns the predictions before the first layer and after each,
+        for the auxiliary losses. text: (K + 1, D); --classifier heads reads label_space instead
         """
         memory, position, resized = [], [], []
         for features, code in zip(maps, self.level_embed):
@@ -471,7 +471,7 @@ def loss_class(logits: Tensor, classes: Tensor) -> Tensor:
 
     logits: (Z, B, Q, K + 1); classes: (Z, B, Q), K on background
 
-    Weighted mean over the queries of each prediction, sum over the Z predictions.
+    Weighted mean over the B Q queries of each prediction, sum over the Z predictions.
     """
     weight = torch.ones(logits.shape[-1], device=logits.device)
     weight[-1] = 0.1
@@ -483,6 +483,8 @@ def loss_class(logits: Tensor, classes: Tensor) -> Tensor:
 def compute_losses(args: Args, output: MaskOutput, targets: list[Targets]) -> dict[str, Tensor]:
     """L = sum over predictions of 2 L_class + 5 (L_mask + L_dice).
 
+    `loss_class` is of all queries; those without a target have class K. `loss_mask` and `loss_dice`
+    are of the pairs of `match`, at args.points points of each, with num_masks of `masks_per_rank`.
     Returns every term with its weight, and their sum as `loss`.
     """
     num_masks = masks_per_rank(targets, output.logits.device)
@@ -579,8 +581,8 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     transforms = {d.name: augmentation(args, d.name) for d in datasets}
     factors = [np.ones(len(d)) for d in datasets]
     batches = [args.batch_size] * len(datasets)
-    position = (args.seed, start, rank(), world_size())
-    sampler = RatioBatchSampler(factors, [*ratios.values()], batches, *position, apart=True)
+    place = (args.seed, start, rank(), world_size())
+    sampler = RatioBatchSampler(factors, [*ratios.values()], batches, *place, apart=True)
     mixture = Mixture(datasets, transforms, args.seed)
     return make_loader(mixture, args.workers, batch_sampler=sampler)
 
@@ -590,7 +592,7 @@ def train(
 ) -> tuple[Model, LabelSpace]:
     """Trains on `datasets`. Writes metrics, checkpoints and weights to the run folder.
 
-    Returns the model and its label space. Every rank calls it; rank 0 writes.
+    Returns the model, and the label space on `device`. Every rank calls it; rank 0 writes.
     """
     # set up: data, model, optimizer
     for dataset in datasets:
@@ -681,9 +683,9 @@ def trained_label_space(args: Args, model: Model, label_space: LabelSpace) -> La
 def evaluate(
     args: Args, model: Model, label_space: LabelSpace, datasets: list[Dataset], folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Evaluates each dataset by its own metric, in its own label space. Draws pictures.
+    """Evaluates each dataset by its own metric, on its own classes alone. Draws pictures.
 
-    label_space: that of the training
+    label_space: that of the training, whose names keep their text
     """
     results = {}
     for dataset in datasets:
@@ -720,9 +722,7 @@ def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
     device = setup_device(args.device, args.seed)
     root = args.data_root
-    size = 0
-    if args.tiny:  # generated images are as large as the largest pipeline needs
-        size = test_transform(args, "coco-panoptic").size
+    size = test_transform(args, "coco-panoptic").size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
         datasets = load_datasets(args.datasets, "train", root, size, False, SUPERVISION)

@@ -33,9 +33,11 @@ Note: OpenImages has 500 classes (oid500, the challenge's) or 601 (oid). With 50
 Note: timm has no ImageNet-21k ResNet-50, which the paper starts from. Ours is ImageNet-1k. Swin has
   its 21k weights.
 Note: the soft loss leaves background regions out, since no row of S belongs to them.
-Note: ignore_dup is ours. Labels with equal text ("person" in COCO, "Person" in Objects365) have
-  equal logits. As a positive and a negative they would push the same logit both ways.
-Note: S is rescaled to [0, 1] (sim_norm), since raw cosines of unrelated labels are all alike.
+Note: ignore_dup is ours. Labels with equal embeddings ("person" in COCO, "Person" in Objects365)
+  have equal logits. As a positive and a negative they would push the same logit both ways. So the
+  duplicates of a region's label are no negatives.
+Note: S is rescaled (sim_norm): its minimum becomes 0 and 1 stays 1. Raw cosines of unrelated labels
+  are all alike.
 Note: the paper takes the label of the highest similarity. As Detic, we keep every label above the
   threshold, unless --one-class-per-proposal.
 
@@ -124,7 +126,7 @@ class Args:
     predict: tuple[str, ...] = ()
     """images to draw predictions on, instead of training"""
     vocabulary: str = ""
-    """classes for --predict: "cat, traffic cone", a .txt file, or without text a dataset's name"""
+    """classes for --predict: "cat, traffic cone", or a .txt file with a name per line"""
     score_threshold: Annotated[float, Range(0)] = 0.3
     """lowest score that is drawn"""
     resume: str = ""
@@ -172,7 +174,7 @@ class Args:
     neg_scope: Literal["all", "own"] = "all"
     """negatives of the hard loss: labels of all datasets (Eq. 6), or of the image's own dataset"""
     ignore_dup: bool = True
-    """leave labels whose text equals the target's (cosine > 0.99) out of the negatives"""
+    """leave labels with the target's embedding (cosine > 0.99) out of the negatives"""
     fed_loss: bool = False
     """federated loss (for LVIS): samples 50 classes per step by the root of their frequency"""
     repeat_threshold: Annotated[float, Range(0)] = 0.001
@@ -224,7 +226,7 @@ ZERO_SHOT = "lineart"  # the generated dataset that nothing trains on
 def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
     """Concatenates the label spaces. T (C, D) holds the text embedding of each class name.
 
-    Adding a dataset adds columns and changes none. Vocabularies of a weights file bring their text.
+    Adding a dataset adds columns and changes none. Vocabularies of a weights file have embeddings.
     """
     embed_names = partial(embed, encoder=args.text_encoder, prompts=args.prompts)
     return LabelSpace(vocabularies, embed_names)
@@ -254,7 +256,7 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.backbone = Backbone(args.backbone, args.channels, pretrained)
-        # proposals in (training, test): at most 4000, 1000 a level before NMS, 2000, 256 after it
+        # (training, test): most proposals of a level before NMS, then of an image after NMS
         self.centernet = CenterNet(args.channels, STRIDES, (4000, 1000), (2000, 256))
         self.cascade = Cascade(args.channels, args.fc_dim)
         self.classifiers = nn.ModuleList(
@@ -335,7 +337,12 @@ class LabelTables:
 def class_mask(
     args: Args, stage: StageOutput, targets: list[Targets], tables: LabelTables
 ) -> Tensor:
-    """Returns w (R, C) of Eq. 6, 0 or 1: the labels that each region trains."""
+    """Returns w (R, C) of Eq. 6: 1 for a label that the region trains, otherwise 0.
+
+    --neg-scope own leaves out the labels of other datasets. --fed-loss trains the labels of
+    `sample_federated` alone. --ignore-dup leaves out other labels with the embedding of the
+    region's label.
+    """
     labels = stage.labels  # (R,)
     mask = torch.ones(len(labels), len(tables.images_per_class), device=labels.device)  # (R, C)
     if args.neg_scope == "own":
@@ -357,7 +364,7 @@ def loss_hard_label(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     labels: (R,), -1 on background, where y is all 0
     mask:   (R, C), w
 
-    Sum over labels, mean over the R regions of the batch, as Detic.
+    Sum over labels, mean over the R regions of the batch, as Detic; 0 without regions.
     """
     target = torch.zeros_like(logits)  # (R, C)
     fg = labels >= 0
@@ -388,8 +395,11 @@ def compute_losses(
     targets: list[Targets],
     tables: LabelTables,
 ) -> dict[str, Tensor]:
-    """L = sum over stages of (L_hl + lambda L_sl + L_box, `loss_box_reg`) + the CenterNet losses.
+    """L = sum over stages of (L_hl + lambda L_sl + L_box) + the CenterNet losses.
 
+    L_hl is `loss_hard_label` of the logits, whose w is that of `class_mask`. L_sl is
+    `loss_soft_label` of the cosine, L_box is `loss_box_reg`. predictions: (cosine, logits) of each
+    stage; proposal_losses: those of `CenterNet.losses`
     Returns every term with its weight, and their sum as `loss`.
     """
     losses = dict(proposal_losses)
@@ -460,7 +470,7 @@ def train(
 ) -> tuple[Model, LabelSpace]:
     """Trains on `datasets`. Writes metrics, checkpoints and weights to the run folder.
 
-    Returns the model and its label space. Every rank calls it; rank 0 writes.
+    Returns the model, and the label space on `device`. Every rank calls it; rank 0 writes.
     """
     # set up: data, model, optimizer
     for dataset in datasets:
@@ -530,10 +540,10 @@ def train(
 def evaluate(
     args: Args, model: Model, label_space: LabelSpace, datasets: list[Dataset], folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Evaluates each dataset by its own metric, in its own label space. Draws pictures.
+    """Evaluates each dataset by its own metric, on its own classes alone. Draws pictures.
 
-    label_space: that of the training. A dataset outside it is zero-shot, and is evaluated a second
-    time as a control: with each class name's text replaced by that of another name.
+    label_space: that of the training, whose names keep their text. A dataset outside it is
+    zero-shot, and is evaluated a second time as a control: with the text of another name for each.
     """
     results = {}
     transform = ResizeShortest(args.test_size)

@@ -137,7 +137,7 @@ class Args:
     predict: tuple[str, ...] = ()
     """images to draw predictions on, instead of training"""
     vocabulary: str = ""
-    """classes for --predict: "cat, traffic cone", a .txt file, or without text a dataset's name"""
+    """classes for --predict: "cat, traffic cone", or a .txt file with a name per line"""
     score_threshold: Annotated[float, Range(0)] = 0.3
     """lowest score that is drawn"""
     resume: str = ""
@@ -367,7 +367,7 @@ def loss_classification(logits: Tensor, labels: Tensor, sampled: Tensor) -> Tens
     labels:  (Q,), -1 on background, where y is all 0
     sampled: (C,) bool, A
 
-    Sum over the classes in A, mean over the image's R_k regions.
+    Sum over the classes in A, mean over the image's R_k regions; 0 without regions.
     """
     target = torch.zeros_like(logits)  # (Q, C)
     fg = labels >= 0
@@ -386,8 +386,9 @@ def compute_losses(
 ) -> dict[str, Tensor]:
     """L of the localizer, or L_cls + L_box of the classifier.
 
-    L_cls is the mean of L_k over the images, each on the columns of its scope. frequency: (C,),
-    training images of each class. Returns every term, and their sum as `loss`.
+    L_cls is the mean of L_k, `loss_classification`, over the images, each on the columns of its
+    scope, with A of `sample_classes`. L_box is `loss_roi_box`. localizer_losses are those of `RPN`
+    and `OLN`. frequency: (C,), training images. Returns every term, and their sum as `loss`.
     """
     losses = dict(localizer_losses)
     if outputs is not None:
@@ -644,7 +645,7 @@ def train_stage(
 def evaluate(
     args: Args, model: Model, label_space: LabelSpace, datasets: list[Dataset], folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Evaluates each dataset before and after calibration, in its own label space. Draws pictures.
+    """Evaluates each dataset before and after calibration, on its own classes. Draws pictures.
 
     label_space: that of the training. Classes whose names it lacks are unknown. A dataset outside
     it is zero-shot, and has a control: each class name's text is replaced by that of another name.

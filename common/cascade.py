@@ -140,7 +140,8 @@ def loss_box_reg(output: StageOutput) -> Tensor:
     """Box regression loss of a stage: 1/R sum_{r in fg} |d_r - encode(b_r, g_r)|_1, plain L1.
 
     d (R, 4) are the predicted deltas, b (R, 4) the regions, g (R, 4) their ground truth. encode is
-    `encode_boxes` with the stage's `Cascade.box_weights`. R counts all regions, background too.
+    `encode_boxes` with the stage's `Cascade.box_weights`. R counts background. Without
+    regions, the loss is 0.
     """
     boxes = torch.cat(output.boxes)  # (R, 4)
     gt_boxes = torch.cat([t.boxes for t in output.targets])  # (R, 4)
@@ -149,7 +150,10 @@ def loss_box_reg(output: StageOutput) -> Tensor:
 
 
 class MaskHead(nn.Module):
-    """Class-agnostic mask head: one mask per region. The parameter names are the official ones."""
+    """Pools regions from the feature maps and predicts one class-agnostic mask for each.
+
+    The parameters have the names of detectron2's mask head.
+    """
 
     def __init__(self, channels: int, num_convs: int = 4):
         super().__init__()
@@ -174,6 +178,7 @@ class MaskHead(nn.Module):
     def loss(self, features: list[Tensor], stage: StageOutput, targets: list[Targets]) -> Tensor:
         """BCE of the masks of foreground regions: mean over these regions and their 28 x 28 cells.
 
+        The truth is the mask of the matched ground truth, cropped to the region (`crop_masks`).
         Images without masks take no part. Without any foreground region, the loss is 0.
         features: P3, P4, P5, ... (B, F, h, w); stage: of the cascade, the first in Detic
         """

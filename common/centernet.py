@@ -229,11 +229,12 @@ class CenterNet(nn.Module):
 
         loss_centernet_pos = 0.5 * 0.25 / n * sum over the n centres of -(1 - p)^2 log(p)
         loss_centernet_neg = 0.5 * 0.75 / n * sum over all locations of -p^2 (1 - h)^4 log(1 - p)
-        loss_centernet_loc = 1 / m * sum over the m locations with distances of 1 - GIoU
+        loss_centernet_loc = 1 / m * `loss_ltrb_giou` of the m locations with distances
 
-        p is sigmoid(logits) clamped to [1e-4, 1 - 1e-4], h the target heat map. A negative with
-        p >= 0.85 counts 0. n and m are of all images, averaged over ranks, at least 1.
-        logits (B, M), ltrb (B, M, 4), gt_boxes: B tensors (N, 4)
+        p is sigmoid(logits) clamped to [1e-4, 1 - 1e-4]. Centres, heat map h and distances are
+        those of `CenterNet.targets`. A negative with p >= 0.85 counts 0. n and m are of all images,
+        averaged over ranks, at least 1.
+        logits (B, M), ltrb (B, M, 4) in strides, gt_boxes: B tensors (N, 4)
         """
         targets = [self.targets(grid, boxes) for boxes in gt_boxes]
         heatmaps, distances, centre_rows = zip(*targets)

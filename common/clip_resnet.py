@@ -359,8 +359,9 @@ def region_features(
 class RegionClassifier(nn.Module):
     """Embeds regions in the space of the text embeddings, and predicts class-agnostic box deltas.
 
+    The official classifier has one more column for background, a zero vector. Its logit is constant
+    and no loss reads it. Here it is left out.
     Source: zhenyuw16/UniDetector:mmdet/models/roi_heads/bbox_heads/bbox_head_clip_partitioned.py.
-    Its zero column for background has a constant logit and no loss, and is left out.
     """
 
     def __init__(

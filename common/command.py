@@ -24,9 +24,10 @@ from common.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a flag may have, as part of its type: Annotated[float, Range(above=0)].
+    """Limits the numbers of a flag, as part of its type: Annotated[float, Range(above=0)].
 
-    A tuple of two numbers is a range itself: both must be allowed, the smaller one first.
+    A flag may hold two numbers, (low, high). `check_numbers` requires that both are within the
+    limits, and low <= high.
     """
 
     low: float = -math.inf
@@ -59,14 +60,16 @@ def parse_args(
 ):
     """Parses the command line into `args_class`.
 
-    A flag wins over a saved setting, that over --tiny, and that over the default. --resume brings
-    all settings of its run; --weights brings `model_fields`, those that shape the model.
+    The first source that has a value wins: the flags, the saved settings, --tiny, the defaults.
+    --resume brings all settings of its run. --weights brings `model_fields`, those that shape the
+    model.
 
+    method:  the run or the weights must be of this method
     tiny:    the defaults under --tiny
     convert: converts official weights (`common.convert`), which --weights may name; or None
 
     Raises InputError for an unknown flag, with the nearest one, and for a number out of its range.
-    tyro reports a value that does not fit its type, also with exit code 2.
+    tyro itself reports a value of another type and ends the process with exit code 2.
     """
     argv = sys.argv[1:] if argv is None else argv
 

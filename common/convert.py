@@ -130,9 +130,11 @@ def renamed(official: Tensors, rules: dict[str, str | None]) -> Tensors:
 
 
 def convert_centernet2_detic(official: Tensors) -> tuple[Tensors, dict]:
-    """Converts a state dict of Detic's CenterNet2. Returns the tensors and the model's metadata.
+    """Converts a state dict of Detic's CenterNet2. Returns our tensors and the model's metadata.
 
-    "label_space.<dataset>" (C, D) is the text of the classes. Their number tells the dataset.
+    Ours have "label_space.<dataset>" (C, D), the text of the classes. <dataset> is the known
+    vocabulary of C classes. Without one it is "official", and its classes have made-up names, as a
+    warning says.
     """
     tensors = renamed(official, DETIC)
     blocks = ("inner_blocks", "layer_blocks")

@@ -61,9 +61,10 @@ def deepest(segments: np.ndarray) -> list[tuple[int, float, int, int]]:
 
 
 def overlay(image: Tensor, masks: Tensor, colors: list[Color], scores: Tensor | None) -> Tensor:
-    """Blends each mask's colour into the image at 50 %.
+    """Returns a copy of the image (3, H, W) uint8 with the colours of the masks blended in, 50 %.
 
-    Masks with higher scores are painted last. Without scores, smaller masks are painted last.
+    masks: (N, H, W) bool; scores: (N,). Masks with higher scores are painted last. Without scores,
+    smaller masks are painted last.
     """
     image = image.detach().cpu().clone()
     masks = masks.cpu()

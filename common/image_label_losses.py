@@ -57,7 +57,11 @@ def loss_image(bag: Bag, label: Tensor) -> Tensor:
 
 
 def loss_max_score(bag: Bag, label: Tensor) -> Tensor:
-    """Prediction-based (YOLO9000): sum_c BCE(s_jc, y_c) (`label_bce`), j = argmax_j s_j,label."""
+    """Prediction-based (YOLO9000): the loss of the proposal with the highest logit for the label.
+
+    It is sum_c BCE(s_jc, y_c) (`label_bce`) over the C + 1 columns, with j = argmax_j s_jl for the
+    label l; y is 1 at l alone.
+    """
     return label_bce(bag.logits[bag.logits[:, label].argmax()], label)
 
 
@@ -69,8 +73,9 @@ def loss_min_loss(bag: Bag, label: Tensor) -> Tensor:
 def loss_wsddn(bag: Bag, label: Tensor) -> Tensor:
     """WSDDN (arXiv 1511.02853): mean_c BCE(p_c, y_c), p_c = sum_j sigmoid(s_jc) softmax_j(r_jc).
 
-    s: logits; r: prop_logits, whose softmax runs over the proposals; y: one-hot of `label`. Unlike
-    the other losses, it is the mean over the C + 1 columns, not the sum.
+    s: logits; r: prop_logits, whose softmax runs over the proposals; y: one-hot of `label`. p is
+    clamped to [1e-10, 1 - 1e-10]. Unlike the other losses, it is the mean over the C + 1 columns,
+    not the sum.
     """
     p = (bag.logits.sigmoid() * bag.prop_logits.softmax(0)).sum(0)  # (C + 1,)
     p = p.clamp(1e-10, 1 - 1e-10)

@@ -119,7 +119,7 @@ def area_of(rle: dict) -> int:
 
 
 def crop_masks(masks: Tensor, boxes: Tensor, size: int, rows: Tensor | None = None) -> Tensor:
-    """Crops masks to boxes and resizes them: the targets of a mask head, (R, size, size) bool.
+    """Crops masks to boxes and resizes them by RoIAlign: (R, size, size) bool, at least 0.5.
 
     masks: (N, H, W) bool
     boxes: (R, 4) xyxy

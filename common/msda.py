@@ -73,7 +73,7 @@ def _per_level(reference: Tensor, offsets: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _levels(sizes: tuple, device: torch.device) -> Tensor:
-    """Returns (L, 3) int32: height, width and first pixel of each level."""
+    """Returns (L, 3) int32: height, width and first pixel of each level. sizes: h0, w0, h1, ..."""
     levels = []
     start = 0
     for height, width in zip(sizes[::2], sizes[1::2]):

@@ -17,9 +17,12 @@ def _axis_kernel(position, size):
 
     position: (T, P) float32 in pixels; size: pixels of the axis
 
-    Returns, each (T, P): first (int32), the left of two neighbouring pixels, moved into the map;
-    the weights of pixel `first` and of first + 1, which sum to less than 1 beyond the border; and
-    the derivatives of both weights by the position. If size is 1, the second weight is 0.
+    Returns five blocks (T, P):
+    - first, int32: floor(position), clamped to [0, size - 2]
+    - the weight of pixel `first`, and that of pixel first + 1
+    - the derivatives of these two weights by the position
+    Beyond the border the weights sum to less than 1. If size is 1, first is 0, and the weight of
+    pixel 1 and its derivative are 0.
     """
     floor = tl.floor(position)
     last = tl.maximum(size - 2, 0).to(tl.float32)

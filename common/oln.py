@@ -185,7 +185,8 @@ class RPN(nn.Module):
     ) -> dict[str, Tensor]:
         """Returns `loss_rpn_box` and `loss_rpn_objectness`, summed over images, both divided by n.
 
-        n counts the anchors sampled for box regression in the batch with background, at least 1.
+        `RPN.targets` samples the anchors of each loss. n counts those sampled for box regression in
+        the batch, with background, at least 1.
         anchors (M, 4), tblr (B, M, 4), logits (B, M), gt_boxes: B tensors (N, 4)
         """
         box_loss = 0
@@ -292,7 +293,7 @@ class OLN(nn.Module):
     def losses(
         self, outputs: tuple, boxes: list[Tensor], targets: list[RegionTargets]
     ) -> dict[str, Tensor]:
-        """Returns loss_roi_cls, loss_roi_box and loss_roi_iou, each divided by R, the regions.
+        """Returns `loss_roi_cls`, `loss_roi_box` and `loss_roi_iou` of the R regions of all images.
 
         outputs: class logits (R, 2), deltas (R, 4) and IoU logits (R,), as `head` returns them
         boxes:   B tensors (Q, 4), the regions
@@ -338,7 +339,10 @@ def centreness(anchors: Tensor, boxes: Tensor) -> Tensor:
 
 
 def loss_rpn_box(anchors: Tensor, tblr: Tensor, gt_boxes: Tensor) -> Tensor:
-    """Sum of 10 (1 - max(IoU, 1e-6)) of decoded foreground anchors; all tensors are (P, 4)."""
+    """Sum of 10 (1 - max(IoU, 1e-6)) over P foreground anchors; all tensors are (P, 4).
+
+    IoU is that of the decoded anchor (`decode_tblr`) and its ground truth.
+    """
     boxes = decode_tblr(anchors, tblr)
     iou = paired_iou(boxes, gt_boxes)
     iou = iou.clamp(min=1e-6)
@@ -352,7 +356,7 @@ def loss_rpn_objectness(logits: Tensor, scores: Tensor) -> Tensor:
 
 
 def loss_roi_cls(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of object (column 0) and background, mean over R regions.
+    """Cross entropy of object (column 0) and background, mean over R regions; 0 without regions.
 
     logits (R, 2), labels (R,), -1 on background
     """
@@ -366,7 +370,7 @@ def loss_roi_box(deltas: Tensor, boxes: list[Tensor], targets: list[RegionTarget
     """Box loss: 1/R sum_{r in fg} |d_r - encode(b_r, g_r)|_1. R counts background too.
 
     deltas: (R, 4), d; boxes: B tensors (Q, 4), b. The targets hold g, and labels that are -1 on
-    background. encode gives box deltas with the weights BOX_WEIGHTS.
+    background. encode is `encode_boxes` with BOX_WEIGHTS. Without regions, the loss is 0.
     """
     regions = torch.cat(boxes)  # (R, 4)
     gt_boxes = torch.cat([t.boxes for t in targets])  # (R, 4)
@@ -377,6 +381,7 @@ def loss_roi_box(deltas: Tensor, boxes: list[Tensor], targets: list[RegionTarget
 def loss_roi_iou(logits: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
     """IoU loss: 1/R sum_{r in fg} |sigmoid(logit_r) - IoU(b_r, g_r)|. R counts background too.
 
+    Without regions, the loss is 0.
     logits (R,), labels (R,), -1 on background, boxes b (R, 4), gt_boxes g (R, 4)
     """
     fg = labels >= 0

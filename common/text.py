@@ -315,7 +315,10 @@ class ContextEncoder:
         self.width = self.token_embedding.embedding_dim
 
     def tokenize(self, texts: list[str]) -> Tensor:
-        """Returns the token ids (K, T) of K texts. T is the longest length; 0 is padding."""
+        """Returns the token ids (K, T) of K texts, with start and end tokens but without context.
+
+        T is the length of the longest text. Shorter ones are padded with 0.
+        """
         if self.clip:
             ids = self.tokenizer(texts)
         else:

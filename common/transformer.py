@@ -106,7 +106,10 @@ class DecoderLayer(nn.Module):
         return self.cross_norm(q + attended)
 
     def self_attend(self, q: Tensor, query_pos: Tensor) -> Tensor:
-        """Queries q (B, Q, C) attend to each other -> (B, Q, C)."""
+        """Applies self-attention, the residual and the norm: q (B, Q, C) -> (B, Q, C).
+
+        query_pos (Q, C) or (B, Q, C) is added to queries and keys, not to values.
+        """
         placed = q + query_pos
         attended = self.self_attn(placed, placed, q)
         return self.self_norm(q + attended)

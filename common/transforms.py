@@ -108,9 +108,10 @@ class DetrCrop:
 
 @dataclass
 class ResizeShortest:
-    """Resizes the short side to `size`, or to less if the long side would exceed `longest`.
+    """Resizes a sample: its image, boxes, masks and proposals, as detectron2 at test time.
 
-    `longest` = 0 means size * 1333 / 800. detectron2's test transform.
+    The short side becomes `size`, or less if the long side would exceed `longest`.
+    `longest` = 0 means size * 1333 / 800.
     """
 
     size: int

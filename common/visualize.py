@@ -282,10 +282,11 @@ def _best_boxes(prediction: dict, min_score: float, size: tuple[int, int]) -> di
 def similarity_heatmap(
     similarity: Tensor, label_space: LabelSpace, path: Path | str, limit: int = 60
 ) -> None:
-    """Saves a heat map of the label similarity matrix (C, C) to `path`, grouped by dataset.
+    """Saves a heat map of the label similarity matrix (C, C) to `path`. Datasets are blocks of it.
 
-    With at most 80 labels it shows all. With more, it shows about `limit`: the labels with the
-    most similar label in another dataset, the same number per dataset.
+    Up to 80 labels are all shown. Of more labels about `limit` are shown, equally many of each
+    dataset: those most similar to a label of another dataset (of one dataset alone: to another
+    label).
     """
     # Imported here because it takes half a second. Without pyplot, matplotlib draws with Agg.
     from matplotlib.figure import Figure

@@ -148,9 +148,9 @@ class Index:
         return slice(int(self.image_label_offsets[image]), int(self.image_label_offsets[image + 1]))
 
     def positives(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (X,) images and (X,) labels, one pair per image-level label.
+        """Returns (X,) rows of images and (X,) labels, one pair per image-level label.
 
-        Without image-level labels, there is one pair per box that is not ignored (a crowd).
+        Without image-level labels, there is one pair per box. Ignored boxes are left out.
         """
         if self.image_labels is not None:
             counts = np.diff(self.image_label_offsets)

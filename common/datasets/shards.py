@@ -81,10 +81,10 @@ def read_members(path: Path) -> np.ndarray:
     """Returns (M,) records name, label, offset, size of the images in a tar file.
 
     Names and labels are bytes. A name is TAR/MEMBER. The label of KEY.jpg is the text of KEY.cls or
-    the field "label" of KEY.json, and b"" if it has none but others do. If no image has a label,
-    the tar file is a class, and its name is the label.
-    Raises InputError for a tar file that is damaged or compressed, a member outside of its folder,
-    a label that is no text, a number as the name of a class.
+    the field "label" of KEY.json. An image without one has b"". If no image has a label, all have
+    the name of the tar file without .tar.
+    Raises InputError for a tar file that is damaged or compressed, for a member outside of its
+    folder, for a label that is no text, and for a tar file without labels whose name is a number.
     """
     images, labels, num_others = _read_headers(path)
     if images and not labels and path.stem.isdigit():

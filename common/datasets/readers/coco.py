@@ -124,8 +124,9 @@ def read_index(
 class Images:
     """Collects the entries of the json list `images`, chunk by chunk.
 
-    lists: {key: {row: list}} for the keys NEGATIVES, NOT_EXHAUSTIVE, IMAGE_LABELS and CAPTIONS;
-           only rows whose image has the key
+    as_written: as in `file_name`
+    lists:      {key: {row: list}}, the keys NEGATIVES, NOT_EXHAUSTIVE, IMAGE_LABELS and CAPTIONS.
+                A row is there only if its image has the key.
     """
 
     def __init__(self, path: Path, as_written: bool):

@@ -28,8 +28,9 @@ def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> 
     Looks for the class list, the class tree and the image-level labels in the same folder, then in
     its parent. Without tree or labels AP50 is not the official one; a warning says so, unless the
     file name contains `train`.
-    A file whose name contains `validation` also gets the images that have image-level labels but no
-    box. There, a detection of a verified class is a false positive; other detections are ignored.
+    If the file name contains `validation`, the dataset also has the images with image-level labels
+    but without a box. In these images a detection of a verified class is a false positive. All
+    other detections are ignored.
     Source: tensorflow/models:research/object_detection/metrics/oid_challenge_evaluation.py
     Raises InputError naming the file, the row and the remedy.
     """

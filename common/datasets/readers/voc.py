@@ -68,9 +68,10 @@ def read_voc(name: str, annotations: Path, images: Path, metric: str = "coco") -
 
 
 def read_xmls(name: str, source: Path, files: dict[str, tuple[Path, str]]) -> tuple[Index, dict]:
-    """Returns the index and the facts that `cached_index` stores with it.
+    """Reads xml files. Returns the index, and {"classes": the names as written, sorted}.
 
-    The labels of the index are rows of facts["classes"], the classes as written, sorted.
+    The labels of the index are rows of "classes".
+    files: {image id: (xml file, image file name)}; source: for messages
     """
     sizes, objects = [], []
     for row, (xml, _) in enumerate(files.values()):

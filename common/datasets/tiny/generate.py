@@ -251,7 +251,7 @@ def tree() -> list[tuple[str, str]]:
 
 @functools.cache
 def below(label: str) -> set[str]:
-    """Returns the labels below `label` in the class tree."""
+    """Returns all descendants of `label` in the class tree, without `label` itself."""
     children = {child for parent, child in tree() if parent == label}
     return children.union(*map(below, children))
 
