@@ -244,11 +244,9 @@ EVALUATION = {"o365": "o365-instances"}  # 1000 images of its validation set, wi
 
 
 def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
-    """Concatenates the label spaces. T (C, D) holds the text embedding of each class name.
-
-    Each dataset is classified by its own part.
-    """
-    return LabelSpace(vocabularies, partial(embed, encoder=args.text_encoder, prompts=args.prompts))
+    """Concatenates the label spaces. Each dataset is classified by its own part."""
+    embed_names = partial(embed, encoder=args.text_encoder, prompts=args.prompts)
+    return LabelSpace(vocabularies, embed_names)
 
 
 class Model(nn.Module):
@@ -484,7 +482,8 @@ def compute_losses(
     num_masks = masks_per_rank(targets, output.logits.device)
     background = output.logits.shape[-1] - 1
     classes = torch.full(output.logits.shape[:-1], background, device=num_masks.device)  # (Z, B, Q)
-    sampled, projected = [], []
+    sampled = []
+    projected = []
     for i, (t, pairs) in enumerate(zip(targets, match(args, output, targets))):
         target = pairs[2]  # (R,)
         owner = torch.arange(len(target), device=classes.device)
@@ -537,9 +536,8 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
     semantic: `semantic` (H, W)
     panoptic: `semantic`, and `panoptic` (H, W) with `segments_info`
     instance: `boxes` (N, 4), `labels`, `scores` (N,) and `masks` (N, H, W)
-
-    Also size (height, width) and class_names: of each of the N instances, and otherwise of all
-    classes.
+    Also size (height, width) and class_names, of all classes.
+    Those of instances are N names, one of each.
     """
     model.eval()
     task = task or model.args.task

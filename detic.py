@@ -41,7 +41,7 @@ soft loss; batches of one dataset each; base and novel classes in the results.
     python detic.py --datasets coco-base --tiny             # stage 1: minutes on a CPU
     python detic.py --datasets coco-base,in21k --tiny --weights runs/detic-...      # stage 2
     torchrun --nproc-per-node 8 detic.py --datasets lvis-base,in-l --data-root DATA --weights ...
-    python detic.py --predict photo.jpg --vocabulary "headphone, webcam" --weights runs/detic-...
+    python detic.py --predict photo.jpg --vocabulary "cat, traffic cone" --weights runs/...
 """
 
 # /// script
@@ -101,8 +101,8 @@ from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import save_image, training_grid
 
 # Shapes: B images, Q proposals of an image, R regions (RoIs) of all images, N ground truths of an
-# image, C classes of the label space, D width of the text embeddings, F feature channels,
-# H W pixels, K image-level labels and n proposals of an image without boxes, M captions.
+# image, C classes of the label space, D width of the text embeddings, H W pixels.
+# Without boxes: K image-level labels and n proposals of an image, M captions.
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
@@ -199,7 +199,7 @@ class Args:
     jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)
     """scale range of large-scale jitter (EfficientDet); without boxes at least 0.5, at most 1.5"""
     prompts: Literal["auto", "imagenet", "a", "name"] = "a"
-    """"a {name}" (Detic), CLIP's 80 templates, or the name (--tiny)"""
+    """CLIP's 80 templates (auto, for CLIP), "a {name}" (Detic), or the name (auto, for minilm)"""
     one_class_per_proposal: bool = False
     """keep only the best label of a proposal instead of all above the threshold (Detic)"""
     cls_bias: float = 0.0
@@ -245,7 +245,7 @@ NEGATIVE_CAPTION_WEIGHT = 0.125  # Detic's NEG_CAP_WEIGHT for Conceptual Caption
 
 
 def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
-    """Merges classes of the same name. W (C, D) holds the text embedding of each class.
+    """Merges classes of the same name. W (C, D) holds the text embedding of each class name.
 
     A merged class has the text of the first dataset that names it.
     """
@@ -265,8 +265,8 @@ class Prediction:
 class Model(nn.Module):
     """CenterNet2 (arXiv 2103.07461): proposals from a heat map of centres, then a cascade of heads.
 
-    Each of the three stages classifies its regions by text and refines their boxes. A mask head is
-    trained on the regions of the first. At test time it reads the final boxes.
+    Each of the three stages classifies its regions by text and refines their boxes.
+    A mask head is trained on the regions of the first. At test time it reads the final boxes.
     """
 
     def __init__(self, args: Args, label_space: LabelSpace, pretrained: bool = True):
@@ -284,8 +284,7 @@ class Model(nn.Module):
         self.mask_head = MaskHead(args.channels) if args.masks else None
         self.prop_score = nn.ModuleList()  # WSDDN's second branch
         if args.image_label_loss == "wsddn":
-            columns = len(label_space) + 1
-            self.prop_score.extend(mlp(args.fc_dim, columns) for _ in self.cascade.stages)
+            self.prop_score.extend(mlp(args.fc_dim, len(label_space) + 1) for _ in self.classifiers)
 
     def extract(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
         """Returns the features P3 .. P7 of images (B, 3, H, W) uint8."""
@@ -314,8 +313,8 @@ class Model(nn.Module):
         boxes = [b for b, _ in proposals]
         # samples regions, and matches those of each stage to the ground truth
         stages = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
-        logits = [classify(s.hidden, text)[1] for classify, s in zip(self.classifiers, stages)]
-        predictions = [Prediction(x) for x in logits]  # (R, C)
+        outputs = [classify(s.hidden, text) for classify, s in zip(self.classifiers, stages)]
+        predictions = [Prediction(logits) for _, logits in outputs]
         if self.mask_head:
             losses["loss_mask"] = self.mask_head.loss(features, stages[0], targets)
         return stages, predictions, losses
@@ -380,8 +379,8 @@ class Model(nn.Module):
 def prepare_targets(batch: Batch, label_space: LabelSpace) -> list[Targets]:
     """Returns the ground truth of each image, with labels as columns of the label space.
 
-    The cascade matches regions to it by IoU, stage by stage. An image with several captions gets
-    one of them at random.
+    The cascade matches regions to it by IoU, stage by stage.
+    An image with several captions gets one of them at random.
     """
     targets = []
     for sample in batch.samples:
@@ -496,12 +495,12 @@ def compute_losses(
     """
     losses = dict(proposal_losses)
     for k, (stage, prediction) in enumerate(zip(stages, predictions)):
-        if targets[0].image_labels is None:
-            mask = class_mask(args, stage.labels, frequency)
-            losses[f"loss_cls_stage{k}"] = loss_cls(prediction.logits, stage.labels, mask)
-            losses[f"loss_box_reg_stage{k}"] = loss_box_reg(stage)
-        else:
+        if targets[0].image_labels is not None:
             losses |= compute_image_label_losses(args, stage, prediction, targets)
+            continue
+        mask = class_mask(args, stage.labels, frequency)
+        losses[f"loss_cls_stage{k}"] = loss_cls(prediction.logits, stage.labels, mask)
+        losses[f"loss_box_reg_stage{k}"] = loss_box_reg(stage)
     return losses | {"loss": sum(losses.values())}
 
 
@@ -535,7 +534,8 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace) -> list[dict]:
     """Returns the detections of each image, in pixels of its original size.
 
     Each is a dictionary as torchvision's: boxes (N, 4), labels (N,), scores (N,). It also has
-    class_names, N names, size (height, width) and, with a mask head, segmentations, N COCO RLEs.
+    class_names, N names, and size (height, width).
+    A mask head adds segmentations, N COCO RLEs.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -630,7 +630,8 @@ def train(
     if should_compile(args.compile, device):
         model.backbone.compile()
     parallel = model
-    if world_size() > 1:  # image-level labels train neither the mask head nor the box regression
+    if world_size() > 1:
+        # image-level labels train neither the mask head nor the box regression
         parallel = DistributedDataParallel(model, find_unused_parameters=True)
     loader = build_dataloader(args, datasets, start, device)
     run_log = RunLog(folder, steps, start)
@@ -648,7 +649,6 @@ def train(
         captions = None
         if batch.samples[0].dataset in captioned:
             captions = gather(encode([t.caption for t in targets]).to(device))  # (M, D)
-        # outputs: stages, predictions and the losses of the proposals
         outputs = parallel(batch.images, batch.sizes, targets, label_space.text[classes], captions)
         losses = compute_losses(args, *outputs, targets, frequency[classes])
         optimizer.zero_grad(set_to_none=True)

@@ -44,7 +44,7 @@ each rank with its own dataset; MaskFormer's panoptic rule and less weight decay
     python lmseg.py --datasets ade20k,coco-panoptic --tiny          # minutes on a CPU
     python lmseg.py --datasets ade20k,cityscapes --data-root DATA                        # one GPU
     torchrun --nproc-per-node 8 lmseg.py --datasets ade20k,cityscapes --data-root DATA
-    python lmseg.py --predict photo.jpg --vocabulary "road, sky, car" --weights runs/...
+    python lmseg.py --predict photo.jpg --vocabulary "cat, grass" --weights runs/...
 """
 
 # /// script
@@ -183,7 +183,7 @@ class Args:
     backbone_factor: Annotated[float, Range(0, 100)] = 0.1
     """learning rate of the backbone, in units of --lr; 0 freezes it"""
     task: Literal["semantic", "panoptic"] = "panoptic"
-    """what --predict writes: semantic maps, or panoptic maps too"""
+    """what --predict writes: semantic maps, or panoptic maps, too"""
     object_threshold: Annotated[float, Range(0, 1)] = 0.8
     """panoptic: lowest class probability of a segment (released code: 0.7 for ADE20K)"""
     tau: Annotated[float, Range(above=0)] = 0.07
@@ -247,9 +247,9 @@ TINY = {
     "decoder_layers": 3,
 }
 # the settings that --weights restores: those that shape the model and its inputs
-MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "context_tokens", "cgd", "classifier"]
-MODEL_FIELDS += ["image_size", "queries", "channels", "encoder_layers", "decoder_layers", "daa"]
-MODEL_FIELDS += ["object_threshold"]
+MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "queries", "channels"]
+MODEL_FIELDS += ["encoder_layers", "decoder_layers", "object_threshold"]
+MODEL_FIELDS += ["image_size", "context_tokens", "cgd", "classifier", "daa"]
 SUPERVISION = ("semantic", "panoptic")  # what it can learn from
 OFFICIAL = convert_mask2former  # official weights can be loaded, too
 BACKGROUND = "background"
@@ -444,7 +444,8 @@ def prepare_targets(batch: Batch) -> list[Targets]:
     for sample in batch.samples:
         masks = segment_masks(sample)
         masks = F.pad(masks, (0, width - masks.shape[2], 0, height - masks.shape[1]))
-        targets.append(Targets(sample.boxes, sample.labels, masks=masks))
+        target = Targets(sample.boxes, sample.labels, masks=masks)
+        targets.append(target)
     return targets
 
 
@@ -511,9 +512,8 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
     """Returns what `task` asks for, for each image at its original size. Default: --task.
 
     semantic: `semantic` (H, W)
-    panoptic: `semantic`, and `panoptic` (H, W) with `segments_info`, by MaskFormer's rule: a
-              segment is all that its query won
-
+    panoptic: `semantic`, and `panoptic` (H, W) with `segments_info`
+              (MaskFormer's rule: a segment is all that its query won)
     Also size (height, width) and class_names, of all classes.
     """
     model.eval()
@@ -605,7 +605,7 @@ def train(
 
     checkpoint = last_checkpoint(folder) if args.resume else None
     weights = checkpoint or args.weights
-    model = Model(args, label_space, not weights, width).to(device)
+    model = Model(args, label_space, pretrained=not weights, width=width).to(device)
     if args.classifier == "text" and not encoder:
         model.background.copy_(embed([BACKGROUND], args.text_encoder, args.prompts)[0])
     if weights:
@@ -621,11 +621,10 @@ def train(
     if should_compile(args.compile, device):
         model.backbone.compile()
         model.pixel_decoder.compile()
-    # a step of the multi-head baseline trains one dataset's head
-    unused = args.classifier == "heads"
     parallel = model
     if world_size() > 1:
-        parallel = DistributedDataParallel(model, find_unused_parameters=unused)
+        # a step of the multi-head baseline trains one dataset's head
+        parallel = DistributedDataParallel(model, find_unused_parameters=model.heads is not None)
     loader = build_dataloader(args, datasets, start)
     run_log = RunLog(folder, steps, start)
 
@@ -643,7 +642,8 @@ def train(
         if encoder:
             text = embed_with_context(args, model.context, encoder, parts[name].names)
         output = parallel(batch.images, batch.sizes, parts[name], text)
-        losses = compute_losses(args, output, prepare_targets(batch))
+        targets = prepare_targets(batch)
+        losses = compute_losses(args, output, targets)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         losses = {term: value.detach() for term, value in losses.items()}
@@ -711,7 +711,7 @@ def load(
     metadata, vocabularies = read_model(path, METHOD)
     args = args or saved_args(Args, metadata)
     label_space = build_label_space(args, vocabularies)
-    model = Model(args, label_space, False, metadata["width"]).to(device)
+    model = Model(args, label_space, pretrained=False, width=metadata["width"]).to(device)
     load_weights(path, model)
     if model.context is not None:
         label_space = build_label_space(args, vocabularies, model.context.detach())

@@ -23,7 +23,8 @@ lambda, tau      lam, tau
 Note: no code was released, and we had no access to the typeset equations. Their form is that of the
   paper's figure and text.
 Note: the paper builds on Detic's code. Settings that the paper does not give are Detic's: tau,
-  schedule, AdamW for "Adam", test thresholds, proposals trained together with the rest.
+  schedule, AdamW for "Adam", the reduction of Eq. 6, test thresholds. As there, proposals are
+  trained together with the rest.
 Note: lambda = 1 is our choice.
 Note: where the text is ambiguous we take it literally. All other labels are negatives
   (neg_scope = all). Repeat factors are computed over all datasets together. The text embedding is
@@ -41,7 +42,7 @@ Note: S is rescaled (sim_norm): its minimum becomes 0 and 1 stays 1. Raw cosines
 Note: the paper takes the label of the highest similarity. As Detic, we keep every label above the
   threshold, unless --one-class-per-proposal.
 
-    python scaledet.py --datasets coco,o365 --tiny          # minutes on a CPU, generated data
+    python scaledet.py --datasets coco,o365 --tiny          # minutes on a CPU
     python scaledet.py --datasets lvis,coco,o365,oid500 --fed-loss --data-root DATA      # one GPU
     torchrun --nproc-per-node 8 scaledet.py --datasets lvis,coco,o365 --fed-loss --data-root DATA
     python scaledet.py --predict photo.jpg --vocabulary "cat, traffic cone" --weights runs/...
@@ -61,7 +62,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
@@ -82,6 +82,7 @@ from common.checkpoint import (
     save_checkpoint,
     save_weights,
 )
+from common.class_counts import images_per_class
 from common.command import COUNT, SIDE, Range, parse_args, run_command, saved_args
 from common.convert import convert_if_official
 from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
@@ -99,12 +100,13 @@ from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import report_label_space, save_image, training_grid
 
 # Shapes: B images, Q proposals of an image, R regions (RoIs) of all images, N ground truths of an
-# image, C classes of the label space, D width of the text embeddings, F feature channels,
-# H W pixels, h w feature cells.
+# image, C classes of the label space, D width of the text embeddings, H W pixels.
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
-DEMO = ["--datasets coco,o365 --tiny"]  # the demonstration of ./run.sh
+DEMO = [  # the demonstration of ./run.sh
+    "--datasets coco,o365 --tiny"
+]
 
 # -- Args ------------------------------------------------------------------------------------------
 
@@ -164,7 +166,7 @@ class Args:
     base_batch_size: Annotated[int, Range(1)] = 64
     """batch size that --lr is meant for (Detic, R50: 64)"""
     warmup_steps: Annotated[int, COUNT] = 10_000
-    """steps of linear warmup from 1e-4 of --lr (Detic); at most a ninth of --steps"""
+    """steps of warmup from 1e-4 of --lr, at most steps / 9"""
     lam: Annotated[float, Range(0)] = 1.0
     """lambda, weight of the soft label loss"""
     tau: Annotated[float, Range(above=0)] = 0.02
@@ -180,7 +182,7 @@ class Args:
     repeat_threshold: Annotated[float, Range(0)] = 0.001
     """t of repeat-factor sampling over all datasets together (LVIS, Detic)"""
     jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)
-    """scale range of large-scale jitter; 1 fits the image into the square (EfficientDet, Detic)"""
+    """scale range of large-scale jitter (EfficientDet); 1 fits the image into the square"""
     prompts: Literal["auto", "imagenet", "a", "name"] = "auto"
     """CLIP's 80 templates (auto, for CLIP), "a {name}" (Detic), or the name (auto, for minilm)"""
     one_class_per_proposal: bool = False
@@ -226,10 +228,18 @@ ZERO_SHOT = "lineart"  # the generated dataset that nothing trains on
 def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
     """Concatenates the label spaces. T (C, D) holds the text embedding of each class name.
 
-    Adding a dataset adds columns and changes none. Vocabularies of a weights file have embeddings.
+    Adding a dataset adds columns and changes none.
     """
     embed_names = partial(embed, encoder=args.text_encoder, prompts=args.prompts)
     return LabelSpace(vocabularies, embed_names)
+
+
+@dataclass
+class Prediction:
+    """What the classifier of one stage predicts for its R regions."""
+
+    cosine: Tensor  # (R, C)
+    logits: Tensor  # (R, C)
 
 
 def label_similarity(text: Tensor, sim_norm: str) -> Tensor:
@@ -272,8 +282,8 @@ class Model(nn.Module):
 
     def forward(
         self, images: Tensor, sizes: list[tuple[int, int]], targets: list[Targets], text: Tensor
-    ) -> tuple[list[StageOutput], list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
-        """Returns, for training, the output and the (cosine, logits) of each stage, both (R, C).
+    ) -> tuple[list[StageOutput], list[Prediction], dict[str, Tensor]]:
+        """Returns, for training, the output and the prediction of each stage.
 
         Also the losses of the proposals. images: (B, 3, H, W) uint8; text: (C, D)
         """
@@ -282,7 +292,8 @@ class Model(nn.Module):
         boxes = [b for b, _ in proposals]
         # samples regions, and matches those of each stage to the ground truth
         stages = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
-        predictions = [classify(s.hidden, text) for classify, s in zip(self.classifiers, stages)]
+        outputs = [classify(s.hidden, text) for classify, s in zip(self.classifiers, stages)]
+        predictions = [Prediction(cosine, logits) for cosine, logits in outputs]
         return stages, predictions, losses
 
     def detect(
@@ -313,8 +324,8 @@ def prepare_targets(batch: Batch, label_space: LabelSpace) -> list[Targets]:
     targets = []
     for sample in batch.samples:
         labels = label_space.to_global(sample.dataset, sample.labels)
-        scope = label_space.scope(sample.dataset)
-        targets.append(Targets(sample.boxes, labels, scope=scope))
+        target = Targets(sample.boxes, labels, scope=label_space.scope(sample.dataset))
+        targets.append(target)
     return targets
 
 
@@ -324,33 +335,33 @@ class LabelTables:
 
     similarity: Tensor  # (C, C) S
     duplicates: Tensor  # (C, C) bool, other labels with the same text (cosine > 0.99, not rescaled)
-    images_per_class: Tensor  # (C,) training images that show the class
+    frequency: Tensor  # (C,) training images with a box of the class
 
     @classmethod
-    def of(cls, args: Args, text: Tensor, images_per_class: Tensor) -> "LabelTables":
-        """Computes the tables from text (C, D) and images_per_class (C,)."""
+    def of(cls, args: Args, text: Tensor, frequency: Tensor) -> "LabelTables":
+        """Computes the tables from text (C, D) and frequency (C,)."""
         duplicates = (label_similarity(text, "none") > 0.99).fill_diagonal_(False)
         similarity = label_similarity(text, args.sim_norm)
-        return cls(similarity, duplicates, images_per_class.to(text))
+        return cls(similarity, duplicates, frequency)
 
 
 def class_mask(
     args: Args, stage: StageOutput, targets: list[Targets], tables: LabelTables
 ) -> Tensor:
-    """Returns w (R, C) of Eq. 6: 1 for a label that the region trains, otherwise 0.
+    """Returns w (R, C) of Eq. 6: 1 for a class that the region trains, otherwise 0.
 
-    --neg-scope own leaves out the labels of other datasets. --fed-loss trains the labels of
-    `sample_federated` alone. --ignore-dup leaves out other labels with the embedding of the
+    --neg-scope own leaves out the classes of other datasets. --fed-loss trains the classes of
+    `sample_federated` alone. --ignore-dup leaves out other classes with the embedding of the
     region's label.
     """
     labels = stage.labels  # (R,)
-    mask = torch.ones(len(labels), len(tables.images_per_class), device=labels.device)  # (R, C)
+    mask = torch.ones(len(labels), len(tables.frequency), device=labels.device)  # (R, C)
     if args.neg_scope == "own":
         mask.zero_()
         for rows, t in zip(mask.split([len(boxes) for boxes in stage.boxes]), targets):
             rows[:, t.scope] = 1  # a view of mask
     if args.fed_loss:
-        mask = mask * sample_federated(labels, tables.images_per_class)  # (C,), one for the stage
+        mask = mask * sample_federated(labels, tables.frequency)  # (C,), one for the stage
     if args.ignore_dup:
         fg = labels >= 0
         mask[fg] = mask[fg].masked_fill(tables.duplicates[labels[fg]], 0)
@@ -364,7 +375,7 @@ def loss_hard_label(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     labels: (R,), -1 on background, where y is all 0
     mask:   (R, C), w
 
-    Sum over labels, mean over the R regions of the batch, as Detic; 0 without regions.
+    Sum over classes, mean over the R regions of the batch; 0 without regions.
     """
     target = torch.zeros_like(logits)  # (R, C)
     fg = labels >= 0
@@ -390,23 +401,22 @@ def loss_soft_label(cosine: Tensor, labels: Tensor, similarity: Tensor) -> Tenso
 def compute_losses(
     args: Args,
     stages: list[StageOutput],
-    predictions: list[tuple[Tensor, Tensor]],
+    predictions: list[Prediction],
     proposal_losses: dict[str, Tensor],
     targets: list[Targets],
     tables: LabelTables,
 ) -> dict[str, Tensor]:
     """L = sum over stages of (L_hl + lambda L_sl + L_box) + the CenterNet losses.
 
-    L_hl is `loss_hard_label` of the logits, whose w is that of `class_mask`. L_sl is
-    `loss_soft_label` of the cosine, L_box is `loss_box_reg`. predictions: (cosine, logits) of each
-    stage; proposal_losses: those of `CenterNet.losses`
+    L_hl is `loss_hard_label` of the logits with w of `class_mask`, L_sl `loss_soft_label` of the
+    cosine, L_box `loss_box_reg`. proposal_losses hold those of `CenterNet.losses`.
     Returns every term with its weight, and their sum as `loss`.
     """
     losses = dict(proposal_losses)
-    for k, (stage, (cosine, logits)) in enumerate(zip(stages, predictions)):
+    for k, (stage, prediction) in enumerate(zip(stages, predictions)):
         mask = class_mask(args, stage, targets, tables)
-        soft = loss_soft_label(cosine, stage.labels, tables.similarity)
-        losses[f"loss_hard_stage{k}"] = loss_hard_label(logits, stage.labels, mask)
+        soft = loss_soft_label(prediction.cosine, stage.labels, tables.similarity)
+        losses[f"loss_hard_stage{k}"] = loss_hard_label(prediction.logits, stage.labels, mask)
         losses[f"loss_soft_stage{k}"] = args.lam * soft
         losses[f"loss_box_reg_stage{k}"] = loss_box_reg(stage)
     return losses | {"loss": sum(losses.values())}
@@ -457,8 +467,8 @@ def build_dataloader(
     sides = {d.name: args.image_size for d in datasets}
     transforms = {name: LargeScaleJitter(side, args.jitter) for name, side in sides.items()}
     factors = repeat_factors(datasets, args.repeat_threshold)
-    seen = start * args.batch_size
-    sampler = RepeatFactorSampler(factors, args.seed, seen, rank(), world_size())
+    place = (args.seed, start * args.batch_size, rank(), world_size())
+    sampler = RepeatFactorSampler(factors, *place)
     square = sides if should_compile(args.compile, device) else None
     mixture = Mixture(datasets, transforms, args.seed)
     batch_size = args.batch_size // world_size()
@@ -476,8 +486,8 @@ def train(
     for dataset in datasets:
         log.info(dataset.summary())
     label_space = label_space.to(device)
-    images_per_class = np.concatenate([d.image_counts() for d in datasets])
-    tables = LabelTables.of(args, label_space.text, torch.from_numpy(images_per_class))
+    frequency = images_per_class(datasets, label_space).to(device)  # (C,)
+    tables = LabelTables.of(args, label_space.text, frequency)
     if rank() == 0:
         cosines = label_space.text @ label_space.text.T  # raw, not rescaled
         report_label_space(cosines.cpu(), label_space, folder)
@@ -514,7 +524,6 @@ def train(
             group["lr"] = learning_rate(step - 1, lr, steps, warmup, warmup_factor)
 
         targets = prepare_targets(batch, label_space)
-        # outputs: stages, predictions and the losses of the proposals
         outputs = parallel(batch.images, batch.sizes, targets, label_space.text)
         losses = compute_losses(args, *outputs, targets, tables)
         optimizer.zero_grad(set_to_none=True)

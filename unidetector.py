@@ -520,8 +520,8 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     A batch may mix datasets. Skips what `start` steps have seen.
     """
     resize = ResizeShortestRange(args.image_size // 2, args.image_size)
-    position = (args.seed, start * args.batch_size, rank(), world_size())
-    sampler = make_sampler(args.sampler, datasets, *position)
+    place = (args.seed, start * args.batch_size, rank(), world_size())
+    sampler = make_sampler(args.sampler, datasets, *place)
     mixture = Mixture(datasets, {d.name: resize for d in datasets}, args.seed)
     batch_size = args.batch_size // world_size()
     return make_loader(mixture, args.workers, sampler=sampler, batch_size=batch_size)

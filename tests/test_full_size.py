@@ -117,7 +117,8 @@ def test_full_size_training_step(space, changes):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4)
     stages, predictions, losses = model(batch.images, batch.sizes, truth, space.text)
     assert len(stages[0].hidden) == 128
-    for stage, (cosine, logits) in zip(stages, predictions, strict=True):
+    for stage, prediction in zip(stages, predictions, strict=True):
+        cosine, logits = prediction.cosine, prediction.logits
         assert cosine.shape == logits.shape == (len(stage.deltas), 2148)
     losses = scaledet.compute_losses(args, stages, predictions, losses, truth, tables)
     assert len(losses) == 3 * 3 + 3 + 1 and all(value.isfinite() for value in losses.values())

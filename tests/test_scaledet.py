@@ -29,7 +29,7 @@ from common.targets import RegionTargets, Targets, match_regions
 from common.text import embed
 from common.text_classifier import TextClassifier
 from common.transforms import LargeScaleJitter
-from scaledet import Args, LabelTables, Model
+from scaledet import Args, LabelTables, Model, Prediction
 
 SMALL = Args(
     backbone="resnet18",
@@ -243,7 +243,7 @@ def test_scaledet_fed_loss_acts_on_the_hard_loss_alone():
     losses = scaledet.compute_losses(args, stages, predictions, {}, whole_scope(text), tables)
     own = torch.zeros(60)
     own[:30] = own[40] = 1  # 30 classes have images: all are sampled
-    cosine, logits = predictions[1]
+    cosine, logits = predictions[1].cosine, predictions[1].logits
     expected = scaledet.loss_hard_label(logits, labels, own.expand(3, 60))
     torch.testing.assert_close(losses["loss_hard_stage1"], expected)
     expected = 2 * scaledet.loss_soft_label(cosine, labels, tables.similarity)
@@ -309,7 +309,7 @@ def three_stages(text, labels) -> tuple[list[StageOutput], list]:
         targets = [region_targets(random_boxes(len(x)), x) for x in labels.split(split)]
         hidden, deltas = stage(torch.randn(len(labels), 2, 7, 7) * (k + 1))
         stages.append(StageOutput(len(stages), list(boxes), hidden, deltas, targets))
-        predictions.append(classifier(hidden, text))
+        predictions.append(Prediction(*classifier(hidden, text)))
     return stages, predictions
 
 
@@ -333,7 +333,8 @@ def test_scaledet_total_is_the_weighted_sum_of_every_stage(sim_norm):
     losses = scaledet.compute_losses(args, stages, predictions, proposal_losses, truth, tables)
     weights = [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
     expected = dict(proposal_losses)
-    for k, (stage, (cosine, logits)) in enumerate(zip(stages, predictions)):
+    for k, (stage, prediction) in enumerate(zip(stages, predictions)):
+        cosine, logits = prediction.cosine, prediction.logits
         hard = scaledet.loss_hard_label(logits, labels, torch.ones(4, 6))
         soft = scaledet.loss_soft_label(cosine, labels, similarity)
         expected[f"loss_hard_stage{k}"] = hard
@@ -369,7 +370,7 @@ def test_scaledet_without_soft_loss_is_detic_without_federated_mask():
     targets = [region_targets(torch.ones(4, 4), labels)]
     output = StageOutput(0, [random_boxes(4)], hidden, deltas, targets)
     tables = LabelTables.of(args, text, torch.ones(7))
-    predictions = [classifier(hidden, text)]
+    predictions = [Prediction(*classifier(hidden, text))]
     truth = whole_scope(text)[:1]
     losses = scaledet.compute_losses(args, [output], predictions, {}, truth, tables)
     assert losses["loss_hard_stage0"].item() == pytest.approx(expected, rel=1e-5)
@@ -683,7 +684,8 @@ def train_losses(model, samples, space) -> tuple[list[StageOutput], dict]:
     targets = scaledet.prepare_targets(batch, space)
     outputs = model.train()(batch.images, batch.sizes, targets, space.text)
     stages, predictions, losses = outputs
-    assert all(p.shape == (len(s.hidden), 5) for s, pair in zip(stages, predictions) for p in pair)
+    for stage, prediction in zip(stages, predictions):
+        assert prediction.cosine.shape == prediction.logits.shape == (len(stage.hidden), 5)
     tables = LabelTables.of(model.args, space.text, torch.ones(len(space)))
     return stages, scaledet.compute_losses(model.args, stages, predictions, losses, targets, tables)
 

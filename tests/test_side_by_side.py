@@ -39,6 +39,9 @@ ALLOWED = {
     "label_space=space": "ScaleDet evaluates a control, too",
     "run_metadata(args)": "UniDetector's two stages write the same metadata",
     "find_unused_parameters=": "which steps leave out parameters",
+    "width=width": "LMSeg's learned context has the width of its text encoder",
+    "images_per_class(": "Detic's novel classes",
+    "compute_losses(args": "the losses have other inputs",
     "raise InputError(": "other errors",
     "Each dataset is classified by its own part": "ScaleDet says what a further dataset changes",
 }
