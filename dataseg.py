@@ -78,7 +78,7 @@ from common.checkpoint import (
 )
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
 from common.convert import convert_if_official, convert_mask2former
-from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
+from common.datasets import Dataset, eval_entries, load_datasets, warn_of_overlap
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
 from common.evaluation import report
 from common.inference import evaluate_dataset, predict_each, predict_files
@@ -116,7 +116,7 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset; --tiny may add one)"""
+    """datasets to evaluate (default: the val split of each training dataset)"""
     data_root: str = ""
     """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
     tiny: bool = False
@@ -726,8 +726,7 @@ def main() -> None:
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:
         model, label_space = load(args.weights, args, device)
-    default = default_eval(args.datasets).split(",")
-    names = args.eval_datasets or ",".join(EVALUATION.get(name, name) for name in default)
+    names = eval_entries(args.eval_datasets, args.datasets, instead=EVALUATION)
     evaluated = [] if args.predict else load_datasets(names, "val", root, size, False, SUPERVISION)
     for dataset in evaluated:  # a name without an embedding must show before the training
         label_space.swap(dataset.vocabulary)

@@ -83,7 +83,7 @@ from common.checkpoint import (
 from common.class_counts import boxed_names, images_per_class, seen_and_unseen
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
 from common.convert import convert_centernet2_detic, convert_if_official
-from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
+from common.datasets import Dataset, eval_entries, load_datasets, warn_of_overlap
 from common.distributed import amp_context, gather, rank, setup_device, should_compile, world_size
 from common.errors import InputError
 from common.evaluation import report
@@ -119,7 +119,7 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset; --tiny may add one)"""
+    """datasets to evaluate (default: the val split of each training dataset)"""
     data_root: str = ""
     """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
     tiny: bool = False
@@ -729,7 +729,7 @@ def main() -> None:
             log.warning("image-level labels need --weights: the run folder of stage 1, boxes alone")
     else:
         model, label_space = load(args.weights, args, device)
-    names = args.eval_datasets or default_eval(args.datasets, without_boxes)
+    names = eval_entries(args.eval_datasets, args.datasets, without_boxes)
     evaluated = [] if args.predict else load_datasets(names, "val", root, size)
     for dataset in evaluated:  # a name without an embedding must show before the training
         label_space.swap(dataset.vocabulary)

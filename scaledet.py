@@ -85,7 +85,7 @@ from common.checkpoint import (
 from common.class_counts import images_per_class
 from common.command import COUNT, SIDE, Range, parse_args, run_command, saved_args
 from common.convert import convert_if_official
-from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
+from common.datasets import Dataset, eval_entries, load_datasets, warn_of_overlap
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
 from common.evaluation import report
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
@@ -105,7 +105,7 @@ from common.visualize import report_label_space, save_image, training_grid
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
 DEMO = [  # the demonstration of ./run.sh
-    "--datasets coco,o365 --tiny"
+    "--datasets coco,o365 --tiny --eval-datasets coco,o365,lineart"
 ]
 
 # -- Args ------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset; --tiny may add one)"""
+    """datasets to evaluate (default: the val split of each training dataset)"""
     data_root: str = ""
     """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
     tiny: bool = False
@@ -220,7 +220,6 @@ TINY = {
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias"]
 MODEL_FIELDS += ["channels", "fc_dim"]
 OFFICIAL = None  # there are no official weights to convert
-ZERO_SHOT = "lineart"  # the generated dataset that nothing trains on
 
 # -- Model -----------------------------------------------------------------------------------------
 
@@ -598,9 +597,7 @@ def main() -> None:
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:
         model, label_space = load(args.weights, args, device)
-    names = args.eval_datasets or default_eval(args.datasets)
-    if args.tiny and not args.eval_datasets:
-        names += f",{ZERO_SHOT}"
+    names = eval_entries(args.eval_datasets, args.datasets)
     evaluated = [] if args.predict else load_datasets(names, "val", root, size)
     for dataset in evaluated:  # a name without an embedding must show before the training
         label_space.swap(dataset.vocabulary)

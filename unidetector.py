@@ -87,7 +87,7 @@ from common.class_counts import count_classes, images_per_class, read_prior, see
 from common.clip_resnet import RegionClassifier, RegionOutput
 from common.command import COUNT, SIDE, Range, parse_args, run_command, saved_args
 from common.convert import convert_if_official
-from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
+from common.datasets import Dataset, eval_entries, load_datasets, warn_of_overlap
 from common.distributed import rank, setup_device, world_size
 from common.errors import InputError
 from common.evaluation import evaluate_detections, recall, report
@@ -115,7 +115,9 @@ from common.visualize import save_image, training_grid
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
-DEMO = ["--datasets coco,o365 --tiny"]  # the demonstration of ./run.sh
+DEMO = [  # the demonstration of ./run.sh
+    "--datasets coco,o365 --tiny --eval-datasets coco,o365,lvis"
+]
 
 # -- Args ------------------------------------------------------------------------------------------
 
@@ -125,7 +127,7 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset; --tiny may add one)"""
+    """datasets to evaluate (default: the val split of each training dataset)"""
     data_root: str = ""
     """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
     tiny: bool = False
@@ -241,7 +243,6 @@ TINY = {
 MODEL_FIELDS = ["structure", "stage", "backbone", "classifier_backbone", "text_encoder", "prompts"]
 MODEL_FIELDS += ["test_size", "tau", "channels", "fc_dim", "rpn_proposals", "test_proposals"]
 OFFICIAL = None  # there are no official weights to convert
-ZERO_SHOT = "lvis"  # the generated dataset with many classes that no other has
 
 # -- Model -----------------------------------------------------------------------------------------
 
@@ -717,9 +718,7 @@ def main() -> None:
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:
         model, label_space = load(args.weights, args, device)
-    names = args.eval_datasets or default_eval(args.datasets)
-    if args.tiny and not args.eval_datasets and ZERO_SHOT not in args.datasets:
-        names += f",{ZERO_SHOT}"
+    names = eval_entries(args.eval_datasets, args.datasets)
     evaluated = [] if args.predict else load_datasets(names, "val", root, size)
     for dataset in evaluated:  # a name without an embedding must show before the training
         label_space.swap(dataset.vocabulary)

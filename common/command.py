@@ -46,6 +46,10 @@ class Range:
         return f"between {self.low} and {self.high}"
 
 
+log = logging.getLogger("concord")
+# settings of the training that --eval-only without datasets repeats
+DATA_FIELDS = ["datasets", "eval_datasets", "data_root", "tiny"]
+PATH_FIELDS = ["data_root", "weights", "resume", "output"]
 COUNT = Range(0, 2**31 - 1)  # steps, seeds, numbers of processes
 SIDE = Range(16, 16384)  # pixels
 
@@ -62,7 +66,7 @@ def parse_args(
 
     The first source that has a value wins: the flags, the saved settings, --tiny, the defaults.
     --resume brings all settings of its run. --weights brings `model_fields`, those that shape the
-    model.
+    model, and with --eval-only also the datasets, unless others are named.
 
     method:  the run or the weights must be of this method
     tiny:    the defaults under --tiny
@@ -90,9 +94,15 @@ def parse_args(
     elif args.weights:
         weights = str(convert_if_official(args.weights, method, convert))
         saved = read_metadata(weights, method)["args"]
-        args, _ = parse(with_saved(default, saved, model_fields))
+        repeated = list(model_fields)
+        if args.eval_only and not (args.datasets or args.eval_datasets):
+            repeated += DATA_FIELDS
+            log.info("evaluates on the datasets of the training: %s", saved.get("datasets"))
+        args, _ = parse(with_saved(default, saved, repeated))
         args.weights = weights
     check_numbers(args)
+    for name in PATH_FIELDS:
+        setattr(args, name, os.path.expanduser(getattr(args, name)))
     args.workers = min(args.workers, os.cpu_count() or 1)
     return args
 

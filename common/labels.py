@@ -13,6 +13,7 @@ from torch import Tensor
 from common.errors import InputError
 
 DATA = Path(__file__).resolve().parent.parent / "data"
+NO_LISTS = (".csv", ".json", ".yaml", ".yml", ".xml", ".tsv")  # files that tools keep names in
 
 
 def fold(name: str) -> str:
@@ -97,20 +98,30 @@ class Vocabulary:
     ) -> "Vocabulary":
         """Splits comma-separated names, or reads a text file with one name per line.
 
-        Raises InputError for a file that is missing or is not UTF-8, and as the class does.
+        Raises InputError for a file that is missing, is not UTF-8 or has another ending than .txt
+        and .names, and as the class does.
         """
-        if not names.endswith(".txt"):
+        file = Path(names).expanduser()
+        is_list = file.suffix in (".txt", ".names")
+        if not is_list and (file.is_file() or file.suffix in NO_LISTS):
+            raise InputError(
+                f"{source}: {names} is no list of names; give a .txt file with one name per line,"
+                " or the names, by commas"
+            )
+        if not is_list:
+            if ";" in names:
+                raise InputError(f"{source} {names}: separate the names by commas")
             # an empty name between commas is kept, so that it is refused
             entries = names.split(",") if names.strip() else []
             stripped = [entry.strip() for entry in entries]
             return cls(dataset, tuple(stripped), source=source)
-        if not Path(names).is_file():
+        if not file.is_file():
             raise InputError(
                 f"{source}: {names} does not exist;"
                 " give a text file with one name per line, or names"
             )
         try:
-            lines = Path(names).read_text("utf-8-sig").splitlines()
+            lines = file.read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"{source}: {names} cannot be read ({error}); save it as UTF-8 text"

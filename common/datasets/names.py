@@ -13,7 +13,7 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from common.errors import InputError
 from common.files import cache_dir
 
 log = logging.getLogger("concord")
+ROOT = Path(__file__).resolve().parents[2]
 Parsed = tuple[str, str, tuple[str, str] | None]
 
 
@@ -65,6 +66,7 @@ def parse_datasets(text: str, split: str) -> list[Parsed]:
 def _parse_custom(entry: str, split: str) -> Parsed:
     """Parses NAME=ANNOTATIONS:IMAGES or NAME=FOLDER."""
     name, _, paths = entry.partition("=")
+    _refuse_separator(entry)
     annotations, colon, images = paths.rpartition(":")
     if not colon:  # a folder holds both; a json file alone lacks its images
         annotations = "" if images.endswith(".json") else images
@@ -79,7 +81,17 @@ def _parse_custom(entry: str, split: str) -> Parsed:
             f"--datasets {entry}: the name '{name}' becomes part of file names; give it letters, "
             "digits and ._- only, and no dot first"
         )
-    return name, split, (annotations, images)
+    return name, split, (os.path.expanduser(annotations), os.path.expanduser(images))
+
+
+def _refuse_separator(entry: str) -> None:
+    """Raises InputError for an entry in which another one follows without a comma."""
+    follower = re.search(r"[\s;]+([\w.-]+)(=|:|$)", entry.partition("=")[2] or entry)
+    if follower and (";" in entry or follower[2] == "="):
+        raise InputError(
+            f"--datasets {entry}: a comma is missing before '{follower[1]}'; write A,B to name two"
+            " datasets"
+        )
 
 
 def _parse_known(entry: str, split: str) -> Parsed:
@@ -87,11 +99,17 @@ def _parse_known(entry: str, split: str) -> Parsed:
     name, _, own_split = entry.partition(":")
     name = ALIASES.get(name, name)
     split = own_split or split
+    _refuse_separator(entry)
+    if "/" in entry or Path(name).suffix in (".json", ".txt", ".tsv"):
+        raise InputError(
+            f"--datasets {entry}: a dataset of your own needs a name: NAME={entry}; its paths must"
+            " have no comma"
+        )
     if name not in KNOWN:
         near = difflib.get_close_matches(name, [*KNOWN, *ALIASES, *GROUPS], n=3, cutoff=0.4)
         raise InputError(
-            f"unknown dataset '{name}'; nearest: {', '.join(near or KNOWN)}; "
-            "your own: NAME=ANN.json:IMAGES/"
+            f"unknown dataset '{name}'; nearest: {', '.join(near or list(KNOWN)[:8])}; "
+            "your own: NAME=ANN.json:IMAGES/; all names: python -m common.datasets list"
         )
     splits = KNOWN[name].splits
     if split not in splits:
@@ -99,16 +117,25 @@ def _parse_known(entry: str, split: str) -> Parsed:
     return name, split, None
 
 
-def default_eval(text: str, without: Collection[str] = ()) -> str:
-    """Returns the default of --eval-datasets for the value `text` of --datasets.
+def eval_entries(
+    chosen: str, trained: str, without: Collection[str] = (), instead: Mapping[str, str] = {}
+) -> str:
+    """Returns the datasets to evaluate, from the values of --eval-datasets and --datasets.
 
-    Both are comma-separated lists. A known dataset contributes its name alone, which stands for its
-    default split. A custom dataset contributes its entry unchanged. Left out are datasets with
-    image-level labels only (in21k, image folders) and the names in `without`. Returns "" if none is
+    chosen:  may name a dataset that `trained` defines, as in my=ann.json:images/
+    without: names that the default leaves out
+    instead: {dataset: the one that the default has in its place}
+
+    The default, for an empty `chosen`, is all of `trained`. A known dataset contributes its name
+    alone, which stands for its default split. A custom dataset contributes its entry unchanged.
+    Datasets with image-level labels only (in21k, image folders) are left out. Returns "" if none is
     left.
     """
+    if chosen:
+        custom = {entry.partition("=")[0]: entry for entry in entries(trained) if "=" in entry}
+        return ",".join(custom.get(entry, entry) for entry in entries(chosen))
     kept = []
-    for entry in entries(text):
+    for entry in entries(trained):
         name, custom, paths = entry.partition("=")
         name = name.partition(":")[0]
         if name in without:
@@ -119,7 +146,7 @@ def default_eval(text: str, without: Collection[str] = ()) -> str:
             continue
         name = ALIASES.get(name, name)
         if name not in KNOWN or KNOWN[name].supervision != "image_labels":
-            kept.append(name)
+            kept.append(instead.get(name, name))
     return ",".join(kept)
 
 
@@ -174,15 +201,16 @@ def load_datasets(
         datasets.append(replace(dataset, masks=masks))
     if not datasets:
         raise InputError(
-            f"no dataset named; --datasets or --eval-datasets: {', '.join(KNOWN)}, or "
-            "NAME=ANNOTATIONS.json:IMAGES/"
+            "no dataset named; give --datasets (or --eval-datasets) names of `python -m"
+            " common.datasets list`, or NAME=ANNOTATIONS.json:IMAGES/"
         )
     return datasets
 
 
 def data_folder(data_root: str) -> Path:
     """Returns the data root: `data_root`, or $DETECTRON2_DATASETS, or ./data."""
-    return Path(data_root or os.environ.get("DETECTRON2_DATASETS") or "data")
+    folder = Path(data_root or os.environ.get("DETECTRON2_DATASETS") or "data")
+    return folder.expanduser()
 
 
 def find_files(name: str, split: str, root: Path) -> tuple[Path, Path] | None:
@@ -281,4 +309,24 @@ def _refuse_supervision(
     if supervision not in accepts:
         has = words.get(supervision, supervision)
         needs = " or ".join(words.get(kind, kind) for kind in accepts)
-        raise InputError(f"dataset '{name}' has {has} only; this method needs {needs}; {remedy}")
+        able = ", ".join(f"{method}.py" for method in methods_for(supervision))
+        raise InputError(
+            f"dataset '{name}' has {has} only; this method needs {needs}; {remedy}, or train with"
+            f" {able}"
+        )
+
+
+def methods_for(supervision: Supervision) -> list[str]:
+    """Returns the methods that can learn from this kind of supervision.
+
+    A method is a file with `class Args` in the root. It lists the kinds in SUPERVISION, otherwise
+    it learns from boxes and instances.
+    """
+    able = []
+    for path in sorted(ROOT.glob("*.py")):
+        source = path.read_text()
+        listed = re.search(r"^SUPERVISION = (\(.*?\))", source, re.MULTILINE)
+        kinds = listed[1] if listed else "boxes instances"
+        if "\nclass Args" in source and supervision in re.findall(r"\w+", kinds):
+            able.append(path.stem)
+    return able
