@@ -99,5 +99,5 @@ def amp_context(amp: str, device: torch.device):
 
 
 def should_compile(choice: str, device: torch.device) -> bool:
-    """Returns whether to compile. "auto" compiles on CUDA only: on a CPU, short runs gain nothing."""
+    """Returns whether to compile. "auto" is for CUDA only: on a CPU, short runs are not faster."""
     return choice == "on" or (choice == "auto" and device.type == "cuda")

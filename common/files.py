@@ -39,9 +39,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yields a temporary path. What the block writes there replaces `path` in one step at the end.
 
     It may be a file or a folder. A reader sees the old content or the new, never half of it. The
-    temporary name is unique, so two processes can write at once. The folder of `path` is created. If
-    the block raises, what it wrote is removed and `path` stays as it was. Raises OSError if `path`
-    cannot be written.
+    temporary name is unique, so two processes can write at once. The folder of `path` is created.
+    If the block raises, what it wrote is removed and `path` stays as it was. Raises OSError if
+    `path` cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -65,9 +65,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, backbone_factor: flo
     """Returns AdamW's parameter groups, dicts of `params`, `lr_factor` and `weight_decay`.
 
     `lr_factor` is `backbone_factor` in the backbone and 1 elsewhere. The training multiplies the
-    learning rate by it. A `backbone_factor` of 0 freezes `model.backbone` in place, so that it needs
-    no gradients. Frozen parameters are in no group. `weight_decay` is 0 for normalisation layers and
-    for the parameters of `model` itself, not of a submodule: queries, codes, temperatures.
+    learning rate by it. A `backbone_factor` of 0 freezes `model.backbone` in place, so that it
+    needs no gradients. Frozen parameters are in no group. `weight_decay` is 0 for normalisation
+    layers and for the parameters that `model` itself owns, such as queries, codes and temperatures.
 
     Source: facebookresearch/Mask2Former:train_net.py (build_optimizer). Its queries are embeddings.
     """

@@ -205,7 +205,8 @@ class RatioBatchSampler:
 
     factors:     per dataset the repeat factors (I_d,) of its images, all 1 for a plain shuffle
     ratios:      per dataset the number of images sampled from it, relative to the others
-    batch_sizes: per dataset the images per step over all ranks, divided by the ranks and rounded down
+    batch_sizes: per dataset the images per step over all ranks; each rank gets its share, rounded
+                 down
     start:       number of steps that are skipped; a resumed run has made them
     apart:       each rank samples a dataset of its own, instead of the same one on all ranks
 
