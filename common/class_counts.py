@@ -13,7 +13,7 @@ from common.errors import InputError
 from common.files import atomic_path
 from common.labels import LabelSpace, Vocabulary, fold
 
-# what reading a file raises that is missing or holds no counts
+# what reading raises for a file that is missing or holds no counts
 BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 

@@ -194,7 +194,7 @@ def convert_mask2former(official: Tensors) -> tuple[Tensors, dict]:
 
 
 class DType:
-    """Stands in for numpy.dtype. `name` is such as "f4", or "<f4" after the byte order is read."""
+    """Stands in for numpy.dtype. `name` is "f4", for example; "<f4" once the byte order is read."""
 
     def __init__(self, name: str, *_):
         self.name = name

@@ -154,7 +154,7 @@ class ClassAwareSampler:
         self.seed = seed
         self.position = (start, rank, world_size)
         self.first_row = first_rows(datasets)
-        # per dataset (X_d,) the images of its classes, class after class, and (C_d,) their numbers
+        # per dataset: (X_d,) its images of class 0, class 1, ..., and (C_d,) how many each class has
         by_label = [dataset.index.by_label for dataset in datasets]
         self.images, counts = zip(*by_label)
         self.ends = first_rows(self.images)
@@ -278,7 +278,7 @@ def make_loader(
     """Returns the DataLoader of a training, which makes batches with `collate`.
 
     workers:  number of processes that load images
-    square:   {dataset: side}, the shape to which `collate` pads; None for no such padding
+    square:   {dataset: side}; batches are padded to at least side x side; None for no such padding
     sampling: DataLoader's arguments sampler and batch_size, or batch_sampler
     """
     return DataLoader(

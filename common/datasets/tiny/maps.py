@@ -17,7 +17,7 @@ from common.labels import DATA, Vocabulary
 
 @dataclass(frozen=True)
 class Scene:
-    """The annotations of one image: `things` as by `describe`, `segments` as segments_info."""
+    """The annotations of one image: `things` (see `describe`) and `segments` (segments_info)."""
 
     job: Job
     things: list[dict]
