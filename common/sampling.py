@@ -154,7 +154,7 @@ class ClassAwareSampler:
         self.seed = seed
         self.position = (start, rank, world_size)
         self.first_row = first_rows(datasets)
-        # per dataset: (X_d,) its images of class 0, class 1, ..., and (C_d,) how many each class has
+        # per dataset: (X_d,) its images of class 0, class 1, ..., and (C_d,) how many of each
         by_label = [dataset.index.by_label for dataset in datasets]
         self.images, counts = zip(*by_label)
         self.ends = first_rows(self.images)

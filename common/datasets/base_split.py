@@ -13,7 +13,7 @@ log = logging.getLogger("concord")
 
 
 def lvis_base(lvis: Dataset, split: str) -> Dataset:
-    """Returns LVIS with its rare classes as novel classes, without boxes if `split` is "train".
+    """Returns LVIS with its rare classes as novel classes. In "train" these have no boxes.
 
     Source: facebookresearch/Detic:tools/remove_lvis_rare.py.
     """

@@ -75,7 +75,7 @@ def describe(thing: Thing) -> dict:
 
 
 def run_lengths(mask: np.ndarray) -> list[int]:
-    """Returns the counts of COCO's uncompressed RLE of a mask (H, W)."""
+    """Returns COCO's RLE of a mask (H, W): lengths of the runs of 0, 1, 0, ... down the columns."""
     flat = np.concatenate([[False], mask.ravel(order="F")])
     ends = np.flatnonzero(flat[1:] != flat[:-1])
     return np.diff([0, *ends, mask.size]).tolist()

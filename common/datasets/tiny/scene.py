@@ -110,7 +110,7 @@ def class_weights(name: str, tail: float) -> tuple[list[str], np.ndarray]:
 
 
 def first_label(name: str, tail: float, number: int) -> str:
-    """Returns the class of the first object of image `number`. All classes take turns."""
+    """Returns the class of an image's first object. All classes take turns, even the rarest."""
     classes, _ = class_weights(name, tail)
     return classes[number % len(classes)]
 
@@ -240,7 +240,7 @@ def texture(rng: Generator, size: int, kind: str) -> np.ndarray:
 
 
 def joints(rng: Generator, size: int, kind: str) -> np.ndarray:
-    """Returns the dark pixels (size, size) bool of a texture: mortar, gaps, or windows."""
+    """Returns the pixels (size, size) bool of a texture's mortar, gaps, or a facade's windows."""
     rows, columns = np.indices((size, size))
     if kind == "wood":
         width = max(8, int(size * rng.uniform(0.1, 0.2)))
@@ -385,7 +385,7 @@ def tight_box(mask: np.ndarray) -> list[int]:
 
 
 def draw(rng: Generator, recipe: Recipe, codepoint: str, side: float) -> np.ndarray:
-    """Draws an emoji, (h, w, 4) float32, about `side` long, randomly mirrored, turned and lit."""
+    """Draws one emoji (h, w, 4) float32, about `side` pixels long, mirrored, turned and lit."""
     image = sprite(str(rng.choice(recipe.styles)), codepoint)
     longer = max(image.size)
     size = [max(2, round(s * side / longer)) for s in image.size]
