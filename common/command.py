@@ -26,6 +26,9 @@ from common.errors import InputError
 class Range:
     """Limits the numbers of a flag, as part of its type: Annotated[float, Range(above=0)].
 
+    low, high: the smallest and the largest number allowed
+    above:     every number allowed is greater than this
+
     A flag may hold two numbers, (low, high). `check_numbers` requires that both are within the
     limits, and low <= high.
     """
@@ -62,18 +65,22 @@ def parse_args(
     convert: Callable | None = None,
     argv: list[str] | None = None,
 ):
-    """Parses the command line into `args_class`.
+    """Parses the command line and returns it as an `args_class`.
 
-    The first source that has a value wins: the flags, the saved settings, --tiny, the defaults.
-    --resume brings all settings of its run. --weights brings `model_fields`, those that shape the
-    model, and with --eval-only also the datasets, unless others are named.
+    A value is that of the first source that has it: the flags, the saved settings, --tiny, the
+    defaults. --resume loads all settings that its run saved. --weights loads only the saved
+    settings `model_fields`, which shape the model. With --eval-only, it also loads the datasets of
+    the training, unless others are named.
 
     method:  the run or the weights must be of this method
-    tiny:    the defaults under --tiny
-    convert: converts official weights (`common.convert`), which --weights may name; or None
+    tiny:    {field: default under --tiny}
+    convert: converts official weights (`common.convert`), which --weights may name; or None.
+             `weights` of the result is then the converted file.
+    argv:    the flags; by default sys.argv[1:]
 
-    Raises InputError for an unknown flag, with the nearest one, and for a number out of its range.
-    tyro itself reports a value of another type and ends the process with exit code 2.
+    Raises InputError for an unknown flag, with the nearest one, for a number out of its range, and
+    for saved settings that cannot be read or do not fit. tyro itself reports a value of another
+    type and ends the process with exit code 2.
     """
     argv = sys.argv[1:] if argv is None else argv
 
@@ -108,8 +115,9 @@ def parse_args(
 
 
 def with_saved(default, saved: dict, names):
-    """Returns `default` with the saved values of the fields `names`. JSON lists become tuples.
+    """Returns a copy of `default` with the saved values of the fields `names`, where there are any.
 
+    JSON lists become tuples.
     Raises InputError for a saved value of another type, or one that is not among the choices.
     """
     hints = get_type_hints(type(default))
@@ -130,13 +138,17 @@ def with_saved(default, saved: dict, names):
 
 
 def saved_args(args_class: type, metadata: dict):
-    """Returns the settings of a training, as `read_metadata` gives them, as an `args_class`."""
+    """Returns an `args_class` with the saved settings in `metadata` (see `read_metadata`)."""
     default = args_class()
     return with_saved(default, metadata["args"], vars(default).keys())
 
 
 def check_numbers(args) -> None:
-    """Raises InputError for a number that is not in the range of its flag's type."""
+    """Raises InputError unless all numbers are finite and in the `Range` of their flag's type.
+
+    It also raises for a pair (low, high) with low > high, and for a --batch-size that is not a
+    multiple of the number of ranks.
+    """
     hints = get_type_hints(type(args), include_extras=True)
     for name, value in vars(args).items():
         numbers = value if isinstance(value, tuple) else (value,)
@@ -158,10 +170,11 @@ def check_numbers(args) -> None:
 
 
 def per_dataset(args, name: str, datasets: list, default: int, **special: int) -> dict[str, int]:
-    """Parses the flag `name` of `args`, as "coco=1,in21k=4", into {dataset: value}.
+    """Parses the flag `name` of `args`, such as "coco=1,in21k=4", into {dataset: value}.
 
-    default: the value of a dataset that the flag does not name
-    special: such values for some kinds of supervision, as image_labels=4
+    datasets: the `Dataset`s that get a value
+    default:  the value of a dataset that the flag does not name
+    special:  other defaults for some kinds of supervision, such as image_labels=4
 
     Raises InputError for a dataset that is not in `datasets`, and for a value outside 1..16384.
     """
@@ -180,7 +193,7 @@ def per_dataset(args, name: str, datasets: list, default: int, **special: int) -
 
 
 def read_args(path: Path, method: str) -> dict:
-    """Reads args.json of a run folder. Raises InputError if broken or of another method."""
+    """Reads `path`, a run's args.json. Raises InputError if unreadable or of another method."""
     try:
         saved = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -211,7 +224,10 @@ def fail(line: str) -> None:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Calls `main()`. Bad input ends with one line and exit code 2, an interrupt with 130."""
+    """Calls `main()` as a command.
+
+    InputError and OSError end the process with one line and exit code 2, an interrupt with 130.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

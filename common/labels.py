@@ -17,7 +17,7 @@ NO_LISTS = (".csv", ".json", ".yaml", ".yml", ".xml", ".tsv")  # files that tool
 
 
 def fold(name: str) -> str:
-    """Returns the name in lower case, with single spaces for underscores and runs of spaces."""
+    """Returns the name in lower case, trimmed, with one space per run of spaces or underscores."""
     words = name.replace("_", " ").lower().split()
     return " ".join(words)
 
@@ -29,13 +29,13 @@ class Vocabulary:
     dataset:      the name of the dataset (`Sample.dataset`)
     names:        C class names
     ids:          C original category ids (COCO 1..90, OpenImages "/m/01g317"); default 1..C
-    image_counts: C numbers of training images that show the class, if the dataset publishes them
+    image_counts: C numbers of training images that show the class, or None if none are published
     is_thing:     C bools, True for things and False for stuff; None if the dataset does not tell
-    text:         (C, D) text embeddings of the names; `with_text` sets them
+    text:         (C, D) text embeddings of the names, or None; `with_text` adds them
     source:       the file or flag that the names come from, for error messages
 
-    Raises InputError for an empty vocabulary, an empty or repeated name, a repeated id, and text
-    that does not have one row per name.
+    Raises InputError for an empty vocabulary, an empty or repeated name, a repeated id, and ids or
+    text whose number differs from that of the names.
     """
 
     dataset: str
@@ -96,10 +96,11 @@ class Vocabulary:
     def parse(
         cls, names: str, dataset: str = "vocabulary", source: str = "--vocabulary"
     ) -> "Vocabulary":
-        """Splits comma-separated names, or reads a text file with one name per line.
+        """Makes a vocabulary of comma-separated names, or of a text file with one name per line.
 
-        Raises InputError for a file that is missing, is not UTF-8 or has another ending than .txt
-        and .names, and as the class does.
+        names: "cat, traffic cone", or the path of the text file, which ends in .txt or .names
+        Raises InputError for a file that is missing, is not UTF-8 or has another ending, and as the
+        class does.
         """
         file = Path(names).expanduser()
         is_list = file.suffix in (".txt", ".names")
@@ -131,13 +132,14 @@ class Vocabulary:
         return cls(dataset, tuple(filled), source=source)
 
     def with_text(self, embed: Callable[..., Tensor]) -> "Vocabulary":
-        """Returns the vocabulary with the text of its own names, `embed(names, dataset=...)`."""
+        """Returns a copy whose text is `embed(names, dataset=dataset)`."""
         return replace(self, text=embed(self.names, dataset=self.dataset))
 
     def with_things(self) -> "Vocabulary":
-        """Returns the vocabulary with `is_thing` filled in from the known datasets.
+        """Returns a copy with `is_thing` filled in, or the vocabulary itself if it has `is_thing`.
 
-        A name is stuff if some known dataset lists it as stuff and none lists it as a thing.
+        A name is stuff if some known dataset lists it as stuff and none lists it as a thing. All
+        other names are things.
         """
         if self.is_thing is not None:
             return self
@@ -153,18 +155,18 @@ class Vocabulary:
 
 
 class LabelSpace:
-    """The classes of several datasets, and what their names mean.
+    """The classes of several datasets, as the columns of the class scores, and their text.
 
     By default the vocabularies are concatenated: class k of dataset d is column offset(d) + k. With
-    `merge`, classes whose names fold to the same text ("person", "Person") share one column, which
+    `merge`, classes whose names are equal after `fold` ("person", "Person") share one column, which
     has the spelling and the text of the first dataset.
 
-    vocabularies: {dataset: Vocabulary}
+    vocabularies: one Vocabulary per dataset; the attribute is {dataset: Vocabulary}
+    embed:        makes the text (C_d, D) of a vocabulary without text: `embed(names, dataset=...)`
     names:        C class names
     text:         (C, D) text embeddings of unit norm, or None for a method without text
 
-    No argument takes text, so that names cannot get the text of other names. A vocabulary without
-    text gets `embed(names, dataset=...)`, (C_d, D).
+    No argument takes text apart from its names, so that names cannot get the text of other names.
 
     Raises InputError if a dataset is named twice, and if the text of two datasets differs in width.
     """
@@ -214,7 +216,7 @@ class LabelSpace:
 
     @property
     def datasets(self) -> list[str]:
-        """The names of the datasets, in order."""
+        """The names of the datasets, in the order of their columns."""
         return list(self.vocabularies)
 
     @property
@@ -224,7 +226,10 @@ class LabelSpace:
 
     @property
     def is_thing(self) -> tuple[bool, ...]:
-        """C bools, True for things and False for stuff. A class of unknown kind is a thing."""
+        """C bools, True for things and False for stuff. A class of unknown kind is a thing.
+
+        If datasets that share a column disagree, the first one that has `is_thing` decides.
+        """
         is_thing = [True] * len(self)
         for vocabulary in reversed(self.vocabularies.values()):  # the first decides
             columns = self._columns[vocabulary.dataset].tolist()
@@ -235,14 +240,14 @@ class LabelSpace:
 
     @cached_property
     def dataset_of_label(self) -> Tensor:
-        """(C,) int64: the position of the dataset that each column of a concatenation is from."""
+        """(C,) int64: the position in `datasets` of each column's dataset. Wrong with `merge`."""
         sizes = [len(v) for v in self.vocabularies.values()]
         return torch.repeat_interleave(torch.tensor(sizes))
 
     def columns(self, dataset: str) -> Tensor:
         """Returns (C_d,) int64: the column of each class of `dataset`.
 
-        Raises InputError, with the nearest names, for a dataset that the label space lacks.
+        Raises InputError, which suggests similar names, if the label space lacks `dataset`.
         """
         if dataset not in self._columns:
             near = difflib.get_close_matches(dataset, self.datasets, cutoff=0.4)
@@ -253,9 +258,9 @@ class LabelSpace:
         return self._columns[dataset]
 
     def scope(self, dataset: str) -> slice:
-        """Returns the columns that an image of `dataset` may train.
+        """Returns the slice of columns that an image of `dataset` may train.
 
-        They are its own classes in a concatenation, and all classes if these are merged.
+        In a concatenation they are the columns of `dataset`. With `merge` they are all columns.
         """
         columns = self.columns(dataset)
         if self.merged:
@@ -267,14 +272,15 @@ class LabelSpace:
         return self.columns(dataset).to(labels.device)[labels]
 
     def part(self, dataset: str) -> "LabelSpace":
-        """Returns the label space of one dataset: its names and its text."""
+        """Returns the label space of `dataset` alone. Raises InputError as `columns` does."""
         self.columns(dataset)
         return LabelSpace([self.vocabularies[dataset]], self.embed)
 
     def unique(self) -> "LabelSpace":
-        """Returns a label space of one vocabulary that has each name once, with its first text.
+        """Returns a label space of one vocabulary, named "all", that has each name once.
 
-        Names that fold to the same text are one. Without text the label space is returned as it is.
+        Of the names that are equal after `fold`, the first is kept with its text. Without text the
+        method returns the label space itself.
         """
         if self.text is None:
             return self
@@ -287,15 +293,17 @@ class LabelSpace:
         return LabelSpace([vocabulary], self.embed)
 
     def swap(self, vocabulary: Vocabulary | str) -> "LabelSpace":
-        """Returns the label space of other classes for the same model.
+        """Returns a label space of other classes for the same model.
 
-        vocabulary: a Vocabulary, names such as "cat, traffic cone", or a .txt file with one name
-                    per line; "" for all classes of this label space (`unique`). Without text it
-                    must be a dataset of this label space, or its name.
+        vocabulary: a Vocabulary, names such as "cat, traffic cone", or a .txt file with one name a
+                    line; "" stands for all classes of this label space (`unique`)
 
-        A vocabulary with text keeps it. Otherwise names of this label space keep their text. If one
-        of the names is new, all are embedded.
-        Raises InputError for a name without an embedding, and for text of another width.
+        A vocabulary with text keeps it. Without, it gets the text that this label space has for its
+        names. If one of the names is new, `embed` makes the text of all.
+        If this label space has no text, `vocabulary` must be one of its datasets, with the same
+        classes, or the name of one.
+        Raises InputError for any other vocabulary in that case, for a name without an embedding,
+        and for text of another width.
         """
         if vocabulary == "":
             return self.unique()
@@ -314,7 +322,7 @@ class LabelSpace:
         return swapped.to(self.text.device)
 
     def _swap_without_text(self, vocabulary: Vocabulary | str) -> "LabelSpace":
-        """Returns the label space of one dataset of this label space."""
+        """Returns the label space of one dataset of this one. Raises InputError for any other."""
         dataset = vocabulary if isinstance(vocabulary, str) else vocabulary.dataset
         if dataset not in self.vocabularies:
             raise InputError(
@@ -333,7 +341,7 @@ class LabelSpace:
         return LabelSpace([vocabulary])
 
     def _known_text(self, vocabulary: Vocabulary) -> Tensor | None:
-        """Returns the rows of names that this label space has; None if it lacks one of them."""
+        """Returns the text that this label space has for the names; None if it lacks a name."""
         # a dataset of this label space has its own text, as one name may have a row per dataset
         known = self.vocabularies.get(vocabulary.dataset, self)
         row_of: dict[str, int] = {}
@@ -343,9 +351,9 @@ class LabelSpace:
         return None if None in rows else known.text[rows]
 
     def shuffled(self, seed: int) -> "LabelSpace":
-        """Returns the label space with the text of another name for each name, at random.
+        """Returns a copy in which each name has the text of another name, chosen at random.
 
-        It is a control for zero-shot evaluation of one dataset.
+        It is a control for zero-shot evaluation. The label space must be that of one dataset.
         """
         (vocabulary,) = self.vocabularies.values()
         order = derangement(len(self), seed)
@@ -353,12 +361,12 @@ class LabelSpace:
         return LabelSpace([shuffled])
 
     def with_things(self) -> "LabelSpace":
-        """Returns the label space with `is_thing` filled in from the known datasets."""
+        """Returns a copy in which `Vocabulary.with_things` has filled in `is_thing`."""
         vocabularies = [v.with_things() for v in self.vocabularies.values()]
         return LabelSpace(vocabularies, self.embed, self.merged)
 
     def to(self, device: torch.device | str) -> "LabelSpace":
-        """Returns the label space with its text on `device`."""
+        """Returns a copy with its text on `device`; the label space itself if it has no text."""
         if self.text is None:
             return self
         vocabularies = []
@@ -369,7 +377,7 @@ class LabelSpace:
 
 
 def derangement(length: int, seed: int) -> Tensor:
-    """Returns a random order (length,) in which no item keeps its place, if there are several."""
+    """Returns a random permutation (length,) without fixed points. For length 1 it is [0]."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(length, generator=generator)
     following = torch.empty_like(order)

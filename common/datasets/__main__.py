@@ -23,7 +23,8 @@ KINDS = ("boxes", "instances", "semantic", "panoptic", "image_labels")
 def list_datasets(data_root: str = "") -> None:
     """Prints one line for each split of the known datasets.
 
-    The line shows the number of classes, and the annotations or what to download.
+    The line shows the number of classes, and the annotations or, if they are missing, what to
+    download.
 
     Args:
         data_root: where the datasets are stored; by default $DETECTRON2_DATASETS, or ./data
