@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou, roi_align
 
-MAX_LOG_SCALE = math.log(1000 / 16)  # a delta may enlarge a box at most this much
+MAX_LOG_SCALE = math.log(1000 / 16)  # largest dw or dh: a side grows at most 62.5 times
 
 
 def sides(boxes: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def centres(boxes: Tensor) -> Tensor:
 
 
 def have_area(boxes: Tensor) -> Tensor:
-    """Returns True for each of N boxes (N, 4) with positive width and height: (N,) bool."""
+    """Returns which boxes (N, 4) have a positive width and height: (N,) bool."""
     low, high = boxes.chunk(2, 1)
     return (high > low).all(1)
 
@@ -93,7 +93,7 @@ def box_delta_loss(
 
 
 class RoIAlign(torch.autograd.Function):
-    """Does what torchvision's roi_align does, but its backward pass skips zero gradients.
+    """Does what torchvision's roi_align does; its backward pass skips regions without gradient.
 
     In an image with image-level labels, only one region in a hundred has a gradient.
     """
@@ -167,7 +167,7 @@ def pool_rois(
 def two_layers(
     channels: int, fc_dim: int, init: Callable[[Tensor], object] = nn.init.xavier_uniform_
 ) -> nn.Sequential:
-    """Returns a box head of two linear layers: pooled features (R, channels, 7, 7) -> (R, fc_dim).
+    """Returns a box head of two linear layers with ReLU: (R, channels, 7, 7) -> (R, fc_dim).
 
     `init` fills the weight tensor of each layer in place. The biases are 0.
     """
@@ -198,7 +198,7 @@ def select_detections(
     passing = scores > threshold
     row, label = passing.nonzero(as_tuple=True)
     score = scores[row, label]
-    if len(row) > 10_000:  # with tens of thousands of classes; NMS hardly ever needs more
+    if len(row) > 10_000:  # only with tens of thousands of classes; NMS hardly ever needs the rest
         score, best = score.topk(10_000)
         row = row[best]
         label = label[best]

@@ -89,7 +89,7 @@ class CenterNetHead(nn.Module):
 
 @dataclass
 class Grid:
-    """Holds the M locations of all levels: level by level, row by row. One is in each map cell."""
+    """Holds the M locations of all levels, one per map cell: level by level, row by row."""
 
     points: Tensor  # (M, 2) x, y in pixels
     strides: Tensor  # (M,)
@@ -173,7 +173,7 @@ class CenterNet(nn.Module):
     def targets(self, grid: Grid, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the targets (heatmap, ltrb, centres) of one image with boxes (N, 4).
 
-        heatmap: (M,), 1 at the location whose cell holds a box centre, falling with the distance
+        heatmap: (M,), 1 at the location whose cell holds a box centre, lower farther away
         ltrb:    (M, 4), distances l, t, r, b in strides; all -1 where no box is to be regressed
         centres: (P,), location (0 to M - 1) of each box centre on each level whose range in
             `size_ranges` holds half the box's diagonal; a box may be on several levels

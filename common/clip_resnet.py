@@ -129,7 +129,7 @@ class CLIPResNetC4(nn.Module):
     """Embeds regions with CLIP's ResNet.
 
     If pretrained weights are loaded, BatchNorm uses its stored statistics, and the stem and first
-    stage are frozen. Then only the other stages and the attention pool are trained.
+    stage are frozen.
     """
 
     stride = 16
@@ -169,7 +169,7 @@ class CLIPResNetC4(nn.Module):
         self.register_buffer("frozen_norm", torch.tensor(frozen))  # saved with the weights
 
     def train(self, mode: bool = True) -> "CLIPResNetC4":
-        """Sets the mode, but keeps frozen what the class docstring says is frozen."""
+        """Sets the mode, but keeps BatchNorm, stem and first stage frozen if pretrained."""
         super().train(mode)
         if self.frozen_norm:
             for module in self.modules():
@@ -181,7 +181,7 @@ class CLIPResNetC4(nn.Module):
         return self
 
     def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
-        """Calls the function `normalise` with CLIP's mean and standard deviation."""
+        """Normalises the images as the function `normalise` does, with CLIP's numbers."""
         return normalise(images, sizes, self.mean, self.std)
 
     def trunk(self, x: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ def architecture(name: str) -> dict:
 def load_pretrained(model: CLIPResNetC4, name: str) -> bool:
     """Loads into `model` the weights that `name` gives, and returns True.
 
-    If the hub has none, logs why and returns False.
+    If the hub cannot give them, logs why and returns False.
     Raises InputError if open_clip has no such weights, and as `read_tensors` and `load_by_prefix`.
     """
     import open_clip
@@ -342,7 +342,7 @@ class FPNRegions(nn.Module):
         self.embedding = nn.Linear(fc_dim, out)
 
     def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
-        """Calls `Backbone.normalise`."""
+        """Normalises the images as `Backbone.normalise` does."""
         return self.backbone.normalise(images, sizes)
 
     def forward(self, images: Tensor, boxes: list[Tensor]) -> Tensor:

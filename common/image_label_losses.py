@@ -1,8 +1,7 @@
 """Image-label losses of earlier work. They differ in the proposals that get an image-level label.
 
 They are the rivals in Table 1 of Detic (arXiv 2201.02605). Each takes the proposals of one image
-and one of its labels, a scalar tensor, and returns the loss of that label, a scalar. s_jc is the
-logit of proposal j in column c. y_c is 1 in the column of the label and 0 in all others.
+and one of its labels, a scalar tensor, and returns the loss of that label, a scalar.
 Source: facebookresearch/Detic:detic/modeling/roi_heads/detic_fast_rcnn.py.
 """
 
@@ -49,22 +48,34 @@ def label_bce(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def loss_first(bag: Bag, label: Tensor) -> Tensor:
-    """Max-object-score: sum_c BCE(s_jc, y_c), with j the first proposal (highest objectness)."""
+    """Max-object-score: sum_c BCE(sigmoid(s_jc), y_c), with j the first proposal.
+
+    The first proposal has the highest objectness. s is `bag.logits` and y is the one-hot `label`.
+    """
     return label_bce(bag.logits[0], label)
 
 
 def loss_image(bag: Bag, label: Tensor) -> Tensor:
-    """Image-box: sum_c BCE(s_jc, y_c), with j the last proposal, which is the whole image."""
+    """Image-box: sum_c BCE(sigmoid(s_jc), y_c), with j the last proposal, the whole image.
+
+    s is `bag.logits` and y is the one-hot `label`.
+    """
     return label_bce(bag.logits[-1], label)
 
 
 def loss_max_score(bag: Bag, label: Tensor) -> Tensor:
-    """Prediction-based (YOLO9000): sum_c BCE(s_jc, y_c), with j = argmax_j s_jl for label l."""
+    """Prediction-based (YOLO9000): sum_c BCE(sigmoid(s_jc), y_c), with j = argmax_j s_jl.
+
+    l is the label. s is `bag.logits` and y is the one-hot `label`.
+    """
     return label_bce(bag.logits[bag.logits[:, label].argmax()], label)
 
 
 def loss_min_loss(bag: Bag, label: Tensor) -> Tensor:
-    """An alternative in Detic's code: min_j sum_c BCE(s_jc, y_c), over all proposals j."""
+    """An alternative in Detic's code: min_j sum_c BCE(sigmoid(s_jc), y_c), over all proposals j.
+
+    s is `bag.logits` and y is the one-hot `label`.
+    """
     return label_bce(bag.logits, label).min()
 
 

@@ -27,7 +27,7 @@ class MaskOutput:
     def masks(self, z: Tensor | int, image: int, query: Tensor | slice = slice(None)) -> Tensor:
         """Returns the mask logits (R, h, w) of R queries of one image.
 
-        z:     the prediction of the queries, or (R,) int64, a prediction per query
+        z:     index of the prediction, or (R,) int64 with an index per query
         image: row of the image in the batch
         query: (R,) int64, rows of the queries, or a slice; by default all queries
         """

@@ -133,7 +133,7 @@ def crop_masks(masks: Tensor, boxes: Tensor, size: int, rows: Tensor | None = No
     """Crops masks to boxes and resizes them by RoIAlign: (R, size, size) bool.
 
     A pixel is True if the resized mask is at least 0.5.
-    masks: (N, H, W) bool; boxes: (R, 4)
+    masks: (N, H, W) bool; boxes: (R, 4) xyxy
     rows:  (R,), row in `masks` of each box; without it, box i has mask i
     Source: facebookresearch/detectron2:detectron2/structures/masks.py (BitMasks.crop_and_resize).
     """
@@ -155,7 +155,7 @@ def paste_masks(
     A pixel is True if the mask, sampled bilinearly at the pixel's centre, is at least `threshold`.
     Pixels outside the box are False. Each box is sampled alone and within its own window, so that
     only the result is as large as the image.
-    probabilities: (N, s, s); boxes: (N, 4); size: (H, W) of the image
+    probabilities: (N, s, s); boxes: (N, 4) xyxy; size: (H, W) of the image
     Source: facebookresearch/detectron2:detectron2/layers/mask_ops.py (paste_masks_in_image).
     """
     height, width = size
@@ -192,7 +192,7 @@ def paste_masks(
 
 
 def _pixel_centres(start: int, end: int, low: Tensor, extent: Tensor) -> Tensor:
-    """Returns the centres of pixels start to end - 1 in -1..1 of the box side: (end - start,)."""
+    """Returns the centres of pixels start to end - 1, scaled so that the box spans -1 to 1."""
     pixels = torch.arange(start, end, device=low.device)
     centres = pixels + 0.5
     fraction = (centres - low) / extent
@@ -224,7 +224,7 @@ def rasterise(boxes: Tensor, size: tuple[int, int], stride: int = 4) -> tuple[Te
 
 
 def _covered(low: Tensor, high: Tensor, length: int, stride: int) -> Tensor:
-    """Returns 1 where low (N, 1) to high (N, 1) covers a cell, 0 elsewhere: (N, length) float."""
+    """Returns 1 for cells that low (N, 1) to high (N, 1) covers, 0 for others: (N, length)."""
     cell = torch.arange(length, device=low.device)
     pixel = cell * stride + stride // 2
     start = low.floor()

@@ -37,7 +37,7 @@ def msda(
     value:     (B, S, M, d), level by level, each row by row; float32, float16, bfloat16 or float64
     shapes:    (height, width) of each level
     offsets:   (B, Q, M, L, P, 2) as (x, y) in pixels of the level
-    logits:    (B, Q, M, K), attention before the softmax; sample k is point k % P of level k // P
+    logits:    (B, Q, M, K), attention before the softmax over all K samples, level by level
     reference: (Q, 2), (B, Q, 2) or (B, Q, L, 2) as (x, y) in 0..1 of the map; gets no gradient
 
     Returns (B, Q, M d) in value's dtype. Locations and sums are float32, or float64 if value is.
@@ -157,7 +157,7 @@ def _axis(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def _slopes(interval: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the derivatives (low, high) of the weights of `_axis` by the position, in its shape.
+    """Returns (low, high): the derivatives of the two weights of `_axis` by the position.
 
     interval: as `_axis` returns it. At a pixel centre, where the weights have a kink, the result is
     the derivative on the right.
@@ -262,7 +262,7 @@ def _forward_cpu(value, offsets, logits, reference, sizes):
 
 
 def _backward_cpu(grad, value, offsets, logits, reference, out, sizes):
-    """Returns the gradients of value, offsets and logits. `out` is unused, unlike in Triton's."""
+    """Returns the gradients of value, offsets and logits. `out` is unused; only Triton needs it."""
     samples = _Samples(value, offsets, logits, reference, sizes)
     dtype = samples.attention.dtype
     rows = value.reshape(-1, value.shape[-1]).to(dtype)  # (B S M, d)

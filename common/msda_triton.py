@@ -5,6 +5,7 @@ A program takes a tile of T queries of one head of one image. The P points of a 
 the L1 cache. The sizes of the levels come as a tensor, because then images of a new size need no
 new kernel. L, P and d are compile-time constants. TP, TK and TD are P, K and d, each rounded up to
 a power of two. Pixels of an image are counted in 32 bits, all else in 64.
+
 Shapes: as in `common.msda`. Shapes (T, P, d) stand for blocks (T, TP, TD). Tensor arguments are
 pointers to their first number.
 """
@@ -136,19 +137,19 @@ def _corner_kernel(x, y, valid, level, heads, D, TD):
 
 @triton.jit
 def _read(pointer, weight, mask):
-    """Returns the vectors at `pointer` (T, P, d), each times its weight (T, P)."""
+    """Returns the vectors at `pointer` (T, P, d), each times its weight (T, P); 0 outside mask."""
     return weight[:, :, None] * tl.load(pointer, mask, other=0.0)
 
 
 @triton.jit
 def _dot(g, pointer, mask):
-    """Returns the products (T, P) of g (T, 1, d) with the vectors at `pointer` (T, P, d)."""
+    """Returns the dot products (T, P) of g (T, 1, d) and the vectors at `pointer` (T, P, d)."""
     return tl.sum(g * tl.load(pointer, mask, other=0.0), 2)
 
 
 @triton.jit
 def _add(pointer, weight, g, mask):
-    """Adds g (T, 1, d), times the weight (T, P), to the vectors at `pointer` (T, P, d)."""
+    """Adds g (T, 1, d) times the weight (T, P) to the vectors at `pointer` (T, P, d), in place."""
     tl.atomic_add(pointer, weight[:, :, None] * g, mask, sem="relaxed")
 
 

@@ -332,7 +332,7 @@ class OLN(nn.Module):
 
 
 def decode_tblr(anchors: Tensor, tblr: Tensor) -> Tensor:
-    """Decodes one box per anchor: anchors (M, 4), tblr (M, 4) -> boxes (M, 4), not clipped.
+    """Decodes one box per anchor: anchors (M, 4), tblr (M, 4) -> (M, 4) xyxy, not clipped.
 
     tblr: distances from the anchor's centre to the top, bottom, left and right side of the box,
         divided by the anchor's height (t, b) or width (l, r)

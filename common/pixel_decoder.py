@@ -96,8 +96,9 @@ class EncoderLayer(nn.Module):
     def forward(self, x: Tensor, position: Tensor, shapes: tuple, reference: Tensor) -> Tensor:
         """Returns the updated tokens (B, S, C).
 
-        x: (B, S, C), tokens of all levels; position: (1, S, C), added to x for the queries alone
-        shapes, reference: as in `MSDeformAttn`, with reference (S, 2)
+        x:        (B, S, C), tokens of all levels
+        position: (1, S, C), added to the queries, not to the values
+        shapes, reference: as in `MSDeformAttn.forward`, with reference (S, 2)
         """
         query = x + position
         attended = self.self_attn(query, x, shapes, reference)
@@ -120,7 +121,7 @@ class PixelDecoder(nn.Module):
         heads: int = 8,
         points: int = 4,
     ):
-        """Creates the layers. Raises InputError if `channels` does not fit 32 GroupNorm groups.
+        """Creates the layers. Raises InputError if `channels` is not a multiple of 32 (GroupNorm).
 
         in_channels: of the maps of strides 4, 8, 16, 32; channels: C of the outputs
         layers:      number of `EncoderLayer`s; ffn: their hidden width

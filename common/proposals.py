@@ -30,7 +30,7 @@ class WithProposals(Dataset):
     proposal_file: Path = Path()
 
     def load(self, i: int, keep_ignored: bool = False) -> Sample:
-        """Loads image `i` as `Dataset.load` does, with its proposals (Q, 4) xyxy in pixels."""
+        """Loads image `i` as `Dataset.load` does, plus proposals (Q, 4) xyxy in its pixels."""
         sample = super().load(i, keep_ignored)
         rows = np.load(self.proposal_file, mmap_mode="r")[i]  # (Q, 4)
         rows = rows[rows[:, 2] > 0]  # without the padding
@@ -53,7 +53,7 @@ def fingerprint(localizer: nn.Module, *settings) -> str:
 
 
 def intact(path: Path, count: int) -> bool:
-    """Returns True if `path` holds proposals of `count` images, False if missing or damaged."""
+    """Returns whether the file holds proposals of `count` images; False if missing or damaged."""
     try:
         table = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):

@@ -31,7 +31,7 @@ def segment_counts(
     segments = truth.segments.numpy()
     counts = {}
     if "semantic" in found:
-        classes = np.append(labels, -1)[segments]  # no segment is -1: no class
+        classes = np.append(labels, -1)[segments]  # pixels without a segment (-1) get the class -1
         predicted = _checked(found["semantic"], segments.shape)
         counts["semantic"] = confusion(classes, predicted, num_classes)
     if crowd is not None:
@@ -103,7 +103,7 @@ def match_segments(
     _check_labels(found_labels, num_classes)
     lines = len(truth_labels) + 1
     columns = len(found_labels) + 1
-    # -1 becomes the last line, the last column
+    # void (-1) becomes the last line and the last column
     line = truth.astype(np.int64) % lines
     column = found % columns
     pairs = line * columns + column

@@ -21,7 +21,7 @@ def sine_position(
     """Returns the sine position embedding (1, channels, height, width), float32.
 
     The first half of the channels encodes y, the second half x. Each half interleaves sine and
-    cosine. The wavelengths grow from the map's side to 10000 times the map's side.
+    cosine. The wavelengths grow from the map's side to almost 10000 times the map's side.
     """
     half = channels // 2
     exponent = torch.arange(0, half, 2, device=device) / half
@@ -105,7 +105,7 @@ class DecoderLayer(nn.Module):
         """Lets queries attend to the pixels of one level, with residual and norm: (B, Q, C).
 
         q:         (B, Q, C), queries; memory: (B, S, C), pixels
-        query_pos: (Q, C) or (B, Q, C), added to the queries, not to the values
+        query_pos: (Q, C) or (B, Q, C), added to the queries
         key_pos:   (1, S, C), added to the keys, not to the values
         blocked:   as in `Attention.forward`
         """
