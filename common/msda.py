@@ -41,7 +41,7 @@ def msda(
     reference: (Q, 2), (B, Q, 2) or (B, Q, L, 2) as (x, y) in 0..1 of the map; gets no gradient
 
     Returns (B, Q, M d) in value's dtype. Locations and sums are float32, or float64 if value is.
-    Raises ValueError if `shapes`, `offsets` or `logits` do not fit.
+    Raises ValueError if `shapes` or the shapes of value, offsets and logits do not agree.
     """
     batch, pixels, heads, _ = value.shape
     queries = offsets.shape[1]

@@ -44,7 +44,7 @@ def fingerprint(localizer: nn.Module, *settings) -> str:
     """Returns a hash (12 hex digits) of the localizer's weights and of `settings`.
 
     The hash is part of the name of a proposal file, so that other weights do not read that file.
-    settings: any values whose repr changes when the proposals change
+    settings: values that change the proposals; their repr is hashed
     """
     digest = hashlib.sha256(repr(settings).encode())
     for tensor in localizer.state_dict().values():
