@@ -78,7 +78,7 @@ from common.checkpoint import (
 )
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
 from common.convert import convert_if_official, convert_mask2former
-from common.datasets import Dataset, eval_entries, load_datasets, warn_of_overlap
+from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
 from common.evaluation import report
 from common.inference import evaluate_dataset, predict_each, predict_files
@@ -117,6 +117,10 @@ class Args:
     """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
     eval_datasets: str = ""
     """datasets to evaluate (default: the val split of each training dataset)"""
+    classes: str = ""
+    """the only classes to train and evaluate: "car, bus", or a .txt file (default: all)"""
+    rename: str = ""
+    """file of other class names, lines old name = new name, for all datasets"""
     data_root: str = ""
     """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
     tiny: bool = False
@@ -690,8 +694,8 @@ def evaluate(
     for dataset in datasets:
         classes = label_space.swap(dataset.vocabulary)
         task = TASKS[dataset.supervision]
-        segment = partial(predict, model, label_space=classes, task=task)
-        results |= evaluate_dataset(segment, dataset, transform, args, folder)
+        predictor = partial(predict, model, label_space=classes, task=task)
+        results |= evaluate_dataset(predictor, dataset, transform, args, folder)
     return results
 
 
@@ -718,18 +722,14 @@ def load(
 def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
     device = setup_device(args.device, args.seed)
-    root = args.data_root
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
-        datasets = load_datasets(args.datasets, "train", root, size, True, SUPERVISION)
+        datasets = training_datasets(args, size, True, SUPERVISION)
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:
         model, label_space = load(args.weights, args, device)
-    names = eval_entries(args.eval_datasets, args.datasets, instead=EVALUATION)
-    evaluated = [] if args.predict else load_datasets(names, "val", root, size, False, SUPERVISION)
-    for dataset in evaluated:  # a name without an embedding must show before the training
-        label_space.swap(dataset.vocabulary)
+    evaluated = evaluation_datasets(args, label_space, size, SUPERVISION, instead=EVALUATION)
     folder = make_run_folder(args, METHOD)
     if training:
         warn_of_overlap(datasets, evaluated)

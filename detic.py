@@ -83,7 +83,7 @@ from common.checkpoint import (
 from common.class_counts import boxed_names, images_per_class, seen_and_unseen
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
 from common.convert import convert_centernet2_detic, convert_if_official
-from common.datasets import Dataset, eval_entries, load_datasets, warn_of_overlap
+from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.distributed import amp_context, gather, rank, setup_device, should_compile, world_size
 from common.errors import InputError
 from common.evaluation import report
@@ -120,6 +120,10 @@ class Args:
     """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
     eval_datasets: str = ""
     """datasets to evaluate (default: the val split of each training dataset)"""
+    classes: str = ""
+    """the only classes to train and evaluate: "car, bus", or a .txt file (default: all)"""
+    rename: str = ""
+    """file of other class names, lines old name = new name, for all datasets"""
     data_root: str = ""
     """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
     tiny: bool = False
@@ -683,8 +687,8 @@ def evaluate(
     for dataset in datasets:
         classes = label_space.swap(dataset.vocabulary)
         groups = seen_and_unseen(dataset.vocabulary, model.boxed, ("base", "novel"))
-        detect = partial(predict, model, label_space=classes)
-        results |= evaluate_dataset(detect, dataset, transform, args, folder, groups=groups)
+        predictor = partial(predict, model, label_space=classes)
+        results |= evaluate_dataset(predictor, dataset, transform, args, folder, groups=groups)
     return results
 
 
@@ -714,12 +718,11 @@ def main() -> None:
     if args.dynamic_classifier and args.image_label_loss == "wsddn":
         raise InputError("--image-label-loss wsddn needs all classes: drop --dynamic-classifier")
     device = setup_device(args.device, args.seed)
-    root = args.data_root
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     without_boxes = []
     if training:
-        datasets = load_datasets(args.datasets, "train", root, size, args.masks, SUPERVISION)
+        datasets = training_datasets(args, size, args.masks, SUPERVISION)
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
         images_per_class(datasets, label_space, args.novel)  # refuses novel classes with boxes
         without_boxes = [d.name for d in datasets if d.supervision == "image_labels"]
@@ -729,10 +732,7 @@ def main() -> None:
             log.warning("image-level labels need --weights: the run folder of stage 1, boxes alone")
     else:
         model, label_space = load(args.weights, args, device)
-    names = eval_entries(args.eval_datasets, args.datasets, without_boxes)
-    evaluated = [] if args.predict else load_datasets(names, "val", root, size)
-    for dataset in evaluated:  # a name without an embedding must show before the training
-        label_space.swap(dataset.vocabulary)
+    evaluated = evaluation_datasets(args, label_space, size, without=without_boxes)
     folder = make_run_folder(args, METHOD)
     if training:
         warn_of_overlap(datasets, evaluated)

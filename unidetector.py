@@ -87,7 +87,7 @@ from common.class_counts import count_classes, images_per_class, read_prior, see
 from common.clip_resnet import RegionClassifier, RegionOutput
 from common.command import COUNT, SIDE, Range, parse_args, run_command, saved_args
 from common.convert import convert_if_official
-from common.datasets import Dataset, eval_entries, load_datasets, warn_of_overlap
+from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.distributed import rank, setup_device, world_size
 from common.errors import InputError
 from common.evaluation import evaluate_detections, recall, report
@@ -128,6 +128,10 @@ class Args:
     """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
     eval_datasets: str = ""
     """datasets to evaluate (default: the val split of each training dataset)"""
+    classes: str = ""
+    """the only classes to train and evaluate: "car, bus", or a .txt file (default: all)"""
+    rename: str = ""
+    """file of other class names, lines old name = new name, for all datasets"""
     data_root: str = ""
     """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
     tiny: bool = False
@@ -710,20 +714,16 @@ def main() -> None:
     if args.stage == "classifier" and not (args.weights or args.resume):
         raise InputError("--stage classifier needs --weights: the run folder of a localizer")
     device = setup_device(args.device, args.seed)
-    root = args.data_root
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
-        datasets = load_datasets(args.datasets, "train", root, size)
+        datasets = training_datasets(args, size)
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:
         model, label_space = load(args.weights, args, device)
-    names = eval_entries(args.eval_datasets, args.datasets)
-    evaluated = [] if args.predict else load_datasets(names, "val", root, size)
-    for dataset in evaluated:  # a name without an embedding must show before the training
-        label_space.swap(dataset.vocabulary)
-        if args.prior:
-            read_prior(args.prior, dataset.vocabulary)
+    evaluated = evaluation_datasets(args, label_space, size)
+    for dataset in evaluated if args.prior else ():  # what it lacks must show before the training
+        read_prior(args.prior, dataset.vocabulary)
     folder = make_run_folder(args, METHOD)
     if training:
         warn_of_overlap(datasets, evaluated)

@@ -204,7 +204,8 @@ def check_tensor(file: Path, key: str, own: Tensor | None, stored: Tensor | None
     if own is None or stored is None:
         side = "unknown to" if own is None else "missing for"
         raise InputError(
-            f"weights {file}: tensor '{key}' is {side} this model; another --backbone or method?"
+            f"weights {file}: tensor '{key}' is {side} this model; another --backbone, other"
+            " datasets or another method?"
         )
     if own.shape != stored.shape:
         raise InputError(

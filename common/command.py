@@ -51,7 +51,7 @@ class Range:
 
 log = logging.getLogger("concord")
 # settings of the training that --eval-only without datasets repeats
-DATA_FIELDS = ["datasets", "eval_datasets", "data_root", "tiny"]
+DATA_FIELDS = ["datasets", "eval_datasets", "classes", "rename", "data_root", "tiny"]
 PATH_FIELDS = ["data_root", "weights", "resume", "output"]
 COUNT = Range(0, 2**31 - 1)  # steps, seeds, numbers of processes
 SIDE = Range(16, 16384)  # pixels

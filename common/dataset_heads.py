@@ -1,4 +1,4 @@
-"""The multi-head baseline of training on many datasets: a classifier per dataset, without text."""
+"""The multi-head baseline of segmenters: for queries, a softmax per dataset, without text."""
 
 from torch import Tensor, nn
 

@@ -355,6 +355,8 @@ class LabelSpace:
 
         It is a control for zero-shot evaluation. The label space must be that of one dataset.
         """
+        if self.text is None or len(self.vocabularies) != 1:
+            raise InputError("only a label space of one dataset, with text, can be shuffled")
         (vocabulary,) = self.vocabularies.values()
         order = derangement(len(self), seed)
         shuffled = replace(vocabulary, text=self.text[order])

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from common.command import parse_args
-from common.datasets import eval_entries, load_datasets
-from common.datasets.names import methods_for, parse_datasets
+from common.datasets import load_datasets
+from common.datasets.names import eval_entries, methods_for, parse_datasets
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
 from common.text import embed

@@ -13,11 +13,11 @@ from conftest import REAL
 from PIL import Image
 
 from common.batch import Sample, collate
-from common.datasets import eval_entries, load_datasets, names
+from common.datasets import load_datasets, names
 from common.datasets.dataset import Dataset
 from common.datasets.files import read_image
 from common.datasets.index import Index
-from common.datasets.names import parse_datasets
+from common.datasets.names import eval_entries, parse_datasets
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary, derangement
 from common.sampling import (

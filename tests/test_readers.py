@@ -12,8 +12,8 @@ import pytest
 from conftest import REAL
 from PIL import Image
 
-from common.datasets import eval_entries, load_datasets, store
-from common.datasets.names import parse_datasets
+from common.datasets import load_datasets, store
+from common.datasets.names import eval_entries, parse_datasets
 from common.datasets.readers import openimages, panoptic, voc
 from common.datasets.readers import visual_genome as vg
 from common.errors import InputError

@@ -33,6 +33,7 @@ class Dataset:
     masks:        `load` decodes the instance masks, where there are any
     maps:         folder of the label maps of a semantic or panoptic dataset
     pixel_labels: (65536,) int16, the label of each value in semantic label maps, see `label_table`
+    partial:      segments of other classes were taken out of the annotations; their pixels are void
     shards:       the tar files that hold the images, if they are in tar files
     warned:       (1,) bool, shared with the workers: a warning of an image with another size than
                   annotated is in the log
@@ -50,6 +51,7 @@ class Dataset:
     masks: bool = False
     maps: Path | None = None
     pixel_labels: np.ndarray | None = None
+    partial: bool = False
     shards: Shards | None = None
     warned: Tensor = field(
         default_factory=lambda: torch.zeros(1, dtype=torch.bool).share_memory_(), repr=False
@@ -142,7 +144,7 @@ class Dataset:
             labels = np.arange(len(self.vocabulary))
         else:
             rows = index.rows(i)
-            segments = read_segment_map(path, index.segment_ids[rows])
+            segments = read_segment_map(path, index.segment_ids[rows], self.partial)
             labels = index.labels[rows].astype(np.int64)
             ignore = index.ignore[rows]
             if ignore.any() and not keep_ignored:

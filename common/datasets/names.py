@@ -26,9 +26,11 @@ from common.datasets.readers.folder import read_folder
 from common.datasets.readers.panoptic import is_panoptic, read_panoptic
 from common.datasets.readers.semantic import read_semantic
 from common.datasets.readers.voc import holds_xml, read_voc
+from common.datasets.subset import edit_classes
 from common.datasets.tiny.generate import generate
 from common.errors import InputError
 from common.files import cache_dir
+from common.labels import LabelSpace
 
 log = logging.getLogger("concord")
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,6 +159,46 @@ def warn_of_overlap(trained: list[Dataset], evaluated: list[Dataset]) -> None:
         source = dataset.index.source
         if source in sources:
             log.warning("%s is evaluated on its TRAINING images: %s", dataset.name, source)
+
+
+def training_datasets(
+    args, size: int, masks: bool = False, accepts: tuple[Supervision, ...] = ("boxes", "instances")
+) -> list[Dataset]:
+    """Loads the datasets of --datasets, with the classes of --classes and --rename.
+
+    size: side of generated images under --tiny, otherwise 0; masks, accepts: as in `load_datasets`
+    Raises InputError as `load_datasets` and `edit_classes`.
+    """
+    datasets = load_datasets(args.datasets, "train", args.data_root, size, masks, accepts)
+    return edit_classes(datasets, args.classes, args.rename, "train")
+
+
+def evaluation_datasets(
+    args,
+    label_space: LabelSpace,
+    size: int,
+    accepts: tuple[Supervision, ...] = ("boxes", "instances"),
+    without: Collection[str] = (),
+    instead: Mapping[str, str] = {},
+) -> list[Dataset]:
+    """Loads the datasets to evaluate, with the classes of --classes and --rename; [] to predict.
+
+    label_space:      of the training; it must have or make a text for each class name
+    size, accepts:    as in `training_datasets`
+    without, instead: as in `eval_entries`
+
+    Raises InputError before the training, for example for a class name without an embedding, also
+    for one of --vocabulary.
+    """
+    if args.predict:
+        label_space.swap(args.vocabulary)
+        return []
+    text = eval_entries(args.eval_datasets, args.datasets, without, instead)
+    datasets = load_datasets(text, "val", args.data_root, size, False, accepts)
+    datasets = edit_classes(datasets, args.classes, args.rename, "val")
+    for dataset in datasets:
+        label_space.swap(dataset.vocabulary)
+    return datasets
 
 
 def load_datasets(
