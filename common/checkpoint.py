@@ -67,7 +67,7 @@ def load_plain(path: Path):
 
 
 def weights_file(path: str | Path) -> Path:
-    """Returns `path`, or weights.safetensors in a run folder. Raises InputError if it is none."""
+    """Returns `path`, or weights.safetensors in a run folder. Raises InputError without one."""
     if not str(path):
         raise InputError(
             "--predict and --eval-only need --weights: a .safetensors file or a run folder"
@@ -160,11 +160,11 @@ def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str 
     Converted weights of a base model fill the submodules that their metadata lists as `base`. The
     other submodules keep their initial values.
 
-    fresh: prefix of tensors that the file may lack; those keep their initial values; logged
+    fresh: prefix of tensors that the file may lack; the log says that they keep initial values
     only:  prefix of the tensors to load; all others keep their initial values
 
-    Raises InputError if the file is missing or broken, if it lacks a tensor or has one more, and
-    for a tensor that `check_tensor` refuses.
+    Raises InputError if the file is missing or broken, lacks a tensor or has one too many, and for
+    a tensor that `check_tensor` refuses.
     """
     file = weights_file(path)
     try:

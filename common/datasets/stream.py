@@ -140,7 +140,7 @@ class Window:
         self.held = rest
 
     def find(self, scan: Callable[[bytes], object]):
-        """Reads on until `scan(held)` is not None. Raises JSONDecodeError at the file's end."""
+        """Reads on until `scan(held)` is not None, and returns it. JSONDecodeError at the end."""
         while (found := scan(self.held)) is None:
             if not self.more():
                 raise orjson.JSONDecodeError("unexpected end of data", "", 0)

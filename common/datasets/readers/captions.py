@@ -68,7 +68,7 @@ def read_captions(name: str, annotations: Path, images: Path, metric: str = "coc
 def class_finder() -> Callable[[str], list[int]]:
     """Returns a function that maps a caption to the sorted labels of the LVIS classes it names.
 
-    It names a class if one of the class's synonyms is in it as whole words, in upper or lower case.
+    A caption names a class if it has a synonym of the class as whole words. Case is ignored.
     A part of a synonym in parentheses is ignored. Punctuation marks count as words, as in
     Conceptual Captions, where spaces surround them.
     """

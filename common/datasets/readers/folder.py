@@ -24,11 +24,11 @@ def read_folder(name: str, root: Path) -> Dataset:
     """Reads `root`/CLASS/IMAGE, or the tar files in `root` if there are any. Skips hidden files.
 
     The class of an image in a tar is the label beside it (KEY.cls, KEY.json). In a tar without
-    labels, the tar's name is the class. If all labels are numbers, N is line N of classes.txt, from
-    0. A class that is a WordNet id takes its name from classes.csv or words.txt in `root` or its
-    parent. Classes with the same name are one. Empty folders and files that are not images are left
-    out and counted in the log. Raises InputError if there are no folders or no images, for an id or
-    number without a name, for a class that is not text, and for a damaged tar.
+    labels, the tar's name is the class. If all labels are numbers, they count the lines of
+    classes.txt from 0. A class that is a WordNet id takes its name from classes.csv or words.txt in
+    `root` or its parent. Classes with the same name are one. Empty folders and files that are not
+    images are left out and counted in the log. Raises InputError if there are no folders or images,
+    for an id or number without a name, for a class that is not text, and for a damaged tar.
     """
     if not root.is_dir():
         raise InputError(f"dataset '{name}': folder {root} does not exist; check the path")

@@ -64,7 +64,7 @@ def read_panoptic(name: str, annotations: Path, images: Path, metric: str = "pq"
 
 
 def read_segments(name: str, path: Path) -> tuple[Index, dict]:
-    """Returns the index and, for the cache, {"categories", "bare": images without an entry}."""
+    """Returns the index, and the facts "categories" and "bare", the number of images left out."""
     images, categories, found = [], [], set()
     segments = Segments(path)
     for field, chunk in read_fields(path):

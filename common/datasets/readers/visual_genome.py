@@ -39,7 +39,7 @@ def read_visual_genome(name: str, annotations: Path, images: Path, metric: str) 
 
 
 def read_objects(annotations: Path, image_data: Path) -> tuple[Index, dict]:
-    """Returns the index and, for `cached_index`, {"names": classes, "bare": objects left out}."""
+    """Returns the index, and the facts "names" and "bare", the number of objects left out."""
     row_of, file_names, sizes = {}, [], []
     parts = Parts(image=np.int32, box=(np.float32, 4), word=np.int32)
     index_of_word = defaultdict(count().__next__)  # in the order of the objects
