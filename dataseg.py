@@ -368,7 +368,7 @@ def prepare_targets(batch: Batch, merged: Tensor) -> list[Targets]:
 
 
 def projections(mask_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the highest probability of each row (R, h) and column (R, w) of mask_logits."""
+    """Returns the highest probability in each row (R, h) and column (R, w) of masks (R, h, w)."""
     probability = mask_logits.sigmoid()
     return probability.amax(2), probability.amax(1)
 

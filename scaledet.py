@@ -301,7 +301,7 @@ class Model(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the boxes of the last stage, B tensors (Q, 4), and scores, B tensors (Q, C).
 
-        As in Detic's code, a score is sqrt(p o): p is the stages' mean sigmoid, o the objectness.
+        As in Detic's code, s = sqrt(p o), p the stages' mean sigmoid(logits), o the objectness.
         """
         proposals, _ = self.centernet(features)  # of each image: boxes (Q, 4), objectness (Q,)
         boxes = [b for b, _ in proposals]
@@ -429,7 +429,7 @@ def compute_losses(
 def predict(model: Model, batch: Batch, label_space: LabelSpace) -> list[dict]:
     """Returns the detections of each image, in pixels of its original size.
 
-    Each image has a dictionary like torchvision's: boxes (N, 4), scores (N,), and labels (N,), the
+    Each image has a dictionary like torchvision's: boxes (N, 4), scores (N,), and labels (N,), as
     columns of label_space. It also has N class_names and size (height, width).
     """
     model.eval()

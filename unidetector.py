@@ -494,7 +494,7 @@ def predict(
 ) -> list[dict]:
     """Returns the detections of each image, in pixels of its original size.
 
-    Each image has a dictionary like torchvision's: boxes (N, 4), scores (N,), and labels (N,), the
+    Each image has a dictionary like torchvision's: boxes (N, 4), scores (N,), and labels (N,), as
     columns of label_space. It also has N class_names and size (height, width).
     prior: as in `classify`
     """
@@ -567,7 +567,7 @@ def train(
 
 
 def run_metadata(args: Args) -> dict:
-    """Returns the metadata of the weights, whose stage is "localizer" or "both", as they hold."""
+    """Returns the metadata of the weights. Its stage is what they hold: "localizer" or "both"."""
     stage = "localizer" if args.stage == "localizer" else "both"
     return {"method": METHOD, "args": asdict(args) | {"stage": stage}}
 
