@@ -278,7 +278,7 @@ class Model(nn.Module):
     def extract(self, images: Tensor, sizes: list[tuple[int, int]]) -> tuple[Tensor, list[Tensor]]:
         """Returns the mask features (B, C, h, w) and the maps (B, C, ., .) of strides 32, 16, 8.
 
-        images: (B, 3, H, W) uint8
+        images: (B, 3, H, W) uint8; sizes: (height, width) of each image before padding
         """
         with amp_context(self.args.amp, images.device):
             features = self.backbone(self.backbone.normalise(images, sizes))
@@ -288,8 +288,8 @@ class Model(nn.Module):
         """Runs Mask2Former's decoder on the output of `extract`.
 
         Each layer has masked cross-attention to one feature level (the levels take turns),
-        self-attention and a feed-forward network. The predictions of all layers are returned, for
-        the auxiliary losses. text: (K, D)
+        self-attention and a feed-forward network. Returns the predictions before the first layer
+        and after each, for the auxiliary losses. text: (K, D)
         """
         memory, position, resized = [], [], []
         for features, code in zip(maps, self.level_embed):
@@ -321,7 +321,7 @@ class Model(nn.Module):
     def forward(self, images: Tensor, sizes: list[tuple[int, int]], text: Tensor) -> MaskOutput:
         """Returns all predictions for images (B, 3, H, W) uint8 of one dataset.
 
-        text: (K, D), that of the dataset's classes
+        text: (K, D), the text embeddings of the dataset's classes
         """
         return self.decode(*self.extract(images, sizes), text)
 
@@ -330,9 +330,9 @@ class Model(nn.Module):
 
 
 def merged_classes(label_space: LabelSpace, task: str) -> Tensor:
-    """MERGE: returns the classes (K,) bool whose proposals make one mask.
+    """MERGE: returns as (K,) bool the classes whose proposals are merged into one mask.
 
-    All classes for semantic, stuff for panoptic, none for instance.
+    These are all classes for task semantic, stuff for panoptic, none for instance.
     """
     things = torch.tensor(label_space.is_thing)
     if task == "semantic":
@@ -341,9 +341,9 @@ def merged_classes(label_space: LabelSpace, task: str) -> Tensor:
 
 
 def merge_targets(masks: Tensor, labels: Tensor, merged: Tensor) -> tuple[Tensor, Tensor]:
-    """Replaces the masks of each merged class by their union. The others stay as they are.
+    """Returns masks and labels in which the masks of each merged class are one, their union.
 
-    masks: (N, H, W) bool; labels: (N,); merged: (K,) bool
+    masks: (N, H, W) bool; labels: (N,); merged: (K,) bool. The unions come last.
     """
     single = ~merged[labels]  # (N,)
     parts = [(masks[single], labels[single])]
@@ -354,10 +354,10 @@ def merge_targets(masks: Tensor, labels: Tensor, merged: Tensor) -> tuple[Tensor
 
 
 def prepare_targets(batch: Batch, merged: Tensor) -> list[Targets]:
-    """Returns the labels of each image, and its masks (N, H, W), padded as the batch, or its boxes.
+    """Returns labels (N,) and boxes or masks (N, H, W) of each image, padded to the batch's size.
 
-    All masks of a class are joined if it is in `merged`, (K,) bool. Labels stay those of the
-    dataset, since the softmax has no other dataset's classes.
+    All masks of a class are joined if it is in `merged`, (K,) bool. Labels are indices of
+    the dataset's own classes, since the softmax has no other dataset's classes.
     """
     height, width = batch.images.shape[-2:]
     targets = []
@@ -372,7 +372,7 @@ def prepare_targets(batch: Batch, merged: Tensor) -> list[Targets]:
 
 
 def projections(mask_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the highest probability of each row (R, h) and column (R, w) of masks (R, h, w)."""
+    """Returns the highest probability in each row (R, h) and column (R, w) of masks (R, h, w)."""
     probability = mask_logits.sigmoid()
     return probability.amax(2), probability.amax(1)
 
@@ -380,14 +380,14 @@ def projections(mask_logits: Tensor) -> tuple[Tensor, Tensor]:
 def projection_dice(product: Tensor, x: Tensor, t: Tensor) -> Tensor:
     """Returns BoxInst's dice loss 1 - 2 sum(x t) / (sum x^2 + sum t^2 + 1e-5), over the last axis.
 
-    product: sum(x t), one value per pair in the loss, and a matrix of all pairs in the matching
-    x, t:    (..., length), predicted and true projections, which broadcast to `product`
+    product: sum(x t), (R,) for R pairs, or (Q, N) for all pairs of queries and boxes
+    x, t:    (..., length), predicted and true projections, whose sums broadcast to `product`
     """
     return 1 - 2 * product / (x.square().sum(-1) + t.square().sum(-1) + 1e-5)
 
 
 def box_costs(output: MaskOutput, image: int, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the costs (Z, Q, N) of boxes (N, 4): 5 times the dice of rows, and of columns."""
+    """Returns two costs (Z, Q, N) of boxes (N, 4): 5 `projection_dice` of rows, and of columns."""
     rows, columns = rasterise(boxes, output.mask_features.shape[-2:])  # (N, h), (N, w)
     costs = []
     for z in range(len(output.logits)):
@@ -402,10 +402,10 @@ def box_costs(output: MaskOutput, image: int, boxes: Tensor) -> tuple[Tensor, Te
 def match(
     args: Args, output: MaskOutput, targets: list[Targets]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Matches queries to targets, in each prediction by the Hungarian method.
+    """Matches queries to targets by the Hungarian method, in each of the Z predictions by itself.
 
-    The cost is -2 times the class probability plus the other losses. Returns, for each image,
-    prediction, query and target (R,) of its pairs, sorted by target.
+    The cost is -2 times the class probability plus the other losses, weighted. Returns for each
+    image the indices (z, query, target) of its R pairs, each (R,), sorted by target.
     """
     pairs = []
     for i, t in enumerate(targets):
@@ -424,10 +424,10 @@ def match(
 def join_members(
     output: MaskOutput, image: int, pairs: tuple, labels: Tensor, merged: Tensor
 ) -> tuple[tuple, Tensor]:
-    """--merge-in-training: adds free queries that predict a merged class to the pair of its target.
+    """--merge-in-training: adds unmatched queries that predict a merged class to that class's pair.
 
-    A query joins a pair of its own prediction z only. Returns all pairs, the matched ones first,
-    and for each the matched pair that it belongs to, (R + members,).
+    They join in their own prediction z only. Returns (z, query, target) of all pairs, the R matched
+    ones first, and the index of the matched pair to which each belongs. All are (R + members,).
     """
     z, query, target = pairs
     predicted = output.logits[:, image].argmax(-1)  # (Z, Q)
@@ -475,13 +475,13 @@ def compute_losses(
 ) -> dict[str, Tensor]:
     """L = sum over predictions of 2 L_class + 5 (L_mask + L_dice), or 2 L_class + 5 L_projection.
 
-    The second form is that of boxes (`loss_projection` on the grid of `rasterise`).
-    `loss_class` is of all queries; those without a target have class K. `loss_mask` and `loss_dice`
-    are of the pairs of `match`, at args.points points of each, with num_masks of `masks_per_rank`.
+    The second form is for boxes. `loss_projection` takes them on the grid of `rasterise`.
+    `loss_class` takes all queries, with class K for those without a target. `loss_mask` and
+    `loss_dice` take args.points points of each pair of `match`, and num_masks of `masks_per_rank`.
     merged: (K,) bool. With --merge-in-training, an unmatched query that predicts a merged class
-    joins the pair of this class in its prediction (`join_members`): it has the same class target,
-    and the mask of the pair is the maximum of their logits.
-    Returns every term with its weight, and their sum as `loss`.
+    joins the pair of this class in its prediction (`join_members`). It gets the class of the pair.
+    The mask logits of the pair are the maximum over its queries.
+    Returns every term, times its weight, and their sum as `loss`.
     """
     num_masks = masks_per_rank(targets, output.logits.device)
     background = output.logits.shape[-1] - 1
@@ -519,10 +519,11 @@ def compute_losses(
 
 
 def merge(mask_logits: Tensor, probabilities: Tensor, merged: Tensor) -> tuple[Tensor, Tensor]:
-    """MERGE at test time: replaces the proposals of each class of merged (K,) bool by their union.
+    """MERGE at test time: replaces the proposals of each class in `merged`, (K,) bool, by a union.
 
     mask_logits: (Q, H, W); the union has the highest logit at each pixel
     probabilities: (Q, K + 1); the union has the row of the most probable member
+    Returns both with the other proposals first, then the unions.
     """
     labels = probabilities.argmax(1)  # (Q,), K is background
     single = ~F.pad(merged, (0, 1))[labels]  # (Q,)
@@ -535,13 +536,13 @@ def merge(mask_logits: Tensor, probabilities: Tensor, merged: Tensor) -> tuple[T
 
 @torch.no_grad()
 def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "") -> list[dict]:
-    """Returns what `task` asks for, for each image at its original size. Default: --task.
+    """Returns a dictionary for each image, at its original size, as `task` (default: --task) asks.
 
-    semantic: `semantic` (H, W)
+    semantic: `semantic` (H, W), the label of each pixel
     panoptic: `semantic`, and `panoptic` (H, W) with `segments_info`
     instance: `boxes` (N, 4), `labels`, `scores` (N,) and `masks` (N, H, W)
-    Also size (height, width) and class_names, of all classes.
-    Those of instances are N names, one of each.
+    All have `size` (height, width) and `class_names`, the K names of label_space.
+    With instance, `class_names` are the N names of `labels`.
     """
     model.eval()
     task = task or model.args.task
@@ -578,7 +579,7 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
 def predict_images(
     model: Model, images: Sequence[str | Path | Image | Tensor], label_space: LabelSpace
 ) -> list[dict]:
-    """Returns `predict` of paths, PIL images or uint8 tensors (3, H, W)."""
+    """Runs `predict` on paths, PIL images or uint8 tensors (3, H, W); one result per image."""
     transform = ResizeShortest(model.args.test_size)
     return predict_each(partial(predict, model, label_space=label_space), images, transform)
 
@@ -589,9 +590,9 @@ def predict_images(
 def build_dataloader(
     args: Args, datasets: list[Dataset], start: int, device: torch.device
 ) -> DataLoader:
-    """Yields endless batches, each from one dataset, the same one on all ranks.
+    """Returns a loader of endless batches, each from one dataset, the same one on all ranks.
 
-    Each dataset has its own ratio, image size and batch size. Skips what `start` steps have seen.
+    Each dataset has its own ratio, image size and batch size. Skips the first `start` batches.
     Compiled models get images of one shape per dataset.
     """
     size, semantic = args.image_size, args.semantic_size
@@ -615,7 +616,7 @@ def train(
 ) -> tuple[Model, LabelSpace]:
     """Trains on `datasets`. Writes metrics, checkpoints and weights to the run folder.
 
-    Returns the model, and the label space on `device`. Every rank calls it; rank 0 writes.
+    Returns the model, and the label space on `device`. Every rank calls it. Rank 0 writes.
     """
     # set up: data, model, optimizer
     for dataset in datasets:
@@ -687,7 +688,8 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Evaluates each dataset by its own metric, on its own classes alone. Draws pictures.
 
-    label_space: that of the training, whose names keep their text
+    Returns {dataset: {metric: value}} on rank 0, {} on other ranks.
+    label_space: the one of the training. Its names keep their text.
     """
     results = {}
     transform = ResizeShortest(args.test_size)
@@ -707,8 +709,8 @@ def load(
 ) -> tuple[Model, LabelSpace]:
     """Rebuilds a trained model and its label space from a run folder or a weights file.
 
-    args: default: the settings of the training, which the file holds. Raises InputError for a file
-    that is missing, broken or of another method.
+    args: None takes the settings of the training from the file. The model is in eval mode.
+    Raises InputError for a file that is missing, broken or of another method.
     """
     path = convert_if_official(path, METHOD, OFFICIAL)
     metadata, vocabularies = read_model(path, METHOD)

@@ -25,7 +25,7 @@ alpha, beta, gamma, tau   alpha, beta, gamma, tau
 
 Note: what the paper leaves open follows its code (zhenyuw16/UniDetector).
 Note: pi_j is the number of detections of class j in a first pass over the images, and at least 1
-  (the code has no guard). Regions do not depend on the classes, so they are embedded once (200 KB
+  (the code has no bound). Regions do not depend on the classes, so they are embedded once (200 KB
   per image at D = 1024), and the second pass only classifies. --prior FILE.json calibrates single
   images.
 Note: A_k is sampled per image in every structure. The code for a single dataset samples per GPU.
@@ -38,9 +38,8 @@ Note: left out are the end-to-end baseline, the subsets that the paper trains on
 Note: --compile has no effect here: image sizes and the number of regions change at every step.
 Note: a timm model with FPN as --classifier-backbone is ours, for small runs.
 
-diff with scaledet.py shows: two networks trained one after the other, no cascade, no soft loss;
-columns of the image's own dataset; calibration at test time, known and unknown classes in the
-table.
+diff with scaledet.py shows: two networks trained one after the other; no cascade, no soft loss;
+columns of the image's own dataset; calibration; known and unknown classes in the table.
 
     python unidetector.py --datasets coco,o365 --tiny                   # minutes on a CPU
     python unidetector.py --datasets coco,o365,oid500 --data-root DATA  # one GPU
@@ -252,7 +251,7 @@ OFFICIAL = None  # there are no official weights to convert
 
 
 def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
-    """Concatenates the label spaces or, if unified, merges classes of the same name.
+    """Concatenates the label spaces. --structure unified merges classes of the same name.
 
     The text (C, D) holds the embedding of each class name.
     """
@@ -263,7 +262,7 @@ def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
 def objectness(s_c: Tensor, s_r1: Tensor, s_r2: Tensor, alpha: float) -> Tensor:
     """Returns eta = s_c^alpha (s_r1 s_r2)^(1 - alpha) of the localizer's scores, all (Q,).
 
-    s_c: binary class; s_r1: centreness of the anchor; s_r2: IoU of the region
+    s_c: object or background; s_r1: centreness of the anchor; s_r2: IoU of the region
     """
     return s_c**alpha * (s_r1 * s_r2) ** (1 - alpha)
 
@@ -274,9 +273,9 @@ def compare(x: Tensor, text: Tensor, tau: float) -> Tensor:
 
 
 class Model(nn.Module):
-    """The localizer and the classifiers, which share nothing.
+    """Holds the localizer and the classifiers, which share no layers.
 
-    --stage localizer has no classifier, --structure separate has one per dataset.
+    --stage localizer has no classifier. --structure separate has one per dataset, the others one.
     """
 
     def __init__(
@@ -286,7 +285,7 @@ class Model(nn.Module):
         pretrained: bool = True,
         pretrained_localizer: bool = True,
     ):
-        """pretrained: start from published weights; the localizer only if both are True."""
+        """pretrained: starts from published weights. The localizer needs both flags for that."""
         super().__init__()
         self.args = args
         pretrained_localizer = pretrained and pretrained_localizer
@@ -311,11 +310,10 @@ class Model(nn.Module):
         proposals: list[Tensor] | None = None,
         owners: list[int] | None = None,
     ) -> tuple[RegionOutput | None, dict[str, Tensor]]:
-        """Returns, for training, the losses of the localizer or the outputs of the classifiers.
+        """Returns, for training, (None, the localizer's losses) or, with proposals, (outputs, {}).
 
-        proposals: B tensors (Q, 4) to classify; None trains the localizer. Regions are sampled from
-                   them and the ground truth.
-        owners:    for each image the number of its classifier
+        proposals: B tensors (Q, 4); regions are sampled from them and the ground truth
+        owners:    for each image the index of its classifier, needed with proposals
         """
         if proposals is None:
             return None, self.localizer(images, sizes, targets)
@@ -342,8 +340,8 @@ class Model(nn.Module):
 def prepare_targets(batch: Batch, label_space: LabelSpace) -> list[Targets]:
     """Returns the ground truth of each image, with labels as columns of the label space.
 
-    `scope` is the paper's structure: an image trains the columns of its own dataset (partitioned,
-    separate), or all of them (unified). Regions are matched to it by IoU (`match_regions`).
+    An image trains the columns `scope`: those of its own dataset (--structure partitioned,
+    separate), or all (unified). `Model.forward` matches regions to the ground truth by IoU.
     """
     targets = []
     for sample in batch.samples:
@@ -356,7 +354,7 @@ def prepare_targets(batch: Batch, label_space: LabelSpace) -> list[Targets]:
 def sample_classes(labels: Tensor, frequency: Tensor, num: int = 50) -> Tensor:
     """Returns A (C,) bool: the classes of an image's regions, and others up to `num` at random.
 
-    Background counts as a class, and may be sampled. Classes without a training image are not.
+    Background is a class here and may be sampled. A class without a training image may not.
     labels: (Q,), -1 on background; frequency: (C,), training images of each class
     """
     background = len(frequency)
@@ -389,11 +387,11 @@ def compute_losses(
     localizer_losses: dict[str, Tensor],
     frequency: Tensor,
 ) -> dict[str, Tensor]:
-    """L of the localizer, or L_cls + L_box of the classifier.
+    """L = the sum of localizer_losses (of `RPN` and `OLN`) or, with outputs, L_cls + L_box.
 
-    L_cls is the mean of L_k, `loss_classification`, over the images, each on the columns of its
-    scope, with A of `sample_classes`. L_box is `loss_roi_box`. localizer_losses are those of `RPN`
-    and `OLN`. frequency: (C,), training images. Returns every term, and their sum as `loss`.
+    L_cls is the mean over the images k of L_k, `loss_classification` on the columns of the image's
+    scope with A of `sample_classes`. L_box is `loss_roi_box`. frequency: (C,), training images of
+    each class. Returns every term, and their sum as `loss`.
     """
     losses = dict(localizer_losses)
     if outputs is not None:
@@ -412,10 +410,10 @@ def compute_losses(
 
 
 def calibrate(p: Tensor, prior: Tensor, gamma: float) -> Tensor:
-    """Returns p_ij = sigmoid(z_ij) / pi_j^gamma up to a common factor, which keeps its scale.
+    """Returns sigmoid(z_ij) w_j / mean(w), (Q, C), with w_j = 1 / max(pi_j, 1)^gamma.
 
-    p: (Q, C); prior: (C,), pi, counts of detections. p is multiplied by w / mean(w), with
-    w_j = max(pi_j, 1)^-gamma.
+    p: (Q, C), sigmoid(z); prior: (C,), pi, the number of detections of each class
+    The division by mean(w), a common factor, keeps the scale of p.
     """
     w = prior.clamp(min=1) ** -gamma
     return p * w / w.mean()
@@ -438,12 +436,12 @@ def propose(model: Model, batch: Batch) -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def embed_regions(model: Model, batch: Batch, limit: int) -> list[dict]:
-    """Returns what does not depend on class names, in pixels of the original images, on the CPU.
+    """Returns a dictionary for each image: proposals and regions, which depend on no class names.
 
-    Each image has `size` and `proposals`, a detection without classes, of at most 1500 boxes. If
-    there are classifiers and limit > 0, it also has the regions: `boxes` (Q, 4), the `limit` best
-    proposals, moved by the classifier; `embeddings` (Q, D) and `eta` (Q,). Each classifier gives
-    its own regions.
+    `size` is (height, width). `proposals` is a detection of at most 1500 boxes without labels. With
+    classifiers and limit > 0, there are also regions: `boxes` (Q, 4), `embeddings` (Q, D) and `eta`
+    (Q,). Each classifier adds its own: the `limit` best proposals, moved by its box deltas.
+    Boxes are in pixels of the original image. All tensors are on the CPU.
     """
     model.eval()
     batch = batch.to(next(model.parameters()).device)
@@ -480,7 +478,7 @@ def classify(
     prior: Tensor | None = None,
     limit: int = 100,
 ) -> dict:
-    """Returns at most `limit` detections from the regions of one image (`embed_regions`).
+    """Returns the best detections, at most `limit`, in the regions of one image (`embed_regions`).
 
     prior: (C,), counts of detections that calibrate the scores; None: no calibration
     """
@@ -501,8 +499,9 @@ def predict(
 ) -> list[dict]:
     """Returns the detections of each image, in pixels of its original size.
 
-    Each is a dictionary as torchvision's: boxes (N, 4), labels (N,), scores (N,). It also has
-    class_names, N names, and size (height, width). prior: as in `classify`
+    Each image has a dictionary like torchvision's: boxes (N, 4), scores (N,), and labels (N,), as
+    columns of label_space. It also has N class_names and size (height, width).
+    prior: as in `classify`
     """
     images = embed_regions(model, batch, model.args.test_proposals)
     return [classify(model, regions, label_space, prior) for regions in images]
@@ -511,7 +510,7 @@ def predict(
 def predict_images(
     model: Model, images: Sequence[str | Path | Image | Tensor], label_space: LabelSpace
 ) -> list[dict]:
-    """Returns `predict` of paths, PIL images or uint8 tensors (3, H, W)."""
+    """Runs `predict` on paths, PIL images or uint8 tensors (3, H, W); one result per image."""
     transform = ResizeShortest(model.args.test_size)
     return predict_each(partial(predict, model, label_space=label_space), images, transform)
 
@@ -520,9 +519,9 @@ def predict_images(
 
 
 def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoader:
-    """Yields endless batches from all datasets as one list, in natural proportions.
+    """Returns a loader of endless batches from all datasets as one list, in the order of --sampler.
 
-    A batch may mix datasets. Skips what `start` steps have seen.
+    A batch may mix datasets, by default in natural proportions. Skips the first `start` batches.
     """
     resize = ResizeShortestRange(args.image_size // 2, args.image_size)
     place = (args.seed, start * args.batch_size, rank(), world_size())
@@ -538,7 +537,7 @@ def train(
     """Trains the localizer and then, on its proposals, the classifiers (`train_stage`).
 
     Writes metrics, checkpoints, proposals and weights to the run folder. Returns the model and its
-    label space. Every rank calls it; rank 0 writes.
+    label space. Every rank calls it. Rank 0 writes.
     """
     for dataset in datasets:
         log.info(dataset.summary())
@@ -573,7 +572,7 @@ def train(
 
 
 def run_metadata(args: Args) -> dict:
-    """Returns the metadata of the weights; after --stage classifier they hold both networks."""
+    """Returns the metadata of the weights. Its stage is what they hold: "localizer" or "both"."""
     stage = "localizer" if args.stage == "localizer" else "both"
     return {"method": METHOD, "args": asdict(args) | {"stage": stage}}
 
@@ -590,7 +589,7 @@ def train_stage(
 ) -> None:
     """Trains one part of the model, "localizer" or "classifiers", in the given steps of the run.
 
-    A resumed run goes on from the last checkpoint, if that is of this stage.
+    The other part is frozen. A resumed run goes on from the last checkpoint of this part, if any.
     """
     # set up: model, optimizer, data
     device = label_space.text.device
@@ -652,8 +651,9 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Evaluates each dataset before and after calibration, on its own classes. Draws pictures.
 
-    label_space: that of the training. Classes whose names it lacks are unknown. A dataset outside
-    it is zero-shot, and has a control: each class name's text is replaced by that of another name.
+    Returns {dataset: {metric: value}} on rank 0, {} on other ranks.
+    label_space: the one of the training. Classes whose names it lacks are unknown. A dataset
+    outside it is zero-shot. As a control, it is evaluated with the text of another name for each.
     """
     results = {}
     transform = ResizeShortest(args.test_size)
@@ -697,8 +697,8 @@ def load(
 ) -> tuple[Model, LabelSpace]:
     """Rebuilds a trained model and its label space from a run folder or a weights file.
 
-    args: default: the settings of the training, which the file holds. Raises InputError for a file
-    that is missing, broken or of another method.
+    args: None takes the settings of the training from the file. The model is in eval mode.
+    Raises InputError for a file that is missing, broken or of another method.
     """
     path = convert_if_official(path, METHOD, OFFICIAL)
     metadata, vocabularies = read_model(path, METHOD)

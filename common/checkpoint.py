@@ -1,4 +1,4 @@
-"""Weights and checkpoints: safetensors with JSON metadata.
+"""Writes and reads weights, which are safetensors with JSON metadata, and checkpoints.
 
 Files are written whole or not at all, and loaded without unpickling code.
 """
@@ -29,8 +29,8 @@ TEXT = "label_space."  # prefix of the tensors that hold the text of a dataset
 def save_weights(path: Path, model: nn.Module, label_space: LabelSpace, metadata: dict) -> None:
     """Writes a model and the label space that it was trained on as one safetensors file.
 
-    The tensors are the model's state dict and "label_space.<dataset>", the text of each dataset.
-    The names go into the metadata, whose values are JSON.
+    The tensors are the model's state dict and "label_space.<dataset>", the text embeddings of each
+    dataset. The class names are added to the metadata, as "vocabularies". Its values become JSON.
     """
     vocabularies = label_space.vocabularies.values()
     text = {TEXT + v.dataset: v.text for v in vocabularies if v.text is not None}
@@ -54,9 +54,9 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None
 
 
 def load_plain(path: Path):
-    """Loads a torch file that holds nothing but data. No code in it runs.
+    """Loads a torch file of tensors and plain Python data to the CPU. No code in it runs.
 
-    Raises ValueError with the reason in one line for a damaged file and for one that holds more.
+    Raises ValueError, with the reason in one line, for a damaged file and for other objects in it.
     """
     try:
         with warnings.catch_warnings():
@@ -67,7 +67,7 @@ def load_plain(path: Path):
 
 
 def weights_file(path: str | Path) -> Path:
-    """Returns a weights file, or that of a run folder. Raises InputError if there is none."""
+    """Returns `path`, or weights.safetensors in a run folder. Raises InputError without one."""
     if not str(path):
         raise InputError(
             "--predict and --eval-only need --weights: a .safetensors file or a run folder"
@@ -83,7 +83,8 @@ def weights_file(path: str | Path) -> Path:
 def read_metadata(path: str | Path, method: str) -> dict:
     """Reads the metadata of a weights file: method, args, vocabularies, and the method's own keys.
 
-    Raises InputError if it cannot be read, is of another method or of an older version.
+    Raises InputError if the file is missing or cannot be read, or if another method, an older
+    version or another program wrote it.
     """
     file = weights_file(path)
     try:
@@ -114,9 +115,9 @@ def read_metadata(path: str | Path, method: str) -> dict:
 
 
 def read_model(path: str | Path, method: str) -> tuple[dict, list[Vocabulary]]:
-    """Reads what a model is rebuilt from: the metadata, and the vocabularies with their text.
+    """Reads what a model is rebuilt from: (metadata, vocabularies with their text embeddings).
 
-    Raises InputError where `read_metadata` does, for weights of a base model (they have no
+    Raises InputError as `read_metadata` does, for converted weights of a base model (they have no
     vocabularies), and for damaged class names or text.
     """
     file = weights_file(path)
@@ -154,16 +155,16 @@ def read_model(path: str | Path, method: str) -> tuple[dict, list[Vocabulary]]:
 
 
 def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str = "") -> None:
-    """Loads the tensors of a weights file into `model`. Its label space is read by `read_model`.
+    """Loads the tensors of a weights file into `model`, in place. Leaves out its label space.
 
-    Weights of a base model fill the parts that their metadata names under `base`. The other parts
-    keep their initial values.
+    Converted weights of a base model fill the submodules that their metadata lists as `base`. The
+    other submodules keep their initial values.
 
-    fresh: prefix of tensors that the file may lack; they keep their initial values, as the log says
+    fresh: prefix of tensors that the file may lack; the log says that they keep initial values
     only:  prefix of the tensors to load; all others keep their initial values
 
-    Raises InputError if the file is missing or broken, lacks a tensor, has one too many or one of
-    another shape.
+    Raises InputError if the file is missing or broken, lacks a tensor or has one too many, and for
+    a tensor that `check_tensor` refuses.
     """
     file = weights_file(path)
     try:
@@ -200,7 +201,10 @@ def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str 
 
 
 def check_tensor(file: Path, key: str, own: Tensor | None, stored: Tensor | None) -> None:
-    """Raises InputError if the stored tensor `key` does not fit the model's own."""
+    """Raises InputError if tensor `key` of the file does not fit the model or is not finite.
+
+    own, stored: the tensor of the model and of the file; None if there is none
+    """
     if own is None or stored is None:
         side = "unknown to" if own is None else "missing for"
         raise InputError(
@@ -230,9 +234,9 @@ def save_checkpoint(
     optimizer: Optimizer,
     metadata: dict,
 ) -> None:
-    """Writes checkpoint-<step>/ whole or not at all, then removes all but the last two.
+    """Writes checkpoint-<step>/ whole or not at all, then removes all checkpoints but the last two.
 
-    Every rank must call it, since each has its own random state.
+    Every rank must call it, since each has its own random state. Rank 0 writes.
     """
     states = gather_on_main(rng_states())
     if rank() > 0:
@@ -264,7 +268,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Returns the newest checkpoint of a run folder; its weights load with `load_weights`."""
+    """Returns the newest checkpoint of a run folder, or None. `load_weights` takes its path."""
     return checkpoints(folder)[-1] if checkpoints(folder) else None
 
 
@@ -274,9 +278,10 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
-    """Restores the optimizer and the random state of this rank. Returns the step.
+    """Restores the optimizer and the random state of this rank, in place. Returns the step.
 
-    Raises InputError for a damaged checkpoint, and for one of another model.
+    The random state stays as it is if the checkpoint has another number of ranks. The model is not
+    loaded. Raises InputError for a damaged checkpoint, and for one of another model.
     """
     try:
         state = load_plain(checkpoint / "state.pt")

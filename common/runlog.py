@@ -1,4 +1,4 @@
-"""What a run writes: its folder with args.json, metrics.jsonl, TensorBoard and progress bars."""
+"""Writes the run folder with args.json, metrics.jsonl and TensorBoard; shows progress bars."""
 
 import dataclasses
 import fcntl
@@ -29,8 +29,9 @@ log = logging.getLogger("concord")
 def make_run_folder(args, method: str) -> Path:
     """Creates the run folder with its args.json. Returns the path, the same on all ranks.
 
-    It is that of --resume or --output, by default runs/<method>-<time>. An existing args.json is
-    kept. Raises InputError if the folder cannot be used.
+    The folder is --resume, else --output, else runs/<method>-<time>-<process id>. An existing
+    args.json is kept. Raises InputError if the folder cannot be written, if --resume has no
+    checkpoint, and if the folder holds another training.
     """
     default = f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = Path(from_main(args.resume or args.output or default))
@@ -59,7 +60,7 @@ def make_run_folder(args, method: str) -> Path:
 
 
 def environment() -> dict[str, str | int]:
-    """Returns the versions, the device and the git revision, so that the run can be repeated."""
+    """Returns the versions, device, git revision and number of ranks, to repeat the run."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
@@ -83,10 +84,13 @@ def environment() -> dict[str, str | int]:
 class RunLog:
     """Writes the losses of a training to metrics.jsonl, TensorBoard and a progress bar.
 
-    Only rank 0 writes. Lines after step `start` are dropped: a resumed run writes them again.
-    The folder is locked until `close`. Raises InputError if another run is training in it.
+    Only rank 0 writes. Lines of metrics.jsonl after step `start` are dropped, since a resumed run
+    writes them again. The folder is locked until `close`. Raises InputError if another run is
+    training in it.
 
-    steps: steps of the whole training; start: steps that are done; every: steps between two lines
+    steps: number of steps of the whole training
+    start: number of steps that are done already
+    every: number of steps between two lines
     """
 
     def __init__(self, folder: Path, steps: int, start: int, every: int = 20):
@@ -118,11 +122,12 @@ class RunLog:
     def step(
         self, step: int, losses: dict[str, Tensor], lr: float, images: int, dataset: str = ""
     ) -> None:
-        """Counts one step. Every `every` steps and at the end, writes a line.
+        """Counts one step. Every `every` steps and at the last, writes this step's losses.
 
         losses:  scalars, with their sum "loss"
+        lr:      learning rate
         images:  number of images in this step, over all ranks
-        dataset: the dataset, if the step has only one; each gets its own curves in TensorBoard
+        dataset: name of the step's dataset, which has its own curves in TensorBoard; "": several
         """
         if not self.active:
             return
@@ -156,7 +161,7 @@ class RunLog:
 
 
 def step_of(line: str) -> int | None:
-    """Returns the step of a line of metrics.jsonl, or None if the line is damaged."""
+    """Returns the number of the step in a line of metrics.jsonl, or None if the line is damaged."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
@@ -164,9 +169,9 @@ def step_of(line: str) -> int | None:
 
 
 def progress_bar(title: str, total: int, initial: int = 0, unit: str = "img") -> tqdm:
-    """Returns a bar with rate and time left, of which `initial` units are done. Only on rank 0.
+    """Returns a bar of `total` units, of which `initial` are done. Only rank 0 shows it.
 
-    In a log file it prints a line at most every 10 seconds.
+    It has the rate and the time left. In a log file it prints a line at most every 10 seconds.
     """
     pace = {"mininterval": 0.1 if sys.stderr.isatty() else 10, "disable": rank() > 0}
     return tqdm(desc=title, total=total, initial=initial, unit=unit, **pace)
@@ -185,7 +190,7 @@ def tensorboard_writer(folder: Path):
 
 
 def check_finite(losses: dict[str, Tensor], step: int) -> None:
-    """Raises InputError if the sum "loss" is not finite. It names the losses that are not."""
+    """Raises InputError if the sum "loss" is not finite. The error says which losses are not."""
     if not math.isfinite(losses["loss"]):
         bad = [name for name, value in losses.items() if not math.isfinite(value)]
         named = ", ".join(name for name in bad if name != "loss") or "loss"

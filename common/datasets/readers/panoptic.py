@@ -1,4 +1,4 @@
-"""Reader of COCO-format panoptic json files, with a folder of PNGs that number the segments."""
+"""Reader of COCO-format panoptic json files, whose PNGs hold the segment id of each pixel."""
 
 import logging
 from collections import defaultdict
@@ -22,7 +22,7 @@ LISTS = ("images", "annotations", "categories")
 
 
 def is_panoptic(path: Path) -> bool:
-    """Returns whether the first annotation lists segments. Raises InputError for no json."""
+    """Returns whether the first annotation has `segments_info`. Raises InputError if not json."""
     if is_cached(path, coco.CACHE_OPTIONS):
         return False
     if is_cached(path, ["panoptic", False]):
@@ -38,7 +38,7 @@ def read_panoptic(name: str, annotations: Path, images: Path, metric: str = "pq"
 
     The PNGs are in a folder with the name of the json, in the same folder as the json or, as in
     detectron2's layout, in its parent. Images without an entry in `annotations` are left out and
-    their number is logged. Raises InputError naming the file, the field and the remedy.
+    their number is logged. Raises InputError for a missing folder or field, and for a bad value.
     """
     places = [annotations.with_suffix(""), annotations.parent.parent / annotations.stem]
     maps = next((place for place in places if place.is_dir()), None)
@@ -64,7 +64,7 @@ def read_panoptic(name: str, annotations: Path, images: Path, metric: str = "pq"
 
 
 def read_segments(name: str, path: Path) -> tuple[Index, dict]:
-    """Returns the index of the images with an entry, and the facts stored with it in the cache."""
+    """Returns the index, and the facts "categories" and "bare", the number of images left out."""
     images, categories, found = [], [], set()
     segments = Segments(path)
     for field, chunk in read_fields(path):
@@ -127,7 +127,8 @@ class Segments:
     """Collects the entries of the json list `annotations`, chunk by chunk.
 
     index_of_image_id, index_of_category_id: id -> 0, 1, 2, ... in the order of the entries
-    maps: the PNG of each entry
+    maps:  the file name of each entry's PNG
+    parts: image and category (by these indices), id, box xyxy, area and crowd of each segment
     """
 
     def __init__(self, path: Path):
@@ -182,7 +183,7 @@ class Segments:
 
 
 def image_name(name: str, path: Path, image: dict) -> str:
-    """Returns the image's path below its folder."""
+    """Returns the path of an entry of `images`, relative to the image folder."""
     if name != CITYSCAPES:
         return file_name(path, image)
     # Cityscapes' createPanopticImgs.py writes a file_name that does not exist
