@@ -489,11 +489,11 @@ def compute_losses(
     targets: list[Targets],
     frequency: Tensor,
 ) -> dict[str, Tensor]:
-    """L = sum over stages of (L_cls + L_box) + L_mask + the CenterNet losses for images with boxes.
+    """L = sum over stages of (L_cls + L_box) + L_mask + the CenterNet losses, with boxes.
 
-    L_cls is `loss_cls` with w of `class_mask`. L_box is `loss_box_reg`. proposal_losses are those
-    of `CenterNet.losses`, and L_mask, which is `MaskHead.loss` of the first stage.
-    For images without boxes, L is `compute_image_label_losses`, summed over the stages.
+    L_cls is `loss_cls` with w of `class_mask`, L_box is `loss_box_reg`. proposal_losses are those
+    of `CenterNet.losses`, and L_mask, `MaskHead.loss` of the first stage. A batch with image-level
+    labels has `compute_image_label_losses`, summed over the stages, instead of all these.
     Returns every term, times its weight, and their sum as `loss`. frequency: as in `class_mask`
     """
     losses = dict(proposal_losses)

@@ -436,12 +436,12 @@ def propose(model: Model, batch: Batch) -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def embed_regions(model: Model, batch: Batch, limit: int) -> list[dict]:
-    """Returns a dictionary for each image: proposals and regions, which depend on no class names.
+    """Returns what does not depend on class names, in pixels of the original images, on the CPU.
 
-    `size` is (height, width). `proposals` is a detection of at most 1500 boxes without labels. With
-    classifiers and limit > 0, there are also regions: `boxes` (Q, 4), `embeddings` (Q, D) and `eta`
-    (Q,). Each classifier adds its own: the `limit` best proposals, moved by its box deltas.
-    Boxes are in pixels of the original image. All tensors are on the CPU.
+    Each image has a dictionary: `size` (height, width), and `proposals`, a dictionary of at most
+    1500 `boxes` with `scores`, their eta. With classifiers and limit > 0, it also has the regions:
+    `boxes` (Q, 4), the `limit` best proposals moved by the classifier; `embeddings` (Q, D); `eta`
+    (Q,), the objectness of their proposals. Each classifier adds its own regions.
     """
     model.eval()
     batch = batch.to(next(model.parameters()).device)

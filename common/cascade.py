@@ -119,11 +119,12 @@ class Cascade(nn.Module):
 
 
 def sample_federated(labels: Tensor, frequency: Tensor, num: int = 50) -> Tensor:
-    """Samples the classes of the federated loss: (C,) 1 for a sampled class, 0 for another.
+    """Samples the classes of the federated loss. Returns (C,): 1 for a sampled class, otherwise 0.
 
-    All classes of `labels` are in it. If they are fewer than `num` (background counts as one),
-    others are sampled without replacement, with probabilities proportional to sqrt(frequency).
-    labels (R,), -1 on background; frequency (C,), training images of each class
+    All classes of `labels` are sampled. If they are fewer than `num`, others are added until there
+    are `num`. Background counts as one of them. The others are drawn without replacement, with
+    probabilities proportional to sqrt(frequency).
+    labels: (R,), -1 on background; frequency: (C,), training images of each class
     Source: facebookresearch/Detic:detic/modeling/utils.py (get_fed_loss_inds).
     """
     sampled = torch.zeros_like(frequency)

@@ -138,7 +138,10 @@ def with_saved(default, saved: dict, names):
 
 
 def saved_args(args_class: type, metadata: dict):
-    """Returns an `args_class` with the saved settings in `metadata` (see `read_metadata`)."""
+    """Returns an `args_class` with the settings saved in `metadata`, as `read_metadata` returns it.
+
+    A field that was not saved has its default. Raises InputError for a value that does not fit.
+    """
     default = args_class()
     return with_saved(default, metadata["args"], vars(default).keys())
 

@@ -194,7 +194,11 @@ def convert_mask2former(official: Tensors) -> tuple[Tensors, dict]:
 
 
 class DType:
-    """Stands in for numpy.dtype. `name` is "f4", for example; "<f4" once the byte order is read."""
+    """Stands in for numpy.dtype while a pickle is read.
+
+    The pickle creates it with a name without byte order, such as "f4", and then sets its state.
+    That puts the byte order in front: `name` becomes "<f4".
+    """
 
     def __init__(self, name: str, *_):
         self.name = name

@@ -124,12 +124,12 @@ def assign_by_depth(cost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def sample_pairs(logits: Tensor, masks: Tensor, target: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Samples R pairs of mask logits and ground truth at `uncertain_points`: (R, num) each.
+    """Samples R pairs of mask logits and ground truth at `uncertain_points` of the logits.
 
-    Returns (logits, truth) at the points, truth in 0..1. If R is 0, both are (0, num).
-    logits: (R, h, w), one map per pair; the result keeps their gradient
-    masks:  (T, H, W) bool, ground truth
-    target: (R,), row in `masks` of each pair, ascending, so that no mask is copied for each pair
+    Returns logits (R, num), with gradient, and truth (R, num) in 0..1.
+    logits: (R, h, w); masks: (T, H, W) bool
+    target: (R,), the row in `masks` of each pair. It must be ascending: the pairs of one mask are
+            sampled together, without a copy of the mask for each.
     """
     if not len(logits):
         nothing = logits.flatten(1)[:, :1]

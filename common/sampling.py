@@ -21,10 +21,12 @@ from common.errors import InputError
 
 @dataclass
 class Mixture(torch.utils.data.Dataset):
-    """The images of several datasets end to end, augmented. The key of an item is (row, draw).
+    """Joins several datasets end to end and augments their images. An item is mixture[row, draw].
 
-    transforms: {dataset: augmentation}. Its random numbers depend on the seed and `draw` alone, not
-                on the number of workers.
+    `row` counts the images of all datasets. `draw` counts the elements of the sampler's stream, so
+    that it differs each time an image is drawn. The random numbers of an augmentation depend on the
+    seed and on `draw` alone, not on the number of workers.
+    transforms: {dataset: augmentation}
     """
 
     datasets: list[Dataset]

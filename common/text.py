@@ -99,7 +99,10 @@ def sentence_encoder(encoder: str) -> Encode:
 
 
 def templates(prompts: str) -> list[Callable[[str], str]]:
-    """Returns the templates "imagenet", "a", "photo" or "name": functions of a name to a prompt."""
+    """Returns the prompt templates that `prompts` names. Each makes a prompt of a class name.
+
+    "imagenet": CLIP's 80 templates; "a": "a {}" alone; "photo": "a photo of {}" alone; "name": "{}"
+    """
     if prompts == "imagenet":
         from open_clip import OPENAI_IMAGENET_TEMPLATES
 

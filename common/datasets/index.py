@@ -192,7 +192,10 @@ class Index:
         return replace(self, offsets=count[self.offsets], **kept_columns)
 
     def select(self, images: np.ndarray) -> "Index":
-        """Returns only the images where `images` (I,) bool is true. There are no image labels."""
+        """Returns an index of only the images where `images` (I,) bool is true.
+
+        The index must not have image-level labels.
+        """
         kept = self.keep(images[self.image_of])
         rows = np.flatnonzero(images)
         columns = ("file_names", "map_names", "image_ids", "sizes")

@@ -181,7 +181,10 @@ def _value_end(text: bytes) -> int | None:
 
 
 def _runs(text: Window) -> Iterator[list]:
-    """Yields the elements of a list in runs. `text` begins after the opening bracket."""
+    """Parses a json list piece by piece. Yields lists of consecutive whole elements.
+
+    `text` begins after the opening bracket. Raises JSONDecodeError for text that is not json.
+    """
     ended, first = False, True
     while not ended:
         run, used, ended = text.find(_whole_elements)

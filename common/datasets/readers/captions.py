@@ -117,10 +117,11 @@ def read_lines(path: Path, images: Path) -> list[tuple[str, str]]:
 
 
 def read_text_files(name: str, images: Path) -> list[tuple[str, str]]:
-    """Returns (file name below `images`, caption) of each image X.jpg that has an X.txt, sorted.
+    """Returns (image file, caption) of each image with a text file of the same name, sorted.
 
-    The other images are left out. Their number is logged. name: the dataset, for messages.
-    Raises InputError for a text file that is not UTF-8.
+    Images have one of the endings IMAGES, text files have .txt. An image file is a path below the
+    folder `images`. Other images are left out, and their number is logged.
+    name: the dataset, for messages. Raises InputError for a text file that is not UTF-8.
     """
     texts = listing(name, images, (".txt",))
     files = listing(name, images, IMAGES)
