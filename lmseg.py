@@ -383,7 +383,7 @@ class Model(nn.Module):
         Each layer has masked cross-attention to one feature level (the levels take turns),
         self-attention and a feed-forward network. --cgd puts the attention to the text (`guides`)
         after the masked one, before it or nowhere. Returns the predictions before the first layer
-        and after each, for auxiliary losses. text: (K + 1, D); --classifier heads uses label_space
+        and after each. text: (K + 1, D), or None with --classifier heads, which reads label_space
         """
         memory, position, resized = [], [], []
         for features, code in zip(maps, self.level_embed):

@@ -150,10 +150,10 @@ def nearest_names(missing: list[str], listed: Collection[str]) -> str:
 
 
 def _embed_minilm(names: list[str], prompts: str) -> Tensor:
-    """Returns MiniLM's embeddings (C, 384) of the folded names.
+    """Returns MiniLM's embeddings (C, 384) of names that `fold` has made alike.
 
-    With prompts "name", names in data/minilm.safetensors are looked up there. The MiniLM package
-    computes all others. Raises InputError if the package is needed but not installed.
+    With prompts "name", names in data/minilm.safetensors are looked up there. All other names, and
+    all names with other prompts, need the MiniLM package. Raises InputError if it is not installed.
     """
     # the package is needed even if rows are cached, so that no result depends on earlier runs
     if prompts != "name":

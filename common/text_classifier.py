@@ -8,7 +8,8 @@ from torch.nn import functional as F
 class TextClassifier(nn.Module):
     """Classifies regions by the cosine of their embedding and the text embedding of each label.
 
-    tau: temperature; cls_bias: initial value of a learned bias. If it is 0, there is no bias.
+    tau:      temperature, which divides the cosine
+    cls_bias: initial value of a learned bias of all logits; 0: there is no bias
     Source: facebookresearch/Detic:detic/modeling/roi_heads/zero_shot_classifier.py
     """
 

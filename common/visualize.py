@@ -282,11 +282,11 @@ def _best_boxes(prediction: dict, min_score: float, size: tuple[int, int]) -> di
 def similarity_heatmap(
     similarity: Tensor, label_space: LabelSpace, path: Path | str, limit: int = 60
 ) -> None:
-    """Saves a heat map of the label similarity matrix (C, C) to `path`. Datasets are blocks of it.
+    """Saves a heat map of the label similarity matrix (C, C) to `path`.
 
-    Up to 80 labels are all shown. Of more labels about `limit` are shown, equally many of each
-    dataset: those most similar to a label of another dataset (of one dataset alone: to another
-    label).
+    Rows and columns are grouped by dataset. Up to 80 labels are all shown. Of more labels, about
+    `limit` are shown, the same number from each dataset: those closest to labels of other datasets.
+    If there is only one dataset, they are those closest to its other labels.
     """
     # Imported here because it takes half a second. Without pyplot, matplotlib draws with Agg.
     from matplotlib.figure import Figure

@@ -90,10 +90,11 @@ def read_size(path: Path, data: bytes | None = None) -> tuple[int, int]:
 
 @contextmanager
 def open_image(path: Path, data: bytes | None = None, kind: str = "image") -> Iterator[Image.Image]:
-    """Context manager that yields the PIL image at `path`, which messages call a `kind`.
+    """Opens an image and yields it as a PIL image, for a `with` block.
 
-    If `data` is given, decodes these bytes and uses `path` only in messages.
-    Raises InputError if the image is missing or cannot be decoded, also if Pillow fails later,
+    data: the bytes of the image file; then `path` is used in messages only
+    kind: what messages call the file, such as "label map"
+    Raises InputError if the image is missing or cannot be decoded, also for an error of Pillow
     inside the `with` block.
     """
     try:

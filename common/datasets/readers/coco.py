@@ -122,11 +122,12 @@ def read_index(
 
 
 class Images:
-    """Collects the entries of the json list `images`, chunk by chunk.
+    """Collects the entries of the json list `images`. `add` takes the next chunk of them.
 
     as_written: as in `file_name`
     lists:      {key: {row: list}}, the keys NEGATIVES, NOT_EXHAUSTIVE, IMAGE_LABELS and CAPTIONS.
-                A row is there only if its image has the key.
+                A row is the position of an image in `images`. It is there only if its image has the
+                key.
     """
 
     def __init__(self, path: Path, as_written: bool):

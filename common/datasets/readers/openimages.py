@@ -25,14 +25,14 @@ CHUNK = 100_000  # rows that are Python objects at one time
 def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> Dataset:
     """Reads `*-annotations-bbox.csv` of OpenImages or of the OpenImages Challenge.
 
-    Looks for the class list, the class tree and the image-level labels in the folder of
-    `annotations`, then in its parent. Without a list, the classes are those of `oid`. Without tree
-    or labels, AP50 is not the official one. A warning says so, unless the file name has `train`.
-    If the file name has `validation`, the dataset also has the images with image-level labels but
-    without a box. There, a detection of a class that is verified, present or absent, is a false
-    positive. Detections of other classes are ignored.
+    Looks for the class list, the class tree and the image-level labels in the same folder, then in
+    its parent. If the tree or the labels are missing, AP50 is not the official one. A warning says
+    so, unless the file name contains `train`.
+    If the file name contains `validation`, the dataset also has the images with image-level labels
+    but without a box. Every detection of a verified class is a false positive in them. In all
+    images, detections of classes that are not verified are ignored.
     Source: tensorflow/models:research/object_detection/metrics/oid_challenge_evaluation.py
-    Raises InputError for an unknown class, a bad box, a bad image id, and a broken class list.
+    Raises InputError for a file or a row that cannot be used, with its name and the remedy.
     """
     class_list = find_file(annotations, CLASSES)
     listed = read_class_csv(name, class_list) if class_list else Vocabulary.known("oid")
