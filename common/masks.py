@@ -10,16 +10,19 @@ from torchvision.ops import roi_align
 from common.batch import Sample
 
 
-def to_rle(segmentation: list | dict, size: tuple[int, int]) -> dict:
+def to_rle(segmentation: list | dict, size: tuple[int, int], relative: bool = False) -> dict:
     """Converts polygons or an RLE of COCO to a compressed RLE, {"size": [H, W], "counts": ...}.
 
     The pixels are those of pycocotools. Polygons of fewer than three points have no pixels, as in
-    detectron2. `counts` is str or bytes.
+    detectron2. `counts` is str or bytes. If `relative`, the polygons are in fractions of the image.
     Raises ValueError if `segmentation` is neither polygons nor an RLE, or an RLE that has another
     (height, width) than `size` or whose runs do not fill it.
     """
     height, width = size
     try:
+        if relative:
+            corners = [np.reshape(polygon, (-1, 2)) * (width, height) for polygon in segmentation]
+            segmentation = [points.ravel().tolist() for points in corners]
         if isinstance(segmentation, list):
             return _polygons_to_rle(segmentation, height, width)
         rle_size = segmentation["size"]
@@ -61,11 +64,11 @@ def _polygons_to_rle(polygons: list, height: int, width: int) -> dict:
     return hotcoco.mask.frPyObjects(empty, height, width)
 
 
-def decode_masks(segmentations: list, size: tuple[int, int]) -> Tensor:
+def decode_masks(segmentations: list, size: tuple[int, int], relative: bool = False) -> Tensor:
     """N COCO segmentations, size (H, W) -> (N, H, W) bool. Raises ValueError as `to_rle`."""
     masks = torch.zeros(len(segmentations), *size, dtype=torch.bool)
     for mask, segmentation in zip(masks, segmentations):
-        rle = to_rle(segmentation, size)
+        rle = to_rle(segmentation, size, relative)
         pixels = hotcoco.mask.decode(rle)
         pixels = pixels.view(bool)
         mask.copy_(torch.from_numpy(pixels))
