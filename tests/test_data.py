@@ -556,7 +556,8 @@ def test_wordnet_ids_are_named(tmp_path, caplog):
         ([], ["does not exist"]),
         (["a.jpg"], ["holds 1 images", "for each class"]),
         (["deep/cat/a.jpg"], ["holds 1 folders (deep)"]),
-        (["images/a.jpg", "val/a.jpg"], ["holds 2 folders (images, val)"]),
+        (["JPEGImages/a.jpg", "val/a.jpg"], ["holds 2 folders (JPEGImages, val)"]),
+        (["train/a.jpg", "trainannot/a.png"], ["holds 2 folders (train, trainannot)"]),
         (["cat/notes.txt"], ["holds 1 folders (cat)"]),
         (["n00000001.tar", "cat/notes.txt"], ["n00000001.tar is no whole tar file"]),
         (

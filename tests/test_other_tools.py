@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 
 import numpy as np
@@ -152,6 +153,14 @@ def test_one_folder_of_a_split(tmp_path):
     write(tmp_path / "data.yaml", "names: [cat]\ntrain: ../train/images")
     assert load(f"mine={tmp_path}/train").vocabulary.names == ("cat",)
     assert len(load(f"mine={tmp_path}/train/labels:{tmp_path}/train/images").load(0).boxes) == 1
+
+
+def test_names_that_are_no_text(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    yolo(tmp_path, "images", "labels", name)
+    write(tmp_path / "classes.txt", "cat")
+    dataset = load(f"mine={tmp_path}")
+    assert files(dataset) == [f"images/{name}.jpg"] and len(dataset.load(0).boxes) == 1
 
 
 def test_two_folders_of_yolo_keep_their_splits(tmp_path):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +26,11 @@ from common.errors import InputError
 log = logging.getLogger("concord")
 COCO = "_annotations.coco.json"
 SPLIT_LISTS = "ImageSets/Main"
-# folders of these names are no classes
-RESERVED = {"images", "image", "img", "imgs", "labels", "label", "annotations", "masks", "maps"}
+# folders of these names hold images or annotations of all classes; also train_images, valannot, ...
+NO_CLASS = re.compile(
+    r"(train|val|valid|test)?[_-]?"
+    r"(images?|imgs?|jpegimages|data|labels?|annot(ation)?s?|masks?|maps?|segmentation\w*)"
+)
 SHOWN = 4  # kinds of files and names of folders in a message
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".rar", ".7z")
 NOT_READ = (".csv", ".yaml", ".yml", *ARCHIVES)
@@ -62,6 +66,16 @@ def find_coco(path: Path) -> dict[str, Path]:
     return {split: folder / COCO for split, folder in folders.items()}
 
 
+def read_coco_beside(name: str, file: Path) -> Dataset:
+    """Reads a json file whose images are beside it. Raises InputError that names the file."""
+    try:
+        return read_coco(name, file, file.parent, "coco")
+    except InputError as error:
+        if str(file) in str(error):
+            raise
+        raise InputError(f"{file}: {error}") from None
+
+
 def find_voc(path: Path) -> dict[str, tuple[Path, Path]]:
     """Returns {split: (xml files or list, images)} of VOC's folders, or of xml beside images."""
     annotations, images = path / "Annotations", path / "JPEGImages"
@@ -85,8 +99,12 @@ def holds_classes(folder: Path) -> bool:
     names = [name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
     if any(name.endswith(".tar") for name in names):
         return True
-    classes = [name for name in names if name.lower() not in RESERVED and not split_of(name)]
-    return any(holds_image(folder / name) for name in classes)
+    for name in names:
+        if NO_CLASS.fullmatch(name.lower()) or split_of(name):
+            continue
+        if holds_image(folder / name):
+            return True
+    return False
 
 
 def holds_image(folder: Path) -> bool:
@@ -96,7 +114,7 @@ def holds_image(folder: Path) -> bool:
 
 FORMATS = (
     Format("YOLO", find_yolo, read_yolo),
-    Format("COCO", find_coco, lambda name, file: read_coco(name, file, file.parent, "coco")),
+    Format("COCO", find_coco, read_coco_beside),
     Format("Roboflow's masks", find_masks, read_masks),
     Format("CVAT", find_cvat, read_cvat),
     Format("VOC", find_voc, lambda name, place: read_voc(name, *place)),
@@ -195,11 +213,13 @@ def unknown(name: str, path: Path) -> InputError:
     start = f"dataset '{name}': {path}"
     ending = path.suffix.lower()
     if path.is_dir():
-        message = f"{start} holds {describe(path)}, in no known format; known are {KNOWN_FORMATS}"
         jsons = sorted(path.glob("*.json")) + sorted(path.glob("annotations/*.json"))
-        if jsons:
-            message += f"; a COCO json is named with its images: {name}={jsons[0]}:IMAGES/"
-        return InputError(message)
+        file = jsons[0] if jsons else "FILE.json"
+        return InputError(
+            f"{start} holds {describe(path)}, in no known format; known are {KNOWN_FORMATS}; "
+            f"a COCO json is named with its images, {name}={file}:IMAGES/, and so are label maps, "
+            f"{name}=MAPS/:IMAGES/"
+        )
     if ending in ARCHIVES:
         return InputError(f"{start} is an archive; unpack it and name the folder: {name}=FOLDER/")
     if ending == ".json":

@@ -1,8 +1,9 @@
 """Boxes and outlines of many images, collected one by one: what readers of other tools share."""
 
 import logging
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -79,7 +80,7 @@ class Objects:
         index = Index.build(
             source=source,
             file_names=files,
-            image_ids=[file.rpartition(".")[0] for file in files],
+            image_ids=[file.rpartition(".")[0] for file in as_text(files)],
             sizes=sizes,
             image_of=self.images,
             boxes=self.boxes,
@@ -105,6 +106,11 @@ def boxes_or_instances(
         log.warning(message, index.source, facts["some_masks"], len(index.labels))
     supervision = "boxes" if index.segmentations is None else "instances"
     return Dataset(name, vocabulary, index, images, supervision=supervision)
+
+
+def as_text(names: Iterable[str]) -> list[str]:
+    """Returns file names as text that json can express: other bytes than UTF-8 are replaced."""
+    return [os.fsencode(name).decode("utf-8", "replace") for name in names]
 
 
 def polygon_area(points: np.ndarray) -> float:

@@ -11,7 +11,7 @@ import orjson
 from common.datasets.dataset import Dataset
 from common.datasets.files import IMAGES, listing, read_lines
 from common.datasets.index import Index
-from common.datasets.objects import Objects, boxes_or_instances, ellipse
+from common.datasets.objects import Objects, as_text, boxes_or_instances, ellipse
 from common.datasets.splits import split_folders
 from common.datasets.store import cached_index
 from common.errors import InputError
@@ -21,6 +21,7 @@ from common.labels import Vocabulary
 log = logging.getLogger("concord")
 NO_CLASSES = ("__ignore__", "_background_")  # in labelme's labels.txt
 FEWEST = {"polygon": 3, "rectangle": 2, "circle": 2}  # points; other shapes are not read
+LARGEST = 1 << 26  # bytes of a json file, with its image inside; larger ones are COCO's
 FEW = 20  # folders that are looked into; folders of classes can be thousands
 
 
@@ -39,7 +40,7 @@ def find_labelme(path: Path) -> dict[str, Path]:
 def is_labelme(folder: Path) -> bool:
     """Returns whether the first json file in a folder is one of labelme's."""
     files = sorted(file for file in folder.glob("*.json") if not file.name.startswith("."))
-    if not files or not files[0].is_file():
+    if not files or not files[0].is_file() or files[0].stat().st_size > LARGEST:
         return False
     try:
         record = orjson.loads(files[0].read_bytes())
@@ -69,7 +70,7 @@ def read_labelme(name: str, annotations: Path, images: Path | None = None) -> Da
     def read(blob: BinaryIO) -> tuple[Index, dict]:
         return read_jsons(annotations, list(json_of.values()), image_of, listed, blob)
 
-    options = ["labelme", listed, str(root), *image_of.values()]
+    options = ["labelme", listed, str(root), *as_text(image_of.values())]
     index, facts = cached_index(annotations, options, read, paths)
     bare = len(image_of) - len(index)
     if bare:

@@ -13,7 +13,7 @@ import yaml
 from common.datasets.dataset import Dataset
 from common.datasets.files import IMAGES, listing, read_lines
 from common.datasets.index import Index
-from common.datasets.objects import Objects, boxes_or_instances
+from common.datasets.objects import Objects, as_text, boxes_or_instances
 from common.datasets.splits import SPLITS, pick, split_folders
 from common.datasets.store import cached_index
 from common.errors import InputError
@@ -82,7 +82,7 @@ def read_yolo(name: str, images: Images) -> Dataset:
     classes = find_classes(name, images)
     if classes.points:
         log.info("%s: only the boxes of the poses in %s are read", name, source)
-    options = ["yolo", len(classes.names), classes.points, *files]
+    options = ["yolo", len(classes.names), classes.points, *as_text(files)]
 
     def read(blob: BinaryIO) -> tuple[Index, dict]:
         return read_labels(source, files, labels, classes, blob)
@@ -115,36 +115,45 @@ def read_objects(path: Path, classes: Classes) -> Iterator[tuple[int, list[float
 
     Raises InputError that names the line.
     """
-    count = len(classes.names)
     for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
+        words = line.split()
+        if not words:
             continue
-        where = f"{path}: line {number}"
         try:
-            label, *values = map(float, line.split())
+            label, *values = map(float, words)
         except ValueError:
-            raise InputError(f"{where} is '{line[:60]}'; write numbers: {BOX}") from None
+            reason = f"is '{line[:60]}'; write numbers: {BOX}"
+            raise InputError(f"{path}: line {number} {reason}") from None
         if classes.points and len(values) == 4 + classes.points:
             values = values[:4]
-        is_polygon = len(values) >= 6 and len(values) % 2 == 0 and not classes.points
-        if len(values) != 4 and not is_polygon:
-            raise InputError(
-                f"{where} has {len(values) + 1} columns; a box has 5 ({BOX}), a polygon 7, 9, ... "
-                "(class x1 y1 x2 y2 x3 y3 ...)"
-            )
-        if not (label.is_integer() and 0 <= label < count):
-            raise InputError(
-                f"{where} has the class {label:g}, but {classes.source} names {count} classes, "
-                "counted from 0; name it there or remove the line"
-            )
-        wrong = [value for value in values if not -SLACK <= value <= 1 + SLACK]
-        if wrong:
-            hint = ", which looks like pixels" if max(wrong) > 2 else ""
-            raise InputError(
-                f"{where} has the coordinate {wrong[0]:g}{hint}; write fractions of the image's "
-                "width and height, from 0 to 1"
-            )
+        reason = fault(label, values, classes)
+        if reason:
+            raise InputError(f"{path}: line {number} {reason}")
         yield int(label), values
+
+
+def fault(label: float, values: list[float], classes: Classes) -> str:
+    """Returns what is wrong with a line and the remedy, "" if it is right."""
+    is_polygon = len(values) >= 6 and len(values) % 2 == 0 and not classes.points
+    if len(values) != 4 and not is_polygon:
+        return (
+            f"has {len(values) + 1} columns; a box has 5 ({BOX}), a polygon 7, 9, ... (class x1 y1 "
+            "x2 y2 x3 y3 ...)"
+        )
+    count = len(classes.names)
+    if not (label.is_integer() and 0 <= label < count):
+        return (
+            f"has the class {label:g}, but {classes.source} names {count} classes, counted from 0; "
+            "name it there or remove the line"
+        )
+    wrong = [value for value in values if not -SLACK <= value <= 1 + SLACK]
+    if wrong:
+        hint = ", which looks like pixels" if max(wrong) > 2 else ""
+        return (
+            f"has the coordinate {wrong[0]:g}{hint}; write fractions of the image's width and "
+            "height, from 0 to 1"
+        )
+    return ""
 
 
 # -- class names
@@ -302,15 +311,17 @@ def pair_of_split(name: str, labels: Path, images: Path, split: str) -> Images:
 def has_labels(images: Images) -> bool:
     """Returns whether there are label files. Beside images, they need a list of classes, too."""
     labels = images.source
-    if labels == images.places[0]:
+    beside = labels == images.places[0]
+    if beside:
         folders = class_folders(images)
         listed = any((folder / file).is_file() for folder in folders for file in LISTS)
         if not listed and not any(find_yaml(folder, YAMLS) for folder in folders):
             return False
     for _, _, files in os.walk(labels):
-        for file in files:
-            if file.endswith(".txt") and file not in NO_LABELS:
-                return True
+        if any(file.endswith(".txt") and file not in NO_LABELS for file in files):
+            return True
+        if beside:  # below it there may be millions of images in folders of classes
+            return False
     return False
 
 
