@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from common.command import run_command
@@ -196,6 +197,20 @@ def test_polygons_of_yolo_are_masks(tmp_path):
     found |= {"size": (HEIGHT, WIDTH), "segmentations": encode_masks(sample.masks)}
     results = evaluate_detections(dataset, {0: found})
     assert (results["AP"], results["mask AP"]) == pytest.approx((1, 1))
+
+
+def test_the_size_of_a_polygon_is_that_of_its_mask(tmp_path):
+    yolo(tmp_path, "images", "labels", "a", text=f"0 {TRIANGLE}\n")
+    write(tmp_path / "classes.txt", "cat")
+    index = load(f"mine={tmp_path}").index
+    assert index.areas.tolist() == [0.25]  # of the image, half of its box
+    found = {"boxes": torch.tensor([[100.0, 0, 300, 200]]), "labels": torch.tensor([0])}
+    found |= {"scores": torch.ones(1), "size": (200, 400)}
+    results = evaluate_detections(load(f"mine={tmp_path}"), {0: found})
+    assert results["APl"] == pytest.approx(1)
+    found |= {"boxes": torch.tensor([[10.0, 0, 30, 80]]), "size": (80, 40)}  # 800 of 1600 pixels
+    results = evaluate_detections(load(f"mine={tmp_path}"), {0: found})
+    assert results["APs"] == pytest.approx(1) and np.isnan(results["APm"])
 
 
 def test_boxes_and_polygons_of_yolo(tmp_path, told):
@@ -502,6 +517,13 @@ def test_coco_of_roboflow(tmp_path, told):
     assert f"mine: COCO, 1 images of the split test of {tmp_path}" in told.text
     for entry in ("train/", "train", "train/_annotations.coco.json"):
         assert files(load(f"mine={tmp_path}/{entry}")) == ["a.jpg"]
+
+
+def test_errors_of_coco_name_the_file(tmp_path):
+    path = tmp_path / "_annotations.coco.json"
+    coco(path, "a.jpg")
+    write(path, json.loads(path.read_text()) | {"categories": []})
+    assert refused(f"mine={tmp_path}").startswith(str(path))
 
 
 def masks(folder, name, values, rows="0, sky\n2, cat\n"):
