@@ -126,7 +126,7 @@ def _truth_table(index: Index, predictions: Predictions) -> Table:
         sizes = np.array(sizes, dtype=np.float64)  # (I, 2)
         height, width = sizes[table["image"]].T
         boxes = boxes * np.stack([width, height, width, height], axis=1)
-        area = _xywh(boxes)[:, 2:].prod(axis=1)
+        area = area * width * height
     return table | {"boxes": boxes, "area": area}
 
 
@@ -248,7 +248,7 @@ def _true_segmentations(index: Index, predictions: Predictions) -> list[dict]:
     rles = []
     for image, segmentation in zip(index.image_of.tolist(), index.segmentations):
         try:
-            rles.append(to_rle(segmentation, tuple(predictions[image]["size"])))
+            rles.append(to_rle(segmentation, tuple(predictions[image]["size"]), index.relative))
         except ValueError as error:
             place = f"{index.source}: image {index.image_ids[image]!r}"
             raise InputError(f"{place} has {error}; mend it") from None

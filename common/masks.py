@@ -10,18 +10,22 @@ from torchvision.ops import roi_align
 from common.batch import Sample
 
 
-def to_rle(segmentation: list | dict, size: tuple[int, int]) -> dict:
+def to_rle(segmentation: list | dict, size: tuple[int, int], relative: bool = False) -> dict:
     """Converts COCO's polygons or RLE to a compressed RLE, {"size": [H, W], "counts": ...}.
 
     `counts` is str or bytes. The pixels are those of pycocotools. Polygons of fewer than three
     points have no pixels, as in detectron2. A compressed RLE is returned itself.
     segmentation: list of polygons, or an RLE with a list, str or bytes as counts
     size:         (height, width) of the image
+    relative:     the polygons are in fractions of the image
     Raises ValueError if `segmentation` is neither of them, if the RLE has another size, or if its
     runs do not fill the image exactly.
     """
     height, width = size
     try:
+        if relative:
+            corners = [np.reshape(polygon, (-1, 2)) * (width, height) for polygon in segmentation]
+            segmentation = [points.ravel().tolist() for points in corners]
         if isinstance(segmentation, list):
             return _polygons_to_rle(segmentation, height, width)
         rle_size = segmentation["size"]
@@ -63,14 +67,14 @@ def _polygons_to_rle(polygons: list, height: int, width: int) -> dict:
     return hotcoco.mask.frPyObjects(empty, height, width)
 
 
-def decode_masks(segmentations: list, size: tuple[int, int]) -> Tensor:
+def decode_masks(segmentations: list, size: tuple[int, int], relative: bool = False) -> Tensor:
     """Decodes N COCO segmentations to masks (N, H, W) bool; size is (H, W).
 
-    Raises ValueError as `to_rle` does.
+    relative: as in `to_rle`. Raises ValueError as `to_rle` does.
     """
     masks = torch.zeros(len(segmentations), *size, dtype=torch.bool)
     for mask, segmentation in zip(masks, segmentations):
-        rle = to_rle(segmentation, size)
+        rle = to_rle(segmentation, size, relative)
         pixels = hotcoco.mask.decode(rle)
         pixels = pixels.view(bool)
         mask.copy_(torch.from_numpy(pixels))

@@ -12,7 +12,14 @@ import tyro
 from common.command import run_command
 from common.datasets.check import check_dataset
 from common.datasets.known import ALIASES, KNOWN
-from common.datasets.names import data_folder, entries, find_files, load_datasets, parse_datasets
+from common.datasets.names import (
+    data_folder,
+    entries,
+    find_files,
+    load_datasets,
+    parse_datasets,
+    splits_of_custom,
+)
 from common.errors import InputError
 from common.labels import DATA, Vocabulary
 
@@ -66,6 +73,8 @@ def check_datasets(
         splits = ["train"]
         if known:  # VOC has further splits, which are parts of these
             splits = [split for split in ("train", "val", "test") if split in known.splits]
+        elif "=" in entry:
+            splits = splits_of_custom(entry)
         jobs += [(entry, split) for split in splits]
     for job in jobs:
         parse_datasets(*job)  # raises for a wrong name before anything is read

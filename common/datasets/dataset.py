@@ -129,8 +129,9 @@ class Dataset:
 
     def _masks(self, i: int, rows: np.ndarray, size: tuple[int, int]) -> Tensor:
         """Returns the masks (N, H, W) bool of the annotations `rows` (N,) of image `i`."""
+        masks = [self.index.segmentations[row] for row in rows]
         try:
-            return decode_masks([self.index.segmentations[row] for row in rows], size)
+            return decode_masks(masks, size, self.index.relative)
         except ValueError as error:
             where = f"{self.index.source}: image '{self.index.file_name(i)}'"
             raise InputError(f"{where} has {error}; mend or remove the annotation") from None

@@ -133,6 +133,17 @@ def listing(name: str, root: Path, endings: tuple[str, ...]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def read_lines(path: Path) -> list[str]:
+    """Returns the lines of a text file. Raises InputError if it cannot be read or is no UTF-8."""
+    refuse_pipe(path, "text file")
+    try:
+        return path.read_text("utf-8-sig").splitlines()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} cannot be read ({error}); save it as UTF-8 text") from None
+
+
 def file_name(path: Path, image: dict, as_written: bool = False) -> str:
     """Returns the path of an image, relative to the image folder, from its record in a json file.
 

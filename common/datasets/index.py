@@ -85,11 +85,13 @@ class Index:
     boxes:      (A, 4) float32 xyxy in pixels, or in fractions of the image if `relative`
     labels:     (A,) int32 index into the dataset's vocabulary
     areas:      (A,) float32 square pixels as annotated (COCO: of the mask), for the size ranges of
-                the metrics. An ignored object that is no crowd (VOC: difficult) has BEYOND, which
-                is in no range: one detection matches it by IoU, any number match a crowd
+                the metrics; parts of the image if `relative`. An ignored object that is no crowd
+                (VOC: difficult) has BEYOND, which is in no range: one detection matches it by IoU,
+                any number match a crowd
     ignore:     (A,) bool: crowd, group-of or difficult. Not trained on, neither hit nor miss in the
                 metrics
-    segmentations: A COCO polygons or RLEs, or None; JsonRows if they come from a file
+    segmentations: A COCO polygons or RLEs, or None; JsonRows if they come from a file. If
+                `relative`, they are polygons in fractions of the image
     negatives:  the labels that are verified absent, per image (LVIS, OpenImages), or None
     not_exhaustive: the labels of which some objects have no annotation, per image (LVIS), or None
     verified:   the labels that are verified present, with a box or without, per image (OpenImages),

@@ -5,8 +5,9 @@ An entry is one of
     NAME=ANNOTATIONS.json:IMAGES/  custom boxes, masks or panoptic segments in COCO format
     NAME=CAPTIONS.tsv:IMAGES/      image-text pairs
     NAME=LIST.txt:IMAGES/          a list of images with VOC's xml files
-    NAME=FOLDER/:IMAGES/           xml files or label maps
-    NAME=FOLDER/                   images and their xml files, or a folder of images per class
+    NAME=FOLDER/:IMAGES/           xml files, label maps, YOLO's txt files or labelme's json files
+    NAME=FOLDER/                   what another tool exported, or a folder of images per class
+    NAME:SPLIT=FOLDER/             its split train, val or test
 """
 
 import difflib
@@ -19,13 +20,10 @@ from pathlib import Path
 
 from common.batch import Supervision
 from common.datasets.dataset import Dataset
+from common.datasets.formats import COCO, find_format, has_metric, read_pair, read_place
 from common.datasets.known import ALIASES, GROUPS, KNOWN
-from common.datasets.readers.captions import read_captions
-from common.datasets.readers.coco import read_coco
 from common.datasets.readers.folder import read_folder
-from common.datasets.readers.panoptic import is_panoptic, read_panoptic
-from common.datasets.readers.semantic import read_semantic
-from common.datasets.readers.voc import holds_xml, read_voc
+from common.datasets.splits import SPLITS
 from common.datasets.subset import edit_classes
 from common.datasets.tiny.generate import generate
 from common.errors import InputError
@@ -66,17 +64,22 @@ def parse_datasets(text: str, split: str) -> list[Parsed]:
 
 
 def _parse_custom(entry: str, split: str) -> Parsed:
-    """Parses NAME=ANNOTATIONS:IMAGES or NAME=FOLDER."""
+    """Parses NAME=ANNOTATIONS:IMAGES or NAME=FOLDER, and NAME:SPLIT=."""
     name, _, paths = entry.partition("=")
     _refuse_separator(entry)
+    name, _, own_split = name.partition(":")
+    split = own_split or split
+    if split not in SPLITS:
+        raise InputError(f"--datasets {entry}: write a split {', '.join(SPLITS)}, not '{split}'")
     annotations, colon, images = paths.rpartition(":")
-    if not colon:  # a folder holds both; a json file alone lacks its images
-        annotations = "" if images.endswith(".json") else images
+    if not colon:  # a folder holds both; a json file alone lacks its images, but for Roboflow's
+        lacks_images = images.endswith(".json") and not images.endswith(COCO)
+        annotations = "" if lacks_images else images
     if not annotations:
         raise InputError(
-            f"--datasets {entry}: write NAME=ANNOTATIONS.json:IMAGE_FOLDER/, or NAME=FOLDER/ for a "
-            "folder with one folder of images per class; xml files or label maps are "
-            "NAME=MAP_FOLDER/:IMAGE_FOLDER/"
+            f"--datasets {entry}: write NAME=ANNOTATIONS.json:IMAGE_FOLDER/, or NAME=FOLDER/ for "
+            "what another tool exported or a folder with one folder of images per class; xml files "
+            "or label maps are NAME=MAP_FOLDER/:IMAGE_FOLDER/"
         )
     if not re.fullmatch(r"[\w-][\w.-]*", name):
         raise InputError(
@@ -94,6 +97,19 @@ def _refuse_separator(entry: str) -> None:
             f"--datasets {entry}: a comma is missing before '{follower[1]}'; write A,B to name two"
             " datasets"
         )
+
+
+def splits_of_custom(entry: str) -> list[str]:
+    """Returns the splits of an entry NAME=PATH: the one it names, else all that its folder has."""
+    name, _, _ = entry.partition("=")
+    _, split, (annotations, images) = _parse_custom(entry, "train")
+    if ":" in name or annotations != images:
+        return [split]
+    try:
+        _, found = find_format(Path(images))
+    except InputError:  # reading it raises the error again
+        found = {}
+    return [key for key in found if key] or [split]
 
 
 def _parse_known(entry: str, split: str) -> Parsed:
@@ -129,13 +145,12 @@ def eval_entries(
     instead: {dataset: the one that the default has in its place}
 
     The default, for an empty `chosen`, is all of `trained`. A known dataset contributes its name
-    alone, which stands for its default split. A custom dataset contributes its entry unchanged.
-    Datasets with image-level labels only (in21k, image folders) are left out. Returns "" if none is
-    left.
+    alone, which stands for its default split. A custom dataset contributes its entry without a
+    split. Datasets with image-level labels only (in21k, folders of classes) are left out. Returns
+    "" if none is left.
     """
     if chosen:
-        custom = {entry.partition("=")[0]: entry for entry in entries(trained) if "=" in entry}
-        return ",".join(custom.get(entry, entry) for entry in entries(chosen))
+        return ",".join(_defined(entry, trained) for entry in entries(chosen))
     kept = []
     for entry in entries(trained):
         name, custom, paths = entry.partition("=")
@@ -143,13 +158,22 @@ def eval_entries(
         if name in without:
             continue
         if custom:
-            if ":" in paths:
-                kept.append(entry)
+            if ":" in paths or has_metric(Path(paths).expanduser()):
+                kept.append(f"{name}={paths}")
             continue
         name = ALIASES.get(name, name)
         if name not in KNOWN or KNOWN[name].supervision != "image_labels":
             kept.append(instead.get(name, name))
     return ",".join(kept)
+
+
+def _defined(entry: str, trained: str) -> str:
+    """Returns NAME or NAME:SPLIT with the paths that `trained` gives NAME, if there are any."""
+    for definition in entries(trained):
+        name, custom, paths = definition.partition("=")
+        if custom and entry.partition(":")[0] == name.partition(":")[0]:
+            return f"{entry}={paths}" if "=" not in entry else entry
+    return entry
 
 
 def warn_of_overlap(trained: list[Dataset], evaluated: list[Dataset]) -> None:
@@ -280,10 +304,12 @@ def load_dataset(
     """
     if paths:
         annotations, images = Path(paths[0]), Path(paths[1])
-        if paths[0] == paths[1]:
-            among_images = any(images.glob("*.xml"))  # as Roboflow exports them
-            return read_voc(name, images, images) if among_images else read_folder(name, images)
-        dataset = _read_custom(name, annotations, images)
+        if annotations == images:
+            dataset = read_place(name, images, split)
+            if dataset.supervision == "image_labels":
+                return dataset  # it lists files that exist: none can be missing
+        else:
+            dataset = read_pair(name, annotations, images, split)
     else:
         known = KNOWN[name]
         annotations, images = _known_files(name, split, root)
@@ -298,23 +324,6 @@ def load_dataset(
     if check:
         dataset.check_images()
     return dataset
-
-
-def _read_custom(name: str, annotations: Path, images: Path) -> Dataset:
-    """Reads a custom dataset; the annotations' kind follows from their ending and content."""
-    if annotations.is_dir():
-        read = read_voc if holds_xml(annotations) else read_semantic
-        return read(name, annotations, images)
-    if not annotations.is_file():
-        error = f"annotations {annotations} do not exist; check the path before the colon"
-        raise InputError(f"dataset '{name}': {error}")
-    if annotations.suffix == ".txt":
-        return read_voc(name, annotations, images)
-    if annotations.suffix == ".tsv":
-        return read_captions(name, annotations, images)
-    if is_panoptic(annotations):
-        return read_panoptic(name, annotations, images, "pq")
-    return read_coco(name, annotations, images, "coco")
 
 
 def _known_files(name: str, split: str, root: Path) -> tuple[Path, Path]:
