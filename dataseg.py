@@ -475,12 +475,12 @@ def compute_losses(
 ) -> dict[str, Tensor]:
     """L = sum over predictions of 2 L_class + 5 (L_mask + L_dice), or 2 L_class + 5 L_projection.
 
-    The second form is for boxes. `loss_projection` takes them on the grid of `rasterise`.
-    `loss_class` takes all queries, with class K for those without a target. `loss_mask` and
-    `loss_dice` take args.points points of each pair of `match`, and num_masks of `masks_per_rank`.
+    The second form is for boxes (`loss_projection` on the grid of `rasterise`).
+    `loss_class` is of all queries; those without a target have class K. `loss_mask` and `loss_dice`
+    are of the pairs of `match` at args.points points (`sample_pairs`); num_masks: `masks_per_rank`.
     merged: (K,) bool. With --merge-in-training, an unmatched query that predicts a merged class
-    joins the pair of this class in its prediction (`join_members`). It gets the class of the pair.
-    The mask logits of the pair are the maximum over its queries.
+    joins the pair of this class in its prediction (`join_members`): it has the same class target,
+    and the mask logits of the pair are the maximum over its queries.
     Returns every term, times its weight, and their sum as `loss`.
     """
     num_masks = masks_per_rank(targets, output.logits.device)

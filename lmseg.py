@@ -487,8 +487,8 @@ def loss_class(logits: Tensor, classes: Tensor) -> Tensor:
 def compute_losses(args: Args, output: MaskOutput, targets: list[Targets]) -> dict[str, Tensor]:
     """L = sum over predictions of 2 L_class + 5 (L_mask + L_dice).
 
-    `loss_class` takes all queries, with class K for those without a target. `loss_mask` and
-    `loss_dice` take args.points points of each pair of `match`, and num_masks of `masks_per_rank`.
+    `loss_class` is of all queries; those without a target have class K. `loss_mask` and `loss_dice`
+    are of the pairs of `match` at args.points points (`sample_pairs`); num_masks: `masks_per_rank`.
     Returns every term, times its weight, and their sum as `loss`.
     """
     num_masks = masks_per_rank(targets, output.logits.device)

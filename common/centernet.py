@@ -173,10 +173,16 @@ class CenterNet(nn.Module):
     def targets(self, grid: Grid, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the targets (heatmap, ltrb, centres) of one image with boxes (N, 4).
 
-        heatmap: (M,), 1 at the location whose cell holds a box centre, lower farther away
-        ltrb:    (M, 4), distances l, t, r, b in strides; all -1 where no box is to be regressed
-        centres: (P,), location (0 to M - 1) of each box centre on each level whose range in
-            `size_ranges` holds half the box's diagonal; a box may be on several levels
+        heatmap: (M,), h = exp(-min d^2 / r^2), the minimum over all boxes, whatever their size. d
+                 is the distance in pixels from the location to the box centre, 0 in the cell of the
+                 centre. r^2 is the larger of min_radius^2 and 2 ((1 - o) / (1 + o))^2 area, with o
+                 = min_overlap. An h below 1e-4 becomes 0. Without boxes all h are 0.
+        ltrb:    (M, 4), distances l, t, r, b in strides; all -1 where no box is regressed. A
+                 location regresses a box that it is inside of, whose centre is at most one cell
+                 away, and which belongs to its level. Of several it takes the one with the smallest
+                 d^2 / r^2.
+        centres: (P,), the locations of box centres, once for each level that the box belongs to
+        A box belongs to a level if half its diagonal is in the level's range in `size_ranges`.
         """
         if len(boxes) == 0:
             heatmap = torch.zeros_like(grid.strides)

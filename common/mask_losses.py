@@ -36,7 +36,10 @@ class MaskOutput:
 
 
 def masks_per_rank(targets: list[Targets], device: torch.device) -> Tensor:
-    """Returns the number of masks in all targets, mean over the ranks and at least 1: a scalar."""
+    """Returns the number of ground truths in all targets, mean over the ranks and at least 1.
+
+    A ground truth is a mask or, in a dataset of boxes, a box. The result is a scalar tensor.
+    """
     num_masks = torch.tensor(float(sum(len(t.labels) for t in targets)), device=device)
     return mean_over_ranks(num_masks).clamp(min=1)
 
