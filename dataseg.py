@@ -408,13 +408,13 @@ def match(
     pairs = []
     for i, t in enumerate(targets):
         cost = -2 * output.logits[:, i].softmax(-1)[..., t.labels]  # (Z, Q, N)
-        if t.masks is None:
-            rows_cost, columns_cost = box_costs(output, i, t.boxes)
-            cost += rows_cost
-            cost += columns_cost
-        else:
+        masked = t.has_mask  # (N,)
+        if t.masks is not None:
             embed, features = output.mask_embed[:, i], output.mask_features[i]
-            cost += mask_cost(embed, features, t.masks, args.points)
+            cost[..., masked] += mask_cost(embed, features, t.masks[masked], args.points)
+        if not masked.all():
+            for part in box_costs(output, i, t.boxes[~masked]):
+                cost[..., ~masked] += part
         pairs.append(assign_by_depth(cost))
     return pairs
 
@@ -473,9 +473,9 @@ def compute_losses(
 ) -> dict[str, Tensor]:
     """L = sum over predictions of 2 L_class + 5 (L_mask + L_dice), or 2 L_class + 5 L_projection.
 
-    The second form is that of boxes. merged: (K,) bool. --merge-in-training unites the proposals
-    that predict such a class: they share its class target, and the maximum of their mask logits is
-    the mask. Returns every term with its weight, and their sum as `loss`.
+    The second form is that of objects without a mask. merged: (K,) bool. --merge-in-training unites
+    the proposals that predict such a class: they share its class target, and the maximum of their
+    mask logits is the mask. Returns every term with its weight, and their sum as `loss`.
     """
     num_masks = masks_per_rank(targets, output.logits.device)
     background = output.logits.shape[-1] - 1
@@ -492,11 +492,13 @@ def compute_losses(
         if len(masks) > len(target):
             unions = [masks[owner == pair].amax(0) for pair in range(len(target))]
             masks = torch.stack(unions)  # (R, h, w)
+        masked = t.has_mask[target]  # (R,)
         if t.masks is not None:
-            sampled.append(sample_pairs(masks, t.masks, target, args.points))
-        else:
+            sampled.append(sample_pairs(masks[masked], t.masks, target[masked], args.points))
+        if t.masks is None or not masked.all():
             rows, columns = rasterise(t.boxes, masks.shape[-2:])
-            projected.append((masks, rows[target], columns[target]))
+            box = target[~masked]
+            projected.append((masks[~masked], rows[box], columns[box]))
     losses = {"loss_class": 2 * loss_class(output.logits, classes)}
     if sampled:
         logits, truth = (torch.cat(part) for part in zip(*sampled))  # (R, P)

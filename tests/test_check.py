@@ -137,6 +137,11 @@ def test_everything_wrong_is_counted(tmp_path, tell):
         "boxes wholly outside their image": 2,
         "boxes without an area": 1,
         "boxes given twice": 2,
+        "class names alike but for case or spaces": 0,
+        "images whose name is spelt otherwise": 0,
+        "images annotated before their EXIF turn": 0,
+        "doubts about the boxes": 0,
+        "nothing to train on": 0,
     }
     assert (
         "      gone1.png\n      gone2.png\n      gone3.png\n      ...\n" in out

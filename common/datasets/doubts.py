@@ -1,0 +1,63 @@
+"""What makes annotations look like those of another convention than the one they are read by."""
+
+import numpy as np
+
+MANY = 0.2  # share of boxes beyond their image from which on they are doubted
+ALMOST_ALL = 0.95  # share of boxes that must fit the other convention
+SLACK = 1  # pixels by which a box may end outside: annotators round
+
+
+def box_doubts(index) -> list[str]:
+    """Returns lines about boxes of an `Index` that look like fractions, or like two corners.
+
+    Each line has a count and an example. Boxes that are fractions by their format, and those of
+    segments, are not doubted.
+    """
+    if index.relative or index.map_names is not None or not len(index.boxes):
+        return []
+    found = (_like_fractions(index), _like_corners(index))
+    return [line for line in found if line]
+
+
+def _like_fractions(index) -> str:
+    """Tells if all boxes end within the first pixel, and not all at its edges."""
+    boxes = index.boxes
+    within = boxes.min() >= -0.01 and boxes.max() <= 1.01
+    if not within or (boxes == boxes.round()).all():
+        return ""
+    row = int((boxes != boxes.round()).any(axis=1).argmax())
+    return (
+        f"all {len(boxes)} boxes of {index.source} lie within the first pixel, "
+        f"{_example(index, row)}; they look like fractions of the image; write x, y, width, height "
+        "in pixels"
+    )
+
+
+def _like_corners(index) -> str:
+    """Tells if many boxes reach beyond their image, and almost all would fit as x1, y1, x2, y2."""
+    starts, ends = index.boxes[:, :2], index.boxes[:, 2:]
+    limits = index.sizes[index.image_of][:, ::-1]  # (A, 2) width, height
+    known = (limits > 0).all(axis=1)
+    limits = limits + SLACK
+    beyond = (ends > limits).any(axis=1) & known
+    if not known.any() or beyond.sum() < MANY * known.sum():
+        return ""
+    corners = ends - starts  # what was read as width and height
+    fits = (corners > starts).all(axis=1) & (corners <= limits).all(axis=1) & known
+    if fits.sum() < ALMOST_ALL * known.sum():
+        return ""
+    row = int(beyond.argmax())
+    return (
+        f"{beyond.sum()} of {len(beyond)} boxes of {index.source} reach beyond their image, "
+        f"{_example(index, row)}, and {fits.sum()} would fit as x1, y1, x2, y2; the bbox of a COCO "
+        "json is x, y, width, height in pixels"
+    )
+
+
+def _example(index, row: int) -> str:
+    """Describes a box as it is in a COCO json."""
+    x1, y1, x2, y2 = index.boxes[row].tolist()
+    box = ", ".join(f"{value:.4g}" for value in (x1, y1, x2 - x1, y2 - y1))
+    image = int(np.searchsorted(index.offsets, row, side="right")) - 1
+    height, width = index.sizes[image].tolist()
+    return f"such as [{box}] in image '{index.file_name(image)}' ({width} x {height} pixels)"
