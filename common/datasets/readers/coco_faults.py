@@ -126,7 +126,8 @@ def list_faults(path: Path) -> Iterator[str]:
         for entry in entries:
             if fault := FAULT[field](entry):
                 yield fault
-            elif field in listed:
+            has_id = isinstance(entry, dict) and isinstance(entry.get("id"), IDS)
+            if field in listed and has_id:
                 listed[field].setdefault(entry["id"], len(listed[field]))
     for field, entries in _runs(path):
         if field != "annotations":
