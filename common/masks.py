@@ -17,7 +17,7 @@ def mask_of(annotation: dict) -> list | dict | None:
     Exports of boxes write no field, null, [] or [[]]. Polygons of fewer than three points have no
     pixel.
     """
-    segmentation = annotation.get("segmentation")
+    segmentation = annotation.get("segmentation") or None
     if not isinstance(segmentation, list):
         return segmentation
     for polygon in segmentation:

@@ -267,10 +267,10 @@ def test_what_cannot_be_trained_on_is_counted(tmp_path):
 
 
 def test_fractions_are_named(tmp_path, caplog):
-    load(coco(tmp_path, [{"bbox": [0.1, 0.2, 0.5, 0.6]}, {"bbox": [0, 0, 1, 1]}]))
+    load(coco(tmp_path, [{"bbox": [0.1, 0.2, 0.5, 0.6]}, {"bbox": [0.8, 0.8, 1, 1]}]))
     (record,) = caplog.records
     assert (
-        "mine: all 2 boxes of" in record.message
+        "mine: all numbers of the 2 boxes of" in record.message
         and "such as [0.1, 0.2, 0.5, 0.6] in image '0.jpg' (30 x 20 pixels); they look like "
         "fractions"
         in record.message

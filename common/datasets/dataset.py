@@ -279,5 +279,5 @@ class Dataset:
         found = look_up(root, missing, set(names).difference(missing))
         if found.respelt:
             names = [found.respelt.get(name, name) for name in names]
-            self.index = replace(self.index, **{column: encoded(names)})
+            setattr(self.index, column, encoded(names))  # what is cached of the index stays
         return found

@@ -4,6 +4,7 @@ import numpy as np
 
 MANY = 0.2  # share of boxes beyond their image from which on they are doubted
 ALMOST_ALL = 0.95  # share of boxes that must fit the other convention
+LITTLE = 0.01  # by which a fraction may leave 0..1
 SLACK = 1  # pixels by which a box may end outside: annotators round
 
 
@@ -20,14 +21,15 @@ def box_doubts(index) -> list[str]:
 
 
 def _like_fractions(index) -> str:
-    """Tells if all boxes end within the first pixel, and not all at its edges."""
+    """Tells if no number of a bbox is above 1, and some are no whole numbers."""
     boxes = index.boxes
-    within = boxes.min() >= -0.01 and boxes.max() <= 1.01
+    starts, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+    within = boxes.min() >= -LITTLE and max(starts.max(), sides.max()) <= 1 + LITTLE
     if not within or (boxes == boxes.round()).all():
         return ""
     row = int((boxes != boxes.round()).any(axis=1).argmax())
     return (
-        f"all {len(boxes)} boxes of {index.source} lie within the first pixel, "
+        f"all numbers of the {len(boxes)} boxes of {index.source} are at most 1, "
         f"{_example(index, row)}; they look like fractions of the image; write x, y, width, height "
         "in pixels"
     )

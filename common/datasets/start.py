@@ -151,8 +151,10 @@ def count_values(dataset: Dataset, most: int) -> tuple[np.ndarray, int]:
 
 def present_values(dataset: Dataset, row: int) -> np.ndarray:
     """Returns the values that occur in a label map. Raises InputError if it cannot be read."""
-    values = np.unique(read_values(dataset.maps / dataset.index.map_name(row)))
-    return values[(values >= 0) & (values < len(dataset.pixel_labels))]
+    values = read_values(dataset.maps / dataset.index.map_name(row)).ravel()
+    if values.dtype.kind == "i":  # the others have no more than 16 bits
+        values = values[(values >= 0) & (values < len(dataset.pixel_labels))]
+    return np.flatnonzero(np.bincount(values))  # much faster than np.unique
 
 
 def seen_labels(dataset: Dataset, maps_with: np.ndarray) -> np.ndarray:

@@ -272,10 +272,13 @@ class Boxes:
         ignore = [entry.get("iscrowd", 0) for entry in chunk]
         if ignore.count(0) + ignore.count(1) < len(chunk):  # false and true count as 0 and 1
             raise ValueError("an iscrowd that is not 0 or 1")
-        masks = JsonRows.of([mask_of(entry) for entry in chunk])
-        self.blob.write(masks.text)
-        self.num_masks += int(masks.filled.sum())
-        lengths = masks.ends - masks.starts
+        lengths = np.zeros(len(chunk), np.int64)
+        masks = [mask_of(entry) for entry in chunk]
+        if any(masks):
+            rows = JsonRows.of(masks)
+            self.blob.write(rows.text)
+            self.num_masks += int(rows.filled.sum())
+            lengths = rows.ends - rows.starts
         self.parts.add(ignore=ignore, mask_length=lengths, **columns)
 
     def kept(self, chunk: list[dict]) -> list[dict]:
