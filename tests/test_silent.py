@@ -518,6 +518,40 @@ def test_ids_of_both_types_are_one(tmp_path, caplog):
     assert "a.json: 2 times the category_id is a text where" in caplog.text
 
 
+def test_ids_of_both_types_in_lists_of_labels(tmp_path):
+    images = [{"id": 0, "file_name": "0.jpg", "pos_category_ids": ["2", 1]}]
+    dataset = load(coco(tmp_path, [], images=images))
+    assert dataset.supervision == "image_labels" and dataset.load(0).image_labels.tolist() == [0, 1]
+    images[0]["pos_category_ids"] = ["3"]
+    assert "image 0 has the unknown id '3' in pos_category_ids; list it" in refused(
+        coco(tmp_path, [], images=images)
+    )
+
+
+def test_ids_of_both_types_in_panoptic_files(tmp_path, caplog):
+    Image.new("RGB", (30, 20), (5, 0, 0)).save(tmp_path / "0.png")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "0.png").rename(tmp_path / "a/0.png")
+    segments = [{"id": 5, "category_id": "2"}]
+    entries = [{"image_id": "0", "file_name": "0.png", "segments_info": segments}]
+    categories = [{"id": k, "name": f"c{k}", "isthing": 1} for k in (1, 2)]
+    text = coco(tmp_path, [])
+    record = json.loads((tmp_path / "a.json").read_text())
+    record |= {"annotations": entries, "categories": categories}
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    with caplog.at_level(logging.INFO, "concord"):
+        dataset = load(text)
+    assert dataset.load(0).labels.tolist() == [1] and dataset.load(0).segments.unique() == 0
+    assert "1 times the image_id is a text" in caplog.text
+    assert "1 times the category_id is a text" in caplog.text
+    segments[0]["iscrowd"] = 1
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    assert "has no segment to train on: of 1 there are 1 crowd" in refused(text)
+    segments[0]["bbox"] = None
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    assert "image '0': segment 5 has the bbox None; four numbers needed" in refused(text)
+
+
 def test_ids_that_are_listed_in_both_types_are_two(tmp_path):
     images = [{"id": id, "file_name": f"{k}.jpg"} for k, id in enumerate((0, "0"))]
     text = coco(tmp_path, [{"image_id": "0"}, {"image_id": 0}], files="ab", images=images)

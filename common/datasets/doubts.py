@@ -24,10 +24,11 @@ def _like_fractions(index) -> str:
     """Tells if no number of a bbox is above 1, and some are no whole numbers."""
     boxes = index.boxes
     starts, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
-    within = boxes.min() >= -LITTLE and max(starts.max(), sides.max()) <= 1 + LITTLE
-    if not within or (boxes == boxes.round()).all():
+    largest = max(starts.max(), sides.max())
+    uneven = (boxes != boxes.round()).any(axis=1)
+    if boxes.min() < -LITTLE or largest > 1 + LITTLE or not uneven.any():
         return ""
-    row = int((boxes != boxes.round()).any(axis=1).argmax())
+    row = int(uneven.argmax())
     return (
         f"all numbers of the {len(boxes)} boxes of {index.source} are at most 1, "
         f"{_example(index, row)}; they look like fractions of the image; write x, y, width, height "
@@ -38,14 +39,17 @@ def _like_fractions(index) -> str:
 def _like_corners(index) -> str:
     """Tells if many boxes reach beyond their image, and almost all would fit as x1, y1, x2, y2."""
     starts, ends = index.boxes[:, :2], index.boxes[:, 2:]
-    limits = index.sizes[index.image_of][:, ::-1]  # (A, 2) width, height
-    known = (limits > 0).all(axis=1)
-    limits = limits + SLACK
-    beyond = (ends > limits).any(axis=1) & known
+    sizes = index.sizes[index.image_of]
+    known = (sizes > 0).all(axis=1)
+    limits = sizes[:, ::-1] + SLACK  # (A, 2) width, height
+    beyond = (ends > limits).any(axis=1)
+    beyond &= known
     if not known.any() or beyond.sum() < MANY * known.sum():
         return ""
     corners = ends - starts  # what was read as width and height
-    fits = (corners > starts).all(axis=1) & (corners <= limits).all(axis=1) & known
+    fits = (corners > starts).all(axis=1)
+    fits &= (corners <= limits).all(axis=1)
+    fits &= known
     if fits.sum() < ALMOST_ALL * known.sum():
         return ""
     row = int(beyond.argmax())
