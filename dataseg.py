@@ -410,13 +410,13 @@ def match(
     pairs = []
     for i, t in enumerate(targets):
         cost = -2 * output.logits[:, i].softmax(-1)[..., t.labels]  # (Z, Q, N)
-        if t.masks is None:
-            rows_cost, columns_cost = box_costs(output, i, t.boxes)
-            cost += rows_cost
-            cost += columns_cost
-        else:
+        masked = t.has_mask  # (N,)
+        if t.masks is not None:
             embed, features = output.mask_embed[:, i], output.mask_features[i]
-            cost += mask_cost(embed, features, t.masks, args.points)
+            cost[..., masked] += mask_cost(embed, features, t.masks[masked], args.points)
+        if not masked.all():
+            for part in box_costs(output, i, t.boxes[~masked]):
+                cost[..., ~masked] += part
         pairs.append(assign_by_depth(cost))
     return pairs
 
@@ -475,12 +475,11 @@ def compute_losses(
 ) -> dict[str, Tensor]:
     """L = sum over predictions of 2 L_class + 5 (L_mask + L_dice), or 2 L_class + 5 L_projection.
 
-    The second form is for boxes (`loss_projection` on the grid of `rasterise`).
+    The second form is for objects without a mask (`loss_projection`, `rasterise`).
     `loss_class` is of all queries; those without a target have class K. `loss_mask` and `loss_dice`
     are of the pairs of `match` at args.points points (`sample_pairs`); num_masks: `masks_per_rank`.
     merged: (K,) bool. With --merge-in-training, an unmatched query that predicts a merged class
-    joins the pair of this class in its prediction (`join_members`): it has the same class target,
-    and the mask logits of the pair are the maximum over its queries.
+    joins the pair of this class (`join_members`). The pair's mask logits are their maximum.
     Returns every term, times its weight, and their sum as `loss`.
     """
     num_masks = masks_per_rank(targets, output.logits.device)
@@ -499,11 +498,13 @@ def compute_losses(
         if len(masks) > len(target):
             unions = [masks[owner == pair].amax(0) for pair in range(len(target))]
             masks = torch.stack(unions)  # (R, h, w)
+        masked = t.has_mask[target]  # (R,)
         if t.masks is not None:
-            sampled.append(sample_pairs(masks, t.masks, target, args.points))
-        else:
+            sampled.append(sample_pairs(masks[masked], t.masks, target[masked], args.points))
+        if t.masks is None or not masked.all():
             rows, columns = rasterise(t.boxes, masks.shape[-2:])
-            projected.append((masks, rows[target], columns[target]))
+            box = target[~masked]
+            projected.append((masks[~masked], rows[box], columns[box]))
     losses = {"loss_class": 2 * loss_class(output.logits, classes)}
     if sampled:
         logits, truth = (torch.cat(part) for part in zip(*sampled))  # (R, P)

@@ -17,11 +17,12 @@ import hotcoco
 import numpy as np
 import torch
 
+from common.datasets.exif import upright
 from common.datasets.index import BEYOND, Index
 from common.errors import InputError
 from common.files import atomic_path
 from common.labels import Vocabulary
-from common.masks import to_rle
+from common.masks import annotated_rles
 
 log = logging.getLogger("concord")
 _COCO = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -54,13 +55,15 @@ def evaluate_detections(
     groups:      name -> (C,) bool, the classes of the group, for example the novel ones
 
     Returns METRICS[dataset.metric]. If dataset and predictions have segmentations, MASK_METRICS
-    are added with the prefix "mask ". Each group adds "AP50 <name>", the mean box AP50 of its
-    classes. A metric without ground truth is NaN, where pycocotools has -1.
+    are added with the prefix "mask "; a box without a mask is neither hit nor miss in them, and
+    detections in it are ignored. Each group adds "AP50 <name>", the mean box AP50 of its classes. A
+    metric without ground truth is NaN, where pycocotools has -1.
 
     Raises InputError if an image has no prediction (zero boxes are one) or if an annotated
     segmentation is broken, ValueError for a label outside the vocabulary.
     """
     _check_complete(dataset, predictions)
+    dataset = _upright(dataset, predictions)
     truth = _truth_table(dataset.index, predictions)
     found = _prediction_table(dataset, predictions)
     if dataset.metric == "oid":
@@ -86,6 +89,7 @@ def recall(
     Raises InputError if an image has no proposals (zero boxes are allowed).
     """
     _check_complete(dataset, proposals)
+    dataset = _upright(dataset, proposals)
     records = {}
     for row, proposal in proposals.items():
         records[row] = proposal | {"labels": torch.zeros(len(proposal["scores"]))}
@@ -108,6 +112,11 @@ def _check_complete(dataset: Evaluated, predictions: Predictions) -> None:
         first = repr(index.image_ids[missing[0]])
         lack = f"{len(missing)} of {len(index)} images have no prediction, the first is {first}"
         raise InputError(f"{dataset.name}: {lack}; predict every image, if with zero boxes")
+
+
+def _upright(dataset: Evaluated, predictions: Predictions) -> Evaluated:
+    """Turns the annotations of photographs that were made before their EXIF tag turned them."""
+    return upright(dataset, [tuple(predictions[row]["size"]) for row in range(len(dataset.index))])
 
 
 def _mean(values: np.ndarray) -> float:
@@ -187,6 +196,10 @@ def _hotcoco(
     values, class_ap50 = run("bbox")
     results = {name: values[name] for name in METRICS[dataset.metric]}
     if _have_masks(dataset, predictions):
+        maskless = ~dataset.index.has_mask
+        if maskless.any():  # each is an ignored region: its box, of which all detections may be
+            truth = truth | {"ignore": truth["ignore"] | maskless}
+            tables = _hotcoco_tables(dataset, truth, found, predictions)
         values, _ = run("segm")
         results |= {f"mask {name}": values[name] for name in MASK_METRICS[dataset.metric]}
     return results, class_ap50
@@ -223,7 +236,8 @@ def _hotcoco_tables(
         categories.append({"id": label, "name": name, "frequency": letter})
     annotated = detected = None
     if _have_masks(dataset, predictions):
-        annotated = _true_segmentations(index, predictions)
+        sizes = [tuple(predictions[row]["size"]) for row in range(len(index))]
+        annotated = annotated_rles(index, sizes)
         detected = [rle for row in range(len(index)) for rle in predictions[row]["segmentations"]]
     gt = hotcoco.COCO.from_arrays(
         images,
@@ -238,21 +252,6 @@ def _hotcoco_tables(
     boxes = _xywh(found["boxes"])
     columns = (number[found["image"]], *boxes.T, found["score"], found["label"])
     return gt, gt.load_res(np.stack(columns, axis=1), segmentation=detected)
-
-
-def _true_segmentations(index: Index, predictions: Predictions) -> list[dict]:
-    """Returns the annotated segmentations of all boxes as RLEs, at the `size` of the predictions.
-
-    Raises InputError that names the image whose segmentation is broken.
-    """
-    rles = []
-    for image, segmentation in zip(index.image_of.tolist(), index.segmentations):
-        try:
-            rles.append(to_rle(segmentation, tuple(predictions[image]["size"]), index.relative))
-        except ValueError as error:
-            place = f"{index.source}: image {index.image_ids[image]!r}"
-            raise InputError(f"{place} has {error}; mend it") from None
-    return rles
 
 
 def _open_images(dataset: Evaluated, truth: Table, found: Table) -> np.ndarray:

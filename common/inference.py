@@ -33,7 +33,7 @@ from common.labels import LabelSpace
 from common.masks import area_of, decode_masks, encode_masks
 from common.runlog import progress_bar
 from common.sampling import Transformed, shard
-from common.segment_metrics import Counts, segment_counts, segment_results
+from common.segment_metrics import Counts, segment_counts, segment_results, warn_of_absent
 from common.segments import segment_rows
 from common.visualize import draw_boxes, draw_segments, prediction_grid, save_image
 
@@ -73,6 +73,7 @@ def evaluate_dataset(
         return {}
     if of_segments:
         counts, predictions = predicted
+        warn_of_absent(title, counts, dataset.vocabulary.names)
         results = segment_results(counts, dataset.vocabulary.is_thing)
     else:
         predictions = predicted

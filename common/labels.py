@@ -2,7 +2,9 @@
 
 import difflib
 import json
-from collections.abc import Callable
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +14,10 @@ from torch import Tensor
 
 from common.errors import InputError
 
+log = logging.getLogger("concord")
+EQUAL = 0.99  # cosine from which on two texts are taken as one
+COMPARED = 8000  # classes above which texts are not compared: it would take seconds
+SAID: set[tuple] = set()  # vocabularies that `warn_of_equal_text` has compared
 DATA = Path(__file__).resolve().parent.parent / "data"
 NO_LISTS = (".csv", ".json", ".yaml", ".yml", ".xml", ".tsv")  # files that tools keep names in
 
@@ -20,6 +26,49 @@ def fold(name: str) -> str:
     """Returns the name in lower case, trimmed, with one space per run of spaces or underscores."""
     words = name.replace("_", " ").lower().split()
     return " ".join(words)
+
+
+def quoted(names: Sequence[str], most: int = 5) -> str:
+    """Returns the first names in quotes, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"'{name}'" for name in names[:most]) + more
+
+
+def warn_of_equal_text(dataset: str, names: tuple[str, ...], text: Tensor) -> None:
+    """Logs, once for a vocabulary, which of its classes cannot be told apart by their text.
+
+    They are names that `fold` makes one, and other names whose embeddings have a cosine above
+    EQUAL. names: C; text: (C, D) of unit norm
+    """
+    if (dataset, names) in SAID or len(names) > COMPARED:
+        return
+    SAID.add((dataset, names))
+    spellings = defaultdict(list)
+    for row, name in enumerate(names):
+        spellings[fold(name)].append(row)
+    alike = [rows for rows in spellings.values() if len(rows) > 1]
+    if alike:
+        pairs = ", ".join(f"'{names[rows[0]]}' and '{names[rows[1]]}'" for rows in alike[:3])
+        message = (
+            "%s: %d class names differ from others only by case, spaces or underscores (%s); they "
+            "have one text, which cannot tell them apart; make them one class"
+        )
+        log.warning(message, dataset, sum(map(len, alike)) - len(alike), pairs)
+    firsts = [rows[0] for rows in spellings.values()]
+    rows = text[firsts]
+    equal = (rows @ rows.T).triu(1) > EQUAL
+    twins = equal.any(0).nonzero().flatten().tolist()
+    if twins:
+        originals = [int(equal[:, row].nonzero()[0]) for row in twins[:3]]
+        pairs = ", ".join(
+            f"'{names[firsts[a]]}' and '{names[firsts[b]]}'" for a, b in zip(originals, twins)
+        )
+        message = (
+            "%s: the text embeddings of %d classes equal those of others (%s): the encoder does "
+            "not know these names or letters, and both classes get one score; choose another "
+            "--text-encoder, or other names"
+        )
+        log.warning(message, dataset, len(twins), pairs)
 
 
 @dataclass(frozen=True)
@@ -181,6 +230,8 @@ class LabelSpace:
         self.merged = merge
         if embed:
             vocabularies = [v if v.text is not None else v.with_text(embed) for v in vocabularies]
+            for vocabulary in vocabularies:
+                warn_of_equal_text(vocabulary.dataset, vocabulary.names, vocabulary.text)
         self.vocabularies = {v.dataset: v for v in vocabularies}
         if len(self.vocabularies) < len(vocabularies):
             raise InputError("a dataset is named twice in one label space; name each once")

@@ -8,6 +8,27 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from common.batch import Sample
+from common.errors import InputError
+
+
+def mask_of(annotation: dict) -> list | dict | None:
+    """Returns the `segmentation` of a COCO annotation; None if it has no mask.
+
+    Exports of boxes write no field, null, [] or [[]]. Polygons of fewer than three points have no
+    pixel.
+    """
+    segmentation = annotation.get("segmentation") or None
+    if not isinstance(segmentation, list):
+        return segmentation
+    for polygon in segmentation:
+        if not isinstance(polygon, list) or len(polygon) >= 6:
+            return segmentation
+    return None
+
+
+def have_pixels(masks: Tensor) -> Tensor:
+    """Tells which masks (N, H, W) bool have a pixel: (N,) bool."""
+    return masks.flatten(1).any(1)
 
 
 def to_rle(segmentation: list | dict, size: tuple[int, int], relative: bool = False) -> dict:
@@ -70,15 +91,38 @@ def _polygons_to_rle(polygons: list, height: int, width: int) -> dict:
 def decode_masks(segmentations: list, size: tuple[int, int], relative: bool = False) -> Tensor:
     """Decodes N COCO segmentations to masks (N, H, W) bool; size is (H, W).
 
-    relative: as in `to_rle`. Raises ValueError as `to_rle` does.
+    None, a box without a mask, has no pixel. relative: as in `to_rle`
+    Raises ValueError as `to_rle` does.
     """
     masks = torch.zeros(len(segmentations), *size, dtype=torch.bool)
     for mask, segmentation in zip(masks, segmentations):
+        if segmentation is None:
+            continue
         rle = to_rle(segmentation, size, relative)
         pixels = hotcoco.mask.decode(rle)
         pixels = pixels.view(bool)
         mask.copy_(torch.from_numpy(pixels))
     return masks
+
+
+def annotated_rles(index, sizes: list[tuple[int, int]]) -> list[dict]:
+    """Returns the masks of all boxes of an `Index` as RLEs. Without a mask it is the box.
+
+    sizes: (height, width) of each image
+    Raises InputError that names the image whose segmentation is broken.
+    """
+    rles = []
+    for row, image in enumerate(index.image_of.tolist()):
+        segmentation = index.segmentations[row]
+        if segmentation is None:
+            x1, y1, x2, y2 = index.boxes[row].tolist()
+            segmentation = [[x1, y1, x2, y1, x2, y2, x1, y2]]
+        try:
+            rles.append(to_rle(segmentation, sizes[image], index.relative))
+        except ValueError as error:
+            place = f"{index.source}: image {index.image_ids[image]!r}"
+            raise InputError(f"{place} has {error}; mend it") from None
+    return rles
 
 
 def encode_masks(masks: Tensor) -> list[dict]:

@@ -1,13 +1,16 @@
 """mIoU and panoptic quality, computed from counts that are summed over images and ranks."""
 
+import logging
 import math
 
 import numpy as np
 from torch import Tensor
 
 from common.batch import Sample
+from common.labels import quoted
 from common.segments import segment_rows
 
+log = logging.getLogger("concord")
 Counts = dict[str, np.ndarray]
 
 
@@ -151,6 +154,25 @@ def segment_results(counts: Counts, is_thing: tuple[bool, ...] | None) -> dict[s
     if semantic:
         results["mIoU"] = semantic["mIoU"]
     return results
+
+
+def warn_of_absent(title: str, counts: Counts, names: tuple[str, ...]) -> None:
+    """Logs which classes have no pixel in the ground truth: the metrics are means over the others.
+
+    names: K class names; counts: summed, nothing is said without "semantic" ones
+    """
+    if "semantic" not in counts:
+        return
+    present = counts["semantic"].sum(axis=1) > 0
+    absent = [name for name, there in zip(names, present) if not there]
+    if not absent:
+        return
+    message = (
+        "%s: %d of %d classes have no pixel in the ground truth, so that the means are over the "
+        "other %d: %s"
+    )
+    counts_of = (len(absent), len(names), len(names) - len(absent))
+    log.warning(message, title, *counts_of, quoted(absent))
 
 
 def semantic_results(matrix: np.ndarray) -> dict[str, float]:

@@ -144,13 +144,15 @@ def read_lines(path: Path) -> list[str]:
         raise InputError(f"{path} cannot be read ({error}); save it as UTF-8 text") from None
 
 
-def file_name(path: Path, image: dict, as_written: bool = False) -> str:
+def file_name(path: Path, image: dict, as_written: bool = False, looked_up: bool = False) -> str:
     """Returns the path of an image, relative to the image folder, from its record in a json file.
 
     LVIS has no `file_name`: the last two parts of `coco_url` are used. Objects365 writes
     images/v2/patch3/x.jpg but ships patch3/x.jpg: the last two parts are used, too.
     path:       the json file, for messages
     as_written: return the names of Objects365 unchanged
+    looked_up:  an absolute path, of the machine that wrote it, loses its first slash, so that
+                `look_up` finds the file below the folder
     Raises InputError if the path leaves the image folder or is not a valid file name.
     """
     name = str(image["file_name"] if "file_name" in image else image["coco_url"])
@@ -161,6 +163,8 @@ def file_name(path: Path, image: dict, as_written: bool = False) -> str:
         raise InputError(
             f"{path}: file_name {name[:80]!r} ({len(name)} letters) can be no file's; give its path"
         )
+    if looked_up:
+        name = name.lstrip("/")
     if name.startswith("/") or ".." in name.split("/"):
         raise InputError(
             f"{path}: file_name '{name}' leaves the image folder; give a path below it"

@@ -25,13 +25,18 @@ def label_table(ids: list[int] | tuple[int, ...], void: tuple[int, ...]) -> np.n
     return table
 
 
+def read_values(path: Path) -> np.ndarray:
+    """Reads the numbers (H, W) of a PNG with one channel. Raises InputError as `read_label_map`."""
+    modes = ("1", "L", "P", "I;16", "I")
+    return _read(path, modes, "has one number for each pixel, and not colours")
+
+
 def read_label_map(path: Path, table: np.ndarray) -> np.ndarray:
     """Reads the labels (H, W) int16 of a PNG with one channel; `table` is from `label_table`.
 
     Raises InputError for a file that cannot be decoded, a colour image, a value that is no class.
     """
-    modes = ("1", "L", "P", "I;16", "I")
-    values = _read(path, modes, "has one number for each pixel, and not colours")
+    values = read_values(path)
     rows = values.astype(np.int64).clip(-1, len(table))
     labels = np.append(table, UNKNOWN)[rows]  # -1 and len(table) are UNKNOWN
     if labels.min() == UNKNOWN:

@@ -24,6 +24,7 @@ from common.datasets.formats import COCO, find_format, has_metric, read_pair, re
 from common.datasets.known import ALIASES, GROUPS, KNOWN
 from common.datasets.readers.folder import read_folder
 from common.datasets.splits import SPLITS
+from common.datasets.start import check_training
 from common.datasets.subset import edit_classes
 from common.datasets.tiny.generate import generate
 from common.errors import InputError
@@ -240,7 +241,7 @@ def load_datasets(
     tiny:      if > 0, generated stand-ins with images of this side replace the real datasets
     masks:     samples have instance masks, where the annotations have them
     accepts:   the kinds of supervision that the method can learn from
-    check:     a missing image is an error, and so is a train split without a box
+    check:     a missing image is an error; a train split is looked at as `check_training` does
 
     Raises InputError as `parse_datasets` and `load_dataset`, and for other supervision.
     """
@@ -258,12 +259,8 @@ def load_datasets(
                 root = generate(known.whole or name, cache_dir(), tiny)
         dataset = load_dataset(name, own_split, paths, root, check)
         _refuse_supervision(dataset.supervision, accepts, name, split)
-        boxless = dataset.supervision in ("boxes", "instances") and not len(dataset.index.labels)
-        if check and split == "train" and boxless and not dataset.novel:
-            raise InputError(
-                f"{dataset.index.source} has no box to learn from; add annotations or, for image "
-                "labels, pos_category_ids"
-            )
+        if check and split == "train":
+            check_training(dataset)
         datasets.append(replace(dataset, masks=masks))
     if not datasets:
         raise InputError(

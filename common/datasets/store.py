@@ -18,12 +18,13 @@ from common.datasets.index import Index, JsonRows
 from common.files import NO_ARRAY, atomic_path, cache_dir
 
 log = logging.getLogger("concord")
-VERSION = 3  # of the columns and their meaning; folders of other versions are not used
+VERSION = 4  # of the columns and their meaning; folders of other versions are not used
 LARGE = 8 << 20  # bytes; a smaller file is read as fast as its columns are found
 ARRAYS = (
     *("file_names", "sizes", "offsets", "boxes", "labels", "areas", "ignore"),
     *("image_labels", "image_label_offsets", "map_names", "segment_ids"),
 )
+COUNTS = ("num_outside", "num_empty", "num_trainable", "doubts")
 ROWS = ("image_ids", "segmentations", "negatives", "not_exhaustive", "verified", "captions")
 
 # An index, and the other facts in the files, which json can express.
@@ -177,7 +178,7 @@ def _sync(file: BinaryIO) -> None:
 def _pack(index: Index, facts: dict) -> tuple[dict[str, np.ndarray], dict]:
     """Returns an index as arrays, without the text of the masks, and a record of all else for json.
 
-    The arrays include `by_label`, so that later starts need not compute it.
+    The arrays include `by_label` and the record COUNTS, so that later starts need not compute them.
     """
     columns = {field: getattr(index, field) for field in ARRAYS}
     arrays = {field: column for field, column in columns.items() if column is not None}
@@ -190,7 +191,8 @@ def _pack(index: Index, facts: dict) -> tuple[dict[str, np.ndarray], dict]:
         if field != "segmentations":
             arrays[f"{field}.text"] = rows.text
     arrays["by_label.images"], arrays["by_label.counts"] = index.by_label
-    return arrays, {"relative": index.relative, "num_outside": index.num_outside, "facts": facts}
+    counts = {field: getattr(index, field) for field in COUNTS}
+    return arrays, {"relative": index.relative, "counts": counts, "facts": facts}
 
 
 def _unpack(source: Path, arrays: dict, record: dict, folder: Path | None = None) -> Content:
@@ -202,7 +204,8 @@ def _unpack(source: Path, arrays: dict, record: dict, folder: Path | None = None
             fields[field] = JsonRows(text, arrays[f"{field}.starts"], arrays[f"{field}.ends"])
     index = Index(str(source), relative=record["relative"], folder=folder, **fields)
     index.by_label = (arrays["by_label.images"], arrays["by_label.counts"])
-    index.num_outside = record["num_outside"]
+    for field in COUNTS:
+        setattr(index, field, record["counts"][field])
     return index, record["facts"]
 
 

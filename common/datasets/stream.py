@@ -2,6 +2,7 @@
 
 import gc
 import re
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, getincrementaldecoder
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|["\[\]{},]', re.DOTALL)
 def read_json(path: Path) -> dict:
     """Reads a json file whole. Raises InputError if it does not hold a json object."""
     try:
-        record = orjson.loads(path.read_bytes())
+        record = orjson.loads(path.read_bytes().removeprefix(BOM_UTF8))
     except orjson.JSONDecodeError as error:
         raise not_json(path, error) from None
     except OSError as error:
@@ -35,11 +36,37 @@ def read_json(path: Path) -> dict:
 
 
 def not_json(path: Path, reason: object) -> InputError:
-    """Returns the InputError which says why a file is not valid json."""
+    """Returns the error of a damaged json file, or of one that is not UTF-8."""
+    if encoding := _other_encoding(path):
+        return InputError(
+            f"{path} is {encoding}; save it as UTF-8, in which json files are written"
+        )
     return InputError(
         f"{path} is not valid json ({reason}); was it cut off, or does it hold NaN? mend it, copy "
         "or download it again"
     )
+
+
+def _other_encoding(path: Path) -> str:
+    """Tells how a file is encoded, or where it is not UTF-8; "" if it is or cannot be read."""
+    decoder = getincrementaldecoder("utf-8")()
+    position = 0
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+            if start[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) or start[1:2] == b"\0":
+                return "UTF-16 or UTF-32 text"
+            decoder.decode(start)
+            while text := file.read(CHUNK):
+                position = file.tell() - len(text)
+                decoder.decode(text)
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        return f"no UTF-8 text (byte 0x{byte:02x} near position {position + error.start})"
+    except OSError:
+        pass
+    return ""
 
 
 def read_fields(path: Path, chunk: int = CHUNK) -> Iterator[tuple[str, object]]:
@@ -103,6 +130,8 @@ def _window(path: Path, chunk: int) -> Iterator["Window"]:
     gc.disable()
     try:
         with path.open("rb") as file:
+            if file.read(len(BOM_UTF8)) != BOM_UTF8:
+                file.seek(0)
             text = Window(file.read, chunk)
             try:
                 yield text

@@ -40,7 +40,17 @@ def edit_classes(datasets: list[Dataset], classes: str, rename: str, split: str)
             near = difflib.get_close_matches(fold(name), names, n=3, cutoff=0.5)
             hint = f"; nearest: {', '.join(near)}" if near else ""
             raise InputError(f"--classes: no training dataset has a class '{name}'{hint}")
-    return [select_classes(dataset, wanted) for dataset in datasets]
+    selected = [select_classes(dataset, wanted) for dataset in datasets]
+    if split == "train" and not any(map(_can_teach, selected)):
+        raise InputError(f"--classes {classes}: no training dataset has an object of these classes")
+    return selected
+
+
+def _can_teach(dataset: Dataset) -> bool:
+    """Tells whether the dataset has a box, a segment, a label of an image, or label maps."""
+    index = dataset.index
+    labelled = index.image_labels is not None and len(index.image_labels) > 0
+    return dataset.pixel_labels is not None or len(index.labels) > 0 or labelled
 
 
 def read_renames(path: str) -> dict[str, str]:
