@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from common.batch import Sample, Supervision
-from common.datasets.files import missing_files, read_image
+from common.datasets.files import decode_image, missing_files
 from common.datasets.index import Index
 from common.datasets.maps import VOID, read_label_map, read_segment_map
+from common.datasets.pixels import Decoded
 from common.datasets.shards import Shards
 from common.errors import InputError
 from common.labels import Vocabulary
@@ -36,6 +37,7 @@ class Dataset:
     shards:       the tar files that hold the images, if they are in tar files
     warned:       (1,) bool, shared with the workers: a warning of an image with another size than
                   annotated is in the log
+    told:         (2,) bool, shared with the workers: which of `Decoded.notes` is in the log
     """
 
     name: str
@@ -54,6 +56,9 @@ class Dataset:
     warned: Tensor = field(
         default_factory=lambda: torch.zeros(1, dtype=torch.bool).share_memory_(), repr=False
     )
+    told: Tensor = field(
+        default_factory=lambda: torch.zeros(2, dtype=torch.bool).share_memory_(), repr=False
+    )
 
     def __len__(self) -> int:
         return len(self.index)
@@ -68,7 +73,9 @@ class Dataset:
         another size than its image.
         """
         index = self.index
-        image = read_image(*self.image_file(i))
+        decoded = decode_image(*self.image_file(i))
+        self._tell_of_pixels(i, decoded)
+        image = decoded.image
         height, width = image.shape[-2:]
         self._warn_of_size(i, (height, width))
         if self.maps is not None:
@@ -112,6 +119,15 @@ class Dataset:
         """
         data = self.shards.read(i) if self.shards else None
         return self.images / self.index.file_name(i), data
+
+    def _tell_of_pixels(self, i: int, decoded: Decoded) -> None:
+        """Logs, once for the dataset, that image `i` has deep or transparent pixels."""
+        for kind, note in enumerate(decoded.notes):
+            if note and not self.told[kind]:
+                self.told[kind] = True
+                name = self.index.file_name(i)
+                message = "%s: image '%s' %s (other such images are not named)"
+                log.info(message, self.name, name, note)
 
     def _warn_of_size(self, i: int, size: tuple[int, int]) -> None:
         """Logs, once for the dataset, that the `size` (H, W) of image `i` is not as annotated."""
