@@ -40,7 +40,7 @@ def test_twelve_bits_in_a_file_of_sixteen_are_seen(tmp_path, ending):
     Image.fromarray(np.array([[0, 2048, 4095]], np.uint16)).save(path)
     decoded = decode_image(path)
     assert decoded.image.tolist() == [[[0, 127, 255]]] * 3
-    assert decoded.bits == 12 and decoded.notes == ("has 12 bits a channel, seen as 8", "")
+    assert decoded.bits == 12 and decoded.notes == ("12 bits a channel, seen as 8", "")
 
 
 def test_integers_of_32_bits_are_seen(tmp_path):

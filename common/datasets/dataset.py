@@ -126,7 +126,7 @@ class Dataset:
             if note and not self.told[kind]:
                 self.told[kind] = True
                 name = self.index.file_name(i)
-                message = "%s: image '%s' %s (other such images are not named)"
+                message = "%s: image '%s' has %s (other such images are not named)"
                 log.info(message, self.name, name, note)
 
     def _warn_of_size(self, i: int, size: tuple[int, int]) -> None:

@@ -7,8 +7,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-# Pillow decodes these in this process. It would start another program for a PostScript file.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "AVIF")
+# Pillow decodes these in this process, MPO as JPEG. For PostScript it would start a program.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "AVIF")
 GREY = (128, 128, 128)  # close to the padding, which is 0 after normalisation
 STRIP = 2**24  # pixels that are copied at once
 SAMPLE_FORMAT = 339  # the TIFF tag of the kind of number
@@ -32,9 +32,9 @@ class Decoded:
 
     @property
     def notes(self) -> tuple[str, str]:
-        """What a user should know of the depth and of the transparency; "" if there is nothing."""
-        depth = f"has {self.bits} bits a channel, seen as 8" if self.bits > 8 else ""
-        background = f"has transparent pixels, seen as grey {GREY}" if self.transparent else ""
+        """What a user should know that it has: its depth and transparency; "" for nothing odd."""
+        depth = f"{self.bits} bits a channel, seen as 8" if self.bits > 8 else ""
+        background = f"transparent pixels, seen as grey {GREY}" if self.transparent else ""
         return depth, background
 
 
