@@ -28,6 +28,7 @@ from common.datasets.pixels import Decoded, to_rgb
 from common.distributed import gather_on_main, rank, world_size
 from common.errors import InputError, SomeFailed
 from common.evaluation import evaluate_detections
+from common.fonts import tell_of_squares
 from common.inputs import find_files, read_file
 from common.labels import LabelSpace
 from common.masks import encode_masks
@@ -176,6 +177,7 @@ def draw_predictions(
         shown.append(prediction if sample.segments is None else segment_rows(prediction))
     images = [sample.image for sample in truth]
     names = dataset.vocabulary.names
+    tell_of_squares(names)
     picture = prediction_grid(images, [*map(vars, truth)], shown, names, PICTURED, min_score)
     name = re.sub(r"[^a-zA-Z0-9_.]+", "-", title).strip("-")
     save_image(picture, folder / f"predictions-{name}.jpg")

@@ -17,6 +17,7 @@ from torchvision.transforms.v2.functional import resize
 from common.batch import Sample
 from common.evaluation import to_coco_json
 from common.files import atomic_path
+from common.fonts import tell_of_squares
 from common.labels import LabelSpace
 from common.masks import area_of, decode_masks
 from common.segments import segment_rows
@@ -49,6 +50,7 @@ class PredictionWriter:
             self.ids = vocabularies[0].ids
         named = zip(self.ids, label_space.names)
         self.categories = [{"id": id, "name": name} for id, name in named]
+        tell_of_squares(label_space.names)
         self.kinds = set()  # fields of the predictions
         self.notes = Counter()  # `Decoded.notes` of the images
         self.images = []
