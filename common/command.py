@@ -18,6 +18,7 @@ import tyro
 from tqdm import tqdm
 
 from common.checkpoint import read_metadata
+from common.console import open_console
 from common.convert import convert_if_official
 from common.errors import InputError, SomeFailed
 
@@ -202,7 +203,7 @@ def run_command(main: Callable[[], None]) -> None:
 
     If some of several inputs failed, the exit code is 1.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[open_console()])
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # every tensor from a data loading process needs an open file
