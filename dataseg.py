@@ -90,7 +90,7 @@ from common.pixel_decoder import PixelDecoder, tokens
 from common.point_matching import assign_by_depth, sample_pairs
 from common.runlog import RunLog, check_finite, make_run_folder
 from common.sampling import Mixture, RatioBatchSampler, make_loader
-from common.segments import instances, panoptic_map, restore, semantic_labels
+from common.segments import FullMasks, instances, panoptic_map, semantic_labels
 from common.targets import Targets
 from common.text import embed
 from common.transformer import DecoderLayer, QueryHead, blocked_pixels, sine_position
@@ -130,7 +130,7 @@ class Args:
     weights: str = ""
     """a .safetensors file or run folder to start from, to evaluate or to predict with"""
     predict: tuple[str, ...] = ()
-    """images to draw predictions on, instead of training"""
+    """files, folders, "*.jpg" or videos to predict and draw, instead of training"""
     vocabulary: str = ""
     """classes for --predict: "cat, traffic cone", or a .txt file with a name per line"""
     score_threshold: Annotated[float, Range(0)] = 0.3
@@ -542,8 +542,7 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
     semantic: `semantic` (H, W), the label of each pixel
     panoptic: `semantic`, and `panoptic` (H, W) with `segments_info`
     instance: `boxes` (N, 4), `labels`, `scores` (N,) and `masks` (N, H, W)
-    All have `size` (height, width) and `class_names`, the K names of label_space.
-    With instance, `class_names` are the N names of `labels`.
+    All have `size` (height, width) and `class_names`: all K names, or with instance N of `labels`.
     """
     model.eval()
     task = task or model.args.task
@@ -554,7 +553,7 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
     predictions = []
     for i, sample in enumerate(batch.samples):
         padded, size = batch.images.shape[-2:], sample.original_size
-        masks = restore(output.masks(-1, i), padded, batch.sizes[i], size)  # (Q, H, W)
+        masks = FullMasks(output.masks(-1, i), padded, batch.sizes[i], size)  # (Q, H, W)
         p = output.logits[-1, i].softmax(-1)  # (Q, K + 1)
         result = {"class_names": label_space.names, "size": size}
         if task == "instance":
@@ -563,13 +562,14 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
         elif model.args.merge == "sum":
             result["semantic"] = semantic_labels(p[:, :-1], masks)
         else:  # each class by its union alone
-            union, rows = merge(masks, p, torch.ones_like(merged))
+            every = torch.ones_like(merged)
+            union, rows = masks.through(partial(merge, probabilities=p, merged=every))
             only_best = rows * (rows == rows.amax(1, keepdim=True))
             result["semantic"] = semantic_labels(only_best[:, :-1], union)
         if task == "panoptic":
             threshold = model.args.object_threshold
             kept = p.amax(1) > threshold
-            masks, p = merge(masks[kept], p[kept], merged)
+            masks, p = masks[kept].through(partial(merge, probabilities=p[kept], merged=merged))
             result["panoptic"], result["segments_info"] = panoptic_map(
                 p, masks, label_space.is_thing, threshold, 0.8, intersect=True
             )

@@ -95,7 +95,7 @@ from common.pixel_decoder import PixelDecoder, tokens
 from common.point_matching import assign_by_depth, sample_pairs
 from common.runlog import RunLog, check_finite, make_run_folder
 from common.sampling import Mixture, RatioBatchSampler, make_loader
-from common.segments import panoptic_map, restore, semantic_labels
+from common.segments import FullMasks, panoptic_map, semantic_labels
 from common.targets import Targets
 from common.text import ContextEncoder, embed, templates
 from common.transformer import DecoderLayer, QueryHead, blocked_pixels, sine_position
@@ -133,7 +133,7 @@ class Args:
     weights: str = ""
     """a .safetensors file or run folder to start from, to evaluate or to predict with"""
     predict: tuple[str, ...] = ()
-    """images to draw predictions on, instead of training"""
+    """files, folders, "*.jpg" or videos to predict and draw, instead of training"""
     vocabulary: str = ""
     """classes for --predict: "cat, traffic cone", or a .txt file with a name per line"""
     score_threshold: Annotated[float, Range(0)] = 0.3
@@ -527,7 +527,7 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
     predictions = []
     for i, sample in enumerate(batch.samples):
         padded, size = batch.images.shape[-2:], sample.original_size
-        masks = restore(output.masks(-1, i), padded, batch.sizes[i], size)  # (Q, H, W)
+        masks = FullMasks(output.masks(-1, i), padded, batch.sizes[i], size)  # (Q, H, W)
         p = output.logits[-1, i].softmax(-1)  # (Q, K + 1)
         result = {"class_names": label_space.names, "size": size}
         result["semantic"] = semantic_labels(p[:, :-1], masks)

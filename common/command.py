@@ -18,8 +18,9 @@ import tyro
 from tqdm import tqdm
 
 from common.checkpoint import read_metadata
+from common.console import open_console
 from common.convert import convert_if_official
-from common.errors import InputError
+from common.errors import InputError, SomeFailed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,22 +217,23 @@ def close_bars() -> None:
         bar.close()
 
 
-def fail(line: str) -> None:
-    """Prints one line and ends the process with exit code 2."""
+def fail(line: str, code: int = 2) -> None:
+    """Prints one line and ends the process with the exit code."""
     close_bars()
     print(f"error: {line}", file=sys.stderr)
     sys.stdout.flush()
     if dist.is_initialized():
-        os._exit(2)  # other ranks may wait in a collective: do not join them
-    sys.exit(2)
+        os._exit(code)  # other ranks may wait in a collective: do not join them
+    sys.exit(code)
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Calls `main()` as a command.
 
-    InputError and OSError end the process with one line and exit code 2, an interrupt with 130.
+    InputError and OSError end the process with one line and exit code 2, an interrupt with 130. If
+    some of several inputs failed, the exit code is 1.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[open_console()])
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # every tensor from a data loading process needs an open file
@@ -244,6 +246,8 @@ def run_command(main: Callable[[], None]) -> None:
     except InputError as error:
         # a DataLoader worker hands on its whole traceback; the message is the last line
         fail(str(error).strip().splitlines()[-1].removeprefix("common.errors.InputError: "))
+    except SomeFailed as error:
+        fail(str(error), code=1)
     except OSError as error:  # a full disk, a read-only folder, a name that is too long
         if error.errno is None:
             raise

@@ -1020,7 +1020,7 @@ def test_tiny_evaluates_what_no_dataset_trains_once(given, evaluated, monkeypatc
             raise Enough(names)
         return [SimpleNamespace(vocabulary=Vocabulary("coco", ("cat",)))]
 
-    monkeypatch.setattr(unidetector, "load_datasets", load)
+    monkeypatch.setattr("common.datasets.names.load_datasets", load)
     with pytest.raises(Enough, match=f"^{evaluated}$"):
         call("--tiny", "--datasets", given, method="unidetector")
 

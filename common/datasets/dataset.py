@@ -12,10 +12,11 @@ from torch import Tensor
 
 from common.batch import Sample, Supervision
 from common.datasets.exif import TURNS, UPRIGHT, read_tag, turn_boxes, turn_pixels
-from common.datasets.files import missing_files, read_image
+from common.datasets.files import decode_image, missing_files
 from common.datasets.index import Index, encoded
 from common.datasets.lookup import Lookup, look_up
 from common.datasets.maps import VOID, read_label_map, read_segment_map
+from common.datasets.pixels import Decoded
 from common.datasets.shards import Shards
 from common.errors import InputError
 from common.labels import Vocabulary
@@ -46,6 +47,7 @@ class Dataset:
     warned:       (1,) bool, shared with the workers: a warning of an image with another size than
                   annotated is in the log
     told_turned:  the same for an image that was annotated before its EXIF tag turned it
+    told_deep, told_clear: the same for deep and for transparent pixels, `Decoded.notes`
     """
 
     name: str
@@ -64,6 +66,8 @@ class Dataset:
     shards: Shards | None = None
     warned: Tensor = field(default_factory=_shared_flag, repr=False)
     told_turned: Tensor = field(default_factory=_shared_flag, repr=False)
+    told_deep: Tensor = field(default_factory=_shared_flag, repr=False)
+    told_clear: Tensor = field(default_factory=_shared_flag, repr=False)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -78,7 +82,9 @@ class Dataset:
         another size than its image.
         """
         index = self.index
-        image = read_image(*self.image_file(i))
+        decoded = decode_image(*self.image_file(i))
+        self._tell_of_pixels(i, decoded)
+        image = decoded.image
         height, width = image.shape[-2:]
         tag = self._turned_by(i, (height, width))
         if self.maps is not None:
@@ -125,6 +131,15 @@ class Dataset:
         """
         data = self.shards.read(i) if self.shards else None
         return self.images / self.index.file_name(i), data
+
+    def _tell_of_pixels(self, i: int, decoded: Decoded) -> None:
+        """Logs, once for the dataset, that image `i` has deep or transparent pixels."""
+        for told, note in zip((self.told_deep, self.told_clear), decoded.notes):
+            if note and not told:
+                told.fill_(True)
+                name = self.index.file_name(i)
+                message = "%s: image '%s' has %s (other such images are not named)"
+                log.info(message, self.name, name, note)
 
     def _turned_by(self, i: int, size: tuple[int, int]) -> int:
         """Returns the EXIF tag that turns image `i`, if it is annotated as stored; else UPRIGHT.

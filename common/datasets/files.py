@@ -5,15 +5,16 @@ import io
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
+from common.datasets.pixels import Decoded, halve_large, readable_formats, to_rgb
 from common.datasets.store import write_json
 from common.errors import InputError
 from common.files import refuse_pipe
@@ -65,27 +66,35 @@ def _time(folder: Path) -> int:
 
 
 def read_image(path: Path, data: bytes | None = None) -> Tensor:
-    """Reads an image as (3, H, W) uint8 RGB, turned upright according to its EXIF tag.
+    """Reads an image as (3, H, W) uint8 RGB. `decode_image` says how, and what it raises."""
+    return decode_image(path, data).image
 
-    data: the image file, if it is not at `path`; `path` is then its name in messages
-    Raises InputError for a missing or broken image.
+
+def decode_image(path: Path, data: bytes | None = None, reduce: bool = False) -> Decoded:
+    """Reads an image as 8-bit RGB, turned upright according to its EXIF tag, see `to_rgb`.
+
+    data:   the image file, if it is not at `path`; `path` is then its name in messages
+    reduce: decode a very large JPEG at half its size
+    Raises InputError for a missing or broken image, and for one of more than 179 megapixels.
     """
     with open_image(path, data) as image:
-        if image.mode == "F":
-            raise ValueError("floating-point pixels; save it with 8 bits")
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
-            pixels = (np.asarray(upright) / 257).clip(0, 255).astype(np.uint8)
-            upright = Image.fromarray(pixels)
-        return pil_to_tensor(upright.convert("RGB"))
+        size = _upright_size(image)
+        if reduce:
+            halve_large(image)
+        return replace(to_rgb(image), size=size)
 
 
 def read_size(path: Path, data: bytes | None = None) -> tuple[int, int]:
     """Returns the height and width of `read_image`'s result; reads only the header."""
     with open_image(path, data) as image:
-        exif = Image.Image.getexif(image)  # the getexif of PNG images would decode the image
-        turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by 90 or 270 degrees
-        return image.size if turned else image.size[::-1]
+        return _upright_size(image)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Returns (height, width) of an opened image after `to_rgb`."""
+    exif = Image.Image.getexif(image)  # the getexif of PNG images would decode the image
+    turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by 90 or 270 degrees
+    return image.size if turned else image.size[::-1]
 
 
 @contextmanager
@@ -94,21 +103,34 @@ def open_image(path: Path, data: bytes | None = None, kind: str = "image") -> It
 
     data: the bytes of the image file; then `path` is used in messages only
     kind: what messages call the file, such as "label map"
+    Only the formats in FORMATS are decoded. Pillow's warning of large images is not shown, its
+    limit holds.
     Raises InputError if the image is missing or cannot be decoded, also for an error of Pillow
     inside the `with` block.
     """
+    why = ""
     try:
         refuse_pipe(path, kind)
-        with Image.open(path if data is None else io.BytesIO(data)) as image:
-            yield image
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            source = path if data is None else io.BytesIO(data)
+            with Image.open(source, formats=readable_formats()) as image:
+                yield image
     except IsADirectoryError:
         raise InputError(f"{kind} {path} is a folder; give image files") from None
     except FileNotFoundError:
         raise InputError(f"{kind} {path} does not exist; check the path") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError:
+        why = f"it is none of {', '.join(readable_formats())}"
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
         raise InputError(
-            f"{kind} {path} cannot be decoded ({error}); replace it or remove its entry"
+            f"{kind} {path} has more than {limit} megapixels; make it smaller or cut it into tiles"
         ) from None
+    except (OSError, ValueError, SyntaxError) as error:
+        why = str(error)
+    if why:
+        raise InputError(f"{kind} {path} cannot be decoded ({why}); replace it or remove its entry")
 
 
 def listing(name: str, root: Path, endings: tuple[str, ...]) -> dict[str, str]:
