@@ -45,6 +45,8 @@ def refuse_nothing(dataset: Dataset) -> None:
             )
         return
     what = "segment" if dataset.maps is not None else "box"
+    if dataset.novel and not len(index.labels):
+        return  # all its boxes are of novel classes; the method counts the base classes
     if not len(index.labels):
         raise InputError(
             f"{index.source} has no {what} to learn from; add annotations or, for image labels, "
