@@ -130,6 +130,17 @@ class Backbone(nn.Module):
         return list(self.fpn(named).values())
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation that also takes groups of a single number, which become the bias.
+
+    torch refuses them. They occur if a group has one channel and the map of one image one cell.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the normalised maps (B, C, h, w)."""
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def normalise(images: Tensor, sizes: list[tuple[int, int]], mean: Tensor, std: Tensor) -> Tensor:
     """Returns (images - mean) / std, and 0 in the padding: (B, 3, H, W) float32, channels last.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms
 
+from common.backbone import GroupNorm
 from common.boxes import centres, sides
 from common.distributed import mean_over_ranks
 from common.errors import InputError
@@ -50,7 +51,7 @@ class CenterNetHead(nn.Module):
         tower = []
         for _ in range(num_convs):
             conv = nn.Conv2d(channels, channels, 3, padding=1)
-            norm = nn.GroupNorm(32, channels)
+            norm = GroupNorm(32, channels)
             tower += [conv, norm, nn.ReLU()]
         self.bbox_tower = nn.Sequential(*tower)
         self.agn_hm = nn.Conv2d(channels, 1, 3, padding=1)

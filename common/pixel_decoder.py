@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.backbone import GroupNorm
 from common.errors import InputError
 from common.msda import msda
 from common.transformer import sine_position
@@ -135,7 +136,7 @@ class PixelDecoder(nn.Module):
         self.input_proj = nn.ModuleList()
         for width in reversed(levels):  # from stride 32 to stride 8
             conv = nn.Conv2d(width, channels, 1)
-            norm = nn.GroupNorm(32, channels)
+            norm = GroupNorm(32, channels)
             self.input_proj.append(nn.Sequential(conv, norm))
         embed = torch.randn(len(levels), channels)
         self.level_embed = nn.Parameter(embed)
@@ -144,10 +145,10 @@ class PixelDecoder(nn.Module):
             layer = EncoderLayer(channels, ffn, heads, len(levels), points)
             self.layers.append(layer)
         lateral = nn.Conv2d(res2, channels, 1, bias=False)
-        norm = nn.GroupNorm(32, channels)
+        norm = GroupNorm(32, channels)
         self.lateral = nn.Sequential(lateral, norm)
         smooth = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        norm = nn.GroupNorm(32, channels)
+        norm = GroupNorm(32, channels)
         self.output = nn.Sequential(smooth, norm, nn.ReLU(inplace=True))
         self.mask_features = nn.Conv2d(channels, channels, 1)
         for conv in (lateral, smooth, self.mask_features):
