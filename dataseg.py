@@ -1,10 +1,10 @@
 """DaTaSeg: Taming a Universal Multi-Dataset Multi-Task Segmentation Model (NeurIPS 2023).
 
-Claim. The classes of other datasets are not supervised: a step trains on one dataset, whose classes
-and one learned background are all that its proposals are compared with. Semantic, panoptic and
-instance segmentation are one problem: mask proposals, each with a class embedding. They differ in
-which proposals are merged: all of a class (semantic), those of stuff (panoptic), none (instance).
-So one network with shared weights learns from semantic maps, panoptic maps and mere boxes.
+Claim. The classes of other datasets are not supervised: a step trains on one dataset, and queries
+are compared with its classes and one learned background alone. Semantic, panoptic and instance
+segmentation are one problem: mask proposals, each with a class embedding. They differ in which
+proposals are merged: all of a class (semantic), those of stuff (panoptic), none (instance). So one
+network with shared weights learns from semantic maps, panoptic maps and mere boxes.
 
 Equation                                          function
 t_k, text embedding of class k                    common.text.embed
@@ -14,8 +14,8 @@ MERGE of proposals                                merge, join_members
 class: cross-entropy over K_d + 1 columns         loss_class
 masks: BCE and dice at points                     loss_mask, loss_dice
 boxes: projections of the mask on both axes       loss_projection
-L = 2 L_class + 5 (L_mask + L_dice), or
-2 L_class + 5 L_projection for boxes              compute_losses
+L = sum of 2 L_class + 5 (L_mask + L_dice)        compute_losses
+boxes: L = sum of 2 L_class + 5 L_projection      compute_losses
 
 Symbol           variable
 e_i              class_embed(z)
@@ -232,8 +232,9 @@ TINY = {
     "decoder_layers": 3,
 }
 # the settings that --weights restores: those that shape the model and its inputs
-MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "queries", "channels"]
+MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "queries", "channels"]
 MODEL_FIELDS += ["encoder_layers", "decoder_layers", "object_threshold"]
+MODEL_FIELDS += ["test_size"]
 SUPERVISION = ("boxes", "instances", "semantic", "panoptic")  # what it can learn from
 OFFICIAL = convert_mask2former  # official weights can be loaded, too
 TASKS = {
@@ -696,8 +697,7 @@ def evaluate(
     transform = ResizeShortest(args.test_size)
     for dataset in datasets:
         classes = label_space.swap(dataset.vocabulary)
-        task = TASKS[dataset.supervision]
-        predictor = partial(predict, model, label_space=classes, task=task)
+        predictor = partial(predict, model, label_space=classes, task=TASKS[dataset.supervision])
         results |= evaluate_dataset(predictor, dataset, transform, args, folder)
     return results
 

@@ -491,10 +491,10 @@ def compute_losses(
 ) -> dict[str, Tensor]:
     """L = sum over stages of (L_cls + L_box) + L_mask + the CenterNet losses, with boxes.
 
-    L_cls is `loss_cls` with w of `class_mask`, L_box is `loss_box_reg`. proposal_losses are those
-    of `CenterNet.losses`, and L_mask, `MaskHead.loss` of the first stage. A batch with image-level
-    labels has `compute_image_label_losses`, summed over the stages, instead of all these.
-    Returns every term, times its weight, and their sum as `loss`. frequency: as in `class_mask`
+    L_cls is `loss_cls` with w of `class_mask`, which takes `frequency`. L_box is `loss_box_reg`.
+    proposal_losses: of `CenterNet.losses`, and L_mask, `MaskHead.loss` of the first stage. A batch
+    with image labels has `compute_image_label_losses`, summed over the stages, instead of these.
+    Returns every term, times its weight, and their sum as `loss`.
     """
     losses = dict(proposal_losses)
     for k, (stage, prediction) in enumerate(zip(stages, predictions)):

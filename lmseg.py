@@ -381,9 +381,9 @@ class Model(nn.Module):
         """Runs Mask2Former's decoder, with the category guide, on the output of `extract`.
 
         Each layer has masked cross-attention to one feature level (the levels take turns),
-        self-attention and a feed-forward network. --cgd puts the attention to the text (`guides`)
-        after the masked one, before it or nowhere. Returns the predictions before the first layer
-        and after each. text: (K + 1, D), or None with --classifier heads, which reads label_space
+        self-attention and a feed-forward network. Returns the predictions before the first layer
+        and after each, for the auxiliary losses. --cgd puts the attention to the text (`guides`)
+        after the masked one, before it or nowhere. text: (K + 1, D); `heads` read label_space
         """
         memory, position, resized = [], [], []
         for features, code in zip(maps, self.level_embed):
@@ -424,9 +424,9 @@ class Model(nn.Module):
         label_space: LabelSpace,
         text: Tensor | None = None,
     ) -> MaskOutput:
-        """Returns all predictions for images (B, 3, H, W) uint8 of the one dataset of label_space.
+        """Returns all predictions for images (B, 3, H, W) uint8 of one dataset.
 
-        text: (K + 1, D), given in training with learned context; None: the text of label_space
+        text: (K + 1, D), given in training with learned context; None: the text of its label_space
         """
         if self.heads is None and text is None:
             text = torch.cat([label_space.text, self.background[None]])
@@ -445,9 +445,9 @@ def prepare_targets(batch: Batch) -> list[Targets]:
     height, width = batch.images.shape[-2:]
     targets = []
     for sample in batch.samples:
+        target = Targets(sample.boxes, sample.labels)
         masks = segment_masks(sample)
-        masks = F.pad(masks, (0, width - masks.shape[2], 0, height - masks.shape[1]))
-        target = Targets(sample.boxes, sample.labels, masks=masks)
+        target.masks = F.pad(masks, (0, width - masks.shape[2], 0, height - masks.shape[1]))
         targets.append(target)
     return targets
 
@@ -728,7 +728,7 @@ def main() -> None:
     size = test_transform(args, "coco-panoptic").size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
-        datasets = training_datasets(args, size, False, SUPERVISION)
+        datasets = training_datasets(args, size, True, SUPERVISION)
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:
         model, label_space = load(args.weights, args, device)
