@@ -73,9 +73,9 @@ class Rows:
         wide = F.interpolate(part[None], size, mode="bilinear", align_corners=False)[0]
         below = (places - upper)[:, None].to(wide.device)  # the weight of the lower row
         above = 1 - below
-        upper = wide[:, (upper - first).to(wide.device)]
-        lower = wide[:, (lower - first).to(wide.device)]
-        return torch.addcmul(lower.mul_(below), upper, above)
+        upper = wide.index_select(1, (upper - first).to(wide.device))
+        lower = wide.index_select(1, (lower - first).to(wide.device))
+        return lower.mul_(below).addcmul_(upper, above)
 
 
 @dataclass(frozen=True)
@@ -150,14 +150,19 @@ def semantic_labels(probabilities: Tensor, mask_logits: Tensor | FullMasks) -> T
 
     It works in strips of rows, since scores of 150 classes are larger than all the masks.
     """
-    scores_per_row = max(probabilities.shape) * mask_logits.shape[2]
+    size = mask_logits.shape[1:]
+    scores_per_row = max(probabilities.shape) * size[1]
     rows = max(1, STRIP // scores_per_row)
-    labels = []
+    # one tensor for all: small ones between the strips would keep their memory from the system
+    labels = torch.empty(size, dtype=torch.int16, device=probabilities.device)
+    top = 0
     for masks in strips_of(mask_logits):
         for strip in masks.split(rows, 1):
             scores = semantic_map(probabilities, strip)
-            labels.append(scores.argmax(0).short())
-    return torch.cat(labels)
+            bottom = top + strip.shape[1]
+            labels[top:bottom] = scores.argmax(0)
+            top = bottom
+    return labels
 
 
 def panoptic_map(
@@ -227,7 +232,9 @@ def _winners(
     """
     num = len(scores)
     counts = torch.zeros(3, num, dtype=torch.long, device=scores.device)
-    winners = []
+    size = mask_logits.shape[1:]
+    winners = torch.empty(size, dtype=torch.int16, device=scores.device)
+    top = 0
     for strip in strips_of(mask_logits):
         masks = strip.float().sigmoid()
         winner = (scores[:, None, None] * masks).argmax(0)  # (rows, W)
@@ -238,8 +245,10 @@ def _winners(
             is_inside = inside.gather(0, winner[None])[0]
             winner = winner.where(is_inside, num)
         counts[2] += winner.flatten().bincount(minlength=num + 1)[:num]
-        winners.append(winner.short())
-    return torch.cat(winners), counts
+        bottom = top + strip.shape[1]
+        winners[top:bottom] = winner
+        top = bottom
+    return winners, counts
 
 
 def instances(
