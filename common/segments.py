@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from common.masks import encode_masks
 
-STRIP = 2**24  # class scores, or mask logits, of a strip: 64 MiB
+STRIP = 2**24  # class scores of a strip: 64 MiB
+LOGITS = 2**21  # mask logits of a strip of a large image: 8 MiB, so that they stay in the caches
 WHOLE = 2**27  # mask logits of an image that are made at once: 512 MiB
 MASKS = 2**30  # pixels of all instance masks of an image, a byte each
 
@@ -121,7 +122,7 @@ class FullMasks:
             return
         padded = Rows(self.logits, tuple(self.logits.shape[1:]), self.padded)
         full = Rows(padded, self.size, self.original)
-        rows = max(1, STRIP // (count * width))
+        rows = max(1, LOGITS // (count * width))
         for start in range(0, height, rows):
             yield self._after_steps(full.read(start, min(height, start + rows)))
 
