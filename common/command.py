@@ -20,6 +20,7 @@ from tqdm import tqdm
 from common.checkpoint import read_metadata
 from common.console import open_console
 from common.convert import convert_if_official
+from common.distributed import environment_number
 from common.errors import InputError, SomeFailed
 
 
@@ -166,7 +167,7 @@ def check_numbers(args) -> None:
             raise InputError(f"{flag} must be {allowed}")
         if list(numbers) != sorted(numbers):
             raise InputError(f"{flag} must be a range, the smaller number first")
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = max(1, environment_number("WORLD_SIZE", 1))
     if args.batch_size % ranks:
         raise InputError(
             f"--batch-size {args.batch_size} is not a multiple of the {ranks} ranks; make it one"
@@ -199,8 +200,8 @@ def per_dataset(args, name: str, datasets: list, default: int, **special: int) -
 def read_args(path: Path, method: str) -> dict:
     """Reads `path`, a run's args.json. Raises InputError if unreadable or of another method."""
     try:
-        saved = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"--resume: {path} cannot be read ({error}); name the run folder of a training"
         ) from None
