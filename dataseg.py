@@ -73,7 +73,6 @@ from common.checkpoint import (
     load_checkpoint,
     load_weights,
     read_model,
-    save_checkpoint,
     save_weights,
 )
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
@@ -88,7 +87,7 @@ from common.masks import rasterise, segment_masks
 from common.optim import parameter_groups, poly_learning_rate, scaled_lr
 from common.pixel_decoder import PixelDecoder, tokens
 from common.point_matching import assign_by_depth, sample_pairs
-from common.runlog import RunLog, check_finite, make_run_folder
+from common.runlog import RunLog, make_run_folder
 from common.sampling import Mixture, RatioBatchSampler, make_loader
 from common.segments import instances, panoptic_map, restore, semantic_labels
 from common.targets import Targets
@@ -137,6 +136,10 @@ class Args:
     """run folder (default: runs/<method>-<time>)"""
     checkpoint_every: Annotated[int, Range(1)] = 1000
     """steps between checkpoints"""
+    keep: Annotated[int, Range(1)] = 2
+    """checkpoints that are kept, the newest ones"""
+    skip_bad: Annotated[int, COUNT] = 0
+    """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
     """data loading processes per rank"""
     amp: Literal["auto", "on", "off"] = "auto"
@@ -603,7 +606,7 @@ def build_dataloader(
     sampler = RatioBatchSampler(factors, [*ratios.values()], [*batches.values()], *place)
     square = sides if should_compile(args.compile, device) else None
     mixture = Mixture(datasets, transforms, args.seed)
-    return make_loader(mixture, args.workers, square, batch_sampler=sampler)
+    return make_loader(mixture, args, square, batch_sampler=sampler)
 
 
 def train(
@@ -622,7 +625,7 @@ def train(
     for d in datasets:
         merged[d.name] = merged_classes(parts[d.name], TASKS[d.supervision]).to(device)  # (K,)
 
-    checkpoint = last_checkpoint(folder) if args.resume else None
+    checkpoint = last_checkpoint(folder)
     weights = checkpoint or args.weights
     model = Model(args, label_space, pretrained=not weights).to(device)
     if weights:
@@ -642,7 +645,7 @@ def train(
     if world_size() > 1:
         parallel = DistributedDataParallel(model)
     loader = build_dataloader(args, datasets, start, device)
-    run_log = RunLog(folder, steps, start)
+    run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)
 
     for step, batch in zip(range(start + 1, steps + 1), loader):
         # step: forward, backward, update
@@ -660,18 +663,15 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         losses = {term: value.detach() for term, value in losses.items()}
-        check_finite(losses, step)
+        run_log.check_finite(losses, step, batch)
         nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
         model.logit_scale.data.clamp_(max=math.log(100))
 
         # log and save
         run_log.step(step, losses, rate, len(batch) * world_size(), name)
-        if step % args.checkpoint_every == 0 or step == steps:
-            save_checkpoint(folder, step, model, label_space, optimizer, metadata)
     run_log.close()
-    if rank() == 0:
-        save_weights(folder / "weights.safetensors", model, label_space, metadata)
+    save_weights(folder / "weights.safetensors", model, label_space, metadata)
     return model, label_space
 
 
@@ -731,7 +731,7 @@ def main() -> None:
     evaluated = [] if args.predict else load_datasets(names, "val", root, size, False, SUPERVISION)
     for dataset in evaluated:  # a name without an embedding must show before the training
         label_space.swap(dataset.vocabulary)
-    folder = make_run_folder(args, METHOD)
+    folder = make_run_folder(args, METHOD, label_space)
     if training:
         warn_of_overlap(datasets, evaluated)
         model, label_space = train(args, datasets, label_space, folder, device)

@@ -77,7 +77,6 @@ from common.checkpoint import (
     load_checkpoint,
     load_weights,
     read_model,
-    save_checkpoint,
     save_weights,
 )
 from common.class_counts import boxed_names, images_per_class, seen_and_unseen
@@ -92,7 +91,7 @@ from common.inference import evaluate_dataset, predict_each, predict_files, to_d
 from common.labels import LabelSpace, Vocabulary
 from common.masks import paste_rles
 from common.optim import learning_rate, scaled_lr
-from common.runlog import RunLog, check_finite, make_run_folder
+from common.runlog import RunLog, make_run_folder
 from common.sampling import Mixture, RatioBatchSampler, make_loader, repeat_factors
 from common.targets import Targets
 from common.text import embed, sentence_encoder
@@ -140,6 +139,10 @@ class Args:
     """run folder (default: runs/<method>-<time>)"""
     checkpoint_every: Annotated[int, Range(1)] = 1000
     """steps between checkpoints"""
+    keep: Annotated[int, Range(1)] = 2
+    """checkpoints that are kept, the newest ones"""
+    skip_bad: Annotated[int, COUNT] = 0
+    """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
     """data loading processes per rank"""
     amp: Literal["auto", "on", "off"] = "auto"
@@ -589,7 +592,7 @@ def build_dataloader(
     sampler = RatioBatchSampler(factors, [*ratios.values()], [*batches.values()], *place)
     square = sides if should_compile(args.compile, device) else None
     mixture = Mixture(datasets, transforms, args.seed)
-    return make_loader(mixture, args.workers, square, batch_sampler=sampler)
+    return make_loader(mixture, args, square, batch_sampler=sampler)
 
 
 def train(
@@ -608,7 +611,7 @@ def train(
     captioned = [d.name for d in datasets if d.index.captions]
     encode = sentence_encoder(args.text_encoder) if captioned else None
 
-    checkpoint = last_checkpoint(folder) if args.resume else None
+    checkpoint = last_checkpoint(folder)
     weights = checkpoint or args.weights
     model = Model(args, label_space, pretrained=not weights).to(device)
     if weights:
@@ -634,7 +637,7 @@ def train(
         # image-level labels train neither the mask head nor the box regression
         parallel = DistributedDataParallel(model, find_unused_parameters=True)
     loader = build_dataloader(args, datasets, start, device)
-    run_log = RunLog(folder, steps, start)
+    run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)
 
     for step, batch in zip(range(start + 1, steps + 1), loader):
         # step: forward, backward, update
@@ -654,17 +657,14 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         losses = {term: value.detach() for term, value in losses.items()}
-        check_finite(losses, step)
+        run_log.check_finite(losses, step, batch)
         nn.utils.clip_grad_value_(model.parameters(), 1.0)
         optimizer.step()
 
         # log and save
         run_log.step(step, losses, optimizer.param_groups[0]["lr"], len(batch) * world_size())
-        if step % args.checkpoint_every == 0 or step == steps:
-            save_checkpoint(folder, step, model, label_space, optimizer, metadata)
     run_log.close()
-    if rank() == 0:
-        save_weights(folder / "weights.safetensors", model, label_space, metadata)
+    save_weights(folder / "weights.safetensors", model, label_space, metadata)
     return model, label_space
 
 
@@ -733,7 +733,7 @@ def main() -> None:
     evaluated = [] if args.predict else load_datasets(names, "val", root, size)
     for dataset in evaluated:  # a name without an embedding must show before the training
         label_space.swap(dataset.vocabulary)
-    folder = make_run_folder(args, METHOD)
+    folder = make_run_folder(args, METHOD, label_space)
     if training:
         warn_of_overlap(datasets, evaluated)
         model, label_space = train(args, datasets, label_space, folder, device)

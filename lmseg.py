@@ -77,7 +77,6 @@ from common.checkpoint import (
     load_checkpoint,
     load_weights,
     read_model,
-    save_checkpoint,
     save_weights,
 )
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
@@ -93,7 +92,7 @@ from common.masks import segment_masks
 from common.optim import parameter_groups, poly_learning_rate, scaled_lr
 from common.pixel_decoder import PixelDecoder, tokens
 from common.point_matching import assign_by_depth, sample_pairs
-from common.runlog import RunLog, check_finite, make_run_folder
+from common.runlog import RunLog, make_run_folder
 from common.sampling import Mixture, RatioBatchSampler, make_loader
 from common.segments import panoptic_map, restore, semantic_labels
 from common.targets import Targets
@@ -140,6 +139,10 @@ class Args:
     """run folder (default: runs/<method>-<time>)"""
     checkpoint_every: Annotated[int, Range(1)] = 1000
     """steps between checkpoints"""
+    keep: Annotated[int, Range(1)] = 2
+    """checkpoints that are kept, the newest ones"""
+    skip_bad: Annotated[int, COUNT] = 0
+    """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
     """data loading processes per rank"""
     amp: Literal["auto", "on", "off"] = "auto"
@@ -584,7 +587,7 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     place = (args.seed, start, rank(), world_size())
     sampler = RatioBatchSampler(factors, [*ratios.values()], batches, *place, apart=True)
     mixture = Mixture(datasets, transforms, args.seed)
-    return make_loader(mixture, args.workers, batch_sampler=sampler)
+    return make_loader(mixture, args, batch_sampler=sampler)
 
 
 def train(
@@ -603,7 +606,7 @@ def train(
     encoder = context_encoder(args.text_encoder, device) if learned else None
     width = encoder.width if encoder else 0
 
-    checkpoint = last_checkpoint(folder) if args.resume else None
+    checkpoint = last_checkpoint(folder)
     weights = checkpoint or args.weights
     model = Model(args, label_space, pretrained=not weights, width=width).to(device)
     if args.classifier == "text" and not encoder:
@@ -626,7 +629,8 @@ def train(
         # a step of the multi-head baseline trains one dataset's head
         parallel = DistributedDataParallel(model, find_unused_parameters=model.heads is not None)
     loader = build_dataloader(args, datasets, start)
-    run_log = RunLog(folder, steps, start)
+    trained = partial(trained_label_space, args, model, label_space)
+    run_log = RunLog(args, folder, steps, start, model, trained, optimizer, metadata)
 
     for step, batch in zip(range(start + 1, steps + 1), loader):
         # step: forward, backward, update
@@ -647,19 +651,15 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         losses = {term: value.detach() for term, value in losses.items()}
-        check_finite(losses, step)
+        run_log.check_finite(losses, step, batch)
         nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
 
         # log and save
         run_log.step(step, losses, rate, len(batch) * world_size(), name)
-        if step % args.checkpoint_every == 0 or step == steps:
-            label_space = trained_label_space(args, model, label_space)
-            save_checkpoint(folder, step, model, label_space, optimizer, metadata)
     run_log.close()
-    label_space = trained_label_space(args, model, label_space)
-    if rank() == 0:
-        save_weights(folder / "weights.safetensors", model, label_space, metadata)
+    label_space = trained()
+    save_weights(folder / "weights.safetensors", model, label_space, metadata)
     return model, label_space
 
 
@@ -733,7 +733,7 @@ def main() -> None:
     evaluated = [] if args.predict else load_datasets(names, "val", root, size, False, SUPERVISION)
     for dataset in evaluated:  # a name without an embedding must show before the training
         label_space.swap(dataset.vocabulary)
-    folder = make_run_folder(args, METHOD)
+    folder = make_run_folder(args, METHOD, label_space)
     if training:
         warn_of_overlap(datasets, evaluated)
         model, label_space = train(args, datasets, label_space, folder, device)

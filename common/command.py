@@ -2,16 +2,17 @@
 
 import dataclasses
 import difflib
-import json
 import logging
 import math
 import multiprocessing
 import os
 import resource
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import torch.distributed as dist
 import tyro
@@ -19,7 +20,12 @@ from tqdm import tqdm
 
 from common.checkpoint import read_metadata
 from common.convert import convert_if_official
+from common.distributed import rank
 from common.errors import InputError
+from common.rescue import Stop, explain, heed_no_more, heed_signals, rescue
+from common.runlog import OF_A_START, read_args
+
+log = logging.getLogger("concord")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +90,14 @@ def parse_args(
         hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
         raise InputError(f"unknown argument '{unknown[0]}'; {hint}")
     if args.resume:
-        repeated = vars(default).keys() - {"resume", "output", "eval_only", "predict"}
-        saved = read_args(Path(args.resume) / "args.json", method)
+        for name in ("output", "weights", "predict", "eval_only"):
+            if getattr(args, name):
+                raise InputError(
+                    f"--{name.replace('_', '-')} has no effect beside --resume {args.resume}, which"
+                    " goes on with that training; leave one of them out"
+                )
+        repeated = vars(default).keys() - OF_A_START
+        saved = read_args(Path(args.resume), method)
         args, _ = parse(with_saved(default, saved, repeated))
     elif args.weights:
         weights = str(convert_if_official(args.weights, method, convert))
@@ -110,6 +122,8 @@ def with_saved(default, saved: dict, names):
         value = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
         is_number = isinstance(getattr(default, name), float)
         kinds = (int, float) if is_number else type(getattr(default, name))
+        if isinstance(hints[name], UnionType):  # int | None
+            kinds = hints[name]
         choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else [value]
         if not isinstance(value, kinds) or value not in choices:
             raise InputError(
@@ -129,6 +143,8 @@ def check_numbers(args) -> None:
     """Raises InputError for a number that is not in the range of its flag's type."""
     hints = get_type_hints(type(args), include_extras=True)
     for name, value in vars(args).items():
+        if value is None:  # the default depends on the datasets
+            continue
         numbers = value if isinstance(value, tuple) else (value,)
         flag = f"--{name.replace('_', '-')} {' '.join(map(str, numbers))}"
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
@@ -145,6 +161,11 @@ def check_numbers(args) -> None:
         raise InputError(
             f"--batch-size {args.batch_size} is not a multiple of the {ranks} ranks; make it one"
         )
+
+
+def given(value, default):
+    """Returns the value of a flag, or `default` if it was not given (None)."""
+    return default if value is None else value
 
 
 def per_dataset(args, name: str, datasets: list, default: int, **special: int) -> dict[str, int]:
@@ -169,39 +190,46 @@ def per_dataset(args, name: str, datasets: list, default: int, **special: int) -
     return values
 
 
-def read_args(path: Path, method: str) -> dict:
-    """Reads args.json of a run folder. Raises InputError if broken or of another method."""
-    try:
-        saved = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"--resume: {path} cannot be read ({error}); name the run folder of a training"
-        ) from None
-    if not isinstance(saved, dict) or saved.get("method") != method:
-        raise InputError(
-            f"--resume: {path} is not of a {method} training; name the run folder of one"
-        )
-    return saved
-
-
 def close_bars() -> None:
     """Closes all progress bars, so that a message gets a line of its own."""
     for bar in list(getattr(tqdm, "_instances", [])):
         bar.close()
 
 
-def fail(line: str) -> None:
-    """Prints one line and ends the process with exit code 2."""
+def fail(error: BaseException) -> NoReturn:
+    """Saves the last whole step, prints one line for the error and ends the process.
+
+    An unknown error is raised again, for its traceback. The exit codes are those of `explain`.
+    """
+    heed_no_more()
     close_bars()
-    print(f"error: {line}", file=sys.stderr)
+    line, code = explain(error)
+    kept = rescue()
+    if code > 128:  # a signal, which all ranks get
+        if rank() == 0:
+            print("; ".join(filter(None, (line, kept))), file=sys.stderr)
+    else:
+        if kept:
+            log.info(kept)
+        if line:
+            print(f"error: {line}", file=sys.stderr)
+    if not line and dist.is_initialized():
+        traceback.print_exception(error)
     sys.stdout.flush()
+    sys.stderr.flush()
     if dist.is_initialized():
-        os._exit(2)  # other ranks may wait in a collective: do not join them
-    sys.exit(2)
+        os._exit(code)  # other ranks may wait in a collective: do not join them
+    if not line:
+        raise error
+    sys.exit(code)
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Calls `main()`. Bad input ends with one line and exit code 2, an interrupt with 130."""
+    """Calls `main()`. It ends with one line on bad input, on signals and on lack of memory.
+
+    What was trained until then is saved. The exit code is 2 for bad input, 143, 130 and 129 for
+    SIGTERM, SIGINT and SIGHUP, else 1.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -210,26 +238,10 @@ def run_command(main: Callable[[], None]) -> None:
     if sys.platform == "linux":
         # Python 3.14's default would give every worker a copy of the mapped annotations
         multiprocessing.set_start_method("fork", force=True)
-    try:
-        main()
-    except InputError as error:
-        # a DataLoader worker hands on its whole traceback; the message is the last line
-        fail(str(error).strip().splitlines()[-1].removeprefix("common.errors.InputError: "))
-    except OSError as error:  # a full disk, a read-only folder, a name that is too long
-        if error.errno is None:
-            raise
-        place = error.filename or "writing"
-        fail(
-            f"{place}: {error.strerror}; see to the disk or folder, or choose another --output or"
-            " CONCORD_CACHE"
-        )
-    except KeyboardInterrupt:
-        close_bars()
-        print(
-            "interrupted; --resume RUN_FOLDER goes on from its last checkpoint, if there is one",
-            file=sys.stderr,
-        )
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with heed_signals():
+        try:
+            main()
+        except (Exception, KeyboardInterrupt, Stop) as error:
+            fail(error)
+    if dist.is_initialized():
+        dist.destroy_process_group()

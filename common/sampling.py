@@ -4,10 +4,15 @@ A stream of images is endless and depends on the seed alone; a resumed run conti
 elements are (row, draw): `row` numbers the images of all datasets, `draw` the elements.
 """
 
+import errno
+import fcntl
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,17 +22,54 @@ from common.batch import Sample, collate
 from common.datasets.dataset import Dataset
 from common.errors import InputError
 
+log = logging.getLogger("concord")
+
+# errors of a file system that no second try mends
+LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG)
+
+
+@dataclass(frozen=True)
+class Skips:
+    """The unreadable images that a training does without: at most `limit` different ones.
+
+    They are listed in skipped-images.txt of the run folder, for all processes and for later starts.
+    """
+
+    limit: int = 0
+    folder: Path = Path()
+
+    def admits(self, name: str, error: InputError) -> bool:
+        """Returns whether image `name` may be skipped, and lists it with a line in the log."""
+        if not self.limit:
+            return False
+        with (self.folder / "skipped-images.txt").open("a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # other processes read and write it, too
+            file.seek(0)
+            listed = file.read().splitlines()
+            if name in listed:
+                return True
+            if len(listed) >= self.limit:
+                return False
+            file.write(name + "\n")
+        count = len(listed) + 1
+        # an error, since ranks other than 0 log nothing else
+        message = "%s: another image takes its place (%d of --skip-bad %d)"
+        log.error(message, error, count, self.limit)
+        return True
+
 
 @dataclass
 class Mixture(torch.utils.data.Dataset):
     """Several datasets end to end. The key of an item is (row, draw).
 
-    The augmentation depends on the seed and `draw` alone, not on the number of workers.
+    The augmentation depends on the seed and `draw` alone, not on the number of workers. So does the
+    image of the same dataset that takes the place of an unreadable one, as far as `skips` allows.
     """
 
     datasets: list[Dataset]
     transforms: dict[str, Callable[[Sample], Sample]]
     seed: int
+    skips: Skips = Skips()
 
     def __post_init__(self):
         self.starts = first_rows(self.datasets)
@@ -38,12 +80,43 @@ class Mixture(torch.utils.data.Dataset):
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         row, draw = item
         d = int(np.searchsorted(self.starts, row, side="right")) - 1
-        start = int(self.starts[d])
-        sample = self.datasets[d].load(row - start)
+        sample = self._load(d, row - int(self.starts[d]), draw)
         transform = self.transforms[sample.dataset]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed * 1_000_003 + draw)
-            return transform(sample)
+            transformed = transform(sample)
+        name = self.datasets[d].index.file_name(sample.index)
+        return replace(transformed, draw=draw, file_name=name)
+
+    def _load(self, d: int, row: int, draw: int) -> Sample:
+        """Returns image `row` of dataset d, or another one of it if that is unreadable."""
+        dataset = self.datasets[d]
+        rng = np.random.default_rng([self.seed, draw])
+        for _ in range(100):
+            try:
+                return load_patiently(dataset, row)
+            except InputError as error:
+                name = f"{dataset.name}: {dataset.index.file_name(row)}"
+                if not self.skips.admits(name, error):
+                    raise
+            row = int(rng.integers(len(dataset)))
+        raise InputError(f"{dataset.name}: 100 images in a row are unreadable; see to the disk")
+
+
+def load_patiently(dataset: Dataset, row: int) -> Sample:
+    """Returns image `row` of the dataset. A file system that fails gets three tries."""
+    for seconds in (0.5, 2):
+        try:
+            return dataset.load(row)
+        except (InputError, OSError) as error:
+            cause = error if isinstance(error, OSError) else error.__context__
+            code = cause.errno if isinstance(cause, OSError) else None
+            if code in (None, *LASTING):
+                raise
+            message = "%s: tried again in %g s"
+            log.error(message, error, seconds)
+            time.sleep(seconds)
+    return dataset.load(row)
 
 
 @dataclass
@@ -267,17 +340,19 @@ def shard(length: int, rank: int, world_size: int) -> range:
 
 
 def make_loader(
-    mixture: Mixture, workers: int, square: dict[str, int] | None = None, **sampling
+    mixture: Mixture, args, square: dict[str, int] | None = None, **sampling
 ) -> DataLoader:
     """Returns the loader of a training.
 
+    args:     --workers, --skip-bad, and --output, the run folder that lists skipped images
     square:   pads the images of each dataset to one shape, as in `collate`
     sampling: DataLoader's sampler and batch_size, or its batch_sampler
     """
+    mixture.skips = Skips(args.skip_bad, Path(args.output))
     return DataLoader(
         mixture,
         collate_fn=partial(collate, square=square),
-        num_workers=workers,
+        num_workers=args.workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own: it must not disturb the run's random numbers
         **sampling,
