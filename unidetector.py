@@ -560,7 +560,7 @@ def train(
         key = fingerprint(model.localizer, args.test_size, args.rpn_proposals, args.alpha)
         locate = partial(embed_regions, model, limit=0)
         resize = ResizeShortest(args.test_size)
-        datasets = with_proposals(locate, datasets, resize, folder, key, args.workers)
+        datasets = with_proposals(locate, datasets, resize, folder, key, args)
         rest = range(switch, steps)
         train_stage(args, model, "classifiers", rest, datasets, label_space, folder)
     save_weights(folder / "weights.safetensors", model, label_space, run_metadata(args))

@@ -23,7 +23,7 @@ from common.convert import convert_if_official
 from common.distributed import rank
 from common.errors import InputError
 from common.rescue import Stop, explain, heed_no_more, heed_signals, rescue
-from common.runlog import OF_A_START, read_args
+from common.runlog import OF_A_START, read_args, unlock
 
 log = logging.getLogger("concord")
 
@@ -243,5 +243,7 @@ def run_command(main: Callable[[], None]) -> None:
             main()
         except (Exception, KeyboardInterrupt, Stop) as error:
             fail(error)
+        finally:
+            unlock()
     if dist.is_initialized():
         dist.destroy_process_group()

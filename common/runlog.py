@@ -55,7 +55,7 @@ def make_run_folder(args, method: str, label_space: LabelSpace) -> Path:
     """Creates the run folder with its args.json. Returns the path, the same on all ranks.
 
     It is that of --resume or --output, by default runs/<method>-<time>. A training locks it until
-    its process ends, and goes on from what the folder holds; `args.output` becomes the path. Other
+    the command ends, and goes on from what the folder holds; `args.output` becomes the path. Other
     settings than before are written to args.json, whose "history" keeps the old ones.
     Raises InputError on every rank if the folder cannot be used, if another run is training in it,
     if a setting differs that may not, and if `label_space` is another.
@@ -111,6 +111,12 @@ def _lock(folder: Path) -> None:
     except BlockingIOError:
         raise InputError(f"another run is training in {folder}; choose another --output") from None
     LOCKS[path] = file  # closing it, or another file object of it, would unlock it
+
+
+def unlock() -> None:
+    """Unlocks all run folders that this process has locked."""
+    for path in list(LOCKS):
+        LOCKS.pop(path).close()
 
 
 def read_args(folder: Path, method: str) -> dict:

@@ -4,10 +4,6 @@ A stream of images is endless and depends on the seed alone; a resumed run conti
 elements are (row, draw): `row` numbers the images of all datasets, `draw` the elements.
 """
 
-import errno
-import fcntl
-import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,41 +17,7 @@ from torch.utils.data import DataLoader
 from common.batch import Sample, collate
 from common.datasets.dataset import Dataset
 from common.errors import InputError
-
-log = logging.getLogger("concord")
-
-# errors of a file system that no second try mends
-LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG)
-
-
-@dataclass(frozen=True)
-class Skips:
-    """The unreadable images that a training does without: at most `limit` different ones.
-
-    They are listed in skipped-images.txt of the run folder, for all processes and for later starts.
-    """
-
-    limit: int = 0
-    folder: Path = Path()
-
-    def admits(self, name: str, error: InputError) -> bool:
-        """Returns whether image `name` may be skipped, and lists it with a line in the log."""
-        if not self.limit:
-            return False
-        with (self.folder / "skipped-images.txt").open("a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # other processes read and write it, too
-            file.seek(0)
-            listed = file.read().splitlines()
-            if name in listed:
-                return True
-            if len(listed) >= self.limit:
-                return False
-            file.write(name + "\n")
-        count = len(listed) + 1
-        # an error, since ranks other than 0 log nothing else
-        message = "%s: another image takes its place (%d of --skip-bad %d)"
-        log.error(message, error, count, self.limit)
-        return True
+from common.unreadable import NONE, Skips, load_patiently
 
 
 @dataclass
@@ -69,7 +31,7 @@ class Mixture(torch.utils.data.Dataset):
     datasets: list[Dataset]
     transforms: dict[str, Callable[[Sample], Sample]]
     seed: int
-    skips: Skips = Skips()
+    skips: Skips = NONE
 
     def __post_init__(self):
         self.starts = first_rows(self.datasets)
@@ -101,22 +63,6 @@ class Mixture(torch.utils.data.Dataset):
                     raise
             row = int(rng.integers(len(dataset)))
         raise InputError(f"{dataset.name}: 100 images in a row are unreadable; see to the disk")
-
-
-def load_patiently(dataset: Dataset, row: int) -> Sample:
-    """Returns image `row` of the dataset. A file system that fails gets three tries."""
-    for seconds in (0.5, 2):
-        try:
-            return dataset.load(row)
-        except (InputError, OSError) as error:
-            cause = error if isinstance(error, OSError) else error.__context__
-            code = cause.errno if isinstance(cause, OSError) else None
-            if code in (None, *LASTING):
-                raise
-            message = "%s: tried again in %g s"
-            log.error(message, error, seconds)
-            time.sleep(seconds)
-    return dataset.load(row)
 
 
 @dataclass
