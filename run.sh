@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Concord in one command, on a machine with nothing but Python >= 3.10.
 #
-#   ./run.sh                      train ScaleDet on two generated datasets, evaluate both and one never trained on
+#   ./run.sh [FLAGS...]           train ScaleDet on two generated datasets, evaluate both and one never trained on
 #   ./run.sh METHOD [FLAGS...]    the demonstration of a method on generated data, with further flags
 #   ./run.sh METHOD ARGS...       run a method on your data: ./run.sh scaledet --datasets coco,o365 --data-root DATA
 #   ./run.sh test [ARGS...]       run all tests (ARGS go to pytest)
@@ -36,6 +36,7 @@ case "${1:-}" in
     "") exec .venv/bin/python -m common.demo scaledet ;;
     test) shift; exec .venv/bin/python -m pytest -n auto "$@" ;;
     -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0" ;;
+    -*) exec .venv/bin/python -m common.demo scaledet "$@" ;;
     *)
         if [ ! -f "$1.py" ] || ! grep -q '^class Args' "$1.py"; then
             echo "error: there is no method '$1'; there are: $(grep -l '^class Args' ./*.py | sed 's|./||; s|\.py||' | xargs)" >&2

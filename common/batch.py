@@ -23,7 +23,7 @@ class Sample:
     original_size: (height, width) of the file, before any transform
     boxes:         (N, 4) float32 xyxy, absolute pixels of `image`
     labels:        (N,) int64, index into the vocabulary of `dataset`
-    masks:         (N, H, W) bool, or None
+    masks:         (N, H, W) bool; one without a pixel says that the object has only a box. Or None
     segments:      (H, W) int16, or None: for each pixel the row of its segment in `labels`, or -1
                    for unlabelled, void and crowd. `labels` has one row per class in the image
                    ("semantic") or per segment ("panoptic"). There are no masks and boxes then.

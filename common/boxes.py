@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou, roi_align
 
-MAX_LOG_SCALE = math.log(1000 / 16)  # a delta may enlarge a box at most this much
+MAX_LOG_SCALE = math.log(1000 / 16)  # largest dw or dh: a side grows at most 62.5 times
 
 
 def sides(boxes: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def centres(boxes: Tensor) -> Tensor:
 
 
 def have_area(boxes: Tensor) -> Tensor:
-    """Returns which boxes (N, 4) are not empty: (N,) bool."""
+    """Returns which boxes (N, 4) have a positive width and height: (N,) bool."""
     low, high = boxes.chunk(2, 1)
     return (high > low).all(1)
 
@@ -31,6 +31,7 @@ def have_area(boxes: Tensor) -> Tensor:
 def encode_boxes(boxes: Tensor, targets: Tensor, weights: tuple[float, ...]) -> Tensor:
     """Returns the weighted deltas dx, dy, dw, dh (N, 4) that move boxes (N, 4) to targets (N, 4).
 
+    weights: four factors by which dx, dy, dw, dh are multiplied
     Source: facebookresearch/detectron2:detectron2/modeling/box_regression.py (Box2BoxTransform).
     """
     centre, size = _centres_and_sides(boxes)
@@ -45,7 +46,7 @@ def encode_boxes(boxes: Tensor, targets: Tensor, weights: tuple[float, ...]) -> 
 
 
 def _centres_and_sides(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns centres and sides, (N, 2) each, rounded as detectron2 rounds them."""
+    """Returns centres and sides, (N, 2) each, with the same rounding errors as detectron2."""
     low, high = boxes.chunk(2, 1)
     size = high - low
     centre = low + 0.5 * size
@@ -53,7 +54,10 @@ def _centres_and_sides(boxes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_boxes(boxes: Tensor, deltas: Tensor, weights: tuple[float, ...]) -> Tensor:
-    """Moves boxes (N, 4) by weighted deltas (N, 4): the inverse of `encode_boxes`."""
+    """Moves boxes (N, 4) by weighted deltas (N, 4): the inverse of `encode_boxes`.
+
+    A side grows at most by the factor 1000 / 16. Returns boxes (N, 4), which are not clipped.
+    """
     centre, size = _centres_and_sides(boxes)
     factors = deltas.new_tensor(weights)
     deltas = deltas / factors
@@ -72,8 +76,11 @@ def box_delta_loss(
 ) -> Tensor:
     """Class-agnostic box regression loss: 1/R sum_{r in fg} |d_r - encode(b_r, g_r)|_1.
 
-    R counts all regions, background too. Without any, the loss is 0.
-    deltas d (R, 4), labels (R,), -1 on background, boxes b (R, 4), gt_boxes g (R, 4)
+    R is the number of regions, background included. If R is 0, the loss is 0.
+    deltas:   (R, 4), d
+    labels:   (R,), -1 on background; all other regions are foreground (fg)
+    boxes:    (R, 4), b; gt_boxes: (R, 4), g, the matched ground truth, not read on background
+    weights:  of encode, which is `encode_boxes`
     Source: facebookresearch/detectron2:detectron2/modeling/roi_heads/fast_rcnn.py (box_reg_loss).
     """
     fg = labels >= 0
@@ -86,21 +93,26 @@ def box_delta_loss(
 
 
 class RoIAlign(torch.autograd.Function):
-    """torchvision's roi_align, whose backward pass visits only the regions that have a gradient.
+    """Does what torchvision's roi_align does; its backward pass skips regions without gradient.
 
-    Of an image with image-level labels, that is one region in a hundred.
+    In an image with image-level labels, only one region in a hundred has a gradient.
     """
 
     @staticmethod
     def forward(ctx, feature: Tensor, rois: Tensor, resolution: int, scale: float) -> Tensor:
-        """feature (B, F, h, w), rois (R, 5) = image index and box -> (R, F, r, r)."""
+        """Pools the regions of a feature map: returns (R, F, r, r), where r is `resolution`.
+
+        feature: (B, F, h, w)
+        rois:    (R, 5): image index, then the box in image pixels
+        scale:   1 / stride of the feature map
+        """
         ctx.save_for_backward(rois)
         ctx.settings = (scale, resolution, resolution, *feature.shape)
         return roi_align(feature, rois, resolution, scale, aligned=True)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        """Gradient (R, F, r, r) of the output -> gradient (B, F, h, w) of the feature."""
+        """Turns the output's gradient (R, F, r, r) into the feature's gradient (B, F, h, w)."""
         (rois,) = ctx.saved_tensors
         rows = gradient.flatten(1).any(1)  # (R,)
         of_output = gradient[rows]
@@ -113,10 +125,12 @@ class RoIAlign(torch.autograd.Function):
 def pool_rois(
     features: list[Tensor], strides: list[int], boxes: list[Tensor], resolution: int
 ) -> Tensor:
-    """Pools each box by RoIAlign from the level that fits its size: (R, F, r, r).
+    """Pools each box by RoIAlign from the level that fits its size.
 
-    A box of 224 x 224 pixels is pooled from the map of stride 16.
-    features: L tensors (B, F, h, w), with their strides; boxes: B tensors (Q, 4), R in all
+    A box of 224 x 224 pixels is pooled from the map of stride 16, a box twice as large from the
+    next. Returns (R, F, r, r) in the order of the boxes; r is `resolution`.
+    features: L tensors (B, F, h, w); strides: L numbers, each twice the one before
+    boxes:    B tensors (Q, 4), R boxes in all
     Source: facebookresearch/detectron2:detectron2/modeling/poolers.py.
     """
     flat = torch.cat(boxes)  # (R, 4)
@@ -153,7 +167,10 @@ def pool_rois(
 def two_layers(
     channels: int, fc_dim: int, init: Callable[[Tensor], object] = nn.init.xavier_uniform_
 ) -> nn.Sequential:
-    """Returns a box head: pooled features (R, F, 7, 7) -> (R, fc_dim); `init` fills its weights."""
+    """Returns a box head of two linear layers with ReLU: (R, channels, 7, 7) -> (R, fc_dim).
+
+    `init` fills the weight tensor of each layer in place. The biases are 0.
+    """
     first = nn.Linear(channels * 49, fc_dim)
     second = nn.Linear(fc_dim, fc_dim)
     for layer in (first, second):
@@ -165,10 +182,13 @@ def two_layers(
 def select_detections(
     boxes: Tensor, scores: Tensor, one_class: bool, threshold: float = 0.02, limit: int = 300
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the best `limit` detections of an image after NMS per class at IoU 0.5.
+    """Selects the best detections of an image by NMS per class at IoU 0.5.
 
-    boxes (Q, 4), scores (Q, C) -> boxes (N, 4), scores (N,), labels (N,)
-    one_class: a box keeps only its best class, instead of every class above the threshold
+    Returns boxes (N, 4), scores (N,) and labels (N,), by falling score.
+    boxes:     (Q, 4); scores: (Q, C)
+    one_class: a box keeps only its best class, instead of every class
+    threshold: only scores above it become detections
+    limit:     largest N
     Source: facebookresearch/detectron2:detectron2/modeling/roi_heads/fast_rcnn.py
     (fast_rcnn_inference).
     """
@@ -178,7 +198,7 @@ def select_detections(
     passing = scores > threshold
     row, label = passing.nonzero(as_tuple=True)
     score = scores[row, label]
-    if len(row) > 10_000:  # with tens of thousands of classes; NMS hardly ever needs more
+    if len(row) > 10_000:  # only with tens of thousands of classes; NMS hardly ever needs the rest
         score, best = score.topk(10_000)
         row = row[best]
         label = label[best]
@@ -189,10 +209,11 @@ def select_detections(
 
 
 def soft_nms(boxes: Tensor, scores: Tensor, sigma: float = 0.5, min_score: float = 1e-3) -> Tensor:
-    """Gaussian soft-NMS per class: boxes (Q, 4), scores (Q, C) -> (Q, C), 0 if below `min_score`.
+    """Lowers scores by Gaussian soft-NMS per class: boxes (Q, 4), scores (Q, C) -> (Q, C), a copy.
 
     Repeatedly, the best remaining box of a class keeps its score, and the scores of the others are
     multiplied by exp(-IoU^2 / sigma). Each of at most Q rounds does this for all classes at once.
+    A score that falls below `min_score` becomes 0.
     Source: arXiv 1704.04503, and mmcv's soft_nms.
     """
     iou = box_iou(boxes, boxes)  # (Q, Q)
@@ -216,7 +237,7 @@ def soft_nms(boxes: Tensor, scores: Tensor, sigma: float = 0.5, min_score: float
 
 
 def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU of boxes in the same row: (N, 4), (N, 4) -> (N,). Empty boxes overlap nothing."""
+    """Returns the IoU of the boxes in the same row: (N, 4), (N, 4) -> (N,), 0 if one is empty."""
     low, high = boxes.chunk(2, 1)
     other_low, other_high = others.chunk(2, 1)
     low = torch.maximum(low, other_low)

@@ -119,11 +119,12 @@ class Cascade(nn.Module):
 
 
 def sample_federated(labels: Tensor, frequency: Tensor, num: int = 50) -> Tensor:
-    """Samples the classes of the federated loss: (C,) 1 for a sampled class, 0 for another.
+    """Samples the classes of the federated loss. Returns (C,): 1 for a sampled class, otherwise 0.
 
-    All classes of `labels` are in it. If they are fewer than `num` (background counts as one),
-    others are sampled without replacement, with probabilities proportional to sqrt(frequency).
-    labels (R,), -1 on background; frequency (C,), training images of each class
+    All classes of `labels` are sampled. If they are fewer than `num`, others are added until there
+    are `num`. Background counts as one of them. The others are drawn without replacement, with
+    probabilities proportional to sqrt(frequency).
+    labels: (R,), -1 on background; frequency: (C,), training images of each class
     Source: facebookresearch/Detic:detic/modeling/utils.py (get_fed_loss_inds).
     """
     sampled = torch.zeros_like(frequency)
@@ -179,16 +180,16 @@ class MaskHead(nn.Module):
         """BCE of the masks of foreground regions: mean over these regions and their 28 x 28 cells.
 
         The truth is the mask of the matched ground truth, cropped to the region (`crop_masks`).
-        Images without masks take no part. Without any foreground region, the loss is 0.
+        Regions of objects without a mask take no part. Without any other, the loss is 0.
         features: P3, P4, P5, ... (B, F, h, w); stage: of the cascade, the first in Detic
         """
         boxes, rows = [], []
         for regions, matched, image in zip(stage.boxes, stage.targets, targets):
             fg = matched.labels >= 0
-            if image.masks is None:
-                fg = torch.zeros_like(fg)
-            boxes.append(regions[fg])
-            rows.append(matched.gt_index[fg])
+            row = matched.gt_index[fg]
+            masked = image.has_mask[row]
+            boxes.append(regions[fg][masked])
+            rows.append(row[masked])
         logits = self(features, boxes)  # (R_fg, 28, 28)
         if len(logits) == 0:
             return logits.sum()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms
 
+from common.backbone import GroupNorm
 from common.boxes import centres, sides
 from common.distributed import mean_over_ranks
 from common.errors import InputError
@@ -31,10 +32,16 @@ class Scale(nn.Module):
 
 
 class CenterNetHead(nn.Module):
-    """The head, shared by all levels. The parameter names are the official ones."""
+    """Predicts objectness and box distances at each location, with one head for all levels.
+
+    The parameter names are the official ones.
+    """
 
     def __init__(self, channels: int, num_levels: int, num_convs: int = 4):
-        """Raises InputError if GroupNorm cannot split the channels into 32 groups."""
+        """Creates the layers. Raises InputError if `channels` is not a positive multiple of 32.
+
+        channels: of each feature map; num_convs: convolutions before the two output layers
+        """
         super().__init__()
         if channels % 32 or not channels:
             raise InputError(
@@ -44,7 +51,7 @@ class CenterNetHead(nn.Module):
         tower = []
         for _ in range(num_convs):
             conv = nn.Conv2d(channels, channels, 3, padding=1)
-            norm = nn.GroupNorm(32, channels)
+            norm = GroupNorm(32, channels)
             tower += [conv, norm, nn.ReLU()]
         self.bbox_tower = nn.Sequential(*tower)
         self.agn_hm = nn.Conv2d(channels, 1, 3, padding=1)
@@ -61,7 +68,11 @@ class CenterNetHead(nn.Module):
         nn.init.constant_(self.bbox_pred.bias, 8.0)
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """L maps (B, F, h, w) -> objectness logits (B, M), l, t, r, b in strides (B, M, 4)."""
+        """Predicts from L maps (B, F, h, w) the objectness logits (B, M) and distances (B, M, 4).
+
+        The distances reach from the location to the left, top, right and bottom side of its box, in
+        strides of the level.
+        """
         logits = []
         distances = []
         for feature, scale in zip(features, self.scales):
@@ -79,7 +90,7 @@ class CenterNetHead(nn.Module):
 
 @dataclass
 class Grid:
-    """The M locations of all levels, level by level and row by row."""
+    """Holds the M locations of all levels, one per map cell: level by level, row by row."""
 
     points: Tensor  # (M, 2) x, y in pixels
     strides: Tensor  # (M,)
@@ -88,7 +99,7 @@ class Grid:
 
     @classmethod
     def of(cls, features: list[Tensor], strides: list[int]) -> "Grid":
-        """Returns the locations of L maps (B, F, h, w) with these strides."""
+        """Returns the grid of L maps (B, F, h, w). strides: L numbers, in pixels."""
         device = features[0].device
         shapes = [tuple(feature.shape[-2:]) for feature in features]
         points = []
@@ -110,7 +121,7 @@ class Grid:
 
 
 class CenterNet(nn.Module):
-    """The proposal network: head, targets, losses and proposals. The constants are Detic's."""
+    """Proposes class-agnostic boxes, and computes the losses. The constants are Detic's."""
 
     # a box belongs to each level whose closed range holds half its diagonal, in pixels
     size_ranges = ((0, 80), (64, 160), (128, 320), (256, 640), (512, 1e7))
@@ -128,7 +139,12 @@ class CenterNet(nn.Module):
     def __init__(
         self, channels: int, strides: list[int], pre_nms: tuple[int, int], post_nms: tuple[int, int]
     ):
-        """pre_nms, post_nms: (train, test) proposals per level before NMS, per image after it."""
+        """Creates the head.
+
+        channels: of each feature map; strides: of the feature maps
+        pre_nms:  (training, inference) largest number of proposals per level before NMS
+        post_nms: (training, inference) largest number of proposals per image after NMS
+        """
         super().__init__()
         self.strides = strides
         self.pre_nms = pre_nms
@@ -138,10 +154,11 @@ class CenterNet(nn.Module):
     def forward(
         self, features: list[Tensor], gt_boxes: list[Tensor] | None = None
     ) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
-        """Returns the proposals of each image, boxes (Q, 4) and scores (Q,), and the losses.
+        """Returns (proposals, losses).
 
-        Proposals come by falling score and carry no gradient.
-        features: L tensors (B, F, h, w); gt_boxes: B tensors (N, 4); without them, no losses
+        proposals: per image, boxes (Q, 4) and scores (Q,), by falling score and without gradient
+        losses:    those of `CenterNet.losses`; an empty dictionary if `gt_boxes` is None
+        features:  L tensors (B, F, h, w); gt_boxes: B tensors (N, 4)
         """
         grid = Grid.of(features, self.strides)
         logits, ltrb = self.centernet_head(features)
@@ -155,11 +172,18 @@ class CenterNet(nn.Module):
         return proposals, losses
 
     def targets(self, grid: Grid, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the targets of one image with boxes (N, 4).
+        """Returns the targets (heatmap, ltrb, centres) of one image with boxes (N, 4).
 
-        heatmap (M,): 1 at the location whose cell holds a box centre, falling with the distance
-        ltrb (M, 4): distances l, t, r, b in strides; all -1 where no box is to be regressed
-        centres (P,): locations of box centres, once per box and level that the box belongs to
+        heatmap: (M,), h = exp(-min d^2 / r^2), the minimum over all boxes, whatever their size. d
+                 is the distance in pixels from the location to the box centre, 0 in the cell of the
+                 centre. r^2 is the larger of min_radius^2 and 2 ((1 - o) / (1 + o))^2 area, with o
+                 = min_overlap. An h below 1e-4 becomes 0. Without boxes all h are 0.
+        ltrb:    (M, 4), distances l, t, r, b in strides; all -1 where no box is regressed. A
+                 location regresses a box that it is inside of, whose centre is at most one cell
+                 away, and which belongs to its level. Of several it takes the one with the smallest
+                 d^2 / r^2.
+        centres: (P,), the locations of box centres, once for each level that the box belongs to
+        A box belongs to a level if half its diagonal is in the level's range in `size_ranges`.
         """
         if len(boxes) == 0:
             heatmap = torch.zeros_like(grid.strides)
@@ -231,10 +255,10 @@ class CenterNet(nn.Module):
         loss_centernet_neg = 0.5 * 0.75 / n * sum over all locations of -p^2 (1 - h)^4 log(1 - p)
         loss_centernet_loc = 1 / m * `loss_ltrb_giou` of the m locations with distances
 
-        p is sigmoid(logits) clamped to [1e-4, 1 - 1e-4]. Centres, heat map h and distances are
-        those of `CenterNet.targets`. A negative with p >= 0.85 counts 0. n and m are of all images,
-        averaged over ranks, at least 1.
-        logits (B, M), ltrb (B, M, 4) in strides, gt_boxes: B tensors (N, 4)
+        p is sigmoid(logits) clamped to [1e-4, 1 - 1e-4]. `CenterNet.targets` gives the centres, the
+        heat map h and the distances. In loss_centernet_neg, a location with p >= 0.85 counts 0.
+        n and m are sums over all images, then means over ranks, and at least 1.
+        logits: (B, M); ltrb: (B, M, 4), in strides; gt_boxes: B tensors (N, 4)
         """
         targets = [self.targets(grid, boxes) for boxes in gt_boxes]
         heatmaps, distances, centre_rows = zip(*targets)
@@ -272,7 +296,8 @@ class CenterNet(nn.Module):
     def proposals(self, grid: Grid, p: Tensor, ltrb: Tensor) -> tuple[Tensor, Tensor]:
         """Selects the proposals of one image: the best of each level, then NMS over all levels.
 
-        Objectness p (M,), distances (M, 4) -> boxes (Q, 4), scores sqrt(p) (Q,), by falling score
+        Returns boxes (Q, 4), not clipped, and scores sqrt(p) (Q,), by falling score.
+        p: objectness (M,), in [0, 1]; ltrb: (M, 4), distances in strides
         """
         at_inference = int(not self.training)
         limit = self.pre_nms[at_inference]
@@ -302,10 +327,10 @@ class CenterNet(nn.Module):
 
 
 def loss_ltrb_giou(pred: Tensor, target: Tensor) -> Tensor:
-    """Sum over P pairs of 1 - GIoU, GIoU = (I + 1) / (U + 1) - (H - U) / H.
+    """Sum over P pairs of boxes of 1 - GIoU, where GIoU = (I + 1) / (U + 1) - (H - U) / H.
 
-    I, U, H are the areas of intersection, union and smallest box around both.
-    pred, target: (P, 4) distances l, t, r, b from the same point, in strides
+    I, U and H are the areas of the intersection, the union and the smallest box around both.
+    pred, target: (P, 4), distances l, t, r, b in strides; both boxes of a pair share their point
     Source: xingyizhou/CenterNet2:centernet/modeling/layers/iou_loss.py.
     """
 

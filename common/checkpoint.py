@@ -1,4 +1,4 @@
-"""Weights and checkpoints: safetensors with JSON metadata.
+"""Writes and reads weights, which are safetensors with JSON metadata, and checkpoints.
 
 Files are written whole or not at all, and loaded without unpickling code.
 """
@@ -31,7 +31,8 @@ def save_weights(path: Path, model: nn.Module, label_space: LabelSpace, metadata
     """Writes a model and the label space that it was trained on as one safetensors file.
 
     Only rank 0 writes. The tensors are the model's state dict and "label_space.<dataset>", the text
-    of each dataset. The names go into the metadata, whose values are JSON.
+    embeddings of each dataset. The class names are added to the metadata, as "vocabularies". Its
+    values become JSON.
     """
     if rank() > 0:
         return
@@ -57,9 +58,9 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None
 
 
 def load_plain(path: Path):
-    """Loads a torch file that holds nothing but data. No code in it runs.
+    """Loads a torch file of tensors and plain Python data to the CPU. No code in it runs.
 
-    Raises ValueError with the reason in one line for a damaged file and for one that holds more.
+    Raises ValueError, with the reason in one line, for a damaged file and for other objects in it.
     """
     try:
         with warnings.catch_warnings():
@@ -70,7 +71,7 @@ def load_plain(path: Path):
 
 
 def weights_file(path: str | Path) -> Path:
-    """Returns a weights file, or that of a run folder. Raises InputError if there is none."""
+    """Returns `path`, or weights.safetensors in a run folder. Raises InputError without one."""
     if not str(path):
         raise InputError(
             "--predict and --eval-only need --weights: a .safetensors file or a run folder"
@@ -86,7 +87,8 @@ def weights_file(path: str | Path) -> Path:
 def read_metadata(path: str | Path, method: str) -> dict:
     """Reads the metadata of a weights file: method, args, vocabularies, and the method's own keys.
 
-    Raises InputError if it cannot be read, is of another method or of an older version.
+    Raises InputError if the file is missing or cannot be read, or if another method, an older
+    version or another program wrote it.
     """
     file = weights_file(path)
     try:
@@ -117,9 +119,9 @@ def read_metadata(path: str | Path, method: str) -> dict:
 
 
 def read_model(path: str | Path, method: str) -> tuple[dict, list[Vocabulary]]:
-    """Reads what a model is rebuilt from: the metadata, and the vocabularies with their text.
+    """Reads what a model is rebuilt from: (metadata, vocabularies with their text embeddings).
 
-    Raises InputError where `read_metadata` does, for weights of a base model (they have no
+    Raises InputError as `read_metadata` does, for converted weights of a base model (they have no
     vocabularies), and for damaged class names or text.
     """
     file = weights_file(path)
@@ -157,16 +159,16 @@ def read_model(path: str | Path, method: str) -> tuple[dict, list[Vocabulary]]:
 
 
 def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str = "") -> None:
-    """Loads the tensors of a weights file into `model`. Its label space is read by `read_model`.
+    """Loads the tensors of a weights file into `model`, in place. Leaves out its label space.
 
-    Weights of a base model fill the parts that their metadata names under `base`. The other parts
-    keep their initial values.
+    Converted weights of a base model fill the submodules that their metadata lists as `base`. The
+    other submodules keep their initial values.
 
-    fresh: prefix of tensors that the file may lack; they keep their initial values, as the log says
+    fresh: prefix of tensors that the file may lack; the log says that they keep initial values
     only:  prefix of the tensors to load; all others keep their initial values
 
-    Raises InputError if the file is missing or broken, lacks a tensor, has one too many or one of
-    another shape.
+    Raises InputError if the file is missing or broken, lacks a tensor or has one too many, and for
+    a tensor that `check_tensor` refuses.
     """
     file = weights_file(path)
     try:
@@ -203,11 +205,15 @@ def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str 
 
 
 def check_tensor(file: Path, key: str, own: Tensor | None, stored: Tensor | None) -> None:
-    """Raises InputError if the stored tensor `key` does not fit the model's own."""
+    """Raises InputError if tensor `key` of the file does not fit the model or is not finite.
+
+    own, stored: the tensor of the model and of the file; None if there is none
+    """
     if own is None or stored is None:
         side = "unknown to" if own is None else "missing for"
         raise InputError(
-            f"weights {file}: tensor '{key}' is {side} this model; another --backbone or method?"
+            f"weights {file}: tensor '{key}' is {side} this model; another --backbone, other"
+            " datasets or another method?"
         )
     if own.shape != stored.shape:
         raise InputError(
@@ -236,8 +242,8 @@ def save_checkpoint(
 ) -> None:
     """Writes checkpoint-<step>/ whole or not at all, then removes all but the last `keep`.
 
-    It holds the weights, the state of the optimiser, `rng`, the random states of the ranks, and a
-    checksum of each file. Only rank 0 calls it. Raises OSError if the disk is full.
+    The folder has the weights, the state of the optimizer, `rng` (the random states of the ranks)
+    and a checksum of each file. Only rank 0 calls it. Raises OSError if the disk is full.
     """
     path = folder / f"checkpoint-{step:07d}"
     with atomic_path(path, durable=True) as temporary:
@@ -338,10 +344,11 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
-    """Restores the optimizer and the random state of this rank. Returns the step.
+    """Restores the optimizer and the random state of this rank, in place. Returns the step.
 
-    A random state that is not there, or of another number of ranks, starts anew with a line.
-    Raises InputError for a damaged checkpoint, and for one of another model.
+    The random state stays as it is if the checkpoint has none for this rank, or has another number
+    of ranks. A line says so. The model is not loaded. Raises InputError for a damaged checkpoint,
+    and for one of another model.
     """
     try:
         state = load_plain(checkpoint / "state.pt")

@@ -13,17 +13,18 @@ from common.errors import InputError
 from common.files import atomic_path
 from common.labels import LabelSpace, Vocabulary, fold
 
-# what reading a file raises that is missing or holds no counts
+# what reading raises for a file that is missing or holds no counts
 BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def images_per_class(datasets: list[Dataset], label_space: LabelSpace, novel: str = "") -> Tensor:
-    """Counts the training images that have a box of each class of the label space, (C,) float32.
+    """Counts the images that have a box of each class of the label space: (C,) float32.
 
-    novel: names of classes that must have no box, or a .txt file of names. The novel classes of
-           `datasets` must have none either.
+    novel: comma-separated names of classes that must have no box, or a .txt file of names. The
+           novel classes of `datasets` must have none either.
 
-    Raises InputError for a novel class that has boxes or is unknown, and if no class has boxes.
+    Datasets that have image labels only are skipped. Raises InputError for a novel class that has
+    boxes or is unknown, and if no class has boxes.
     """
     source_of = {}  # {novel class: what declares it novel}
     for dataset in datasets:
@@ -65,23 +66,27 @@ def images_per_class(datasets: list[Dataset], label_space: LabelSpace, novel: st
 
 
 def boxed_names(images_per_class: Tensor, label_space: LabelSpace) -> list[str]:
-    """Returns the names of the classes that have boxes. images_per_class: (C,)"""
+    """Returns the names of the classes with boxes. images_per_class: (C,), 0 without a box"""
     return [label_space.names[k] for k in images_per_class.nonzero().flatten().tolist()]
 
 
 def seen_and_unseen(
     vocabulary: Vocabulary, seen: Collection[str], titles: tuple[str, str]
 ) -> dict[str, np.ndarray]:
-    """Returns {title: (C,) bool} of the classes in `seen` and of the others; {} if all are seen."""
+    """Returns {titles[0]: the classes in `seen`, titles[1]: the others}, each as (C,) bool.
+
+    If all classes are in `seen`, the result is {}. Names are compared after `fold`.
+    """
     folded = {fold(name) for name in seen}
     known = np.array([fold(name) in folded for name in vocabulary.names])
     return {} if known.all() else dict(zip(titles, (known, ~known)))
 
 
 def count_classes(vocabulary: Vocabulary, predictions: dict[int, dict], path: Path) -> Tensor:
-    """Counts the detections n_j of each class, (C,) int64, and writes names and counts to `path`.
+    """Returns the number n_j of detections of each class, (C,) int64.
 
     predictions: {image: {"labels": (N,), ...}}
+    path:        the json file to which the class names and the numbers are written
     """
     labels = [torch.zeros(0, dtype=torch.long)]
     labels += [prediction["labels"] for prediction in predictions.values()]
@@ -92,10 +97,10 @@ def count_classes(vocabulary: Vocabulary, predictions: dict[int, dict], path: Pa
 
 
 def read_prior(path: str, vocabulary: Vocabulary | None = None) -> tuple[Vocabulary, Tensor]:
-    """Reads what `count_classes` wrote. Returns a vocabulary and the counts (C,) of its classes.
+    """Reads the file of `count_classes`. Returns a vocabulary and the counts (C,) of its classes.
 
-    vocabulary: default: that of the file. Raises InputError for a file that is missing or broken,
-    and for a class that it lacks.
+    vocabulary: the classes to return; None stands for those of the file
+    Raises InputError if the file is missing or broken, and if it lacks a class of `vocabulary`.
     """
     try:
         record = json.loads(Path(path).read_text())

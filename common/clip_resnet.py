@@ -1,7 +1,7 @@
 """Region encoders: they map each region (RoI) to a vector in the space of the text embeddings.
 
 There are two: CLIP's ResNet, split as in RegionCLIP ("C4"), and any timm model with an FPN. In C4,
-the stem and stages 1 to 3 run on the image, stage 4 and the attention pool on each region.
+the stem and stages 1 to 3 run on the image. Stage 4 and the attention pool run on each region.
 Source: openai/CLIP:clip/model.py (ModifiedResNet), whose parameter names are kept, and
 microsoft/RegionCLIP:detectron2/modeling/backbone/clip_backbone.py.
 
@@ -62,12 +62,12 @@ LEFT_OUT = {
 
 
 class Bottleneck(nn.Module):
-    """Residual block. A stride is an average pool before a 1x1 convolution (anti-aliased)."""
+    """Applies CLIP's residual block: its stride is an average pool before a 1x1 convolution."""
 
     expansion = 4
 
     def __init__(self, channels: int, planes: int, stride: int = 1):
-        """channels: of the input; planes: of the 3x3 convolution, a quarter of the output's."""
+        """Creates the block. channels: of the input; planes: a quarter of the output's channels."""
         super().__init__()
         out = planes * self.expansion
         self.conv1 = nn.Conv2d(channels, planes, 1, bias=False)
@@ -85,7 +85,7 @@ class Bottleneck(nn.Module):
             self.downsample.add_module("1", nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, h, w) -> (B, 4 * planes, h / stride, w / stride)."""
+        """Maps (B, channels, h, w) to (B, 4 * planes, h / stride, w / stride)."""
         y = self.bn1(self.conv1(x)).relu()
         y = self.avgpool(self.bn2(self.conv2(y)).relu())
         y = self.bn3(self.conv3(y))
@@ -95,13 +95,13 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """CLIP's pooling: the mean of all cells attends to itself and to the cells.
+    """Pools a map to a vector as CLIP does: the mean of all cells attends to itself and the cells.
 
-    E is the number of channels of stage 4, T = 1 + size^2 the number of tokens.
+    E is the number of channels of stage 4, and T = 1 + size^2 the number of tokens.
     """
 
     def __init__(self, size: int, channels: int, heads: int, out: int):
-        """size: side of the map; channels: E; out: width of the embedding."""
+        """Creates the layers. size: side of the map; channels: E; out: width of the embedding."""
         super().__init__()
         self.heads = heads
         self.positional_embedding = nn.Parameter(torch.randn(size**2 + 1, channels) / channels**0.5)
@@ -111,7 +111,7 @@ class AttentionPool(nn.Module):
         self.c_proj = nn.Linear(channels, out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(R, E, size, size) -> (R, out)."""
+        """Maps (R, E, size, size) to embeddings (R, out)."""
         cells = x.flatten(2).transpose(1, 2)  # (R, size^2, E)
         tokens = torch.cat([cells.mean(1, keepdim=True), cells], 1)  # (R, T, E)
         tokens = tokens + self.positional_embedding
@@ -126,16 +126,19 @@ class AttentionPool(nn.Module):
 
 
 class CLIPResNetC4(nn.Module):
-    """CLIP's ResNet as a region encoder.
+    """Embeds regions with CLIP's ResNet.
 
-    If the weights are pretrained, BatchNorm uses its stored statistics, and stem and first stage
-    are frozen.
+    If pretrained weights are loaded, BatchNorm uses its stored statistics, and the stem and first
+    stage are frozen.
     """
 
     stride = 16
 
     def __init__(self, name: str, pretrained: bool = True):
-        """name: open_clip's MODEL/PRETRAINED (RN50/openai), or MODEL/FILE, or FILE (of an RN50)."""
+        """Creates the network. Raises InputError as `architecture` and `load_pretrained` do.
+
+        name: open_clip's MODEL/PRETRAINED (RN50/openai), or MODEL/FILE, or FILE (of an RN50)
+        """
         super().__init__()
         config = architecture(name)
         width = config["width"]
@@ -166,7 +169,7 @@ class CLIPResNetC4(nn.Module):
         self.register_buffer("frozen_norm", torch.tensor(frozen))  # saved with the weights
 
     def train(self, mode: bool = True) -> "CLIPResNetC4":
-        """Sets the mode as usual, and freezes again what stays frozen."""
+        """Sets the mode, but keeps BatchNorm, stem and first stage frozen if pretrained."""
         super().train(mode)
         if self.frozen_norm:
             for module in self.modules():
@@ -178,25 +181,28 @@ class CLIPResNetC4(nn.Module):
         return self
 
     def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
-        """Returns `normalise` of the images with CLIP's mean and deviation."""
+        """Applies the function `normalise` with CLIP's mean and standard deviation."""
         return normalise(images, sizes, self.mean, self.std)
 
     def trunk(self, x: Tensor) -> Tensor:
-        """Stem and stages 1 to 3: normalised images (B, 3, H, W) -> (B, E / 2, H / 16, W / 16)."""
+        """Runs stem and stages 1 to 3: images (B, 3, H, W) -> (B, E / 2, H / 16, W / 16)."""
         x = self.bn1(self.conv1(x)).relu()
         x = self.bn2(self.conv2(x)).relu()
         x = self.bn3(self.conv3(x)).relu()
         return self.layer3(self.layer2(self.layer1(F.avg_pool2d(x, 2))))
 
     def forward(self, images: Tensor, boxes: list[Tensor]) -> Tensor:
-        """Normalised images (B, 3, H, W), boxes B tensors (Q, 4) -> embeddings (R, out)."""
+        """Embeds the boxes, B tensors (Q, 4), of normalised images (B, 3, H, W): (R, out)."""
         features = self.trunk(images).float()
         pooled = pool_rois([features], [self.stride], boxes, self.resolution)  # (R, E / 2, r, r)
         return self.attnpool(self.layer4(pooled))
 
 
 def architecture(name: str) -> dict:
-    """Returns open_clip's settings of a CLIP ResNet; raises InputError if it has none."""
+    """Returns open_clip's settings of the CLIP ResNet in `name`: `vision_cfg` and "embed_dim".
+
+    Raises InputError if open_clip has no such CLIP ResNet.
+    """
     import open_clip
 
     model = name.partition("/")[0] if name.startswith("RN") else "RN50"
@@ -209,9 +215,10 @@ def architecture(name: str) -> dict:
 
 
 def load_pretrained(model: CLIPResNetC4, name: str) -> bool:
-    """Loads the weights that `name` gives. If the hub has none, logs why and returns False.
+    """Loads into `model` the weights that `name` gives, and returns True.
 
-    Raises InputError for unknown weights, and as `read_tensors` and `load_by_prefix`.
+    If the hub cannot give them, logs why and returns False.
+    Raises InputError if open_clip has no such weights, and as `read_tensors` and `load_by_prefix`.
     """
     import open_clip
 
@@ -241,7 +248,10 @@ def load_pretrained(model: CLIPResNetC4, name: str) -> bool:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads a .safetensors file, or a torch file that holds only data; InputError if it cannot."""
+    """Reads the tensors of a .safetensors file or of a torch file that holds only data.
+
+    Returns them by name, without the prefix "module.". Raises InputError if the file is unreadable.
+    """
     try:
         content = load_file(path) if path.suffix == ".safetensors" else load_plain(path)
     except (OSError, ValueError, SafetensorError) as error:
@@ -266,9 +276,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_by_prefix(model: CLIPResNetC4, tensors: dict[str, Tensor], source: str) -> None:
-    """Copies the image encoder's tensors, with any of PREFIXES, into the model; logs the others.
+    """Copies the image encoder's tensors into the model, in place, and logs the other tensors.
 
-    source: name of the weights, for messages
+    tensors: by name; the image encoder's are the model's names behind one of PREFIXES
+    source:  name of the weights, for messages
     Raises InputError for a tensor that is missing, of another shape, or of another image encoder.
     """
     own = {key: t for key, t in model.state_dict().items() if key != "frozen_norm"}
@@ -308,7 +319,7 @@ def load_by_prefix(model: CLIPResNetC4, tensors: dict[str, Tensor], source: str)
 
 @dataclass
 class RegionOutput:
-    """The classifier's outputs for the sampled regions of a training batch."""
+    """Holds the classifier's outputs for the sampled regions of a training batch."""
 
     boxes: list[Tensor]  # B tensors (Q, 4), the regions
     logits: Tensor  # (R, C)
@@ -317,21 +328,25 @@ class RegionOutput:
 
 
 class FPNRegions(nn.Module):
-    """A timm model as a region encoder: P3 to P5, a box head, and a linear layer."""
+    """Embeds regions with a timm model: P3 to P5, a box head, and a linear layer."""
 
     def __init__(self, name: str, out: int, channels: int, fc_dim: int, pretrained: bool):
-        """out: width of the embeddings; channels: of the FPN; fc_dim: width of the box head."""
+        """Creates the network. Raises InputError as `Backbone` does.
+
+        name: timm model; out: width of the embeddings
+        channels: of the FPN; fc_dim: width of the box head
+        """
         super().__init__()
         self.backbone = Backbone(name, channels, pretrained, STRIDES, flag="classifier backbone")
         self.box_head = two_layers(channels, fc_dim)
         self.embedding = nn.Linear(fc_dim, out)
 
     def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
-        """Returns `Backbone.normalise` of the images."""
+        """Normalises the images as `Backbone.normalise` does."""
         return self.backbone.normalise(images, sizes)
 
     def forward(self, images: Tensor, boxes: list[Tensor]) -> Tensor:
-        """Normalised images (B, 3, H, W), boxes B tensors (Q, 4) -> embeddings (R, out)."""
+        """Embeds the boxes, B tensors (Q, 4), of normalised images (B, 3, H, W): (R, out)."""
         features = [feature.float() for feature in self.backbone(images)]
         with torch.autocast(images.device.type, enabled=False):
             return self.embedding(self.box_head(pool_rois(features, STRIDES, boxes, 7)))
@@ -340,10 +355,11 @@ class FPNRegions(nn.Module):
 def region_features(
     name: str, text_dim: int, channels: int, fc_dim: int, pretrained: bool
 ) -> CLIPResNetC4 | FPNRegions:
-    """Creates the region encoder `name`, whose embeddings are as wide as the text embeddings.
+    """Creates the region encoder `name`, whose embeddings have the width `text_dim`.
 
-    A CLIP ResNet does not use `channels` and `fc_dim`, which `FPNRegions` explains.
-    Raises InputError for a name that is neither, and for a CLIP ResNet of another width.
+    A name that starts with RN, or ends as a weight file does, is a `CLIPResNetC4`. It does not use
+    `channels` and `fc_dim`. Every other name is the timm model of an `FPNRegions`.
+    Raises InputError as these classes do, and if a CLIP ResNet's embeddings have another width.
     """
     if not name.startswith("RN") and not name.endswith(FILES):
         return FPNRegions(name, text_dim, channels, fc_dim, pretrained)
@@ -359,15 +375,19 @@ def region_features(
 class RegionClassifier(nn.Module):
     """Embeds regions in the space of the text embeddings, and predicts class-agnostic box deltas.
 
-    The official classifier has one more column for background, a zero vector. Its logit is constant
-    and no loss reads it. Here it is left out.
+    The official classifier has one more column, a zero vector for background. Its logit is constant
+    and no loss reads it, so this class leaves the column out.
     Source: zhenyuw16/UniDetector:mmdet/models/roi_heads/bbox_heads/bbox_head_clip_partitioned.py.
     """
 
     def __init__(
         self, name: str, text_dim: int, channels: int, fc_dim: int, pretrained: bool, amp: str
     ):
-        """amp: bfloat16 autocast, as in `amp_context`; the others: as in `region_features`."""
+        """Creates the network.
+
+        amp: autocast of the region encoder, as in `amp_context`
+        The other parameters are those of `region_features`, which also raises the InputErrors.
+        """
         super().__init__()
         self.amp = amp
         self.regions = region_features(name, text_dim, channels, fc_dim, pretrained)
@@ -378,9 +398,10 @@ class RegionClassifier(nn.Module):
     def forward(
         self, images: Tensor, sizes: list[tuple[int, int]], boxes: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Returns embeddings (R, D) of unit norm and box deltas (R, 4).
+        """Returns embeddings (R, D) of unit norm and box deltas (R, 4). D is `text_dim`.
 
-        images: (B, 3, H, W) uint8; boxes: B tensors (Q, 4)
+        images: (B, 3, H, W) uint8; sizes: B pairs (height, width) before padding
+        boxes:  B tensors (Q, 4), the regions
         """
         with amp_context(self.amp, images.device):
             x = self.regions(self.regions.normalise(images, sizes), boxes).float()  # (R, D)

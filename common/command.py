@@ -19,6 +19,7 @@ import tyro
 from tqdm import tqdm
 
 from common.checkpoint import read_metadata
+from common.console import open_console
 from common.convert import convert_if_official
 from common.distributed import rank
 from common.errors import InputError
@@ -31,6 +32,9 @@ log = logging.getLogger("concord")
 @dataclasses.dataclass(frozen=True)
 class Range:
     """Limits the numbers of a flag, as part of its type: Annotated[float, Range(above=0)].
+
+    low, high: the smallest and the largest number allowed
+    above:     every number allowed is greater than this
 
     A flag may hold two numbers, (low, high). `check_numbers` requires that both are within the
     limits, and low <= high.
@@ -52,6 +56,10 @@ class Range:
         return f"between {self.low} and {self.high}"
 
 
+log = logging.getLogger("concord")
+# settings of the training that --eval-only without datasets repeats
+DATA_FIELDS = ["datasets", "eval_datasets", "classes", "rename", "data_root", "tiny"]
+PATH_FIELDS = ["data_root", "weights", "resume", "output"]
 COUNT = Range(0, 2**31 - 1)  # steps, seeds, numbers of processes
 SIDE = Range(16, 16384)  # pixels
 
@@ -64,18 +72,22 @@ def parse_args(
     convert: Callable | None = None,
     argv: list[str] | None = None,
 ):
-    """Parses the command line into `args_class`.
+    """Parses the command line and returns it as an `args_class`.
 
-    The first source that has a value wins: the flags, the saved settings, --tiny, the defaults.
-    --resume brings all settings of its run. --weights brings `model_fields`, those that shape the
-    model.
+    A value is that of the first source that has it: the flags, the saved settings, --tiny, the
+    defaults. --resume loads all settings that its run saved. --weights loads only the saved
+    settings `model_fields`, which shape the model. With --eval-only, it also loads the datasets of
+    the training, unless others are named.
 
     method:  the run or the weights must be of this method
-    tiny:    the defaults under --tiny
-    convert: converts official weights (`common.convert`), which --weights may name; or None
+    tiny:    {field: default under --tiny}
+    convert: converts official weights (`common.convert`), which --weights may name; or None.
+             `weights` of the result is then the converted file.
+    argv:    the flags; by default sys.argv[1:]
 
-    Raises InputError for an unknown flag, with the nearest one, and for a number out of its range.
-    tyro itself reports a value of another type and ends the process with exit code 2.
+    Raises InputError for an unknown flag, with the nearest one, for a number out of its range, and
+    for saved settings that cannot be read or do not fit. tyro itself reports a value of another
+    type and ends the process with exit code 2.
     """
     argv = sys.argv[1:] if argv is None else argv
 
@@ -102,16 +114,23 @@ def parse_args(
     elif args.weights:
         weights = str(convert_if_official(args.weights, method, convert))
         saved = read_metadata(weights, method)["args"]
-        args, _ = parse(with_saved(default, saved, model_fields))
+        repeated = list(model_fields)
+        if args.eval_only and not (args.datasets or args.eval_datasets):
+            repeated += DATA_FIELDS
+            log.info("evaluates on the datasets of the training: %s", saved.get("datasets"))
+        args, _ = parse(with_saved(default, saved, repeated))
         args.weights = weights
     check_numbers(args)
+    for name in PATH_FIELDS:
+        setattr(args, name, os.path.expanduser(getattr(args, name)))
     args.workers = min(args.workers, os.cpu_count() or 1)
     return args
 
 
 def with_saved(default, saved: dict, names):
-    """Returns `default` with the saved values of the fields `names`. JSON lists become tuples.
+    """Returns a copy of `default` with the saved values of the fields `names`, where there are any.
 
+    JSON lists become tuples.
     Raises InputError for a saved value of another type, or one that is not among the choices.
     """
     hints = get_type_hints(type(default))
@@ -134,13 +153,20 @@ def with_saved(default, saved: dict, names):
 
 
 def saved_args(args_class: type, metadata: dict):
-    """Returns the settings of a training, as `read_metadata` gives them, as an `args_class`."""
+    """Returns an `args_class` with the settings saved in `metadata`, as `read_metadata` returns it.
+
+    A field that was not saved has its default. Raises InputError for a value that does not fit.
+    """
     default = args_class()
     return with_saved(default, metadata["args"], vars(default).keys())
 
 
 def check_numbers(args) -> None:
-    """Raises InputError for a number that is not in the range of its flag's type."""
+    """Raises InputError unless all numbers are finite and in the `Range` of their flag's type.
+
+    It also raises for a pair (low, high) with low > high, and for a --batch-size that is not a
+    multiple of the number of ranks.
+    """
     hints = get_type_hints(type(args), include_extras=True)
     for name, value in vars(args).items():
         if value is None:  # the default depends on the datasets
@@ -169,10 +195,11 @@ def given(value, default):
 
 
 def per_dataset(args, name: str, datasets: list, default: int, **special: int) -> dict[str, int]:
-    """Parses the flag `name` of `args`, as "coco=1,in21k=4", into {dataset: value}.
+    """Parses the flag `name` of `args`, such as "coco=1,in21k=4", into {dataset: value}.
 
-    default: the value of a dataset that the flag does not name
-    special: such values for some kinds of supervision, as image_labels=4
+    datasets: the `Dataset`s that get a value
+    default:  the value of a dataset that the flag does not name
+    special:  other defaults for some kinds of supervision, such as image_labels=4
 
     Raises InputError for a dataset that is not in `datasets`, and for a value outside 1..16384.
     """
@@ -225,12 +252,12 @@ def fail(error: BaseException) -> NoReturn:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Calls `main()`. It ends with one line on bad input, on signals and on lack of memory.
+    """Calls `main()` as a command. What it has trained when it ends early is saved.
 
-    What was trained until then is saved. The exit code is 2 for bad input, 143, 130 and 129 for
-    SIGTERM, SIGINT and SIGHUP, else 1.
+    Bad input, a signal and lack of memory end it with one line. The exit code is 2 for bad input,
+    128 + the number of a signal, else 1, also if some of several inputs failed.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[open_console()])
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # every tensor from a data loading process needs an open file

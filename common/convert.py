@@ -99,7 +99,11 @@ VOCABULARIES = {1203: "lvis", 80: "coco", 365: "o365", 500: "oid500"}  # by the 
 
 
 def rename(key: str, rules: dict[str, str | None]) -> str | None:
-    """Returns our name of an official tensor, None to drop it. Raises InputError without a rule."""
+    """Returns our name of the official tensor `key`, or None to drop it.
+
+    rules: {regular expression: our name, or None}; the first expression that matches decides
+    Raises InputError if none matches.
+    """
     for pattern, name in rules.items():
         if match := re.fullmatch(pattern, key):
             return name and match.expand(name)
@@ -110,10 +114,10 @@ def rename(key: str, rules: dict[str, str | None]) -> str | None:
 
 
 def renamed(official: Tensors, rules: dict[str, str | None]) -> Tensors:
-    """Returns the official tensors under our names; those whose rule gives None are dropped.
+    """Returns the official tensors under our names, without those whose rule gives None.
 
     Adds BatchNorm's counters, which older files lack, and `backbone.frozen_norm` = True.
-    rules: as in `rename`, {regular expression: our name, or None}
+    rules: as in `rename`
     Raises InputError for a tensor that no rule matches.
     """
     tensors = {}
@@ -132,9 +136,9 @@ def renamed(official: Tensors, rules: dict[str, str | None]) -> Tensors:
 def convert_centernet2_detic(official: Tensors) -> tuple[Tensors, dict]:
     """Converts a state dict of Detic's CenterNet2. Returns our tensors and the model's metadata.
 
-    Ours have "label_space.<dataset>" (C, D), the text of the classes. <dataset> is the known
-    vocabulary of C classes. Without one it is "official", and its classes have made-up names, as a
-    warning says.
+    The text of the C classes becomes the tensor "label_space.<dataset>" (C, D). <dataset> is the
+    known vocabulary with C classes. If there is none, <dataset> is "official", the classes get
+    made-up names, and a warning is logged.
     """
     tensors = renamed(official, DETIC)
     blocks = ("inner_blocks", "layer_blocks")
@@ -170,7 +174,8 @@ def convert_centernet2_detic(official: Tensors) -> tuple[Tensors, dict]:
 def convert_mask2former(official: Tensors) -> tuple[Tensors, dict]:
     """Converts a state dict of Mask2Former, without its classifier.
 
-    Returns the tensors and the metadata, whose `base` lists the parts of a model that they fill.
+    Returns our tensors and the model's metadata. Its entry `base` lists the modules of a model that
+    the tensors fill.
     """
     tensors = renamed(official, MASK2FORMER)
     queries, channels = tensors["query_feat"].shape
@@ -189,7 +194,11 @@ def convert_mask2former(official: Tensors) -> tuple[Tensors, dict]:
 
 
 class DType:
-    """Stands in for numpy.dtype: a name, with a byte order in front."""
+    """Stands in for numpy.dtype while a pickle is read.
+
+    The pickle creates it with a name without byte order, such as "f4", and then sets its state.
+    That puts the byte order in front: `name` becomes "<f4".
+    """
 
     def __init__(self, name: str, *_):
         self.name = name
@@ -199,7 +208,10 @@ class DType:
 
 
 class Array:
-    """Stands in for numpy.ndarray, which a pickle could make of pointers to any address."""
+    """Stands in for numpy.ndarray, which a pickle could make of pointers to any address.
+
+    values: the array, or None until the pickle has set it
+    """
 
     def __init__(self, *_):
         self.values = None
@@ -212,7 +224,7 @@ class Array:
 
 
 def make_array(data: bytes, dtype: DType, shape: tuple = (), order: str = "C", *_) -> Array:
-    """Returns an array of these bytes."""
+    """Returns an Array of the values in `data`; `order` is "C" or "F"."""
     array = Array()
     array.__setstate__((shape, dtype, order == "F", data))
     return array
@@ -235,7 +247,7 @@ class ArrayUnpickler(pickle.Unpickler):
     """Unpickles dicts and lists of arrays. The pickle can call nothing but what is in ALLOWED."""
 
     def find_class(self, module: str, name: str):
-        """Returns the stand-in for a class or function that the pickle names."""
+        """Returns the entry of ALLOWED; raises UnpicklingError if there is none."""
         if (module, name) not in ALLOWED:
             raise pickle.UnpicklingError(f"{module}.{name} is no part of an array")
         return ALLOWED[module, name]
@@ -244,6 +256,7 @@ class ArrayUnpickler(pickle.Unpickler):
 def load_arrays(path: Path) -> Tensors:
     """Reads a pickle of numpy arrays, like those of Mask2Former's model zoo, as tensors.
 
+    The pickle is {name: array}, alone or under the key "model".
     Raises ValueError with the reason in one line for a damaged file and for other content.
     """
     try:
@@ -260,6 +273,7 @@ def load_arrays(path: Path) -> Tensors:
 def load_official(file: Path) -> Tensors:
     """Reads the state dict of an official checkpoint, alone or under the key "model".
 
+    A .pkl holds numpy arrays, any other file torch's tensors.
     Raises InputError for a file that is damaged, would run code, or holds no state dict.
     """
     try:
@@ -282,7 +296,8 @@ def convert_if_official(path: str | Path, method: str, convert: Convert | None) 
     path:    a .safetensors file, a run folder, or an official checkpoint (.pth, .pkl)
     convert: converts the official weights of `method`; None if there are none
 
-    Raises InputError for a file that cannot be read or converted.
+    The converted file is in the cache folder.
+    Raises InputError for a file that is missing or cannot be read or converted.
     """
     file = weights_file(path)
     if file.suffix == ".safetensors":

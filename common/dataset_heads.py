@@ -1,4 +1,4 @@
-"""The multi-head baseline of training on many datasets: a classifier per dataset, without text."""
+"""The multi-head baseline of segmenters: for queries, a softmax per dataset, without text."""
 
 from torch import Tensor, nn
 
@@ -7,7 +7,7 @@ from common.labels import LabelSpace
 
 
 class DatasetHeads(nn.Module):
-    """A linear layer for each dataset, with a last column for background."""
+    """Classifies queries with a linear layer per dataset. The last column is background."""
 
     def __init__(self, channels: int, label_space: LabelSpace):
         super().__init__()
@@ -16,7 +16,10 @@ class DatasetHeads(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(channels, len(v) + 1) for v in vocabularies)
 
     def forward(self, z: Tensor, label_space: LabelSpace) -> Tensor:
-        """Returns the logits (..., K + 1) of queries z (..., C) for the dataset of label_space."""
+        """Returns the logits (..., K + 1) of queries z (..., C) over the K classes of one dataset.
+
+        label_space: has this dataset only. Raises InputError if it has more than one.
+        """
         if len(label_space.datasets) > 1:
             raise InputError(
                 "this model has a classifier for each dataset; name one of them as --vocabulary:"

@@ -1,7 +1,7 @@
 """Runs the demonstration of a method: python -m common.demo METHOD [FLAGS...].
 
-It is what the method's file lists as DEMO. FLAGS are added to each of its commands. FLAGS that name
-data of their own, or ask for something else than a training, run the method with them alone.
+DEMO in METHOD.py lists the commands of the demonstration. FLAGS are added to each of them. If FLAGS
+name data of their own, or ask for something else than a training, METHOD.py runs with them alone.
 """
 
 import importlib
@@ -15,7 +15,7 @@ OWN = ("--datasets", "--predict", "--eval-only", "--resume", "--help", "-h")
 
 
 def commands(method: str, flags: list[str]) -> list[list[str]]:
-    """Returns the arguments of each run of `METHOD.py`.
+    """Returns the arguments of each run of `METHOD.py`, a list per run, in order.
 
     "{output}" in DEMO stands for the run folder: --output of `flags`, or a new one below runs/.
     """
@@ -35,7 +35,7 @@ def commands(method: str, flags: list[str]) -> list[list[str]]:
 
 
 def main() -> None:
-    """Runs the commands one after the other. Stops at the first that fails."""
+    """Runs the commands one after the other. Stops at the first that fails, with its exit code."""
     method, *flags = sys.argv[1:]
     for args in commands(method, flags):
         print(shlex.join(["python", f"{method}.py", *args]), flush=True)

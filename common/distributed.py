@@ -17,9 +17,13 @@ WAIT = timedelta(hours=2)  # the other ranks wait while rank 0 scores a large da
 
 
 def setup_device(device: str, seed: int) -> torch.device:
-    """Returns the device. Joins the process group under torchrun. Seeds torch with seed + rank.
+    """Sets up this process and returns its device.
 
-    device: "auto" is CUDA if there is any, else the CPU. Raises InputError if it cannot be used.
+    Joins the process group under torchrun. Seeds torch with seed + rank. Silences the log on all
+    ranks but 0, except for errors.
+
+    device: a name of torch, or "auto" for CUDA if there is any, else the CPU. Under torchrun "cuda"
+            is the GPU of the local rank. Raises InputError if the device cannot be used.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,7 +52,7 @@ def setup_device(device: str, seed: int) -> torch.device:
 
 
 def rank() -> int:
-    """Returns the number of this process, 0 without torchrun."""
+    """Returns the rank of this process, 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -58,7 +62,7 @@ def world_size() -> int:
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """Returns the scalar averaged over all ranks, without a gradient."""
+    """Returns the mean of the scalar `value` over all ranks, without a gradient."""
     value = value.detach().clone()
     if world_size() > 1:
         dist.all_reduce(value)
@@ -66,7 +70,7 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 
 def from_main(value):
-    """Returns the value of rank 0 on every rank."""
+    """Returns rank 0's `value`, any object that can be pickled, on every rank."""
     box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box)
@@ -100,7 +104,7 @@ def largest_of_ranks(numbers: list[int], device: torch.device) -> list[int]:
 
 
 def gather_on_main(value) -> list:
-    """Returns the values of all ranks in rank order. Only rank 0 may use the result."""
+    """Returns the values of all ranks in rank order on rank 0, and [] on the other ranks."""
     if world_size() == 1:
         return [value]
     gathered = [None] * world_size() if rank() == 0 else None
@@ -109,7 +113,10 @@ def gather_on_main(value) -> list:
 
 
 def gather(rows: Tensor) -> Tensor:
-    """Concatenates (N, ...) of all ranks in rank order: (N * world_size, ...), without gradient."""
+    """Concatenates rows (N, ...) of all ranks in rank order: (N * world_size, ...).
+
+    N must be the same on all ranks. With several ranks the result has no gradient.
+    """
     if world_size() == 1:
         return rows
     parts = [torch.empty_like(rows) for _ in range(world_size())]
@@ -118,7 +125,7 @@ def gather(rows: Tensor) -> Tensor:
 
 
 def amp_context(amp: str, device: torch.device):
-    """Returns the autocast context. "on" is bfloat16, "off" float32, "auto" bfloat16 on CUDA."""
+    """Returns the autocast context: bfloat16 for "on", float32 for "off". "auto": "on" for CUDA."""
     enabled = amp == "on" or (amp == "auto" and device.type == "cuda")
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 

@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from torch import Tensor
 
+from common.fonts import font_for, plain
+
 Color = tuple[int, int, int]
 BLACK = (0, 0, 0)
 WHITE = (255, 255, 255)
@@ -128,14 +130,18 @@ class Plates:
         self.draw = ImageDraw.Draw(picture)
         self.size = picture.size
         self.taken = []
-        font_size = max(14, min(picture.size) // 34)
-        self.font = ImageFont.load_default(font_size)
-        ascent, descent = self.font.getmetrics()
-        self.height = ascent + descent + 2
+        self.font_size = max(14, min(picture.size) // 34)
+        self.ascent, descent = self.font("").getmetrics()
+        self.height = self.ascent + descent + 2
+
+    def font(self, text: str) -> ImageFont.FreeTypeFont:
+        """Returns the font of a `plain` text."""
+        return font_for(text, self.font_size)
 
     def width(self, text: str) -> int:
         """Returns the width in pixels of the plate of `text`."""
-        return math.ceil(self.font.getlength(text)) + 6
+        text = plain(text)
+        return math.ceil(self.font(text).getlength(text)) + 6
 
     def write(
         self, text: str, color: Color, left: int, tops: Sequence[int], cover: bool = True
@@ -144,7 +150,9 @@ class Plates:
 
         If there is none, writes it at the first of `tops`, or nowhere if `cover` is False.
         """
-        text = shortened(text, self.font, self.size[0] - 6)
+        text = plain(text)
+        font = self.font(text)
+        text = shortened(text, font, self.size[0] - 6)
         width = self.width(text)
         rightmost = self.size[0] - width
         lowest = self.size[1] - self.height
@@ -164,8 +172,8 @@ class Plates:
         red, green, blue = color
         luminance = 0.299 * red + 0.587 * green + 0.114 * blue
         fill = BLACK if luminance > 130 else WHITE
-        position = (x + 3, plate[1] + 1)
-        self.draw.text(position, text, font=self.font, fill=fill)
+        baseline = (x + 3, plate[1] + 1 + self.ascent)
+        self.draw.text(baseline, text, font=font, fill=fill, anchor="ls")
 
     def _overlaps(self, plate: tuple[int, int, int, int]) -> bool:
         left, top, right, bottom = plate

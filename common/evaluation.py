@@ -17,11 +17,12 @@ import hotcoco
 import numpy as np
 import torch
 
+from common.datasets.exif import upright
 from common.datasets.index import BEYOND, Index
 from common.errors import InputError
 from common.files import atomic_path
 from common.labels import Vocabulary
-from common.masks import to_rle
+from common.masks import annotated_rles
 
 log = logging.getLogger("concord")
 _COCO = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -53,14 +54,16 @@ def evaluate_detections(
                  (height, width), and optionally `segmentations`, N RLEs
     groups:      name -> (C,) bool, the classes of the group, for example the novel ones
 
-    Returns the metrics in METRICS. If dataset and predictions have segmentations, those in
-    MASK_METRICS are added with the prefix "mask ". Each group adds "AP50 <name>", the mean box AP50
-    of its classes. A metric without ground truth is NaN, where pycocotools has -1.
+    Returns METRICS[dataset.metric]. If dataset and predictions have segmentations, MASK_METRICS
+    are added with the prefix "mask "; a box without a mask is neither hit nor miss in them, and
+    detections in it are ignored. Each group adds "AP50 <name>", the mean box AP50 of its classes. A
+    metric without ground truth is NaN, where pycocotools has -1.
 
     Raises InputError if an image has no prediction (zero boxes are one) or if an annotated
     segmentation is broken, ValueError for a label outside the vocabulary.
     """
     _check_complete(dataset, predictions)
+    dataset = _upright(dataset, predictions)
     truth = _truth_table(dataset.index, predictions)
     found = _prediction_table(dataset, predictions)
     if dataset.metric == "oid":
@@ -79,13 +82,14 @@ def recall(
     """Computes COCO's average recall at each limit, with all classes as one: {"AR@<limit>": value}.
 
     AR@limit is the share of ground truth boxes that are found among the best `limit` boxes of each
-    image, averaged over the IoU thresholds 0.5, 0.55 ... 0.95. Crowds and groups are left out. It
-    is NaN if there is no box.
+    image, averaged over the IoU thresholds 0.5, 0.55 ... 0.95. Crowds and group-of boxes are left
+    out. AR@limit is NaN if there is no ground truth box.
 
-    proposals: as in `evaluate_detections`, without labels; limits: in rising order
+    proposals: as `predictions` in `evaluate_detections`, without labels; limits: in rising order
     Raises InputError if an image has no proposals (zero boxes are allowed).
     """
     _check_complete(dataset, proposals)
+    dataset = _upright(dataset, proposals)
     records = {}
     for row, proposal in proposals.items():
         records[row] = proposal | {"labels": torch.zeros(len(proposal["scores"]))}
@@ -110,6 +114,11 @@ def _check_complete(dataset: Evaluated, predictions: Predictions) -> None:
         raise InputError(f"{dataset.name}: {lack}; predict every image, if with zero boxes")
 
 
+def _upright(dataset: Evaluated, predictions: Predictions) -> Evaluated:
+    """Turns the annotations of photographs that were made before their EXIF tag turned them."""
+    return upright(dataset, [tuple(predictions[row]["size"]) for row in range(len(dataset.index))])
+
+
 def _mean(values: np.ndarray) -> float:
     """Returns the mean of the values, without NaN and -1 (no ground truth); NaN if none is left."""
     valid = values[values >= 0]
@@ -126,7 +135,7 @@ def _truth_table(index: Index, predictions: Predictions) -> Table:
         sizes = np.array(sizes, dtype=np.float64)  # (I, 2)
         height, width = sizes[table["image"]].T
         boxes = boxes * np.stack([width, height, width, height], axis=1)
-        area = _xywh(boxes)[:, 2:].prod(axis=1)
+        area = area * width * height
     return table | {"boxes": boxes, "area": area}
 
 
@@ -187,6 +196,10 @@ def _hotcoco(
     values, class_ap50 = run("bbox")
     results = {name: values[name] for name in METRICS[dataset.metric]}
     if _have_masks(dataset, predictions):
+        maskless = ~dataset.index.has_mask
+        if maskless.any():  # each is an ignored region: its box, of which all detections may be
+            truth = truth | {"ignore": truth["ignore"] | maskless}
+            tables = _hotcoco_tables(dataset, truth, found, predictions)
         values, _ = run("segm")
         results |= {f"mask {name}": values[name] for name in MASK_METRICS[dataset.metric]}
     return results, class_ap50
@@ -223,7 +236,8 @@ def _hotcoco_tables(
         categories.append({"id": label, "name": name, "frequency": letter})
     annotated = detected = None
     if _have_masks(dataset, predictions):
-        annotated = _true_segmentations(index, predictions)
+        sizes = [tuple(predictions[row]["size"]) for row in range(len(index))]
+        annotated = annotated_rles(index, sizes)
         detected = [rle for row in range(len(index)) for rle in predictions[row]["segmentations"]]
     gt = hotcoco.COCO.from_arrays(
         images,
@@ -240,26 +254,11 @@ def _hotcoco_tables(
     return gt, gt.load_res(np.stack(columns, axis=1), segmentation=detected)
 
 
-def _true_segmentations(index: Index, predictions: Predictions) -> list[dict]:
-    """Returns the annotated segmentations of all boxes as RLEs, at the `size` of the predictions.
-
-    Raises InputError that names the image whose segmentation is broken.
-    """
-    rles = []
-    for image, segmentation in zip(index.image_of.tolist(), index.segmentations):
-        try:
-            rles.append(to_rle(segmentation, tuple(predictions[image]["size"])))
-        except ValueError as error:
-            place = f"{index.source}: image {index.image_ids[image]!r}"
-            raise InputError(f"{place} has {error}; mend it") from None
-    return rles
-
-
 def _open_images(dataset: Evaluated, truth: Table, found: Table) -> np.ndarray:
-    """Computes the AP (C,) of each class at IoU 0.5 as the OpenImages Challenge; NaN without a box.
+    """Computes the AP (C,) of each class at IoU 0.5 as the OpenImages Challenge does.
 
+    It is NaN for a class without a box.
     https://storage.googleapis.com/openimages/web/evaluation.html
-
     1. A box of a class is also a box of the class's ancestors, in ground truth and predictions.
     2. In an image, only verified classes count: those with a box in the image, and those of its
        image-level labels. The ancestors of a present class are present. The descendants of an
@@ -347,7 +346,7 @@ def _class_ap(truth: Table, found: Table) -> float:
 
 
 def _rows_by_image(table: Table) -> dict[int, np.ndarray]:
-    """Returns image -> its rows of the table, in their order."""
+    """Returns {image: the rows of its entries in the table, in rising order}."""
     order = np.argsort(table["image"], kind="stable")
     images, starts = np.unique(table["image"][order], return_index=True)
     return dict(zip(images.tolist(), np.split(order, starts[1:])))
@@ -356,7 +355,7 @@ def _rows_by_image(table: Table) -> dict[int, np.ndarray]:
 def _match(
     boxes: np.ndarray, truth: np.ndarray, group: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Matches detections of one class in one image. Returns hits and ignored ones, each (D,) bool.
+    """Matches detections of one class in one image. Returns (hit, ignored), each (D,) bool.
 
     boxes: (D, 4) xyxy by falling score; truth: (G, 4) xyxy; group: (G,) bool, is a group-of box
     """
@@ -378,7 +377,7 @@ def _match(
 
 
 def report(results: dict[str, Results], folder: Path) -> None:
-    """Writes results.json, and the table to the log. Does nothing if there are no results."""
+    """Writes results.json to `folder`, and the table to the log. Does nothing without results."""
     if not results:
         return
     values = {}
@@ -393,7 +392,7 @@ def format_table(results: dict[str, Results], width: int = 120) -> str:
     """Formats one row per dataset and one column per metric; '-' for a missing value or NaN.
 
     Metrics are in the order of their first appearance. Datasets that share no metric get separate
-    tables. A table wider than `width` letters is split into several.
+    tables. A table wider than `width` characters is split into several.
     """
     tables: list[dict] = []
     for name, values in results.items():
@@ -429,7 +428,7 @@ def _format_table(results: dict[str, Results], width: int) -> str:
 def to_coco_json(ids: Sequence, predictions: Predictions, image_ids: Sequence) -> list[dict]:
     """Returns COCO results: dicts of image_id, category_id, bbox (x, y, w, h in pixels) and score.
 
-    image_id is image_ids[row], category_id is ids[label], `segmentation` is the RLE, if any.
+    image_id is image_ids[row], category_id is ids[label]. RLEs, if any, become `segmentation`.
     """
     results = []
     for row, found in predictions.items():

@@ -26,7 +26,7 @@ NO_ARRAY = (OSError, EOFError, ValueError, SyntaxError, tokenize.TokenError)
 def cache_dir() -> Path:
     """Returns the cache folder, which may not exist yet.
 
-    It is CONCORD_CACHE, else XDG_CACHE_HOME/concord, else ~/.cache/concord.
+    It is $CONCORD_CACHE, else $XDG_CACHE_HOME/concord, else ~/.cache/concord.
     """
     if folder := os.environ.get("CONCORD_CACHE"):
         return Path(folder).expanduser()
@@ -36,11 +36,12 @@ def cache_dir() -> Path:
 
 @contextmanager
 def atomic_path(path: Path | str, durable: bool = False) -> Iterator[Path]:
-    """Yields a temporary path, for a file or folder that replaces `path` in one step at the end.
+    """Yields a temporary path. What the block writes there replaces `path` in one step at the end.
 
-    A reader sees the old file or the new one, never half of one. The temporary name is unique, so
-    two processes can write at once. The folder of `path` is created. If the block raises, the
-    temporary file is removed and `path` stays as it was. Raises OSError if it cannot be written.
+    It may be a file or a folder. A reader sees the old content or the new, never half of it. The
+    temporary name is unique, so two processes can write at once. The folder of `path` is created.
+    If the block raises, what it wrote is removed and `path` stays as it was. Raises OSError if
+    `path` cannot be written.
 
     durable: waits until all of it is on the disk itself. Otherwise a power cut can leave the new
              name with an empty file.
@@ -98,7 +99,7 @@ def file_digest(path: Path) -> str:
 
 
 def refuse_pipe(path: Path, what: str) -> None:
-    """Raises InputError for a device or pipe, whose reader might wait forever."""
+    """Raises InputError if `path` (called `what`) is a device or pipe: reading might never end."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise InputError(f"{what} {path} is no regular file, but a device or pipe; give another")
 
@@ -109,7 +110,8 @@ def cached_rows(folder: str, key: list, count: int, compute: Callable[[], Tensor
     folder: where to store it, below the cache folder
     key:    all that determines the result, as values that JSON can hold
 
-    A damaged file is computed again. A cache folder that cannot be written gets a warning.
+    A file that is damaged or has another number of rows is computed again. If the cache folder
+    cannot be written, a warning is logged.
     """
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = cache_dir() / folder / f"{digest}.safetensors"

@@ -11,7 +11,7 @@ HUB = "https://huggingface.co"
 
 
 def hub_answers() -> bool:
-    """Returns whether the hub can be reached. Tries once; the hub's client retries for a minute."""
+    """Returns whether the hub answers in 5 s. Tries once; the hub's client retries for a minute."""
     try:
         urllib.request.urlopen(os.environ.get("HF_ENDPOINT", HUB), timeout=5).close()
     except urllib.error.HTTPError:
@@ -23,7 +23,7 @@ def hub_answers() -> bool:
 
 @contextmanager
 def hub() -> Iterator[None]:
-    """Context for loading from the hub. Without a network, only the hub's local cache is used.
+    """Context manager for loading from the hub. Without a network, only the local cache is used.
 
     Log lines below the level "critical" are silenced inside the context.
     """

@@ -1,7 +1,7 @@
-"""Image-label losses of earlier work: which proposals of an image get its image-level label.
+"""Image-label losses of earlier work. They differ in the proposals that get an image-level label.
 
 They are the rivals in Table 1 of Detic (arXiv 2201.02605). Each takes the proposals of one image
-and one of its labels, and returns the loss of that label.
+and one of its labels, a scalar tensor, and returns the loss of that label, a scalar.
 Source: facebookresearch/Detic:detic/modeling/roi_heads/detic_fast_rcnn.py.
 """
 
@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 @dataclass
 class Bag:
-    """The proposals of an image with image-level labels: a bag, in multiple-instance learning.
+    """Holds the proposals of an image with image-level labels: a bag of multiple-instance learning.
 
-    They are sorted by objectness, the highest first.
+    The proposals are sorted by objectness, the highest first. `loss_image` takes the last one as
+    the whole image.
     """
 
     boxes: Tensor  # (n, 4)
@@ -28,54 +29,62 @@ class Bag:
 
     @classmethod
     def split(cls, boxes: list[Tensor], logits: Tensor, prop_logits: Tensor | None) -> list["Bag"]:
-        """Makes the bag of each image from logits (R, C + 1) of all, by boxes, B tensors (n, 4)."""
+        """Splits the logits of all R proposals into one bag per image.
+
+        boxes: B tensors (n, 4); logits and prop_logits: (R, C + 1), image by image
+        """
         sizes = [len(b) for b in boxes]
         branch = [None] * len(boxes) if prop_logits is None else prop_logits.split(sizes)
         return [cls(*parts) for parts in zip(boxes, logits.split(sizes), branch)]
 
 
 def label_bce(logits: Tensor, label: Tensor) -> Tensor:
-    """Returns sum_c BCE(sigmoid(s_c), y_c) over the C + 1 columns.
+    """Returns sum_c BCE(sigmoid(s_c), y_c) over the C + 1 columns: (...).
 
-    logits: (..., C + 1), s; label: the index where y is 1. Returns (...).
+    logits: (..., C + 1), s; label: scalar, the column where y is 1; y is 0 elsewhere
     """
     target = F.one_hot(label, logits.shape[-1]).to(logits).expand_as(logits)
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(-1)
 
 
 def loss_first(bag: Bag, label: Tensor) -> Tensor:
-    """Max-object-score: sum_c BCE(s_jc, y_c) (`label_bce`), j the proposal of highest objectness.
+    """Max-object-score: sum_c BCE(sigmoid(s_jc), y_c), with j the first proposal.
 
-    It is the first one.
+    The first proposal has the highest objectness. s is `bag.logits` and y is the one-hot `label`.
     """
     return label_bce(bag.logits[0], label)
 
 
 def loss_image(bag: Bag, label: Tensor) -> Tensor:
-    """Image-box: sum_c BCE(s_jc, y_c) (`label_bce`), j the whole image, the last proposal."""
+    """Image-box: sum_c BCE(sigmoid(s_jc), y_c), with j the last proposal, the whole image.
+
+    s is `bag.logits` and y is the one-hot `label`.
+    """
     return label_bce(bag.logits[-1], label)
 
 
 def loss_max_score(bag: Bag, label: Tensor) -> Tensor:
-    """Prediction-based (YOLO9000): the loss of the proposal with the highest logit for the label.
+    """Prediction-based (YOLO9000): sum_c BCE(sigmoid(s_jc), y_c), with j = argmax_j s_jl.
 
-    It is sum_c BCE(s_jc, y_c) (`label_bce`) over the C + 1 columns, with j = argmax_j s_jl for the
-    label l; y is 1 at l alone.
+    l is the label. s is `bag.logits` and y is the one-hot `label`.
     """
     return label_bce(bag.logits[bag.logits[:, label].argmax()], label)
 
 
 def loss_min_loss(bag: Bag, label: Tensor) -> Tensor:
-    """An alternative in Detic's code: min_j sum_c BCE(s_jc, y_c) (`label_bce`), j all proposals."""
+    """An alternative in Detic's code: min_j sum_c BCE(sigmoid(s_jc), y_c), over all proposals j.
+
+    s is `bag.logits` and y is the one-hot `label`.
+    """
     return label_bce(bag.logits, label).min()
 
 
 def loss_wsddn(bag: Bag, label: Tensor) -> Tensor:
     """WSDDN (arXiv 1511.02853): mean_c BCE(p_c, y_c), p_c = sum_j sigmoid(s_jc) softmax_j(r_jc).
 
-    s: logits; r: prop_logits, whose softmax runs over the proposals; y: one-hot of `label`. p is
-    clamped to [1e-10, 1 - 1e-10]. Unlike the other losses, it is the mean over the C + 1 columns,
-    not the sum.
+    s is `logits` and r is `prop_logits`. The sum and the softmax run over the proposals j. y is the
+    one-hot `label`. p is clamped to [1e-10, 1 - 1e-10]. This loss is a mean over the C + 1 columns
+    c, whereas the other losses are sums.
     """
     p = (bag.logits.sigmoid() * bag.prop_logits.softmax(0)).sum(0)  # (C + 1,)
     p = p.clamp(1e-10, 1 - 1e-10)
@@ -94,9 +103,10 @@ RIVALS = {
 
 
 def mean_over_bags(loss, bags: list[Bag], image_labels: list[Tensor]) -> Tensor:
-    """L_im = 1/B sum_i 1/|Y_i| sum_{y in Y_i} loss(bag_i, y) for B images with labels Y_i, (K,).
+    """L_im = 1/B sum_i 1/|Y_i| sum_{y in Y_i} loss(bag_i, y) of B images with labels Y_i (K,).
 
     An image without a label or without a proposal adds 0.
+    loss: maps a bag and a label to a scalar; bags: B, at least one; image_labels: B tensors (K,)
     """
     terms = [bags[0].logits.sum() * 0]  # a gradient even if there is no other term
     for bag, labels in zip(bags, image_labels):

@@ -8,11 +8,11 @@ is in `size` (height, width).
 """
 
 import copy
-import json
 import logging
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,22 +20,24 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from common.batch import Batch, Sample, collate
 from common.datasets.dataset import Dataset
-from common.datasets.files import read_image
+from common.datasets.files import decode_image
+from common.datasets.pixels import Decoded, to_rgb
 from common.distributed import gather_on_main, rank, world_size
-from common.errors import InputError
-from common.evaluation import evaluate_detections, to_coco_json
-from common.files import atomic_path
+from common.errors import InputError, SomeFailed
+from common.evaluation import evaluate_detections
+from common.fonts import tell_of_squares
+from common.inputs import find_files, read_file
 from common.labels import LabelSpace
-from common.masks import area_of, decode_masks, encode_masks
+from common.masks import encode_masks
+from common.predictions import PredictionWriter
 from common.runlog import progress_bar
 from common.sampling import Transformed, shard
-from common.segment_metrics import Counts, segment_counts, segment_results
+from common.segment_metrics import Counts, segment_counts, segment_results, warn_of_absent
 from common.segments import segment_rows
-from common.visualize import draw_boxes, draw_segments, prediction_grid, save_image
+from common.visualize import prediction_grid, save_image
 
 log = logging.getLogger("concord")
 
@@ -73,6 +75,7 @@ def evaluate_dataset(
         return {}
     if of_segments:
         counts, predictions = predicted
+        warn_of_absent(title, counts, dataset.vocabulary.names)
         results = segment_results(counts, dataset.vocabulary.is_thing)
     else:
         predictions = predicted
@@ -175,6 +178,7 @@ def draw_predictions(
         shown.append(prediction if sample.segments is None else segment_rows(prediction))
     images = [sample.image for sample in truth]
     names = dataset.vocabulary.names
+    tell_of_squares(names)
     picture = prediction_grid(images, [*map(vars, truth)], shown, names, PICTURED, min_score)
     name = re.sub(r"[^a-zA-Z0-9_.]+", "-", title).strip("-")
     save_image(picture, folder / f"predictions-{name}.jpg")
@@ -216,19 +220,31 @@ def detection(
 def to_sample(image: str | Path | Image.Image | Tensor, index: int = 0) -> Sample:
     """Wraps a path, a PIL image or a uint8 tensor (3, H, W) as a sample without annotations.
 
+    Its `image` has half the original size if it is a very large JPEG, see `decode_image`.
     Raises InputError for a missing or broken file, and for a tensor of another kind.
     """
-    image_id = str(image) if isinstance(image, (str, Path)) else index
     if isinstance(image, (str, Path)):
-        image = read_image(Path(image))
-    elif isinstance(image, Image.Image):
-        image = pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+        path = os.path.expanduser(image)
+        decoded = decode_image(Path(path), reduce=True)
+        return decoded_sample(decoded, str(image), index)
+    if isinstance(image, Image.Image):
+        try:
+            upright = ImageOps.exif_transpose(image)  # a copy
+            return decoded_sample(to_rgb(upright), index, index)
+        except ValueError as error:
+            raise InputError(f"image {index} cannot be used ({error})") from None
     if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.shape[:-2] != (3,):
         kind = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image)
         raise InputError(
             f"image {index} is {kind}; give a path, a PIL image or a uint8 tensor (3, H, W)"
         )
-    return Sample.unlabelled(image, "", image_id, index)
+    return Sample.unlabelled(image, "", index, index)
+
+
+def decoded_sample(decoded: Decoded, image_id: int | str, index: int) -> Sample:
+    """Wraps a decoded image file as a sample without annotations."""
+    sample = Sample.unlabelled(decoded.image, "", image_id, index)
+    return replace(sample, original_size=decoded.size)
 
 
 def predict_each(
@@ -248,128 +264,55 @@ def predict_files(
     transform: Callable[[Sample], Sample],
     folder: Path,
 ) -> None:
-    """Predicts the images --predict, draws each prediction and writes all of them to `folder`.
+    """Predicts what --predict names (`find_files`) and writes it to `folder` (`PredictionWriter`).
 
     predict:     called as predict(batch, label_space=...)
     label_space: the classes to look for
 
-    Detections go to predictions.json in the COCO format, with scores and masks. Panoptic maps go to
-    panoptic/ and panoptic.json, COCO's format. Semantic maps go to semantic/: PNGs with the class
-    of each pixel (16 bits with more than 255 classes) and classes.txt, whose first line is class 0.
-
-    Raises InputError for a missing or broken image.
+    A file that cannot be read, or that does not fit into memory, is named in the log, and all
+    others are predicted. Raises SomeFailed at the end if there was such a file, but InputError if
+    no other was named.
     """
     label_space = label_space.with_things()
-    vocabularies = list(label_space.vocabularies.values())
-    ids = vocabularies[0].ids if len(vocabularies) == 1 else range(1, len(label_space) + 1)
-    categories = [{"id": id, "name": name} for id, name in zip(ids, label_space.names)]
-    files = args.predict
-    images, annotations, segments = [], [], []
-    for i, file in enumerate(files):
-        sample = to_sample(file, i)
+    files, problems = find_files(args.predict)
+    num_files = len(files) + sum(problems.values())
+    if num_files > 1:
+        for line in problems:
+            log.error("%s", line)
+    writer = PredictionWriter(folder, label_space, args.score_threshold)
+
+    def predict_one(sample: Sample) -> dict:
         batch = collate([transform(sample)])
-        prediction = with_rles(predict(batch, label_space=label_space)[0])
-        name = f"{Path(file).stem}-{i}"
-        path = folder / f"{name}.jpg"
-        picture, summary = _draw(sample.image, prediction, label_space, args.score_threshold)
-        save_image(picture, path)
-        log.info("%s: %s, drawn in %s", file, summary, path)
+        return with_rles(predict(batch, label_space=label_space)[0])
 
-        height, width = sample.size
-        images.append({"id": i, "file_name": file, "height": height, "width": width})
-        if "boxes" in prediction:
-            annotations += to_coco_json(ids, {i: prediction}, range(len(files)))
-        if "panoptic" in prediction:
-            _save_png(_id_colors(prediction["panoptic"]), folder / "panoptic" / f"{name}.png")
-            info = _segments_info(prediction, ids)
-            segments.append({"image_id": i, "file_name": f"{name}.png", "segments_info": info})
-        if "semantic" in prediction:
-            dtype = np.uint8 if len(label_space) <= 255 else np.uint16
-            semantic = prediction["semantic"].cpu().numpy().astype(dtype)
-            _save_png(semantic, folder / "semantic" / f"{name}.png")
-
-    if "boxes" in prediction:
-        for i, annotation in enumerate(annotations):
-            *_, width, height = annotation["bbox"]
-            rle = annotation.get("segmentation")
-            area = area_of(rle) if rle else width * height
-            annotation |= {"id": i, "area": area, "iscrowd": 0}
-        path = folder / "predictions.json"
-        _save_json(images, categories, annotations, path)
-        log.info("all %d detections, those of lower score too: %s", len(annotations), path)
-    if "panoptic" in prediction:
-        for category, is_thing in zip(categories, label_space.is_thing):
-            category["isthing"] = int(is_thing)
-        root = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
-        for image in images:
-            image["file_name"] = os.path.relpath(image["file_name"], root)
-        path = folder / "panoptic.json"
-        _save_json(images, categories, segments, path)
-        log.info("segments as a panoptic dataset: %s, its images are in %s/", path, root)
-    if "semantic" in prediction:
-        with atomic_path(folder / "semantic" / "classes.txt") as path:
-            path.write_text("\n".join(label_space.names) + "\n", encoding="utf-8")
-        log.info("the class of each pixel: %s/", folder / "semantic")
-
-
-def _draw(
-    image: Tensor, prediction: dict, label_space: LabelSpace, min_score: float
-) -> tuple[Tensor, str]:
-    """Draws segments if they are predicted, and detections otherwise. Also returns a summary."""
-    if "panoptic" in prediction or "semantic" in prediction:
-        record = segment_rows(prediction)
-        names = [label_space.names[label] for label in record["labels"].tolist()]
-        summary = f"{len(names)} {'segments' if 'panoptic' in prediction else 'classes'}"
-        if not names:
-            summary += " (no segment is probable enough)"
-        return draw_segments(image, record["segments"], names, record.get("scores")), summary
-    scores = prediction["scores"]
-    rows = (scores >= min_score).nonzero().flatten()
-    names = [prediction["class_names"][row] for row in rows.tolist()]
-    masks = None
-    if "segmentations" in prediction:
-        rles = [prediction["segmentations"][row] for row in rows.tolist()]
-        masks = decode_masks(rles, prediction["size"])
-    summary = f"{len(names)} objects with a score of {min_score:g} or more"
-    if len(scores) and not names:
-        summary += f" (the highest is {scores.max():.2f})"
-    picture = draw_boxes(image, prediction["boxes"][rows], names, scores[rows], masks=masks)
-    return picture, summary
-
-
-def _segments_info(prediction: dict, ids: Sequence[int | str]) -> list[dict]:
-    """Returns COCO's description of the segments of a panoptic map, with their scores."""
-    panoptic = prediction["panoptic"].cpu().numpy()
-    infos = []
-    for segment in prediction["segments_info"]:
-        y, x = np.nonzero(panoptic == segment["id"])
-        left, top = int(x.min()), int(y.min())
-        infos.append(
-            {
-                "id": segment["id"],
-                "category_id": ids[segment["label"]],
-                "score": segment["score"],
-                "area": len(x),
-                "bbox": [left, top, int(x.max()) + 1 - left, int(y.max()) + 1 - top],
-                "iscrowd": 0,
-            }
+    try:
+        for file in files:
+            if line := _predict_file(predict_one, file, writer):
+                problems[line] += 1
+                log.error("%s", line)
+    finally:  # what is predicted is kept, also after an interrupt
+        writer.close()
+    if problems and num_files == 1:
+        raise InputError(*problems)
+    if problems:
+        failed = sum(problems.values())
+        raise SomeFailed(
+            f"{failed} of {num_files} files could not be predicted, see above; {folder}/ has the "
+            "others"
         )
-    return infos
 
 
-def _id_colors(panoptic: Tensor) -> np.ndarray:
-    """Writes ids (H, W) as COCO's colours (H, W, 3) uint8: id = R + 256 G + 65536 B."""
-    ids = panoptic.cpu().numpy()
-    channels = [ids >> shift & 255 for shift in (0, 8, 16)]
-    return np.stack(channels, axis=2).astype(np.uint8)
-
-
-def _save_png(pixels: np.ndarray, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        Image.fromarray(pixels).save(temporary)
-
-
-def _save_json(images: list, categories: list, annotations: list, path: Path) -> None:
-    content = {"images": images, "categories": categories, "annotations": annotations}
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content))
+def _predict_file(
+    predict_one: Callable[[Sample], dict], file: str, writer: PredictionWriter
+) -> str:
+    """Predicts and writes an image, or each frame of a video. Returns what went wrong, or ""."""
+    try:
+        for frame, decoded in read_file(file):
+            sample = decoded_sample(decoded, file, len(writer.images))
+            writer.add(file, frame, sample, predict_one(sample))
+            writer.notes.update(filter(None, decoded.notes))
+    except InputError as error:
+        return str(error)
+    except (MemoryError, torch.OutOfMemoryError):
+        return f"image {file} does not fit into memory; make it smaller or cut it into tiles"
+    return ""

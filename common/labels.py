@@ -2,7 +2,9 @@
 
 import difflib
 import json
-from collections.abc import Callable
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +14,61 @@ from torch import Tensor
 
 from common.errors import InputError
 
+log = logging.getLogger("concord")
+EQUAL = 0.99  # cosine from which on two texts are taken as one
+COMPARED = 8000  # classes above which texts are not compared: it would take seconds
+SAID: set[tuple] = set()  # vocabularies that `warn_of_equal_text` has compared
 DATA = Path(__file__).resolve().parent.parent / "data"
+NO_LISTS = (".csv", ".json", ".yaml", ".yml", ".xml", ".tsv")  # files that tools keep names in
 
 
 def fold(name: str) -> str:
-    """Returns the name in lower case, with single spaces for underscores and runs of spaces."""
+    """Returns the name in lower case, trimmed, with one space per run of spaces or underscores."""
     words = name.replace("_", " ").lower().split()
     return " ".join(words)
+
+
+def quoted(names: Sequence[str], most: int = 5) -> str:
+    """Returns the first names in quotes, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"'{name}'" for name in names[:most]) + more
+
+
+def warn_of_equal_text(dataset: str, names: tuple[str, ...], text: Tensor) -> None:
+    """Logs, once for a vocabulary, which of its classes cannot be told apart by their text.
+
+    They are names that `fold` makes one, and other names whose embeddings have a cosine above
+    EQUAL. names: C; text: (C, D) of unit norm
+    """
+    if (dataset, names) in SAID or len(names) > COMPARED:
+        return
+    SAID.add((dataset, names))
+    spellings = defaultdict(list)
+    for row, name in enumerate(names):
+        spellings[fold(name)].append(row)
+    alike = [rows for rows in spellings.values() if len(rows) > 1]
+    if alike:
+        pairs = ", ".join(f"'{names[rows[0]]}' and '{names[rows[1]]}'" for rows in alike[:3])
+        message = (
+            "%s: %d class names differ from others only by case, spaces or underscores (%s); they "
+            "have one text, which cannot tell them apart; make them one class"
+        )
+        log.warning(message, dataset, sum(map(len, alike)) - len(alike), pairs)
+    firsts = [rows[0] for rows in spellings.values()]
+    rows = text[firsts]
+    equal = (rows @ rows.T).triu(1) > EQUAL
+    twins = equal.any(0).nonzero().flatten().tolist()
+    if twins:
+        originals = [int(equal[:, row].nonzero()[0]) for row in twins[:3]]
+        pairs = ", ".join(
+            f"'{names[firsts[a]]}' and '{names[firsts[b]]}'" for a, b in zip(originals, twins)
+        )
+        message = (
+            "%s: the text embeddings of %d classes equal those of others (%s): the encoder does "
+            "not know these names or letters, and both classes get one score; choose another "
+            "--text-encoder, or other names"
+        )
+        log.warning(message, dataset, len(twins), pairs)
 
 
 @dataclass(frozen=True)
@@ -28,13 +78,13 @@ class Vocabulary:
     dataset:      the name of the dataset (`Sample.dataset`)
     names:        C class names
     ids:          C original category ids (COCO 1..90, OpenImages "/m/01g317"); default 1..C
-    image_counts: C numbers of training images that show the class, if the dataset publishes them
+    image_counts: C numbers of training images that show the class, or None if none are published
     is_thing:     C bools, True for things and False for stuff; None if the dataset does not tell
-    text:         (C, D) text embeddings of the names; `with_text` sets them
+    text:         (C, D) text embeddings of the names, or None; `with_text` adds them
     source:       the file or flag that the names come from, for error messages
 
-    Raises InputError for an empty vocabulary, an empty or repeated name, a repeated id, and text
-    that does not have one row per name.
+    Raises InputError for an empty vocabulary, an empty or repeated name, a repeated id, and ids or
+    text whose number differs from that of the names.
     """
 
     dataset: str
@@ -95,22 +145,33 @@ class Vocabulary:
     def parse(
         cls, names: str, dataset: str = "vocabulary", source: str = "--vocabulary"
     ) -> "Vocabulary":
-        """Splits comma-separated names, or reads a text file with one name per line.
+        """Makes a vocabulary of comma-separated names, or of a text file with one name per line.
 
-        Raises InputError for a file that is missing or is not UTF-8, and as the class does.
+        names: "cat, traffic cone", or the path of the text file, which ends in .txt or .names
+        Raises InputError for a file that is missing, is not UTF-8 or has another ending, and as the
+        class does.
         """
-        if not names.endswith(".txt"):
+        file = Path(names).expanduser()
+        is_list = file.suffix in (".txt", ".names")
+        if not is_list and (file.is_file() or file.suffix in NO_LISTS):
+            raise InputError(
+                f"{source}: {names} is no list of names; give a .txt file with one name per line,"
+                " or the names, by commas"
+            )
+        if not is_list:
+            if ";" in names:
+                raise InputError(f"{source} {names}: separate the names by commas")
             # an empty name between commas is kept, so that it is refused
             entries = names.split(",") if names.strip() else []
             stripped = [entry.strip() for entry in entries]
             return cls(dataset, tuple(stripped), source=source)
-        if not Path(names).is_file():
+        if not file.is_file():
             raise InputError(
                 f"{source}: {names} does not exist;"
                 " give a text file with one name per line, or names"
             )
         try:
-            lines = Path(names).read_text("utf-8-sig").splitlines()
+            lines = file.read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"{source}: {names} cannot be read ({error}); save it as UTF-8 text"
@@ -120,13 +181,14 @@ class Vocabulary:
         return cls(dataset, tuple(filled), source=source)
 
     def with_text(self, embed: Callable[..., Tensor]) -> "Vocabulary":
-        """Returns the vocabulary with the text of its own names, `embed(names, dataset=...)`."""
+        """Returns a copy whose text is `embed(names, dataset=dataset)`."""
         return replace(self, text=embed(self.names, dataset=self.dataset))
 
     def with_things(self) -> "Vocabulary":
-        """Returns the vocabulary with `is_thing` filled in from the known datasets.
+        """Returns a copy with `is_thing` filled in, or the vocabulary itself if it has `is_thing`.
 
-        A name is stuff if some known dataset lists it as stuff and none lists it as a thing.
+        A name is stuff if some known dataset lists it as stuff and none lists it as a thing. All
+        other names are things.
         """
         if self.is_thing is not None:
             return self
@@ -142,18 +204,18 @@ class Vocabulary:
 
 
 class LabelSpace:
-    """The classes of several datasets, and what their names mean.
+    """The classes of several datasets, as the columns of the class scores, and their text.
 
     By default the vocabularies are concatenated: class k of dataset d is column offset(d) + k. With
-    `merge`, classes whose names fold to the same text ("person", "Person") share one column, which
+    `merge`, classes whose names are equal after `fold` ("person", "Person") share one column, which
     has the spelling and the text of the first dataset.
 
-    vocabularies: {dataset: Vocabulary}
+    vocabularies: one Vocabulary per dataset; the attribute is {dataset: Vocabulary}
+    embed:        makes the text (C_d, D) of a vocabulary without text: `embed(names, dataset=...)`
     names:        C class names
     text:         (C, D) text embeddings of unit norm, or None for a method without text
 
-    No argument takes text, so that names cannot get the text of other names. A vocabulary without
-    text gets `embed(names, dataset=...)`, (C_d, D).
+    No argument takes text apart from its names, so that names cannot get the text of other names.
 
     Raises InputError if a dataset is named twice, and if the text of two datasets differs in width.
     """
@@ -168,6 +230,8 @@ class LabelSpace:
         self.merged = merge
         if embed:
             vocabularies = [v if v.text is not None else v.with_text(embed) for v in vocabularies]
+            for vocabulary in vocabularies:
+                warn_of_equal_text(vocabulary.dataset, vocabulary.names, vocabulary.text)
         self.vocabularies = {v.dataset: v for v in vocabularies}
         if len(self.vocabularies) < len(vocabularies):
             raise InputError("a dataset is named twice in one label space; name each once")
@@ -203,7 +267,7 @@ class LabelSpace:
 
     @property
     def datasets(self) -> list[str]:
-        """The names of the datasets, in order."""
+        """The names of the datasets, in the order of their columns."""
         return list(self.vocabularies)
 
     @property
@@ -213,7 +277,10 @@ class LabelSpace:
 
     @property
     def is_thing(self) -> tuple[bool, ...]:
-        """C bools, True for things and False for stuff. A class of unknown kind is a thing."""
+        """C bools, True for things and False for stuff. A class of unknown kind is a thing.
+
+        If datasets that share a column disagree, the first one that has `is_thing` decides.
+        """
         is_thing = [True] * len(self)
         for vocabulary in reversed(self.vocabularies.values()):  # the first decides
             columns = self._columns[vocabulary.dataset].tolist()
@@ -224,14 +291,14 @@ class LabelSpace:
 
     @cached_property
     def dataset_of_label(self) -> Tensor:
-        """(C,) int64: the position of the dataset that each column of a concatenation is from."""
+        """(C,) int64: the position in `datasets` of each column's dataset. Wrong with `merge`."""
         sizes = [len(v) for v in self.vocabularies.values()]
         return torch.repeat_interleave(torch.tensor(sizes))
 
     def columns(self, dataset: str) -> Tensor:
         """Returns (C_d,) int64: the column of each class of `dataset`.
 
-        Raises InputError, with the nearest names, for a dataset that the label space lacks.
+        Raises InputError, which suggests similar names, if the label space lacks `dataset`.
         """
         if dataset not in self._columns:
             near = difflib.get_close_matches(dataset, self.datasets, cutoff=0.4)
@@ -242,9 +309,9 @@ class LabelSpace:
         return self._columns[dataset]
 
     def scope(self, dataset: str) -> slice:
-        """Returns the columns that an image of `dataset` may train.
+        """Returns the slice of columns that an image of `dataset` may train.
 
-        They are its own classes in a concatenation, and all classes if these are merged.
+        In a concatenation they are the columns of `dataset`. With `merge` they are all columns.
         """
         columns = self.columns(dataset)
         if self.merged:
@@ -256,14 +323,15 @@ class LabelSpace:
         return self.columns(dataset).to(labels.device)[labels]
 
     def part(self, dataset: str) -> "LabelSpace":
-        """Returns the label space of one dataset: its names and its text."""
+        """Returns the label space of `dataset` alone. Raises InputError as `columns` does."""
         self.columns(dataset)
         return LabelSpace([self.vocabularies[dataset]], self.embed)
 
     def unique(self) -> "LabelSpace":
-        """Returns a label space of one vocabulary that has each name once, with its first text.
+        """Returns a label space of one vocabulary, named "all", that has each name once.
 
-        Names that fold to the same text are one. Without text the label space is returned as it is.
+        Of the names that are equal after `fold`, the first is kept with its text. Without text the
+        method returns the label space itself.
         """
         if self.text is None:
             return self
@@ -276,15 +344,17 @@ class LabelSpace:
         return LabelSpace([vocabulary], self.embed)
 
     def swap(self, vocabulary: Vocabulary | str) -> "LabelSpace":
-        """Returns the label space of other classes for the same model.
+        """Returns a label space of other classes for the same model.
 
-        vocabulary: a Vocabulary, names such as "cat, traffic cone", or a .txt file with one name
-                    per line; "" for all classes of this label space (`unique`). Without text it
-                    must be a dataset of this label space, or its name.
+        vocabulary: a Vocabulary, names such as "cat, traffic cone", or a .txt file with one name a
+                    line; "" stands for all classes of this label space (`unique`)
 
-        A vocabulary with text keeps it. Otherwise names of this label space keep their text. If one
-        of the names is new, all are embedded.
-        Raises InputError for a name without an embedding, and for text of another width.
+        A vocabulary with text keeps it. Without, it gets the text that this label space has for its
+        names. If one of the names is new, `embed` makes the text of all.
+        If this label space has no text, `vocabulary` must be one of its datasets, with the same
+        classes, or the name of one.
+        Raises InputError for any other vocabulary in that case, for a name without an embedding,
+        and for text of another width.
         """
         if vocabulary == "":
             return self.unique()
@@ -303,7 +373,7 @@ class LabelSpace:
         return swapped.to(self.text.device)
 
     def _swap_without_text(self, vocabulary: Vocabulary | str) -> "LabelSpace":
-        """Returns the label space of one dataset of this label space."""
+        """Returns the label space of one dataset of this one. Raises InputError for any other."""
         dataset = vocabulary if isinstance(vocabulary, str) else vocabulary.dataset
         if dataset not in self.vocabularies:
             raise InputError(
@@ -322,7 +392,7 @@ class LabelSpace:
         return LabelSpace([vocabulary])
 
     def _known_text(self, vocabulary: Vocabulary) -> Tensor | None:
-        """Returns the rows of names that this label space has; None if it lacks one of them."""
+        """Returns the text that this label space has for the names; None if it lacks a name."""
         # a dataset of this label space has its own text, as one name may have a row per dataset
         known = self.vocabularies.get(vocabulary.dataset, self)
         row_of: dict[str, int] = {}
@@ -332,22 +402,24 @@ class LabelSpace:
         return None if None in rows else known.text[rows]
 
     def shuffled(self, seed: int) -> "LabelSpace":
-        """Returns the label space with the text of another name for each name, at random.
+        """Returns a copy in which each name has the text of another name, chosen at random.
 
-        It is a control for zero-shot evaluation of one dataset.
+        It is a control for zero-shot evaluation. The label space must be that of one dataset.
         """
+        if self.text is None or len(self.vocabularies) != 1:
+            raise InputError("only a label space of one dataset, with text, can be shuffled")
         (vocabulary,) = self.vocabularies.values()
         order = derangement(len(self), seed)
         shuffled = replace(vocabulary, text=self.text[order])
         return LabelSpace([shuffled])
 
     def with_things(self) -> "LabelSpace":
-        """Returns the label space with `is_thing` filled in from the known datasets."""
+        """Returns a copy in which `Vocabulary.with_things` has filled in `is_thing`."""
         vocabularies = [v.with_things() for v in self.vocabularies.values()]
         return LabelSpace(vocabularies, self.embed, self.merged)
 
     def to(self, device: torch.device | str) -> "LabelSpace":
-        """Returns the label space with its text on `device`."""
+        """Returns a copy with its text on `device`; the label space itself if it has no text."""
         if self.text is None:
             return self
         vocabularies = []
@@ -358,7 +430,7 @@ class LabelSpace:
 
 
 def derangement(length: int, seed: int) -> Tensor:
-    """Returns a random order (length,) in which no item keeps its place, if there are several."""
+    """Returns a random permutation (length,) without fixed points. For length 1 it is [0]."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(length, generator=generator)
     following = torch.empty_like(order)

@@ -8,18 +8,45 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from common.batch import Sample
+from common.errors import InputError
 
 
-def to_rle(segmentation: list | dict, size: tuple[int, int]) -> dict:
-    """Converts polygons or an RLE of COCO to a compressed RLE, {"size": [H, W], "counts": ...}.
+def mask_of(annotation: dict) -> list | dict | None:
+    """Returns the `segmentation` of a COCO annotation; None if it has no mask.
 
-    The pixels are those of pycocotools. Polygons of fewer than three points have no pixels, as in
-    detectron2. `counts` is str or bytes.
-    Raises ValueError if `segmentation` is neither polygons nor an RLE, or an RLE that has another
-    (height, width) than `size` or whose runs do not fill it.
+    Exports of boxes write no field, null, [] or [[]]. Polygons of fewer than three points have no
+    pixel.
+    """
+    segmentation = annotation.get("segmentation") or None
+    if not isinstance(segmentation, list):
+        return segmentation
+    for polygon in segmentation:
+        if not isinstance(polygon, list) or len(polygon) >= 6:
+            return segmentation
+    return None
+
+
+def have_pixels(masks: Tensor) -> Tensor:
+    """Tells which masks (N, H, W) bool have a pixel: (N,) bool."""
+    return masks.flatten(1).any(1)
+
+
+def to_rle(segmentation: list | dict, size: tuple[int, int], relative: bool = False) -> dict:
+    """Converts COCO's polygons or RLE to a compressed RLE, {"size": [H, W], "counts": ...}.
+
+    `counts` is str or bytes. The pixels are those of pycocotools. Polygons of fewer than three
+    points have no pixels, as in detectron2. A compressed RLE is returned itself.
+    segmentation: list of polygons, or an RLE with a list, str or bytes as counts
+    size:         (height, width) of the image
+    relative:     the polygons are in fractions of the image
+    Raises ValueError if `segmentation` is neither of them, if the RLE has another size, or if its
+    runs do not fill the image exactly.
     """
     height, width = size
     try:
+        if relative:
+            corners = [np.reshape(polygon, (-1, 2)) * (width, height) for polygon in segmentation]
+            segmentation = [points.ravel().tolist() for points in corners]
         if isinstance(segmentation, list):
             return _polygons_to_rle(segmentation, height, width)
         rle_size = segmentation["size"]
@@ -61,19 +88,45 @@ def _polygons_to_rle(polygons: list, height: int, width: int) -> dict:
     return hotcoco.mask.frPyObjects(empty, height, width)
 
 
-def decode_masks(segmentations: list, size: tuple[int, int]) -> Tensor:
-    """N COCO segmentations, size (H, W) -> (N, H, W) bool. Raises ValueError as `to_rle`."""
+def decode_masks(segmentations: list, size: tuple[int, int], relative: bool = False) -> Tensor:
+    """Decodes N COCO segmentations to masks (N, H, W) bool; size is (H, W).
+
+    None, a box without a mask, has no pixel. relative: as in `to_rle`
+    Raises ValueError as `to_rle` does.
+    """
     masks = torch.zeros(len(segmentations), *size, dtype=torch.bool)
     for mask, segmentation in zip(masks, segmentations):
-        rle = to_rle(segmentation, size)
+        if segmentation is None:
+            continue
+        rle = to_rle(segmentation, size, relative)
         pixels = hotcoco.mask.decode(rle)
         pixels = pixels.view(bool)
         mask.copy_(torch.from_numpy(pixels))
     return masks
 
 
+def annotated_rles(index, sizes: list[tuple[int, int]]) -> list[dict]:
+    """Returns the masks of all boxes of an `Index` as RLEs. Without a mask it is the box.
+
+    sizes: (height, width) of each image
+    Raises InputError that names the image whose segmentation is broken.
+    """
+    rles = []
+    for row, image in enumerate(index.image_of.tolist()):
+        segmentation = index.segmentations[row]
+        if segmentation is None:
+            x1, y1, x2, y2 = index.boxes[row].tolist()
+            segmentation = [[x1, y1, x2, y1, x2, y2, x1, y2]]
+        try:
+            rles.append(to_rle(segmentation, sizes[image], index.relative))
+        except ValueError as error:
+            place = f"{index.source}: image {index.image_ids[image]!r}"
+            raise InputError(f"{place} has {error}; mend it") from None
+    return rles
+
+
 def encode_masks(masks: Tensor) -> list[dict]:
-    """Masks (N, H, W) bool -> N RLEs as in COCO's json files, {"size": [H, W], "counts": str}."""
+    """Encodes masks (N, H, W) bool as N RLEs of COCO's json: {"size": [H, W], "counts": str}."""
     encoded = []
     for mask in masks.cpu():
         pixels = np.asarray(mask)
@@ -85,7 +138,10 @@ def encode_masks(masks: Tensor) -> list[dict]:
 
 
 def segment_masks(sample: Sample) -> Tensor:
-    """Returns the pixels of each label, (N, H, W) bool; ValueError if the sample has none."""
+    """Returns a mask per label of the sample, (N, H, W) bool, from its segments or its masks.
+
+    Raises ValueError if the sample has neither.
+    """
     segments = sample.segments
     if segments is not None:
         rows = torch.arange(len(sample.labels))
@@ -97,7 +153,10 @@ def segment_masks(sample: Sample) -> Tensor:
 
 
 def drop_unseen(segments: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Drops the labels (N,) without a pixel in segments (H, W), and renumbers the segments."""
+    """Drops the labels (N,) without a pixel in segments (H, W), and renumbers the segments.
+
+    Returns (segments, labels): the arguments themselves if no label is dropped, otherwise copies.
+    """
     rows = segments.numpy()
     shifted = rows.ravel() + 1  # from 0
     pixels = np.bincount(shifted, minlength=len(labels) + 1)
@@ -114,16 +173,16 @@ def drop_unseen(segments: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def area_of(rle: dict) -> int:
-    """Returns the number of pixels in a compressed RLE."""
+    """Returns the number of pixels in a compressed RLE; raises ValueError if it is malformed."""
     return int(hotcoco.mask.area(rle))
 
 
 def crop_masks(masks: Tensor, boxes: Tensor, size: int, rows: Tensor | None = None) -> Tensor:
-    """Crops masks to boxes and resizes them by RoIAlign: (R, size, size) bool, at least 0.5.
+    """Crops masks to boxes and resizes them by RoIAlign: (R, size, size) bool.
 
-    masks: (N, H, W) bool
-    boxes: (R, 4) xyxy
-    rows:  (R,) the mask of each box; without it, box i has mask i
+    A pixel is True if the resized mask is at least 0.5.
+    masks: (N, H, W) bool; boxes: (R, 4) xyxy
+    rows:  (R,), row in `masks` of each box; without it, box i has mask i
     Source: facebookresearch/detectron2:detectron2/structures/masks.py (BitMasks.crop_and_resize).
     """
     if rows is None:
@@ -141,9 +200,10 @@ def paste_masks(
 ) -> Tensor:
     """Pastes the square masks of a mask head into the image: (N, H, W) bool.
 
-    Samples bilinearly at the centres of the pixels. Pixels outside of the box are False. Each box
-    is sampled alone and within its own window, so that only the result is as large as the image.
-    probabilities (N, s, s), boxes (N, 4) xyxy, size (H, W)
+    A pixel is True if the mask, sampled bilinearly at the pixel's centre, is at least `threshold`.
+    Pixels outside the box are False. Each box is sampled alone and within its own window, so that
+    only the result is as large as the image.
+    probabilities: (N, s, s); boxes: (N, 4) xyxy; size: (H, W) of the image
     Source: facebookresearch/detectron2:detectron2/layers/mask_ops.py (paste_masks_in_image).
     """
     height, width = size
@@ -180,7 +240,7 @@ def paste_masks(
 
 
 def _pixel_centres(start: int, end: int, low: Tensor, extent: Tensor) -> Tensor:
-    """Returns the centres of pixels in coordinates of a box, which is -1 to 1: (end - start,)."""
+    """Returns the centres of pixels start to end - 1, scaled so that the box spans -1 to 1."""
     pixels = torch.arange(start, end, device=low.device)
     centres = pixels + 0.5
     fraction = (centres - low) / extent
@@ -188,7 +248,7 @@ def _pixel_centres(start: int, end: int, low: Tensor, extent: Tensor) -> Tensor:
 
 
 def paste_rles(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[dict]:
-    """Returns `paste_masks` as N RLEs; at most one mask of the image's size is in memory."""
+    """Returns the masks of `paste_masks` as N RLEs, with one full-size mask in memory at a time."""
     rles = []
     for probability, box in zip(probabilities, boxes):
         masks = paste_masks(probability[None], box[None], size)
@@ -197,10 +257,11 @@ def paste_rles(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> l
 
 
 def rasterise(boxes: Tensor, size: tuple[int, int], stride: int = 4) -> tuple[Tensor, Tensor]:
-    """Draws boxes (N, 4) as the rows (N, h) and the columns (N, w) that they cover, 0 or 1.
+    """Returns (rows, columns) that boxes cover: (N, h) and (N, w) float, 1 if covered, else 0.
 
-    (h, w) = size is the grid of the masks. A cell is covered if the pixel at its centre is in the
-    box, whose edges are rounded outwards. A box without such a cell covers the cell of its centre.
+    A cell of the grid is covered if the pixel at its centre is in the box, whose edges are rounded
+    outwards. A box without such a cell covers the cell of its centre.
+    boxes: (N, 4) in pixels; size: (h, w) of the grid; stride: side of a cell in pixels
     Source: aim-uofa/AdelaiDet:adet/modeling/condinst/condinst.py (add_bitmasks_from_boxes).
     """
     height, width = size
@@ -211,7 +272,7 @@ def rasterise(boxes: Tensor, size: tuple[int, int], stride: int = 4) -> tuple[Te
 
 
 def _covered(low: Tensor, high: Tensor, length: int, stride: int) -> Tensor:
-    """Returns which of `length` cells are covered from low (N, 1) to high (N, 1): (N, length)."""
+    """Returns 1 for cells that low (N, 1) to high (N, 1) covers, 0 for others: (N, length)."""
     cell = torch.arange(length, device=low.device)
     pixel = cell * stride + stride // 2
     start = low.floor()

@@ -5,9 +5,10 @@ It returns the weighted mean of the samples:
 
     out[b, q, m] = sum_k softmax_k(logits[b, q, m]) value_m(reference[b, q] + offset[b, q, m, k])
 
-value_m is bilinear between pixel centres and zero outside the map. `formula` is this equation in
-PyTorch. Triton kernels compute it on CUDA, sparse products on the CPU. Both keep only their inputs
-and the output for the backward pass.
+Here the reference is scaled to the pixels of the level of sample k. value_m is interpolated
+bilinearly between pixel centres and is zero outside the map. `formula` is this equation in PyTorch.
+Triton kernels compute it on CUDA, and sparse products compute it on the CPU. Both keep only their
+inputs and the output for the backward pass.
 
 Shapes: B images, S pixels of all levels, Q queries, M heads, d channels of a head, L levels,
 P points, K = L P samples.
@@ -33,14 +34,14 @@ def msda(
 ) -> Tensor:
     """Computes multi-scale deformable attention without its linear layers.
 
-    value:     (B, S, M, d), all levels, each row by row; float32, float16, bfloat16 or float64
+    value:     (B, S, M, d), level by level, each row by row; float32, float16, bfloat16 or float64
     shapes:    (height, width) of each level
     offsets:   (B, Q, M, L, P, 2) as (x, y) in pixels of the level
-    logits:    (B, Q, M, L P), attention before the softmax, which runs over all K samples
+    logits:    (B, Q, M, K), attention before the softmax over all K samples, level by level
     reference: (Q, 2), (B, Q, 2) or (B, Q, L, 2) as (x, y) in 0..1 of the map; gets no gradient
 
-    Returns (B, Q, M d) in value's dtype. Locations and sums are float32 (float64 if value is).
-    Raises ValueError if the shapes do not agree.
+    Returns (B, Q, M d) in value's dtype. Locations and sums are float32, or float64 if value is.
+    Raises ValueError if `shapes` or the shapes of value, offsets and logits do not agree.
     """
     batch, pixels, heads, _ = value.shape
     queries = offsets.shape[1]
@@ -64,7 +65,7 @@ def msda(
 
 
 def _per_level(reference: Tensor, offsets: Tensor) -> Tensor:
-    """Expands any of the three forms of `reference` to (B, Q, L, 2), without a copy."""
+    """Expands (Q, 2), (B, Q, 2) or (B, Q, L, 2) to a detached view (B, Q, L, 2)."""
     batch, queries, _, levels, _, _ = offsets.shape
     if reference.dim() < 4:
         reference = reference.unsqueeze(-2)
@@ -73,7 +74,7 @@ def _per_level(reference: Tensor, offsets: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _levels(sizes: tuple, device: torch.device) -> Tensor:
-    """Returns (L, 3) int32: height, width and first pixel of each level. sizes: h0, w0, h1, ..."""
+    """Returns (height, width, first pixel) per level: (L, 3) int32. sizes: (h0, w0, h1, ...)."""
     levels = []
     start = 0
     for height, width in zip(sizes[::2], sizes[1::2]):
@@ -85,9 +86,9 @@ def _levels(sizes: tuple, device: torch.device) -> Tensor:
 def formula(
     value: Tensor, shapes: tuple, offsets: Tensor, logits: Tensor, reference: Tensor
 ) -> Tensor:
-    """Computes `msda` as the equation reads. Autograd gives the gradients.
+    """Computes `msda`, with the same arguments and result, as the equation reads.
 
-    Arguments and result are those of `msda`. The faster paths are tested against this function.
+    Autograd gives the gradients. The tests compare the faster paths with this function.
     """
     dtype = torch.promote_types(value.dtype, torch.float32)
     weights = logits.to(dtype).softmax(-1)  # (B, Q, M, L P)
@@ -132,14 +133,16 @@ def formula(
 
 
 def _axis(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Interpolates linearly along one axis, between the pixels `first` and first + 1.
+    """Computes the weights of linear interpolation between the pixels `first` and first + 1.
 
-    position: (...) in pixels; size: pixels of the axis, broadcast to position
+    position: (...) along one axis, in pixels; size: pixels of the axis, broadcast to position
 
-    Returns first (int32), its weight, the weight of first + 1, and the interval of the position.
-    `first` is chosen so that both pixels are inside the map (if it has two). The interval is -1 for
-    the unit before `first`, 0 between both pixels and 1 behind them. Any other interval means that
-    both weights are 0.
+    Returns (first, low, high, interval), each (...).
+    first:    floor(position), int32, moved so that first and first + 1 are inside the map; 0 if the
+              axis has one pixel
+    low:      weight of `first`
+    high:     weight of first + 1; 0 if the axis has one pixel
+    interval: floor(position) - first; if it is not -1, 0 or 1, both weights are 0
     """
     floor = position.floor()
     last = (size - 2).int()
@@ -154,10 +157,10 @@ def _axis(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def _slopes(interval: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the derivatives of both weights of `_axis` by the position.
+    """Returns (low, high): the derivatives of the two weights of `_axis` by the position.
 
-    interval: as `_axis` returns it. At a pixel centre the weights have a kink. There the result is
-    the derivative to the right.
+    interval: as `_axis` returns it. At a pixel centre, where the weights have a kink, the result is
+    the derivative on the right.
     """
     before = (interval == -1).to(interval)
     between = (interval == 0).to(interval)
@@ -168,11 +171,11 @@ def _slopes(interval: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Samples:
-    """The four nearest pixels (corners) and the weights of all samples.
+    """Holds the four nearest pixels (corners) and the weights of all samples.
 
-    The backward pass computes them again instead of keeping them. Attributes are (B, Q, M K) unless
-    a shape is given. Values that depend on the level alone are rows (M K,) that broadcast, since
-    short inner loops cost more than the arithmetic.
+    The backward pass computes them again instead of keeping them. An attribute without a shape is
+    (B, Q, M K). Values that depend on the level alone are rows (M K,) that broadcast, because short
+    inner loops cost more than the arithmetic.
 
     levels:                   (L, 3) of `_levels`
     width, height:            (M K,) size of the level
@@ -246,7 +249,7 @@ class _Samples:
 
 
 def _forward_cpu(value, offsets, logits, reference, sizes):
-    """Sums the 4 K weighted rows of value of each query and head: F.embedding_bag."""
+    """Returns `out` (B, Q, M d): sums the 4 K weighted corners of each query and head."""
     samples = _Samples(value, offsets, logits, reference, sizes)
     _, queries, heads = offsets.shape[:3]
     rows = value.reshape(-1, value.shape[-1])  # (B S M, d)
@@ -259,7 +262,7 @@ def _forward_cpu(value, offsets, logits, reference, sizes):
 
 
 def _backward_cpu(grad, value, offsets, logits, reference, out, sizes):
-    """Returns the gradients of value, offsets and logits. Only the Triton kernel needs `out`."""
+    """Returns the gradients of value, offsets and logits. `out` is unused; only Triton needs it."""
     samples = _Samples(value, offsets, logits, reference, sizes)
     dtype = samples.attention.dtype
     rows = value.reshape(-1, value.shape[-1]).to(dtype)  # (B S M, d)
@@ -290,10 +293,10 @@ def _backward_cpu(grad, value, offsets, logits, reference, out, sizes):
 
 
 def _corner_products(samples: _Samples, grad: Tensor, rows: Tensor) -> list[Tensor]:
-    """Returns <grad, value> at each corner: 4 tensors (B, Q, M K).
+    """Returns the dot products <grad, value> at each corner: 4 tensors (B, Q, M K).
 
-    They are the entries of a sparse matrix, sampled from the product of grad (B Q M, d) and
-    rows (B S M, d).
+    grad: (B Q M, d); rows: (B S M, d), the value. Of the product grad @ rows.T, only the entries of
+    the corners are computed.
     """
     count, _, k = samples.corners.shape
     entries = 4 * k * count
@@ -314,10 +317,10 @@ def _corner_products(samples: _Samples, grad: Tensor, rows: Tensor) -> list[Tens
 
 
 def _value_gradient(samples: _Samples, grad: Tensor, shape: torch.Size) -> Tensor:
-    """Returns the gradient of value, of `shape` (B, S, M, d), from grad (B Q M, d).
+    """Returns the gradient of value, of `shape` (B, S, M, d), from the gradient of out (B Q M, d).
 
-    Samples are sorted by their top left corner. Each row of value then sums a bag of rows of grad,
-    once for each of the four corners.
+    The samples are sorted by their top left corner. For each of the four corners, each row of the
+    result then sums a bag of rows of `grad`.
     """
     batch, pixels, heads, d = shape
     keys, order = samples.base.flatten().sort(stable=True)
@@ -343,7 +346,7 @@ def _value_gradient(samples: _Samples, grad: Tensor, shape: torch.Size) -> Tenso
 
 
 def _launch(kernel, reference, sizes, value, offsets, logits, *others):
-    """Runs `kernel` on all tiles. others: the further tensors that it reads or writes."""
+    """Runs the Triton `kernel` on all tiles. others: its tensors that come after `logits`."""
     batch, pixels, heads, d = value.shape
     _, queries, _, levels, points, _ = offsets.shape
     padded = [triton.next_power_of_2(n) for n in (points, levels * points, d)]
@@ -362,7 +365,7 @@ def _launch(kernel, reference, sizes, value, offsets, logits, *others):
 
 
 def _forward_triton(value, offsets, logits, reference, sizes):
-    """Computes `out` (B, Q, M d) by `_forward_kernel`."""
+    """Returns `out` (B, Q, M d), computed by `_forward_kernel`."""
     _, _, heads, d = value.shape
     batch, queries = offsets.shape[:2]
     out = value.new_empty(batch, queries, heads * d)
@@ -371,7 +374,7 @@ def _forward_triton(value, offsets, logits, reference, sizes):
 
 
 def _backward_triton(grad, value, offsets, logits, reference, out, sizes):
-    """Returns the gradients of value, offsets and logits by `_backward_kernel`."""
+    """Returns the gradients of value, offsets and logits, computed by `_backward_kernel`."""
     # single precision, as many small numbers meet in a pixel; they come in any order, so the last
     # digits vary between runs
     grad_value = value.new_zeros(value.shape, dtype=torch.float32)

@@ -2,9 +2,12 @@
 
 A program takes a tile of T queries of one head of one image. The P points of a level are one block
 (T, P, d), so that many independent rows are in flight. Neighbouring queries find most corners in
-L1. Sizes of levels come as a tensor: reading them costs nothing, and images of a new size need no
-new kernel. L, P and d are compile-time constants. TP, TK and TD are the next powers of two of P, K
-and d. Pixels of an image are counted in 32 bits, all else in 64.
+the L1 cache. The sizes of the levels come as a tensor, because then images of a new size need no
+new kernel. L, P and d are compile-time constants. TP, TK and TD are P, K and d, each rounded up to
+a power of two. Pixels of an image are counted in 32 bits, all else in 64.
+
+Shapes: as in `common.msda`. Shapes (T, P, d) stand for blocks (T, TP, TD). Tensor arguments are
+pointers to their first number.
 """
 
 import triton
@@ -19,8 +22,10 @@ def _axis_kernel(position, size):
 
     Returns five blocks (T, P):
     - first, int32: floor(position), clamped to [0, size - 2]
-    - the weight of pixel `first`, and that of pixel first + 1
-    - the derivatives of these two weights by the position
+    - the weight of pixel `first`
+    - the weight of pixel first + 1
+    - the derivative of the first weight by the position
+    - the derivative of the second weight by the position
     Beyond the border the weights sum to less than 1. If size is 1, first is 0, and the weight of
     pixel 1 and its derivative are 0.
     """
@@ -40,9 +45,11 @@ def _axis_kernel(position, size):
 
 @triton.jit
 def _tile_kernel(queries, heads, T):
-    """Returns the program's image, head, queries (T,), and their rows (T,) of (B Q M, ...).
+    """Returns (image, head, query, row, inside) of the program's tile.
 
-    The last result (T,) is False for queries beyond the end.
+    query:  (T,), indices in 0..Q-1
+    row:    (T,), row of each query in a tensor (B Q M, ...)
+    inside: (T,), False for queries beyond the end
     """
     image = (tl.program_id(1) // heads).to(tl.int64)
     head = tl.program_id(1) % heads
@@ -53,9 +60,9 @@ def _tile_kernel(queries, heads, T):
 
 @triton.jit
 def _softmax_kernel(logits, row, inside, K, TK):
-    """Returns the maximum of each query's logits and the sum of exp(logit - maximum), (T,).
+    """Returns per query the maximum of its K logits and the sum of exp(logit - maximum), (T,) each.
 
-    row: (T,) row of logits (B Q M, K); inside: (T,) False for queries beyond the end
+    row: (T,), row in logits (B Q M, K); inside: (T,), False for queries beyond the end
     """
     k = tl.arange(0, TK)
     valid = inside[:, None] & (k < K)
@@ -68,10 +75,10 @@ def _softmax_kernel(logits, row, inside, K, TK):
 
 @triton.jit
 def _attention_kernel(logits, sample, valid, highest, total):
-    """Returns the attention of the samples of one level, (T, P).
+    """Returns the attention of the samples of one level, (T, P), after the softmax over all levels.
 
-    sample: (T, P) indices of the logits; valid: (T, P) the sample exists
-    highest, total: (T,) results of `_softmax_kernel`
+    sample: (T, P), indices in the flat logits; valid: (T, P), False where no sample exists
+    highest, total: (T,), results of `_softmax_kernel`
     """
     scores = tl.load(logits + sample, valid, other=0.0).to(tl.float32)
     attention = tl.exp(scores - highest[:, None]) / total[:, None]
@@ -82,8 +89,9 @@ def _attention_kernel(logits, sample, valid, highest, total):
 def _position_kernel(offsets, sample, valid, reference, ref_xy, inside, level):
     """Returns x and y of the samples of one level, each (T, P), in pixels of the level.
 
-    reference: (T,) pointers to x of the reference point; y is ref_xy numbers further
-    level: pointer to the height and the width of the level
+    sample, valid: as in `_attention_kernel`; inside: (T,), False for queries beyond the end
+    reference:     (T,), pointers to x of each query's reference point; y is ref_xy numbers further
+    level:         pointer to the height of the level; the width follows it
     """
     xy = offsets + 2 * sample[:, :, None] + tl.arange(0, 2)
     x, y = tl.split(tl.load(xy, valid[:, :, None], other=0.0).to(tl.float32))
@@ -98,11 +106,15 @@ def _position_kernel(offsets, sample, valid, reference, ref_xy, inside, level):
 def _corner_kernel(x, y, valid, level, heads, D, TD):
     """Finds the four nearest pixels (corners) of the samples of one level.
 
-    x, y: (T, P) in pixels; level: pointer to height, width and first pixel of the level
+    x, y:  (T, P), in pixels; valid: (T, P), False where no sample exists
+    level: pointer to the level's height; its width and its first pixel follow
 
-    Returns two tuples of (T, P), for x and for y: weights of both pixels and their derivatives.
-    Then (T, P, d) indices of the top left and the bottom left corner in one head of an image.
-    Then (T, P, d) masks: the top left, the top right and the bottom left corner exist.
+    Returns (x_axis, y_axis, corner, below, near, near_right, near_below).
+    x_axis, y_axis:               four blocks (T, P) each: both weights, then both derivatives
+    corner, below:                (T, P, d), indices of the top left and the bottom left corner in
+                                  the value of one image and head
+    near, near_right, near_below: (T, P, d), True if the top left, the top right or the bottom left
+                                  corner exists
     """
     d = tl.arange(0, TD)
     height = tl.load(level)
@@ -125,19 +137,19 @@ def _corner_kernel(x, y, valid, level, heads, D, TD):
 
 @triton.jit
 def _read(pointer, weight, mask):
-    """Returns the vectors at `pointer` (T, P, d), each times its weight (T, P)."""
+    """Returns the vectors at `pointer` (T, P, d), each times its weight (T, P); 0 outside mask."""
     return weight[:, :, None] * tl.load(pointer, mask, other=0.0)
 
 
 @triton.jit
 def _dot(g, pointer, mask):
-    """Returns the products (T, P) of g (T, 1, d) with the vectors at `pointer` (T, P, d)."""
+    """Returns the dot products (T, P) of g (T, 1, d) and the vectors at `pointer` (T, P, d)."""
     return tl.sum(g * tl.load(pointer, mask, other=0.0), 2)
 
 
 @triton.jit
 def _add(pointer, weight, g, mask):
-    """Adds g (T, 1, d), times the weight (T, P), to the vectors at `pointer` (T, P, d)."""
+    """Adds g (T, 1, d) times the weight (T, P) to the vectors at `pointer` (T, P, d), in place."""
     tl.atomic_add(pointer, weight[:, :, None] * g, mask, sem="relaxed")
 
 
@@ -166,7 +178,10 @@ def _forward_kernel(
 ):
     """Writes `out` (B, Q, M d) for one tile.
 
-    levels: (L, 3) of `_levels`; ref_b, ref_q, ref_l, ref_xy: strides of reference (B, Q, L, 2)
+    reference: (B, Q, L, 2) in 0..1, with the strides ref_b, ref_q, ref_l and ref_xy
+    levels:    (L, 3): height, width and first pixel of each level
+    value:     (B, S, M, d); offsets: (B, Q, M, L, P, 2) in pixels; logits: (B, Q, M, K)
+    pixels:    S; queries: Q; heads: M; D: d
     """
     image, head, query, row, inside = _tile_kernel(queries, heads, T)
     p = tl.arange(0, TP)
@@ -230,7 +245,9 @@ def _backward_kernel(
 ):
     """Writes grad_offsets and grad_logits for one tile, and adds the tile's part to grad_value.
 
-    grad: gradient of `out`; the others as in `_forward_kernel`
+    out:  the forward result; grad: its gradient
+    grad_value, grad_offsets, grad_logits: shaped as value, offsets and logits
+    The other parameters are those of `_forward_kernel`.
     """
     image, head, query, row, inside = _tile_kernel(queries, heads, T)
     p = tl.arange(0, TP)

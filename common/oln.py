@@ -1,6 +1,6 @@
 """OLN, object localization network (arXiv 2108.06753): class-agnostic boxes and their quality.
 
-As in UniDetector: the box head has a binary class beside the quality (IoU).
+As in UniDetector, the box head predicts object or background beside the quality (IoU).
 Source: zhenyuw16/UniDetector:mmdet/models (dense_heads/oln_rpn_head.py,
 roi_heads/oln_roi_head.py, roi_heads/bbox_heads/convfc_bbox_score_head.py).
 
@@ -32,11 +32,11 @@ BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
 class RPN(nn.Module):
-    """The region proposal network: head, targets, losses and proposals, without NMS.
+    """Proposes class-agnostic boxes without NMS, and computes the losses.
 
     Anchors are assigned to the ground truth twice: once to regress boxes, once to score anchors.
-    Each assignment has its IoUs (`match_anchors`) and its largest share of foreground anchors.
-    The parameter names are the official ones.
+    Each assignment has its own IoU thresholds (arguments of `match_anchors`), and its own largest
+    share of foreground anchors. The parameter names are the official ones.
     """
 
     scale = 8  # side of an anchor in strides
@@ -47,7 +47,7 @@ class RPN(nn.Module):
     sampled = 256  # anchors per image and assignment
 
     def __init__(self, channels: int, pre_nms: int = 2000):
-        """pre_nms: proposals per level."""
+        """Creates the layers. pre_nms: largest number of proposals per level."""
         super().__init__()
         self.pre_nms = pre_nms
         self.rpn_conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -58,7 +58,10 @@ class RPN(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def head(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """L maps (B, F, h, w) -> of each: tblr (B, h * w, 4), objectness logits (B, h * w)."""
+        """Predicts distances for `decode_tblr`, and objectness logits, from L maps (B, F, h, w).
+
+        Returns L tensors (B, h * w, 4) of distances and L tensors (B, h * w) of logits.
+        """
         tblr = []
         logits = []
         for feature in features:
@@ -74,7 +77,8 @@ class RPN(nn.Module):
     def anchors(self, features: list[Tensor]) -> list[Tensor]:
         """Returns the square anchors of each level, row by row: L tensors (h * w, 4).
 
-        The first anchor is centred on the image's top left corner.
+        The first anchor of each level is centred on the image's top left corner.
+        features: L maps (B, F, h, w)
         """
         anchors = []
         for feature, stride in zip(features, STRIDES):
@@ -96,10 +100,12 @@ class RPN(nn.Module):
         sizes: list[tuple[int, int]],
         gt_boxes: list[Tensor] | None = None,
     ) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
-        """Returns the proposals of each image, boxes (Q, 4) and scores (Q,), and the losses.
+        """Returns (proposals, losses).
 
-        Proposals come level by level and carry no gradient.
-        features: L maps (B, F, h, w); gt_boxes: B tensors (N, 4); without them, no losses
+        proposals: per image, boxes (Q, 4) and scores (Q,), level by level and without gradient
+        losses:    those of `RPN.losses`; an empty dictionary if `gt_boxes` is None
+        features:  L maps (B, F, h, w); sizes: B pairs (height, width) before padding
+        gt_boxes:  B tensors (N, 4)
         """
         anchors = self.anchors(features)
         tblr, logits = self.head(features)
@@ -121,9 +127,12 @@ class RPN(nn.Module):
     def proposals(
         self, anchors: list[Tensor], tblr: list[Tensor], scores: list[Tensor], size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Returns the best boxes (Q, 4) of each level of one image, clipped, and scores (Q,).
+        """Selects the best proposals of each level of one image, without NMS.
 
-        Empty boxes are left out. The lists have one entry per level.
+        Returns boxes (Q, 4), clipped to the image, and scores (Q,), level by level. Empty boxes are
+        left out.
+        anchors: L tensors (h * w, 4); tblr: L tensors (h * w, 4), as `decode_tblr` reads them
+        scores:  L tensors (h * w,), objectness in [0, 1]; size: (height, width) of the image
         """
         boxes = []
         kept = []
@@ -142,11 +151,15 @@ class RPN(nn.Module):
     def targets(
         self, anchors: Tensor, gt_boxes: Tensor, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor, int, Tensor, Tensor]:
-        """Samples anchors of one image, anchors (M, 4), gt_boxes (N, 4), for both losses.
+        """Samples anchors of one image for both losses, among those wholly inside the image.
 
-        Anchors that are not wholly in the image take no part. Returns the rows (P,) of anchors to
-        regress, their ground truth (P, 4), the number of anchors sampled for it with background,
-        the rows (S,) of anchors to score, and their scores (S,): `centreness`, 0 on background.
+        anchors: (M, 4); gt_boxes: (N, 4); size: (height, width) of the image
+        Returns (regressed, regressed_boxes, number, scored, scores).
+        regressed:       (P,), rows of the foreground anchors whose boxes are regressed
+        regressed_boxes: (P, 4), their ground truth
+        number:          P plus the background anchors sampled with them
+        scored:          (S,), rows of the anchors whose objectness is trained
+        scores:          (S,), its target: `centreness` on foreground, 0 on background
         """
         height, width = size
         left, top, right, bottom = anchors.unbind(1)
@@ -185,9 +198,10 @@ class RPN(nn.Module):
     ) -> dict[str, Tensor]:
         """Returns `loss_rpn_box` and `loss_rpn_objectness`, summed over images, both divided by n.
 
-        `RPN.targets` samples the anchors of each loss. n counts those sampled for box regression in
-        the batch, with background, at least 1.
-        anchors (M, 4), tblr (B, M, 4), logits (B, M), gt_boxes: B tensors (N, 4)
+        `RPN.targets` samples the anchors of each loss. n is the sum of its `number` over the images
+        of the batch, at least 1.
+        anchors: (M, 4); tblr: (B, M, 4); logits: (B, M)
+        gt_boxes: B tensors (N, 4); sizes: B pairs (height, width) before padding
         """
         box_loss = 0
         objectness_loss = 0
@@ -203,7 +217,10 @@ class RPN(nn.Module):
 
 
 class OLN(nn.Module):
-    """Backbone with P2 to P6, RPN, and a box head that classifies, moves and rates each region."""
+    """Detects class-agnostic boxes: backbone with P2 to P6, RPN, and a box head.
+
+    The box head predicts for each region object or background, box deltas, and the IoU.
+    """
 
     iou = 0.5  # least IoU of foreground regions
 
@@ -217,11 +234,13 @@ class OLN(nn.Module):
         rois_per_image: int = 512,
         rpn_proposals: int = 2000,
     ):
-        """backbone: timm model; channels: of FPN and RPN; fc_dim: width of the box head.
+        """Creates the network.
 
-        amp:            bfloat16 autocast of the backbone, as in `amp_context`
+        backbone:       name of a timm model, with ImageNet weights if `pretrained`
+        channels:       of FPN and RPN; fc_dim: width of the box head
+        amp:            autocast of the backbone: "on", "off" or "auto", as in `amp_context`
         rois_per_image: regions sampled in training, at most a quarter of them foreground
-        rpn_proposals:  proposals per level
+        rpn_proposals:  largest number of proposals per level
         """
         super().__init__()
         self.amp = amp
@@ -239,9 +258,10 @@ class OLN(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def head(self, features: list[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """P2 to P6, boxes B tensors (Q, 4) -> class logits (R, 2), deltas (R, 4), IoU logits (R,).
+        """Returns class logits (R, 2), box deltas (R, 4) and IoU logits (R,) of all regions.
 
-        The classes are object (column 0) and background.
+        Column 0 of the class logits is object, column 1 is background.
+        features: P2 to P6, each (B, F, h, w); P6 is not used. boxes: B tensors (Q, 4), the regions
         """
         pooled = pool_rois(features[:4], STRIDES[:4], boxes, 7)  # (R, F, 7, 7)
         x = self.box_head(pooled)  # (R, fc_dim)
@@ -253,11 +273,13 @@ class OLN(nn.Module):
     def forward(
         self, images: Tensor, sizes: list[tuple[int, int]], targets: list[Targets] | None = None
     ) -> dict[str, Tensor] | list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Returns the losses if targets are given, and otherwise the detections of each image.
+        """Returns the five losses if targets are given, and otherwise the detections of each image.
 
-        Detections are refined boxes (Q, 4), clipped to the image, and three scores (Q,): of being
-        an object, centreness of the anchor, and IoU. The labels of the targets are not used.
-        images: (B, 3, H, W) uint8
+        The detections of an image are refined boxes (Q, 4), clipped to the image, and three scores
+        (Q,) in [0, 1]: probability of an object, RPN score (predicted `centreness`), predicted IoU.
+        There is no NMS and no threshold.
+        images:  (B, 3, H, W) uint8; sizes: B pairs (height, width) before padding
+        targets: of each image; their labels do not change the losses
         """
         with amp_context(self.amp, images.device):
             normalised = self.backbone.normalise(images, sizes)
@@ -295,8 +317,8 @@ class OLN(nn.Module):
     ) -> dict[str, Tensor]:
         """Returns `loss_roi_cls`, `loss_roi_box` and `loss_roi_iou` of the R regions of all images.
 
-        outputs: class logits (R, 2), deltas (R, 4) and IoU logits (R,), as `head` returns them
-        boxes:   B tensors (Q, 4), the regions
+        outputs: class logits (R, 2), deltas (R, 4) and IoU logits (R,), as `OLN.head` returns them
+        boxes:   B tensors (Q, 4), the regions; targets: of the regions of each image
         """
         logits, deltas, iou = outputs
         regions = torch.cat(boxes)  # (R, 4)
@@ -310,7 +332,7 @@ class OLN(nn.Module):
 
 
 def decode_tblr(anchors: Tensor, tblr: Tensor) -> Tensor:
-    """Decodes boxes: anchors (M, 4), tblr (M, 4) -> (M, 4) xyxy.
+    """Decodes one box per anchor: anchors (M, 4), tblr (M, 4) -> (M, 4) xyxy, not clipped.
 
     tblr: distances from the anchor's centre to the top, bottom, left and right side of the box,
         divided by the anchor's height (t, b) or width (l, r)
@@ -323,10 +345,11 @@ def decode_tblr(anchors: Tensor, tblr: Tensor) -> Tensor:
 
 
 def centreness(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """sqrt(min(t, b) / max(t, b) * min(l, r) / max(l, r)): anchors (M, 4), boxes (M, 4) -> (M,).
+    """Returns sqrt(min(t, b) / max(t, b) * min(l, r) / max(l, r)) of each anchor: (M,).
 
     t, b, l, r are the distances from the anchor's centre to the sides of the box in the same row.
-    An anchor whose centre is outside of its box gets 0.
+    An anchor whose centre is outside that box gets 0.
+    anchors: (M, 4); boxes: (M, 4)
     """
     centre = centres(anchors)
     low, high = boxes.chunk(2, 1)
@@ -339,9 +362,9 @@ def centreness(anchors: Tensor, boxes: Tensor) -> Tensor:
 
 
 def loss_rpn_box(anchors: Tensor, tblr: Tensor, gt_boxes: Tensor) -> Tensor:
-    """Sum of 10 (1 - max(IoU, 1e-6)) over P foreground anchors; all tensors are (P, 4).
+    """Sum over P foreground anchors of 10 (1 - max(IoU, 1e-6)); each argument is (P, 4).
 
-    IoU is that of the decoded anchor (`decode_tblr`) and its ground truth.
+    IoU compares the box that `decode_tblr` returns with the ground truth in the same row.
     """
     boxes = decode_tblr(anchors, tblr)
     iou = paired_iou(boxes, gt_boxes)
@@ -350,15 +373,16 @@ def loss_rpn_box(anchors: Tensor, tblr: Tensor, gt_boxes: Tensor) -> Tensor:
 
 
 def loss_rpn_objectness(logits: Tensor, scores: Tensor) -> Tensor:
-    """Sum of |sigmoid(logit) - score| of sampled anchors: logits (S,), scores (S,)."""
+    """Sum over S sampled anchors of |sigmoid(logit) - score|: logits (S,), target scores (S,)."""
     error = logits.sigmoid() - scores
     return error.abs().sum()
 
 
 def loss_roi_cls(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of object (column 0) and background, mean over R regions; 0 without regions.
+    """Cross entropy of object against background, mean over R regions. If R is 0, the loss is 0.
 
-    logits (R, 2), labels (R,), -1 on background
+    logits: (R, 2), object in column 0, background in column 1
+    labels: (R,), -1 on background; every other value is object
     """
     column = (labels < 0).long()
     total = F.cross_entropy(logits, column, reduction="sum")
@@ -367,10 +391,13 @@ def loss_roi_cls(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def loss_roi_box(deltas: Tensor, boxes: list[Tensor], targets: list[RegionTargets]) -> Tensor:
-    """Box loss: 1/R sum_{r in fg} |d_r - encode(b_r, g_r)|_1. R counts background too.
+    """Box loss: 1/R sum_{r in fg} |d_r - encode(b_r, g_r)|_1, as in `box_delta_loss`.
 
-    deltas: (R, 4), d; boxes: B tensors (Q, 4), b. The targets hold g, and labels that are -1 on
-    background. encode is `encode_boxes` with BOX_WEIGHTS. Without regions, the loss is 0.
+    R is the number of regions, background included. If R is 0, the loss is 0. encode is
+    `encode_boxes` with BOX_WEIGHTS.
+    deltas:  (R, 4), d
+    boxes:   B tensors (Q, 4), the regions b
+    targets: their ground truth boxes g, and their labels, -1 on background
     """
     regions = torch.cat(boxes)  # (R, 4)
     gt_boxes = torch.cat([t.boxes for t in targets])  # (R, 4)
@@ -379,10 +406,12 @@ def loss_roi_box(deltas: Tensor, boxes: list[Tensor], targets: list[RegionTarget
 
 
 def loss_roi_iou(logits: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
-    """IoU loss: 1/R sum_{r in fg} |sigmoid(logit_r) - IoU(b_r, g_r)|. R counts background too.
+    """IoU loss: 1/R sum_{r in fg} |sigmoid(logit_r) - IoU(b_r, g_r)|.
 
-    Without regions, the loss is 0.
-    logits (R,), labels (R,), -1 on background, boxes b (R, 4), gt_boxes g (R, 4)
+    R is the number of regions, background included. If R is 0, the loss is 0.
+    logits: (R,)
+    labels: (R,), -1 on background; all other regions are foreground (fg)
+    boxes:  (R, 4), b; gt_boxes: (R, 4), g, the matched ground truth, not read on background
     """
     fg = labels >= 0
     iou = paired_iou(boxes[fg], gt_boxes[fg])

@@ -11,7 +11,7 @@ NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
 def scaled_lr(lr: float, args) -> float:
-    """Returns `lr`, which is meant for --base-batch-size images, scaled to --batch-size."""
+    """Scales `lr` linearly from --base-batch-size, for which it is meant, to --batch-size."""
     base = args.base_batch_size
     size = args.batch_size
     scaled = lr * size / base
@@ -20,7 +20,7 @@ def scaled_lr(lr: float, args) -> float:
 
 
 def learning_rate(step: int, base: float, steps: int, warmup: int, warmup_factor: float) -> float:
-    """Returns the rate of half a cosine from `base` to 0, after a linear warmup.
+    """Returns the rate at `step`: base (1 + cos(pi step / steps)) / 2, times `warmup_ramp`.
 
     Source: facebookresearch/Detic:detic/custom_solver.py.
     """
@@ -35,7 +35,8 @@ def stepped_learning_rate(
 ) -> float:
     """Returns `base`, a tenth of it from 8/12 of the steps on, a hundredth from 11/12 on.
 
-    The linear warmup takes at most a tenth of the steps. Source: mmdetection's schedule_1x.
+    The result is multiplied by `warmup_ramp`, whose warmup takes at most a tenth of the steps.
+    Source: mmdetection's schedule_1x.
     """
     decays = 0
     for epoch in (8, 11):
@@ -53,7 +54,7 @@ def poly_learning_rate(step: int, base: float, steps: int) -> float:
 
 
 def warmup_ramp(step: int, warmup: int, factor: float) -> float:
-    """Returns a factor that grows linearly from `factor` to 1 in `warmup` steps."""
+    """Returns a multiplier that grows linearly from `factor` to 1 in `warmup` steps and stays 1."""
     if not warmup:
         return 1.0
     progress = min(1.0, step / warmup)
@@ -61,12 +62,12 @@ def warmup_ramp(step: int, warmup: int, factor: float) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, backbone_factor: float) -> list[dict]:
-    """Returns the parameter groups for AdamW, each with its `lr_factor` and `weight_decay`.
+    """Returns AdamW's parameter groups, dicts of `params`, `lr_factor` and `weight_decay`.
 
-    The training multiplies the learning rate by `lr_factor`: `backbone_factor` in the backbone, 1
-    elsewhere. A `backbone_factor` of 0 freezes the backbone, so that it needs no gradients.
-    There is no weight decay on normalisation layers, nor on the model's own tensors, such as
-    queries, codes and temperatures.
+    `lr_factor` is `backbone_factor` in the backbone and 1 elsewhere. The training multiplies the
+    learning rate by it. A `backbone_factor` of 0 freezes `model.backbone` in place, so that it
+    needs no gradients. Frozen parameters are in no group. `weight_decay` is 0 for normalisation
+    layers and for the parameters that `model` itself owns, such as queries, codes and temperatures.
 
     Source: facebookresearch/Mask2Former:train_net.py (build_optimizer). Its queries are embeddings.
     """

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.backbone import GroupNorm
 from common.errors import InputError
 from common.msda import msda
 from common.transformer import sine_position
@@ -18,10 +19,10 @@ from common.transformer import sine_position
 
 
 class MSDeformAttn(nn.Module):
-    """Multi-scale deformable attention (arXiv 2010.04159).
+    """Attends to a few points of every level: multi-scale deformable attention (arXiv 2010.04159).
 
-    Each query predicts a few points on every level and their weights. The result is the weighted
-    sum of the values there.
+    Each query predicts the points and their weights. The result is the weighted sum of the values
+    at the points.
     """
 
     def __init__(self, channels: int = 256, heads: int = 8, levels: int = 3, points: int = 4):
@@ -37,9 +38,10 @@ class MSDeformAttn(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises point p of each head p + 1 pixels away on a square, in the head's direction.
+        """Initialises the layers so that the attention starts with fixed points of equal weight.
 
-        All attention weights are equal at first.
+        The heads look in M evenly spaced directions. Point p of a head lies p + 1 pixels from the
+        reference point, measured along the longer axis: on a square, not on a circle.
         """
         step = 2 * math.pi / self.heads
         angle = torch.arange(self.heads) * step
@@ -63,9 +65,9 @@ class MSDeformAttn(nn.Module):
     def forward(
         self, query: Tensor, value_input: Tensor, shapes: tuple, reference: Tensor
     ) -> Tensor:
-        """Attends: query (B, Q, C), value_input (B, S, C) -> (B, Q, C).
+        """Attends from query (B, Q, C) to value_input (B, S, C). Returns (B, Q, C).
 
-        shapes:    (h, w) of each level
+        shapes:    (h, w) of each of the L levels that make up the S tokens
         reference: (Q, 2), (B, Q, 2) or (B, Q, L, 2), reference points as x and y in 0..1
         """
         value = self.value_proj(value_input)
@@ -80,7 +82,7 @@ class MSDeformAttn(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Deformable self-attention and feed-forward, each with residual and LayerNorm."""
+    """Applies deformable self-attention and feed-forward, each with residual and LayerNorm."""
 
     def __init__(self, channels: int, ffn: int, heads: int, levels: int, points: int):
         super().__init__()
@@ -93,7 +95,12 @@ class EncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor, position: Tensor, shapes: tuple, reference: Tensor) -> Tensor:
-        """Updates the tokens: x (B, S, C), position (1, S, C), reference (S, 2) -> (B, S, C)."""
+        """Returns the updated tokens (B, S, C).
+
+        x:        (B, S, C), tokens of all levels
+        position: (1, S, C), added to the queries, not to the values
+        shapes, reference: as in `MSDeformAttn.forward`, with reference (S, 2)
+        """
         query = x + position
         attended = self.self_attn(query, x, shapes, reference)
         x = self.norm1(x + attended)
@@ -104,7 +111,7 @@ class EncoderLayer(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Mask2Former's pixel decoder; see `forward` for its inputs and outputs."""
+    """Turns backbone maps into mask features and three maps for the transformer decoder."""
 
     def __init__(
         self,
@@ -115,9 +122,11 @@ class PixelDecoder(nn.Module):
         heads: int = 8,
         points: int = 4,
     ):
-        """in_channels: of the maps of strides 4, 8, 16, 32
+        """Creates the layers. Raises InputError if `channels` is not a multiple of 32 (GroupNorm).
 
-        Raises InputError if `channels` is no multiple of 32, the number of groups of the norms.
+        in_channels: of the maps of strides 4, 8, 16, 32; channels: C of the outputs
+        layers:      number of `EncoderLayer`s; ffn: their hidden width
+        heads, points: as in `MSDeformAttn`
         """
         super().__init__()
         if channels % 32:
@@ -127,7 +136,7 @@ class PixelDecoder(nn.Module):
         self.input_proj = nn.ModuleList()
         for width in reversed(levels):  # from stride 32 to stride 8
             conv = nn.Conv2d(width, channels, 1)
-            norm = nn.GroupNorm(32, channels)
+            norm = GroupNorm(32, channels)
             self.input_proj.append(nn.Sequential(conv, norm))
         embed = torch.randn(len(levels), channels)
         self.level_embed = nn.Parameter(embed)
@@ -136,10 +145,10 @@ class PixelDecoder(nn.Module):
             layer = EncoderLayer(channels, ffn, heads, len(levels), points)
             self.layers.append(layer)
         lateral = nn.Conv2d(res2, channels, 1, bias=False)
-        norm = nn.GroupNorm(32, channels)
+        norm = GroupNorm(32, channels)
         self.lateral = nn.Sequential(lateral, norm)
         smooth = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        norm = nn.GroupNorm(32, channels)
+        norm = GroupNorm(32, channels)
         self.output = nn.Sequential(smooth, norm, nn.ReLU(inplace=True))
         self.mask_features = nn.Conv2d(channels, channels, 1)
         for conv in (lateral, smooth, self.mask_features):
@@ -150,11 +159,13 @@ class PixelDecoder(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Computes mask features and the maps that the transformer decoder attends to.
+        """Computes (mask_features, maps).
 
-        features: 4 tensors (B, ., h, w) of strides 4, 8, 16, 32
-        Returns mask features (B, C, h, w) of stride 4, and 3 tensors (B, C, h, w) of strides 32, 16
-        and 8. All is float32, also under autocast: sampling points need its precision.
+        features:      4 tensors (B, in_channels[l], h, w) of strides 4, 8, 16, 32
+        mask_features: (B, C, h, w) of stride 4
+        maps:          3 tensors (B, C, h, w) of strides 32, 16 and 8, for the transformer decoder
+
+        All is float32, also under autocast, because sampling points need this precision.
         """
         with torch.autocast(features[0].device.type, enabled=False):
             res2, *levels = (feature.float() for feature in features)
@@ -193,7 +204,7 @@ def tokens(feature: Tensor) -> Tensor:
 
 
 def pixel_centres(height: int, width: int, device: torch.device) -> Tensor:
-    """Returns (height * width, 2): x, y in 0..1 of the centres of a map's pixels, row by row."""
+    """Returns x, y in 0..1 of the centres of a map's pixels, row by row: (height * width, 2)."""
     row = torch.arange(height, device=device)
     column = torch.arange(width, device=device)
     y = (row + 0.5) / height

@@ -1,6 +1,6 @@
 """Hungarian matching of queries to segments, and sampling of points for the mask losses.
 
-The losses themselves are in the method files.
+The losses at these points are in `common.mask_losses`.
 
 Source: facebookresearch/Mask2Former:mask2former/modeling/{matcher.py,criterion.py}
 """
@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 
 def point_sample(maps: Tensor, points: Tensor) -> Tensor:
-    """Samples maps (N, H, W) bilinearly at points -> (N, P) float32; 0 outside the map.
+    """Samples maps (N, H, W) bilinearly at points: (N, P) float32. Maps are 0 outside.
 
-    points: (N, P, 2), or (1, P, 2) for all maps; x, y in 0..1 of the map. The centre of its first
-            pixel is at (0.5 / W, 0.5 / H).
+    points: (N, P, 2), or (1, P, 2) for all maps; x, y in 0..1 of the map, so that the centre of the
+            first pixel is at (0.5 / W, 0.5 / H)
     """
     maps = maps.float()
     grid = 2 * points - 1  # the corners of the map are at -1 and 1
@@ -35,12 +35,12 @@ def point_sample(maps: Tensor, points: Tensor) -> Tensor:
 def uncertain_points(
     logits: Tensor, num: int, candidates: Tensor | None = None, random: Tensor | None = None
 ) -> Tensor:
-    """Returns points (N, num, 2), x and y in 0..1: 75 % of them uncertain, 25 % random.
+    """Returns `num` points per mask, x and y in 0..1: (N, num, 2), uncertain ones first.
 
+    int(0.75 * num) points are the `candidates` whose logits are nearest to 0. The rest is `random`.
     logits:     (N, H, W) of the masks
-    candidates: (N, 3 * num, 2), of which those with logits nearest to 0 are taken; by default
-                uniform, the same for all masks
-    random:     (N, num - int(0.75 * num), 2); by default uniform
+    candidates: (N, 3 * num, 2); by default drawn uniformly, the same for all masks
+    random:     (N, num - int(0.75 * num), 2); by default drawn uniformly, for each mask
     Source: PointRend, facebookresearch/detectron2:projects/PointRend/point_rend/point_features.py
     """
     count = len(logits)
@@ -64,7 +64,7 @@ def uncertain_points(
 def pairwise_bce(logits: Tensor, targets: Tensor) -> Tensor:
     """Computes the BCE of each pair, mean over points: logits (Q, P), targets (T, P) -> (Q, T).
 
-    BCE(x, t) = softplus(x) - x t, so that one matrix product suffices.
+    BCE(x, t) = softplus(x) - x t, hence one matrix product gives all pairs.
     """
     points = logits.shape[1]
     negative = F.softplus(logits)
@@ -77,7 +77,7 @@ def pairwise_bce(logits: Tensor, targets: Tensor) -> Tensor:
 def pairwise_dice(logits: Tensor, targets: Tensor) -> Tensor:
     """Computes the dice loss of each pair: logits (Q, P), targets t (T, P) -> (Q, T).
 
-    1 - (2 s.t + 1) / (sum s + sum t + 1), s = sigmoid(logits), sums over the points.
+    It is 1 - (2 sum s t + 1) / (sum s + sum t + 1) with s = sigmoid(logits) and sums over points.
     """
     s = logits.sigmoid()
     overlap = 2 * s @ targets.T  # (Q, T)
@@ -87,9 +87,10 @@ def pairwise_dice(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def hungarian(cost: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the cheapest one-to-one assignment of cost (Q, T): rows, ascending, and columns.
+    """Returns (rows, columns) of the cheapest one-to-one assignment, (min(Q, T),) each.
 
-    Both are (min(Q, T),). Costs that are not finite, as half precision may give, count as large.
+    Rows ascend. columns[i] is assigned to rows[i].
+    cost: (Q, T); infinite and NaN costs, which half precision may give, count as 1e6
     """
     finite = cost.detach().float().nan_to_num(1e6, 1e6, 1e6)
     rows, columns = linear_sum_assignment(finite.cpu())
@@ -99,9 +100,10 @@ def hungarian(cost: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assign_by_depth(cost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs `hungarian` for each decoder layer -> depth, query and target of all R pairs, each (R,).
+    """Runs `hungarian` for each of Z decoder outputs. Returns (depth, query, target), (R,) each.
 
-    cost: (Z, Q, T), Z outputs of the decoder. Pairs are sorted by target.
+    R counts the pairs of all outputs, which are sorted by target. depth is the row of the output.
+    cost: (Z, Q, T)
     """
     depths = []
     queries = []
@@ -122,13 +124,12 @@ def assign_by_depth(cost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def sample_pairs(logits: Tensor, masks: Tensor, target: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Samples the logits of matched masks and their ground truth at `num` points -> (R, num) each.
+    """Samples R pairs of mask logits and ground truth at `uncertain_points` of the logits.
 
-    logits: (R, h, w); they keep their gradient
-    masks:  (T, H, W) bool, ground truth
-    target: (R,) the mask of each pair, ascending, so that no mask is copied for each of its pairs
-
-    The points are those of `uncertain_points`.
+    Returns logits (R, num), with gradient, and truth (R, num) in 0..1.
+    logits: (R, h, w); masks: (T, H, W) bool
+    target: (R,), the row in `masks` of each pair. It must be ascending: the pairs of one mask are
+            sampled together, without a copy of the mask for each.
     """
     if not len(logits):
         nothing = logits.flatten(1)[:, :1]

@@ -22,15 +22,16 @@ UNIT = 65535
 
 @dataclass
 class WithProposals(Dataset):
-    """A dataset whose samples have `proposals`.
+    """Adds `proposals` to the samples of a dataset.
 
-    proposal_file: .npy file (I, Q, 4) uint16, the boxes of each image, padded with zeros
+    proposal_file: .npy file (I, Q, 4) uint16: xyxy boxes of each of I images, as fractions of the
+                   image's sides times 65535; rows of zeros pad each image to Q boxes
     """
 
     proposal_file: Path = Path()
 
     def load(self, i: int, keep_ignored: bool = False) -> Sample:
-        """Returns image `i` as `Dataset.load` does, with its proposals."""
+        """Loads image `i` as `Dataset.load` does, plus proposals (Q, 4) xyxy in its pixels."""
         sample = super().load(i, keep_ignored)
         rows = np.load(self.proposal_file, mmap_mode="r")[i]  # (Q, 4)
         rows = rows[rows[:, 2] > 0]  # without the padding
@@ -43,7 +44,8 @@ class WithProposals(Dataset):
 def fingerprint(localizer: nn.Module, *settings) -> str:
     """Returns a hash (12 hex digits) of the localizer's weights and of `settings`.
 
-    It is part of the names of the proposal files, so other weights do not read the same file.
+    The hash is part of the name of a proposal file, so that other weights do not read that file.
+    settings: values that change the proposals; their repr is hashed
     """
     digest = hashlib.sha256(repr(settings).encode())
     for tensor in localizer.state_dict().values():
@@ -52,7 +54,7 @@ def fingerprint(localizer: nn.Module, *settings) -> str:
 
 
 def intact(path: Path, count: int) -> bool:
-    """Returns whether `path` holds the proposals of `count` images; False for a damaged file."""
+    """Returns whether the file holds proposals of `count` images; False if missing or damaged."""
     try:
         table = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
@@ -69,14 +71,16 @@ def with_proposals(
     key: str,
     args,
 ) -> list[WithProposals]:
-    """Returns the datasets with their proposals. Computes the files that `folder` lacks.
+    """Returns copies of the datasets, in order, that load proposals. Computes the missing files.
 
-    locate: takes a batch transformed by `resize` and returns one dictionary per image. Its entry
-            "proposals" has boxes (Q, 4) in pixels of the original image, and its size
+    locate: takes a batch and returns one dictionary per image. Its entry "proposals" has "boxes"
+            (Q, 4) in pixels of the original image, and "size", its (height, width)
+    resize: transforms each sample before `locate` gets the batch
+    folder: where the proposal files lie, or are written
     key:    `fingerprint` of the localizer, part of the file names
     args:   --workers and --skip-bad; an unreadable image that may be skipped has no proposals
 
-    Every rank calls it.
+    Every rank must call it, since all ranks compute and rank 0 writes.
     """
 
     def compact(batch: Batch) -> list[dict]:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from common.checkpoint import rank_file, rng_states, save_checkpoint
 from common.distributed import rank, world_size
-from common.errors import InputError
+from common.errors import InputError, SomeFailed
 from common.files import atomic_path
 from common.labels import LabelSpace
 
@@ -216,6 +216,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         # a data loading process hands on its whole traceback; the message is the last line
         last = text.strip().splitlines()[-1]
         return last.removeprefix("common.errors.InputError: "), 2
+    if isinstance(error, SomeFailed):
+        return text, 1
     line = _explain_machine(error, text)
     if line and asked():  # the signal ended the data loading processes and other ranks, too
         return explain(Stop(asked()))

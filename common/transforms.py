@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as F
 
 from common.batch import Sample
 from common.boxes import sides
-from common.masks import drop_unseen
+from common.masks import drop_unseen, have_pixels
 
 WHOLE = (slice(None), slice(None))  # all rows and columns
 
@@ -247,8 +247,9 @@ def move(
     kept = not_empty(sample.boxes)
     masks = sample.masks
     if masks is not None:
+        only_box = ~have_pixels(masks[kept])
         masks = resize_masks(masks[kept], size, part, flip)
-        seen = masks.flatten(1).any(1)  # the part of a box in the crop may have no mask pixel
+        seen = have_pixels(masks) | only_box  # the part of a box in the crop may have no mask pixel
         masks = masks[seen]
         kept[kept.clone()] = seen
     boxes = sample.boxes[kept]

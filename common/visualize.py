@@ -2,12 +2,13 @@
 
 import colorsys
 import math
+import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from scipy import ndimage
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from common.drawing import (
     to_tensor,
 )
 from common.files import atomic_path
+from common.fonts import families, font_for, plain, tell_of_squares
 from common.labels import LabelSpace, Vocabulary
 from common.masks import decode_masks
 
@@ -162,7 +164,6 @@ def grid(images: Sequence[Tensor], columns: int, captions: Sequence[str] | None 
     pictures = [to_picture(image) for image in images]
     for picture in pictures:
         picture.thumbnail((1600, 1600))
-    font = ImageFont.load_default(18)
     strip = 28 if any(captions) else 0
     widths = [picture.width for picture in pictures]
     heights = [picture.height for picture in pictures]
@@ -177,7 +178,9 @@ def grid(images: Sequence[Tensor], columns: int, captions: Sequence[str] | None 
         row, column = divmod(i, columns)
         x = column * cell_width
         y = row * cell_height
-        text = shortened(caption, font, cell_width - 12)
+        text = plain(caption)
+        font = font_for(text, 18)
+        text = shortened(text, font, cell_width - 12)
         position = (x + 4, y + 3)
         draw.text(position, text, font=font, fill=WHITE)
         sheet.paste(picture, (x, y + strip))
@@ -198,6 +201,8 @@ def training_grid(batch: Batch, vocabularies: dict[str, Vocabulary], limit: int 
 
     Image-level labels have no boxes and are listed in the caption.
     """
+    for vocabulary in vocabularies.values():
+        tell_of_squares(vocabulary.names)
     images = []
     captions = []
     shown = zip(batch.images[:limit], batch.sizes, batch.samples)
@@ -282,11 +287,11 @@ def _best_boxes(prediction: dict, min_score: float, size: tuple[int, int]) -> di
 def similarity_heatmap(
     similarity: Tensor, label_space: LabelSpace, path: Path | str, limit: int = 60
 ) -> None:
-    """Saves a heat map of the label similarity matrix (C, C) to `path`. Datasets are blocks of it.
+    """Saves a heat map of the label similarity matrix (C, C) to `path`.
 
-    Up to 80 labels are all shown. Of more labels about `limit` are shown, equally many of each
-    dataset: those most similar to a label of another dataset (of one dataset alone: to another
-    label).
+    Rows and columns are grouped by dataset. Up to 80 labels are all shown. Of more labels, about
+    `limit` are shown, the same number from each dataset: those closest to labels of other datasets.
+    If there is only one dataset, they are those closest to its other labels.
     """
     # Imported here because it takes half a second. Without pyplot, matplotlib draws with Agg.
     from matplotlib.figure import Figure
@@ -308,22 +313,25 @@ def similarity_heatmap(
     darkest = float(part.quantile(0.02))
     cosines = axes.imshow(part.numpy(), cmap="viridis", vmin=darkest, vmax=1)
     figure.colorbar(cosines, ax=axes, label="cosine", shrink=0.6, pad=0.06)
-    names = [label_space.names[label] for label in shown]
+    names = [plain(label_space.names[label])[:60] for label in shown]
+    tell_of_squares(label_space.names)
+    style = {"fontsize": 7, "fontfamily": families(names), "parse_math": False}  # $ is a letter
     ticks = range(len(shown))
-    axes.set_xticks(ticks, labels=names, fontsize=7, rotation=90)
-    axes.set_yticks(ticks, labels=names, fontsize=7)
+    axes.set_xticks(ticks, labels=names, rotation=90, **style)
+    axes.set_yticks(ticks, labels=names, **style)
     dataset_of_row = label_space.dataset_of_label[shown]
     _mark_datasets(axes, dataset_of_row, label_space.datasets)
     title = f"Similarity of class names: {which}"
     axes.set_title(title, pad=24)
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of each square, and of tight places
         figure.savefig(temporary, dpi=130)
 
 
 def _mark_datasets(axes, dataset_of_row: Tensor, datasets: list[str]) -> None:
     """Writes the names of the datasets at the top and the right, and draws lines between them."""
     end = len(dataset_of_row) - 0.5
-    style = {"textcoords": "offset points", "weight": "bold"}
+    style = {"textcoords": "offset points", "weight": "bold", "parse_math": False}
     for position in dataset_of_row.unique().tolist():
         member = dataset_of_row == position
         rows = member.nonzero().flatten().tolist()
@@ -429,5 +437,5 @@ def label_report(similarity: Tensor, label_space: LabelSpace, top: int = 3) -> s
 def report_label_space(similarity: Tensor, label_space: LabelSpace, folder: Path) -> None:
     """Writes `label_report` to label_space.md and the heat map to label_space.png in `folder`."""
     report = label_report(similarity, label_space)
-    (folder / "label_space.md").write_text(report)
+    (folder / "label_space.md").write_text(report, encoding="utf-8")
     similarity_heatmap(similarity, label_space, folder / "label_space.png")

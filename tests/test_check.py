@@ -137,6 +137,11 @@ def test_everything_wrong_is_counted(tmp_path, tell):
         "boxes wholly outside their image": 2,
         "boxes without an area": 1,
         "boxes given twice": 2,
+        "class names alike but for case or spaces": 0,
+        "images whose name is spelt otherwise": 0,
+        "images annotated before their EXIF turn": 0,
+        "doubts about the boxes": 0,
+        "nothing to train on": 0,
     }
     assert (
         "      gone1.png\n      gone2.png\n      gone3.png\n      ...\n" in out
@@ -313,3 +318,73 @@ def test_real_samples_are_clean(tell):
         and "96 images" in out
         and "32 images, 327 segments" in out
     )
+
+
+def test_what_a_training_would_refuse_or_warn_of_is_counted(tmp_path, tell):
+    picture(tmp_path / "A.png")
+    picture(tmp_path / "turned.jpg", exif=orientation(6))
+    picture(tmp_path / "b.png")
+    corners = [(0, 4, 3, 8, 6), (1, 4, 3, 8, 6), (2, 5, 2, 8, 5)]
+    text = coco(tmp_path, ["a.png", "turned.jpg", "b.png"], corners)
+    record = json.loads((tmp_path / "a.json").read_text())
+    record["annotations"][0]["segmentation"] = [[1, 1, 5, 1, 5, 4]]
+    record["categories"][1]["name"] = "Person"
+    for annotation in record["annotations"]:
+        annotation["iscrowd"] = 1
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    for flags in ([], ["--quick"]):
+        code, counts, out, err = tell("check", text, *flags)
+        assert (
+            code == 1
+            and not err
+            and {kind: n for kind, n in counts.items() if n}
+            == {
+                "class names alike but for case or spaces": 1,
+                "images whose name is spelt otherwise": 1,
+                "images annotated before their EXIF turn": 1,
+                "boxes partly outside their image": 3,
+                "doubts about the boxes": 1,
+                "nothing to train on": 1,
+            }
+            | ({"boxes without a mask beside others": 2} if flags else {})
+        )
+    assert "      a.png: A.png\n" in out and "      turned.jpg\n" in out
+    assert "would fit as x1, y1, x2, y2" in out and "3 crowd, group or difficult" in out
+
+
+def test_boxes_without_a_mask_are_counted(tmp_path, tell):
+    picture(tmp_path / "a.png")
+    text = coco(tmp_path, ["a.png"], [(0, 0, 0, 4, 4), (0, 0, 0, 3, 3), (0, 1, 1, 3, 3)])
+    record = json.loads((tmp_path / "a.json").read_text())
+    record["annotations"][0]["segmentation"] = [[1, 1, 5, 1, 5, 4]]
+    record["annotations"][1]["segmentation"] = {"size": [6, 8], "counts": [48]}  # no pixel
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    code, counts, *_ = tell("check", text)
+    assert code == 1 and counts["boxes without a mask beside others"] == 2
+
+
+def test_doubts_about_label_maps(tmp_path, tell):
+    (tmp_path / "maps").mkdir()
+    for i, value in enumerate((255, 0)):
+        picture(tmp_path / f"images/{i}.png")
+        Image.fromarray(np.full((6, 8), value, np.uint8)).save(tmp_path / f"maps/{i}.png")
+    (tmp_path / "maps/classes.txt").write_text("sky\nroad\n")
+    code, counts, out, _ = tell("check", f"my={tmp_path}/maps:{tmp_path}/images")
+    assert code == 1 and counts["label maps of void alone"] == 1
+    assert counts["doubts about the label maps"] == 2 and "0 and 255 alone" in out
+
+
+def test_all_faulty_entries_are_counted(tmp_path, tell):
+    picture(tmp_path / "a.png")
+    text = coco(tmp_path, ["a.png"] * 2, [(0, 0, 0, 2, 2)] * 4)
+    record = json.loads((tmp_path / "a.json").read_text())
+    record["images"][1]["width"] = None
+    boxes = record["annotations"]
+    boxes[0]["bbox"] = None
+    boxes[1]["image_id"] = 9
+    boxes[2]["bbox"][2] = -2
+    boxes[3]["image_id"] = 1  # it is listed, though its width is wrong
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    code, counts, out, err = tell("check", text)
+    assert code == 2 and counts == {"faulty entries": 4} and "image 1 has the width None" in err
+    assert "annotation 0 has the bbox None" in out and "      ...\n" in out

@@ -13,11 +13,11 @@ from conftest import REAL
 from PIL import Image
 
 from common.batch import Sample, collate
-from common.datasets import default_eval, load_datasets, names
+from common.datasets import load_datasets, names
 from common.datasets.dataset import Dataset
 from common.datasets.files import read_image
 from common.datasets.index import Index
-from common.datasets.names import parse_datasets
+from common.datasets.names import eval_entries, parse_datasets
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary, derangement
 from common.sampling import (
@@ -133,17 +133,17 @@ def test_datasets_grammar():
         ("oid", "val", None),
         ("my", "train", ("a/b.json", "im/")),
     ]
-    assert default_eval("coco:val,my=a.json:b") == "coco,my=a.json:b"
+    assert eval_entries("", "coco:val,my=a.json:b") == "coco,my=a.json:b"
     assert parse_datasets("my=folder/", "train") == [("my", "train", ("folder/", "folder/"))]
 
 
 def test_image_labels_are_not_evaluated():
-    assert default_eval("coco-base,in21k") == "coco-base"
+    assert eval_entries("", "coco-base,in21k") == "coco-base"
     assert (
-        default_eval("lvis-base:train, openimages,in-l,cc,my=dir/,own=a.json:b")
+        eval_entries("", "lvis-base:train, openimages,in-l,cc,my=dir/,own=a.json:b")
         == "lvis-base,oid,own=a.json:b"
     )
-    assert default_eval("in21k:train,my=dir/") == ""
+    assert eval_entries("", "in21k:train,my=dir/") == ""
     with pytest.raises(InputError, match="no split 'val', only train"):
         load_datasets("in21k", "val", accepts=ALL)
 
@@ -414,8 +414,9 @@ def test_boxes_are_clipped_and_those_outside_are_left_out(tmp_path, caplog):
     assert dataset.load(0).boxes.tolist() == [[0, 0, 8, 6]] and "outside" not in dataset.summary()
     assert dataset.index.boxes[0].tolist() == [-1e9, -1e9, 1e9, 1e9]  # evaluated as annotated
     for bbox, outside in (([8, 1, 4, 4], True), ([-9, 0, 8, 4], True), ([1, 1, 0, 4], False)):
-        (dataset,) = load_datasets(polygon_file(tmp_path, bbox=bbox), "train", masks=True)
+        (dataset,) = load_datasets(polygon_file(tmp_path, bbox=bbox), "val", masks=True)
         assert ("; 1 outside their image)" in dataset.summary()) == outside
+        assert ("; 1 without an area)" in dataset.summary()) != outside
         item = dataset.load(0, keep_ignored=True)
         assert item.boxes.tolist() == [[0, 0, 2, 6]] and item.labels.tolist() == [0]
         assert item.masks.shape == (1, 6, 8) and item.masks[0, :, :2].all()
@@ -465,7 +466,7 @@ def test_bad_annotations(tmp_path, annotation, words):
     with pytest.raises(InputError, match=words):
         load_datasets(polygon_file(tmp_path, **annotation), "train")
     for crowd in (True, False, 0, 1):
-        (dataset,) = load_datasets(polygon_file(tmp_path, iscrowd=crowd), "train")
+        (dataset,) = load_datasets(polygon_file(tmp_path, iscrowd=crowd), "val")
         assert dataset.index.ignore.tolist() == [crowd, True]
 
 
@@ -554,9 +555,11 @@ def test_wordnet_ids_are_named(tmp_path, caplog):
     "files, words",
     [
         ([], ["does not exist"]),
-        (["a.jpg"], ["no folders", "for each class"]),
-        (["train/cat/a.jpg"], ["hold no images", "below"]),
-        (["cat/notes.txt"], ["hold no images"]),
+        (["a.jpg"], ["holds 1 images", "for each class"]),
+        (["deep/cat/a.jpg"], ["holds 1 folders (deep)"]),
+        (["JPEGImages/a.jpg", "val/a.jpg"], ["holds 2 folders (JPEGImages, val)"]),
+        (["train/a.jpg", "trainannot/a.png"], ["holds 2 folders (train, trainannot)"]),
+        (["cat/notes.txt"], ["holds 1 folders (cat)"]),
         (["n00000001.tar", "cat/notes.txt"], ["n00000001.tar is no whole tar file"]),
         (
             ["n00000001/a.jpg", "cat/a.jpg"],
@@ -621,7 +624,7 @@ def test_own_data_needs_a_path(text):
         load_datasets(text, "train")
 
 
-@pytest.mark.parametrize("name", ["/", "../x", "a/b", "", ".", ".a", "a b", "a:train", "a\\b"])
+@pytest.mark.parametrize("name", ["/", "../x", "a/b", "", ".", ".a", "a b", "a\\b"])
 def test_names_of_own_data_can_name_files(name):
     with pytest.raises(InputError, match="letters, digits and"):
         parse_datasets(f"{name}=ok.json:img/", "train")
@@ -884,18 +887,6 @@ def test_training_needs_a_box(tmp_path):
     ):
         load_datasets(f"my={tmp_path}/a.json:{tmp_path}", "train")
     assert len(load_datasets(f"my={tmp_path}/a.json:{tmp_path}", "val")[0]) == 1
-
-
-def test_masks_of_some_boxes_are_not_used(tmp_path, caplog):
-    boxes_file(tmp_path / "a.json", [{"id": 1, "name": "cat"}], tmp_path, [[1, 1], [1]])
-    record = json.loads((tmp_path / "a.json").read_text())
-    del record["annotations"][1]["segmentation"]
-    (tmp_path / "a.json").write_text(json.dumps(record))
-    (dataset,) = load_datasets(f"my={tmp_path}/a.json:{tmp_path}", "train")
-    assert (
-        dataset.supervision == "boxes"
-        and "only 2 of 3 annotations have a segmentation" in caplog.text
-    )
 
 
 def test_bad_categories_and_sizes(tmp_path):

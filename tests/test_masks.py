@@ -112,7 +112,7 @@ def test_nothing():
         ({"counts": "0"}, "neither a list of polygons nor an RLE"),
         ([1, 2, 3, 4, 5, 6], r"\[1, 2, 3, 4, 5, 6\] is neither"),
         ([["a"] * 6], "neither"),
-        (None, "None is neither"),
+        ("x", "x is neither"),
     ],
 )
 def test_wrong_segmentations(segmentation, message):

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import common.cascade
 import scaledet
+from common.backbone import GroupNorm
 from common.batch import Sample, collate
 from common.boxes import decode_boxes, pool_rois
 from common.cascade import BoxStage, Cascade, MaskHead, StageOutput, loss_box_reg, sample_federated
@@ -991,6 +992,15 @@ def test_scaledet_centernet_proposals(training):
     torch.testing.assert_close(
         got_boxes, torch.tensor([boxes[m] for m in kept]), rtol=1e-4, atol=1e-3
     )
+
+
+def test_a_group_of_one_number_becomes_the_bias():
+    norm = GroupNorm(32, 32)
+    nn.init.normal_(norm.bias)
+    alone = norm(torch.randn(1, 32, 1, 1)).flatten()
+    assert torch.allclose(alone, norm.bias, atol=1e-3)
+    x = torch.randn(2, 32, 3, 4)
+    assert torch.equal(norm(x), nn.GroupNorm.forward(norm, x))
 
 
 def test_scaledet_centernet_head_layer_by_layer():

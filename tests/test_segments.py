@@ -8,7 +8,9 @@ from torch.nn import functional as F
 from common import segments
 from common.batch import Sample, collate
 from common.labels import Vocabulary
+from common.masks import decode_masks
 from common.segments import (
+    FullMasks,
     instances,
     mask_boxes,
     panoptic_map,
@@ -94,6 +96,90 @@ def test_restore_cuts_the_padding():
     assert full.shape == (1, 48, 80) and full.dtype == torch.float32
     expected = (torch.arange(80) + 0.5) / 2 / 4 - 0.5  # pixel -> input pixel -> cell
     assert torch.allclose(full[0, 20, 8:72], expected[8:72], atol=1e-5)
+
+
+SIZES = [((9, 14), (32, 64), (30, 50), (97, 131)), ((8, 8), (32, 32), (21, 32), (11, 40))]
+
+
+def full_masks(shape, count=7):
+    """Masks of one of SIZES: whole, and as they are made in strips."""
+    grid, padded, size, original = shape
+    logits = 5 * torch.randn(count, *grid, generator=torch.Generator().manual_seed(0))
+    return restore(logits, padded, size, original), FullMasks(logits, padded, size, original)
+
+
+@pytest.fixture
+def strips(monkeypatch):
+    """Every image is made in strips of one to three rows, and no mask of an instance is kept."""
+    monkeypatch.setattr(segments, "WHOLE", 0)
+    monkeypatch.setattr(segments, "STRIP", 1000)
+    monkeypatch.setattr(segments, "MASKS", 0)
+
+
+@pytest.mark.parametrize("shape", SIZES)
+def test_strips_are_the_rows_of_the_whole(strips, shape):
+    whole, masks = full_masks(shape)
+    parts = list(masks.strips())
+    assert len(parts) > 3 and max(part.shape[1] for part in parts) <= 10
+    assert masks.shape == whole.shape
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=2e-6)
+    chosen = torch.tensor([True, False, True, False, False, True, False])
+    some = torch.cat(list(masks[chosen].strips()), 1)
+    torch.testing.assert_close(some, whole[chosen], rtol=0, atol=2e-6)
+
+
+def test_few_masks_are_one_strip():
+    whole, masks = full_masks(SIZES[0])
+    (strip,) = masks.strips()
+    assert torch.equal(strip, whole)
+
+
+@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("intersect", [True, False])
+def test_maps_of_strips_are_those_of_the_whole(strips, shape, intersect):
+    whole, masks = full_masks(shape)
+    p = torch.rand(7, 5, generator=torch.Generator().manual_seed(1)).mul(4).softmax(1)
+    assert torch.equal(semantic_labels(p[:, :-1], masks), semantic_labels(p[:, :-1], whole))
+    things = [True, False, True, False]
+    for overlap in (0.0, 0.3, 0.8):
+        found = panoptic_map(p, masks, things, 0.1, overlap, intersect)
+        expected = panoptic_map(p, whole, things, 0.1, overlap, intersect)
+        assert torch.equal(found[0], expected[0]) and found[1] == expected[1]
+    assert found[0].dtype == torch.int32
+
+
+def test_masks_that_a_function_makes_of_each_strip(strips):
+    """The function picks two queries and their maximum; its other result is the sum of weights."""
+    whole, masks = full_masks(SIZES[0])
+
+    def union(strip):
+        return torch.cat([strip[:2], strip.amax(0, keepdim=True)]), torch.tensor(3.0)
+
+    made, other = masks.through(union)
+    assert other == 3
+    expected = union(whole)[0]
+    torch.testing.assert_close(torch.cat(list(made.strips()), 1), expected, rtol=0, atol=2e-6)
+    last = torch.cat(list(made[torch.tensor([2])].strips()), 1)
+    torch.testing.assert_close(last, expected[2:], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", SIZES)
+def test_large_instances_are_rles(monkeypatch, shape):
+    whole, masks = full_masks(shape)
+    p = torch.rand(7, 3, generator=torch.Generator().manual_seed(1))
+    expected = instances(p, whole, 9)
+    assert torch.equal(instances(p, masks, 9)["masks"], expected["masks"])
+    monkeypatch.setattr(segments, "WHOLE", 0)
+    monkeypatch.setattr(segments, "STRIP", 1000)
+    monkeypatch.setattr(segments, "MASKS", 0)
+    found = instances(p, masks, 9)
+    assert "masks" not in found and found["labels"].tolist() == expected["labels"].tolist()
+    decoded = decode_masks(found["segmentations"], tuple(whole.shape[1:]))
+    assert torch.equal(decoded, expected["masks"])
+    assert torch.equal(found["boxes"], expected["boxes"])
+    torch.testing.assert_close(found["scores"], expected["scores"])
+    none = instances(p, masks, 9, things=torch.zeros(3, dtype=torch.bool))
+    assert none["masks"].shape == (0, *whole.shape[1:]) and none["boxes"].shape == (0, 4)
 
 
 def test_semantic_labels_in_strips(monkeypatch):

@@ -401,14 +401,14 @@ def test_bad_panoptic_files(tmp_path, caplog):
         ({"images": [{"id": 4, "file_name": "x.jpg"}]}, "unknown image_id 3"),
         ({"images": [{"id": 3, "file_name": "x.jpg"}] * 2}, "an image comes twice"),
         ({"images": [{"id": 3, "file_name": "../x.jpg"}]}, "leaves the image folder"),
-        ({"annotations": [{"image_id": 3, "segments_info": []}]}, "field 'file_name' is missing"),
+        ({"annotations": [{"image_id": 3, "segments_info": []}]}, "image 3 has no file_name"),
         (
             {"categories": [{"id": 7, "name": "cat", "isthing": "0"}]},
-            "an isthing that is not 0 or 1",
+            "category 7 has the isthing '0'; write the number 0 or 1",
         ),
         (
             {"annotations": [{"image_id": 3, "file_name": "x.png", "segments_info": [{"id": 1}]}]},
-            "field 'category_id'",
+            "image 3: segment 1 has no category_id",
         ),
     ],
 )

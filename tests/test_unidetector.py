@@ -1010,20 +1010,6 @@ def test_a_bad_prior_fails_before_the_training(trained, tiny_root, tmp_path, fai
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "given, evaluated", [("coco,o365", "coco,o365,lvis"), ("coco,lvis", "coco,lvis")]
-)
-def test_tiny_evaluates_what_no_dataset_trains_once(given, evaluated, monkeypatch, call):
-    def load(names, split, *_):
-        if split == "val":
-            raise Enough(names)
-        return [SimpleNamespace(vocabulary=Vocabulary("coco", ("cat",)))]
-
-    monkeypatch.setattr(unidetector, "load_datasets", load)
-    with pytest.raises(Enough, match=f"^{evaluated}$"):
-        call("--tiny", "--datasets", given, method="unidetector")
-
-
 @pytest.mark.parametrize("checkpoint", [4, 6])
 def test_resume_ends_with_the_same_weights(
     checkpoint, trained, tiny_root, tmp_path, monkeypatch, call

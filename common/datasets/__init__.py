@@ -1,6 +1,17 @@
 """Datasets that yield samples, loaded by their names on the command line."""
 
 from common.datasets.dataset import Dataset
-from common.datasets.names import default_eval, load_datasets, warn_of_overlap
+from common.datasets.names import (
+    evaluation_datasets,
+    load_datasets,
+    training_datasets,
+    warn_of_overlap,
+)
 
-__all__ = ["Dataset", "default_eval", "load_datasets", "warn_of_overlap"]
+__all__ = [
+    "Dataset",
+    "evaluation_datasets",
+    "load_datasets",
+    "training_datasets",
+    "warn_of_overlap",
+]

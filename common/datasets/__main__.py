@@ -5,14 +5,25 @@ python -m common.datasets check coco
 """
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from common.command import run_command
-from common.datasets.check import check_dataset
+from common.datasets.check import check_dataset, print_problems
 from common.datasets.known import ALIASES, KNOWN
-from common.datasets.names import data_folder, entries, find_files, load_datasets, parse_datasets
+from common.datasets.names import (
+    Parsed,
+    data_folder,
+    entries,
+    find_files,
+    load_datasets,
+    parse_datasets,
+    splits_of_custom,
+)
+from common.datasets.readers.coco_faults import list_faults
+from common.datasets.readers.panoptic import is_panoptic
 from common.errors import InputError
 from common.labels import DATA, Vocabulary
 
@@ -23,7 +34,8 @@ KINDS = ("boxes", "instances", "semantic", "panoptic", "image_labels")
 def list_datasets(data_root: str = "") -> None:
     """Prints one line for each split of the known datasets.
 
-    The line shows the number of classes, and the annotations or what to download.
+    The line shows the number of classes, and the annotations or, if they are missing, what to
+    download.
 
     Args:
         data_root: where the datasets are stored; by default $DETECTRON2_DATASETS, or ./data
@@ -65,6 +77,8 @@ def check_datasets(
         splits = ["train"]
         if known:  # VOC has further splits, which are parts of these
             splits = [split for split in ("train", "val", "test") if split in known.splits]
+        elif "=" in entry:
+            splits = splits_of_custom(entry)
         jobs += [(entry, split) for split in splits]
     for job in jobs:
         parse_datasets(*job)  # raises for a wrong name before anything is read
@@ -77,10 +91,31 @@ def check_datasets(
             )
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
+            for parsed in parse_datasets(entry, split):
+                print_faults(parsed, data_root)
             unreadable = True
             continue
-        problems |= check_dataset(dataset, quick)
+        ((_, own_split, _),) = parse_datasets(entry, split)
+        problems |= check_dataset(dataset, quick, own_split == "train")
     sys.exit(2 if unreadable else int(problems))
+
+
+def print_faults(parsed: Parsed, data_root: str) -> None:
+    """Prints all faulty entries of a json file that cannot be read as COCO's, if there are any."""
+    name, split, paths = parsed
+    found = paths or find_files(name, split, data_folder(data_root))
+    path = Path(found[0]) if found else Path()
+    if path.suffix != ".json" or not path.is_file():
+        return
+    try:
+        if is_panoptic(path):
+            return
+        faults = list(list_faults(path))
+    except InputError:  # it is no json, which the error above says
+        return
+    if faults:
+        print(f"{name}: {path}")
+        print_problems({"faulty entries": faults})
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ log = logging.getLogger("concord")
 
 
 def lvis_base(lvis: Dataset, split: str) -> Dataset:
-    """Returns LVIS with its rare classes as novel classes.
+    """Returns LVIS with its rare classes as novel classes. In "train" these have no boxes.
 
     Source: facebookresearch/Detic:tools/remove_lvis_rare.py.
     """
@@ -25,8 +25,9 @@ def lvis_base(lvis: Dataset, split: str) -> Dataset:
 def coco_base(coco: Dataset, split: str) -> Dataset:
     """Returns COCO with 48 base and 17 novel classes, without the other 15.
 
-    If `split` is "train", the boxes of the novel classes are removed; their names stay. Images that
-    have no box left are left out. Classes that the annotations lack are left out, too.
+    If `split` is "train", the boxes of the novel classes are removed; their names stay. In any
+    split, images that have no box left are left out. Classes that the annotations lack are left
+    out, too.
     Source: alirezazareian/ovr-cnn:ipynb/001.ipynb; Detic uses these files.
     """
     known = Vocabulary.known("coco-base")
@@ -46,9 +47,9 @@ def coco_base(coco: Dataset, split: str) -> Dataset:
 def _base_split(
     whole: Dataset, vocabulary: Vocabulary, novel_ids: list[int], split: str
 ) -> Dataset:
-    """Returns `whole` with the classes of `vocabulary` only.
+    """Returns a copy of `whole` that has only the classes of `vocabulary`.
 
-    The split "train" loses the boxes of the novel classes. Images stay even if they lose all boxes.
+    If `split` is "train", the boxes of the novel classes are removed. Images without a box stay.
     """
     label_of_id = vocabulary.index_of_id
     # label in `whole` -> label in `vocabulary`, or -1

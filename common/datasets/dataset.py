@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,15 +11,23 @@ import torch
 from torch import Tensor
 
 from common.batch import Sample, Supervision
-from common.datasets.files import missing_files, read_image
-from common.datasets.index import Index
+from common.datasets.exif import TURNS, UPRIGHT, read_tag, turn_boxes, turn_pixels
+from common.datasets.files import decode_image, missing_files
+from common.datasets.index import Index, encoded
+from common.datasets.lookup import Lookup, look_up
 from common.datasets.maps import VOID, read_label_map, read_segment_map
+from common.datasets.pixels import Decoded
 from common.datasets.shards import Shards
 from common.errors import InputError
 from common.labels import Vocabulary
 from common.masks import decode_masks, drop_unseen
 
 log = logging.getLogger("concord")
+
+
+def _shared_flag() -> Tensor:
+    """Returns (1,) bool, False, that worker processes share."""
+    return torch.zeros(1, dtype=torch.bool).share_memory_()
 
 
 @dataclass
@@ -33,9 +42,12 @@ class Dataset:
     masks:        `load` decodes the instance masks, where there are any
     maps:         folder of the label maps of a semantic or panoptic dataset
     pixel_labels: (65536,) int16, the label of each value in semantic label maps, see `label_table`
+    partial:      segments of other classes were taken out of the annotations; their pixels are void
     shards:       the tar files that hold the images, if they are in tar files
     warned:       (1,) bool, shared with the workers: a warning of an image with another size than
                   annotated is in the log
+    told_turned:  the same for an image that was annotated before its EXIF tag turned it
+    told_deep, told_clear: the same for deep and for transparent pixels, `Decoded.notes`
     """
 
     name: str
@@ -50,10 +62,12 @@ class Dataset:
     masks: bool = False
     maps: Path | None = None
     pixel_labels: np.ndarray | None = None
+    partial: bool = False
     shards: Shards | None = None
-    warned: Tensor = field(
-        default_factory=lambda: torch.zeros(1, dtype=torch.bool).share_memory_(), repr=False
-    )
+    warned: Tensor = field(default_factory=_shared_flag, repr=False)
+    told_turned: Tensor = field(default_factory=_shared_flag, repr=False)
+    told_deep: Tensor = field(default_factory=_shared_flag, repr=False)
+    told_clear: Tensor = field(default_factory=_shared_flag, repr=False)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -68,9 +82,11 @@ class Dataset:
         another size than its image.
         """
         index = self.index
-        image = read_image(*self.image_file(i))
+        decoded = decode_image(*self.image_file(i))
+        self._tell_of_pixels(i, decoded)
+        image = decoded.image
         height, width = image.shape[-2:]
-        self._warn_of_size(i, (height, width))
+        tag = self._turned_by(i, (height, width))
         if self.maps is not None:
             sample = Sample.unlabelled(image, self.name, index.image_ids[i], i)
             segments, labels = self._segments(i, (height, width), keep_ignored)
@@ -78,7 +94,10 @@ class Dataset:
         rows = np.arange(index.offsets[i], index.offsets[i + 1])
         if not keep_ignored:
             rows = rows[~index.ignore[rows]]
-        boxes = torch.from_numpy(index.boxes[rows]).view(-1, 4)
+        stored = index.boxes[rows]
+        if tag != UPRIGHT:
+            stored = turn_boxes(stored, (width, height), tag)
+        boxes = torch.from_numpy(stored).view(-1, 4)
         limits = boxes.new_tensor([width, height, width, height])
         if index.relative:
             boxes = boxes * limits
@@ -87,7 +106,7 @@ class Dataset:
         rows = rows[inside.numpy()]
         masks = image_labels = None
         if self.masks and index.segmentations is not None:
-            masks = self._masks(i, rows, (height, width))
+            masks = self._masks(i, rows, (height, width), tag)
         if index.image_labels is not None:
             labels = index.image_labels[index.image_label_rows(i)]
             image_labels = torch.from_numpy(labels.astype(np.int64))
@@ -113,25 +132,58 @@ class Dataset:
         data = self.shards.read(i) if self.shards else None
         return self.images / self.index.file_name(i), data
 
-    def _warn_of_size(self, i: int, size: tuple[int, int]) -> None:
-        """Logs, once for the dataset, that the `size` (H, W) of image `i` is not as annotated."""
+    def _tell_of_pixels(self, i: int, decoded: Decoded) -> None:
+        """Logs, once for the dataset, that image `i` has deep or transparent pixels."""
+        for told, note in zip((self.told_deep, self.told_clear), decoded.notes):
+            if note and not told:
+                told.fill_(True)
+                name = self.index.file_name(i)
+                message = "%s: image '%s' has %s (other such images are not named)"
+                log.info(message, self.name, name, note)
+
+    def _turned_by(self, i: int, size: tuple[int, int]) -> int:
+        """Returns the EXIF tag that turns image `i`, if it is annotated as stored; else UPRIGHT.
+
+        size: (H, W), upright. Logs, once for the dataset, an image of another size than annotated
+        and one that its tag turns.
+        """
         annotated = tuple(self.index.sizes[i].tolist())
-        if annotated not in (size, (0, 0)) and not self.warned:
+        if annotated in (size, (0, 0)):
+            return UPRIGHT
+        tag, _ = read_tag(*self.image_file(i))
+        name = self.index.file_name(i)
+        if tag in TURNS and annotated == size[::-1] and self.maps is None:
+            if not self.told_turned:
+                self.told_turned.fill_(True)
+                message = (
+                    "%s: image '%s' is annotated as it is stored, before its EXIF orientation %d "
+                    "turns it; its boxes are turned with it (other such images are not named)"
+                )
+                log.warning(message, self.name, name, tag)
+            return tag
+        if not self.warned:
             self.warned.fill_(True)
+            turned = "" if tag == UPRIGHT else f" (turned by its EXIF orientation {tag})"
             message = (
-                "%s: image '%s' has %d x %d pixels (height, width), but %d x %d in %s; do its "
+                "%s: image '%s' has %d x %d pixels (height, width)%s, but %d x %d in %s; do its "
                 "boxes fit? (other such images are not named)"
             )
-            name = self.index.file_name(i)
-            log.warning(message, self.name, name, *size, *annotated, self.index.source)
+            log.warning(message, self.name, name, *size, turned, *annotated, self.index.source)
+        return UPRIGHT
 
-    def _masks(self, i: int, rows: np.ndarray, size: tuple[int, int]) -> Tensor:
-        """Returns the masks (N, H, W) bool of the annotations `rows` (N,) of image `i`."""
+    def _masks(self, i: int, rows: np.ndarray, size: tuple[int, int], tag: int) -> Tensor:
+        """Returns the masks (N, H, W) bool of the annotations `rows` (N,) of image `i`.
+
+        size: (H, W), upright; tag: the EXIF tag that turns the image if it is annotated as stored
+        """
+        stored = size if tag == UPRIGHT else size[::-1]
+        segmentations = [self.index.segmentations[row] for row in rows]
         try:
-            return decode_masks([self.index.segmentations[row] for row in rows], size)
+            masks = decode_masks(segmentations, stored, self.index.relative)
         except ValueError as error:
             where = f"{self.index.source}: image '{self.index.file_name(i)}'"
             raise InputError(f"{where} has {error}; mend or remove the annotation") from None
+        return masks if tag == UPRIGHT else torch.from_numpy(turn_pixels(masks.numpy(), tag))
 
     def _segments(self, i: int, size: tuple[int, int], keep_ignored: bool) -> tuple[Tensor, Tensor]:
         """Returns the segments (H, W) int16 of image `i` of `size`, and their labels (N,) int64."""
@@ -142,7 +194,7 @@ class Dataset:
             labels = np.arange(len(self.vocabulary))
         else:
             rows = index.rows(i)
-            segments = read_segment_map(path, index.segment_ids[rows])
+            segments = read_segment_map(path, index.segment_ids[rows], self.partial)
             labels = index.labels[rows].astype(np.int64)
             ignore = index.ignore[rows]
             if ignore.any() and not keep_ignored:
@@ -186,10 +238,11 @@ class Dataset:
             )
         if index.image_labels is None:
             empty = int((np.diff(index.offsets) == 0).sum())
+            bare = f"; {index.num_empty} without an area" if index.num_empty else ""
             outside = f"; {index.num_outside} outside their image" if index.num_outside else ""
             return (
                 f"{start} ({empty} without a box), {len(index.labels)} boxes ({crowds} crowd or "
-                f"group, not trained on{outside}), {classes} ({seen} with boxes)"
+                f"group, not trained on{bare}{outside}), {classes} ({seen} with boxes)"
             )
         captions = np.zeros(1, int)
         if index.captions:
@@ -203,18 +256,46 @@ class Dataset:
 
     def check_images(self) -> None:
         """Raises InputError that names the first missing image or label map, and their number."""
-        kinds = [("image", self.images, self.index.file_name)]
+        for kind, root, found in self.find_files():
+            if found.respelt:
+                first = next(iter(found.respelt))
+                message = "%s: %d of %d %ss have other names in %s, such as '%s' for '%s'"
+                counts = (len(found.respelt), len(self), kind)
+                log.warning(message, self.name, *counts, root, found.respelt[first], first)
+            if found.missing:
+                like = f"; nearest there: {found.nearest}" if found.nearest else ""
+                raise InputError(
+                    f"{self.name}: {kind} {root / found.missing[0]} is missing "
+                    f"({len(found.missing)} of {len(self)} that {self.index.source} lists{like}); "
+                    f"add the {kind}s or take them out of the annotations"
+                )
+
+    def find_files(self) -> list[tuple[str, Path, Lookup]]:
+        """Looks for the images and label maps; returns kind of file, folder and what was found.
+
+        A name that fits one file in another spelling is replaced by it in the index.
+        """
+        kinds = [("image", self.images, "file_names")]
         if self.maps is not None:
-            kinds.append(("label map", self.maps, self.index.map_name))
-        for kind, root, name_of in kinds:
+            kinds.append(("label map", self.maps, "map_names"))
+        found = []
+        for kind, root, column in kinds:
             memo = None
             if self.index.folder:
                 digest = hashlib.sha256(f"{kind} {root.absolute()}".encode()).hexdigest()
                 memo = self.index.folder / f"listed-{digest[:16]}.json"
-            missing = missing_files(root, map(name_of, range(len(self))), memo)
-            if missing:
-                raise InputError(
-                    f"{self.name}: {kind} {root / missing[0]} is missing ({len(missing)} of "
-                    f"{len(self)} that {self.index.source} lists); add the {kind}s or take them "
-                    "out of the annotations"
-                )
+            names = map(os.fsdecode, map(bytes, getattr(self.index, column)))
+            missing = missing_files(root, names, memo)
+            found.append((kind, root, self._respell(root, column, missing)))
+        return found
+
+    def _respell(self, root: Path, column: str, missing: list[str]) -> Lookup:
+        """Looks for missing files in other spellings, and puts those found into the index."""
+        if not missing:
+            return Lookup({}, [])
+        names = [os.fsdecode(bytes(name)) for name in getattr(self.index, column)]
+        found = look_up(root, missing, set(names).difference(missing))
+        if found.respelt:
+            names = [found.respelt.get(name, name) for name in names]
+            setattr(self.index, column, encoded(names))  # what is cached of the index stays
+        return found

@@ -5,15 +5,16 @@ import io
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
+from common.datasets.pixels import Decoded, halve_large, readable_formats, to_rgb
 from common.datasets.store import write_json
 from common.errors import InputError
 from common.files import refuse_pipe
@@ -65,49 +66,71 @@ def _time(folder: Path) -> int:
 
 
 def read_image(path: Path, data: bytes | None = None) -> Tensor:
-    """Reads an image as (3, H, W) uint8 RGB, turned upright according to its EXIF tag.
+    """Reads an image as (3, H, W) uint8 RGB. `decode_image` says how, and what it raises."""
+    return decode_image(path, data).image
 
-    data: the image file, if it is not at `path`; `path` is then its name in messages
-    Raises InputError for a missing or broken image.
+
+def decode_image(path: Path, data: bytes | None = None, reduce: bool = False) -> Decoded:
+    """Reads an image as 8-bit RGB, turned upright according to its EXIF tag, see `to_rgb`.
+
+    data:   the image file, if it is not at `path`; `path` is then its name in messages
+    reduce: decode a very large JPEG at half its size
+    Raises InputError for a missing or broken image, and for one of more than 179 megapixels.
     """
     with open_image(path, data) as image:
-        if image.mode == "F":
-            raise ValueError("floating-point pixels; save it with 8 bits")
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
-            pixels = (np.asarray(upright) / 257).clip(0, 255).astype(np.uint8)
-            upright = Image.fromarray(pixels)
-        return pil_to_tensor(upright.convert("RGB"))
+        size = _upright_size(image)
+        if reduce:
+            halve_large(image)
+        return replace(to_rgb(image), size=size)
 
 
 def read_size(path: Path, data: bytes | None = None) -> tuple[int, int]:
     """Returns the height and width of `read_image`'s result; reads only the header."""
     with open_image(path, data) as image:
-        exif = Image.Image.getexif(image)  # the getexif of PNG images would decode the image
-        turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by 90 or 270 degrees
-        return image.size if turned else image.size[::-1]
+        return _upright_size(image)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Returns (height, width) of an opened image after `to_rgb`."""
+    exif = Image.Image.getexif(image)  # the getexif of PNG images would decode the image
+    turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by 90 or 270 degrees
+    return image.size if turned else image.size[::-1]
 
 
 @contextmanager
 def open_image(path: Path, data: bytes | None = None, kind: str = "image") -> Iterator[Image.Image]:
-    """Context manager that yields the PIL image at `path`, which messages call a `kind`.
+    """Opens an image and yields it as a PIL image, for a `with` block.
 
-    If `data` is given, decodes these bytes and uses `path` only in messages.
-    Raises InputError if the image is missing or cannot be decoded, also if Pillow fails later,
+    data: the bytes of the image file; then `path` is used in messages only
+    kind: what messages call the file, such as "label map"
+    Only the formats in FORMATS are decoded. Pillow's warning of large images is not shown, its
+    limit holds.
+    Raises InputError if the image is missing or cannot be decoded, also for an error of Pillow
     inside the `with` block.
     """
+    why = ""
     try:
         refuse_pipe(path, kind)
-        with Image.open(path if data is None else io.BytesIO(data)) as image:
-            yield image
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            source = path if data is None else io.BytesIO(data)
+            with Image.open(source, formats=readable_formats()) as image:
+                yield image
     except IsADirectoryError:
         raise InputError(f"{kind} {path} is a folder; give image files") from None
     except FileNotFoundError:
         raise InputError(f"{kind} {path} does not exist; check the path") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError:
+        why = f"it is none of {', '.join(readable_formats())}"
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
         raise InputError(
-            f"{kind} {path} cannot be decoded ({error}); replace it or remove its entry"
+            f"{kind} {path} has more than {limit} megapixels; make it smaller or cut it into tiles"
         ) from None
+    except (OSError, ValueError, SyntaxError) as error:
+        why = str(error)
+    if why:
+        raise InputError(f"{kind} {path} cannot be decoded ({why}); replace it or remove its entry")
 
 
 def listing(name: str, root: Path, endings: tuple[str, ...]) -> dict[str, str]:
@@ -132,13 +155,26 @@ def listing(name: str, root: Path, endings: tuple[str, ...]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def file_name(path: Path, image: dict, as_written: bool = False) -> str:
+def read_lines(path: Path) -> list[str]:
+    """Returns the lines of a text file. Raises InputError if it cannot be read or is no UTF-8."""
+    refuse_pipe(path, "text file")
+    try:
+        return path.read_text("utf-8-sig").splitlines()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} cannot be read ({error}); save it as UTF-8 text") from None
+
+
+def file_name(path: Path, image: dict, as_written: bool = False, looked_up: bool = False) -> str:
     """Returns the path of an image, relative to the image folder, from its record in a json file.
 
     LVIS has no `file_name`: the last two parts of `coco_url` are used. Objects365 writes
     images/v2/patch3/x.jpg but ships patch3/x.jpg: the last two parts are used, too.
     path:       the json file, for messages
     as_written: return the names of Objects365 unchanged
+    looked_up:  an absolute path, of the machine that wrote it, loses its first slash, so that
+                `look_up` finds the file below the folder
     Raises InputError if the path leaves the image folder or is not a valid file name.
     """
     name = str(image["file_name"] if "file_name" in image else image["coco_url"])
@@ -149,6 +185,8 @@ def file_name(path: Path, image: dict, as_written: bool = False) -> str:
         raise InputError(
             f"{path}: file_name {name[:80]!r} ({len(name)} letters) can be no file's; give its path"
         )
+    if looked_up:
+        name = name.lstrip("/")
     if name.startswith("/") or ".." in name.split("/"):
         raise InputError(
             f"{path}: file_name '{name}' leaves the image folder; give a path below it"

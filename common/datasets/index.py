@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from common.datasets.doubts import box_doubts
 from common.errors import InputError
 
 BEYOND = 2.0**40  # square pixels; the largest size range of COCO's metric ends at 1e10
@@ -23,7 +24,7 @@ class JsonRows(Sequence):
     """A sequence of N values, stored as compact json in one array; a value is parsed when read.
 
     text: (T,) uint8
-    starts, ends: (N,) int64; value i is text[starts[i]:ends[i]]
+    starts, ends: (N,) int64; value i is text[starts[i]:ends[i]], None if that is empty
     """
 
     def __init__(self, text: np.ndarray, starts: np.ndarray, ends: np.ndarray):
@@ -35,8 +36,9 @@ class JsonRows(Sequence):
         text = bytearray()
         offsets = np.zeros(len(values) + 1, np.int64)
         for row, value in enumerate(values, 1):
-            # orjson returns a kilobyte of memory even for a number, so its bytes are copied
-            text += orjson.dumps(value)
+            if value is not None:
+                # orjson returns a kilobyte of memory even for a number, so its bytes are copied
+                text += orjson.dumps(value)
             offsets[row] = len(text)
         return cls(np.frombuffer(text, np.uint8), offsets[:-1], offsets[1:])
 
@@ -45,7 +47,13 @@ class JsonRows(Sequence):
 
     def __getitem__(self, row: int):
         """Parses value `row`."""
-        return orjson.loads(self.text[self.starts[row] : self.ends[row]].data)
+        text = self.text[self.starts[row] : self.ends[row]]
+        return orjson.loads(text.data) if len(text) else None
+
+    @property
+    def filled(self) -> np.ndarray:
+        """(N,) bool: the values that are not None."""
+        return self.ends > self.starts
 
     def take(self, rows: np.ndarray) -> "JsonRows":
         """Returns the values `rows`; shares the text."""
@@ -85,11 +93,14 @@ class Index:
     boxes:      (A, 4) float32 xyxy in pixels, or in fractions of the image if `relative`
     labels:     (A,) int32 index into the dataset's vocabulary
     areas:      (A,) float32 square pixels as annotated (COCO: of the mask), for the size ranges of
-                the metrics. An ignored object that is no crowd (VOC: difficult) has BEYOND, which
-                is in no range: one detection matches it by IoU, any number match a crowd
+                the metrics; parts of the image if `relative`. An ignored object that is no crowd
+                (VOC: difficult) has BEYOND, which is in no range: one detection matches it by IoU,
+                any number match a crowd
     ignore:     (A,) bool: crowd, group-of or difficult. Not trained on, neither hit nor miss in the
                 metrics
-    segmentations: A COCO polygons or RLEs, or None; JsonRows if they come from a file
+    segmentations: A COCO polygons or RLEs, None for a box without a mask; JsonRows if they come
+                from a file. None if no box has a mask. If `relative`, they are polygons in
+                fractions of the image
     negatives:  the labels that are verified absent, per image (LVIS, OpenImages), or None
     not_exhaustive: the labels of which some objects have no annotation, per image (LVIS), or None
     verified:   the labels that are verified present, with a box or without, per image (OpenImages),
@@ -125,6 +136,15 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.file_names)
+
+    @property
+    def has_mask(self) -> np.ndarray:
+        """(A,) bool: the annotations with a mask."""
+        masks = self.segmentations
+        if isinstance(masks, JsonRows):
+            return masks.filled
+        masks = masks or [None] * len(self.labels)
+        return np.array([mask is not None for mask in masks], dtype=bool)
 
     @property
     def image_of(self) -> np.ndarray:
@@ -175,6 +195,28 @@ class Index:
         """The number of boxes that are wholly outside their image."""
         return int(self.outside().sum())
 
+    @cached_property
+    def num_empty(self) -> int:
+        """The number of boxes without an area."""
+        return int(self.empty().sum())
+
+    @cached_property
+    def num_trainable(self) -> int:
+        """The number of boxes or segments that are not ignored; a box also has an area inside."""
+        kept = ~self.ignore
+        if self.map_names is None:  # the boxes of segments are not used
+            kept &= ~self.empty() & ~self.outside()
+        return int(kept.sum())
+
+    @cached_property
+    def doubts(self) -> list[str]:
+        """What makes the boxes look like those of another convention, in lines for the log."""
+        return box_doubts(self)
+
+    def empty(self) -> np.ndarray:
+        """Returns (A,) bool: the box has no area."""
+        return (self.boxes[:, 2:] <= self.boxes[:, :2]).any(axis=1)
+
     def outside(self) -> np.ndarray:
         """Returns (A,) bool: the box is wholly outside its image; False if its size is unknown."""
         limits = np.ones((1, 2), np.int32)
@@ -192,7 +234,10 @@ class Index:
         return replace(self, offsets=count[self.offsets], **kept_columns)
 
     def select(self, images: np.ndarray) -> "Index":
-        """Returns only the images where `images` (I,) bool is true. There are no image labels."""
+        """Returns an index of only the images where `images` (I,) bool is true.
+
+        The index must not have image-level labels.
+        """
         kept = self.keep(images[self.image_of])
         rows = np.flatnonzero(images)
         columns = ("file_names", "map_names", "image_ids", "sizes")

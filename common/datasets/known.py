@@ -20,18 +20,18 @@ Splits = dict[str, list[tuple[str, str]]]
 
 @dataclass(frozen=True)
 class Known:
-    """A known dataset.
+    """Tells where the files of a known dataset are and how to read them.
 
     title:         what to download, for messages
     splits:        {split: [(annotations, images), ...]}, paths below the data root. The first pair
-                   to exist is read.
+                   that exists is read.
     metric:        the protocol that scores it
     read:          the reader: read(name, annotations, images, metric) -> Dataset
     supervision:   its kind of annotations; None if only its files tell
-    class_folders: `annotations` may be a folder that holds a folder or tar file of images per class
-    generated:     the dataset exists as generated data only
+    class_folders: `annotations` may be a folder that holds, per class, a folder or tar of images
+    generated:     True if the dataset exists as generated data only
     whole:         the dataset in whose folder the files are stored, if that is another one
-    base_split:    makes an open-vocabulary split of the dataset `whole`
+    base_split:    (Dataset `whole`, split) -> Dataset; makes an open-vocabulary split of it
     """
 
     title: str
@@ -46,10 +46,10 @@ class Known:
 
 
 def _splits(*places: tuple[str, str], train: str = "train", val: str = "val", **others) -> Splits:
-    """Returns the splits train, val and `others`, whose paths are `places`.
+    """Returns the splits train, val and `others`, each with all `places` (annotations, images).
 
-    In each path, {split} becomes the name of the split, and {part} the value of its argument: the
-    name that the dataset's own files have for it.
+    In the paths, {split} becomes the split's name. {part} becomes the value of the argument of that
+    name, which is the split's name in the dataset's own files.
     """
     splits = {}
     for split, part in {"train": train, "val": val, **others}.items():
@@ -71,7 +71,7 @@ def _ade20k(*annotations: str) -> Splits:
 
 
 def _openimages(*files: tuple[str, str]) -> Known:
-    """Returns Open Images, read from the first of the `files` (csv file, image folder) to exist."""
+    """Returns Open Images, read from the first of `files` (csv file, image folder) that exists."""
     places = []
     for base in ("oid", "openimages"):
         for file, images in files:
@@ -86,7 +86,7 @@ def _openimages(*files: tuple[str, str]) -> Known:
 
 
 def _voc(*lists: str) -> list[tuple[str, str]]:
-    """Returns the paths of image `lists`, such as 2007/test, each with its image folder.
+    """Returns (annotations, images) for image `lists` such as 2007/test.
 
     The folders of the years are in VOCdevkit/ or, as in detectron2's layout, in the data root.
     """

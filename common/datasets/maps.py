@@ -25,13 +25,18 @@ def label_table(ids: list[int] | tuple[int, ...], void: tuple[int, ...]) -> np.n
     return table
 
 
+def read_values(path: Path) -> np.ndarray:
+    """Reads the numbers (H, W) of a PNG with one channel. Raises InputError as `read_label_map`."""
+    modes = ("1", "L", "P", "I;16", "I")
+    return _read(path, modes, "has one number for each pixel, and not colours")
+
+
 def read_label_map(path: Path, table: np.ndarray) -> np.ndarray:
     """Reads the labels (H, W) int16 of a PNG with one channel; `table` is from `label_table`.
 
     Raises InputError for a file that cannot be decoded, a colour image, a value that is no class.
     """
-    modes = ("1", "L", "P", "I;16", "I")
-    values = _read(path, modes, "has one number for each pixel, and not colours")
+    values = read_values(path)
     rows = values.astype(np.int64).clip(-1, len(table))
     labels = np.append(table, UNKNOWN)[rows]  # -1 and len(table) are UNKNOWN
     if labels.min() == UNKNOWN:
@@ -49,11 +54,13 @@ def read_label_map(path: Path, table: np.ndarray) -> np.ndarray:
     return labels
 
 
-def read_segment_map(path: Path, ids: np.ndarray) -> np.ndarray:
+def read_segment_map(path: Path, ids: np.ndarray, partial: bool = False) -> np.ndarray:
     """Reads the segments (H, W) int16 of a colour PNG, where id = R + 256 G + 65536 B.
 
-    A pixel of segment ids[n] has the number n; a pixel of id 0 has VOID. ids: (N,)
-    Raises InputError for a file that cannot be decoded or has no colours, an id that is not listed.
+    A pixel of segment ids[n] has the number n; a pixel of id 0 has VOID.
+    ids: (N,); partial: pixels of other ids have VOID, too
+    Raises InputError for a file that cannot be decoded or has no colours, and unless `partial` for
+    an id that is not listed.
     """
     colours = _read(path, ("RGB",), "has three channels, id = R + 256 G + 65536 B")
     red, green, blue = np.moveaxis(colours, -1, 0)
@@ -63,13 +70,13 @@ def read_segment_map(path: Path, ids: np.ndarray) -> np.ndarray:
     places = np.searchsorted(listed[order], values)
     row = order[places.clip(max=len(ids))]
     unlisted = listed[row] != values
-    if unlisted.any():
+    if unlisted.any() and not partial:
         y, x = np.argwhere(unlisted)[0]
         raise InputError(
             f"segment map {path} has the id {values[y, x]} at x = {x}, y = {y}, which the panoptic "
             "json does not list for its image; mend one of them"
         )
-    is_void = row == len(ids)
+    is_void = (row == len(ids)) | unlisted
     return np.where(is_void, VOID, row).astype(np.int16)
 
 

@@ -5,32 +5,34 @@ An entry is one of
     NAME=ANNOTATIONS.json:IMAGES/  custom boxes, masks or panoptic segments in COCO format
     NAME=CAPTIONS.tsv:IMAGES/      image-text pairs
     NAME=LIST.txt:IMAGES/          a list of images with VOC's xml files
-    NAME=FOLDER/:IMAGES/           xml files or label maps
-    NAME=FOLDER/                   images and their xml files, or a folder of images per class
+    NAME=FOLDER/:IMAGES/           xml files, label maps, YOLO's txt files or labelme's json files
+    NAME=FOLDER/                   what another tool exported, or a folder of images per class
+    NAME:SPLIT=FOLDER/             its split train, val or test
 """
 
 import difflib
 import logging
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from common.batch import Supervision
 from common.datasets.dataset import Dataset
+from common.datasets.formats import COCO, find_format, has_metric, read_pair, read_place
 from common.datasets.known import ALIASES, GROUPS, KNOWN
-from common.datasets.readers.captions import read_captions
-from common.datasets.readers.coco import read_coco
 from common.datasets.readers.folder import read_folder
-from common.datasets.readers.panoptic import is_panoptic, read_panoptic
-from common.datasets.readers.semantic import read_semantic
-from common.datasets.readers.voc import holds_xml, read_voc
+from common.datasets.splits import SPLITS
+from common.datasets.start import check_training
+from common.datasets.subset import edit_classes
 from common.datasets.tiny.generate import generate
 from common.errors import InputError
 from common.files import cache_dir
+from common.labels import LabelSpace
 
 log = logging.getLogger("concord")
+ROOT = Path(__file__).resolve().parents[2]
 Parsed = tuple[str, str, tuple[str, str] | None]
 
 
@@ -63,23 +65,52 @@ def parse_datasets(text: str, split: str) -> list[Parsed]:
 
 
 def _parse_custom(entry: str, split: str) -> Parsed:
-    """Parses NAME=ANNOTATIONS:IMAGES or NAME=FOLDER."""
+    """Parses NAME=ANNOTATIONS:IMAGES or NAME=FOLDER, and NAME:SPLIT=."""
     name, _, paths = entry.partition("=")
+    _refuse_separator(entry)
+    name, _, own_split = name.partition(":")
+    split = own_split or split
+    if split not in SPLITS:
+        raise InputError(f"--datasets {entry}: write a split {', '.join(SPLITS)}, not '{split}'")
     annotations, colon, images = paths.rpartition(":")
-    if not colon:  # a folder holds both; a json file alone lacks its images
-        annotations = "" if images.endswith(".json") else images
+    if not colon:  # a folder holds both; a json file alone lacks its images, but for Roboflow's
+        lacks_images = images.endswith(".json") and not images.endswith(COCO)
+        annotations = "" if lacks_images else images
     if not annotations:
         raise InputError(
-            f"--datasets {entry}: write NAME=ANNOTATIONS.json:IMAGE_FOLDER/, or NAME=FOLDER/ for a "
-            "folder with one folder of images per class; xml files or label maps are "
-            "NAME=MAP_FOLDER/:IMAGE_FOLDER/"
+            f"--datasets {entry}: write NAME=ANNOTATIONS.json:IMAGE_FOLDER/, or NAME=FOLDER/ for "
+            "what another tool exported or a folder with one folder of images per class; xml files "
+            "or label maps are NAME=MAP_FOLDER/:IMAGE_FOLDER/"
         )
     if not re.fullmatch(r"[\w-][\w.-]*", name):
         raise InputError(
             f"--datasets {entry}: the name '{name}' becomes part of file names; give it letters, "
             "digits and ._- only, and no dot first"
         )
-    return name, split, (annotations, images)
+    return name, split, (os.path.expanduser(annotations), os.path.expanduser(images))
+
+
+def _refuse_separator(entry: str) -> None:
+    """Raises InputError for an entry in which another one follows without a comma."""
+    follower = re.search(r"[\s;]+([\w.-]+)(=|:|$)", entry.partition("=")[2] or entry)
+    if follower and (";" in entry or follower[2] == "="):
+        raise InputError(
+            f"--datasets {entry}: a comma is missing before '{follower[1]}'; write A,B to name two"
+            " datasets"
+        )
+
+
+def splits_of_custom(entry: str) -> list[str]:
+    """Returns the splits of an entry NAME=PATH: the one it names, else all that its folder has."""
+    name, _, _ = entry.partition("=")
+    _, split, (annotations, images) = _parse_custom(entry, "train")
+    if ":" in name or annotations != images:
+        return [split]
+    try:
+        _, found = find_format(Path(images))
+    except InputError:  # reading it raises the error again
+        found = {}
+    return [key for key in found if key] or [split]
 
 
 def _parse_known(entry: str, split: str) -> Parsed:
@@ -87,11 +118,17 @@ def _parse_known(entry: str, split: str) -> Parsed:
     name, _, own_split = entry.partition(":")
     name = ALIASES.get(name, name)
     split = own_split or split
+    _refuse_separator(entry)
+    if "/" in entry or Path(name).suffix in (".json", ".txt", ".tsv"):
+        raise InputError(
+            f"--datasets {entry}: a dataset of your own needs a name: NAME={entry}; its paths must"
+            " have no comma"
+        )
     if name not in KNOWN:
         near = difflib.get_close_matches(name, [*KNOWN, *ALIASES, *GROUPS], n=3, cutoff=0.4)
         raise InputError(
-            f"unknown dataset '{name}'; nearest: {', '.join(near or KNOWN)}; "
-            "your own: NAME=ANN.json:IMAGES/"
+            f"unknown dataset '{name}'; nearest: {', '.join(near or list(KNOWN)[:8])}; "
+            "your own: NAME=ANN.json:IMAGES/; all names: python -m common.datasets list"
         )
     splits = KNOWN[name].splits
     if split not in splits:
@@ -99,28 +136,45 @@ def _parse_known(entry: str, split: str) -> Parsed:
     return name, split, None
 
 
-def default_eval(text: str, without: Collection[str] = ()) -> str:
-    """Returns the default of --eval-datasets for the value `text` of --datasets.
+def eval_entries(
+    chosen: str, trained: str, without: Collection[str] = (), instead: Mapping[str, str] = {}
+) -> str:
+    """Returns the datasets to evaluate, from the values of --eval-datasets and --datasets.
 
-    Both are comma-separated lists. A known dataset contributes its name alone, which stands for its
-    default split. A custom dataset contributes its entry unchanged. Left out are datasets with
-    image-level labels only (in21k, image folders) and the names in `without`. Returns "" if none is
-    left.
+    chosen:  may name a dataset that `trained` defines, as in my=ann.json:images/
+    without: names that the default leaves out
+    instead: {dataset: the one that the default has in its place}
+
+    The default, for an empty `chosen`, is all of `trained`. A known dataset contributes its name
+    alone, which stands for its default split. A custom dataset contributes its entry without a
+    split. Datasets with image-level labels only (in21k, folders of classes) are left out. Returns
+    "" if none is left.
     """
+    if chosen:
+        return ",".join(_defined(entry, trained) for entry in entries(chosen))
     kept = []
-    for entry in entries(text):
+    for entry in entries(trained):
         name, custom, paths = entry.partition("=")
         name = name.partition(":")[0]
         if name in without:
             continue
         if custom:
-            if ":" in paths:
-                kept.append(entry)
+            if ":" in paths or has_metric(Path(paths).expanduser()):
+                kept.append(f"{name}={paths}")
             continue
         name = ALIASES.get(name, name)
         if name not in KNOWN or KNOWN[name].supervision != "image_labels":
-            kept.append(name)
+            kept.append(instead.get(name, name))
     return ",".join(kept)
+
+
+def _defined(entry: str, trained: str) -> str:
+    """Returns NAME or NAME:SPLIT with the paths that `trained` gives NAME, if there are any."""
+    for definition in entries(trained):
+        name, custom, paths = definition.partition("=")
+        if custom and entry.partition(":")[0] == name.partition(":")[0]:
+            return f"{entry}={paths}" if "=" not in entry else entry
+    return entry
 
 
 def warn_of_overlap(trained: list[Dataset], evaluated: list[Dataset]) -> None:
@@ -130,6 +184,46 @@ def warn_of_overlap(trained: list[Dataset], evaluated: list[Dataset]) -> None:
         source = dataset.index.source
         if source in sources:
             log.warning("%s is evaluated on its TRAINING images: %s", dataset.name, source)
+
+
+def training_datasets(
+    args, size: int, masks: bool = False, accepts: tuple[Supervision, ...] = ("boxes", "instances")
+) -> list[Dataset]:
+    """Loads the datasets of --datasets, with the classes of --classes and --rename.
+
+    size: side of generated images under --tiny, otherwise 0; masks, accepts: as in `load_datasets`
+    Raises InputError as `load_datasets` and `edit_classes`.
+    """
+    datasets = load_datasets(args.datasets, "train", args.data_root, size, masks, accepts)
+    return edit_classes(datasets, args.classes, args.rename, "train")
+
+
+def evaluation_datasets(
+    args,
+    label_space: LabelSpace,
+    size: int,
+    accepts: tuple[Supervision, ...] = ("boxes", "instances"),
+    without: Collection[str] = (),
+    instead: Mapping[str, str] = {},
+) -> list[Dataset]:
+    """Loads the datasets to evaluate, with the classes of --classes and --rename; [] to predict.
+
+    label_space:      of the training; it must have or make a text for each class name
+    size, accepts:    as in `training_datasets`
+    without, instead: as in `eval_entries`
+
+    Raises InputError before the training, for example for a class name without an embedding, also
+    for one of --vocabulary.
+    """
+    if args.predict:
+        label_space.swap(args.vocabulary)
+        return []
+    text = eval_entries(args.eval_datasets, args.datasets, without, instead)
+    datasets = load_datasets(text, "val", args.data_root, size, False, accepts)
+    datasets = edit_classes(datasets, args.classes, args.rename, "val")
+    for dataset in datasets:
+        label_space.swap(dataset.vocabulary)
+    return datasets
 
 
 def load_datasets(
@@ -147,7 +241,7 @@ def load_datasets(
     tiny:      if > 0, generated stand-ins with images of this side replace the real datasets
     masks:     samples have instance masks, where the annotations have them
     accepts:   the kinds of supervision that the method can learn from
-    check:     a missing image is an error, and so is a train split without a box
+    check:     a missing image is an error; a train split is looked at as `check_training` does
 
     Raises InputError as `parse_datasets` and `load_dataset`, and for other supervision.
     """
@@ -165,24 +259,21 @@ def load_datasets(
                 root = generate(known.whole or name, cache_dir(), tiny)
         dataset = load_dataset(name, own_split, paths, root, check)
         _refuse_supervision(dataset.supervision, accepts, name, split)
-        boxless = dataset.supervision in ("boxes", "instances") and not len(dataset.index.labels)
-        if check and split == "train" and boxless and not dataset.novel:
-            raise InputError(
-                f"{dataset.index.source} has no box to learn from; add annotations or, for image "
-                "labels, pos_category_ids"
-            )
+        if check and split == "train":
+            check_training(dataset)
         datasets.append(replace(dataset, masks=masks))
     if not datasets:
         raise InputError(
-            f"no dataset named; --datasets or --eval-datasets: {', '.join(KNOWN)}, or "
-            "NAME=ANNOTATIONS.json:IMAGES/"
+            "no dataset named; give --datasets (or --eval-datasets) names of `python -m"
+            " common.datasets list`, or NAME=ANNOTATIONS.json:IMAGES/"
         )
     return datasets
 
 
 def data_folder(data_root: str) -> Path:
     """Returns the data root: `data_root`, or $DETECTRON2_DATASETS, or ./data."""
-    return Path(data_root or os.environ.get("DETECTRON2_DATASETS") or "data")
+    folder = Path(data_root or os.environ.get("DETECTRON2_DATASETS") or "data")
+    return folder.expanduser()
 
 
 def find_files(name: str, split: str, root: Path) -> tuple[Path, Path] | None:
@@ -210,10 +301,12 @@ def load_dataset(
     """
     if paths:
         annotations, images = Path(paths[0]), Path(paths[1])
-        if paths[0] == paths[1]:
-            among_images = any(images.glob("*.xml"))  # as Roboflow exports them
-            return read_voc(name, images, images) if among_images else read_folder(name, images)
-        dataset = _read_custom(name, annotations, images)
+        if annotations == images:
+            dataset = read_place(name, images, split)
+            if dataset.supervision == "image_labels":
+                return dataset  # it lists files that exist: none can be missing
+        else:
+            dataset = read_pair(name, annotations, images, split)
     else:
         known = KNOWN[name]
         annotations, images = _known_files(name, split, root)
@@ -228,23 +321,6 @@ def load_dataset(
     if check:
         dataset.check_images()
     return dataset
-
-
-def _read_custom(name: str, annotations: Path, images: Path) -> Dataset:
-    """Reads a custom dataset; the annotations' kind follows from their ending and content."""
-    if annotations.is_dir():
-        read = read_voc if holds_xml(annotations) else read_semantic
-        return read(name, annotations, images)
-    if not annotations.is_file():
-        error = f"annotations {annotations} do not exist; check the path before the colon"
-        raise InputError(f"dataset '{name}': {error}")
-    if annotations.suffix == ".txt":
-        return read_voc(name, annotations, images)
-    if annotations.suffix == ".tsv":
-        return read_captions(name, annotations, images)
-    if is_panoptic(annotations):
-        return read_panoptic(name, annotations, images, "pq")
-    return read_coco(name, annotations, images, "coco")
 
 
 def _known_files(name: str, split: str, root: Path) -> tuple[Path, Path]:
@@ -281,4 +357,24 @@ def _refuse_supervision(
     if supervision not in accepts:
         has = words.get(supervision, supervision)
         needs = " or ".join(words.get(kind, kind) for kind in accepts)
-        raise InputError(f"dataset '{name}' has {has} only; this method needs {needs}; {remedy}")
+        able = ", ".join(f"{method}.py" for method in methods_for(supervision))
+        raise InputError(
+            f"dataset '{name}' has {has} only; this method needs {needs}; {remedy}, or train with"
+            f" {able}"
+        )
+
+
+def methods_for(supervision: Supervision) -> list[str]:
+    """Returns the methods that can learn from this kind of supervision.
+
+    A method is a file with `class Args` in the root. It lists the kinds in SUPERVISION, otherwise
+    it learns from boxes and instances.
+    """
+    able = []
+    for path in sorted(ROOT.glob("*.py")):
+        source = path.read_text()
+        listed = re.search(r"^SUPERVISION = (\(.*?\))", source, re.MULTILINE)
+        kinds = listed[1] if listed else "boxes instances"
+        if "\nclass Args" in source and supervision in re.findall(r"\w+", kinds):
+            able.append(path.stem)
+    return able

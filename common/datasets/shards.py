@@ -1,4 +1,4 @@
-"""Images in tar files. The members of each tar file are indexed once, and read by seek."""
+"""Reads images from tar files. The members of each are indexed once, and read by seek."""
 
 import gzip
 import hashlib
@@ -23,12 +23,12 @@ log = logging.getLogger("concord")
 
 @dataclass
 class Shards:
-    """I images that are members of tar files.
+    """Reads I images that are members of tar files.
 
     tars:    the paths of the tar files
-    tar_of:  (I,) int32, the tar file of each image
-    offsets: (I,) int64, where its bytes begin in the tar file
-    sizes:   (I,) int64, the number of its bytes
+    tar_of:  (I,) int32, for each image the index of its tar file
+    offsets: (I,) int64, the byte of the tar file at which the image begins
+    sizes:   (I,) int64, the number of bytes of the image
     """
 
     tars: Sequence[Path]
@@ -59,7 +59,7 @@ class Shards:
 
 
 def index_tar(path: Path) -> np.ndarray:
-    """Returns what `read_members` does, from the cache until the tar file changes."""
+    """Returns `read_members(path)`, from a cache until the size or time of the tar file changes."""
     stat = path.stat()
     key = json.dumps(["members", str(path.resolve()), stat.st_size, stat.st_mtime_ns])
     digest = hashlib.sha256(key.encode()).hexdigest()
@@ -78,13 +78,14 @@ def index_tar(path: Path) -> np.ndarray:
 
 
 def read_members(path: Path) -> np.ndarray:
-    """Returns (M,) records name, label, offset, size of the images in a tar file.
+    """Returns an array (M,) of records name, label, offset, size: the images in a tar file.
 
     Names and labels are bytes. A name is TAR/MEMBER. The label of KEY.jpg is the text of KEY.cls or
-    the field "label" of KEY.json. An image without one has b"". If no image has a label, all have
-    the name of the tar file without .tar.
+    the field "label" of KEY.json, or else b"". If the tar file has no labels, all its images have
+    its name without .tar as their label.
     Raises InputError for a tar file that is damaged or compressed, for a member outside of its
-    folder, for a label that is no text, and for a tar file without labels whose name is a number.
+    folder, for a label that is neither a name nor a number, and for a tar file without labels whose
+    name is a number.
     """
     images, labels, num_others = _read_headers(path)
     if images and not labels and path.stem.isdigit():
@@ -114,7 +115,7 @@ def read_members(path: Path) -> np.ndarray:
 def _read_headers(path: Path) -> tuple[list[tuple], dict[str, bytes], int]:
     """Returns the images and the labels in a tar file, and the number of its other files.
 
-    images: (key, name, offset, size); the key is the name without all its endings
+    images: (key, path of the member, offset, size); the key is the path without all its endings
     labels: {key: label}
     """
     images, labels, num_others = [], {}, 0

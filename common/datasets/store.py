@@ -1,4 +1,4 @@
-"""A cache of large annotation files: each is read once, later starts memory-map its columns."""
+"""A cache of large annotation files. Each is read once; later starts memory-map its columns."""
 
 import hashlib
 import io
@@ -18,12 +18,13 @@ from common.datasets.index import Index, JsonRows
 from common.files import NO_ARRAY, atomic_path, cache_dir
 
 log = logging.getLogger("concord")
-VERSION = 3  # of the columns and their meaning; folders of other versions are not used
+VERSION = 4  # of the columns and their meaning; folders of other versions are not used
 LARGE = 8 << 20  # bytes; a smaller file is read as fast as its columns are found
 ARRAYS = (
     *("file_names", "sizes", "offsets", "boxes", "labels", "areas", "ignore"),
     *("image_labels", "image_label_offsets", "map_names", "segment_ids"),
 )
+COUNTS = ("num_outside", "num_empty", "num_trainable", "doubts")
 ROWS = ("image_ids", "segmentations", "negatives", "not_exhaustive", "verified", "captions")
 
 # An index, and the other facts in the files, which json can express.
@@ -33,14 +34,15 @@ Read = Callable[[BinaryIO], Content]
 
 
 def cached_index(source: Path, options: list, read: Read, files: Sequence[Path] = ()) -> Content:
-    """Returns the index and the facts that `read` makes of `source`; caches those of large files.
+    """Returns the index and the facts that `read` makes of `source`, or their copy in the cache.
 
     options: what the result depends on besides the files; json can express it
+    read:    reads the files, see `Read`
     files:   the files that are read, if there are more than `source`
 
-    Files of the same sizes and times are taken to be the same. If only the times differ, their hash
-    decides. A damaged cache folder is made again. If the cache cannot be written, a warning is
-    logged. One process reads, others wait for it.
+    Files of 8 MiB or more in total are cached. Files of unchanged sizes and times are taken to be
+    the same. If only the times differ, the files' hash decides. A damaged cache folder is made
+    again. If the cache cannot be written, a warning is logged. One process reads, others wait.
     """
     files = files or [source]
     try:
@@ -67,7 +69,7 @@ def cached_index(source: Path, options: list, read: Read, files: Sequence[Path] 
 
 
 def is_cached(source: Path, options: list) -> bool:
-    """Returns whether `cached_index` finds `source` in the cache."""
+    """Returns whether `cached_index` finds `source`, read without other files, in the cache."""
     folder = _folder(source, options, [source])
     return _find(source, folder, [source], _stamps([source])) is not None
 
@@ -87,7 +89,7 @@ def waiting(lock: FileLock, source: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, record: object) -> None:
-    """Writes a json file that saves time at the next start; logs a warning if it cannot."""
+    """Writes a cache file as json. If it cannot be written, a warning is logged."""
     try:
         with atomic_path(path) as temporary:
             temporary.write_bytes(orjson.dumps(record))
@@ -104,7 +106,7 @@ def _folder(source: Path, options: list, files: Sequence[Path]) -> Path:
 
 
 def _stamps(files: Sequence[Path]) -> list[list[int]]:
-    """Returns size and time of each file."""
+    """Returns [size in bytes, time of the last change in ns] of each file."""
     stats = (path.stat() for path in files)
     return [[stat.st_size, stat.st_mtime_ns] for stat in stats]
 
@@ -122,7 +124,7 @@ def _hash(files: Sequence[Path]) -> str:
 def _find(
     source: Path, folder: Path, files: Sequence[Path], stamps: list[list[int]]
 ) -> Content | None:
-    """Returns what the folder holds; None if it is damaged or the files have changed since."""
+    """Returns what `folder` holds; None if it is missing or damaged or the files have changed."""
     try:
         record = orjson.loads((folder / "facts.json").read_bytes())
         old_stamps = record["stamps"]
@@ -168,15 +170,15 @@ def _store(
 
 
 def _sync(file: BinaryIO) -> None:
-    """Writes to the disk itself: a power cut can leave a file of the right size without content."""
+    """Forces a file onto the disk: else a power cut can leave the right size without content."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def _pack(index: Index, facts: dict) -> tuple[dict[str, np.ndarray], dict]:
-    """Converts an index to arrays, without the text of the masks, and a record of the rest.
+    """Returns an index as arrays, without the text of the masks, and a record of all else for json.
 
-    The arrays include `by_label`, so that later starts need not compute it.
+    The arrays include `by_label` and the record COUNTS, so that later starts need not compute them.
     """
     columns = {field: getattr(index, field) for field in ARRAYS}
     arrays = {field: column for field, column in columns.items() if column is not None}
@@ -189,7 +191,8 @@ def _pack(index: Index, facts: dict) -> tuple[dict[str, np.ndarray], dict]:
         if field != "segmentations":
             arrays[f"{field}.text"] = rows.text
     arrays["by_label.images"], arrays["by_label.counts"] = index.by_label
-    return arrays, {"relative": index.relative, "num_outside": index.num_outside, "facts": facts}
+    counts = {field: getattr(index, field) for field in COUNTS}
+    return arrays, {"relative": index.relative, "counts": counts, "facts": facts}
 
 
 def _unpack(source: Path, arrays: dict, record: dict, folder: Path | None = None) -> Content:
@@ -201,12 +204,13 @@ def _unpack(source: Path, arrays: dict, record: dict, folder: Path | None = None
             fields[field] = JsonRows(text, arrays[f"{field}.starts"], arrays[f"{field}.ends"])
     index = Index(str(source), relative=record["relative"], folder=folder, **fields)
     index.by_label = (arrays["by_label.images"], arrays["by_label.counts"])
-    index.num_outside = record["num_outside"]
+    for field in COUNTS:
+        setattr(index, field, record["counts"][field])
     return index, record["facts"]
 
 
 def _map(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Memory-maps the arrays `names` and the blob in `folder`, read-only."""
+    """Memory-maps the arrays `names`, and always the blob, in `folder`, read-only."""
     arrays = {}
     for name in names:
         if name != "blob":
@@ -219,5 +223,5 @@ def _map(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def _forms(arrays: dict[str, np.ndarray]) -> dict[str, list]:
-    """Returns type and shape of each array."""
+    """Returns {name: [type, *shape]} of the arrays."""
     return {name: [str(array.dtype), *array.shape] for name, array in arrays.items()}

@@ -1,7 +1,8 @@
-"""Json files. Large ones are read list by list, in runs of whole elements."""
+"""Reads json files. Each list of a large one is read in runs of whole elements."""
 
 import gc
 import re
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, getincrementaldecoder
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|["\[\]{},]', re.DOTALL)
 def read_json(path: Path) -> dict:
     """Reads a json file whole. Raises InputError if it does not hold a json object."""
     try:
-        record = orjson.loads(path.read_bytes())
+        record = orjson.loads(path.read_bytes().removeprefix(BOM_UTF8))
     except orjson.JSONDecodeError as error:
         raise not_json(path, error) from None
     except OSError as error:
@@ -35,18 +36,44 @@ def read_json(path: Path) -> dict:
 
 
 def not_json(path: Path, reason: object) -> InputError:
-    """Returns the error of a damaged json file."""
+    """Returns the error of a damaged json file, or of one that is not UTF-8."""
+    if encoding := _other_encoding(path):
+        return InputError(
+            f"{path} is {encoding}; save it as UTF-8, in which json files are written"
+        )
     return InputError(
         f"{path} is not valid json ({reason}); was it cut off, or does it hold NaN? mend it, copy "
         "or download it again"
     )
 
 
-def read_fields(path: Path, chunk: int = CHUNK) -> Iterator[tuple[str, object]]:
-    """Yields (field, value) of each field of the json object in a file, in its order.
+def _other_encoding(path: Path) -> str:
+    """Tells how a file is encoded, or where it is not UTF-8; "" if it is or cannot be read."""
+    decoder = getincrementaldecoder("utf-8")()
+    position = 0
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+            if start[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) or start[1:2] == b"\0":
+                return "UTF-16 or UTF-32 text"
+            decoder.decode(start)
+            while text := file.read(CHUNK):
+                position = file.tell() - len(text)
+                decoder.decode(text)
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        return f"no UTF-8 text (byte 0x{byte:02x} near position {position + error.start})"
+    except OSError:
+        pass
+    return ""
 
-    A list is yielded in runs of whole elements, each with the name of the field. An empty list is
-    one empty run. About `chunk` bytes of the file are in memory.
+
+def read_fields(path: Path, chunk: int = CHUNK) -> Iterator[tuple[str, object]]:
+    """Yields (field, value) of each field of the json object in a file, in the file's order.
+
+    A list is yielded in parts: (field, run) several times, each run a list of whole elements. An
+    empty list is one empty run. About `chunk` bytes of the file are in memory at a time.
     Raises InputError if the file cannot be read, is not json, is no object or has a field twice.
     """
     fields = set()
@@ -78,7 +105,7 @@ def read_fields(path: Path, chunk: int = CHUNK) -> Iterator[tuple[str, object]]:
 
 
 def read_elements(path: Path, chunk: int = CHUNK) -> Iterator[object]:
-    """Yields the elements of the json list in a file. About `chunk` bytes of it are in memory.
+    """Yields the elements of the json list in a file. About `chunk` bytes are in memory at a time.
 
     Raises InputError if the file cannot be read, is not json or is no list.
     """
@@ -93,16 +120,18 @@ def read_elements(path: Path, chunk: int = CHUNK) -> Iterator[object]:
 
 @contextmanager
 def _window(path: Path, chunk: int) -> Iterator["Window"]:
-    """Context manager that yields the text of a json file, to be read `chunk` bytes at a time.
+    """Opens a json file, as a context, to be read `chunk` bytes at a time.
 
     Turns Python's cycle collector off. It would run after every 700 new objects, and take twice as
     long as parsing them.
-    Raises InputError if the file cannot be read, or if the block finds that it is not json.
+    Raises InputError if the file cannot be read, or if the block raises JSONDecodeError.
     """
     collects = gc.isenabled()
     gc.disable()
     try:
         with path.open("rb") as file:
+            if file.read(len(BOM_UTF8)) != BOM_UTF8:
+                file.seek(0)
             text = Window(file.read, chunk)
             try:
                 yield text
@@ -116,10 +145,10 @@ def _window(path: Path, chunk: int) -> Iterator["Window"]:
 
 
 class Window:
-    """The bytes of a file that are read and not yet used up: `held`.
+    """Holds the bytes of a file that are read but not yet removed by `use`: `held`.
 
     read: read(count) returns up to `count` further bytes of the file
-    used: the number of bytes before `held`
+    used: the number of bytes of the file before `held`
     """
 
     def __init__(self, read: Callable[[int], bytes], chunk: int):
@@ -127,33 +156,33 @@ class Window:
         self.held, self.used = b"", 0
 
     def more(self) -> bool:
-        """Reads on. Returns False at the end of the file."""
+        """Reads further bytes into `held`. Returns False at the end of the file."""
         # doubles what is held: a value of many chunks is not scanned once for each of them
         new = self.read(max(self.chunk, len(self.held)))
         self.held += new
         return bool(new)
 
     def use(self, count: int) -> None:
-        """Uses up the first `count` bytes and the space after them."""
+        """Removes the first `count` bytes of `held` and the white space after them."""
         rest = self.held[count:].lstrip(SPACE)
         self.used += len(self.held) - len(rest)
         self.held = rest
 
     def find(self, scan: Callable[[bytes], object]):
-        """Reads on until `scan(held)` finds something. Raises JSONDecodeError at the file's end."""
+        """Reads on until `scan(held)` is not None, and returns it. JSONDecodeError at the end."""
         while (found := scan(self.held)) is None:
             if not self.more():
                 raise orjson.JSONDecodeError("unexpected end of data", "", 0)
         return found
 
     def peek(self) -> bytes:
-        """Returns the next character that is no space, b"" at the end of the file."""
+        """Returns the next character that is no white space, b"" at the end; keeps it in `held`."""
         while not self.held and self.more():
             self.use(0)
         return self.held[:1]
 
     def next(self, expected: bytes) -> bytes:
-        """Uses up and returns the next character, which must be one of `expected`."""
+        """Removes and returns the next character. Raises JSONDecodeError if not in `expected`."""
         found = self.peek()
         if not found or found not in expected:
             names = " or ".join(f"'{chr(c)}'" for c in expected)
@@ -181,7 +210,10 @@ def _value_end(text: bytes) -> int | None:
 
 
 def _runs(text: Window) -> Iterator[list]:
-    """Yields the elements of a list in runs. The opening bracket is used up."""
+    """Parses a json list piece by piece. Yields lists of consecutive whole elements.
+
+    `text` begins after the opening bracket. Raises JSONDecodeError for text that is not json.
+    """
     ended, first = False, True
     while not ended:
         run, used, ended = text.find(_whole_elements)
@@ -193,12 +225,12 @@ def _runs(text: Window) -> Iterator[list]:
 
 
 def _whole_elements(text: bytes) -> tuple[list, int, bool] | None:
-    """Parses the elements of a list at the start of `text`, as many as are whole.
+    """Parses the whole elements at the start of `text`, which begins inside a list.
 
-    Returns them, how many bytes they take, and whether the list ends there; None if more text is
-    needed. Raises JSONDecodeError if the text is not json.
-    The text is cut between a brace and a comma. A cut inside an element is found out: the text
-    before it is not balanced and cannot be parsed.
+    Returns (elements, number of bytes they take, whether the list ends there), or None if more text
+    is needed. Raises JSONDecodeError if the text is not json.
+    The text is cut at its last "}," first. If that is inside an element, the text before it is not
+    balanced and cannot be parsed, and the "}," before it is tried.
     """
     cut = len(text)
     for _ in range(CUTS):
@@ -217,9 +249,10 @@ def _whole_elements(text: bytes) -> tuple[list, int, bool] | None:
 
 
 def _parse(text: bytes) -> tuple[list, int] | None:
-    """Parses a list that ends in `text`. Its opening bracket is used up.
+    """Parses a list that ends in `text`. `text` begins after its opening bracket.
 
-    Returns its elements and the number of bytes up to its end; None if it does not end in `text`.
+    Returns (elements, number of bytes up to the closing bracket), or None if more text is needed.
+    Raises JSONDecodeError if `text` is not json.
     """
     try:
         return orjson.loads(b"[" + text), len(text)

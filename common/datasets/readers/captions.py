@@ -20,15 +20,16 @@ PUNCTUATION = str.maketrans({mark: f" {mark} " for mark in '.,;:!?"()'})
 
 
 def read_captions(name: str, annotations: Path, images: Path, metric: str = "coco") -> Dataset:
-    """Reads lines of caption, tab, URL or path below `images`. A json is read by `read_coco`.
+    """Reads a text file whose lines are a caption, a tab, and a URL or a path below `images`.
 
-    If line N has a URL, its image is N.jpg. If there are no such images, or `annotations` is not a
-    file, reads what img2dataset wrote: FOLDER/KEY.jpg with the caption in FOLDER/KEY.txt.
-    The image-level labels are the LVIS classes in the caption, see `class_finder`. Missing images
-    and images whose caption names no class are left out and their numbers are logged.
+    `read_coco` reads a .json file instead. If line N has a URL, its image is N.jpg in `images`.
+    If none of the images exists, or `annotations` is not a file, reads what img2dataset wrote to
+    `images`: FOLDER/KEY.jpg with the caption in FOLDER/KEY.txt.
+    The image-level labels are the LVIS classes that the caption names (`class_finder`). Missing
+    images and images whose caption names no class are left out. Their numbers are logged.
     Source: facebookresearch/Detic:tools/download_cc.py, tools/get_cc_tags.py
-    Raises InputError for a line that is not two columns, a path that leaves the folder, text that
-    is not UTF-8, no image, no image with a class.
+    Raises InputError for a line that is not two columns, for a path that leaves the folder, for
+    text that is not UTF-8, and if there is no image or no image with a class.
     """
     if annotations.suffix == ".json":
         return read_coco(name, annotations, images, metric)
@@ -65,11 +66,11 @@ def read_captions(name: str, annotations: Path, images: Path, metric: str = "coc
 
 
 def class_finder() -> Callable[[str], list[int]]:
-    """Returns a function that finds the LVIS classes in a caption: caption -> sorted labels.
+    """Returns a function that maps a caption to the sorted labels of the LVIS classes it names.
 
-    A class is found if one of its synonyms is in the caption as whole words, in upper or lower
-    case. Parentheses are not part of a synonym. Punctuation marks are words, as in Conceptual
-    Captions, where they have spaces around them.
+    A caption names a class if it has a synonym of the class as whole words. Case is ignored.
+    A part of a synonym in parentheses is ignored. Punctuation marks count as words, as in
+    Conceptual Captions, where spaces surround them.
     """
     record = json.loads((DATA / "vocabularies" / "lvis.json").read_text())
     # first word -> synonyms that start with it, between spaces, with their labels
@@ -91,7 +92,7 @@ def class_finder() -> Callable[[str], list[int]]:
 
 
 def read_lines(path: Path, images: Path) -> list[tuple[str, str]]:
-    """Returns (file name below `images`, caption) of each line whose image exists."""
+    """Returns (file name below `images`, caption) of each line of `path` whose image exists."""
     pairs = []
     try:
         with path.open(encoding="utf-8", newline="\n") as file:
@@ -116,10 +117,11 @@ def read_lines(path: Path, images: Path) -> list[tuple[str, str]]:
 
 
 def read_text_files(name: str, images: Path) -> list[tuple[str, str]]:
-    """Returns the sorted (file name below `images`, caption) of each image X.jpg with a file X.txt.
+    """Returns (image file, caption) of each image with a text file of the same name, sorted.
 
-    Images without such a file are left out and counted in the log. name: of the dataset, for
-    messages. Raises InputError for a text file that is not UTF-8.
+    Images have one of the endings IMAGES, text files have .txt. An image file is a path below the
+    folder `images`. Other images are left out, and their number is logged.
+    name: the dataset, for messages. Raises InputError for a text file that is not UTF-8.
     """
     texts = listing(name, images, (".txt",))
     files = listing(name, images, IMAGES)

@@ -13,11 +13,21 @@ import numpy as np
 
 from common.datasets.dataset import Dataset
 from common.datasets.files import file_name
+from common.datasets.ids import find_ids, other_type
 from common.datasets.index import Index, JsonRows, Parts
+from common.datasets.readers.coco_faults import (
+    FAULT,
+    add_entries,
+    annotation_fault,
+    category_fault,
+    first_fault,
+    unknown_id,
+)
 from common.datasets.store import cached_index
 from common.datasets.stream import read_fields
 from common.errors import InputError
 from common.labels import DATA, Vocabulary
+from common.masks import mask_of
 
 log = logging.getLogger("concord")
 CACHE_OPTIONS = ["coco"]
@@ -28,6 +38,8 @@ NEVER_PUBLISHED = (
     b"patch6/objects365_v1_00320532.jpg",
     b"patch6/objects365_v1_00320534.jpg",
 )
+# The fields of an annotation that hold ids of another list, by the column that holds their rows
+LISTED_IN = {"image": ("image_id", "images"), "label": ("category_id", "categories")}
 # Lists that an image may have: two in LVIS, two in Detic's files
 NEGATIVES, NOT_EXHAUSTIVE = "neg_category_ids", "not_exhaustive_category_ids"
 IMAGE_LABELS, CAPTIONS = "pos_category_ids", "captions"
@@ -62,10 +74,16 @@ def read_coco(
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{annotations}: {what} in an entry; a COCO json is needed") from None
+    log_retyped(annotations, facts["retyped"])
+    for root in facts["roots"]:
+        message = (
+            "%s: the category '%s' is left out: it has no annotation and stands for all others"
+        )
+        log.info(message, annotations, root)
     if facts["left_out"]:
         log.info("%s: %d boxes without a mask are left out", annotations, facts["left_out"])
     if facts["some_masks"]:
-        message = "%s: only %d of %d annotations have a segmentation, so none is used"
+        message = "%s: %d of %d boxes have a mask; the others are trained on as boxes"
         log.warning(message, annotations, facts["some_masks"], len(index.labels))
     if facts["never_there"]:
         message = "%s: %d images that were never published are left out"
@@ -75,6 +93,13 @@ def read_coco(
     else:
         supervision = "boxes" if index.segmentations is None else "instances"
     return Dataset(name, vocabulary, index, images, metric, supervision, frequency=frequency)
+
+
+def log_retyped(path: Path, retyped: dict[str, int]) -> None:
+    """Logs how many ids of each field are listed as another type."""
+    for field, times in retyped.items():
+        message = "%s: %d times the %s is a text where it is listed as a number, or the reverse; "
+        log.info(message + "both are taken as one id", path, times, field)
 
 
 def read_o365_instances(name: str, annotations: Path, images: Path, metric: str) -> Dataset:
@@ -94,7 +119,7 @@ def read_index(
     for field, value in read_fields(path):
         if field in add and isinstance(value, list):
             found.add(field)
-            add[field](value)
+            add_entries(path, FAULT[field], value, add[field])
         elif field == "annotations" and value:
             broken = True
     labelled = images.lists[IMAGE_LABELS] or images.lists[CAPTIONS]
@@ -102,6 +127,8 @@ def read_index(
     for field in add:
         if field not in found and not (image_level and field == "annotations"):
             raise InputError(f"{path}: the list '{field}' is missing; a COCO-format json is needed")
+    used = set(boxes.index_of_category_id) | images.used_categories()
+    categories, roots = without_root(path, categories, used)
     vocabulary = read_vocabulary(name, path, categories)
     index = to_index(path, images, boxes, vocabulary)
     if image_level:
@@ -115,18 +142,48 @@ def read_index(
     keys = ("id", "name", "frequency")
     return index, {
         "categories": [{key: entry[key] for key in keys if key in entry} for entry in categories],
+        "retyped": boxes.retyped,
+        "roots": roots,
         "left_out": boxes.left_out,
         "never_there": int(unpublished.sum()),
         "some_masks": boxes.num_masks if boxes.num_masks < boxes.count else 0,
     }
 
 
+def without_root(path: Path, categories: list[dict], used: set) -> tuple[list[dict], list[str]]:
+    """Takes out the category that Roboflow's exports have above all others.
+
+    It has the supercategory "none" and no annotation, and is the supercategory of others or the
+    only one with the id 0 and that supercategory. Returns the rest, and the names of those left
+    out. used: the ids in annotations
+    """
+    refuse_faulty(path, categories)
+    tops = [category for category in categories if category.get("supercategory") == "none"]
+    above = {category.get("supercategory") for category in categories}
+    roots = []
+    for category in tops:
+        is_above = category["name"] in above
+        alone = category["id"] in (0, "0") and len(tops) == 1 < len(categories)
+        is_used = category["id"] in used or other_type(category["id"]) in used
+        if (is_above or alone) and not is_used:
+            roots.append(category)
+    rest = [category for category in categories if category not in roots]
+    return rest, [category["name"] for category in roots]
+
+
+def refuse_faulty(path: Path, categories: list) -> None:
+    """Raises InputError that names the first category without an id or a name."""
+    if fault := first_fault(category_fault, categories):
+        raise InputError(f"{path}: {fault}")
+
+
 class Images:
-    """Collects the entries of the json list `images`, chunk by chunk.
+    """Collects the entries of the json list `images`. `add` takes the next chunk of them.
 
     as_written: as in `file_name`
     lists:      {key: {row: list}}, the keys NEGATIVES, NOT_EXHAUSTIVE, IMAGE_LABELS and CAPTIONS.
-                A row is there only if its image has the key.
+                A row is the position of an image in `images`. It is there only if its image has the
+                key.
     """
 
     def __init__(self, path: Path, as_written: bool):
@@ -142,8 +199,11 @@ class Images:
             for key, list_of_row in self.lists.items():
                 if key in image:
                     list_of_row[row] = image[key]
-        self.ids += [image["id"] for image in chunk]
-        self.names += [file_name(self.path, image, self.as_written) for image in chunk]
+        ids = [image["id"] for image in chunk]
+        if None in ids:
+            raise ValueError("an image without an id")
+        self.ids += ids
+        self.names += [file_name(self.path, image, self.as_written, True) for image in chunk]
         sizes = [(image.get("height", 0), image.get("width", 0)) for image in chunk]
         self.sizes.append(np.array(sizes, dtype=np.int32).reshape(-1, 2))
 
@@ -152,7 +212,29 @@ class Images:
         ids_of_row = [self.lists[key].get(row) or () for row in range(len(self.ids))]
         if not any(ids_of_row):
             return None
-        return JsonRows.of([[vocabulary.index_of_id[id] for id in ids] for ids in ids_of_row])
+        return JsonRows.of(
+            [self.known_labels(row, key, vocabulary) for row in range(len(self.ids))]
+        )
+
+    def known_labels(self, row: int, key: str, vocabulary: Vocabulary) -> list[int]:
+        """Returns the list `key` of image `row` as labels. Raises InputError for an unknown id."""
+        ids = self.lists[key].get(row) or ()
+        known = vocabulary.index_of_id
+        if all(id in known for id in ids):  # millions of images have such a list
+            return [known[id] for id in ids]
+        rows, _ = find_ids(ids, known)
+        for id, label in zip(ids, rows):
+            if label < 0:
+                raise InputError(
+                    f"{self.path}: image {self.ids[row]!r} has the unknown id {id!r} in {key}; "
+                    "list it in 'categories' or remove it"
+                )
+        return rows.tolist()
+
+    def used_categories(self) -> set:
+        """Returns the category ids in the lists of image-level labels and of absent classes."""
+        keys = (NEGATIVES, NOT_EXHAUSTIVE, IMAGE_LABELS)
+        return {id for key in keys for ids in self.lists[key].values() for id in ids or ()}
 
 
 class Boxes:
@@ -160,6 +242,7 @@ class Boxes:
 
     index_of_image_id, index_of_category_id: dict, id -> 0, 1, 2, ... in the order in which the
         annotations mention the ids. The lists `images` and `categories` may come later in the file.
+    retyped: {field: annotations whose id is listed as a text instead of a number, or vice versa}
     """
 
     def __init__(self, path: Path, only_masks: bool, blob: BinaryIO):
@@ -169,6 +252,7 @@ class Boxes:
         self.index_of_image_id = defaultdict(count().__next__)
         self.index_of_category_id = defaultdict(count().__next__)
         self.count = self.left_out = self.num_masks = 0
+        self.retyped = {}
         self.parts = Parts(
             image=np.int32,
             label=np.int32,
@@ -179,7 +263,7 @@ class Boxes:
         )
 
     def add(self, chunk: list[dict]) -> None:
-        """Adds the next entries of the list. Raises InputError for a wrong box or iscrowd."""
+        """Adds the next entries of the list. Raises ValueError or the like for a wrong one."""
         chunk = self.kept(chunk)
         self.count += len(chunk)
         if not chunk:
@@ -192,43 +276,57 @@ class Boxes:
         }
         ignore = [entry.get("iscrowd", 0) for entry in chunk]
         if ignore.count(0) + ignore.count(1) < len(chunk):  # false and true count as 0 and 1
-            wrong = next(row for row, value in enumerate(ignore) if value not in (0, 1))
-            raise InputError(
-                f"{self.path}: annotation {chunk[wrong].get('id')} has the iscrowd "
-                f"{ignore[wrong]!r}; write the number 0 or 1"
-            )
-        self.num_masks += sum("segmentation" in entry for entry in chunk)
-        if self.num_masks == self.count:  # each annotation so far has one
-            masks = JsonRows.of([entry["segmentation"] for entry in chunk])
-            self.blob.write(masks.text)
-            columns["mask_length"] = masks.ends - masks.starts
-        self.parts.add(ignore=ignore, **columns)
+            raise ValueError("an iscrowd that is not 0 or 1")
+        lengths = np.zeros(len(chunk), np.int64)
+        masks = [mask_of(entry) for entry in chunk]
+        if any(masks):
+            rows = JsonRows.of(masks)
+            self.blob.write(rows.text)
+            self.num_masks += int(rows.filled.sum())
+            lengths = rows.ends - rows.starts
+        self.parts.add(ignore=ignore, mask_length=lengths, **columns)
 
     def kept(self, chunk: list[dict]) -> list[dict]:
         """Returns the entries with a mask if `only_masks`, otherwise all. Counts the others."""
         if not self.only_masks:
             return chunk
-        kept = [e for e in chunk if not isinstance(e, dict) or e.get("segmentation")]
+        kept = [e for e in chunk if not isinstance(e, dict) or mask_of(e) is not None]
         self.left_out += len(chunk) - len(kept)
         return kept
 
     def read_boxes(self, chunk: list[dict]) -> np.ndarray:
-        """Returns (N, 4) xyxy. Raises InputError if a bbox is not four numbers."""
+        """Returns (N, 4) xyxy. Raises ValueError if a bbox is not four numbers."""
         values = [entry["bbox"] for entry in chunk]
         try:
             boxes = np.array(values)
         except ValueError:  # their lengths differ
             boxes = np.zeros(0)
-        if boxes.shape != (len(chunk), 4) or boxes.dtype.kind not in "biuf":
-            for entry, box in zip(chunk, values):
-                if len(box) != 4 or not all(isinstance(x, (int, float)) for x in box):
-                    raise InputError(
-                        f"{self.path}: annotation {entry.get('id')} has the bbox {box}; four "
-                        "numbers needed: x, y, width, height"
-                    )
+        odd = boxes.shape != (len(chunk), 4) or boxes.dtype.kind not in "biuf"
+        if odd and first_fault(annotation_fault, chunk):
+            raise ValueError("a bbox that is not four numbers")
         boxes = boxes.astype(np.float64, copy=False)
         boxes[:, 2:] += boxes[:, :2]  # xywh -> xyxy
         return boxes
+
+    def rows(self, column: str, index_of_id: dict, listed: dict) -> np.ndarray:
+        """Returns (A,) the rows in `listed`, {id: row}, of the ids in a column.
+
+        Counts in `retyped` those that are listed as another type. Raises InputError for an id that
+        is not listed.
+        """
+        field, listed_in = LISTED_IN[column]
+        rows_of, retyped = find_ids(index_of_id, listed)
+        positions = self.parts.take(column)
+        rows = rows_of[positions]
+        if count := int(retyped[positions].sum()):
+            self.retyped[field] = count
+        unknown = rows < 0
+        if unknown.any():
+            entry = self.entry(int(np.argmax(unknown)))
+            who = f"{self.path}: annotation {entry.get('id')!r}"
+            line = unknown_id(who, field, entry[field], listed_in)
+            raise InputError(f"{line} ({unknown.sum()} in the file)")
+        return rows
 
     def entry(self, position: int) -> dict:
         """Reads the annotation at `position` again, for an error message."""
@@ -242,32 +340,19 @@ def to_index(path: Path, images: Images, boxes: Boxes, vocabulary: Vocabulary) -
     row_of_id = {id: row for row, id in enumerate(images.ids)}
     if len(row_of_id) < len(images.ids):
         raise InputError(f"{path}: two images share an id; give each its own")
-    row_of = [row_of_id.get(id, -1) for id in boxes.index_of_image_id]
-    label_of = [vocabulary.index_of_id.get(id, -1) for id in boxes.index_of_category_id]
-    image_of = np.array(row_of, dtype=np.int64)[boxes.parts.take("image")]
-    labels = np.array(label_of, dtype=np.int32)[boxes.parts.take("label")]
-    for rows, field, listed_in in (
-        (image_of, "image_id", "images"),
-        (labels, "category_id", "categories"),
-    ):
-        unknown = rows < 0
-        if unknown.any():
-            entry = boxes.entry(int(np.argmax(unknown)))
-            raise InputError(
-                f"{path}: annotation {entry.get('id')} has the unknown {field} {entry[field]}; "
-                f"list it in '{listed_in}' or remove the annotation ({unknown.sum()} in the file)"
-            )
+    image_of = boxes.rows("image", boxes.index_of_image_id, row_of_id)
+    labels = boxes.rows("label", boxes.index_of_category_id, vocabulary.index_of_id)
     areas = boxes.parts.take("area")
     bad = ~(np.isfinite(areas) & (areas >= 0))
     if bad.any():
         entry = boxes.entry(int(np.argmax(bad)))
         if "area" in entry:  # otherwise the box is wrong, which Index.build reports
             raise InputError(
-                f"{path}: annotation {entry.get('id')} has the area {entry['area']}; write its "
+                f"{path}: annotation {entry.get('id')!r} has the area {entry['area']}; write its "
                 "square pixels or leave the field out"
             )
     segmentations = None
-    if boxes.count and boxes.num_masks == boxes.count:
+    if boxes.num_masks:
         lengths = boxes.parts.take("mask_length")
         ends = np.cumsum(lengths)
         segmentations = JsonRows(ends[:0], ends - lengths, ends)  # their text is in the blob
@@ -278,7 +363,7 @@ def to_index(path: Path, images: Images, boxes: Boxes, vocabulary: Vocabulary) -
         sizes=np.concatenate(images.sizes),
         image_of=image_of,
         boxes=boxes.parts.take("box"),
-        labels=labels,
+        labels=labels.astype(np.int32),
         areas=areas,
         ignore=boxes.parts.take("ignore"),
         segmentations=segmentations,
@@ -291,19 +376,13 @@ def read_image_labels(path: Path, images: Images, vocabulary: Vocabulary) -> dic
     """Returns the Index fields `image_labels`, `image_label_offsets` and `captions`."""
     labels, captions = [], []
     for row, image_id in enumerate(images.ids):
-        ids = images.lists[IMAGE_LABELS].get(row) or ()
+        known = images.known_labels(row, IMAGE_LABELS, vocabulary)
         texts = images.lists[CAPTIONS].get(row) or []
-        for id in ids:
-            if id not in vocabulary.index_of_id:
-                raise InputError(
-                    f"{path}: image {image_id} has the unknown id {id} in {IMAGE_LABELS}; list it "
-                    "in 'categories' or remove it"
-                )
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise InputError(
                 f"{path}: image {image_id} has captions that are no list of strings; mend them"
             )
-        labels.append(sorted({vocabulary.index_of_id[id] for id in ids}))
+        labels.append(sorted(set(known)))
         captions.append(tuple(texts))
     return {
         "image_labels": np.array([label for each in labels for label in each], dtype=np.int32),
@@ -319,11 +398,13 @@ def read_vocabulary(name: str, path: Path, categories: list[dict]) -> Vocabulary
     Raises InputError if an id comes twice, a name is not text, or the ids or most of the names are
     not those of the list.
     """
-    for category in categories:
-        if not isinstance(category["name"], str | int | float):
-            raise InputError(
-                f"{path}: category {category['id']} has the name {category['name']!r}; write a text"
-            )
+    refuse_faulty(path, categories)
+    kinds = {isinstance(category["id"], str): category["id"] for category in categories}
+    if len(kinds) > 1:
+        raise InputError(
+            f"{path}: the ids of 'categories' are texts and numbers, such as {kinds[True]!r} and "
+            f"{kinds[False]!r}; write all as numbers or all as texts"
+        )
     categories = sorted(categories, key=lambda category: category["id"])
     names = {category["id"]: str(category["name"]) for category in categories}
     if len(names) < len(categories):

@@ -23,12 +23,12 @@ LISTS = ("classes.txt", "classes.csv", "words.txt")  # files that name the class
 def read_folder(name: str, root: Path) -> Dataset:
     """Reads `root`/CLASS/IMAGE, or the tar files in `root` if there are any. Skips hidden files.
 
-    The class of an image in a tar is the label beside it (KEY.cls, KEY.json). If a tar has no
-    labels, its own name is the class. Labels that are numbers are lines of classes.txt, from 0. A
-    folder named by a WordNet id takes its name from classes.csv or words.txt in `root` or its
-    parent; ids with the same name are one class. Empty folders and files that are not images are
-    left out and counted in the log. Raises InputError if there are no folders, no images, an id or
-    number without a name or a name that is not text, and for a damaged tar.
+    The class of an image in a tar is the label beside it (KEY.cls, KEY.json). In a tar without
+    labels, the tar's name is the class. If all labels are numbers, they count the lines of
+    classes.txt from 0. A class that is a WordNet id takes its name from classes.csv or words.txt in
+    `root` or its parent. Classes with the same name are one. Empty folders and files that are not
+    images are left out and counted in the log. Raises InputError if there are no folders or images,
+    for an id or number without a name, for a class that is not text, and for a damaged tar.
     """
     if not root.is_dir():
         raise InputError(f"dataset '{name}': folder {root} does not exist; check the path")
@@ -62,11 +62,11 @@ def read_folder(name: str, root: Path) -> Dataset:
 
 
 def read_tars(name: str, root: Path, tars: list[str]) -> Dataset:
-    """Reads the images in `tars`, below `root`, with the labels that `read_members` finds.
+    """Reads the images in the files `tars` of `root`, with the labels that `read_members` finds.
 
     If all labels are numbers, they are lines of classes.txt, counted from 0. Tars without an image
     and images without a label are left out and their numbers are logged.
-    Raises InputError for a damaged tar, no images in any, a number without a name.
+    Raises InputError for a damaged tar, for a number without a name, and if no image has a label.
     """
     bar = tqdm(tars, "headers of tar files", unit="tar", delay=2, leave=False, disable=None)
     members = [index_tar(root / tar) for tar in bar]
@@ -120,7 +120,7 @@ def labelled_images(
     labels: np.ndarray,
     shards: Shards | None = None,
 ) -> Dataset:
-    """Returns the dataset of I images with one label each; `labels` (I,) are rows of `classes`."""
+    """Returns the dataset of I images with one label each: `labels` (I,), indices of `classes`."""
     vocabulary, label_of_class = folder_vocabulary(name, root, classes)
     repeated = len(classes) - len(vocabulary)
     log_count(root, repeated, "classes have the name of another; they are one class")

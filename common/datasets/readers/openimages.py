@@ -26,13 +26,13 @@ def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> 
     """Reads `*-annotations-bbox.csv` of OpenImages or of the OpenImages Challenge.
 
     Looks for the class list, the class tree and the image-level labels in the same folder, then in
-    its parent. Without tree or labels AP50 is not the official one; a warning says so, unless the
-    file name contains `train`.
+    its parent. If the tree or the labels are missing, AP50 is not the official one. A warning says
+    so, unless the file name contains `train`.
     If the file name contains `validation`, the dataset also has the images with image-level labels
-    but without a box. In these images a detection of a verified class is a false positive. All
-    other detections are ignored.
+    but without a box. Every detection of a verified class is a false positive in them. In all
+    images, detections of classes that are not verified are ignored.
     Source: tensorflow/models:research/object_detection/metrics/oid_challenge_evaluation.py
-    Raises InputError naming the file, the row and the remedy.
+    Raises InputError for a file or a row that cannot be used, with its name and the remedy.
     """
     class_list = find_file(annotations, CLASSES)
     listed = read_class_csv(name, class_list) if class_list else Vocabulary.known("oid")
@@ -64,7 +64,7 @@ def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> 
 
 
 def find_file(annotations: Path, *names: str) -> Path | None:
-    """Returns the first of `names` that exists in the folder of `annotations` or in its parent."""
+    """Returns the first of `names` that exists beside `annotations` or one folder up, or None."""
     for name in names:
         for folder in (annotations.parent, annotations.parent.parent):
             if (folder / name).is_file():
@@ -73,7 +73,7 @@ def find_file(annotations: Path, *names: str) -> Path | None:
 
 
 def read_class_csv(name: str, path: Path) -> Vocabulary:
-    """Returns the classes in a csv file of id and name."""
+    """Returns the classes in a csv file of ID,NAME. Raises InputError for any other line."""
     rows = [row for row in read_rows(path) if row and row[0] != "LabelName"]  # V7 has a header
     if any(len(row) != 2 for row in rows):
         raise InputError(f"{path}: a line is not ID,NAME; was the file cut off? download it again")
@@ -83,11 +83,11 @@ def read_class_csv(name: str, path: Path) -> Vocabulary:
 def read_box_csv(
     path: Path, listed: Vocabulary, vocabulary: Vocabulary, without_box: Iterable[str]
 ) -> tuple[Index, int]:
-    """Returns the index and the number of boxes that are left out.
+    """Returns the index, with boxes xyxy in 0..1, and the number of boxes that are left out.
 
     Boxes of classes that are in `listed` but not in `vocabulary` are left out.
     without_box: ids of images that the index lists even if they have no box
-    Raises InputError for an unknown class, a bad box or a bad image id.
+    Raises InputError for a class that is not in `listed`, a bad box or a bad image id.
     """
     row_of: dict[str, int] = {}
     parts = Parts(image=np.int32, box=(np.float32, 4), label=np.int32, group=bool)

@@ -1,4 +1,4 @@
-"""Reader of COCO-format panoptic json files, with a folder of PNGs that number the segments."""
+"""Reader of COCO-format panoptic json files, whose PNGs hold the segment id of each pixel."""
 
 import logging
 from collections import defaultdict
@@ -10,8 +10,10 @@ import numpy as np
 
 from common.datasets.dataset import Dataset
 from common.datasets.files import file_name
+from common.datasets.ids import find_ids
 from common.datasets.index import Index, Parts, encoded
 from common.datasets.readers import coco
+from common.datasets.readers.coco_faults import FAULT, add_entries, segments_fault
 from common.datasets.store import cached_index, is_cached
 from common.datasets.stream import read_fields
 from common.errors import InputError
@@ -22,7 +24,7 @@ LISTS = ("images", "annotations", "categories")
 
 
 def is_panoptic(path: Path) -> bool:
-    """Returns whether the first annotation lists segments. Raises InputError for no json."""
+    """Returns whether the first annotation has `segments_info`. Raises InputError if not json."""
     if is_cached(path, coco.CACHE_OPTIONS):
         return False
     if is_cached(path, ["panoptic", False]):
@@ -38,7 +40,7 @@ def read_panoptic(name: str, annotations: Path, images: Path, metric: str = "pq"
 
     The PNGs are in a folder with the name of the json, in the same folder as the json or, as in
     detectron2's layout, in its parent. Images without an entry in `annotations` are left out and
-    their number is logged. Raises InputError naming the file, the field and the remedy.
+    their number is logged. Raises InputError for a missing folder or field, and for a bad value.
     """
     places = [annotations.with_suffix(""), annotations.parent.parent / annotations.stem]
     maps = next((place for place in places if place.is_dir()), None)
@@ -58,76 +60,93 @@ def read_panoptic(name: str, annotations: Path, images: Path, metric: str = "pq"
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{annotations}: {what} in an entry; a panoptic json is needed") from None
+    coco.log_retyped(annotations, facts["retyped"])
     if facts["bare"]:
         log.info("%s: %d images without segments_info are left out", annotations, facts["bare"])
     return Dataset(name, vocabulary, index, images, metric, "panoptic", maps=maps)
 
 
 def read_segments(name: str, path: Path) -> tuple[Index, dict]:
-    """Returns the index of the images with an entry, and the facts stored with it in the cache."""
+    """Returns the index, and the facts "categories" and "bare", the number of images left out."""
     images, categories, found = [], [], set()
     segments = Segments(path)
+
+    def add_images(chunk: list[dict]) -> None:
+        for image in chunk:
+            id, file = image["id"], image_name(name, path, image)
+            images.append((id, file, (image.get("height", 0), image.get("width", 0))))
+
+    add = {"images": add_images, "annotations": segments.add, "categories": categories.extend}
+    faults = FAULT | {"annotations": segments_fault}
     for field, chunk in read_fields(path):
         if field not in LISTS or not isinstance(chunk, list):
             continue
         found.add(field)
-        if field == "images":
-            for image in chunk:
-                id, file = image["id"], image_name(name, path, image)
-                images.append((id, file, (image.get("height", 0), image.get("width", 0))))
-        elif field == "annotations":
-            segments.add(chunk)
-        else:
-            categories += chunk
+        add_entries(path, faults[field], chunk, add[field])
     for field in LISTS:
         if field not in found:
             raise InputError(f"{path}: the list '{field}' is missing; a panoptic json is needed")
-    if not all(category["isthing"] in (0, 1) for category in categories):
-        raise ValueError("an isthing that is not 0 or 1")
+    for category in categories:
+        if category["isthing"] not in (0, 1):
+            raise InputError(
+                f"{path}: category {category['id']!r} has the isthing {category['isthing']!r}; "
+                "write the number 0 or 1"
+            )
     index_of = segments.index_of_image_id
-    kept = [image for image in images if image[0] in index_of]
-    ids = [id for id, _, _ in kept]
-    row_of = {id: row for row, id in enumerate(ids)}
-    if len(index_of) < len(segments.maps) or len(row_of) < len(ids):
-        raise InputError(f"{path}: an image comes twice in 'images' or 'annotations'; keep one")
-    if len(row_of) < len(index_of):
-        unknown = min(index_of.keys() - row_of.keys())
+    listed = {id: row for row, (id, _, _) in enumerate(images)}
+    rows, retyped_images = find_ids(index_of, listed)
+    if (rows < 0).any():
+        unknown = list(index_of)[int(np.argmin(rows))]
         raise InputError(
-            f"{path}: an annotation has the unknown image_id {unknown}; list it in 'images'"
+            f"{path}: an annotation has the unknown image_id {unknown!r}; list it in 'images'"
         )
+    entry_of = {images[row][0]: entry for entry, row in enumerate(rows)}
+    kept = [image for image in images if image[0] in entry_of]
+    ids = [id for id, _, _ in kept]
+    row_of = {entry_of[id]: row for row, id in enumerate(ids)}  # {entry: row of its image}
+    if not len(row_of) == len(ids) == len(segments.maps):
+        raise InputError(f"{path}: an image comes twice in 'images' or 'annotations'; keep one")
     vocabulary = coco.read_vocabulary(name, path, categories)
-    label_of = [vocabulary.index_of_id.get(id, -1) for id in segments.index_of_category_id]
-    labels = np.array(label_of, dtype=np.int32)[segments.parts.take("category")]
+    label_of, retyped = find_ids(segments.index_of_category_id, vocabulary.index_of_id)
+    category_of = segments.parts.take("category")
+    labels = label_of[category_of]
     image_of = segments.parts.take("image")
     if (labels < 0).any():
         image_id = list(index_of)[image_of[np.argmax(labels < 0)]]
-        id = list(segments.index_of_category_id)[label_of.index(-1)]
+        id = list(segments.index_of_category_id)[int(np.argmin(label_of))]
         raise InputError(
-            f"{path}: image {image_id} has the unknown category_id {id}; list it in 'categories'"
+            f"{path}: image {image_id!r} has the unknown category_id {id!r}; list it in "
+            "'categories'"
         )
+    counts = {"image_id": retyped_images.sum(), "category_id": retyped[category_of].sum()}
     index = Index.build(
         source=str(path),
         file_names=[file for _, file, _ in kept],
         image_ids=ids,
         sizes=[size for _, _, size in kept],
-        image_of=np.array([row_of[id] for id in index_of], dtype=np.int64)[image_of],
+        image_of=np.array([row_of[entry] for entry in range(len(rows))], dtype=np.int64)[image_of],
         boxes=segments.parts.take("box"),
         labels=labels,
         areas=segments.parts.take("area"),
         ignore=segments.parts.take("crowd"),
-        map_names=encoded(segments.maps[index_of[id]] for id in ids),
+        map_names=encoded(segments.maps[entry_of[id]] for id in ids),
         segment_ids=segments.parts.take("id"),
     )
     keys = ("id", "name", "isthing")
     categories = [{key: category[key] for key in keys} for category in categories]
-    return index, {"categories": categories, "bare": len(images) - len(kept)}
+    return index, {
+        "categories": categories,
+        "bare": len(images) - len(kept),
+        "retyped": {field: int(count) for field, count in counts.items() if count},
+    }
 
 
 class Segments:
     """Collects the entries of the json list `annotations`, chunk by chunk.
 
     index_of_image_id, index_of_category_id: id -> 0, 1, 2, ... in the order of the entries
-    maps: the PNG of each entry
+    maps:  the file name of each entry's PNG
+    parts: image and category (by these indices), id, box xyxy, area and crowd of each segment
     """
 
     def __init__(self, path: Path):
@@ -156,7 +175,8 @@ class Segments:
                     f"{self.path}: image {entry['image_id']} has the segment ids {ids}; each is a "
                     "number of its own, from 1 to 16777215"
                 )
-            self.maps.append(file_name(self.path, {"file_name": entry["file_name"]}))
+            named = {"file_name": entry["file_name"]}
+            self.maps.append(file_name(self.path, named, looked_up=True))
             image_of += [self.index_of_image_id[entry["image_id"]]] * len(found)
             segments += found
         crowd = [segment.get("iscrowd", 0) for segment in segments]
@@ -182,9 +202,9 @@ class Segments:
 
 
 def image_name(name: str, path: Path, image: dict) -> str:
-    """Returns the image's path below its folder."""
+    """Returns the path of an entry of `images`, relative to the image folder."""
     if name != CITYSCAPES:
-        return file_name(path, image)
+        return file_name(path, image, looked_up=True)
     # Cityscapes' createPanopticImgs.py writes a file_name that does not exist
     city, *_ = image["id"].split("_")
     return file_name(path, {"file_name": f"{city}/{image['id']}_leftImg8bit.png"})

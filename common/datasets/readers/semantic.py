@@ -11,9 +11,11 @@ from common.datasets.files import IMAGES, listing
 from common.datasets.index import Index, encoded
 from common.datasets.maps import label_table
 from common.errors import InputError
-from common.labels import Vocabulary
+from common.labels import Vocabulary, fold
 
 log = logging.getLogger("concord")
+NO_CLASS = "-"  # the line of a value that is void
+VOID_NAMES = ("void", "unlabelled", "unlabeled", "ignore", "ignored")
 LEFT_IMAGES = ("_leftImg8bit.png",)
 # Columns: pixel values of the classes (None: their ids in the vocabulary); void values; ending of
 # a map's file name; endings of an image's file name.
@@ -35,8 +37,8 @@ def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> 
     """Reads a folder of label maps: pairs each PNG with the image of the same name.
 
     File names are compared without the endings in FORMATS. No map is decoded. A custom dataset
-    needs a list of classes, see `read_map_classes`. In its maps, 255 and the number of classes are
-    void. Images without a map are left out and their number is logged.
+    needs a list of classes, see `read_map_classes`; the other values of its maps that are void are
+    those of `void_values`. Images without a map are left out and their number is logged.
     Raises InputError for a folder without maps, a map without an image, two images with the same
     name, a missing or bad list of classes.
     """
@@ -50,7 +52,7 @@ def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> 
         values, void, map_ending, image_endings = FORMATS[variant]
     else:
         vocabulary = read_map_classes(name, maps)
-        values, void, map_ending, image_endings = None, (255, len(vocabulary)), ".png", IMAGES
+        values, void, map_ending, image_endings = None, void_values(vocabulary), ".png", IMAGES
     table = label_table(values or vocabulary.ids, void)
     map_of = listing(name, maps, (map_ending,))
     image_of = listing(name, images, image_endings)
@@ -81,8 +83,19 @@ def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> 
     )
 
 
+def void_values(vocabulary: Vocabulary) -> tuple[int, ...]:
+    """Returns the void values of one's own maps: 255, the one after the last class, and those of
+    lines without a class. A class may have one of them nevertheless.
+    """
+    after = max(vocabulary.ids) + 1
+    return (255, *set(range(after + 1)).difference(vocabulary.ids))
+
+
 def read_map_classes(name: str, maps: Path) -> Vocabulary:
-    """Reads classes.txt in `maps` or its parent. The class in line i, from 0, has pixel value i."""
+    """Reads classes.txt in `maps` or its parent. The class in line i, from 0, has pixel value i.
+
+    A line that is a hyphen names no class: its value is void.
+    """
     places = (maps / "classes.txt", maps.parent / "classes.txt")
     path = next((place for place in places if place.is_file()), None)
     if path is None:
@@ -91,7 +104,13 @@ def read_map_classes(name: str, maps: Path) -> Vocabulary:
             "in the order of the pixel values from 0"
         )
     try:
-        names = tuple(line.strip() for line in path.read_text("utf-8-sig").rstrip().split("\n"))
+        names = [line.strip() for line in path.read_text("utf-8-sig").rstrip().split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); save it as UTF-8 text") from None
-    return Vocabulary(name, names, tuple(range(len(names))), source=str(path))
+    values = [value for value, line in enumerate(names) if line != NO_CLASS]
+    for value in values:
+        if fold(names[value]) in VOID_NAMES:
+            message = "%s: '%s' is trained on as a class; write - in its line to make it void"
+            log.info(message, path, names[value])
+    names = tuple(names[value] for value in values)
+    return Vocabulary(name, names, tuple(values), source=str(path))

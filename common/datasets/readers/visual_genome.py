@@ -21,11 +21,11 @@ log = logging.getLogger("concord")
 def read_visual_genome(name: str, annotations: Path, images: Path, metric: str) -> Dataset:
     """Reads objects.json of visualgenome.org. `images` holds VG_100K/ and VG_100K_2/.
 
-    The classes are the words of the synsets ('clock' of 'clock.n.01'), sorted. Synsets with the
-    same word are one class. Objects without a synset are left out and their number is logged.
-    Note: UniDetector evaluates 7605 classes on some of the images and publishes neither list. Here,
-    all images and all classes that occur are used. Source: zhenyuw16/UniDetector#9
-    Raises InputError naming the file, the field and the remedy.
+    The class of an object is the word of its first synset ('clock' of 'clock.n.01'). Synsets with
+    the same word are one class. Objects without a synset are left out and their number is logged.
+    Note: UniDetector evaluates 7605 classes on some of the images, and lists neither. Here, all
+    images are used, and all classes that occur, sorted. Source: zhenyuw16/UniDetector#9
+    Raises InputError for a missing file or field, and for an unknown or repeated image id.
     """
     image_data = annotations.with_name("image_data.json")
     if not image_data.is_file():
@@ -39,7 +39,7 @@ def read_visual_genome(name: str, annotations: Path, images: Path, metric: str) 
 
 
 def read_objects(annotations: Path, image_data: Path) -> tuple[Index, dict]:
-    """Returns the index and the facts that `cached_index` stores with it."""
+    """Returns the index, and the facts "names" and "bare", the number of objects left out."""
     row_of, file_names, sizes = {}, [], []
     parts = Parts(image=np.int32, box=(np.float32, 4), word=np.int32)
     index_of_word = defaultdict(count().__next__)  # in the order of the objects

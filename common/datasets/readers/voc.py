@@ -22,17 +22,20 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def read_voc(name: str, annotations: Path, images: Path, metric: str = "coco") -> Dataset:
-    """Reads the xml files below a folder, or those in a list such as ImageSets/Main/train.txt.
+    """Reads VOC xml files: those below a folder, or those of a list in YEAR/ImageSets/Main/.
 
-    An image has the name of its xml file. Images without one are left out and their number is
-    logged. Corners are pixels, counted from 1, and belong to the box: it spans xmin - 1 to xmax.
-    Difficult objects are not trained on. The metric ignores them, because their area is beyond all
-    of its size ranges.
+    An image and its xml file have the same name. In a folder, images without an xml file are left
+    out and their number is logged. A list trainval.txt stands for those of all years
+    (`find_listed`). Corners are pixels, counted from 1. Both belong to the box: it spans xmin - 1
+    to xmax. Difficult objects are not trained on. The metric ignores them, since their area is
+    beyond its size ranges.
     Source: facebookresearch/detectron2:detectron2/data/datasets/pascal_voc.py (pixel convention)
 
-    voc:      its 20 classes; the list trainval.txt stands for those of all years
-    in-boxes: the classes are the folders. Corners are edges in any order, relative to the size in
-              the file, which may differ from the image's.
+    `name` decides what the classes are:
+    voc:      the 20 classes of VOC
+    in-boxes: The first folder of each file is the class. Opposite corners may come in any order,
+              and nothing is subtracted from xmin. Boxes are divided by the size in the xml file,
+              which may differ from the image's.
               Source: tensorflow/models:research/inception/inception/data/process_bounding_boxes.py
     others:   the classes that occur, sorted; WordNet ids get their names as in `read_folder`
 
@@ -118,7 +121,12 @@ def holds_xml(folder: Path) -> bool:
 
 
 def find_listed(path: Path, images: Path) -> dict[str, tuple[Path, str]]:
-    """Returns {id: (xml file, image below `images`)} for a list in YEAR/ImageSets/Main/."""
+    """Returns {id: (xml file, image file)} of the ids of a list YEAR/ImageSets/Main/*.txt.
+
+    The files are YEAR/Annotations/ID.xml and, relative to `images`, YEAR/JPEGImages/ID.jpg. If the
+    list is named trainval.txt, those of all folders VOC20?? in `images` are read, if there are any.
+    Raises InputError for a list that cannot be read.
+    """
     lists = []
     if path.name == "trainval.txt":
         lists = sorted(images.glob("VOC20??/ImageSets/Main/trainval.txt"))

@@ -1,4 +1,4 @@
-"""Classes that are folders of images: WordNet ids, as in ImageNet, or plain names."""
+"""Names classes by their folders, which are WordNet ids, as in ImageNet, or plain names."""
 
 import re
 from pathlib import Path
@@ -15,9 +15,9 @@ WNID = re.compile(r"n\d{8}")
 def folder_vocabulary(
     dataset: str, root: Path, folders: list[str]
 ) -> tuple[Vocabulary, np.ndarray]:
-    """Returns the vocabulary of the class folders in `root`, and the label of each folder, int32.
+    """Returns the vocabulary of the class `folders` in `root`, and the label of each folder, int32.
 
-    Folders with the same class name are one class, whose id is the first of these folders.
+    Folders with the same class name are one class. Its id is the first of these folders.
     """
     names = class_names(root, folders)
     id_of = dict(zip(reversed(names), reversed(folders)))
@@ -27,9 +27,9 @@ def folder_vocabulary(
 
 
 def class_names(root: Path, folders: list[str]) -> list[str]:
-    """Returns the class name of each folder: that of its WordNet id, or the folder's own name.
+    """Returns the class name of each folder: the name of its WordNet id, or else the folder's own.
 
-    The names are read from words.txt and classes.csv in `root` and its parent.
+    The names of ids are read from words.txt and classes.csv in `root` and its parent.
     Raises InputError for a WordNet id without a name.
     """
     ids = [folder for folder in folders if WNID.fullmatch(folder)]

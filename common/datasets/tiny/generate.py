@@ -1,7 +1,7 @@
-"""The generated datasets of --tiny, written once in the real file formats and folder layouts.
+"""Generates the datasets of --tiny, in the file formats and folder layouts of the real datasets.
 
-The ordinary readers read them. scene.py paints the images and maps.py writes the segments. This
-module has the table of datasets, the class ids and the annotation files.
+The readers of the real datasets read them. scene.py paints the images and maps.py writes the
+segments. This module has the table of datasets, the class ids and the annotation files.
 """
 
 import csv
@@ -123,10 +123,10 @@ def generate(
 ) -> Path:
     """Generates the dataset `name` unless it exists and returns the data root that contains it.
 
-    cache:   folder of all generated data
+    cache:   folder of all generated data; the data root is below it
     size:    side of the square images in pixels
     workers: number of threads, which does not change the files
-    limit:   maximum number of images per split
+    limit:   maximum number of images per split; None for all
 
     A dataset appears whole or not at all. If two processes generate it at once, the second to
     finish discards its copy. Raises InputError for an unknown name, missing art packages or a
@@ -205,7 +205,7 @@ def write_annotations(name: str, split: str, folder: Path, scenes: list[Scene]) 
 
 
 def make_scene(folder: Path, job: Job) -> Scene:
-    """Paints one image and writes it, with its label maps, into the dataset's `folder`."""
+    """Paints one image and writes it and its label maps to `folder`, that of the dataset."""
     for path in (job.path, *(folder / file for file in maps_of(job))):
         path.parent.mkdir(parents=True, exist_ok=True)
     things, ground = make_image(job)
@@ -214,7 +214,7 @@ def make_scene(folder: Path, job: Job) -> Scene:
 
 
 def image_path(name: str, split: str, number: int) -> str:
-    """Returns the path of an image below the dataset's folder, as in the real dataset."""
+    """Returns the path of an image, relative to the dataset's folder, as in the real dataset."""
     recipe = TINY[name]
     id = recipe.splits[split][1] + number
     return IMAGES[name].format(
@@ -260,7 +260,7 @@ def below(label: str) -> set[str]:
 
 
 def write_coco(name: str, split: str, folder: Path, scenes: list[Scene]) -> None:
-    """Writes COCO's json, with the fields that Objects365 and LVIS add or leave out."""
+    """Writes COCO's json of a split, with the fields that Objects365 and LVIS add or leave out."""
     ids = category_ids(name.removesuffix("-instances"))
     record = {
         "images": [],
@@ -306,9 +306,9 @@ def image_name(job: Job) -> dict[str, str]:
 
 
 def federate(image: dict, job: Job, things: list[dict]) -> list[dict]:
-    """Adds LVIS's lists of verified absent and of partly annotated classes to `image`.
+    """Adds LVIS's lists of verified absent and of partly annotated classes to `image`, in place.
 
-    Returns the objects that are annotated. One object of a partly annotated class is left out.
+    Returns the objects to annotate. If a class is partly annotated, one object of it is left out.
     """
     rng = np.random.default_rng([job.number, job.split == "val"])
     ids = category_ids("lvis")
@@ -325,7 +325,7 @@ def federate(image: dict, job: Job, things: list[dict]) -> list[dict]:
 
 
 def count_categories(record: dict, folder: Path, split: str) -> None:
-    """Adds the counts and the frequency in the training set to the categories of either split."""
+    """Adds each category's counts and frequency in the training split to `record`, in place."""
     if split != "train":
         train = json.loads((folder / FILES["lvis"].format("train")).read_text())
         record["categories"] = train["categories"]
@@ -339,7 +339,7 @@ def count_categories(record: dict, folder: Path, split: str) -> None:
 
 
 def write_oid(split: str, folder: Path, scenes: list[Scene]) -> None:
-    """Writes the csv files and the class tree of OpenImages."""
+    """Writes the csv files of one split and the class tree of OpenImages."""
     ids = category_ids("oid")
     head = ["ImageID", "Source", "LabelName", "Confidence"]
     flags = ["IsOccluded", "IsTruncated", "IsGroupOf", "IsDepiction", "IsInside"]
@@ -376,7 +376,7 @@ def verified_absent(job: Job, present: set[str]) -> list[str]:
 
 
 def subtree(label: str) -> dict:
-    """Returns OpenImages' json of the class tree from `label` down."""
+    """Returns the class tree from `label` down, as OpenImages' json has it."""
     node = {"LabelName": "/m/0bl9f" if label == "Entity" else category_ids("oid")[label]}
     children = [subtree(child) for parent, child in tree() if parent == label]
     if children:

@@ -17,7 +17,7 @@ from common.labels import DATA, Vocabulary
 
 @dataclass(frozen=True)
 class Scene:
-    """What one image shows: its objects as `describe` returns them, and its segments_info."""
+    """The annotations of one image: `things` (see `describe`) and `segments` (segments_info)."""
 
     job: Job
     things: list[dict]
@@ -26,12 +26,12 @@ class Scene:
 
 @dataclass(frozen=True)
 class Layout:
-    """File names in the folder of one dataset; {} are the split and the image's id.
+    """Names the label maps in one dataset's folder. The {} stand for the split and the image's id.
 
     vocabulary: vocabulary of the panoptic json; the label maps use the one named as the dataset
     panoptic:   folder of the panoptic PNGs; their json is in the same place, with suffix .json
-    semantic:   path of a label map, or empty
-    png:        suffix of a panoptic PNG
+    semantic:   path of a label map; empty for a dataset without
+    png:        suffix of a panoptic PNG, after the image's id
     image:      suffix of an image's file_name in the json
     """
 
@@ -61,7 +61,7 @@ known = cache(Vocabulary.known)
 
 
 def describe(thing: Thing) -> dict:
-    """Returns what the annotation files tell of an object, as numbers and strings."""
+    """Returns an object's label, box [x, y, w, h], area, COCO `rle` and group, for json."""
     code = rle.encode(np.asfortranarray(thing.mask.astype(np.uint8)))
     # COCO's crowds are uncompressed
     counts = run_lengths(thing.mask) if thing.group else code["counts"].decode()
@@ -75,7 +75,7 @@ def describe(thing: Thing) -> dict:
 
 
 def run_lengths(mask: np.ndarray) -> list[int]:
-    """Returns the lengths of the runs of 0, 1, 0, ... down the columns of a mask (H, W)."""
+    """Returns COCO's RLE of a mask (H, W): lengths of the runs of 0, 1, 0, ... down the columns."""
     flat = np.concatenate([[False], mask.ravel(order="F")])
     ends = np.flatnonzero(flat[1:] != flat[:-1])
     return np.diff([0, *ends, mask.size]).tolist()
@@ -91,7 +91,7 @@ def panoptic_folder(name: str, split: str) -> str:
 
 
 def maps_of(job: Job) -> list[str]:
-    """Lists the files of `write_maps`: the panoptic PNG and, for some datasets, a label map."""
+    """Lists the files that `write_maps` saves: a panoptic PNG and, for some, a label map."""
     if job.name not in LAYOUTS:
         return []
     layout = LAYOUTS[job.name]
@@ -115,8 +115,8 @@ def find_segments(
 ) -> list[tuple[str, bool, np.ndarray]]:
     """Returns (class, whether it is a crowd, mask (H, W) bool) of each segment.
 
-    Each thing is a segment. All visible pixels of one class of stuff are one segment, too. `ground`
-    is the textures as `background` returns them.
+    Each thing is a segment. All visible pixels of one class of stuff are one segment, too.
+    ground: (texture, mask) pairs, as `background` returns them
     """
     vocabulary = known(LAYOUTS[job.name].vocabulary)
     is_thing = dict(zip(vocabulary.names, vocabulary.is_thing))
@@ -139,7 +139,7 @@ def find_segments(
 def write_maps(
     job: Job, folder: Path, things: list[Thing], ground: list[tuple[str, np.ndarray]]
 ) -> list[dict]:
-    """Saves the maps of one image and returns its segments_info of the panoptic json."""
+    """Saves the label maps of one image. Returns its segments_info for the panoptic json."""
     panoptic = known(LAYOUTS[job.name].vocabulary)
     semantic = known(job.name)
     category_ids = dict(zip(panoptic.names, panoptic.ids))
@@ -166,7 +166,7 @@ def write_maps(
 
 
 def write_panoptic(split: str, folder: Path, scenes: list[Scene]) -> None:
-    """Writes the panoptic json of one split in COCO's format, which all three datasets share."""
+    """Writes the panoptic json of one split in COCO's format, which all datasets in LAYOUTS use."""
     dataset = scenes[0].job.name
     layout = LAYOUTS[dataset]
     vocabulary = known(layout.vocabulary)

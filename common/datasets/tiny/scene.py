@@ -1,6 +1,6 @@
 """One image of a generated dataset: emoji of known classes, pasted onto painted backgrounds.
 
-The art is that of two pip packages. data/tiny/emoji.csv has the class of each emoji by dataset.
+Two pip packages hold the emoji. data/tiny/emoji.csv lists the class of each emoji by dataset.
 """
 
 import csv
@@ -20,9 +20,9 @@ from common.labels import DATA
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one dataset is made.
+    """Tells how one dataset is made.
 
-    folder:  below the data root
+    folder:  its folder, below the data root
     styles:  art styles; each object gets one of them at random
     splits:  {split: (number of images, first image id)}
     side:    smallest and largest longer side of an object, as fractions of the image
@@ -47,7 +47,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Job:
-    """All that determines image `number` of a split. `size` is the side of the square image."""
+    """All that determines image `number` of a split. It is `size` pixels wide and high."""
 
     name: str
     recipe: Recipe
@@ -59,10 +59,10 @@ class Job:
 
 @dataclass
 class Thing:
-    """One painted object.
+    """One painted object, or a cluster that is annotated as one region (`group`).
 
-    patch: (h, w, 4) float32 RGBA, with its top left corner at x, y
-    mask:  (H, W) bool, its visible pixels
+    patch: (h, w, 4) float32 RGBA in 0..255, with its top left corner at x, y
+    mask:  (H, W) bool, its visible pixels in the image
     """
 
     label: str
@@ -82,7 +82,7 @@ EXTRA = 5  # ImageNet-21k has one of five of the classes that only LVIS has, abo
 
 @cache
 def emoji(name: str) -> dict[str, list[str]]:
-    """Returns {class name: code points such as "1f43b"} of dataset `name`."""
+    """Returns {class name: its code points, such as ["1f43b"]} of dataset `name`."""
     if name == "in21k":
         # the classes of coco, which include those without boxes in coco-base, and some of lvis
         coco = emoji("coco")
@@ -116,7 +116,7 @@ def first_label(name: str, tail: float, number: int) -> str:
 
 
 def next_label(rng: Generator, job: Job, things: list[Thing]) -> str:
-    """Samples the class of the next object, given those that are placed."""
+    """Samples the class of the next object, given the `things` that are placed already."""
     if not things:
         return first_label(job.name, job.recipe.tail, job.number)
     if rng.random() < 0.2:  # objects of one class are often together
@@ -141,7 +141,7 @@ def package_folder(package: str) -> Path:
 
 @cache
 def sprite(style: str, codepoint: str) -> Image.Image:
-    """Returns the RGBA drawing of one emoji, cropped to its opaque pixels."""
+    """Draws one emoji in an art style, as RGBA. The image is cropped to the opaque pixels."""
     image = twemoji(codepoint) if style in ("twemoji", "vivid") else openmoji(codepoint)
     if style == "vivid":
         image = vivid(image)
@@ -171,7 +171,7 @@ def openmoji(codepoint: str) -> Image.Image:
 
 
 def vivid(image: Image.Image) -> Image.Image:
-    """Returns the image in another palette: hues turned by 30 degrees, more saturated."""
+    """Returns a copy with its hues turned by 30 degrees and its saturation raised."""
     hue, saturation, value = image.convert("RGB").convert("HSV").split()
     hue = hue.point(lambda h: (h + 21) % 256)
     saturation = saturation.point(lambda s: min(255, int(s * 1.3)))
@@ -181,7 +181,7 @@ def vivid(image: Image.Image) -> Image.Image:
 
 
 def lineart(image: Image.Image) -> Image.Image:
-    """Returns only the outlines on white. OpenMoji's outlines are black, its fills are lighter."""
+    """Returns only the outlines, on white: OpenMoji's outlines are black, its fills are lighter."""
     rgba = np.array(image)
     brightest = rgba[..., :3].max(-1).astype(np.float32)
     rgba[..., :3] = np.clip(brightest * 5 - 100, 0, 255)[..., None]
@@ -212,7 +212,7 @@ TEXTURES = {  # dark and light colour, cells of noise down and across, grain
 
 
 def noise(rng: Generator, size: int, cells: tuple[int, int], octaves: int = 3) -> np.ndarray:
-    """Samples fractal noise (size, size) in 0..1; the coarsest octave has `cells` down, across."""
+    """Samples fractal noise (size, size) in 0..1. cells: (down, across) in the coarsest octave"""
     down, across = cells
     total = np.zeros((size, size), np.float32)
     for octave in range(octaves):
@@ -240,7 +240,7 @@ def texture(rng: Generator, size: int, kind: str) -> np.ndarray:
 
 
 def joints(rng: Generator, size: int, kind: str) -> np.ndarray:
-    """Returns the pixels (size, size) bool of mortar in bricks, gaps, or windows in a facade."""
+    """Returns the pixels (size, size) bool of a texture's mortar, gaps, or a facade's windows."""
     rows, columns = np.indices((size, size))
     if kind == "wood":
         width = max(8, int(size * rng.uniform(0.1, 0.2)))
@@ -260,10 +260,10 @@ def joints(rng: Generator, size: int, kind: str) -> np.ndarray:
 def background(
     rng: Generator, size: int, recipe: Recipe
 ) -> tuple[np.ndarray, list[tuple[str, np.ndarray]]]:
-    """Paints one texture above and one below a wavy horizon, sometimes with a patch of a third.
+    """Paints one texture above and one below a wavy horizon, sometimes with a third below it, too.
 
-    Returns the picture (size, size, 3) float32 and (texture, mask (size, size) bool) of each. Wood
-    above the horizon is called "wood wall".
+    Returns the picture (size, size, 3) float32 and three (texture, mask (size, size) bool): above,
+    below, third. The third mask may be empty. Wood above the horizon is called "wood wall".
     """
     upper = rng.choice(recipe.above)
     lower, third = rng.choice(recipe.below, 2, replace=False)
@@ -283,7 +283,7 @@ def background(
 
 
 def make_image(job: Job) -> tuple[list[Thing], list[tuple[str, np.ndarray]]]:
-    """Paints and saves one image. Returns its objects and the textures as `background` does."""
+    """Paints and saves one image. Returns its objects and the (texture, mask) of `background`."""
     seed = zlib.crc32(f"{job.name} {job.split} {job.number}".encode())
     rng = np.random.default_rng(seed)
     canvas, ground = background(rng, job.size, job.recipe)
@@ -333,7 +333,8 @@ def fit(
 ) -> list[Thing]:
     """Tries six times to place an object, or a group, where enough of it is visible.
 
-    Returns it in a list, which is empty without success, and marks it in `occupied` (H, W) bool.
+    sides: as `Recipe.side`. Returns a list with the object, or [] without success. Adds the
+    object's visible pixels to `occupied` (H, W) bool in place.
     """
     for _ in range(6):
         codepoint = str(rng.choice(emoji(job.name)[label]))
@@ -353,7 +354,7 @@ def fit(
 
 
 def overlap(canvas: np.ndarray, patch: np.ndarray, x: int, y: int) -> tuple:
-    """Returns views of `canvas` and of `patch`, with its top left corner at x, y, that overlap."""
+    """Returns the overlapping views of `canvas` and of `patch` placed with its top left at x, y."""
     left = max(x, 0)
     top = max(y, 0)
     height, width = canvas.shape[:2]
@@ -363,7 +364,7 @@ def overlap(canvas: np.ndarray, patch: np.ndarray, x: int, y: int) -> tuple:
 
 
 def visible(opaque: np.ndarray, x: int, y: int, occupied: np.ndarray) -> np.ndarray | None:
-    """Returns the visible pixels (H, W) of a shape (h, w) at x, y, None if too few to annotate."""
+    """Returns the free pixels (H, W) of a shape (h, w) at x, y; None if too few to annotate."""
     mask = np.zeros_like(occupied)
     window, part = overlap(mask, opaque, x, y)
     window[:] = part
@@ -375,7 +376,7 @@ def visible(opaque: np.ndarray, x: int, y: int, occupied: np.ndarray) -> np.ndar
 
 
 def tight_box(mask: np.ndarray) -> list[int]:
-    """Returns [x, y, w, h] of the pixels in a mask (H, W)."""
+    """Returns the bounding box [x, y, w, h] of the pixels in a mask (H, W), which is not empty."""
     rows, columns = np.nonzero(mask)
     x = columns.min()
     y = rows.min()
@@ -384,7 +385,7 @@ def tight_box(mask: np.ndarray) -> list[int]:
 
 
 def draw(rng: Generator, recipe: Recipe, codepoint: str, side: float) -> np.ndarray:
-    """Returns one emoji (h, w, 4) float32, about `side` pixels long, mirrored, turned and lit."""
+    """Draws one emoji (h, w, 4) float32, about `side` pixels long, mirrored, turned and lit."""
     image = sprite(str(rng.choice(recipe.styles)), codepoint)
     longer = max(image.size)
     size = [max(2, round(s * side / longer)) for s in image.size]
@@ -399,7 +400,7 @@ def draw(rng: Generator, recipe: Recipe, codepoint: str, side: float) -> np.ndar
 
 
 def draw_group(rng: Generator, recipe: Recipe, codepoint: str, side: float) -> np.ndarray:
-    """Returns a cluster of small objects of one class, (h, w, 4), annotated as one region."""
+    """Draws a cluster of small objects of one class, RGBA (h, w, 4), annotated as one region."""
     count = rng.integers(10, 16)
     members = [draw(rng, recipe, codepoint, side * 0.4) for _ in range(count)]
     patch = np.zeros((int(side * 0.7), int(side * 1.1), 4), np.float32)
@@ -428,7 +429,7 @@ def paste(canvas: np.ndarray, patch: np.ndarray, x: int, y: int) -> None:
 
 
 def shade(canvas: np.ndarray, thing: Thing) -> None:
-    """Darkens the ground below an object."""
+    """Darkens the ground below an object, in place."""
     height, width = thing.patch.shape[:2]
     middle = thing.x + width / 2
     bottom = thing.y + height - 1

@@ -1,0 +1,36 @@
+"""Output that goes on in any locale, and after the other end of a pipe is closed."""
+
+import logging
+import os
+import sys
+
+
+class ConsoleHandler(logging.StreamHandler):
+    """Writes log lines to standard output. If nobody reads it any more, it is silent."""
+
+    def __init__(self):
+        super().__init__(sys.stdout)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Silences a closed pipe, as that of `| head -1`; reports other errors as logging does."""
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # also for what is still in the buffer
+            os.close(nowhere)
+        else:
+            super().handleError(record)
+
+
+def open_console() -> logging.Handler:
+    """Prepares the standard streams, and returns the handler of the log.
+
+    Letters that the locale does not have are written as escapes, as "\\u732b". A stream that is
+    closed, as by 2>&-, is replaced by one that goes nowhere.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    return ConsoleHandler()

