@@ -21,7 +21,7 @@ from tqdm import tqdm
 from common.checkpoint import read_metadata
 from common.console import open_console
 from common.convert import convert_if_official
-from common.distributed import rank
+from common.distributed import environment_number, rank
 from common.errors import InputError
 from common.rescue import Stop, explain, heed_no_more, heed_signals, rescue
 from common.runlog import OF_A_START, read_args, unlock
@@ -182,7 +182,7 @@ def check_numbers(args) -> None:
             raise InputError(f"{flag} must be {allowed}")
         if list(numbers) != sorted(numbers):
             raise InputError(f"{flag} must be a range, the smaller number first")
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = max(1, environment_number("WORLD_SIZE", 1))
     if args.batch_size % ranks:
         raise InputError(
             f"--batch-size {args.batch_size} is not a multiple of the {ranks} ranks; make it one"

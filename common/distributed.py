@@ -23,7 +23,8 @@ def setup_device(device: str, seed: int) -> torch.device:
     ranks but 0, except for errors.
 
     device: a name of torch, or "auto" for CUDA if there is any, else the CPU. Under torchrun "cuda"
-            is the GPU of the local rank. Raises InputError if the device cannot be used.
+            is the GPU of the local rank. Raises InputError if the device cannot be used, or if the
+            variables of torchrun are damaged.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,8 +32,9 @@ def setup_device(device: str, seed: int) -> torch.device:
     if on_cuda and not torch.cuda.is_available():
         raise InputError(f"--device {device}: no CUDA device here; use --device cpu")
     if "LOCAL_RANK" in os.environ:
+        _check_launch()
         if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            device = f"cuda:{environment_number('LOCAL_RANK')}"
         dist.init_process_group("nccl" if on_cuda else "gloo", timeout=WAIT)
     try:
         torch.zeros((), device=device).item()
@@ -49,6 +51,23 @@ def setup_device(device: str, seed: int) -> torch.device:
         message = "%d ranks: one that waits more than %g hours for another ends with an error"
         log.info(message, world_size(), hours)
     return torch.device(device)
+
+
+def _check_launch() -> None:
+    """Raises InputError if the variables that torchrun sets are incomplete or no numbers."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise InputError(f"LOCAL_RANK is set, but {name} is not; use torchrun, or unset it")
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT"):
+        environment_number(name)
+
+
+def environment_number(name: str, default: int = 0) -> int:
+    """Returns an environment variable as a number. Raises InputError if it is none."""
+    value = os.environ.get(name, str(default))
+    if not (value.isascii() and value.isdigit()):
+        raise InputError(f"the environment variable {name} is {value!r}, no number; unset it")
+    return int(value)
 
 
 def rank() -> int:

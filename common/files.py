@@ -19,8 +19,18 @@ from common.errors import InputError
 
 log = logging.getLogger("concord")
 
-# what np.load raises for a missing or damaged file; it parses the header as Python
-NO_ARRAY = (OSError, EOFError, ValueError, SyntaxError, tokenize.TokenError)
+# what np.load raises for a missing or damaged file; it parses the header as Python, and allocates
+# what it promises
+NO_ARRAY = (
+    OSError,
+    EOFError,
+    ValueError,
+    SyntaxError,
+    tokenize.TokenError,
+    MemoryError,
+    RecursionError,
+    OverflowError,
+)
 
 
 def cache_dir() -> Path:

@@ -123,7 +123,7 @@ def read_args(folder: Path, method: str) -> dict:
     """Reads args.json of a run folder. Raises InputError if broken or of another method."""
     path = folder / "args.json"
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"--resume: {path} cannot be read ({error}); name the run folder of a training"

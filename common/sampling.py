@@ -5,7 +5,8 @@ end. `draw` differs for each element of the stream. The stream depends on the se
 resumed run continues it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -293,6 +294,24 @@ def shard(length: int, rank: int, world_size: int) -> range:
     return range(rank, length, world_size)
 
 
+def refuse_huge_batch(batch_size: int, transforms: Iterable[Callable]) -> None:
+    """Raises InputError if the images of one batch alone need more memory than the machine has.
+
+    transforms: augmentations; an image counts as a square of its `size`, `low` or `crop`
+    """
+    side = 32  # to its multiples images are padded
+    for transform in transforms:
+        lengths = [getattr(transform, name, 0) for name in ("size", "low")]
+        side = max(side, *lengths, *getattr(transform, "crop", ()))
+    needed = 3 * side * side * batch_size
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise InputError(
+            f"a batch of {batch_size} images of {side} x {side} pixels takes {needed / 1e9:,.0f} "
+            f"GB, but this machine has {memory / 1e9:,.0f} GB; lower --batch-size or --image-size"
+        )
+
+
 def make_loader(
     mixture: Mixture, args, square: dict[str, int] | None = None, **sampling
 ) -> DataLoader:
@@ -301,7 +320,10 @@ def make_loader(
     args:     --workers, --skip-bad, and --output, the run folder that lists skipped images
     square:   {dataset: side}; batches are padded to at least side x side; None for no such padding
     sampling: DataLoader's arguments sampler and batch_size, or batch_sampler
+    Raises InputError if a batch cannot fit into memory.
     """
+    batch_size = sampling.get("batch_size") or max(sampling["batch_sampler"].sizes)
+    refuse_huge_batch(int(batch_size), mixture.transforms.values())
     mixture.skips = Skips(args.skip_bad, Path(args.output))
     return DataLoader(
         mixture,

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from common.masks import encode_masks
 
-STRIP = 2**24  # class scores, or mask logits, of a strip: 64 MiB
+STRIP = 2**24  # class scores of a strip: 64 MiB
+LOGITS = 2**21  # mask logits of a strip of a large image: 8 MiB, so that they stay in the caches
 WHOLE = 2**27  # mask logits of an image that are made at once: 512 MiB
 MASKS = 2**30  # pixels of all instance masks of an image, a byte each
 
@@ -73,9 +74,9 @@ class Rows:
         wide = F.interpolate(part[None], size, mode="bilinear", align_corners=False)[0]
         below = (places - upper)[:, None].to(wide.device)  # the weight of the lower row
         above = 1 - below
-        upper = wide[:, (upper - first).to(wide.device)]
-        lower = wide[:, (lower - first).to(wide.device)]
-        return torch.addcmul(lower.mul_(below), upper, above)
+        upper = wide.index_select(1, (upper - first).to(wide.device))
+        lower = wide.index_select(1, (lower - first).to(wide.device))
+        return lower.mul_(below).addcmul_(upper, above)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class FullMasks:
             return
         padded = Rows(self.logits, tuple(self.logits.shape[1:]), self.padded)
         full = Rows(padded, self.size, self.original)
-        rows = max(1, STRIP // (count * width))
+        rows = max(1, LOGITS // (count * width))
         for start in range(0, height, rows):
             yield self._after_steps(full.read(start, min(height, start + rows)))
 
@@ -150,14 +151,19 @@ def semantic_labels(probabilities: Tensor, mask_logits: Tensor | FullMasks) -> T
 
     It works in strips of rows, since scores of 150 classes are larger than all the masks.
     """
-    scores_per_row = max(probabilities.shape) * mask_logits.shape[2]
+    size = mask_logits.shape[1:]
+    scores_per_row = max(probabilities.shape) * size[1]
     rows = max(1, STRIP // scores_per_row)
-    labels = []
+    # one tensor for all: small ones between the strips would keep their memory from the system
+    labels = torch.empty(size, dtype=torch.int16, device=probabilities.device)
+    top = 0
     for masks in strips_of(mask_logits):
         for strip in masks.split(rows, 1):
             scores = semantic_map(probabilities, strip)
-            labels.append(scores.argmax(0).short())
-    return torch.cat(labels)
+            bottom = top + strip.shape[1]
+            labels[top:bottom] = scores.argmax(0)
+            top = bottom
+    return labels
 
 
 def panoptic_map(
@@ -227,7 +233,9 @@ def _winners(
     """
     num = len(scores)
     counts = torch.zeros(3, num, dtype=torch.long, device=scores.device)
-    winners = []
+    size = mask_logits.shape[1:]
+    winners = torch.empty(size, dtype=torch.int16, device=scores.device)
+    top = 0
     for strip in strips_of(mask_logits):
         masks = strip.float().sigmoid()
         winner = (scores[:, None, None] * masks).argmax(0)  # (rows, W)
@@ -238,8 +246,10 @@ def _winners(
             is_inside = inside.gather(0, winner[None])[0]
             winner = winner.where(is_inside, num)
         counts[2] += winner.flatten().bincount(minlength=num + 1)[:num]
-        winners.append(winner.short())
-    return torch.cat(winners), counts
+        bottom = top + strip.shape[1]
+        winners[top:bottom] = winner
+        top = bottom
+    return winners, counts
 
 
 def instances(

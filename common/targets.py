@@ -1,5 +1,6 @@
 """Ground truth of images, and its assignment to anchors and regions by IoU."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from common.masks import have_pixels
+
+PAIRS = 2**24  # ground truth and box, of which the IoU is computed at once: 64 MiB
 
 
 @dataclass
@@ -61,8 +64,24 @@ def match_by_iou(boxes: Tensor, gt_boxes: Tensor, threshold: float) -> tuple[Ten
     if len(gt_boxes) == 0:
         index = boxes.new_zeros(len(boxes), dtype=torch.long)
         return index, index.bool()
-    iou, index = box_iou(gt_boxes, boxes).max(0)  # (Q,)
-    return index, iou >= threshold
+    best = [iou.max(0) for iou in _ious(gt_boxes, boxes)()]
+    values, indices = zip(*best)
+    index = torch.cat(indices)  # (Q,)
+    return index, torch.cat(values) >= threshold
+
+
+def _ious(gt_boxes: Tensor, boxes: Tensor) -> Callable[[], Iterable[Tensor]]:
+    """Returns a function that yields the IoU (N, q) of gt_boxes (N, 4) and parts of boxes (Q, 4).
+
+    Thousands of boxes in one image would need gigabytes at once. A single part is computed once,
+    several are computed anew at each call.
+    """
+    size = max(1, PAIRS // len(gt_boxes))
+    parts = boxes.split(size)
+    if len(parts) == 1:
+        whole = [box_iou(gt_boxes, boxes)]
+        return lambda: whole
+    return lambda: (box_iou(gt_boxes, part) for part in parts)
 
 
 def sample_fg_bg(matched: Tensor, num: int, fg_fraction: float) -> Tensor:
@@ -93,15 +112,20 @@ def match_anchors(
     """
     if len(gt_boxes) == 0:
         return anchors.new_full((len(anchors),), -1, dtype=torch.long)
-    iou = box_iou(gt_boxes, anchors)  # (N, M)
-    best, index = iou.max(0)  # (M,)
-    unmatched = torch.where(best < bg_iou, -1, -2)
-    matched = torch.where(best >= fg_iou, index, unmatched)
-    top = iou.amax(1, keepdim=True)  # (N, 1)
-    takes = (iou == top) & (top >= low_iou)  # (N, M)
-    number = torch.arange(1, len(iou) + 1, device=iou.device)[:, None]
-    taker = (takes * number).amax(0)  # (M,) row + 1 of the last one that takes it; 0: none
-    return torch.where(taker > 0, taker - 1, matched)
+    ious = _ious(gt_boxes, anchors)
+    top = anchors.new_zeros(len(gt_boxes), 1)
+    for iou in ious():
+        top = top.maximum(iou.amax(1, keepdim=True))  # (N, 1)
+    matched = []
+    for iou in ious():  # (N, m)
+        best, index = iou.max(0)  # (m,)
+        unmatched = torch.where(best < bg_iou, -1, -2)
+        rows = torch.where(best >= fg_iou, index, unmatched)
+        takes = (iou == top) & (top >= low_iou)  # (N, m)
+        number = torch.arange(1, len(iou) + 1, device=iou.device)[:, None]
+        taker = (takes * number).amax(0)  # (m,) row + 1 of the last one that takes it; 0: none
+        matched.append(torch.where(taker > 0, taker - 1, rows))
+    return torch.cat(matched)
 
 
 def match_regions(

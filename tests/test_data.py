@@ -26,9 +26,10 @@ from common.sampling import (
     RatioBatchSampler,
     RepeatFactorSampler,
     Transformed,
+    make_loader,
     repeat_factors,
 )
-from common.transforms import LargeScaleJitter, ResizeShortest, resize_masks
+from common.transforms import LargeScaleJitter, ResizeShortest, SegmentationCrop, resize_masks
 
 ALL = ("boxes", "instances", "image_labels")
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real samples at {REAL}")
@@ -314,6 +315,20 @@ def test_classes_are_drawn_uniformly_and_their_images_too():
 def test_bad_ratios(ratios, sizes, ranks, words):
     with pytest.raises(InputError, match=words):
         RatioBatchSampler(FACTORS, ratios, sizes, 0, world_size=ranks)
+
+
+@pytest.mark.parametrize(
+    "transform", [LargeScaleJitter(640), SegmentationCrop((512,), (400, 640), 2048)]
+)
+def test_a_batch_beyond_the_memory_is_refused_before_it_is_loaded(transform):
+    mixture = Mixture([labelled("a", [[0], []], 2)], {"a": transform}, 0)
+    words = r"1000000000 images of 640 x 640 pixels takes 1,228,800 GB.*lower --batch-size"
+    with pytest.raises(InputError, match=words):
+        make_loader(mixture, 0, batch_size=10**9, sampler=[])
+    sampler = RatioBatchSampler([np.ones(2)], [1], [10**9], 0)
+    with pytest.raises(InputError, match=words):
+        make_loader(mixture, 0, batch_sampler=sampler)
+    assert make_loader(mixture, 0, batch_size=64, sampler=[]).batch_size == 64
 
 
 def test_class_aware_sampling_needs_a_class():

@@ -112,7 +112,7 @@ def full_masks(shape, count=7):
 def strips(monkeypatch):
     """Every image is made in strips of one to three rows, and no mask of an instance is kept."""
     monkeypatch.setattr(segments, "WHOLE", 0)
-    monkeypatch.setattr(segments, "STRIP", 1000)
+    monkeypatch.setattr(segments, "LOGITS", 1000)
     monkeypatch.setattr(segments, "MASKS", 0)
 
 
@@ -170,7 +170,7 @@ def test_large_instances_are_rles(monkeypatch, shape):
     expected = instances(p, whole, 9)
     assert torch.equal(instances(p, masks, 9)["masks"], expected["masks"])
     monkeypatch.setattr(segments, "WHOLE", 0)
-    monkeypatch.setattr(segments, "STRIP", 1000)
+    monkeypatch.setattr(segments, "LOGITS", 1000)
     monkeypatch.setattr(segments, "MASKS", 0)
     found = instances(p, masks, 9)
     assert "masks" not in found and found["labels"].tolist() == expected["labels"].tolist()

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -240,6 +241,62 @@ def test_bad_tars(tmp_path, make, words):
     with pytest.raises(InputError, match=words) as error:
         load(tmp_path / "x")
     assert str(tmp_path / "x") in str(error.value)
+
+
+def sparse(path, name, size):
+    """A tar file with one GNU sparse member: 512 bytes that stand for `size`."""
+    member = tarfile.TarInfo(name)
+    member.type = tarfile.GNUTYPE_SPARSE
+    member.size = 512
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0" % 0 + b"%011o\0" % 512  # one piece: its place and its length
+    header[483:495] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(bytes(header) + bytes(512 + 1024))
+    return path
+
+
+@pytest.mark.parametrize("name", ["1.cls", "1.json", "1.jpg"])
+def test_a_sparse_member_is_not_expanded(tmp_path, name):
+    (tmp_path / "x").mkdir()
+    sparse(tmp_path / "x/cat.tar", name, 2**40)
+    with pytest.raises(InputError, match=f"'{name}' is sparse; pack it without --sparse"):
+        load(tmp_path / "x")
+
+
+def test_a_label_or_image_that_is_too_long_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "LARGEST_LABEL", 100)
+    monkeypatch.setattr(shards, "LARGEST_IMAGE", 1000)
+    pack(tmp_path / "x/cat.tar", {"1.png": picture(1), "1.cls": b"c" * 101})
+    with pytest.raises(InputError, match=r"'1\.cls' has 101 bytes, and 100 are the most"):
+        load(tmp_path / "x")
+    pack(tmp_path / "y/cat.tar", {"1.png": bytes(1001)})
+    with pytest.raises(InputError, match=r"'1\.png' has 1001 bytes, and 1000 are the most"):
+        load(tmp_path / "y")
+
+
+def test_a_header_that_promises_a_terabyte_is_one_line(tmp_path):
+    member = tarfile.TarInfo("a")
+    member.type = tarfile.XHDTYPE
+    member.size = 2**40
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/cat.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(InputError, match="is no whole tar file"):
+        load(tmp_path / "x")
+
+
+def test_a_gzip_bomb_is_not_unzipped(tmp_path, monkeypatch):
+    """4 MB of zeros from 4 KB; the memory that is taken is that of the limit."""
+    monkeypatch.setattr(shards, "LARGEST_IMAGE", 50_000)
+    pack(tmp_path / "x/cat.tar", {"1.jpg": gzip.compress(bytes(4_000_000))})
+    dataset = load(tmp_path / "x")
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"cat\.tar cannot be read at byte 512 \(an image of more"):
+        dataset.load(0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_headers_overwritten_in_the_middle(tmp_path):

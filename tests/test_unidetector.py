@@ -15,11 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_scaledet import bce, iou, random_boxes, unit_rows
 from torch import nn
-from torchvision.ops import roi_align
+from torchvision.ops import box_iou, roi_align
 
 import common.clip_resnet
 import common.oln
 import unidetector
+from common import targets as targets_module
 from common.batch import Batch, Sample, collate
 from common.boxes import box_delta_loss, paired_iou, soft_nms
 from common.class_counts import count_classes, read_prior
@@ -30,7 +31,7 @@ from common.labels import LabelSpace, Vocabulary
 from common.oln import BOX_WEIGHTS, OLN, RPN, centreness, decode_tblr, loss_roi_cls, loss_roi_iou
 from common.optim import stepped_learning_rate
 from common.proposals import fingerprint, with_proposals
-from common.targets import RegionTargets, Targets, match_anchors, match_regions
+from common.targets import RegionTargets, Targets, match_anchors, match_by_iou, match_regions
 from common.transforms import ResizeShortestRange
 
 SMALL = {
@@ -232,6 +233,28 @@ def test_anchors_are_matched_with_low_quality_matches():
                 expected[a] = g
     assert matched == expected and min(matched) == -2
     assert match_anchors(anchors, gt_boxes[:0], 0.7, 0.3, 0.3).tolist() == [-1] * 40
+
+
+def test_matching_in_parts_is_the_same(monkeypatch):
+    """With thousands of boxes in an image, the matrix of all IoUs is never whole."""
+    draw = torch.Generator().manual_seed(0)
+    corners = torch.randint(0, 60, (260, 2), generator=draw).float()
+    sides = torch.randint(1, 30, (260, 2), generator=draw).float()
+    boxes = torch.cat([corners, corners + sides], 1)
+    gt_boxes, others = boxes[:53], boxes[53:]
+    whole = match_anchors(others, gt_boxes, 0.7, 0.3, 0.2), match_by_iou(others, gt_boxes, 0.5)
+    sizes = []
+
+    def spy(first, second):
+        sizes.append(len(first) * len(second))
+        return box_iou(first, second)
+
+    monkeypatch.setattr(targets_module, "box_iou", spy)
+    monkeypatch.setattr(targets_module, "PAIRS", 600)
+    parts = match_anchors(others, gt_boxes, 0.7, 0.3, 0.2), match_by_iou(others, gt_boxes, 0.5)
+    assert max(sizes) <= 600 and len(sizes) > 40
+    assert torch.equal(parts[0], whole[0]) and (whole[0] >= 0).sum() > 10
+    assert torch.equal(parts[1][0], whole[1][0]) and torch.equal(parts[1][1], whole[1][1])
 
 
 def test_rpn_head_sees_directions_alone():

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import json
 import logging
 import os
@@ -19,6 +20,12 @@ from common.errors import InputError
 from common.files import NO_ARRAY, atomic_path, cache_dir
 
 log = logging.getLogger("concord")
+
+# bounds of what a member may take in memory; real ones are far below
+LARGEST_IMAGE = 2**28  # bytes
+LARGEST_LABEL = 2**20
+LABELS = (".cls", ".json")  # endings
+TOO_LARGE = f"an image of more than {LARGEST_IMAGE >> 20} MiB"
 
 
 @dataclass
@@ -42,7 +49,8 @@ class Shards:
         Some files of ImageNet-21K are gzip files that are named .JPEG: they are unzipped.
         The tar file is opened for each image. That takes 20 microseconds (decoding a small image
         takes 700), and no open file has to be shared between processes.
-        Raises InputError for a tar file that cannot be read.
+        Raises InputError for a tar file that cannot be read, and for an image that has more than
+        LARGEST_IMAGE bytes unzipped.
         Source: facebookresearch/Detic:detic/data/tar_dataset.py (gzip).
         """
         path = self.tars[self.tar_of[i]]
@@ -50,12 +58,21 @@ class Shards:
             with path.open("rb") as file:
                 file.seek(self.offsets[i])
                 data = file.read(self.sizes[i])
-            return gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+            return _unzipped(data) if data.startswith(b"\x1f\x8b") else data
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(
                 f"shard {path} cannot be read at byte {self.offsets[i]} ({error}); copy or "
                 "download it again"
             ) from None
+
+
+def _unzipped(data: bytes) -> bytes:
+    """Unzips gzip data. Raises OSError if the result has more than LARGEST_IMAGE bytes."""
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        image = file.read(LARGEST_IMAGE + 1)
+    if len(image) > LARGEST_IMAGE:
+        raise OSError(TOO_LARGE)
+    return image
 
 
 def index_tar(path: Path) -> np.ndarray:
@@ -84,8 +101,8 @@ def read_members(path: Path) -> np.ndarray:
     the field "label" of KEY.json, or else b"". If the tar file has no labels, all its images have
     its name without .tar as their label.
     Raises InputError for a tar file that is damaged or compressed, for a member outside of its
-    folder, for a label that is neither a name nor a number, and for a tar file without labels whose
-    name is a number.
+    folder, sparse or too long, for a label that is neither a name nor a number, and for a tar file
+    without labels whose name is a number.
     """
     images, labels, num_others = _read_headers(path)
     if images and not labels and path.stem.isdigit():
@@ -124,16 +141,13 @@ def _read_headers(path: Path) -> tuple[list[tuple], dict[str, bytes], int]:
             for member in iter(tar.next, None):
                 tar.members = []  # otherwise the headers of all images stay in memory
                 place = PurePosixPath(member.name)
-                if place.is_absolute() or ".." in place.parts:
-                    raise InputError(
-                        f"shard {path}: member '{member.name}' leaves the folder; pack it anew"
-                    )
+                _check_member(path, member)
                 if not member.isfile() or place.name.startswith("."):
                     continue
                 key = str(place.with_name(place.name.partition(".")[0]))
                 if place.suffix.lower() in IMAGES:
                     images.append((key, str(place), member.offset_data, member.size))
-                elif place.suffix in (".cls", ".json"):
+                elif place.suffix in LABELS:
                     label = _read_label(path, member.name, tar.extractfile(member).read())
                     if label and (place.suffix == ".cls" or key not in labels):
                         labels[key] = label
@@ -143,12 +157,25 @@ def _read_headers(path: Path) -> tuple[list[tuple], dict[str, bytes], int]:
             end = tar.fileobj.read(tarfile.BLOCKSIZE)
             if end != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
                 raise tarfile.ReadError(f"neither a header nor the end at byte {tar.offset}")
-    except (OSError, ValueError, OverflowError, tarfile.TarError) as error:
+    except (OSError, ValueError, OverflowError, MemoryError, tarfile.TarError) as error:
         raise InputError(
             f"shard {path} is no whole tar file, or a compressed one ({error}); unzip or download "
             "it again"
         ) from None
     return images, labels, num_others
+
+
+def _check_member(path: Path, member: tarfile.TarInfo) -> None:
+    """Raises InputError for a member outside its folder, a sparse one, or one too long to read."""
+    place = PurePosixPath(member.name)
+    shard = f"shard {path}: member '{member.name}'"
+    if place.is_absolute() or ".." in place.parts:
+        raise InputError(f"{shard} leaves the folder; pack it anew")
+    if member.isfile() and member.issparse():  # a few bytes may stand for terabytes
+        raise InputError(f"{shard} is sparse; pack it without --sparse")
+    limit = LARGEST_LABEL if place.suffix in LABELS else LARGEST_IMAGE
+    if place.suffix in (*LABELS, *IMAGES) and member.size > limit:
+        raise InputError(f"{shard} has {member.size} bytes, and {limit} are the most; leave it out")
 
 
 def _read_label(path: Path, name: str, data: bytes) -> bytes:
