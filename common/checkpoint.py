@@ -42,6 +42,13 @@ def save_weights(path: Path, model: nn.Module, label_space: LabelSpace, metadata
     save_tensors(path, model.state_dict() | text, metadata | {"vocabularies": names})
 
 
+def copy_weights(source: Path, target: Path, about: dict) -> None:
+    """Copies a weights file, with `about` added to its metadata. Raises OSError."""
+    with safe_open(source, framework="pt") as opened:
+        metadata = {key: json.loads(value) for key, value in opened.metadata().items()}
+    save_tensors(target, load_file(source), metadata | about)
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
     """Writes tensors and JSON metadata as safetensors. Raises OSError if the disk is full."""
     tensors = {key: value.contiguous() for key, value in tensors.items()}
@@ -278,18 +285,21 @@ def checkpoints(folder: Path) -> list[Path]:
     )
 
 
-def last_checkpoint(folder: Path) -> Path | None:
+def last_checkpoint(folder: Path, before: int = 0) -> Path | None:
     """Returns the newest sound checkpoint of a run folder; its weights load with `load_weights`.
 
     Newer ones that are damaged are renamed to damaged-<name>, each with a line. Every rank calls
     it. Raises InputError if there are checkpoints and none is sound.
+
+    before: a step; only checkpoints of earlier ones count. 0: all
     """
-    return on_main(_last_sound, folder)
+    return on_main(_last_sound, folder, before)
 
 
-def _last_sound(folder: Path) -> Path | None:
+def _last_sound(folder: Path, before: int) -> Path | None:
+    paths = [path for path in checkpoints(folder) if not before or checkpoint_step(path) < before]
     damaged = {}
-    for path in reversed(checkpoints(folder)):
+    for path in reversed(paths):
         damaged[path] = damage(path)
         if not damaged[path]:
             break
@@ -311,10 +321,10 @@ def _last_sound(folder: Path) -> Path | None:
     return path
 
 
-def stored_names(checkpoint: Path) -> dict[str, list[str]] | None:
-    """Returns {dataset: class names} of a checkpoint's label space, or None if it is damaged."""
+def stored_names(weights: Path) -> dict[str, list[str]] | None:
+    """Returns {dataset: class names} of the label space in a weights file; None if damaged."""
     try:
-        with safe_open(checkpoint / "weights.safetensors", framework="pt") as opened:
+        with safe_open(weights, framework="pt") as opened:
             records = json.loads(opened.metadata()["vocabularies"])
         return {dataset: record["names"] for dataset, record in records.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
@@ -331,6 +341,9 @@ def damage(checkpoint: Path) -> str:
                 return f"{name} is not as it was written"
         with safe_open(checkpoint / "weights.safetensors", framework="pt") as opened:
             steps.add(int(opened.metadata()["step"]))
+            for key in opened.keys():  # noqa: SIM118 (not a dict)
+                if not opened.get_tensor(key).isfinite().all():
+                    return f"its weights are not finite ({key}): the training had failed before"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

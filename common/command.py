@@ -24,7 +24,8 @@ from common.convert import convert_if_official
 from common.distributed import environment_number, rank
 from common.errors import InputError
 from common.rescue import Stop, explain, heed_no_more, heed_signals, rescue
-from common.runlog import OF_A_START, read_args, unlock
+from common.runlog import unlock
+from common.settings import OF_A_START, read_args
 
 log = logging.getLogger("concord")
 
@@ -101,6 +102,8 @@ def parse_args(
         near = difflib.get_close_matches(unknown[0], flags, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
         raise InputError(f"unknown argument '{unknown[0]}'; {hint}")
+    if args.replay and not args.resume:
+        raise InputError(f"--replay {args.replay} needs --resume: the run folder of that training")
     if args.resume:
         for name in ("output", "weights", "predict", "eval_only"):
             if getattr(args, name):

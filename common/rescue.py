@@ -152,6 +152,11 @@ class LastStep:
         """Notes that `step` is whole."""
         self.state = step, rng_states(), [buffer.clone() for buffer in self.statistics]
 
+    def is_finite(self) -> bool:
+        """Returns whether all weights are finite numbers."""
+        model, *_ = self.content
+        return all(bool(weight.isfinite().all()) for weight in model.parameters())
+
     def save(self, rng: list, spare: int = 0) -> None:
         """Writes a checkpoint of the last whole step. Only rank 0 calls it.
 
@@ -186,7 +191,9 @@ def rescue() -> str:
         trouble = f"step {step + 1} was half done, so no more can be saved; "
     elif step > training.saved:
         try:
-            if rank() > 0:
+            if not training.is_finite():
+                trouble = f"the weights of step {step} are not finite, so they are not saved; "
+            elif rank() > 0:
                 with atomic_path(rank_file(folder / f"checkpoint-{step:07d}"), True) as path:
                     torch.save({"step": step, "rng": rng}, path)
             else:
