@@ -314,7 +314,7 @@ def _last_sound(folder: Path, before: int) -> Path | None:
     del damaged[path]
     for other, reason in damaged.items():
         aside = other.with_name(f"damaged-{other.name}")
-        message = "%s: %s; it is renamed to %s, and %s before it is taken"
+        message = "%s: %s; it is renamed to %s, and the newest sound one, %s, is taken"
         log.warning(message, other, reason, aside.name, path.name)
         shutil.rmtree(aside, ignore_errors=True)
         other.rename(aside)

@@ -1,5 +1,6 @@
 """What a training keeps when it ends early: signals, its last whole step, errors in one line."""
 
+import errno
 import logging
 import os
 import re
@@ -25,7 +26,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 NORM = nn.modules.batchnorm._BatchNorm
 LOWER = "lower --batch-size, --image-size or --workers"
 # what torch and the system say: memory, a data loading process, the GPU, the connection of ranks
-MEMORY = r"can't allocate memory|out of memory|not enough memory|bad_alloc|can't start new thread"
+MEMORY = (
+    r"can(no|')t allocate memory|out of memory|not enough memory|bad_alloc|can't start new thread"
+)
 WORKER = r"DataLoader worker .*(killed by signal|exited unexpectedly)|insufficient shared memory"
 DEVICE = r"CUDA error: (?!device-side assert)|CUDNN_STATUS|CUBLAS_STATUS"
 PEERS = r"closed by peer|reset by peer|Broken pipe|Timed out waiting|gloo|NCCL|ProcessGroup"
@@ -239,7 +242,7 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 def _explain_machine(error: BaseException, text: str) -> str:
     """Returns one line for an error of the machine that the run is on, "" for any other."""
-    if isinstance(error, OSError) and error.errno is not None and error.errno != 12:
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOMEM):
         return ""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(MEMORY, text):
         return f"the memory is not enough ({first_line(error)}); {LOWER}, or make the model smaller"
