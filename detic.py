@@ -72,27 +72,19 @@ from common.batch import Batch
 from common.boxes import select_detections
 from common.cascade import Cascade, MaskHead, StageOutput, loss_box_reg, mlp, sample_federated
 from common.centernet import CenterNet
-from common.checkpoint import (
-    last_checkpoint,
-    load_checkpoint,
-    load_weights,
-    read_model,
-    save_checkpoint,
-    save_weights,
-)
+from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
 from common.class_counts import boxed_names, images_per_class, seen_and_unseen
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
 from common.convert import convert_centernet2_detic, convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.distributed import amp_context, gather, rank, setup_device, should_compile, world_size
 from common.errors import InputError
-from common.evaluation import report
 from common.image_label_losses import RIVALS, Bag, ImageLabelLoss, label_bce, mean_over_bags
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
 from common.labels import LabelSpace, Vocabulary
 from common.masks import paste_rles
 from common.optim import learning_rate, scaled_lr
-from common.runlog import RunLog, check_finite, make_run_folder
+from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RatioBatchSampler, make_loader, repeat_factors
 from common.targets import Targets
 from common.text import embed, sentence_encoder
@@ -140,10 +132,18 @@ class Args:
     """lowest score that is drawn"""
     resume: str = ""
     """run folder whose last checkpoint to go on from"""
+    replay: Annotated[int, COUNT] = 0
+    """a step of --resume whose loss was not finite: compute its losses again, and end"""
     output: str = ""
     """run folder (default: runs/<method>-<time>)"""
     checkpoint_every: Annotated[int, Range(1)] = 1000
     """steps between checkpoints"""
+    keep: Annotated[int, Range(1)] = 2
+    """checkpoints that are kept, the newest ones"""
+    eval_every: Annotated[int, COUNT] = 0
+    """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
+    skip_bad: Annotated[int, COUNT] = 0
+    """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
     """data loading processes per rank"""
     amp: Literal["auto", "on", "off"] = "auto"
@@ -592,11 +592,16 @@ def build_dataloader(
     sampler = RatioBatchSampler(factors, [*ratios.values()], [*batches.values()], *place)
     square = sides if should_compile(args.compile, device) else None
     mixture = Mixture(datasets, transforms, args.seed)
-    return make_loader(mixture, args.workers, square, batch_sampler=sampler)
+    return make_loader(mixture, args, square, batch_sampler=sampler)
 
 
 def train(
-    args: Args, datasets: list[Dataset], label_space: LabelSpace, folder: Path, device: torch.device
+    args: Args,
+    datasets: list[Dataset],
+    label_space: LabelSpace,
+    folder: Path,
+    device: torch.device,
+    evaluated: Sequence[Dataset] = (),
 ) -> tuple[Model, LabelSpace]:
     """Trains on `datasets`. Writes metrics, checkpoints and weights to the run folder.
 
@@ -611,7 +616,7 @@ def train(
     captioned = [d.name for d in datasets if d.index.captions]
     encode = sentence_encoder(args.text_encoder) if captioned else None
 
-    checkpoint = last_checkpoint(folder) if args.resume else None
+    checkpoint = last_checkpoint(folder, args.replay)
     weights = checkpoint or args.weights
     model = Model(args, label_space, pretrained=not weights).to(device)
     if weights:
@@ -637,7 +642,8 @@ def train(
         # image-level labels train neither the mask head nor the box regression
         parallel = DistributedDataParallel(model, find_unused_parameters=True)
     loader = build_dataloader(args, datasets, start, device)
-    run_log = RunLog(folder, steps, start)
+    run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)
+    run_log.evaluate_with(evaluate, evaluated)
 
     for step, batch in zip(range(start + 1, steps + 1), loader):
         # step: forward, backward, update
@@ -656,19 +662,11 @@ def train(
         losses = compute_losses(args, *outputs, targets, frequency[classes])
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        losses = {term: value.detach() for term, value in losses.items()}
-        check_finite(losses, step)
+        losses = run_log.check_finite(losses, step, batch)
         nn.utils.clip_grad_value_(model.parameters(), 1.0)
         optimizer.step()
-
-        # log and save
         run_log.step(step, losses, optimizer.param_groups[0]["lr"], len(batch) * world_size())
-        if step % args.checkpoint_every == 0 or step == steps:
-            save_checkpoint(folder, step, model, label_space, optimizer, metadata)
-    run_log.close()
-    if rank() == 0:
-        save_weights(folder / "weights.safetensors", model, label_space, metadata)
-    return model, label_space
+    return model, run_log.finish()
 
 
 # -- Evaluate --------------------------------------------------------------------------------------
@@ -733,17 +731,16 @@ def main() -> None:
     else:
         model, label_space = load(args.weights, args, device)
     evaluated = evaluation_datasets(args, label_space, size, without=without_boxes)
-    folder = make_run_folder(args, METHOD)
+    folder = make_run_folder(args, METHOD, label_space)
     if training:
         warn_of_overlap(datasets, evaluated)
-        model, label_space = train(args, datasets, label_space, folder, device)
+        model, label_space = train(args, datasets, label_space, folder, device, evaluated)
     if args.predict:
         transform = ResizeShortest(args.test_size)
         classes = label_space.swap(args.vocabulary)  # without --vocabulary all classes
         predict_files(partial(predict, model), args, classes, transform, folder)
     else:
-        report(evaluate(args, model, label_space, evaluated, folder), folder)
-    log.info("results and pictures: %s/", folder)
+        report(evaluate(args, model, label_space, evaluated, folder), folder, args)
 
 
 if __name__ == "__main__":

@@ -72,20 +72,12 @@ from torchvision.ops import StochasticDepth
 
 from common.backbone import Backbone
 from common.batch import Batch
-from common.checkpoint import (
-    last_checkpoint,
-    load_checkpoint,
-    load_weights,
-    read_model,
-    save_checkpoint,
-    save_weights,
-)
+from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
 from common.convert import convert_if_official, convert_mask2former
 from common.dataset_heads import DatasetHeads
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
-from common.evaluation import report
 from common.inference import evaluate_dataset, predict_each, predict_files
 from common.labels import LabelSpace, Vocabulary, fold
 from common.mask_losses import MaskOutput, loss_dice, loss_mask, mask_cost, masks_per_rank
@@ -93,7 +85,7 @@ from common.masks import segment_masks
 from common.optim import parameter_groups, poly_learning_rate, scaled_lr
 from common.pixel_decoder import PixelDecoder, tokens
 from common.point_matching import assign_by_depth, sample_pairs
-from common.runlog import RunLog, check_finite, make_run_folder
+from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RatioBatchSampler, make_loader
 from common.segments import FullMasks, panoptic_map, semantic_labels
 from common.targets import Targets
@@ -140,10 +132,18 @@ class Args:
     """lowest score that is drawn"""
     resume: str = ""
     """run folder whose last checkpoint to go on from"""
+    replay: Annotated[int, COUNT] = 0
+    """a step of --resume whose loss was not finite: compute its losses again, and end"""
     output: str = ""
     """run folder (default: runs/<method>-<time>)"""
     checkpoint_every: Annotated[int, Range(1)] = 1000
     """steps between checkpoints"""
+    keep: Annotated[int, Range(1)] = 2
+    """checkpoints that are kept, the newest ones"""
+    eval_every: Annotated[int, COUNT] = 0
+    """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
+    skip_bad: Annotated[int, COUNT] = 0
+    """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
     """data loading processes per rank"""
     amp: Literal["auto", "on", "off"] = "auto"
@@ -587,11 +587,16 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     place = (args.seed, start, rank(), world_size())
     sampler = RatioBatchSampler(factors, [*ratios.values()], batches, *place, apart=True)
     mixture = Mixture(datasets, transforms, args.seed)
-    return make_loader(mixture, args.workers, batch_sampler=sampler)
+    return make_loader(mixture, args, batch_sampler=sampler)
 
 
 def train(
-    args: Args, datasets: list[Dataset], label_space: LabelSpace, folder: Path, device: torch.device
+    args: Args,
+    datasets: list[Dataset],
+    label_space: LabelSpace,
+    folder: Path,
+    device: torch.device,
+    evaluated: Sequence[Dataset] = (),
 ) -> tuple[Model, LabelSpace]:
     """Trains on `datasets`. Writes metrics, checkpoints and weights to the run folder.
 
@@ -606,7 +611,7 @@ def train(
     encoder = context_encoder(args.text_encoder, device) if learned else None
     width = encoder.width if encoder else 0
 
-    checkpoint = last_checkpoint(folder) if args.resume else None
+    checkpoint = last_checkpoint(folder, args.replay)
     weights = checkpoint or args.weights
     model = Model(args, label_space, pretrained=not weights, width=width).to(device)
     if args.classifier == "text" and not encoder:
@@ -629,7 +634,9 @@ def train(
         # a step of the multi-head baseline trains one dataset's head
         parallel = DistributedDataParallel(model, find_unused_parameters=model.heads is not None)
     loader = build_dataloader(args, datasets, start)
-    run_log = RunLog(folder, steps, start)
+    trained = partial(trained_label_space, args, model, label_space)
+    run_log = RunLog(args, folder, steps, start, model, trained, optimizer, metadata)
+    run_log.evaluate_with(evaluate, evaluated)
 
     for step, batch in zip(range(start + 1, steps + 1), loader):
         # step: forward, backward, update
@@ -649,21 +656,11 @@ def train(
         losses = compute_losses(args, output, targets)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        losses = {term: value.detach() for term, value in losses.items()}
-        check_finite(losses, step)
+        losses = run_log.check_finite(losses, step, batch)
         nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
-
-        # log and save
         run_log.step(step, losses, rate, len(batch) * world_size(), name)
-        if step % args.checkpoint_every == 0 or step == steps:
-            label_space = trained_label_space(args, model, label_space)
-            save_checkpoint(folder, step, model, label_space, optimizer, metadata)
-    run_log.close()
-    label_space = trained_label_space(args, model, label_space)
-    if rank() == 0:
-        save_weights(folder / "weights.safetensors", model, label_space, metadata)
-    return model, label_space
+    return model, run_log.finish()
 
 
 def trained_label_space(args: Args, model: Model, label_space: LabelSpace) -> LabelSpace:
@@ -733,17 +730,16 @@ def main() -> None:
     else:
         model, label_space = load(args.weights, args, device)
     evaluated = evaluation_datasets(args, label_space, size, SUPERVISION)
-    folder = make_run_folder(args, METHOD)
+    folder = make_run_folder(args, METHOD, label_space)
     if training:
         warn_of_overlap(datasets, evaluated)
-        model, label_space = train(args, datasets, label_space, folder, device)
+        model, label_space = train(args, datasets, label_space, folder, device, evaluated)
     if args.predict:
         transform = test_transform(args, "")
         classes = label_space.swap(args.vocabulary)
         predict_files(partial(predict, model), args, classes, transform, folder)
     else:
-        report(evaluate(args, model, label_space, evaluated, folder), folder)
-    log.info("results and pictures: %s/", folder)
+        report(evaluate(args, model, label_space, evaluated, folder), folder, args)
 
 
 if __name__ == "__main__":

@@ -74,24 +74,16 @@ from common.batch import Batch
 from common.boxes import select_detections
 from common.cascade import Cascade, StageOutput, loss_box_reg, sample_federated
 from common.centernet import CenterNet
-from common.checkpoint import (
-    last_checkpoint,
-    load_checkpoint,
-    load_weights,
-    read_model,
-    save_checkpoint,
-    save_weights,
-)
+from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
 from common.class_counts import images_per_class
-from common.command import COUNT, SIDE, Range, parse_args, run_command, saved_args
+from common.command import COUNT, SIDE, Range, given, parse_args, run_command, saved_args
 from common.convert import convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
-from common.evaluation import report
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
 from common.labels import LabelSpace, Vocabulary
 from common.optim import learning_rate, scaled_lr
-from common.runlog import RunLog, check_finite, make_run_folder
+from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RepeatFactorSampler, make_loader, repeat_factors
 from common.targets import Targets
 from common.text import embed
@@ -137,10 +129,18 @@ class Args:
     """lowest score that is drawn"""
     resume: str = ""
     """run folder whose last checkpoint to go on from"""
+    replay: Annotated[int, COUNT] = 0
+    """a step of --resume whose loss was not finite: compute its losses again, and end"""
     output: str = ""
     """run folder (default: runs/<method>-<time>)"""
     checkpoint_every: Annotated[int, Range(1)] = 1000
     """steps between checkpoints"""
+    keep: Annotated[int, Range(1)] = 2
+    """checkpoints that are kept, the newest ones"""
+    eval_every: Annotated[int, COUNT] = 0
+    """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
+    skip_bad: Annotated[int, COUNT] = 0
+    """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
     """data loading processes per rank"""
     amp: Literal["auto", "on", "off"] = "auto"
@@ -163,7 +163,7 @@ class Args:
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
     batch_size: Annotated[int, Range(1)] = 64
     """images per step over all ranks"""
-    steps: Annotated[int, COUNT] = 0
+    steps: Annotated[int | None, COUNT] = None
     """optimiser steps (default: 90000 per training dataset)"""
     lr: Annotated[float, Range(above=0)] = 2e-4
     """learning rate for --base-batch-size images, scaled linearly; falls by half a cosine to 0"""
@@ -475,11 +475,16 @@ def build_dataloader(
     square = sides if should_compile(args.compile, device) else None
     mixture = Mixture(datasets, transforms, args.seed)
     batch_size = args.batch_size // world_size()
-    return make_loader(mixture, args.workers, square, sampler=sampler, batch_size=batch_size)
+    return make_loader(mixture, args, square, sampler=sampler, batch_size=batch_size)
 
 
 def train(
-    args: Args, datasets: list[Dataset], label_space: LabelSpace, folder: Path, device: torch.device
+    args: Args,
+    datasets: list[Dataset],
+    label_space: LabelSpace,
+    folder: Path,
+    device: torch.device,
+    evaluated: Sequence[Dataset] = (),
 ) -> tuple[Model, LabelSpace]:
     """Trains on `datasets`. Writes metrics, checkpoints and weights to the run folder.
 
@@ -495,7 +500,7 @@ def train(
         cosines = label_space.text @ label_space.text.T  # raw, not rescaled
         report_label_space(cosines.cpu(), label_space, folder)
 
-    checkpoint = last_checkpoint(folder) if args.resume else None
+    checkpoint = last_checkpoint(folder, args.replay)
     weights = checkpoint or args.weights
     model = Model(args, label_space, pretrained=not weights).to(device)
     if weights:
@@ -503,7 +508,7 @@ def train(
     model.train()
     metadata = {"method": METHOD, "args": asdict(args)}
 
-    steps = args.steps or 90_000 * len(datasets)
+    steps = given(args.steps, 90_000 * len(datasets))
     warmup = min(args.warmup_steps, steps // 9)
     warmup_factor = 1e-4
     lr = scaled_lr(args.lr, args)
@@ -516,7 +521,8 @@ def train(
     if world_size() > 1:
         parallel = DistributedDataParallel(model)
     loader = build_dataloader(args, datasets, start, device)
-    run_log = RunLog(folder, steps, start)
+    run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)
+    run_log.evaluate_with(evaluate, evaluated)
 
     for step, batch in zip(range(start + 1, steps + 1), loader):
         # step: forward, backward, update
@@ -531,19 +537,11 @@ def train(
         losses = compute_losses(args, *outputs, targets, tables)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        losses = {term: value.detach() for term, value in losses.items()}
-        check_finite(losses, step)
+        losses = run_log.check_finite(losses, step, batch)
         nn.utils.clip_grad_value_(model.parameters(), 1.0)
         optimizer.step()
-
-        # log and save
         run_log.step(step, losses, optimizer.param_groups[0]["lr"], len(batch) * world_size())
-        if step % args.checkpoint_every == 0 or step == steps:
-            save_checkpoint(folder, step, model, label_space, optimizer, metadata)
-    run_log.close()
-    if rank() == 0:
-        save_weights(folder / "weights.safetensors", model, label_space, metadata)
-    return model, label_space
+    return model, run_log.finish()
 
 
 # -- Evaluate --------------------------------------------------------------------------------------
@@ -602,17 +600,16 @@ def main() -> None:
     else:
         model, label_space = load(args.weights, args, device)
     evaluated = evaluation_datasets(args, label_space, size)
-    folder = make_run_folder(args, METHOD)
+    folder = make_run_folder(args, METHOD, label_space)
     if training:
         warn_of_overlap(datasets, evaluated)
-        model, label_space = train(args, datasets, label_space, folder, device)
+        model, label_space = train(args, datasets, label_space, folder, device, evaluated)
     if args.predict:
         transform = ResizeShortest(args.test_size)
         classes = label_space.swap(args.vocabulary)  # without --vocabulary all classes
         predict_files(partial(predict, model), args, classes, transform, folder)
     else:
-        report(evaluate(args, model, label_space, evaluated, folder), folder)
-    log.info("results and pictures: %s/", folder)
+        report(evaluate(args, model, label_space, evaluated, folder), folder, args)
 
 
 if __name__ == "__main__":

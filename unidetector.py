@@ -79,17 +79,16 @@ from common.checkpoint import (
     load_checkpoint,
     load_weights,
     read_model,
-    save_checkpoint,
     save_weights,
 )
 from common.class_counts import count_classes, images_per_class, read_prior, seen_and_unseen
 from common.clip_resnet import RegionClassifier, RegionOutput
-from common.command import COUNT, SIDE, Range, parse_args, run_command, saved_args
+from common.command import COUNT, SIDE, Range, given, parse_args, run_command, saved_args
 from common.convert import convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.distributed import rank, setup_device, world_size
 from common.errors import InputError
-from common.evaluation import evaluate_detections, recall, report
+from common.evaluation import evaluate_detections, recall
 from common.inference import (
     detection,
     draw_predictions,
@@ -101,7 +100,7 @@ from common.labels import LabelSpace, Vocabulary
 from common.oln import BOX_WEIGHTS, OLN, loss_roi_box
 from common.optim import scaled_lr, stepped_learning_rate
 from common.proposals import fingerprint, with_proposals
-from common.runlog import RunLog, check_finite, make_run_folder
+from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, make_loader, make_sampler
 from common.targets import Targets, match_regions
 from common.text import embed
@@ -147,10 +146,18 @@ class Args:
     """lowest score that is drawn"""
     resume: str = ""
     """run folder whose last checkpoint to go on from"""
+    replay: Annotated[int, COUNT] = 0
+    """a step of --resume whose loss was not finite: compute its losses again, and end"""
     output: str = ""
     """run folder (default: runs/<method>-<time>)"""
     checkpoint_every: Annotated[int, Range(1)] = 1000
     """steps between checkpoints"""
+    keep: Annotated[int, Range(1)] = 2
+    """checkpoints that are kept, the newest ones"""
+    eval_every: Annotated[int, COUNT] = 0
+    """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
+    skip_bad: Annotated[int, COUNT] = 0
+    """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
     """data loading processes per rank"""
     amp: Literal["auto", "on", "off"] = "auto"
@@ -183,9 +190,9 @@ class Args:
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
     batch_size: Annotated[int, Range(1)] = 16
     """images per step over all ranks"""
-    steps: Annotated[int, COUNT] = 0
+    steps: Annotated[int | None, COUNT] = None
     """steps of the localizer (default: 12 epochs); the rate falls to a tenth at 8/12 and 11/12"""
-    classifier_steps: Annotated[int, COUNT] = 0
+    classifier_steps: Annotated[int | None, COUNT] = None
     """steps of the classifier (default: 12 epochs)"""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd with momentum 0.9 (paper); adamw, at a twentieth of the rates, for a few hundred steps"""
@@ -279,20 +286,14 @@ class Model(nn.Module):
     """
 
     def __init__(
-        self,
-        args: Args,
-        label_space: LabelSpace,
-        pretrained: bool = True,
-        pretrained_localizer: bool = True,
+        self, args: Args, label_space: LabelSpace, pretrained: bool = True, localizer: bool = True
     ):
         """pretrained: starts from published weights. The localizer needs both flags for that."""
         super().__init__()
         self.args = args
-        pretrained_localizer = pretrained and pretrained_localizer
+        localizer = pretrained and localizer
         settings = (args.amp, args.rois_per_image, args.rpn_proposals)
-        self.localizer = OLN(
-            args.backbone, args.channels, args.fc_dim, pretrained_localizer, *settings
-        )
+        self.localizer = OLN(args.backbone, args.channels, args.fc_dim, localizer, *settings)
         num_classifiers = len(label_space.datasets) if args.structure == "separate" else 1
         if args.stage == "localizer":
             num_classifiers = 0
@@ -528,11 +529,16 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     sampler = make_sampler(args.sampler, datasets, *place)
     mixture = Mixture(datasets, {d.name: resize for d in datasets}, args.seed)
     batch_size = args.batch_size // world_size()
-    return make_loader(mixture, args.workers, sampler=sampler, batch_size=batch_size)
+    return make_loader(mixture, args, sampler=sampler, batch_size=batch_size)
 
 
 def train(
-    args: Args, datasets: list[Dataset], label_space: LabelSpace, folder: Path, device: torch.device
+    args: Args,
+    datasets: list[Dataset],
+    label_space: LabelSpace,
+    folder: Path,
+    device: torch.device,
+    evaluated: Sequence[Dataset] = (),
 ) -> tuple[Model, LabelSpace]:
     """Trains the localizer and then, on its proposals, the classifiers (`train_stage`).
 
@@ -543,31 +549,28 @@ def train(
         log.info(dataset.summary())
     label_space = label_space.to(device)
 
-    checkpoint = last_checkpoint(folder) if args.resume else None
+    checkpoint = last_checkpoint(folder, args.replay)
     weights = checkpoint or args.weights
     only_classifier = args.stage == "classifier" and not checkpoint
     pretrained = not weights or only_classifier
-    model = Model(args, label_space, pretrained, pretrained_localizer=not weights).to(device)
+    model = Model(args, label_space, pretrained, localizer=not weights).to(device)
     if weights:
         load_weights(weights, model, only="localizer." if only_classifier else "")
 
     epochs = max(1, 12 * sum(map(len, datasets)) // args.batch_size)
-    switch = 0 if args.stage == "classifier" else args.steps or epochs
-    steps = switch if args.stage == "localizer" else switch + (args.classifier_steps or epochs)
+    switch = 0 if args.stage == "classifier" else given(args.steps, epochs)
+    steps = switch if args.stage == "localizer" else switch + given(args.classifier_steps, epochs)
     start = checkpoint_step(checkpoint) if checkpoint else 0
-    run_log = RunLog(folder, steps, start)
-    run = (label_space, folder, run_log)
     if start < switch:
-        train_stage(args, model, "localizer", range(switch), datasets, *run)
+        train_stage(args, model, "localizer", range(switch), datasets, label_space, folder)
     if max(start, switch) < steps:
         key = fingerprint(model.localizer, args.test_size, args.rpn_proposals, args.alpha)
         locate = partial(embed_regions, model, limit=0)
         resize = ResizeShortest(args.test_size)
-        datasets = with_proposals(locate, datasets, resize, folder, key, args.workers)
-        train_stage(args, model, "classifiers", range(switch, steps), datasets, *run)
-    run_log.close()
-    if rank() == 0:
-        save_weights(folder / "weights.safetensors", model, label_space, run_metadata(args))
+        datasets = with_proposals(locate, datasets, resize, folder, key, args)
+        rest = range(switch, steps)
+        train_stage(args, model, "classifiers", rest, datasets, label_space, folder, evaluated)
+    save_weights(folder / "weights.safetensors", model, label_space, run_metadata(args))
     return model, label_space
 
 
@@ -585,7 +588,7 @@ def train_stage(
     datasets: list[Dataset],
     label_space: LabelSpace,
     folder: Path,
-    run_log: RunLog,
+    evaluated: Sequence[Dataset] = (),
 ) -> None:
     """Trains one part of the model, "localizer" or "classifiers", in the given steps of the run.
 
@@ -604,7 +607,7 @@ def train_stage(
     kinds = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
     optimizer = kinds[args.optimizer](parameters, lr=lr, weight_decay=1e-4)
     torch.manual_seed(args.seed + rank())  # a stage begins alike in a resumed run
-    checkpoint = last_checkpoint(folder) if args.resume else None
+    checkpoint = last_checkpoint(folder, args.replay)
     start = steps.start
     if checkpoint and checkpoint_step(checkpoint) > start:
         start = load_checkpoint(checkpoint, optimizer)
@@ -613,6 +616,9 @@ def train_stage(
     if world_size() > 1:
         parallel = DistributedDataParallel(model, find_unused_parameters=separate)
     loader = build_dataloader(args, datasets, start - steps.start)
+    metadata = run_metadata(args)
+    run_log = RunLog(args, folder, steps.stop, start, model, label_space, optimizer, metadata)
+    run_log.evaluate_with(evaluate, evaluated)
 
     for step, batch in zip(range(start + 1, steps.stop + 1), loader):
         # step: forward, backward, update
@@ -631,16 +637,12 @@ def train_stage(
         losses = compute_losses(outputs, targets, losses, frequency)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        losses = {term: value.detach() for term, value in losses.items()}
-        check_finite(losses, step)
+        losses = run_log.check_finite(losses, step, batch)
         if classifying:
             nn.utils.clip_grad_norm_(parameters, 35.0)
         optimizer.step()
-
-        # log and save
         run_log.step(step, losses, optimizer.param_groups[0]["lr"], len(batch) * world_size())
-        if step % args.checkpoint_every == 0 or step == steps.stop:
-            save_checkpoint(folder, step, model, label_space, optimizer, run_metadata(args))
+    run_log.close()
 
 
 # -- Evaluate --------------------------------------------------------------------------------------
@@ -724,10 +726,10 @@ def main() -> None:
     evaluated = evaluation_datasets(args, label_space, size)
     for dataset in evaluated if args.prior else ():  # what it lacks must show before the training
         read_prior(args.prior, dataset.vocabulary)
-    folder = make_run_folder(args, METHOD)
+    folder = make_run_folder(args, METHOD, label_space)
     if training:
         warn_of_overlap(datasets, evaluated)
-        model, label_space = train(args, datasets, label_space, folder, device)
+        model, label_space = train(args, datasets, label_space, folder, device, evaluated)
     if args.predict:
         if not model.classifiers:
             raise InputError(
@@ -741,8 +743,7 @@ def main() -> None:
         transform = ResizeShortest(args.test_size)
         predict_files(partial(predict, model, prior=prior), args, classes, transform, folder)
     else:
-        report(evaluate(args, model, label_space, evaluated, folder), folder)
-    log.info("results and pictures: %s/", folder)
+        report(evaluate(args, model, label_space, evaluated, folder), folder, args)
 
 
 if __name__ == "__main__":

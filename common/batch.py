@@ -30,6 +30,8 @@ class Sample:
     image_labels:  (K,) int64, classes that are somewhere in the image, or None
     captions:      sentences about the image
     proposals:     (Q, 4) float32 xyxy, boxes of a frozen localizer in pixels of `image`, or None
+    draw:          in training, the number of the draw, on which the augmentation depends
+    file_name:     in training, the path of the image in its dataset
     """
 
     image: Tensor
@@ -45,6 +47,8 @@ class Sample:
     image_labels: Tensor | None = None
     captions: tuple[str, ...] = ()
     proposals: Tensor | None = None
+    draw: int = -1
+    file_name: str = ""
 
     @classmethod
     def unlabelled(cls, image: Tensor, dataset: str, image_id: int | str, index: int) -> "Sample":

@@ -16,32 +16,43 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common.distributed import gather_on_main, rank, world_size
+from common.distributed import on_main, rank, world_size
 from common.errors import InputError
-from common.files import atomic_path
+from common.files import atomic_path, file_digest
 from common.labels import LabelSpace, Vocabulary
 
 log = logging.getLogger("concord")
 
 TEXT = "label_space."  # prefix of the tensors that hold the text of a dataset
+SUMS = "checksums.json"  # of a checkpoint: its step, and the SHA-256 of its files
 
 
 def save_weights(path: Path, model: nn.Module, label_space: LabelSpace, metadata: dict) -> None:
     """Writes a model and the label space that it was trained on as one safetensors file.
 
-    The tensors are the model's state dict and "label_space.<dataset>", the text embeddings of each
-    dataset. The class names are added to the metadata, as "vocabularies". Its values become JSON.
+    Only rank 0 writes. The tensors are the model's state dict and "label_space.<dataset>", the text
+    embeddings of each dataset. The class names are added to the metadata, as "vocabularies". Its
+    values become JSON.
     """
+    if rank() > 0:
+        return
     vocabularies = label_space.vocabularies.values()
     text = {TEXT + v.dataset: v.text for v in vocabularies if v.text is not None}
     names = {v.dataset: {"names": v.names, "is_thing": v.is_thing} for v in vocabularies}
     save_tensors(path, model.state_dict() | text, metadata | {"vocabularies": names})
 
 
+def copy_weights(source: Path, target: Path, about: dict) -> None:
+    """Copies a weights file, with `about` added to its metadata. Raises OSError."""
+    with safe_open(source, framework="pt") as opened:
+        metadata = {key: json.loads(value) for key, value in opened.metadata().items()}
+    save_tensors(target, load_file(source), metadata | about)
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
     """Writes tensors and JSON metadata as safetensors. Raises OSError if the disk is full."""
     tensors = {key: value.contiguous() for key, value in tensors.items()}
-    with atomic_path(path) as temporary:
+    with atomic_path(path, durable=True) as temporary:
         try:
             save_file(
                 tensors,
@@ -229,28 +240,35 @@ def check_tensor(file: Path, key: str, own: Tensor | None, stored: Tensor | None
 def save_checkpoint(
     folder: Path,
     step: int,
+    rng: list[list[Tensor]],
     model: nn.Module,
     label_space: LabelSpace,
     optimizer: Optimizer,
     metadata: dict,
+    keep: int,
 ) -> None:
-    """Writes checkpoint-<step>/ whole or not at all, then removes all checkpoints but the last two.
+    """Writes checkpoint-<step>/ whole or not at all, then removes all but the last `keep`.
 
-    Every rank must call it, since each has its own random state. Rank 0 writes.
+    The folder has the weights, the state of the optimizer, `rng` (the random states of the ranks)
+    and a checksum of each file. Only rank 0 calls it. Raises OSError if the disk is full.
     """
-    states = gather_on_main(rng_states())
-    if rank() > 0:
-        return
-    with atomic_path(folder / f"checkpoint-{step:07d}") as temporary:
+    path = folder / f"checkpoint-{step:07d}"
+    with atomic_path(path, durable=True) as temporary:
         temporary.mkdir()
-        save_weights(temporary / "weights.safetensors", model, label_space, metadata)
-        state = {"step": step, "optimizer": optimizer.state_dict(), "rng": states}
+        weights = temporary / "weights.safetensors"
+        save_weights(weights, model, label_space, metadata | {"step": step})
+        state = {"step": step, "optimizer": optimizer.state_dict(), "rng": rng}
         try:
-            torch.save(state, temporary / "state.pt")
+            torch.save(state | {"ranks": world_size()}, temporary / "state.pt")
         except RuntimeError as error:  # what torch makes of a full disk
             raise OSError(errno.ENOSPC, str(error).splitlines()[0], str(folder)) from None
-    for old in checkpoints(folder)[:-2]:
+        digests = {file.name: file_digest(file) for file in temporary.iterdir()}
+        (temporary / SUMS).write_text(json.dumps({"step": step, "files": digests}))
+        shutil.rmtree(path, ignore_errors=True)  # a rename does not replace a folder
+    for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
+        for file in folder.glob(f"{old.name}-rank*.pt"):
+            file.unlink(missing_ok=True)
 
 
 def rng_states() -> list[Tensor]:
@@ -267,9 +285,70 @@ def checkpoints(folder: Path) -> list[Path]:
     )
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """Returns the newest checkpoint of a run folder, or None. `load_weights` takes its path."""
-    return checkpoints(folder)[-1] if checkpoints(folder) else None
+def last_checkpoint(folder: Path, before: int = 0) -> Path | None:
+    """Returns the newest sound checkpoint of a run folder; its weights load with `load_weights`.
+
+    Newer ones that are damaged are renamed to damaged-<name>, each with a line. Every rank calls
+    it. Raises InputError if there are checkpoints and none is sound.
+
+    before: a step; only checkpoints of earlier ones count. 0: all
+    """
+    return on_main(_last_sound, folder, before)
+
+
+def _last_sound(folder: Path, before: int) -> Path | None:
+    paths = [path for path in checkpoints(folder) if not before or checkpoint_step(path) < before]
+    damaged = {}
+    for path in reversed(paths):
+        damaged[path] = damage(path)
+        if not damaged[path]:
+            break
+    else:
+        if not damaged:
+            return None
+        found = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
+        raise InputError(
+            f"no checkpoint of {folder} is sound ({found}); delete them to start from nothing, or"
+            " choose another --output"
+        )
+    del damaged[path]
+    for other, reason in damaged.items():
+        aside = other.with_name(f"damaged-{other.name}")
+        message = "%s: %s; it is renamed to %s, and the newest sound one, %s, is taken"
+        log.warning(message, other, reason, aside.name, path.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        other.rename(aside)
+    return path
+
+
+def stored_names(weights: Path) -> dict[str, list[str]] | None:
+    """Returns {dataset: class names} of the label space in a weights file; None if damaged."""
+    try:
+        with safe_open(weights, framework="pt") as opened:
+            records = json.loads(opened.metadata()["vocabularies"])
+        return {dataset: record["names"] for dataset, record in records.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+        return None
+
+
+def damage(checkpoint: Path) -> str:
+    """Returns what is wrong with the files of a checkpoint, "" if they are as they were written."""
+    try:
+        record = json.loads((checkpoint / SUMS).read_text())
+        steps = {int(record["step"]), checkpoint_step(checkpoint)}
+        for name in ("weights.safetensors", "state.pt"):
+            if file_digest(checkpoint / name) != record["files"][name]:
+                return f"{name} is not as it was written"
+        with safe_open(checkpoint / "weights.safetensors", framework="pt") as opened:
+            steps.add(int(opened.metadata()["step"]))
+            for key in opened.keys():  # noqa: SIM118 (not a dict)
+                if not opened.get_tensor(key).isfinite().all():
+                    return f"its weights are not finite ({key}): the training had failed before"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        return f"{SUMS} or a file that it names cannot be read ({type(error).__name__}: {error})"
+    return "" if len(steps) == 1 else f"its files are of the steps {sorted(steps)}"
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -280,8 +359,9 @@ def checkpoint_step(checkpoint: Path) -> int:
 def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
     """Restores the optimizer and the random state of this rank, in place. Returns the step.
 
-    The random state stays as it is if the checkpoint has another number of ranks. The model is not
-    loaded. Raises InputError for a damaged checkpoint, and for one of another model.
+    The random state stays as it is if the checkpoint has none for this rank, or has another number
+    of ranks. A line says so. The model is not loaded. Raises InputError for a damaged checkpoint,
+    and for one of another model.
     """
     try:
         state = load_plain(checkpoint / "state.pt")
@@ -293,11 +373,7 @@ def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
                 for m in moments.values()
             ):
                 raise ValueError("the optimiser's moments are of another model")
-        if len(state["rng"]) == world_size():
-            cpu, *cuda = state["rng"][rank()]
-            torch.set_rng_state(cpu)
-            if cuda:
-                torch.cuda.set_rng_state(cuda[0])
+        _restore_rng(checkpoint, state)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
@@ -306,3 +382,31 @@ def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
         ) from None
     log.info("resumed from %s", checkpoint)
     return step
+
+
+def rank_file(checkpoint: Path) -> Path:
+    """Returns the file beside a checkpoint with the random state of this rank.
+
+    It is written by ranks other than 0 if the run ended early, when ranks do not wait for others.
+    """
+    return checkpoint.with_name(f"{checkpoint.name}-rank{rank()}.pt")
+
+
+def _restore_rng(checkpoint: Path, state: dict) -> None:
+    """Restores the random state of this rank, of a loaded state.pt or of `rank_file`."""
+    if state["ranks"] != world_size():
+        message = "%s is of %d ranks, now there are %d: their random numbers start anew"
+        log.info(message, checkpoint, state["ranks"], world_size())
+        return
+    if rank() < len(state["rng"]):
+        cpu, *cuda = state["rng"][rank()]
+    else:
+        try:
+            cpu, *cuda = load_plain(rank_file(checkpoint))["rng"]
+        except ValueError:
+            message = "%s cannot be read: the random numbers of this rank start anew"
+            log.error(message, rank_file(checkpoint))
+            return
+    torch.set_rng_state(cpu)
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda[0])

@@ -2,16 +2,17 @@
 
 import dataclasses
 import difflib
-import json
 import logging
 import math
 import multiprocessing
 import os
 import resource
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import torch.distributed as dist
 import tyro
@@ -20,8 +21,13 @@ from tqdm import tqdm
 from common.checkpoint import read_metadata
 from common.console import open_console
 from common.convert import convert_if_official
-from common.distributed import environment_number
-from common.errors import InputError, SomeFailed
+from common.distributed import environment_number, rank
+from common.errors import InputError
+from common.rescue import Stop, explain, heed_no_more, heed_signals, rescue
+from common.runlog import unlock
+from common.settings import OF_A_START, read_args
+
+log = logging.getLogger("concord")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +102,17 @@ def parse_args(
         near = difflib.get_close_matches(unknown[0], flags, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
         raise InputError(f"unknown argument '{unknown[0]}'; {hint}")
+    if args.replay and not args.resume:
+        raise InputError(f"--replay {args.replay} needs --resume: the run folder of that training")
     if args.resume:
-        repeated = vars(default).keys() - {"resume", "output", "eval_only", "predict"}
-        saved = read_args(Path(args.resume) / "args.json", method)
+        for name in ("output", "weights", "predict", "eval_only"):
+            if getattr(args, name):
+                raise InputError(
+                    f"--{name.replace('_', '-')} has no effect beside --resume {args.resume}, which"
+                    " goes on with that training; leave one of them out"
+                )
+        repeated = vars(default).keys() - OF_A_START
+        saved = read_args(Path(args.resume), method)
         args, _ = parse(with_saved(default, saved, repeated))
     elif args.weights:
         weights = str(convert_if_official(args.weights, method, convert))
@@ -130,6 +144,8 @@ def with_saved(default, saved: dict, names):
         value = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
         is_number = isinstance(getattr(default, name), float)
         kinds = (int, float) if is_number else type(getattr(default, name))
+        if isinstance(hints[name], UnionType):  # int | None
+            kinds = hints[name]
         choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else [value]
         if not isinstance(value, kinds) or value not in choices:
             raise InputError(
@@ -156,6 +172,8 @@ def check_numbers(args) -> None:
     """
     hints = get_type_hints(type(args), include_extras=True)
     for name, value in vars(args).items():
+        if value is None:  # the default depends on the datasets
+            continue
         numbers = value if isinstance(value, tuple) else (value,)
         flag = f"--{name.replace('_', '-')} {' '.join(map(str, numbers))}"
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
@@ -172,6 +190,11 @@ def check_numbers(args) -> None:
         raise InputError(
             f"--batch-size {args.batch_size} is not a multiple of the {ranks} ranks; make it one"
         )
+
+
+def given(value, default):
+    """Returns the value of a flag, or `default` if it was not given (None)."""
+    return default if value is None else value
 
 
 def per_dataset(args, name: str, datasets: list, default: int, **special: int) -> dict[str, int]:
@@ -197,42 +220,45 @@ def per_dataset(args, name: str, datasets: list, default: int, **special: int) -
     return values
 
 
-def read_args(path: Path, method: str) -> dict:
-    """Reads `path`, a run's args.json. Raises InputError if unreadable or of another method."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"--resume: {path} cannot be read ({error}); name the run folder of a training"
-        ) from None
-    if not isinstance(saved, dict) or saved.get("method") != method:
-        raise InputError(
-            f"--resume: {path} is not of a {method} training; name the run folder of one"
-        )
-    return saved
-
-
 def close_bars() -> None:
     """Closes all progress bars, so that a message gets a line of its own."""
     for bar in list(getattr(tqdm, "_instances", [])):
         bar.close()
 
 
-def fail(line: str, code: int = 2) -> None:
-    """Prints one line and ends the process with the exit code."""
+def fail(error: BaseException) -> NoReturn:
+    """Saves the last whole step, prints one line for the error and ends the process.
+
+    An unknown error is raised again, for its traceback. The exit codes are those of `explain`.
+    """
+    heed_no_more()
     close_bars()
-    print(f"error: {line}", file=sys.stderr)
+    line, code = explain(error)
+    kept = rescue()
+    if code > 128:  # a signal, which all ranks get
+        if rank() == 0:
+            print("; ".join(filter(None, (line, kept))), file=sys.stderr)
+    else:
+        if kept:
+            log.info(kept)
+        if line:
+            print(f"error: {line}", file=sys.stderr)
+    if not line and dist.is_initialized():
+        traceback.print_exception(error)
     sys.stdout.flush()
+    sys.stderr.flush()
     if dist.is_initialized():
         os._exit(code)  # other ranks may wait in a collective: do not join them
+    if not line:
+        raise error
     sys.exit(code)
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Calls `main()` as a command.
+    """Calls `main()` as a command. What it has trained when it ends early is saved.
 
-    InputError and OSError end the process with one line and exit code 2, an interrupt with 130. If
-    some of several inputs failed, the exit code is 1.
+    Bad input, a signal and lack of memory end it with one line. The exit code is 2 for bad input,
+    128 + the number of a signal, else 1, also if some of several inputs failed.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[open_console()])
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -242,28 +268,12 @@ def run_command(main: Callable[[], None]) -> None:
     if sys.platform == "linux":
         # Python 3.14's default would give every worker a copy of the mapped annotations
         multiprocessing.set_start_method("fork", force=True)
-    try:
-        main()
-    except InputError as error:
-        # a DataLoader worker hands on its whole traceback; the message is the last line
-        fail(str(error).strip().splitlines()[-1].removeprefix("common.errors.InputError: "))
-    except SomeFailed as error:
-        fail(str(error), code=1)
-    except OSError as error:  # a full disk, a read-only folder, a name that is too long
-        if error.errno is None:
-            raise
-        place = error.filename or "writing"
-        fail(
-            f"{place}: {error.strerror}; see to the disk or folder, or choose another --output or"
-            " CONCORD_CACHE"
-        )
-    except KeyboardInterrupt:
-        close_bars()
-        print(
-            "interrupted; --resume RUN_FOLDER goes on from its last checkpoint, if there is one",
-            file=sys.stderr,
-        )
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with heed_signals():
+        try:
+            main()
+        except (Exception, KeyboardInterrupt, Stop) as error:
+            fail(error)
+        finally:
+            unlock()
+    if dist.is_initialized():
+        dist.destroy_process_group()

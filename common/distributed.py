@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from common.errors import InputError
 
 log = logging.getLogger("concord")
+
+WAIT = timedelta(hours=2)  # the other ranks wait while rank 0 scores a large dataset
 
 
 def setup_device(device: str, seed: int) -> torch.device:
@@ -32,8 +35,7 @@ def setup_device(device: str, seed: int) -> torch.device:
         _check_launch()
         if device == "cuda":
             device = f"cuda:{environment_number('LOCAL_RANK')}"
-        # the other ranks wait while rank 0 scores a large dataset
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=WAIT)
     try:
         torch.zeros((), device=device).item()
     except RuntimeError:
@@ -44,6 +46,10 @@ def setup_device(device: str, seed: int) -> torch.device:
     torch.manual_seed(seed + rank())
     if rank() > 0:
         log.setLevel(logging.ERROR)
+    if world_size() > 1:
+        hours = WAIT.total_seconds() / 3600
+        message = "%d ranks: one that waits more than %g hours for another ends with an error"
+        log.info(message, world_size(), hours)
     return torch.device(device)
 
 
@@ -88,6 +94,32 @@ def from_main(value):
     if world_size() > 1:
         dist.broadcast_object_list(box)
     return box[0]
+
+
+def on_main(function: Callable, *given):
+    """Returns, on every rank, what `function` returns on rank 0, the only one that calls it.
+
+    An InputError that it raises is raised on every rank, so that none waits for the others.
+    """
+    result = error = None
+    if rank() == 0:
+        try:
+            result = function(*given)
+        except InputError as raised:
+            error = raised
+    result, error = from_main((result, error))
+    if error:
+        raise error
+    return result
+
+
+def largest_of_ranks(numbers: list[int], device: torch.device) -> list[int]:
+    """Returns the largest of each number over all ranks, the same list on every rank."""
+    if world_size() == 1:
+        return numbers
+    row = torch.tensor(numbers, device=device)
+    dist.all_reduce(row, dist.ReduceOp.MAX)
+    return row.tolist()
 
 
 def gather_on_main(value) -> list:

@@ -45,13 +45,16 @@ def cache_dir() -> Path:
 
 
 @contextmanager
-def atomic_path(path: Path | str) -> Iterator[Path]:
+def atomic_path(path: Path | str, durable: bool = False) -> Iterator[Path]:
     """Yields a temporary path. What the block writes there replaces `path` in one step at the end.
 
     It may be a file or a folder. A reader sees the old content or the new, never half of it. The
     temporary name is unique, so two processes can write at once. The folder of `path` is created.
     If the block raises, what it wrote is removed and `path` stays as it was. Raises OSError if
     `path` cannot be written.
+
+    durable: waits until all of it is on the disk itself. Otherwise a power cut can leave the new
+             name with an empty file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,12 +62,50 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}-{os.getpid()}-{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
         yield temporary
+        if durable:
+            for file in [*temporary.rglob("*"), temporary]:
+                _sync(file)
         os.replace(temporary, path)
+        if durable:
+            _sync(path.parent)  # the new name
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Writes a file, or the list of names of a folder, to the disk itself."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def sweep(folder: Path, starts: tuple[str, ...]) -> None:
+    """Removes what killed writes of `atomic_path` left in `folder`, and logs how many.
+
+    starts: of the names that are written there. No other process may write such a file meanwhile.
+    """
+    left = [path for path in folder.glob(".*-*-*") if path.name[1:].startswith(starts)]
+    for path in left:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    if left:
+        log.info("%s: %d half-written files of an earlier run are removed", folder, len(left))
+
+
+def file_digest(path: Path) -> str:
+    """Returns the SHA-256 of a file, in hex digits. Raises OSError if it cannot be read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def refuse_pipe(path: Path, what: str) -> None:

@@ -37,6 +37,7 @@ from common.runlog import progress_bar
 from common.sampling import Transformed, shard
 from common.segment_metrics import Counts, segment_counts, segment_results, warn_of_absent
 from common.segments import segment_rows
+from common.unreadable import load_patiently
 from common.visualize import prediction_grid, save_image
 
 log = logging.getLogger("concord")
@@ -88,7 +89,7 @@ class _WithTruth(Transformed):
     """Yields each image twice: transformed, and as it is with its crowd annotations."""
 
     def __getitem__(self, i: int) -> tuple[Sample, Sample]:
-        truth = self.dataset.load(self.rows[i], keep_ignored=True)
+        truth = load_patiently(self.dataset, self.rows[i], keep_ignored=True)
         return self.transform(truth), truth
 
 
@@ -300,6 +301,7 @@ def predict_files(
             f"{failed} of {num_files} files could not be predicted, see above; {folder}/ has the "
             "others"
         )
+    log.info("results and pictures: %s/", folder)
 
 
 def _predict_file(

@@ -14,6 +14,7 @@ from common.datasets.dataset import Dataset
 from common.distributed import from_main, rank
 from common.files import atomic_path
 from common.inference import predict_dataset
+from common.unreadable import Readable, Skips
 
 # coordinates are stored as fractions of the image's sides, in uint16: right to 0.02 pixels
 UNIT = 65535
@@ -68,27 +69,28 @@ def with_proposals(
     resize: Callable[[Sample], Sample],
     folder: Path,
     key: str,
-    workers: int,
+    args,
 ) -> list[WithProposals]:
     """Returns copies of the datasets, in order, that load proposals. Computes the missing files.
 
-    locate:  takes a batch and returns one dictionary per image. Its entry "proposals" has "boxes"
-             (Q, 4) in pixels of the original image, and "size", its (height, width)
-    resize:  transforms each sample before `locate` gets the batch
-    folder:  where the proposal files lie, or are written
-    key:     `fingerprint` of the localizer, part of the file names
-    workers: processes that load images
+    locate: takes a batch and returns one dictionary per image. Its entry "proposals" has "boxes"
+            (Q, 4) in pixels of the original image, and "size", its (height, width)
+    resize: transforms each sample before `locate` gets the batch
+    folder: where the proposal files lie, or are written
+    key:    `fingerprint` of the localizer, part of the file names
+    args:   --workers and --skip-bad; an unreadable image that may be skipped has no proposals
 
     Every rank must call it, since all ranks compute and rank 0 writes.
     """
 
     def compact(batch: Batch) -> list[dict]:
         stored = []
-        for image in locate(batch):
+        for sample, image in zip(batch.samples, locate(batch)):
             found = image["proposals"]
             height, width = found["size"]
             scale = np.array([width, height, width, height])
             fractions = found["boxes"].cpu().numpy() / scale
+            fractions *= bool(sample.image.any())  # boxes of size 0 are padding
             stored.append({"boxes": np.round(fractions.clip(0, 1) * UNIT).astype(np.uint16)})
         return stored
 
@@ -98,7 +100,8 @@ def with_proposals(
         path = folder / f"proposals-{dataset.name}-{key}{images}.npy"
         if not from_main(intact(path, len(dataset))):
             title = f"{dataset.name}: proposals to train on"
-            found = predict_dataset(compact, dataset, resize, workers, title)
+            readable = Readable(**vars(dataset), skips=Skips(args.skip_bad, folder))
+            found = predict_dataset(compact, readable, resize, args.workers, title)
             if rank() == 0:
                 most = max(len(image["boxes"]) for image in found.values())
                 table = np.zeros((len(dataset), most, 4), np.uint16)

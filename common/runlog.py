@@ -1,4 +1,4 @@
-"""Writes the run folder with args.json, metrics.jsonl and TensorBoard; shows progress bars."""
+"""Writes the run folder with args.json, metrics.jsonl, results.json and TensorBoard; shows bars."""
 
 import dataclasses
 import fcntl
@@ -10,53 +10,125 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
-from common.checkpoint import checkpoints
-from common.distributed import from_main, rank, world_size
+from common.batch import Batch
+from common.checkpoint import (
+    checkpoint_step,
+    checkpoints,
+    copy_weights,
+    rng_states,
+    save_weights,
+    stored_names,
+)
+from common.datasets.dataset import Dataset
+from common.distributed import (
+    from_main,
+    gather_on_main,
+    largest_of_ranks,
+    on_main,
+    rank,
+    world_size,
+)
 from common.errors import InputError
-from common.files import atomic_path
+from common.evaluation import format_table
+from common.files import atomic_path, sweep
+from common.labels import LabelSpace
+from common.replay import compare, read_record, write_record
+from common.rescue import LastStep, Stop, asked, check_asked
+from common.settings import go_on
+from common.validation import (
+    Results,
+    is_recorded,
+    keep_lines,
+    record_evaluation,
+    undisturbed,
+    without_nan,
+)
 
 log = logging.getLogger("concord")
+
+EVERY = 20  # steps between two lines of metrics.jsonl
 
 # -- Run folder ------------------------------------------------------------------------------------
 
 
-def make_run_folder(args, method: str) -> Path:
+def make_run_folder(args, method: str, label_space: LabelSpace) -> Path:
     """Creates the run folder with its args.json. Returns the path, the same on all ranks.
 
-    The folder is --resume, else --output, else runs/<method>-<time>-<process id>. An existing
-    args.json is kept. Raises InputError if the folder cannot be written, if --resume has no
-    checkpoint, and if the folder holds another training.
+    The folder is --resume, else --output, else runs/<method>-<time>-<process id>. `args.output`
+    becomes its path. A training locks it until the command ends, and goes on from what it holds.
+    Settings that changed since are written to args.json, whose "history" keeps the old ones.
+    Raises InputError on every rank if the folder cannot be used, if another run is training in it,
+    if a setting changed that must not, and if `label_space` is another.
     """
     default = f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = Path(from_main(args.resume or args.output or default))
-    training = not (args.eval_only or args.predict)
-    if training and args.resume and not checkpoints(folder):
-        raise InputError(
-            f"--resume {folder} holds no checkpoint yet; start again with another --output"
-        )
-    if training and not args.resume and (folder / "metrics.jsonl").exists():
-        raise InputError(
-            f"run folder {folder} already holds a training; --resume it or choose another --output"
-        )
-    if rank() > 0:
-        return folder
+    on_main(_prepare, folder, args, method, label_space)
+    if not (args.eval_only or args.predict):
+        args.output = str(folder)
+    return folder
+
+
+def _prepare(folder: Path, args, method: str, label_space: LabelSpace) -> None:
     record = dataclasses.asdict(args) | {"method": method, "environment": environment()}
+    file = folder / "args.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "args.json").exists():
-            with atomic_path(folder / "args.json") as path:
-                path.write_text(json.dumps(record, indent=1))
+        if args.eval_only or args.predict:
+            if not file.exists():
+                _write_record(file, record)
+            return
+        _lock(folder)
+        sweep(folder, ("checkpoint-", "weights-", "best-", "args-", "metrics-", "evaluations-"))
+        if checkpoints(folder) or (folder / "metrics.jsonl").exists():
+            record = go_on(folder, record, method, label_space)
+        elif args.replay:
+            raise InputError(f"--replay {args.replay}: no training began in {folder}")
+        if record:
+            _write_record(file, record)
     except OSError as error:
         raise InputError(
             f"run folder {folder} cannot be written ({error.strerror}); choose another --output"
         ) from None
-    return folder
+
+
+def _write_record(file: Path, record: dict) -> None:
+    with atomic_path(file, durable=True) as path:
+        path.write_text(json.dumps(record, indent=1))
+
+
+LOCKS: dict[Path, TextIO] = {}  # of the run folders that this process has locked
+
+
+def _lock(folder: Path) -> None:
+    """Locks the folder until this process ends. Raises InputError if another process has it.
+
+    The lock is not inherited by data loading processes, which may outlive this one by seconds.
+    """
+    path = (folder / "run.lock").resolve()
+    if path in LOCKS:
+        return
+    file = path.open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another run is training in {folder}; choose another --output") from None
+    LOCKS[path] = file  # closing it, or another file object of it, would unlock it
+
+
+def unlock() -> None:
+    """Unlocks all run folders that this process has locked."""
+    for path in list(LOCKS):
+        LOCKS.pop(path).close()
 
 
 def environment() -> dict[str, str | int]:
@@ -82,58 +154,124 @@ def environment() -> dict[str, str | int]:
 
 
 class RunLog:
-    """Writes the losses of a training to metrics.jsonl, TensorBoard and a progress bar.
+    """Follows a training: metrics.jsonl, TensorBoard, a progress bar, checkpoints, evaluations.
 
     Only rank 0 writes. Lines of metrics.jsonl after step `start` are dropped, since a resumed run
-    writes them again. The folder is locked until `close`. Raises InputError if another run is
-    training in it.
+    writes them again. If the process ends early, `common.rescue` saves the last whole step. With
+    --replay nothing is written, and `check_finite` ends the process.
 
+    args:  --checkpoint-every, --keep, --eval-every, --replay and --seed
     steps: number of steps of the whole training
     start: number of steps that are done already
-    every: number of steps between two lines
+    model, label_space, optimizer, metadata: the content of a checkpoint, see `LastStep`
     """
 
-    def __init__(self, folder: Path, steps: int, start: int, every: int = 20):
-        self.every = every
+    def __init__(
+        self,
+        args,
+        folder: Path,
+        steps: int,
+        start: int,
+        model: nn.Module,
+        label_space: LabelSpace | Callable[[], LabelSpace],
+        optimizer: Optimizer,
+        metadata: dict,
+    ):
+        self.args = args
+        self.folder = folder
+        self.steps = steps
+        self.start = start
+        self.content = (model, label_space, optimizer, metadata)
+        if args.replay:
+            self._begin_replay()
+            return
+        self.last = LastStep(folder, start, *self.content, keep=args.keep)
         self.active = rank() == 0
         if not self.active:
             return
-        self.lock = (folder / "args.json").open("a")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another run is training in {folder}; choose another --output"
-            ) from None
         path = folder / "metrics.jsonl"
-        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-        written = [step_of(line) for line in lines]
-        if damaged := written.count(None):
-            log.warning("%s: %d damaged lines are dropped", path, damaged)
-        kept = [line for line, step in zip(lines, written) if step is not None and step <= start]
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(kept))
+        keep_lines(path, start)
+        keep_lines(folder / "evaluations.jsonl", start)
         self.file = path.open("a")
         self.board = tensorboard_writer(folder)
         self.bar = progress_bar("train", steps, start, "step")
         self.images = 0  # since the last line
         self.since = time.perf_counter()
 
+    def _begin_replay(self) -> None:
+        """Says which weights the failed step is computed with. Raises InputError without steps."""
+        replay = self.args.replay
+        if self.start >= self.steps:
+            raise InputError(f"--replay {replay} is beyond the {self.steps} steps of this training")
+        exact = "as it was" if self.start == replay - 1 else f"though step {replay - 1} was before"
+        message = "step %d is computed with the weights of step %d, %s"
+        log.info(message, replay, self.start, exact)
+
+    def check_finite(self, losses: dict[str, Tensor], step: int, batch: Batch) -> dict[str, Tensor]:
+        """Returns the losses without gradients, if the sum "loss" of every rank is finite.
+
+        Raises InputError on every rank otherwise. It names the losses that are not finite, and
+        writes what `batch` holds to failed-step-<step>.json. Raises `Stop` if a signal has asked a
+        rank to end. No rank returns before all have called it; then the weights may change.
+        With --replay it compares the losses with the recorded ones, and ends the process.
+        """
+        losses = {name: value.detach() for name, value in losses.items()}
+        replay = self.args.replay
+        if replay:
+            compare(read_record(self.folder, replay), losses)
+        failed = not math.isfinite(losses["loss"])
+        state = [int(failed), asked()]
+        any_failed, number = largest_of_ranks(state, losses["loss"].device)
+        if number:
+            raise Stop(number)
+        if any_failed and not replay:
+            write_record(self.folder, step, self.args.seed, losses, batch)
+        step = replay or step
+        if failed:
+            bad = [name for name, value in losses.items() if not math.isfinite(value)]
+            named = ", ".join(name for name in bad if name != "loss") or "loss"
+            raise InputError(f"step {step}: {named} is not finite; lower --lr or turn --amp off")
+        if any_failed:
+            raise InputError(f"step {step}: the loss of another rank is not finite; it says which")
+        if replay:
+            log.info("step %d: all losses are finite this time", step)
+            raise SystemExit(0)
+        self.last.begin_update()
+        return losses
+
     def step(
         self, step: int, losses: dict[str, Tensor], lr: float, images: int, dataset: str = ""
     ) -> None:
-        """Counts one step. Every `every` steps and at the last, writes this step's losses.
+        """Counts one step, whose update is done. Writes a line every `EVERY` steps and at the end.
+
+        Saves a checkpoint every --checkpoint-every steps and at the end, and evaluates every
+        --eval-every steps but the last. Raises `Stop` if a signal has asked this process to end.
 
         losses:  scalars, with their sum "loss"
         lr:      learning rate
         images:  number of images in this step, over all ranks
         dataset: name of the step's dataset, which has its own curves in TensorBoard; "": several
         """
-        if not self.active:
-            return
+        self.last.note(step)
+        if self.active:
+            self._write(step, losses, lr, images, dataset)
+        self.last.in_update = False
+        if world_size() == 1:
+            check_asked()
+        if step == self.steps or step % self.args.checkpoint_every == 0:
+            states = gather_on_main(rng_states())
+            if self.active:
+                self.last.save(states)
+            self.last.saved = step  # on the other ranks, too
+        self._evaluate(step)
+        self.last.in_loop = step < self.steps
+
+    def _write(
+        self, step: int, losses: dict[str, Tensor], lr: float, images: int, dataset: str
+    ) -> None:
         self.bar.update()
         self.images += images
-        if step % self.every and step != self.bar.total:
+        if step % EVERY and step != self.steps:
             return
         now = time.perf_counter()
         rate = self.images / (now - self.since)
@@ -150,22 +288,78 @@ class RunLog:
             for name, value in values.items():
                 self.board.add_scalar(f"{dataset}/{name}" if dataset else name, value, step)
 
+    def evaluate_with(self, evaluate: Callable[..., Results], datasets: Sequence[Dataset]) -> None:
+        """Evaluates `datasets` every --eval-every steps. Every rank calls it.
+
+        It does so at once if this run goes on from such a step whose evaluation was cut off.
+
+        evaluate: called as evaluate(args, model, label_space, datasets, folder)
+        datasets: none for a training that is not evaluated on the way
+        """
+        self.evaluate = evaluate
+        self.evaluated = datasets
+        stage_goes_on = bool(self.content[2].state)  # of the optimizer
+        if stage_goes_on and not from_main(is_recorded(self.folder, self.start)):
+            self._evaluate(self.start)
+
+    def _evaluate(self, step: int) -> None:
+        """Evaluates the model of `step` if it is due, and keeps the best weights.
+
+        The training does not change by it. A signal ends it at once: all of `step` is whole.
+        """
+        every = self.args.eval_every
+        if not (every and self.evaluated) or step % every or step >= self.steps:
+            return
+        began = time.perf_counter()
+        self.last.in_loop = False
+        model, label_space, _, metadata = self.content
+        with undisturbed(model):
+            label_space = label_space() if callable(label_space) else label_space
+            results = self.evaluate(self.args, model, label_space, self.evaluated, self.folder)
+        if self.active:
+
+            def save(path: Path, about: dict) -> None:
+                save_weights(path, model, label_space, metadata | about)
+
+            record_evaluation(self.folder, step, results, label_space.datasets, save)
+            self.since += time.perf_counter() - began
+        self.last.in_loop = True
+
+    def finish(self) -> LabelSpace:
+        """Closes the files, writes weights.safetensors, and returns the trained label space."""
+        self.close()
+        model, label_space, _, metadata = self.content
+        label_space = label_space() if callable(label_space) else label_space
+        save_weights(self.folder / "weights.safetensors", model, label_space, metadata)
+        return label_space
+
     def close(self) -> None:
-        """Closes the files and unlocks the folder."""
+        """Closes the files."""
+        self.last.in_loop = False
         if self.active:
             self.bar.close()
             self.file.close()
-            self.lock.close()
             if self.board:
                 self.board.close()
 
 
-def step_of(line: str) -> int | None:
-    """Returns the number of the step in a line of metrics.jsonl, or None if the line is damaged."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        return None
+def report(results: Results, folder: Path, args) -> None:
+    """Writes results.json to `folder`, and the table to the log. Does nothing without results.
+
+    After a training with --eval-every it also does what `record_evaluation` says.
+    """
+    if not results:
+        return
+    with atomic_path(folder / "results.json") as path:
+        path.write_text(json.dumps(without_nan(results), indent=1))
+    log.info("\n%s", format_table(results))
+    if args.eval_every and not args.eval_only:
+        weights = folder / "weights.safetensors"
+        trained = stored_names(weights) or {}
+        done = [checkpoint_step(path) for path in checkpoints(folder)]
+        save = partial(copy_weights, weights)
+        record_evaluation(folder, max(done, default=0), results, trained, save)
+    log.info("results and pictures: %s/", folder)
 
 
 def progress_bar(title: str, total: int, initial: int = 0, unit: str = "img") -> tqdm:
@@ -187,11 +381,3 @@ def tensorboard_writer(folder: Path):
         )
         return None
     return SummaryWriter(folder)
-
-
-def check_finite(losses: dict[str, Tensor], step: int) -> None:
-    """Raises InputError if the sum "loss" is not finite. The error says which losses are not."""
-    if not math.isfinite(losses["loss"]):
-        bad = [name for name, value in losses.items() if not math.isfinite(value)]
-        named = ", ".join(name for name in bad if name != "loss") or "loss"
-        raise InputError(f"step {step}: {named} is not finite; lower --lr or turn --amp off")

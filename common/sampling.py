@@ -7,9 +7,10 @@ resumed run continues it.
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from torch.utils.data import DataLoader
 from common.batch import Sample, collate
 from common.datasets.dataset import Dataset
 from common.errors import InputError
+from common.replay import read_record, recorded_rows
+from common.unreadable import NONE, Skips, load_patiently
 
 
 @dataclass
@@ -26,13 +29,15 @@ class Mixture(torch.utils.data.Dataset):
 
     `row` counts the images of all datasets. `draw` counts the elements of the sampler's stream, so
     that it differs each time an image is drawn. The random numbers of an augmentation depend on the
-    seed and on `draw` alone, not on the number of workers.
+    seed and on `draw` alone, not on the number of workers. So does the image of the same dataset
+    that takes the place of an unreadable one, as far as `skips` allows.
     transforms: {dataset: augmentation}
     """
 
     datasets: list[Dataset]
     transforms: dict[str, Callable[[Sample], Sample]]
     seed: int
+    skips: Skips = NONE
 
     def __post_init__(self):
         self.starts = first_rows(self.datasets)
@@ -43,12 +48,27 @@ class Mixture(torch.utils.data.Dataset):
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         row, draw = item
         d = int(np.searchsorted(self.starts, row, side="right")) - 1
-        start = int(self.starts[d])
-        sample = self.datasets[d].load(row - start)
+        sample = self._load(d, row - int(self.starts[d]), draw)
         transform = self.transforms[sample.dataset]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed * 1_000_003 + draw)
-            return transform(sample)
+            transformed = transform(sample)
+        name = self.datasets[d].index.file_name(sample.index)
+        return replace(transformed, draw=draw, file_name=name)
+
+    def _load(self, d: int, row: int, draw: int) -> Sample:
+        """Returns image `row` of dataset d, or another one of it if that is unreadable."""
+        dataset = self.datasets[d]
+        rng = np.random.default_rng([self.seed, draw])
+        for _ in range(100):
+            try:
+                return load_patiently(dataset, row)
+            except InputError as error:
+                name = f"{dataset.name}: {dataset.index.file_name(row)}"
+                if not self.skips.admits(name, error):
+                    raise
+            row = int(rng.integers(len(dataset)))
+        raise InputError(f"{dataset.name}: 100 images in a row are unreadable; see to the disk")
 
 
 @dataclass
@@ -63,7 +83,7 @@ class Transformed(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Sample:
-        sample = self.dataset.load(self.rows[i])
+        sample = load_patiently(self.dataset, self.rows[i])
         return self.transform(sample)
 
 
@@ -294,21 +314,27 @@ def refuse_huge_batch(batch_size: int, transforms: Iterable[Callable]) -> None:
 
 
 def make_loader(
-    mixture: Mixture, workers: int, square: dict[str, int] | None = None, **sampling
+    mixture: Mixture, args, square: dict[str, int] | None = None, **sampling
 ) -> DataLoader:
     """Returns the DataLoader of a training, which makes batches with `collate`.
 
-    workers:  number of processes that load images
+    args:     --workers, --skip-bad, --replay, and --output, the run folder
     square:   {dataset: side}; batches are padded to at least side x side; None for no such padding
     sampling: DataLoader's arguments sampler and batch_size, or batch_sampler
-    Raises InputError if a batch cannot fit into memory.
+    With --replay it has one batch, that of the record. Raises InputError if a batch cannot fit into
+    memory.
     """
     batch_size = sampling.get("batch_size") or max(sampling["batch_sampler"].sizes)
     refuse_huge_batch(int(batch_size), mixture.transforms.values())
+    mixture.skips = Skips(args.skip_bad, Path(args.output))
+    if args.replay:
+        record = read_record(Path(args.output), args.replay)
+        rows = recorded_rows(record, mixture.datasets, mixture.starts, args.seed)
+        sampling = {"batch_sampler": [rows]}
     return DataLoader(
         mixture,
         collate_fn=partial(collate, square=square),
-        num_workers=workers,
+        num_workers=args.workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own: it must not disturb the run's random numbers
         **sampling,

@@ -5,6 +5,7 @@ import logging
 import os
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -322,13 +323,14 @@ def test_bad_ratios(ratios, sizes, ranks, words):
 )
 def test_a_batch_beyond_the_memory_is_refused_before_it_is_loaded(transform):
     mixture = Mixture([labelled("a", [[0], []], 2)], {"a": transform}, 0)
+    args = SimpleNamespace(workers=0, skip_bad=0, output=".")
     words = r"1000000000 images of 640 x 640 pixels takes 1,228,800 GB.*lower --batch-size"
     with pytest.raises(InputError, match=words):
-        make_loader(mixture, 0, batch_size=10**9, sampler=[])
+        make_loader(mixture, args, batch_size=10**9, sampler=[])
     sampler = RatioBatchSampler([np.ones(2)], [1], [10**9], 0)
     with pytest.raises(InputError, match=words):
-        make_loader(mixture, 0, batch_sampler=sampler)
-    assert make_loader(mixture, 0, batch_size=64, sampler=[]).batch_size == 64
+        make_loader(mixture, args, batch_sampler=sampler)
+    assert make_loader(mixture, args, batch_size=64, sampler=[]).batch_size == 64
 
 
 def test_class_aware_sampling_needs_a_class():

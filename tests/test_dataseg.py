@@ -22,6 +22,7 @@ from torch import nn
 
 import common.backbone
 import common.point_matching
+import common.rescue
 import dataseg
 from common import mask_losses
 from common.batch import Batch, Sample, collate
@@ -947,7 +948,7 @@ def test_recipe(datasets, tmp_path, monkeypatch):
     monkeypatch.setattr(dataseg, "parameter_groups", spy_groups)
     monkeypatch.setattr(torch.optim, "AdamW", spy_adamw)
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", spy_clip)
-    monkeypatch.setattr(dataseg, "save_checkpoint", lambda *_: None)
+    monkeypatch.setattr(common.rescue, "save_checkpoint", lambda *_, **__: None)
     monkeypatch.setattr(common.backbone, "load_pretrained", lambda *_: False)
     args = replace(
         SMALL, image_size=64, semantic_size=64, batch_size=2, base_batch_size=4, lr=1e-3, steps=3
@@ -1311,14 +1312,14 @@ def official(tmp_path, monkeypatch):
 def test_training_starts_from_an_official_mask2former(official, data, tmp_path, call, monkeypatch):
     (file, source), models, parameter_groups = official, [], dataseg.parameter_groups
 
-    def enough(losses, step):
+    def enough(run_log, losses, step, batch):
         assert losses["loss"].isfinite()
         raise Enough  # before the optimiser's first step
 
     monkeypatch.setattr(
         dataseg, "parameter_groups", lambda m, *k: models.append(m) or parameter_groups(m, *k)
     )
-    monkeypatch.setattr(dataseg, "check_finite", enough)
+    monkeypatch.setattr(dataseg.RunLog, "check_finite", enough)
     # the weights tell them
     sizes = {"--backbone", "--channels", "--queries", "--encoder-layers", "--decoder-layers"}
     flags = [flag for pair in zip(*[iter(data)] * 2) if pair[0] not in sizes for flag in pair]

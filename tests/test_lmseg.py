@@ -1319,12 +1319,12 @@ def test_lmseg_trained_context_needs_no_encoder_for_trained_names(
     for name in ("label_space.my.maps", "background"):
         assert torch.equal(last[name], tensors[name])
 
-    def stop(losses, step):
+    def stop(run_log, losses, step, batch):
         if step == 3:
             raise Enough
 
     with monkeypatch.context() as patch, pytest.raises(Enough):
-        patch.setattr(lmseg, "check_finite", stop)
+        patch.setattr(lmseg.RunLog, "check_finite", stop)
         call(*data, "--checkpoint-every", 2, "--output", tmp_path / "stopped", method="lmseg")
     call("--resume", tmp_path / "stopped", method="lmseg")
     assert same_weights(tmp_path / "stopped", whole)
@@ -1426,7 +1426,7 @@ def test_lmseg_multi_head_baseline(own_data, tiny_root, tmp_path, call, fails):
         (["--decoder-layers", "-1"], ["--decoder-layers -1"]),
         (["--channels", "20"], ["--channels 20"]),
         (["--object-threshold", "1.5"], ["--object-threshold 1.5"]),
-        (["--resume", "gone"], ["--resume: gone"]),
+        (["--resume", "gone"], ["--output", "--resume gone"]),
         (["--query", "9"], ["unknown argument '--query'; did you mean --queries?"]),
     ],
 )

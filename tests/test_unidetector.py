@@ -449,9 +449,6 @@ def test_recipe_of_unidetector(tiny_root, tmp_path, monkeypatch):
         seen.append(settings)
         return schedule(*settings)
 
-    def stop(folder, steps, start):
-        raise Enough(steps)
-
     monkeypatch.setattr(torch.optim, "SGD", spy_sgd)
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", spy_clip)
     monkeypatch.setattr(unidetector, "stepped_learning_rate", spy_schedule)
@@ -466,10 +463,12 @@ def test_recipe_of_unidetector(tiny_root, tmp_path, monkeypatch):
     settings = {"momentum": 0.9, "weight_decay": 1e-4}
     localizer, classifier = ([(lr, settings), (0, lr, 1, 500, 1e-3)] for lr in (0.01, 0.001))
     assert seen == [*localizer, *classifier, ("clip", 35.0)]
-    monkeypatch.setattr(unidetector, "RunLog", stop)
     # 12 epochs of each network
-    with pytest.raises(Enough, match=f"^{2 * 12 * len(dataset) // 2}$"):
-        unidetector.train(args, *given)
+    epochs, ranges = 12 * len(dataset) // 2, []
+    monkeypatch.setattr(unidetector, "train_stage", lambda *stage: ranges.append(stage[3]))
+    monkeypatch.setattr(unidetector, "with_proposals", lambda *_: [dataset])
+    unidetector.train(args, *given[:2], tmp_path / "other", torch.device("cpu"))
+    assert ranges == [range(epochs), range(epochs, 2 * epochs)]
 
 
 # -- label spaces ----------------------------------------------------------------------------------
@@ -1053,12 +1052,12 @@ def test_resume_ends_with_the_same_weights(
         2,
     ]
 
-    def check(losses, step):
+    def check(run_log, losses, step, batch):
         if step == checkpoint + 1:
             raise Enough
 
     with monkeypatch.context() as patch, pytest.raises(Enough):
-        patch.setattr(unidetector, "check_finite", check)
+        patch.setattr(unidetector.RunLog, "check_finite", check)
         call(*data, *QUICK, "--output", tmp_path / "run", method="unidetector")
     call("--resume", tmp_path / "run", method="unidetector")
     ours, whole = (load_file(path / "weights.safetensors") for path in (tmp_path / "run", trained))

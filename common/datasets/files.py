@@ -108,7 +108,6 @@ def open_image(path: Path, data: bytes | None = None, kind: str = "image") -> It
     Raises InputError if the image is missing or cannot be decoded, also for an error of Pillow
     inside the `with` block.
     """
-    why = ""
     try:
         refuse_pipe(path, kind)
         with warnings.catch_warnings():
@@ -121,16 +120,18 @@ def open_image(path: Path, data: bytes | None = None, kind: str = "image") -> It
     except FileNotFoundError:
         raise InputError(f"{kind} {path} does not exist; check the path") from None
     except UnidentifiedImageError:
-        why = f"it is none of {', '.join(readable_formats())}"
+        raise _undecodable(path, kind, f"it is none of {', '.join(readable_formats())}") from None
     except Image.DecompressionBombError:
         limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
         raise InputError(
             f"{kind} {path} has more than {limit} megapixels; make it smaller or cut it into tiles"
         ) from None
     except (OSError, ValueError, SyntaxError) as error:
-        why = str(error)
-    if why:
-        raise InputError(f"{kind} {path} cannot be decoded ({why}); replace it or remove its entry")
+        raise _undecodable(path, kind, str(error)) from None
+
+
+def _undecodable(path: Path, kind: str, why: str) -> InputError:
+    return InputError(f"{kind} {path} cannot be decoded ({why}); replace it or remove its entry")
 
 
 def listing(name: str, root: Path, endings: tuple[str, ...]) -> dict[str, str]:

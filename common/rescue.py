@@ -1,0 +1,269 @@
+"""What a training keeps when it ends early: signals, its last whole step, errors in one line."""
+
+import errno
+import logging
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from common.checkpoint import rank_file, rng_states, save_checkpoint
+from common.distributed import rank, world_size
+from common.errors import InputError, SomeFailed
+from common.files import atomic_path
+from common.labels import LabelSpace
+
+log = logging.getLogger("concord")
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+NORM = nn.modules.batchnorm._BatchNorm
+LOWER = "lower --batch-size, --image-size or --workers"
+# what torch and the system say: memory, a data loading process, the GPU, the connection of ranks
+MEMORY = (
+    r"can(no|')t allocate memory|out of memory|not enough memory|bad_alloc|can't start new thread"
+)
+WORKER = r"DataLoader worker .*(killed by signal|exited unexpectedly)|insufficient shared memory"
+DEVICE = r"CUDA error: (?!device-side assert)|CUDNN_STATUS|CUBLAS_STATUS"
+PEERS = r"closed by peer|reset by peer|Broken pipe|Timed out waiting|gloo|NCCL|ProcessGroup"
+
+
+class Stop(BaseException):
+    """A signal asks this process to end. `number` is that of the signal."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+# -- Signals ---------------------------------------------------------------------------------------
+
+
+class _Process:
+    """The state of this process: the signal that asked it to end, and its training."""
+
+    asked: int = 0
+    ending: bool = False
+    heeding: bool = False
+    training: "LastStep | None" = None
+
+
+@contextmanager
+def heed_signals() -> Iterator[None]:
+    """Context manager in which SIGTERM, SIGINT and SIGHUP raise `Stop`.
+
+    While `LastStep.is_busy` they wait for `check_asked`. Signals after the first change nothing. A
+    signal that is ignored already, as under nohup, stays ignored. In data loading processes all are
+    ignored, since these end with the process that they serve.
+    """
+    owner = os.getpid()
+
+    def on_signal(number: int, frame) -> None:
+        if os.getpid() != owner or _Process.asked or _Process.ending:
+            return
+        _Process.asked = number
+        training = _Process.training
+        if not (training and training.is_busy):
+            raise Stop(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, on_signal)
+    _Process.asked, _Process.ending, _Process.training = 0, False, None
+    _Process.heeding = bool(before)
+    try:
+        yield
+    finally:
+        _Process.heeding, _Process.training = False, None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def heed_no_more() -> None:
+    """Ignores all further signals: this process is about to end, and saves what it has."""
+    _Process.ending = True
+
+
+def asked() -> int:
+    """Returns the number of the signal that asked this process to end, or 0."""
+    return _Process.asked
+
+
+def check_asked() -> None:
+    """Raises `Stop` if a signal has asked this process to end."""
+    if _Process.asked:
+        raise Stop(_Process.asked)
+
+
+# -- The last whole step ---------------------------------------------------------------------------
+
+
+class LastStep:
+    """The last whole step of a training, which can be saved until the next update of the weights.
+
+    folder, model, optimizer, metadata, keep: as in `save_checkpoint`
+    label_space: or a function that returns it, if training changes its text
+    step: the step that the model has now, which is in a checkpoint if it is above 0
+
+    The weights are those of the last whole step as long as no update begins. What a forward pass
+    changes, the random state and the statistics of BatchNorm, is noted at the end of each step.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        model: nn.Module,
+        label_space: LabelSpace,
+        optimizer: Optimizer,
+        metadata: dict,
+        keep: int,
+    ):
+        self.folder = folder
+        self.saved = step
+        self.content = (model, label_space, optimizer, metadata)
+        self.keep = keep
+        self.in_update = False
+        self.in_loop = True
+        norms = [m for m in model.modules() if isinstance(m, NORM) and m.training]
+        self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
+        self.note(step)
+        _Process.training = self
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a signal has to wait: in an update, and in a loop that other ranks share."""
+        return self.in_update or (self.in_loop and world_size() > 1)
+
+    def begin_update(self) -> None:
+        """Notes that the weights are about to change."""
+        self.in_update = True
+        if _Process.heeding:
+            # PyTorch's handler raises when a data loading process dies, also amid an update. The
+            # loader finds it out by itself within five seconds, between two steps.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def note(self, step: int) -> None:
+        """Notes that `step` is whole."""
+        self.state = step, rng_states(), [buffer.clone() for buffer in self.statistics]
+
+    def is_finite(self) -> bool:
+        """Returns whether all weights are finite numbers."""
+        model, *_ = self.content
+        return all(bool(weight.isfinite().all()) for weight in model.parameters())
+
+    def save(self, rng: list, spare: int = 0) -> None:
+        """Writes a checkpoint of the last whole step. Only rank 0 calls it.
+
+        rng: the random states of the ranks; spare: older checkpoints to keep beyond `keep`
+        """
+        step, _, statistics = self.state
+        with torch.no_grad():
+            for buffer, noted in zip(self.statistics, statistics):
+                buffer.copy_(noted)
+        model, label_space, *others = self.content
+        if callable(label_space):
+            label_space = label_space()
+        save_checkpoint(self.folder, step, rng, model, label_space, *others, keep=self.keep + spare)
+        self.saved = step
+
+
+def rescue() -> str:
+    """Saves the last whole step of this process's training, if it is not yet.
+
+    No rank waits for another: rank 0 writes the checkpoint with its own random state, and every
+    other rank writes its own to `rank_file`. Returns a line that says what is kept and how to go
+    on, "" if there is no training.
+    """
+    training = _Process.training
+    if training is None:
+        return ""
+    folder = training.folder
+    step, rng, _ = training.state
+    again = f"the same command, or --resume {folder},"
+    trouble = ""
+    if training.in_update:
+        trouble = f"step {step + 1} was half done, so no more can be saved; "
+    elif step > training.saved:
+        try:
+            if not training.is_finite():
+                trouble = f"the weights of step {step} are not finite, so they are not saved; "
+            elif rank() > 0:
+                with atomic_path(rank_file(folder / f"checkpoint-{step:07d}"), True) as path:
+                    torch.save({"step": step, "rng": rng}, path)
+            else:
+                training.save([rng], spare=1)
+        except Exception as error:  # a full disk, a lost GPU: the line that follows matters more
+            trouble = f"step {step} cannot be saved ({first_line(error)}); "
+    if not training.saved:
+        return f"{trouble}no step is saved; {again} starts from nothing"
+    checkpoint = folder / f"checkpoint-{training.saved:07d}"
+    return f"{trouble}step {training.saved} is kept in {checkpoint}; {again} goes on from it"
+
+
+# -- Errors ----------------------------------------------------------------------------------------
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """Returns one line for an error, "" for an unknown one, and the exit code.
+
+    The code is 128 + the signal's number for a signal, 2 for what the user can correct, 1 else.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        error = Stop(signal.SIGINT)
+    if isinstance(error, Stop):
+        return f"stopped by {error}", 128 + error.number
+    text = str(error)
+    if isinstance(error, InputError):
+        # a data loading process hands on its whole traceback; the message is the last line
+        last = text.strip().splitlines()[-1]
+        return last.removeprefix("common.errors.InputError: "), 2
+    if isinstance(error, SomeFailed):
+        return text, 1
+    line = _explain_machine(error, text)
+    if line and asked():  # the signal ended the data loading processes and other ranks, too
+        return explain(Stop(asked()))
+    if line:
+        return line, 1
+    if isinstance(error, OSError) and error.errno is not None:
+        place = error.filename or "writing"
+        remedy = "see to the disk or folder, or choose another --output or CONCORD_CACHE"
+        return f"{place}: {error.strerror}; {remedy}", 2
+    return "", 1
+
+
+def _explain_machine(error: BaseException, text: str) -> str:
+    """Returns one line for an error of the machine that the run is on, "" for any other."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOMEM):
+        return ""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(MEMORY, text):
+        return f"the memory is not enough ({first_line(error)}); {LOWER}, or make the model smaller"
+    if _says(WORKER, text):
+        reason = "the system does that when memory runs out"
+        return f"a data loading process was killed ({reason}); {LOWER}"
+    if _says(DEVICE, text):
+        return f"the GPU failed ({first_line(error)}); see nvidia-smi, or name another by --device"
+    if world_size() > 1 and isinstance(error, RuntimeError) and _says(PEERS, text):
+        return f"another rank ended or does not answer ({first_line(error)}); its message says why"
+    return ""
+
+
+def _says(pattern: str, text: str) -> bool:
+    return re.search(pattern, text, re.IGNORECASE) is not None
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message that says something, at most 150 letters."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("Caught", "Original Trace"))]
+    if lines and lines[0].startswith("Traceback"):  # of a data loading process
+        lines = lines[-1:]
+    return lines[0][:150] if lines else type(error).__name__
