@@ -78,7 +78,7 @@ def _prepare(folder: Path, args, method: str, label_space: LabelSpace) -> None:
                 _write_record(file, record)
             return
         _lock(folder)
-        sweep(folder, ("checkpoint-", "weights-", "args-", "metrics-"))
+        sweep(folder)
         if checkpoints(folder) or (folder / "metrics.jsonl").exists():
             record = _go_on(folder, record, method, label_space)
         if record:
