@@ -267,8 +267,6 @@ def save_checkpoint(
         shutil.rmtree(path, ignore_errors=True)  # a rename does not replace a folder
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-        for file in folder.glob(f"{old.name}-rank*.pt"):
-            file.unlink(missing_ok=True)
 
 
 def rng_states() -> list[Tensor]:
@@ -359,9 +357,9 @@ def checkpoint_step(checkpoint: Path) -> int:
 def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
     """Restores the optimizer and the random state of this rank, in place. Returns the step.
 
-    The random state stays as it is if the checkpoint has none for this rank, or has another number
-    of ranks. A line says so. The model is not loaded. Raises InputError for a damaged checkpoint,
-    and for one of another model.
+    The random state stays as it is if the checkpoint is of another number of ranks. A line says so.
+    The model is not loaded. Raises InputError for a damaged checkpoint, and for one of another
+    model.
     """
     try:
         state = load_plain(checkpoint / "state.pt")
@@ -384,29 +382,13 @@ def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
     return step
 
 
-def rank_file(checkpoint: Path) -> Path:
-    """Returns the file beside a checkpoint with the random state of this rank.
-
-    It is written by ranks other than 0 if the run ended early, when ranks do not wait for others.
-    """
-    return checkpoint.with_name(f"{checkpoint.name}-rank{rank()}.pt")
-
-
 def _restore_rng(checkpoint: Path, state: dict) -> None:
-    """Restores the random state of this rank, of a loaded state.pt or of `rank_file`."""
+    """Restores the random state of this rank, of a loaded state.pt."""
     if state["ranks"] != world_size():
         message = "%s is of %d ranks, now there are %d: their random numbers start anew"
         log.info(message, checkpoint, state["ranks"], world_size())
         return
-    if rank() < len(state["rng"]):
-        cpu, *cuda = state["rng"][rank()]
-    else:
-        try:
-            cpu, *cuda = load_plain(rank_file(checkpoint))["rng"]
-        except ValueError:
-            message = "%s cannot be read: the random numbers of this rank start anew"
-            log.error(message, rank_file(checkpoint))
-            return
+    cpu, *cuda = state["rng"][rank()]
     torch.set_rng_state(cpu)
     if cuda and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda[0])

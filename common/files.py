@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tokenize
 import uuid
@@ -31,6 +32,9 @@ NO_ARRAY = (
     RecursionError,
     OverflowError,
 )
+
+
+TEMPORARY = re.compile(r"\..+-\d+-[0-9a-f]{8}(\.\w+)?")  # the names that `atomic_path` makes
 
 
 def cache_dir() -> Path:
@@ -84,12 +88,12 @@ def _sync(path: Path) -> None:
         os.close(number)
 
 
-def sweep(folder: Path, starts: tuple[str, ...]) -> None:
+def sweep(folder: Path) -> None:
     """Removes what killed writes of `atomic_path` left in `folder`, and logs how many.
 
-    starts: of the names that are written there. No other process may write such a file meanwhile.
+    No other process may write there meanwhile.
     """
-    left = [path for path in folder.glob(".*-*-*") if path.name[1:].startswith(starts)]
+    left = [path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)]
     for path in left:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

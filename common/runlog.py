@@ -88,7 +88,7 @@ def _prepare(folder: Path, args, method: str, label_space: LabelSpace) -> None:
                 _write_record(file, record)
             return
         _lock(folder)
-        sweep(folder, ("checkpoint-", "weights-", "best-", "args-", "metrics-", "evaluations-"))
+        sweep(folder)
         if checkpoints(folder) or (folder / "metrics.jsonl").exists():
             record = go_on(folder, record, method, label_space)
         elif args.replay:

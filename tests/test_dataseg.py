@@ -1224,21 +1224,6 @@ def test_predictions_of_each_task(task, merge, trained, photo, tmp_path, call):
         assert infos and {info["id"] for info in infos} == set(np.unique(ids)) - {0}
 
 
-def test_resume_after_a_kill_ends_with_the_same_weights(
-    trained, data, tmp_path, call, run_and_kill, caplog
-):
-    few = ["--checkpoint-every", 1, "--eval-datasets", "o365-instances"]
-    run_and_kill(tmp_path / "killed", *data, *few, method="dataseg")
-    with caplog.at_level("INFO", "concord"):
-        call("--resume", tmp_path / "killed", method="dataseg")
-    assert "resumed from" in caplog.text
-    ours, whole = (
-        load_file(folder / "weights.safetensors") for folder in (tmp_path / "killed", trained)
-    )
-    assert ours.keys() == whole.keys() and all(torch.equal(ours[key], whole[key]) for key in whole)
-    assert results_of(tmp_path / "killed").items() <= results_of(trained).items()
-
-
 def test_evaluation_set_has_the_text_of_its_dataset(tmp_path):
     """The names of "o365-instances" are those of "o365", so they have the rows of its file."""
     np.save(tmp_path / "o365.npy", np.eye(3, 5))

@@ -892,21 +892,6 @@ def test_detic_two_ranks_train_on_both_kinds_of_batch(second_stage, tmp_path, ru
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
-def test_detic_resume_after_kill_ends_with_the_same_weights(
-    joint, second_stage, tmp_path, call, caplog, run_and_kill
-):
-    folder = tmp_path / "killed"
-    run_and_kill(folder, *second_stage, "--checkpoint-every", 2, method="detic")
-    with caplog.at_level("INFO", "concord"):
-        call("--resume", folder, method="detic")
-    assert "resumed from" in caplog.text
-    ours, theirs = (
-        load_file(folder / "weights.safetensors"),
-        load_file(joint / "weights.safetensors"),
-    )
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-
-
 def test_detic_wsddn_starts_its_ranks_anew_and_keeps_them(
     second_stage, tiny_root, tmp_path, call, caplog, fails
 ):

@@ -1255,14 +1255,6 @@ def test_lmseg_predicts_any_vocabulary(task, trained, tmp_path, call, no_package
         ) - {0}
 
 
-def test_lmseg_resume_after_kill_ends_with_the_same_weights(
-    trained, data, tmp_path, call, run_and_kill
-):
-    run_and_kill(tmp_path / "killed", *data, *FLAGS, "--checkpoint-every", 2, method="lmseg")
-    call("--resume", tmp_path / "killed", method="lmseg")
-    assert same_weights(tmp_path / "killed", trained)
-
-
 def test_lmseg_two_ranks(data, tmp_path, run):
     """With heads, of which a step may leave one alone on a rank, or on both."""
     batches = [

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +34,7 @@ from common.command import parse_args, with_saved
 from common.datasets import load_datasets
 from common.distributed import mean_over_ranks
 from common.errors import InputError
-from common.files import atomic_path
+from common.files import atomic_path, sweep
 from common.labels import LabelSpace, Vocabulary
 from common.optim import learning_rate
 from common.transforms import ResizeShortest
@@ -266,6 +269,23 @@ def test_atomic_path_leaves_old_content_when_writing_fails(tmp_path):
         path.mkdir()
         (path / "b.txt").write_text("new")
     assert (tmp_path / "folder" / "b.txt").read_text() == "new"
+
+
+def test_sweep_removes_what_killed_writes_left(tmp_path, monkeypatch):
+    """Files and folders of any name, and nothing else."""
+    kept = {".hidden", ".a-1", "b-12-0123abcd.json", "weights.safetensors"}
+    for name in kept:
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(os, "replace", lambda *_: None)  # the last step of a write
+    monkeypatch.setattr(shutil, "rmtree", lambda *_: None)
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    for name in ("proposals-a-0a1b.npy", "first_batch.jpg", "checkpoint-0000002", "archive.tar.gz"):
+        with atomic_path(tmp_path / name) as path:
+            path.mkdir() if "checkpoint" in name else path.write_text("half")
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == len(kept) + 4
+    sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 def test_frozen_norm_stays_frozen_and_is_kept_with_the_weights():
