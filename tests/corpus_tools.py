@@ -93,7 +93,7 @@ VOC = [
     ("list", voc_list("0\n"), VOC_SOUND),
     ("list empty", voc_list("\n\n"), "DIR/VOC2007/ImageSets/Main/train.txt"),
     ("list with BOM", voc_list(b"\xef\xbb\xbf0\n"), VOC_SOUND),
-    ("list of bytes", voc_list(b"\xff\xfe0"), ("train.txt cannot be read", "one id per line")),
+    ("list of bytes", voc_list(b"\xff\xfe0"), ("train.txt cannot be read", "save it as UTF-8")),
     ("list of a missing id", voc_list("0\n1\n"), ("Annotations/1.xml", "remove it from the list")),
     ("list with NUL", voc_list("0\0\n"), ("train.txt", "'0\\x00'")),
     ("list that leaves the folder", voc_list("../../secret\n"), ("train.txt", "leaves")),
