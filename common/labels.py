@@ -178,7 +178,7 @@ class Vocabulary:
             ) from None
         stripped = [line.strip() for line in lines]
         filled = [line for line in stripped if line]
-        return cls(dataset, tuple(filled), source=source)
+        return cls(dataset, tuple(filled), source=f"{source} {names}")
 
     def with_text(self, embed: Callable[..., Tensor]) -> "Vocabulary":
         """Returns a copy whose text is `embed(names, dataset=dataset)`."""

@@ -93,9 +93,12 @@ def assert_line(line: str) -> None:
     assert len(line) <= LONGEST, f"{len(line)} letters: {line}"
 
 
-def load(text: str | Path, split: str = "train") -> dict:
-    """Loads a dataset and all its images. Returns what `describe` tells of it."""
-    (dataset,) = load_datasets(str(text), split, accepts=ALL, masks=True)
+def load(text: str | Path, split: str = "train", root: str | Path = "") -> dict:
+    """Loads a dataset and all its images. Returns what `describe` tells of it.
+
+    root: the data root, for a known dataset
+    """
+    (dataset,) = load_datasets(str(text), split, str(root), accepts=ALL, masks=True)
     return describe(dataset)
 
 

@@ -134,7 +134,11 @@ CATEGORIES = [
     ("names as categories", of_changes({"categories": ["cat", "dog"]}), "'categories' is 'cat'"),
     ("an object of names", of_changes({"categories": {"1": "cat"}}), "list 'categories' is"),
     ("order reversed", of_changes({"categories": RECORD["categories"][::-1]}), SOUND),
-    ("ids with gaps", of_changes({"categories.1.id": 900, "annotations.1.category_id": 900}), SOUND),
+    (
+        "ids with gaps",
+        of_changes({"categories.1.id": 900, "annotations.1.category_id": 900}),
+        SOUND,
+    ),
     ("ids huge", of_changes({"categories.1.id": 2**63, "annotations.1.category_id": 2**63}), SOUND),
 ]
 
@@ -222,7 +226,10 @@ MASKS = [
     ("odd number of numbers", *mask([[*SQUARE, 4]], {"kind": "instances"})),
     ("flat list", *mask(SQUARE, (BROKEN, NEITHER))),
     ("list of points", *mask([[[2, 2], [8, 2], [8, 8]]], (BROKEN, "DIR/a.json"))),
-    ("six points", *mask([[[2, 2], [8, 2], [8, 8], [2, 8], [2, 7], [2, 6]]], (BROKEN, "DIR/a.json"))),
+    (
+        "six points",
+        *mask([[[2, 2], [8, 2], [8, 8], [2, 8], [2, 7], [2, 6]]], (BROKEN, "DIR/a.json")),
+    ),
     ("texts", *mask([["2", "2", "8", "2", "8", "8"]], BROKEN)),
     ("with null", *mask([[2, 2, 8, None, 8, 8]], BROKEN)),
     ("1e300", *mask([[2, 2, 1e300, 2, 8, 8]], {})),

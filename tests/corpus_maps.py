@@ -20,10 +20,7 @@ RECORD = {
             ],
         }
     ],
-    "categories": [
-        {"id": 1, "name": "cat", "isthing": 1},
-        {"id": 2, "name": "sky", "isthing": 0},
-    ],
+    "categories": [{"id": 1, "name": "cat", "isthing": 1}, {"id": 2, "name": "sky", "isthing": 0}],
 }
 SOUND = {"kind": "panoptic", "objects": 2, "pixels": [0, 300, 300], "names": ("cat", "sky")}
 

@@ -244,7 +244,7 @@ LABELMES = [
     ("points with null", *shape("points", [[2, None], [8, 9]], ("DIR/1.json", "shape 2"))),
     ("points of threes", *shape("points", [[1, 2, 3]] * 2, {"objects": 4})),
     ("points uneven", *shape("points", [[1, 2], [3]], IN + " needs")),
-    ("points 1e300", *shape("points", [[1, 2], [1e300, 3]], "image '1.png' has the box")),
+    ("points 1e300", *shape("points", [[1, 2], [1e300, 3]], "image '0.png' has the box")),
     ("points of texts", *shape("points", [["x", "y"]], IN + " needs")),
     ("one point", *shape("points", [[1, 2]], {"objects": 3, "log": "1 rectangle of 1 points"})),
     ("no point", *shape("points", [], {"objects": 3, "log": "1 rectangle of 0 points"})),
@@ -394,13 +394,7 @@ FORMATS = [
     ("a pipe .json", folder_of(pipe="a.json"), UNKNOWN),
     ("a pipe .txt", folder_of("images/0.png", "labels/1.txt", pipe="classes.txt"), "DIR/data"),
 ]
-GROUPS = {
-    "VOC": VOC,
-    "YOLO": YOLO,
-    "labelme": LABELMES,
-    "CVAT": CVAT,
-    "a folder of": FORMATS,
-}
+GROUPS = {"VOC": VOC, "YOLO": YOLO, "labelme": LABELMES, "CVAT": CVAT, "a folder of": FORMATS}
 CASES = [
     Case(f"{group}: {title}", attempt, expected)
     for group, rows in GROUPS.items()

@@ -6,12 +6,15 @@ The cases are in tables, one module for each group of formats.
 import logging
 
 import corpus_coco
+import corpus_folders
+import corpus_images
 import corpus_maps
 import corpus_tools
 import pytest
 from corpus import check
 
-CASES = [case for module in (corpus_coco, corpus_maps, corpus_tools) for case in module.CASES]
+MODULES = (corpus_coco, corpus_maps, corpus_tools, corpus_images, corpus_folders)
+CASES = [case for module in MODULES for case in module.CASES]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.title)

@@ -128,7 +128,7 @@ def open_image(path: Path, data: bytes | None = None, kind: str = "image") -> It
             f"{kind} {path} has more than {limit} megapixels; make it smaller or cut it into tiles"
         ) from None
     except (OSError, ValueError, SyntaxError) as error:
-        why = str(error)
+        why = getattr(error, "strerror", None) or str(error)  # without the path again
     if why:
         raise InputError(f"{kind} {path} cannot be decoded ({why}); replace it or remove its entry")
 

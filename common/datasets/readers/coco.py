@@ -75,7 +75,9 @@ def read_coco(
             frequency = read_frequency(annotations, facts["categories"], vocabulary)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-        what = next(faulty_entries(annotations, FAULT), f"{what} in an entry; a COCO json is needed")
+        what = next(
+            faulty_entries(annotations, FAULT), f"{what} in an entry; a COCO json is needed"
+        )
         raise InputError(f"{annotations}: {what}") from None
     log_retyped(annotations, facts["retyped"])
     for root in facts["roots"]:

@@ -262,7 +262,9 @@ def texts_of(path: Path, table: dict, field: str) -> list[str]:
     value = table.get(field) or []
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{path}: {field}: is {shown(value)}; write a folder, or a list of folders")
+        raise InputError(
+            f"{path}: {field}: is {shown(value)}; write a folder, or a list of folders"
+        )
     return texts
 
 
