@@ -6,6 +6,7 @@ Files are written whole or not at all, and loaded without unpickling code.
 import errno
 import json
 import logging
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -76,8 +77,8 @@ def weights_file(path: str | Path) -> Path:
         raise InputError(
             "--predict and --eval-only need --weights: a .safetensors file or a run folder"
         )
-    file = Path(path) / "weights.safetensors" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
+    file = Path(path) / "weights.safetensors" if os.path.isdir(path) else Path(path)
+    if not os.path.isfile(file):
         raise InputError(
             f"weights {file} do not exist; give a .safetensors file or a run folder that holds one"
         )

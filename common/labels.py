@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -112,7 +113,7 @@ class Vocabulary:
             seen = set()
             for value in values:
                 if value in seen:
-                    raise InputError(f"{title} has the {what} '{value}' twice; keep one")
+                    raise InputError(f"{title} has the {what} '{value!s:.60}' twice; keep one")
                 seen.add(value)
         if self.text is None:
             return
@@ -151,9 +152,10 @@ class Vocabulary:
         Raises InputError for a file that is missing, is not UTF-8 or has another ending, and as the
         class does.
         """
-        file = Path(names).expanduser()
+        file = Path(os.path.expanduser(names))
         is_list = file.suffix in (".txt", ".names")
-        if not is_list and (file.is_file() or file.suffix in NO_LISTS):
+        exists = os.path.isfile(file)  # false for many names, which are no file's
+        if not is_list and (exists or file.suffix in NO_LISTS):
             raise InputError(
                 f"{source}: {names} is no list of names; give a .txt file with one name per line,"
                 " or the names, by commas"
@@ -165,9 +167,9 @@ class Vocabulary:
             entries = names.split(",") if names.strip() else []
             stripped = [entry.strip() for entry in entries]
             return cls(dataset, tuple(stripped), source=source)
-        if not file.is_file():
+        if not exists:
             raise InputError(
-                f"{source}: {names} does not exist;"
+                f"{source}: {names:.200} does not exist;"
                 " give a text file with one name per line, or names"
             )
         try:

@@ -1,4 +1,4 @@
-"""Image labels and tables: folders of classes, tar files, csv files of OpenImages, LVIS, captions."""
+"""Folders of classes, tar files, OpenImages, LVIS, captions and Visual Genome."""
 
 import gzip
 import io

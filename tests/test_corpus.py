@@ -9,11 +9,12 @@ import corpus_coco
 import corpus_folders
 import corpus_images
 import corpus_maps
+import corpus_text
 import corpus_tools
 import pytest
 from corpus import check
 
-MODULES = (corpus_coco, corpus_maps, corpus_tools, corpus_images, corpus_folders)
+MODULES = (corpus_coco, corpus_maps, corpus_tools, corpus_images, corpus_folders, corpus_text)
 CASES = [case for module in MODULES for case in module.CASES]
 
 

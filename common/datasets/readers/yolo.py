@@ -4,6 +4,7 @@ import logging
 import os
 import reprlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -217,14 +218,12 @@ def yaml_classes(path: Path) -> Classes | None:
 
 
 def key_points(path: Path, table: dict) -> int:
-    """Returns how many numbers of key points follow a box; raises InputError for a bad kpt_shape."""
+    """Returns how many numbers of key points follow a box. Raises InputError for a bad shape."""
     shape = table.get("kpt_shape") or ["0", "0"]
     points = -1
     if isinstance(shape, list) and len(shape) == 2:
-        try:
+        with suppress(ValueError, TypeError):
             points = int(shape[0]) * int(shape[1])
-        except (ValueError, TypeError):
-            pass
     if points < 0:
         raise InputError(f"{path}: kpt_shape: is {shown(shape)}; write [points, 2 or 3]")
     return points
@@ -244,7 +243,7 @@ def find_yaml(folder: Path, usual: tuple[str, ...] = ()) -> Path | None:
 
 
 def shown(value: object) -> str:
-    """Returns the start of a value in a yaml file, whose aliases may stand for billions of texts."""
+    """Returns the start of a value of yaml, whose aliases may stand for billions of texts."""
     text = value if isinstance(value, str) else reprlib.repr(value)
     return text[:60]
 
