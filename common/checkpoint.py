@@ -25,6 +25,8 @@ from common.labels import LabelSpace, Vocabulary
 log = logging.getLogger("concord")
 
 TEXT = "label_space."  # prefix of the tensors that hold the text of a dataset
+# what json of another form raises when it is read
+BROKEN = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 SUMS = "checksums.json"  # of a checkpoint: its step, and the SHA-256 of its files
 
 
@@ -96,7 +98,7 @@ def read_metadata(path: str | Path, method: str) -> dict:
         with safe_open(file, framework="pt") as opened:
             metadata = {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
             old = "text" in opened.keys()  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"weights {file} cannot be read ({error}); a .safetensors file is needed"
         ) from None
@@ -107,7 +109,7 @@ def read_metadata(path: str | Path, method: str) -> dict:
         )
     if metadata["method"] != method:
         raise InputError(
-            f"weights {file} are not of {method}.py but of {metadata['method']}.py; use that"
+            f"weights {file} are not of {method}.py but of {metadata['method']!s:.60}.py; use that"
         )
     if old:
         raise InputError(
@@ -175,8 +177,10 @@ def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str 
     try:
         with safe_open(file, framework="pt") as opened:
             base = json.loads((opened.metadata() or {}).get("base", "[]"))
+        if not isinstance(base, list):
+            raise ValueError("its base is no list of modules")
         tensors = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"weights {file} cannot be read ({error}); a .safetensors file is needed"
         ) from None
@@ -274,9 +278,8 @@ def rng_states() -> list[Tensor]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Returns the checkpoints of a run folder, the oldest first."""
-    return sorted(
-        p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()
-    )
+    found = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    return sorted(path for path, step in found.items() if step.isascii() and step.isdigit())
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -318,7 +321,7 @@ def stored_names(checkpoint: Path) -> dict[str, list[str]] | None:
         with safe_open(checkpoint / "weights.safetensors", framework="pt") as opened:
             records = json.loads(opened.metadata()["vocabularies"])
         return {dataset: record["names"] for dataset, record in records.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+    except (*BROKEN, OSError, SafetensorError):
         return None
 
 
@@ -334,7 +337,7 @@ def damage(checkpoint: Path) -> str:
             steps.add(int(opened.metadata()["step"]))
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (*BROKEN, OSError, SafetensorError) as error:
         return f"{SUMS} or a file that it names cannot be read ({type(error).__name__}: {error})"
     return "" if len(steps) == 1 else f"its files are of the steps {sorted(steps)}"
 

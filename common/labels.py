@@ -84,8 +84,8 @@ class Vocabulary:
     text:         (C, D) text embeddings of the names, or None; `with_text` adds them
     source:       the file or flag that the names come from, for error messages
 
-    Raises InputError for an empty vocabulary, an empty or repeated name, a repeated id, and ids or
-    text whose number differs from that of the names.
+    Raises InputError for an empty vocabulary, an empty or repeated name, a repeated id, and ids,
+    is_thing or text whose number differs from that of the names.
     """
 
     dataset: str
@@ -115,6 +115,8 @@ class Vocabulary:
                 if value in seen:
                     raise InputError(f"{title} has the {what} '{value!s:.60}' twice; keep one")
                 seen.add(value)
+        if self.is_thing is not None and len(self.is_thing) != count:
+            raise InputError(f"{title} has {count} names but {len(self.is_thing)} in is_thing")
         if self.text is None:
             return
         if self.text.ndim != 2 or len(self.text) != count:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from common.batch import Batch
-from common.checkpoint import checkpoint_step, checkpoints, rng_states, stored_names
+from common.checkpoint import BROKEN, checkpoint_step, checkpoints, rng_states, stored_names
 from common.distributed import (
     from_main,
     gather_on_main,
@@ -132,6 +132,9 @@ def read_args(folder: Path, method: str) -> dict:
         raise InputError(
             f"--resume: {path} is not of a {method} training; name the run folder of one"
         )
+    for name, kind in (("environment", dict), ("history", list)):
+        if not isinstance(saved.get(name, kind()), kind):
+            raise InputError(f"--resume: {path}: {name} is damaged; remove it from the file")
     return saved
 
 
@@ -366,7 +369,7 @@ def step_of(line: str) -> int | None:
     """Returns the number of the step in a line of metrics.jsonl, or None if the line is damaged."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
+    except BROKEN:
         return None
 
 

@@ -4,17 +4,13 @@ The cases are in tables, one module for each group of formats.
 """
 
 import logging
+from importlib import import_module
 
-import corpus_coco
-import corpus_folders
-import corpus_images
-import corpus_maps
-import corpus_text
-import corpus_tools
 import pytest
 from corpus import check
 
-MODULES = (corpus_coco, corpus_maps, corpus_tools, corpus_images, corpus_folders, corpus_text)
+GROUPS = ("coco", "maps", "tools", "images", "folders", "text", "runs", "commands")
+MODULES = [import_module(f"corpus_{group}") for group in GROUPS]
 CASES = [case for module in MODULES for case in module.CASES]
 
 
@@ -24,3 +20,7 @@ def test_corpus(case, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("CONCORD_CACHE", str(tmp_path / "cache"))
     caplog.set_level(logging.INFO, "concord")
     check(case, tmp_path, caplog)
+
+
+def test_the_titles_are_different():
+    assert len({case.title for case in CASES}) == len(CASES) >= 300

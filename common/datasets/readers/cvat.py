@@ -171,7 +171,7 @@ class Target:
         return self
 
     def add_image(self, attributes: dict[str, str], subset: str) -> None:
-        """Adds an image. Raises InputError for one without a name, or with a size in other words."""
+        """Adds an image. Raises InputError for one without a name, or with a size in words."""
         if "name" not in attributes:
             raise InputError(f"{self.path}: an image has no name; write its path or remove it")
         name = file_name(self.path, {"file_name": attributes["name"]})
