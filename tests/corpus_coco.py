@@ -167,7 +167,7 @@ BOXES = [
     ("with true", *box([2, 3, True, 5], {"objects": 2, "box": [2, 3, 3, 8]})),
     ("negative width", *box([2, 3, -6, 5], "image '0.png' has the box [2.0, 3.0, -4.0, 8.0]")),
     ("negative corner", *box([-4, -3, 8, 5], {"objects": 2, "box": [0, 0, 4, 2]})),
-    ("no width", *box([2, 3, 0, 5], {"objects": 1})),
+    ("width 0", *box([2, 3, 0, 5], {"objects": 1})),
     ("beyond the image", *box([2, 3, 600, 500], {"objects": 2, "box": [2, 3, 30, 20]})),
     ("outside", *box([200, 300, 6, 5], {"objects": 1})),
     ("1e20", *box([2, 3, 1e20, 1e20], {"objects": 2, "box": [2, 3, 30, 20]})),

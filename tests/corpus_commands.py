@@ -20,7 +20,7 @@ from common.checkpoint import save_weights
 from common.command import run_command
 from common.datasets.__main__ import main as datasets_main
 from common.errors import InputError
-from common.labels import LabelSpace, Vocabulary
+from common.labels import Vocabulary
 
 MODEL = ["--backbone", "tf_efficientnet_lite0", "--channels", "64", "--fc-dim", "32"]
 
@@ -107,10 +107,6 @@ def check_data(*argv: str, **files) -> Callable[[Path], dict]:
     return attempt
 
 
-def space_of(names: tuple[str, ...]) -> LabelSpace:
-    return LabelSpace([Vocabulary("mine", names)])
-
-
 BROKEN = json.dumps(RECORD)[:-9]
 NO_BOX = changed(RECORD, {"annotations.1.bbox": None})
 MINE = "mine=DIR/a.json:DIR/im"
@@ -123,14 +119,14 @@ COMMANDS = [
     ("a broken image", train("--steps", "1", *FAST, **{"im/0_png": "x"}), "cannot be decoded"),
     ("renamed to one name", train("--rename", "DIR/r.txt", r_txt="cat=dog"), "'dog' twice"),
     ("classes of none", train("--classes", "bird"), "no training dataset has a class 'bird'"),
-    ("text of one row", train("--text-encoder", "DIR/t.npy", t_npy="x"), "DIR/t.npy"),
+    ("text embeddings of text", train("--text-encoder", "DIR/t.npy", t_npy="x"), "DIR/t.npy"),
     ("run folder a file", train(*FAST, run="x"), "run folder DIR/run cannot be written"),
     ("--resume of nothing", command("--resume", "DIR/run"), "DIR/run/args.json cannot be read"),
     ("--weights of text", train("--weights", "DIR/w_x", **{"w_x": "x"}), "DIR/w"),
     ("--eval-only alone", command("--eval-only"), "--predict and --eval-only need --weights"),
     ("--predict alone", command("--predict", "DIR/im/0.png"), "need --weights"),
     ("boxes for lmseg", train(method="lmseg"), "this method needs"),
-    ("a backbone of nobody", train(*FAST, "--backbone", "resnet5000"), "'resnet5000'"),
+    ("a backbone of nobody", train(*FAST, "--backbone", "resnet5000"), "--backbone resnet5000 is not a timm model"),
     ("an image", predict("DIR/im/0.png"), {"exit": 0, "error": ""}),
     ("no image", predict("DIR/gone.png"), "image DIR/gone.png does not exist"),
     ("text named .png", predict("DIR/t.png", t_png="x"), "image DIR/t.png cannot be decoded"),
