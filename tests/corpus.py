@@ -87,10 +87,10 @@ def check(case: Case, folder: Path, log: pytest.LogCaptureFixture) -> None:
             assert facts[name] == value, facts
 
 
-def assert_line(line: str) -> None:
+def assert_line(line: str, longest: int = LONGEST) -> None:
     """Asserts that a message is one line of a length that can be read."""
     assert line and "\n" not in line and "\r" not in line, repr(line)
-    assert len(line) <= LONGEST, f"{len(line)} letters: {line}"
+    assert len(line) <= longest, f"{len(line)} letters: {line}"
 
 
 def load(text: str | Path, split: str = "train", root: str | Path = "") -> dict:

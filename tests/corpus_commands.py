@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from functools import cache
@@ -67,8 +68,6 @@ def train(*argv: str, method: str = "scaledet", **files) -> Callable[[Path], dic
 @cache
 def weights() -> bytes:
     """Returns the weights of a model that has learned nothing, with random text."""
-    import tempfile
-
     text = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -113,7 +112,11 @@ MINE = "mine=DIR/a.json:DIR/im"
 COMMANDS = [
     ("nothing", command(), "no dataset named; give --datasets"),
     ("a typing error", command("--dataset", "coco"), "did you mean --datasets?"),
-    ("an unknown dataset", command("--datasets", "cocoa"), "unknown dataset 'cocoa'; nearest: coco"),
+    (
+        "an unknown dataset",
+        command("--datasets", "cocoa"),
+        "unknown dataset 'cocoa'; nearest: coco",
+    ),
     ("json cut off", train(a_json=BROKEN), "DIR/a.json is not valid json"),
     ("bbox null", train(a_json=NO_BOX), "annotation 1 has the bbox None"),
     ("a broken image", train("--steps", "1", *FAST, **{"im/0_png": "x"}), "cannot be decoded"),
@@ -126,7 +129,11 @@ COMMANDS = [
     ("--eval-only alone", command("--eval-only"), "--predict and --eval-only need --weights"),
     ("--predict alone", command("--predict", "DIR/im/0.png"), "need --weights"),
     ("boxes for lmseg", train(method="lmseg"), "this method needs"),
-    ("a backbone of nobody", train(*FAST, "--backbone", "resnet5000"), "--backbone resnet5000 is not a timm model"),
+    (
+        "a backbone of nobody",
+        train(*FAST, "--backbone", "resnet5000"),
+        "--backbone resnet5000 is not a timm model",
+    ),
     ("an image", predict("DIR/im/0.png"), {"exit": 0, "error": ""}),
     ("no image", predict("DIR/gone.png"), "image DIR/gone.png does not exist"),
     ("text named .png", predict("DIR/t.png", t_png="x"), "image DIR/t.png cannot be decoded"),

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import os
 import tarfile
 from collections.abc import Callable
@@ -229,7 +230,7 @@ def of_row(field: str, value: str):
     return oid(line(**{field: value}))
 
 
-def validation(labels: str | bytes, tree: str | bytes = "{}"):
+def validation(labels: str | bytes, classes: str | bytes = "{}"):
     """The labels verified by people, and the class tree, which the evaluation needs."""
 
     def attempt(folder: Path) -> dict:
@@ -238,12 +239,17 @@ def validation(labels: str | bytes, tree: str | bytes = "{}"):
         write(place / "validation-annotations-bbox.csv", f"{HEAD}\n{line()}")
         write(place / "validation-annotations-human-imagelabels-boxable.csv", labels)
         write(place / "class-descriptions-boxable.csv", DESCRIPTIONS)
-        write(place / "bbox_labels_600_hierarchy.json", tree)
+        write(place / "bbox_labels_600_hierarchy.json", classes)
         return load("oid", "val", folder)
 
     return attempt
 
 
+def tree(node) -> str:
+    return json.dumps({"LabelName": "/m/0", "Subcategory": [node]})
+
+
+TREE = "DIR/oid/annotations/bbox_labels_600_hierarchy.json"
 CSV = "DIR/oid/annotations/train-annotations-bbox.csv"
 LIST = "DIR/oid/annotations/class-descriptions-boxable.csv"
 OTHER_ORDER = "LabelName,ImageID,XMin,YMin,XMax,YMax,IsGroupOf\n/m/1,0,0.1,0.2,0.5,0.6,0"
@@ -303,6 +309,12 @@ OID = [
     ("confidence a text", validation(f"{VERIFIED}0,x,/m/2,sure"), ("line 2", "Confidence 'sure'")),
     ("tree no json", validation(VERIFIED, "{"), "600_hierarchy.json is not valid json"),
     ("tree a list", validation(VERIFIED, "[]"), "bbox_labels_600_hierarchy.json"),
+    ("tree", validation(VERIFIED, tree({"LabelName": "/m/1"})), OID_SOUND),
+    ("tree of a text", validation(VERIFIED, tree("/m/1")), f"{TREE}: '/m/1' is no node"),
+    ("tree of null", validation(VERIFIED, tree(None)), f"{TREE}: None is no node"),
+    ("tree of a list", validation(VERIFIED, tree({"LabelName": []})), f"{TREE}: {{'LabelName'"),
+    ("tree of an object", validation(VERIFIED, '{"Subcategory": {"a": 1}}'), f"{TREE}: {{'Sub"),
+    ("tree too deep", validation(VERIFIED, '{"Subcategory":[' * 400 + "]}" * 400), f"{TREE}: {{'S"),
     ("tree nested deep", validation(VERIFIED, nested()), "bbox_labels_600_hierarchy.json"),
 ]
 

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import struct
+import tempfile
 import zipfile
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -202,8 +203,6 @@ def start(folder: Path, label_space: LabelSpace | None = None, **settings) -> di
 @cache
 def finished() -> dict[str, bytes]:
     """Returns the files of a training of two steps, by their paths in the run folder."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         start(folder)

@@ -1,6 +1,7 @@
 """Reader of OpenImages csv files: boxes, verified image-level labels, the class tree."""
 
 import logging
+import reprlib
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ CLASSES = "class-descriptions-boxable.csv"
 TREES = ("bbox_labels_600_hierarchy.json", "challenge-2019-label500-hierarchy.json")
 GROUPS = {"0": False, "1": True, "-1": False}  # -1 is unknown
 CONFIDENCES = {"0": False, "0.0": False, "1": True, "1.0": True}
+DEEPEST = 100  # levels of the class tree; the official one has 6
 LONGEST_NAME = 250  # letters; more can be no file's
 LARGEST = 2  # fractions of the image; those published end at 1
 CHUNK = 100_000  # rows that are Python objects at one time
@@ -63,7 +65,7 @@ def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> 
     if facts["left_out"]:
         message = "%s: %d boxes of classes that are not among the %d are left out"
         log.info(message, annotations, facts["left_out"], len(vocabulary))
-    hierarchy = read_json(tree) if tree else None
+    hierarchy = read_tree(tree) if tree else None
     return Dataset(name, vocabulary, index, images, metric, hierarchy=hierarchy)
 
 
@@ -74,6 +76,26 @@ def find_file(annotations: Path, *names: str) -> Path | None:
             if (folder / name).is_file():
                 return folder / name
     return None
+
+
+def read_tree(path: Path) -> dict:
+    """Reads the class tree, nodes of LabelName and Subcategory.
+
+    Raises InputError for a node of another form; else the evaluation would find it, too late.
+    """
+    tree = read_json(path)
+    nodes = [(tree, 0)]
+    while nodes:
+        node, depth = nodes.pop()
+        children = node.get("Subcategory", []) if isinstance(node, dict) else None
+        is_named = children is not None and isinstance(node.get("LabelName", ""), str)
+        if not is_named or not isinstance(children, list) or depth > DEEPEST:
+            raise InputError(
+                f"{path}: {reprlib.repr(node):.60} is no node with a LabelName and a list "
+                "Subcategory; download it again"
+            )
+        nodes += [(child, depth + 1) for child in children]
+    return tree
 
 
 def read_class_csv(name: str, path: Path) -> Vocabulary:
