@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from corpus import DROP, Case, changed, nested, write
+from corpus import DROP, Case, changed, load, nested, picture, write
+from corpus_folders import packed as packed_tar
+from corpus_folders import tars
 from safetensors.torch import save
 from torch import nn
 
@@ -568,7 +570,40 @@ FLAGS = [
     ),
     ("RANK 5 of 1", flags(LOCAL_RANK="0", **LAUNCHED | {"RANK": "5"}), "RANK"),
 ]
+
+
+def within(attempt: Callable[[Path], dict], **environment: str) -> Callable[[Path], dict]:
+    """Another case, with environment variables."""
+
+    def attempt_within(folder: Path) -> dict:
+        write(folder / "file", "x")
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value.replace("DIR", str(folder)))
+            return attempt(folder)
+
+    return attempt_within
+
+
+def coco(folder: Path) -> dict:
+    return load("coco")
+
+
+TAR = tars(packed_tar({"0.png": picture()}))
+UNWRITTEN = {"names": ("cat",), "log": "cannot be written, so the headers of"}
+ENVIRONMENT = [
+    ("data root missing", within(coco, DETECTRON2_DATASETS="DIR/gone"), "data root DIR/gone does"),
+    ("data root a file", within(coco, DETECTRON2_DATASETS="DIR/file"), "data root DIR/file does"),
+    ("data root empty", within(coco, DETECTRON2_DATASETS="DIR"), "coco/annotations/instances_tr"),
+    ("data root at home", within(coco, DETECTRON2_DATASETS="~/x", HOME="DIR"), "root DIR/x does"),
+    ("data root long", within(coco, DETECTRON2_DATASETS="x" * 300), "does not exist"),
+    ("cache a file", within(TAR, CONCORD_CACHE="DIR/file"), UNWRITTEN),
+    ("cache below a file", within(TAR, CONCORD_CACHE="DIR/file/a"), UNWRITTEN),
+    ("cache of a long name", within(TAR, CONCORD_CACHE="DIR/" + "x" * 300), UNWRITTEN),
+    ("cache at home", within(TAR, CONCORD_CACHE="~/cache", HOME="DIR"), {"names": ("cat",)}),
+]
 GROUPS = {
+    "environment": ENVIRONMENT,
     "weights": WEIGHTS,
     "run folder": RUNS,
     "official": OFFICIAL,
