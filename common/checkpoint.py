@@ -6,6 +6,7 @@ Files are written whole or not at all, and loaded without unpickling code.
 import errno
 import json
 import logging
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -24,6 +25,8 @@ from common.labels import LabelSpace, Vocabulary
 log = logging.getLogger("concord")
 
 TEXT = "label_space."  # prefix of the tensors that hold the text of a dataset
+# what json of another form raises when it is read
+BROKEN = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 SUMS = "checksums.json"  # of a checkpoint: its step, and the SHA-256 of its files
 
 
@@ -83,8 +86,8 @@ def weights_file(path: str | Path) -> Path:
         raise InputError(
             "--predict and --eval-only need --weights: a .safetensors file or a run folder"
         )
-    file = Path(path) / "weights.safetensors" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
+    file = Path(path) / "weights.safetensors" if os.path.isdir(path) else Path(path)
+    if not os.path.isfile(file):
         raise InputError(
             f"weights {file} do not exist; give a .safetensors file or a run folder that holds one"
         )
@@ -102,7 +105,7 @@ def read_metadata(path: str | Path, method: str) -> dict:
         with safe_open(file, framework="pt") as opened:
             metadata = {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
             old = "text" in opened.keys()  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"weights {file} cannot be read ({error}); a .safetensors file is needed"
         ) from None
@@ -113,7 +116,7 @@ def read_metadata(path: str | Path, method: str) -> dict:
         )
     if metadata["method"] != method:
         raise InputError(
-            f"weights {file} are not of {method}.py but of {metadata['method']}.py; use that"
+            f"weights {file} are not of {method}.py but of {metadata['method']!s:.60}.py; use that"
         )
     if old:
         raise InputError(
@@ -181,8 +184,10 @@ def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str 
     try:
         with safe_open(file, framework="pt") as opened:
             base = json.loads((opened.metadata() or {}).get("base", "[]"))
+        if not isinstance(base, list):
+            raise ValueError("its base is no list of modules")
         tensors = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"weights {file} cannot be read ({error}); a .safetensors file is needed"
         ) from None
@@ -278,9 +283,8 @@ def rng_states() -> list[Tensor]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Returns the checkpoints of a run folder, the oldest first."""
-    return sorted(
-        p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()
-    )
+    found = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    return sorted(path for path, step in found.items() if step.isascii() and step.isdigit())
 
 
 def last_checkpoint(folder: Path, before: int = 0) -> Path | None:
@@ -325,7 +329,7 @@ def stored_names(weights: Path) -> dict[str, list[str]] | None:
         with safe_open(weights, framework="pt") as opened:
             records = json.loads(opened.metadata()["vocabularies"])
         return {dataset: record["names"] for dataset, record in records.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+    except (*BROKEN, OSError, SafetensorError):
         return None
 
 
@@ -344,7 +348,7 @@ def damage(checkpoint: Path) -> str:
                     return f"its weights are not finite ({key}): the training had failed before"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (*BROKEN, OSError, SafetensorError) as error:
         return f"{SUMS} or a file that it names cannot be read ({type(error).__name__}: {error})"
     return "" if len(steps) == 1 else f"its files are of the steps {sorted(steps)}"
 

@@ -9,6 +9,7 @@ Shapes: B images, Q regions of one image, R regions of all images.
 """
 
 import logging
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,7 +258,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (OSError, ValueError, SafetensorError) as error:
         if "torchscript" in str(error).lower():
             reason = "it is a TorchScript archive, which holds code; save the model's state_dict()"
-        elif not path.is_file():
+        elif not os.path.isfile(path):
             reason = "it does not exist; check the path"
         else:
             detail = str(error)[:120]

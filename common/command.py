@@ -101,7 +101,8 @@ def parse_args(
         flags = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(args_class)]
         near = difflib.get_close_matches(unknown[0], flags, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
-        raise InputError(f"unknown argument '{unknown[0]}'; {hint}")
+        raise InputError(f"unknown argument '{unknown[0]:.60}'; {hint}")
+    expand_paths(args)
     if args.replay and not args.resume:
         raise InputError(f"--replay {args.replay} needs --resume: the run folder of that training")
     if args.resume:
@@ -124,10 +125,15 @@ def parse_args(
         args, _ = parse(with_saved(default, saved, repeated))
         args.weights = weights
     check_numbers(args)
-    for name in PATH_FIELDS:
-        setattr(args, name, os.path.expanduser(getattr(args, name)))
+    expand_paths(args)
     args.workers = min(args.workers, os.cpu_count() or 1)
     return args
+
+
+def expand_paths(args) -> None:
+    """Replaces a leading ~ in the paths of `args` by the home folder, in place."""
+    for name in PATH_FIELDS:
+        setattr(args, name, os.path.expanduser(getattr(args, name)))
 
 
 def with_saved(default, saved: dict, names):
@@ -149,7 +155,7 @@ def with_saved(default, saved: dict, names):
         choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else [value]
         if not isinstance(value, kinds) or value not in choices:
             raise InputError(
-                f"the saved setting {name} is {value!r}, which does not fit; is the file damaged?"
+                f"the saved setting {name} is {value!r:.60}, which does not fit; is the file sound?"
             )
         values[name] = value
     return dataclasses.replace(default, **values)

@@ -108,7 +108,7 @@ def rename(key: str, rules: dict[str, str | None]) -> str | None:
         if match := re.fullmatch(pattern, key):
             return name and match.expand(name)
     raise InputError(
-        f"tensor '{key}' is of no known official layout; supported: ResNet-50 models of"
+        f"tensor '{key:.60}' is of no known official layout; supported: ResNet-50 models of"
         " facebookresearch/Detic (CenterNet2) and of facebookresearch/Mask2Former"
     )
 

@@ -54,19 +54,30 @@ def setup_device(device: str, seed: int) -> torch.device:
 
 
 def _check_launch() -> None:
-    """Raises InputError if the variables that torchrun sets are incomplete or no numbers."""
+    """Raises InputError if the variables of torchrun are incomplete, no numbers or out of range.
+
+    Otherwise this process would wait for another one that never comes.
+    """
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise InputError(f"LOCAL_RANK is set, but {name} is not; use torchrun, or unset it")
     for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT"):
         environment_number(name)
+    ranks = environment_number("WORLD_SIZE")
+    limits = {"RANK": ranks, "LOCAL_RANK": ranks, "MASTER_PORT": 1 << 16}
+    for name, limit in limits.items():
+        if environment_number(name) >= limit:
+            raise InputError(
+                f"the environment variable {name} is {os.environ[name]:.20}, and must be below "
+                f"{limit}; use torchrun, or unset LOCAL_RANK"
+            )
 
 
 def environment_number(name: str, default: int = 0) -> int:
     """Returns an environment variable as a number. Raises InputError if it is none."""
     value = os.environ.get(name, str(default))
-    if not (value.isascii() and value.isdigit()):
-        raise InputError(f"the environment variable {name} is {value!r}, no number; unset it")
+    if not (value.isascii() and value.isdigit() and len(value) <= 9):
+        raise InputError(f"the environment variable {name} is {value!r:.60}, no number; unset it")
     return int(value)
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import tokenize
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ NO_ARRAY = (
     MemoryError,
     RecursionError,
     OverflowError,
+    zipfile.BadZipFile,
 )
 
 
@@ -43,9 +45,9 @@ def cache_dir() -> Path:
     It is $CONCORD_CACHE, else $XDG_CACHE_HOME/concord, else ~/.cache/concord.
     """
     if folder := os.environ.get("CONCORD_CACHE"):
-        return Path(folder).expanduser()
+        return Path(os.path.expanduser(folder))
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base).expanduser() / "concord"
+    return Path(os.path.expanduser(base)) / "concord"
 
 
 @contextmanager
@@ -114,7 +116,7 @@ def file_digest(path: Path) -> str:
 
 def refuse_pipe(path: Path, what: str) -> None:
     """Raises InputError if `path` (called `what`) is a device or pipe: reading might never end."""
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise InputError(f"{what} {path} is no regular file, but a device or pipe; give another")
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from common.batch import Batch, Sample
 from common.datasets.dataset import Dataset
 from common.distributed import from_main, rank
-from common.files import atomic_path
+from common.files import NO_ARRAY, atomic_path
 from common.inference import predict_dataset
 from common.unreadable import Readable, Skips
 
@@ -57,10 +57,10 @@ def intact(path: Path, count: int) -> bool:
     """Returns whether the file holds proposals of `count` images; False if missing or damaged."""
     try:
         table = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        shaped = table.shape[:1] + table.shape[2:] == (count, 4)
+        return table.dtype == np.uint16 and shaped and bool(table.any())
+    except (*NO_ARRAY, AttributeError):
         return False
-    shaped = table.shape[:1] + table.shape[2:] == (count, 4)
-    return table.dtype == np.uint16 and shaped and bool(table.any())
 
 
 def with_proposals(

@@ -35,6 +35,9 @@ def read_args(folder: Path, method: str) -> dict:
         raise InputError(
             f"--resume: {path} is not of a {method} training; name the run folder of one"
         )
+    for name, kind in (("environment", dict), ("history", list)):
+        if not isinstance(saved.get(name, kind()), kind):
+            raise InputError(f"--resume: {path}: {name} is damaged; remove it from the file")
     return saved
 
 

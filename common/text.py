@@ -8,6 +8,7 @@
 """
 
 import json
+import os
 from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
@@ -193,7 +194,7 @@ def _embed_cached(names: list[str], encoder: str, prompts: str) -> Tensor:
     key = [encoder, []]
     if encoder == "minilm":
         key = [PACKAGE]
-    elif file.is_file():  # it can be replaced, while a tag names its weights for good
+    elif os.path.isfile(file):  # it can be replaced, while a tag names its weights for good
         key = [encoder, [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]]
 
     def compute() -> Tensor:
@@ -282,7 +283,7 @@ def _read_npy(encoder: str, dataset: str | None, count: int) -> Tensor:
         raise InputError(
             f"--text-encoder has no .npy file for '{dataset}', only for {', '.join(files)}; add one"
         )
-    path = Path(files.get(dataset, files.get(""))).expanduser()
+    path = Path(os.path.expanduser(files.get(dataset, files.get(""))))
     try:
         array = np.load(path, allow_pickle=False)
         rows = torch.from_numpy(array.astype(np.float32))
@@ -295,7 +296,8 @@ def _read_npy(encoder: str, dataset: str | None, count: int) -> Tensor:
         raise InputError(
             f"{path} holds {found}, but there are {count} class names; give one row for each"
         )
-    if not (torch.isfinite(rows).all() and rows.any(-1).all()):
+    lengths = rows.norm(dim=-1)  # infinite also for numbers of 1e38
+    if not (torch.isfinite(lengths).all() and lengths.all()):
         raise InputError(f"{path} has a row that is zero or not finite; make the file again")
     return F.normalize(rows, dim=-1)
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from common.checkpoint import BROKEN
 from common.files import atomic_path
 
 log = logging.getLogger("concord")
@@ -134,5 +135,5 @@ def step_of(line: str) -> int | None:
     """Returns the number of the step in a line of JSON, or None if the line is damaged."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
+    except BROKEN:
         return None

@@ -737,7 +737,7 @@ def test_conceptual_captions_and_imagenet_lvis_in_the_layout_of_detic(tmp_path):
     "image, words",
     [
         ({"pos_category_ids": [7, 5]}, ["image 4", "unknown id 5", "categories"]),
-        ({"pos_category_ids": 7}, ["not iterable"]),
+        ({"pos_category_ids": 7}, ["image 4", "pos_category_ids"]),
         ({"captions": "a cat"}, ["image 4", "captions", "list of strings"]),
         ({"captions": [1]}, ["image 4", "captions", "list of strings"]),
     ],

@@ -51,7 +51,7 @@ ALLOWED = {
 }
 
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
-BUDGETS = {"labels & text": 950, "data": 8500, "detectors": 2650, "segmenters": 2000, "a run": 2950}
+BUDGETS = {"labels & text": 950, "data": 8650, "detectors": 2650, "segmenters": 2000, "a run": 2950}
 BUDGETS |= {"faults": 1700}
 GROUPS = {
     "labels & text": "labels text class_counts",

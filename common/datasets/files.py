@@ -127,7 +127,8 @@ def open_image(path: Path, data: bytes | None = None, kind: str = "image") -> It
             f"{kind} {path} has more than {limit} megapixels; make it smaller or cut it into tiles"
         ) from None
     except (OSError, ValueError, SyntaxError) as error:
-        raise _undecodable(path, kind, str(error)) from None
+        why = getattr(error, "strerror", None) or str(error)  # without the path again
+        raise _undecodable(path, kind, why) from None
 
 
 def _undecodable(path: Path, kind: str, why: str) -> InputError:
@@ -176,18 +177,22 @@ def file_name(path: Path, image: dict, as_written: bool = False, looked_up: bool
     as_written: return the names of Objects365 unchanged
     looked_up:  an absolute path, of the machine that wrote it, loses its first slash, so that
                 `look_up` finds the file below the folder
-    Raises InputError if the path leaves the image folder or is not a valid file name.
+    Raises TypeError if it is no text, and InputError if it leaves the image folder or cannot be a
+    file's.
     """
-    name = str(image["file_name"] if "file_name" in image else image["coco_url"])
+    name = image["file_name"] if "file_name" in image else image["coco_url"]
+    if not isinstance(name, str | int):
+        raise TypeError("a file_name that is no text")
+    name = str(name)
     is_objects365 = name.startswith(("images/v1/", "images/v2/"))
     if "file_name" not in image or (is_objects365 and not as_written):
         name = "/".join(name.split("/")[-2:])
-    if "\0" in name or "\n" in name or len(name) > 4096:
+    if looked_up:
+        name = name.lstrip("/")
+    if not name or "\0" in name or "\n" in name or len(name) > 4096:
         raise InputError(
             f"{path}: file_name {name[:80]!r} ({len(name)} letters) can be no file's; give its path"
         )
-    if looked_up:
-        name = name.lstrip("/")
     if name.startswith("/") or ".." in name.split("/"):
         raise InputError(
             f"{path}: file_name '{name}' leaves the image folder; give a path below it"

@@ -159,7 +159,7 @@ def eval_entries(
         if name in without:
             continue
         if custom:
-            if ":" in paths or has_metric(Path(paths).expanduser()):
+            if ":" in paths or has_metric(Path(os.path.expanduser(paths))):
                 kept.append(f"{name}={paths}")
             continue
         name = ALIASES.get(name, name)
@@ -272,8 +272,8 @@ def load_datasets(
 
 def data_folder(data_root: str) -> Path:
     """Returns the data root: `data_root`, or $DETECTRON2_DATASETS, or ./data."""
-    folder = Path(data_root or os.environ.get("DETECTRON2_DATASETS") or "data")
-    return folder.expanduser()
+    folder = data_root or os.environ.get("DETECTRON2_DATASETS") or "data"
+    return Path(os.path.expanduser(folder))
 
 
 def find_files(name: str, split: str, root: Path) -> tuple[Path, Path] | None:
@@ -328,7 +328,7 @@ def _known_files(name: str, split: str, root: Path) -> tuple[Path, Path]:
     known = KNOWN[name]
     if known.generated and not (root / name).is_dir():
         raise InputError(f"dataset '{name}' is generated: add --tiny")
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise InputError(
             f"data root {root} does not exist; give --data-root or set DETECTRON2_DATASETS"
         )

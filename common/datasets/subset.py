@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def edit_classes(datasets: list[Dataset], classes: str, rename: str, split: str)
         known = {fold(old) for dataset in datasets for old in dataset.vocabulary.names}
         used = renames.keys() & known
         log.info("--rename %s: %d of %d names occur", rename, len(used), len(renames))
-        datasets = [rename_classes(dataset, renames) for dataset in datasets]
+        datasets = [rename_classes(dataset, renames, rename) for dataset in datasets]
     if not classes:
         return datasets
     wanted = Vocabulary.parse(classes, source="--classes").names
@@ -60,29 +61,37 @@ def read_renames(path: str) -> dict[str, str]:
     a line or a value of another form.
     """
     try:
-        text = Path(path).expanduser().read_text("utf-8-sig")
+        text = Path(os.path.expanduser(path)).read_text("utf-8-sig")
         if path.endswith(".json"):
-            pairs = list(json.loads(text).items())
+            pairs = json.loads(text, object_pairs_hook=tuple)  # with names that come twice
+            if not isinstance(pairs, tuple):
+                raise ValueError("it holds no json object")
         else:
             lines = [line.strip() for line in text.splitlines()]
             pairs = [line.partition("=")[::2] for line in lines if line]
-        renames = {fold(old): new.strip() for old, new in pairs}
-    except (OSError, ValueError, AttributeError) as error:
+        pairs = [(old.strip(), new.strip()) for old, new in pairs]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"--rename {path} cannot be read ({error}); write lines 'old name = new name', or a"
             " json object"
         ) from None
-    for old, new in renames.items():
+    renames = {}
+    for old, new in pairs:
         if not old or not new:
-            raise InputError(f"--rename {path}: '{old} = {new}' lacks a name; write both")
+            raise InputError(f"--rename {path}: '{old:.60} = {new:.60}' lacks a name; write both")
+        if renames.setdefault(fold(old), new) != new:
+            raise InputError(f"--rename {path}: '{old:.60}' has two new names; keep one")
     return renames
 
 
-def rename_classes(dataset: Dataset, renames: dict[str, str]) -> Dataset:
-    """Returns the dataset with other class names. Raises InputError if two of them become equal."""
+def rename_classes(dataset: Dataset, renames: dict[str, str], path: str) -> Dataset:
+    """Returns the dataset with other class names, which are from the file at `path`.
+
+    Raises InputError if two of them become equal.
+    """
     vocabulary = dataset.vocabulary
     names = tuple(renames.get(fold(name), name) for name in vocabulary.names)
-    renamed = replace(vocabulary, names=names, source=f"{dataset.name} after --rename")
+    renamed = replace(vocabulary, names=names, source=f"{dataset.name} after --rename {path}")
     return replace(dataset, vocabulary=renamed)
 
 
