@@ -264,7 +264,7 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         channels = args.channels
-        self.backbone = Backbone(args.backbone, 0, pretrained, [4, 8, 16, 32])
+        self.backbone = Backbone(args.backbone, 0, pretrained, [4, 8, 16, 32], drop_path=(0.3, 0.3))
         self.pixel_decoder = PixelDecoder(
             self.backbone.channels, channels, args.encoder_layers, 4 * channels
         )

@@ -1,6 +1,8 @@
 """Image encoders: timm feature extractors, with or without an FPN, and plain ViTs."""
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -14,11 +16,13 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from common.distributed import from_main
 from common.errors import InputError
 from common.hub import hub
+from common.swin import SETTINGS, Swin
 
 log = logging.getLogger("concord")
 
 STRIDES = [8, 16, 32, 64, 128]  # P3 to P7
 LITE0 = "tf_efficientnet_lite0"
+DROP_PATH = (0.2, 0.3)  # of Swin's and ConvNeXt's models below and from the size "base" on
 PLAIN = ("vit_", "deit", "eva")  # ViTs with a single feature map; only the segmenters use them
 
 
@@ -40,6 +44,7 @@ class Backbone(nn.Module):
         strides: list[int] = STRIDES,
         freeze_stem: bool = False,
         flag: str = "--backbone",
+        drop_path: tuple[float, float] = DROP_PATH,
     ):
         """Creates the encoder. Raises InputError as `create_body` does, and for missing strides.
 
@@ -48,19 +53,16 @@ class Backbone(nn.Module):
         pretrained:  loads ImageNet weights; if it can get none, the weights stay random
         freeze_stem: also freezes the stem and the first stage of a pretrained ResNet
         flag:        the command-line flag that error messages name
+        drop_path:   stochastic depth of Swin and ConvNeXt; tiny and small models, larger ones
         """
         super().__init__()
         plain = channels == 0 and name.startswith(PLAIN)
-        options = {}
-        if plain:
-            options = {"dynamic_img_size": True, "dynamic_img_pad": True, "out_indices": (-1,)}
-        elif name.startswith("swin"):
-            options = {"strict_img_size": False}
+        wanted = [stride for stride in strides if stride <= 32]
+        build = partial(build_body, name, plain, wanted, drop_path)
         self.freeze_stem = freeze_stem
-        self.body = create_body(name, flag, options)
+        self.body = create_body(name, flag, build)
         info = self.body.feature_info
         available = info.reduction()
-        wanted = [stride for stride in strides if stride <= 32]
         self.used = [0]  # rows of the body's maps
         if not plain:
             self.used = [i for i, stride in enumerate(available) if stride in wanted]
@@ -94,7 +96,7 @@ class Backbone(nn.Module):
             std = torch.full((3,), 128 / 255)
         self.register_buffer("mean", mean.view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", std.view(3, 1, 1) * 255, persistent=False)
-        frozen = from_main(pretrained and load_pretrained(self.body, name, options))
+        frozen = from_main(pretrained and load_pretrained(self.body, name, build))
         self.register_buffer("frozen_norm", torch.tensor(frozen))  # saved with the weights
 
     def train(self, mode: bool = True) -> "Backbone":
@@ -213,11 +215,38 @@ class SimplePyramid(nn.Module):
         return [level(feature) for level in self.levels]
 
 
-def create_body(name: str, flag: str, options: dict) -> nn.Module:
+def build_body(
+    name: str,
+    plain: bool,
+    strides: list[int],
+    drop_path: tuple[float, float],
+    pretrained: bool = False,
+) -> nn.Module:
+    """Creates the timm model `name` as a feature extractor.
+
+    plain:     it is a ViT with a single map
+    strides:   of the maps of a Swin; other models give all that they have
+    drop_path: as in `Backbone`
+    """
+    options = {"pretrained": pretrained}
+    if name.startswith(("swin", "convnext")):
+        is_large = any(size in name for size in ("base", "large", "huge"))
+        options["drop_path_rate"] = drop_path[is_large]
+    if name.startswith("swin_"):
+        return Swin(timm.create_model(name, **SETTINGS, **options), strides)
+    if name.startswith("swin"):
+        options["strict_img_size"] = False
+    if plain:
+        options |= {"dynamic_img_size": True, "dynamic_img_pad": True, "out_indices": (-1,)}
+    return timm.create_model(name, features_only=True, **options)
+
+
+def create_body(name: str, flag: str, build: Callable[..., nn.Module]) -> nn.Module:
     """Creates the timm model `name` as a feature extractor, with random weights.
 
     The name may have a tag, such as ms_in22k in swin_base_patch4_window7_224.ms_in22k.
-    flag: the command-line flag that error messages name; options: of timm.create_model
+    flag:  the command-line flag that error messages name
+    build: `build_body` with its arguments
     Raises InputError for an unknown name, and for a model that accepts only one image size.
     """
     if not timm.is_model(name):
@@ -228,7 +257,7 @@ def create_body(name: str, flag: str, options: dict) -> nn.Module:
             hint = "near it: " + ", ".join(similar)
         raise InputError(f"{flag} {name} is not a timm model; {hint}")
     try:
-        body = timm.create_model(name, features_only=True, **options)
+        body = build()
         with torch.no_grad():
             body.eval()(torch.zeros(1, 3, 64, 96))
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
@@ -240,8 +269,8 @@ def create_body(name: str, flag: str, options: dict) -> nn.Module:
     return body.train()
 
 
-def load_pretrained(body: nn.Module, name: str, options: dict) -> bool:
-    """Loads ImageNet weights into `body`, the timm model `name` that was created with `options`.
+def load_pretrained(body: nn.Module, name: str, build: Callable[..., nn.Module]) -> bool:
+    """Loads ImageNet weights into `body`, the timm model `name` that `build` has created.
 
     Returns True. If it can get no weights, logs why and returns False.
     Raises InputError as `load_in_order` does.
@@ -254,7 +283,7 @@ def load_pretrained(body: nn.Module, name: str, options: dict) -> bool:
         return True
     try:
         with hub():
-            source = timm.create_model(name, features_only=True, pretrained=True, **options)
+            source = build(pretrained=True)
     except (OSError, RuntimeError) as error:
         unreachable = isinstance(error, OSError)
         reason = "the hub cannot be reached" if unreachable else str(error).splitlines()[0]

@@ -7,6 +7,8 @@ from torch import nn
 
 log = logging.getLogger("concord")
 
+# position codes, by the last part of the parameter's name
+POSITIONS = ("relative_position_bias_table", "pos_embed", "cls_token")
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
@@ -67,7 +69,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, backbone_factor: flo
     `lr_factor` is `backbone_factor` in the backbone and 1 elsewhere. The training multiplies the
     learning rate by it. A `backbone_factor` of 0 freezes `model.backbone` in place, so that it
     needs no gradients. Frozen parameters are in no group. `weight_decay` is 0 for normalisation
-    layers and for the parameters that `model` itself owns, such as queries, codes and temperatures.
+    layers, for the backbone's POSITIONS, and for the parameters that `model` itself owns, such as
+    queries, codes and temperatures.
 
     Source: facebookresearch/Mask2Former:train_net.py (build_optimizer). Its queries are embeddings.
     """
@@ -83,7 +86,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, backbone_factor: flo
         if not parameter.requires_grad:
             continue
         of_model_itself = "." not in name  # a parameter of a submodule is called module.parameter
-        undecayed = of_model_itself or id(parameter) in of_norms
+        is_position = name.rpartition(".")[2] in POSITIONS
+        undecayed = of_model_itself or is_position or id(parameter) in of_norms
         factor = backbone_factor if name.startswith("backbone.") else 1.0
         decay = 0.0 if undecayed else weight_decay
         group = groups.setdefault((factor, decay), [])
