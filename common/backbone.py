@@ -7,23 +7,21 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+from common import swin, vit
 from common.distributed import from_main
 from common.errors import InputError
 from common.hub import hub
-from common.swin import SETTINGS, Swin
 
 log = logging.getLogger("concord")
 
 STRIDES = [8, 16, 32, 64, 128]  # P3 to P7
 LITE0 = "tf_efficientnet_lite0"
 DROP_PATH = (0.2, 0.3)  # of Swin's and ConvNeXt's models below and from the size "base" on
-PLAIN = ("vit_", "deit", "eva")  # ViTs with a single feature map; only the segmenters use them
+PLAIN = ("vit_", "deit")  # ViTs with a single feature map; only the segmenters use them
 
 
 class Backbone(nn.Module):
@@ -77,7 +75,8 @@ class Backbone(nn.Module):
         self.fpn = None
         self.pyramid = None
         if plain:
-            self.pyramid = SimplePyramid(self.channels[0], available[0], strides)
+            _, self.layer_decay = vit.size_settings(name)
+            self.pyramid = vit.SimplePyramid(self.channels[0], available[0], strides)
             self.channels = [self.pyramid.channels] * len(strides)
         elif channels:
             top = None
@@ -112,6 +111,19 @@ class Backbone(nn.Module):
                     if name.startswith(("conv1.", "bn1.", "layer1.")):
                         parameter.requires_grad_(False)
         return self
+
+    def lr_factor(self, name: str) -> float:
+        """Returns the learning rate of the parameter `name`, in units of that of other modules.
+
+        It is a tenth, as Mask2Former's. In a plain ViT it falls from layer to layer towards the
+        image, as ViTDet's.
+        """
+        if not self.pyramid:
+            return 0.1
+        module, _, parameter = name.partition(".")
+        if module != "body":
+            return 1.0
+        return self.layer_decay ** self.body.layers_behind(parameter)
 
     def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
         """Applies the function `normalise` with the timm model's mean and standard deviation."""
@@ -157,64 +169,6 @@ def normalise(images: Tensor, sizes: list[tuple[int, int]], mean: Tensor, std: T
     return images.contiguous(memory_format=torch.channels_last)
 
 
-class SimplePyramid(nn.Module):
-    """Makes maps of strides 4 to 32 from the last map of a plain ViT, as ViTDet does.
-
-    Unlike ViTDet's ViT, which uses window attention in most blocks, timm's ViT attends globally.
-    Source: facebookresearch/detectron2:detectron2/modeling/backbone/vit.py; arXiv 2203.16527.
-    """
-
-    def __init__(self, width: int, patch: int, strides: list[int], channels: int = 256):
-        """Creates the layers.
-
-        width:    channels of the ViT's map
-        patch:    side of a patch of the ViT in pixels
-        strides:  strides of the maps to make, each 4, 8, 16 or 32
-        channels: of each map that is made
-        """
-        super().__init__()
-        self.patch = patch
-        self.channels = channels
-
-        def level(*resize: nn.Module, width: int) -> nn.Sequential:
-            return nn.Sequential(
-                *resize,
-                nn.Conv2d(width, channels, 1, bias=False),
-                LayerNorm2d(channels),
-                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-                LayerNorm2d(channels),
-            )
-
-        half = width // 2
-        quarter = width // 4
-        twice = nn.ConvTranspose2d(width, half, 2, stride=2)
-        again = nn.ConvTranspose2d(half, quarter, 2, stride=2)
-        levels = {
-            4: level(twice, LayerNorm2d(half), nn.GELU(), again, width=quarter),
-            8: level(nn.ConvTranspose2d(width, half, 2, stride=2), width=half),
-            16: level(width=width),
-            32: level(nn.MaxPool2d(2), width=width),
-        }
-        self.levels = nn.ModuleList(levels[stride] for stride in strides)
-
-    def fit(self, images: Tensor) -> Tensor:
-        """Resizes images (B, 3, H, W) so that a patch covers 16 x 16 pixels of the original.
-
-        H and W are multiples of 32. If a patch has 16 x 16 pixels, returns `images` itself.
-        """
-        if self.patch == 16:
-            return images
-        size = [side * self.patch // 16 for side in images.shape[-2:]]
-        return F.interpolate(images, size, mode="bilinear", antialias=True)
-
-    def forward(self, feature: Tensor) -> list[Tensor]:
-        """Turns the ViT's map (B, width, H / 16, W / 16) into one map per stride s of `strides`.
-
-        Returns tensors (B, channels, H / s, W / s).
-        """
-        return [level(feature) for level in self.levels]
-
-
 def build_body(
     name: str,
     plain: bool,
@@ -233,11 +187,12 @@ def build_body(
         is_large = any(size in name for size in ("base", "large", "huge"))
         options["drop_path_rate"] = drop_path[is_large]
     if name.startswith("swin_"):
-        return Swin(timm.create_model(name, **SETTINGS, **options), strides)
+        return swin.Swin(timm.create_model(name, **swin.SETTINGS, **options), strides)
     if name.startswith("swin"):
         options["strict_img_size"] = False
     if plain:
-        options |= {"dynamic_img_size": True, "dynamic_img_pad": True, "out_indices": (-1,)}
+        options["drop_path_rate"], _ = vit.size_settings(name)
+        return vit.ViTDet(timm.create_model(name, **vit.SETTINGS, **options))
     return timm.create_model(name, features_only=True, **options)
 
 

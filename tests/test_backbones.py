@@ -1,11 +1,13 @@
 """Backbones against small implementations of their papers, and the weights that they start from."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.backbone import Backbone
+from common.errors import InputError
 from common.optim import parameter_groups
 
 ALL = [4, 8, 16, 32]
@@ -165,3 +167,120 @@ def test_positions_and_norms_of_swin_do_not_decay():
     assert last == {"proj", "qkv", "fc1", "fc2", "reduction"}
     table = "backbone.body.layers.0.blocks.0.attn.relative_position_bias_table"
     assert table not in decayed(model)
+
+
+# -- Plain ViT, from the formulas of arXiv 2203.16527 and 2112.01526 (relative positions) ----------
+
+VIT = "vit_tiny_patch16_224"  # 12 blocks of 3 heads with 64 channels
+
+
+def relative(table: Tensor, size: int) -> Tensor:
+    """R (size, size, c), R[i, j] that of the distance i - j; the table is resized to 2 size - 1."""
+    rows = 2 * size - 1
+    places = (np.arange(rows) + 0.5) * len(table) / rows - 0.5
+    known = np.arange(len(table))
+    columns = [np.interp(places, known, column) for column in table.T.numpy()]
+    resized = torch.tensor(np.stack(columns, 1), dtype=torch.float32)
+    i = torch.arange(size)
+    return resized[i[:, None] - i + size - 1]
+
+
+def map_attention(tensors: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """softmax(q k / sqrt(c) + q R_h + q R_w) v over a map or window x (h, w, C)."""
+    h, w, _ = x.shape
+    q, k, v = linear(tensors, name + ".qkv", x).view(h, w, 3, 3, 64).unbind(2)
+    scores = torch.einsum("ijnc,klnc->nijkl", q, k) / 8
+    rows = relative(tensors[name + ".rel_pos_h"], h)
+    columns = relative(tensors[name + ".rel_pos_w"], w)
+    scores += torch.einsum("ijnc,ikc->nijk", q, rows)[..., None]
+    scores += torch.einsum("ijnc,jlc->nijl", q, columns)[..., None, :]
+    weights = scores.flatten(3).softmax(-1).view_as(scores)
+    mixed = torch.einsum("nijkl,klnc->ijnc", weights, v).flatten(2)
+    return linear(tensors, name + ".proj", mixed)
+
+
+def vit_block(tensors: dict[str, Tensor], i: int, x: Tensor) -> Tensor:
+    """Block i of 12 of a ViTDet: windows of 14 x 14, the whole map in blocks 2, 5, 8 and 11."""
+    name = f"blocks.{i}"
+    h, w, _ = x.shape
+    side = max(h, w) if i in (2, 5, 8, 11) else 14
+    y = norm(tensors, name + ".norm1", x, 1e-6)
+    if side == 14:
+        y = F.pad(y, (0, 0, 0, -w % 14, 0, -h % 14))
+    attended = torch.zeros_like(y)
+    for top in range(0, h, side):
+        for left in range(0, w, side):
+            place = (slice(top, top + side), slice(left, left + side))
+            attended[place] = map_attention(tensors, name + ".attn", y[place])
+    x = x + attended[:h, :w]
+    hidden = linear(tensors, name + ".mlp.fc1", norm(tensors, name + ".norm2", x, 1e-6))
+    return x + linear(tensors, name + ".mlp.fc2", F.gelu(hidden))
+
+
+def test_vit_is_vitdet():
+    """The map of 6 x 18 cells has windows that are cut, and positions of another size than 64."""
+    backbone = randomised(Backbone(VIT, 0, pretrained=False, strides=ALL)).eval()
+    tensors = backbone.body.state_dict()
+    image = torch.randn(1, 3, 96, 288, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        [ours] = backbone.body(image)
+        weight, bias = tensors["patch_embed.proj.weight"], tensors["patch_embed.proj.bias"]
+        x = F.conv2d(image, weight, bias, stride=16)
+        codes = tensors["pos_embed"][:, 1:].unflatten(1, (14, 14)).permute(0, 3, 1, 2)
+        x = x + F.interpolate(codes, (6, 18), mode="bicubic")
+        x = x[0].permute(1, 2, 0)
+        for i in range(12):
+            x = vit_block(tensors, i, x)
+    torch.testing.assert_close(ours[0], x.permute(2, 0, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, depth, drop_path, decay",
+    [
+        (VIT, 12, 0.1, 0.7),
+        ("vit_base_patch16_224", 12, 0.1, 0.7),
+        ("vit_large_patch16_224", 24, 0.4, 0.8),
+        ("vit_huge_patch14_224", 32, 0.5, 0.9),
+    ],
+)
+def test_vit_settings_are_vitdet_s(name, depth, drop_path, decay):
+    """Official: decay^(depth + 1 - layer); patches and positions are layer 0, block i is i + 1."""
+    with torch.device("meta"):
+        model = Holder(Backbone(name, 0, pretrained=False, strides=ALL))
+    body = model.backbone.body
+    rates = [m.drop_prob for m in body.modules() if type(m).__name__ == "DropPath"]
+    assert rates[-1] == pytest.approx(drop_path)
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    for group in parameter_groups(model, 0.05, None):
+        for parameter in group["params"]:
+            layer = depth + 1
+            parts = names[id(parameter)].split(".")
+            if parts[1] == "body":
+                layer = int(parts[3]) + 1 if parts[2] == "blocks" else 0
+            assert group["lr_factor"] == pytest.approx(decay ** (depth + 1 - layer))
+    windows = [block.attn.window for block in body.blocks]
+    assert [i for i, window in enumerate(windows) if not window] == [
+        depth // 4 * n - 1 for n in (1, 2, 3, 4)
+    ]
+
+
+def test_positions_and_norms_of_a_vit_do_not_decay():
+    with torch.device("meta"):
+        model = Holder(Backbone(VIT, 0, pretrained=False, strides=ALL))
+    kinds = {tuple(name.split(".")[-2:]) for name in decayed(model)}
+    assert ("attn", "rel_pos_h") in kinds  # as in detectron2
+    assert ("body", "pos_embed") not in kinds
+    assert not any(kind.startswith("norm") for kind, _ in kinds)
+
+
+def test_the_backbone_learns_at_a_tenth():
+    with torch.device("meta"):
+        model = Holder(Backbone("resnet18", 0, pretrained=False, strides=ALL))
+    assert {group["lr_factor"] for group in parameter_groups(model, 0.05, None)} == {0.1}
+    assert {group["lr_factor"] for group in parameter_groups(model, 0.05, 0.3)} == {0.3}
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_rope_224", "vit_relpos_small_patch16_224"])
+def test_a_vit_of_another_kind_is_refused(name):
+    with pytest.raises(InputError, match=rf"^--backbone {name} cannot be used"):
+        Backbone(name, 0, pretrained=False, strides=ALL)
