@@ -21,10 +21,10 @@ T                text
 Q                q, z
 F                mask_features
 
-Note: the released code (mightyzau/LMSeg) stands on MaskFormer: CLIP's ResNet, an FPN pixel decoder,
-  six pre-norm decoder blocks on res5 alone, focal and dice losses on whole masks (20, 1; class 1).
-  Here the base is Mask2Former, as a survey of the field describes LMSeg and as in dataseg.py, so
-  that diff shows the ideas. Matching, losses and their weights are Mask2Former's.
+Note: the released code (mightyzau/LMSeg) stands on MaskFormer: CLIP's ResNet (here --backbone
+  resnet50_clip.openai), an FPN pixel decoder, six pre-norm decoder blocks on res5 alone, focal and
+  dice losses on whole masks (20, 1; class 1). Here the base is Mask2Former, as a survey describes
+  LMSeg and as in dataseg.py. Backbone, matching, losses and their weights are Mask2Former's.
 Note: after the masked attention of a layer the queries attend to the text. The classifier reads
   the normed query. Text branch, guide (pre-norm, keys and values are the text itself, stochastic
   depth), optimiser (but tau and context do not decay) and sampling are the released code's.
@@ -156,8 +156,8 @@ class Args:
     """seed of initial weights, order of images and augmentation"""
 
     # paper settings
-    backbone: str = "resnet50"
-    """any timm model with features of strides 4 to 32, or a plain ViT (simple feature pyramid)"""
+    backbone: str = "resnet50.tv_in1k"
+    """timm model with maps of strides 4 to 32, or a plain ViT, as in ViTDet; or MODEL/FILE"""
     text_encoder: str = "RN50/openai"
     """open_clip MODEL/PRETRAINED, or minilm (with --context-tokens 0 --prompts name)"""
     prompts: Literal["photo", "a", "name"] = "photo"
@@ -184,8 +184,8 @@ class Args:
     """learning rate for --base-batch-size images per step; scaled linearly to --batch-size"""
     base_batch_size: Annotated[int, Range(1)] = 16
     """batch size that --lr is meant for"""
-    backbone_factor: Annotated[float, Range(0, 100)] = 0.1
-    """learning rate of the backbone, in units of --lr; 0 freezes it"""
+    backbone_factor: Annotated[float | None, Range(0, 100)] = None
+    """learning rate of the backbone / --lr; 0 freezes it (default: 0.1; a ViT's as in ViTDet)"""
     task: Literal["semantic", "panoptic"] = "panoptic"
     """what --predict writes: semantic maps, or panoptic maps, too"""
     object_threshold: Annotated[float, Range(0, 1)] = 0.8
@@ -336,7 +336,7 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         channels = args.channels
-        self.backbone = Backbone(args.backbone, 0, pretrained, [4, 8, 16, 32])
+        self.backbone = Backbone(args.backbone, 0, pretrained, [4, 8, 16, 32], drop_path=(0.3, 0.3))
         self.pixel_decoder = PixelDecoder(
             self.backbone.channels, channels, args.encoder_layers, 4 * channels
         )
