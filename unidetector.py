@@ -258,11 +258,9 @@ OFFICIAL = convert_two_stages  # official weights can be loaded, too
 def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
     """Concatenates the label spaces. --structure unified merges classes of the same name.
 
-    The text (C, D) holds the embedding of each class name. A localizer reads none.
+    The text (C, D) holds the embedding of each class name.
     """
-    embed_names = None
-    if args.stage != "localizer":
-        embed_names = partial(embed, encoder=args.text_encoder, prompts=args.prompts)
+    embed_names = partial(embed, encoder=args.text_encoder, prompts=args.prompts)
     return LabelSpace(vocabularies, embed_names, merge=args.structure == "unified")
 
 
@@ -592,7 +590,7 @@ def train_stage(
     The other part is frozen. A resumed run goes on from the last checkpoint of this part, if any.
     """
     # set up: model, optimizer, data
-    device = next(model.parameters()).device
+    device = label_space.text.device
     frequency = images_per_class(datasets, label_space).to(device)  # (C,)
     classifying = part == "classifiers"
     network = getattr(model, part)

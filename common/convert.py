@@ -107,7 +107,7 @@ def renamed(official: Tensors, rules: dict[str, str | None]) -> Tensors:
     return tensors
 
 
-def convert_mask2former(official: Tensors, name: str) -> tuple[Tensors, dict]:
+def convert_mask2former(official: Tensors, _: str = "") -> tuple[Tensors, dict]:
     """Converts a state dict of Mask2Former, without its classifier.
 
     Returns our tensors and the model's metadata. Its entry `base` lists the modules of a model that

@@ -7,7 +7,6 @@ zhenyuw16/UniDetector. docs/official-weights.md lists the files.
 import json
 import logging
 import re
-from collections.abc import Iterable
 from itertools import product
 
 import torch
@@ -32,6 +31,11 @@ CENTERNET2 = {
     PREDICTOR + "freq_weight": None,  # class frequencies, for training on LVIS
     r"roi_heads\.box_predictor\.[12]\.cls_score\.zs_weight": None,  # the same as that of stage 0
     BOTTOM_UP + r"base\.(.+)": r"backbone.body.\1",
+    BOTTOM_UP + r"layers\.\d\.blocks\.\d+\.attn\.relative_position_index": None,  # a constant
+    BOTTOM_UP + r"layers\.0\.downsample\.(.+)": r"backbone.body.layers.1.downsample.\1",
+    BOTTOM_UP + r"layers\.1\.downsample\.(.+)": r"backbone.body.layers.2.downsample.\1",
+    BOTTOM_UP + r"layers\.2\.downsample\.(.+)": r"backbone.body.layers.3.downsample.\1",
+    BOTTOM_UP + r"((?:patch_embed|layers|norm\d)\..+)": r"backbone.body.\1",
     r"backbone\.fpn_lateral(\d)\.(.+)": r"backbone.fpn.inner_blocks.\1.0.\2",
     r"backbone\.fpn_output(\d)\.(.+)": r"backbone.fpn.layer_blocks.\1.0.\2",
     r"backbone\.top_block\.(.+)": r"backbone.fpn.extra_blocks.\1",
@@ -73,9 +77,9 @@ OTHERS = {
     r"detr\.": "Deformable DETR",
     r"roi_heads\.res5\.": "Faster R-CNN with a C4 ResNet",
     BOTTOM_UP + r"base\.stages_0\.": "CenterNet2 with ConvNeXt",
-    r"roi_heads\.box_predictor\.(\d\.)?cls_score\.weight": "a detector of fixed classes, no text",
-    r"proposal_generator\.centernet_head\.cls_logits\.": "CenterNet with one stage, fixed classes",
-    r"backbone\.attnpool\.": "RegionCLIP, which can be a classifier's backbone",
+    r"roi_heads\.box_predictor\.(\d\.)?cls_score\.weight": "a detector with fixed classes",
+    r"proposal_generator\.centernet_head\.cls_logits\.": "CenterNet with a single stage",
+    r"backbone\.attnpool\.": "RegionCLIP (a backbone for classifiers)",
     r"sem_seg_head\.": "a segmenter of Mask2Former",
 }
 RESNETS = {  # by the blocks of the stages, and whether these are bottlenecks
@@ -84,6 +88,8 @@ RESNETS = {  # by the blocks of the stages, and whether these are bottlenecks
     ((3, 4, 6, 3), True): "resnet50",
     ((3, 4, 23, 3), True): "resnet101",
 }
+SWINS = {(96, 6): "tiny", (96, 18): "small", (128, 18): "base", (192, 18): "large"}
+WINDOWS = {169: "window7_224", 529: "window12_384"}  # by the rows of a bias table
 VOCABULARIES = {1203: "lvis", 80: "coco", 365: "o365", 500: "oid500"}  # by the number of classes
 LVIS = 1203
 IMAGENET21K = 22047  # LVIS's classes come first; the others have no names in the file
@@ -94,23 +100,32 @@ def refuse_others(official: Tensors) -> None:
     for pattern, model in OTHERS.items():
         if any(re.match(pattern, key) for key in official):
             raise InputError(
-                f"they are of {model}, which is not supported here; docs/official-weights.md lists"
-                " the files that load"
+                f"they are of {model}, which is not supported; docs/official-weights.md lists the"
+                " files that load"
             )
 
 
-def timm_name(keys: Iterable[str]) -> str:
-    """Returns the timm model whose tensors have these names, <module>.layer<stage>.<block>....
+def timm_name(tensors: Tensors, body: str) -> str:
+    """Returns the timm model, a ResNet or Swin, whose tensors have the prefix `body`.
 
-    Raises InputError for a ResNet of another depth, and for another kind of model.
+    Raises InputError for another depth or kind.
     """
-    found = [re.search(r"\.layer(\d)\.\d+\.conv(\d)\.weight", key) for key in keys]
+    names = [key.removeprefix(body) for key in tensors if key.startswith(body)]
+    blocks = [re.match(r"layers\.2\.blocks\.\d+\.norm1\.weight", name) for name in names]
+    if any(blocks):
+        width = len(tensors[body + "patch_embed.proj.weight"])
+        size = SWINS.get((width, sum(map(bool, blocks))))
+        table = tensors[body + "layers.0.blocks.0.attn.relative_position_bias_table"]
+        window = WINDOWS.get(len(table))
+        if size and window:
+            return f"swin_{size}_patch4_{window}"
+    found = [re.match(r"layer(\d)\.\d+\.conv(\d)\.weight", name) for name in names]
     convs = [match.groups() for match in found if match]
     depths = tuple(convs.count((stage, "1")) for stage in "1234")
     bottleneck = ("1", "3") in convs
     if (depths, bottleneck) not in RESNETS:
         known = ", ".join(RESNETS.values())
-        raise InputError(f"their backbone is of no known kind or depth; supported: {known}")
+        raise InputError(f"their backbone is of no known kind or depth; supported: {known}, Swin")
     return RESNETS[depths, bottleneck]
 
 
@@ -180,7 +195,7 @@ def convert_centernet2(official: Tensors, file: str) -> tuple[Tensors, dict]:
     trained_on, boxed = boxed_classes(dataset, names, file)
     bias = tensors.get("classifiers.0.cls_bias")
     args = {
-        "backbone": timm_name(tensors),
+        "backbone": timm_name(tensors, "backbone.body."),
         "text_encoder": "ViT-B-32/openai",
         "prompts": "a",
         "test_size": 800,
@@ -232,7 +247,7 @@ def convert_localizer(official: Tensors) -> tuple[Tensors, dict]:
     tensors["localizer.backbone.frozen_norm"] = torch.tensor(True)
     args = {
         "stage": "localizer",
-        "backbone": timm_name(tensors) + ".tv_in1k",
+        "backbone": timm_name(tensors, "localizer.backbone.body.") + ".tv_in1k",
         "channels": tensors["localizer.rpn.rpn_conv.weight"].shape[0],
         "fc_dim": tensors["localizer.fc_iou.weight"].shape[1],
         "test_size": 800,
