@@ -21,10 +21,10 @@ T                text
 Q                q, z
 F                mask_features
 
-Note: the released code (mightyzau/LMSeg) stands on MaskFormer: CLIP's ResNet, an FPN pixel decoder,
-  six pre-norm decoder blocks on res5 alone, focal and dice losses on whole masks (20, 1; class 1).
-  Here the base is Mask2Former, as a survey of the field describes LMSeg and as in dataseg.py, so
-  that diff shows the ideas. Matching, losses and their weights are Mask2Former's.
+Note: the released code (mightyzau/LMSeg) stands on MaskFormer: CLIP's ResNet (here --backbone
+  resnet50_clip.openai), an FPN pixel decoder, six pre-norm decoder blocks on res5 alone, focal and
+  dice losses on whole masks (20, 1; class 1). Here the base is Mask2Former, as a survey describes
+  LMSeg and as in dataseg.py. Backbone, matching, losses and their weights are Mask2Former's.
 Note: after the masked attention of a layer the queries attend to the text. The classifier reads
   the normed query. Text branch, guide (pre-norm, keys and values are the text itself, stochastic
   depth), optimiser (but tau and context do not decay) and sampling are the released code's.
@@ -159,8 +159,8 @@ class Args:
     """seed of initial weights, order of images and augmentation"""
 
     # paper settings
-    backbone: str = "resnet50"
-    """any timm model with features of strides 4 to 32, or a plain ViT (simple feature pyramid)"""
+    backbone: str = "resnet50.tv_in1k"
+    """timm model with maps of strides 4 to 32, or a plain ViT, as in ViTDet; or MODEL/FILE"""
     text_encoder: str = "RN50/openai"
     """open_clip MODEL/PRETRAINED, or minilm (with --context-tokens 0 --prompts name)"""
     prompts: Literal["photo", "a", "name"] = "photo"

@@ -175,7 +175,7 @@ class Args:
     sampler: Literal["random", "class-aware", "repeat-factor"] = "random"
     """order of the training images (paper: a classifier made of text needs no balancing)"""
     backbone: str = "resnet50.tv_in1k"
-    """localizer: any timm model with features of strides 4 to 32; pretrained if it can be loaded"""
+    """localizer: timm model with maps of strides 4 to 32, with published weights; or MODEL/FILE"""
     classifier_backbone: str = "RN50/openai"
     """CLIP ResNet, MODEL/PRETRAINED or MODEL/FILE (paper: RegionCLIP's file), or a timm model"""
     text_encoder: str = "RN50/openai"
