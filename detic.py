@@ -72,10 +72,16 @@ from common.batch import Batch
 from common.boxes import select_detections
 from common.cascade import Cascade, MaskHead, StageOutput, loss_box_reg, mlp, sample_federated
 from common.centernet import CenterNet
-from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
+from common.checkpoint import (
+    known_vocabularies,
+    last_checkpoint,
+    load_checkpoint,
+    load_weights,
+    read_model,
+)
 from common.class_counts import boxed_names, images_per_class, seen_and_unseen
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
-from common.convert import convert_centernet2_detic, convert_if_official
+from common.convert import convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.distributed import amp_context, gather, rank, setup_device, should_compile, world_size
 from common.errors import InputError
@@ -83,6 +89,7 @@ from common.image_label_losses import RIVALS, Bag, ImageLabelLoss, label_bce, me
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
 from common.labels import LabelSpace, Vocabulary
 from common.masks import paste_rles
+from common.official_detectors import convert_centernet2
 from common.optim import learning_rate, scaled_lr
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RatioBatchSampler, make_loader, repeat_factors
@@ -123,7 +130,7 @@ class Args:
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
-    """a .safetensors file or run folder to start from, to evaluate or to predict with"""
+    """run folder, .safetensors or official file to start from, to evaluate or to predict with"""
     predict: tuple[str, ...] = ()
     """files, folders, "*.jpg" or videos to predict and draw, instead of training"""
     vocabulary: str = ""
@@ -242,7 +249,7 @@ TINY = {
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias"]
 MODEL_FIELDS += ["channels", "fc_dim", "masks", "image_label_loss"]
 SUPERVISION = ("boxes", "instances", "image_labels")  # what it can learn from
-OFFICIAL = convert_centernet2_detic  # official weights can be loaded, too
+OFFICIAL = convert_centernet2  # official weights can be loaded, too
 NEGATIVE_CAPTION_WEIGHT = 0.125  # Detic's NEG_CAP_WEIGHT for Conceptual Captions (COCO: 1)
 
 # -- Model -----------------------------------------------------------------------------------------
@@ -336,8 +343,6 @@ class Model(nn.Module):
         An image keeps its proposals of highest objectness (--image-label-proposals), sorted. If the
         whole image takes part (captions, --image-label-loss image), it is the last proposal. All
         stages of the cascade see them, without sampling and without matching.
-        The loss is left to `compute_image_label_losses`: in each stage it is, by default, lambda
-        times the BCE of the label and the logits (C + 1,) of the largest proposal.
         """
         boxes = []
         for (b, _), (h, w), t in zip(self.centernet(features)[0], sizes, targets):
@@ -721,7 +726,7 @@ def main() -> None:
     without_boxes = []
     if training:
         datasets = training_datasets(args, size, args.masks, SUPERVISION)
-        label_space = build_label_space(args, [d.vocabulary for d in datasets])
+        label_space = build_label_space(args, known_vocabularies(args, METHOD, datasets))
         images_per_class(datasets, label_space, args.novel)  # refuses novel classes with boxes
         without_boxes = [d.name for d in datasets if d.supervision == "image_labels"]
         has_masks = any(d.supervision == "instances" for d in datasets)

@@ -74,7 +74,13 @@ from common.batch import Batch
 from common.boxes import select_detections
 from common.cascade import Cascade, StageOutput, loss_box_reg, sample_federated
 from common.centernet import CenterNet
-from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
+from common.checkpoint import (
+    known_vocabularies,
+    last_checkpoint,
+    load_checkpoint,
+    load_weights,
+    read_model,
+)
 from common.class_counts import images_per_class
 from common.command import COUNT, SIDE, Range, given, parse_args, run_command, saved_args
 from common.convert import convert_if_official
@@ -82,6 +88,7 @@ from common.datasets import Dataset, evaluation_datasets, training_datasets, war
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
 from common.labels import LabelSpace, Vocabulary
+from common.official_detectors import convert_centernet2_boxes
 from common.optim import learning_rate, scaled_lr
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RepeatFactorSampler, make_loader, repeat_factors
@@ -120,7 +127,7 @@ class Args:
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
-    """a .safetensors file or run folder to start from, to evaluate or to predict with"""
+    """run folder, .safetensors or official file to start from, to evaluate or to predict with"""
     predict: tuple[str, ...] = ()
     """files, folders, "*.jpg" or videos to predict and draw, instead of training"""
     vocabulary: str = ""
@@ -223,7 +230,7 @@ TINY = {
 # the settings that --weights restores: those that shape the model and its inputs
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias"]
 MODEL_FIELDS += ["channels", "fc_dim"]
-OFFICIAL = None  # there are no official weights to convert
+OFFICIAL = convert_centernet2_boxes  # there are none of ScaleDet, but of the same detector
 
 # -- Model -----------------------------------------------------------------------------------------
 
@@ -596,7 +603,7 @@ def main() -> None:
     training = not (args.predict or args.eval_only)
     if training:
         datasets = training_datasets(args, size)
-        label_space = build_label_space(args, [d.vocabulary for d in datasets])
+        label_space = build_label_space(args, known_vocabularies(args, METHOD, datasets))
     else:
         model, label_space = load(args.weights, args, device)
     evaluated = evaluation_datasets(args, label_space, size)

@@ -51,13 +51,13 @@ ALLOWED = {
 }
 
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
-BUDGETS = {"labels & text": 950, "data": 8650, "detectors": 2950, "segmenters": 2000, "a run": 2950}
+BUDGETS = {"labels & text": 950, "data": 8650, "detectors": 3250, "segmenters": 2000, "a run": 2950}
 BUDGETS |= {"faults": 1700}
 GROUPS = {
     "labels & text": "labels text class_counts",
     "data": "batch transforms sampling",
     "detectors": "backbone swin vit weight_files boxes targets centernet cascade masks oln"
-    " clip_resnet proposals image_label_losses text_classifier",
+    " clip_resnet proposals image_label_losses text_classifier official_detectors",
     "segmenters": "msda msda_triton pixel_decoder transformer point_matching mask_losses"
     " dataset_heads segments segment_metrics",
     "faults": "checkpoint files replay rescue runlog settings unreadable validation",
