@@ -83,8 +83,8 @@ def rename(key: str, rules: dict[str, str | None]) -> str | None:
         if match := re.fullmatch(pattern, key):
             return name and match.expand(name)
     raise InputError(
-        f"tensor '{key:.60}' is of no known official layout; docs/official-weights.md lists the files"
-        " that load"
+        f"tensor '{key:.60}' is of no known official layout; docs/official-weights.md lists the"
+        " files that load"
     )
 
 
