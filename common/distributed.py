@@ -35,7 +35,7 @@ def setup_device(device: str, seed: int) -> torch.device:
         _check_launch()
         if device == "cuda":
             device = f"cuda:{environment_number('LOCAL_RANK')}"
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=WAIT)
+        _join("nccl" if on_cuda else "gloo")
     try:
         torch.zeros((), device=device).item()
     except RuntimeError:
@@ -51,6 +51,17 @@ def setup_device(device: str, seed: int) -> torch.device:
         message = "%d ranks: one that waits more than %g hours for another ends with an error"
         log.info(message, world_size(), hours)
     return torch.device(device)
+
+
+def _join(backend: str) -> None:
+    """Joins the process group of torchrun.
+
+    After a restart (--max-restarts) torchrun's store still has the addresses of the ranks before,
+    which a fast rank would read. So each attempt writes below a name of its own.
+    """
+    store, own_rank, ranks = next(dist.rendezvous("env://", timeout=WAIT))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, timeout=WAIT, store=store, rank=own_rank, world_size=ranks)
 
 
 def _check_launch() -> None:

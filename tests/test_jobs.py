@@ -18,11 +18,13 @@ import torch
 from conftest import FAST, METHODS, REPO
 from safetensors.torch import load_file
 from test_cli import small_runs
+from torch import distributed as dist
 from torch.utils.data import get_worker_info
 
 import scaledet
 from common.checkpoint import checkpoints
 from common.command import run_command
+from common.distributed import _join
 from common.errors import InputError
 from common.rescue import LOWER, explain
 from common.runlog import unlock
@@ -473,6 +475,19 @@ def test_torchrun_restarts_a_killed_rank(on_two_ranks, tmp_path):
     assert f"resumed from {folder}/checkpoint-000000" in done.stdout
     assert checkpoints(folder)[-1].name == "checkpoint-0000004"
     assert (folder / "weights.safetensors").exists()
+
+
+def test_a_restart_does_not_read_the_addresses_of_the_ranks_before(monkeypatch):
+    """The store of torchrun outlives a restart."""
+    store, joined = dist.HashStore(), []
+    monkeypatch.setattr(dist, "rendezvous", lambda *given, **more: iter([(store, 1, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *given, **more: joined.append(more))
+    for attempt in (0, 1):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        _join("gloo")
+        assert not joined[-1]["store"].check(["rank0"])
+        joined[-1]["store"].set("rank0", "address")
+    assert joined[1]["rank"] == 1 and joined[1]["world_size"] == 2
 
 
 def test_a_rank_that_hangs_ends_the_run_after_the_time_that_was_said(on_two_ranks, tmp_path):
