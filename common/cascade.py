@@ -21,6 +21,8 @@ from common.boxes import box_delta_loss, decode_boxes, have_area, pool_rois, two
 from common.masks import crop_masks
 from common.targets import RegionTargets, Targets, match_regions
 
+c2_xavier_fill = partial(nn.init.kaiming_uniform_, a=1)  # detectron2's start of a weight
+
 
 @dataclass
 class StageOutput:
@@ -39,8 +41,14 @@ class StageOutput:
 
 
 def mlp(dim: int, out: int) -> nn.Sequential:
-    """Returns two linear layers with a ReLU between them: (R, dim) -> (R, out)."""
-    return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, out))
+    """Returns two linear layers with a ReLU between them: (R, dim) -> (R, out). Starts near 0."""
+    first = nn.Linear(dim, dim)
+    second = nn.Linear(dim, out)
+    c2_xavier_fill(first.weight)
+    nn.init.normal_(second.weight, std=0.001)
+    for layer in (first, second):
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(first, nn.ReLU(), second)
 
 
 class BoxStage(nn.Module):
@@ -48,11 +56,8 @@ class BoxStage(nn.Module):
 
     def __init__(self, channels: int, fc_dim: int):
         super().__init__()
-        c2_xavier_fill = partial(nn.init.kaiming_uniform_, a=1)  # detectron2's
         self.box_head = two_layers(channels, fc_dim, c2_xavier_fill)
         self.bbox_pred = mlp(fc_dim, 4)
-        nn.init.normal_(self.bbox_pred[2].weight, std=0.001)
-        nn.init.zeros_(self.bbox_pred[2].bias)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled features (R, F, 7, 7) -> hidden (R, fc_dim), box deltas (R, 4)."""
