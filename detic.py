@@ -79,7 +79,7 @@ from common.checkpoint import (
     read_model,
     save_weights,
 )
-from common.class_counts import boxed_names, images_per_class, seen_and_unseen
+from common.class_counts import boxed_names, federated_counts, images_per_class, seen_and_unseen
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
 from common.convert import convert_centernet2_detic, convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
@@ -200,7 +200,7 @@ class Args:
     ignore_zero: bool = True
     """leave classes without any box out of the negatives (Detic's IGNORE_ZERO_CATS)"""
     fed_loss: bool = True
-    """federated loss (for LVIS): samples 50 classes per step by the root of their frequency"""
+    """federated loss of LVIS: trains 50 of its classes per step, sampled by root of frequency"""
     repeat_threshold: Annotated[float, Range(0)] = 0.001
     """t of repeat-factor sampling within a dataset with boxes (LVIS, Detic)"""
     jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)
@@ -424,16 +424,16 @@ def sample_classifier(
     return classes, sampled
 
 
-def class_mask(args: Args, labels: Tensor, frequency: Tensor) -> Tensor:
+def class_mask(args: Args, labels: Tensor, frequency: Tensor, federated: Tensor) -> Tensor:
     """Returns w (C,) of `loss_cls`: 1 for a class that the regions train, otherwise 0.
 
-    --fed-loss trains the classes of `sample_federated`, unless --dynamic-classifier has sampled
-    already. --ignore-zero leaves out the classes of frequency 0.
+    --fed-loss trains, of the classes of a federated dataset, those of `sample_federated` alone,
+    unless --dynamic-classifier has sampled already. --ignore-zero leaves out those of frequency 0.
     labels: (R,), -1 on background; frequency: (C,), training images with a box of the class
     """
     mask = torch.ones_like(frequency)
     if args.fed_loss and not args.dynamic_classifier:
-        mask = sample_federated(labels, frequency)
+        mask = sample_federated(labels, federated)
     return mask * (frequency > 0) if args.ignore_zero else mask
 
 
@@ -491,10 +491,12 @@ def compute_losses(
     proposal_losses: dict[str, Tensor],
     targets: list[Targets],
     frequency: Tensor,
+    federated: Tensor,
 ) -> dict[str, Tensor]:
     """L = sum over stages of (L_cls + L_box) + L_mask + the CenterNet losses, with boxes.
 
-    L_cls is `loss_cls` with w of `class_mask`, which takes `frequency`. L_box is `loss_box_reg`.
+    L_cls is `loss_cls` with w of `class_mask`, which takes frequency and federated, both (C,).
+    L_box is `loss_box_reg`.
     proposal_losses: of `CenterNet.losses`, and L_mask, `MaskHead.loss` of the first stage. A batch
     with image labels has `compute_image_label_losses`, summed over the stages, instead of these.
     Returns every term, times its weight, and their sum as `loss`.
@@ -504,7 +506,7 @@ def compute_losses(
         if targets[0].image_labels is not None:
             losses |= compute_image_label_losses(args, stage, prediction, targets)
             continue
-        mask = class_mask(args, stage.labels, frequency)
+        mask = class_mask(args, stage.labels, frequency, federated)
         losses[f"loss_cls_stage{k}"] = loss_cls(prediction.logits, stage.labels, mask)
         losses[f"loss_box_reg_stage{k}"] = loss_box_reg(stage)
     return losses | {"loss": sum(losses.values())}
@@ -610,6 +612,7 @@ def train(
         log.info(dataset.summary())
     label_space = label_space.to(device)
     frequency = images_per_class(datasets, label_space, args.novel).to(device)  # (C,)
+    federated = {d.name: federated_counts(datasets, label_space, d.name) for d in datasets}
     joint = any(d.supervision == "image_labels" for d in datasets)
     captioned = [d.name for d in datasets if d.index.captions]
     encode = sentence_encoder(args.text_encoder) if captioned else None
@@ -656,7 +659,8 @@ def train(
         if batch.samples[0].dataset in captioned:
             captions = gather(encode([t.caption for t in targets]).to(device))  # (M, D)
         outputs = parallel(batch.images, batch.sizes, targets, label_space.text[classes], captions)
-        losses = compute_losses(args, *outputs, targets, frequency[classes])
+        drawn = federated[batch.samples[0].dataset].to(device)[classes]
+        losses = compute_losses(args, *outputs, targets, frequency[classes], drawn)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         losses = {term: value.detach() for term, value in losses.items()}

@@ -81,7 +81,7 @@ from common.checkpoint import (
     read_model,
     save_weights,
 )
-from common.class_counts import images_per_class
+from common.class_counts import federated_counts
 from common.command import COUNT, SIDE, Range, given, parse_args, run_command, saved_args
 from common.convert import convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
@@ -184,8 +184,8 @@ class Args:
     """negatives of the hard loss: labels of all datasets (Eq. 6), or of the image's own dataset"""
     ignore_dup: bool = True
     """leave labels with the target's embedding (cosine > 0.99) out of the negatives"""
-    fed_loss: bool = False
-    """federated loss (for LVIS): samples 50 classes per step by the root of their frequency"""
+    fed_loss: bool = True
+    """federated loss of LVIS: trains 50 of its classes per step, sampled by root of frequency"""
     repeat_threshold: Annotated[float, Range(0)] = 0.001
     """t of repeat-factor sampling over all datasets together (LVIS, Detic)"""
     jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)
@@ -341,14 +341,14 @@ class LabelTables:
 
     similarity: Tensor  # (C, C) S
     duplicates: Tensor  # (C, C) bool, other labels with the same text (cosine > 0.99, not rescaled)
-    frequency: Tensor  # (C,) training images with a box of the class
+    federated: Tensor  # (C,) images with a box of the class, -1 where no dataset is federated
 
     @classmethod
-    def of(cls, args: Args, text: Tensor, frequency: Tensor) -> "LabelTables":
-        """Computes the tables from text (C, D) and frequency (C,)."""
+    def of(cls, args: Args, text: Tensor, federated: Tensor) -> "LabelTables":
+        """Computes the tables from text (C, D) and federated (C,)."""
         duplicates = (label_similarity(text, "none") > 0.99).fill_diagonal_(False)
         similarity = label_similarity(text, args.sim_norm)
-        return cls(similarity, duplicates, frequency)
+        return cls(similarity, duplicates, federated)
 
 
 def class_mask(
@@ -356,18 +356,18 @@ def class_mask(
 ) -> Tensor:
     """Returns w (R, C) of Eq. 6: 1 for a class that the region trains, otherwise 0.
 
-    --neg-scope own leaves out the classes of other datasets. --fed-loss trains the classes of
-    `sample_federated` alone. --ignore-dup leaves out the other classes that have the same embedding
-    as the region's label.
+    --neg-scope own leaves out the classes of other datasets. --fed-loss trains, of the classes of a
+    federated dataset, those of `sample_federated` alone. --ignore-dup leaves out the other classes
+    that have the same embedding as the region's label.
     """
     labels = stage.labels  # (R,)
-    mask = torch.ones(len(labels), len(tables.frequency), device=labels.device)  # (R, C)
+    mask = torch.ones(len(labels), len(tables.federated), device=labels.device)  # (R, C)
     if args.neg_scope == "own":
         mask.zero_()
         for rows, t in zip(mask.split([len(boxes) for boxes in stage.boxes]), targets):
             rows[:, t.scope] = 1  # a view of mask
     if args.fed_loss:
-        mask = mask * sample_federated(labels, tables.frequency)  # (C,), one for the stage
+        mask = mask * sample_federated(labels, tables.federated)  # (C,), one for the stage
     if args.ignore_dup:
         fg = labels >= 0
         mask[fg] = mask[fg].masked_fill(tables.duplicates[labels[fg]], 0)
@@ -492,8 +492,8 @@ def train(
     for dataset in datasets:
         log.info(dataset.summary())
     label_space = label_space.to(device)
-    frequency = images_per_class(datasets, label_space).to(device)  # (C,)
-    tables = LabelTables.of(args, label_space.text, frequency)
+    federated = federated_counts(datasets, label_space).to(device)  # (C,)
+    tables = LabelTables.of(args, label_space.text, federated)
     if rank() == 0:
         cosines = label_space.text @ label_space.text.T  # raw, not rescaled
         report_label_space(cosines.cpu(), label_space, folder)

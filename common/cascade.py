@@ -129,17 +129,21 @@ def sample_federated(labels: Tensor, frequency: Tensor, num: int = 50) -> Tensor
     All classes of `labels` are sampled. If they are fewer than `num`, others are added until there
     are `num`. Background counts as one of them. The others are drawn without replacement, with
     probabilities proportional to sqrt(frequency).
-    labels: (R,), -1 on background; frequency: (C,), training images of each class
+    labels:    (R,), -1 on background
+    frequency: (C,), training images of each class; below 0: the class takes no part. It is always
+               1, and its regions count as background
     Source: facebookresearch/Detic:detic/modeling/utils.py (get_fed_loss_inds).
     """
+    apart = frequency < 0  # (C,)
+    labels = labels.masked_fill(apart[labels], -1)
     sampled = torch.zeros_like(frequency)
     present = labels.unique()
     sampled[present[present >= 0]] = 1
-    chance = frequency.sqrt() * (1 - sampled)  # (C,)
+    chance = frequency.clamp(min=0).sqrt() * (1 - sampled)  # (C,)
     missing = min(num - len(present), int((chance > 0).sum()))
     if missing > 0:
         sampled[torch.multinomial(chance, missing)] = 1
-    return sampled
+    return sampled.masked_fill(apart, 1)
 
 
 def loss_box_reg(output: StageOutput) -> Tensor:

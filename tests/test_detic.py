@@ -22,7 +22,7 @@ import common.text
 import detic
 from common.batch import Sample, collate
 from common.cascade import StageOutput, loss_box_reg
-from common.class_counts import images_per_class, seen_and_unseen
+from common.class_counts import federated_counts, images_per_class, seen_and_unseen
 from common.clip_resnet import region_features
 from common.command import parse_args
 from common.datasets import load_datasets
@@ -37,7 +37,7 @@ from common.image_label_losses import (
     loss_wsddn,
     mean_over_bags,
 )
-from common.labels import LabelSpace, Vocabulary
+from common.labels import LabelSpace, Vocabulary, fold
 from common.sampling import RatioBatchSampler, repeat_factors
 from common.targets import RegionTargets, Targets
 from common.text import read_table
@@ -124,9 +124,9 @@ def test_detic_sec3_class_mask():
     frequency[::4] = 0
     labels = torch.tensor([1, 5, 5, 9, -1])
 
-    def mask_of(labels, **changes):
+    def mask_of(labels, federated=frequency, **changes):
         args = replace(SMALL, **({"fed_loss": False, "ignore_zero": False} | changes))
-        return detic.class_mask(args, labels, frequency)
+        return detic.class_mask(args, labels, frequency, federated)
 
     assert (mask_of(labels) == 1).all()
     assert torch.equal(mask_of(labels, ignore_zero=True), (frequency > 0) * 1.0)
@@ -141,6 +141,11 @@ def test_detic_sec3_class_mask():
     assert torch.equal(both[:60], (frequency[:60] > 0) * 1.0)
     whole = mask_of(labels, fed_loss=True, dynamic_classifier=50)
     assert (whole == 1).all()  # the classes are sampled already
+    apart = torch.arange(200) >= 150  # classes of a dataset that is not federated
+    part = mask_of(torch.tensor([1, 160]), frequency.masked_fill(apart, -1), fed_loss=True)
+    assert part[150:].all() and part[:150].sum() == 49 and part[1] == 1
+    no_draw = mask_of(labels, torch.full_like(frequency, -1), fed_loss=True, ignore_zero=True)
+    assert torch.equal(no_draw, (frequency > 0) * 1.0)
 
 
 # -- image labels ----------------------------------------------------------------------------------
@@ -286,7 +291,8 @@ def test_detic_total_of_image_labels(ranks, monkeypatch):
     targets = [Targets(*NOTHING, image_labels=torch.tensor(own)) for own in ([1], [0, 2])]
     targets[0].caption = "a dog"
     predictions = [Prediction(torch.randn(7, 6), caption_logits=torch.randn(7, 4)) for _ in stages]
-    losses = detic.compute_losses(args, stages, predictions, {}, targets, torch.ones(5))
+    ones = torch.ones(5)
+    losses = detic.compute_losses(args, stages, predictions, {}, targets, ones, ones)
     for k, (stage, prediction) in enumerate(zip(stages, predictions)):
         bags = [Bag(b, rows) for b, rows in zip(stage.boxes, prediction.logits.split([4, 3]))]
         image = sum(
@@ -321,7 +327,7 @@ def test_detic_total_of_boxes():
     targets = [Targets(random_boxes(2), torch.tensor([1, 2]))] * 2
     given = {"loss_mask": torch.tensor(2.0), "loss_centernet_pos": torch.tensor(3.0)}
     args = replace(SMALL, fed_loss=False)
-    losses = detic.compute_losses(args, stages, predictions, given, targets, frequency)
+    losses = detic.compute_losses(args, stages, predictions, given, targets, frequency, frequency)
     for k, (stage, prediction) in enumerate(zip(stages, predictions)):
         expected = detic.loss_cls(prediction.logits, stage.labels, frequency)
         assert losses[f"loss_cls_stage{k}"].item() == pytest.approx(expected.item(), rel=1e-6)
@@ -459,6 +465,30 @@ def test_detic_frequencies_are_of_boxes_alone(datasets, tiny_root):
     (coco,) = load_datasets("coco", "train", str(tiny_root))
     with pytest.raises(InputError, match="is novel by coco-base, but 'coco' boxes it"):
         images_per_class([base, coco], LabelSpace([base.vocabulary, coco.vocabulary], merge=True))
+
+
+def test_detic_federated_counts_are_those_of_lvis(tiny_root, datasets):
+    """The classes that a batch of each dataset samples, and how often LVIS has them."""
+    (lvis,) = load_datasets("lvis", "train", str(tiny_root))
+    base, labelled = datasets
+    assert lvis.federated and not base.federated and not labelled.federated
+    everything = [base, lvis, labelled]
+    label_space = LabelSpace([d.vocabulary for d in everything], merge=True)
+    counts = dict(zip(lvis.vocabulary.names, lvis.image_counts().tolist()))
+    folded = {fold(name): count for name, count in counts.items()}
+    boxed = {fold(name) for name in base.vocabulary.names}
+    assert boxed & folded.keys() and boxed - folded.keys()
+    for own in everything:
+        found = federated_counts(everything, label_space, own.name)
+        for name, count in zip(label_space.names, found.tolist()):
+            key = fold(name)
+            expected = folded.get(key, -1 if key in boxed else 0)
+            if own is base and key in boxed:
+                expected = -1
+            assert count == expected, (own.name, name)
+    assert (federated_counts(datasets, LabelSpace([d.vocabulary for d in datasets])) == -1).all()
+    (split,) = load_datasets("lvis-base", "train", str(tiny_root))
+    assert split.federated  # an open-vocabulary split of it, too
 
 
 def test_detic_batches_are_of_one_dataset_each(datasets):
@@ -621,10 +651,11 @@ def test_detic_trains_with_captions_and_a_dynamic_classifier(
         assert targets is sampled_targets and torch.equal(text, label_space.text[classes])
         return forward(model, images, sizes, targets, text, captions)
 
-    def spy_losses(args, stages, predictions, losses, targets, counts):
+    def spy_losses(args, stages, predictions, losses, targets, counts, federated):
         classes, sampled_targets = sampled[-1]
         assert targets is sampled_targets and torch.equal(counts, frequency[classes])
-        losses = compute_losses(args, stages, predictions, losses, targets, counts)
+        assert torch.equal(federated, torch.full_like(counts, -1))  # COCO is not federated
+        losses = compute_losses(args, stages, predictions, losses, targets, counts, federated)
         calls[-1] += (predictions, {name for name, value in losses.items() if value > 0})
         return losses
 
@@ -688,7 +719,8 @@ SEEN = {"backbone.body", "backbone.fpn", "cascade.box_head", "classifiers"}
 
 
 def train_losses(model, stages, predictions, targets, losses) -> dict:
-    return detic.compute_losses(model.args, stages, predictions, losses, targets, torch.ones(5))
+    ones = torch.ones(5)
+    return detic.compute_losses(model.args, stages, predictions, losses, targets, ones, ones)
 
 
 @pytest.mark.parametrize("name", LOSSES)

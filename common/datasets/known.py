@@ -30,6 +30,7 @@ class Known:
     supervision:   its kind of annotations; None if only its files tell
     class_folders: `annotations` may be a folder that holds, per class, a folder or tar of images
     generated:     True if the dataset exists as generated data only
+    federated:     as in `Dataset`
     whole:         the dataset in whose folder the files are stored, if that is another one
     base_split:    (Dataset `whole`, split) -> Dataset; makes an open-vocabulary split of it
     """
@@ -41,6 +42,7 @@ class Known:
     supervision: Supervision | None = None
     class_folders: bool = False
     generated: bool = False
+    federated: bool = False
     whole: str = ""
     base_split: Callable[[Dataset, str], Dataset] | None = None
 
@@ -150,6 +152,7 @@ LVIS = Known(
     "LVIS v1 (lvisdataset.org; its images may be those in coco/)",
     _splits(("lvis/lvis_v1_{split}.json", "lvis/images"), ("lvis/lvis_v1_{split}.json", "coco")),
     metric="lvis",
+    federated=True,
 )
 KNOWN = {
     "coco": COCO,

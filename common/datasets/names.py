@@ -316,6 +316,7 @@ def load_dataset(
         dataset = known.read(read_as, annotations, images, known.metric)
         if known.base_split:
             dataset = known.base_split(dataset, split)
+        dataset = replace(dataset, federated=known.federated)
     if len(dataset) == 0:
         raise InputError(f"{dataset.index.source} lists no images; name another file")
     if check:
