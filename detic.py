@@ -23,10 +23,9 @@ lambda, tau      image_label_weight, tau
 
 arXiv 2201.02605. Rivals of max-size, which Table 1 compares: common/image_label_losses.py.
 
-Note: where the paper and its code (facebookresearch/Detic) differ, we follow the code, with two
-  exceptions. Classes are merged by name alone; the code tries WordNet synsets first. A parameter
-  without a loss on any rank has no gradient and is not updated; in the code its gradient is 0, so
-  it decays and keeps its momentum.
+Note: where the paper and its code (facebookresearch/Detic) differ, we follow the code, but for two
+  things. Classes are merged by name alone, not by WordNet synset first. A parameter without a loss
+  on any rank is not updated; in the code its gradient is 0, so it decays and keeps its momentum.
 Note: novel classes are no negatives of images with boxes (--ignore-zero), as in the paper's COCO
   split. The official LVIS-base run differs there: it uses the class frequencies of all of LVIS.
 Note: the paper starts from an ImageNet-21k ResNet-50, which timm lacks. Ours is ImageNet-1k. Swin
@@ -58,7 +57,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
@@ -83,6 +81,7 @@ from common.class_counts import boxed_names, federated_counts, images_per_class,
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
 from common.convert import convert_centernet2_detic, convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
+from common.datasets.subset import drop_empty
 from common.distributed import amp_context, gather, rank, setup_device, should_compile, world_size
 from common.errors import InputError
 from common.evaluation import report
@@ -344,9 +343,8 @@ class Model(nn.Module):
         times the BCE of the label and the logits (C + 1,) of the largest proposal.
         """
         boxes = []
-        # with targets, of no box: all ranks take part in the means over ranks of its losses
-        proposals, _ = self.centernet(features, [t.boxes for t in targets])
-        for (b, _), (h, w), t in zip(proposals, sizes, targets):
+        empty = [t.boxes for t in targets]  # for the losses of other ranks, which are means of all
+        for (b, _), (h, w), t in zip(self.centernet(features, empty)[0], sizes, targets):
             b = clip_boxes_to_image(b[: self.args.image_label_proposals], (h, w))
             if self.args.image_label_loss == "image" or t.caption:
                 b = torch.cat([b, b.new_tensor([[0, 0, w, h]])])
@@ -498,8 +496,7 @@ def compute_losses(
 ) -> dict[str, Tensor]:
     """L = sum over stages of (L_cls + L_box) + L_mask + the CenterNet losses, with boxes.
 
-    L_cls is `loss_cls` with w of `class_mask`, which takes frequency and federated, both (C,).
-    L_box is `loss_box_reg`.
+    L_cls is `loss_cls` with w of `class_mask` of frequency and federated. L_box is `loss_box_reg`.
     proposal_losses: of `CenterNet.losses`, and L_mask, `MaskHead.loss` of the first stage. A batch
     with image labels has `compute_image_label_losses`, summed over the stages, instead of these.
     Returns every term, times its weight, and their sum as `loss`.
@@ -588,12 +585,11 @@ def build_dataloader(
     ratios = per_dataset(args, "dataset_ratios", datasets, 1, image_labels=4)
     transforms, factors = {}, []
     for d in datasets:
-        jitter = args.jitter
+        jitter, threshold = args.jitter, args.repeat_threshold
         if d.supervision == "image_labels":
             jitter = tuple(min(max(scale, 0.5), 1.5) for scale in jitter)
-            factors.append(np.ones(len(d)))
-        else:
-            factors.append(repeat_factors([d], args.repeat_threshold))
+            threshold = 0.0  # no image is repeated
+        factors.append(repeat_factors([d], threshold))
         transforms[d.name] = LargeScaleJitter(sides[d.name], jitter)
     place = (args.seed, start, rank(), world_size(), world_size() > 1)
     sampler = RatioBatchSampler(factors, [*ratios.values()], [*batches.values()], *place)
@@ -629,11 +625,8 @@ def train(
     model.boxed = metadata["boxed"] = boxed_names(frequency, label_space)
 
     steps = args.steps
-    warmup = min(args.warmup_steps, steps // 9)
-    warmup_factor = 1e-4
-    if joint:  # as the official configs of stage 2
-        warmup = min(warmup, 1000)
-        warmup_factor = 1e-3
+    warmup = min(args.warmup_steps, steps // 9, 1000 if joint else steps)
+    warmup_factor = 1e-3 if joint else 1e-4  # as in the official configs of the two stages
     lr = scaled_lr(args.lr, args)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4)
@@ -657,13 +650,11 @@ def train(
 
         targets = prepare_targets(batch, label_space)
         classes, targets = sample_classifier(targets, frequency, args.dynamic_classifier)
-        dataset, captions = batch.samples[0].dataset, None
-        if dataset in captioned:
-            captions = encode([t.caption for t in targets])  # (B, D)
-        if captioned:  # all ranks take part, whatever their batch
-            captions = gather(captions)  # (M, D)
+        name = batch.samples[0].dataset
+        own = encode([t.caption for t in targets]) if name in captioned else None  # (B, D)
+        captions = gather(own) if captioned else None  # (M, D); all ranks call it
         outputs = parallel(batch.images, batch.sizes, targets, label_space.text[classes], captions)
-        drawn = federated[dataset].to(device)[classes]
+        drawn = federated[name].to(device)[classes]
         losses = compute_losses(args, *outputs, targets, frequency[classes], drawn)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
@@ -734,6 +725,7 @@ def main() -> None:
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
         images_per_class(datasets, label_space, args.novel)  # refuses novel classes with boxes
         without_boxes = [d.name for d in datasets if d.supervision == "image_labels"]
+        datasets = datasets if without_boxes else [drop_empty(d) for d in datasets]
         has_masks = any(d.supervision == "instances" for d in datasets)
         args.masks &= has_masks or bool(args.weights)  # weights may bring a trained mask head
         if without_boxes and not (args.weights or args.resume):

@@ -224,6 +224,11 @@ class Dataset:
         _, counts = self.index.by_label
         return np.pad(counts, (0, len(self.vocabulary) - len(counts)))
 
+    def select(self, images: np.ndarray) -> "Dataset":
+        """Returns the dataset with only the images where `images` (I,) bool is true."""
+        shards = self.shards and self.shards.select(images)
+        return replace(self, index=self.index.select(images), shards=shards)
+
     def summary(self) -> str:
         """Returns one line for the log: the numbers of images, annotations and classes."""
         index = self.index

@@ -234,11 +234,13 @@ class Index:
         return replace(self, offsets=count[self.offsets], **kept_columns)
 
     def select(self, images: np.ndarray) -> "Index":
-        """Returns an index of only the images where `images` (I,) bool is true.
-
-        The index must not have image-level labels.
-        """
+        """Returns an index of only the images where `images` (I,) bool is true."""
         kept = self.keep(images[self.image_of])
+        if self.image_labels is not None:
+            counts = np.diff(self.image_label_offsets)
+            image_labels = self.image_labels[np.repeat(images, counts)]
+            offsets = np.concatenate([[0], np.cumsum(counts[images])])
+            kept = replace(kept, image_labels=image_labels, image_label_offsets=offsets)
         rows = np.flatnonzero(images)
         columns = ("file_names", "map_names", "image_ids", "sizes")
         columns += ("negatives", "not_exhaustive", "verified", "captions")

@@ -1,4 +1,7 @@
-"""Other classes than those of the annotations: --rename maps names, --classes takes a subset."""
+"""Other classes and images than those of the annotations.
+
+--rename maps names, --classes takes a subset of them. Images without a box may be left out.
+"""
 
 import difflib
 import json
@@ -51,6 +54,32 @@ def _can_teach(dataset: Dataset) -> bool:
     index = dataset.index
     labelled = index.image_labels is not None and len(index.image_labels) > 0
     return dataset.pixel_labels is not None or len(index.labels) > 0 or labelled
+
+
+def drop_empty(dataset: Dataset, least_side: int = 0) -> Dataset:
+    """Returns a dataset with boxes without the images that have none to train on; logs how many.
+
+    A crowd is no box to train on. Images with a side below `least_side` pixels are left out, too.
+    Raises InputError if no image is left.
+    Source: facebookresearch/detectron2:detectron2/data/build.py (FILTER_EMPTY_ANNOTATIONS),
+    mmdetection:mmdet/datasets/coco.py (_filter_imgs; there an image with crowds alone stays).
+    """
+    index = dataset.index
+    boxed = np.zeros(len(index), bool)
+    boxed[index.image_of[~index.ignore]] = True
+    shorter = index.sizes.min(1)
+    small = (shorter > 0) & (shorter < least_side)  # 0: the annotations do not tell
+    kept = boxed & ~small
+    if kept.all():
+        return dataset
+    if not kept.any():
+        raise InputError(f"{dataset.name}: no image has a box to train on; take the dataset out")
+    reasons = f"{(~boxed).sum()} without a box"
+    if least_side:
+        reasons += f", {small.sum()} with a side below {least_side} pixels"
+    message = "%s: %d of %d images are not trained on (%s)"
+    log.info(message, dataset.name, (~kept).sum(), len(kept), reasons)
+    return dataset.select(kept)
 
 
 def read_renames(path: str) -> dict[str, str]:
