@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import tarfile
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -128,6 +129,61 @@ def test_detic_keeps_images_without_a_box_beside_image_labels(sparse, tmp_path, 
     with pytest.raises(InputError, match="enough"):
         call("--datasets", entries, *flags, "--output", tmp_path / "run", method="detic")
     assert [len(dataset) for dataset in trained] == [6, 1]
+
+
+def content(dataset, i: int) -> tuple:
+    """What image i of the dataset holds, to be compared."""
+    sample = dataset.load(i)
+    parts = [sample.image, sample.labels, sample.boxes]
+    parts += [getattr(sample, name) for name in ("image_labels", "segments")]
+    listed = [None if part is None else part.tolist() for part in parts]
+    return (sample.image_id, sample.captions, *listed)
+
+
+@pytest.mark.parametrize("name", ["coco", "lvis", "in21k", "ade20k", "coco-panoptic", "o365"])
+def test_a_part_of_the_images_is_drawn_as_by_the_official_script(name, tiny_root, caplog):
+    kinds = ("boxes", "instances", "image_labels", "semantic", "panoptic")
+    whole, part, share, same = (
+        load_datasets(f"{name}{limit}", "train", str(tiny_root), accepts=kinds)[0]
+        for limit in ("", "@5", "@49.9%", "@12")
+    )
+    assert (len(whole), len(part), len(share), len(same)) == (12, 5, 5, 12)
+    order = np.arange(12)
+    np.random.RandomState(1).shuffle(order)  # the official script: np.random.seed(1)
+    for i, row in enumerate(sorted(order[:5])):
+        assert content(part, i)[0] == content(whole, row)[0]
+        assert content(part, i) == content(share, i) == content(whole, row)
+    if part.image_counts() is not None:
+        assert part.image_counts().sum() < whole.image_counts().sum()
+
+
+def test_a_part_of_images_in_tar_files(tmp_path):
+    folder = tmp_path / "labelled"
+    folder.mkdir()
+    for k, name in enumerate(("cat", "dog")):
+        with tarfile.open(folder / f"{name}.tar", "w") as tar:
+            for i in range(4):
+                path = tmp_path / f"{i}.png"
+                Image.new("RGB", (8, 8), (10 * i, k, 0)).save(path)
+                tar.add(path, path.name)
+    entry = f"labelled={folder}/"
+    whole, part = (
+        load_datasets(e, "train", accepts=("image_labels",))[0]
+        for e in (entry, entry.replace("=", "@3="))
+    )
+    pictures = [content(whole, i) for i in range(8)]
+    found = [content(part, i) for i in range(3)]
+    assert len(part) == 3 and all(one in pictures for one in found)
+    assert "3 images" in part.summary()
+
+
+def test_a_part_is_not_larger_than_the_whole(boxes, caplog):
+    caplog.set_level("INFO", "concord")
+    (one,) = load_datasets(boxes.replace("=", "@1="), "train")
+    assert len(one) == 1 and "mine: 1 of 2 images, drawn at random" in caplog.text
+    for limit, count in (("3", 3), ("0", 0), ("1%", 0)):
+        with pytest.raises(InputError, match=f"mine@{limit} are {count} images of 2; write 1 to 2"):
+            load_datasets(boxes.replace("=", f"@{limit}="), "train")
 
 
 def test_names_are_mapped_before_they_are_selected(boxes, tmp_path, caplog):

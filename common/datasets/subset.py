@@ -1,6 +1,7 @@
 """Other classes and images than those of the annotations.
 
---rename maps names, --classes takes a subset of them. Images without a box may be left out.
+--rename maps names, --classes takes a subset of them. A part of the images may be drawn, and those
+without a box left out.
 """
 
 import difflib
@@ -54,6 +55,26 @@ def _can_teach(dataset: Dataset) -> bool:
     index = dataset.index
     labelled = index.image_labels is not None and len(index.image_labels) > 0
     return dataset.pixel_labels is not None or len(index.labels) > 0 or labelled
+
+
+def draw_images(dataset: Dataset, limit: str) -> Dataset:
+    """Returns the dataset with a part of its images, drawn at random; logs how many.
+
+    limit: a number, "35000", or a percentage of the images, "3.5%", rounded down
+    The draw depends on the numbers of images alone, so that each run has the same images.
+    Raises InputError if the dataset has fewer images, and for none at all.
+    Source: zhenyuw16/UniDetector:scripts/extract_random_images.py, with its seed 1.
+    """
+    total = len(dataset)
+    count = int(float(limit[:-1]) / 100 * total) if limit.endswith("%") else int(limit)
+    if not 0 < count <= total:
+        raise InputError(
+            f"--datasets {dataset.name}@{limit} are {count} images of {total}; write 1 to {total}"
+        )
+    drawn = np.zeros(total, bool)
+    drawn[np.random.RandomState(1).permutation(total)[:count]] = True
+    log.info("%s: %d of %d images, drawn at random (seed 1)", dataset.name, count, total)
+    return dataset.select(drawn)
 
 
 def drop_empty(dataset: Dataset, least_side: int = 0) -> Dataset:
