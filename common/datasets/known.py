@@ -7,6 +7,7 @@ from functools import partial
 from common.batch import Supervision
 from common.datasets.base_split import coco_base, lvis_base
 from common.datasets.dataset import Dataset
+from common.datasets.lvis_coco import lvis_with_coco
 from common.datasets.readers.captions import read_captions
 from common.datasets.readers.coco import read_coco, read_o365_instances
 from common.datasets.readers.openimages import read_openimages
@@ -32,7 +33,8 @@ class Known:
     generated:     True if the dataset exists as generated data only
     federated:     as in `Dataset`
     whole:         the dataset in whose folder the files are stored, if that is another one
-    base_split:    (Dataset `whole`, split) -> Dataset; makes an open-vocabulary split of it
+    beside:        a further dataset whose files are read
+    derive:        (Dataset `whole`, split) -> Dataset; makes this one of it
     """
 
     title: str
@@ -44,7 +46,8 @@ class Known:
     generated: bool = False
     federated: bool = False
     whole: str = ""
-    base_split: Callable[[Dataset, str], Dataset] | None = None
+    beside: str = ""
+    derive: Callable[[Dataset, str], Dataset] | None = None
 
 
 def _splits(*places: tuple[str, str], train: str = "train", val: str = "val", **others) -> Splits:
@@ -156,9 +159,10 @@ LVIS = Known(
 )
 KNOWN = {
     "coco": COCO,
-    "coco-base": replace(COCO, whole="coco", base_split=coco_base),
+    "coco-base": replace(COCO, whole="coco", derive=coco_base),
     "lvis": LVIS,
-    "lvis-base": replace(LVIS, whole="lvis", base_split=lvis_base),
+    "lvis-base": replace(LVIS, whole="lvis", derive=lvis_base),
+    "lvis+coco": replace(LVIS, whole="lvis", beside="coco", derive=lvis_with_coco),
     "o365": Known(
         "Objects365 v2 (objects365.org)",
         {

@@ -283,8 +283,9 @@ def load_datasets(
             if tiny and data_root:
                 warning = "--tiny draws a stand-in for '%s'; %s is not read for it"
                 log.warning(warning, name, data_root)
-            if tiny:
-                root = generate(known.whole or name, cache_dir(), tiny)
+            for part in (known.beside, known.whole or name):
+                if tiny and part:
+                    root = generate(part, cache_dir(), tiny)
         dataset = load_dataset(name, own_split, paths, root, check)
         _refuse_supervision(dataset.supervision, accepts, name, split)
         if check and split == "train":
@@ -343,10 +344,10 @@ def load_dataset(
         annotations, images = _known_files(name, split, root)
         if known.class_folders and annotations.is_dir():
             return read_folder(name, annotations)  # lists files that exist: none can be missing
-        read_as = known.whole if known.base_split else name
+        read_as = known.whole if known.derive else name
         dataset = known.read(read_as, annotations, images, known.metric)
-        if known.base_split:
-            dataset = known.base_split(dataset, split)
+        if known.derive:
+            dataset = known.derive(dataset, split)
         dataset = replace(dataset, federated=known.federated)
     if len(dataset) == 0:
         raise InputError(f"{dataset.index.source} lists no images; name another file")
