@@ -157,66 +157,66 @@ class Args:
     seed: Annotated[int, COUNT] = 0
     """seed of initial weights, order of images and augmentation"""
 
-    # paper settings
-    backbone: str = "resnet50"
+    # paper settings; defaults: paper, code (its authors'), base (CenterNet2, detectron2), ours
+    backbone: str = "resnet50"  # ours
     """any timm model with features of strides 8, 16, 32; pretrained if its weights can be loaded"""
-    text_encoder: str = "ViT-B-32/openai"
+    text_encoder: str = "ViT-B-32/openai"  # paper
     """open_clip MODEL/PRETRAINED, minilm (ships with Concord), or coco=FILE.npy,lvis=FILE.npy"""
-    image_size: Annotated[int, SIDE] = 640
+    image_size: Annotated[int, SIDE] = 640  # paper
     """side of the square that training crops fit in, pixels (paper: ResNet-50 640, Swin 896)"""
-    test_size: Annotated[int, SIDE] = 800
+    test_size: Annotated[int, SIDE] = 800  # code
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 64
+    batch_size: Annotated[int, Range(1)] = 64  # code
     """images with boxes per step over all ranks"""
-    dataset_ratios: str = ""
+    dataset_ratios: str = ""  # code
     """images sampled per dataset, as lvis=1,in21k=16 (default: boxes 1, image-level labels 4)"""
-    dataset_sizes: str = ""
+    dataset_sizes: str = ""  # code
     """--image-size per dataset, as in21k=320 (default without boxes: half of --image-size)"""
-    dataset_batches: str = ""
+    dataset_batches: str = ""  # code
     """--batch-size per dataset, as in21k=256 (default without boxes: 4 times --batch-size)"""
-    steps: Annotated[int, COUNT] = 90_000
+    steps: Annotated[int, COUNT] = 90_000  # code
     """optimiser steps of either stage (Detic's "4x")"""
-    lr: Annotated[float, Range(above=0)] = 2e-4
+    lr: Annotated[float, Range(above=0)] = 2e-4  # paper
     """learning rate for --base-batch-size images, scaled linearly; falls by half a cosine to 0"""
-    base_batch_size: Annotated[int, Range(1)] = 64
+    base_batch_size: Annotated[int, Range(1)] = 64  # code
     """batch size that --lr is meant for (Detic, R50: 64)"""
-    warmup_steps: Annotated[int, COUNT] = 10_000
+    warmup_steps: Annotated[int, COUNT] = 10_000  # code
     """steps of warmup from 1e-4 of --lr, at most steps / 9; image labels: <= 1000, from 1e-3"""
-    image_label_loss: ImageLabelLoss = "max_size"
+    image_label_loss: ImageLabelLoss = "max_size"  # paper
     """which proposals of an image get its label (Table 1)"""
-    image_label_weight: Annotated[float, Range(0)] = 0.1
+    image_label_weight: Annotated[float, Range(0)] = 0.1  # paper
     """lambda, weight of the image-label and caption losses (Sec. 4)"""
-    negative_caption_weight: Annotated[float, Range(0)] = 0.125
+    negative_caption_weight: Annotated[float, Range(0)] = 0.125  # code
     """weight of the other captions of a batch, as negatives (Conceptual Captions; COCO: 1)"""
-    tau: Annotated[float, Range(above=0)] = 0.02
+    tau: Annotated[float, Range(above=0)] = 0.02  # code
     """temperature of the classifier (Detic's factor 50)"""
-    image_label_proposals: Annotated[int, Range(1)] = 128
+    image_label_proposals: Annotated[int, Range(1)] = 128  # code
     """proposals kept of an image without boxes, by objectness (Detic's WS_NUM_PROPS; COCO: 32)"""
-    dynamic_classifier: Annotated[int, COUNT] = 0
+    dynamic_classifier: Annotated[int, COUNT] = 0  # code
     """classes sampled per step (50 for tens of thousands), in place of --fed-loss; 0: all"""
-    masks: bool = True
+    masks: bool = True  # paper
     """a class-agnostic mask head, if the datasets have masks"""
-    novel: str = ""
+    novel: str = ""  # ours
     """classes that no dataset may box, names or a .txt file (default: those of -base datasets)"""
-    ignore_zero: bool = True
+    ignore_zero: bool = True  # ours
     """leave classes without any box out of the negatives (Detic's IGNORE_ZERO_CATS)"""
-    fed_loss: bool = True
+    fed_loss: bool = True  # code
     """federated loss of LVIS: trains 50 of its classes per step, sampled by root of frequency"""
-    repeat_threshold: Annotated[float, Range(0)] = 0.001
+    repeat_threshold: Annotated[float, Range(0)] = 0.001  # code
     """t of repeat-factor sampling within a dataset with boxes (LVIS, Detic)"""
-    jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)
+    jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)  # code
     """scale range of large-scale jitter (EfficientDet); without boxes at least 0.5, at most 1.5"""
-    prompts: Literal["auto", "imagenet", "a", "name"] = "a"
+    prompts: Literal["auto", "imagenet", "a", "name"] = "a"  # code
     """CLIP's 80 templates (auto, for CLIP), "a {name}" (Detic), or the name (auto, for minilm)"""
-    one_class_per_proposal: bool = False
+    one_class_per_proposal: bool = False  # code
     """keep only the best label of a proposal instead of all above the threshold (Detic)"""
-    cls_bias: float = 0.0
+    cls_bias: float = 0.0  # code
     """initial bias of all class logits, learned; 0: none; -4.6 starts short runs from a low loss"""
-    channels: Annotated[int, Range(1, 8192)] = 256
+    channels: Annotated[int, Range(1, 8192)] = 256  # base
     """feature channels of FPN and heads"""
-    fc_dim: Annotated[int, Range(1)] = 1024
+    fc_dim: Annotated[int, Range(1)] = 1024  # base
     """width of the box heads"""
-    rois_per_image: Annotated[int, Range(1)] = 512
+    rois_per_image: Annotated[int, Range(1)] = 512  # base
     """regions sampled per image in the first stage, at most a quarter foreground (detectron2)"""
 
 

@@ -20,15 +20,19 @@ S                similarity
 c                cosine
 lambda, tau      lam, tau
 
-Note: no code was released, and we had no access to the typeset equations. Their form is that of the
-  paper's figure and text.
-Note: the paper builds on Detic's code. Settings that the paper does not give are Detic's: tau,
-  schedule, AdamW for "Adam", the reduction of Eq. 6, test thresholds. As in Detic, proposals are
-  trained together with the rest.
+Note: no code was released, and we could not read the typeset equations and the tables. The form of
+  the equations is that of the paper's figure and text.
+Note: the paper builds on Detic's code. Settings that we could not check are Detic's: tau, schedule,
+  AdamW for "Adam", the reduction of Eq. 6, test thresholds. As in Detic, proposals are trained
+  together with the rest, and images without a box are left out.
 Note: lambda = 1 is our choice.
 Note: where the text is ambiguous we take it literally. All other labels are negatives
   (neg_scope = all). Repeat factors are computed over all datasets together. The text embedding is
   the mean over CLIP's 80 prompts, each normalised first.
+Note: the ancestors of an OpenImages class are negatives, too: "Footwear" for a boxed "Boot". Its
+  class tree is used in the metric alone.
+Note: an image of LVIS is annotated for a part of its classes. As in Detic, 50 of them are sampled
+  per step (fed_loss), here for the regions of all images. Classes of other datasets are not.
 Note: OpenImages has 500 classes (oid500, the challenge's) or 601 (oid). With 500, the paper's label
   space has 2148 labels.
 Note: the paper starts from an ImageNet-21k ResNet-50, which timm lacks. Ours is ImageNet-1k. Swin
@@ -43,8 +47,8 @@ Note: the paper takes the label of the highest similarity. Like Detic, we keep e
   threshold, unless --one-class-per-proposal.
 
     python scaledet.py --datasets coco,o365 --tiny          # minutes on a CPU
-    python scaledet.py --datasets lvis,coco,o365,oid500 --fed-loss --data-root DATA      # one GPU
-    torchrun --nproc-per-node 8 scaledet.py --datasets lvis,coco,o365 --fed-loss --data-root DATA
+    python scaledet.py --datasets lvis,coco,o365,oid500 --data-root DATA                 # one GPU
+    torchrun --nproc-per-node 8 scaledet.py --datasets lvis,coco,o365,oid500 --data-root DATA
     python scaledet.py --predict photo.jpg --vocabulary "cat, traffic cone" --weights runs/...
 """
 
@@ -156,52 +160,52 @@ class Args:
     seed: Annotated[int, COUNT] = 0
     """seed of initial weights, order of images and augmentation"""
 
-    # paper settings
-    backbone: str = "resnet50"
+    # paper settings; defaults: paper (as far as we could read it), base (Detic), ours
+    backbone: str = "resnet50"  # ours
     """any timm model with features of strides 8, 16, 32; pretrained if its weights can be loaded"""
-    text_encoder: str = "ViT-B-32/openai"
+    text_encoder: str = "ViT-B-32/openai"  # base
     """open_clip MODEL/PRETRAINED, minilm (ships with Concord), or coco=FILE.npy,lvis=FILE.npy"""
-    image_size: Annotated[int, SIDE] = 640
+    image_size: Annotated[int, SIDE] = 640  # paper
     """side of the square that training crops fit in, pixels (paper: ResNet-50 640, Swin 896)"""
-    test_size: Annotated[int, SIDE] = 800
+    test_size: Annotated[int, SIDE] = 800  # paper
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 64
+    batch_size: Annotated[int, Range(1)] = 64  # base
     """images per step over all ranks"""
-    steps: Annotated[int | None, COUNT] = None
+    steps: Annotated[int | None, COUNT] = None  # ours
     """optimiser steps (default: 90000 per training dataset)"""
-    lr: Annotated[float, Range(above=0)] = 2e-4
+    lr: Annotated[float, Range(above=0)] = 2e-4  # base
     """learning rate for --base-batch-size images, scaled linearly; falls by half a cosine to 0"""
-    base_batch_size: Annotated[int, Range(1)] = 64
+    base_batch_size: Annotated[int, Range(1)] = 64  # base
     """batch size that --lr is meant for (Detic, R50: 64)"""
-    warmup_steps: Annotated[int, COUNT] = 10_000
+    warmup_steps: Annotated[int, COUNT] = 10_000  # base
     """steps of warmup from 1e-4 of --lr, at most steps / 9"""
-    lam: Annotated[float, Range(0)] = 1.0
+    lam: Annotated[float, Range(0)] = 1.0  # ours
     """lambda, weight of the soft label loss"""
-    tau: Annotated[float, Range(above=0)] = 0.02
+    tau: Annotated[float, Range(above=0)] = 0.02  # base
     """temperature of the classifier (Detic's factor 50)"""
-    sim_norm: Literal["minmax", "none"] = "minmax"
+    sim_norm: Literal["minmax", "none"] = "minmax"  # ours
     """rescale S to [0, 1], or keep raw cosines"""
-    neg_scope: Literal["all", "own"] = "all"
+    neg_scope: Literal["all", "own"] = "all"  # paper
     """negatives of the hard loss: labels of all datasets (Eq. 6), or of the image's own dataset"""
-    ignore_dup: bool = True
+    ignore_dup: bool = True  # ours
     """leave labels with the target's embedding (cosine > 0.99) out of the negatives"""
-    fed_loss: bool = True
+    fed_loss: bool = True  # base
     """federated loss of LVIS: trains 50 of its classes per step, sampled by root of frequency"""
-    repeat_threshold: Annotated[float, Range(0)] = 0.001
+    repeat_threshold: Annotated[float, Range(0)] = 0.001  # base
     """t of repeat-factor sampling over all datasets together (LVIS, Detic)"""
-    jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)
+    jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)  # base
     """scale range of large-scale jitter (EfficientDet); 1 fits the image into the square"""
-    prompts: Literal["auto", "imagenet", "a", "name"] = "auto"
+    prompts: Literal["auto", "imagenet", "a", "name"] = "auto"  # ours
     """CLIP's 80 templates (auto, for CLIP), "a {name}" (Detic), or the name (auto, for minilm)"""
-    one_class_per_proposal: bool = False
+    one_class_per_proposal: bool = False  # base
     """keep only the best label of a proposal instead of all above the threshold (Detic)"""
-    cls_bias: float = 0.0
+    cls_bias: float = 0.0  # base
     """initial bias of all class logits, learned; 0: none; -4.6 starts short runs from a low loss"""
-    channels: Annotated[int, Range(1, 8192)] = 256
+    channels: Annotated[int, Range(1, 8192)] = 256  # base
     """feature channels of FPN and heads"""
-    fc_dim: Annotated[int, Range(1)] = 1024
+    fc_dim: Annotated[int, Range(1)] = 1024  # base
     """width of the box heads"""
-    rois_per_image: Annotated[int, Range(1)] = 512
+    rois_per_image: Annotated[int, Range(1)] = 512  # base
     """regions sampled per image in the first stage, at most a quarter foreground (detectron2)"""
 
 

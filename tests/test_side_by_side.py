@@ -53,7 +53,7 @@ ALLOWED = {
 BUDGETS = {
     "labels & text": 1000,
     "data": 8800,
-    "detectors": 2650,
+    "detectors": 2750,
     "segmenters": 2000,
     "a run": 3500,
 }
@@ -281,6 +281,17 @@ def test_shared_args_do_not_drift():
             assert line == twin, f"{one.name} and {other.name} drift at: {line!r} / {twin!r}"
     fields = [line for line in shared_args(METHODS[0]) if re.match(r"    \w+: ", line)]
     assert len(fields) <= 24
+
+
+@pytest.mark.parametrize("name", ["detic", "scaledet", "unidetector"])
+def test_defaults_have_an_origin(name):
+    """The line of each default below '# paper settings' ends with its origin."""
+    args = (REPO / f"{name}.py").read_text().split("class Args:")[1].split("\n\n\n")[0]
+    heading, *lines = args.split("# paper settings; defaults: ")[1].splitlines()
+    fields = [line for line in lines if re.match(r"    \w+: ", line)]
+    found = {line.rpartition("  # ")[2] for line in fields}
+    assert len(fields) > 20 and found <= {"paper", "code", "base", "ours"}, found
+    assert all(origin in heading for origin in found)
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
