@@ -430,7 +430,8 @@ def class_mask(args: Args, labels: Tensor, frequency: Tensor, federated: Tensor)
 
     --fed-loss trains, of the classes of a federated dataset, those of `sample_federated` alone,
     unless --dynamic-classifier has sampled already. --ignore-zero leaves out those of frequency 0.
-    labels: (R,), -1 on background; frequency: (C,), training images with a box of the class
+    labels: (R,), -1 on background; frequency and federated: (C,), training images with a box of
+    the class, as `images_per_class` and `federated_counts` count them
     """
     mask = torch.ones_like(frequency)
     if args.fed_loss and not args.dynamic_classifier:
@@ -524,9 +525,8 @@ def compute_image_label_losses(
     loss = mean_over_bags(loss_of_label, bags, [t.image_labels for t in targets])
     losses = {f"loss_image_labels_stage{stage.index}": args.image_label_weight * loss}
     if prediction.caption_logits is not None:
-        columns = [
-            i if t.caption else -1 for i, t in enumerate(targets)
-        ]  # those of other ranks follow
+        # the columns of other ranks follow
+        columns = [i if t.caption else -1 for i, t in enumerate(targets)]
         logits = prediction.caption_logits.split([len(boxes) for boxes in stage.boxes])
         loss = loss_captions(logits, columns, args.negative_caption_weight)
         losses[f"loss_captions_stage{stage.index}"] = args.image_label_weight * loss
