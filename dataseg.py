@@ -106,7 +106,7 @@ DEMO = [  # the demonstration of ./run.sh
 @dataclass
 class Args:
     datasets: str = ""
-    """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
+    """datasets to train on, by commas: name, name:split, name@1000, my=annotations.json:images/"""
     eval_datasets: str = ""
     """datasets to evaluate (default: the val split of each training dataset)"""
     classes: str = ""

@@ -23,7 +23,7 @@ x, e             embeddings, label_space.text
 pi               prior
 alpha, beta, gamma, tau   alpha, beta, gamma, tau
 
-Note: what the paper leaves open follows its code (zhenyuw16/UniDetector).
+Note: what we could not check in the paper follows its code (zhenyuw16/UniDetector).
 Note: pi_j is the number of detections of class j in a first pass over the images, and at least 1
   (the code has no bound). Regions do not depend on the classes, so they are embedded once (200 KB
   per image at D = 1024), and the second pass only classifies. --prior FILE.json calibrates single
@@ -33,8 +33,8 @@ Note: text is the mean over CLIP's 80 prompts, each normalised before. The offic
   the plain name, and are normalised after.
 Note: test images keep the localizer's own pixel statistics. An official config feeds it CLIP's.
 Note: all BatchNorm of the localizer is frozen, and box deltas may shrink a box without limit.
-Note: left out are the end-to-end baseline, the subsets that the paper trains on, and its metrics
-  for Visual Genome (AR) and ImageNetBoxes (localization accuracy).
+Note: left out are the end-to-end baseline and the paper's metrics for Visual Genome (AR) and
+  ImageNetBoxes (localization accuracy).
 Note: --compile has no effect here: image sizes and the number of regions change at every step.
 Note: a timm model with FPN as --classifier-backbone is ours, for small runs.
 
@@ -42,8 +42,8 @@ diff with scaledet.py shows: two networks trained one after the other; no cascad
 columns of the image's own dataset; calibration; known and unknown classes in the table.
 
     python unidetector.py --datasets coco,o365 --tiny                   # minutes on a CPU
-    python unidetector.py --datasets coco,o365,oid500 --data-root DATA  # one GPU
-    torchrun --nproc-per-node 8 unidetector.py --datasets coco,o365,oid500 --data-root DATA
+    python unidetector.py --datasets coco,o365,oid500 --data-root DATA  # one GPU, all images
+    torchrun --nproc-per-node 8 unidetector.py --datasets coco@35000,o365@3.5%,oid500@4.5%  # paper
     python unidetector.py --stage classifier --weights runs/... --datasets coco,o365
     python unidetector.py --predict photo.jpg --prior runs/.../prior-coco.json --weights runs/...
 """
@@ -87,6 +87,7 @@ from common.clip_resnet import RegionClassifier, RegionOutput
 from common.command import COUNT, SIDE, Range, given, parse_args, run_command, saved_args
 from common.convert import convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
+from common.datasets.subset import drop_empty
 from common.distributed import rank, setup_device, world_size
 from common.errors import InputError
 from common.evaluation import evaluate_detections, recall
@@ -125,7 +126,7 @@ DEMO = [  # the demonstration of ./run.sh
 @dataclass
 class Args:
     datasets: str = ""
-    """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
+    """datasets to train on, by commas: name, name:split, name@1000, my=annotations.json:images/"""
     eval_datasets: str = ""
     """datasets to evaluate (default: the val split of each training dataset)"""
     classes: str = ""
@@ -171,60 +172,60 @@ class Args:
     seed: Annotated[int, COUNT] = 0
     """seed of initial weights, order of images and augmentation"""
 
-    # paper settings
-    structure: Literal["partitioned", "unified", "separate"] = "partitioned"
+    # paper settings; defaults: paper (as far as we could read it), code (its authors'), ours
+    structure: Literal["partitioned", "unified", "separate"] = "partitioned"  # paper
     """an image trains its dataset's classes, all classes (merged), or its dataset's classifier"""
-    stage: Literal["both", "localizer", "classifier"] = "both"
+    stage: Literal["both", "localizer", "classifier"] = "both"  # paper
     """what to train; classifier: on the localizer of --weights"""
-    sampler: Literal["random", "class-aware", "repeat-factor"] = "random"
+    sampler: Literal["random", "class-aware", "repeat-factor"] = "random"  # paper
     """order of the training images (paper: a classifier made of text needs no balancing)"""
-    backbone: str = "resnet50.tv_in1k"
+    backbone: str = "resnet50.tv_in1k"  # code
     """localizer: timm model with maps of strides 4 to 32, with published weights; or MODEL/FILE"""
-    classifier_backbone: str = "RN50/openai"
+    classifier_backbone: str = "RN50/openai"  # ours
     """CLIP ResNet, MODEL/PRETRAINED or MODEL/FILE (paper: RegionCLIP's file), or a timm model"""
-    text_encoder: str = "RN50/openai"
+    text_encoder: str = "RN50/openai"  # code
     """open_clip MODEL/PRETRAINED, minilm (ships with Concord), or coco=FILE.npy,lvis=FILE.npy"""
-    prompts: Literal["auto", "imagenet", "a", "name"] = "auto"
+    prompts: Literal["auto", "imagenet", "a", "name"] = "auto"  # ours
     """CLIP's 80 templates (auto, for CLIP), "a {name}", or the name (auto, for minilm)"""
-    image_size: Annotated[int, SIDE] = 800
+    image_size: Annotated[int, SIDE] = 800  # code
     """largest short side of training images, pixels; the smallest is half of it"""
-    test_size: Annotated[int, SIDE] = 800
+    test_size: Annotated[int, SIDE] = 800  # code
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 16
+    batch_size: Annotated[int, Range(1)] = 16  # code
     """images per step over all ranks"""
-    steps: Annotated[int | None, COUNT] = None
+    steps: Annotated[int | None, COUNT] = None  # code
     """steps of the localizer (default: 12 epochs); the rate falls to a tenth at 8/12 and 11/12"""
-    classifier_steps: Annotated[int | None, COUNT] = None
+    classifier_steps: Annotated[int | None, COUNT] = None  # code
     """steps of the classifier (default: 12 epochs)"""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # code
     """sgd with momentum 0.9 (paper); adamw, at a twentieth of the rates, for a few hundred steps"""
-    lr: Annotated[float, Range(above=0)] = 0.02
+    lr: Annotated[float, Range(above=0)] = 0.02  # code
     """localizer's learning rate for --base-batch-size images; scaled linearly to --batch-size"""
-    classifier_lr: Annotated[float, Range(above=0)] = 0.002
+    classifier_lr: Annotated[float, Range(above=0)] = 0.002  # code
     """learning rate of the classifier, likewise"""
-    base_batch_size: Annotated[int, Range(1)] = 16
+    base_batch_size: Annotated[int, Range(1)] = 16  # code
     """batch size that the learning rates are meant for"""
-    warmup_steps: Annotated[int, COUNT] = 500
+    warmup_steps: Annotated[int, COUNT] = 500  # code
     """steps of linear warmup from 1e-3 of the learning rate; at most a tenth of a stage's steps"""
-    alpha: Annotated[float, Range(0)] = 0.3
+    alpha: Annotated[float, Range(0)] = 0.3  # paper
     """weight of classification against localization quality in eta"""
-    beta: Annotated[float, Range(0)] = 0.3
+    beta: Annotated[float, Range(0)] = 0.3  # paper
     """weight of the class probability against eta in the score"""
-    gamma: Annotated[float, Range(0, 10)] = 0.6
+    gamma: Annotated[float, Range(0, 10)] = 0.6  # paper
     """strength of the calibration; 0: none"""
-    tau: Annotated[float, Range(above=0)] = 0.01
+    tau: Annotated[float, Range(above=0)] = 0.01  # paper
     """temperature of the cosine"""
-    prior: str = ""
+    prior: str = ""  # ours
     """prior-*.json of an evaluation, in place of a first pass; --predict takes its classes"""
-    rpn_proposals: Annotated[int, Range(1)] = 2000
+    rpn_proposals: Annotated[int, Range(1)] = 2000  # code
     """proposals per feature level in the second stage of the localizer"""
-    test_proposals: Annotated[int, Range(1)] = 100
+    test_proposals: Annotated[int, Range(1)] = 100  # code
     """proposals per test image that are classified (official code, LVIS: 100; COCO: all 1500)"""
-    rois_per_image: Annotated[int, Range(1)] = 512
+    rois_per_image: Annotated[int, Range(1)] = 512  # code
     """regions sampled per image in both stages, at most a quarter of them foreground"""
-    channels: Annotated[int, Range(1, 8192)] = 256
+    channels: Annotated[int, Range(1, 8192)] = 256  # code
     """feature channels of FPN and heads"""
-    fc_dim: Annotated[int, Range(1)] = 1024
+    fc_dim: Annotated[int, Range(1)] = 1024  # code
     """width of the box heads"""
 
 
@@ -718,7 +719,7 @@ def main() -> None:
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
-        datasets = training_datasets(args, size)
+        datasets = [drop_empty(d, least_side=32) for d in training_datasets(args, size)]
         label_space = build_label_space(args, known_vocabularies(args, METHOD, datasets))
     else:
         model, label_space = load(args.weights, args, device)

@@ -153,16 +153,20 @@ def gather_on_main(value) -> list:
     return gathered or []
 
 
-def gather(rows: Tensor) -> Tensor:
-    """Concatenates rows (N, ...) of all ranks in rank order: (N * world_size, ...).
+def gather(rows: Tensor | None) -> Tensor | None:
+    """Concatenates rows (N, ...) of all ranks, those of this rank first. They have no gradient.
 
-    N must be the same on all ranks. With several ranks the result has no gradient.
+    N may differ. A rank without rows gives None and gets None. Every rank must call it.
     """
     if world_size() == 1:
         return rows
-    parts = [torch.empty_like(rows) for _ in range(world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, rows)
+    if rows is None:
+        return None
+    del parts[rank()]
+    others = [part for part in parts if part is not None]
+    return torch.cat([rows, *others])
 
 
 def amp_context(amp: str, device: torch.device):

@@ -22,14 +22,17 @@ def scaled_lr(lr: float, args) -> float:
 
 
 def learning_rate(step: int, base: float, steps: int, warmup: int, warmup_factor: float) -> float:
-    """Returns the rate at `step`: base (1 + cos(pi step / steps)) / 2, times `warmup_ramp`.
+    """Returns the rate at `step`: base (1 + cos(pi step / steps)) / 2, after a straight warmup.
 
-    Source: facebookresearch/Detic:detic/custom_solver.py.
+    The line starts at base * warmup_factor and meets the cosine after `warmup` steps.
+    Source: facebookresearch/detectron2:detectron2/solver/lr_scheduler.py (WarmupParamScheduler).
     """
-    angle = math.pi * step / steps
+    angle = math.pi * max(step, warmup) / steps
     cosine = 0.5 * (1 + math.cos(angle))
-    ramp = warmup_ramp(step, warmup, warmup_factor)
-    return base * cosine * ramp
+    if step >= warmup:
+        return base * cosine
+    progress = step / warmup
+    return base * (warmup_factor + (cosine - warmup_factor) * progress)
 
 
 def stepped_learning_rate(

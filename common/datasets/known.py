@@ -7,6 +7,7 @@ from functools import partial
 from common.batch import Supervision
 from common.datasets.base_split import coco_base, lvis_base
 from common.datasets.dataset import Dataset
+from common.datasets.lvis_coco import lvis_with_coco
 from common.datasets.readers.captions import read_captions
 from common.datasets.readers.coco import read_coco, read_o365_instances
 from common.datasets.readers.openimages import read_openimages
@@ -30,8 +31,10 @@ class Known:
     supervision:   its kind of annotations; None if only its files tell
     class_folders: `annotations` may be a folder that holds, per class, a folder or tar of images
     generated:     True if the dataset exists as generated data only
+    federated:     as in `Dataset`
     whole:         the dataset in whose folder the files are stored, if that is another one
-    base_split:    (Dataset `whole`, split) -> Dataset; makes an open-vocabulary split of it
+    beside:        a further dataset whose files are read
+    derive:        (Dataset `whole`, split) -> Dataset; makes this one of it
     """
 
     title: str
@@ -41,8 +44,10 @@ class Known:
     supervision: Supervision | None = None
     class_folders: bool = False
     generated: bool = False
+    federated: bool = False
     whole: str = ""
-    base_split: Callable[[Dataset, str], Dataset] | None = None
+    beside: str = ""
+    derive: Callable[[Dataset, str], Dataset] | None = None
 
 
 def _splits(*places: tuple[str, str], train: str = "train", val: str = "val", **others) -> Splits:
@@ -150,12 +155,14 @@ LVIS = Known(
     "LVIS v1 (lvisdataset.org; its images may be those in coco/)",
     _splits(("lvis/lvis_v1_{split}.json", "lvis/images"), ("lvis/lvis_v1_{split}.json", "coco")),
     metric="lvis",
+    federated=True,
 )
 KNOWN = {
     "coco": COCO,
-    "coco-base": replace(COCO, whole="coco", base_split=coco_base),
+    "coco-base": replace(COCO, whole="coco", derive=coco_base),
     "lvis": LVIS,
-    "lvis-base": replace(LVIS, whole="lvis", base_split=lvis_base),
+    "lvis-base": replace(LVIS, whole="lvis", derive=lvis_base),
+    "lvis+coco": replace(LVIS, whole="lvis", beside="coco", derive=lvis_with_coco),
     "o365": Known(
         "Objects365 v2 (objects365.org)",
         {

@@ -1,4 +1,8 @@
-"""Other classes than those of the annotations: --rename maps names, --classes takes a subset."""
+"""Other classes and images than those of the annotations.
+
+--rename maps names, --classes takes a subset of them. A part of the images may be drawn, and those
+without a box left out.
+"""
 
 import difflib
 import json
@@ -52,6 +56,52 @@ def _can_teach(dataset: Dataset) -> bool:
     index = dataset.index
     labelled = index.image_labels is not None and len(index.image_labels) > 0
     return dataset.pixel_labels is not None or len(index.labels) > 0 or labelled
+
+
+def draw_images(dataset: Dataset, limit: str) -> Dataset:
+    """Returns the dataset with a part of its images, drawn at random; logs how many.
+
+    limit: a number, "35000", or a percentage of the images, "3.5%", rounded down
+    The draw depends on the numbers of images alone, so that each run has the same images.
+    Raises InputError if the dataset has fewer images, and for none at all.
+    Source: zhenyuw16/UniDetector:scripts/extract_random_images.py, with its seed 1.
+    """
+    total = len(dataset)
+    count = int(float(limit[:-1]) / 100 * total) if limit.endswith("%") else int(limit)
+    if not 0 < count <= total:
+        raise InputError(
+            f"--datasets {dataset.name}@{limit} are {count} images of {total}; write 1 to {total}"
+        )
+    drawn = np.zeros(total, bool)
+    drawn[np.random.RandomState(1).permutation(total)[:count]] = True
+    log.info("%s: %d of %d images, drawn at random (seed 1)", dataset.name, count, total)
+    return dataset.select(drawn)
+
+
+def drop_empty(dataset: Dataset, least_side: int = 0) -> Dataset:
+    """Returns a dataset with boxes without the images that have none to train on; logs how many.
+
+    A crowd is no box to train on. Images with a side below `least_side` pixels are left out, too.
+    Raises InputError if no image is left.
+    Source: facebookresearch/detectron2:detectron2/data/build.py (FILTER_EMPTY_ANNOTATIONS),
+    mmdetection:mmdet/datasets/coco.py (_filter_imgs; there an image with crowds alone stays).
+    """
+    index = dataset.index
+    boxed = np.zeros(len(index), bool)
+    boxed[index.image_of[~index.ignore]] = True
+    shorter = index.sizes.min(1)
+    small = (shorter > 0) & (shorter < least_side)  # 0: the annotations do not tell
+    kept = boxed & ~small
+    if kept.all():
+        return dataset
+    if not kept.any():
+        raise InputError(f"{dataset.name}: no image has a box to train on; take the dataset out")
+    reasons = f"{(~boxed).sum()} without a box"
+    if least_side:
+        reasons += f", {small.sum()} with a side below {least_side} pixels"
+    message = "%s: %d of %d images are not trained on (%s)"
+    log.info(message, dataset.name, (~kept).sum(), len(kept), reasons)
+    return dataset.select(kept)
 
 
 def read_renames(path: str) -> dict[str, str]:
