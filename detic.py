@@ -70,13 +70,7 @@ from common.batch import Batch
 from common.boxes import select_detections
 from common.cascade import Cascade, MaskHead, StageOutput, loss_box_reg, mlp, sample_federated
 from common.centernet import CenterNet
-from common.checkpoint import (
-    known_vocabularies,
-    last_checkpoint,
-    load_checkpoint,
-    load_weights,
-    read_model,
-)
+from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
 from common.class_counts import boxed_names, federated_counts, images_per_class, seen_and_unseen
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
 from common.convert import convert_if_official
@@ -93,7 +87,7 @@ from common.optim import learning_rate, scaled_lr
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RatioBatchSampler, make_loader, repeat_factors
 from common.targets import Targets
-from common.text import embed, sentence_encoder
+from common.text import embed, known_vocabularies, sentence_encoder
 from common.text_classifier import TextClassifier
 from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import save_image, training_grid

@@ -78,13 +78,7 @@ from common.batch import Batch
 from common.boxes import select_detections
 from common.cascade import Cascade, StageOutput, loss_box_reg, sample_federated
 from common.centernet import CenterNet
-from common.checkpoint import (
-    known_vocabularies,
-    last_checkpoint,
-    load_checkpoint,
-    load_weights,
-    read_model,
-)
+from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
 from common.class_counts import federated_counts
 from common.command import COUNT, SIDE, Range, given, parse_args, run_command, saved_args
 from common.convert import convert_if_official
@@ -98,7 +92,7 @@ from common.optim import learning_rate, scaled_lr
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RepeatFactorSampler, make_loader, repeat_factors
 from common.targets import Targets
-from common.text import embed
+from common.text import embed, known_vocabularies
 from common.text_classifier import TextClassifier
 from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import report_label_space, save_image, training_grid

@@ -75,7 +75,6 @@ from common.boxes import decode_boxes, soft_nms
 from common.cascade import sample_federated
 from common.checkpoint import (
     checkpoint_step,
-    known_vocabularies,
     last_checkpoint,
     load_checkpoint,
     load_weights,
@@ -106,7 +105,7 @@ from common.proposals import fingerprint, with_proposals
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, make_loader, make_sampler
 from common.targets import Targets, match_regions
-from common.text import embed
+from common.text import embed, known_vocabularies
 from common.transforms import ResizeShortest, ResizeShortestRange
 from common.visualize import save_image, training_grid
 

@@ -10,6 +10,7 @@
 import json
 import os
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib.util import find_spec
@@ -22,10 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from common.checkpoint import last_checkpoint, read_model
 from common.errors import InputError
 from common.files import NO_ARRAY, cached_rows
 from common.hub import hub
-from common.labels import DATA, fold
+from common.labels import DATA, LabelSpace, Vocabulary, fold
 
 Encode = Callable[[list[str]], Tensor]  # N texts -> (N, D)
 TABLE = DATA / "minilm.safetensors"
@@ -381,3 +383,23 @@ class ContextEncoder:
         mask = F.pad(ids != 0, (n, 0), value=True).long()  # (K, T + n)
         states = self.model(inputs_embeds=x, attention_mask=mask).last_hidden_state
         return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def known_vocabularies(args, method: str, datasets: list) -> list[Vocabulary]:
+    """Returns the vocabularies of `datasets`, with the text that the weights have for the names.
+
+    The weights are those of --weights, or of the last checkpoint of --resume. A vocabulary has no
+    text if they lack one of its names. None has if their text is of another encoder or prompt.
+    """
+    vocabularies = [dataset.vocabulary for dataset in datasets]
+    checkpoint = last_checkpoint(Path(args.resume)) if args.resume else None
+    path = checkpoint or args.weights
+    if not path:
+        return vocabularies
+    metadata, stored = read_model(path, method)
+    of_text = ("text_encoder", "prompts")
+    same_text = all(metadata["args"].get(name) == getattr(args, name) for name in of_text)
+    if not same_text or stored[0].text is None:
+        return vocabularies
+    known = LabelSpace(stored)
+    return [replace(v, text=known.known_text(v)) for v in vocabularies]

@@ -14,7 +14,7 @@ import unidetector
 from benchmarks import official_layouts as layouts
 from benchmarks import official_weights
 from benchmarks.official_weights import FAMILIES, PAGE, convert
-from common.checkpoint import known_vocabularies, read_model
+from common.checkpoint import read_model
 from common.command import parse_args
 from common.convert import convert_if_official
 from common.errors import InputError
@@ -26,6 +26,7 @@ from common.official_detectors import (
     convert_two_stages,
     timm_name,
 )
+from common.text import known_vocabularies
 
 LVIS = Vocabulary.known("lvis")
 BASE = "BoxSup-C2_Lbase_CLIP_R18_640b32_4x"
