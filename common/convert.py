@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 import pickle
+import pickletools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -190,6 +191,20 @@ class ArrayUnpickler(pickle.Unpickler):
         return ALLOWED[module, name]
 
 
+def refuse_gaps(data: bytes) -> None:
+    """Raises ValueError for a pickle whose numbered objects have gaps.
+
+    The unpickler allocates all numbers below the largest one: a few bytes would take 64 GB.
+    """
+    used = 0
+    for operation, number, _ in pickletools.genops(data):
+        if operation.name not in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            continue
+        used += 1
+        if number is not None and number > used:
+            raise ValueError(f"its object {used} has the number {number}")
+
+
 def load_arrays(path: Path) -> Tensors:
     """Reads a pickle of numpy arrays, like those of Mask2Former's model zoo, as tensors.
 
@@ -197,7 +212,9 @@ def load_arrays(path: Path) -> Tensors:
     Raises ValueError with the reason in one line for a damaged file and for other content.
     """
     try:
-        content = ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        data = path.read_bytes()
+        refuse_gaps(data)
+        content = ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
         arrays = content.get("model", content)
         return {key: torch.from_numpy(array.values.copy()) for key, array in arrays.items()}
     except Exception as error:  # pickle raises nearly everything for damaged files

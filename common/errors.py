@@ -2,6 +2,7 @@
 
 LONGEST = 1000  # letters of a line
 CONTROLS = (*range(32), *range(127, 160), 0x2028, 0x2029)  # they break lines, or move the cursor
+HANDED_ON = "common.errors.InputError: "
 ESCAPES = {code: ascii(chr(code))[1:-1] for code in CONTROLS}
 
 
@@ -25,6 +26,10 @@ class InputError(Exception):
     """
 
     def __init__(self, message: str):
+        # a data loading process hands on its whole traceback; the message is its last line
+        last = message.strip().splitlines()[-1:]
+        if last and last[0].startswith(HANDED_ON):
+            message = last[0].removeprefix(HANDED_ON)
         super().__init__(one_line(message))
 
 

@@ -224,9 +224,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"stopped by {error}", 128 + error.number
     text = str(error)
     if isinstance(error, InputError):
-        # a data loading process hands on its whole traceback; the message is the last line
-        last = text.strip().splitlines()[-1]
-        return last.removeprefix("common.errors.InputError: "), 2
+        return text, 2
     if isinstance(error, SomeFailed):
         return text, 1
     line = _explain_machine(error, text)

@@ -430,6 +430,12 @@ OFFICIAL = [
     ("pickle of eval", official(b"cbuiltins\neval\n(S'1'\ntR.", "o.pkl"), f"DIR/o.pkl {UNREAD}"),
     ("pickle nested deep", official(b"(" * 10**5 + b"l" * 10**5 + b".", "o.pkl"), UNREAD),
     ("pickle of 2**62 bytes", official(b"\x80\x04\x8e" + b"\xff" * 8, "o.pkl"), UNREAD),
+    ("pickle of 64 GB", official(b"\x80\x02}r\xff\xff\xff\xff.", "o.pkl"), "has the number 42949"),
+    (
+        "pickle of 64 GB in text",
+        official(b"(dp4294967295\n.", "o.pkl"),
+        "has the number 4294967295",
+    ),
     ("pickle of texts", official(array_pickle({"a": "x"}), "o.pkl"), UNREAD),
     ("pickle of objects", official(array_pickle({"a": np.array([{}])}), "o.pkl"), UNREAD),
     ("pickle of an array", official(array_pickle({"a": np.ones(2)}), "o.pkl"), "no known official"),
