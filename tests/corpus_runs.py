@@ -31,7 +31,7 @@ from common.checkpoint import (
     save_checkpoint,
 )
 from common.command import parse_args, saved_args
-from common.convert import convert_centernet2_detic, convert_if_official, convert_mask2former
+from common.convert import convert_if_official, convert_mask2former
 from common.distributed import setup_device
 from common.labels import LabelSpace, Vocabulary
 from common.proposals import intact
@@ -357,7 +357,7 @@ def official(content: Callable[[str], bytes] | bytes, name: str = "o.pth"):
         marker = folder / "made by the pickle"
         data = content(str(marker)) if callable(content) else content
         path = write(folder / name, data)
-        convert = convert_mask2former if name.endswith(".pkl") else convert_centernet2_detic
+        convert = convert_mask2former if name.endswith(".pkl") else convert_centernet2
         try:
             convert_if_official(path, "detic", convert)
         finally:
@@ -368,7 +368,7 @@ def official(content: Callable[[str], bytes] | bytes, name: str = "o.pth"):
 
 
 def gone(folder: Path) -> dict:
-    convert_if_official(folder, "detic", convert_centernet2_detic)
+    convert_if_official(folder, "detic", convert_centernet2)
     return {}
 
 
