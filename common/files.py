@@ -36,7 +36,8 @@ NO_ARRAY = (
 )
 
 
-TEMPORARY = re.compile(r"\..+-\d+-[0-9a-f]{8}(\.\w+)?")  # the names that `atomic_path` makes
+# the names that `atomic_path` makes, and those of safetensors, which writes to such a file first
+TEMPORARY = re.compile(r"\..+-\d+-[0-9a-f]{8}(\.\w+)?|\.tmp\w{6}")
 
 
 def cache_dir() -> Path:

@@ -34,7 +34,8 @@ from common.command import parse_args, saved_args
 from common.convert import convert_if_official, convert_mask2former
 from common.distributed import setup_device
 from common.labels import LabelSpace, Vocabulary
-from common.proposals import intact
+from common.official_detectors import convert_centernet2
+from common.proposals import block_file, missing_blocks
 from common.runlog import RunLog, make_run_folder, unlock
 
 # -- weights
@@ -447,7 +448,11 @@ OFFICIAL = [
 
 
 def proposals(content: bytes) -> Callable[[Path], dict]:
-    return lambda folder: {"intact": intact(write(folder / "p.npy", content), 2)}
+    def attempt(folder: Path) -> dict:
+        write(block_file(folder, 0), content)
+        return {"missing": missing_blocks(folder, 2)}
+
+    return attempt
 
 
 def rows(array) -> bytes:
@@ -457,10 +462,10 @@ def rows(array) -> bytes:
 
 
 BOXES = np.ones((2, 3, 4), np.uint16)
-AGAIN = {"intact": False}  # they are computed again
+AGAIN = {"missing": [0]}  # they are computed again
 PROPOSALS = [
-    ("sound", proposals(rows(BOXES)), {"intact": True}),
-    ("missing", lambda folder: {"intact": intact(folder / "gone.npy", 2)}, AGAIN),
+    ("sound", proposals(rows(BOXES)), {"missing": []}),
+    ("missing", lambda folder: {"missing": missing_blocks(folder, 2)}, AGAIN),
     ("empty", proposals(b""), AGAIN),
     ("text", proposals(b"text"), AGAIN),
     ("cut off", proposals(rows(BOXES)[:-4]), AGAIN),
@@ -470,7 +475,7 @@ PROPOSALS = [
     ("of other images", proposals(rows(BOXES[:1])), AGAIN),
     ("of other numbers", proposals(rows(BOXES.astype(np.float32))), AGAIN),
     ("of one number", proposals(rows(np.uint16(1))), AGAIN),
-    ("of zeros alone", proposals(rows(BOXES * 0)), AGAIN),
+    ("of zeros alone", proposals(rows(BOXES * 0)), {"missing": []}),
     ("objects", proposals(rows(np.array([{}, {}]))), AGAIN),
 ]
 

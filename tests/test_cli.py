@@ -571,7 +571,7 @@ def test_full_disk_is_one_line(fails, own, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", str(tmp_path / "weights"))
 
-    monkeypatch.setattr("scaledet.save_weights", full)
+    monkeypatch.setattr("common.runlog.save_weights", full)
     assert "No space left" in fails(
         "--datasets", own(), "--output", tmp_path / "run", *FAST, "--steps", 1
     )

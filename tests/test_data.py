@@ -343,7 +343,7 @@ def test_bad_ratios(ratios, sizes, ranks, words):
 )
 def test_a_batch_beyond_the_memory_is_refused_before_it_is_loaded(transform):
     mixture = Mixture([labelled("a", [[0], []], 2)], {"a": transform}, 0)
-    args = SimpleNamespace(workers=0, skip_bad=0, output=".")
+    args = SimpleNamespace(workers=0, skip_bad=0, output=".", replay="")
     words = r"1000000000 images of 640 x 640 pixels takes 1,228,800 GB.*lower --batch-size"
     with pytest.raises(InputError, match=words):
         make_loader(mixture, args, batch_size=10**9, sampler=[])

@@ -384,8 +384,8 @@ def test_unidetector_settings_of_the_paper():
     assert (args.batch_size, args.base_batch_size, args.steps, args.classifier_steps) == (
         16,
         16,
-        0,
-        0,
+        None,
+        None,
     )
     assert (args.image_size, args.test_size, args.sampler, args.structure) == (
         800,
@@ -1115,7 +1115,9 @@ def test_resume_ends_with_the_same_weights(
     def check(run_log, losses, step, batch):
         if step == checkpoint + 1:
             raise Enough
+        return finite(run_log, losses, step, batch)
 
+    finite = unidetector.RunLog.check_finite
     with monkeypatch.context() as patch, pytest.raises(Enough):
         patch.setattr(unidetector.RunLog, "check_finite", check)
         call(*data, *QUICK, "--output", tmp_path / "run", method="unidetector")
