@@ -6,6 +6,7 @@ A rule renames each official tensor, or drops it and says why. A tensor without 
 import hashlib
 import io
 import logging
+import os
 import pickle
 import pickletools
 import re
@@ -302,7 +303,7 @@ def convert_if_official(path: str | Path, method: str, convert: Convert | None) 
     Raises InputError for a file that is missing or cannot be read or converted, and for parts that
     are no whole model.
     """
-    paths = [path] if Path(path).exists() else str(path).split(",")
+    paths = [path] if os.path.exists(path) else str(path).split(",")
     files = [weights_file(Path(part).expanduser() if part else part) for part in paths]
     if len(files) == 1 and files[0].suffix == ".safetensors":
         return files[0]

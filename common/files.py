@@ -96,7 +96,7 @@ def sweep(folder: Path) -> None:
 
     No other process may write there meanwhile.
     """
-    left = [path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)]
+    left = [path for path in folder.glob(".*") if TEMPORARY.fullmatch(path.name)]
     for path in left:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -48,6 +48,8 @@ class Args:
     resume: str = ""
     output: str = ""
     predict: str = ""
+    replay: str = ""
+    eval_every: int = 0
     eval_only: bool = False
     keep: int = 2
     lr: float = 0.1
@@ -309,7 +311,11 @@ RUNS = [
     ("an empty checkpoint", run(lambda folder: (folder / "checkpoint-3").mkdir()), {"step": 2}),
     ("a checkpoint of letters", put("checkpoint-best/a", "x"), {"step": 2}),
     ("a checkpoint of a superscript", put("checkpoint-²/a", "x"), {"step": 2}),
-    ("a half-written checkpoint", put(".checkpoint-3-1-a/x", "x"), {"log": "1 half-written files"}),
+    (
+        "a half-written checkpoint",
+        put(".checkpoint-3-1-0123abcd/x", "x"),
+        {"log": "1 half-written files"},
+    ),
     ("both damaged", both(b"x"), ("no checkpoint of DIR/run is sound", "delete them")),
     ("args missing", run(lambda folder: (folder / "args.json").unlink()), f"{ARGS} cannot be read"),
     ("args cut off", put("args.json", '{"method": '), f"{ARGS} cannot be read"),

@@ -38,9 +38,10 @@ from common.datasets.files import decode_image
 from common.datasets.subset import read_renames
 from common.errors import InputError
 from common.labels import Vocabulary
-from common.proposals import intact
-from common.runlog import read_args, step_of
+from common.proposals import missing_blocks
+from common.settings import read_args
 from common.text import embed
+from common.validation import step_of
 
 EXAMPLES = 60  # of each file in the short form
 SECONDS = 10  # of one example; they take milliseconds
@@ -244,9 +245,9 @@ OTHERS = [
     ("pickle", write_one("o.pkl", ARRAYS), "o.pkl", official("o.pkl")),
     (
         "proposals",
-        write_one("p.npy", runs.rows(runs.BOXES)),
-        "p.npy",
-        lambda folder: intact(folder / "p.npy", 2),
+        write_one("block-000000.npy", runs.rows(runs.BOXES)),
+        "block-000000.npy",
+        lambda folder: missing_blocks(folder, 2),
     ),
 ]
 for ending, content in (("txt", "dog = wolf\n"), ("json", {"dog": "wolf"})):
