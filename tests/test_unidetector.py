@@ -911,7 +911,7 @@ def test_proposals_go_on_after_a_kill(locator, caplog):
     with pytest.raises(KeyboardInterrupt):
         locator.run()
     [folder] = locator.folder.glob("proposals-coco-*")
-    left = folder / ".block-000002-1-abc.npy"
+    left = folder / ".block-000002-1-0123abcd.npy"
     left.write_bytes(b"half")
     locator.fails_at = -1
     extended = locator.run()
