@@ -142,7 +142,7 @@ class Training:
             if time.monotonic() - begin > PATIENCE:
                 os.killpg(process.pid, signal.SIGKILL)
                 pytest.fail(f"it hangs:\n{self.log[-3000:]}")
-            time.sleep(0.002)
+            time.sleep(0.004)
 
     def finish(self) -> list[Visit]:
         """Runs the command to its end. Returns its phases, in order."""
