@@ -379,3 +379,9 @@ class ContextEncoder:
         mask = F.pad(ids != 0, (n, 0), value=True).long()  # (K, T + n)
         states = self.model(inputs_embeds=x, attention_mask=mask).last_hidden_state
         return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+@lru_cache(maxsize=1)
+def context_encoder(name: str, device: torch.device) -> ContextEncoder:
+    """Loads the text encoder that reads learned context."""
+    return ContextEncoder(name, device)

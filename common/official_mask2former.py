@@ -1,0 +1,146 @@
+"""Rules that convert official checkpoints of Mask2Former, with a ResNet.
+
+Source: facebookresearch/Mask2Former:MODEL_ZOO.md, configs, mask2former/modeling.
+"""
+
+import logging
+import re
+from collections.abc import Iterable
+
+import torch
+
+from common.convert import Tensors, renamed
+from common.errors import InputError
+from common.labels import Vocabulary
+
+log = logging.getLogger("concord")
+
+PIXELS = r"sem_seg_head\.(?:pixel_decoder\.)?"  # older files lack the names in the brackets
+QUERIES = r"sem_seg_head\.(?:predictor\.)?"
+CROSS = QUERIES + r"transformer_cross_attention_layers\.(\d+)\."
+SELF = QUERIES + r"transformer_self_attention_layers\.(\d+)\."
+FFN = QUERIES + r"transformer_ffn_layers\.(\d+)\."
+MASK2FORMER = {
+    r"pixel_(mean|std)": None,  # the same as timm's
+    r"criterion\.empty_weight": None,  # the weight of "no object", a constant of the loss
+    QUERIES + r"class_embed\.(weight|bias)": r"heads.layers.0.\1",
+    r"backbone\.stem\.conv1\.weight": "backbone.body.conv1.weight",
+    r"backbone\.stem\.conv1\.norm\.(.+)": r"backbone.body.bn1.\1",
+    PIXELS + r"input_proj\.(.+)": r"pixel_decoder.input_proj.\1",
+    PIXELS + r"transformer\.level_embed": "pixel_decoder.level_embed",
+    PIXELS + r"transformer\.encoder\.(.+)": r"pixel_decoder.\1",
+    PIXELS + r"adapter_1\.weight": "pixel_decoder.lateral.0.weight",
+    PIXELS + r"adapter_1\.norm\.(.+)": r"pixel_decoder.lateral.1.\1",
+    PIXELS + r"layer_1\.weight": "pixel_decoder.output.0.weight",
+    PIXELS + r"layer_1\.norm\.(.+)": r"pixel_decoder.output.1.\1",
+    PIXELS + r"mask_features\.(.+)": r"pixel_decoder.mask_features.\1",
+    CROSS + r"multihead_attn\.(.+)": r"layers.\1.cross_attn.\2",
+    CROSS + r"norm\.(.+)": r"layers.\1.cross_norm.\2",
+    SELF + r"self_attn\.(.+)": r"layers.\1.self_attn.\2",
+    SELF + r"norm\.(.+)": r"layers.\1.self_norm.\2",
+    FFN + r"(linear\d\..+)": r"layers.\1.\2",
+    FFN + r"norm\.(.+)": r"layers.\1.ffn_norm.\2",
+    QUERIES + r"decoder_norm\.(.+)": r"head.decoder_norm.\1",
+    QUERIES + r"(?:query_feat|static_query)\.weight": "query_feat",
+    QUERIES + r"(query|level)_embed\.weight": r"\1_embed",
+}
+for i in range(3):  # of the linear layers; ours also counts the ReLUs between them
+    MASK2FORMER[QUERIES + rf"mask_embed\.layers\.{i}\.(.+)"] = rf"head.mask_embed.{2 * i}.\1"
+for i in range(1, 5):
+    block = rf"backbone\.res{i + 1}\.(\d+)\."
+    own = rf"backbone.body.layer{i}.\1."
+    MASK2FORMER |= {
+        block + r"(conv\d)\.weight": own + r"\2.weight",
+        block + r"conv(\d)\.norm\.(.+)": own + r"bn\2.\3",
+        block + r"shortcut\.weight": own + "downsample.0.weight",
+        block + r"shortcut\.norm\.(.+)": own + r"downsample.1.\2",
+    }
+
+# of a head with K classes: whose names they are, and the datasets that it classifies; the official
+# order of their classes is ours
+HEADS = {
+    133: ("coco-panoptic", ("coco-panoptic",)),
+    80: ("coco", ("coco",)),
+    150: ("ade20k", ("ade20k", "ade20k-panoptic")),
+    100: ("ade20k", ("ade20k-instances",)),  # its things
+    19: ("cityscapes", ("cityscapes", "cityscapes-panoptic")),
+    8: ("cityscapes", ("cityscapes-instances",)),  # its things
+    65: ("mapillary", ("mapillary", "mapillary-panoptic")),
+}
+RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}  # by the blocks of the stages
+
+
+def convert_mask2former(official: Tensors) -> tuple[Tensors, dict]:
+    """Converts a state dict of Mask2Former. Returns our tensors and the model's metadata.
+
+    `args` are the settings of the model without its classifier, `base` its modules. The class head
+    becomes one for each dataset that its number of columns stands for. `own_head` are the settings
+    that classify with it, by the official inference.
+    Without such a dataset a warning is logged, and a training can start from the weights.
+    Raises InputError for a backbone of another depth, and for a tensor that no rule matches.
+    """
+    tensors = renamed(official, MASK2FORMER)
+    queries, channels = tensors["query_feat"].shape
+    head = {kind: tensors.pop(f"heads.layers.0.{kind}") for kind in ("weight", "bias")}
+    trained_norm = any(key.endswith("num_batches_tracked") for key in official)  # SyncBN
+    tensors["backbone.frozen_norm"] = torch.tensor(not trained_norm)
+    args = {
+        "backbone": backbone_of(tensors),
+        "queries": queries,
+        "channels": channels,
+        "encoder_layers": sum(key.endswith(".self_attn.value_proj.bias") for key in tensors),
+        "decoder_layers": sum(key.endswith(".cross_norm.weight") for key in tensors),
+    }
+    metadata = {"args": args, "base": sorted({key.partition(".")[0] for key in tensors})}
+    classes = len(head["bias"]) - 1
+    source, datasets = HEADS.get(classes, ("", ()))
+    if not datasets:
+        log.warning("%d classes are those of no known dataset: their head is left out", classes)
+    vocabularies = {}
+    for i, dataset in enumerate(datasets):
+        vocabularies[dataset] = classes_of(source, classes)
+        for kind, tensor in head.items():
+            tensors[f"heads.layers.{i}.{kind}"] = tensor.clone()
+    own_head = {
+        "classifier": "heads",
+        "panoptic_rule": "mask2former",
+        "object_threshold": 0.0 if "mapillary" in datasets else 0.8,
+    }
+    return tensors, metadata | {"vocabularies": vocabularies, "own_head": own_head}
+
+
+def convert_mask2former_base(official: Tensors) -> tuple[Tensors, dict]:
+    """Converts as `convert_mask2former`, without the class head: a training starts from the rest.
+
+    Text classifies in its place.
+    """
+    tensors, metadata = convert_mask2former(official)
+    tensors = {key: t for key, t in tensors.items() if not key.startswith("heads.")}
+    return tensors, {"args": metadata["args"], "base": metadata["base"], "vocabularies": {}}
+
+
+def classes_of(dataset: str, count: int) -> dict:
+    """Returns `names` and `is_thing` of a known dataset's classes, or of its things alone.
+
+    count: of the classes; the dataset has as many classes, or as many things
+    """
+    known = Vocabulary.known(dataset)
+    if len(known) == count:
+        return {"names": known.names, "is_thing": known.is_thing}
+    names = [name for name, thing in zip(known.names, known.is_thing) if thing]
+    return {"names": names, "is_thing": [True] * count}
+
+
+def backbone_of(keys: Iterable[str]) -> str:
+    """Returns the timm model whose tensors have these names. Raises InputError for another depth.
+
+    keys: ours, backbone.body.layer<stage>.<block>....
+    """
+    blocks = re.findall(r"^backbone\.body\.layer(\d)\.\d+\.conv1\.weight$", "\n".join(keys), re.M)
+    depths = tuple(blocks.count(stage) for stage in "1234")
+    if depths not in RESNETS:
+        raise InputError(
+            f"a backbone with {depths} blocks is of no known official model; supported: ResNet-50"
+            " and ResNet-101"
+        )
+    return RESNETS[depths]
