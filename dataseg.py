@@ -183,8 +183,8 @@ class Args:
     """learning rate for --base-batch-size images per step; scaled linearly to --batch-size"""
     base_batch_size: Annotated[int, Range(1)] = 16
     """batch size that --lr is meant for"""
-    backbone_factor: Annotated[float, Range(0, 100)] = 0.1
-    """learning rate of the backbone, in units of --lr; 0 freezes it"""
+    backbone_factor: Annotated[float | None, Range(0, 100)] = None
+    """learning rate of the backbone / --lr; 0 freezes it (default: 0.1; a ViT's as in ViTDet)"""
     jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)
     """scale range of large-scale jitter; 1 fits the image into the square"""
     semantic_jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.5, 2.0)
@@ -259,7 +259,7 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         channels = args.channels
-        self.backbone = Backbone(args.backbone, 0, pretrained, [4, 8, 16, 32])
+        self.backbone = Backbone(args.backbone, 0, pretrained, [4, 8, 16, 32], drop_path=(0.3, 0.3))
         self.pixel_decoder = PixelDecoder(
             self.backbone.channels, channels, args.encoder_layers, 4 * channels
         )

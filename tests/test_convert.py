@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import detic
 from common import convert
-from common.checkpoint import load_weights, read_metadata, read_model, save_weights
+from common.checkpoint import load_weights, read_model, save_weights
 from common.command import parse_args
 from common.convert import DETIC, convert_centernet2_detic, convert_if_official, rename
 from common.errors import InputError

@@ -55,7 +55,7 @@ BUDGETS |= {"faults": 1300}
 GROUPS = {
     "labels & text": "labels text class_counts",
     "data": "batch transforms sampling",
-    "detectors": "backbone boxes targets centernet cascade masks oln clip_resnet proposals"
+    "detectors": "backbone swin boxes targets centernet cascade masks oln clip_resnet proposals"
     " image_label_losses text_classifier",
     "segmenters": "msda msda_triton pixel_decoder transformer point_matching mask_losses"
     " dataset_heads segments segment_metrics",
