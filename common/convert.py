@@ -66,8 +66,9 @@ def rename(key: str, rules: dict[str, str | None]) -> str | None:
         if match := re.fullmatch(pattern, key):
             return name and match.expand(name)
     raise InputError(
-        f"tensor '{key}' is of no known official layout; supported: ResNet-50 models of"
-        " facebookresearch/Detic (CenterNet2), and facebookresearch/Mask2Former with a ResNet"
+        f"tensor '{key}' is of no known official layout; supported: models of"
+        " facebookresearch/Detic (CenterNet2, ResNet-50) and facebookresearch/Mask2Former (ResNet,"
+        " Swin)"
     )
 
 

@@ -1,11 +1,10 @@
-"""Rules that convert official checkpoints of Mask2Former, with a ResNet.
+"""Rules that convert official checkpoints of Mask2Former, with a ResNet or a Swin.
 
 Source: facebookresearch/Mask2Former:MODEL_ZOO.md, configs, mask2former/modeling.
 """
 
 import logging
 import re
-from collections.abc import Iterable
 
 import torch
 
@@ -55,6 +54,12 @@ for i in range(1, 5):
         block + r"shortcut\.weight": own + "downsample.0.weight",
         block + r"shortcut\.norm\.(.+)": own + r"downsample.1.\2",
     }
+MASK2FORMER |= {  # Swin
+    r"backbone\.layers\..+\.relative_position_index": None,  # follows from the window
+    r"backbone\.((?:patch_embed|norm\d|layers\.\d\.blocks)\..+)": r"backbone.body.\1",
+}
+for i in range(3):  # ours is the first module of the next stage
+    MASK2FORMER[rf"backbone\.layers\.{i}\.(downsample\..+)"] = rf"backbone.body.layers.{i + 1}.\1"
 
 # of a head with K classes: whose names they are, and the datasets that it classifies; the official
 # order of their classes is ours
@@ -67,7 +72,14 @@ HEADS = {
     8: ("cityscapes", ("cityscapes-instances",)),  # its things
     65: ("mapillary", ("mapillary", "mapillary-panoptic")),
 }
-RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}  # by the blocks of the stages
+# of the backbones: what the names of the tensors tell
+RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}  # blocks of the stages
+SWINS = {  # blocks of the stages, and channels of the first
+    (2, 2, 6, 2, 96): "swin_tiny_patch4_window7_224",
+    (2, 2, 18, 2, 96): "swin_small_patch4_window7_224",
+    (2, 2, 18, 2, 128): "swin_base_patch4_window12_384",
+    (2, 2, 18, 2, 192): "swin_large_patch4_window12_384",
+}
 
 
 def convert_mask2former(official: Tensors) -> tuple[Tensors, dict]:
@@ -77,7 +89,7 @@ def convert_mask2former(official: Tensors) -> tuple[Tensors, dict]:
     becomes one for each dataset that its number of columns stands for. `own_head` are the settings
     that classify with it, by the official inference.
     Without such a dataset a warning is logged, and a training can start from the weights.
-    Raises InputError for a backbone of another depth, and for a tensor that no rule matches.
+    Raises InputError for an unknown backbone, and for a tensor that no rule matches.
     """
     tensors = renamed(official, MASK2FORMER)
     queries, channels = tensors["query_feat"].shape
@@ -104,8 +116,11 @@ def convert_mask2former(official: Tensors) -> tuple[Tensors, dict]:
     own_head = {
         "classifier": "heads",
         "panoptic_rule": "mask2former",
-        "object_threshold": 0.0 if "mapillary" in datasets else 0.8,
+        "object_threshold": 0.0 if source == "mapillary" else 0.8,
     }
+    larger = ("swin_base", "swin_large")
+    if classes == 150 and queries == 100 and args["backbone"].startswith(larger):
+        own_head["image_size"] = 640  # of the semantic models; the panoptic Swin-L has 200 queries
     return tensors, metadata | {"vocabularies": vocabularies, "own_head": own_head}
 
 
@@ -131,16 +146,20 @@ def classes_of(dataset: str, count: int) -> dict:
     return {"names": names, "is_thing": [True] * count}
 
 
-def backbone_of(keys: Iterable[str]) -> str:
-    """Returns the timm model whose tensors have these names. Raises InputError for another depth.
-
-    keys: ours, backbone.body.layer<stage>.<block>....
-    """
-    blocks = re.findall(r"^backbone\.body\.layer(\d)\.\d+\.conv1\.weight$", "\n".join(keys), re.M)
-    depths = tuple(blocks.count(stage) for stage in "1234")
-    if depths not in RESNETS:
+def backbone_of(tensors: Tensors) -> str:
+    """Returns the timm model that has these tensors, under our names. Raises InputError if none."""
+    keys = "\n".join(tensors)
+    blocks = re.findall(r"^backbone\.body\.layer(\d)\.\d+\.conv1\.weight$", keys, re.M)
+    name = RESNETS.get(tuple(blocks.count(stage) for stage in "1234"))
+    if name:
+        return name
+    blocks = re.findall(r"^backbone\.body\.layers\.(\d)\.blocks\.\d+\.norm1\.weight$", keys, re.M)
+    depths = [blocks.count(stage) for stage in "0123"]
+    patches = tensors.get("backbone.body.patch_embed.proj.weight")
+    name = SWINS.get((*depths, 0 if patches is None else len(patches)))
+    if name is None:
         raise InputError(
-            f"a backbone with {depths} blocks is of no known official model; supported: ResNet-50"
-            " and ResNet-101"
+            "the depth of the backbone is that of no official model; supported: ResNet-50 and -101,"
+            " Swin-T, -S, -B and -L"
         )
-    return RESNETS[depths]
+    return name
