@@ -33,7 +33,8 @@ Note: the merged mask is the union: the largest logit of the members at each pix
 Note: for semantic maps the default is the sum over all proposals weighted by class probability
   (--merge sum), Mask2Former's inference. --merge max is the union.
 Note: the scale s is learned, from 1 / 0.07 and at most 100, as CLIP's. Text is CLIP's 80 templates,
-  each normalised before the mean. Classes have one name, where ADE20K lists synonyms too.
+  each normalised before the mean. Classes have one name, where ADE20K lists synonyms too. CLIP
+  reads COCO's wall-other-merged as "wall".
 Note: a poly schedule, crop sizes and sampling ratios ADE : COCO : Objects365 = 1 : 4 : 4 are ours.
 Note: segments that a crop leaves empty are dropped, also those of panoptic maps.
 
@@ -242,13 +243,14 @@ MODEL_FIELDS += ["test_size"]
 SUPERVISION = ("boxes", "instances", "semantic", "panoptic")  # what it can learn from
 OFFICIAL = convert_mask2former_base  # a training can start from official weights
 EVALUATION = {"o365": "o365-instances"}  # 1000 images of its validation set, with masks
+TRANSFER = {"ade20k": "ade20k-panoptic"}  # instances that no training has seen, if they are there
 
 # -- Model -----------------------------------------------------------------------------------------
 
 
 def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
     """Concatenates the label spaces. Each dataset is classified by its own part."""
-    embed_names = partial(embed, encoder=args.text_encoder, prompts=args.prompts)
+    embed_names = partial(embed, encoder=args.text_encoder, prompts=args.prompts, clean=True)
     return LabelSpace(vocabularies, embed_names)
 
 
@@ -724,7 +726,9 @@ def main() -> None:
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:
         model, label_space = load(args.weights, args, device)
-    evaluated = evaluation_datasets(args, label_space, size, SUPERVISION, instead=EVALUATION)
+    evaluated = evaluation_datasets(
+        args, label_space, size, SUPERVISION, instead=EVALUATION, beside=TRANSFER
+    )
     folder = make_run_folder(args, METHOD, label_space)
     if training:
         warn_of_overlap(datasets, evaluated)

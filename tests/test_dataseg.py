@@ -16,7 +16,7 @@ import torch
 from parity import case, check, report  # noqa: F401 (report is a fixture)
 from PIL import Image
 from safetensors.torch import load_file
-from test_convert import BASE_KEYS, official_base
+from test_official_mask2former import BASE_KEYS, official_base
 from test_scaledet import bce, random_boxes, sigmoid, unit_rows
 from torch import nn
 

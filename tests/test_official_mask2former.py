@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from parity import FOLDER
+from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 
 import dataseg
 import lmseg
 from common.backbone import Backbone
+from common.batch import Sample, collate
 from common.checkpoint import load_weights, read_metadata, read_model
 from common.convert import convert_if_official, rename
 from common.errors import InputError
@@ -455,3 +458,242 @@ def test_other_segmenters_are_refused(content, words, tmp_path, cache):
         and all(word in line for word in ["official.pth", *words])
         and not cache.exists()
     ), line
+
+
+# -- inference with the own class head -------------------------------------------------------------
+
+
+def saved(folder, name: str, classes: int, **settings):
+    """The file of a ResNet-50 with small decoders and random weights. Its class head is sure."""
+    tensors = official_tensors(backbone="R50", classes=classes, small=True, **settings)
+    tensors["sem_seg_head.predictor.class_embed.weight"] *= 100
+    file = folder / name
+    torch.save({"model": tensors}, file)
+    return file
+
+
+def restored(logits, padded, size, original):
+    """Masks in the size of the file: to the padded input, cut, to the file."""
+    full = F.interpolate(logits[None], padded, mode="bilinear", align_corners=False)
+    cut = full[..., : size[0], : size[1]]
+    return F.interpolate(cut, original, mode="bilinear", align_corners=False)[0]
+
+
+def official_panoptic(p, masks, things, object_threshold: float):
+    """MaskFormer.panoptic_inference, written from its description: {(class, thing): pixels}."""
+    scores, labels = p.max(1)
+    kept = (labels < p.shape[1] - 1) & (scores > object_threshold)
+    scores, labels, masks = scores[kept], labels[kept], masks[kept].sigmoid()
+    winner = (scores[:, None, None] * masks).argmax(0)
+    segments, stuff = [], {}
+    for query, label in enumerate(labels.tolist()):
+        won, inside = winner == query, masks[query] >= 0.5
+        both = won & inside
+        if not both.any() or won.sum() / inside.sum() < 0.8:
+            continue
+        if not things[label] and label in stuff:
+            stuff[label] |= both
+            continue
+        segments.append((label, both))
+        if not things[label]:
+            stuff[label] = both
+    return segments
+
+
+def official_instances(p, masks, top: int = 100) -> list[tuple[int, int, float]]:
+    """MaskFormer.instance_inference: (class, pixels, score) of the `top` pairs."""
+    scores, pairs = p[:, :-1].flatten().topk(top)
+    found = []
+    for score, pair in zip(scores.tolist(), pairs.tolist()):
+        mask = masks[pair // (p.shape[1] - 1)]
+        inside = (mask > 0).float()
+        quality = (mask.sigmoid() * inside).sum() / (inside.sum() + 1e-6)
+        found.append((pair % (p.shape[1] - 1), int(inside.sum()), score * float(quality)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory):
+    """{classes: (model, label space)} of official weights, as `lmseg.load` gives them."""
+    folder, models = tmp_path_factory.mktemp("heads"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONCORD_CACHE", str(folder))
+        for classes in (150, 133, 80):
+            models[classes] = lmseg.load(saved(folder, f"{classes}.pth", classes))
+    return models
+
+
+@pytest.fixture
+def predicted(heads, monkeypatch):
+    """predicted(classes, dataset, task): lmseg's prediction for an output of sure queries.
+
+    Returns it with the class probabilities, the masks (40, 16, 24), and the label space. The image
+    has 60 x 90 pixels, 64 x 96 with its padding, and 75 x 110 in its file.
+    """
+
+    def start(classes: int, dataset: str, task: str):
+        model, label_space = heads[classes]
+        torch.manual_seed(2)
+        masks = F.interpolate(8 * torch.randn(1, 40, 4, 6), (16, 24), mode="bilinear")
+        for query in range(24):  # a cell of 4 x 4 each; the others overlap with several
+            top, left = 4 * (query // 6), 4 * (query % 6)
+            masks[0, query] -= 30
+            masks[0, query, top : top + 4, left : left + 4] += 40
+        logits = torch.randn(1, 1, 40, classes + 1)
+        sure = torch.randint(0, 12, (30,)) * (classes // 12)  # some share a class
+        logits[0, 0, range(30), sure] += 9 + torch.rand(30)
+        output = lmseg.MaskOutput(logits, torch.eye(40)[None, None], masks)
+        monkeypatch.setattr(model, "forward", lambda *_: output)
+        image = torch.zeros(3, 60, 90, dtype=torch.uint8)
+        batch = collate([Sample.unlabelled(image, dataset, 0, 0)])
+        batch.samples[0].original_size = (75, 110)
+        space = label_space.swap(dataset)
+        (found,) = lmseg.predict(model, batch, space, task)
+        return found, logits[0, 0].softmax(-1), masks[0], space
+
+    return start
+
+
+def test_semantic_inference_is_the_official_one(predicted):
+    """A model of semantic maps alone resizes the class scores, not the masks."""
+    found, p, masks, _ = predicted(150, "ade20k", "semantic")
+    full = F.interpolate(masks[None], (64, 96), mode="bilinear", align_corners=False)[0]
+    scores = torch.einsum("qc,qhw->chw", p[:, :-1], full.sigmoid())[:, :60, :90]
+    scores = F.interpolate(scores[None], (75, 110), mode="bilinear", align_corners=False)[0]
+    assert torch.equal(found["semantic"].long(), scores.argmax(0))
+    assert len(found["semantic"].unique()) > 3
+
+
+@pytest.mark.parametrize("classes, dataset", [(150, "ade20k-panoptic"), (133, "coco-panoptic")])
+def test_panoptic_inference_is_the_official_one(classes, dataset, predicted):
+    found, p, masks, space = predicted(classes, dataset, "panoptic, things")
+    masks = restored(masks, (64, 96), (60, 90), (75, 110))
+    scores = torch.einsum("qc,qhw->chw", p[:, :-1], masks.sigmoid())
+    assert torch.equal(found["semantic"].long(), scores.argmax(0))
+    expected = official_panoptic(p, masks, space.is_thing, 0.8)
+    assert len(expected) > 2
+    assert {space.is_thing[label] for label, _ in expected} == {True, False}
+    rows = zip(found["segments_info"], expected, strict=True)
+    for info, (label, pixels) in rows:
+        assert info["label"] == label and info["isthing"] == space.is_thing[label]
+        assert torch.equal(found["panoptic"] == info["id"], pixels)
+    things = [row for row in official_instances(p, masks) if space.is_thing[row[0]]]
+    assert_same_instances(found["things"], things)
+
+
+def test_instance_inference_is_the_official_one(predicted):
+    found, p, masks, _ = predicted(80, "coco", "instance")
+    masks = restored(masks, (64, 96), (60, 90), (75, 110))
+    assert_same_instances(found, official_instances(p, masks))
+    assert len(found["scores"]) == 100
+
+
+def assert_same_instances(found: dict, expected: list) -> None:
+    areas = found["masks"].flatten(1).sum(1).tolist()
+    rows = sorted(zip(found["labels"].tolist(), areas, found["scores"].tolist()))
+    for row, other in zip(rows, sorted(expected), strict=True):
+        assert row[:2] == other[:2] and row[2] == pytest.approx(other[2], rel=1e-4, abs=1e-7)
+
+
+def test_a_head_serves_both_datasets_of_its_classes(heads):
+    model, label_space = heads[150]
+    assert label_space.datasets == ["ade20k", "ade20k-panoptic"]
+    one, other = (layer.state_dict() for layer in model.heads.layers)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    with pytest.raises(InputError, match="name one of them as --vocabulary: ade20k, ade20k-pan"):
+        predicted_all = label_space.swap("")
+        model(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), [(32, 32)], predicted_all)
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def write_panoptic(root) -> None:
+    """Two images in COCO's layout, each a thing on stuff, as panoptic segments and instances."""
+    known = Vocabulary.known("coco-panoptic")
+    thing, stuff = known.ids[known.names.index("cat")], known.ids[known.names.index("grass-merged")]
+    rows = zip(known.ids, known.names, known.is_thing)
+    categories = [{"id": id, "name": name, "isthing": int(thing)} for id, name, thing in rows]
+    folder = root / "coco" / "annotations" / "panoptic_val2017"
+    folder.mkdir(parents=True)
+    (root / "coco" / "val2017").mkdir()
+    images, annotations, instances = [], [], []
+    for number in (1, 2):
+        pixels = np.zeros((64, 96, 3), np.uint8)
+        pixels[..., 0] = 1
+        pixels[8:40, 8 : 8 + 30 * number, 0] = 2
+        Image.fromarray(pixels).save(folder / f"{number:012}.png")
+        Image.fromarray(pixels * 60).save(root / "coco" / "val2017" / f"{number:012}.jpg")
+        name = f"{number:012}.jpg"
+        images.append({"id": number, "file_name": name, "height": 64, "width": 96})
+        box = [8, 8, 30 * number, 32]
+        part = {"id": 2, "category_id": thing, "bbox": box, "area": 960 * number, "iscrowd": 0}
+        whole = part | {"id": 1, "category_id": stuff}
+        entry = {"image_id": number, "file_name": f"{number:012}.png"}
+        annotations.append(entry | {"segments_info": [whole, part]})
+        x, y, width, height = box
+        corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+        instances.append(part | {"id": number, "image_id": number, "segmentation": [corners]})
+    record = {"images": images, "annotations": annotations, "categories": categories}
+    (folder.parent / "panoptic_val2017.json").write_text(json.dumps(record))
+    things = [category for category in categories if category["isthing"]]
+    record |= {"annotations": instances, "categories": things}
+    (folder.parent / "instances_val2017.json").write_text(json.dumps(record))
+
+
+def evaluate(weights, dataset: str, root, output, call, *flags) -> dict:
+    """The results of the documented command."""
+    given = ["--eval-only", "--weights", weights, "--eval-datasets", dataset, "--data-root", root]
+    call(*given, "--output", output, "--device", "cpu", "--workers", 0, *flags, method="lmseg")
+    return json.loads((output / "results.json").read_text())[dataset]
+
+
+def test_the_command_evaluates_a_panoptic_and_an_instance_model(tmp_path, call, caplog):
+    write_panoptic(tmp_path)
+    panoptic = saved(tmp_path, "panoptic.pkl", 133)
+    arrays = {key: t.numpy() for key, t in torch.load(panoptic)["model"].items()}
+    panoptic.write_bytes(pickle.dumps({"model": arrays, "__author__": "third_party"}))
+    small = ("--image-size", "64")
+    with caplog.at_level(logging.INFO):
+        found = evaluate(panoptic, "coco-panoptic", tmp_path, tmp_path / "a", call, *small)
+    kinds = {"PQ", "SQ", "RQ", "PQ things", "PQ stuff", "mIoU", "AP things"}
+    assert found.keys() == kinds
+    assert "AP of things with the 2 masks of" in caplog.text
+    assert "instances_val2017.json" in caplog.text
+    instance = saved(tmp_path, "instance.pth", 80)
+    found = evaluate(instance, "coco", tmp_path, tmp_path / "b", call, *small)
+    assert {"AP", "mask AP"} <= found.keys()
+
+
+def test_the_command_says_what_is_missing(tmp_path, fails, tiny_root):
+    file = saved(tmp_path, "a.pth", 133)
+    given = ["--eval-only", "--weights", file, "--output", tmp_path / "run", "--device", "cpu"]
+    given += ["--data-root", tiny_root]
+    line = fails(*given, "--eval-datasets", "ade20k", method="lmseg")
+    assert "knows no dataset 'ade20k'; it was trained on coco-panoptic" in line
+    assert "no dataset named" in fails(*given, method="lmseg")
+    given += ["--eval-datasets", "coco-panoptic", "--classifier", "text"]
+    given += ["--text-encoder", "minilm", "--prompts", "name"]
+    line = fails(*given, method="lmseg")
+    assert "tensor 'adapter.0.bias' is missing for this model" in line
+
+
+@pytest.mark.parametrize("method, trained", [(lmseg, False), (dataseg, True)])
+def test_a_training_starts_from_the_base(method, trained, tmp_path, call, tiny_root, caplog):
+    """With text as the classifier; BatchNorm stays frozen unless it was trained (SyncBN)."""
+    file = saved(tmp_path, "a.pth", 133, trained=trained)
+    given = ["--datasets", "coco-panoptic", "--data-root", tiny_root, "--weights", file]
+    given += ["--output", tmp_path / "run", "--device", "cpu", "--workers", 0, "--steps", 0]
+    given += ["--text-encoder", "minilm", "--prompts", "name", "--image-size", 32]
+    given += ["--eval-datasets", "coco-panoptic"]
+    given += ["--context-tokens", 0] if method is lmseg else ["--test-size", 32]
+    with caplog.at_level(logging.INFO):
+        call(*given, method=method.METHOD)
+    assert "are not in it and start anew" in caplog.text
+    model, _ = method.load(tmp_path / "run")
+    assert (model.args.backbone, model.args.queries, model.args.channels) == ("resnet50", 100, 32)
+    assert bool(model.backbone.frozen_norm) == (not trained)
+    official = torch.load(file)["model"]["backbone.res4.5.conv2.weight"]
+    assert torch.equal(model.backbone.body.layer3[5].conv2.weight, official)
+    if method is lmseg:
+        assert model.args.classifier == "text" and model.args.panoptic_rule == "maskformer"

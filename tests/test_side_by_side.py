@@ -50,7 +50,7 @@ ALLOWED = {
 }
 
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
-BUDGETS = {"labels & text": 950, "data": 8500, "detectors": 2650, "segmenters": 2000, "a run": 3500}
+BUDGETS = {"labels & text": 970, "data": 8500, "detectors": 2690, "segmenters": 2040, "a run": 3500}
 BUDGETS |= {"faults": 1300}
 GROUPS = {
     "labels & text": "labels text class_counts",
