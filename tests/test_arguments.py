@@ -1,12 +1,13 @@
 """Natural mistakes on the command line, and what is answered."""
 
+import logging
 import sys
 
 import pytest
 
 from common.command import parse_args
 from common.datasets import load_datasets
-from common.datasets.names import eval_entries, methods_for, parse_datasets
+from common.datasets.names import eval_entries, methods_for, parse_datasets, with_beside
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
 from common.text import embed
@@ -47,6 +48,20 @@ def test_evaluation_knows_the_names_of_the_training():
     assert eval_entries("cats", trained) == "cats=a.json:im/"
     assert eval_entries("coco,cats,lvis", trained) == "coco,cats=a.json:im/,lvis"
     assert eval_entries("", trained, instead={"coco": "lvis"}) == "cats=a.json:im/,lvis"
+
+
+def test_a_dataset_beside_another_is_evaluated_if_it_is_there(tmp_path, caplog):
+    pair = {"ade20k": "ade20k-panoptic"}
+    both = "ade20k,ade20k-panoptic"
+    assert with_beside("ade20k", pair, None) == both  # generated data is always there
+    assert with_beside(both, pair, None) == both
+    with caplog.at_level(logging.INFO):
+        assert with_beside("ade20k", pair, tmp_path) == "ade20k"
+    assert "ade20k-panoptic is not evaluated: what Mask2Former's prepare" in caplog.text
+    folder = tmp_path / "ADEChallengeData2016"
+    (folder / "images/validation").mkdir(parents=True)
+    (folder / "ade20k_panoptic_val.json").write_text("{}")
+    assert with_beside("ade20k", pair, tmp_path) == both
 
 
 @pytest.mark.parametrize(

@@ -877,6 +877,23 @@ def test_lmseg_a_segment_is_all_that_its_query_won(predicted):
     assert (found["panoptic"] == 1).all() and len(found["segments_info"]) == 1
 
 
+def test_lmseg_threshold_of_the_dataset(predicted, monkeypatch):
+    """Without --object-threshold each dataset has that of the released code."""
+    columns = [halves(8), halves(8, -9, 9)]
+    unsure = [[0.78, 0.12, 0.1], SURE[1]]
+    given = {"object_threshold": None}
+    assert len(predicted(unsure, columns, **given)["segments_info"]) == 1
+    monkeypatch.setitem(lmseg.DAA, "v", lmseg.DAA["ade20k-panoptic"])
+    assert len(predicted(unsure, columns, **given)["segments_info"]) == 2
+
+
+def test_lmseg_mask2formers_panoptic_rule(predicted):
+    """A pixel that its query wins outside of its mask is in no segment."""
+    columns = [halves(8, 9, -2), halves(8, -9, -9)]
+    found = predicted(SURE, columns, panoptic_rule="mask2former")["panoptic"]
+    assert (found[:, :60] == 1).all() and not found[:, 68:].any()
+
+
 def test_lmseg_thresholds_of_segments(predicted):
     columns = [halves(8), halves(8, -9, 9)]
     unsure = [[0.78, 0.12, 0.1], SURE[1]]
@@ -887,6 +904,8 @@ def test_lmseg_thresholds_of_segments(predicted):
         s["label"] for s in predicted(unsure, columns, object_threshold=0.7)["segments_info"]
     ] == [0, 1]
     assert predicted(SURE, columns, "panoptic, things")["things"]["labels"].tolist() == [0, 0]
+    defaults = {name: own.object_threshold for name, own in lmseg.DAA.items()}
+    assert defaults.pop("ade20k-panoptic") == 0.7 and set(defaults.values()) == {0.8}
     # of 12 columns of the first mask; less than 0.8 are left of it
     for lost, labels in ((2, [0, 1]), (3, [1])):
         second = [9.0 if i >= 12 - lost else -9.0 for i in range(16)]

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import dataseg
 import lmseg
+from benchmarks.mask2former_layouts import COUNTERS, ZOO, layout, settings
 from common.backbone import Backbone
 from common.batch import Sample, collate
 from common.checkpoint import load_weights, read_metadata, read_model
@@ -138,136 +139,19 @@ def test_every_tensor_of_mask2former_has_its_place_and_shape(number):
     assert metadata["args"] == {"backbone": "resnet50", **sizes}
 
 
-# -- the official layout, from the definitions of its modules --------------------------------------
-
-COUNTED = ("running_mean", "running_var", "num_batches_tracked")
-SWINS = {"tiny": (96, 6, 7), "small": (96, 18, 7), "base": (128, 18, 12), "large": (192, 18, 12)}
+# -- tensors of the official names and shapes ------------------------------------------------------
 
 
-def linear(name: str, out: int, *inputs: int) -> dict:
-    """Shapes of a layer with a bias; inputs: the other sides of its weight."""
-    return {f"{name}.weight": (out, *inputs), f"{name}.bias": (out,)}
-
-
-def norm(name: str, width: int) -> dict:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
-
-def batch_norm(name: str, width: int, trained: bool) -> dict:
-    """FrozenBatchNorm2d has no counter, SyncBatchNorm has one."""
-    shapes = norm(name, width) | {f"{name}.{kind}": (width,) for kind in COUNTED[:2]}
-    return shapes | ({f"{name}.{COUNTED[2]}": ()} if trained else {})
-
-
-def resnet(blocks: int, trained: bool) -> dict:
-    """detectron2's ResNet with `blocks` in res4: 6 in ResNet-50, 23 in ResNet-101."""
-    shapes = {"stem.conv1.weight": (64, 3, 7, 7)} | batch_norm("stem.conv1.norm", 64, trained)
-    entering = 64
-    for stage, count in zip(range(2, 6), (3, 4, blocks, 3)):
-        width = 2 ** (stage + 4)
-        for block in range(count):
-            name = f"res{stage}.{block}"
-            sides = {"conv1": (width, entering, 1, 1), "conv2": (width, width, 3, 3)}
-            sides["conv3"] = (4 * width, width, 1, 1)
-            if not block:
-                sides["shortcut"] = (4 * width, entering, 1, 1)
-            for conv, shape in sides.items():
-                shapes[f"{name}.{conv}.weight"] = shape
-                shapes |= batch_norm(f"{name}.{conv}.norm", shape[0], trained)
-            entering = 4 * width
-    return shapes
-
-
-def swin(size: str) -> dict:
-    """D2SwinTransformer; the third stage has 6 or 18 blocks."""
-    dim, third, window = SWINS[size]
-    shapes = linear("patch_embed.proj", dim, 3, 4, 4) | norm("patch_embed.norm", dim)
-    for stage, count in enumerate((2, 2, third, 2)):
-        width = dim * 2**stage
-        for block in range(count):
-            name = f"layers.{stage}.blocks.{block}"
-            heads = width // 32
-            shapes |= norm(f"{name}.norm1", width) | norm(f"{name}.norm2", width)
-            shapes |= linear(f"{name}.attn.qkv", 3 * width, width)
-            shapes |= linear(f"{name}.attn.proj", width, width)
-            shapes |= linear(f"{name}.mlp.fc1", 4 * width, width)
-            shapes |= linear(f"{name}.mlp.fc2", width, 4 * width)
-            shapes[f"{name}.attn.relative_position_bias_table"] = ((2 * window - 1) ** 2, heads)
-            shapes[f"{name}.attn.relative_position_index"] = (window**2, window**2)
-        if stage < 3:
-            shapes |= norm(f"layers.{stage}.downsample.norm", 4 * width)
-            shapes[f"layers.{stage}.downsample.reduction.weight"] = (2 * width, 4 * width)
-        shapes |= norm(f"norm{stage}", width)
-    return shapes
-
-
-def pixel_decoder(widths: list[int], c: int, layers: int) -> dict:
-    """MSDeformAttnPixelDecoder. widths: of res2 to res5"""
-    shapes = {"transformer.level_embed": (3, c)}
-    for i, width in enumerate(reversed(widths[1:])):
-        shapes |= linear(f"input_proj.{i}.0", c, width, 1, 1) | norm(f"input_proj.{i}.1", c)
-    for i in range(layers):
-        name = f"transformer.encoder.layers.{i}"
-        shapes |= linear(f"{name}.self_attn.sampling_offsets", 192, c)
-        shapes |= linear(f"{name}.self_attn.attention_weights", 96, c)
-        shapes |= linear(f"{name}.self_attn.value_proj", c, c)
-        shapes |= linear(f"{name}.self_attn.output_proj", c, c)
-        shapes |= norm(f"{name}.norm1", c) | norm(f"{name}.norm2", c)
-        shapes |= linear(f"{name}.linear1", 4 * c, c) | linear(f"{name}.linear2", c, 4 * c)
-    shapes |= linear("mask_features", c, c, 1, 1)
-    shapes |= {"adapter_1.weight": (c, widths[0], 1, 1), "layer_1.weight": (c, c, 3, 3)}
-    return shapes | norm("adapter_1.norm", c) | norm("layer_1.norm", c)
-
-
-def predictor(classes: int, queries: int, c: int, layers: int) -> dict:
-    """MultiScaleMaskedTransformerDecoder."""
-    shapes = norm("decoder_norm", c) | linear("class_embed", classes + 1, c)
-    for table, rows in (("query_feat", queries), ("query_embed", queries), ("level_embed", 3)):
-        shapes[f"{table}.weight"] = (rows, c)
-    for i in range(3):
-        shapes |= linear(f"mask_embed.layers.{i}", c, c)
-    for i in range(layers):
-        for kind, attention in (("self", "self_attn"), ("cross", "multihead_attn")):
-            name = f"transformer_{kind}_attention_layers.{i}"
-            inside = {"in_proj_weight": (3 * c, c), "in_proj_bias": (3 * c,)}
-            shapes |= {f"{name}.{attention}.{key}": shape for key, shape in inside.items()}
-            shapes |= linear(f"{name}.{attention}.out_proj", c, c) | norm(f"{name}.norm", c)
-        name = f"transformer_ffn_layers.{i}"
-        shapes |= linear(f"{name}.linear1", 8 * c, c) | linear(f"{name}.linear2", c, 8 * c)
-        shapes |= norm(f"{name}.norm", c)
-    return shapes
-
-
-def official_shapes(
-    backbone: str, classes: int, queries: int = 100, trained: bool = False, small: bool = False
-) -> dict:
-    """{official name: shape} of a model of the zoo. small: with decoders of 32 channels."""
-    c, encoder_layers, layers = (32, 1, 2) if small else (256, 6, 9)
-    if backbone in SWINS:
-        body = swin(backbone)
-        widths = [SWINS[backbone][0] * 2**stage for stage in range(4)]
-    else:
-        body = resnet({"R50": 6, "R101": 23}[backbone], trained)
-        widths = [256, 512, 1024, 2048]
-    head = "sem_seg_head."
-    shapes = {f"backbone.{name}": shape for name, shape in body.items()}
-    decoder = pixel_decoder(widths, c, encoder_layers)
-    shapes |= {f"{head}pixel_decoder.{name}": shape for name, shape in decoder.items()}
-    queried = predictor(classes, queries, c, layers)
-    shapes |= {f"{head}predictor.{name}": shape for name, shape in queried.items()}
-    return shapes | {"criterion.empty_weight": (classes + 1,)}
-
-
-def official_tensors(device: str = "cpu", **settings) -> dict:
+def official_tensors(device: str = "cpu", **given) -> dict:
     """Random values in the official shapes."""
     torch.manual_seed(0)
     tensors = {}
-    for name, shape in official_shapes(**settings).items():
+    for name, shape in layout(**given).items():
         kind = name.rpartition(".")[2]
         tensors[name] = torch.zeros(shape, device=device)
         if device == "cpu" and kind == "running_var":
             tensors[name].fill_(1.0)
-        elif device == "cpu" and kind not in COUNTED:
+        elif device == "cpu" and kind not in COUNTERS:
             tensors[name].normal_(std=0.05)
     return tensors
 
@@ -280,30 +164,28 @@ def test_the_synthetic_layout_is_the_official_one(number):
     listing = list(json.loads(BASE_KEYS.read_text()).values())[number]
     shapes = {name: tuple(facts["shape"]) for name, facts in listing.items()}
     classes = len(range(shapes["criterion.empty_weight"][0])) - 1
-    trained = any(name.endswith(COUNTED[2]) for name in shapes)
-    assert official_shapes("R50", classes, trained=trained) == shapes
+    trained = any(name.endswith(COUNTERS[2]) for name in shapes)
+    assert layout("R50", classes, trained=trained) == shapes
 
 
 # -- the zoo ---------------------------------------------------------------------------------------
 
-# backbone, classes, queries, whether BatchNorm is trained (SyncBN); MODEL_ZOO.md
-ZOO = [("R50", 133, 100, False), ("R101", 133, 100, False), ("R50", 80, 100, False)]
-ZOO += [("R101", 80, 100, False), ("R50", 150, 100, False), ("R101", 150, 100, True)]
-ZOO += [("R50", 100, 100, False), ("R50", 65, 100, False)]
-ZOO += [(name, classes, 100, True) for name in ("R50", "R101") for classes in (8, 19)]
-ZOO += [("tiny", 133, 100, False), ("small", 80, 100, False), ("base", 133, 100, False)]
-ZOO += [("large", 133, 200, False), ("large", 150, 100, False), ("large", 150, 200, False)]
-ZOO += [("base", 150, 100, False), ("tiny", 150, 100, False), ("large", 65, 200, False)]
+MODELS = {}  # {name: settings} of those that differ
+for task, backbones in ZOO.items():
+    for backbone in backbones:
+        found = settings(task, backbone)
+        if found not in MODELS.values():
+            MODELS[f"{task} {backbone}"] = found
 TIMM = {"R50": "resnet50", "R101": "resnet101"}
 TIMM |= {name: f"swin_{name}_patch4_window7_224" for name in ("tiny", "small")}
 TIMM |= {name: f"swin_{name}_patch4_window12_384" for name in ("base", "large")}
 
 
-@pytest.mark.parametrize("backbone, classes, queries, trained", ZOO)
-def test_every_model_of_the_zoo_is_known_by_its_tensors(backbone, classes, queries, trained):
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_of_the_zoo_is_known_by_its_tensors(name):
     """All tensors have their place, and none of the model is missing."""
-    settings = {"backbone": backbone, "classes": classes, "queries": queries, "trained": trained}
-    tensors, metadata = convert_mask2former(official_tensors("meta", **settings))
+    backbone, classes, queries, trained = MODELS[name].values()
+    tensors, metadata = convert_mask2former(official_tensors("meta", **MODELS[name]))
     assert tensors.pop("backbone.frozen_norm") == (not trained)
     sizes = {"queries": queries, "channels": 256, "encoder_layers": 6, "decoder_layers": 9}
     assert metadata["args"] == {"backbone": TIMM[backbone], **sizes}
@@ -340,9 +222,8 @@ SIZES = [  # of the official configurations: short and long side of test images
 
 @pytest.mark.parametrize("model, sizes", SIZES)
 def test_test_sizes_are_the_official_ones(model, sizes):
-    backbone, classes, queries = model
-    settings = {"backbone": backbone, "classes": classes, "queries": queries}
-    _, metadata = convert_mask2former(official_tensors("meta", **settings, small=True))
+    given = dict(zip(("backbone", "classes", "queries"), model))
+    _, metadata = convert_mask2former(official_tensors("meta", **given, small=True))
     args = lmseg.Args(**metadata["args"] | metadata["own_head"])
     for dataset, (short, longest) in sizes.items():
         transform = lmseg.test_transform(args, dataset)
@@ -463,9 +344,9 @@ def test_other_segmenters_are_refused(content, words, tmp_path, cache):
 # -- inference with the own class head -------------------------------------------------------------
 
 
-def saved(folder, name: str, classes: int, **settings):
+def saved(folder, name: str, classes: int, **given):
     """The file of a ResNet-50 with small decoders and random weights. Its class head is sure."""
-    tensors = official_tensors(backbone="R50", classes=classes, small=True, **settings)
+    tensors = official_tensors(backbone="R50", classes=classes, small=True, **given)
     tensors["sem_seg_head.predictor.class_embed.weight"] *= 100
     file = folder / name
     torch.save({"model": tensors}, file)
@@ -676,6 +557,23 @@ def test_the_command_says_what_is_missing(tmp_path, fails, tiny_root):
     given += ["--text-encoder", "minilm", "--prompts", "name"]
     line = fails(*given, method="lmseg")
     assert "tensor 'adapter.0.bias' is missing for this model" in line
+
+
+def test_trained_norm_is_that_of_all_gpus(monkeypatch):
+    class Flag:
+        is_cuda = True
+
+        def __bool__(self):
+            return self.frozen
+
+    backbone = Backbone("resnet18", 0, pretrained=False, strides=[4, 8, 16, 32])
+    del backbone.frozen_norm
+    backbone.frozen_norm = Flag()
+    kinds = []
+    for ranks, backbone.frozen_norm.frozen in ((1, False), (2, True), (2, False)):
+        monkeypatch.setattr("common.backbone.world_size", lambda ranks=ranks: ranks)
+        kinds.append(type(backbone.train().body.bn1).__name__)
+    assert kinds == ["BatchNorm2d", "BatchNorm2d", "SyncBatchNorm"]
 
 
 @pytest.mark.parametrize("method, trained", [(lmseg, False), (dataseg, True)])

@@ -222,7 +222,7 @@ def evaluation_datasets(
         return []
     text = eval_entries(args.eval_datasets, args.datasets, without, instead)
     if not args.eval_datasets:
-        text = _with_beside(text, beside, None if size else data_folder(args.data_root))
+        text = with_beside(text, beside, None if size else data_folder(args.data_root))
     datasets = load_datasets(text, "val", args.data_root, size, False, accepts)
     datasets = edit_classes(datasets, args.classes, args.rename, "val")
     for dataset in datasets:
@@ -230,7 +230,7 @@ def evaluation_datasets(
     return datasets
 
 
-def _with_beside(text: str, beside: Mapping[str, str], root: Path | None) -> str:
+def with_beside(text: str, beside: Mapping[str, str], root: Path | None) -> str:
     """Returns the datasets of `text` and those `beside` them that are there.
 
     root: the data root, or None for generated data, which is always there
@@ -243,7 +243,7 @@ def _with_beside(text: str, beside: Mapping[str, str], root: Path | None) -> str
         if root is None or find_files(other, "val", root):
             names.append(other)
         else:
-            message = "%s is not evaluated on: %s is not in %s"
+            message = "%s is not evaluated: %s is not in %s"
             log.info(message, other, KNOWN[other].title, root)
     return ",".join(names)
 
