@@ -27,7 +27,7 @@ Gu et al., arXiv 2306.01736.
 Note: no model code was released. What the paper leaves open has Mask2Former's value: pixel decoder,
   100 queries, losses and their weights, AdamW, learning rate, clipping, batch size, thresholds. The
   projection loss has the weight of mask and dice together, and background the class weight 0.1.
-Note: all datasets are tested at one size, 800.
+Note: ViTDet-L is --backbone vit_large_patch16_224.mae. All datasets are tested at one size, 800.
 Note: the merged mask is the union: the largest logit of the members at each pixel. In training, the
   targets are merged and each is matched to one proposal. --merge-in-training also merges proposals.
 Note: for semantic maps the default is the sum over all proposals weighted by class probability
@@ -129,7 +129,7 @@ class Args:
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
-    """a .safetensors file or run folder to start from, to evaluate or to predict with"""
+    """run folder, .safetensors or official file to start from, to evaluate or to predict with"""
     predict: tuple[str, ...] = ()
     """files, folders, "*.jpg" or videos to predict and draw, instead of training"""
     vocabulary: str = ""
@@ -158,8 +158,8 @@ class Args:
     """seed of initial weights, order of images and augmentation"""
 
     # paper settings
-    backbone: str = "resnet50"
-    """any timm model with features of strides 4 to 32, or a plain ViT (simple feature pyramid)"""
+    backbone: str = "resnet50.tv_in1k"
+    """timm model with maps of strides 4 to 32, or a plain ViT, as in ViTDet; or MODEL/FILE"""
     text_encoder: str = "ViT-L-14/openai"
     """open_clip MODEL/PRETRAINED, minilm (ships with Concord), or ade20k=FILE.npy,o365=FILE.npy"""
     prompts: Literal["auto", "imagenet", "a", "name"] = "auto"

@@ -29,8 +29,8 @@ Note: where the paper and its code (facebookresearch/Detic) differ, we follow th
   gradient and is not updated; in the code its gradient is 0, so it decays and keeps its momentum.
 Note: novel classes are no negatives of images with boxes (--ignore-zero), as in the paper's COCO
   split. The official LVIS-base run differs there: it uses the class frequencies of all of LVIS.
-Note: the paper starts from an ImageNet-21k ResNet-50, which timm lacks. Ours is ImageNet-1k. Swin
-  has its 21k weights.
+Note: the paper starts from ImageNet-21k: --backbone resnet50/resnet50_miil_21k.pth, MIIL's file, or
+  a Swin tagged ms_in22k. The default has ImageNet-1k: 26.1 for 30.2 mask AP in its Table 6.
 Note: the image-label losses have the official background column, whose text is zero and whose logit
   is the bias. The box losses have no such column, as in the code.
 Note: the paper's COCO split has Faster R-CNN C4. Here coco-base has the same detector as LVIS.
@@ -73,6 +73,7 @@ from common.boxes import select_detections
 from common.cascade import Cascade, MaskHead, StageOutput, loss_box_reg, mlp, sample_federated
 from common.centernet import CenterNet
 from common.checkpoint import (
+    known_vocabularies,
     last_checkpoint,
     load_checkpoint,
     load_weights,
@@ -81,7 +82,7 @@ from common.checkpoint import (
 )
 from common.class_counts import boxed_names, images_per_class, seen_and_unseen
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
-from common.convert import convert_centernet2_detic, convert_if_official
+from common.convert import convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.distributed import amp_context, gather, rank, setup_device, should_compile, world_size
 from common.errors import InputError
@@ -90,6 +91,7 @@ from common.image_label_losses import RIVALS, Bag, ImageLabelLoss, label_bce, me
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
 from common.labels import LabelSpace, Vocabulary
 from common.masks import paste_rles
+from common.official_detectors import convert_centernet2
 from common.optim import learning_rate, scaled_lr
 from common.runlog import RunLog, make_run_folder
 from common.sampling import Mixture, RatioBatchSampler, make_loader, repeat_factors
@@ -130,7 +132,7 @@ class Args:
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
-    """a .safetensors file or run folder to start from, to evaluate or to predict with"""
+    """run folder, .safetensors or official file to start from, to evaluate or to predict with"""
     predict: tuple[str, ...] = ()
     """files, folders, "*.jpg" or videos to predict and draw, instead of training"""
     vocabulary: str = ""
@@ -159,8 +161,8 @@ class Args:
     """seed of initial weights, order of images and augmentation"""
 
     # paper settings
-    backbone: str = "resnet50"
-    """any timm model with features of strides 8, 16, 32; pretrained if its weights can be loaded"""
+    backbone: str = "resnet50.tv_in1k"
+    """timm model with maps of strides 8 to 32, with its published weights; or MODEL/FILE of them"""
     text_encoder: str = "ViT-B-32/openai"
     """open_clip MODEL/PRETRAINED, minilm (ships with Concord), or coco=FILE.npy,lvis=FILE.npy"""
     image_size: Annotated[int, SIDE] = 640
@@ -245,7 +247,7 @@ TINY = {
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias"]
 MODEL_FIELDS += ["channels", "fc_dim", "masks", "image_label_loss"]
 SUPERVISION = ("boxes", "instances", "image_labels")  # what it can learn from
-OFFICIAL = convert_centernet2_detic  # official weights can be loaded, too
+OFFICIAL = convert_centernet2  # official weights can be loaded, too
 NEGATIVE_CAPTION_WEIGHT = 0.125  # Detic's NEG_CAP_WEIGHT for Conceptual Captions (COCO: 1)
 
 # -- Model -----------------------------------------------------------------------------------------
@@ -339,8 +341,6 @@ class Model(nn.Module):
         An image keeps its proposals of highest objectness (--image-label-proposals), sorted. If the
         whole image takes part (captions, --image-label-loss image), it is the last proposal. All
         stages of the cascade see them, without sampling and without matching.
-        The loss is left to `compute_image_label_losses`: in each stage it is, by default, lambda
-        times the BCE of the label and the logits (C + 1,) of the largest proposal.
         """
         boxes = []
         for (b, _), (h, w), t in zip(self.centernet(features)[0], sizes, targets):
@@ -723,7 +723,7 @@ def main() -> None:
     without_boxes = []
     if training:
         datasets = training_datasets(args, size, args.masks, SUPERVISION)
-        label_space = build_label_space(args, [d.vocabulary for d in datasets])
+        label_space = build_label_space(args, known_vocabularies(args, METHOD, datasets))
         images_per_class(datasets, label_space, args.novel)  # refuses novel classes with boxes
         without_boxes = [d.name for d in datasets if d.supervision == "image_labels"]
         has_masks = any(d.supervision == "instances" for d in datasets)

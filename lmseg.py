@@ -21,9 +21,9 @@ T                text
 Q                q, z
 F                mask_features
 
-Note: the released code (mightyzau/LMSeg) stands on MaskFormer: CLIP's ResNet, an FPN pixel decoder,
-  six pre-norm decoder blocks on res5 alone, focal and dice losses on whole masks (20, 1; class 1).
-  Here base, matching and losses are Mask2Former's, as a survey describes it and as in dataseg.py.
+Note: the released code (mightyzau/LMSeg) stands on MaskFormer: CLIP's ResNet (here --backbone
+  resnet50_clip.openai), an FPN, six pre-norm decoder blocks on res5, focal and dice losses on whole
+  masks (20, 1; class 1). All this is Mask2Former's here, as in a survey and in dataseg.py.
 Note: after the masked attention of a layer the queries attend to the text. The classifier reads
   the normed query. Text branch, guide (pre-norm, keys and values are the text itself, stochastic
   depth), optimiser (but tau and context do not decay) and sampling are the released code's.
@@ -129,7 +129,7 @@ class Args:
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
-    """a .safetensors file or run folder to start from, to evaluate or to predict with"""
+    """run folder, .safetensors or official file to start from, to evaluate or to predict with"""
     predict: tuple[str, ...] = ()
     """files, folders, "*.jpg" or videos to predict and draw, instead of training"""
     vocabulary: str = ""
@@ -158,8 +158,8 @@ class Args:
     """seed of initial weights, order of images and augmentation"""
 
     # paper settings
-    backbone: str = "resnet50"
-    """any timm model with features of strides 4 to 32, or a plain ViT (simple feature pyramid)"""
+    backbone: str = "resnet50.tv_in1k"
+    """timm model with maps of strides 4 to 32, or a plain ViT, as in ViTDet; or MODEL/FILE"""
     text_encoder: str = "RN50/openai"
     """open_clip MODEL/PRETRAINED, or minilm (with --context-tokens 0 --prompts name)"""
     prompts: Literal["photo", "a", "name"] = "photo"

@@ -75,6 +75,7 @@ from common.boxes import decode_boxes, soft_nms
 from common.cascade import sample_federated
 from common.checkpoint import (
     checkpoint_step,
+    known_vocabularies,
     last_checkpoint,
     load_checkpoint,
     load_weights,
@@ -97,6 +98,7 @@ from common.inference import (
     predict_files,
 )
 from common.labels import LabelSpace, Vocabulary
+from common.official_detectors import convert_two_stages
 from common.oln import BOX_WEIGHTS, OLN, loss_roi_box
 from common.optim import scaled_lr, stepped_learning_rate
 from common.proposals import fingerprint, with_proposals
@@ -137,7 +139,7 @@ class Args:
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
-    """a .safetensors file or run folder to start from, to evaluate or to predict with"""
+    """run folder, .safetensors or official file to start from, to evaluate or to predict with"""
     predict: tuple[str, ...] = ()
     """files, folders, "*.jpg" or videos to predict and draw, instead of training"""
     vocabulary: str = ""
@@ -173,7 +175,7 @@ class Args:
     sampler: Literal["random", "class-aware", "repeat-factor"] = "random"
     """order of the training images (paper: a classifier made of text needs no balancing)"""
     backbone: str = "resnet50.tv_in1k"
-    """localizer: any timm model with features of strides 4 to 32; pretrained if it can be loaded"""
+    """localizer: timm model with maps of strides 4 to 32, with published weights; or MODEL/FILE"""
     classifier_backbone: str = "RN50/openai"
     """CLIP ResNet, MODEL/PRETRAINED or MODEL/FILE (paper: RegionCLIP's file), or a timm model"""
     text_encoder: str = "RN50/openai"
@@ -248,7 +250,7 @@ TINY = {
 # the settings that --weights restores: those that shape the model and its inputs
 MODEL_FIELDS = ["structure", "stage", "backbone", "classifier_backbone", "text_encoder", "prompts"]
 MODEL_FIELDS += ["test_size", "tau", "channels", "fc_dim", "rpn_proposals", "test_proposals"]
-OFFICIAL = None  # there are no official weights to convert
+OFFICIAL = convert_two_stages  # official weights can be loaded, too
 
 # -- Model -----------------------------------------------------------------------------------------
 
@@ -276,10 +278,7 @@ def compare(x: Tensor, text: Tensor, tau: float) -> Tensor:
 
 
 class Model(nn.Module):
-    """Holds the localizer and the classifiers, which share no layers.
-
-    --stage localizer has no classifier. --structure separate has one per dataset, the others one.
-    """
+    """Holds a localizer, and a classifier, one per dataset (separate) or none (stage localizer)."""
 
     def __init__(
         self,
@@ -718,7 +717,7 @@ def main() -> None:
     training = not (args.predict or args.eval_only)
     if training:
         datasets = training_datasets(args, size)
-        label_space = build_label_space(args, [d.vocabulary for d in datasets])
+        label_space = build_label_space(args, known_vocabularies(args, METHOD, datasets))
     else:
         model, label_space = load(args.weights, args, device)
     evaluated = evaluation_datasets(args, label_space, size)

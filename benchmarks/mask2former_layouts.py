@@ -66,6 +66,22 @@ ZOO = {
     },
     "mapillary_vistas/panoptic": {"R50": ("4e9874", 36.3), "large": ("132c71", 45.5)},
     "mapillary_vistas/semantic": {"R50": ("6c66d0", 57.4), "large": ("90ee2d", 63.2)},
+    "ytvis_2019/video": {
+        "R50": ("34112b", 46.4),
+        "R101": ("a34dca", 49.2),
+        "tiny": ("26fffe", 51.5),
+        "small": ("4a5174", 54.3),
+        "base-21k": ("221a8a", 59.5),
+        "large": ("c5c739", 60.4),
+    },
+    "ytvis_2021/video": {
+        "R50": ("b8aae2", 40.6),
+        "R101": ("6efd7a", 42.4),
+        "tiny": ("965185", 45.9),
+        "small": ("0dec91", 48.6),
+        "base-21k": ("a9b925", 52.0),
+        "large": ("4da256", 52.6),
+    },
 }
 CLASSES = {
     "coco/panoptic": 133,
@@ -78,6 +94,8 @@ CLASSES = {
     "ade20k/semantic": 150,
     "mapillary_vistas/panoptic": 65,
     "mapillary_vistas/semantic": 65,
+    "ytvis_2019/video": 40,
+    "ytvis_2021/video": 40,
 }
 
 

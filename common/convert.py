@@ -8,52 +8,27 @@ import io
 import logging
 import pickle
 import re
-from collections.abc import Callable
-from itertools import product
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.checkpoint import TEXT, load_plain, save_tensors, weights_file
+from common.checkpoint import load_plain, save_tensors, weights_file
 from common.errors import InputError
 from common.files import cache_dir
-from common.labels import Vocabulary
 
 log = logging.getLogger("concord")
 
 VERSION = 3  # of the rules; older conversions in the cache are not used
+NESTS = ("model", "state_dict")  # under one of them a checkpoint may keep its state dict
 Tensors = dict[str, Tensor]
-Convert = Callable[[Tensors], tuple[Tensors, dict]]  # official -> ours, and the model's metadata
+# official tensors, name of their file -> our tensors, and the model's metadata
+Convert = Callable[[Tensors, str], tuple[Tensors, dict]]
 
 # -- Rules -----------------------------------------------------------------------------------------
-
-# facebookresearch/Detic (CenterNet2) with a ResNet-50; the first pattern that fits decides
-BOX_HEAD = r"roi_heads\.box_head\.(\d)\."
-PREDICTOR = r"roi_heads\.box_predictor\.(\d)\."
-DETIC = {
-    r"backbone\.bottom_up\.base\.fc\..*": None,  # ImageNet-21k's classifier, unused
-    r"pixel_(mean|std)": None,  # the same as timm's
-    r"text_encoder\..*": None,  # CLIP's, frozen; ours comes from open_clip
-    PREDICTOR + "freq_weight": None,  # class frequencies, for training on LVIS
-    r"roi_heads\.box_predictor\.[12]\.cls_score\.zs_weight": None,  # the same as that of stage 0
-    r"backbone\.bottom_up\.base\.(.+)": r"backbone.body.\1",
-    r"backbone\.fpn_lateral(\d)\.(.+)": r"backbone.fpn.inner_blocks.\1.0.\2",
-    r"backbone\.fpn_output(\d)\.(.+)": r"backbone.fpn.layer_blocks.\1.0.\2",
-    r"backbone\.top_block\.(.+)": r"backbone.fpn.extra_blocks.\1",
-    r"proposal_generator\.(.+)": r"centernet.\1",
-    BOX_HEAD + r"fc1\.(.+)": r"cascade.stages.\1.box_head.1.\2",
-    BOX_HEAD + r"fc2\.(.+)": r"cascade.stages.\1.box_head.3.\2",
-    PREDICTOR + r"bbox_pred\.(.+)": r"cascade.stages.\1.bbox_pred.\2",
-    PREDICTOR + r"cls_score\.linear\.(.+)": r"classifiers.\1.embedding.\2",
-    PREDICTOR + r"cls_score\.cls_bias": r"classifiers.\1.cls_bias",
-    PREDICTOR + r"prop_score\.(.+)": r"prop_score.\1.\2",
-    r"roi_heads\.box_predictor\.0\.cls_score\.zs_weight": "label_space",
-    r"roi_heads\.mask_head\.(.+)": r"mask_head.\1",
-}
-
-VOCABULARIES = {1203: "lvis", 80: "coco", 365: "o365", 500: "oid500"}  # by the number of classes
 
 
 def rename(key: str, rules: dict[str, str | None]) -> str | None:
@@ -66,16 +41,15 @@ def rename(key: str, rules: dict[str, str | None]) -> str | None:
         if match := re.fullmatch(pattern, key):
             return name and match.expand(name)
     raise InputError(
-        f"tensor '{key}' is of no known official layout; supported: models of"
-        " facebookresearch/Detic (CenterNet2, ResNet-50) and facebookresearch/Mask2Former (ResNet,"
-        " Swin)"
+        f"tensor '{key}' is of no known official layout; docs/official-weights.md lists the files"
+        " that load"
     )
 
 
 def renamed(official: Tensors, rules: dict[str, str | None]) -> Tensors:
     """Returns the official tensors under our names, without those whose rule gives None.
 
-    Adds BatchNorm's counters, which older files lack, and `backbone.frozen_norm` = True.
+    Adds BatchNorm's counters, which older files lack.
     rules: as in `rename`
     Raises InputError for a tensor that no rule matches.
     """
@@ -88,46 +62,7 @@ def renamed(official: Tensors, rules: dict[str, str | None]) -> Tensors:
         if key.endswith("running_var"):
             counter = key.replace("running_var", "num_batches_tracked")
             tensors.setdefault(counter, torch.tensor(0))
-    tensors["backbone.frozen_norm"] = torch.tensor(True)
     return tensors
-
-
-def convert_centernet2_detic(official: Tensors) -> tuple[Tensors, dict]:
-    """Converts a state dict of Detic's CenterNet2. Returns our tensors and the model's metadata.
-
-    The text of the C classes becomes the tensor "label_space.<dataset>" (C, D). <dataset> is the
-    known vocabulary with C classes. If there is none, <dataset> is "official", the classes get
-    made-up names, and a warning is logged.
-    """
-    tensors = renamed(official, DETIC)
-    blocks = ("inner_blocks", "layer_blocks")
-    for block, level, kind in product(blocks, (3, 4, 5), ("weight", "bias")):
-        tensor = tensors.pop(f"backbone.fpn.{block}.{level}.0.{kind}")
-        tensors[f"backbone.fpn.{block}.{level - 3}.0.{kind}"] = tensor  # ours counts from P3
-    text = tensors.pop("label_space")[:, :-1].T  # (C, D); the last column is background
-    count = len(text)
-    dataset = VOCABULARIES.get(count, "official")
-    if count in VOCABULARIES:
-        names = list(Vocabulary.known(dataset).names)
-    else:
-        names = [f"class {i}" for i in range(1, count + 1)]
-        log.warning("the names of %d classes are not known; name yours with --vocabulary", count)
-    tensors[TEXT + dataset] = text
-    bias = tensors.get("classifiers.0.cls_bias")
-    args = {
-        "backbone": "resnet50",
-        "text_encoder": "ViT-B-32/openai",
-        "prompts": "a",
-        "test_size": 800,
-        "tau": 0.02,
-        "cls_bias": 0.0 if bias is None else float(bias),
-        "channels": tensors["backbone.fpn.inner_blocks.0.0.weight"].shape[0],
-        "fc_dim": tensors["cascade.stages.0.box_head.1.weight"].shape[0],
-        "masks": any(key.startswith("mask_head.") for key in tensors),
-        "image_label_loss": "wsddn" if "prop_score.0.0.weight" in tensors else "max_size",
-    }
-    vocabularies = {dataset: {"names": names, "is_thing": None}}
-    return tensors, {"args": args, "vocabularies": vocabularies, "boxed": names}
 
 
 # -- Pickles of numpy arrays -----------------------------------------------------------------------
@@ -211,7 +146,7 @@ def load_arrays(path: Path) -> Tensors:
 
 
 def load_official(file: Path) -> Tensors:
-    """Reads the state dict of an official checkpoint, alone or under the key "model".
+    """Reads the state dict of an official checkpoint, alone or under a key of NESTS.
 
     A .pkl holds numpy arrays, any other file torch's tensors.
     Raises InputError for a file that is damaged, would run code, or holds no state dict.
@@ -222,7 +157,8 @@ def load_official(file: Path) -> Tensors:
         raise InputError(
             f"weights {file} cannot be read without running code ({error}); give the published file"
         ) from None
-    state = content.get("model", content) if isinstance(content, dict) else None
+    nests = [key for key in NESTS if isinstance(content, dict) and key in content]
+    state = content[nests[0]] if nests else content
     items = state.items() if isinstance(state, dict) else []
     sound = [isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in items]
     if not sound or not all(sound):
@@ -230,29 +166,11 @@ def load_official(file: Path) -> Tensors:
     return {key: tensor.clone() for key, tensor in items}
 
 
-def convert_if_official(path: str | Path, method: str, convert: Convert | None) -> Path:
-    """Returns the safetensors file of these weights. Converts an official checkpoint once.
-
-    path:    a .safetensors file, a run folder, or an official checkpoint (.pth, .pkl)
-    convert: converts the official weights of `method`; None if there are none
-
-    The converted file is in the cache folder.
-    Raises InputError for a file that is missing or cannot be read or converted.
-    """
-    file = weights_file(path)
-    if file.suffix == ".safetensors":
-        return file
-    if convert is None:
-        raise InputError(f"weights {file} are no .safetensors; {method} has no official weights")
-    facts = [VERSION, method, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
-    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
-    target = cache_dir() / "converted" / f"{digest}.safetensors"
-    if target.is_file():
-        return target
-    official = load_official(file)
+@contextmanager
+def naming(file: Path | str) -> Iterator[None]:
+    """Turns what a conversion raises in its block into InputErrors that name the file."""
     try:
-        tensors, metadata = convert(official)
-        save_tensors(target, tensors, {"method": method} | metadata)
+        yield
     except InputError as error:
         raise InputError(f"weights {file}: {error}") from None
     except KeyError as error:
@@ -265,5 +183,69 @@ def convert_if_official(path: str | Path, method: str, convert: Convert | None) 
             f"weights {file} hold tensors of odd shapes or kinds ({reason}); give the published"
             " file"
         ) from None
-    log.info("weights %s converted to %s", file, target)
+
+
+def join(parts: list[tuple[Tensors, dict]]) -> tuple[Tensors, dict]:
+    """Makes one model of the parts that several official files hold: (tensors, metadata).
+
+    Settings (`args`) and vocabularies are joined. A setting on which the files do not agree is left
+    out, and so has its default; so is any other metadata that not all of them have alike.
+    Raises InputError for a tensor that two files have.
+    """
+    tensors = {}
+    vocabularies = {}
+    args = {}
+    for part, metadata in parts:
+        if twice := tensors.keys() & part.keys():
+            raise InputError(f"two of the files hold '{min(twice)}'; give one file for each part")
+        tensors |= part
+        vocabularies |= metadata["vocabularies"]
+        args |= metadata["args"]
+    records = [metadata for _, metadata in parts]
+    for key, value in list(args.items()):
+        if any(record["args"].get(key, value) != value for record in records):
+            del args[key]
+    alike = {}
+    for key, value in records[0].items():
+        if all(record.get(key) == value for record in records):
+            alike[key] = value
+    return tensors, alike | {"args": args, "vocabularies": vocabularies}
+
+
+def convert_if_official(path: str | Path, method: str, convert: Convert | None) -> Path:
+    """Returns the safetensors file of these weights. Converts official checkpoints once.
+
+    path:    a .safetensors file, a run folder, or an official checkpoint (.pth, .pkl); or several
+             checkpoints, by commas, that hold the parts of one model
+    convert: converts the official weights of `method`; None if there are none
+
+    The converted file is in the cache folder.
+    Raises InputError for a file that is missing or cannot be read or converted, and for parts that
+    are no whole model.
+    """
+    paths = [path] if Path(path).exists() else str(path).split(",")
+    files = [weights_file(Path(part).expanduser() if part else part) for part in paths]
+    if len(files) == 1 and files[0].suffix == ".safetensors":
+        return files[0]
+    named = ",".join(map(str, files))
+    if convert is None:
+        raise InputError(f"weights {named} are no .safetensors; {method} has no official weights")
+    facts = [VERSION, method]
+    for file in files:
+        facts += [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    target = cache_dir() / "converted" / f"{digest}.safetensors"
+    if target.is_file():
+        return target
+    parts = []
+    for file in files:
+        official = load_official(file)
+        with naming(file):
+            parts.append(convert(official, file.stem))
+    with naming(named):
+        tensors, metadata = join(parts)
+        if lacks := metadata.pop("lacks", ""):
+            raise InputError(lacks)
+        save_tensors(target, tensors, {"method": method} | metadata)
+    log.info("weights %s converted to %s", named, target)
     return target

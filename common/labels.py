@@ -363,7 +363,7 @@ class LabelSpace:
         if isinstance(vocabulary, str):
             vocabulary = Vocabulary.parse(vocabulary)
         if vocabulary.text is None:
-            vocabulary = replace(vocabulary, text=self._known_text(vocabulary))
+            vocabulary = replace(vocabulary, text=self.known_text(vocabulary))
         swapped = LabelSpace([vocabulary], self.embed)
         if swapped.width != self.width:
             raise InputError(
@@ -391,7 +391,7 @@ class LabelSpace:
             )
         return LabelSpace([vocabulary])
 
-    def _known_text(self, vocabulary: Vocabulary) -> Tensor | None:
+    def known_text(self, vocabulary: Vocabulary) -> Tensor | None:
         """Returns the text that this label space has for the names; None if it lacks a name."""
         # a dataset of this label space has its own text, as one name may have a row per dataset
         known = self.vocabularies.get(vocabulary.dataset, self)

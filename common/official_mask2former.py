@@ -82,7 +82,7 @@ SWINS = {  # blocks of the stages, and channels of the first
 }
 
 
-def convert_mask2former(official: Tensors) -> tuple[Tensors, dict]:
+def convert_mask2former(official: Tensors, _: str = "") -> tuple[Tensors, dict]:
     """Converts a state dict of Mask2Former. Returns our tensors and the model's metadata.
 
     `args` are the settings of the model without its classifier, `base` its modules. The class head
@@ -124,7 +124,7 @@ def convert_mask2former(official: Tensors) -> tuple[Tensors, dict]:
     return tensors, metadata | {"vocabularies": vocabularies, "own_head": own_head}
 
 
-def convert_mask2former_base(official: Tensors) -> tuple[Tensors, dict]:
+def convert_mask2former_base(official: Tensors, _: str = "") -> tuple[Tensors, dict]:
     """Converts as `convert_mask2former`, without the class head: a training starts from the rest.
 
     Text classifies in its place.

@@ -1,13 +1,31 @@
 """Backbones against small implementations of their papers, and the weights that they start from."""
 
+import pickle
+import re
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
+import timm
 import torch
+from conftest import FAST
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import common.backbone
+import dataseg
+import detic
+import lmseg
+import scaledet
+import unidetector
 from common.backbone import Backbone
+from common.clip_resnet import CLIPResNetC4
+from common.command import parse_args
+from common.datasets import load_datasets
 from common.errors import InputError
+from common.labels import Vocabulary
 from common.optim import parameter_groups
 
 ALL = [4, 8, 16, 32]
@@ -284,3 +302,227 @@ def test_the_backbone_learns_at_a_tenth():
 def test_a_vit_of_another_kind_is_refused(name):
     with pytest.raises(InputError, match=rf"^--backbone {name} cannot be used"):
         Backbone(name, 0, pretrained=False, strides=ALL)
+
+
+# -- CLIP's ResNet, with which the released LMSeg starts -------------------------------------------
+
+
+def clip_names(key: str) -> str:
+    """The name in CLIP's ResNet of a tensor of timm's."""
+    key = re.sub(r"stem_conv(\d)\.conv", r"conv\1", key)
+    key = re.sub(r"stem_conv(\d)\.bn", r"bn\1", key)
+    key = re.sub(r"stages_(\d)", lambda match: f"layer{int(match[1]) + 1}", key)
+    key = re.sub(r"conv(\d)_\w+\.conv", r"conv\1", key)
+    key = re.sub(r"conv(\d)_\w+\.bn", r"bn\1", key)
+    key = key.replace("shortcut.conv.conv", "downsample.0")
+    return key.replace("shortcut.conv.bn", "downsample.1")
+
+
+def test_clip_s_resnet_gives_the_maps_of_clip_with_frozen_norms(monkeypatch):
+    monkeypatch.setattr(common.backbone, "load_pretrained", lambda *_: True)
+    backbone = randomised(Backbone("resnet50_clip.openai", 0, strides=ALL)).train()
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    for module in norms:
+        assert not module.training
+        assert not module.weight.requires_grad
+    clip = CLIPResNetC4("RN50/openai", pretrained=False).eval()
+    tensors = {clip_names(key): tensor for key, tensor in backbone.body.state_dict().items()}
+    missing, unexpected = clip.load_state_dict(tensors, strict=False)
+    assert not unexpected
+    assert {key.split(".")[0] for key in missing} == {"attnpool", "frozen_norm"}
+    images = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
+    with torch.no_grad():
+        x = backbone.normalise(images, [(64, 96)])
+        torch.testing.assert_close(x, clip.normalise(images, [(64, 96)]))
+        maps = backbone(x)
+        trunk = clip.trunk(x)
+        torch.testing.assert_close(maps[2], trunk, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(maps[3], clip.layer4(trunk), rtol=1e-4, atol=1e-4)
+    assert backbone.channels == [256, 512, 1024, 2048]
+
+
+# -- starting weights ------------------------------------------------------------------------------
+
+
+METHODS = [dataseg, detic, lmseg, scaledet, unidetector]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.METHOD)
+def test_the_default_backbone_is_pinned_by_its_tag(method):
+    """Torchvision's first weights, with which detectron2 and mmdetection train a ResNet-50."""
+    name = method.Args().backbone
+    assert name == "resnet50.tv_in1k"
+    tag = timm.create_model(name).pretrained_cfg
+    assert tag["tag"] == "tv_in1k"
+    assert "resnet50-0676ba61" in tag["url"]
+
+
+@pytest.mark.parametrize(
+    "method, rate", [(detic, 0.2), (scaledet, 0.2), (lmseg, 0.3), (dataseg, 0.3)]
+)
+def test_the_drop_path_of_a_small_swin_is_the_paper_s(method, rate, monkeypatch):
+    """Detic 0.2, Mask2Former 0.3."""
+    made = []
+
+    def spy(*settings, **named):
+        made.append(Backbone(*settings, **named))
+        return made[-1]
+
+    monkeypatch.setattr(method, "Backbone", spy)
+    args = method.Args(backbone=SWIN, text_encoder="minilm", prompts="name", channels=32)
+    if method is lmseg:
+        args = replace(args, context_tokens=0)
+    space = method.build_label_space(args, [Vocabulary("coco", ("cat", "dog"))])
+    method.Model(args, space, pretrained=False)
+    assert made[0].body.layers[3].blocks[1].drop_path1.drop_prob == pytest.approx(rate)
+
+
+def detectron2_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A timm ResNet's tensors as detectron2's converter of torchvision's files names them."""
+    renamed = {}
+    for key, tensor in tensors.items():
+        if not key.startswith("layer"):
+            key = "stem." + key
+        key = re.sub(r"layer(\d)", lambda match: f"res{int(match[1]) + 1}", key)
+        key = re.sub(r"bn(\d)", r"conv\1.norm", key)
+        key = key.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        if not key.endswith("num_batches_tracked"):
+            renamed[key] = tensor
+    return renamed
+
+
+def trained(name: str, **settings) -> dict[str, Tensor]:
+    """The state dict of a timm classifier with numbers that no other model has."""
+    torch.manual_seed(5)
+    return timm.create_model(name, **settings).state_dict()
+
+
+def write(path: Path, tensors: dict[str, Tensor], key: str = "") -> Path:
+    """Writes tensors as the suffix of `path` says, under `key` if there is one."""
+    if path.suffix == ".safetensors":
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    elif path.suffix == ".pkl":
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        record = {"model": arrays, "__author__": "torchvision", "matching_heuristics": True}
+        path.write_bytes(pickle.dumps(record))
+    else:
+        torch.save({key: tensors, "epoch": 3} if key else tensors, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "file, key, rename",
+    [
+        ("a.pth", "", dict),  # MIIL's resnet50_miil_21k.pth
+        ("a.pth", "state_dict", dict),
+        ("a.pt", "model", dict),
+        ("a.safetensors", "", dict),
+        ("a.pkl", "", detectron2_names),  # detectron2's R-50.pkl
+    ],
+)
+def test_a_resnet_starts_from_a_file(tmp_path, caplog, file, key, rename):
+    tensors = trained("resnet18", num_classes=11)
+    path = write(tmp_path / file, rename(tensors), key)
+    with caplog.at_level("INFO", "concord"):
+        backbone = Backbone(f"resnet18/{path}", 32)
+    body = backbone.body.state_dict()
+    for name, tensor in body.items():
+        assert torch.equal(tensor, tensors[name]), name
+    assert backbone.frozen_norm
+    assert "100 tensors of" in caplog.text
+    assert "not used: 2 of 'fc'" in caplog.text
+
+
+def test_a_swin_starts_from_microsoft_s_file(tmp_path):
+    """The names are the official ones, the norms are new, and every table is taken."""
+    source = trained(SWIN)
+    tensors = official({key.replace("head.fc", "head"): t for key, t in source.items()})
+    index = torch.zeros(49, 49, dtype=torch.long)
+    tensors["layers.0.blocks.0.attn.relative_position_index"] = index
+    backbone = Backbone(f"{SWIN}/{write(tmp_path / 'a.pth', tensors, 'model')}", 0, strides=ALL)
+    for name, tensor in backbone.body.state_dict().items():
+        if name.startswith("norm"):
+            assert torch.equal(tensor, torch.full_like(tensor, name.endswith("weight")))
+        else:
+            assert torch.equal(tensor, source[name]), name
+
+
+def test_a_swin_starts_from_the_backbone_of_a_trained_detector(tmp_path):
+    """Norms of its maps are in the file, and are taken."""
+    source = randomised(Backbone(SWIN, 0, pretrained=False, strides=ALL)).body.state_dict()
+    path = write(tmp_path / "a.safetensors", official(source))
+    body = Backbone(f"{SWIN}/{path}", 0, strides=ALL).body.state_dict()
+    assert all(torch.equal(tensor, source[name]) for name, tensor in body.items())
+
+
+def test_a_vit_starts_from_a_file_of_mae(tmp_path, caplog):
+    source = trained(VIT, num_classes=0)
+    with caplog.at_level("INFO", "concord"):
+        path = write(tmp_path / "a.pth", source, "model")
+        body = Backbone(f"{VIT}/{path}", 0, strides=ALL).body.state_dict()
+    for name, tensor in body.items():
+        if "rel_pos" in name:
+            assert not tensor.any()
+        else:
+            assert torch.equal(tensor, source[name]), name
+    assert "not used: 1 of 'cls_token', 2 of 'norm'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"bn1.weight": None}, "lacks 'bn1.weight'; is it a file of resnet18"),
+        ({"conv1.weight": torch.zeros(64, 3, 3, 3)}, r"'conv1.weight' .* has the shape \[64, 3, 3"),
+        ({"layer1.0.conv1.weight": torch.full((64, 64, 3, 3), torch.nan)}, "is not finite"),
+        ({"layer4.2.conv1.weight": torch.zeros(1)}, "has no tensor 'layer4.2.conv1.weight' of"),
+    ],
+)
+def test_the_first_tensor_that_does_not_fit_is_named(tmp_path, change, words):
+    tensors = {**trained("resnet18"), **change}
+    path = tmp_path / "a.pth"
+    torch.save({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+    with pytest.raises(InputError, match=words) as caught:
+        Backbone(f"resnet18/{path}", 32)
+    assert str(path) in str(caught.value)
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_no_code_of_a_file_runs(tmp_path, capsys, suffix):
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".pkl":
+        path.write_bytes(pickle.dumps({"model": {"conv1.weight": Code()}}))
+    else:
+        torch.save({"conv1.weight": Code()}, path)
+    with pytest.raises(InputError, match="cannot be read: it is no file of plain tensors"):
+        Backbone(f"resnet18/{path}", 32)
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"b\.pth cannot be read: it does not exist"):
+        Backbone(f"resnet18/{tmp_path / 'b.pth'}", 32)
+
+
+def test_the_file_is_not_needed_again(tiny_root, tmp_path):
+    """Neither to go on with the training nor for the trained model."""
+    path = write(tmp_path / "a.pth", trained("test_resnet"))
+    args = parse_args(scaledet.Args, "scaledet", {}, [], argv=[*FAST, "--steps", "1"])
+    args.backbone = f"test_resnet/{path}"
+    args.image_size = 64
+    datasets = load_datasets("coco", "train", str(tiny_root))
+    space = scaledet.build_label_space(args, [d.vocabulary for d in datasets])
+    folder = tmp_path / "run"
+    folder.mkdir()
+    place = (space, folder, torch.device("cpu"))
+    scaledet.train(replace(args, checkpoint_every=1), datasets, *place)
+    path.unlink()
+    scaledet.train(replace(args, steps=2), datasets, *place)
+    model, _ = scaledet.load(folder)
+    assert model.args.backbone == args.backbone
+    assert model.backbone.frozen_norm

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import detic
-from common import convert
 from common.checkpoint import load_weights, read_model, save_weights
 from common.command import parse_args
-from common.convert import DETIC, convert_centernet2_detic, convert_if_official, rename
+from common.convert import convert_if_official, rename
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
+from common.official_detectors import CENTERNET2, LVIS, convert_centernet2
 from common.official_mask2former import convert_mask2former
 
 KEYS = FOLDER / "detic_r50_state_dict_keys.json"
@@ -38,7 +38,7 @@ def cache(tmp_path, monkeypatch):
 
 def convert_detic(path):
     """Returns the converted file of official Detic weights."""
-    return convert_if_official(path, "detic", convert_centernet2_detic)
+    return convert_if_official(path, "detic", convert_centernet2)
 
 
 def official_name(key: str) -> str | None:
@@ -132,22 +132,22 @@ def same(one, other) -> bool:
 def test_every_official_tensor_has_its_place_and_shape(number, caplog):
     listing = list(json.loads(KEYS.read_text()).values())[number]
     official = {key: torch.empty(facts["shape"], device="meta") for key, facts in listing.items()}
-    dropped = {key for key in official if rename(key, DETIC) is None}
+    dropped = {key for key in official if rename(key, CENTERNET2) is None}
     assert all(
         key.endswith("freq_weight") or "zs_weight" in key or ".base.fc." in key for key in dropped
     )
     with caplog.at_level(logging.WARNING):
-        tensors, metadata = convert_centernet2_detic(official)
-    assert len({rename(key, DETIC) for key in official} - {None}) == len(official) - len(
+        tensors, metadata = convert_centernet2(official, "BoxSup-C2_L_CLIP")
+    assert len({rename(key, CENTERNET2) for key in official} - {None}) == len(official) - len(
         dropped
     )  # no two in one place
-    classes = official["roi_heads.box_predictor.0.cls_score.zs_weight"].shape[1] - 1
     [(name, record)] = metadata["vocabularies"].items()
     names = record["names"]
-    assert len(names) == classes and metadata["boxed"] == names and record["is_thing"] is None
+    assert name == "lvis" and tuple(names) == Vocabulary.known("lvis").names
+    assert metadata["boxed"] == names and record["is_thing"] is None
     text = tensors.pop(f"label_space.{name}")
-    assert text.shape == (classes, 512)
-    text = torch.zeros(classes, 512)
+    assert text.shape == (LVIS, 512)
+    text = torch.zeros(LVIS, 512)
     label_space = LabelSpace([Vocabulary(name, tuple(names))], lambda names, dataset: text)
     with torch.device("meta"):
         args = detic.Args(**metadata["args"])
@@ -155,14 +155,10 @@ def test_every_official_tensor_has_its_place_and_shape(number, caplog):
     assert {key: t.shape for key, t in tensors.items()} == {
         key: t.shape for key, t in model.state_dict().items()
     }
-    assert metadata["args"].keys() == set(detic.MODEL_FIELDS)
-    if classes in convert.VOCABULARIES:
-        assert (
-            name == "lvis" and tuple(names) == Vocabulary.known("lvis").names and not caplog.records
-        )
-    else:
-        assert names[0] == "class 1" and names[-1] == f"class {classes}"
-        assert f"{classes} classes are not known; name yours with --vocabulary" in caplog.text
+    assert metadata["args"].keys() == {*detic.MODEL_FIELDS, "datasets"}
+    columns = official["roi_heads.box_predictor.0.cls_score.zs_weight"].shape[1]
+    lost = "20844 classes of ImageNet-21k are not in the file: 1203 of LVIS are kept"
+    assert (lost in caplog.text) == (columns == 22048)
 
 
 def test_converted_model_sees_the_same(pth, cache, model_and_official, tmp_path):
@@ -259,7 +255,7 @@ ZS = "roi_heads.box_predictor.0.cls_score.zs_weight"
         ),
         (
             lambda o: o | {"roi_heads.res5.0.conv1.weight": torch.ones(1)},
-            ["'roi_heads.res5.0", "ResNet-50"],
+            ["Faster R-CNN with a C4 ResNet", "docs/official-weights.md"],
         ),
         (lambda o: {k: t for k, t in o.items() if k != FC1}, ["box_head.1.weight", "missing"]),
         (
@@ -317,7 +313,7 @@ def test_weights_of_this_project_are_returned_as_they_are(tmp_path, cache):
     """A file or a run folder, also for a method that has official weights."""
     file = tmp_path / "weights.safetensors"
     save_file({"x": torch.ones(1)}, file)
-    for function in (None, convert_centernet2_detic):
+    for function in (None, convert_centernet2):
         assert convert_if_official(file, "detic", function) == file
         assert convert_if_official(tmp_path, "detic", function) == file
     assert not cache.exists()

@@ -908,7 +908,7 @@ def test_settings_of_the_paper_and_its_base():
         0.8,
     )
     assert (args.backbone, args.text_encoder, args.prompts) == (
-        "resnet50",
+        "resnet50.tv_in1k",
         "ViT-L-14/openai",
         "auto",
     )

@@ -253,7 +253,7 @@ def test_flags_win_over_weights_and_presets(tmp_path):
 
     args = parse("--tiny", "--steps", "7")
     assert args.tiny and args.steps == 7 and args.backbone == "tf_efficientnet_lite0"
-    assert parse().backbone == "resnet50"
+    assert parse().backbone == "resnet50.tv_in1k"
 
 
 def test_atomic_path_leaves_old_content_when_writing_fails(tmp_path):

@@ -24,7 +24,7 @@ from common import targets as targets_module
 from common.batch import Batch, Sample, collate
 from common.boxes import box_delta_loss, paired_iou, soft_nms
 from common.class_counts import count_classes, read_prior
-from common.clip_resnet import CLIPResNetC4, RegionOutput, load_by_prefix, read_tensors
+from common.clip_resnet import CLIPResNetC4, RegionOutput, load_by_prefix
 from common.datasets import load_datasets
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
@@ -33,6 +33,7 @@ from common.optim import stepped_learning_rate
 from common.proposals import fingerprint, with_proposals
 from common.targets import RegionTargets, Targets, match_anchors, match_by_iou, match_regions
 from common.transforms import ResizeShortestRange
+from common.weight_files import read_tensors
 
 SMALL = {
     **dict.fromkeys(("backbone", "classifier_backbone"), "resnet18"),
@@ -827,10 +828,10 @@ def test_clip_weights_that_do_not_fit(small_clip, tmp_path):
     torch.save(SimpleNamespace(a=1), code)
     broken.write_bytes(b"not a checkpoint")
     with pytest.raises(InputError, match="TorchScript archive"):
-        read_tensors(script)
+        read_tensors(script, "weights")
     for path in (code, broken, tmp_path / "missing.pt"):
         with pytest.raises(InputError, match="cannot be read"):
-            read_tensors(path)
+            read_tensors(path, "weights")
 
 
 def test_clip_frozen_parts(small_clip):
