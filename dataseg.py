@@ -33,7 +33,8 @@ Note: the merged mask is the union: the largest logit of the members at each pix
 Note: for semantic maps the default is the sum over all proposals weighted by class probability
   (--merge sum), Mask2Former's inference. --merge max is the union.
 Note: the scale s is learned, from 1 / 0.07 and at most 100, as CLIP's. Text is CLIP's 80 templates,
-  each normalised before the mean. Classes have one name, where ADE20K lists synonyms too.
+  each normalised before the mean. Classes have one name, where ADE20K lists synonyms too. CLIP
+  reads COCO's wall-other-merged as "wall".
 Note: a poly schedule, crop sizes and sampling ratios ADE : COCO : Objects365 = 1 : 4 : 4 are ours.
 Note: segments that a crop leaves empty are dropped, also those of panoptic maps.
 
@@ -70,22 +71,23 @@ from common.backbone import Backbone
 from common.batch import Batch
 from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
-from common.convert import convert_if_official, convert_mask2former
+from common.convert import convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
 from common.inference import evaluate_dataset, predict_each, predict_files
 from common.labels import LabelSpace, Vocabulary
 from common.mask_losses import MaskOutput, loss_dice, loss_mask, mask_cost, masks_per_rank
 from common.masks import rasterise, segment_masks
+from common.official_mask2former import convert_mask2former_base
 from common.optim import parameter_groups, poly_learning_rate, scaled_lr
-from common.pixel_decoder import PixelDecoder, tokens
+from common.pixel_decoder import PixelDecoder, decoder_inputs
 from common.point_matching import assign_by_depth, sample_pairs
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RatioBatchSampler, make_loader
-from common.segments import FullMasks, instances, panoptic_map, semantic_labels
+from common.segments import TASKS, FullMasks, instances, on_cpu, panoptic_map, semantic_labels
 from common.targets import Targets
 from common.text import embed
-from common.transformer import DecoderLayer, QueryHead, blocked_pixels, sine_position
+from common.transformer import DecoderLayer, QueryHead, blocked_pixels
 from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import save_image, training_grid
 
@@ -236,21 +238,16 @@ MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "queries", "channels"]
 MODEL_FIELDS += ["encoder_layers", "decoder_layers", "object_threshold"]
 MODEL_FIELDS += ["test_size"]
 SUPERVISION = ("boxes", "instances", "semantic", "panoptic")  # what it can learn from
-OFFICIAL = convert_mask2former  # official weights can be loaded, too
-TASKS = {
-    "semantic": "semantic",
-    "panoptic": "panoptic",
-    "instances": "instance",
-    "boxes": "instance",
-}
+OFFICIAL = convert_mask2former_base  # a training can start from official weights
 EVALUATION = {"o365": "o365-instances"}  # 1000 images of its validation set, with masks
+TRANSFER = {"ade20k": "ade20k-panoptic"}  # instances that no training has seen, if they are there
 
 # -- Model -----------------------------------------------------------------------------------------
 
 
 def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
     """Concatenates the label spaces. Each dataset is classified by its own part."""
-    embed_names = partial(embed, encoder=args.text_encoder, prompts=args.prompts)
+    embed_names = partial(embed, encoder=args.text_encoder, prompts=args.prompts, clean=True)
     return LabelSpace(vocabularies, embed_names)
 
 
@@ -292,12 +289,7 @@ class Model(nn.Module):
         self-attention and a feed-forward network. Returns the predictions before the first layer
         and after each, for the auxiliary losses. text: (K, D)
         """
-        memory, position, resized = [], [], []
-        for features, code in zip(maps, self.level_embed):
-            size = features.shape[-2:]
-            memory.append(tokens(features) + code)  # (B, S, C)
-            position.append(tokens(sine_position(*size, features.shape[1], features.device)))
-            resized.append(F.interpolate(mask_features.detach(), size, mode="bilinear"))
+        memory, position, resized = decoder_inputs(maps, self.level_embed, mask_features)
         q = self.query_feat.expand(len(mask_features), -1, -1)  # (B, Q, C)
         predictions = [self.head(q)]
         for i, layer in enumerate(self.layers):
@@ -338,7 +330,7 @@ def merged_classes(label_space: LabelSpace, task: str) -> Tensor:
     things = torch.tensor(label_space.is_thing)
     if task == "semantic":
         return torch.ones_like(things)
-    return ~things if task == "panoptic" else torch.zeros_like(things)
+    return ~things if "panoptic" in task else torch.zeros_like(things)
 
 
 def merge_targets(masks: Tensor, labels: Tensor, merged: Tensor) -> tuple[Tensor, Tensor]:
@@ -542,6 +534,7 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
 
     semantic: `semantic` (H, W), the label of each pixel
     panoptic: `semantic`, and `panoptic` (H, W) with `segments_info`
+    panoptic, things: also `things`, as with instance, of things alone
     instance: `boxes` (N, 4), `labels`, `scores` (N,) and `masks` (N, H, W)
     All have `size` (height, width) and `class_names`: all K names, or with instance N of `labels`.
     """
@@ -558,8 +551,7 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
         p = output.logits[-1, i].softmax(-1)  # (Q, K + 1)
         result = {"class_names": label_space.names, "size": size}
         if task == "instance":
-            result |= instances(p[:, :-1], masks)
-            result["class_names"] = [label_space.names[k] for k in result["labels"].tolist()]
+            result |= instances(p[:, :-1], masks, names=label_space.names)
         elif model.args.merge == "sum":
             result["semantic"] = semantic_labels(p[:, :-1], masks)
         else:  # each class by its union alone
@@ -567,14 +559,16 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
             union, rows = masks.through(partial(merge, probabilities=p, merged=every))
             only_best = rows * (rows == rows.amax(1, keepdim=True))
             result["semantic"] = semantic_labels(only_best[:, :-1], union)
-        if task == "panoptic":
+        if "things" in task:
+            result["things"] = instances(p[:, :-1], masks, things=label_space.is_thing)
+        if "panoptic" in task:
             threshold = model.args.object_threshold
             kept = p.amax(1) > threshold
             masks, p = masks[kept].through(partial(merge, probabilities=p[kept], merged=merged))
             result["panoptic"], result["segments_info"] = panoptic_map(
                 p, masks, label_space.is_thing, threshold, 0.8, intersect=True
             )
-        predictions.append({k: v.cpu() if isinstance(v, Tensor) else v for k, v in result.items()})
+        predictions.append(on_cpu(result))
     return predictions
 
 
@@ -638,7 +632,7 @@ def train(
     weights = checkpoint or args.weights
     model = Model(args, label_space, pretrained=not weights).to(device)
     if weights:
-        load_weights(weights, model)
+        load_weights(weights, model, base=True)
     model.train()
     metadata = {"method": METHOD, "args": asdict(args)}
 
@@ -730,7 +724,9 @@ def main() -> None:
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:
         model, label_space = load(args.weights, args, device)
-    evaluated = evaluation_datasets(args, label_space, size, SUPERVISION, instead=EVALUATION)
+    evaluated = evaluation_datasets(
+        args, label_space, size, SUPERVISION, instead=EVALUATION, beside=TRANSFER
+    )
     folder = make_run_folder(args, METHOD, label_space)
     if training:
         warn_of_overlap(datasets, evaluated)

@@ -22,16 +22,14 @@ Q                q, z
 F                mask_features
 
 Note: the released code (mightyzau/LMSeg) stands on MaskFormer: CLIP's ResNet (here --backbone
-  resnet50_clip.openai), an FPN pixel decoder, six pre-norm decoder blocks on res5 alone, focal and
-  dice losses on whole masks (20, 1; class 1). Here the base is Mask2Former, as a survey describes
-  LMSeg and as in dataseg.py. Backbone, matching, losses and their weights are Mask2Former's.
+  resnet50_clip.openai), an FPN, six pre-norm decoder blocks on res5, focal and dice losses on whole
+  masks (20, 1; class 1). All this is Mask2Former's here, as in a survey and in dataseg.py.
 Note: after the masked attention of a layer the queries attend to the text. The classifier reads
   the normed query. Text branch, guide (pre-norm, keys and values are the text itself, stochastic
   depth), optimiser (but tau and context do not decay) and sampling are the released code's.
 Note: prompts are "a photo of {name}". For panoptic data the released code has the plain name
-  (--prompts name), and what the paper has is not known.
-Note: a name has one word form, the first, which the released code takes too. Names longer than its
-  ten tokens stay whole. Fixed text has unit length; the adapter's LayerNorm undoes that.
+  (--prompts name). As there, a name is read as it is listed (wall-other-merged), the first of its
+  synonyms. Longer ones than its ten tokens stay whole. The adapter undoes the text's unit length.
 Note: 160,000 steps are those of the released configs. The script for four datasets has 320,000.
 Note: training images are padded as far as their batch needs, not to the size of the crop.
 Note: in a step, every rank samples its own dataset. So the text of a batch needs no padding.
@@ -57,7 +55,7 @@ each rank with its own dataset; MaskFormer's panoptic rule and less weight decay
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -74,7 +72,7 @@ from common.backbone import Backbone
 from common.batch import Batch
 from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
-from common.convert import convert_if_official, convert_mask2former
+from common.convert import convert_if_official
 from common.dataset_heads import DatasetHeads
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
@@ -82,15 +80,16 @@ from common.inference import evaluate_dataset, predict_each, predict_files
 from common.labels import LabelSpace, Vocabulary, fold
 from common.mask_losses import MaskOutput, loss_dice, loss_mask, mask_cost, masks_per_rank
 from common.masks import segment_masks
+from common.official_mask2former import convert_mask2former
 from common.optim import parameter_groups, poly_learning_rate, scaled_lr
-from common.pixel_decoder import PixelDecoder, tokens
+from common.pixel_decoder import PixelDecoder, decoder_inputs
 from common.point_matching import assign_by_depth, sample_pairs
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RatioBatchSampler, make_loader
-from common.segments import FullMasks, panoptic_map, semantic_labels
+from common.segments import TASKS, FullMasks, instances, on_cpu, panoptic_map, semantic_labels
 from common.targets import Targets
-from common.text import ContextEncoder, embed, templates
-from common.transformer import DecoderLayer, QueryHead, blocked_pixels, sine_position
+from common.text import ContextEncoder, context_encoder, embed, templates
+from common.transformer import DecoderLayer, QueryHead, blocked_pixels
 from common.transforms import DetrCrop, ResizeShortest, SegmentationCrop
 from common.visualize import save_image, training_grid
 
@@ -186,10 +185,12 @@ class Args:
     """batch size that --lr is meant for"""
     backbone_factor: Annotated[float | None, Range(0, 100)] = None
     """learning rate of the backbone / --lr; 0 freezes it (default: 0.1; a ViT's as in ViTDet)"""
-    task: Literal["semantic", "panoptic"] = "panoptic"
-    """what --predict writes: semantic maps, or panoptic maps, too"""
-    object_threshold: Annotated[float, Range(0, 1)] = 0.8
-    """panoptic: lowest class probability of a segment (released code: 0.7 for ADE20K)"""
+    task: Literal["semantic", "panoptic", "instance"] = "panoptic"
+    """what --predict writes: semantic maps, panoptic maps, or instances"""
+    object_threshold: Annotated[float | None, Range(0, 1)] = None
+    """panoptic: lowest class probability of a segment (default: 0.8, ade20k-panoptic 0.7)"""
+    panoptic_rule: Literal["maskformer", "mask2former"] = "maskformer"
+    """a segment is all that its query wins, or (mask2former) only what is in its mask, too"""
     tau: Annotated[float, Range(above=0)] = 0.07
     """initial temperature of the classifier, which is learned"""
     queries: Annotated[int, Range(1, 10_000)] = 100
@@ -208,26 +209,30 @@ class Args:
 class Pipeline:
     """Sizes of the training and test images of one dataset, in pixels at the default --image-size.
 
-    Short sides are base * {low, low + 0.1, ..., high}, and base in tests. crop: (height, width)
+    Short sides are base * {low, low + 0.1, ..., high}, and base in tests.
     """
 
     base: int
-    scale: tuple[float, float]  # low, high
-    crop: tuple[int, int]
-    max_side: int
+    scale: tuple[float, float] = (0.5, 2.0)  # low, high
+    crop: tuple[int, int] | None = None  # height, width; None: DETR's crops and sizes
+    max_side: int = 2048
     test_max: int = 2048
+    object_threshold: float = 0.8  # the default of the flag
 
 
 # dataset-aware augmentation; all other datasets have that of ADE20K
-ADE = Pipeline(512, (0.5, 2.0), (512, 512), 2048)
+ADE = Pipeline(512, crop=(512, 512))
 DAA = {
-    "cityscapes": Pipeline(1024, (0.5, 2.0), (512, 1024), 4096),
+    "cityscapes": Pipeline(1024, crop=(512, 1024), max_side=4096),
     "coco-stuff": Pipeline(640, (0.5, 1.5), (640, 640), 2560, 2560),
-    "mapillary": Pipeline(2048, (0.5, 2.0), (1280, 1280), 8192),
-    "ade20k-panoptic": Pipeline(640, (0.5, 2.0), (640, 640), 2560, 2560),
-    "cityscapes-panoptic": Pipeline(1024, (0.5, 2.0), (512, 1024), 4096),
+    "mapillary": Pipeline(2048, crop=(1280, 1280), max_side=8192),
+    "ade20k-panoptic": Pipeline(640, (0.5, 2.0), (640, 640), 2560, 2560, 0.7),
+    "coco-panoptic": Pipeline(800, test_max=1333),
 }
-DETR = {"coco-panoptic": 800}  # short side of its test images; it is trained with DETR's crops
+DAA["cityscapes-panoptic"] = DAA["cityscapes"]
+# only evaluated, with the heads of an official Mask2Former
+DAA |= {"mapillary-panoptic": DAA["mapillary"], "cityscapes-instances": DAA["cityscapes"]}
+DAA |= {"coco": DAA["coco-panoptic"], "ade20k-instances": Pipeline(640, test_max=2560)}
 # the defaults under --tiny: a small model for a CPU
 TINY = {
     "backbone": "tf_efficientnet_lite0",
@@ -252,10 +257,10 @@ TINY = {
 }
 # the settings that --weights restores: those that shape the model and its inputs
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "queries", "channels"]
-MODEL_FIELDS += ["encoder_layers", "decoder_layers", "object_threshold"]
+MODEL_FIELDS += ["encoder_layers", "decoder_layers", "object_threshold", "panoptic_rule"]
 MODEL_FIELDS += ["image_size", "context_tokens", "cgd", "classifier", "daa"]
 SUPERVISION = ("semantic", "panoptic")  # what it can learn from
-OFFICIAL = convert_mask2former  # official weights can be loaded, too
+OFFICIAL = convert_mask2former  # official weights can be loaded, too, with their own head
 BACKGROUND = "background"
 
 # -- Model -----------------------------------------------------------------------------------------
@@ -286,12 +291,6 @@ def embed_with_context(
     (prompt,) = templates(args.prompts)
     texts = [prompt(fold(name)) for name in [*names, BACKGROUND]]
     return encoder(context, encoder.tokenize(texts))
-
-
-@lru_cache(maxsize=1)
-def context_encoder(name: str, device: torch.device) -> ContextEncoder:
-    """Loads the text encoder that reads learned context."""
-    return ContextEncoder(name, device)
 
 
 def embed_trained(args: Args, context: Tensor, names: Sequence[str], dataset: str) -> Tensor:
@@ -380,17 +379,12 @@ class Model(nn.Module):
     ) -> MaskOutput:
         """Runs Mask2Former's decoder, with the category guide, on the output of `extract`.
 
-        Each layer has masked cross-attention to one feature level (the levels take turns),
-        self-attention and a feed-forward network. Returns the predictions before the first layer
-        and after each, for the auxiliary losses. --cgd puts the attention to the text (`guides`)
-        after the masked one, before it or nowhere. text: (K + 1, D); `heads` read label_space
+        Each layer has masked cross-attention to one of the levels in turn, self-attention and a
+        feed-forward network. Returns the predictions before the first layer and after each. --cgd
+        puts the attention to the text (`guides`) after the masked one, before it or nowhere.
+        text: (K + 1, D); `heads` read label_space
         """
-        memory, position, resized = [], [], []
-        for features, code in zip(maps, self.level_embed):
-            size = features.shape[-2:]
-            memory.append(tokens(features) + code)  # (B, S, C)
-            position.append(tokens(sine_position(*size, features.shape[1], features.device)))
-            resized.append(F.interpolate(mask_features.detach(), size, mode="bilinear"))
+        memory, position, resized = decoder_inputs(maps, self.level_embed, mask_features)
         if text is not None:
             text = self.adapter(text)  # (K + 1, C)
         q = self.query_feat.expand(len(mask_features), -1, -1)  # (B, Q, C)
@@ -516,8 +510,9 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
 
     semantic: `semantic` (H, W), the label of each pixel
     panoptic: `semantic`, and `panoptic` (H, W) with `segments_info`
-              (MaskFormer's rule: a segment is all pixels that its query wins)
-    All have `size` (height, width) and `class_names`, the K names of label_space.
+    panoptic, things: also `things`, as with instance, of things alone
+    instance: `boxes` (N, 4), `labels`, `scores` (N,) and `masks` (N, H, W)
+    All have `size` (height, width) and `class_names`: all K names, or with instance N of `labels`.
     """
     model.eval()
     task = task or model.args.task
@@ -530,13 +525,21 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
         masks = FullMasks(output.masks(-1, i), padded, batch.sizes[i], size)  # (Q, H, W)
         p = output.logits[-1, i].softmax(-1)  # (Q, K + 1)
         result = {"class_names": label_space.names, "size": size}
-        result["semantic"] = semantic_labels(p[:, :-1], masks)
-        if task == "panoptic":
+        if task == "instance":
+            result |= instances(p[:, :-1], masks, names=label_space.names)
+        else:
+            result["semantic"] = semantic_labels(p[:, :-1], masks, task == "semantic")
+        if "panoptic" in task:
             threshold = model.args.object_threshold
+            if threshold is None:
+                threshold = DAA.get(sample.dataset, ADE).object_threshold
+            intersect = model.args.panoptic_rule == "mask2former"
             result["panoptic"], result["segments_info"] = panoptic_map(
-                p, masks, label_space.is_thing, threshold, 0.8, intersect=False
+                p, masks, label_space.is_thing, threshold, 0.8, intersect
             )
-        predictions.append({k: v.cpu() if isinstance(v, Tensor) else v for k, v in result.items()})
+        if "things" in task:
+            result["things"] = instances(p[:, :-1], masks, things=label_space.is_thing)
+        predictions.append(on_cpu(result))
     return predictions
 
 
@@ -554,9 +557,9 @@ def predict_images(
 def augmentation(args: Args, dataset: str) -> DetrCrop | SegmentationCrop:
     """Returns the training augmentation of a dataset (--daa: its own), scaled by --image-size."""
     factor = args.image_size / 512
-    if args.daa and dataset in DETR:
-        return DetrCrop(round(factor * DETR[dataset]))
     own = DAA.get(dataset, ADE) if args.daa else ADE
+    if own.crop is None:
+        return DetrCrop(round(factor * own.base))
     scales = range(round(10 * own.scale[0]), round(10 * own.scale[1]) + 1)
     short = tuple(int(factor * own.base * scale / 10) for scale in scales)
     crop = round(factor * own.crop[0]), round(factor * own.crop[1])
@@ -567,10 +570,7 @@ def test_transform(args: Args, dataset: str) -> ResizeShortest:
     """Returns the resizing of a dataset's test images (--daa: its own), scaled by --image-size."""
     factor = args.image_size / 512
     own = DAA.get(dataset, ADE) if args.daa else ADE
-    short, longest = own.base, own.test_max
-    if args.daa and dataset in DETR:
-        short, longest = DETR[dataset], 1333
-    return ResizeShortest(round(factor * short), round(factor * longest))
+    return ResizeShortest(round(factor * own.base), round(factor * own.test_max))
 
 
 def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoader:
@@ -617,7 +617,7 @@ def train(
     if args.classifier == "text" and not encoder:
         model.background.copy_(embed([BACKGROUND], args.text_encoder, args.prompts)[0])
     if weights:
-        load_weights(weights, model)
+        load_weights(weights, model, base=True)
     model.train()
     metadata = {"method": METHOD, "args": asdict(args), "width": width}
 
@@ -692,7 +692,7 @@ def evaluate(
     for dataset in datasets:
         classes = label_space.swap(dataset.vocabulary)
         transform = test_transform(args, dataset.name)
-        predictor = partial(predict, model, label_space=classes, task=dataset.supervision)
+        predictor = partial(predict, model, label_space=classes, task=TASKS[dataset.supervision])
         results |= evaluate_dataset(predictor, dataset, transform, args, folder)
     return results
 
@@ -712,7 +712,7 @@ def load(
     metadata, vocabularies = read_model(path, METHOD)
     args = args or saved_args(Args, metadata)
     label_space = build_label_space(args, vocabularies)
-    model = Model(args, label_space, pretrained=False, width=metadata["width"]).to(device)
+    model = Model(args, label_space, False, metadata.get("width", 0)).to(device)
     load_weights(path, model)
     if model.context is not None:
         label_space = build_label_space(args, vocabularies, model.context.detach())
@@ -729,7 +729,7 @@ def main() -> None:
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:
         model, label_space = load(args.weights, args, device)
-    evaluated = evaluation_datasets(args, label_space, size, SUPERVISION)
+    evaluated = evaluation_datasets(args, label_space, size, (*SUPERVISION, "instances"))
     folder = make_run_folder(args, METHOD, label_space)
     if training:
         warn_of_overlap(datasets, evaluated)

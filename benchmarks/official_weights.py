@@ -16,9 +16,12 @@ from types import ModuleType
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dataseg
 import detic
+import lmseg
 import scaledet
 import unidetector
+from benchmarks import mask2former_layouts
 from benchmarks import official_layouts as layouts
 from benchmarks.official_layouts import Layout, tensors
 from common.clip_resnet import CLIPResNetC4, load_by_prefix
@@ -34,7 +37,8 @@ shapes, and compares them with the model. No code in a file runs, and a converte
 the cache. A file of any other kind is refused with one line.
 
 *evaluates*: `--eval-only` and `--predict` work, with the settings of the official configuration and
-the text embeddings in the file; a training can start from it, too. *trains*: only that.
+the text embeddings or the class head in the file; a training can start from it, too. *trains*:
+only that.
 """
 
 Files = dict[str, Layout]  # the files of one row, {name: layout}
@@ -85,9 +89,28 @@ def convert(method: ModuleType, files: Files) -> tuple[dict, dict]:
         width = 0 if text is None else text.shape[1]
         classes.append((dataset, len(record["names"]), width))
     found = {name: tensor.shape for name, tensor in converted.items()}
-    wanted = shapes(method, tuple(metadata["args"].items()), tuple(classes))
+    settings = metadata["args"] | metadata.get("own_head", {})
+    wanted = shapes(method, tuple(settings.items()), tuple(classes) or (("any", 1, 8),))
+    if not classes:
+        wanted = {name: shape for name, shape in wanted.items() if is_base(name, metadata)}
     assert found == wanted, sorted(found.items() ^ wanted.items())[:4]
     return converted, metadata
+
+
+def is_base(name: str, metadata: dict) -> bool:
+    """Tells if a tensor is of the model without its classifier. metadata: of converted weights"""
+    return "base" not in metadata or name.partition(".")[0] in metadata["base"]
+
+
+def segments(files: Files) -> str:
+    """Says which classes a Mask2Former has, and with which backbone."""
+    _, metadata = convert(lmseg, files)
+    if not metadata["vocabularies"]:
+        return "trains"
+    record = next(iter(metadata["vocabularies"].values()))
+    datasets = " or ".join(metadata["vocabularies"])
+    backbone = metadata["args"]["backbone"]
+    return f"evaluates ({backbone}; {len(record['names'])} classes of {datasets})"
 
 
 def detects(files: Files) -> str:
@@ -230,6 +253,25 @@ FAMILIES["RegionCLIP"] = Family(
             for data in ("coco_48", "coco_65", "coco_80", "lvis_866", "lvis_866_lsj")
         },
     },
+)
+
+
+def mask2former_rows() -> dict[str, list[Callable[[], Layout]]]:
+    """Returns the rows of Mask2Former's zoo, with their published figures."""
+    rows = {}
+    for task, backbones in mask2former_layouts.ZOO.items():
+        for backbone, (file, figure) in backbones.items():
+            given = mask2former_layouts.settings(task, backbone)
+            build = partial(mask2former_layouts.layout, **given)
+            rows[f"{task} {figure}: model_final_{file}.pkl"] = [build]
+    return rows
+
+
+FAMILIES["Mask2Former"] = Family(
+    "facebookresearch/Mask2Former:MODEL_ZOO.md, with the published PQ, mask AP or mIoU (one scale);"
+    " [lmseg.md](lmseg.md) says how it is evaluated",
+    {"lmseg.py --weights FILE": segments, "dataseg.py --weights FILE": partial(starts, dataseg)},
+    mask2former_rows(),
 )
 
 # -- Page ------------------------------------------------------------------------------------------

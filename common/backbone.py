@@ -7,12 +7,13 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from common import swin, vit
-from common.distributed import from_main
+from common.distributed import from_main, world_size
 from common.errors import InputError
 from common.hub import hub
 from common.weight_files import load_backbone_file
@@ -102,8 +103,13 @@ class Backbone(nn.Module):
         self.register_buffer("frozen_norm", torch.tensor(frozen))  # saved with the weights
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Sets the mode, but keeps pretrained BatchNorm and, if `freeze_stem`, the stem frozen."""
+        """Sets the mode, but keeps pretrained BatchNorm and, if `freeze_stem`, the stem frozen.
+
+        BatchNorm that is trained on several GPUs has the statistics of all: detectron2's SyncBN.
+        """
         super().train(mode)
+        if mode and not self.frozen_norm and self.frozen_norm.is_cuda and world_size() > 1:
+            self.body = convert_sync_batchnorm(self.body)
         if self.frozen_norm:
             for module in self.body.modules():
                 if isinstance(module, nn.BatchNorm2d):

@@ -168,14 +168,15 @@ def read_model(path: str | Path, method: str) -> tuple[dict, list[Vocabulary]]:
     return metadata, vocabularies
 
 
-def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str = "") -> None:
+def load_weights(
+    path: str | Path, model: nn.Module, fresh: str = "", only: str = "", base: bool = False
+) -> None:
     """Loads the tensors of a weights file into `model`, in place. Leaves out its label space.
-
-    Converted weights of a base model fill the submodules that their metadata lists as `base`. The
-    other submodules keep their initial values.
 
     fresh: prefix of tensors that the file may lack; the log says that they keep initial values
     only:  prefix of the tensors to load; all others keep their initial values
+    base:  of converted weights, only the submodules that their metadata lists as `base` are loaded;
+           the log says which others keep their initial values
 
     Raises InputError if the file is missing or broken, lacks a tensor or has one too many, and for
     a tensor that `check_tensor` refuses.
@@ -183,8 +184,8 @@ def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str 
     file = weights_file(path)
     try:
         with safe_open(file, framework="pt") as opened:
-            base = json.loads((opened.metadata() or {}).get("base", "[]"))
-        if not isinstance(base, list):
+            modules = json.loads((opened.metadata() or {}).get("base", "[]")) if base else []
+        if not isinstance(modules, list):
             raise ValueError("its base is no list of modules")
         tensors = load_file(file)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
@@ -196,10 +197,12 @@ def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str 
     if only:
         tensors = {key: t for key, t in tensors.items() if key.startswith(only)}
         tensors |= {key: t for key, t in own.items() if not key.startswith(only)}
+    if modules:
+        tensors = {key: t for key, t in tensors.items() if key.partition(".")[0] in modules}
 
     new = set()
     for key in own.keys() - tensors.keys():
-        in_base = not base or key.partition(".")[0] in base
+        in_base = not modules or key.partition(".")[0] in modules
         if (fresh and key.startswith(fresh)) or not in_base:
             new.add(key)
             tensors[key] = own[key]

@@ -78,7 +78,8 @@ def parse_args(
     A value is that of the first source that has it: the flags, the saved settings, --tiny, the
     defaults. --resume loads all settings that its run saved. --weights loads only the saved
     settings `model_fields`, which shape the model. With --eval-only, it also loads the datasets of
-    the training, unless others are named.
+    the training, unless others are named. Unless a training starts from them, converted weights
+    also bring the settings of their own class head.
 
     method:  the run or the weights must be of this method
     tiny:    {field: default under --tiny}
@@ -117,7 +118,10 @@ def parse_args(
         args, _ = parse(with_saved(default, saved, repeated))
     elif args.weights:
         weights = str(convert_if_official(args.weights, method, convert))
-        saved = read_metadata(weights, method)["args"]
+        metadata = read_metadata(weights, method)
+        saved = metadata["args"]
+        if args.eval_only or args.predict:
+            saved |= metadata.get("own_head", {})
         repeated = list(model_fields)
         if args.eval_only and not (args.datasets or args.eval_datasets):
             repeated += DATA_FIELDS
@@ -167,7 +171,8 @@ def saved_args(args_class: type, metadata: dict):
     A field that was not saved has its default. Raises InputError for a value that does not fit.
     """
     default = args_class()
-    return with_saved(default, metadata["args"], vars(default).keys())
+    saved = metadata["args"] | metadata.get("own_head", {})
+    return with_saved(default, saved, vars(default).keys())
 
 
 def check_numbers(args) -> None:

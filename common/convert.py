@@ -32,48 +32,6 @@ Convert = Callable[[Tensors, str], tuple[Tensors, dict]]
 
 # -- Rules -----------------------------------------------------------------------------------------
 
-# facebookresearch/Mask2Former with detectron2's ResNet-50
-PIXELS = r"sem_seg_head\.(?:pixel_decoder\.)?"  # older files lack the names in the brackets
-QUERIES = r"sem_seg_head\.(?:predictor\.)?"
-CROSS = QUERIES + r"transformer_cross_attention_layers\.(\d+)\."
-SELF = QUERIES + r"transformer_self_attention_layers\.(\d+)\."
-FFN = QUERIES + r"transformer_ffn_layers\.(\d+)\."
-MASK2FORMER = {
-    r"pixel_(mean|std)": None,  # the same as timm's
-    r"criterion\.empty_weight": None,  # the weight of "no object", a constant of the loss
-    QUERIES + r"class_embed\.(weight|bias)": None,  # classifies fixed classes, here text does it
-    r"backbone\.stem\.conv1\.weight": "backbone.body.conv1.weight",
-    r"backbone\.stem\.conv1\.norm\.(.+)": r"backbone.body.bn1.\1",
-    PIXELS + r"input_proj\.(.+)": r"pixel_decoder.input_proj.\1",
-    PIXELS + r"transformer\.level_embed": "pixel_decoder.level_embed",
-    PIXELS + r"transformer\.encoder\.(.+)": r"pixel_decoder.\1",
-    PIXELS + r"adapter_1\.weight": "pixel_decoder.lateral.0.weight",
-    PIXELS + r"adapter_1\.norm\.(.+)": r"pixel_decoder.lateral.1.\1",
-    PIXELS + r"layer_1\.weight": "pixel_decoder.output.0.weight",
-    PIXELS + r"layer_1\.norm\.(.+)": r"pixel_decoder.output.1.\1",
-    PIXELS + r"mask_features\.(.+)": r"pixel_decoder.mask_features.\1",
-    CROSS + r"multihead_attn\.(.+)": r"layers.\1.cross_attn.\2",
-    CROSS + r"norm\.(.+)": r"layers.\1.cross_norm.\2",
-    SELF + r"self_attn\.(.+)": r"layers.\1.self_attn.\2",
-    SELF + r"norm\.(.+)": r"layers.\1.self_norm.\2",
-    FFN + r"(linear\d\..+)": r"layers.\1.\2",
-    FFN + r"norm\.(.+)": r"layers.\1.ffn_norm.\2",
-    QUERIES + r"decoder_norm\.(.+)": r"head.decoder_norm.\1",
-    QUERIES + r"(?:query_feat|static_query)\.weight": "query_feat",
-    QUERIES + r"(query|level)_embed\.weight": r"\1_embed",
-}
-for i in range(3):  # of the linear layers; ours also counts the ReLUs between them
-    MASK2FORMER[QUERIES + rf"mask_embed\.layers\.{i}\.(.+)"] = rf"head.mask_embed.{2 * i}.\1"
-for i in range(1, 5):
-    block = rf"backbone\.res{i + 1}\.(\d+)\."
-    own = rf"backbone.body.layer{i}.\1."
-    MASK2FORMER |= {
-        block + r"(conv\d)\.weight": own + r"\2.weight",
-        block + r"conv(\d)\.norm\.(.+)": own + r"bn\2.\3",
-        block + r"shortcut\.weight": own + "downsample.0.weight",
-        block + r"shortcut\.norm\.(.+)": own + r"downsample.1.\2",
-    }
-
 
 def rename(key: str, rules: dict[str, str | None]) -> str | None:
     """Returns our name of the official tensor `key`, or None to drop it.
@@ -107,26 +65,6 @@ def renamed(official: Tensors, rules: dict[str, str | None]) -> Tensors:
             counter = key.replace("running_var", "num_batches_tracked")
             tensors.setdefault(counter, torch.tensor(0))
     return tensors
-
-
-def convert_mask2former(official: Tensors, _: str = "") -> tuple[Tensors, dict]:
-    """Converts a state dict of Mask2Former, without its classifier.
-
-    Returns our tensors and the model's metadata. Its entry `base` lists the modules of a model that
-    the tensors fill.
-    """
-    tensors = renamed(official, MASK2FORMER)
-    tensors["backbone.frozen_norm"] = torch.tensor(True)
-    queries, channels = tensors["query_feat"].shape
-    args = {
-        "backbone": "resnet50",
-        "queries": queries,
-        "channels": channels,
-        "encoder_layers": sum(key.endswith(".self_attn.value_proj.bias") for key in tensors),
-        "decoder_layers": sum(key.endswith(".cross_norm.weight") for key in tensors),
-    }
-    base = sorted({key.partition(".")[0] for key in tensors})
-    return tensors, {"args": args, "vocabularies": {}, "base": base}
 
 
 # -- Pickles of numpy arrays -----------------------------------------------------------------------

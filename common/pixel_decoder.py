@@ -203,6 +203,25 @@ def tokens(feature: Tensor) -> Tensor:
     return feature.flatten(2).transpose(1, 2)
 
 
+def decoder_inputs(
+    maps: list[Tensor], level_embed: Tensor, mask_features: Tensor
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Returns what the decoder of masked attention reads at each level, a list each.
+
+    maps: (B, C, h, w) of each of L levels; level_embed: (L, C); mask_features: (B, C, H, W)
+
+    They are the tokens (B, h w, C), their positions (1, h w, C), and the mask features in the
+    size of the level (B, C, h, w), without a gradient.
+    """
+    memory, position, resized = [], [], []
+    for features, code in zip(maps, level_embed):
+        size = features.shape[-2:]
+        memory.append(tokens(features) + code)
+        position.append(tokens(sine_position(*size, features.shape[1], features.device)))
+        resized.append(F.interpolate(mask_features.detach(), size, mode="bilinear"))
+    return memory, position, resized
+
+
 def pixel_centres(height: int, width: int, device: torch.device) -> Tensor:
     """Returns x, y in 0..1 of the centres of a map's pixels, row by row: (height * width, 2)."""
     row = torch.arange(height, device=device)

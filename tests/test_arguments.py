@@ -1,5 +1,6 @@
 """Natural mistakes on the command line, and what is answered."""
 
+import logging
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from common.datasets.names import (
     eval_entries,
     methods_for,
     parse_datasets,
+    with_beside,
     without_limit,
 )
 from common.errors import InputError
@@ -74,6 +76,20 @@ def test_a_limit_belongs_to_one_entry_of_the_training(monkeypatch):
 def test_a_limit_is_a_number_or_a_percentage(limit):
     with pytest.raises(InputError, match=r"coco@35000 or coco@3\.5%, not"):
         parse_datasets(f"coco@{limit}", "train")
+
+
+def test_a_dataset_beside_another_is_evaluated_if_it_is_there(tmp_path, caplog):
+    pair = {"ade20k": "ade20k-panoptic"}
+    both = "ade20k,ade20k-panoptic"
+    assert with_beside("ade20k", pair, None) == both  # generated data is always there
+    assert with_beside(both, pair, None) == both
+    with caplog.at_level(logging.INFO):
+        assert with_beside("ade20k", pair, tmp_path) == "ade20k"
+    assert "ade20k-panoptic is not evaluated: what Mask2Former's prepare" in caplog.text
+    folder = tmp_path / "ADEChallengeData2016"
+    (folder / "images/validation").mkdir(parents=True)
+    (folder / "ade20k_panoptic_val.json").write_text("{}")
+    assert with_beside("ade20k", pair, tmp_path) == both
 
 
 @pytest.mark.parametrize(

@@ -14,19 +14,16 @@ import torch
 from parity import FOLDER
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.nn import functional as F
 
 import detic
-from common.backbone import Backbone
-from common.checkpoint import load_weights, read_metadata, read_model, save_weights
+from common.checkpoint import load_weights, read_model, save_weights
 from common.command import parse_args
-from common.convert import MASK2FORMER, convert_if_official, convert_mask2former, rename
+from common.convert import convert_if_official, rename
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
 from common.official_detectors import CENTERNET2, LVIS, convert_centernet2
-from common.pixel_decoder import PixelDecoder
-from common.transformer import DecoderLayer, QueryHead
+from common.official_mask2former import convert_mask2former
 
 KEYS = FOLDER / "detic_r50_state_dict_keys.json"
 CPU = torch.device("cpu")
@@ -347,201 +344,7 @@ def test_predict_with_an_official_checkpoint(pth, tmp_path, monkeypatch, capsys)
     )
 
 
-# -- Mask2Former: the base of the segmenters -------------------------------------------------------
-
-BASE_KEYS = FOLDER / "mask2former_r50_state_dict_keys.json"
-
-
-class Base(nn.Module):
-    """The attributes of a segmenter that its official weights fill, and one that they do not."""
-
-    def __init__(
-        self, channels: int = 256, queries: int = 100, layers: int = 9, encoder_layers: int = 6
-    ):
-        super().__init__()
-        self.backbone = Backbone("resnet50", 0, pretrained=False, strides=[4, 8, 16, 32])
-        self.pixel_decoder = PixelDecoder(self.backbone.channels, channels, encoder_layers)
-        self.layers = nn.ModuleList(DecoderLayer(channels) for _ in range(layers))
-        self.head = QueryHead(channels)
-        self.query_feat, self.query_embed = (
-            nn.Parameter(torch.randn(queries, channels)) for _ in range(2)
-        )
-        self.level_embed = nn.Parameter(torch.randn(3, channels))
-        self.text_adapter = nn.Linear(7, channels)
-        self.register_buffer("text_scale", torch.randn(5, 7))
-
-
-def mask2former_name(key: str, old: bool) -> str:
-    """Written from the official key list: our key -> theirs. old: as in the first version."""
-    kind, *rest = key.split(".")
-    leaf = ".".join(rest)
-    if kind == "backbone":
-        if rest[1] in ("conv1", "bn1"):
-            return "backbone.stem.conv1." + ("norm." if rest[1] == "bn1" else "") + rest[-1]
-        _, layer, block, part, *tail = rest
-        stage = f"backbone.res{int(layer.removeprefix('layer')) + 1}.{block}."
-        if part == "downsample":
-            return f"{stage}shortcut.{'norm.' if tail[0] == '1' else ''}{tail[-1]}"
-        return f"{stage}conv{part[-1]}.{'norm.' if part.startswith('bn') else ''}{tail[-1]}"
-    if kind == "pixel_decoder":
-        for ours, theirs in [("lateral", "adapter_1"), ("output", "layer_1")]:
-            if rest[0] == ours:
-                leaf = f"{theirs}.{'norm.' if rest[1] == '1' else ''}{rest[-1]}"
-        nested = {"layers": f"transformer.encoder.{leaf}", "level_embed": "transformer.level_embed"}
-        return f"sem_seg_head.{'' if old else 'pixel_decoder.'}{nested.get(rest[0], leaf)}"
-    predictor = "sem_seg_head." + ("" if old else "predictor.")
-    if kind == "layers":
-        number, part, *tail = rest
-        name, _, end = part.partition("_")
-        kinds = {"cross": "cross_attention", "self": "self_attention"}
-        if end == "attn":
-            part = {"cross": "multihead_attn", "self": "self_attn"}[name]
-        part = "norm" if end == "norm" else part
-        layer = f"{predictor}transformer_{kinds.get(name, 'ffn')}_layers.{number}"
-        return ".".join([layer, part, *tail])
-    if kind == "head":
-        if rest[0] == "mask_embed":
-            return f"{predictor}mask_embed.layers.{int(rest[1]) // 2}.{rest[2]}"
-        return predictor + leaf
-    return predictor + ("static_query" if old and kind == "query_feat" else kind) + ".weight"
-
-
-def official_base(model: Base, old: bool = False) -> dict[str, torch.Tensor]:
-    own = {key: t for key, t in model.state_dict().items() if not key.startswith("text")}
-    leave = ("frozen_norm", "num_batches_tracked")
-    official = {mask2former_name(key, old): t for key, t in own.items() if not key.endswith(leave)}
-    predictor = "sem_seg_head." + ("" if old else "predictor.")
-    official |= {f"{predictor}class_embed.{kind}": torch.ones(3) for kind in ("weight", "bias")}
-    return official | {"criterion.empty_weight": torch.ones(3)}
-
-
-@pytest.fixture(scope="module")
-def base():
-    torch.manual_seed(0)
-    model = Base(channels=32, queries=5, layers=2, encoder_layers=1)
-    for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            tensor.normal_() if not key.endswith("running_var") else tensor.uniform_(0.9, 1.1)
-    return model
-
-
-@pytest.mark.skipif(
-    not BASE_KEYS.is_file(), reason=f"no {BASE_KEYS.name}; CONCORD_PARITY names its folder"
-)
-@pytest.mark.parametrize("number", [0, 1])
-def test_every_tensor_of_mask2former_has_its_place_and_shape(number):
-    listing = list(json.loads(BASE_KEYS.read_text()).values())[number]
-    official = {key: torch.empty(facts["shape"], device="meta") for key, facts in listing.items()}
-    dropped = {key for key in official if rename(key, MASK2FORMER) is None}
-    classifier = {f"sem_seg_head.predictor.class_embed.{kind}" for kind in ("weight", "bias")}
-    assert dropped == classifier | {"criterion.empty_weight"}
-    assert len({rename(key, MASK2FORMER) for key in official} - {None}) == len(official) - len(
-        dropped
-    )
-    tensors, metadata = convert_mask2former(official)
-    with torch.device("meta"):
-        own = Base().state_dict()
-    assert {key: t.shape for key, t in tensors.items()} == {
-        key: t.shape for key, t in own.items() if not key.startswith("text")
-    }
-    sizes = {"queries": 100, "channels": 256, "encoder_layers": 6, "decoder_layers": 9}
-    assert metadata["args"] == {"backbone": "resnet50", **sizes}
-
-
-def pickled(protocol: int):
-    def save(official: dict, path) -> None:
-        arrays = {key: tensor.numpy() for key, tensor in official.items()}
-        arrays["criterion.empty_weight"] = np.float32(0.1)  # a scalar
-        first = "backbone.stem.conv1.weight"
-        arrays[first] = np.asfortranarray(arrays[first])
-        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "third_party"}, protocol))
-
-    return save
-
-
-@pytest.mark.parametrize(
-    "name, old, save",
-    [
-        (
-            "new.pth",
-            False,
-            lambda official, path: torch.save({"model": official, "iteration": 3}, path),
-        ),
-        ("old.pth", True, torch.save),
-        *((f"{protocol}.pkl", False, pickled(protocol)) for protocol in (2, 4, 5)),
-    ],
-)
-def test_official_weights_are_the_base(name, old, save, tmp_path, base, caplog):
-    save(official_base(base, old), tmp_path / name)
-    twin = convert_if_official(tmp_path / name, "dataseg", convert_mask2former)
-    metadata = read_metadata(twin, "dataseg")
-    sizes = {"queries": 5, "channels": 32, "encoder_layers": 1, "decoder_layers": 2}
-    assert metadata["args"] == {"backbone": "resnet50", **sizes}
-    model = Base(channels=32, queries=5, layers=2, encoder_layers=1)
-    before = {key: t.clone() for key, t in model.state_dict().items() if key.startswith("text")}
-    with caplog.at_level(logging.INFO):
-        load_weights(twin, model)
-    assert (
-        f"weights {twin}: 3 tensors of 'text_adapter.', 'text_scale' are not in it and start anew"
-        in caplog.text
-    )
-    counters = {key for key in model.state_dict() if key.endswith("num_batches_tracked")}
-    for key, tensor in model.state_dict().items():
-        expected = before.get(key, base.state_dict()[key])
-        assert torch.equal(tensor, expected) or key in counters or key == "backbone.frozen_norm", (
-            key
-        )
-    assert model.backbone.frozen_norm and not any(model.state_dict()[key] for key in counters)
-
-
-def test_base_alone_detects_nothing(tmp_path, base):
-    torch.save(official_base(base), tmp_path / "official.pth")
-    with pytest.raises(
-        InputError, match="a base model without classes: only a training can start from them"
-    ):
-        read_model(
-            convert_if_official(tmp_path / "official.pth", "lmseg", convert_mask2former), "lmseg"
-        )
-
-
-def test_lost_tensor_of_the_base_is_named(tmp_path, base):
-    official = official_base(base)
-    del official["sem_seg_head.predictor.transformer_ffn_layers.1.linear2.bias"]
-    torch.save(official, tmp_path / "official.pth")
-    with pytest.raises(
-        InputError, match=r"tensor 'layers\.1\.linear2\.bias' is missing for this model"
-    ):
-        load_weights(
-            convert_if_official(tmp_path / "official.pth", "lmseg", convert_mask2former),
-            Base(32, 5, 2, 1),
-        )
-
-
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        (
-            {"backbone.patch_embed.proj.weight": torch.ones(1)},
-            ["'backbone.patch_embed.proj.weight'", "docs/official-weights.md"],
-        ),
-        (
-            {"sem_seg_head.predictor.input_proj.0.weight": torch.ones(1)},
-            ["'sem_seg_head.predictor.input_proj.0"],
-        ),
-        ({"criterion.empty_weight": torch.ones(1)}, ["'query_feat' is missing"]),
-        ({"sem_seg_head.predictor.query_feat.weight": torch.ones(1)}, ["odd shapes"]),
-    ],
-)
-def test_other_segmenters_are_refused(content, words, tmp_path, cache):
-    torch.save(content, tmp_path / "official.pth")
-    with pytest.raises(InputError) as error:
-        convert_if_official(tmp_path / "official.pth", "lmseg", convert_mask2former)
-    line = str(error.value)
-    assert (
-        "\n" not in line
-        and all(word in line for word in ["official.pth", *words])
-        and not cache.exists()
-    ), line
+# -- pickles of numpy arrays -----------------------------------------------------------------------
 
 
 class Calls:

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from common.backbone import Backbone
 from common.checkpoint import load_weights
-from common.convert import MASK2FORMER, convert_if_official, convert_mask2former, rename
+from common.convert import convert_if_official, rename
+from common.official_mask2former import MASK2FORMER, convert_mask2former
 from common.pixel_decoder import MSDeformAttn, PixelDecoder, pixel_centres, tokens
 from common.point_matching import (
     hungarian,
@@ -69,7 +70,8 @@ class Base(nn.Module):
 
 def own_names(prefix: str, official: dict) -> dict:
     """Returns the tensors of a part under our names. Those of the classifier keep theirs."""
-    names = {key: rename(f"sem_seg_head.{prefix}.{key}", MASK2FORMER) or key for key in official}
+    names = {key: rename(f"sem_seg_head.{prefix}.{key}", MASK2FORMER) for key in official}
+    names = {key: key if name.startswith("heads.") else name for key, name in names.items()}
     return {names[key].removeprefix("pixel_decoder."): tensor for key, tensor in official.items()}
 
 
@@ -283,7 +285,7 @@ def whole_model(tmp_path_factory):
     base = Base(queries, channels, 8, layers, ffn, classes, mask_channels)
     base.backbone = Backbone("resnet50", 0, pretrained=False, strides=[4, 8, 16, 32])
     base.pixel_decoder = PixelDecoder(base.backbone.channels, channels)
-    load_weights(twin, base.eval())  # all but the classifier
+    load_weights(twin, base.eval(), base=True)  # all but the classifier
     for kind in ("weight", "bias"):
         getattr(base.class_embed, kind).data.copy_(
             official[f"sem_seg_head.predictor.class_embed.{kind}"]

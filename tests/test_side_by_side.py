@@ -52,11 +52,11 @@ ALLOWED = {
 
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
 BUDGETS = {
-    "labels & text": 1000,
+    "labels & text": 1020,
     "data": 8950,
     "detectors": 3350,
-    "segmenters": 2000,
-    "a run": 2950,
+    "segmenters": 2040,
+    "a run": 3100,
 }
 BUDGETS |= {"faults": 1700}
 GROUPS = {

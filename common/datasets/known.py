@@ -34,6 +34,7 @@ class Known:
     federated:     as in `Dataset`
     whole:         the dataset in whose folder the files are stored, if that is another one
     beside:        a further dataset whose files are read
+    instances:     of a panoptic dataset: the one with the instances of the same images
     derive:        (Dataset `whole`, split) -> Dataset; makes this one of it
     """
 
@@ -47,6 +48,7 @@ class Known:
     federated: bool = False
     whole: str = ""
     beside: str = ""
+    instances: str = ""
     derive: Callable[[Dataset, str], Dataset] | None = None
 
 
@@ -126,6 +128,7 @@ OID = (
 CHALLENGE = ("challenge-2019-{part}-detection-bbox.csv", "images/{part}")
 O365 = "objects365/annotations/zhiyuan_objv2"
 CITYSCAPES = "cityscapes/gtFine/cityscapes"
+INSTANCES = "cityscapes/annotations/instancesonly_filtered_gtFine"
 IN_L = "imagenet/ImageNet-LVIS"
 STUFF = "coco/coco_stuff_10k"
 VISTAS = "mapillary_vistas/{part}"
@@ -200,6 +203,11 @@ KNOWN = {
         "what Mask2Former's prepare_ade20k_pan_seg.py makes",
         _ade20k("ade20k_panoptic_{split}.json"),
         whole="ade20k",
+        instances="ade20k-instances",
+    ),
+    "ade20k-instances": Known(
+        "what Mask2Former's prepare_ade20k_ins_seg.py makes",
+        _ade20k("ade20k_instance_{split}.json"),
     ),
     "cityscapes": _semantic(
         "Cityscapes with fine annotations (cityscapes-dataset.com)",
@@ -210,10 +218,15 @@ KNOWN = {
         _splits((f"{CITYSCAPES}_panoptic_{{split}}.json", "cityscapes/leftImg8bit/{split}")),
         whole="cityscapes",
     ),
+    "cityscapes-instances": Known(
+        "what mmdetection's tools/dataset_converters/cityscapes.py makes",
+        _splits((f"{INSTANCES}_{{split}}.json", "cityscapes/leftImg8bit/{split}")),
+    ),
     "coco-panoptic": _panoptic(
         "COCO 2017 panoptic (cocodataset.org)",
         _splits(("coco/annotations/panoptic_{split}2017.json", "coco/{split}2017")),
         whole="coco",
+        instances="coco",
     ),
     "coco-stuff": _semantic(
         "COCO-Stuff 10k (github.com/nightrome/cocostuff10k) "
@@ -229,6 +242,15 @@ KNOWN = {
         _splits(
             (f"{VISTAS}/labels", f"{VISTAS}/images"),
             (f"{VISTAS}/v1.2/labels", f"{VISTAS}/images"),
+            train="training",
+            val="validation",
+        ),
+    ),
+    "mapillary-panoptic": _panoptic(
+        "Mapillary Vistas v1.2 (mapillary.com/dataset/vistas)",
+        _splits(
+            (f"{VISTAS}/panoptic/panoptic_2018.json", f"{VISTAS}/images"),
+            (f"{VISTAS}/v1.2/panoptic/panoptic_2018.json", f"{VISTAS}/images"),
             train="training",
             val="validation",
         ),

@@ -232,12 +232,14 @@ def evaluation_datasets(
     accepts: tuple[Supervision, ...] = ("boxes", "instances"),
     without: Collection[str] = (),
     instead: Mapping[str, str] = {},
+    beside: Mapping[str, str] = {},
 ) -> list[Dataset]:
     """Loads the datasets to evaluate, with the classes of --classes and --rename; [] to predict.
 
     label_space:      of the training; it must have or make a text for each class name
     size, accepts:    as in `training_datasets`
     without, instead: as in `eval_entries`
+    beside:           {dataset: a known one that the default has beside it, if its files are there}
 
     Raises InputError before the training, for example for a class name without an embedding, also
     for one of --vocabulary.
@@ -246,11 +248,31 @@ def evaluation_datasets(
         label_space.swap(args.vocabulary)
         return []
     text = eval_entries(args.eval_datasets, args.datasets, without, instead)
+    if not args.eval_datasets:
+        text = with_beside(text, beside, None if size else data_folder(args.data_root))
     datasets = load_datasets(text, "val", args.data_root, size, False, accepts)
     datasets = edit_classes(datasets, args.classes, args.rename, "val")
     for dataset in datasets:
         label_space.swap(dataset.vocabulary)
     return datasets
+
+
+def with_beside(text: str, beside: Mapping[str, str], root: Path | None) -> str:
+    """Returns the datasets of `text` and those `beside` them that are there.
+
+    root: the data root, or None for generated data, which is always there
+    """
+    names = entries(text)
+    for name in entries(text):
+        other = beside.get(name)
+        if other is None or other in names:
+            continue
+        if root is None or find_files(other, "val", root):
+            names.append(other)
+        else:
+            message = "%s is not evaluated: %s is not in %s"
+            log.info(message, other, KNOWN[other].title, root)
+    return ",".join(names)
 
 
 def load_datasets(

@@ -45,11 +45,14 @@ def read_panoptic(name: str, annotations: Path, images: Path, metric: str = "pq"
     """Reads a panoptic json. No PNG is decoded.
 
     The PNGs are in a folder with the name of the json, in the same folder as the json or, as in
-    detectron2's layout, in its parent. Images without an entry in `annotations` are left out and
-    their number is logged. Raises InputError for a missing folder or field, and for a bad value.
+    detectron2's layout, in its parent, or beside the json (Mapillary). Images without an entry in
+    `annotations` are left out and their number is logged. Raises InputError for a missing folder or
+    field, and for a bad value.
     """
     places = [annotations.with_suffix(""), annotations.parent.parent / annotations.stem]
     maps = next((place for place in places if place.is_dir()), None)
+    if maps is None and any(annotations.parent.glob("*.png")):
+        maps = annotations.parent
     if maps is None:
         raise InputError(
             f"dataset '{name}': {places[0]}, the folder of the PNGs of {annotations.name}, does "
