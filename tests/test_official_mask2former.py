@@ -311,7 +311,7 @@ def test_lost_tensor_of_the_base_is_named(tmp_path, base):
     [
         (
             {"backbone.cls_token": torch.ones(1)},
-            ["'backbone.cls_token'", "Mask2Former (ResNet, Swin)"],
+            ["'backbone.cls_token'", "docs/official-weights.md"],
         ),
         (
             {

@@ -53,10 +53,10 @@ ALLOWED = {
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
 BUDGETS = {
     "labels & text": 1020,
-    "data": 8950,
+    "data": 9000,
     "detectors": 3350,
     "segmenters": 2040,
-    "a run": 3100,
+    "a run": 3200,
 }
 BUDGETS |= {"faults": 1700}
 GROUPS = {
