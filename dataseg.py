@@ -280,7 +280,7 @@ class Model(nn.Module):
         """
         with amp_context(self.args.amp, images.device):
             features = self.backbone(self.backbone.normalise(images, sizes))
-        return self.pixel_decoder([f.float() for f in features])
+            return self.pixel_decoder(features)
 
     def decode(self, mask_features: Tensor, maps: list[Tensor], text: Tensor) -> MaskOutput:
         """Runs Mask2Former's decoder on the output of `extract`.
