@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import nn
 
 import scaledet
+from common import runlog
 from common.checkpoint import (
     last_checkpoint,
     load_checkpoint,
@@ -192,6 +193,8 @@ def start(folder: Path, label_space: LabelSpace | None = None, **settings) -> di
     args = Args(output=str(folder / "run"), **settings)
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters())
+    patch = pytest.MonkeyPatch()
+    patch.setattr(runlog, "environment", lambda: {"ranks": 1})  # without asking git
     try:
         run = make_run_folder(args, "mine", label_space or space())
         found = last_checkpoint(run)
@@ -200,6 +203,7 @@ def start(folder: Path, label_space: LabelSpace | None = None, **settings) -> di
             load_weights(found, model)
         RunLog(args, run, 9, step, model, space(), optimizer, {"method": "mine"}).close()
     finally:
+        patch.undo()
         unlock()
     lines = (run / "metrics.jsonl").read_text().count("\n")
     return {"step": step, "lines": lines, "saved": json.loads((run / "args.json").read_text())}
