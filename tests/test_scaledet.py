@@ -769,7 +769,7 @@ def test_scaledet_later_stages_see_the_refined_boxes_without_gradient(space):
     """Decoded with the weights of their stage, clipped to the image, without the empty ones."""
     model = Model(SMALL, space, pretrained=False)
     for stage in model.cascade.stages:
-        nn.init.normal_(stage.bbox_pred[2].weight, std=20)
+        nn.init.normal_(stage.bbox_pred[2].weight, std=10)
     outputs, _ = train_losses(model, [sample("a", [[8, 8, 40, 40]], [1])], space)
     for k, weights in enumerate([(10, 10, 5, 5), (20, 20, 10, 10)]):
         boxes = decode_boxes(outputs[k].boxes[0], outputs[k].deltas, weights).clamp(0, 64)

@@ -702,7 +702,7 @@ def test_instances_whose_mask_is_cut_off_are_dropped():
         labels=torch.tensor([4, 5]),
         masks=masks,
     )
-    seen = move(sample, (20, 20), (5, 0, 10, 10))
+    seen = move(sample, (20, 20), (5, 0, 10, 10), by_mask=True)
     assert seen.labels.tolist() == [5] and seen.boxes.tolist() == [[8, 3, 10, 7]]
     assert seen.masks.shape == (1, 10, 10) and seen.masks.sum() == 8
 
