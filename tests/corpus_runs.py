@@ -32,10 +32,11 @@ from common.checkpoint import (
     save_checkpoint,
 )
 from common.command import parse_args, saved_args
-from common.convert import convert_if_official, convert_mask2former
+from common.convert import convert_if_official
 from common.distributed import setup_device
 from common.labels import LabelSpace, Vocabulary
 from common.official_detectors import convert_centernet2
+from common.official_mask2former import convert_mask2former
 from common.proposals import block_file, missing_blocks
 from common.runlog import RunLog, make_run_folder, unlock
 
