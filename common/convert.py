@@ -23,13 +23,13 @@ from common.labels import Vocabulary
 
 log = logging.getLogger("concord")
 
-VERSION = 2  # of the rules; older conversions in the cache are not used
+VERSION = 3  # of the rules; older conversions in the cache are not used
 Tensors = dict[str, Tensor]
 Convert = Callable[[Tensors], tuple[Tensors, dict]]  # official -> ours, and the model's metadata
 
 # -- Rules -----------------------------------------------------------------------------------------
 
-# facebookresearch/Detic (CenterNet2) with a ResNet-50; the first pattern that fits decides
+# facebookresearch/Detic (CenterNet2) with a ResNet; the first pattern that fits decides
 BOX_HEAD = r"roi_heads\.box_head\.(\d)\."
 PREDICTOR = r"roi_heads\.box_predictor\.(\d)\."
 DETIC = {
@@ -53,7 +53,7 @@ DETIC = {
     r"roi_heads\.mask_head\.(.+)": r"mask_head.\1",
 }
 
-# facebookresearch/Mask2Former with detectron2's ResNet-50
+# facebookresearch/Mask2Former with detectron2's ResNet
 PIXELS = r"sem_seg_head\.(?:pixel_decoder\.)?"  # older files lack the names in the brackets
 QUERIES = r"sem_seg_head\.(?:predictor\.)?"
 CROSS = QUERIES + r"transformer_cross_attention_layers\.(\d+)\."
@@ -108,7 +108,7 @@ def rename(key: str, rules: dict[str, str | None]) -> str | None:
         if match := re.fullmatch(pattern, key):
             return name and match.expand(name)
     raise InputError(
-        f"tensor '{key}' is of no known official layout; supported: ResNet-50 models of"
+        f"tensor '{key}' is of no known official layout; supported: ResNets of"
         " facebookresearch/Detic (CenterNet2) and of facebookresearch/Mask2Former"
     )
 
@@ -155,8 +155,9 @@ def convert_centernet2_detic(official: Tensors) -> tuple[Tensors, dict]:
         log.warning("the names of %d classes are not known; name yours with --vocabulary", count)
     tensors[TEXT + dataset] = text
     bias = tensors.get("classifiers.0.cls_bias")
+    bottlenecks = "backbone.body.layer1.0.conv3.weight" in tensors
     args = {
-        "backbone": "resnet50",
+        "backbone": "resnet50" if bottlenecks else "resnet18",
         "text_encoder": "ViT-B-32/openai",
         "prompts": "a",
         "test_size": 800,
@@ -179,8 +180,9 @@ def convert_mask2former(official: Tensors) -> tuple[Tensors, dict]:
     """
     tensors = renamed(official, MASK2FORMER)
     queries, channels = tensors["query_feat"].shape
+    deeper = "backbone.body.layer3.22.conv1.weight" in tensors
     args = {
-        "backbone": "resnet50",
+        "backbone": "resnet101" if deeper else "resnet50",
         "queries": queries,
         "channels": channels,
         "encoder_layers": sum(key.endswith(".self_attn.value_proj.bias") for key in tensors),

@@ -11,7 +11,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from parity import FOLDER
+from parity import listings, without_data
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -35,7 +35,6 @@ from common.labels import LabelSpace, Vocabulary
 from common.pixel_decoder import PixelDecoder
 from common.transformer import DecoderLayer, QueryHead
 
-KEYS = FOLDER / "detic_r50_state_dict_keys.json"
 CPU = torch.device("cpu")
 SETTINGS = {"backbone": "resnet50", "channels": 64, "fc_dim": 16, "amp": "off"}
 
@@ -134,14 +133,9 @@ def same(one, other) -> bool:
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other))
 
 
-@pytest.mark.skipif(
-    not KEYS.is_file(),
-    reason=f"no {KEYS.name}; CONCORD_PARITY names the folder of recorded tensors",
-)
-@pytest.mark.parametrize("number", [0, 1])
-def test_every_official_tensor_has_its_place_and_shape(number, caplog):
-    listing = list(json.loads(KEYS.read_text()).values())[number]
-    official = {key: torch.empty(facts["shape"], device="meta") for key, facts in listing.items()}
+@pytest.mark.parametrize("listing", listings("detic_r50_state_dict_keys.json"))
+def test_every_official_tensor_has_its_place_and_shape(listing, caplog):
+    official = without_data(listing)
     dropped = {key for key in official if rename(key, DETIC) is None}
     assert all(
         key.endswith("freq_weight") or "zs_weight" in key or ".base.fc." in key for key in dropped
@@ -151,13 +145,14 @@ def test_every_official_tensor_has_its_place_and_shape(number, caplog):
     assert len({rename(key, DETIC) for key in official} - {None}) == len(official) - len(
         dropped
     )  # no two in one place
-    classes = official["roi_heads.box_predictor.0.cls_score.zs_weight"].shape[1] - 1
+    dim, classes = official["roi_heads.box_predictor.0.cls_score.zs_weight"].shape
+    classes -= 1  # without background
     [(name, record)] = metadata["vocabularies"].items()
     names = record["names"]
     assert len(names) == classes and metadata["boxed"] == names and record["is_thing"] is None
     text = tensors.pop(f"label_space.{name}")
-    assert text.shape == (classes, 512)
-    text = torch.zeros(classes, 512)
+    assert text.shape == (classes, dim)
+    text = torch.zeros(classes, dim)
     label_space = LabelSpace([Vocabulary(name, tuple(names))], lambda names, dataset: text)
     with torch.device("meta"):
         args = detic.Args(**metadata["args"])
@@ -168,7 +163,9 @@ def test_every_official_tensor_has_its_place_and_shape(number, caplog):
     assert metadata["args"].keys() == set(detic.MODEL_FIELDS)
     if classes in convert.VOCABULARIES:
         assert (
-            name == "lvis" and tuple(names) == Vocabulary.known("lvis").names and not caplog.records
+            name == convert.VOCABULARIES[classes]
+            and tuple(names) == Vocabulary.known(name).names
+            and not caplog.records
         )
     else:
         assert names[0] == "class 1" and names[-1] == f"class {classes}"
@@ -360,19 +357,24 @@ def test_predict_with_an_official_checkpoint(pth, tmp_path, monkeypatch, capsys)
 
 # -- Mask2Former: the base of the segmenters -------------------------------------------------------
 
-BASE_KEYS = FOLDER / "mask2former_r50_state_dict_keys.json"
+BASE_KEYS = "mask2former_r50_state_dict_keys.json"
 
 
 class Base(nn.Module):
     """The attributes of a segmenter that its official weights fill, and one that they do not."""
 
     def __init__(
-        self, channels: int = 256, queries: int = 100, layers: int = 9, encoder_layers: int = 6
+        self,
+        channels: int = 256,
+        queries: int = 100,
+        decoder_layers: int = 9,
+        encoder_layers: int = 6,
+        backbone: str = "resnet50",
     ):
         super().__init__()
-        self.backbone = Backbone("resnet50", 0, pretrained=False, strides=[4, 8, 16, 32])
+        self.backbone = Backbone(backbone, 0, pretrained=False, strides=[4, 8, 16, 32])
         self.pixel_decoder = PixelDecoder(self.backbone.channels, channels, encoder_layers)
-        self.layers = nn.ModuleList(DecoderLayer(channels) for _ in range(layers))
+        self.layers = nn.ModuleList(DecoderLayer(channels) for _ in range(decoder_layers))
         self.head = QueryHead(channels)
         self.query_feat, self.query_embed = (
             nn.Parameter(torch.randn(queries, channels)) for _ in range(2)
@@ -429,20 +431,16 @@ def official_base(model: Base, old: bool = False) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def base():
     torch.manual_seed(0)
-    model = Base(channels=32, queries=5, layers=2, encoder_layers=1)
+    model = Base(channels=32, queries=5, decoder_layers=2, encoder_layers=1)
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             tensor.normal_() if not key.endswith("running_var") else tensor.uniform_(0.9, 1.1)
     return model
 
 
-@pytest.mark.skipif(
-    not BASE_KEYS.is_file(), reason=f"no {BASE_KEYS.name}; CONCORD_PARITY names its folder"
-)
-@pytest.mark.parametrize("number", [0, 1])
-def test_every_tensor_of_mask2former_has_its_place_and_shape(number):
-    listing = list(json.loads(BASE_KEYS.read_text()).values())[number]
-    official = {key: torch.empty(facts["shape"], device="meta") for key, facts in listing.items()}
+@pytest.mark.parametrize("listing", listings(BASE_KEYS))
+def test_every_tensor_of_mask2former_has_its_place_and_shape(listing):
+    official = without_data(listing)
     dropped = {key for key in official if rename(key, MASK2FORMER) is None}
     classifier = {f"sem_seg_head.predictor.class_embed.{kind}" for kind in ("weight", "bias")}
     assert dropped == classifier | {"criterion.empty_weight"}
@@ -451,12 +449,12 @@ def test_every_tensor_of_mask2former_has_its_place_and_shape(number):
     )
     tensors, metadata = convert_mask2former(official)
     with torch.device("meta"):
-        own = Base().state_dict()
+        own = Base(**metadata["args"]).state_dict()
     assert {key: t.shape for key, t in tensors.items()} == {
         key: t.shape for key, t in own.items() if not key.startswith("text")
     }
-    sizes = {"queries": 100, "channels": 256, "encoder_layers": 6, "decoder_layers": 9}
-    assert metadata["args"] == {"backbone": "resnet50", **sizes}
+    settings = {"backbone", "queries", "channels", "encoder_layers", "decoder_layers"}
+    assert metadata["args"].keys() == settings
 
 
 def pickled(protocol: int):
@@ -488,7 +486,7 @@ def test_official_weights_are_the_base(name, old, save, tmp_path, base, caplog):
     metadata = read_metadata(twin, "dataseg")
     sizes = {"queries": 5, "channels": 32, "encoder_layers": 1, "decoder_layers": 2}
     assert metadata["args"] == {"backbone": "resnet50", **sizes}
-    model = Base(channels=32, queries=5, layers=2, encoder_layers=1)
+    model = Base(channels=32, queries=5, decoder_layers=2, encoder_layers=1)
     before = {key: t.clone() for key, t in model.state_dict().items() if key.startswith("text")}
     with caplog.at_level(logging.INFO):
         load_weights(twin, model)
