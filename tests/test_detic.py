@@ -338,6 +338,27 @@ def test_detic_total_of_boxes():
     assert losses["loss"].item() == pytest.approx(total, rel=1e-5)
 
 
+def test_detic_each_stage_samples_its_own_classes(monkeypatch):
+    stages, predictions = three_stages(), [Prediction(torch.randn(7, 5)) for _ in range(3)]
+    for stage in stages:
+        none = [torch.full((n,), -1) for n in map(len, stage.boxes)]
+        stage.targets = [RegionTargets(random_boxes(len(x)), x, 0 * x) for x in none]
+    drawn = []
+
+    def sample(labels, *_):
+        mask = torch.zeros(5).index_fill(0, torch.tensor([len(drawn)]), 1)
+        drawn.append(mask)
+        return mask
+
+    monkeypatch.setattr(detic, "sample_federated", sample)
+    args, targets = replace(SMALL, fed_loss=True), [Targets(*NOTHING)] * 2
+    losses = detic.compute_losses(args, stages, predictions, {}, targets, torch.ones(5))
+    assert len(drawn) == 3
+    for k, (stage, prediction, mask) in enumerate(zip(stages, predictions, drawn)):
+        expected = detic.loss_cls(prediction.logits, stage.labels, mask)
+        torch.testing.assert_close(losses[f"loss_cls_stage{k}"], expected)
+
+
 # -- dynamic classifier ----------------------------------------------------------------------------
 
 
