@@ -85,7 +85,7 @@ def weights(content: bytes, name: str = "w.safetensors") -> Callable[[Path], dic
         model = Model()
         metadata, (vocabulary,) = read_model(path, "scaledet")
         args = saved_args(scaledet.Args, metadata)
-        load_weights(path, model)
+        load_weights(path, model, base=True)
         return {"names": vocabulary.names, "bias": model.bias.tolist(), "seed": args.seed}
 
     return attempt

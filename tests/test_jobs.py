@@ -192,7 +192,7 @@ def test_another_label_space_is_refused(flags, begun, command, again, names, wor
 
 
 def test_other_class_names_are_refused(flags, begun, command, tmp_path):
-    (tmp_path / "names.txt").write_text("cat = house cat\n")
+    (tmp_path / "names.txt").write_text("cat = wolf\n")
     code, [line] = command(*flags, "--rename", tmp_path / "names.txt", "--output", begun)
     assert code == 2 and "--rename" in line
 
