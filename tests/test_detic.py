@@ -352,7 +352,9 @@ def test_detic_each_stage_samples_its_own_classes(monkeypatch):
 
     monkeypatch.setattr(detic, "sample_federated", sample)
     args, targets = replace(SMALL, fed_loss=True), [Targets(*NOTHING)] * 2
-    losses = detic.compute_losses(args, stages, predictions, {}, targets, torch.ones(5))
+    losses = detic.compute_losses(
+        args, stages, predictions, {}, targets, torch.ones(5), torch.ones(5)
+    )
     assert len(drawn) == 3
     for k, (stage, prediction, mask) in enumerate(zip(stages, predictions, drawn)):
         expected = detic.loss_cls(prediction.logits, stage.labels, mask)
