@@ -25,7 +25,8 @@ from common.cascade import StageOutput, loss_box_reg
 from common.class_counts import federated_counts, images_per_class, seen_and_unseen
 from common.clip_resnet import region_features
 from common.command import parse_args
-from common.datasets import load_datasets
+from common.datasets import Dataset, load_datasets
+from common.datasets.index import Index
 from common.errors import InputError
 from common.image_label_losses import (
     RIVALS,
@@ -508,6 +509,14 @@ def test_detic_federated_counts_are_those_of_lvis(tiny_root, datasets):
     assert (federated_counts(datasets, LabelSpace([d.vocabulary for d in datasets])) == -1).all()
     (split,) = load_datasets("lvis-base", "train", str(tiny_root))
     assert split.federated  # an open-vocabulary split of it, too
+
+
+def test_detic_counts_of_a_dataset_with_one_class():
+    """An index of one element is no number."""
+    index = Index.build("a", ["a.jpg"], [1], np.zeros((1, 2)))
+    dataset = Dataset("a", Vocabulary("a", ("cat",)), index, None)
+    counts = federated_counts([dataset], LabelSpace([dataset.vocabulary]))
+    assert counts.tolist() == [-1]
 
 
 def test_detic_batches_are_of_one_dataset_each(datasets):
