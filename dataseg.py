@@ -156,58 +156,58 @@ class Args:
     seed: Annotated[int, COUNT] = 0
     """seed of initial weights, order of images and augmentation"""
 
-    # paper settings
-    backbone: str = "resnet50.tv_in1k"
+    # paper settings; defaults: paper (as far as we could read it), base (Mask2Former), ours
+    backbone: str = "resnet50.tv_in1k"  # base
     """timm model with maps of strides 4 to 32, or a plain ViT, as in ViTDet; or MODEL/FILE"""
-    text_encoder: str = "ViT-L-14/openai"
+    text_encoder: str = "ViT-L-14/openai"  # paper
     """open_clip MODEL/PRETRAINED, minilm (ships with Concord), or ade20k=FILE.npy,o365=FILE.npy"""
-    prompts: Literal["auto", "imagenet", "a", "name"] = "auto"
+    prompts: Literal["auto", "imagenet", "a", "name"] = "auto"  # ours
     """CLIP's 80 templates (auto, for CLIP), "a {name}", or the name (auto, for minilm)"""
-    image_size: Annotated[int, SIDE] = 1024
+    image_size: Annotated[int, SIDE] = 1024  # base
     """side of the square that training crops fit in, pixels"""
-    semantic_size: Annotated[int, SIDE] = 640
+    semantic_size: Annotated[int, SIDE] = 640  # ours
     """the same for semantic datasets"""
-    dataset_sizes: str = ""
+    dataset_sizes: str = ""  # ours
     """crop sides of single datasets, as o365=640"""
-    test_size: Annotated[int, SIDE] = 800
+    test_size: Annotated[int, SIDE] = 800  # base
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 16
+    batch_size: Annotated[int, Range(1)] = 16  # base
     """images per step over all ranks"""
-    dataset_batches: str = ""
+    dataset_batches: str = ""  # ours
     """--batch-size per dataset, as o365=32"""
-    dataset_ratios: str = ""
+    dataset_ratios: str = ""  # ours
     """images sampled per dataset, as ade20k=1,o365=4 (default: semantic datasets 1, others 4)"""
-    steps: Annotated[int, COUNT] = 368_750
+    steps: Annotated[int, COUNT] = 368_750  # base
     """optimiser steps (Mask2Former's on COCO)"""
-    lr: Annotated[float, Range(above=0)] = 1e-4
+    lr: Annotated[float, Range(above=0)] = 1e-4  # base
     """learning rate for --base-batch-size images per step; scaled linearly to --batch-size"""
-    base_batch_size: Annotated[int, Range(1)] = 16
+    base_batch_size: Annotated[int, Range(1)] = 16  # base
     """batch size that --lr is meant for"""
-    backbone_factor: Annotated[float | None, Range(0, 100)] = None
+    backbone_factor: Annotated[float | None, Range(0, 100)] = None  # base
     """learning rate of the backbone / --lr; 0 freezes it (default: 0.1; a ViT's as in ViTDet)"""
-    jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)
+    jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)  # base
     """scale range of large-scale jitter; 1 fits the image into the square"""
-    semantic_jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.5, 2.0)
+    semantic_jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.5, 2.0)  # ours
     """the same for semantic datasets"""
-    merge: Literal["max", "sum"] = "max"
+    merge: Literal["max", "sum"] = "max"  # ours
     """semantic maps: the union of a class's proposals, or the sum over all, weighted by class"""
-    merge_in_training: bool = True
+    merge_in_training: bool = True  # paper
     """supervise the proposals of a merged class as one mask, not the matched one alone"""
-    task: Literal["semantic", "panoptic", "instance"] = "panoptic"
+    task: Literal["semantic", "panoptic", "instance"] = "panoptic"  # ours
     """what --predict writes: semantic maps, panoptic maps, or instances"""
-    object_threshold: Annotated[float, Range(0, 1)] = 0.8
+    object_threshold: Annotated[float, Range(0, 1)] = 0.8  # base
     """panoptic: lowest class probability of a segment"""
-    tau: Annotated[float, Range(above=0)] = 0.07
+    tau: Annotated[float, Range(above=0)] = 0.07  # ours
     """initial temperature of the classifier, which is learned"""
-    queries: Annotated[int, Range(1, 10_000)] = 100
+    queries: Annotated[int, Range(1, 10_000)] = 100  # base
     """mask proposals per image"""
-    points: Annotated[int, Range(1, 1_000_000)] = 12_544
+    points: Annotated[int, Range(1, 1_000_000)] = 12_544  # base
     """points at which masks are matched and compared (112 x 112)"""
-    channels: Annotated[int, Range(1, 8192)] = 256
+    channels: Annotated[int, Range(1, 8192)] = 256  # base
     """C of both decoders"""
-    encoder_layers: Annotated[int, Range(1, 100)] = 6
+    encoder_layers: Annotated[int, Range(1, 100)] = 6  # base
     """layers of deformable attention in the pixel decoder"""
-    decoder_layers: Annotated[int, Range(1, 100)] = 9
+    decoder_layers: Annotated[int, Range(1, 100)] = 9  # base
     """layers of masked attention; the prediction after each, and before the first, is supervised"""
 
 
