@@ -4,12 +4,10 @@ Source: facebookresearch/Mask2Former:MODEL_ZOO.md, configs, mask2former/modeling
 """
 
 import logging
-import re
 
 import torch
 
-from common.convert import Tensors, renamed
-from common.errors import InputError
+from common.convert import Tensors, renamed, timm_name
 from common.labels import Vocabulary
 
 log = logging.getLogger("concord")
@@ -72,14 +70,6 @@ HEADS = {
     8: ("cityscapes", ("cityscapes-instances",)),  # its things
     65: ("mapillary", ("mapillary", "mapillary-panoptic")),
 }
-# of the backbones: what the names of the tensors tell
-RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}  # blocks of the stages
-SWINS = {  # blocks of the stages, and channels of the first
-    (2, 2, 6, 2, 96): "swin_tiny_patch4_window7_224",
-    (2, 2, 18, 2, 96): "swin_small_patch4_window7_224",
-    (2, 2, 18, 2, 128): "swin_base_patch4_window12_384",
-    (2, 2, 18, 2, 192): "swin_large_patch4_window12_384",
-}
 
 
 def convert_mask2former(official: Tensors, _: str = "") -> tuple[Tensors, dict]:
@@ -97,7 +87,7 @@ def convert_mask2former(official: Tensors, _: str = "") -> tuple[Tensors, dict]:
     trained_norm = any(key.endswith("num_batches_tracked") for key in official)  # SyncBN
     tensors["backbone.frozen_norm"] = torch.tensor(not trained_norm)
     args = {
-        "backbone": backbone_of(tensors),
+        "backbone": timm_name(tensors, "backbone.body."),
         "queries": queries,
         "channels": channels,
         "encoder_layers": sum(key.endswith(".self_attn.value_proj.bias") for key in tensors),
@@ -144,22 +134,3 @@ def classes_of(dataset: str, count: int) -> dict:
         return {"names": known.names, "is_thing": known.is_thing}
     names = [name for name, thing in zip(known.names, known.is_thing) if thing]
     return {"names": names, "is_thing": [True] * count}
-
-
-def backbone_of(tensors: Tensors) -> str:
-    """Returns the timm model that has these tensors, under our names. Raises InputError if none."""
-    keys = "\n".join(tensors)
-    blocks = re.findall(r"^backbone\.body\.layer(\d)\.\d+\.conv1\.weight$", keys, re.M)
-    name = RESNETS.get(tuple(blocks.count(stage) for stage in "1234"))
-    if name:
-        return name
-    blocks = re.findall(r"^backbone\.body\.layers\.(\d)\.blocks\.\d+\.norm1\.weight$", keys, re.M)
-    depths = [blocks.count(stage) for stage in "0123"]
-    patches = tensors.get("backbone.body.patch_embed.proj.weight")
-    name = SWINS.get((*depths, 0 if patches is None else len(patches)))
-    if name is None:
-        raise InputError(
-            "the depth of the backbone is that of no official model; supported: ResNet-50 and -101,"
-            " Swin-T, -S, -B and -L"
-        )
-    return name

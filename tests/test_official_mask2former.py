@@ -314,7 +314,7 @@ def test_lost_tensor_of_the_base_is_named(tmp_path, base):
                 "sem_seg_head.predictor.class_embed.bias": torch.ones(3),
                 "backbone.layers.0.blocks.0.norm1.weight": torch.ones(96),
             },
-            ["the depth of the backbone is that of no official model", "Swin-T"],
+            ["their backbone is of no known kind or depth", "Swin"],
         ),
         (
             {"sem_seg_head.predictor.input_proj.0.weight": torch.ones(1)},
