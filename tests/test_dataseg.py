@@ -768,10 +768,11 @@ def test_model_as_it_starts():
 
 @pytest.mark.parametrize("listing", listings(BASE_KEYS))
 def test_base_has_the_shapes_of_the_official_one(listing):
-    tensors, _ = convert_mask2former_base(without_data(listing))
+    tensors, metadata = convert_mask2former_base(without_data(listing))
+    args = dataseg.Args(**metadata["args"])
     with torch.device("meta"):
         label_space = LabelSpace([KINDS], lambda names, dataset: torch.zeros(len(names), 768))
-        own = dataseg.Model(dataseg.Args(), label_space, pretrained=False).state_dict()
+        own = dataseg.Model(args, label_space, pretrained=False).state_dict()
     base = {key: t.shape for key, t in tensors.items()}
     assert base == {key: t.shape for key, t in own.items() if key in base}
     rest = {"class_embed.weight", "class_embed.bias", "background", "logit_scale"}
