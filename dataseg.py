@@ -490,9 +490,9 @@ def compute_losses(
         z, query, target_of_query = pairs  # (R + members,)
         classes[z, i, query] = t.labels[target_of_query]
         masks = output.masks(z, i, query)  # (R + members, h, w)
-        if len(masks) > len(target):
-            unions = [masks[owner == pair].amax(0) for pair in range(len(target))]
-            masks = torch.stack(unions)  # (R, h, w)
+        masks, members = masks[: len(target)], masks[len(target) :]
+        index = owner[len(target) :, None, None].expand_as(members)
+        masks = masks.scatter_reduce(0, index, members, "amax")  # (R, h, w)
         masked = t.has_mask[target]  # (R,)
         if t.masks is not None:
             sampled.append(sample_pairs(masks[masked], t.masks, target[masked], args.points))
