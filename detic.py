@@ -198,7 +198,7 @@ class Args:
     """classes that no dataset may box, names or a .txt file (default: those of -base datasets)"""
     ignore_zero: bool = True  # ours
     """leave classes without any box out of the negatives (Detic's IGNORE_ZERO_CATS)"""
-    fed_loss: bool = True  # code
+    fed_loss: bool = True  # paper
     """federated loss of LVIS: trains 50 of its classes per step, sampled by root of frequency"""
     repeat_threshold: Annotated[float, Range(0)] = 0.001  # code
     """t of repeat-factor sampling within a dataset with boxes (LVIS, Detic)"""

@@ -197,7 +197,7 @@ class Args:
     classifier_steps: Annotated[int | None, COUNT] = None  # code
     """steps of the classifier (default: 12 epochs)"""
     optimizer: Literal["sgd", "adamw"] = "sgd"  # code
-    """sgd with momentum 0.9 (paper); adamw, at a twentieth of the rates, for a few hundred steps"""
+    """sgd with momentum 0.9; adamw, at a twentieth of the rates, for a few hundred steps"""
     lr: Annotated[float, Range(above=0)] = 0.02  # code
     """localizer's learning rate for --base-batch-size images; scaled linearly to --batch-size"""
     classifier_lr: Annotated[float, Range(above=0)] = 0.002  # code

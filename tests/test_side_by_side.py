@@ -284,10 +284,10 @@ def test_shared_args_do_not_drift():
     assert len(fields) <= 24
 
 
-@pytest.mark.parametrize("name", ["detic", "scaledet", "unidetector"])
-def test_defaults_have_an_origin(name):
+@pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
+def test_defaults_have_an_origin(path):
     """The line of each default below '# paper settings' ends with its origin."""
-    args = (REPO / f"{name}.py").read_text().split("class Args:")[1].split("\n\n\n")[0]
+    args = path.read_text().split("class Args:")[1].split("\n\n\n")[0]
     heading, *lines = args.split("# paper settings; defaults: ")[1].splitlines()
     fields = [line for line in lines if re.match(r"    \w+: ", line)]
     found = {line.rpartition("  # ")[2] for line in fields}
