@@ -40,7 +40,7 @@ def test_twelve_bits_in_a_file_of_sixteen_are_seen(tmp_path, ending):
     Image.fromarray(np.array([[0, 2048, 4095]], np.uint16)).save(path)
     decoded = decode_image(path)
     assert decoded.image.tolist() == [[[0, 127, 255]]] * 3
-    assert decoded.bits == 12 and decoded.notes == ("12 bits a channel, seen as 8", "")
+    assert decoded.bits == 12 and decoded.notes == ("12 bits a channel, seen as 8", "", "")
 
 
 def test_integers_of_32_bits_are_seen(tmp_path):
@@ -110,7 +110,7 @@ def test_opaque_alpha_changes_nothing(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     decoded = decode_image(tmp_path / "a.png")
     assert np.array_equal(decoded.image.permute(1, 2, 0).numpy(), pixels[..., :3])
-    assert not decoded.transparent and decoded.notes == ("", "")
+    assert not decoded.transparent and decoded.notes == ("", "", "")
 
 
 def own(folder, names):
