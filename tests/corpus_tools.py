@@ -540,8 +540,24 @@ def beside(name: str, content, *images: str):
     return attempt
 
 
+def in_folder(name: str, whole: bool):
+    """VOC's files in a folder of that name, which is given once, or as annotations and images."""
+
+    def attempt(folder: Path) -> dict:
+        place = folder / name
+        photos(place, "0.png")
+        write(
+            place / ("0.xml" if whole else "xml/0.xml"), f"<annotation>{SIZE}{THING}</annotation>"
+        )
+        return load(f"mine={place}" if whole else f"mine={place}/xml:{place}")
+
+    return attempt
+
+
 COLOURS = "DIR has label maps in the colours of label"
 FORMATS += [
+    ("a time", in_folder("12:30", True), VOC_SOUND),
+    ("a time for each path", in_folder("a 12:30 50% #1", False), VOC_SOUND),
     ("images and a json", beside("a.json", {"images": []}, "photos/0.png"), "mine=DIR/a.json:IMAG"),
     (
         "classes and a json",
