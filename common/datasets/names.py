@@ -98,7 +98,7 @@ def _parse_custom(entry: str, split: str) -> Parsed:
     split = own_split or split
     if split not in SPLITS:
         raise InputError(f"--datasets {entry}: write a split {', '.join(SPLITS)}, not '{split}'")
-    annotations, colon, images = paths.rpartition(":")
+    annotations, colon, images = _split_paths(paths)
     if not colon:  # a folder holds both; a json file alone lacks its images, but for Roboflow's
         lacks_images = images.endswith(".json") and not images.endswith(COCO)
         annotations = "" if lacks_images else images
@@ -114,6 +114,20 @@ def _parse_custom(entry: str, split: str) -> Parsed:
             "digits and ._- only, and no dot first"
         )
     return name, split, (os.path.expanduser(annotations), os.path.expanduser(images))
+
+
+def _split_paths(paths: str) -> tuple[str, str, str]:
+    """Returns (annotations, colon, images), the first two "" for one path.
+
+    A path may have colons, such as those of a time: then the parts must exist.
+    """
+    if ":" in paths and os.path.exists(os.path.expanduser(paths)):
+        return "", "", paths
+    for place in re.finditer(":", paths):
+        parts = paths[: place.start()], paths[place.end() :]
+        if all(os.path.exists(os.path.expanduser(part)) for part in parts):
+            return parts[0], ":", parts[1]
+    return paths.rpartition(":")
 
 
 def _refuse_separator(entry: str) -> None:

@@ -1,5 +1,6 @@
 """What is wrong with single entries of a COCO json, in words that name the entry and the field."""
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,10 +8,43 @@ from common.datasets.ids import find_ids
 from common.datasets.stream import read_fields
 from common.errors import InputError
 
+log = logging.getLogger("concord")
 NUMBERS = (int, float)
 IDS = (int, float, str)
 # Lists of category ids that an image may have: two in LVIS, one in Detic's files
 ID_LISTS = ("neg_category_ids", "not_exhaustive_category_ids", "pos_category_ids")
+
+COUNTED = {  # the facts that are logged if they are not 0
+    "left_out": "boxes without a mask are left out",
+    "marked": "boxes have ignore: 1; as crowds, they are not trained on",
+    "never_there": "images that were never published are left out",
+}
+
+
+def log_facts(path: Path, facts: dict, boxes: int) -> None:
+    """Logs what a reader of a COCO json has left out or taken in another way.
+
+    facts: as `read_index` returns them; boxes: the number of boxes
+    """
+    log_retyped(path, facts["retyped"])
+    for root in facts["roots"]:
+        message = (
+            "%s: the category '%s' is left out: it has no annotation and stands for all others"
+        )
+        log.info(message, path, root)
+    if facts["some_masks"]:
+        message = "%s: %d of %d boxes have a mask; the others are trained on as boxes"
+        log.warning(message, path, facts["some_masks"], boxes)
+    for fact, what in COUNTED.items():
+        if facts[fact]:
+            log.info("%s: %d %s", path, facts[fact], what)
+
+
+def log_retyped(path: Path, retyped: dict[str, int]) -> None:
+    """Logs how many ids of each field are listed as another type."""
+    for field, times in retyped.items():
+        message = "%s: %d times the %s is a text where it is listed as a number, or the reverse; "
+        log.info(message + "both are taken as one id", path, times, field)
 
 
 def is_id_list(value: object) -> bool:
