@@ -190,6 +190,15 @@ def convert_mask2former(official: Tensors) -> tuple[Tensors, dict]:
     return tensors, {"args": args, "vocabularies": {}, "base": base}
 
 
+def refuse(reason: str) -> Convert:
+    """Returns a conversion that raises InputError: the official weights cannot be used."""
+
+    def convert(official: Tensors) -> tuple[Tensors, dict]:
+        raise InputError(f"the official model {reason}")
+
+    return convert
+
+
 # -- Pickles of numpy arrays -----------------------------------------------------------------------
 
 

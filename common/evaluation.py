@@ -270,7 +270,7 @@ def _open_images(dataset: Evaluated, truth: Table, found: Table) -> np.ndarray:
 
     hotcoco's OpenImages mode lacks rules 2 and 3, and has rule 1 only for classes with one parent.
     """
-    upward = _ancestors(dataset.vocabulary, dataset.hierarchy)
+    upward = ancestors(dataset.vocabulary, dataset.hierarchy)
     verified = np.zeros((len(dataset.index), len(dataset.vocabulary)), dtype=bool)
     truth = _expand(truth, upward, ~verified)
     for row, labels in enumerate(dataset.index.negatives or ()):
@@ -288,7 +288,7 @@ def _open_images(dataset: Evaluated, truth: Table, found: Table) -> np.ndarray:
     return precisions
 
 
-def _ancestors(vocabulary: Vocabulary, tree: dict | None) -> np.ndarray:
+def ancestors(vocabulary: Vocabulary, tree: dict | None) -> np.ndarray:
     """Returns (C, C) bool: [a, b] is True if class b is class a or its ancestor.
 
     tree: as `Evaluated.hierarchy`. A `Part` of a class is not its descendant.
@@ -310,7 +310,7 @@ def _ancestors(vocabulary: Vocabulary, tree: dict | None) -> np.ndarray:
 def _expand(table: Table, upward: np.ndarray, verified: np.ndarray) -> Table:
     """Repeats each row for every ancestor of its class, and drops rows that do not count.
 
-    upward:   (C, C) of `_ancestors`
+    upward:   (C, C) of `ancestors`
     verified: (I, C) bool, the classes that count in each image
 
     Rows stay in the given order, since the first of equal overlaps is taken as the best.
