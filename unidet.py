@@ -197,12 +197,8 @@ class Args:
     """images sampled from each dataset relative to the others, "coco=1,o365=2" (default: equal)"""
     class_aware: str = "o365,oid,oid500"
     """datasets whose images are sampled by their classes, rare ones as often as frequent ones"""
-    hierarchy: bool = True
-    """with a class tree: the ancestors of a label are positive, its descendants are ignored"""
     tau: Annotated[float, Range(0, 1)] = 0.2
     """AP50 that a class may lose if it is found by that of another dataset, or in a larger merge"""
-    pair_cost: Annotated[float, Range()] = 0.05
-    """highest AP50 lost by a merge of two classes"""
     lam: Annotated[float, Range(0)] = 0.5
     """lambda, what each class of the merged label space costs"""
     jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)
@@ -346,17 +342,15 @@ class Supervision:
     weight: Tensor  # (C_k + 1, C_k) 0 for the classes that it does not train
 
     @classmethod
-    def of(
-        cls, dataset: Dataset, label_space: LabelSpace, hierarchy: bool, device: torch.device
-    ) -> "Supervision":
+    def of(cls, dataset: Dataset, label_space: LabelSpace, device: torch.device) -> "Supervision":
         """Computes the tables of a dataset.
 
         With a class tree, the ancestors of a label are positive too. Its descendants have weight 0:
         the object may be one of them.
         Source: xingyizhou/UniDet:unidet/modeling/roi_heads/custom_fast_rcnn.py
         """
-        tree = dataset.hierarchy if hierarchy else None
-        upward = torch.from_numpy(ancestors(dataset.vocabulary, tree))  # [a, b]: b is a or above it
+        upward = ancestors(dataset.vocabulary, dataset.hierarchy)
+        upward = torch.from_numpy(upward)  # (C_k, C_k) [a, b]: b is a or above it
         below = upward.T & ~torch.eye(len(upward), dtype=torch.bool)
         positive = F.pad(upward.float(), (0, 0, 0, 1))
         weight = F.pad((~below).float(), (0, 0, 0, 1), value=1.0)
@@ -404,11 +398,11 @@ def merge_cost(ap50: CrossAP50, members: tuple[int, ...]) -> float:
     return sum(ap50((label,), label) - ap50(members, label) for label in members)
 
 
-def find_candidates(ap50: CrossAP50, tau: float, pair_cost: float) -> dict[tuple[int, ...], float]:
+def find_candidates(ap50: CrossAP50, tau: float) -> dict[tuple[int, ...], float]:
     """Returns {members t: c_t}, the sets of classes of different datasets that may be merged.
 
     Two classes may be if each finds the other's boxes, with at most tau less AP than the other, and
-    c_t <= pair_cost. A larger set may be if all its pairs may, and c_t <= tau.
+    c_t <= 0.05. A larger set may be if all its pairs may, and c_t <= tau.
     Source: xingyizhou/UniDet:tools/UniDet_learn_labelspace_mAP.ipynb
     """
 
@@ -419,7 +413,7 @@ def find_candidates(ap50: CrossAP50, tau: float, pair_cost: float) -> dict[tuple
     for a, b in combinations(range(len(ap50)), 2):
         if ap50.dataset_of[a] != ap50.dataset_of[b] and finds(b, a) and finds(a, b):
             pairs[a, b] = merge_cost(ap50, (a, b))
-    pairs = {t: cost for t, cost in pairs.items() if cost <= pair_cost}
+    pairs = {t: cost for t, cost in pairs.items() if cost <= 0.05}
     candidates = largest = pairs
     while largest:
         grown = set()
@@ -471,7 +465,7 @@ def _learn(
     args: Args, label_space: LabelSpace, predictions: list[dict], datasets: list[Dataset]
 ) -> tuple[list[Group], list[float]]:
     ap50 = CrossAP50.of(datasets, predictions, lowest=0.1)
-    candidates = find_candidates(ap50, args.tau, args.pair_cost)
+    candidates = find_candidates(ap50, args.tau)
     merges = choose_merges(candidates, args.lam)
     message = "%d classes, %d candidate merges, %d chosen"
     log.info(message, len(label_space), len(candidates), len(merges))
@@ -487,13 +481,12 @@ def merge_heads(model: Model, label_space: LabelSpace) -> Model:
     """
     merged = Model(model.args, label_space, pretrained=False)
     columns = torch.cat([label_space.columns(name) for name in label_space.datasets])  # (C,)
+    columns = columns.to(model.classifiers[0].weight.device)
     state = model.state_dict()
     for key, value in state.items():
         if key.startswith("classifiers."):
-            total = value.new_zeros(len(label_space), *value.shape[1:])
-            total.index_add_(0, columns.to(value.device), value)
-            count = torch.bincount(columns).to(value)
-            state[key] = (total.T / count).T
+            mean = value.new_zeros(len(label_space), *value.shape[1:])
+            state[key] = mean.index_reduce_(0, columns, value, "mean", include_self=False)
     merged.load_state_dict(state)
     return merged.to(next(model.parameters()).device)
 
@@ -637,10 +630,7 @@ def train_stage(
     The learning rate begins anew. --weights starts the first stage alone.
     """
     # set up: data, model, optimizer
-    supervision = {}
-    for dataset in datasets:
-        tables = Supervision.of(dataset, label_space, args.hierarchy, device)
-        supervision[dataset.name] = tables
+    supervision = {d.name: Supervision.of(d, label_space, device) for d in datasets}
     torch.manual_seed(args.seed + rank())  # a stage begins alike in a resumed run
     checkpoint = last_checkpoint(folder)
     if checkpoint and checkpoint_step(checkpoint) <= steps.start:  # of the stage before

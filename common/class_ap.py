@@ -9,6 +9,7 @@ import torch
 from torchvision.ops import batched_nms
 
 from common.datasets.dataset import Dataset
+from common.evaluation import truth_table
 
 RECALLS = np.linspace(0, 1, 101)
 
@@ -70,17 +71,10 @@ class Truth:
         """images: (G,) row of the image; boxes: (G, 4) xyxy; crowd: (G,) bool, a region of many"""
         self.count = int((~crowd).sum())
         order = np.argsort(images, kind="stable")
-        rows, starts = np.unique(images[order], return_index=True)
-        self.rows_of = dict(zip(rows.tolist(), np.split(order, starts[1:])))
+        self.images, starts = np.unique(images[order], return_index=True)
+        self.rows_of = dict(zip(self.images.tolist(), np.split(order, starts[1:])))
         self.boxes = boxes
         self.crowd = crowd
-
-    @classmethod
-    def of(cls, dataset: Dataset, label: int) -> "Truth":
-        """Takes the boxes of a class from the annotations of a dataset, in pixels."""
-        index = dataset.index
-        own = index.labels == label
-        return cls(index.image_of[own], index.boxes[own], index.ignore[own])
 
     def ap50(self, found: Detections) -> float:
         """Returns the AP at IoU 0.5 over 101 recalls, in 0..1; 0 without a box that is no crowd.
@@ -91,7 +85,7 @@ class Truth:
         """
         if self.count == 0:
             return 0.0
-        found = found.take(np.isin(found.images, list(self.rows_of)))
+        found = found.take(np.isin(found.images, self.images))
         found = found.take(np.argsort(-found.scores, kind="stable"))
         order = np.argsort(found.images, kind="stable")
         images, starts = np.unique(found.images[order], return_index=True)
@@ -148,8 +142,11 @@ class CrossAP50:
         """Takes the predictions of all classes on each dataset, with scores above `lowest`."""
         found = [Detections.of(of_dataset, lowest) for of_dataset in predictions]
         truth = []
-        for dataset in datasets:
-            truth.append([Truth.of(dataset, label) for label in range(len(dataset.vocabulary))])
+        for dataset, of_dataset in zip(datasets, predictions):
+            table = truth_table(dataset.index, of_dataset)
+            rows = [table["label"] == label for label in range(len(dataset.vocabulary))]
+            columns = (table["image"], table["boxes"], table["ignore"])
+            truth.append([Truth(*(column[own] for column in columns)) for own in rows])
         return cls(found, truth)
 
     def __len__(self) -> int:

@@ -64,7 +64,7 @@ def evaluate_detections(
     """
     _check_complete(dataset, predictions)
     dataset = _upright(dataset, predictions)
-    truth = _truth_table(dataset.index, predictions)
+    truth = truth_table(dataset.index, predictions)
     found = _prediction_table(dataset, predictions)
     if dataset.metric == "oid":
         class_ap50 = _open_images(dataset, truth, found)
@@ -93,7 +93,7 @@ def recall(
     records = {}
     for row, proposal in proposals.items():
         records[row] = proposal | {"labels": torch.zeros(len(proposal["scores"]))}
-    truth = _truth_table(dataset.index, records)
+    truth = truth_table(dataset.index, records)
     found = _prediction_table(dataset, records)
     evaluator = hotcoco.COCOeval(*_hotcoco_tables(dataset, truth, found, records), "bbox")
     evaluator.params.use_cats = False
@@ -125,7 +125,7 @@ def _mean(values: np.ndarray) -> float:
     return float(valid.mean()) if len(valid) else math.nan
 
 
-def _truth_table(index: Index, predictions: Predictions) -> Table:
+def truth_table(index: Index, predictions: Predictions) -> Table:
     """Returns the ground truth: image (index row), label, ignore, boxes (A, 4) xyxy, area."""
     table = {"image": index.image_of, "label": index.labels, "ignore": index.ignore}
     boxes = index.boxes.astype(np.float64)
