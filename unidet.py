@@ -480,13 +480,13 @@ def merge_heads(model: Model, label_space: LabelSpace) -> Model:
     model: trained on the concatenation of the datasets of `label_space`, in which some are merged
     """
     merged = Model(model.args, label_space, pretrained=False)
-    columns = torch.cat([label_space.columns(name) for name in label_space.datasets])  # (C,)
-    columns = columns.to(model.classifiers[0].weight.device)
+    columns = [label_space.columns(name) for name in label_space.datasets]
+    members = F.one_hot(torch.cat(columns)).float()  # (C, U)
+    mean = (members / members.sum(0)).T  # (U, C)
     state = model.state_dict()
     for key, value in state.items():
         if key.startswith("classifiers."):
-            mean = value.new_zeros(len(label_space), *value.shape[1:])
-            state[key] = mean.index_reduce_(0, columns, value, "mean", include_self=False)
+            state[key] = mean.to(value) @ value
     merged.load_state_dict(state)
     return merged.to(next(model.parameters()).device)
 
