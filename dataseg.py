@@ -27,13 +27,14 @@ Gu et al., arXiv 2306.01736.
 Note: no model code was released. What the paper leaves open has Mask2Former's value: pixel decoder,
   100 queries, losses and their weights, AdamW, learning rate, clipping, batch size, thresholds. The
   projection loss has the weight of mask and dice together, and background the class weight 0.1.
-Note: all datasets are tested at one size, 800.
+Note: ViTDet-L is --backbone vit_large_patch16_224.mae. All datasets are tested at one size, 800.
 Note: the merged mask is the union: the largest logit of the members at each pixel. In training, the
   targets are merged and each is matched to one proposal. --merge-in-training also merges proposals.
 Note: for semantic maps the default is the sum over all proposals weighted by class probability
   (--merge sum), Mask2Former's inference. --merge max is the union.
 Note: the scale s is learned, from 1 / 0.07 and at most 100, as CLIP's. Text is CLIP's 80 templates,
-  each normalised before the mean. Classes have one name, where ADE20K lists synonyms too.
+  each normalised before the mean. Classes have one name, where ADE20K lists synonyms too. CLIP
+  reads COCO's wall-other-merged as "wall".
 Note: a poly schedule, crop sizes and sampling ratios ADE : COCO : Objects365 = 1 : 4 : 4 are ours.
 Note: segments that a crop leaves empty are dropped, also those of panoptic maps.
 
@@ -68,31 +69,25 @@ from torch.utils.data import DataLoader
 
 from common.backbone import Backbone
 from common.batch import Batch
-from common.checkpoint import (
-    last_checkpoint,
-    load_checkpoint,
-    load_weights,
-    read_model,
-    save_weights,
-)
+from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
-from common.convert import convert_if_official, convert_mask2former
+from common.convert import convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
-from common.evaluation import report
 from common.inference import evaluate_dataset, predict_each, predict_files
 from common.labels import LabelSpace, Vocabulary
 from common.mask_losses import MaskOutput, loss_dice, loss_mask, mask_cost, masks_per_rank
 from common.masks import rasterise, segment_masks
+from common.official_mask2former import convert_mask2former_base
 from common.optim import parameter_groups, poly_learning_rate, scaled_lr
-from common.pixel_decoder import PixelDecoder, tokens
+from common.pixel_decoder import PixelDecoder, decoder_inputs
 from common.point_matching import assign_by_depth, sample_pairs
-from common.runlog import RunLog, make_run_folder
+from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RatioBatchSampler, make_loader
-from common.segments import FullMasks, instances, panoptic_map, semantic_labels
+from common.segments import TASKS, FullMasks, instances, on_cpu, panoptic_map, semantic_labels
 from common.targets import Targets
 from common.text import embed
-from common.transformer import DecoderLayer, QueryHead, blocked_pixels, sine_position
+from common.transformer import DecoderLayer, QueryHead, blocked_pixels
 from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import save_image, training_grid
 
@@ -113,7 +108,7 @@ DEMO = [  # the demonstration of ./run.sh
 @dataclass
 class Args:
     datasets: str = ""
-    """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
+    """datasets to train on, by commas: name, name:split, name@1000, my=annotations.json:images/"""
     eval_datasets: str = ""
     """datasets to evaluate (default: the val split of each training dataset)"""
     classes: str = ""
@@ -127,7 +122,7 @@ class Args:
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
-    """a .safetensors file or run folder to start from, to evaluate or to predict with"""
+    """run folder, .safetensors or official file to start from, to evaluate or to predict with"""
     predict: tuple[str, ...] = ()
     """files, folders, "*.jpg" or videos to predict and draw, instead of training"""
     vocabulary: str = ""
@@ -136,12 +131,16 @@ class Args:
     """lowest score that is drawn"""
     resume: str = ""
     """run folder whose last checkpoint to go on from"""
+    replay: Annotated[int, COUNT] = 0
+    """a step of --resume whose loss was not finite: compute its losses again, and end"""
     output: str = ""
     """run folder (default: runs/<method>-<time>)"""
     checkpoint_every: Annotated[int, Range(1)] = 1000
     """steps between checkpoints"""
     keep: Annotated[int, Range(1)] = 2
     """checkpoints that are kept, the newest ones"""
+    eval_every: Annotated[int, COUNT] = 0
+    """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
     skip_bad: Annotated[int, COUNT] = 0
     """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
@@ -156,8 +155,8 @@ class Args:
     """seed of initial weights, order of images and augmentation"""
 
     # paper settings
-    backbone: str = "resnet50"
-    """any timm model with features of strides 4 to 32, or a plain ViT (simple feature pyramid)"""
+    backbone: str = "resnet50.tv_in1k"
+    """timm model with maps of strides 4 to 32, or a plain ViT, as in ViTDet; or MODEL/FILE"""
     text_encoder: str = "ViT-L-14/openai"
     """open_clip MODEL/PRETRAINED, minilm (ships with Concord), or ade20k=FILE.npy,o365=FILE.npy"""
     prompts: Literal["auto", "imagenet", "a", "name"] = "auto"
@@ -182,8 +181,8 @@ class Args:
     """learning rate for --base-batch-size images per step; scaled linearly to --batch-size"""
     base_batch_size: Annotated[int, Range(1)] = 16
     """batch size that --lr is meant for"""
-    backbone_factor: Annotated[float, Range(0, 100)] = 0.1
-    """learning rate of the backbone, in units of --lr; 0 freezes it"""
+    backbone_factor: Annotated[float | None, Range(0, 100)] = None
+    """learning rate of the backbone / --lr; 0 freezes it (default: 0.1; a ViT's as in ViTDet)"""
     jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)
     """scale range of large-scale jitter; 1 fits the image into the square"""
     semantic_jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.5, 2.0)
@@ -239,21 +238,16 @@ MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "queries", "channels"]
 MODEL_FIELDS += ["encoder_layers", "decoder_layers", "object_threshold"]
 MODEL_FIELDS += ["test_size"]
 SUPERVISION = ("boxes", "instances", "semantic", "panoptic")  # what it can learn from
-OFFICIAL = convert_mask2former  # official weights can be loaded, too
-TASKS = {
-    "semantic": "semantic",
-    "panoptic": "panoptic",
-    "instances": "instance",
-    "boxes": "instance",
-}
+OFFICIAL = convert_mask2former_base  # a training can start from official weights
 EVALUATION = {"o365": "o365-instances"}  # 1000 images of its validation set, with masks
+TRANSFER = {"ade20k": "ade20k-panoptic"}  # instances that no training has seen, if they are there
 
 # -- Model -----------------------------------------------------------------------------------------
 
 
 def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
     """Concatenates the label spaces. Each dataset is classified by its own part."""
-    embed_names = partial(embed, encoder=args.text_encoder, prompts=args.prompts)
+    embed_names = partial(embed, encoder=args.text_encoder, prompts=args.prompts, clean=True)
     return LabelSpace(vocabularies, embed_names)
 
 
@@ -264,7 +258,7 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         channels = args.channels
-        self.backbone = Backbone(args.backbone, 0, pretrained, [4, 8, 16, 32])
+        self.backbone = Backbone(args.backbone, 0, pretrained, [4, 8, 16, 32], drop_path=(0.3, 0.3))
         self.pixel_decoder = PixelDecoder(
             self.backbone.channels, channels, args.encoder_layers, 4 * channels
         )
@@ -286,7 +280,7 @@ class Model(nn.Module):
         """
         with amp_context(self.args.amp, images.device):
             features = self.backbone(self.backbone.normalise(images, sizes))
-        return self.pixel_decoder([f.float() for f in features])
+            return self.pixel_decoder(features)
 
     def decode(self, mask_features: Tensor, maps: list[Tensor], text: Tensor) -> MaskOutput:
         """Runs Mask2Former's decoder on the output of `extract`.
@@ -295,12 +289,7 @@ class Model(nn.Module):
         self-attention and a feed-forward network. Returns the predictions before the first layer
         and after each, for the auxiliary losses. text: (K, D)
         """
-        memory, position, resized = [], [], []
-        for features, code in zip(maps, self.level_embed):
-            size = features.shape[-2:]
-            memory.append(tokens(features) + code)  # (B, S, C)
-            position.append(tokens(sine_position(*size, features.shape[1], features.device)))
-            resized.append(F.interpolate(mask_features.detach(), size, mode="bilinear"))
+        memory, position, resized = decoder_inputs(maps, self.level_embed, mask_features)
         q = self.query_feat.expand(len(mask_features), -1, -1)  # (B, Q, C)
         predictions = [self.head(q)]
         for i, layer in enumerate(self.layers):
@@ -341,7 +330,7 @@ def merged_classes(label_space: LabelSpace, task: str) -> Tensor:
     things = torch.tensor(label_space.is_thing)
     if task == "semantic":
         return torch.ones_like(things)
-    return ~things if task == "panoptic" else torch.zeros_like(things)
+    return ~things if "panoptic" in task else torch.zeros_like(things)
 
 
 def merge_targets(masks: Tensor, labels: Tensor, merged: Tensor) -> tuple[Tensor, Tensor]:
@@ -545,6 +534,7 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
 
     semantic: `semantic` (H, W), the label of each pixel
     panoptic: `semantic`, and `panoptic` (H, W) with `segments_info`
+    panoptic, things: also `things`, as with instance, of things alone
     instance: `boxes` (N, 4), `labels`, `scores` (N,) and `masks` (N, H, W)
     All have `size` (height, width) and `class_names`: all K names, or with instance N of `labels`.
     """
@@ -561,8 +551,7 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
         p = output.logits[-1, i].softmax(-1)  # (Q, K + 1)
         result = {"class_names": label_space.names, "size": size}
         if task == "instance":
-            result |= instances(p[:, :-1], masks)
-            result["class_names"] = [label_space.names[k] for k in result["labels"].tolist()]
+            result |= instances(p[:, :-1], masks, names=label_space.names)
         elif model.args.merge == "sum":
             result["semantic"] = semantic_labels(p[:, :-1], masks)
         else:  # each class by its union alone
@@ -570,14 +559,16 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
             union, rows = masks.through(partial(merge, probabilities=p, merged=every))
             only_best = rows * (rows == rows.amax(1, keepdim=True))
             result["semantic"] = semantic_labels(only_best[:, :-1], union)
-        if task == "panoptic":
+        if "things" in task:
+            result["things"] = instances(p[:, :-1], masks, things=label_space.is_thing)
+        if "panoptic" in task:
             threshold = model.args.object_threshold
             kept = p.amax(1) > threshold
             masks, p = masks[kept].through(partial(merge, probabilities=p[kept], merged=merged))
             result["panoptic"], result["segments_info"] = panoptic_map(
                 p, masks, label_space.is_thing, threshold, 0.8, intersect=True
             )
-        predictions.append({k: v.cpu() if isinstance(v, Tensor) else v for k, v in result.items()})
+        predictions.append(on_cpu(result))
     return predictions
 
 
@@ -617,7 +608,12 @@ def build_dataloader(
 
 
 def train(
-    args: Args, datasets: list[Dataset], label_space: LabelSpace, folder: Path, device: torch.device
+    args: Args,
+    datasets: list[Dataset],
+    label_space: LabelSpace,
+    folder: Path,
+    device: torch.device,
+    evaluated: Sequence[Dataset] = (),
 ) -> tuple[Model, LabelSpace]:
     """Trains on `datasets`. Writes metrics, checkpoints and weights to the run folder.
 
@@ -632,11 +628,11 @@ def train(
     for d in datasets:
         merged[d.name] = merged_classes(parts[d.name], TASKS[d.supervision]).to(device)  # (K,)
 
-    checkpoint = last_checkpoint(folder)
+    checkpoint = last_checkpoint(folder, args.replay)
     weights = checkpoint or args.weights
     model = Model(args, label_space, pretrained=not weights).to(device)
     if weights:
-        load_weights(weights, model)
+        load_weights(weights, model, base=True)
     model.train()
     metadata = {"method": METHOD, "args": asdict(args)}
 
@@ -653,6 +649,7 @@ def train(
         parallel = DistributedDataParallel(model)
     loader = build_dataloader(args, datasets, start, device)
     run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)
+    run_log.evaluate_with(evaluate, evaluated)
 
     for step, batch in zip(range(start + 1, steps + 1), loader):
         # step: forward, backward, update
@@ -669,17 +666,12 @@ def train(
         losses = compute_losses(args, output, targets, merged[name])
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        losses = {term: value.detach() for term, value in losses.items()}
-        run_log.check_finite(losses, step, batch)
+        losses = run_log.check_finite(losses, step, batch)
         nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
         model.logit_scale.data.clamp_(max=math.log(100))
-
-        # log and save
         run_log.step(step, losses, rate, len(batch) * world_size(), name)
-    run_log.close()
-    save_weights(folder / "weights.safetensors", model, label_space, metadata)
-    return model, label_space
+    return model, run_log.finish()
 
 
 # -- Evaluate --------------------------------------------------------------------------------------
@@ -732,18 +724,19 @@ def main() -> None:
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:
         model, label_space = load(args.weights, args, device)
-    evaluated = evaluation_datasets(args, label_space, size, SUPERVISION, instead=EVALUATION)
+    evaluated = evaluation_datasets(
+        args, label_space, size, SUPERVISION, instead=EVALUATION, beside=TRANSFER
+    )
     folder = make_run_folder(args, METHOD, label_space)
     if training:
         warn_of_overlap(datasets, evaluated)
-        model, label_space = train(args, datasets, label_space, folder, device)
+        model, label_space = train(args, datasets, label_space, folder, device, evaluated)
     if args.predict:
         transform = ResizeShortest(args.test_size)
         classes = label_space.swap(args.vocabulary)
         predict_files(partial(predict, model), args, classes, transform, folder)
     else:
-        report(evaluate(args, model, label_space, evaluated, folder), folder)
-    log.info("results and pictures: %s/", folder)
+        report(evaluate(args, model, label_space, evaluated, folder), folder, args)
 
 
 if __name__ == "__main__":

@@ -23,14 +23,13 @@ lambda, tau      image_label_weight, tau
 
 arXiv 2201.02605. Rivals of max-size, which Table 1 compares: common/image_label_losses.py.
 
-Note: where the paper and its code (facebookresearch/Detic) differ, we follow the code, with three
-  exceptions. Classes are merged by name alone; the code tries WordNet synsets first. All ranks
-  train a step on one dataset, as a single GPU does. A parameter without a loss in a step has no
-  gradient and is not updated; in the code its gradient is 0, so it decays and keeps its momentum.
+Note: where the paper and its code (facebookresearch/Detic) differ, we follow the code, but for two
+  things. Classes are merged by name alone, not by WordNet synset first. A parameter without a loss
+  on any rank is not updated; in the code its gradient is 0, so it decays and keeps its momentum.
 Note: novel classes are no negatives of images with boxes (--ignore-zero), as in the paper's COCO
   split. The official LVIS-base run differs there: it uses the class frequencies of all of LVIS.
-Note: the paper starts from an ImageNet-21k ResNet-50, which timm lacks. Ours is ImageNet-1k. Swin
-  has its 21k weights.
+Note: the paper starts from ImageNet-21k: --backbone resnet50/resnet50_miil_21k.pth, MIIL's file, or
+  a Swin tagged ms_in22k. The default has ImageNet-1k: 26.1 for 30.2 mask AP in its Table 6.
 Note: the image-label losses have the official background column, whose text is zero and whose logit
   is the bias. The box losses have no such column, as in the code.
 Note: the paper's COCO split has Faster R-CNN C4. Here coco-base has the same detector as LVIS.
@@ -58,7 +57,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
@@ -72,29 +70,24 @@ from common.batch import Batch
 from common.boxes import select_detections
 from common.cascade import Cascade, MaskHead, StageOutput, loss_box_reg, mlp, sample_federated
 from common.centernet import CenterNet
-from common.checkpoint import (
-    last_checkpoint,
-    load_checkpoint,
-    load_weights,
-    read_model,
-    save_weights,
-)
-from common.class_counts import boxed_names, images_per_class, seen_and_unseen
+from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
+from common.class_counts import boxed_names, federated_counts, images_per_class, seen_and_unseen
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
-from common.convert import convert_centernet2_detic, convert_if_official
+from common.convert import convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
+from common.datasets.subset import drop_empty
 from common.distributed import amp_context, gather, rank, setup_device, should_compile, world_size
 from common.errors import InputError
-from common.evaluation import report
 from common.image_label_losses import RIVALS, Bag, ImageLabelLoss, label_bce, mean_over_bags
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
 from common.labels import LabelSpace, Vocabulary
 from common.masks import paste_rles
+from common.official_detectors import convert_centernet2
 from common.optim import learning_rate, scaled_lr
-from common.runlog import RunLog, make_run_folder
+from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RatioBatchSampler, make_loader, repeat_factors
 from common.targets import Targets
-from common.text import embed, sentence_encoder
+from common.text import embed, known_vocabularies, sentence_encoder
 from common.text_classifier import TextClassifier
 from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import save_image, training_grid
@@ -116,7 +109,7 @@ DEMO = [  # the demonstration of ./run.sh
 @dataclass
 class Args:
     datasets: str = ""
-    """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
+    """datasets to train on, by commas: name, name:split, name@1000, my=annotations.json:images/"""
     eval_datasets: str = ""
     """datasets to evaluate (default: the val split of each training dataset)"""
     classes: str = ""
@@ -130,7 +123,7 @@ class Args:
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
-    """a .safetensors file or run folder to start from, to evaluate or to predict with"""
+    """run folder, .safetensors or official file to start from, to evaluate or to predict with"""
     predict: tuple[str, ...] = ()
     """files, folders, "*.jpg" or videos to predict and draw, instead of training"""
     vocabulary: str = ""
@@ -139,12 +132,16 @@ class Args:
     """lowest score that is drawn"""
     resume: str = ""
     """run folder whose last checkpoint to go on from"""
+    replay: Annotated[int, COUNT] = 0
+    """a step of --resume whose loss was not finite: compute its losses again, and end"""
     output: str = ""
     """run folder (default: runs/<method>-<time>)"""
     checkpoint_every: Annotated[int, Range(1)] = 1000
     """steps between checkpoints"""
     keep: Annotated[int, Range(1)] = 2
     """checkpoints that are kept, the newest ones"""
+    eval_every: Annotated[int, COUNT] = 0
+    """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
     skip_bad: Annotated[int, COUNT] = 0
     """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
@@ -158,64 +155,66 @@ class Args:
     seed: Annotated[int, COUNT] = 0
     """seed of initial weights, order of images and augmentation"""
 
-    # paper settings
-    backbone: str = "resnet50"
-    """any timm model with features of strides 8, 16, 32; pretrained if its weights can be loaded"""
-    text_encoder: str = "ViT-B-32/openai"
+    # paper settings; defaults: paper, code (its authors'), base (CenterNet2, detectron2), ours
+    backbone: str = "resnet50.tv_in1k"  # ours
+    """timm model with maps of strides 8 to 32, with its published weights; or MODEL/FILE of them"""
+    text_encoder: str = "ViT-B-32/openai"  # paper
     """open_clip MODEL/PRETRAINED, minilm (ships with Concord), or coco=FILE.npy,lvis=FILE.npy"""
-    image_size: Annotated[int, SIDE] = 640
+    image_size: Annotated[int, SIDE] = 640  # paper
     """side of the square that training crops fit in, pixels (paper: ResNet-50 640, Swin 896)"""
-    test_size: Annotated[int, SIDE] = 800
+    test_size: Annotated[int, SIDE] = 800  # code
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 64
+    batch_size: Annotated[int, Range(1)] = 64  # code
     """images with boxes per step over all ranks"""
-    dataset_ratios: str = ""
+    dataset_ratios: str = ""  # code
     """images sampled per dataset, as lvis=1,in21k=16 (default: boxes 1, image-level labels 4)"""
-    dataset_sizes: str = ""
+    dataset_sizes: str = ""  # code
     """--image-size per dataset, as in21k=320 (default without boxes: half of --image-size)"""
-    dataset_batches: str = ""
+    dataset_batches: str = ""  # code
     """--batch-size per dataset, as in21k=256 (default without boxes: 4 times --batch-size)"""
-    steps: Annotated[int, COUNT] = 90_000
+    steps: Annotated[int, COUNT] = 90_000  # code
     """optimiser steps of either stage (Detic's "4x")"""
-    lr: Annotated[float, Range(above=0)] = 2e-4
+    lr: Annotated[float, Range(above=0)] = 2e-4  # paper
     """learning rate for --base-batch-size images, scaled linearly; falls by half a cosine to 0"""
-    base_batch_size: Annotated[int, Range(1)] = 64
+    base_batch_size: Annotated[int, Range(1)] = 64  # code
     """batch size that --lr is meant for (Detic, R50: 64)"""
-    warmup_steps: Annotated[int, COUNT] = 10_000
+    warmup_steps: Annotated[int, COUNT] = 10_000  # code
     """steps of warmup from 1e-4 of --lr, at most steps / 9; image labels: <= 1000, from 1e-3"""
-    image_label_loss: ImageLabelLoss = "max_size"
+    image_label_loss: ImageLabelLoss = "max_size"  # paper
     """which proposals of an image get its label (Table 1)"""
-    image_label_weight: Annotated[float, Range(0)] = 0.1
+    image_label_weight: Annotated[float, Range(0)] = 0.1  # paper
     """lambda, weight of the image-label and caption losses (Sec. 4)"""
-    tau: Annotated[float, Range(above=0)] = 0.02
+    negative_caption_weight: Annotated[float, Range(0)] = 0.125  # code
+    """weight of the other captions of a batch, as negatives (Conceptual Captions; COCO: 1)"""
+    tau: Annotated[float, Range(above=0)] = 0.02  # code
     """temperature of the classifier (Detic's factor 50)"""
-    image_label_proposals: Annotated[int, Range(1)] = 128
+    image_label_proposals: Annotated[int, Range(1)] = 128  # code
     """proposals kept of an image without boxes, by objectness (Detic's WS_NUM_PROPS; COCO: 32)"""
-    dynamic_classifier: Annotated[int, COUNT] = 0
+    dynamic_classifier: Annotated[int, COUNT] = 0  # code
     """classes sampled per step (50 for tens of thousands), in place of --fed-loss; 0: all"""
-    masks: bool = True
+    masks: bool = True  # paper
     """a class-agnostic mask head, if the datasets have masks"""
-    novel: str = ""
+    novel: str = ""  # ours
     """classes that no dataset may box, names or a .txt file (default: those of -base datasets)"""
-    ignore_zero: bool = True
+    ignore_zero: bool = True  # ours
     """leave classes without any box out of the negatives (Detic's IGNORE_ZERO_CATS)"""
-    fed_loss: bool = True
-    """federated loss (for LVIS): samples 50 classes per step by the root of their frequency"""
-    repeat_threshold: Annotated[float, Range(0)] = 0.001
+    fed_loss: bool = True  # code
+    """federated loss of LVIS: trains 50 of its classes per step, sampled by root of frequency"""
+    repeat_threshold: Annotated[float, Range(0)] = 0.001  # code
     """t of repeat-factor sampling within a dataset with boxes (LVIS, Detic)"""
-    jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)
+    jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)  # code
     """scale range of large-scale jitter (EfficientDet); without boxes at least 0.5, at most 1.5"""
-    prompts: Literal["auto", "imagenet", "a", "name"] = "a"
+    prompts: Literal["auto", "imagenet", "a", "name"] = "a"  # code
     """CLIP's 80 templates (auto, for CLIP), "a {name}" (Detic), or the name (auto, for minilm)"""
-    one_class_per_proposal: bool = False
+    one_class_per_proposal: bool = False  # code
     """keep only the best label of a proposal instead of all above the threshold (Detic)"""
-    cls_bias: float = 0.0
+    cls_bias: float = 0.0  # code
     """initial bias of all class logits, learned; 0: none; -4.6 starts short runs from a low loss"""
-    channels: Annotated[int, Range(1, 8192)] = 256
+    channels: Annotated[int, Range(1, 8192)] = 256  # base
     """feature channels of FPN and heads"""
-    fc_dim: Annotated[int, Range(1)] = 1024
+    fc_dim: Annotated[int, Range(1)] = 1024  # base
     """width of the box heads"""
-    rois_per_image: Annotated[int, Range(1)] = 512
+    rois_per_image: Annotated[int, Range(1)] = 512  # base
     """regions sampled per image in the first stage, at most a quarter foreground (detectron2)"""
 
 
@@ -245,8 +244,7 @@ TINY = {
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias"]
 MODEL_FIELDS += ["channels", "fc_dim", "masks", "image_label_loss"]
 SUPERVISION = ("boxes", "instances", "image_labels")  # what it can learn from
-OFFICIAL = convert_centernet2_detic  # official weights can be loaded, too
-NEGATIVE_CAPTION_WEIGHT = 0.125  # Detic's NEG_CAP_WEIGHT for Conceptual Captions (COCO: 1)
+OFFICIAL = convert_centernet2  # official weights can be loaded, too
 
 # -- Model -----------------------------------------------------------------------------------------
 
@@ -339,11 +337,10 @@ class Model(nn.Module):
         An image keeps its proposals of highest objectness (--image-label-proposals), sorted. If the
         whole image takes part (captions, --image-label-loss image), it is the last proposal. All
         stages of the cascade see them, without sampling and without matching.
-        The loss is left to `compute_image_label_losses`: in each stage it is, by default, lambda
-        times the BCE of the label and the logits (C + 1,) of the largest proposal.
         """
         boxes = []
-        for (b, _), (h, w), t in zip(self.centernet(features)[0], sizes, targets):
+        empty = [t.boxes for t in targets]  # for the losses of other ranks, which are means of all
+        for (b, _), (h, w), t in zip(self.centernet(features, empty)[0], sizes, targets):
             b = clip_boxes_to_image(b[: self.args.image_label_proposals], (h, w))
             if self.args.image_label_loss == "image" or t.caption:
                 b = torch.cat([b, b.new_tensor([[0, 0, w, h]])])
@@ -358,7 +355,7 @@ class Model(nn.Module):
             if self.prop_score:
                 prediction.prop_logits = self.prop_score[k](stage.hidden)
             if captions is not None:
-                prediction.caption_logits = classifier(stage.hidden, captions)[1]
+                prediction.caption_logits = classifier(stage.hidden, captions.to(text))[1]
             predictions.append(prediction)
         return stages, predictions
 
@@ -424,16 +421,17 @@ def sample_classifier(
     return classes, sampled
 
 
-def class_mask(args: Args, labels: Tensor, frequency: Tensor) -> Tensor:
+def class_mask(args: Args, labels: Tensor, frequency: Tensor, federated: Tensor) -> Tensor:
     """Returns w (C,) of `loss_cls`: 1 for a class that the regions train, otherwise 0.
 
-    --fed-loss trains the classes of `sample_federated`, unless --dynamic-classifier has sampled
-    already. --ignore-zero leaves out the classes of frequency 0.
-    labels: (R,), -1 on background; frequency: (C,), training images with a box of the class
+    --fed-loss trains, of the classes of a federated dataset, those of `sample_federated` alone,
+    unless --dynamic-classifier has sampled already. --ignore-zero leaves out those of frequency 0.
+    labels: (R,), -1 on background; frequency and federated: (C,), training images with a box of
+    the class, as `images_per_class` and `federated_counts` count them
     """
     mask = torch.ones_like(frequency)
     if args.fed_loss and not args.dynamic_classifier:
-        mask = sample_federated(labels, frequency)
+        mask = sample_federated(labels, federated)
     return mask * (frequency > 0) if args.ignore_zero else mask
 
 
@@ -491,10 +489,11 @@ def compute_losses(
     proposal_losses: dict[str, Tensor],
     targets: list[Targets],
     frequency: Tensor,
+    federated: Tensor,
 ) -> dict[str, Tensor]:
     """L = sum over stages of (L_cls + L_box) + L_mask + the CenterNet losses, with boxes.
 
-    L_cls is `loss_cls` with w of `class_mask`, which takes `frequency`. L_box is `loss_box_reg`.
+    L_cls is `loss_cls` with w of `class_mask` of frequency and federated. L_box is `loss_box_reg`.
     proposal_losses: of `CenterNet.losses`, and L_mask, `MaskHead.loss` of the first stage. A batch
     with image labels has `compute_image_label_losses`, summed over the stages, instead of these.
     Returns every term, times its weight, and their sum as `loss`.
@@ -504,7 +503,7 @@ def compute_losses(
         if targets[0].image_labels is not None:
             losses |= compute_image_label_losses(args, stage, prediction, targets)
             continue
-        mask = class_mask(args, stage.labels, frequency)
+        mask = class_mask(args, stage.labels, frequency, federated)
         losses[f"loss_cls_stage{k}"] = loss_cls(prediction.logits, stage.labels, mask)
         losses[f"loss_box_reg_stage{k}"] = loss_box_reg(stage)
     return losses | {"loss": sum(losses.values())}
@@ -515,19 +514,17 @@ def compute_image_label_losses(
 ) -> dict[str, Tensor]:
     """Returns lambda L_im of a stage, and lambda times `loss_captions` if there are captions.
 
-    L_im is `mean_over_bags` of the loss of --image-label-loss, by default `loss_max_size`. The
-    negative_weight of `loss_captions` is NEGATIVE_CAPTION_WEIGHT.
+    L_im is `mean_over_bags` of the loss of --image-label-loss, by default `loss_max_size`.
     """
     loss_of_label = (RIVALS | {"max_size": loss_max_size})[args.image_label_loss]
     bags = Bag.split(stage.boxes, prediction.logits, prediction.prop_logits)
     loss = mean_over_bags(loss_of_label, bags, [t.image_labels for t in targets])
     losses = {f"loss_image_labels_stage{stage.index}": args.image_label_weight * loss}
     if prediction.caption_logits is not None:
-        # the captions of all ranks are columns; each rank has a batch of the same size
-        first = rank() * len(targets)
-        columns = [first + i if t.caption else -1 for i, t in enumerate(targets)]
+        # the columns of other ranks follow
+        columns = [i if t.caption else -1 for i, t in enumerate(targets)]
         logits = prediction.caption_logits.split([len(boxes) for boxes in stage.boxes])
-        loss = loss_captions(logits, columns, NEGATIVE_CAPTION_WEIGHT)
+        loss = loss_captions(logits, columns, args.negative_caption_weight)
         losses[f"loss_captions_stage{stage.index}"] = args.image_label_weight * loss
     return losses
 
@@ -575,8 +572,8 @@ def build_dataloader(
 ) -> DataLoader:
     """Returns a loader of endless batches, each from one dataset and so with one supervision.
 
-    Each dataset has its own ratio, image size and batch size. Skips the first `start` batches.
-    Compiled models get images of one shape per dataset.
+    Each dataset has its own ratio, image size and batch size. Each rank draws its own dataset.
+    Skips the first `start` batches. Compiled models get images of one shape per dataset.
     """
     size, batch = args.image_size, args.batch_size
     sides = per_dataset(args, "dataset_sizes", datasets, size, image_labels=size // 2)
@@ -584,14 +581,13 @@ def build_dataloader(
     ratios = per_dataset(args, "dataset_ratios", datasets, 1, image_labels=4)
     transforms, factors = {}, []
     for d in datasets:
-        jitter = args.jitter
+        jitter, threshold = args.jitter, args.repeat_threshold
         if d.supervision == "image_labels":
             jitter = tuple(min(max(scale, 0.5), 1.5) for scale in jitter)
-            factors.append(np.ones(len(d)))
-        else:
-            factors.append(repeat_factors([d], args.repeat_threshold))
+            threshold = 0.0  # no image is repeated
+        factors.append(repeat_factors([d], threshold))
         transforms[d.name] = LargeScaleJitter(sides[d.name], jitter)
-    place = (args.seed, start, rank(), world_size())
+    place = (args.seed, start, rank(), world_size(), world_size() > 1)
     sampler = RatioBatchSampler(factors, [*ratios.values()], [*batches.values()], *place)
     square = sides if should_compile(args.compile, device) else None
     mixture = Mixture(datasets, transforms, args.seed)
@@ -599,7 +595,12 @@ def build_dataloader(
 
 
 def train(
-    args: Args, datasets: list[Dataset], label_space: LabelSpace, folder: Path, device: torch.device
+    args: Args,
+    datasets: list[Dataset],
+    label_space: LabelSpace,
+    folder: Path,
+    device: torch.device,
+    evaluated: Sequence[Dataset] = (),
 ) -> tuple[Model, LabelSpace]:
     """Trains on `datasets`. Writes metrics, checkpoints and weights to the run folder.
 
@@ -610,11 +611,12 @@ def train(
         log.info(dataset.summary())
     label_space = label_space.to(device)
     frequency = images_per_class(datasets, label_space, args.novel).to(device)  # (C,)
+    federated = {d.name: federated_counts(datasets, label_space, d.name) for d in datasets}
     joint = any(d.supervision == "image_labels" for d in datasets)
     captioned = [d.name for d in datasets if d.index.captions]
     encode = sentence_encoder(args.text_encoder) if captioned else None
 
-    checkpoint = last_checkpoint(folder)
+    checkpoint = last_checkpoint(folder, args.replay)
     weights = checkpoint or args.weights
     model = Model(args, label_space, pretrained=not weights).to(device)
     if weights:
@@ -624,11 +626,8 @@ def train(
     model.boxed = metadata["boxed"] = boxed_names(frequency, label_space)
 
     steps = args.steps
-    warmup = min(args.warmup_steps, steps // 9)
-    warmup_factor = 1e-4
-    if joint:  # as the official configs of stage 2
-        warmup = min(warmup, 1000)
-        warmup_factor = 1e-3
+    warmup = min(args.warmup_steps, steps // 9, 1000 if joint else steps)
+    warmup_factor = 1e-3 if joint else 1e-4  # as in the official configs of the two stages
     lr = scaled_lr(args.lr, args)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4)
@@ -641,6 +640,7 @@ def train(
         parallel = DistributedDataParallel(model, find_unused_parameters=True)
     loader = build_dataloader(args, datasets, start, device)
     run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)
+    run_log.evaluate_with(evaluate, evaluated)
 
     for step, batch in zip(range(start + 1, steps + 1), loader):
         # step: forward, backward, update
@@ -652,23 +652,19 @@ def train(
 
         targets = prepare_targets(batch, label_space)
         classes, targets = sample_classifier(targets, frequency, args.dynamic_classifier)
-        captions = None
-        if batch.samples[0].dataset in captioned:
-            captions = gather(encode([t.caption for t in targets]).to(device))  # (M, D)
+        name = batch.samples[0].dataset
+        own = encode([t.caption for t in targets]) if name in captioned else None  # (B, D)
+        captions = gather(own) if captioned else None  # (M, D); all ranks call it
         outputs = parallel(batch.images, batch.sizes, targets, label_space.text[classes], captions)
-        losses = compute_losses(args, *outputs, targets, frequency[classes])
+        drawn = federated[name].to(device)[classes]
+        losses = compute_losses(args, *outputs, targets, frequency[classes], drawn)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        losses = {term: value.detach() for term, value in losses.items()}
-        run_log.check_finite(losses, step, batch)
+        losses = run_log.check_finite(losses, step, batch)
         nn.utils.clip_grad_value_(model.parameters(), 1.0)
         optimizer.step()
-
-        # log and save
         run_log.step(step, losses, optimizer.param_groups[0]["lr"], len(batch) * world_size())
-    run_log.close()
-    save_weights(folder / "weights.safetensors", model, label_space, metadata)
-    return model, label_space
+    return model, run_log.finish()
 
 
 # -- Evaluate --------------------------------------------------------------------------------------
@@ -723,9 +719,10 @@ def main() -> None:
     without_boxes = []
     if training:
         datasets = training_datasets(args, size, args.masks, SUPERVISION)
-        label_space = build_label_space(args, [d.vocabulary for d in datasets])
+        label_space = build_label_space(args, known_vocabularies(args, METHOD, datasets))
         images_per_class(datasets, label_space, args.novel)  # refuses novel classes with boxes
         without_boxes = [d.name for d in datasets if d.supervision == "image_labels"]
+        datasets = datasets if without_boxes else [drop_empty(d) for d in datasets]
         has_masks = any(d.supervision == "instances" for d in datasets)
         args.masks &= has_masks or bool(args.weights)  # weights may bring a trained mask head
         if without_boxes and not (args.weights or args.resume):
@@ -736,14 +733,13 @@ def main() -> None:
     folder = make_run_folder(args, METHOD, label_space)
     if training:
         warn_of_overlap(datasets, evaluated)
-        model, label_space = train(args, datasets, label_space, folder, device)
+        model, label_space = train(args, datasets, label_space, folder, device, evaluated)
     if args.predict:
         transform = ResizeShortest(args.test_size)
         classes = label_space.swap(args.vocabulary)  # without --vocabulary all classes
         predict_files(partial(predict, model), args, classes, transform, folder)
     else:
-        report(evaluate(args, model, label_space, evaluated, folder), folder)
-    log.info("results and pictures: %s/", folder)
+        report(evaluate(args, model, label_space, evaluated, folder), folder, args)
 
 
 if __name__ == "__main__":

@@ -21,17 +21,15 @@ T                text
 Q                q, z
 F                mask_features
 
-Note: the released code (mightyzau/LMSeg) stands on MaskFormer: CLIP's ResNet, an FPN pixel decoder,
-  six pre-norm decoder blocks on res5 alone, focal and dice losses on whole masks (20, 1; class 1).
-  Here the base is Mask2Former, as a survey of the field describes LMSeg and as in dataseg.py, so
-  that diff shows the ideas. Matching, losses and their weights are Mask2Former's.
+Note: the released code (mightyzau/LMSeg) stands on MaskFormer: CLIP's ResNet (here --backbone
+  resnet50_clip.openai), an FPN, six pre-norm decoder blocks on res5, focal and dice losses on whole
+  masks (20, 1; class 1). All this is Mask2Former's here, as in a survey and in dataseg.py.
 Note: after the masked attention of a layer the queries attend to the text. The classifier reads
   the normed query. Text branch, guide (pre-norm, keys and values are the text itself, stochastic
   depth), optimiser (but tau and context do not decay) and sampling are the released code's.
 Note: prompts are "a photo of {name}". For panoptic data the released code has the plain name
-  (--prompts name), and what the paper has is not known.
-Note: a name has one word form, the first, which the released code takes too. Names longer than its
-  ten tokens stay whole. Fixed text has unit length; the adapter's LayerNorm undoes that.
+  (--prompts name). As there, a name is read as it is listed (wall-other-merged), the first of its
+  synonyms. Longer ones than its ten tokens stay whole. The adapter undoes the text's unit length.
 Note: 160,000 steps are those of the released configs. The script for four datasets has 320,000.
 Note: training images are padded as far as their batch needs, not to the size of the crop.
 Note: in a step, every rank samples its own dataset. So the text of a batch needs no padding.
@@ -57,7 +55,7 @@ each rank with its own dataset; MaskFormer's panoptic rule and less weight decay
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -72,32 +70,26 @@ from torchvision.ops import StochasticDepth
 
 from common.backbone import Backbone
 from common.batch import Batch
-from common.checkpoint import (
-    last_checkpoint,
-    load_checkpoint,
-    load_weights,
-    read_model,
-    save_weights,
-)
+from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
-from common.convert import convert_if_official, convert_mask2former
+from common.convert import convert_if_official
 from common.dataset_heads import DatasetHeads
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
-from common.evaluation import report
 from common.inference import evaluate_dataset, predict_each, predict_files
 from common.labels import LabelSpace, Vocabulary, fold
 from common.mask_losses import MaskOutput, loss_dice, loss_mask, mask_cost, masks_per_rank
 from common.masks import segment_masks
+from common.official_mask2former import convert_mask2former
 from common.optim import parameter_groups, poly_learning_rate, scaled_lr
-from common.pixel_decoder import PixelDecoder, tokens
+from common.pixel_decoder import PixelDecoder, decoder_inputs
 from common.point_matching import assign_by_depth, sample_pairs
-from common.runlog import RunLog, make_run_folder
+from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RatioBatchSampler, make_loader
-from common.segments import FullMasks, panoptic_map, semantic_labels
+from common.segments import TASKS, FullMasks, instances, on_cpu, panoptic_map, semantic_labels
 from common.targets import Targets
-from common.text import ContextEncoder, embed, templates
-from common.transformer import DecoderLayer, QueryHead, blocked_pixels, sine_position
+from common.text import ContextEncoder, context_encoder, embed, templates
+from common.transformer import DecoderLayer, QueryHead, blocked_pixels
 from common.transforms import DetrCrop, ResizeShortest, SegmentationCrop
 from common.visualize import save_image, training_grid
 
@@ -116,7 +108,7 @@ DEMO = ["--datasets ade20k,coco-panoptic --tiny"]  # the demonstration of ./run.
 @dataclass
 class Args:
     datasets: str = ""
-    """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
+    """datasets to train on, by commas: name, name:split, name@1000, my=annotations.json:images/"""
     eval_datasets: str = ""
     """datasets to evaluate (default: the val split of each training dataset)"""
     classes: str = ""
@@ -130,7 +122,7 @@ class Args:
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
-    """a .safetensors file or run folder to start from, to evaluate or to predict with"""
+    """run folder, .safetensors or official file to start from, to evaluate or to predict with"""
     predict: tuple[str, ...] = ()
     """files, folders, "*.jpg" or videos to predict and draw, instead of training"""
     vocabulary: str = ""
@@ -139,12 +131,16 @@ class Args:
     """lowest score that is drawn"""
     resume: str = ""
     """run folder whose last checkpoint to go on from"""
+    replay: Annotated[int, COUNT] = 0
+    """a step of --resume whose loss was not finite: compute its losses again, and end"""
     output: str = ""
     """run folder (default: runs/<method>-<time>)"""
     checkpoint_every: Annotated[int, Range(1)] = 1000
     """steps between checkpoints"""
     keep: Annotated[int, Range(1)] = 2
     """checkpoints that are kept, the newest ones"""
+    eval_every: Annotated[int, COUNT] = 0
+    """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
     skip_bad: Annotated[int, COUNT] = 0
     """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
@@ -159,8 +155,8 @@ class Args:
     """seed of initial weights, order of images and augmentation"""
 
     # paper settings
-    backbone: str = "resnet50"
-    """any timm model with features of strides 4 to 32, or a plain ViT (simple feature pyramid)"""
+    backbone: str = "resnet50.tv_in1k"
+    """timm model with maps of strides 4 to 32, or a plain ViT, as in ViTDet; or MODEL/FILE"""
     text_encoder: str = "RN50/openai"
     """open_clip MODEL/PRETRAINED, or minilm (with --context-tokens 0 --prompts name)"""
     prompts: Literal["photo", "a", "name"] = "photo"
@@ -187,12 +183,14 @@ class Args:
     """learning rate for --base-batch-size images per step; scaled linearly to --batch-size"""
     base_batch_size: Annotated[int, Range(1)] = 16
     """batch size that --lr is meant for"""
-    backbone_factor: Annotated[float, Range(0, 100)] = 0.1
-    """learning rate of the backbone, in units of --lr; 0 freezes it"""
-    task: Literal["semantic", "panoptic"] = "panoptic"
-    """what --predict writes: semantic maps, or panoptic maps, too"""
-    object_threshold: Annotated[float, Range(0, 1)] = 0.8
-    """panoptic: lowest class probability of a segment (released code: 0.7 for ADE20K)"""
+    backbone_factor: Annotated[float | None, Range(0, 100)] = None
+    """learning rate of the backbone / --lr; 0 freezes it (default: 0.1; a ViT's as in ViTDet)"""
+    task: Literal["semantic", "panoptic", "instance"] = "panoptic"
+    """what --predict writes: semantic maps, panoptic maps, or instances"""
+    object_threshold: Annotated[float | None, Range(0, 1)] = None
+    """panoptic: lowest class probability of a segment (default: 0.8, ade20k-panoptic 0.7)"""
+    panoptic_rule: Literal["maskformer", "mask2former"] = "maskformer"
+    """a segment is all that its query wins, or (mask2former) only what is in its mask, too"""
     tau: Annotated[float, Range(above=0)] = 0.07
     """initial temperature of the classifier, which is learned"""
     queries: Annotated[int, Range(1, 10_000)] = 100
@@ -211,26 +209,30 @@ class Args:
 class Pipeline:
     """Sizes of the training and test images of one dataset, in pixels at the default --image-size.
 
-    Short sides are base * {low, low + 0.1, ..., high}, and base in tests. crop: (height, width)
+    Short sides are base * {low, low + 0.1, ..., high}, and base in tests.
     """
 
     base: int
-    scale: tuple[float, float]  # low, high
-    crop: tuple[int, int]
-    max_side: int
+    scale: tuple[float, float] = (0.5, 2.0)  # low, high
+    crop: tuple[int, int] | None = None  # height, width; None: DETR's crops and sizes
+    max_side: int = 2048
     test_max: int = 2048
+    object_threshold: float = 0.8  # the default of the flag
 
 
 # dataset-aware augmentation; all other datasets have that of ADE20K
-ADE = Pipeline(512, (0.5, 2.0), (512, 512), 2048)
+ADE = Pipeline(512, crop=(512, 512))
 DAA = {
-    "cityscapes": Pipeline(1024, (0.5, 2.0), (512, 1024), 4096),
+    "cityscapes": Pipeline(1024, crop=(512, 1024), max_side=4096),
     "coco-stuff": Pipeline(640, (0.5, 1.5), (640, 640), 2560, 2560),
-    "mapillary": Pipeline(2048, (0.5, 2.0), (1280, 1280), 8192),
-    "ade20k-panoptic": Pipeline(640, (0.5, 2.0), (640, 640), 2560, 2560),
-    "cityscapes-panoptic": Pipeline(1024, (0.5, 2.0), (512, 1024), 4096),
+    "mapillary": Pipeline(2048, crop=(1280, 1280), max_side=8192),
+    "ade20k-panoptic": Pipeline(640, (0.5, 2.0), (640, 640), 2560, 2560, 0.7),
+    "coco-panoptic": Pipeline(800, test_max=1333),
 }
-DETR = {"coco-panoptic": 800}  # short side of its test images; it is trained with DETR's crops
+DAA["cityscapes-panoptic"] = DAA["cityscapes"]
+# only evaluated, with the heads of an official Mask2Former
+DAA |= {"mapillary-panoptic": DAA["mapillary"], "cityscapes-instances": DAA["cityscapes"]}
+DAA |= {"coco": DAA["coco-panoptic"], "ade20k-instances": Pipeline(640, test_max=2560)}
 # the defaults under --tiny: a small model for a CPU
 TINY = {
     "backbone": "tf_efficientnet_lite0",
@@ -255,10 +257,10 @@ TINY = {
 }
 # the settings that --weights restores: those that shape the model and its inputs
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "queries", "channels"]
-MODEL_FIELDS += ["encoder_layers", "decoder_layers", "object_threshold"]
+MODEL_FIELDS += ["encoder_layers", "decoder_layers", "object_threshold", "panoptic_rule"]
 MODEL_FIELDS += ["image_size", "context_tokens", "cgd", "classifier", "daa"]
 SUPERVISION = ("semantic", "panoptic")  # what it can learn from
-OFFICIAL = convert_mask2former  # official weights can be loaded, too
+OFFICIAL = convert_mask2former  # official weights can be loaded, too, with their own head
 BACKGROUND = "background"
 
 # -- Model -----------------------------------------------------------------------------------------
@@ -289,12 +291,6 @@ def embed_with_context(
     (prompt,) = templates(args.prompts)
     texts = [prompt(fold(name)) for name in [*names, BACKGROUND]]
     return encoder(context, encoder.tokenize(texts))
-
-
-@lru_cache(maxsize=1)
-def context_encoder(name: str, device: torch.device) -> ContextEncoder:
-    """Loads the text encoder that reads learned context."""
-    return ContextEncoder(name, device)
 
 
 def embed_trained(args: Args, context: Tensor, names: Sequence[str], dataset: str) -> Tensor:
@@ -339,7 +335,7 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         channels = args.channels
-        self.backbone = Backbone(args.backbone, 0, pretrained, [4, 8, 16, 32])
+        self.backbone = Backbone(args.backbone, 0, pretrained, [4, 8, 16, 32], drop_path=(0.3, 0.3))
         self.pixel_decoder = PixelDecoder(
             self.backbone.channels, channels, args.encoder_layers, 4 * channels
         )
@@ -372,7 +368,7 @@ class Model(nn.Module):
         """
         with amp_context(self.args.amp, images.device):
             features = self.backbone(self.backbone.normalise(images, sizes))
-        return self.pixel_decoder([f.float() for f in features])
+            return self.pixel_decoder(features)
 
     def decode(
         self,
@@ -383,17 +379,12 @@ class Model(nn.Module):
     ) -> MaskOutput:
         """Runs Mask2Former's decoder, with the category guide, on the output of `extract`.
 
-        Each layer has masked cross-attention to one feature level (the levels take turns),
-        self-attention and a feed-forward network. Returns the predictions before the first layer
-        and after each, for the auxiliary losses. --cgd puts the attention to the text (`guides`)
-        after the masked one, before it or nowhere. text: (K + 1, D); `heads` read label_space
+        Each layer has masked cross-attention to one of the levels in turn, self-attention and a
+        feed-forward network. Returns the predictions before the first layer and after each. --cgd
+        puts the attention to the text (`guides`) after the masked one, before it or nowhere.
+        text: (K + 1, D); `heads` read label_space
         """
-        memory, position, resized = [], [], []
-        for features, code in zip(maps, self.level_embed):
-            size = features.shape[-2:]
-            memory.append(tokens(features) + code)  # (B, S, C)
-            position.append(tokens(sine_position(*size, features.shape[1], features.device)))
-            resized.append(F.interpolate(mask_features.detach(), size, mode="bilinear"))
+        memory, position, resized = decoder_inputs(maps, self.level_embed, mask_features)
         if text is not None:
             text = self.adapter(text)  # (K + 1, C)
         q = self.query_feat.expand(len(mask_features), -1, -1)  # (B, Q, C)
@@ -519,8 +510,9 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
 
     semantic: `semantic` (H, W), the label of each pixel
     panoptic: `semantic`, and `panoptic` (H, W) with `segments_info`
-              (MaskFormer's rule: a segment is all pixels that its query wins)
-    All have `size` (height, width) and `class_names`, the K names of label_space.
+    panoptic, things: also `things`, as with instance, of things alone
+    instance: `boxes` (N, 4), `labels`, `scores` (N,) and `masks` (N, H, W)
+    All have `size` (height, width) and `class_names`: all K names, or with instance N of `labels`.
     """
     model.eval()
     task = task or model.args.task
@@ -533,13 +525,21 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
         masks = FullMasks(output.masks(-1, i), padded, batch.sizes[i], size)  # (Q, H, W)
         p = output.logits[-1, i].softmax(-1)  # (Q, K + 1)
         result = {"class_names": label_space.names, "size": size}
-        result["semantic"] = semantic_labels(p[:, :-1], masks)
-        if task == "panoptic":
+        if task == "instance":
+            result |= instances(p[:, :-1], masks, names=label_space.names)
+        else:
+            result["semantic"] = semantic_labels(p[:, :-1], masks, task == "semantic")
+        if "panoptic" in task:
             threshold = model.args.object_threshold
+            if threshold is None:
+                threshold = DAA.get(sample.dataset, ADE).object_threshold
+            intersect = model.args.panoptic_rule == "mask2former"
             result["panoptic"], result["segments_info"] = panoptic_map(
-                p, masks, label_space.is_thing, threshold, 0.8, intersect=False
+                p, masks, label_space.is_thing, threshold, 0.8, intersect
             )
-        predictions.append({k: v.cpu() if isinstance(v, Tensor) else v for k, v in result.items()})
+        if "things" in task:
+            result["things"] = instances(p[:, :-1], masks, things=label_space.is_thing)
+        predictions.append(on_cpu(result))
     return predictions
 
 
@@ -557,9 +557,9 @@ def predict_images(
 def augmentation(args: Args, dataset: str) -> DetrCrop | SegmentationCrop:
     """Returns the training augmentation of a dataset (--daa: its own), scaled by --image-size."""
     factor = args.image_size / 512
-    if args.daa and dataset in DETR:
-        return DetrCrop(round(factor * DETR[dataset]))
     own = DAA.get(dataset, ADE) if args.daa else ADE
+    if own.crop is None:
+        return DetrCrop(round(factor * own.base))
     scales = range(round(10 * own.scale[0]), round(10 * own.scale[1]) + 1)
     short = tuple(int(factor * own.base * scale / 10) for scale in scales)
     crop = round(factor * own.crop[0]), round(factor * own.crop[1])
@@ -570,10 +570,7 @@ def test_transform(args: Args, dataset: str) -> ResizeShortest:
     """Returns the resizing of a dataset's test images (--daa: its own), scaled by --image-size."""
     factor = args.image_size / 512
     own = DAA.get(dataset, ADE) if args.daa else ADE
-    short, longest = own.base, own.test_max
-    if args.daa and dataset in DETR:
-        short, longest = DETR[dataset], 1333
-    return ResizeShortest(round(factor * short), round(factor * longest))
+    return ResizeShortest(round(factor * own.base), round(factor * own.test_max))
 
 
 def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoader:
@@ -594,7 +591,12 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
 
 
 def train(
-    args: Args, datasets: list[Dataset], label_space: LabelSpace, folder: Path, device: torch.device
+    args: Args,
+    datasets: list[Dataset],
+    label_space: LabelSpace,
+    folder: Path,
+    device: torch.device,
+    evaluated: Sequence[Dataset] = (),
 ) -> tuple[Model, LabelSpace]:
     """Trains on `datasets`. Writes metrics, checkpoints and weights to the run folder.
 
@@ -609,13 +611,13 @@ def train(
     encoder = context_encoder(args.text_encoder, device) if learned else None
     width = encoder.width if encoder else 0
 
-    checkpoint = last_checkpoint(folder)
+    checkpoint = last_checkpoint(folder, args.replay)
     weights = checkpoint or args.weights
     model = Model(args, label_space, pretrained=not weights, width=width).to(device)
     if args.classifier == "text" and not encoder:
         model.background.copy_(embed([BACKGROUND], args.text_encoder, args.prompts)[0])
     if weights:
-        load_weights(weights, model)
+        load_weights(weights, model, base=True)
     model.train()
     metadata = {"method": METHOD, "args": asdict(args), "width": width}
 
@@ -634,6 +636,7 @@ def train(
     loader = build_dataloader(args, datasets, start)
     trained = partial(trained_label_space, args, model, label_space)
     run_log = RunLog(args, folder, steps, start, model, trained, optimizer, metadata)
+    run_log.evaluate_with(evaluate, evaluated)
 
     for step, batch in zip(range(start + 1, steps + 1), loader):
         # step: forward, backward, update
@@ -653,17 +656,11 @@ def train(
         losses = compute_losses(args, output, targets)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        losses = {term: value.detach() for term, value in losses.items()}
-        run_log.check_finite(losses, step, batch)
+        losses = run_log.check_finite(losses, step, batch)
         nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
-
-        # log and save
         run_log.step(step, losses, rate, len(batch) * world_size(), name)
-    run_log.close()
-    label_space = trained()
-    save_weights(folder / "weights.safetensors", model, label_space, metadata)
-    return model, label_space
+    return model, run_log.finish()
 
 
 def trained_label_space(args: Args, model: Model, label_space: LabelSpace) -> LabelSpace:
@@ -695,7 +692,7 @@ def evaluate(
     for dataset in datasets:
         classes = label_space.swap(dataset.vocabulary)
         transform = test_transform(args, dataset.name)
-        predictor = partial(predict, model, label_space=classes, task=dataset.supervision)
+        predictor = partial(predict, model, label_space=classes, task=TASKS[dataset.supervision])
         results |= evaluate_dataset(predictor, dataset, transform, args, folder)
     return results
 
@@ -715,7 +712,7 @@ def load(
     metadata, vocabularies = read_model(path, METHOD)
     args = args or saved_args(Args, metadata)
     label_space = build_label_space(args, vocabularies)
-    model = Model(args, label_space, pretrained=False, width=metadata["width"]).to(device)
+    model = Model(args, label_space, False, metadata.get("width", 0)).to(device)
     load_weights(path, model)
     if model.context is not None:
         label_space = build_label_space(args, vocabularies, model.context.detach())
@@ -732,18 +729,17 @@ def main() -> None:
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:
         model, label_space = load(args.weights, args, device)
-    evaluated = evaluation_datasets(args, label_space, size, SUPERVISION)
+    evaluated = evaluation_datasets(args, label_space, size, (*SUPERVISION, "instances"))
     folder = make_run_folder(args, METHOD, label_space)
     if training:
         warn_of_overlap(datasets, evaluated)
-        model, label_space = train(args, datasets, label_space, folder, device)
+        model, label_space = train(args, datasets, label_space, folder, device, evaluated)
     if args.predict:
         transform = test_transform(args, "")
         classes = label_space.swap(args.vocabulary)
         predict_files(partial(predict, model), args, classes, transform, folder)
     else:
-        report(evaluate(args, model, label_space, evaluated, folder), folder)
-    log.info("results and pictures: %s/", folder)
+        report(evaluate(args, model, label_space, evaluated, folder), folder, args)
 
 
 if __name__ == "__main__":

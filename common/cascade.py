@@ -21,6 +21,8 @@ from common.boxes import box_delta_loss, decode_boxes, have_area, pool_rois, two
 from common.masks import crop_masks
 from common.targets import RegionTargets, Targets, match_regions
 
+c2_xavier_fill = partial(nn.init.kaiming_uniform_, a=1)  # detectron2's start of a weight
+
 
 @dataclass
 class StageOutput:
@@ -39,8 +41,14 @@ class StageOutput:
 
 
 def mlp(dim: int, out: int) -> nn.Sequential:
-    """Returns two linear layers with a ReLU between them: (R, dim) -> (R, out)."""
-    return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, out))
+    """Returns two linear layers with a ReLU between them: (R, dim) -> (R, out). Starts near 0."""
+    first = nn.Linear(dim, dim)
+    second = nn.Linear(dim, out)
+    c2_xavier_fill(first.weight)
+    nn.init.normal_(second.weight, std=0.001)
+    for layer in (first, second):
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(first, nn.ReLU(), second)
 
 
 class BoxStage(nn.Module):
@@ -48,11 +56,8 @@ class BoxStage(nn.Module):
 
     def __init__(self, channels: int, fc_dim: int):
         super().__init__()
-        c2_xavier_fill = partial(nn.init.kaiming_uniform_, a=1)  # detectron2's
         self.box_head = two_layers(channels, fc_dim, c2_xavier_fill)
         self.bbox_pred = mlp(fc_dim, 4)
-        nn.init.normal_(self.bbox_pred[2].weight, std=0.001)
-        nn.init.zeros_(self.bbox_pred[2].bias)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled features (R, F, 7, 7) -> hidden (R, fc_dim), box deltas (R, 4)."""
@@ -124,17 +129,21 @@ def sample_federated(labels: Tensor, frequency: Tensor, num: int = 50) -> Tensor
     All classes of `labels` are sampled. If they are fewer than `num`, others are added until there
     are `num`. Background counts as one of them. The others are drawn without replacement, with
     probabilities proportional to sqrt(frequency).
-    labels: (R,), -1 on background; frequency: (C,), training images of each class
+    labels:    (R,), -1 on background
+    frequency: (C,), training images of each class; below 0: the class takes no part. It is always
+               1, and its regions count as background
     Source: facebookresearch/Detic:detic/modeling/utils.py (get_fed_loss_inds).
     """
+    apart = frequency < 0  # (C,)
+    labels = labels.masked_fill(apart[labels], -1)
     sampled = torch.zeros_like(frequency)
     present = labels.unique()
     sampled[present[present >= 0]] = 1
-    chance = frequency.sqrt() * (1 - sampled)  # (C,)
+    chance = frequency.clamp(min=0).sqrt() * (1 - sampled)  # (C,)
     missing = min(num - len(present), int((chance > 0).sum()))
     if missing > 0:
         sampled[torch.multinomial(chance, missing)] = 1
-    return sampled
+    return sampled.masked_fill(apart, 1)
 
 
 def loss_box_reg(output: StageOutput) -> Tensor:

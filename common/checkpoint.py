@@ -6,6 +6,7 @@ Files are written whole or not at all, and loaded without unpickling code.
 import errno
 import json
 import logging
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -24,6 +25,8 @@ from common.labels import LabelSpace, Vocabulary
 log = logging.getLogger("concord")
 
 TEXT = "label_space."  # prefix of the tensors that hold the text of a dataset
+# what json of another form raises when it is read
+BROKEN = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 SUMS = "checksums.json"  # of a checkpoint: its step, and the SHA-256 of its files
 
 
@@ -40,6 +43,13 @@ def save_weights(path: Path, model: nn.Module, label_space: LabelSpace, metadata
     text = {TEXT + v.dataset: v.text for v in vocabularies if v.text is not None}
     names = {v.dataset: {"names": v.names, "is_thing": v.is_thing} for v in vocabularies}
     save_tensors(path, model.state_dict() | text, metadata | {"vocabularies": names})
+
+
+def copy_weights(source: Path, target: Path, about: dict) -> None:
+    """Copies a weights file, with `about` added to its metadata. Raises OSError."""
+    with safe_open(source, framework="pt") as opened:
+        metadata = {key: json.loads(value) for key, value in opened.metadata().items()}
+    save_tensors(target, load_file(source), metadata | about)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None:
@@ -76,8 +86,8 @@ def weights_file(path: str | Path) -> Path:
         raise InputError(
             "--predict and --eval-only need --weights: a .safetensors file or a run folder"
         )
-    file = Path(path) / "weights.safetensors" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
+    file = Path(path) / "weights.safetensors" if os.path.isdir(path) else Path(path)
+    if not os.path.isfile(file):
         raise InputError(
             f"weights {file} do not exist; give a .safetensors file or a run folder that holds one"
         )
@@ -95,7 +105,7 @@ def read_metadata(path: str | Path, method: str) -> dict:
         with safe_open(file, framework="pt") as opened:
             metadata = {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
             old = "text" in opened.keys()  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"weights {file} cannot be read ({error}); a .safetensors file is needed"
         ) from None
@@ -106,7 +116,7 @@ def read_metadata(path: str | Path, method: str) -> dict:
         )
     if metadata["method"] != method:
         raise InputError(
-            f"weights {file} are not of {method}.py but of {metadata['method']}.py; use that"
+            f"weights {file} are not of {method}.py but of {metadata['method']!s:.60}.py; use that"
         )
     if old:
         raise InputError(
@@ -158,14 +168,15 @@ def read_model(path: str | Path, method: str) -> tuple[dict, list[Vocabulary]]:
     return metadata, vocabularies
 
 
-def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str = "") -> None:
+def load_weights(
+    path: str | Path, model: nn.Module, fresh: str = "", only: str = "", base: bool = False
+) -> None:
     """Loads the tensors of a weights file into `model`, in place. Leaves out its label space.
-
-    Converted weights of a base model fill the submodules that their metadata lists as `base`. The
-    other submodules keep their initial values.
 
     fresh: prefix of tensors that the file may lack; the log says that they keep initial values
     only:  prefix of the tensors to load; all others keep their initial values
+    base:  of converted weights, only the submodules that their metadata lists as `base` are loaded;
+           the log says which others keep their initial values
 
     Raises InputError if the file is missing or broken, lacks a tensor or has one too many, and for
     a tensor that `check_tensor` refuses.
@@ -173,9 +184,11 @@ def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str 
     file = weights_file(path)
     try:
         with safe_open(file, framework="pt") as opened:
-            base = json.loads((opened.metadata() or {}).get("base", "[]"))
+            modules = json.loads((opened.metadata() or {}).get("base", "[]")) if base else []
+        if not isinstance(modules, list):
+            raise ValueError("its base is no list of modules")
         tensors = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"weights {file} cannot be read ({error}); a .safetensors file is needed"
         ) from None
@@ -184,10 +197,12 @@ def load_weights(path: str | Path, model: nn.Module, fresh: str = "", only: str 
     if only:
         tensors = {key: t for key, t in tensors.items() if key.startswith(only)}
         tensors |= {key: t for key, t in own.items() if not key.startswith(only)}
+    if modules:
+        tensors = {key: t for key, t in tensors.items() if key.partition(".")[0] in modules}
 
     new = set()
     for key in own.keys() - tensors.keys():
-        in_base = not base or key.partition(".")[0] in base
+        in_base = not modules or key.partition(".")[0] in modules
         if (fresh and key.startswith(fresh)) or not in_base:
             new.add(key)
             tensors[key] = own[key]
@@ -260,8 +275,6 @@ def save_checkpoint(
         shutil.rmtree(path, ignore_errors=True)  # a rename does not replace a folder
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-        for file in folder.glob(f"{old.name}-rank*.pt"):
-            file.unlink(missing_ok=True)
 
 
 def rng_states() -> list[Tensor]:
@@ -273,23 +286,25 @@ def rng_states() -> list[Tensor]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Returns the checkpoints of a run folder, the oldest first."""
-    return sorted(
-        p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()
-    )
+    found = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    return sorted(path for path, step in found.items() if step.isascii() and step.isdigit())
 
 
-def last_checkpoint(folder: Path) -> Path | None:
+def last_checkpoint(folder: Path, before: int = 0) -> Path | None:
     """Returns the newest sound checkpoint of a run folder; its weights load with `load_weights`.
 
     Newer ones that are damaged are renamed to damaged-<name>, each with a line. Every rank calls
     it. Raises InputError if there are checkpoints and none is sound.
+
+    before: a step; only checkpoints of earlier ones count. 0: all
     """
-    return on_main(_last_sound, folder)
+    return on_main(_last_sound, folder, before)
 
 
-def _last_sound(folder: Path) -> Path | None:
+def _last_sound(folder: Path, before: int) -> Path | None:
+    paths = [path for path in checkpoints(folder) if not before or checkpoint_step(path) < before]
     damaged = {}
-    for path in reversed(checkpoints(folder)):
+    for path in reversed(paths):
         damaged[path] = damage(path)
         if not damaged[path]:
             break
@@ -304,20 +319,20 @@ def _last_sound(folder: Path) -> Path | None:
     del damaged[path]
     for other, reason in damaged.items():
         aside = other.with_name(f"damaged-{other.name}")
-        message = "%s: %s; it is renamed to %s, and %s before it is taken"
+        message = "%s: %s; it is renamed to %s, and the newest sound one, %s, is taken"
         log.warning(message, other, reason, aside.name, path.name)
         shutil.rmtree(aside, ignore_errors=True)
         other.rename(aside)
     return path
 
 
-def stored_names(checkpoint: Path) -> dict[str, list[str]] | None:
-    """Returns {dataset: class names} of a checkpoint's label space, or None if it is damaged."""
+def stored_names(weights: Path) -> dict[str, list[str]] | None:
+    """Returns {dataset: class names} of the label space in a weights file; None if damaged."""
     try:
-        with safe_open(checkpoint / "weights.safetensors", framework="pt") as opened:
+        with safe_open(weights, framework="pt") as opened:
             records = json.loads(opened.metadata()["vocabularies"])
         return {dataset: record["names"] for dataset, record in records.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+    except (*BROKEN, OSError, SafetensorError):
         return None
 
 
@@ -331,9 +346,12 @@ def damage(checkpoint: Path) -> str:
                 return f"{name} is not as it was written"
         with safe_open(checkpoint / "weights.safetensors", framework="pt") as opened:
             steps.add(int(opened.metadata()["step"]))
+            for key in opened.keys():  # noqa: SIM118 (not a dict)
+                if not opened.get_tensor(key).isfinite().all():
+                    return f"its weights are not finite ({key}): the training had failed before"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (*BROKEN, OSError, SafetensorError) as error:
         return f"{SUMS} or a file that it names cannot be read ({type(error).__name__}: {error})"
     return "" if len(steps) == 1 else f"its files are of the steps {sorted(steps)}"
 
@@ -346,9 +364,9 @@ def checkpoint_step(checkpoint: Path) -> int:
 def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
     """Restores the optimizer and the random state of this rank, in place. Returns the step.
 
-    The random state stays as it is if the checkpoint has none for this rank, or has another number
-    of ranks. A line says so. The model is not loaded. Raises InputError for a damaged checkpoint,
-    and for one of another model.
+    The random state stays as it is if the checkpoint is of another number of ranks. A line says so.
+    The model is not loaded. Raises InputError for a damaged checkpoint, and for one of another
+    model.
     """
     try:
         state = load_plain(checkpoint / "state.pt")
@@ -371,29 +389,13 @@ def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
     return step
 
 
-def rank_file(checkpoint: Path) -> Path:
-    """Returns the file beside a checkpoint with the random state of this rank.
-
-    It is written by ranks other than 0 if the run ended early, when ranks do not wait for others.
-    """
-    return checkpoint.with_name(f"{checkpoint.name}-rank{rank()}.pt")
-
-
 def _restore_rng(checkpoint: Path, state: dict) -> None:
-    """Restores the random state of this rank, of a loaded state.pt or of `rank_file`."""
+    """Restores the random state of this rank, of a loaded state.pt."""
     if state["ranks"] != world_size():
         message = "%s is of %d ranks, now there are %d: their random numbers start anew"
         log.info(message, checkpoint, state["ranks"], world_size())
         return
-    if rank() < len(state["rng"]):
-        cpu, *cuda = state["rng"][rank()]
-    else:
-        try:
-            cpu, *cuda = load_plain(rank_file(checkpoint))["rng"]
-        except ValueError:
-            message = "%s cannot be read: the random numbers of this rank start anew"
-            log.error(message, rank_file(checkpoint))
-            return
+    cpu, *cuda = state["rng"][rank()]
     torch.set_rng_state(cpu)
     if cuda and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda[0])

@@ -65,6 +65,35 @@ def images_per_class(datasets: list[Dataset], label_space: LabelSpace, novel: st
     return total
 
 
+def federated_counts(
+    datasets: list[Dataset], label_space: LabelSpace, own: str | None = None
+) -> Tensor:
+    """Counts the images of federated datasets that have a box of each class: (C,) float32.
+
+    own: the dataset of the images that are trained on; None: the images are of all datasets
+
+    -1 stands for a class that takes no part in the sampling of the federated loss: one that only
+    other datasets box, and one of `own`, unless it is federated. Without a federated dataset, all
+    have -1.
+    """
+    total = np.zeros(len(label_space))
+    shared = np.zeros(len(label_space), bool)  # the classes of federated datasets
+    for dataset in datasets:
+        if dataset.federated:
+            columns = label_space.columns(dataset.name)
+            shared[columns] = True
+            total += np.bincount(columns, dataset.image_counts(), len(label_space))
+    for dataset in datasets:
+        if not dataset.federated and dataset.supervision != "image_labels":
+            columns = label_space.columns(dataset.name)
+            if dataset.name != own:
+                columns = columns[~shared[columns]]
+            total[columns] = -1
+    if not shared.any():
+        total[:] = -1
+    return torch.from_numpy(total).float()
+
+
 def boxed_names(images_per_class: Tensor, label_space: LabelSpace) -> list[str]:
     """Returns the names of the classes with boxes. images_per_class: (C,), 0 without a box"""
     return [label_space.names[k] for k in images_per_class.nonzero().flatten().tolist()]

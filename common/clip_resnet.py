@@ -14,18 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.backbone import Backbone, normalise
 from common.boxes import pool_rois, two_layers
-from common.checkpoint import load_plain
 from common.distributed import amp_context, from_main
 from common.errors import InputError
 from common.hub import hub
 from common.targets import RegionTargets
+from common.weight_files import read_tensors
 
 log = logging.getLogger("concord")
 
@@ -226,7 +224,7 @@ def load_pretrained(model: CLIPResNetC4, name: str) -> bool:
     if name.startswith("RN"):
         kind, _, source = name.partition("/")
     if Path(source).suffix in FILES:
-        load_by_prefix(model, read_tensors(Path(source)), source)
+        load_by_prefix(model, read_tensors(Path(source), "classifier backbone"), source)
         return True
     tags = open_clip.list_pretrained_tags_by_model(kind)
     if source not in tags:
@@ -245,34 +243,6 @@ def load_pretrained(model: CLIPResNetC4, name: str) -> bool:
         return False
     load_by_prefix(model, tensors, name)
     return True
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors of a .safetensors file or of a torch file that holds only data.
-
-    Returns them by name, without the prefix "module.". Raises InputError if the file is unreadable.
-    """
-    try:
-        content = load_file(path) if path.suffix == ".safetensors" else load_plain(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        if "torchscript" in str(error).lower():
-            reason = "it is a TorchScript archive, which holds code; save the model's state_dict()"
-        elif not path.is_file():
-            reason = "it does not exist; check the path"
-        else:
-            detail = str(error)[:120]
-            reason = f"it is no file of plain tensors ({detail}); save it as .safetensors"
-        raise InputError(f"classifier backbone: {path} cannot be read: {reason}") from None
-    for key in ("state_dict", "model"):  # checkpoints nest their tensors
-        if isinstance(content, dict):
-            content = content.get(key, content)
-    if not isinstance(content, dict):
-        return {}
-    tensors = {}
-    for key, value in content.items():
-        if isinstance(value, Tensor):
-            tensors[str(key).removeprefix("module.")] = value
-    return tensors
 
 
 def load_by_prefix(model: CLIPResNetC4, tensors: dict[str, Tensor], source: str) -> None:

@@ -24,7 +24,8 @@ from common.convert import convert_if_official
 from common.distributed import environment_number, rank
 from common.errors import InputError
 from common.rescue import Stop, explain, heed_no_more, heed_signals, rescue
-from common.runlog import OF_A_START, read_args, unlock
+from common.runlog import unlock
+from common.settings import OF_A_START, read_args
 
 log = logging.getLogger("concord")
 
@@ -77,7 +78,8 @@ def parse_args(
     A value is that of the first source that has it: the flags, the saved settings, --tiny, the
     defaults. --resume loads all settings that its run saved. --weights loads only the saved
     settings `model_fields`, which shape the model. With --eval-only, it also loads the datasets of
-    the training, unless others are named.
+    the training, unless others are named. Unless a training starts from them, converted weights
+    also bring the settings of their own class head.
 
     method:  the run or the weights must be of this method
     tiny:    {field: default under --tiny}
@@ -100,7 +102,10 @@ def parse_args(
         flags = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(args_class)]
         near = difflib.get_close_matches(unknown[0], flags, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
-        raise InputError(f"unknown argument '{unknown[0]}'; {hint}")
+        raise InputError(f"unknown argument '{unknown[0]:.60}'; {hint}")
+    expand_paths(args)
+    if args.replay and not args.resume:
+        raise InputError(f"--replay {args.replay} needs --resume: the run folder of that training")
     if args.resume:
         for name in ("output", "weights", "predict", "eval_only"):
             if getattr(args, name):
@@ -113,7 +118,10 @@ def parse_args(
         args, _ = parse(with_saved(default, saved, repeated))
     elif args.weights:
         weights = str(convert_if_official(args.weights, method, convert))
-        saved = read_metadata(weights, method)["args"]
+        metadata = read_metadata(weights, method)
+        saved = metadata["args"]
+        if args.eval_only or args.predict:
+            saved |= metadata.get("own_head", {})
         repeated = list(model_fields)
         if args.eval_only and not (args.datasets or args.eval_datasets):
             repeated += DATA_FIELDS
@@ -121,10 +129,15 @@ def parse_args(
         args, _ = parse(with_saved(default, saved, repeated))
         args.weights = weights
     check_numbers(args)
-    for name in PATH_FIELDS:
-        setattr(args, name, os.path.expanduser(getattr(args, name)))
+    expand_paths(args)
     args.workers = min(args.workers, os.cpu_count() or 1)
     return args
+
+
+def expand_paths(args) -> None:
+    """Replaces a leading ~ in the paths of `args` by the home folder, in place."""
+    for name in PATH_FIELDS:
+        setattr(args, name, os.path.expanduser(getattr(args, name)))
 
 
 def with_saved(default, saved: dict, names):
@@ -146,7 +159,7 @@ def with_saved(default, saved: dict, names):
         choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else [value]
         if not isinstance(value, kinds) or value not in choices:
             raise InputError(
-                f"the saved setting {name} is {value!r}, which does not fit; is the file damaged?"
+                f"the saved setting {name} is {value!r:.60}, which does not fit; is the file sound?"
             )
         values[name] = value
     return dataclasses.replace(default, **values)
@@ -158,7 +171,8 @@ def saved_args(args_class: type, metadata: dict):
     A field that was not saved has its default. Raises InputError for a value that does not fit.
     """
     default = args_class()
-    return with_saved(default, metadata["args"], vars(default).keys())
+    saved = metadata["args"] | metadata.get("own_head", {})
+    return with_saved(default, saved, vars(default).keys())
 
 
 def check_numbers(args) -> None:

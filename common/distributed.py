@@ -35,7 +35,7 @@ def setup_device(device: str, seed: int) -> torch.device:
         _check_launch()
         if device == "cuda":
             device = f"cuda:{environment_number('LOCAL_RANK')}"
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=WAIT)
+        _join("nccl" if on_cuda else "gloo")
     try:
         torch.zeros((), device=device).item()
     except RuntimeError:
@@ -53,20 +53,42 @@ def setup_device(device: str, seed: int) -> torch.device:
     return torch.device(device)
 
 
+def _join(backend: str) -> None:
+    """Joins the process group of torchrun.
+
+    After a restart (--max-restarts) torchrun's store still has the addresses of the ranks before,
+    which a fast rank would read. So each attempt writes below a name of its own.
+    """
+    store, own_rank, ranks = next(dist.rendezvous("env://", timeout=WAIT))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, timeout=WAIT, store=store, rank=own_rank, world_size=ranks)
+
+
 def _check_launch() -> None:
-    """Raises InputError if the variables that torchrun sets are incomplete or no numbers."""
+    """Raises InputError if the variables of torchrun are incomplete, no numbers or out of range.
+
+    Otherwise this process would wait for another one that never comes.
+    """
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise InputError(f"LOCAL_RANK is set, but {name} is not; use torchrun, or unset it")
     for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT"):
         environment_number(name)
+    ranks = environment_number("WORLD_SIZE")
+    limits = {"RANK": ranks, "LOCAL_RANK": ranks, "MASTER_PORT": 1 << 16}
+    for name, limit in limits.items():
+        if environment_number(name) >= limit:
+            raise InputError(
+                f"the environment variable {name} is {os.environ[name]:.20}, and must be below "
+                f"{limit}; use torchrun, or unset LOCAL_RANK"
+            )
 
 
 def environment_number(name: str, default: int = 0) -> int:
     """Returns an environment variable as a number. Raises InputError if it is none."""
     value = os.environ.get(name, str(default))
-    if not (value.isascii() and value.isdigit()):
-        raise InputError(f"the environment variable {name} is {value!r}, no number; unset it")
+    if not (value.isascii() and value.isdigit() and len(value) <= 9):
+        raise InputError(f"the environment variable {name} is {value!r:.60}, no number; unset it")
     return int(value)
 
 
@@ -131,16 +153,20 @@ def gather_on_main(value) -> list:
     return gathered or []
 
 
-def gather(rows: Tensor) -> Tensor:
-    """Concatenates rows (N, ...) of all ranks in rank order: (N * world_size, ...).
+def gather(rows: Tensor | None) -> Tensor | None:
+    """Concatenates rows (N, ...) of all ranks, those of this rank first. They have no gradient.
 
-    N must be the same on all ranks. With several ranks the result has no gradient.
+    N may differ. A rank without rows gives None and gets None. Every rank must call it.
     """
     if world_size() == 1:
         return rows
-    parts = [torch.empty_like(rows) for _ in range(world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, rows)
+    if rows is None:
+        return None
+    del parts[rank()]
+    others = [part for part in parts if part is not None]
+    return torch.cat([rows, *others])
 
 
 def amp_context(amp: str, device: torch.device):

@@ -1,5 +1,22 @@
 """The exceptions that end a command with one line."""
 
+LONGEST = 1000  # letters of a line
+CONTROLS = (*range(32), *range(127, 160), 0x2028, 0x2029)  # they break lines, or move the cursor
+HANDED_ON = "common.errors.InputError: "
+ESCAPES = {code: ascii(chr(code))[1:-1] for code in CONTROLS}
+
+
+def one_line(message: str) -> str:
+    """Returns a message with control characters as escapes, and without the middle if it is long.
+
+    What a message quotes comes from files, and can be anything.
+    """
+    line = message.translate(ESCAPES)
+    if len(line) <= LONGEST:
+        return line
+    half = LONGEST // 2
+    return f"{line[:half]} ... {line[-half:]}"
+
 
 class InputError(Exception):
     """Bad input that the user can correct.
@@ -7,6 +24,13 @@ class InputError(Exception):
     The message is one line. It names the file or flag, the field and the remedy. The command line
     prints it without a traceback and ends with exit code 2.
     """
+
+    def __init__(self, message: str):
+        # a data loading process hands on its whole traceback; the message is its last line
+        last = message.strip().splitlines()[-1:]
+        if last and last[0].startswith(HANDED_ON):
+            message = last[0].removeprefix(HANDED_ON)
+        super().__init__(one_line(message))
 
 
 class SomeFailed(Exception):

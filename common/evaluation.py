@@ -6,11 +6,8 @@ them with pycocotools. The OpenImages protocol is written out in `_open_images`.
 
 import contextlib
 import io
-import json
-import logging
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import hotcoco
@@ -20,11 +17,9 @@ import torch
 from common.datasets.exif import upright
 from common.datasets.index import BEYOND, Index
 from common.errors import InputError
-from common.files import atomic_path
 from common.labels import Vocabulary
 from common.masks import annotated_rles
 
-log = logging.getLogger("concord")
 _COCO = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 METRICS = {"coco": _COCO, "lvis": (*_COCO, "APr", "APc", "APf"), "oid": ("AP50",)}
 MASK_METRICS = {"coco": ("AP", "AP50"), "lvis": ("AP", "AP50", "APr", "APc", "APf"), "oid": ()}
@@ -374,18 +369,6 @@ def _match(
             ignored[row] = group[box] and not hit[row]
             taken.add(box)
     return hit, ignored
-
-
-def report(results: dict[str, Results], folder: Path) -> None:
-    """Writes results.json to `folder`, and the table to the log. Does nothing without results."""
-    if not results:
-        return
-    values = {}
-    for dataset, row in results.items():
-        values[dataset] = {name: None if math.isnan(x) else x for name, x in row.items()}
-    with atomic_path(folder / "results.json") as path:
-        path.write_text(json.dumps(values, indent=1))
-    log.info("\n%s", format_table(results))
 
 
 def format_table(results: dict[str, Results], width: int = 120) -> str:

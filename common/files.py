@@ -4,9 +4,11 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tokenize
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +32,12 @@ NO_ARRAY = (
     MemoryError,
     RecursionError,
     OverflowError,
+    zipfile.BadZipFile,
 )
+
+
+# the names that `atomic_path` makes, and those of safetensors, which writes to such a file first
+TEMPORARY = re.compile(r"\..+-\d+-[0-9a-f]{8}(\.\w+)?|\.tmp\w{6}")
 
 
 def cache_dir() -> Path:
@@ -39,9 +46,9 @@ def cache_dir() -> Path:
     It is $CONCORD_CACHE, else $XDG_CACHE_HOME/concord, else ~/.cache/concord.
     """
     if folder := os.environ.get("CONCORD_CACHE"):
-        return Path(folder).expanduser()
+        return Path(os.path.expanduser(folder))
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base).expanduser() / "concord"
+    return Path(os.path.expanduser(base)) / "concord"
 
 
 @contextmanager
@@ -84,12 +91,12 @@ def _sync(path: Path) -> None:
         os.close(number)
 
 
-def sweep(folder: Path, starts: tuple[str, ...]) -> None:
+def sweep(folder: Path) -> None:
     """Removes what killed writes of `atomic_path` left in `folder`, and logs how many.
 
-    starts: of the names that are written there. No other process may write such a file meanwhile.
+    No other process may write there meanwhile.
     """
-    left = [path for path in folder.glob(".*-*-*") if path.name[1:].startswith(starts)]
+    left = [path for path in folder.glob(".*") if TEMPORARY.fullmatch(path.name)]
     for path in left:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -110,7 +117,7 @@ def file_digest(path: Path) -> str:
 
 def refuse_pipe(path: Path, what: str) -> None:
     """Raises InputError if `path` (called `what`) is a device or pipe: reading might never end."""
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise InputError(f"{what} {path} is no regular file, but a device or pipe; give another")
 
 

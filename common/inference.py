@@ -37,6 +37,8 @@ from common.runlog import progress_bar
 from common.sampling import Transformed, shard
 from common.segment_metrics import Counts, segment_counts, segment_results, warn_of_absent
 from common.segments import segment_rows
+from common.thing_ap import thing_masks, thing_results
+from common.unreadable import load_patiently
 from common.visualize import prediction_grid, save_image
 
 log = logging.getLogger("concord")
@@ -59,7 +61,7 @@ def evaluate_dataset(
     """Evaluates a dataset by its own metric and writes predictions-<title>.jpg to `folder`.
 
     "miou" needs predictions with `semantic`; "pq" needs `panoptic`, and gives mIoU too if there is
-    `semantic`; all other metrics need detections.
+    `semantic`, and the AP of things if there are `things`; all other metrics need detections.
 
     title:  default: the name of the dataset
     groups: {name: (C,) bool}, groups of classes whose AP50 is reported, too
@@ -74,9 +76,11 @@ def evaluate_dataset(
     if rank() > 0:
         return {}
     if of_segments:
-        counts, predictions = predicted
+        counts, things, predictions = predicted
         warn_of_absent(title, counts, dataset.vocabulary.names)
         results = segment_results(counts, dataset.vocabulary.is_thing)
+        if things:
+            results |= thing_results(dataset, things, args.data_root)
     else:
         predictions = predicted
         results = evaluate_detections(dataset, predictions, groups)
@@ -88,7 +92,7 @@ class _WithTruth(Transformed):
     """Yields each image twice: transformed, and as it is with its crowd annotations."""
 
     def __getitem__(self, i: int) -> tuple[Sample, Sample]:
-        truth = self.dataset.load(self.rows[i], keep_ignored=True)
+        truth = load_patiently(self.dataset, self.rows[i], keep_ignored=True)
         return self.transform(truth), truth
 
 
@@ -98,31 +102,37 @@ def _predict_segments(
     transform: Callable[[Sample], Sample],
     workers: int,
     title: str,
-) -> tuple[Counts, dict]:
+) -> tuple[Counts, dict, dict]:
     """Predicts and compares each image at once, since 5000 maps would take some GB.
 
-    Returns the counts of all images and {row: prediction} of the first ones on rank 0, and two
-    empty dictionaries on the other ranks.
+    Returns the counts of all images, {row: (instances of things, true masks)} if they are
+    predicted, and {row: prediction} of the first images; three empty ones on ranks other than 0.
     """
     index = dataset.index
     rows = shard(len(dataset), rank(), world_size())
     loader = DataLoader(_WithTruth(dataset, transform, rows), None, num_workers=workers)
     counts: Counts = {}
+    things = {}
     pictured = {}
     with progress_bar(f"evaluate {title}", len(rows)) as bar:
         for row, (sample, truth) in zip(rows, loader):
             prediction = predict(collate([sample]))[0]
             crowd = index.ignore[index.rows(row)] if dataset.metric == "pq" else None
             _add(counts, segment_counts(prediction, truth, crowd, len(dataset.vocabulary)))
+            if found := prediction.pop("things", None):
+                found = with_rles(found) | {"size": prediction["size"]}
+                things[row] = found, thing_masks(truth, dataset.vocabulary.is_thing)
             if row < PICTURED:
                 pictured[row] = with_rles(prediction)
             bar.update()
     total: Counts = {}
     predictions = {}
-    for part, shown in gather_on_main((counts, pictured)):
+    every = {}
+    for part, of_things, shown in gather_on_main((counts, things, pictured)):
         _add(total, part)
+        every |= of_things
         predictions |= shown
-    return total, predictions
+    return total, every, predictions
 
 
 def _add(total: Counts, counts: Counts) -> None:
@@ -300,6 +310,7 @@ def predict_files(
             f"{failed} of {num_files} files could not be predicted, see above; {folder}/ has the "
             "others"
         )
+    log.info("results and pictures: %s/", folder)
 
 
 def _predict_file(

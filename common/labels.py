@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -84,8 +85,8 @@ class Vocabulary:
     text:         (C, D) text embeddings of the names, or None; `with_text` adds them
     source:       the file or flag that the names come from, for error messages
 
-    Raises InputError for an empty vocabulary, an empty or repeated name, a repeated id, and ids or
-    text whose number differs from that of the names.
+    Raises InputError for an empty vocabulary, an empty or repeated name, a repeated id, and ids,
+    is_thing or text whose number differs from that of the names.
     """
 
     dataset: str
@@ -113,8 +114,10 @@ class Vocabulary:
             seen = set()
             for value in values:
                 if value in seen:
-                    raise InputError(f"{title} has the {what} '{value}' twice; keep one")
+                    raise InputError(f"{title} has the {what} '{value!s:.60}' twice; keep one")
                 seen.add(value)
+        if self.is_thing is not None and len(self.is_thing) != count:
+            raise InputError(f"{title} has {count} names but {len(self.is_thing)} in is_thing")
         if self.text is None:
             return
         if self.text.ndim != 2 or len(self.text) != count:
@@ -152,9 +155,10 @@ class Vocabulary:
         Raises InputError for a file that is missing, is not UTF-8 or has another ending, and as the
         class does.
         """
-        file = Path(names).expanduser()
+        file = Path(os.path.expanduser(names))
         is_list = file.suffix in (".txt", ".names")
-        if not is_list and (file.is_file() or file.suffix in NO_LISTS):
+        exists = os.path.isfile(file)  # false for many names, which are no file's
+        if not is_list and (exists or file.suffix in NO_LISTS):
             raise InputError(
                 f"{source}: {names} is no list of names; give a .txt file with one name per line,"
                 " or the names, by commas"
@@ -166,9 +170,9 @@ class Vocabulary:
             entries = names.split(",") if names.strip() else []
             stripped = [entry.strip() for entry in entries]
             return cls(dataset, tuple(stripped), source=source)
-        if not file.is_file():
+        if not exists:
             raise InputError(
-                f"{source}: {names} does not exist;"
+                f"{source}: {names:.200} does not exist;"
                 " give a text file with one name per line, or names"
             )
         try:
@@ -179,7 +183,7 @@ class Vocabulary:
             ) from None
         stripped = [line.strip() for line in lines]
         filled = [line for line in stripped if line]
-        return cls(dataset, tuple(filled), source=source)
+        return cls(dataset, tuple(filled), source=f"{source} {names}")
 
     def with_text(self, embed: Callable[..., Tensor]) -> "Vocabulary":
         """Returns a copy whose text is `embed(names, dataset=dataset)`."""
@@ -367,7 +371,7 @@ class LabelSpace:
         if isinstance(vocabulary, str):
             vocabulary = Vocabulary.parse(vocabulary)
         if vocabulary.text is None:
-            vocabulary = replace(vocabulary, text=self._known_text(vocabulary))
+            vocabulary = replace(vocabulary, text=self.known_text(vocabulary))
         swapped = LabelSpace([vocabulary], self.embed)
         if swapped.width != self.width:
             raise InputError(
@@ -395,7 +399,7 @@ class LabelSpace:
             )
         return LabelSpace([vocabulary])
 
-    def _known_text(self, vocabulary: Vocabulary) -> Tensor | None:
+    def known_text(self, vocabulary: Vocabulary) -> Tensor | None:
         """Returns the text that this label space has for the names; None if it lacks a name."""
         # a dataset of this label space has its own text, as one name may have a row per dataset
         known = self.vocabularies.get(vocabulary.dataset, self)

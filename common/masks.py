@@ -15,13 +15,15 @@ def mask_of(annotation: dict) -> list | dict | None:
     """Returns the `segmentation` of a COCO annotation; None if it has no mask.
 
     Exports of boxes write no field, null, [] or [[]]. Polygons of fewer than three points have no
-    pixel.
+    pixel. A list of points [x, y] is no polygon: `to_rle` refuses it.
     """
     segmentation = annotation.get("segmentation") or None
     if not isinstance(segmentation, list):
         return segmentation
     for polygon in segmentation:
         if not isinstance(polygon, list) or len(polygon) >= 6:
+            return segmentation
+        if any(isinstance(point, list) for point in polygon):
             return segmentation
     return None
 

@@ -40,7 +40,8 @@ def msda(
     logits:    (B, Q, M, K), attention before the softmax over all K samples, level by level
     reference: (Q, 2), (B, Q, 2) or (B, Q, L, 2) as (x, y) in 0..1 of the map; gets no gradient
 
-    Returns (B, Q, M d) in value's dtype. Locations and sums are float32, or float64 if value is.
+    Returns (B, Q, M d). Locations, sums and the result are float32, or float64 if value is. A NaN
+    among the offsets or logits of a query and head makes its result NaN.
     Raises ValueError if `shapes` or the shapes of value, offsets and logits do not agree.
     """
     batch, pixels, heads, _ = value.shape
@@ -126,7 +127,7 @@ def formula(
                 weight = inside * across * down
                 weight = weight * weights[:, :, :, i]
                 out = out + torch.einsum("bqmp,bqmpd->bqmd", weight, found)
-    return out.flatten(2).to(value.dtype)
+    return out.flatten(2)
 
 
 # -- CPU -------------------------------------------------------------------------------------------
@@ -257,8 +258,7 @@ def _forward_cpu(value, offsets, logits, reference, sizes):
     weights = torch.cat(samples.weights(), 1)  # (B Q M, 4 K)
     corners = samples.corners.flatten(1)
     out = F.embedding_bag(corners, rows, mode="sum", per_sample_weights=weights)
-    out = out.view(len(offsets), queries, heads * out.shape[-1])
-    return out.to(value.dtype)
+    return out.view(len(offsets), queries, heads * out.shape[-1])
 
 
 def _backward_cpu(grad, value, offsets, logits, reference, out, sizes):
@@ -368,7 +368,7 @@ def _forward_triton(value, offsets, logits, reference, sizes):
     """Returns `out` (B, Q, M d), computed by `_forward_kernel`."""
     _, _, heads, d = value.shape
     batch, queries = offsets.shape[:2]
-    out = value.new_empty(batch, queries, heads * d)
+    out = value.new_empty(batch, queries, heads * d, dtype=torch.float32)
     _launch(_forward_kernel, reference, sizes, value, offsets, logits, out)
     return out
 
@@ -401,7 +401,8 @@ def _msda(
 @_msda.register_fake
 def _(value, offsets, logits, reference, sizes):
     batch, _, heads, d = value.shape
-    return value.new_empty(batch, offsets.shape[1], heads * d)
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    return value.new_empty(batch, offsets.shape[1], heads * d, dtype=dtype)
 
 
 @torch.library.custom_op("concord::msda_backward", mutates_args=())

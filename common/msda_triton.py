@@ -27,15 +27,15 @@ def _axis_kernel(position, size):
     - the derivative of the first weight by the position
     - the derivative of the second weight by the position
     Beyond the border the weights sum to less than 1. If size is 1, first is 0, and the weight of
-    pixel 1 and its derivative are 0.
+    pixel 1 and its derivative are 0. At a NaN, first is 0 and the weights are NaN.
     """
     floor = tl.floor(position)
     last = tl.maximum(size - 2, 0).to(tl.float32)
     first = tl.minimum(tl.maximum(floor, 0.0), last)
     ahead = position - first
     interval = floor - first
-    low = tl.maximum(1 - tl.abs(ahead), 0.0)
-    high = tl.maximum(1 - tl.abs(ahead - 1), 0.0)
+    low = tl.maximum(1 - tl.abs(ahead), 0.0, tl.PropagateNan.ALL)
+    high = tl.maximum(1 - tl.abs(ahead - 1), 0.0, tl.PropagateNan.ALL)
     between = (interval == 0).to(tl.float32)
     low_slope = (interval == -1).to(tl.float32) - between
     high_slope = between - (interval == 1).to(tl.float32)
@@ -181,6 +181,7 @@ def _forward_kernel(
     reference: (B, Q, L, 2) in 0..1, with the strides ref_b, ref_q, ref_l and ref_xy
     levels:    (L, 3): height, width and first pixel of each level
     value:     (B, S, M, d); offsets: (B, Q, M, L, P, 2) in pixels; logits: (B, Q, M, K)
+    out:       float32 also if value is not: the backward pass takes differences from it
     pixels:    S; queries: Q; heads: M; D: d
     """
     image, head, query, row, inside = _tile_kernel(queries, heads, T)

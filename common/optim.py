@@ -7,6 +7,8 @@ from torch import nn
 
 log = logging.getLogger("concord")
 
+# position codes, by the last part of the parameter's name
+POSITIONS = ("relative_position_bias_table", "pos_embed")
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
@@ -20,14 +22,17 @@ def scaled_lr(lr: float, args) -> float:
 
 
 def learning_rate(step: int, base: float, steps: int, warmup: int, warmup_factor: float) -> float:
-    """Returns the rate at `step`: base (1 + cos(pi step / steps)) / 2, times `warmup_ramp`.
+    """Returns the rate at `step`: base (1 + cos(pi step / steps)) / 2, after a straight warmup.
 
-    Source: facebookresearch/Detic:detic/custom_solver.py.
+    The line starts at base * warmup_factor and meets the cosine after `warmup` steps.
+    Source: facebookresearch/detectron2:detectron2/solver/lr_scheduler.py (WarmupParamScheduler).
     """
-    angle = math.pi * step / steps
+    angle = math.pi * max(step, warmup) / steps
     cosine = 0.5 * (1 + math.cos(angle))
-    ramp = warmup_ramp(step, warmup, warmup_factor)
-    return base * cosine * ramp
+    if step >= warmup:
+        return base * cosine
+    progress = step / warmup
+    return base * (warmup_factor + (cosine - warmup_factor) * progress)
 
 
 def stepped_learning_rate(
@@ -61,17 +66,20 @@ def warmup_ramp(step: int, warmup: int, factor: float) -> float:
     return factor + (1 - factor) * progress
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, backbone_factor: float) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, backbone_factor: float | None
+) -> list[dict]:
     """Returns AdamW's parameter groups, dicts of `params`, `lr_factor` and `weight_decay`.
 
     `lr_factor` is `backbone_factor` in the backbone and 1 elsewhere. The training multiplies the
-    learning rate by it. A `backbone_factor` of 0 freezes `model.backbone` in place, so that it
-    needs no gradients. Frozen parameters are in no group. `weight_decay` is 0 for normalisation
-    layers and for the parameters that `model` itself owns, such as queries, codes and temperatures.
+    learning rate by it. A `backbone_factor` of None takes the factors of `Backbone.lr_factor`. One
+    of 0 freezes `model.backbone` in place, so that it needs no gradients. Frozen parameters are in
+    no group. `weight_decay` is 0 for normalisation layers, for POSITIONS, and for the parameters
+    that `model` itself owns, such as queries, codes and temperatures.
 
     Source: facebookresearch/Mask2Former:train_net.py (build_optimizer). Its queries are embeddings.
     """
-    if not backbone_factor:
+    if backbone_factor == 0:
         model.backbone.requires_grad_(False).eval()
     of_norms = set()
     for module in model.modules():
@@ -83,8 +91,12 @@ def parameter_groups(model: nn.Module, weight_decay: float, backbone_factor: flo
         if not parameter.requires_grad:
             continue
         of_model_itself = "." not in name  # a parameter of a submodule is called module.parameter
-        undecayed = of_model_itself or id(parameter) in of_norms
-        factor = backbone_factor if name.startswith("backbone.") else 1.0
+        is_position = name.rpartition(".")[2] in POSITIONS
+        undecayed = of_model_itself or is_position or id(parameter) in of_norms
+        module, _, rest = name.partition(".")
+        factor = 1.0
+        if module == "backbone":
+            factor = model.backbone.lr_factor(rest) if backbone_factor is None else backbone_factor
         decay = 0.0 if undecayed else weight_decay
         group = groups.setdefault((factor, decay), [])
         group.append(parameter)

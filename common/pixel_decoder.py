@@ -63,14 +63,21 @@ class MSDeformAttn(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(
-        self, query: Tensor, value_input: Tensor, shapes: tuple, reference: Tensor
+        self,
+        query: Tensor,
+        value_input: Tensor,
+        shapes: tuple,
+        reference: Tensor,
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """Attends from query (B, Q, C) to value_input (B, S, C). Returns (B, Q, C).
 
         shapes:    (h, w) of each of the L levels that make up the S tokens
         reference: (Q, 2), (B, Q, 2) or (B, Q, L, 2), reference points as x and y in 0..1
+        dtype:     of the values that are sampled; all else has the dtype of the layers
         """
         value = self.value_proj(value_input)
+        value = value.to(dtype)
         value = value.unflatten(2, (self.heads, -1))  # (B, S, M, C / M)
         samples = (self.heads, self.levels, self.points, 2)
         offsets = self.sampling_offsets(query)
@@ -94,15 +101,17 @@ class EncoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(channels)
         self.norm2 = nn.LayerNorm(channels)
 
-    def forward(self, x: Tensor, position: Tensor, shapes: tuple, reference: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, position: Tensor, shapes: tuple, reference: Tensor, dtype: torch.dtype
+    ) -> Tensor:
         """Returns the updated tokens (B, S, C).
 
         x:        (B, S, C), tokens of all levels
         position: (1, S, C), added to the queries, not to the values
-        shapes, reference: as in `MSDeformAttn.forward`, with reference (S, 2)
+        shapes, reference, dtype: as in `MSDeformAttn.forward`, with reference (S, 2)
         """
         query = x + position
-        attended = self.self_attn(query, x, shapes, reference)
+        attended = self.self_attn(query, x, shapes, reference, dtype)
         x = self.norm1(x + attended)
         hidden = self.linear1(x)
         hidden = F.relu(hidden, inplace=True)
@@ -165,9 +174,14 @@ class PixelDecoder(nn.Module):
         mask_features: (B, C, h, w) of stride 4
         maps:          3 tensors (B, C, h, w) of strides 32, 16 and 8, for the transformer decoder
 
-        All is float32, also under autocast, because sampling points need this precision.
+        Under autocast, the values that the attention samples have its dtype. All else is float32,
+        because sampling points need this precision.
         """
-        with torch.autocast(features[0].device.type, enabled=False):
+        device = features[0].device.type
+        dtype = torch.float32
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
             res2, *levels = (feature.float() for feature in features)
             levels.reverse()
             shapes = []
@@ -188,7 +202,7 @@ class PixelDecoder(nn.Module):
             position = torch.cat(positions, 1)  # (1, S, C)
             reference = torch.cat(centres)  # (S, 2)
             for layer in self.layers:
-                x = layer(x, position, tuple(shapes), reference)
+                x = layer(x, position, tuple(shapes), reference, dtype)
             maps = []
             for part, shape in zip(x.split(areas, 1), shapes):
                 part = part.transpose(1, 2)
@@ -201,6 +215,25 @@ class PixelDecoder(nn.Module):
 def tokens(feature: Tensor) -> Tensor:
     """Flattens a map: (B, C, h, w) -> (B, h w, C)."""
     return feature.flatten(2).transpose(1, 2)
+
+
+def decoder_inputs(
+    maps: list[Tensor], level_embed: Tensor, mask_features: Tensor
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Returns what the decoder of masked attention reads at each level, a list each.
+
+    maps: (B, C, h, w) of each of L levels; level_embed: (L, C); mask_features: (B, C, H, W)
+
+    They are the tokens (B, h w, C), their positions (1, h w, C), and the mask features in the
+    size of the level (B, C, h, w), without a gradient.
+    """
+    memory, position, resized = [], [], []
+    for features, code in zip(maps, level_embed):
+        size = features.shape[-2:]
+        memory.append(tokens(features) + code)
+        position.append(tokens(sine_position(*size, features.shape[1], features.device)))
+        resized.append(F.interpolate(mask_features.detach(), size, mode="bilinear"))
+    return memory, position, resized
 
 
 def pixel_centres(height: int, width: int, device: torch.device) -> Tensor:

@@ -1,5 +1,6 @@
 """What a training keeps when it ends early: signals, its last whole step, errors in one line."""
 
+import errno
 import logging
 import os
 import re
@@ -13,10 +14,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from common.checkpoint import rank_file, rng_states, save_checkpoint
-from common.distributed import rank, world_size
+from common.checkpoint import rng_states, save_checkpoint
+from common.distributed import gather_on_main, rank, world_size
 from common.errors import InputError, SomeFailed
-from common.files import atomic_path
 from common.labels import LabelSpace
 
 log = logging.getLogger("concord")
@@ -25,7 +25,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 NORM = nn.modules.batchnorm._BatchNorm
 LOWER = "lower --batch-size, --image-size or --workers"
 # what torch and the system say: memory, a data loading process, the GPU, the connection of ranks
-MEMORY = r"can't allocate memory|out of memory|not enough memory|bad_alloc|can't start new thread"
+MEMORY = (
+    r"can(no|')t allocate memory|out of memory|not enough memory|bad_alloc|can't start new thread"
+)
 WORKER = r"DataLoader worker .*(killed by signal|exited unexpectedly)|insufficient shared memory"
 DEVICE = r"CUDA error: (?!device-side assert)|CUDNN_STATUS|CUBLAS_STATUS"
 PEERS = r"closed by peer|reset by peer|Broken pipe|Timed out waiting|gloo|NCCL|ProcessGroup"
@@ -111,7 +113,8 @@ class LastStep:
     step: the step that the model has now, which is in a checkpoint if it is above 0
 
     The weights are those of the last whole step as long as no update begins. What a forward pass
-    changes, the random state and the statistics of BatchNorm, is noted at the end of each step.
+    changes, the random states and the statistics of BatchNorm, is noted in each step. Rank 0 has
+    the random states of all ranks, since any of them may be killed.
     """
 
     def __init__(
@@ -130,6 +133,7 @@ class LastStep:
         self.keep = keep
         self.in_update = False
         self.in_loop = True
+        self.rng = []  # of the ranks; there is nothing to save before the first update
         norms = [m for m in model.modules() if isinstance(m, NORM) and m.training]
         self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
         self.note(step)
@@ -141,7 +145,11 @@ class LastStep:
         return self.in_update or (self.in_loop and world_size() > 1)
 
     def begin_update(self) -> None:
-        """Notes that the weights are about to change."""
+        """Notes that the weights are about to change. Every rank calls it.
+
+        The update uses no random numbers: the random states now are those of the whole step.
+        """
+        self.rng = gather_on_main(rng_states())
         self.in_update = True
         if _Process.heeding:
             # PyTorch's handler raises when a data loading process dies, also amid an update. The
@@ -150,7 +158,12 @@ class LastStep:
 
     def note(self, step: int) -> None:
         """Notes that `step` is whole."""
-        self.state = step, rng_states(), [buffer.clone() for buffer in self.statistics]
+        self.state = step, self.rng, [buffer.clone() for buffer in self.statistics]
+
+    def is_finite(self) -> bool:
+        """Returns whether all weights are finite numbers."""
+        model, *_ = self.content
+        return all(bool(weight.isfinite().all()) for weight in model.parameters())
 
     def save(self, rng: list, spare: int = 0) -> None:
         """Writes a checkpoint of the last whole step. Only rank 0 calls it.
@@ -171,9 +184,8 @@ class LastStep:
 def rescue() -> str:
     """Saves the last whole step of this process's training, if it is not yet.
 
-    No rank waits for another: rank 0 writes the checkpoint with its own random state, and every
-    other rank writes its own to `rank_file`. Returns a line that says what is kept and how to go
-    on, "" if there is no training.
+    Rank 0 writes it, and waits for no other rank. Returns a line that says what is kept and how to
+    go on, "" if there is no training.
     """
     training = _Process.training
     if training is None:
@@ -184,13 +196,12 @@ def rescue() -> str:
     trouble = ""
     if training.in_update:
         trouble = f"step {step + 1} was half done, so no more can be saved; "
-    elif step > training.saved:
+    elif step > training.saved and rank() == 0:
         try:
-            if rank() > 0:
-                with atomic_path(rank_file(folder / f"checkpoint-{step:07d}"), True) as path:
-                    torch.save({"step": step, "rng": rng}, path)
+            if training.is_finite():
+                training.save(rng, spare=1)
             else:
-                training.save([rng], spare=1)
+                trouble = f"the weights of step {step} are not finite, so they are not saved; "
         except Exception as error:  # a full disk, a lost GPU: the line that follows matters more
             trouble = f"step {step} cannot be saved ({first_line(error)}); "
     if not training.saved:
@@ -213,9 +224,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"stopped by {error}", 128 + error.number
     text = str(error)
     if isinstance(error, InputError):
-        # a data loading process hands on its whole traceback; the message is the last line
-        last = text.strip().splitlines()[-1]
-        return last.removeprefix("common.errors.InputError: "), 2
+        return text, 2
     if isinstance(error, SomeFailed):
         return text, 1
     line = _explain_machine(error, text)
@@ -232,7 +241,7 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 def _explain_machine(error: BaseException, text: str) -> str:
     """Returns one line for an error of the machine that the run is on, "" for any other."""
-    if isinstance(error, OSError) and error.errno is not None and error.errno != 12:
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOMEM):
         return ""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(MEMORY, text):
         return f"the memory is not enough ({first_line(error)}); {LOWER}, or make the model smaller"

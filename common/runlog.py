@@ -1,4 +1,4 @@
-"""Writes the run folder with args.json, metrics.jsonl and TensorBoard; shows progress bars."""
+"""Writes the run folder with args.json, metrics.jsonl, results.json and TensorBoard; shows bars."""
 
 import dataclasses
 import fcntl
@@ -10,7 +10,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -20,7 +21,15 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from common.batch import Batch
-from common.checkpoint import checkpoint_step, checkpoints, rng_states, stored_names
+from common.checkpoint import (
+    checkpoint_step,
+    checkpoints,
+    copy_weights,
+    rng_states,
+    save_weights,
+    stored_names,
+)
+from common.datasets.dataset import Dataset
 from common.distributed import (
     from_main,
     gather_on_main,
@@ -30,25 +39,26 @@ from common.distributed import (
     world_size,
 )
 from common.errors import InputError
+from common.evaluation import format_table
 from common.files import atomic_path, sweep
 from common.labels import LabelSpace
+from common.replay import compare, read_record, write_record
 from common.rescue import LastStep, Stop, asked, check_asked
+from common.settings import go_on
+from common.validation import (
+    Results,
+    is_recorded,
+    keep_lines,
+    record_evaluation,
+    undisturbed,
+    without_nan,
+)
 
 log = logging.getLogger("concord")
 
 EVERY = 20  # steps between two lines of metrics.jsonl
 
 # -- Run folder ------------------------------------------------------------------------------------
-
-
-# settings that say how a training starts, not how it goes on
-OF_A_START = {"resume", "output", "eval_only", "predict"}
-# settings that a training may go on with another value of; so may the numbers of steps and the
-# learning rates of its stages
-CHANGEABLE = {"datasets", "eval_datasets", "data_root", "vocabulary", "score_threshold"}
-CHANGEABLE |= {"checkpoint_every", "keep", "skip_bad", "workers", "amp", "compile", "device"}
-CHANGEABLE |= {"batch_size", "image_size", "ranks"}
-CHANGEABLE_ENDS = ("steps", "lr")
 
 
 def make_run_folder(args, method: str, label_space: LabelSpace) -> Path:
@@ -78,9 +88,11 @@ def _prepare(folder: Path, args, method: str, label_space: LabelSpace) -> None:
                 _write_record(file, record)
             return
         _lock(folder)
-        sweep(folder, ("checkpoint-", "weights-", "args-", "metrics-"))
+        sweep(folder)
         if checkpoints(folder) or (folder / "metrics.jsonl").exists():
-            record = _go_on(folder, record, method, label_space)
+            record = go_on(folder, record, method, label_space)
+        elif args.replay:
+            raise InputError(f"--replay {args.replay}: no training began in {folder}")
         if record:
             _write_record(file, record)
     except OSError as error:
@@ -119,92 +131,6 @@ def unlock() -> None:
         LOCKS.pop(path).close()
 
 
-def read_args(folder: Path, method: str) -> dict:
-    """Reads args.json of a run folder. Raises InputError if broken or of another method."""
-    path = folder / "args.json"
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"--resume: {path} cannot be read ({error}); name the run folder of a training"
-        ) from None
-    if not isinstance(saved, dict) or saved.get("method") != method:
-        raise InputError(
-            f"--resume: {path} is not of a {method} training; name the run folder of one"
-        )
-    return saved
-
-
-def _go_on(folder: Path, record: dict, method: str, label_space: LabelSpace) -> dict | None:
-    """Compares the settings `record` with those in the folder, where a training began.
-
-    Returns the new content of args.json, or None if no setting is another. Raises InputError if
-    one may not be another.
-    """
-    saved = read_args(folder, method)
-    others = _differences(saved, record)
-    fixed = {
-        name: values
-        for name, values in others.items()
-        if name not in CHANGEABLE and not name.endswith(CHANGEABLE_ENDS)
-    }
-    if fixed:
-        listed = ", ".join(
-            f"{_flag(name)} {old} is now {new}" for name, (old, new) in fixed.items()
-        )
-        raise InputError(
-            f"the training in {folder} has other settings: {listed}; give the same, or choose"
-            " another --output"
-        )
-    _check_label_space(folder, label_space)
-    done = [checkpoint_step(path) for path in checkpoints(folder)]
-    if not done:
-        log.info("%s has no checkpoint yet: the training starts again from nothing", folder)
-    if not others:
-        return None
-    listed = ", ".join(
-        f"{_flag(name)} {new} instead of {old}" for name, (old, new) in others.items()
-    )
-    log.info("%s goes on with %s; args.json keeps both", folder, listed)
-    change = {"after_step": max(done, default=0), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
-    change["changes"] = others
-    return saved | record | {"history": [*saved.get("history", []), change]}
-
-
-def _differences(saved: dict, record: dict) -> dict[str, list]:
-    """Returns {setting: [old, new]} of those that differ. What `saved` lacks has its default."""
-    new = json.loads(json.dumps(record))
-    names = [name for name in new if name in saved]
-    names = [n for n in names if n not in OF_A_START | {"method", "environment"}]
-    found = {name: [saved[name], new[name]] for name in names if saved[name] != new[name]}
-    ranks = [content.get("environment", {}).get("ranks", 1) for content in (saved, new)]
-    return found | ({"ranks": ranks} if ranks[0] != ranks[1] else {})
-
-
-def _flag(name: str) -> str:
-    return name if name == "ranks" else "--" + name.replace("_", "-")
-
-
-def _check_label_space(folder: Path, label_space: LabelSpace) -> None:
-    """Raises InputError if the newest checkpoint was trained on other datasets or class names."""
-    own = {v.dataset: list(v.names) for v in label_space.vocabularies.values()}
-    for checkpoint in reversed(checkpoints(folder)):
-        stored = stored_names(checkpoint)
-        if stored is None:  # damaged, as `last_checkpoint` will find
-            continue
-        if list(stored) != list(own):
-            difference = f"was trained on {', '.join(stored)}, not on {', '.join(own)}"
-        elif stored != own:
-            name = next(name for name in own if own[name] != stored[name])
-            difference = f"was trained on other class names of '{name}'"
-        else:
-            return
-        raise InputError(
-            f"{checkpoint} {difference}; give the same --datasets, or start another training with"
-            f" --weights {folder} and another --output"
-        )
-
-
 def environment() -> dict[str, str | int]:
     """Returns the versions, device, git revision and number of ranks, to repeat the run."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -228,12 +154,13 @@ def environment() -> dict[str, str | int]:
 
 
 class RunLog:
-    """Follows a training: metrics.jsonl, TensorBoard, a progress bar, and checkpoints.
+    """Follows a training: metrics.jsonl, TensorBoard, a progress bar, checkpoints, evaluations.
 
     Only rank 0 writes. Lines of metrics.jsonl after step `start` are dropped, since a resumed run
-    writes them again. If the process ends early, `common.rescue` saves the last whole step.
+    writes them again. If the process ends early, `common.rescue` saves the last whole step. With
+    --replay nothing is written, and `check_finite` ends the process.
 
-    args:  --checkpoint-every, --keep and --seed
+    args:  --checkpoint-every, --keep, --eval-every, --replay and --seed
     steps: number of steps of the whole training
     start: number of steps that are done already
     model, label_space, optimizer, metadata: the content of a checkpoint, see `LastStep`
@@ -253,64 +180,72 @@ class RunLog:
         self.args = args
         self.folder = folder
         self.steps = steps
-        content = (model, label_space, optimizer, metadata)
-        self.last = LastStep(folder, start, *content, keep=args.keep)
+        self.start = start
+        self.content = (model, label_space, optimizer, metadata)
+        if args.replay:
+            self._begin_replay()
+            return
+        self.last = LastStep(folder, start, *self.content, keep=args.keep)
         self.active = rank() == 0
         if not self.active:
             return
         path = folder / "metrics.jsonl"
-        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-        written = [step_of(line) for line in lines]
-        if damaged := written.count(None):
-            log.warning("%s: %d damaged lines are dropped", path, damaged)
-        kept = [line for line, step in zip(lines, written) if step is not None and step <= start]
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(kept))
+        keep_lines(path, start)
+        keep_lines(folder / "evaluations.jsonl", start)
         self.file = path.open("a")
         self.board = tensorboard_writer(folder)
         self.bar = progress_bar("train", steps, start, "step")
         self.images = 0  # since the last line
         self.since = time.perf_counter()
 
-    def check_finite(self, losses: dict[str, Tensor], step: int, batch: Batch) -> None:
-        """Raises InputError on every rank if the sum "loss" of one is not finite.
+    def _begin_replay(self) -> None:
+        """Says which weights the failed step is computed with. Raises InputError without steps."""
+        replay = self.args.replay
+        if self.start >= self.steps:
+            raise InputError(f"--replay {replay} is beyond the {self.steps} steps of this training")
+        exact = "as it was" if self.start == replay - 1 else f"though step {replay - 1} was before"
+        message = "step %d is computed with the weights of step %d, %s"
+        log.info(message, replay, self.start, exact)
 
-        It names the losses that are not, and writes what `batch` holds to failed-step-<step>.json.
-        No rank returns before all have called it, and the weights may change after it. Raises
-        `Stop` if a signal has asked a rank to end.
+    def check_finite(self, losses: dict[str, Tensor], step: int, batch: Batch) -> dict[str, Tensor]:
+        """Returns the losses without gradients, if the sum "loss" of every rank is finite.
+
+        Raises InputError on every rank otherwise. It names the losses that are not finite, and
+        writes what `batch` holds to failed-step-<step>.json. Raises `Stop` if a signal has asked a
+        rank to end. No rank returns before all have called it; then the weights may change.
+        With --replay it compares the losses with the recorded ones, and ends the process.
         """
+        losses = {name: value.detach() for name, value in losses.items()}
+        replay = self.args.replay
+        if replay:
+            compare(read_record(self.folder, replay), losses)
         failed = not math.isfinite(losses["loss"])
         state = [int(failed), asked()]
         any_failed, number = largest_of_ranks(state, losses["loss"].device)
         if number:
             raise Stop(number)
-        if any_failed:
-            self._write_batch(losses, step, batch)
+        if any_failed and not replay:
+            write_record(self.folder, step, self.args.seed, losses, batch)
+        step = replay or step
         if failed:
             bad = [name for name, value in losses.items() if not math.isfinite(value)]
             named = ", ".join(name for name in bad if name != "loss") or "loss"
             raise InputError(f"step {step}: {named} is not finite; lower --lr or turn --amp off")
         if any_failed:
             raise InputError(f"step {step}: the loss of another rank is not finite; it says which")
+        if replay:
+            log.info("step %d: all losses are finite this time", step)
+            raise SystemExit(0)
         self.last.begin_update()
-
-    def _write_batch(self, losses: dict[str, Tensor], step: int, batch: Batch) -> None:
-        fields = ("dataset", "image_id", "file_name", "draw")
-        samples = [{name: getattr(sample, name) for name in fields} for sample in batch.samples]
-        values = {name: float(value) for name, value in losses.items()}
-        record = {"step": step, "seed": self.args.seed, "losses": values, "samples": samples}
-        end = f"-rank{rank()}" if world_size() > 1 else ""
-        path = self.folder / f"failed-step-{step:07d}{end}.json"
-        path.write_text(json.dumps(record, indent=1, default=str))
-        log.error("the images of step %d are listed in %s", step, path)
+        return losses
 
     def step(
         self, step: int, losses: dict[str, Tensor], lr: float, images: int, dataset: str = ""
     ) -> None:
         """Counts one step, whose update is done. Writes a line every `EVERY` steps and at the end.
 
-        Saves a checkpoint every --checkpoint-every steps and at the end. Raises `Stop` if a signal
-        has asked this process to end.
+        Saves a checkpoint every --checkpoint-every steps and at the end, and evaluates every
+        --eval-every steps but the last. Raises `Stop` if a signal has asked this process to end.
 
         losses:  scalars, with their sum "loss"
         lr:      learning rate
@@ -328,6 +263,7 @@ class RunLog:
             if self.active:
                 self.last.save(states)
             self.last.saved = step  # on the other ranks, too
+        self._evaluate(step)
         self.last.in_loop = step < self.steps
 
     def _write(
@@ -352,6 +288,51 @@ class RunLog:
             for name, value in values.items():
                 self.board.add_scalar(f"{dataset}/{name}" if dataset else name, value, step)
 
+    def evaluate_with(self, evaluate: Callable[..., Results], datasets: Sequence[Dataset]) -> None:
+        """Evaluates `datasets` every --eval-every steps. Every rank calls it.
+
+        It does so at once if this run goes on from such a step whose evaluation was cut off.
+
+        evaluate: called as evaluate(args, model, label_space, datasets, folder)
+        datasets: none for a training that is not evaluated on the way
+        """
+        self.evaluate = evaluate
+        self.evaluated = datasets
+        stage_goes_on = bool(self.content[2].state)  # of the optimizer
+        if stage_goes_on and not from_main(is_recorded(self.folder, self.start)):
+            self._evaluate(self.start)
+
+    def _evaluate(self, step: int) -> None:
+        """Evaluates the model of `step` if it is due, and keeps the best weights.
+
+        The training does not change by it. A signal ends it at once: all of `step` is whole.
+        """
+        every = self.args.eval_every
+        if not (every and self.evaluated) or step % every or step >= self.steps:
+            return
+        began = time.perf_counter()
+        self.last.in_loop = False
+        model, label_space, _, metadata = self.content
+        with undisturbed(model):
+            label_space = label_space() if callable(label_space) else label_space
+            results = self.evaluate(self.args, model, label_space, self.evaluated, self.folder)
+        if self.active:
+
+            def save(path: Path, about: dict) -> None:
+                save_weights(path, model, label_space, metadata | about)
+
+            record_evaluation(self.folder, step, results, label_space.datasets, save)
+            self.since += time.perf_counter() - began
+        self.last.in_loop = True
+
+    def finish(self) -> LabelSpace:
+        """Closes the files, writes weights.safetensors, and returns the trained label space."""
+        self.close()
+        model, label_space, _, metadata = self.content
+        label_space = label_space() if callable(label_space) else label_space
+        save_weights(self.folder / "weights.safetensors", model, label_space, metadata)
+        return label_space
+
     def close(self) -> None:
         """Closes the files."""
         self.last.in_loop = False
@@ -362,12 +343,23 @@ class RunLog:
                 self.board.close()
 
 
-def step_of(line: str) -> int | None:
-    """Returns the number of the step in a line of metrics.jsonl, or None if the line is damaged."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        return None
+def report(results: Results, folder: Path, args) -> None:
+    """Writes results.json to `folder`, and the table to the log. Does nothing without results.
+
+    After a training with --eval-every it also does what `record_evaluation` says.
+    """
+    if not results:
+        return
+    with atomic_path(folder / "results.json") as path:
+        path.write_text(json.dumps(without_nan(results), indent=1))
+    log.info("\n%s", format_table(results))
+    if args.eval_every and not args.eval_only:
+        weights = folder / "weights.safetensors"
+        trained = stored_names(weights) or {}
+        done = [checkpoint_step(path) for path in checkpoints(folder)]
+        save = partial(copy_weights, weights)
+        record_evaluation(folder, max(done, default=0), results, trained, save)
+    log.info("results and pictures: %s/", folder)
 
 
 def progress_bar(title: str, total: int, initial: int = 0, unit: str = "img") -> tqdm:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from common.batch import Sample, collate
 from common.datasets.dataset import Dataset
 from common.errors import InputError
+from common.replay import read_record, recorded_rows
 from common.unreadable import NONE, Skips, load_patiently
 
 
@@ -82,7 +83,7 @@ class Transformed(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Sample:
-        sample = self.dataset.load(self.rows[i])
+        sample = load_patiently(self.dataset, self.rows[i])
         return self.transform(sample)
 
 
@@ -384,14 +385,19 @@ def make_loader(
 ) -> DataLoader:
     """Returns the DataLoader of a training, which makes batches with `collate`.
 
-    args:     --workers, --skip-bad, and --output, the run folder that lists skipped images
+    args:     --workers, --skip-bad, --replay, and --output, the run folder
     square:   {dataset: side}; batches are padded to at least side x side; None for no such padding
     sampling: DataLoader's arguments sampler and batch_size, or batch_sampler
-    Raises InputError if a batch cannot fit into memory.
+    With --replay it has one batch, that of the record. Raises InputError if a batch cannot fit into
+    memory.
     """
     batch_size = sampling.get("batch_size") or max(sampling["batch_sampler"].sizes)
     refuse_huge_batch(int(batch_size), mixture.transforms.values())
     mixture.skips = Skips(args.skip_bad, Path(args.output))
+    if args.replay:
+        record = read_record(Path(args.output), args.replay)
+        rows = recorded_rows(record, mixture.datasets, mixture.starts, args.seed)
+        sampling = {"batch_sampler": [rows]}
     return DataLoader(
         mixture,
         collate_fn=partial(collate, square=square),

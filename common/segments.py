@@ -14,6 +14,12 @@ from torch.nn import functional as F
 
 from common.masks import encode_masks
 
+TASKS = {  # what a segmenter predicts for a dataset, by its supervision
+    "semantic": "semantic",
+    "panoptic": "panoptic, things",
+    "instances": "instance",
+    "boxes": "instance",
+}
 STRIP = 2**24  # class scores of a strip: 64 MiB
 LOGITS = 2**21  # mask logits of a strip of a large image: 8 MiB, so that they stay in the caches
 WHOLE = 2**27  # mask logits of an image that are made at once: 512 MiB
@@ -28,8 +34,8 @@ def restore(
     mask_logits: (Q, h, w); padded, size, original: (height, width) of the input with its padding,
     of the input without it, and of the file
 
-    Returns (Q, height, width) float32. This is the first step of every task, also where Mask2Former
-    resizes the class scores instead (semantic segmentation).
+    Returns (Q, height, width) float32. It is the first step of every task but `semantic_labels`
+    with `resize_scores`.
     """
     height, width = size
     batch = mask_logits[None].float()
@@ -146,16 +152,25 @@ def semantic_map(probabilities: Tensor, mask_logits: Tensor) -> Tensor:
     return torch.einsum("qk,qhw->khw", probabilities.float(), masks)
 
 
-def semantic_labels(probabilities: Tensor, mask_logits: Tensor | FullMasks) -> Tensor:
+def semantic_labels(
+    probabilities: Tensor, mask_logits: Tensor | FullMasks, resize_scores: bool = False
+) -> Tensor:
     """Returns the best class of `semantic_map` at each pixel, (H, W) int16.
 
     It works in strips of rows, since scores of 150 classes are larger than all the masks.
+    resize_scores: the scores are those of the network's input and are resized to the image, as
+                   Mask2Former does for models of semantic segmentation alone. It needs FullMasks.
     """
     size = mask_logits.shape[1:]
     scores_per_row = max(probabilities.shape) * size[1]
     rows = max(1, STRIP // scores_per_row)
     # one tensor for all: small ones between the strips would keep their memory from the system
     labels = torch.empty(size, dtype=torch.int16, device=probabilities.device)
+    if resize_scores:
+        scores = input_scores(probabilities, mask_logits)
+        for top, part in zip(range(0, size[0], rows), labels.split(rows)):
+            part.copy_(scores.read(top, top + len(part)).argmax(0))
+        return labels
     top = 0
     for masks in strips_of(mask_logits):
         for strip in masks.split(rows, 1):
@@ -164,6 +179,13 @@ def semantic_labels(probabilities: Tensor, mask_logits: Tensor | FullMasks) -> T
             labels[top:bottom] = scores.argmax(0)
             top = bottom
     return labels
+
+
+def input_scores(probabilities: Tensor, masks: FullMasks) -> Rows:
+    """Returns `semantic_map` of the network's input without padding, resized to the image."""
+    of_input = replace(masks, original=masks.size)
+    parts = [semantic_map(probabilities, strip) for strip in of_input.strips()]
+    return Rows(torch.cat(parts, 1), masks.size, masks.original)
 
 
 def panoptic_map(
@@ -256,7 +278,8 @@ def instances(
     probabilities: Tensor,
     mask_logits: Tensor | FullMasks,
     top_k: int = 100,
-    things: Tensor | None = None,
+    things: Sequence[bool] | None = None,
+    names: Sequence[str] = (),
 ) -> dict:
     """Returns the N <= top_k best instances: `boxes` (N, 4) xyxy, `labels`, `scores`, `masks`.
 
@@ -265,7 +288,8 @@ def instances(
     probability inside the mask, falling. Masks are (N, H, W) bool. If they would take more than a
     gigabyte, there are `segmentations` instead, N RLEs.
 
-    things: (K,) bool; instances of other classes are dropped after the choice
+    things: K bools; instances of other classes are dropped after the choice
+    names:  K class names, of which the result has N `class_names`; none by default
     """
     classes = probabilities.shape[1]
     count = min(top_k, probabilities.numel())
@@ -273,7 +297,7 @@ def instances(
     queries = pairs // classes
     labels = pairs % classes
     if things is not None:
-        things = things.to(labels.device)
+        things = torch.as_tensor(things, device=labels.device)
         kept = things[labels]
         scores = scores[kept]
         queries = queries[kept]
@@ -293,6 +317,8 @@ def instances(
     scores, order = scores.sort(descending=True)
     rows = rows[order]
     found = {"labels": labels[order], "scores": scores}
+    if names:
+        found["class_names"] = [names[label] for label in found["labels"].tolist()]
     if not len(rows):
         empty = torch.zeros(0, height, width, dtype=torch.bool, device=scores.device)
         return found | {"boxes": scores.new_zeros(0, 4), "masks": empty}
@@ -328,6 +354,17 @@ def mask_boxes(masks: Tensor) -> Tensor:
         edges.append((first, last))
     (left, right), (top, bottom) = edges
     return torch.stack([left, top, right, bottom], 1).float()
+
+
+def on_cpu(record: dict) -> dict:
+    """Returns a prediction with its tensors on the CPU, also those of dictionaries in it."""
+    moved = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            moved[name] = on_cpu(value)
+        else:
+            moved[name] = value.cpu() if isinstance(value, Tensor) else value
+    return moved
 
 
 def segment_rows(found: dict) -> dict:

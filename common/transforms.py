@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as F
 
 from common.batch import Sample
 from common.boxes import sides
-from common.masks import drop_unseen, have_pixels
+from common.masks import drop_unseen
 
 WHOLE = (slice(None), slice(None))  # all rows and columns
 
@@ -246,12 +246,8 @@ def move(
         proposals = proposals[not_empty(proposals)]
     kept = not_empty(sample.boxes)
     masks = sample.masks
-    if masks is not None:
-        only_box = ~have_pixels(masks[kept])
+    if masks is not None:  # a small one may lose its last pixel, but its box stays
         masks = resize_masks(masks[kept], size, part, flip)
-        seen = have_pixels(masks) | only_box  # the part of a box in the crop may have no mask pixel
-        masks = masks[seen]
-        kept[kept.clone()] = seen
     boxes = sample.boxes[kept]
     labels = labels[kept]
     return replace(sample, boxes=boxes, labels=labels, masks=masks, proposals=proposals)

@@ -17,6 +17,7 @@ log = logging.getLogger("concord")
 
 # errors of a file system that no second try mends
 LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG)
+PAUSES = (0.5, 2)  # seconds before the second and the third try
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,15 @@ class Skips:
 NONE = Skips(0, Path())
 
 
-def load_patiently(dataset: Dataset, row: int) -> Sample:
-    """Returns image `row` of the dataset. A file system that fails gets three tries."""
-    for seconds in (0.5, 2):
+def load_patiently(dataset: Dataset, row: int, keep_ignored: bool = False) -> Sample:
+    """Returns image `row` as `Dataset.load` does. A file system that fails gets three tries.
+
+    Its errors are those of the system (EIO, ESTALE, ...) that `LASTING` does not name, also as the
+    context of an InputError.
+    """
+    for seconds in PAUSES:
         try:
-            return dataset.load(row)
+            return dataset.load(row, keep_ignored)
         except (InputError, OSError) as error:
             cause = error if isinstance(error, OSError) else error.__context__
             code = cause.errno if isinstance(cause, OSError) else None
@@ -65,7 +70,7 @@ def load_patiently(dataset: Dataset, row: int) -> Sample:
             message = "%s: tried again in %g s"
             log.error(message, error, seconds)
             time.sleep(seconds)
-    return dataset.load(row)
+    return dataset.load(row, keep_ignored)
 
 
 @dataclass
@@ -77,7 +82,7 @@ class Readable(Dataset):
     def load(self, i: int, keep_ignored: bool = False) -> Sample:
         """Returns image `i` as `Dataset.load` does, or a black image."""
         try:
-            return load_patiently(super(), i)
+            return load_patiently(super(), i, keep_ignored)
         except InputError as error:
             name = f"{self.name}: {self.index.file_name(i)}"
             if not self.skips.admits(name, error):

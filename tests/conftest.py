@@ -1,17 +1,18 @@
 """Small generated data in the real layouts, and the command line run as a user runs it."""
 
+import dataclasses
 import importlib
 import os
-import signal
 import subprocess
 import sys
-import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
 
 from common.command import run_command
+from common.demo import commands
 
 # small tensors: two threads that wait for each other on a busy machine are slower than one
 torch.set_num_threads(1)
@@ -28,15 +29,48 @@ FLAGS = """
 """
 FAST = FLAGS.split()
 
+# what a method has of these settings is small
+SMALL = {"batch_size": 2, "base_batch_size": 2, "checkpoint_every": 1}
+SMALL |= {"image_size": 96, "test_size": 96, "channels": 64, "fc_dim": 32, "rois_per_image": 16}
+SMALL |= {"encoder_layers": 1, "decoder_layers": 1, "queries": 10, "points": 64}
+
+
+def small_flags(method: str, steps: int) -> list[str]:
+    """The flags of the method's own TINY settings, but smaller. steps: of each stage"""
+    module = importlib.import_module(method)
+    fields = {field.name for field in dataclasses.fields(module.Args)}
+    settings = module.TINY | {name: SMALL[name] for name in SMALL.keys() & fields}
+    for name in settings:
+        if name.endswith("steps"):
+            settings[name] = steps
+        elif name.endswith("_size") and "batch" not in name:
+            settings[name] = 96
+    flags = ["--device", "cpu"]
+    for name, value in settings.items():
+        flags.append("--" + name.replace("_", "-"))
+        flags += map(str, value if isinstance(value, tuple) else [value])
+    return flags
+
+
+def small_runs(method: str, folder, tiny_root, steps: int = 2) -> list[list[str]]:
+    """The runs of the method's demonstration, on few images and with small settings."""
+    flags = ["--data-root", str(tiny_root), "--output", str(folder), *small_flags(method, steps)]
+    runs = commands(method, flags)
+    return [[part for part in run if part != "--tiny"] for run in runs]
+
 
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory) -> Path:
     """A data root with 12 + 12 images of each generated dataset, 96 pixels."""
+    return generated(tmp_path_factory.mktemp("tiny"), 12)
+
+
+def generated(cache: Path, limit: int) -> Path:
+    """The data root of all generated datasets, with `limit` images of either split, 96 pixels."""
     from common.datasets.tiny import generate
 
-    cache = tmp_path_factory.mktemp("tiny")
     for name in generate.TINY:
-        root = generate.generate(name, cache, size=96, limit=12)
+        root = generate.generate(name, cache, size=96, limit=limit)
     return root
 
 
@@ -80,30 +114,14 @@ def call():
 
 
 @pytest.fixture(scope="session")
-def run_and_kill():
-    """run_and_kill(folder, *args, method="scaledet")
-
-    Sends SIGKILL as soon as the run folder holds a checkpoint.
-    """
-
-    def start(folder: Path, *args, method: str = "scaledet", timeout: float = 120) -> None:
-        command = [sys.executable, f"{method}.py", "--output", str(folder), *map(str, args)]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            command, cwd=REPO, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        deadline = time.time() + timeout
-        while (
-            not list(folder.glob("checkpoint-*"))
-            and process.poll() is None
-            and time.time() < deadline
-        ):
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert list(folder.glob("checkpoint-*")) and not (folder / "weights.safetensors").exists()
-
-    return start
+def forks():
+    """A context of multiprocessing, whose processes start with all imports done."""
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_kill", "ranks", "torch.utils.tensorboard", *METHODS])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+    return context
 
 
 @pytest.fixture
@@ -136,7 +154,7 @@ def fails(monkeypatch, capsys):
         with pytest.raises(SystemExit) as exit:
             run_command(importlib.import_module(method).main)
         assert exit.value.code == 2
-        bars = ("img/s", "step/s")
+        bars = ("img/s", "s/img", "step/s", "s/step")
         lines = [part for part in capsys.readouterr().err.split("\n") if part.strip()]
         line = [part for part in lines if not any(bar in part for bar in bars)]
         assert len(line) == 1 and line[0].startswith("error: "), line

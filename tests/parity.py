@@ -9,6 +9,7 @@ import os
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -91,6 +92,27 @@ def check_sets(quantity: str, ours: list, official: list, length: float) -> None
         assert error.max() <= 1e-4, (
             f"{quantity}: {int((error > 1e-4).sum())} of {len(error)} have no partner"
         )
+
+
+def drawn_weights(record: dict, tensors: dict | None = None) -> dict:
+    """Returns the official state dict that the recipe of a whole model describes.
+
+    Unused tensors have their names alone. tensors: the recording, for those that it stores
+    """
+    state = {}
+    for key, recipe in record["weights"].items():
+        if recipe.get("stored_as"):
+            state[key] = tensors[recipe["stored_as"]]
+        elif recipe.get("ignored") or ".base.fc." in key:
+            state[key] = torch.tensor(0)
+        else:
+            shape = recipe["shape"]
+            draws = np.random.RandomState(recipe["seed"]).standard_normal(int(np.prod(shape)))
+            values = (recipe["offset"] + recipe["scale"] * draws).astype(np.float32)
+            state[key] = torch.from_numpy(values.reshape(shape))
+    for key, first in record["first_values_check"].items():
+        assert state[key].flatten()[: len(first)].tolist() == first
+    return state
 
 
 # -- cascade ---------------------------------------------------------------------------------------

@@ -1,12 +1,21 @@
 """Natural mistakes on the command line, and what is answered."""
 
+import logging
 import sys
 
 import pytest
 
 from common.command import parse_args
 from common.datasets import load_datasets
-from common.datasets.names import eval_entries, methods_for, parse_datasets
+from common.datasets.names import (
+    GROUPS,
+    entries,
+    eval_entries,
+    methods_for,
+    parse_datasets,
+    with_beside,
+    without_limit,
+)
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
 from common.text import embed
@@ -47,6 +56,40 @@ def test_evaluation_knows_the_names_of_the_training():
     assert eval_entries("cats", trained) == "cats=a.json:im/"
     assert eval_entries("coco,cats,lvis", trained) == "coco,cats=a.json:im/,lvis"
     assert eval_entries("", trained, instead={"coco": "lvis"}) == "cats=a.json:im/,lvis"
+
+
+def test_a_limit_belongs_to_one_entry_of_the_training(monkeypatch):
+    monkeypatch.setitem(GROUPS, "both", ["coco", "lvis"])
+    trained = "cats@5=a@b.json:im/,coco@3.5%:val,both@7"
+    assert entries(trained)[2:] == ["coco@7", "lvis@7"]
+    limits = [without_limit(entry) for entry in entries(trained)]
+    assert limits[:2] == [("cats=a@b.json:im/", "5"), ("coco:val", "3.5%")]
+    assert parse_datasets("cats@5:val=a@b.json:im/,oid@20", "train") == [
+        ("cats", "val", ("a@b.json", "im/")),
+        ("oid", "train", None),
+    ]
+    assert eval_entries("", "cats@5=a.json:im/,coco@3.5%") == "cats=a.json:im/,coco"
+    assert eval_entries("cats,coco@9", "cats@5=a.json:im/") == "cats=a.json:im/,coco@9"
+
+
+@pytest.mark.parametrize("limit", ["", "many", "-3", "1.5", "3%%", "0x10", "\u0663"])
+def test_a_limit_is_a_number_or_a_percentage(limit):
+    with pytest.raises(InputError, match=r"coco@35000 or coco@3\.5%, not"):
+        parse_datasets(f"coco@{limit}", "train")
+
+
+def test_a_dataset_beside_another_is_evaluated_if_it_is_there(tmp_path, caplog):
+    pair = {"ade20k": "ade20k-panoptic"}
+    both = "ade20k,ade20k-panoptic"
+    assert with_beside("ade20k", pair, None) == both  # generated data is always there
+    assert with_beside(both, pair, None) == both
+    with caplog.at_level(logging.INFO):
+        assert with_beside("ade20k", pair, tmp_path) == "ade20k"
+    assert "ade20k-panoptic is not evaluated: what Mask2Former's prepare" in caplog.text
+    folder = tmp_path / "ADEChallengeData2016"
+    (folder / "images/validation").mkdir(parents=True)
+    (folder / "ade20k_panoptic_val.json").write_text("{}")
+    assert with_beside("ade20k", pair, tmp_path) == both
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import FAST, METHODS, REAL, REPO
+from conftest import FAST, METHODS, REAL, REPO, small_runs
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -31,35 +31,6 @@ from common.demo import main as demo_main
 from common.errors import InputError
 
 # -- every method, from end to end -----------------------------------------------------------------
-
-# what a method has of these settings is small
-SMALL = {"steps": 2, "batch_size": 2, "base_batch_size": 2, "checkpoint_every": 1}
-SMALL |= {"image_size": 96, "test_size": 96, "channels": 64, "fc_dim": 32, "rois_per_image": 16}
-SMALL |= {"encoder_layers": 1, "decoder_layers": 1, "queries": 10, "points": 64}
-
-
-def small_flags(method: str) -> list[str]:
-    """The flags of the method's own TINY settings, but smaller."""
-    module = importlib.import_module(method)
-    fields = {field.name for field in dataclasses.fields(module.Args)}
-    settings = module.TINY | {name: SMALL[name] for name in SMALL.keys() & fields}
-    for name in settings:
-        if name.endswith("_steps"):
-            settings[name] = 2
-        elif name.endswith("_size") and "batch" not in name:
-            settings[name] = 96
-    flags = ["--device", "cpu"]
-    for name, value in settings.items():
-        flags.append("--" + name.replace("_", "-"))
-        flags += map(str, value if isinstance(value, tuple) else [value])
-    return flags
-
-
-def small_runs(method: str, folder, tiny_root) -> list[list[str]]:
-    """The runs of the method's demonstration, on few images and with small settings."""
-    flags = ["--data-root", str(tiny_root), "--output", str(folder), *small_flags(method)]
-    runs = commands(method, flags)
-    return [[part for part in run if part != "--tiny"] for run in runs]
 
 
 def unseen_dataset(method: str) -> str:
@@ -405,34 +376,6 @@ def test_two_real_label_spaces_each_by_its_own_metric(tmp_path, run):
     }
 
 
-def test_resume_after_kill_ends_with_the_same_weights(
-    trained, tiny_root, tmp_path, run, run_and_kill
-):
-    """SIGKILL after the first checkpoint, then --resume.
-
-    Every bit of the weights is that of the uninterrupted run.
-    """
-    folder = tmp_path / "killed"
-    command = [
-        "--datasets",
-        "coco,o365",
-        "--eval-datasets",
-        "coco",
-        "--data-root",
-        tiny_root,
-        *FAST,
-    ]
-    run_and_kill(folder, *command, "--checkpoint-every", 2)
-    done = run("--resume", folder)
-    assert done.returncode == 0, done.stderr
-    assert "resumed from" in done.stdout
-    ours, theirs = (
-        load_file(folder / "weights.safetensors"),
-        load_file(trained[0] / "weights.safetensors"),
-    )
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-
-
 # -- bad input -------------------------------------------------------------------------------------
 
 
@@ -628,7 +571,7 @@ def test_full_disk_is_one_line(fails, own, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", str(tmp_path / "weights"))
 
-    monkeypatch.setattr("scaledet.save_weights", full)
+    monkeypatch.setattr("common.runlog.save_weights", full)
     assert "No space left" in fails(
         "--datasets", own(), "--output", tmp_path / "run", *FAST, "--steps", 1
     )

@@ -14,26 +14,16 @@ import torch
 from parity import FOLDER
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.nn import functional as F
 
 import detic
-from common import convert
-from common.backbone import Backbone
-from common.checkpoint import load_weights, read_metadata, read_model, save_weights
+from common.checkpoint import load_weights, read_model, save_weights
 from common.command import parse_args
-from common.convert import (
-    DETIC,
-    MASK2FORMER,
-    convert_centernet2_detic,
-    convert_if_official,
-    convert_mask2former,
-    rename,
-)
+from common.convert import convert_if_official, rename
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
-from common.pixel_decoder import PixelDecoder
-from common.transformer import DecoderLayer, QueryHead
+from common.official_detectors import CENTERNET2, LVIS, convert_centernet2
+from common.official_mask2former import convert_mask2former
 
 KEYS = FOLDER / "detic_r50_state_dict_keys.json"
 CPU = torch.device("cpu")
@@ -48,7 +38,7 @@ def cache(tmp_path, monkeypatch):
 
 def convert_detic(path):
     """Returns the converted file of official Detic weights."""
-    return convert_if_official(path, "detic", convert_centernet2_detic)
+    return convert_if_official(path, "detic", convert_centernet2)
 
 
 def official_name(key: str) -> str | None:
@@ -142,22 +132,22 @@ def same(one, other) -> bool:
 def test_every_official_tensor_has_its_place_and_shape(number, caplog):
     listing = list(json.loads(KEYS.read_text()).values())[number]
     official = {key: torch.empty(facts["shape"], device="meta") for key, facts in listing.items()}
-    dropped = {key for key in official if rename(key, DETIC) is None}
+    dropped = {key for key in official if rename(key, CENTERNET2) is None}
     assert all(
         key.endswith("freq_weight") or "zs_weight" in key or ".base.fc." in key for key in dropped
     )
     with caplog.at_level(logging.WARNING):
-        tensors, metadata = convert_centernet2_detic(official)
-    assert len({rename(key, DETIC) for key in official} - {None}) == len(official) - len(
+        tensors, metadata = convert_centernet2(official, "BoxSup-C2_L_CLIP")
+    assert len({rename(key, CENTERNET2) for key in official} - {None}) == len(official) - len(
         dropped
     )  # no two in one place
-    classes = official["roi_heads.box_predictor.0.cls_score.zs_weight"].shape[1] - 1
     [(name, record)] = metadata["vocabularies"].items()
     names = record["names"]
-    assert len(names) == classes and metadata["boxed"] == names and record["is_thing"] is None
+    assert name == "lvis" and tuple(names) == Vocabulary.known("lvis").names
+    assert metadata["boxed"] == names and record["is_thing"] is None
     text = tensors.pop(f"label_space.{name}")
-    assert text.shape == (classes, 512)
-    text = torch.zeros(classes, 512)
+    assert text.shape == (LVIS, 512)
+    text = torch.zeros(LVIS, 512)
     label_space = LabelSpace([Vocabulary(name, tuple(names))], lambda names, dataset: text)
     with torch.device("meta"):
         args = detic.Args(**metadata["args"])
@@ -165,14 +155,10 @@ def test_every_official_tensor_has_its_place_and_shape(number, caplog):
     assert {key: t.shape for key, t in tensors.items()} == {
         key: t.shape for key, t in model.state_dict().items()
     }
-    assert metadata["args"].keys() == set(detic.MODEL_FIELDS)
-    if classes in convert.VOCABULARIES:
-        assert (
-            name == "lvis" and tuple(names) == Vocabulary.known("lvis").names and not caplog.records
-        )
-    else:
-        assert names[0] == "class 1" and names[-1] == f"class {classes}"
-        assert f"{classes} classes are not known; name yours with --vocabulary" in caplog.text
+    assert metadata["args"].keys() == {*detic.MODEL_FIELDS, "datasets"}
+    columns = official["roi_heads.box_predictor.0.cls_score.zs_weight"].shape[1]
+    lost = "20844 classes of ImageNet-21k are not in the file: 1203 of LVIS are kept"
+    assert (lost in caplog.text) == (columns == 22048)
 
 
 def test_converted_model_sees_the_same(pth, cache, model_and_official, tmp_path):
@@ -269,7 +255,7 @@ ZS = "roi_heads.box_predictor.0.cls_score.zs_weight"
         ),
         (
             lambda o: o | {"roi_heads.res5.0.conv1.weight": torch.ones(1)},
-            ["'roi_heads.res5.0", "ResNet-50"],
+            ["Faster R-CNN with a C4 ResNet", "docs/official-weights.md"],
         ),
         (lambda o: {k: t for k, t in o.items() if k != FC1}, ["box_head.1.weight", "missing"]),
         (
@@ -327,7 +313,7 @@ def test_weights_of_this_project_are_returned_as_they_are(tmp_path, cache):
     """A file or a run folder, also for a method that has official weights."""
     file = tmp_path / "weights.safetensors"
     save_file({"x": torch.ones(1)}, file)
-    for function in (None, convert_centernet2_detic):
+    for function in (None, convert_centernet2):
         assert convert_if_official(file, "detic", function) == file
         assert convert_if_official(tmp_path, "detic", function) == file
     assert not cache.exists()
@@ -358,201 +344,7 @@ def test_predict_with_an_official_checkpoint(pth, tmp_path, monkeypatch, capsys)
     )
 
 
-# -- Mask2Former: the base of the segmenters -------------------------------------------------------
-
-BASE_KEYS = FOLDER / "mask2former_r50_state_dict_keys.json"
-
-
-class Base(nn.Module):
-    """The attributes of a segmenter that its official weights fill, and one that they do not."""
-
-    def __init__(
-        self, channels: int = 256, queries: int = 100, layers: int = 9, encoder_layers: int = 6
-    ):
-        super().__init__()
-        self.backbone = Backbone("resnet50", 0, pretrained=False, strides=[4, 8, 16, 32])
-        self.pixel_decoder = PixelDecoder(self.backbone.channels, channels, encoder_layers)
-        self.layers = nn.ModuleList(DecoderLayer(channels) for _ in range(layers))
-        self.head = QueryHead(channels)
-        self.query_feat, self.query_embed = (
-            nn.Parameter(torch.randn(queries, channels)) for _ in range(2)
-        )
-        self.level_embed = nn.Parameter(torch.randn(3, channels))
-        self.text_adapter = nn.Linear(7, channels)
-        self.register_buffer("text_scale", torch.randn(5, 7))
-
-
-def mask2former_name(key: str, old: bool) -> str:
-    """Written from the official key list: our key -> theirs. old: as in the first version."""
-    kind, *rest = key.split(".")
-    leaf = ".".join(rest)
-    if kind == "backbone":
-        if rest[1] in ("conv1", "bn1"):
-            return "backbone.stem.conv1." + ("norm." if rest[1] == "bn1" else "") + rest[-1]
-        _, layer, block, part, *tail = rest
-        stage = f"backbone.res{int(layer.removeprefix('layer')) + 1}.{block}."
-        if part == "downsample":
-            return f"{stage}shortcut.{'norm.' if tail[0] == '1' else ''}{tail[-1]}"
-        return f"{stage}conv{part[-1]}.{'norm.' if part.startswith('bn') else ''}{tail[-1]}"
-    if kind == "pixel_decoder":
-        for ours, theirs in [("lateral", "adapter_1"), ("output", "layer_1")]:
-            if rest[0] == ours:
-                leaf = f"{theirs}.{'norm.' if rest[1] == '1' else ''}{rest[-1]}"
-        nested = {"layers": f"transformer.encoder.{leaf}", "level_embed": "transformer.level_embed"}
-        return f"sem_seg_head.{'' if old else 'pixel_decoder.'}{nested.get(rest[0], leaf)}"
-    predictor = "sem_seg_head." + ("" if old else "predictor.")
-    if kind == "layers":
-        number, part, *tail = rest
-        name, _, end = part.partition("_")
-        kinds = {"cross": "cross_attention", "self": "self_attention"}
-        if end == "attn":
-            part = {"cross": "multihead_attn", "self": "self_attn"}[name]
-        part = "norm" if end == "norm" else part
-        layer = f"{predictor}transformer_{kinds.get(name, 'ffn')}_layers.{number}"
-        return ".".join([layer, part, *tail])
-    if kind == "head":
-        if rest[0] == "mask_embed":
-            return f"{predictor}mask_embed.layers.{int(rest[1]) // 2}.{rest[2]}"
-        return predictor + leaf
-    return predictor + ("static_query" if old and kind == "query_feat" else kind) + ".weight"
-
-
-def official_base(model: Base, old: bool = False) -> dict[str, torch.Tensor]:
-    own = {key: t for key, t in model.state_dict().items() if not key.startswith("text")}
-    leave = ("frozen_norm", "num_batches_tracked")
-    official = {mask2former_name(key, old): t for key, t in own.items() if not key.endswith(leave)}
-    predictor = "sem_seg_head." + ("" if old else "predictor.")
-    official |= {f"{predictor}class_embed.{kind}": torch.ones(3) for kind in ("weight", "bias")}
-    return official | {"criterion.empty_weight": torch.ones(3)}
-
-
-@pytest.fixture(scope="module")
-def base():
-    torch.manual_seed(0)
-    model = Base(channels=32, queries=5, layers=2, encoder_layers=1)
-    for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            tensor.normal_() if not key.endswith("running_var") else tensor.uniform_(0.9, 1.1)
-    return model
-
-
-@pytest.mark.skipif(
-    not BASE_KEYS.is_file(), reason=f"no {BASE_KEYS.name}; CONCORD_PARITY names its folder"
-)
-@pytest.mark.parametrize("number", [0, 1])
-def test_every_tensor_of_mask2former_has_its_place_and_shape(number):
-    listing = list(json.loads(BASE_KEYS.read_text()).values())[number]
-    official = {key: torch.empty(facts["shape"], device="meta") for key, facts in listing.items()}
-    dropped = {key for key in official if rename(key, MASK2FORMER) is None}
-    classifier = {f"sem_seg_head.predictor.class_embed.{kind}" for kind in ("weight", "bias")}
-    assert dropped == classifier | {"criterion.empty_weight"}
-    assert len({rename(key, MASK2FORMER) for key in official} - {None}) == len(official) - len(
-        dropped
-    )
-    tensors, metadata = convert_mask2former(official)
-    with torch.device("meta"):
-        own = Base().state_dict()
-    assert {key: t.shape for key, t in tensors.items()} == {
-        key: t.shape for key, t in own.items() if not key.startswith("text")
-    }
-    sizes = {"queries": 100, "channels": 256, "encoder_layers": 6, "decoder_layers": 9}
-    assert metadata["args"] == {"backbone": "resnet50", **sizes}
-
-
-def pickled(protocol: int):
-    def save(official: dict, path) -> None:
-        arrays = {key: tensor.numpy() for key, tensor in official.items()}
-        arrays["criterion.empty_weight"] = np.float32(0.1)  # a scalar
-        first = "backbone.stem.conv1.weight"
-        arrays[first] = np.asfortranarray(arrays[first])
-        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "third_party"}, protocol))
-
-    return save
-
-
-@pytest.mark.parametrize(
-    "name, old, save",
-    [
-        (
-            "new.pth",
-            False,
-            lambda official, path: torch.save({"model": official, "iteration": 3}, path),
-        ),
-        ("old.pth", True, torch.save),
-        *((f"{protocol}.pkl", False, pickled(protocol)) for protocol in (2, 4, 5)),
-    ],
-)
-def test_official_weights_are_the_base(name, old, save, tmp_path, base, caplog):
-    save(official_base(base, old), tmp_path / name)
-    twin = convert_if_official(tmp_path / name, "dataseg", convert_mask2former)
-    metadata = read_metadata(twin, "dataseg")
-    sizes = {"queries": 5, "channels": 32, "encoder_layers": 1, "decoder_layers": 2}
-    assert metadata["args"] == {"backbone": "resnet50", **sizes}
-    model = Base(channels=32, queries=5, layers=2, encoder_layers=1)
-    before = {key: t.clone() for key, t in model.state_dict().items() if key.startswith("text")}
-    with caplog.at_level(logging.INFO):
-        load_weights(twin, model)
-    assert (
-        f"weights {twin}: 3 tensors of 'text_adapter.', 'text_scale' are not in it and start anew"
-        in caplog.text
-    )
-    counters = {key for key in model.state_dict() if key.endswith("num_batches_tracked")}
-    for key, tensor in model.state_dict().items():
-        expected = before.get(key, base.state_dict()[key])
-        assert torch.equal(tensor, expected) or key in counters or key == "backbone.frozen_norm", (
-            key
-        )
-    assert model.backbone.frozen_norm and not any(model.state_dict()[key] for key in counters)
-
-
-def test_base_alone_detects_nothing(tmp_path, base):
-    torch.save(official_base(base), tmp_path / "official.pth")
-    with pytest.raises(
-        InputError, match="a base model without classes: only a training can start from them"
-    ):
-        read_model(
-            convert_if_official(tmp_path / "official.pth", "lmseg", convert_mask2former), "lmseg"
-        )
-
-
-def test_lost_tensor_of_the_base_is_named(tmp_path, base):
-    official = official_base(base)
-    del official["sem_seg_head.predictor.transformer_ffn_layers.1.linear2.bias"]
-    torch.save(official, tmp_path / "official.pth")
-    with pytest.raises(
-        InputError, match=r"tensor 'layers\.1\.linear2\.bias' is missing for this model"
-    ):
-        load_weights(
-            convert_if_official(tmp_path / "official.pth", "lmseg", convert_mask2former),
-            Base(32, 5, 2, 1),
-        )
-
-
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        (
-            {"backbone.patch_embed.proj.weight": torch.ones(1)},
-            ["'backbone.patch_embed.proj.weight'", "Mask2Former"],
-        ),
-        (
-            {"sem_seg_head.predictor.input_proj.0.weight": torch.ones(1)},
-            ["'sem_seg_head.predictor.input_proj.0"],
-        ),
-        ({"criterion.empty_weight": torch.ones(1)}, ["'query_feat' is missing"]),
-        ({"sem_seg_head.predictor.query_feat.weight": torch.ones(1)}, ["odd shapes"]),
-    ],
-)
-def test_other_segmenters_are_refused(content, words, tmp_path, cache):
-    torch.save(content, tmp_path / "official.pth")
-    with pytest.raises(InputError) as error:
-        convert_if_official(tmp_path / "official.pth", "lmseg", convert_mask2former)
-    line = str(error.value)
-    assert (
-        "\n" not in line
-        and all(word in line for word in ["official.pth", *words])
-        and not cache.exists()
-    ), line
+# -- pickles of numpy arrays -----------------------------------------------------------------------
 
 
 class Calls:

@@ -435,7 +435,7 @@ def test_lmseg_text_of_names(monkeypatch, clip):
         loads.append(given)
         return ContextEncoder(*given)
 
-    monkeypatch.setattr(lmseg, "ContextEncoder", load)
+    monkeypatch.setattr("common.text.ContextEncoder", load)
     label_space = lmseg.build_label_space(args, trained, context)
     known = label_space.swap("Car, sky")
     assert torch.equal(known.text, label_space.text[[4, 2]]) and not loads
@@ -850,6 +850,12 @@ def test_lmseg_predictions_of_the_two_tasks(predicted):
     assert semantic.keys() == {"semantic", "class_names", "size"} and semantic[
         "semantic"
     ].shape == (64, 128)
+    masks = torch.tensor(columns)[:, None].expand(-1, 16, -1)
+    masks = F.interpolate(masks[None], (32, 32), mode="bilinear")[0].sigmoid()
+    scores = torch.einsum("qk,qhw->khw", torch.tensor(background)[:, :-1], masks)
+    scores = F.interpolate(scores[None], (64, 128), mode="bilinear")  # not the masks
+    assert torch.equal(semantic["semantic"].long(), scores[0].argmax(0))
+    semantic = predicted(SURE, columns, "semantic")
     assert (semantic["semantic"] == (torch.arange(128) >= 64)).all()
     panoptic = predicted(SURE, columns)
     assert (
@@ -871,6 +877,23 @@ def test_lmseg_a_segment_is_all_that_its_query_won(predicted):
     assert (found["panoptic"] == 1).all() and len(found["segments_info"]) == 1
 
 
+def test_lmseg_threshold_of_the_dataset(predicted, monkeypatch):
+    """Without --object-threshold each dataset has that of the released code."""
+    columns = [halves(8), halves(8, -9, 9)]
+    unsure = [[0.78, 0.12, 0.1], SURE[1]]
+    given = {"object_threshold": None}
+    assert len(predicted(unsure, columns, **given)["segments_info"]) == 1
+    monkeypatch.setitem(lmseg.DAA, "v", lmseg.DAA["ade20k-panoptic"])
+    assert len(predicted(unsure, columns, **given)["segments_info"]) == 2
+
+
+def test_lmseg_mask2formers_panoptic_rule(predicted):
+    """A pixel that its query wins outside of its mask is in no segment."""
+    columns = [halves(8, 9, -2), halves(8, -9, -9)]
+    found = predicted(SURE, columns, panoptic_rule="mask2former")["panoptic"]
+    assert (found[:, :60] == 1).all() and not found[:, 68:].any()
+
+
 def test_lmseg_thresholds_of_segments(predicted):
     columns = [halves(8), halves(8, -9, 9)]
     unsure = [[0.78, 0.12, 0.1], SURE[1]]
@@ -880,7 +903,9 @@ def test_lmseg_thresholds_of_segments(predicted):
     assert [
         s["label"] for s in predicted(unsure, columns, object_threshold=0.7)["segments_info"]
     ] == [0, 1]
-    assert lmseg.Args().object_threshold == 0.8
+    assert predicted(SURE, columns, "panoptic, things")["things"]["labels"].tolist() == [0, 0]
+    defaults = {name: own.object_threshold for name, own in lmseg.DAA.items()}
+    assert defaults.pop("ade20k-panoptic") == 0.7 and set(defaults.values()) == {0.8}
     # of 12 columns of the first mask; less than 0.8 are left of it
     for lost, labels in ((2, [0, 1]), (3, [1])):
         second = [9.0 if i >= 12 - lost else -9.0 for i in range(16)]
@@ -1149,7 +1174,8 @@ def test_lmseg_run_leaves_everything(trained):
     )
     assert list(results) == ["ade20k", "coco-panoptic"]
     assert results["ade20k"].keys() == {"mIoU", "fwIoU", "mACC", "pACC"}
-    assert results["coco-panoptic"].keys() == {"PQ", "SQ", "RQ", "PQ things", "PQ stuff", "mIoU"}
+    kinds = {"PQ", "SQ", "RQ", "PQ things", "PQ stuff", "mIoU", "AP things"}
+    assert results["coco-panoptic"].keys() == kinds
     last = json.loads(steps[-1])
     assert last["step"] == 4 and last["lr"] == pytest.approx(1e-3 * 0.25**0.9)
     assert last["loss"] == pytest.approx(
@@ -1188,7 +1214,7 @@ def test_lmseg_evaluates_each_dataset_with_its_own_text_and_task(
     lmseg.evaluate(SMALL, model, label_space, datasets, tmp_path)
     assert seen == [
         ("ade20k", "semantic"),
-        ("coco-panoptic", "panoptic"),
+        ("coco-panoptic", "panoptic, things"),
         ("cityscapes", "semantic"),
     ]
 
@@ -1255,14 +1281,6 @@ def test_lmseg_predicts_any_vocabulary(task, trained, tmp_path, call, no_package
         ) - {0}
 
 
-def test_lmseg_resume_after_kill_ends_with_the_same_weights(
-    trained, data, tmp_path, call, run_and_kill
-):
-    run_and_kill(tmp_path / "killed", *data, *FLAGS, "--checkpoint-every", 2, method="lmseg")
-    call("--resume", tmp_path / "killed", method="lmseg")
-    assert same_weights(tmp_path / "killed", trained)
-
-
 def test_lmseg_two_ranks(data, tmp_path, run):
     """With heads, of which a step may leave one alone on a rank, or on both."""
     batches = [
@@ -1299,7 +1317,7 @@ def test_lmseg_trained_context_needs_no_encoder_for_trained_names(
         loads.append(given)
         return ContextEncoder(*given)
 
-    monkeypatch.setattr(lmseg, "ContextEncoder", load)
+    monkeypatch.setattr("common.text.ContextEncoder", load)
     whole = tmp_path / "whole"
     call(*data, "--checkpoint-every", 1, "--output", whole, method="lmseg")
     assert len(loads) == 1 and all(
@@ -1333,7 +1351,7 @@ def test_lmseg_trained_context_needs_no_encoder_for_trained_names(
         raise Enough
 
     lmseg.context_encoder.cache_clear()
-    monkeypatch.setattr(lmseg, "ContextEncoder", refuse)
+    monkeypatch.setattr("common.text.ContextEncoder", refuse)
     given = ["--weights", whole, "--device", "cpu", "--workers", 0]
     call(
         *given,

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import common.pixel_decoder
 from common.backbone import Backbone
 from common.errors import InputError
+from common.msda import msda
 from common.pixel_decoder import MSDeformAttn, PixelDecoder, pixel_centres
 from common.point_matching import (
     hungarian,
@@ -243,6 +245,12 @@ def test_pixel_centres_are_x_and_y_row_by_row():
     assert pixel_centres(2, 1, "cpu").tolist() == [[0.5, 0.25], [0.5, 0.75]]
 
 
+def random_features() -> list[torch.Tensor]:
+    """Maps of a backbone with 8, 12, 16 and 20 channels for an image of 64 x 96 pixels."""
+    maps = zip((8, 12, 16, 20), (4, 8, 16, 32))
+    return [torch.randn(1, channels, 64 // stride, 96 // stride) for channels, stride in maps]
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 def test_pixel_decoder_gives_maps_of_four_strides(autocast):
     decoder = PixelDecoder([8, 12, 16, 20], channels=32, layers=2, ffn=48, heads=4)
@@ -262,13 +270,31 @@ def test_pixel_decoder_gives_maps_of_four_strides(autocast):
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in decoder.parameters())
 
 
-def test_compiled_parts_agree_with_eager():
+@pytest.mark.parametrize("autocast", [True, False])
+def test_autocast_samples_half_precision_values_at_exact_points(autocast, monkeypatch):
+    given = []
+
+    def spy(value, shapes, offsets, logits, reference):
+        given.append([x.dtype for x in (value, offsets, logits, reference)])
+        return msda(value, shapes, offsets, logits, reference)
+
+    monkeypatch.setattr(common.pixel_decoder, "msda", spy)
+    decoder = PixelDecoder([8, 12, 16, 20], channels=32, layers=2, ffn=48, heads=4)
+    features = random_features()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        decoder(features)
+    dtype = torch.bfloat16 if autocast else torch.float32
+    assert given == [[dtype, *[torch.float32] * 3]] * 2
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_compiled_parts_agree_with_eager(autocast):
+    torch._dynamo.reset()
     decoder = PixelDecoder([8, 12, 16, 20], channels=32, layers=1, ffn=48, heads=4)
-    features = [
-        torch.randn(1, c, 64 // s, 96 // s) for c, s in zip((8, 12, 16, 20), (4, 8, 16, 32))
-    ]
-    eager = decoder(features)
-    compiled = torch.compile(decoder, backend="aot_eager", fullgraph=True)(features)
+    features = random_features()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        eager = decoder(features)
+        compiled = torch.compile(decoder, backend="aot_eager", fullgraph=True)(features)
     torch.testing.assert_close(compiled, eager)
 
 

@@ -237,7 +237,7 @@ class Hand:
     def __len__(self):
         return 2
 
-    def load(self, i):
+    def load(self, i, keep_ignored=False):
         grey = torch.full((3, 40, 60), 128, dtype=torch.uint8)
         return Sample.unlabelled(grey, "hand", i, i)
 

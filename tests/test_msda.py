@@ -87,12 +87,13 @@ def run(
     inputs[0] = inputs[0].to(value_dtype or inputs[0].dtype)
     value, offsets, logits = (x.requires_grad_() for x in inputs)
     out = function(value, shapes, offsets, logits, centre.to(device, dtype))
-    assert out.dtype == value.dtype
+    assert out.dtype == torch.promote_types(value.dtype, torch.float32)
     return out, *torch.autograd.grad(out, (value, offsets, logits), cotangent.to(out))
 
 
 def compare(ours, wanted, tolerance: float) -> None:
-    for name, a, b in zip(("out", "value", "offsets", "logits"), ours, wanted, strict=True):
+    for i, (a, b) in enumerate(zip(ours, wanted, strict=True)):
+        name = f"result {i}"
         assert a.shape == b.shape, name
         b = b.detach()
         error = float((a.detach().cpu().double() - b).abs().max() / b.abs().max().clamp(min=0.1))
@@ -107,17 +108,27 @@ def test_equals_the_formula(device, name):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_values(device, dtype):
+    """Only the gradient of value is rounded; the others come from sums in single precision."""
     value, *inputs, cotangent = draw(*CASES["K12"])
-    value, cotangent = value.to(dtype).double(), cotangent.to(dtype).double()
-    ours = run(msda, value, *inputs, cotangent, device, torch.float32, dtype)
-    assert ours[1].dtype == dtype and ours[2].dtype == torch.float32
-    compare(ours, run(formula, value, *inputs, cotangent), 2**-7)
+    value = value.to(dtype).double()
+    out, of_value, *others = run(msda, value, *inputs, cotangent, device, torch.float32, dtype)
+    wanted = run(formula, value, *inputs, cotangent)
+    assert of_value.dtype == dtype and others[0].dtype == torch.float32
+    compare([out, *others], [wanted[0], *wanted[2:]], 1e-5)
+    compare([of_value], wanted[1:2], 2**-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_single_sample_has_no_choice(device, dtype):
+    """Its attention is 1, whatever the logit is, so that the logit has no gradient."""
+    *_, of_logits = run(msda, *draw(*CASES["K1"]), device, torch.float32, dtype)
+    assert float(of_logits.abs().max()) < 1e-5
 
 
 def test_half_precision_offsets(device):
     inputs = [x.bfloat16().double() if torch.is_tensor(x) else x for x in draw(*CASES["K3"])]
     ours = run(msda, *inputs, device, torch.bfloat16)
-    assert {x.dtype for x in ours} == {torch.bfloat16}
+    assert {x.dtype for x in ours[1:]} == {torch.bfloat16}
     compare(ours, run(formula, *inputs), 2**-6)
 
 
@@ -147,6 +158,20 @@ def test_far_points_still_move_their_logits(device):
     torch.testing.assert_close(grad[..., 4:8], far)
     assert float(ours[2][:, :, :, 1].abs().max()) == 0
     torch.testing.assert_close(ours[3].cpu().double(), grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_location_that_is_no_number_reaches_the_result(device, axis):
+    """A training whose offsets diverged must not go on as if it sampled nothing there."""
+    value, shapes, offsets, *rest = draw(*CASES["K12"])
+    offsets = offsets.clone()
+    offsets[1, 7, 0, 2, 3, axis] = torch.nan
+    out, of_value, _, of_logits = run(msda, value, shapes, offsets, *rest, device, torch.float32)
+    lost = torch.zeros(2, 19, 2, dtype=torch.bool)
+    lost[1, 7, 0] = True
+    assert torch.equal(out.cpu().isnan(), lost.repeat_interleave(32, 2))
+    assert torch.equal(of_logits.cpu().isnan(), lost[..., None].expand(-1, -1, -1, 12))
+    assert not of_value[0].isnan().any()
 
 
 def test_all_points_far(device):
@@ -389,7 +414,7 @@ def test_kernels_compile_for_hopper(value, tmp_path, monkeypatch):
     types = (
         dict.fromkeys(constants, "constexpr") | dict.fromkeys(numbers, "i32") | {"levels": "*i32"}
     )
-    types |= dict.fromkeys(("value", "grad", "out"), f"*{value}")
+    types |= {"value": f"*{value}"}
     for kernel in (common.msda._forward_kernel, common.msda._backward_kernel):
         names = kernel.arg_names
         signature = {name: types.get(name, "*fp32") for name in names}

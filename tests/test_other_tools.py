@@ -524,7 +524,7 @@ def test_errors_of_coco_name_the_file(tmp_path):
     path = tmp_path / "_annotations.coco.json"
     coco(path, "a.jpg")
     write(path, json.loads(path.read_text()) | {"categories": []})
-    assert refused(f"mine={tmp_path}").startswith(str(path))
+    assert str(path) in refused(f"mine={tmp_path}")
 
 
 def masks(folder, name, values, rows="0, sky\n2, cat\n"):

@@ -190,7 +190,8 @@ def test_parity_box_supervision(variant, monkeypatch):
     for k, (stage, prediction) in enumerate(zip(stages, predictions, strict=True)):
         check_stage(variant, k, stage, prediction.logits, tensors)
     check_targets(variant, stages, truth, tensors, len(text), places)
-    losses = detic.compute_losses(model.args, stages, predictions, losses, truth, frequency)
+    given = (losses, truth, frequency, frequency)
+    losses = detic.compute_losses(model.args, stages, predictions, *given)
     official = record[variant]["losses"]
     assert losses.keys() == official.keys() | {"loss"} and config["MASK_WEIGHT"] == 1
     for name, value in official.items():
@@ -225,7 +226,8 @@ def test_parity_image_label_supervision(variant, monkeypatch):
         official = tensors[f"{variant}.stage{k}.cls_logits"]
         check(f"cascade {variant}: logits", prediction.logits, official)
     frequency = torch.ones(len(label_space))
-    losses = detic.compute_losses(model.args, stages, predictions, losses, truth, frequency)
+    given = (losses, truth, frequency, frequency)
+    losses = detic.compute_losses(model.args, stages, predictions, *given)
     official = record[variant]["losses"]
     assert losses.keys() == {"loss"} | {f"loss_image_labels_stage{k}" for k in range(len(stages))}
     for name, value in official.items():

@@ -295,7 +295,7 @@ def test_what_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "VOC2007/Annotations/000001.xml")
     assert "000001.xml is no regular file, but a device or pipe" in refused("voc", tmp_path)
     (tmp_path / "VOC2007/ImageSets/Main/test.txt").write_bytes(b"1\0\n")
-    assert "is no xml file of Pascal VOC's format" in refused("voc", tmp_path)
+    assert "test.txt: file_name '1\\x00' (2 letters) can be no file's" in refused("voc", tmp_path)
     (tmp_path / "VOC2007/Annotations/000001.xml").unlink()
     (tmp_path / "VOC2007/ImageSets/Main/test.txt").write_text("000001\n")
     size = "<size><width>2147483648</width><height>5</height></size>"

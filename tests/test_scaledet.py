@@ -21,6 +21,7 @@ from common.batch import Sample, collate
 from common.boxes import decode_boxes, pool_rois
 from common.cascade import BoxStage, Cascade, MaskHead, StageOutput, loss_box_reg, sample_federated
 from common.centernet import CenterNet, CenterNetHead, Grid
+from common.datasets import load_datasets
 from common.datasets.dataset import Dataset
 from common.datasets.index import Index
 from common.errors import InputError
@@ -249,6 +250,19 @@ def test_scaledet_fed_loss_acts_on_the_hard_loss_alone():
     torch.testing.assert_close(losses["loss_hard_stage1"], expected)
     expected = 2 * scaledet.loss_soft_label(cosine, labels, tables.similarity)
     torch.testing.assert_close(losses["loss_soft_stage1"], expected)
+
+
+def test_scaledet_fed_loss_samples_among_the_classes_of_lvis_alone(tiny_root):
+    coco, lvis = load_datasets("coco,lvis", "train", str(tiny_root))
+    label_space = LabelSpace([coco.vocabulary, lvis.vocabulary])
+    federated = scaledet.federated_counts([coco, lvis], label_space)
+    assert (federated[: len(coco.vocabulary)] == -1).all()
+    assert federated[len(coco.vocabulary) :].tolist() == lvis.image_counts().tolist()
+    sampled = sample_federated(torch.tensor([0, len(coco.vocabulary) + 2, -1]), federated)
+    assert sampled[: len(coco.vocabulary)].all() and sampled[len(coco.vocabulary) + 2] == 1
+    # background, which COCO's region is here, counts as one of the 50
+    seen = int((federated[len(coco.vocabulary) :] > 0).sum())
+    assert sampled[len(coco.vocabulary) :].sum() == min(49, seen) < len(lvis.vocabulary)
 
 
 def naive_box_reg(output: StageOutput, weights: tuple) -> float:

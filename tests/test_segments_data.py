@@ -424,6 +424,23 @@ def test_images_without_segments_are_counted(tmp_path, caplog):
     assert "panoptic.json: 1 images without segments_info are left out" in caplog.text
 
 
+def test_panoptic_maps_beside_their_json(tmp_path):
+    """Mapillary's layout."""
+    folder = tmp_path / "mapillary_vistas/validation"
+    save(folder / "panoptic/a.png", np.full((2, 3, 3), (1, 0, 0)))
+    save(folder / "images/a.jpg", np.zeros((2, 3, 3)))
+    segment = {"id": 1, "category_id": 1, "bbox": [0, 0, 3, 2], "area": 6, "iscrowd": 0}
+    record = {
+        "images": [{"id": "a", "file_name": "a.jpg", "height": 2, "width": 3}],
+        "annotations": [{"image_id": "a", "file_name": "a.png", "segments_info": [segment]}],
+        "categories": [{"id": 1, "name": "Bird", "isthing": 1}],
+    }
+    (folder / "panoptic/panoptic_2018.json").write_text(json.dumps(record))
+    dataset = load("mapillary-panoptic", tmp_path)
+    assert dataset.maps == folder / "panoptic"
+    assert of_pixels(dataset.load(0)).tolist() == [[0] * 3] * 2
+
+
 def test_panoptic_cityscapes_finds_its_images(tmp_path):
     """The id gives the image, since createPanopticImgs.py writes file names that do not exist."""
     base = tmp_path / "cityscapes/gtFine"

@@ -1,6 +1,9 @@
 """--classes and --rename: other classes than those of the annotations."""
 
+import importlib
 import json
+import tarfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+import detic
 from common.datasets import evaluation_datasets, training_datasets
 from common.datasets.names import load_datasets
-from common.datasets.subset import edit_classes, read_renames
+from common.datasets.subset import drop_empty, edit_classes, read_renames
 from common.errors import InputError
 from common.labels import LabelSpace
 
@@ -46,6 +50,140 @@ def test_a_subset_of_the_classes(boxes, caplog):
     sample = dataset.load(0)
     assert sample.labels.tolist() == [0, 1] and len(dataset.load(1).labels) == 0
     assert "keeps 2 of 3 classes, 2 of 4 annotations" in caplog.text
+
+
+@pytest.fixture
+def sparse(tmp_path):
+    """The entry of six images: one with a box, none, a crowd; two small ones; one with both."""
+    images = []
+    for i, (height, width) in enumerate([(40, 40), (40, 40), (40, 40), (20, 20), (40, 31), (0, 0)]):
+        Image.new("RGB", (width or 40, height or 40), (i, 0, 0)).save(tmp_path / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
+    annotations = [
+        {"id": k, "image_id": image, "category_id": 1, "bbox": [1, 2, 9, 9 + k], "iscrowd": crowd}
+        for k, (image, crowd) in enumerate([(0, 0), (2, 1), (3, 0), (4, 0), (5, 1), (5, 0)])
+    ]
+    record = {"images": images, "annotations": annotations}
+    record["categories"] = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    (tmp_path / "sparse.json").write_text(json.dumps(record))
+    return f"sparse={tmp_path}/sparse.json:{tmp_path}"
+
+
+@pytest.mark.parametrize(
+    "side, rows, line",
+    [
+        (0, [0, 3, 4, 5], "2 of 6 images are not trained on (2 without a box)"),
+        (32, [0, 5], "4 of 6 images are not trained on (2 without a box, 2 with a side below 32"),
+    ],
+)
+def test_images_without_a_box_are_left_out(sparse, caplog, side, rows, line):
+    caplog.set_level("INFO", "concord")
+    (dataset,) = load_datasets(sparse, "train")
+    kept = drop_empty(dataset, side)
+    assert line in caplog.text
+    samples = [kept.load(i) for i in range(len(kept))]
+    assert [int(s.image[0, 0, 0]) for s in samples] == [s.image_id for s in samples] == rows
+    assert [s.boxes[:, 3].tolist() for s in samples] == [
+        dataset.load(row).boxes[:, 3].tolist() for row in rows
+    ]
+    assert drop_empty(kept, side) is kept
+    assert kept.image_counts().tolist() == [len(rows), 0]
+
+
+def test_a_dataset_without_an_image_left_is_refused(sparse):
+    (dataset,) = load_datasets(sparse, "train")
+    crowds = replace(dataset, index=dataset.index.keep(dataset.index.ignore))
+    with pytest.raises(InputError, match="sparse: no image has a box to train on"):
+        drop_empty(crowds)
+
+
+@pytest.mark.parametrize("method, side", [("scaledet", 0), ("detic", 0), ("unidetector", 32)])
+def test_detectors_train_on_images_with_boxes(sparse, tmp_path, call, monkeypatch, method, side):
+    trained = []
+
+    def train(args, datasets, *others):
+        trained.extend(datasets)
+        raise InputError("enough")
+
+    monkeypatch.setattr(importlib.import_module(method), "train", train)
+    folder = str(tmp_path / "run")
+    flags = ["--text-encoder", "minilm", "--device", "cpu", "--output", folder]
+    with pytest.raises(InputError, match="enough"):
+        call("--datasets", sparse, *flags, "--eval-datasets", sparse, method=method)
+    assert [len(dataset) for dataset in trained] == [2 if side else 4]
+
+
+def test_detic_keeps_images_without_a_box_beside_image_labels(sparse, tmp_path, call, monkeypatch):
+    folder = tmp_path / "labelled" / "cat"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (40, 40)).save(folder / "a.png")
+    trained = []
+
+    def train(args, datasets, *others):
+        trained.extend(datasets)
+        raise InputError("enough")
+
+    monkeypatch.setattr(detic, "train", train)
+    flags = ["--text-encoder", "minilm", "--prompts", "name", "--device", "cpu"]
+    entries = f"{sparse},labelled={folder.parent}/"
+    with pytest.raises(InputError, match="enough"):
+        call("--datasets", entries, *flags, "--output", tmp_path / "run", method="detic")
+    assert [len(dataset) for dataset in trained] == [6, 1]
+
+
+def content(dataset, i: int) -> tuple:
+    """What image i of the dataset holds, to be compared."""
+    sample = dataset.load(i)
+    parts = [sample.image, sample.labels, sample.boxes]
+    parts += [getattr(sample, name) for name in ("image_labels", "segments")]
+    listed = [None if part is None else part.tolist() for part in parts]
+    return (sample.image_id, sample.captions, *listed)
+
+
+@pytest.mark.parametrize("name", ["coco", "lvis", "in21k", "ade20k", "coco-panoptic", "o365"])
+def test_a_part_of_the_images_is_drawn_as_by_the_official_script(name, tiny_root, caplog):
+    kinds = ("boxes", "instances", "image_labels", "semantic", "panoptic")
+    whole, part, share, same = (
+        load_datasets(f"{name}{limit}", "train", str(tiny_root), accepts=kinds)[0]
+        for limit in ("", "@5", "@49.9%", "@12")
+    )
+    assert (len(whole), len(part), len(share), len(same)) == (12, 5, 5, 12)
+    order = np.arange(12)
+    np.random.RandomState(1).shuffle(order)  # the official script: np.random.seed(1)
+    for i, row in enumerate(sorted(order[:5])):
+        assert content(part, i)[0] == content(whole, row)[0]
+        assert content(part, i) == content(share, i) == content(whole, row)
+    if part.image_counts() is not None:
+        assert part.image_counts().sum() < whole.image_counts().sum()
+
+
+def test_a_part_of_images_in_tar_files(tmp_path):
+    folder = tmp_path / "labelled"
+    folder.mkdir()
+    for k, name in enumerate(("cat", "dog")):
+        with tarfile.open(folder / f"{name}.tar", "w") as tar:
+            for i in range(4):
+                path = tmp_path / f"{i}.png"
+                Image.new("RGB", (8, 8), (10 * i, k, 0)).save(path)
+                tar.add(path, path.name)
+    entry = f"labelled={folder}/"
+    whole, part = (
+        load_datasets(e, "train", accepts=("image_labels",))[0]
+        for e in (entry, entry.replace("=", "@3="))
+    )
+    pictures = [content(whole, i) for i in range(8)]
+    found = [content(part, i) for i in range(3)]
+    assert len(part) == 3 and all(one in pictures for one in found)
+    assert "3 images" in part.summary()
+
+
+def test_a_part_is_not_larger_than_the_whole(boxes, caplog):
+    caplog.set_level("INFO", "concord")
+    (one,) = load_datasets(boxes.replace("=", "@1="), "train")
+    assert len(one) == 1 and "mine: 1 of 2 images, drawn at random" in caplog.text
+    for limit, count in (("3", 3), ("0", 0), ("1%", 0)):
+        with pytest.raises(InputError, match=f"mine@{limit} are {count} images of 2; write 1 to 2"):
+            load_datasets(boxes.replace("=", f"@{limit}="), "train")
 
 
 def test_names_are_mapped_before_they_are_selected(boxes, tmp_path, caplog):

@@ -429,6 +429,24 @@ def test_broken_table(tmp_path, monkeypatch, content):
 # -- Prompts and open_clip -------------------------------------------------------------------------
 
 
+def test_words_of_names(fake_clip):
+    """No two names of a dataset become one. The table of minilm has them as listed."""
+    words = {"wall-other-merged": "wall", "floor-wood": "floor wood", "door-stuff": "door"}
+    words |= {"Lane Marking - General": "Lane Marking General", "traffic light": "traffic light"}
+    words |= {"other": "other", "hot-air balloon": "hot air balloon"}
+    assert {name: text.words_of(name) for name in words} == words
+    for dataset in SIZES:
+        names = Vocabulary.known(dataset).names
+        assert len({text.fold(text.words_of(name)) for name in names}) == len(
+            {text.fold(name) for name in names}
+        )
+    cleaned = text.embed(["wall-other-merged"], "any/tag", clean=True)
+    assert torch.equal(cleaned, text.embed(["wall"], "any/tag"))
+    assert not torch.equal(cleaned, text.embed(["wall-other-merged"], "any/tag"))
+    listed = text.embed(["wall-other-merged"], "minilm", clean=True)
+    assert torch.equal(listed, text.embed(["wall-other-merged"], "minilm"))
+
+
 def test_prompt_ensemble_against_a_loop(small_clip):
     import open_clip
 

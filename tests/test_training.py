@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from torch import nn
 import scaledet
 from common.backbone import Backbone
 from common.batch import collate
-from common.cascade import BoxStage
+from common.cascade import BoxStage, mlp
 from common.checkpoint import (
     load_checkpoint,
     load_plain,
@@ -29,9 +32,9 @@ from common.checkpoint import (
 )
 from common.command import parse_args, with_saved
 from common.datasets import load_datasets
-from common.distributed import mean_over_ranks
+from common.distributed import gather, mean_over_ranks
 from common.errors import InputError
-from common.files import atomic_path
+from common.files import atomic_path, sweep
 from common.labels import LabelSpace, Vocabulary
 from common.optim import learning_rate
 from common.transforms import ResizeShortest
@@ -42,9 +45,9 @@ def test_learning_rate_warms_up_and_falls_like_a_cosine():
         return learning_rate(step, base=2.0, steps=1000, warmup=100, warmup_factor=1e-4)
 
     assert rate(0) == pytest.approx(2e-4)
-    assert rate(50) == pytest.approx(
-        2 * (1e-4 + (1 - 1e-4) * 0.5) * 0.5 * (1 + math.cos(math.pi * 0.05))
-    )
+    end = 1 + math.cos(math.pi * 0.1)  # where the line meets the cosine
+    assert rate(100) == pytest.approx(end)
+    assert rate(25) == pytest.approx(2e-4 + 0.25 * (end - 2e-4))
     assert rate(500) == pytest.approx(1.0)
     assert rate(1000) == pytest.approx(0, abs=1e-9)
     assert learning_rate(0, 2.0, 1000, 0, 1e-4) == 2.0
@@ -85,12 +88,15 @@ def test_recipe_of_scaledet(tiny_root, tmp_path, seen):
 
 def test_box_head_starts_as_in_detectron2():
     stage = BoxStage(64, 128)
-    for layer in (stage.box_head[1], stage.box_head[3]):
+    branches = (stage.bbox_pred, mlp(128, 40))
+    for layer in (stage.box_head[1], stage.box_head[3], *(branch[0] for branch in branches)):
         assert float(layer.weight.detach().std()) * math.sqrt(layer.in_features) == pytest.approx(
             1.0, rel=0.05
         )
         assert not layer.bias.any()
-    assert float(stage.bbox_pred[2].weight.detach().std()) == pytest.approx(0.001, rel=0.2)
+    for branch in branches:
+        assert float(branch[2].weight.detach().std()) == pytest.approx(0.001, rel=0.2)
+        assert not branch[2].bias.any()
     assert scaledet.TextClassifier(128, 16, tau=0.02, cls_bias=0).cls_bias is None
 
 
@@ -253,7 +259,7 @@ def test_flags_win_over_weights_and_presets(tmp_path):
 
     args = parse("--tiny", "--steps", "7")
     assert args.tiny and args.steps == 7 and args.backbone == "tf_efficientnet_lite0"
-    assert parse().backbone == "resnet50"
+    assert parse().backbone == "resnet50.tv_in1k"
 
 
 def test_atomic_path_leaves_old_content_when_writing_fails(tmp_path):
@@ -266,6 +272,23 @@ def test_atomic_path_leaves_old_content_when_writing_fails(tmp_path):
         path.mkdir()
         (path / "b.txt").write_text("new")
     assert (tmp_path / "folder" / "b.txt").read_text() == "new"
+
+
+def test_sweep_removes_what_killed_writes_left(tmp_path, monkeypatch):
+    """Files and folders of any name, and nothing else."""
+    kept = {".hidden", ".a-1", "b-12-0123abcd.json", "weights.safetensors"}
+    for name in kept:
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(os, "replace", lambda *_: None)  # the last step of a write
+    monkeypatch.setattr(shutil, "rmtree", lambda *_: None)
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    for name in ("proposals-a-0a1b.npy", "first_batch.jpg", "checkpoint-0000002", "archive.tar.gz"):
+        with atomic_path(tmp_path / name) as path:
+            path.mkdir() if "checkpoint" in name else path.write_text("half")
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == len(kept) + 4
+    sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 def test_frozen_norm_stays_frozen_and_is_kept_with_the_weights():
@@ -344,6 +367,21 @@ def test_mean_over_ranks(tmp_path):
     results = mp.Manager().dict()
     mp.spawn(_mean_on_rank, (str(tmp_path / "store"), results), nprocs=2)
     assert dict(results) == {0: 3.0, 1: 3.0}
+
+
+def _gather_on_rank(rank: int, file: str, results) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=3)
+    rows = None if rank == 1 else torch.full((1 + rank, 2), float(rank))
+    found = gather(rows)
+    results[rank] = None if found is None else found[:, 0].tolist()
+    dist.destroy_process_group()
+
+
+def test_rows_of_all_ranks_begin_with_the_own_ones(tmp_path):
+    results = mp.Manager().dict()
+    mp.spawn(_gather_on_rank, (str(tmp_path / "store"), results), nprocs=3)
+    assert dict(results) == {0: [0, 2, 2, 2], 1: None, 2: [2, 2, 2, 0]}
+    assert gather(None) is None
 
 
 def test_rng_states_are_tensors():

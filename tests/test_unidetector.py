@@ -19,13 +19,14 @@ from torchvision.ops import box_iou, roi_align
 
 import common.clip_resnet
 import common.oln
+import common.proposals
 import unidetector
 from common import targets as targets_module
 from common.batch import Batch, Sample, collate
 from common.boxes import box_delta_loss, paired_iou, soft_nms
 from common.class_counts import count_classes, read_prior
-from common.clip_resnet import CLIPResNetC4, RegionOutput, load_by_prefix, read_tensors
-from common.datasets import load_datasets
+from common.clip_resnet import CLIPResNetC4, RegionOutput, load_by_prefix
+from common.datasets import Dataset, load_datasets
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
 from common.oln import BOX_WEIGHTS, OLN, RPN, centreness, decode_tblr, loss_roi_cls, loss_roi_iou
@@ -33,6 +34,7 @@ from common.optim import stepped_learning_rate
 from common.proposals import fingerprint, with_proposals
 from common.targets import RegionTargets, Targets, match_anchors, match_by_iou, match_regions
 from common.transforms import ResizeShortestRange
+from common.weight_files import read_tensors
 
 SMALL = {
     **dict.fromkeys(("backbone", "classifier_backbone"), "resnet18"),
@@ -382,8 +384,8 @@ def test_unidetector_settings_of_the_paper():
     assert (args.batch_size, args.base_batch_size, args.steps, args.classifier_steps) == (
         16,
         16,
-        0,
-        0,
+        None,
+        None,
     )
     assert (args.image_size, args.test_size, args.sampler, args.structure) == (
         800,
@@ -827,10 +829,10 @@ def test_clip_weights_that_do_not_fit(small_clip, tmp_path):
     torch.save(SimpleNamespace(a=1), code)
     broken.write_bytes(b"not a checkpoint")
     with pytest.raises(InputError, match="TorchScript archive"):
-        read_tensors(script)
+        read_tensors(script, "weights")
     for path in (code, broken, tmp_path / "missing.pt"):
         with pytest.raises(InputError, match="cannot be read"):
-            read_tensors(path)
+            read_tensors(path, "weights")
 
 
 def test_clip_frozen_parts(small_clip):
@@ -852,44 +854,102 @@ def test_clip_width_must_be_that_of_the_texts(small_clip):
 # -- proposals and prior ---------------------------------------------------------------------------
 
 
-def test_proposals_are_stored_and_come_with_the_samples(tiny_root, tmp_path):
-    [dataset] = load_datasets("coco", "train", str(tiny_root))
-    boxes, calls = {}, []
+class Locator:
+    """Finds random boxes, the same each time, and notes the images that it has seen."""
 
-    def locate(batch):
-        sample = batch.samples[0]
-        height, width = sample.original_size
-        calls.append(sample.index)
-        some = random_boxes(1 + sample.index % 3) / 200 * torch.tensor([width, height] * 2)
-        boxes.setdefault(sample.index, some)
-        found = {"boxes": boxes[sample.index], "size": (height, width)}
+    def __init__(self, dataset: Dataset, folder, fails_at: int = -1):
+        self.dataset, self.folder, self.fails_at = dataset, folder, fails_at
+        self.seen = []
+
+    def boxes(self, row: int) -> torch.Tensor:
+        height, width = self.dataset.load(row).original_size
+        generator = torch.Generator().manual_seed(row)
+        corners = torch.rand(1 + row % 3, 2, 2, generator=generator).sort(1).values
+        return corners.flatten(1) * torch.tensor([width, height] * 2)
+
+    def __call__(self, batch) -> list[dict]:
+        (sample,) = batch.samples
+        if sample.index == self.fails_at:
+            raise KeyboardInterrupt
+        self.seen.append(sample.index)
+        found = {"boxes": self.boxes(sample.index), "size": sample.original_size}
         return [{"proposals": found}]
 
-    [extended] = with_proposals(locate, [dataset], ResizeShortestRange(96, 96), tmp_path, "key", 0)
-    assert sorted(calls) == list(range(len(dataset))) and len(extended) == len(dataset)
-    for i in range(len(dataset)):
+    def run(self) -> Dataset:
+        args = SimpleNamespace(skip_bad=0, workers=0)
+        self.seen.clear()
+        resize = ResizeShortestRange(96, 96)
+        [extended] = with_proposals(self, [self.dataset], resize, self.folder, "key", args)
+        return extended
+
+
+@pytest.fixture
+def locator(tiny_root, tmp_path, monkeypatch) -> Locator:
+    """Of 12 images, in blocks of 5, 5 and 2."""
+    monkeypatch.setattr(common.proposals, "BLOCK", 5)
+    [dataset] = load_datasets("coco", "train", str(tiny_root))
+    return Locator(dataset, tmp_path)
+
+
+def test_proposals_are_stored_and_come_with_the_samples(locator):
+    extended = locator.run()
+    assert locator.seen == list(range(12)) and len(extended) == 12
+    for i in range(12):
         (sample,) = collate([extended.load(i)]).samples
-        torch.testing.assert_close(sample.proposals, boxes[i], atol=0.01, rtol=0)
-        plain = dataset.load(i)
+        torch.testing.assert_close(sample.proposals, locator.boxes(i), atol=0.01, rtol=0)
+        plain = locator.dataset.load(i)
         assert plain.proposals is None
         assert torch.equal(sample.boxes, plain.boxes) and torch.equal(sample.labels, plain.labels)
-    with_proposals(locate, [dataset], None, tmp_path, "key", 0)
-    assert len(calls) == len(dataset)  # a second call reads the file
-    [file] = tmp_path.glob("proposals-*.npy")
+    locator.run()
+    assert not locator.seen  # a second call reads the files
+
+
+def test_proposals_go_on_after_a_kill(locator, caplog):
+    """At image 11 of 12 the whole blocks are kept, and what was half written goes."""
+    caplog.set_level("INFO", "concord")
+    locator.fails_at = 11
+    with pytest.raises(KeyboardInterrupt):
+        locator.run()
+    [folder] = locator.folder.glob("proposals-coco-*")
+    left = folder / ".block-000002-1-0123abcd.npy"
+    left.write_bytes(b"half")
+    locator.fails_at = -1
+    extended = locator.run()
+    assert locator.seen == [10, 11] and not left.exists()
+    assert "the proposals of 10 of 12 images are there" in caplog.text
+    torch.testing.assert_close(extended.load(11).proposals, locator.boxes(11), atol=0.01, rtol=0)
+
+
+def test_a_damaged_block_of_proposals_is_computed_again(locator):
+    locator.run()
+    [folder] = locator.folder.glob("proposals-coco-*")
+    file = folder / "block-000001.npy"
     whole = file.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"x" * 500):
-        file.write_bytes(damaged)
-        calls.clear()
-        with_proposals(locate, [dataset], ResizeShortestRange(96, 96), tmp_path, "key", 0)
-        assert len(calls) == len(dataset) and file.read_bytes() == whole
-    for wrong in (
-        np.zeros((len(dataset), 3, 4), np.uint16),
-        np.ones((2, 3, 4), np.uint16),
-        np.ones(len(dataset)),
-    ):
+    for damaged in (whole[: len(whole) // 2], b"", b"x" * 500, None):
+        file.unlink()
+        if damaged is not None:
+            file.write_bytes(damaged)
+        locator.run()
+        assert locator.seen == [5, 6, 7, 8, 9] and file.read_bytes() == whole
+    for wrong in (np.ones((2, 3, 4), np.uint16), np.ones((5, 3, 4)), np.ones(5), np.ones(())):
         np.save(file, wrong)
-        with_proposals(locate, [dataset], ResizeShortestRange(96, 96), tmp_path, "key", 0)
-        assert file.read_bytes() == whole
+        locator.run()
+        assert locator.seen == [5, 6, 7, 8, 9] and file.read_bytes() == whole
+
+
+def test_ranks_share_the_blocks_of_proposals(locator, monkeypatch):
+    monkeypatch.setattr(common.proposals, "world_size", lambda: 2)
+    for rank, rows in ((1, [5, 6, 7, 8, 9]), (0, [0, 1, 2, 3, 4])):
+        monkeypatch.setattr(common.proposals, "rank", lambda rank=rank: rank)
+        locator.run()  # the last block is left, as the other rank did not run beside it
+        assert locator.seen == rows
+    monkeypatch.undo()
+    monkeypatch.setattr(common.proposals, "BLOCK", 5)
+    locator.run()
+    assert locator.seen == [10, 11]
+
+
+def test_the_key_of_proposals_tells_localizers_apart():
     one, other = nn.Linear(2, 2), nn.Linear(2, 2)
     assert fingerprint(one, 1) == fingerprint(one, 1)
     assert len({fingerprint(one, 1), fingerprint(other, 1), fingerprint(one, 2)}) == 3
@@ -1055,7 +1115,9 @@ def test_resume_ends_with_the_same_weights(
     def check(run_log, losses, step, batch):
         if step == checkpoint + 1:
             raise Enough
+        return finite(run_log, losses, step, batch)
 
+    finite = unidetector.RunLog.check_finite
     with monkeypatch.context() as patch, pytest.raises(Enough):
         patch.setattr(unidetector.RunLog, "check_finite", check)
         call(*data, *QUICK, "--output", tmp_path / "run", method="unidetector")

@@ -41,7 +41,7 @@ def coco_base(coco: Dataset, split: str) -> Dataset:
     filled = np.diff(dataset.index.offsets) > 0
     message = "coco-base: %d of %d %s images without a box are left out"
     log.info(message, (~filled).sum(), len(filled), split)
-    return replace(dataset, index=dataset.index.select(filled))
+    return dataset.select(filled)
 
 
 def _base_split(

@@ -38,6 +38,7 @@ class Dataset:
     metric:       the protocol that scores it
     hierarchy:    the class tree of OpenImages
     frequency:    one of r, c, f per class of LVIS
+    federated:    an image is annotated for some of the classes, and nothing is known of the others
     novel:        labels without training boxes; they are evaluated to show what is learned without
     masks:        `load` decodes the instance masks, where there are any
     maps:         folder of the label maps of a semantic or panoptic dataset
@@ -58,6 +59,7 @@ class Dataset:
     supervision: Supervision = "boxes"
     hierarchy: dict | None = None
     frequency: str | None = None
+    federated: bool = False
     novel: tuple[int, ...] = ()
     masks: bool = False
     maps: Path | None = None
@@ -221,6 +223,11 @@ class Dataset:
             return None
         _, counts = self.index.by_label
         return np.pad(counts, (0, len(self.vocabulary) - len(counts)))
+
+    def select(self, images: np.ndarray) -> "Dataset":
+        """Returns the dataset with only the images where `images` (I,) bool is true."""
+        shards = self.shards and self.shards.select(images)
+        return replace(self, index=self.index.select(images), shards=shards)
 
     def summary(self) -> str:
         """Returns one line for the log: the numbers of images, annotations and classes."""

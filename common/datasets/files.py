@@ -108,7 +108,6 @@ def open_image(path: Path, data: bytes | None = None, kind: str = "image") -> It
     Raises InputError if the image is missing or cannot be decoded, also for an error of Pillow
     inside the `with` block.
     """
-    why = ""
     try:
         refuse_pipe(path, kind)
         with warnings.catch_warnings():
@@ -121,16 +120,19 @@ def open_image(path: Path, data: bytes | None = None, kind: str = "image") -> It
     except FileNotFoundError:
         raise InputError(f"{kind} {path} does not exist; check the path") from None
     except UnidentifiedImageError:
-        why = f"it is none of {', '.join(readable_formats())}"
+        raise _undecodable(path, kind, f"it is none of {', '.join(readable_formats())}") from None
     except Image.DecompressionBombError:
         limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
         raise InputError(
             f"{kind} {path} has more than {limit} megapixels; make it smaller or cut it into tiles"
         ) from None
     except (OSError, ValueError, SyntaxError) as error:
-        why = str(error)
-    if why:
-        raise InputError(f"{kind} {path} cannot be decoded ({why}); replace it or remove its entry")
+        why = getattr(error, "strerror", None) or str(error)  # without the path again
+        raise _undecodable(path, kind, why) from None
+
+
+def _undecodable(path: Path, kind: str, why: str) -> InputError:
+    return InputError(f"{kind} {path} cannot be decoded ({why}); replace it or remove its entry")
 
 
 def listing(name: str, root: Path, endings: tuple[str, ...]) -> dict[str, str]:
@@ -175,18 +177,22 @@ def file_name(path: Path, image: dict, as_written: bool = False, looked_up: bool
     as_written: return the names of Objects365 unchanged
     looked_up:  an absolute path, of the machine that wrote it, loses its first slash, so that
                 `look_up` finds the file below the folder
-    Raises InputError if the path leaves the image folder or is not a valid file name.
+    Raises TypeError if it is no text, and InputError if it leaves the image folder or cannot be a
+    file's.
     """
-    name = str(image["file_name"] if "file_name" in image else image["coco_url"])
+    name = image["file_name"] if "file_name" in image else image["coco_url"]
+    if not isinstance(name, str | int):
+        raise TypeError("a file_name that is no text")
+    name = str(name)
     is_objects365 = name.startswith(("images/v1/", "images/v2/"))
     if "file_name" not in image or (is_objects365 and not as_written):
         name = "/".join(name.split("/")[-2:])
-    if "\0" in name or "\n" in name or len(name) > 4096:
+    if looked_up:
+        name = name.lstrip("/")
+    if not name or "\0" in name or "\n" in name or len(name) > 4096:
         raise InputError(
             f"{path}: file_name {name[:80]!r} ({len(name)} letters) can be no file's; give its path"
         )
-    if looked_up:
-        name = name.lstrip("/")
     if name.startswith("/") or ".." in name.split("/"):
         raise InputError(
             f"{path}: file_name '{name}' leaves the image folder; give a path below it"

@@ -127,7 +127,7 @@ OF_ENDING = {".yaml": "YOLO", ".yml": "YOLO", ".json": "COCO", ".xml": "CVAT"}
 def find_format(path: Path) -> tuple[Format | None, dict]:
     """Returns the format of a folder or file and {split: place}; (None, {}) if it is unknown."""
     for kind in FORMATS:
-        if path.is_dir() or kind.title == OF_ENDING.get(path.suffix):
+        if os.path.isdir(path) or kind.title == OF_ENDING.get(path.suffix):
             found = kind.find(path)
             if found:
                 return kind, found
@@ -140,7 +140,7 @@ def read_place(name: str, path: Path, split: str) -> Dataset:
     Raises InputError that says what the folder or file holds if its format is unknown, and for a
     split that is not there.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"dataset '{name}': {path} does not exist; check the path")
     kind, found = find_format(path)
     if kind is None:
@@ -166,9 +166,9 @@ def read_pair(name: str, annotations: Path, images: Path, split: str) -> Dataset
 
     Raises InputError for a file of another kind, and as the readers.
     """
-    if annotations.is_dir():
+    if os.path.isdir(annotations):
         return _read_folders(name, annotations, images, split)
-    if not annotations.is_file():
+    if not os.path.isfile(annotations):
         error = f"annotations {annotations} do not exist; check the path before the colon"
         raise InputError(f"dataset '{name}': {error}")
     ending = annotations.suffix.lower()

@@ -20,6 +20,23 @@ def encoded(names: Iterable[str]) -> np.ndarray:
     return np.array([os.fsencode(name) for name in names], dtype=bytes)
 
 
+@dataclass
+class TwoTexts:
+    """Two arrays of bytes end to end, which may stay in their files. A slice is of one of them."""
+
+    first: np.ndarray
+    second: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        shift = len(self.first)
+        if part.stop <= shift:
+            return self.first[part]
+        return self.second[part.start - shift : part.stop - shift]
+
+
 class JsonRows(Sequence):
     """A sequence of N values, stored as compact json in one array; a value is parsed when read.
 
@@ -41,6 +58,20 @@ class JsonRows(Sequence):
                 text += orjson.dumps(value)
             offsets[row] = len(text)
         return cls(np.frombuffer(text, np.uint8), offsets[:-1], offsets[1:])
+
+    @classmethod
+    def none(cls, count: int) -> "JsonRows":
+        """Returns `count` values None."""
+        ends = np.zeros(count, np.int64)
+        return cls(np.zeros(0, np.uint8), ends, ends)
+
+    @classmethod
+    def join(cls, first: "JsonRows", second: "JsonRows") -> "JsonRows":
+        """Returns the values of both, one after the other. Their text is not copied."""
+        shift = len(first.text)
+        starts = np.concatenate([first.starts, second.starts + shift])
+        ends = np.concatenate([first.ends, second.ends + shift])
+        return cls(TwoTexts(first.text, second.text), starts, ends)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -234,11 +265,13 @@ class Index:
         return replace(self, offsets=count[self.offsets], **kept_columns)
 
     def select(self, images: np.ndarray) -> "Index":
-        """Returns an index of only the images where `images` (I,) bool is true.
-
-        The index must not have image-level labels.
-        """
+        """Returns an index of only the images where `images` (I,) bool is true."""
         kept = self.keep(images[self.image_of])
+        if self.image_labels is not None:
+            counts = np.diff(self.image_label_offsets)
+            image_labels = self.image_labels[np.repeat(images, counts)]
+            offsets = np.concatenate([[0], np.cumsum(counts[images])])
+            kept = replace(kept, image_labels=image_labels, image_label_offsets=offsets)
         rows = np.flatnonzero(images)
         columns = ("file_names", "map_names", "image_ids", "sizes")
         columns += ("negatives", "not_exhaustive", "verified", "captions")

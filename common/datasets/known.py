@@ -7,6 +7,7 @@ from functools import partial
 from common.batch import Supervision
 from common.datasets.base_split import coco_base, lvis_base
 from common.datasets.dataset import Dataset
+from common.datasets.lvis_coco import lvis_with_coco
 from common.datasets.readers.captions import read_captions
 from common.datasets.readers.coco import read_coco, read_o365_instances
 from common.datasets.readers.openimages import read_openimages
@@ -30,8 +31,11 @@ class Known:
     supervision:   its kind of annotations; None if only its files tell
     class_folders: `annotations` may be a folder that holds, per class, a folder or tar of images
     generated:     True if the dataset exists as generated data only
+    federated:     as in `Dataset`
     whole:         the dataset in whose folder the files are stored, if that is another one
-    base_split:    (Dataset `whole`, split) -> Dataset; makes an open-vocabulary split of it
+    beside:        a further dataset whose files are read
+    instances:     of a panoptic dataset: the one with the instances of the same images
+    derive:        (Dataset `whole`, split) -> Dataset; makes this one of it
     """
 
     title: str
@@ -41,8 +45,11 @@ class Known:
     supervision: Supervision | None = None
     class_folders: bool = False
     generated: bool = False
+    federated: bool = False
     whole: str = ""
-    base_split: Callable[[Dataset, str], Dataset] | None = None
+    beside: str = ""
+    instances: str = ""
+    derive: Callable[[Dataset, str], Dataset] | None = None
 
 
 def _splits(*places: tuple[str, str], train: str = "train", val: str = "val", **others) -> Splits:
@@ -121,6 +128,7 @@ OID = (
 CHALLENGE = ("challenge-2019-{part}-detection-bbox.csv", "images/{part}")
 O365 = "objects365/annotations/zhiyuan_objv2"
 CITYSCAPES = "cityscapes/gtFine/cityscapes"
+INSTANCES = "cityscapes/annotations/instancesonly_filtered_gtFine"
 IN_L = "imagenet/ImageNet-LVIS"
 STUFF = "coco/coco_stuff_10k"
 VISTAS = "mapillary_vistas/{part}"
@@ -150,12 +158,14 @@ LVIS = Known(
     "LVIS v1 (lvisdataset.org; its images may be those in coco/)",
     _splits(("lvis/lvis_v1_{split}.json", "lvis/images"), ("lvis/lvis_v1_{split}.json", "coco")),
     metric="lvis",
+    federated=True,
 )
 KNOWN = {
     "coco": COCO,
-    "coco-base": replace(COCO, whole="coco", base_split=coco_base),
+    "coco-base": replace(COCO, whole="coco", derive=coco_base),
     "lvis": LVIS,
-    "lvis-base": replace(LVIS, whole="lvis", base_split=lvis_base),
+    "lvis-base": replace(LVIS, whole="lvis", derive=lvis_base),
+    "lvis+coco": replace(LVIS, whole="lvis", beside="coco", derive=lvis_with_coco),
     "o365": Known(
         "Objects365 v2 (objects365.org)",
         {
@@ -193,6 +203,11 @@ KNOWN = {
         "what Mask2Former's prepare_ade20k_pan_seg.py makes",
         _ade20k("ade20k_panoptic_{split}.json"),
         whole="ade20k",
+        instances="ade20k-instances",
+    ),
+    "ade20k-instances": Known(
+        "what Mask2Former's prepare_ade20k_ins_seg.py makes",
+        _ade20k("ade20k_instance_{split}.json"),
     ),
     "cityscapes": _semantic(
         "Cityscapes with fine annotations (cityscapes-dataset.com)",
@@ -203,10 +218,15 @@ KNOWN = {
         _splits((f"{CITYSCAPES}_panoptic_{{split}}.json", "cityscapes/leftImg8bit/{split}")),
         whole="cityscapes",
     ),
+    "cityscapes-instances": Known(
+        "what mmdetection's tools/dataset_converters/cityscapes.py makes",
+        _splits((f"{INSTANCES}_{{split}}.json", "cityscapes/leftImg8bit/{split}")),
+    ),
     "coco-panoptic": _panoptic(
         "COCO 2017 panoptic (cocodataset.org)",
         _splits(("coco/annotations/panoptic_{split}2017.json", "coco/{split}2017")),
         whole="coco",
+        instances="coco",
     ),
     "coco-stuff": _semantic(
         "COCO-Stuff 10k (github.com/nightrome/cocostuff10k) "
@@ -222,6 +242,15 @@ KNOWN = {
         _splits(
             (f"{VISTAS}/labels", f"{VISTAS}/images"),
             (f"{VISTAS}/v1.2/labels", f"{VISTAS}/images"),
+            train="training",
+            val="validation",
+        ),
+    ),
+    "mapillary-panoptic": _panoptic(
+        "Mapillary Vistas v1.2 (mapillary.com/dataset/vistas)",
+        _splits(
+            (f"{VISTAS}/panoptic/panoptic_2018.json", f"{VISTAS}/images"),
+            (f"{VISTAS}/v1.2/panoptic/panoptic_2018.json", f"{VISTAS}/images"),
             train="training",
             val="validation",
         ),

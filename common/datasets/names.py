@@ -8,6 +8,7 @@ An entry is one of
     NAME=FOLDER/:IMAGES/           xml files, label maps, YOLO's txt files or labelme's json files
     NAME=FOLDER/                   what another tool exported, or a folder of images per class
     NAME:SPLIT=FOLDER/             its split train, val or test
+NAME@35000 or NAME@3.5% in place of NAME stands for so many of its images, drawn at random.
 """
 
 import difflib
@@ -25,7 +26,7 @@ from common.datasets.known import ALIASES, GROUPS, KNOWN
 from common.datasets.readers.folder import read_folder
 from common.datasets.splits import SPLITS
 from common.datasets.start import check_training
-from common.datasets.subset import edit_classes
+from common.datasets.subset import draw_images, edit_classes
 from common.datasets.tiny.generate import generate
 from common.errors import InputError
 from common.files import cache_dir
@@ -40,9 +41,33 @@ def entries(text: str) -> list[str]:
     """Splits `text` at its commas. Replaces the name of a group by the names of its members."""
     found = []
     for entry in text.split(","):
-        name, colon, split = entry.strip().partition(":")
-        found += [member + colon + split for member in GROUPS.get(name, [name])]
+        entry = entry.strip()
+        name = _name_of(entry)
+        found += [member + entry.removeprefix(name) for member in GROUPS.get(name, [name])]
     return [entry for entry in found if entry]
+
+
+def _name_of(entry: str) -> str:
+    """Returns NAME of an entry."""
+    return re.match("[^@:=]*", entry)[0]
+
+
+def without_limit(entry: str) -> tuple[str, str]:
+    """Splits NAME@LIMIT:SPLIT=PATHS into NAME:SPLIT=PATHS and LIMIT, which is "" without @.
+
+    Raises InputError for a limit that is neither a number nor a percentage.
+    """
+    name = _name_of(entry)
+    rest = entry.removeprefix(name)
+    if not rest.startswith("@") or "/" in name:
+        return entry, ""
+    limit = re.match("@([^:=]*)", rest)[1]
+    if not re.fullmatch(r"\d+|\d+(\.\d+)?%", limit, re.ASCII):
+        raise InputError(
+            f"--datasets {entry}: write a number or a percentage of images, {name}@35000 or "
+            f"{name}@3.5%, not '{limit}'"
+        )
+    return name + rest.removeprefix(f"@{limit}"), limit
 
 
 def parse_datasets(text: str, split: str) -> list[Parsed]:
@@ -53,10 +78,11 @@ def parse_datasets(text: str, split: str) -> list[Parsed]:
     Raises InputError for an unknown name (and names the nearest ones), an unknown split, a name
     given twice, and a custom name that cannot be part of a file name.
     """
-    parsed = [
-        _parse_custom(entry, split) if "=" in entry else _parse_known(entry, split)
-        for entry in entries(text)
-    ]
+    parsed = []
+    for entry in entries(text):
+        entry, _ = without_limit(entry)
+        parse = _parse_custom if "=" in entry else _parse_known
+        parsed.append(parse(entry, split))
     names = [name for name, _, _ in parsed]
     for name in names:
         if names.count(name) > 1:
@@ -102,6 +128,7 @@ def _refuse_separator(entry: str) -> None:
 
 def splits_of_custom(entry: str) -> list[str]:
     """Returns the splits of an entry NAME=PATH: the one it names, else all that its folder has."""
+    entry, _ = without_limit(entry)
     name, _, _ = entry.partition("=")
     _, split, (annotations, images) = _parse_custom(entry, "train")
     if ":" in name or annotations != images:
@@ -145,21 +172,21 @@ def eval_entries(
     without: names that the default leaves out
     instead: {dataset: the one that the default has in its place}
 
-    The default, for an empty `chosen`, is all of `trained`. A known dataset contributes its name
-    alone, which stands for its default split. A custom dataset contributes its entry without a
-    split. Datasets with image-level labels only (in21k, folders of classes) are left out. Returns
-    "" if none is left.
+    The default, for an empty `chosen`, is all of `trained`, without limits. A known dataset
+    contributes its name alone, which stands for its default split. A custom dataset contributes its
+    entry without a split. Datasets with image-level labels only (in21k, folders of classes) are
+    left out. Returns "" if none is left.
     """
     if chosen:
         return ",".join(_defined(entry, trained) for entry in entries(chosen))
     kept = []
     for entry in entries(trained):
-        name, custom, paths = entry.partition("=")
-        name = name.partition(":")[0]
+        _, custom, paths = entry.partition("=")
+        name = _name_of(entry)
         if name in without:
             continue
         if custom:
-            if ":" in paths or has_metric(Path(paths).expanduser()):
+            if ":" in paths or has_metric(Path(os.path.expanduser(paths))):
                 kept.append(f"{name}={paths}")
             continue
         name = ALIASES.get(name, name)
@@ -171,8 +198,8 @@ def eval_entries(
 def _defined(entry: str, trained: str) -> str:
     """Returns NAME or NAME:SPLIT with the paths that `trained` gives NAME, if there are any."""
     for definition in entries(trained):
-        name, custom, paths = definition.partition("=")
-        if custom and entry.partition(":")[0] == name.partition(":")[0]:
+        _, custom, paths = definition.partition("=")
+        if custom and _name_of(entry) == _name_of(definition):
             return f"{entry}={paths}" if "=" not in entry else entry
     return entry
 
@@ -205,12 +232,14 @@ def evaluation_datasets(
     accepts: tuple[Supervision, ...] = ("boxes", "instances"),
     without: Collection[str] = (),
     instead: Mapping[str, str] = {},
+    beside: Mapping[str, str] = {},
 ) -> list[Dataset]:
     """Loads the datasets to evaluate, with the classes of --classes and --rename; [] to predict.
 
     label_space:      of the training; it must have or make a text for each class name
     size, accepts:    as in `training_datasets`
     without, instead: as in `eval_entries`
+    beside:           {dataset: a known one that the default has beside it, if its files are there}
 
     Raises InputError before the training, for example for a class name without an embedding, also
     for one of --vocabulary.
@@ -219,11 +248,31 @@ def evaluation_datasets(
         label_space.swap(args.vocabulary)
         return []
     text = eval_entries(args.eval_datasets, args.datasets, without, instead)
+    if not args.eval_datasets:
+        text = with_beside(text, beside, None if size else data_folder(args.data_root))
     datasets = load_datasets(text, "val", args.data_root, size, False, accepts)
     datasets = edit_classes(datasets, args.classes, args.rename, "val")
     for dataset in datasets:
         label_space.swap(dataset.vocabulary)
     return datasets
+
+
+def with_beside(text: str, beside: Mapping[str, str], root: Path | None) -> str:
+    """Returns the datasets of `text` and those `beside` them that are there.
+
+    root: the data root, or None for generated data, which is always there
+    """
+    names = entries(text)
+    for name in entries(text):
+        other = beside.get(name)
+        if other is None or other in names:
+            continue
+        if root is None or find_files(other, "val", root):
+            names.append(other)
+        else:
+            message = "%s is not evaluated: %s is not in %s"
+            log.info(message, other, KNOWN[other].title, root)
+    return ",".join(names)
 
 
 def load_datasets(
@@ -243,10 +292,11 @@ def load_datasets(
     accepts:   the kinds of supervision that the method can learn from
     check:     a missing image is an error; a train split is looked at as `check_training` does
 
-    Raises InputError as `parse_datasets` and `load_dataset`, and for other supervision.
+    Raises InputError as `parse_datasets`, `load_dataset` and `draw_images`, and for other
+    supervision.
     """
     datasets = []
-    for name, own_split, paths in parse_datasets(text, split):
+    for entry, (name, own_split, paths) in zip(entries(text), parse_datasets(text, split)):
         root = data_folder(data_root)
         if not paths:
             known = KNOWN[name]
@@ -255,12 +305,16 @@ def load_datasets(
             if tiny and data_root:
                 warning = "--tiny draws a stand-in for '%s'; %s is not read for it"
                 log.warning(warning, name, data_root)
-            if tiny:
-                root = generate(known.whole or name, cache_dir(), tiny)
+            for part in (known.beside, known.whole or name):
+                if tiny and part:
+                    root = generate(part, cache_dir(), tiny)
         dataset = load_dataset(name, own_split, paths, root, check)
         _refuse_supervision(dataset.supervision, accepts, name, split)
         if check and split == "train":
             check_training(dataset)
+        _, limit = without_limit(entry)
+        if limit:
+            dataset = draw_images(dataset, limit)
         datasets.append(replace(dataset, masks=masks))
     if not datasets:
         raise InputError(
@@ -272,8 +326,8 @@ def load_datasets(
 
 def data_folder(data_root: str) -> Path:
     """Returns the data root: `data_root`, or $DETECTRON2_DATASETS, or ./data."""
-    folder = Path(data_root or os.environ.get("DETECTRON2_DATASETS") or "data")
-    return folder.expanduser()
+    folder = data_root or os.environ.get("DETECTRON2_DATASETS") or "data"
+    return Path(os.path.expanduser(folder))
 
 
 def find_files(name: str, split: str, root: Path) -> tuple[Path, Path] | None:
@@ -312,10 +366,11 @@ def load_dataset(
         annotations, images = _known_files(name, split, root)
         if known.class_folders and annotations.is_dir():
             return read_folder(name, annotations)  # lists files that exist: none can be missing
-        read_as = known.whole if known.base_split else name
+        read_as = known.whole if known.derive else name
         dataset = known.read(read_as, annotations, images, known.metric)
-        if known.base_split:
-            dataset = known.base_split(dataset, split)
+        if known.derive:
+            dataset = known.derive(dataset, split)
+        dataset = replace(dataset, federated=known.federated)
     if len(dataset) == 0:
         raise InputError(f"{dataset.index.source} lists no images; name another file")
     if check:
@@ -328,7 +383,7 @@ def _known_files(name: str, split: str, root: Path) -> tuple[Path, Path]:
     known = KNOWN[name]
     if known.generated and not (root / name).is_dir():
         raise InputError(f"dataset '{name}' is generated: add --tiny")
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise InputError(
             f"data root {root} does not exist; give --data-root or set DETECTRON2_DATASETS"
         )

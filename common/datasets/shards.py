@@ -65,6 +65,11 @@ class Shards:
                 "download it again"
             ) from None
 
+    def select(self, images: np.ndarray) -> "Shards":
+        """Returns only the images where `images` (I,) bool is true."""
+        columns = (self.tar_of, self.offsets, self.sizes)
+        return Shards(self.tars, *(column[images] for column in columns))
+
 
 def _unzipped(data: bytes) -> bytes:
     """Unzips gzip data. Raises OSError if the result has more than LARGEST_IMAGE bytes."""

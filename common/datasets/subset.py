@@ -1,8 +1,13 @@
-"""Other classes than those of the annotations: --rename maps names, --classes takes a subset."""
+"""Other classes and images than those of the annotations.
+
+--rename maps names, --classes takes a subset of them. A part of the images may be drawn, and those
+without a box left out.
+"""
 
 import difflib
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +35,7 @@ def edit_classes(datasets: list[Dataset], classes: str, rename: str, split: str)
         known = {fold(old) for dataset in datasets for old in dataset.vocabulary.names}
         used = renames.keys() & known
         log.info("--rename %s: %d of %d names occur", rename, len(used), len(renames))
-        datasets = [rename_classes(dataset, renames) for dataset in datasets]
+        datasets = [rename_classes(dataset, renames, rename) for dataset in datasets]
     if not classes:
         return datasets
     wanted = Vocabulary.parse(classes, source="--classes").names
@@ -53,6 +58,52 @@ def _can_teach(dataset: Dataset) -> bool:
     return dataset.pixel_labels is not None or len(index.labels) > 0 or labelled
 
 
+def draw_images(dataset: Dataset, limit: str) -> Dataset:
+    """Returns the dataset with a part of its images, drawn at random; logs how many.
+
+    limit: a number, "35000", or a percentage of the images, "3.5%", rounded down
+    The draw depends on the numbers of images alone, so that each run has the same images.
+    Raises InputError if the dataset has fewer images, and for none at all.
+    Source: zhenyuw16/UniDetector:scripts/extract_random_images.py, with its seed 1.
+    """
+    total = len(dataset)
+    count = int(float(limit[:-1]) / 100 * total) if limit.endswith("%") else int(limit)
+    if not 0 < count <= total:
+        raise InputError(
+            f"--datasets {dataset.name}@{limit} are {count} images of {total}; write 1 to {total}"
+        )
+    drawn = np.zeros(total, bool)
+    drawn[np.random.RandomState(1).permutation(total)[:count]] = True
+    log.info("%s: %d of %d images, drawn at random (seed 1)", dataset.name, count, total)
+    return dataset.select(drawn)
+
+
+def drop_empty(dataset: Dataset, least_side: int = 0) -> Dataset:
+    """Returns a dataset with boxes without the images that have none to train on; logs how many.
+
+    A crowd is no box to train on. Images with a side below `least_side` pixels are left out, too.
+    Raises InputError if no image is left.
+    Source: facebookresearch/detectron2:detectron2/data/build.py (FILTER_EMPTY_ANNOTATIONS),
+    mmdetection:mmdet/datasets/coco.py (_filter_imgs; there an image with crowds alone stays).
+    """
+    index = dataset.index
+    boxed = np.zeros(len(index), bool)
+    boxed[index.image_of[~index.ignore]] = True
+    shorter = index.sizes.min(1)
+    small = (shorter > 0) & (shorter < least_side)  # 0: the annotations do not tell
+    kept = boxed & ~small
+    if kept.all():
+        return dataset
+    if not kept.any():
+        raise InputError(f"{dataset.name}: no image has a box to train on; take the dataset out")
+    reasons = f"{(~boxed).sum()} without a box"
+    if least_side:
+        reasons += f", {small.sum()} with a side below {least_side} pixels"
+    message = "%s: %d of %d images are not trained on (%s)"
+    log.info(message, dataset.name, (~kept).sum(), len(kept), reasons)
+    return dataset.select(kept)
+
+
 def read_renames(path: str) -> dict[str, str]:
     """Reads a json object {"old name": "new name"}, or a text file of lines old name = new name.
 
@@ -60,29 +111,37 @@ def read_renames(path: str) -> dict[str, str]:
     a line or a value of another form.
     """
     try:
-        text = Path(path).expanduser().read_text("utf-8-sig")
+        text = Path(os.path.expanduser(path)).read_text("utf-8-sig")
         if path.endswith(".json"):
-            pairs = list(json.loads(text).items())
+            pairs = json.loads(text, object_pairs_hook=tuple)  # with names that come twice
+            if not isinstance(pairs, tuple):
+                raise ValueError("it holds no json object")
         else:
             lines = [line.strip() for line in text.splitlines()]
             pairs = [line.partition("=")[::2] for line in lines if line]
-        renames = {fold(old): new.strip() for old, new in pairs}
-    except (OSError, ValueError, AttributeError) as error:
+        pairs = [(old.strip(), new.strip()) for old, new in pairs]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"--rename {path} cannot be read ({error}); write lines 'old name = new name', or a"
             " json object"
         ) from None
-    for old, new in renames.items():
+    renames = {}
+    for old, new in pairs:
         if not old or not new:
-            raise InputError(f"--rename {path}: '{old} = {new}' lacks a name; write both")
+            raise InputError(f"--rename {path}: '{old:.60} = {new:.60}' lacks a name; write both")
+        if renames.setdefault(fold(old), new) != new:
+            raise InputError(f"--rename {path}: '{old:.60}' has two new names; keep one")
     return renames
 
 
-def rename_classes(dataset: Dataset, renames: dict[str, str]) -> Dataset:
-    """Returns the dataset with other class names. Raises InputError if two of them become equal."""
+def rename_classes(dataset: Dataset, renames: dict[str, str], path: str) -> Dataset:
+    """Returns the dataset with other class names, which are from the file at `path`.
+
+    Raises InputError if two of them become equal.
+    """
     vocabulary = dataset.vocabulary
     names = tuple(renames.get(fold(name), name) for name in vocabulary.names)
-    renamed = replace(vocabulary, names=names, source=f"{dataset.name} after --rename")
+    renamed = replace(vocabulary, names=names, source=f"{dataset.name} after --rename {path}")
     return replace(dataset, vocabulary=renamed)
 
 

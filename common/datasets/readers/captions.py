@@ -95,7 +95,7 @@ def read_lines(path: Path, images: Path) -> list[tuple[str, str]]:
     """Returns (file name below `images`, caption) of each line of `path` whose image exists."""
     pairs = []
     try:
-        with path.open(encoding="utf-8", newline="\n") as file:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 columns = line.strip("\r\n").split("\t")
                 if len(columns) != 2:
@@ -132,7 +132,7 @@ def read_text_files(name: str, images: Path) -> list[tuple[str, str]]:
     for key in files.keys() & texts.keys():
         path = images / texts[key]
         try:
-            pairs.append((files[key], path.read_text("utf-8").strip()))
+            pairs.append((files[key], path.read_text("utf-8-sig").strip()))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path} cannot be read ({error}); save it as UTF-8 text") from None
     return sorted(pairs)

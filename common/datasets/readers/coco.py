@@ -20,7 +20,9 @@ from common.datasets.readers.coco_faults import (
     add_entries,
     annotation_fault,
     category_fault,
+    faulty_entries,
     first_fault,
+    is_id_list,
     unknown_id,
 )
 from common.datasets.store import cached_index
@@ -73,7 +75,10 @@ def read_coco(
             frequency = read_frequency(annotations, facts["categories"], vocabulary)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{annotations}: {what} in an entry; a COCO json is needed") from None
+        what = next(
+            faulty_entries(annotations, FAULT), f"{what} in an entry; a COCO json is needed"
+        )
+        raise InputError(f"{annotations}: {what}") from None
     log_retyped(annotations, facts["retyped"])
     for root in facts["roots"]:
         message = (
@@ -159,10 +164,10 @@ def without_root(path: Path, categories: list[dict], used: set) -> tuple[list[di
     """
     refuse_faulty(path, categories)
     tops = [category for category in categories if category.get("supercategory") == "none"]
-    above = {category.get("supercategory") for category in categories}
+    above = {str(category.get("supercategory")) for category in categories}
     roots = []
     for category in tops:
-        is_above = category["name"] in above
+        is_above = str(category["name"]) in above
         alone = category["id"] in (0, "0") and len(tops) == 1 < len(categories)
         is_used = category["id"] in used or other_type(category["id"]) in used
         if (is_above or alone) and not is_used:
@@ -197,8 +202,11 @@ class Images:
         """Adds the next entries of the list."""
         for row, image in enumerate(chunk, len(self.ids)):
             for key, list_of_row in self.lists.items():
-                if key in image:
-                    list_of_row[row] = image[key]
+                if key not in image:
+                    continue
+                if key != CAPTIONS and not is_id_list(image[key]):
+                    raise ValueError(f"{key} that are no list of ids")
+                list_of_row[row] = image[key]
         ids = [image["id"] for image in chunk]
         if None in ids:
             raise ValueError("an image without an id")
@@ -410,7 +418,7 @@ def read_vocabulary(name: str, path: Path, categories: list[dict]) -> Vocabulary
     if len(names) < len(categories):
         raise InputError(f"{path}: two categories share an id; give each its own")
     if not (DATA / "vocabularies" / f"{name}.json").is_file():
-        return Vocabulary(name, tuple(names.values()), tuple(names))
+        return Vocabulary(name, tuple(names.values()), tuple(names), source=str(path))
     known = Vocabulary.known(name)
     listed = dict(zip(known.ids, known.names))
     remedy = "is it another dataset's file? then name it: --datasets my=ANN.json:IMAGES/"

@@ -9,6 +9,14 @@ from common.errors import InputError
 
 NUMBERS = (int, float)
 IDS = (int, float, str)
+# Lists of category ids that an image may have: two in LVIS, one in Detic's files
+ID_LISTS = ("neg_category_ids", "not_exhaustive_category_ids", "pos_category_ids")
+
+
+def is_id_list(value: object) -> bool:
+    """Returns whether a field of an image is a list of ids; null counts as an empty one."""
+    is_list = isinstance(value, list | None)
+    return is_list and all(isinstance(id, IDS) for id in value or ())
 
 
 def image_fault(entry: object) -> str:
@@ -32,6 +40,9 @@ def image_fault(entry: object) -> str:
                 f"image {entry['id']!r} has {_value(entry, field)}; write its pixels or leave the "
                 "field out"
             )
+    for field in ID_LISTS:
+        if not is_id_list(entry.get(field)):
+            return f"image {entry['id']!r} has {_value(entry, field)}; a list of ids is needed"
     return ""
 
 
@@ -68,7 +79,12 @@ def category_fault(entry: object) -> str:
     return ""
 
 
-FAULT = {"images": image_fault, "annotations": annotation_fault, "categories": category_fault}
+def thing_fault(entry: object) -> str:
+    """Returns what is wrong with an element of a panoptic json's 'categories'; "" for nothing."""
+    fault = category_fault(entry)
+    if not fault and entry.get("isthing") not in (0, 1):
+        return f"category {entry['id']!r} has {_value(entry, 'isthing')}; write the number 0 or 1"
+    return fault
 
 
 def segments_fault(entry: object) -> str:
@@ -94,6 +110,10 @@ def segments_fault(entry: object) -> str:
     return ""
 
 
+FAULT = {"images": image_fault, "annotations": annotation_fault, "categories": category_fault}
+PANOPTIC_FAULT = FAULT | {"annotations": segments_fault, "categories": thing_fault}
+
+
 def add_entries(
     path: Path, fault_of: Callable[[object], str], entries: list, add: Callable[[list], None]
 ) -> None:
@@ -114,6 +134,12 @@ def add_entries(
 def first_fault(fault_of: Callable[[object], str], entries: list) -> str:
     """Returns what is wrong with the first faulty element of a list; "" for nothing."""
     return next(filter(None, map(fault_of, entries)), "")
+
+
+def faulty_entries(path: Path, fault_of: dict[str, Callable[[object], str]]) -> Iterator[str]:
+    """Yields what is wrong with each faulty entry of a json file. fault_of: FAULT or the like."""
+    for field, entries in _runs(path):
+        yield from filter(None, map(fault_of[field], entries))
 
 
 def list_faults(path: Path) -> Iterator[str]:

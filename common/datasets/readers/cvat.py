@@ -26,6 +26,7 @@ NO_AREA = ("polyline", "points", "cuboid", "skeleton", "tag")  # their labels ar
 BOX = ("xtl", "ytl", "xbr", "ybr")
 MASK = ("left", "top", "width", "height")
 ELLIPSE = ("cx", "cy", "rx", "ry")
+LARGEST = 1 << 28  # pixels of an image with a mask, which is decoded
 
 
 def find_cvat(path: Path) -> dict[str, tuple[Path, str]]:
@@ -33,10 +34,13 @@ def find_cvat(path: Path) -> dict[str, tuple[Path, str]]:
 
     The split of a file without subsets of usual names is "". Empty if there is no file of CVAT.
     """
-    xmls = [path] if path.is_file() else sorted(path.glob("*.xml"))
+    xmls = [path]
+    if path.is_dir():
+        xmls = sorted(xml for xml in path.glob("*.xml") if not xml.is_dir())
     # VOC has an xml file for each image
     if len(xmls) != 1:
         return {}
+    refuse_pipe(xmls[0], "xml file")
     with xmls[0].open("rb") as file:
         if b"<annotations>" not in file.read(1000):
             return {}
@@ -167,10 +171,20 @@ class Target:
         return self
 
     def add_image(self, attributes: dict[str, str], subset: str) -> None:
-        """Adds an image."""
-        record = {"file_name": attributes["name"]}
-        self.files.append(file_name(self.path, record))
-        self.sizes.append((int(attributes.get("height", 0)), int(attributes.get("width", 0))))
+        """Adds an image. Raises InputError for one without a name, or with a size in words."""
+        if "name" not in attributes:
+            raise InputError(f"{self.path}: an image has no name; write its path or remove it")
+        name = file_name(self.path, {"file_name": attributes["name"]})
+        size = []
+        for side in ("height", "width"):
+            pixels = attributes.get(side, "0")
+            if not pixels.isdecimal() or len(pixels) > 10:
+                raise InputError(
+                    f"{self.path}: image '{name}' has the {side} {pixels[:60]!r}; write its pixels"
+                )
+            size.append(int(pixels))
+        self.files.append(name)
+        self.sizes.append(tuple(size))
         self.subset_of.append(subset)
 
     def add_shape(self, tag: str, attributes: dict[str, str]) -> None:
@@ -185,7 +199,7 @@ class Target:
         try:
             add = {"box": self.add_box, "mask": self.add_mask}.get(tag, self.add_outline)
             add(label, attributes)
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, OverflowError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise InputError(f"{where} of '{label}' with {what}; mend or remove it") from None
 
@@ -220,9 +234,13 @@ class Target:
         row = len(self.files) - 1
         left, top, width, height = (int(attributes[key]) for key in MASK)
         runs = np.array(attributes["rle"].split(","), dtype=np.int64)
+        if np.prod(self.sizes[-1], dtype=float) > LARGEST:
+            raise ValueError(f"an image of more than {LARGEST >> 20} megapixels around it")
         whole = np.zeros(self.sizes[-1], dtype=bool)
         part = whole[top : top + height, left : left + width]
-        if min(left, top) < 0 or part.shape != (height, width) or runs.sum() != part.size:
+        inside = min(left, top) >= 0 and part.shape == (height, width)
+        plain = runs.min() >= 0 and runs.max() <= part.size  # so that their sum cannot overflow
+        if not (inside and plain and runs.sum() == part.size):
             raise ValueError("runs that do not fill its box, or a box that leaves the image")
         values = np.arange(len(runs)) % 2 == 1
         part[:] = np.repeat(values, runs).reshape(height, width)

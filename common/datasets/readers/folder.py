@@ -94,7 +94,7 @@ def read_tars(name: str, root: Path, tars: list[str]) -> Dataset:
                 f"dataset '{name}': the tar files in {root} have numbers for labels; name the "
                 f"classes in {path}, one per line from 0"
             )
-        classes = list(Vocabulary.parse(str(path), name, f"dataset '{name}'").names)
+        classes = list(Vocabulary.parse(str(path), name, name).names)
         for number in numbers:
             if len(number) > 9 or int(number) >= len(classes):
                 raise InputError(

@@ -95,7 +95,7 @@ def read_jsons(
         image, as_written = find_image(path, file, record, image_of, known)
         renamed += not as_written
         files.append(image)
-        sizes.append([record.get("imageHeight") or 0, record.get("imageWidth") or 0])
+        sizes.append([side_of(path, record, side) for side in ("imageHeight", "imageWidth")])
         for number, shape in enumerate(record["shapes"], 1):
             add_shape(objects, row, shape, listed, f"{path}: shape {number}")
     classes = listed or sorted(set(objects.classes))
@@ -122,6 +122,14 @@ def read_record(path: Path) -> dict:
             f"{path} has no list 'shapes', so it is no json file of labelme's; move it elsewhere"
         )
     return record
+
+
+def side_of(path: Path, record: dict, field: str) -> float:
+    """Returns a side of the image in pixels, 0 without one; raises InputError for anything else."""
+    side = record.get(field) or 0
+    if not isinstance(side, int | float) or not 0 <= side < 1 << 31:
+        raise InputError(f"{path}: {field} is {side!r:.60}; write its pixels or leave it out")
+    return side
 
 
 def find_image(
@@ -151,8 +159,12 @@ def add_shape(objects: Objects, row: int, shape: dict, listed: list[str], where:
     """Adds a shape, or counts it. Raises InputError, which starts with `where`, if it is broken."""
     try:
         kind = shape.get("shape_type") or "polygon"  # old files do not tell
-        label = " ".join(str(shape["label"]).split())
+        label = shape["label"]
         points = np.array(shape["points"], dtype=np.float64).reshape(-1, 2)
+        named = isinstance(kind, str) and isinstance(label, str | int | float)
+        if not named or not np.isfinite(points).all():
+            raise ValueError
+        label = " ".join(str(label).split())
     except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError(
             f"{where} needs a label and a list of points [x, y]; mend or remove it"

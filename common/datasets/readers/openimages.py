@@ -1,6 +1,7 @@
 """Reader of OpenImages csv files: boxes, verified image-level labels, the class tree."""
 
 import logging
+import reprlib
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,11 @@ from common.labels import Vocabulary
 log = logging.getLogger("concord")
 CLASSES = "class-descriptions-boxable.csv"
 TREES = ("bbox_labels_600_hierarchy.json", "challenge-2019-label500-hierarchy.json")
+GROUPS = {"0": False, "1": True, "-1": False}  # -1 is unknown
+CONFIDENCES = {"0": False, "0.0": False, "1": True, "1.0": True}
+DEEPEST = 100  # levels of the class tree; the official one has 6
+LONGEST_NAME = 250  # letters; more can be no file's
+LARGEST = 2  # fractions of the image; those published end at 1
 CHUNK = 100_000  # rows that are Python objects at one time
 
 
@@ -59,7 +65,7 @@ def read_openimages(name: str, annotations: Path, images: Path, metric: str) -> 
     if facts["left_out"]:
         message = "%s: %d boxes of classes that are not among the %d are left out"
         log.info(message, annotations, facts["left_out"], len(vocabulary))
-    hierarchy = read_json(tree) if tree else None
+    hierarchy = read_tree(tree) if tree else None
     return Dataset(name, vocabulary, index, images, metric, hierarchy=hierarchy)
 
 
@@ -72,12 +78,33 @@ def find_file(annotations: Path, *names: str) -> Path | None:
     return None
 
 
+def read_tree(path: Path) -> dict:
+    """Reads the class tree, nodes of LabelName and Subcategory.
+
+    Raises InputError for a node of another form; else the evaluation would find it, too late.
+    """
+    tree = read_json(path)
+    nodes = [(tree, 0)]
+    while nodes:
+        node, depth = nodes.pop()
+        children = node.get("Subcategory", []) if isinstance(node, dict) else None
+        is_named = children is not None and isinstance(node.get("LabelName", ""), str)
+        if not is_named or not isinstance(children, list) or depth > DEEPEST:
+            raise InputError(
+                f"{path}: {reprlib.repr(node):.60} is no node with a LabelName and a list "
+                "Subcategory; download it again"
+            )
+        nodes += [(child, depth + 1) for child in children]
+    return tree
+
+
 def read_class_csv(name: str, path: Path) -> Vocabulary:
     """Returns the classes in a csv file of ID,NAME. Raises InputError for any other line."""
     rows = [row for row in read_rows(path) if row and row[0] != "LabelName"]  # V7 has a header
     if any(len(row) != 2 for row in rows):
         raise InputError(f"{path}: a line is not ID,NAME; was the file cut off? download it again")
-    return Vocabulary(name, tuple(row[1] for row in rows), tuple(row[0] for row in rows))
+    names, ids = [row[1] for row in rows], [row[0] for row in rows]
+    return Vocabulary(name, tuple(names), tuple(ids), source=str(path))
 
 
 def read_box_csv(
@@ -112,7 +139,8 @@ def read_box_csv(
                 ) from None
             image_of.append(row_of.setdefault(image, len(row_of)))
             labels.append(vocabulary.index_of_id[class_id])
-            group.append(group_of == "1")
+            group.append(read_group(path, line, group_of))
+        refuse_pixels(path, boxes)
         parts.add(image=image_of, box=np.reshape(boxes, (-1, 4)), label=labels, group=group)
     for image in without_box:
         row_of.setdefault(image, len(row_of))
@@ -139,12 +167,38 @@ def read_verified(
     for line, (image, class_id, confidence) in rows:
         if class_id in vocabulary.index_of_id:
             refuse_path(path, line, image)
-            labels_of = absent if confidence.strip() in ("0", "0.0") else present
+            if confidence.strip() not in CONFIDENCES:
+                raise InputError(
+                    f"{path}: line {line} has the Confidence '{confidence:.60}'; write 0 or 1"
+                )
+            labels_of = present if CONFIDENCES[confidence.strip()] else absent
             labels_of.setdefault(image, []).append(vocabulary.index_of_id[class_id])
     return absent, present
 
 
+def read_group(path: Path, line: int, text: str) -> bool:
+    """Returns whether a box is of a group. Raises InputError for a text that is none of GROUPS."""
+    if text not in GROUPS:
+        raise InputError(f"{path}: line {line} has the IsGroupOf '{text:.60}'; write 0 or 1")
+    return GROUPS[text]
+
+
+def refuse_pixels(path: Path, boxes: list[list[float]]) -> None:
+    """Raises InputError for a corner that is no fraction. NaN and infinity are left to Index."""
+    corners = np.array(boxes)
+    bad = corners[(abs(corners) > LARGEST) & np.isfinite(corners)]
+    if len(bad):
+        raise InputError(
+            f"{path}: a box has the corner {bad[0]:g}, which looks like pixels ({len(bad)} such "
+            "corners); write fractions of the image"
+        )
+
+
 def refuse_path(path: Path, line: int, image: str) -> None:
-    """Raises InputError for an image id that leads out of the image folder."""
+    """Raises InputError for an image id that is no file's, or leads out of the image folder."""
     if "/" in image or image.startswith("."):
-        raise InputError(f"{path}: line {line}: ImageID '{image}' leaves the image folder")
+        raise InputError(f"{path}: line {line}: ImageID '{image:.60}' leaves the image folder")
+    if not image or "\0" in image or len(image) > LONGEST_NAME:
+        raise InputError(
+            f"{path}: line {line}: ImageID {image[:60]!r} ({len(image)} letters) can be no file's"
+        )

@@ -13,7 +13,13 @@ from common.datasets.files import file_name
 from common.datasets.ids import find_ids
 from common.datasets.index import Index, Parts, encoded
 from common.datasets.readers import coco
-from common.datasets.readers.coco_faults import FAULT, add_entries, segments_fault
+from common.datasets.readers.coco_faults import (
+    PANOPTIC_FAULT,
+    add_entries,
+    faulty_entries,
+    first_fault,
+    thing_fault,
+)
 from common.datasets.store import cached_index, is_cached
 from common.datasets.stream import read_fields
 from common.errors import InputError
@@ -39,11 +45,14 @@ def read_panoptic(name: str, annotations: Path, images: Path, metric: str = "pq"
     """Reads a panoptic json. No PNG is decoded.
 
     The PNGs are in a folder with the name of the json, in the same folder as the json or, as in
-    detectron2's layout, in its parent. Images without an entry in `annotations` are left out and
-    their number is logged. Raises InputError for a missing folder or field, and for a bad value.
+    detectron2's layout, in its parent, or beside the json (Mapillary). Images without an entry in
+    `annotations` are left out and their number is logged. Raises InputError for a missing folder or
+    field, and for a bad value.
     """
     places = [annotations.with_suffix(""), annotations.parent.parent / annotations.stem]
     maps = next((place for place in places if place.is_dir()), None)
+    if maps is None and any(annotations.parent.glob("*.png")):
+        maps = annotations.parent
     if maps is None:
         raise InputError(
             f"dataset '{name}': {places[0]}, the folder of the PNGs of {annotations.name}, does "
@@ -59,7 +68,9 @@ def read_panoptic(name: str, annotations: Path, images: Path, metric: str = "pq"
         vocabulary = replace(vocabulary, is_thing=tuple(is_thing[id] for id in vocabulary.ids))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{annotations}: {what} in an entry; a panoptic json is needed") from None
+        what += " in an entry; a panoptic json is needed"
+        what = next(faulty_entries(annotations, PANOPTIC_FAULT), what)
+        raise InputError(f"{annotations}: {what}") from None
     coco.log_retyped(annotations, facts["retyped"])
     if facts["bare"]:
         log.info("%s: %d images without segments_info are left out", annotations, facts["bare"])
@@ -77,21 +88,16 @@ def read_segments(name: str, path: Path) -> tuple[Index, dict]:
             images.append((id, file, (image.get("height", 0), image.get("width", 0))))
 
     add = {"images": add_images, "annotations": segments.add, "categories": categories.extend}
-    faults = FAULT | {"annotations": segments_fault}
     for field, chunk in read_fields(path):
         if field not in LISTS or not isinstance(chunk, list):
             continue
         found.add(field)
-        add_entries(path, faults[field], chunk, add[field])
+        add_entries(path, PANOPTIC_FAULT[field], chunk, add[field])
     for field in LISTS:
         if field not in found:
             raise InputError(f"{path}: the list '{field}' is missing; a panoptic json is needed")
-    for category in categories:
-        if category["isthing"] not in (0, 1):
-            raise InputError(
-                f"{path}: category {category['id']!r} has the isthing {category['isthing']!r}; "
-                "write the number 0 or 1"
-            )
+    if fault := first_fault(thing_fault, categories):
+        raise InputError(f"{path}: {fault}")
     index_of = segments.index_of_image_id
     listed = {id: row for row, (id, _, _) in enumerate(images)}
     rows, retyped_images = find_ids(index_of, listed)
@@ -182,7 +188,7 @@ class Segments:
         crowd = [segment.get("iscrowd", 0) for segment in segments]
         areas = [segment.get("area", 0) for segment in segments]
         if any(value not in (0, 1) for value in crowd) or not all(
-            isinstance(area, int | float) for area in areas
+            isinstance(area, int | float) and 0 <= area < 1e38 for area in areas
         ):
             raise ValueError("an iscrowd that is not 0 or 1, or an area that is no number")
         xywh = [segment.get("bbox", (0, 0, 0, 0)) for segment in segments]

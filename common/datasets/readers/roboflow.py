@@ -78,10 +78,10 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
         if not row:
             continue
         value = row[0].strip()
-        if len(row) != 2 or not value.isdecimal() or int(value) > VOID:
+        if len(row) != 2 or not value.isdecimal() or len(value) > 3 or int(value) > VOID:
             raise InputError(
-                f"{path}: line {number} is '{','.join(row)}'; write a pixel value from 0 to 255 "
-                "and a class"
+                f"{path}: line {number} is '{','.join(row):.60}'; write a pixel value from 0 to "
+                "255 and a class"
             )
         names.append(row[1].strip())
         values.append(int(value))

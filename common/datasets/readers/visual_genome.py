@@ -35,7 +35,8 @@ def read_visual_genome(name: str, annotations: Path, images: Path, metric: str) 
     if facts["bare"]:
         message = "%s: %d of %d objects have no synset and are left out"
         log.info(message, annotations, facts["bare"], facts["bare"] + len(index.labels))
-    return Dataset(name, Vocabulary(name, tuple(facts["names"])), index, images, metric)
+    vocabulary = Vocabulary(name, tuple(facts["names"]), source=str(annotations))
+    return Dataset(name, vocabulary, index, images, metric)
 
 
 def read_objects(annotations: Path, image_data: Path) -> tuple[Index, dict]:

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from common.datasets.dataset import Dataset
-from common.datasets.files import IMAGES, listing
+from common.datasets.files import IMAGES, file_name, listing, read_lines
 from common.datasets.index import BEYOND, Index
 from common.datasets.readers.wordnet import folder_vocabulary
 from common.datasets.store import cached_index
@@ -137,11 +137,8 @@ def find_listed(path: Path, images: Path) -> dict[str, tuple[Path, str]]:
         below = Path()
         if image_folder.is_relative_to(images.absolute()):
             below = image_folder.relative_to(images.absolute())
-        try:
-            lines = file.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{file} cannot be read ({error}); write one id per line") from None
-        for id in [line.split()[0] for line in lines if line.strip()]:
+        for id in [line.split()[0] for line in read_lines(file) if line.strip()]:
+            file_name(file, {"file_name": id})  # it stays below the folders
             files[id] = year / "Annotations" / f"{id}.xml", (below / f"{id}.jpg").as_posix()
     return files
 

@@ -22,7 +22,8 @@ def folder_vocabulary(
     names = class_names(root, folders)
     id_of = dict(zip(reversed(names), reversed(folders)))
     label_of = {name: label for label, name in enumerate(dict.fromkeys(names))}
-    vocabulary = Vocabulary(dataset, tuple(label_of), tuple(id_of[name] for name in label_of))
+    ids = tuple(id_of[name] for name in label_of)
+    vocabulary = Vocabulary(dataset, tuple(label_of), ids, source=str(root))
     return vocabulary, np.array([label_of[name] for name in names], dtype=np.int32)
 
 
@@ -54,7 +55,7 @@ def class_names(root: Path, folders: list[str]) -> list[str]:
 def read_words(path: Path) -> dict[str, str]:
     """Returns {WordNet id: first synonym} of lines like 'n01440764<tab>tench, Tinca tinca'."""
     try:
-        rows = [line.partition("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [line.partition("\t") for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); save it as UTF-8 text") from None
     return {wnid.strip(): synonyms.split(",")[0].strip() for wnid, _, synonyms in rows}

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import reprlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -17,6 +19,7 @@ from common.datasets.objects import Objects, as_text, boxes_or_instances
 from common.datasets.splits import SPLITS, pick, split_folders
 from common.datasets.store import cached_index
 from common.errors import InputError
+from common.files import refuse_pipe
 from common.labels import Vocabulary
 
 log = logging.getLogger("concord")
@@ -203,19 +206,27 @@ def yaml_classes(path: Path) -> Classes | None:
     if isinstance(names, dict):
         rows = [str(row) for row in range(len(names))]
         if sorted(names) != sorted(rows):
-            raise InputError(f"{path}: names: has the numbers {', '.join(names)}; count from 0")
+            numbers = ", ".join(names)
+            raise InputError(f"{path}: names: has the numbers {numbers:.60}; count from 0")
         names = [names[row] for row in rows]
     if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
         raise InputError(f"{path}: names: is no list of names; write names: [cat, dog]")
-    count = table.get("nc", str(len(names)))
+    count = text_of(path, table, "nc") or str(len(names))
     if count != str(len(names)):
         raise InputError(f"{path}: nc: is {count}, but names: has {len(names)}; mend one of them")
+    return Classes([" ".join(each.split()) for each in names], path, key_points(path, table))
+
+
+def key_points(path: Path, table: dict) -> int:
+    """Returns how many numbers of key points follow a box. Raises InputError for a bad shape."""
     shape = table.get("kpt_shape") or ["0", "0"]
-    try:
-        points = int(shape[0]) * int(shape[1])
-    except (ValueError, TypeError, IndexError, KeyError):
-        raise InputError(f"{path}: kpt_shape: is {shape}; write [points, 2 or 3]") from None
-    return Classes([" ".join(each.split()) for each in names], path, points)
+    points = -1
+    if isinstance(shape, list) and len(shape) == 2:
+        with suppress(ValueError, TypeError):
+            points = int(shape[0]) * int(shape[1])
+    if points < 0:
+        raise InputError(f"{path}: kpt_shape: is {shown(shape)}; write [points, 2 or 3]")
+    return points
 
 
 def find_yaml(folder: Path, usual: tuple[str, ...] = ()) -> Path | None:
@@ -223,11 +234,37 @@ def find_yaml(folder: Path, usual: tuple[str, ...] = ()) -> Path | None:
     found = [file for file in sorted(folder.glob("*.y*ml")) if file.suffix in (".yaml", ".yml")]
     found.sort(key=lambda file: file.name not in YAMLS)
     for file in found:
+        refuse_pipe(file, "yaml file")
         if file.name in YAMLS and read_yaml(file).get("names"):
             return file
         if not usual and b"names:" in file.read_bytes() and read_yaml(file).get("names"):
             return file
     return None
+
+
+def shown(value: object) -> str:
+    """Returns the start of a value of yaml, whose aliases may stand for billions of texts."""
+    text = value if isinstance(value, str) else reprlib.repr(value)
+    return text[:60]
+
+
+def text_of(path: Path, table: dict, field: str) -> str:
+    """Returns the text of a field, "" without one. Raises InputError for a list or a table."""
+    value = table.get(field) or ""
+    if not isinstance(value, str):
+        raise InputError(f"{path}: {field}: is {shown(value)}; write one value")
+    return value
+
+
+def texts_of(path: Path, table: dict, field: str) -> list[str]:
+    """Returns the text of a field or the list of texts. Raises InputError for anything else."""
+    value = table.get(field) or []
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise InputError(
+            f"{path}: {field}: is {shown(value)}; write a folder, or a list of folders"
+        )
+    return texts
 
 
 def read_yaml(path: Path) -> dict:
@@ -258,15 +295,14 @@ def find_yolo(path: Path) -> dict[str, Images]:
 def listed_splits(path: Path) -> dict[str, Images]:
     """Returns {split: images} that a data.yaml lists, and the usual folders that it does not."""
     table = read_yaml(path)
-    root = path.parent / str(table.get("path") or "")
+    root = path.parent / text_of(path, table, "path")
     if not root.is_dir():  # on another machine
         root = path.parent
     found = usual_splits(root)
-    texts_of = {split: table.get(split) or [] for split in SPLITS}
-    texts_of["val"] = texts_of["val"] or table.get("valid") or []
+    listed = {split: texts_of(path, table, split) for split in SPLITS}
+    listed["val"] = listed["val"] or texts_of(path, table, "valid")
     missing = []
-    for split, texts in texts_of.items():
-        texts = [texts] if isinstance(texts, str) else list(texts)
+    for split, texts in listed.items():
         places = [resolve(root, text) for text in texts]
         lost = [text for text, place in zip(texts, places) if not place.exists()]
         missing += lost

@@ -1,0 +1,165 @@
+"""Rules that convert official checkpoints of Mask2Former, with a ResNet or a Swin.
+
+Source: facebookresearch/Mask2Former:MODEL_ZOO.md, configs, mask2former/modeling.
+"""
+
+import logging
+import re
+
+import torch
+
+from common.convert import Tensors, renamed
+from common.errors import InputError
+from common.labels import Vocabulary
+
+log = logging.getLogger("concord")
+
+PIXELS = r"sem_seg_head\.(?:pixel_decoder\.)?"  # older files lack the names in the brackets
+QUERIES = r"sem_seg_head\.(?:predictor\.)?"
+CROSS = QUERIES + r"transformer_cross_attention_layers\.(\d+)\."
+SELF = QUERIES + r"transformer_self_attention_layers\.(\d+)\."
+FFN = QUERIES + r"transformer_ffn_layers\.(\d+)\."
+MASK2FORMER = {
+    r"pixel_(mean|std)": None,  # the same as timm's
+    r"criterion\.empty_weight": None,  # the weight of "no object", a constant of the loss
+    QUERIES + r"class_embed\.(weight|bias)": r"heads.layers.0.\1",
+    r"backbone\.stem\.conv1\.weight": "backbone.body.conv1.weight",
+    r"backbone\.stem\.conv1\.norm\.(.+)": r"backbone.body.bn1.\1",
+    PIXELS + r"input_proj\.(.+)": r"pixel_decoder.input_proj.\1",
+    PIXELS + r"transformer\.level_embed": "pixel_decoder.level_embed",
+    PIXELS + r"transformer\.encoder\.(.+)": r"pixel_decoder.\1",
+    PIXELS + r"adapter_1\.weight": "pixel_decoder.lateral.0.weight",
+    PIXELS + r"adapter_1\.norm\.(.+)": r"pixel_decoder.lateral.1.\1",
+    PIXELS + r"layer_1\.weight": "pixel_decoder.output.0.weight",
+    PIXELS + r"layer_1\.norm\.(.+)": r"pixel_decoder.output.1.\1",
+    PIXELS + r"mask_features\.(.+)": r"pixel_decoder.mask_features.\1",
+    CROSS + r"multihead_attn\.(.+)": r"layers.\1.cross_attn.\2",
+    CROSS + r"norm\.(.+)": r"layers.\1.cross_norm.\2",
+    SELF + r"self_attn\.(.+)": r"layers.\1.self_attn.\2",
+    SELF + r"norm\.(.+)": r"layers.\1.self_norm.\2",
+    FFN + r"(linear\d\..+)": r"layers.\1.\2",
+    FFN + r"norm\.(.+)": r"layers.\1.ffn_norm.\2",
+    QUERIES + r"decoder_norm\.(.+)": r"head.decoder_norm.\1",
+    QUERIES + r"(?:query_feat|static_query)\.weight": "query_feat",
+    QUERIES + r"(query|level)_embed\.weight": r"\1_embed",
+}
+for i in range(3):  # of the linear layers; ours also counts the ReLUs between them
+    MASK2FORMER[QUERIES + rf"mask_embed\.layers\.{i}\.(.+)"] = rf"head.mask_embed.{2 * i}.\1"
+for i in range(1, 5):
+    block = rf"backbone\.res{i + 1}\.(\d+)\."
+    own = rf"backbone.body.layer{i}.\1."
+    MASK2FORMER |= {
+        block + r"(conv\d)\.weight": own + r"\2.weight",
+        block + r"conv(\d)\.norm\.(.+)": own + r"bn\2.\3",
+        block + r"shortcut\.weight": own + "downsample.0.weight",
+        block + r"shortcut\.norm\.(.+)": own + r"downsample.1.\2",
+    }
+MASK2FORMER |= {  # Swin
+    r"backbone\.layers\..+\.relative_position_index": None,  # follows from the window
+    r"backbone\.((?:patch_embed|norm\d|layers\.\d\.blocks)\..+)": r"backbone.body.\1",
+}
+for i in range(3):  # ours is the first module of the next stage
+    MASK2FORMER[rf"backbone\.layers\.{i}\.(downsample\..+)"] = rf"backbone.body.layers.{i + 1}.\1"
+
+# of a head with K classes: whose names they are, and the datasets that it classifies; the official
+# order of their classes is ours
+HEADS = {
+    133: ("coco-panoptic", ("coco-panoptic",)),
+    80: ("coco", ("coco",)),
+    150: ("ade20k", ("ade20k", "ade20k-panoptic")),
+    100: ("ade20k", ("ade20k-instances",)),  # its things
+    19: ("cityscapes", ("cityscapes", "cityscapes-panoptic")),
+    8: ("cityscapes", ("cityscapes-instances",)),  # its things
+    65: ("mapillary", ("mapillary", "mapillary-panoptic")),
+}
+# of the backbones: what the names of the tensors tell
+RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}  # blocks of the stages
+SWINS = {  # blocks of the stages, and channels of the first
+    (2, 2, 6, 2, 96): "swin_tiny_patch4_window7_224",
+    (2, 2, 18, 2, 96): "swin_small_patch4_window7_224",
+    (2, 2, 18, 2, 128): "swin_base_patch4_window12_384",
+    (2, 2, 18, 2, 192): "swin_large_patch4_window12_384",
+}
+
+
+def convert_mask2former(official: Tensors, _: str = "") -> tuple[Tensors, dict]:
+    """Converts a state dict of Mask2Former. Returns our tensors and the model's metadata.
+
+    `args` are the settings of the model without its classifier, `base` its modules. The class head
+    becomes one for each dataset that its number of columns stands for. `own_head` are the settings
+    that classify with it, by the official inference.
+    Without such a dataset a warning is logged, and a training can start from the weights.
+    Raises InputError for an unknown backbone, and for a tensor that no rule matches.
+    """
+    tensors = renamed(official, MASK2FORMER)
+    queries, channels = tensors["query_feat"].shape
+    head = {kind: tensors.pop(f"heads.layers.0.{kind}") for kind in ("weight", "bias")}
+    trained_norm = any(key.endswith("num_batches_tracked") for key in official)  # SyncBN
+    tensors["backbone.frozen_norm"] = torch.tensor(not trained_norm)
+    args = {
+        "backbone": backbone_of(tensors),
+        "queries": queries,
+        "channels": channels,
+        "encoder_layers": sum(key.endswith(".self_attn.value_proj.bias") for key in tensors),
+        "decoder_layers": sum(key.endswith(".cross_norm.weight") for key in tensors),
+    }
+    metadata = {"args": args, "base": sorted({key.partition(".")[0] for key in tensors})}
+    classes = len(head["bias"]) - 1
+    source, datasets = HEADS.get(classes, ("", ()))
+    if not datasets:
+        log.warning("%d classes are those of no known dataset: their head is left out", classes)
+    vocabularies = {}
+    for i, dataset in enumerate(datasets):
+        vocabularies[dataset] = classes_of(source, classes)
+        for kind, tensor in head.items():
+            tensors[f"heads.layers.{i}.{kind}"] = tensor.clone()
+    own_head = {
+        "classifier": "heads",
+        "panoptic_rule": "mask2former",
+        "object_threshold": 0.0 if source == "mapillary" else 0.8,
+    }
+    larger = ("swin_base", "swin_large")
+    if classes == 150 and queries == 100 and args["backbone"].startswith(larger):
+        own_head["image_size"] = 640  # of the semantic models; the panoptic Swin-L has 200 queries
+    return tensors, metadata | {"vocabularies": vocabularies, "own_head": own_head}
+
+
+def convert_mask2former_base(official: Tensors, _: str = "") -> tuple[Tensors, dict]:
+    """Converts as `convert_mask2former`, without the class head: a training starts from the rest.
+
+    Text classifies in its place.
+    """
+    tensors, metadata = convert_mask2former(official)
+    tensors = {key: t for key, t in tensors.items() if not key.startswith("heads.")}
+    return tensors, {"args": metadata["args"], "base": metadata["base"], "vocabularies": {}}
+
+
+def classes_of(dataset: str, count: int) -> dict:
+    """Returns `names` and `is_thing` of a known dataset's classes, or of its things alone.
+
+    count: of the classes; the dataset has as many classes, or as many things
+    """
+    known = Vocabulary.known(dataset)
+    if len(known) == count:
+        return {"names": known.names, "is_thing": known.is_thing}
+    names = [name for name, thing in zip(known.names, known.is_thing) if thing]
+    return {"names": names, "is_thing": [True] * count}
+
+
+def backbone_of(tensors: Tensors) -> str:
+    """Returns the timm model that has these tensors, under our names. Raises InputError if none."""
+    keys = "\n".join(tensors)
+    blocks = re.findall(r"^backbone\.body\.layer(\d)\.\d+\.conv1\.weight$", keys, re.M)
+    name = RESNETS.get(tuple(blocks.count(stage) for stage in "1234"))
+    if name:
+        return name
+    blocks = re.findall(r"^backbone\.body\.layers\.(\d)\.blocks\.\d+\.norm1\.weight$", keys, re.M)
+    depths = [blocks.count(stage) for stage in "0123"]
+    patches = tensors.get("backbone.body.patch_embed.proj.weight")
+    name = SWINS.get((*depths, 0 if patches is None else len(patches)))
+    if name is None:
+        raise InputError(
+            "the depth of the backbone is that of no official model; supported: ResNet-50 and -101,"
+            " Swin-T, -S, -B and -L"
+        )
+    return name
