@@ -598,7 +598,7 @@ def build_dataloader(
     transforms = {}
     for d in datasets:
         jitter = args.semantic_jitter if d.supervision == "semantic" else args.jitter
-        transforms[d.name] = LargeScaleJitter(sides[d.name], jitter)
+        transforms[d.name] = LargeScaleJitter(sides[d.name], jitter, by_mask=True)
     factors = [np.ones(len(d)) for d in datasets]
     place = (args.seed, start, rank(), world_size())
     sampler = RatioBatchSampler(factors, [*ratios.values()], [*batches.values()], *place)

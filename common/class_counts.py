@@ -80,12 +80,12 @@ def federated_counts(
     shared = np.zeros(len(label_space), bool)  # the classes of federated datasets
     for dataset in datasets:
         if dataset.federated:
-            columns = label_space.columns(dataset.name)
+            columns = label_space.columns(dataset.name).numpy()
             shared[columns] = True
             total += np.bincount(columns, dataset.image_counts(), len(label_space))
     for dataset in datasets:
         if not dataset.federated and dataset.supervision != "image_labels":
-            columns = label_space.columns(dataset.name)
+            columns = label_space.columns(dataset.name).numpy()
             if dataset.name != own:
                 columns = columns[~shared[columns]]
             total[columns] = -1

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as F
 
 from common.batch import Sample
 from common.boxes import sides
-from common.masks import drop_unseen
+from common.masks import drop_unseen, have_pixels
 
 WHOLE = (slice(None), slice(None))  # all rows and columns
 
@@ -22,6 +22,7 @@ class LargeScaleJitter:
     """Resizes by a random scale, crops to at most `size` x `size`, flips. EfficientDet's jitter.
 
     At a scale of 1 the long side is `size`. The crop has no padding: `collate` pads.
+    by_mask: as in `move`
     Source: facebookresearch/Detic:detic/data/transforms (custom_augmentation_impl.py,
     custom_transform.py).
     """
@@ -29,6 +30,7 @@ class LargeScaleJitter:
     size: int
     scale: tuple[float, float] = (0.1, 2.0)
     flip: float = 0.5
+    by_mask: bool = False
 
     def __call__(self, sample: Sample) -> Sample:
         scale = uniform(*self.scale)
@@ -36,7 +38,7 @@ class LargeScaleJitter:
         size = shortest_size(sample.size, math.inf, longest)  # only the long side is limited
         window = random_window(size, (self.size, self.size))
         flip = coin(self.flip)
-        return move(sample, size, window, flip)
+        return move(sample, size, window, flip, self.by_mask)
 
 
 @dataclass
@@ -220,11 +222,15 @@ def move(
     size: tuple[int, int],
     window: tuple[int, int, int, int] | None = None,
     flip: bool = False,
+    by_mask: bool = False,
 ) -> Sample:
     """Resizes a sample, crops it, and mirrors it from left to right.
 
     What is no longer in the image is dropped: objects, segments, proposals.
-    size: (height, width) to resize to; window: (top, left, height, width) of the crop after that
+    size:    (height, width) to resize to
+    window:  (top, left, height, width) of the crop after that
+    by_mask: an object is dropped when its mask has no pixel left, as segmenters do; else when its
+             box is empty, as detectors do. An object without a mask goes by its box
     """
     top, left, height, width = window or (0, 0, *size)
     if sample.size != size:
@@ -246,8 +252,13 @@ def move(
         proposals = proposals[not_empty(proposals)]
     kept = not_empty(sample.boxes)
     masks = sample.masks
-    if masks is not None:  # a small one may lose its last pixel, but its box stays
+    if masks is not None:
+        only_box = ~have_pixels(masks[kept])
         masks = resize_masks(masks[kept], size, part, flip)
+        if by_mask:
+            seen = have_pixels(masks) | only_box
+            masks = masks[seen]
+            kept[kept.clone()] = seen
     boxes = sample.boxes[kept]
     labels = labels[kept]
     return replace(sample, boxes=boxes, labels=labels, masks=masks, proposals=proposals)

@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import nn
 
 import scaledet
+from common import runlog
 from common.checkpoint import (
     last_checkpoint,
     load_checkpoint,
@@ -31,10 +32,11 @@ from common.checkpoint import (
     save_checkpoint,
 )
 from common.command import parse_args, saved_args
-from common.convert import convert_if_official, convert_mask2former
+from common.convert import convert_if_official
 from common.distributed import setup_device
 from common.labels import LabelSpace, Vocabulary
 from common.official_detectors import convert_centernet2
+from common.official_mask2former import convert_mask2former
 from common.proposals import block_file, missing_blocks
 from common.runlog import RunLog, make_run_folder, unlock
 
@@ -83,7 +85,7 @@ def weights(content: bytes, name: str = "w.safetensors") -> Callable[[Path], dic
         model = Model()
         metadata, (vocabulary,) = read_model(path, "scaledet")
         args = saved_args(scaledet.Args, metadata)
-        load_weights(path, model)
+        load_weights(path, model, base=True)
         return {"names": vocabulary.names, "bias": model.bias.tolist(), "seed": args.seed}
 
     return attempt
@@ -192,6 +194,8 @@ def start(folder: Path, label_space: LabelSpace | None = None, **settings) -> di
     args = Args(output=str(folder / "run"), **settings)
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters())
+    patch = pytest.MonkeyPatch()
+    patch.setattr(runlog, "environment", lambda: {"ranks": 1})  # without asking git
     try:
         run = make_run_folder(args, "mine", label_space or space())
         found = last_checkpoint(run)
@@ -200,6 +204,7 @@ def start(folder: Path, label_space: LabelSpace | None = None, **settings) -> di
             load_weights(found, model)
         RunLog(args, run, 9, step, model, space(), optimizer, {"method": "mine"}).close()
     finally:
+        patch.undo()
         unlock()
     lines = (run / "metrics.jsonl").read_text().count("\n")
     return {"step": step, "lines": lines, "saved": json.loads((run / "args.json").read_text())}

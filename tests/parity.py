@@ -20,7 +20,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 import common.boxes
 import common.cascade
 from common.batch import Batch, Sample
-from common.boxes import select_detections
+from common.boxes import have_area, select_detections
 from common.cascade import Cascade, MaskHead
 from common.labels import LabelSpace, Vocabulary
 from common.masks import crop_masks
@@ -38,6 +38,24 @@ def case(name: str):
     if not file.is_file():
         pytest.skip(f"no {file}; CONCORD_PARITY names the folder of recorded tensors")
     return load_file(file), json.loads(file.with_suffix(".json").read_text())
+
+
+def listings(file: str) -> list:
+    """Returns a parameter for each recorded list of official keys, or one that is skipped.
+
+    A list maps the key of each tensor to its facts: `shape`, `dtype` and `kind`.
+    """
+    path = FOLDER / file
+    if not path.is_file():
+        reason = f"no {path}; CONCORD_PARITY names the folder of recorded tensors"
+        return [pytest.param({}, marks=pytest.mark.skip(reason=reason))]
+    record = json.loads(path.read_text())
+    return [pytest.param(facts, id=Path(title).stem) for title, facts in record.items()]
+
+
+def without_data(listing: dict) -> dict:
+    """Returns the tensors of a list of official keys. They have shapes alone."""
+    return {key: torch.empty(facts["shape"], device="meta") for key, facts in listing.items()}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,6 +131,11 @@ def drawn_weights(record: dict, tensors: dict | None = None) -> dict:
     for key, first in record["first_values_check"].items():
         assert state[key].flatten()[: len(first)].tolist() == first
     return state
+
+
+def final_rows(tensors: dict, image: int) -> torch.Tensor:
+    """Returns the rows of detections that detectron2 keeps in the end: boxes that have area."""
+    return have_area(tensors[f"det{image}.boxes"]).nonzero().flatten()
 
 
 # -- cascade ---------------------------------------------------------------------------------------
@@ -264,6 +287,9 @@ def check_targets(
     for i, (boxes, targets) in enumerate(zip(stages[0].boxes, stages[0].targets)):
         fg, prefix = boxes[targets.labels >= 0], f"{variant}.mask.image{i}"
         check(f"cascade {variant}: boxes with masks", fg, tensors[f"{prefix}.boxes"])
+        if f"{prefix}.targets" not in tensors:  # an image without ground truth
+            assert not len(truth[i].labels) and not len(fg)
+            continue
         wanted = tensors[f"{prefix}.targets"].bool()
         rows = targets.gt_index[targets.labels >= 0]
         assert torch.equal(crop_masks(truth[i].masks, fg, wanted.shape[-1], rows), wanted)

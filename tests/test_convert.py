@@ -11,7 +11,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from parity import FOLDER
+from parity import listings, without_data
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -25,7 +25,6 @@ from common.labels import LabelSpace, Vocabulary
 from common.official_detectors import CENTERNET2, LVIS, convert_centernet2
 from common.official_mask2former import convert_mask2former
 
-KEYS = FOLDER / "detic_r50_state_dict_keys.json"
 CPU = torch.device("cpu")
 SETTINGS = {"backbone": "resnet50", "channels": 64, "fc_dim": 16, "amp": "off"}
 
@@ -124,14 +123,9 @@ def same(one, other) -> bool:
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other))
 
 
-@pytest.mark.skipif(
-    not KEYS.is_file(),
-    reason=f"no {KEYS.name}; CONCORD_PARITY names the folder of recorded tensors",
-)
-@pytest.mark.parametrize("number", [0, 1])
-def test_every_official_tensor_has_its_place_and_shape(number, caplog):
-    listing = list(json.loads(KEYS.read_text()).values())[number]
-    official = {key: torch.empty(facts["shape"], device="meta") for key, facts in listing.items()}
+@pytest.mark.parametrize("listing", listings("detic_r50_state_dict_keys.json"))
+def test_every_official_tensor_has_its_place_and_shape(listing, caplog):
+    official = without_data(listing)
     dropped = {key for key in official if rename(key, CENTERNET2) is None}
     assert all(
         key.endswith("freq_weight") or "zs_weight" in key or ".base.fc." in key for key in dropped

@@ -4,6 +4,7 @@ The cases are in tables, one module for each group of formats.
 """
 
 import logging
+import os
 from importlib import import_module
 
 import pytest
@@ -18,6 +19,7 @@ CASES = [case for module in MODULES for case in module.CASES]
 @pytest.mark.filterwarnings("ignore")
 def test_corpus(case, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("CONCORD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # a busy disk would take most of the time
     caplog.set_level(logging.INFO, "concord")
     check(case, tmp_path, caplog)
 

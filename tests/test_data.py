@@ -64,6 +64,14 @@ def test_jitter_moves_boxes_with_their_pixels():
     assert seen > 30
 
 
+@pytest.mark.parametrize("size", [(40, 80), (80, 40)])
+@pytest.mark.parametrize("scale", [0.5, 1.0])
+def test_jitter_fits_the_long_side(scale, size):
+    """At a scale of 1 the image just fits into the square: nothing of it is cut off."""
+    out = LargeScaleJitter(64, (scale, scale), flip=0)(sample(*size))
+    assert out.size == tuple(round(scale * 64 * side / 80) for side in size)
+
+
 def test_jitter_drops_what_the_crop_lost():
     torch.manual_seed(0)
     counts = {len(LargeScaleJitter(16, (4.0, 4.0))(sample()).boxes) for _ in range(40)}

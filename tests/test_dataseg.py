@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from parity import case, check, report  # noqa: F401 (report is a fixture)
+from parity import case, check, listings, report, without_data  # noqa: F401 (report is a fixture)
 from PIL import Image
 from safetensors.torch import load_file
 from test_official_mask2former import BASE_KEYS, official_base
@@ -766,16 +766,13 @@ def test_model_as_it_starts():
         assert embedding.std().item() == pytest.approx(1, rel=0.2)
 
 
-@pytest.mark.skipif(
-    not BASE_KEYS.is_file(), reason=f"no {BASE_KEYS.name}; CONCORD_PARITY names its folder"
-)
-def test_base_has_the_shapes_of_the_official_one():
-    listing = next(iter(json.loads(BASE_KEYS.read_text()).values()))
-    official = {key: torch.empty(facts["shape"], device="meta") for key, facts in listing.items()}
+@pytest.mark.parametrize("listing", listings(BASE_KEYS))
+def test_base_has_the_shapes_of_the_official_one(listing):
+    tensors, _ = convert_mask2former_base(without_data(listing))
     with torch.device("meta"):
         label_space = LabelSpace([KINDS], lambda names, dataset: torch.zeros(len(names), 768))
         own = dataseg.Model(dataseg.Args(), label_space, pretrained=False).state_dict()
-    base = {key: t.shape for key, t in convert_mask2former_base(official)[0].items()}
+    base = {key: t.shape for key, t in tensors.items()}
     assert base == {key: t.shape for key, t in own.items() if key in base}
     rest = {"class_embed.weight", "class_embed.bias", "background", "logit_scale"}
     assert own.keys() - base.keys() == rest
@@ -866,8 +863,9 @@ def test_parity_projection_loss():
     tensors, record = case("boxinst_projection")
     logits = tensors["mask_logits"][:, 0].requires_grad_()
     count, stride = len(logits), record["config"]["mask_out_stride"]
+    images = range(len(record["config"]["num_gt"]))
     boxes, masks = (
-        torch.cat([tensors[f"gt{i}.{kind}"] for i in range(2)]) for kind in ("boxes", "box_masks")
+        torch.cat([tensors[f"gt{i}.{kind}"] for i in images]) for kind in ("boxes", "box_masks")
     )
     rows, columns = rasterise(boxes, logits.shape[-2:], stride)
     assert torch.equal(rows[:, :, None] * columns[:, None], masks)

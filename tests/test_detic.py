@@ -25,7 +25,8 @@ from common.cascade import StageOutput, loss_box_reg
 from common.class_counts import federated_counts, images_per_class, seen_and_unseen
 from common.clip_resnet import region_features
 from common.command import parse_args
-from common.datasets import load_datasets
+from common.datasets import Dataset, load_datasets
+from common.datasets.index import Index
 from common.errors import InputError
 from common.image_label_losses import (
     RIVALS,
@@ -338,6 +339,29 @@ def test_detic_total_of_boxes():
     assert losses["loss"].item() == pytest.approx(total, rel=1e-5)
 
 
+def test_detic_each_stage_samples_its_own_classes(monkeypatch):
+    stages, predictions = three_stages(), [Prediction(torch.randn(7, 5)) for _ in range(3)]
+    for stage in stages:
+        none = [torch.full((n,), -1) for n in map(len, stage.boxes)]
+        stage.targets = [RegionTargets(random_boxes(len(x)), x, 0 * x) for x in none]
+    drawn = []
+
+    def sample(labels, *_):
+        mask = torch.zeros(5).index_fill(0, torch.tensor([len(drawn)]), 1)
+        drawn.append(mask)
+        return mask
+
+    monkeypatch.setattr(detic, "sample_federated", sample)
+    args, targets = replace(SMALL, fed_loss=True), [Targets(*NOTHING)] * 2
+    losses = detic.compute_losses(
+        args, stages, predictions, {}, targets, torch.ones(5), torch.ones(5)
+    )
+    assert len(drawn) == 3
+    for k, (stage, prediction, mask) in enumerate(zip(stages, predictions, drawn)):
+        expected = detic.loss_cls(prediction.logits, stage.labels, mask)
+        torch.testing.assert_close(losses[f"loss_cls_stage{k}"], expected)
+
+
 # -- dynamic classifier ----------------------------------------------------------------------------
 
 
@@ -485,6 +509,14 @@ def test_detic_federated_counts_are_those_of_lvis(tiny_root, datasets):
     assert (federated_counts(datasets, LabelSpace([d.vocabulary for d in datasets])) == -1).all()
     (split,) = load_datasets("lvis-base", "train", str(tiny_root))
     assert split.federated  # an open-vocabulary split of it, too
+
+
+def test_detic_counts_of_a_dataset_with_one_class():
+    """An index of one element is no number."""
+    index = Index.build("a", ["a.jpg"], [1], np.zeros((1, 2)))
+    dataset = Dataset("a", Vocabulary("a", ("cat",)), index, None)
+    counts = federated_counts([dataset], LabelSpace([dataset.vocabulary]))
+    assert counts.tolist() == [-1]
 
 
 def test_detic_batches_are_of_one_dataset_each(datasets):

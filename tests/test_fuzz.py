@@ -302,6 +302,7 @@ def property_of(kind: Kind, folder: Path) -> Callable[[], None]:
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("CONCORD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # a busy disk would take most of the time
     return tmp_path / "files"
 
 

@@ -26,6 +26,7 @@ from common.checkpoint import checkpoints
 from common.command import run_command
 from common.distributed import _join
 from common.errors import InputError
+from common.replay import read_record
 from common.rescue import LOWER, explain
 from common.runlog import unlock
 from common.validation import main_metric, record_evaluation, undisturbed
@@ -191,7 +192,7 @@ def test_another_label_space_is_refused(flags, begun, command, again, names, wor
 
 
 def test_other_class_names_are_refused(flags, begun, command, tmp_path):
-    (tmp_path / "names.txt").write_text("cat = house cat\n")
+    (tmp_path / "names.txt").write_text("cat = wolf\n")
     code, [line] = command(*flags, "--rename", tmp_path / "names.txt", "--output", begun)
     assert code == 2 and "--rename" in line
 
@@ -632,6 +633,24 @@ def test_a_replay_takes_the_weights_before_the_step(flags, exploded, command, ca
         assert command("--resume", exploded, "--replay", 2) == (0, [])
     assert "with the weights of step 0, though step 1 was before" in caplog.text
     assert "step 2: all losses are finite this time" in caplog.text
+
+
+def test_one_process_replays_the_rank_that_failed(tmp_path):
+    """As many ranks replay each its own batch; other numbers of ranks are refused."""
+    sample = {"dataset": "a", "index": 3, "image_id": 7, "file_name": "3.jpg", "draw": 0}
+    for own, loss in enumerate((0.5, math.nan)):
+        record = {"seed": 0, "losses": {"loss": loss}, "samples": [sample | {"draw": own}]}
+        (tmp_path / f"failed-step-0000004-rank{own}.json").write_text(json.dumps(record))
+    assert read_record(tmp_path, 4)["samples"][0]["draw"] == 1
+    for own, ranks in ((0, 2), (1, 2), (2, 3)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("common.replay.rank", lambda own=own: own)
+            patch.setattr("common.replay.world_size", lambda ranks=ranks: ranks)
+            if ranks == 2:
+                assert read_record(tmp_path, 4)["samples"][0]["draw"] == own
+                continue
+            with pytest.raises(InputError, match="failed-step-0000004-rank0"):
+                read_record(tmp_path, 4)
 
 
 def test_replay_needs_a_run_folder(command, tmp_path):

@@ -83,7 +83,8 @@ class Moment:
         """Draws a moment of a training in one of the phases, and one of the victims."""
         row = rng.choice([row for row, visit in enumerate(visits) if visit.phase in phases])
         phase = visits[row].phase
-        number = sum(visit.phase == phase for visit in visits[: row + 1])
+        # a training that goes on has fewer visits before it
+        number = rng.randint(1, sum(visit.phase == phase for visit in visits[: row + 1]))
         delay = round(rng.uniform(0, visits[row].seconds), 3)
         return cls(phase, number, delay, rng.choice(victims))
 

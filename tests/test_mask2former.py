@@ -11,8 +11,8 @@ from torch.nn import functional as F
 import common.pixel_decoder
 from common.backbone import Backbone
 from common.errors import InputError
-from common.msda import msda
-from common.pixel_decoder import MSDeformAttn, PixelDecoder, pixel_centres
+from common.msda import formula, msda
+from common.pixel_decoder import EncoderLayer, MSDeformAttn, PixelDecoder, pixel_centres
 from common.point_matching import (
     hungarian,
     pairwise_bce,
@@ -169,6 +169,24 @@ def test_attention_is_that_of_torch(masked):
     torch.testing.assert_close(ours(q, k, v, blocked), torchs(q, k, v, attn_mask=blocked_heads)[0])
 
 
+def torchs_attention(own: Attention, *given) -> torch.Tensor:
+    """Returns what nn.MultiheadAttention with the weights of `own` makes of query, key, value."""
+    torchs = nn.MultiheadAttention(own.out_proj.in_features, own.heads, batch_first=True)
+    torchs.load_state_dict(own.state_dict())
+    return torchs(*given)[0]
+
+
+def test_positions_are_in_queries_and_keys_not_in_values():
+    layer = DecoderLayer(16, 4, 32)
+    q, memory = torch.randn(2, 5, 16), torch.randn(2, 9, 16)
+    query_pos, key_pos = torch.randn(5, 16), torch.randn(1, 9, 16)
+    attended = torchs_attention(layer.cross_attn, q + query_pos, memory + key_pos, memory)
+    ours = layer.cross_attend(q, query_pos, memory, key_pos, None)
+    torch.testing.assert_close(ours, layer.cross_norm(q + attended))
+    attended = torchs_attention(layer.self_attn, q + query_pos, q + query_pos, q)
+    torch.testing.assert_close(layer.self_attend(q, query_pos), layer.self_norm(q + attended))
+
+
 def test_blocked_pixels_are_outside_of_the_resized_masks():
     """Resizing the features is resizing the masks."""
     features, mask_embed = torch.randn(2, 8, 16, 24), torch.randn(2, 5, 8)
@@ -238,6 +256,23 @@ def test_deformable_attention_starts_on_squares():
     assert (
         not attention.sampling_offsets.weight.any() and not attention.attention_weights.weight.any()
     )
+
+
+def test_positions_move_the_points_but_are_not_in_what_they_read():
+    """A layer put together by hand, with the formula for the attention."""
+    layer, shapes = EncoderLayer(16, 24, 2, levels=2, points=3), ((2, 3), (1, 2))
+    attention = layer.self_attn
+    for linear in (attention.sampling_offsets, attention.attention_weights):
+        nn.init.normal_(linear.weight, std=0.3)
+    x, position, reference = torch.randn(2, 8, 16), torch.randn(1, 8, 16), torch.rand(8, 2)
+    value = attention.value_proj(x).unflatten(2, (2, 8))
+    offsets = attention.sampling_offsets(x + position).unflatten(2, (2, 2, 3, 2))
+    logits = attention.attention_weights(x + position).unflatten(2, (2, 6))
+    attended = attention.output_proj(formula(value, shapes, offsets, logits, reference))
+    hidden = layer.norm1(x + attended)
+    expected = layer.norm2(hidden + layer.linear2(layer.linear1(hidden).relu()))
+    ours = layer(x, position, shapes, reference, torch.float32)
+    torch.testing.assert_close(ours, expected)
 
 
 def test_pixel_centres_are_x_and_y_row_by_row():
@@ -321,6 +356,21 @@ def test_backbones_give_four_maps(name, channels):
     assert all(
         p.grad is not None for p in backbone.parameters()
     )  # none is idle: DistributedDataParallel would wait
+
+
+def test_padding_is_the_mean_colour():
+    """Zero after the normalisation, whatever the pixels of the padding are."""
+    backbone = Backbone("resnet18", 0, pretrained=False, strides=ALL)
+    images = torch.randint(1, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    sizes = [(64, 70), (33, 96)]
+    config, expected = backbone.body.pretrained_cfg, torch.zeros(2, 3, 64, 96)
+    for i, (height, width) in enumerate(sizes):
+        for c, (mean, std) in enumerate(zip(config["mean"], config["std"])):
+            pixels = images[i, c, :height, :width] / 255
+            expected[i, c, :height, :width] = (pixels - mean) / std
+    found = backbone.normalise(images, sizes)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not found[0, :, :, 70:].any() and not found[1, :, 33:].any()
 
 
 def test_channels_of_detectors():

@@ -1,8 +1,6 @@
 """Masks: the pixels of pycocotools, and the crops and pastes that detectron2 makes."""
 
 import json
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +8,7 @@ import pycocotools.mask
 import pytest
 import torch
 from conftest import REAL
-from safetensors.torch import load_file
+from parity import case, final_rows, report  # noqa: F401 (a fixture)
 from torch.nn import functional as F
 
 from common.batch import Sample
@@ -20,16 +18,6 @@ from common.masks import area_of, crop_masks, decode_masks, encode_masks, paste_
 from common.visualize import save_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of pycocotools
-DEFAULT_PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
-PARITY = Path(os.environ.get("CONCORD_PARITY", DEFAULT_PARITY))
-
-
-def recorded(name: str) -> dict:
-    """Returns the recorded tensors of the official code; skips the test without the recording."""
-    path = PARITY / f"{name}.safetensors"
-    if not path.is_file():
-        pytest.skip(f"no {path.name} in {PARITY}; set CONCORD_PARITY to the recorded tensors")
-    return load_file(path)
 
 
 def pixels_of_pycocotools(segmentation, height, width):
@@ -147,6 +135,14 @@ def test_crop_of_whole_pixels():
     assert torch.equal(crop_masks(mask, part, 4), mask[:, 1:5, 2:6])
 
 
+@pytest.mark.parametrize("columns, inside", [(9, False), (10, True), (11, True)])
+def test_crop_is_inside_from_half_a_cell_on(columns, inside):
+    mask = torch.zeros(1, 20, 20, dtype=torch.bool)
+    mask[:, :, :columns] = True
+    whole = torch.tensor([[0.0, 0, 20, 20]])
+    assert crop_masks(mask, whole, 1).tolist() == [[[inside]]]
+
+
 def test_crop_of_shared_masks():
     masks = torch.rand(3, 20, 30) < 0.5
     rows = torch.tensor([2, 0, 0, 1])
@@ -194,12 +190,15 @@ def test_paste_threshold():
 
 @pytest.mark.parametrize("variant", ["train_plain", "train_fed", "train_dynamic"])
 def test_parity_crop_masks(variant):
-    tensors = recorded("detic_roi")
+    tensors, record = case("detic_roi")
     num_classes = len(tensors["zs_weight_raw"])
-    image = 0
-    while f"gt{image}.masks" in tensors:
+    images = range(len(record["config"]["image_sizes_hw"]))
+    for image in images:
         sampled = f"{variant}.sampled{image}"
         fg = tensors[f"{sampled}.gt_classes"] < num_classes
+        if not len(tensors[f"gt{image}.boxes"]):
+            assert not fg.any()
+            continue
         gt_boxes = tensors[f"{sampled}.gt_boxes"][fg]
         same = (gt_boxes[:, None] == tensors[f"gt{image}.boxes"]).all(2)
         rows = same.int().argmax(1)
@@ -208,16 +207,16 @@ def test_parity_crop_masks(variant):
         assert torch.equal(boxes, tensors[f"{sampled}.boxes"][fg])
         masks = tensors[f"gt{image}.masks"].bool()
         assert torch.equal(crop_masks(masks, boxes, targets.shape[-1], rows), targets.bool())
-        image += 1
-    assert image
 
 
 def test_parity_paste_masks():
-    tensors = recorded("detic_whole_model")
-    masks = tensors["post0.masks"].bool()
-    probabilities = tensors["det0.masks28"][: len(masks), 0]
-    boxes = tensors["post0.boxes"][: len(masks)]
-    assert torch.equal(paste_masks(probabilities, boxes, masks.shape[1:]), masks)
+    tensors, record = case("detic_whole_model")
+    for image in range(len(record["config"]["image_sizes_hw"])):
+        masks = tensors[f"post{image}.masks"].bool()
+        kept = final_rows(tensors, image)[: len(masks)]
+        probabilities = tensors[f"det{image}.masks28"][kept, 0]
+        boxes = tensors[f"post{image}.boxes"][: len(masks)]
+        assert torch.equal(paste_masks(probabilities, boxes, masks.shape[1:]), masks)
 
 
 # -- Inference -------------------------------------------------------------------------------------

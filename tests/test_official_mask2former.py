@@ -10,7 +10,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from parity import FOLDER
+from parity import listings, without_data
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -33,7 +33,7 @@ from common.official_mask2former import (
 from common.pixel_decoder import PixelDecoder
 from common.transformer import DecoderLayer, QueryHead
 
-BASE_KEYS = FOLDER / "mask2former_r50_state_dict_keys.json"
+BASE_KEYS = "mask2former_r50_state_dict_keys.json"
 
 
 @pytest.fixture(autouse=True)
@@ -117,13 +117,9 @@ def base():
     return model
 
 
-@pytest.mark.skipif(
-    not BASE_KEYS.is_file(), reason=f"no {BASE_KEYS.name}; CONCORD_PARITY names its folder"
-)
-@pytest.mark.parametrize("number", [0, 1])
-def test_every_tensor_of_mask2former_has_its_place_and_shape(number):
-    listing = list(json.loads(BASE_KEYS.read_text()).values())[number]
-    official = {key: torch.empty(facts["shape"], device="meta") for key, facts in listing.items()}
+@pytest.mark.parametrize("listing", listings(BASE_KEYS))
+def test_every_tensor_of_mask2former_has_its_place_and_shape(listing):
+    official = without_data(listing)
     dropped = {key for key in official if rename(key, MASK2FORMER) is None}
     assert dropped == {"criterion.empty_weight"}
     assert len({rename(key, MASK2FORMER) for key in official} - {None}) == len(official) - len(
@@ -156,12 +152,8 @@ def official_tensors(device: str = "cpu", **given) -> dict:
     return tensors
 
 
-@pytest.mark.skipif(
-    not BASE_KEYS.is_file(), reason=f"no {BASE_KEYS.name}; CONCORD_PARITY names its folder"
-)
-@pytest.mark.parametrize("number", [0, 1])
-def test_the_synthetic_layout_is_the_official_one(number):
-    listing = list(json.loads(BASE_KEYS.read_text()).values())[number]
+@pytest.mark.parametrize("listing", listings(BASE_KEYS))
+def test_the_synthetic_layout_is_the_official_one(listing):
     shapes = {name: tuple(facts["shape"]) for name, facts in listing.items()}
     classes = len(range(shapes["criterion.empty_weight"][0])) - 1
     trained = any(name.endswith(COUNTERS[2]) for name in shapes)

@@ -7,7 +7,6 @@ quantity.
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from parity import (
@@ -18,7 +17,9 @@ from parity import (
     check_sets,
     check_stage,
     check_targets,
+    drawn_weights,
     feed_recorded_samples,
+    final_rows,
     recorded_model,
     report,  # noqa: F401 (a fixture)
 )
@@ -27,7 +28,7 @@ from torchvision.ops import clip_boxes_to_image
 
 import detic
 from common.batch import Sample, collate
-from common.boxes import select_detections
+from common.boxes import have_area, select_detections
 from common.command import parse_args
 from common.image_label_losses import RIVALS, Bag, mean_over_bags
 from common.masks import decode_masks
@@ -248,102 +249,93 @@ def test_parity_inference(variant, monkeypatch):
 # -- whole model -----------------------------------------------------------------------------------
 
 
-def official_checkpoint(tensors: dict, record: dict) -> dict:
-    """The state dict that the recipe describes.
-
-    ImageNet's classifier, which is not used, has its names alone.
-    """
-    state = {}
-    for key, recipe in record["weights"].items():
-        if recipe.get("stored_as"):
-            state[key] = tensors[recipe["stored_as"]]
-        elif recipe.get("ignored") or ".base.fc." in key:
-            state[key] = torch.tensor(0)
-        else:
-            draws = np.random.RandomState(recipe["seed"]).standard_normal(
-                int(np.prod(recipe["shape"]))
-            )
-            values = (recipe["offset"] + recipe["scale"] * draws).astype(np.float32)
-            state[key] = torch.from_numpy(values.reshape(recipe["shape"]))
-    for key, first in record["first_values_check"].items():
-        assert state[key].flatten()[: len(first)].tolist() == first
-    return state
-
-
-def test_parity_whole_model_from_official_checkpoint(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def whole_model(tmp_path_factory):
+    """Returns the model from an official checkpoint, its label space, the batch, the recording."""
     tensors, record = case("detic_whole_model")
-    config, file = record["config"], tmp_path / "official.pth"
-    monkeypatch.setenv("CONCORD_CACHE", str(tmp_path))
-    torch.save({"model": official_checkpoint(tensors, record)}, file)
+    folder = tmp_path_factory.mktemp("official")
+    file = folder / "official.pth"
+    torch.save({"model": drawn_weights(record, tensors)}, file)
     flags = ["--weights", str(file), "--device", "cpu", "--amp", "off"]
-    args = parse_args(
-        detic.Args, detic.METHOD, detic.TINY, detic.MODEL_FIELDS, detic.OFFICIAL, flags
-    )
-    model, label_space = detic.load(args.weights, args)
-    file.unlink()
-    for twin in (tmp_path / "converted").iterdir():
-        twin.unlink()
-    assert len(label_space) == config["num_classes"]
-    check("whole model: tau", args.tau, 1 / config["NORM_TEMP"])
-
-    (size,), (output_size,) = (
-        [tuple(s) for s in config[key]] for key in ("image_sizes_hw", "output_sizes_hw")
-    )
-    batch = collate(
-        [replace(Sample.unlabelled(tensors["image0"], "any", 0, 0), original_size=output_size)]
-    )
-    model.eval()
-    with torch.no_grad():
-        images = model.backbone.normalise(batch.images, batch.sizes)
-        check("whole model: padded input", images, tensors["padded_input"])
-        layers = [f for i, f in enumerate(model.backbone.body(images)) if i in model.backbone.used]
-        step = config["bottom_up.layer3_channel_stride"]
-        for name, layer in zip(("layer3", "layer4", "layer5"), layers, strict=True):
-            layer = layer[:, ::step] if name == "layer3" else layer
-            check(f"whole model: backbone {name}", layer, tensors[f"bottom_up.{name}"])
-        features = model.extract(batch.images, batch.sizes)
-        for level, feature in zip(config["CENTERNET"]["IN_FEATURES"], features, strict=True):
-            check(f"whole model: {level}", feature, tensors[f"fpn.{level}"])
-        ((boxes, objectness),), _ = model.centernet(features)
-        official = [tensors[f"proposals0.{key}"] for key in ("boxes", "scores")]
-        ours = [boxes, objectness, torch.zeros(len(boxes))]
-        check_sets(
-            "whole model: proposals", ours, [*official, torch.zeros(len(official[0]))], max(size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONCORD_CACHE", str(folder))
+        args = parse_args(
+            detic.Args, detic.METHOD, detic.TINY, detic.MODEL_FIELDS, detic.OFFICIAL, flags
         )
-        (final,), (scores,) = model.detect(features, batch.sizes, label_space.text)
+        model, label_space = detic.load(args.weights, args)
+    file.unlink()
+    samples = []
+    for i, size in enumerate(record["config"]["output_sizes_hw"]):
+        sample = Sample.unlabelled(tensors[f"image{i}"], "any", i, i)
+        samples.append(replace(sample, original_size=tuple(size)))
+    return model.eval(), label_space, collate(samples), tensors, record["config"]
+
+
+@torch.no_grad()
+def test_parity_whole_model_features(whole_model):
+    model, label_space, batch, tensors, config = whole_model
+    assert len(label_space) == config["num_classes"]
+    check("whole model: tau", model.args.tau, 1 / config["NORM_TEMP"])
+    assert batch.sizes == [tuple(size) for size in config["image_sizes_hw"]]
+    images = model.backbone.normalise(batch.images, batch.sizes)
+    check("whole model: padded input", images, tensors["padded_input"])
+    layers = [f for i, f in enumerate(model.backbone.body(images)) if i in model.backbone.used]
+    step = config["bottom_up.layer3_channel_stride"]
+    for name, layer in zip(("layer3", "layer4", "layer5"), layers, strict=True):
+        layer = layer[:, ::step] if name == "layer3" else layer
+        check(f"whole model: backbone {name}", layer, tensors[f"bottom_up.{name}"])
+    features = model.extract(batch.images, batch.sizes)
+    for level, feature in zip(config["CENTERNET"]["IN_FEATURES"], features, strict=True):
+        check(f"whole model: {level}", feature, tensors[f"fpn.{level}"])
+
+
+@torch.no_grad()
+def test_parity_whole_model_detections(whole_model):
+    model, label_space, batch, tensors, config = whole_model
+    features = model.extract(batch.images, batch.sizes)
+    proposals, _ = model.centernet(features)
+    detected = model.detect(features, batch.sizes, label_space.text)
+    for i, ((boxes, objectness), final, scores) in enumerate(zip(proposals, *detected)):
+        length = max(batch.sizes[i])
+        official = [tensors[f"proposals{i}.{key}"] for key in ("boxes", "scores")]
+        theirs = [*official, torch.zeros(len(official[0]))]
+        ours = [boxes, objectness, torch.zeros(len(boxes))]
+        check_sets("whole model: proposals", ours, theirs, length)
         distance, row = torch.cdist(official[0], boxes, p=torch.inf).min(1)
-        same = distance < 1e-4 * max(size)  # at most the one proposal at the cut has no partner
+        same = distance < 1e-4 * length  # at most the one proposal at the cut has no partner
         assert (~same).sum() <= 1
         row = row[same]
-        wanted = clip_boxes_to_image(tensors["det0.all_boxes"][same], size)
+        wanted = clip_boxes_to_image(tensors[f"det{i}.all_boxes"][same], batch.sizes[i])
         check("whole model: boxes of the last stage", final[row], wanted)
-        check("whole model: scores", scores[row], tensors["det0.all_scores"][same, :-1])
-        background = (
-            0.5 * official[1]
-        ).sqrt()  # its logit is 0, so that nothing is lost with its column
-        check("whole model: scores of background", background, tensors["det0.all_scores"][:, -1])
-        detections = [tensors[f"det0.{key}"] for key in ("boxes", "scores", "classes")]
-        found = select_detections(
-            final, scores, False, config["SCORE_THRESH_TEST"], config["DETECTIONS_PER_IMAGE"]
-        )
-        check_sets("whole model: detections", list(found), detections, max(size))
-        masks28 = tensors["det0.masks28"][:, 0]
-        masks = model.mask_head(features, [detections[0][: len(masks28)]]).sigmoid()
+        all_scores = tensors[f"det{i}.all_scores"]
+        check("whole model: scores", scores[row], all_scores[same, :-1])
+        # the logit of background is 0, so that nothing is lost with its column
+        check("whole model: scores of background", (official[1] / 2).sqrt(), all_scores[:, -1])
+        limits = (config["SCORE_THRESH_TEST"], config["DETECTIONS_PER_IMAGE"])
+        found = select_detections(final, scores, False, *limits)
+        detections = [tensors[f"det{i}.{key}"] for key in ("boxes", "scores", "classes")]
+        check_sets("whole model: detections", list(found), detections, length)
+        masks28 = tensors[f"det{i}.masks28"][:, 0]
+        own = [feature[i : i + 1] for feature in features]
+        masks = model.mask_head(own, [detections[0][: len(masks28)]]).sigmoid()
         check("whole model: masks", masks, masks28)
 
-    found = detic.predict(model, batch, label_space)[0]
-    ours = [found[key] for key in ("boxes", "scores", "labels")]
-    official = [tensors[f"post0.{key}"] for key in ("boxes", "scores", "classes")]
-    check_sets("whole model: boxes in the image", ours, official, max(output_size))
-    assert found["size"] == output_size
-    pasted = tensors["post0.masks"].bool()
-    for mask, box, label in zip(pasted, official[0], official[2]):
-        far = (ours[0] - box).abs().amax(1).masked_fill(ours[2] != label, torch.inf)
-        own = decode_masks([found["segmentations"][int(far.argmin())]], output_size)[0]
-        check(
-            "whole model: pasted masks, pixels that differ",
-            (own ^ mask).sum() / mask.sum(),
-            0.0,
-            1e-3,
-            floor=1,
-        )
+
+def test_parity_whole_model_predictions(whole_model):
+    model, label_space, batch, tensors, _ = whole_model
+    for i, found in enumerate(detic.predict(model, batch, label_space)):
+        size = batch.samples[i].original_size
+        assert found["size"] == size
+        kept = have_area(found["boxes"])
+        ours = [found[key][kept] for key in ("boxes", "scores", "labels")]
+        official = [tensors[f"post{i}.{key}"] for key in ("boxes", "scores", "classes")]
+        assert len(official[0]) == len(final_rows(tensors, i))
+        check_sets("whole model: boxes in the image", ours, official, max(size))
+        pasted = tensors[f"post{i}.masks"].bool()
+        rows = kept.nonzero().flatten()
+        for mask, box, label in zip(pasted, official[0], official[2]):
+            far = (ours[0] - box).abs().amax(1).masked_fill(ours[2] != label, torch.inf)
+            row = int(rows[far.argmin()])
+            own = decode_masks([found["segmentations"][row]], size)[0]
+            wrong = (own ^ mask).sum() / mask.sum()
+            check("whole model: pasted masks, pixels that differ", wrong, 0.0, 1e-3, floor=1)

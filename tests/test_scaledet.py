@@ -361,6 +361,26 @@ def test_scaledet_total_is_the_weighted_sum_of_every_stage(sim_norm):
         torch.testing.assert_close(losses[name], value)
 
 
+def test_scaledet_each_stage_samples_its_own_classes(monkeypatch):
+    text, labels = unit_rows(6), torch.tensor([3, -1, 4, 0])
+    stages, predictions = three_stages(text, labels)
+    drawn = []
+
+    def sample(*_):
+        mask = torch.zeros(6).index_fill(0, torch.tensor([len(drawn)]), 1)
+        drawn.append(mask)
+        return mask
+
+    monkeypatch.setattr(scaledet, "sample_federated", sample)
+    args = replace(SMALL, fed_loss=True)
+    tables = LabelTables.of(args, text, torch.ones(6))
+    losses = scaledet.compute_losses(args, stages, predictions, {}, whole_scope(text), tables)
+    assert len(drawn) == 3
+    for k, (prediction, mask) in enumerate(zip(predictions, drawn)):
+        expected = scaledet.loss_hard_label(prediction.logits, labels, mask.expand(4, 6))
+        torch.testing.assert_close(losses[f"loss_hard_stage{k}"], expected)
+
+
 def test_scaledet_without_soft_loss_is_detic_without_federated_mask():
     """z = 50 norm(W f) . norm(T), as Detic's zero-shot classifier has it.
 
@@ -769,7 +789,7 @@ def test_scaledet_later_stages_see_the_refined_boxes_without_gradient(space):
     """Decoded with the weights of their stage, clipped to the image, without the empty ones."""
     model = Model(SMALL, space, pretrained=False)
     for stage in model.cascade.stages:
-        nn.init.normal_(stage.bbox_pred[2].weight, std=20)
+        nn.init.normal_(stage.bbox_pred[2].weight, std=10)
     outputs, _ = train_losses(model, [sample("a", [[8, 8, 40, 40]], [1])], space)
     for k, weights in enumerate([(10, 10, 5, 5), (20, 20, 10, 10)]):
         boxes = decode_boxes(outputs[k].boxes[0], outputs[k].deltas, weights).clamp(0, 64)

@@ -380,7 +380,7 @@ def test_ranks_share_the_work(tmp_path, monkeypatch, metric):
         assert results == (alone if rank == 0 else {}) and (tmp_path / str(rank)).exists() == (
             rank == 0
         )
-    assert [len(pictured) for _, pictured in parts] == [1, 2, 2]
+    assert [len(pictured) for *_, pictured in parts] == [1, 2, 2]
 
 
 def test_real_panoptic_predictions(tmp_path):

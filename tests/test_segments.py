@@ -246,6 +246,20 @@ def test_panoptic_regions_of_both_papers():
     )
 
 
+@pytest.mark.parametrize("intersect", [True, False])
+def test_the_overlap_counts_all_pixels_that_a_query_wins(intersect):
+    """Also those outside its mask: the first query loses 2 of the 5 pixels of its mask, but has 8.
+
+    Official code divides all that it wins by the area of its mask, 8 / 5.
+    """
+    probabilities = torch.tensor([[0.9, 0.0, 0.0, 0.1], [0.0, 0.0, 0.85, 0.15]])
+    masks = torch.tensor([[[0.9] * 5 + [0.4] * 5], [[0.99] * 2 + [0.1] * 8]])
+    panoptic, found = panoptic_map(probabilities, masks.logit(), THINGS, 0.8, 0.8, intersect)
+    outside = [0] * 5 if intersect else [1] * 5
+    assert panoptic.tolist() == [[2, 2, 1, 1, 1, *outside]]
+    assert [segment["label"] for segment in found] == [0, 2]
+
+
 def test_panoptic_without_segments():
     panoptic, found = panoptic_map(*queries((3, 0.9, slice(0, 5))), THINGS, 0.5, 0.8, True)
     assert not panoptic.any() and panoptic.shape == (2, 10) and found == []

@@ -12,6 +12,7 @@ import torch
 from conftest import REAL
 from PIL import Image
 
+import common.transforms
 from common.batch import Batch, Sample, collate
 from common.datasets import load_datasets
 from common.datasets.maps import label_table, read_label_map
@@ -702,7 +703,7 @@ def test_instances_whose_mask_is_cut_off_are_dropped():
         labels=torch.tensor([4, 5]),
         masks=masks,
     )
-    seen = move(sample, (20, 20), (5, 0, 10, 10))
+    seen = move(sample, (20, 20), (5, 0, 10, 10), by_mask=True)
     assert seen.labels.tolist() == [5] and seen.boxes.tolist() == [[8, 3, 10, 7]]
     assert seen.masks.shape == (1, 10, 10) and seen.masks.sum() == 8
 
@@ -719,6 +720,24 @@ def test_colour_jitter():
         assert (out.amax(0) - out.amin(0)).max() <= 1
     plain = [r.float().mean() / image.float().mean() for r in results]
     assert 0.4 < min(plain) < 0.8 and 1.1 < max(plain) < 1.6
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_contrast_is_a_factor_before_or_after_the_others(last, monkeypatch):
+    """In front, bright pixels are cut off at 255 before the brightness of HSV is read."""
+    image = torch.tensor([[40, 200], [20, 100], [10, 180]], dtype=torch.uint8).view(3, 1, 2)
+    draws = iter([False, True, last, True, False])  # brightness, contrast, last, saturation, hue
+    factors = iter([1.5, 0.5])  # of contrast and saturation
+    monkeypatch.setattr(common.transforms, "coin", lambda _: next(draws))
+    monkeypatch.setattr(common.transforms, "uniform", lambda *_: next(factors))
+    found = jitter_colors(image).flatten(1).T.tolist()
+    for pixel, ours in zip(image.flatten(1).T.tolist(), found):
+        if not last:
+            pixel = [min(255, 1.5 * value) for value in pixel]
+        pixel = [max(pixel) - (max(pixel) - value) * 0.5 for value in pixel]
+        if last:
+            pixel = [min(255, 1.5 * value) for value in pixel]
+        assert ours == pytest.approx(pixel, abs=1)
 
 
 def test_numbers_too_large_for_a_label_map(tmp_path):

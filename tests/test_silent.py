@@ -119,7 +119,7 @@ def test_a_crop_drops_an_object_by_its_mask_only_if_it_has_one():
     masks = torch.zeros(3, 20, 20, dtype=torch.bool)
     masks[1, :3, :3] = True  # its box reaches into the crop, its mask does not
     boxes = [[0, 0, 20, 20], [0, 0, 20, 20], [0, 0, 4, 4]]
-    moved = move(sample_of(masks, boxes), (20, 20), window=(10, 10, 8, 8))
+    moved = move(sample_of(masks, boxes), (20, 20), window=(10, 10, 8, 8), by_mask=True)
     assert moved.labels.tolist() == [0] and moved.boxes.tolist() == [[0, 0, 8, 8]]
     assert moved.masks.shape == (1, 8, 8) and not moved.masks.any()
 

@@ -107,7 +107,7 @@ def test_detectors_train_on_images_with_boxes(sparse, tmp_path, call, monkeypatc
 
     monkeypatch.setattr(importlib.import_module(method), "train", train)
     folder = str(tmp_path / "run")
-    flags = ["--text-encoder", "minilm", "--device", "cpu", "--output", folder]
+    flags = ["--text-encoder", "minilm", "--prompts", "name", "--output", folder]
     with pytest.raises(InputError, match="enough"):
         call("--datasets", sparse, *flags, "--eval-datasets", sparse, method=method)
     assert [len(dataset) for dataset in trained] == [2 if side else 4]

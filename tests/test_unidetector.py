@@ -557,6 +557,26 @@ def test_separate_classifiers_learn_from_their_own_images():
     assert len(mixed.logits) == sum(len(b) for b in mixed.boxes) == len(mixed.deltas)
 
 
+def test_regions_are_foreground_from_half_an_overlap_on():
+    model, label_space = small_model()
+    batch = batch_of("a", boxes=0)
+    truth = torch.tensor([[10.0, 10, 60, 60]])
+    targets = [Targets(truth, torch.tensor([1]), slice(0, 3))]
+    # as wide as the truth, and this part of its height: so much is the IoU
+    parts = torch.tensor([0.45, 0.49, 0.51, 0.55])
+    proposals = truth.repeat(4, 1)
+    proposals[:, 3] = 10 + 50 * parts
+    outputs, _ = model(batch.images, batch.sizes, targets, label_space.text, [proposals], [0])
+    labels = {
+        tuple(box): label for box, label in zip(outputs.boxes[0].tolist(), labels_of(outputs))
+    }
+    assert [labels[tuple(box)] for box in proposals.tolist()] == [-1, -1, 1, 1]
+
+
+def labels_of(outputs: RegionOutput) -> list[int]:
+    return outputs.targets[0].labels.tolist()
+
+
 def test_regions_stay_in_the_order_of_their_images():
     model, label_space = small_model("separate")
     model.classifiers[1].load_state_dict(model.classifiers[0].state_dict())
