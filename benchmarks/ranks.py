@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import socket
 import sys
 import tempfile
@@ -161,7 +162,9 @@ def step_of_ranks(
         process.join()
         if process.exitcode:
             raise RuntimeError(f"{method}: {(folder / f'{rank}.log').read_text()[-2000:]}")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+    records = [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+    shutil.rmtree(folder)  # hundreds of MB
+    return records
 
 
 def difference(one: Tensor, other: Tensor) -> float:

@@ -98,6 +98,11 @@ CHECKED = {  # one file of each kind that is quickly built
     "CenterNet2": ["CenterNet-FPN_R50_1x.pth", "CenterNet2-F_R50_1x.pth", "CenterNet2_R50_1x.pth"],
     "UniDetector": ["FIRST.pth", "SECOND.pth", "FIRST.pth,END2END.pth"],
     "RegionCLIP": ["regionclip_pretrained-cc_rn50.pth", "rpn_coco_48.pth"],
+    "Mask2Former": [
+        "coco/panoptic 51.9: model_final_94dc52.pkl",
+        "ade20k/semantic 47.2: model_final_500878.pkl",
+        "ytvis_2019/video 46.4: model_final_34112b.pkl",
+    ],
 }
 
 

@@ -6,6 +6,7 @@ The tensors have the official names and shapes and random values.
 import json
 import logging
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -39,7 +40,8 @@ BASE_KEYS = "mask2former_r50_state_dict_keys.json"
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CONCORD_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "converted"
+    yield tmp_path / "cache" / "converted"
+    shutil.rmtree(tmp_path, ignore_errors=True)  # pytest would keep these files of 100 MB
 
 
 class Base(nn.Module):
@@ -394,6 +396,7 @@ def heads(tmp_path_factory):
         patch.setenv("CONCORD_CACHE", str(folder))
         for classes in (150, 133, 80):
             models[classes] = lmseg.load(saved(folder, f"{classes}.pth", classes))
+    shutil.rmtree(folder)
     return models
 
 
