@@ -1,10 +1,9 @@
 """UniDet: Simple Multi-Dataset Detection (Zhou et al., CVPR 2022, arXiv 2102.13086).
 
 Claim. Nothing supervises the columns that an image's dataset does not annotate: a region trains the
-classifier of its own dataset alone (the partitioned detector). No relation between the datasets is
-needed; it is learned. How well the classifier of one dataset finds the boxes of a class of another
-tells which classes are one, and an integer program merges them so that the least AP is lost. The
-unified detector is trained on the merged classes, again on the columns of the image's dataset.
+classifier of its own dataset alone (partitioned). How well the classifier of one dataset finds the
+boxes of a class of another tells which classes are one: an integer program merges them so that the
+least AP is lost. The unified detector is trained on these, again on the image's dataset's columns.
 
 Equation                                          function
 loss_k, on the classes of dataset k               Supervision, loss_classes
@@ -26,12 +25,10 @@ Note: the base is CenterNet2, as in scaledet.py, so that `diff` shows classifier
 Note: K linear classifiers of C_k classes are one of C classes, of which a batch trains C_k.
 Note: the official code takes the 0-1 program's relaxation, whose solution can be fractional.
 Note: tau = 0.2 is that of the released notebook; we could not check the paper's.
-Note: a further dataset's classes are found by their names (Sec. 4 of the supplement uses GloVe);
-  this is left out. Only datasets of the training can be evaluated.
+Note: only datasets of the training are evaluated; we left out matching by names (GloVe).
 
     python unidet.py --datasets coco,oid --tiny             # minutes on a CPU
     python unidet.py --datasets coco,o365,oid500 --data-root DATA
-    python unidet.py --stage learn --datasets coco,o365,oid500 --weights runs/... --data-root DATA
     python unidet.py --stage unified --label-space learned.csv --datasets ... --data-root DATA
     python unidet.py --predict photo.jpg --vocabulary coco --weights runs/...
 """
@@ -56,7 +53,6 @@ import numpy as np
 import torch
 from PIL.Image import Image
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -87,7 +83,13 @@ from common.command import (
     saved_args,
 )
 from common.convert import convert_if_official, refuse
-from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
+from common.datasets import (
+    Dataset,
+    evaluation_datasets,
+    training_datasets,
+    validation_datasets,
+    warn_of_overlap,
+)
 from common.datasets.subset import drop_empty
 from common.distributed import (
     amp_context,
@@ -108,6 +110,7 @@ from common.inference import (
     to_detection,
 )
 from common.labels import LabelSpace, Vocabulary
+from common.merge_scores import merge_scores
 from common.merges import Group, read_groups, write_groups
 from common.optim import learning_rate, scaled_lr
 from common.runlog import RunLog, make_run_folder, report
@@ -121,9 +124,7 @@ from common.visualize import save_image, training_grid
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
-DEMO = [  # the demonstration of ./run.sh
-    "--datasets coco,oid --tiny"
-]
+DEMO = ["--datasets coco,oid --tiny"]  # the demonstration of ./run.sh
 
 # -- Args ------------------------------------------------------------------------------------------
 
@@ -197,7 +198,7 @@ class Args:
     stage: Literal["all", "partitioned", "learn", "unified"] = "all"  # paper
     """learn: merges the classes of --weights; unified: trains on the classes of --label-space"""
     label_space: str = ""  # ours
-    """table of merged classes, as a run writes it (.csv), or an official one of UniDet (.json)"""
+    """merged classes: a table of a run (.csv), an official one (.json), or names (equal ones)"""
     ratios: str = ""  # code
     """images sampled from each dataset relative to the others, "coco=1,o365=2" (default: equal)"""
     class_aware: str = "o365,oid,oid500"  # code
@@ -240,18 +241,17 @@ MODEL_FIELDS = ["backbone", "test_size", "channels", "fc_dim"]
 
 
 OFFICIAL = refuse(
-    "is a Cascade R-CNN with anchors and does not fit: this detector has CenterNet2's proposals."
-    " --label-space reads the official label spaces"
+    "is a Cascade R-CNN with anchors and does not fit; --label-space reads official label spaces"
 )
 
 # -- Model -----------------------------------------------------------------------------------------
 
 
 def build_label_space(
-    args: Args, vocabularies: list[Vocabulary], groups: list[Group] | None = None
+    args: Args, vocabularies: list[Vocabulary], groups: list[Group] | bool = False
 ) -> LabelSpace:
-    """Concatenates the label spaces. The classes of each of the `groups` share one column."""
-    return LabelSpace(vocabularies, merge=groups or [])
+    """Concatenates the label spaces. Classes of a group share a column; True: of equal names."""
+    return LabelSpace(vocabularies, merge=groups)
 
 
 class Model(nn.Module):
@@ -276,10 +276,7 @@ class Model(nn.Module):
             nn.init.constant_(classifier.bias, -math.log(99))  # scores of 0.01
 
     def columns_of(self, label_space: LabelSpace) -> Tensor:
-        """Returns (K,) the columns that score the classes of a label space: one dataset's, or all.
-
-        Raises InputError for datasets that the model was not trained on.
-        """
+        """Returns (C,) the columns of a dataset of the training, or of all. Raises InputError."""
         if label_space.datasets == list(self.columns):
             return torch.arange(self.classifiers[0].out_features)
         if len(label_space.datasets) == 1 and label_space.datasets[0] in self.columns:
@@ -298,22 +295,22 @@ class Model(nn.Module):
     def forward(
         self, images: Tensor, sizes: list[tuple[int, int]], targets: list[Targets]
     ) -> tuple[list[StageOutput], list[Tensor], dict[str, Tensor]]:
-        """Returns, for training, each stage's output and logits (R, U), and the proposals' losses.
+        """Returns, for training, each stage's output and prediction, and the proposals' losses.
 
-        images: (B, 3, H, W) uint8
+        images: (B, 3, H, W) uint8; a prediction is the logits (R, U)
         """
         features = self.extract(images, sizes)
         proposals, losses = self.centernet(features, [t.boxes for t in targets])
         boxes = [b for b, _ in proposals]
         # samples regions, and matches those of each stage to the ground truth
         stages = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
-        logits = [classify(s.hidden) for classify, s in zip(self.classifiers, stages)]
-        return stages, logits, losses
+        predictions = [classify(s.hidden) for classify, s in zip(self.classifiers, stages)]
+        return stages, predictions, losses
 
     def detect(
         self, features: list[Tensor], sizes: list[tuple[int, int]], columns: Tensor
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns the boxes of the last stage, B tensors (Q, 4), and scores, B tensors (Q, K).
+        """Returns the boxes of the last stage, B tensors (Q, 4), and scores, B tensors (Q, C).
 
         As in Detic's code, s = sqrt(p o), p the stages' mean sigmoid(logits), o the objectness.
         """
@@ -321,8 +318,8 @@ class Model(nn.Module):
         boxes = [b for b, _ in proposals]
         stages = self.cascade(features, boxes, sizes)
         logits = [classify(s.hidden) for classify, s in zip(self.classifiers, stages)]
-        mean = torch.stack([x[:, columns].sigmoid() for x in logits]).mean(0)  # (R, K)
-        probabilities = mean.split([len(b) for b in boxes])  # B tensors (Q, K)
+        mean = torch.stack([x[:, columns].sigmoid() for x in logits]).mean(0)  # (R, C)
+        probabilities = mean.split([len(b) for b in boxes])  # B tensors (Q, C)
         scores = [(p * o[:, None]).sqrt() for p, (_, o) in zip(probabilities, proposals)]
         return self.cascade.refine(stages[-1], sizes), scores
 
@@ -367,7 +364,6 @@ def loss_classes(logits: Tensor, labels: Tensor, supervision: Supervision) -> Te
     """Sec. 3: loss_k = 1/R sum_r sum_{c in L_k} w_rc BCE(sigmoid(s_rc), y_rc), for dataset k.
 
     logits: (R, U), s; labels: (R,) classes of dataset k, -1 on background; supervision: y and w
-
     Sum over the classes of dataset k, mean over the R regions of the batch; 0 without regions.
     """
     target = supervision.positive[labels]  # (R, C_k)
@@ -379,7 +375,7 @@ def loss_classes(logits: Tensor, labels: Tensor, supervision: Supervision) -> Te
 
 def compute_losses(
     stages: list[StageOutput],
-    logits: list[Tensor],
+    predictions: list[Tensor],
     proposal_losses: dict[str, Tensor],
     supervision: Supervision,
 ) -> dict[str, Tensor]:
@@ -389,13 +385,10 @@ def compute_losses(
     `CenterNet.losses`. Returns every term, and their sum as `loss`.
     """
     losses = dict(proposal_losses)
-    for k, (stage, scores) in enumerate(zip(stages, logits)):
-        losses[f"loss_class_stage{k}"] = loss_classes(scores, stage.labels, supervision)
+    for k, (stage, logits) in enumerate(zip(stages, predictions)):
+        losses[f"loss_class_stage{k}"] = loss_classes(logits, stage.labels, supervision)
         losses[f"loss_box_reg_stage{k}"] = loss_box_reg(stage)
     return losses | {"loss": sum(losses.values())}
-
-
-# -- Label space -----------------------------------------------------------------------------------
 
 
 def merge_cost(ap50: CrossAP50, members: tuple[int, ...]) -> float:
@@ -412,6 +405,7 @@ def find_candidates(ap50: CrossAP50, tau: float) -> dict[tuple[int, ...], float]
     """
 
     def finds(other: int, label: int) -> bool:
+        """Tells whether class `other` finds the boxes of class `label`."""
         return ap50((other,), label) > max(ap50((label,), label) - tau, 0)
 
     pairs = {}
@@ -442,40 +436,10 @@ def choose_merges(candidates: dict[tuple[int, ...], float], lam: float) -> list[
         return []
     sets = list(candidates)
     objective = [len(t) * candidates[t] - lam * (len(t) - 1) for t in sets]
-    rows = np.array([label for t in sets for label in t])
-    columns = np.repeat(np.arange(len(sets)), [len(t) for t in sets])
-    contains = coo_array((np.ones(len(rows)), (rows, columns)))
+    contains = [[int(label in t) for t in sets] for label in set().union(*sets)]
     once = LinearConstraint(contains, ub=1)
     solution = milp(objective, constraints=once, integrality=1, bounds=Bounds(0, 1))
     return [t for t, chosen in zip(sets, solution.x) if chosen > 0.5]
-
-
-def learn_label_space(
-    args: Args, model: Model, label_space: LabelSpace, datasets: list[Dataset]
-) -> tuple[list[Group], list[float]]:
-    """Runs all classifiers on all datasets and chooses the merges. Returns them and their c_t.
-
-    datasets: those of the label space, with other images than the training's. Every rank calls it.
-    """
-    found = []
-    predictor = partial(predict, model, label_space=label_space)
-    for dataset in datasets:
-        transform = ResizeShortest(args.test_size)
-        title = f"{dataset.name}, by all classifiers"
-        found.append(predict_dataset(predictor, dataset, transform, args.workers, title))
-    return on_main(_learn, args, label_space, found, datasets)
-
-
-def _learn(
-    args: Args, label_space: LabelSpace, predictions: list[dict], datasets: list[Dataset]
-) -> tuple[list[Group], list[float]]:
-    ap50 = CrossAP50.of(datasets, predictions, lowest=0.1)
-    candidates = find_candidates(ap50, args.tau)
-    merges = choose_merges(candidates, args.lam)
-    message = "%d classes, %d candidate merges, %d chosen"
-    log.info(message, len(label_space), len(candidates), len(merges))
-    names = [(d, name) for d, v in label_space.vocabularies.items() for name in v.names]
-    return [dict(names[i] for i in t) for t in merges], [candidates[t] for t in merges]
 
 
 def merge_heads(model: Model, label_space: LabelSpace) -> Model:
@@ -531,6 +495,33 @@ def predict_images(
 # -- Train -----------------------------------------------------------------------------------------
 
 
+def learn_label_space(
+    args: Args, model: Model, label_space: LabelSpace, datasets: list[Dataset]
+) -> tuple[list[Group], list[float]]:
+    """Runs all classifiers on all datasets and chooses the merges. Returns them and their c_t.
+
+    datasets: those of the label space, with other images than the training's. Every rank calls it.
+    """
+    found = []
+    predictor = partial(predict, model, label_space=label_space)
+    for dataset in datasets:
+        transform = ResizeShortest(args.test_size)
+        title = f"{dataset.name}, by all classifiers"
+        found.append(predict_dataset(predictor, dataset, transform, args.workers, title))
+
+    def choose() -> tuple[list[Group], list[float]]:
+        """Chooses the merges; only rank 0 has the predictions."""
+        ap50 = CrossAP50.of(datasets, found, lowest=0.1)
+        candidates = find_candidates(ap50, args.tau)
+        merges = choose_merges(candidates, args.lam)
+        message = "%d classes, %d possible merges, %d chosen"
+        log.info(message, len(label_space), len(candidates), len(merges))
+        names = [(d, name) for d, v in label_space.vocabularies.items() for name in v.names]
+        return [dict(names[i] for i in t) for t in merges], [candidates[t] for t in merges]
+
+    return on_main(choose)
+
+
 def build_dataloader(
     args: Args, datasets: list[Dataset], start: int, device: torch.device
 ) -> DataLoader:
@@ -559,67 +550,67 @@ def train(
     folder: Path,
     device: torch.device,
     evaluated: Sequence[Dataset] = (),
+    compared: Sequence[Dataset] = (),
 ) -> tuple[Model, LabelSpace]:
     """Trains the partitioned detector, learns the merges and trains the unified one; see --stage.
 
     Returns the last model and its label space. Every rank calls it. Rank 0 writes: the folders
     partitioned/ and merged/, which are evaluated here, label_space.csv, and the last weights.
+    compared: images of each dataset, on which the merges are learned
     """
     for dataset in datasets:
         log.info(dataset.summary())
     steps = given(args.steps, 90_000 * len(datasets))
-    first = 0 if args.stage in ("learn", "unified") else steps
-    table = Path(args.label_space or folder / "label_space.csv")
+    first = steps if args.stage in ("all", "partitioned") else 0
     vocabularies = list(label_space.vocabularies.values())
-    if not args.label_space and not from_main(table.is_file()):
-        model = train_stage(args, datasets, label_space, range(first), folder, device)
+    table = Path(args.label_space or folder / "label_space.csv")
+    learned = from_main(table.is_file()) and not 0 < args.replay <= first
+    if args.stage == "learn" or not (learned or args.label_space):
+        model = train_stage(args, datasets, label_space, range(first), folder, device, evaluated)
         if args.stage == "partitioned":
             return model, label_space
-        by_name = {dataset.name: dataset for dataset in evaluated}
-        own = [by_name[name] for name in label_space.datasets]
-        keep_stage(args, model, label_space, own, folder / "partitioned")
-        groups, costs = learn_label_space(args, model, label_space, own)
+        keep_stage(args, model, label_space, evaluated, folder / "partitioned")
+        groups, costs = learn_label_space(args, model, label_space, compared)
         merged = build_label_space(args, vocabularies, groups)
         model = merge_heads(model, merged)
-        keep_stage(args, model, merged, own, folder / "merged")
-        if rank() == 0:
-            write_groups(table, label_space.datasets, groups, costs)
         if args.stage == "learn":
+            on_main(write_groups, table, label_space.datasets, groups, costs)
+            save_weights(folder / "weights.safetensors", model, merged, run_metadata(args, merged))
             return model, merged
-    unified = build_label_space(args, vocabularies, on_main(read_groups, table, vocabularies))
-    model = train_stage(args, datasets, unified, range(first, first + steps), folder, device)
-    return model, unified
+        keep_stage(args, model, merged, evaluated, folder / "merged")
+        on_main(write_groups, table, label_space.datasets, groups, costs)
+    # True merges classes of equal names
+    groups = args.label_space == "names" or on_main(read_groups, table, vocabularies)
+    unified = build_label_space(args, vocabularies, groups)
+    rest = range(first, first + steps)
+    return train_stage(args, datasets, unified, rest, folder, device, evaluated), unified
 
 
-def check_stage(args: Args, label_space: LabelSpace, evaluated: list[Dataset]) -> None:
+def check_stage(args: Args) -> None:
     """Raises InputError if --stage lacks what it needs."""
     if args.stage == "learn" and not args.weights:
         raise InputError("--stage learn needs --weights: the run folder of a partitioned detector")
-    if args.stage == "unified" and not args.label_space:
-        raise InputError("--stage unified needs --label-space: a table of merged classes")
-    missing = set(label_space.datasets) - {dataset.name for dataset in evaluated}
-    if missing and args.stage in ("all", "learn") and not args.label_space:
+    if (args.stage == "unified") != bool(args.label_space):
         raise InputError(
-            f"--eval-datasets lacks {', '.join(sorted(missing))}; the val split of each training"
-            " dataset tells which classes can be merged"
+            "--stage unified and --label-space belong together: a table of merged classes, or names"
         )
 
 
 def run_metadata(args: Args, label_space: LabelSpace) -> dict:
     """Returns the metadata of the weights."""
-    return {"method": METHOD, "args": asdict(args), "groups": label_space.merge or []}
+    return {"method": METHOD, "args": asdict(args), "groups": label_space.merge}
 
 
 def keep_stage(
-    args: Args, model: Model, label_space: LabelSpace, datasets: list[Dataset], folder: Path
+    args: Args, model: Model, label_space: LabelSpace, datasets: Sequence[Dataset], folder: Path
 ) -> None:
     """Writes the weights of a model that is not the last, and its results, to a folder."""
     folder.mkdir(exist_ok=True)
-    save_weights(
-        folder / "weights.safetensors", model, label_space, run_metadata(args, label_space)
-    )
+    metadata = run_metadata(args, label_space)
+    save_weights(folder / "weights.safetensors", model, label_space, metadata)
     log.info("%s:", folder.name)
-    report(evaluate(args, model, label_space, datasets, folder), folder, args)
+    results = evaluate(args, model, label_space, datasets, folder)
+    report(results, folder, args, run=folder.parent)
 
 
 def train_stage(
@@ -629,6 +620,7 @@ def train_stage(
     steps: range,
     folder: Path,
     device: torch.device,
+    evaluated: Sequence[Dataset],
 ) -> Model:
     """Trains a detector for `label_space` in the given steps of the run, and writes its weights.
 
@@ -660,6 +652,7 @@ def train_stage(
         parallel = DistributedDataParallel(model)
     loader = build_dataloader(args, datasets, start - steps.start, device)
     run_log = RunLog(args, folder, steps.stop, start, model, label_space, optimizer, metadata)
+    run_log.evaluate_with(evaluate, evaluated)
 
     for step, batch in zip(range(start + 1, steps.stop + 1), loader):
         # step: forward, backward, update
@@ -691,6 +684,8 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Evaluates each dataset by its own metric, on its own classes alone. Draws pictures.
 
+    The merges of generated datasets are scored, too.
+
     Returns {dataset: {metric: value}} on rank 0, {} on other ranks.
     label_space: the one of the training
     """
@@ -700,6 +695,8 @@ def evaluate(
         classes = label_space.swap(dataset.vocabulary)
         predictor = partial(predict, model, label_space=classes)
         results |= evaluate_dataset(predictor, dataset, transform, args, folder)
+    if args.tiny and label_space.merge and rank() == 0:
+        results |= merge_scores(label_space)
     return results
 
 
@@ -729,17 +726,18 @@ def main() -> None:
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
+        check_stage(args)
         datasets = [drop_empty(d) for d in training_datasets(args, size)]
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:
         model, label_space = load(args.weights, args, device)
     evaluated = evaluation_datasets(args, label_space, size)
-    if training:
-        check_stage(args, label_space, evaluated)
     folder = make_run_folder(args, METHOD, label_space)
     if training:
-        warn_of_overlap(datasets, evaluated)
-        model, label_space = train(args, datasets, label_space, folder, device, evaluated)
+        learns = args.stage in ("all", "learn")
+        compared = validation_datasets(args, label_space, size, evaluated) if learns else []
+        warn_of_overlap(datasets, compared or evaluated)
+        model, label_space = train(args, datasets, label_space, folder, device, evaluated, compared)
     if args.predict:
         transform = ResizeShortest(args.test_size)
         classes = label_space.swap(args.vocabulary)  # without --vocabulary all classes

@@ -31,22 +31,29 @@ class Detections:
     def of(cls, predictions: dict[int, dict], lowest: float) -> "Detections":
         """Joins the predictions {row: {boxes, labels, scores}} whose score is above `lowest`."""
         counts = [len(p["scores"]) for p in predictions.values()]
-        images = np.repeat(np.array(list(predictions), dtype=np.int64), counts)
+        rows = np.array(list(predictions), dtype=np.int64)
         joined = {}
         for field in ("labels", "scores", "boxes"):
-            values = [torch.as_tensor(p[field]).cpu() for p in predictions.values()]
+            values = [torch.as_tensor(p[field]) for p in predictions.values()]
             joined[field] = torch.cat(values).numpy()
-        return cls(images, **joined).take(joined["scores"] > lowest)
+        found = cls(np.repeat(rows, counts), **joined)
+        return found.take(found.scores > lowest)
 
     def take(self, rows: np.ndarray) -> "Detections":
         """Returns the detections `rows`, indices or bools."""
-        return Detections(self.images[rows], self.labels[rows], self.scores[rows], self.boxes[rows])
+        return Detections(
+            images=self.images[rows],
+            labels=self.labels[rows],
+            scores=self.scores[rows],
+            boxes=self.boxes[rows],
+        )
 
     @cached_property
     def _by_label(self) -> dict[int, np.ndarray]:
         order = np.argsort(self.labels, kind="stable")
         labels, starts = np.unique(self.labels[order], return_index=True)
-        return dict(zip(labels.tolist(), np.split(order, starts[1:])))
+        rows = np.split(order, starts[1:])
+        return dict(zip(labels.tolist(), rows))
 
     def of_classes(self, labels: tuple[int, ...]) -> "Detections":
         """Returns the detections of some classes, as those of one.
@@ -55,13 +62,17 @@ class Detections:
         pixels, x2 - x1 + 1.
         Source: xingyizhou/UniDet:tools/UniDet_learn_labelspace_mAP.ipynb
         """
-        rows = [self._by_label.get(label, np.zeros(0, np.int64)) for label in labels]
+        none = np.zeros(0, np.int64)
+        rows = [self._by_label.get(label, none) for label in labels]
         found = self.take(np.concatenate(rows))
         if len(labels) == 1:
             return found
-        boxes = torch.from_numpy(found.boxes).double() + torch.tensor([0, 0, 1, 1])
-        scores, images = (torch.from_numpy(values) for values in (found.scores, found.images))
-        return found.take(batched_nms(boxes, scores.double(), images, 0.5).numpy())
+        boxes = torch.from_numpy(found.boxes).double()
+        boxes = boxes + torch.tensor([0, 0, 1, 1])
+        scores = torch.from_numpy(found.scores).double()
+        images = torch.from_numpy(found.images)
+        kept = batched_nms(boxes, scores, images, 0.5)
+        return found.take(kept.numpy())
 
 
 class Truth:
@@ -72,7 +83,8 @@ class Truth:
         self.count = int((~crowd).sum())
         order = np.argsort(images, kind="stable")
         self.images, starts = np.unique(images[order], return_index=True)
-        self.rows_of = dict(zip(self.images.tolist(), np.split(order, starts[1:])))
+        rows = np.split(order, starts[1:])
+        self.rows_of = dict(zip(self.images.tolist(), rows))
         self.boxes = boxes
         self.crowd = crowd
 
@@ -86,20 +98,24 @@ class Truth:
         if self.count == 0:
             return 0.0
         found = found.take(np.isin(found.images, self.images))
-        found = found.take(np.argsort(-found.scores, kind="stable"))
+        falling = np.argsort(-found.scores, kind="stable")
+        found = found.take(falling)
         order = np.argsort(found.images, kind="stable")
         images, starts = np.unique(found.images[order], return_index=True)
         hit = np.zeros(len(found.scores), dtype=bool)
         ignored = np.zeros_like(hit)
-        for image, rows in zip(images.tolist(), np.split(order, starts[1:])):
+        rows_of_images = np.split(order, starts[1:])
+        for image, rows in zip(images.tolist(), rows_of_images):
             own = self.rows_of[image]
             hit[rows], ignored[rows] = match(found.boxes[rows], self.boxes[own], self.crowd[own])
         hit = hit[~ignored]
-        recall = np.cumsum(hit) / self.count
-        precision = np.cumsum(hit) / np.arange(1, len(hit) + 1)
+        hits = np.cumsum(hit)
+        recall = hits / self.count
+        precision = hits / np.arange(1, len(hit) + 1)
         envelope = np.maximum.accumulate(precision[::-1])[::-1]  # the best at this recall or above
         places = np.searchsorted(recall, RECALLS)
-        return float(np.append(envelope, 0)[places].mean())
+        reached = np.append(envelope, 0)[places]  # 0 at recalls that are not reached
+        return float(reached.mean())
 
 
 def match(boxes: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -110,8 +126,7 @@ def match(boxes: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> tuple[np.n
     boxes: (D, 4) xyxy by falling score; truth: (G, 4) xyxy; crowd: (G,) bool
     """
     hit = np.zeros(len(boxes), dtype=bool)
-    corners = [np.concatenate([b[:, :2], b[:, 2:] - b[:, :2]], 1) for b in (boxes, truth)]
-    overlaps = hotcoco.mask.bbox_iou(*(c.astype(np.float64) for c in corners), crowd)  # (D, G)
+    overlaps = hotcoco.mask.bbox_iou(_xywh(boxes), _xywh(truth), crowd)  # (D, G)
     free = np.where(crowd, -1, overlaps)
     for row in range(len(boxes)):
         best = free[row].argmax()
@@ -120,6 +135,11 @@ def match(boxes: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> tuple[np.n
             free[:, best] = -1
     in_crowd = np.where(crowd, overlaps, -1).max(axis=1) >= 0.5
     return hit, in_crowd & ~hit
+
+
+def _xywh(boxes: np.ndarray) -> np.ndarray:
+    corners, ends = boxes[:, :2], boxes[:, 2:]
+    return np.concatenate([corners, ends - corners], axis=1).astype(np.float64)
 
 
 class CrossAP50:
@@ -142,11 +162,14 @@ class CrossAP50:
         """Takes the predictions of all classes on each dataset, with scores above `lowest`."""
         found = [Detections.of(of_dataset, lowest) for of_dataset in predictions]
         truth = []
-        for dataset, of_dataset in zip(datasets, predictions):
-            table = truth_table(dataset.index, of_dataset)
-            rows = [table["label"] == label for label in range(len(dataset.vocabulary))]
-            columns = (table["image"], table["boxes"], table["ignore"])
-            truth.append([Truth(*(column[own] for column in columns)) for own in rows])
+        for dataset, predicted in zip(datasets, predictions):
+            table = truth_table(dataset.index, predicted)
+            of_dataset = []
+            for label in range(len(dataset.vocabulary)):
+                own = table["label"] == label
+                columns = (table["image"], table["boxes"], table["ignore"])
+                of_dataset.append(Truth(*(column[own] for column in columns)))
+            truth.append(of_dataset)
         return cls(found, truth)
 
     def __len__(self) -> int:
