@@ -18,15 +18,16 @@ from common.files import atomic_path
 log = logging.getLogger("concord")
 
 Group = dict[str, str]
-# the names of the datasets in the label spaces of xingyizhou/UniDet:datasets/label_spaces
-OFFICIAL = {"coco": "coco", "objects365": "o365", "oid": "oid500", "mapillary": "mapillary"}
+# our datasets and their columns in xingyizhou/UniDet:datasets/label_spaces
+OFFICIAL = {"oid500": 1, "oid": 1, "o365": 3, "coco": 4, "mapillary": 5}
 
 
 class Named(Protocol):
-    """The class names of one dataset."""
+    """The class names of one dataset, and their ids."""
 
     dataset: str
     names: tuple[str, ...]
+    ids: tuple[int | str, ...]
 
 
 def group_keys(
@@ -78,51 +79,79 @@ def write_groups(path: Path, datasets: list[str], groups: list[Group], costs: li
 def read_groups(path: str | Path, vocabularies: Sequence[Named]) -> list[Group]:
     """Reads the groups of two and more classes from a file, and logs how many there are.
 
-    path: a csv file as `write_groups` makes it, or an official .json of UniDet. Its column "cost"
-          is not read. Datasets that are not in `vocabularies` are left out, with a line
+    path: a csv file as `write_groups` makes it, or an official .json or .csv of UniDet. Its column
+          "cost" is not read. Datasets that are not in `vocabularies` are left out, with a line
     Raises InputError for a file that cannot be read, and as `group_keys` does.
     """
     path = Path(path).expanduser()
     try:
-        text = path.read_text("utf-8-sig")
-        found = _official_groups(json.loads(text), vocabularies) if path.suffix == ".json" else None
-        table = list(csv.DictReader(io.StringIO(text))) if found is None else []
-    except (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error) as error:
+        table = _read_table(path)
+        header, *rows = table or [[]]
+        if header[1:2] == ["oid_freebase"]:
+            groups = _official_groups(rows, vocabularies, path)
+        else:
+            groups = _named_groups(header, rows, vocabularies, path)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
         raise InputError(
             f"label space {path} cannot be read ({type(error).__name__}: {error}); give a csv file"
             " with a column for each dataset and a row for each group of classes"
         ) from None
-    datasets = [v.dataset for v in vocabularies]
-    if found is None:
-        columns = [name for name in (table[0] if table else ()) if name and name != "cost"]
-        found = [{d: row[d] for d in columns if row[d]} for row in table]
-    else:
-        columns = sorted({dataset for group in found for dataset in group})
-    if missing := [name for name in columns if name not in datasets]:
-        log.warning("%s: the columns %s are of no dataset here", path, ", ".join(missing))
-    groups = [{d: name for d, name in group.items() if d in datasets} for group in found]
     groups = [group for group in groups if len(group) > 1]
     keys = group_keys(vocabularies, groups, f"label space {path}")
     log.info("%s: %d classes become %d", path, len(keys), len(set(keys)))
     return groups
 
 
-def _official_groups(record: dict, vocabularies: Sequence[Named]) -> list[Group]:
-    """Returns the groups of a label space of UniDet: {label_map: {dataset: [unified id]}}.
+def _read_table(path: Path) -> list[list[str]]:
+    """Returns the rows of a csv file, or of the table that an official .json has as "raw_data"."""
+    text = path.read_text("utf-8-sig")
+    if path.suffix == ".json":
+        return json.loads(text)["raw_data"]
+    return [row for row in csv.reader(io.StringIO(text)) if row]
 
-    The classes of a dataset are in the order of its ids, which is ours too.
+
+def _named_groups(
+    header: list[str], rows: list[list[str]], vocabularies: Sequence[Named], path: Path
+) -> list[Group]:
+    """Returns the groups of a table whose header has the names of the datasets."""
+    datasets = [v.dataset for v in vocabularies]
+    if missing := [name for name in header if name not in (*datasets, "cost", "")]:
+        log.warning("%s: the columns %s are of no dataset here", path, ", ".join(missing))
+    groups = []
+    for row in rows:
+        cells = dict(zip(header, row, strict=True))
+        groups.append({d: cells[d] for d in datasets if cells.get(d)})
+    return groups
+
+
+def _official_groups(
+    rows: list[list[str]], vocabularies: Sequence[Named], path: Path
+) -> list[Group]:
+    """Returns the groups of an official table. It has lower-case names, and ids of OpenImages.
+
+    The number of a class is not used: Objects365 was numbered in another order in 2019. Classes
+    that have no name here stay alone, with a line.
+    Source: xingyizhou/UniDet:tools/create_unified_label_json_4datasets.py
     """
-    names_of = {v.dataset: v.names for v in vocabularies}
-    groups: dict[int, Group] = {}
-    for official, unified in record["label_map"].items():
-        dataset = OFFICIAL.get(official, official)
-        if dataset not in names_of:
-            continue
-        names = names_of[dataset]
-        if len(unified) != len(names):
-            raise ValueError(
-                f"'{official}' has {len(unified)} classes, but '{dataset}' has {len(names)}"
-            )
-        for id, name in zip(unified, names):
-            groups.setdefault(id, {})[dataset] = name
-    return list(groups.values())
+    known = {}
+    for vocabulary in vocabularies:
+        lower = {name.lower(): name for name in vocabulary.names}
+        ids = {str(id): name for id, name in zip(vocabulary.ids, vocabulary.names)}
+        known[vocabulary.dataset] = ids | lower
+    groups = []
+    unknown = []
+    for row in rows:
+        group = {}
+        for dataset in known.keys() & OFFICIAL.keys():
+            cells = row[OFFICIAL[dataset] :]
+            cell = cells[0].strip() if cells else ""
+            name = known[dataset].get(cell) or known[dataset].get(cell.lower())
+            if name:
+                group[dataset] = name
+            elif cell:
+                unknown.append(f"'{cell}' of {dataset}")
+        groups.append(group)
+    if unknown:
+        message = "%s: %d classes are not known by this name here, and stay alone: %s"
+        log.warning(message, path, len(unknown), ", ".join(sorted(unknown)[:5]))
+    return groups

@@ -3,15 +3,20 @@
 import itertools
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
+from conftest import small_flags
+from safetensors.torch import load_file
 from test_data import labelled
 from torch import nn
 
 import unidet
+from common import merge_scores
 from common.class_ap import CrossAP50, Detections, Truth
+from common.datasets import evaluation_datasets, training_datasets, validation_datasets
 from common.errors import InputError
 from common.evaluation import ancestors
 from common.labels import LabelSpace, Vocabulary
@@ -245,6 +250,55 @@ def test_heads_are_merged_by_the_mean_of_their_logits():
         assert torch.allclose(after(hidden), expected, atol=1e-6)
 
 
+# -- Scores of merges ------------------------------------------------------------------------------
+
+TRUE = {  # of tiny coco and oid: more than half of their art is the same
+    ("sports ball", "Ball"): True,
+    ("cup", "Mug"): False,
+    ("car", "Car"): True,
+    ("person", "Person"): False,  # half of the people of coco are Man or Woman in oid
+    ("bowl", "Bowl"): False,  # exactly half
+    ("dog", "Dog"): True,
+}
+
+
+def generated(groups: list[dict] | bool) -> LabelSpace:
+    """Six classes of either generated dataset."""
+    coco, oid = zip(*TRUE)
+    return LabelSpace([Vocabulary("coco", coco), Vocabulary("oid", oid)], merge=groups)
+
+
+def test_true_merges_are_those_with_the_same_art():
+    pairs = {(i, 6 + i) for i, same in enumerate(TRUE.values()) if same}
+    assert merge_scores.true_pairs(generated([])) == pairs
+
+
+def test_merges_are_scored_beside_equal_names_and_text(monkeypatch):
+    """Two right merges and a wrong one, of three true ones."""
+    text = torch.eye(12)
+    text[6] = text[0]  # "Ball" is as "sports ball"
+    text[7] = 0.9 * text[1]  # "Mug" nearly as "cup"
+    monkeypatch.setattr(merge_scores, "embed", lambda names, encoder: text)
+    groups = [{"coco": a, "oid": b} for a, b in (("dog", "Dog"), ("car", "Car"), ("cup", "Mug"))]
+    scores = merge_scores.merge_scores(generated(groups))
+    third = pytest.approx(2 / 3)
+    assert scores == {
+        "merges": {"precision": third, "recall": third, "F1": third},
+        "merges (equal names)": {"precision": 0.5, "recall": third, "F1": pytest.approx(4 / 7)},
+        "merges (text, best cosine 1.00)": {
+            "precision": 1,
+            "recall": pytest.approx(1 / 3),
+            "F1": 0.5,
+        },
+    }
+    alone = merge_scores.merge_scores(generated([]))["merges"]
+    assert math.isnan(alone["precision"]) and alone["recall"] == alone["F1"] == 0
+
+
+def test_merges_of_other_datasets_have_no_truth():
+    assert merge_scores.merge_scores(LabelSpace([A, B], merge=GROUPS)) == {}
+
+
 # -- Table of merged classes -----------------------------------------------------------------------
 
 
@@ -256,10 +310,47 @@ def test_table_of_groups_is_read_back(tmp_path):
     assert read_groups(tmp_path / "space.csv", [A, B]) == groups
 
 
-def test_official_label_space_is_read(tmp_path):
-    space = {"categories": [], "label_map": {"first": [0, 1, 2, 3], "second": [4, 1, 5], "c": [0]}}
-    (tmp_path / "space.json").write_text(json.dumps(space))
-    assert read_groups(tmp_path / "space.json", [A, B]) == GROUPS
+OFFICIAL = [  # of xingyizhou/UniDet:datasets/label_spaces
+    ["key", "oid_freebase", "oid_name", "objects365_name", "coco_name"],
+    ["_cup_cup", "", "", "cup", "cup"],
+    ["Mouse2_mouse_mouse", "/m/020lf", "Mouse2", "mouse", "mouse"],
+    ["Orange_tangerine_", "/m/0cyhj_", "Orange", "tangerine", ""],
+    ["__kite", "", "", "", "kite"],
+]
+
+
+@pytest.mark.parametrize("name", ["space.json", "space.csv"])
+def test_official_label_space_is_read_by_names_and_freebase_ids(tmp_path, name, caplog):
+    """Objects365 of 2019 has other numbers, and a name that today's lacks."""
+    label_map = {"coco": [0, 1, 3], "oid": [1, 2], "objects365": [2, 1, 0]}
+    record = {"categories": [], "label_map": label_map, "raw_data": OFFICIAL}
+    text = json.dumps(record) if name.endswith("json") else "\n".join(map(",".join, OFFICIAL))
+    (tmp_path / name).write_text(text)
+    coco = Vocabulary("coco", ("kite", "mouse", "cup"))
+    oid = Vocabulary("oid500", ("Computer mouse", "Orange"), ids=("/m/020lf", "/m/0cyhj_"))
+    o365 = Vocabulary("o365", ("Cup", "Mouse", "Orange/Tangerine"))
+    groups = read_groups(tmp_path / name, [coco, oid, o365])
+    mice = {"coco": "mouse", "oid500": "Computer mouse", "o365": "Mouse"}
+    assert groups == [{"coco": "cup", "o365": "Cup"}, mice]
+    assert "1 classes are not known by this name here" in caplog.text
+    assert "'tangerine' of o365" in caplog.text
+
+
+@pytest.mark.parametrize("dataset", ["oid", "oid500"])
+def test_known_names_are_found_in_an_official_label_space(tmp_path, dataset, caplog):
+    """OpenImages by its ids, with 500 or 601 classes; a column of no dataset here is left out."""
+    (tmp_path / "space.json").write_text(json.dumps({"raw_data": OFFICIAL}))
+    vocabularies = [Vocabulary.known(name) for name in ("coco", dataset)]
+    assert read_groups(tmp_path / "space.json", vocabularies) == [
+        {"coco": "mouse", dataset: "Computer mouse"}
+    ]
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_columns_of_other_datasets_are_left_out(tmp_path, caplog):
+    (tmp_path / "space.csv").write_text("first,other,second,cost\na,q,x,0.1\nb,q,,\n")
+    assert read_groups(tmp_path / "space.csv", [A, B]) == [{"first": "a", "second": "x"}]
+    assert "the columns other are of no dataset here" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -268,6 +359,7 @@ def test_official_label_space_is_read(tmp_path):
         ("first,second\na,y\n", "'second' has no class 'y'; nearest"),
         ("first,second\na,x\na,z\n", "class 'a' of 'first' is in two groups"),
         ("first,second\nq,x\n", "'first' has no class 'q'"),
+        ("first,second\na\n", r"space\.csv cannot be read"),
     ],
 )
 def test_bad_tables_are_refused(tmp_path, text, words):
@@ -276,8 +368,86 @@ def test_bad_tables_are_refused(tmp_path, text, words):
         read_groups(tmp_path / "space.csv", [A, B])
 
 
-@pytest.mark.parametrize("content", ["{", '{"label_map": {"first": [1]}}', "[]", "null"])
+@pytest.mark.parametrize(
+    "content", ["{", '{"label_map": {"first": [1]}}', "[]", "null", '{"raw_data": 5}']
+)
 def test_broken_official_spaces_are_refused(tmp_path, content):
     (tmp_path / "space.json").write_text(content)
     with pytest.raises(InputError, match=r"space\.json cannot be read"):
         read_groups(tmp_path / "space.json", [A, B])
+
+
+# -- Stages ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--stage learn", "--stage learn needs --weights"),
+        ("--stage unified", "--stage unified and --label-space belong together"),
+        ("--label-space names", "--stage unified and --label-space belong together"),
+    ],
+)
+def test_stages_need_what_they_start_from(flags, words, fails):
+    assert words in fails("--datasets", "coco,oid", "--tiny", *flags.split(), method="unidet")
+
+
+def test_merges_are_learned_on_the_validation_split_unless_another_is_evaluated(tiny_root):
+    args = unidet.Args(data_root=str(tiny_root), datasets="coco,oid", eval_datasets="coco:train")
+    space = LabelSpace([d.vocabulary for d in training_datasets(args, 0)])
+    evaluated = evaluation_datasets(args, space, 0)
+    coco, oid = validation_datasets(args, space, 0, evaluated)
+    assert coco is evaluated[0] and oid.name == "oid"
+    assert "train2017" in str(coco.index.source)
+    assert "validation" in str(oid.index.source)
+
+
+@pytest.fixture(scope="module")
+def partitioned(tiny_root, tmp_path_factory, call):
+    """The run folder of a partitioned detector, and the flags of its training."""
+    folder = tmp_path_factory.mktemp("unidet") / "run"
+    flags = ["--datasets", "coco,oid", "--data-root", tiny_root, *small_flags("unidet", 2)]
+    flags += ["--eval-datasets", "coco"]
+    call(*flags, "--stage", "partitioned", "--output", folder, method="unidet")
+    return folder, flags
+
+
+def test_merges_of_a_trained_detector_are_learned_again(partitioned, tmp_path, call):
+    """The same command goes on, without a training."""
+    folder, flags = partitioned
+    assert not (folder / "label_space.csv").exists()
+    learn = [*flags, "--stage", "learn", "--weights", folder, "--output", tmp_path / "o"]
+    for _ in range(2):
+        call(*learn, method="unidet")
+        assert (tmp_path / "o/label_space.csv").read_text().startswith("coco,oid,cost")
+        before = load_file(folder / "weights.safetensors")
+        after = load_file(tmp_path / "o/weights.safetensors")
+        trunk = [key for key in before if not key.startswith("classifiers.")]
+        assert len(trunk) > 100
+        assert all(torch.equal(before[key], after[key]) for key in trunk)
+        assert not list((tmp_path / "o").glob("checkpoint-*"))
+
+
+def test_classes_of_equal_names_are_merged_on_demand(partitioned, tmp_path, call):
+    _, flags = partitioned
+    table = ["--stage", "unified", "--label-space", "names", "--output", tmp_path / "o"]
+    call(*flags, *table, method="unidet")
+    _, space = unidet.load(tmp_path / "o")
+    names = [
+        space.names[int(space.columns(d)[space.vocabularies[d].names.index(n)])]
+        for d, n in (("coco", "dog"), ("oid", "Dog"))
+    ]
+    assert names == ["dog", "dog"]
+    assert json.loads((tmp_path / "o/metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.pkl"])
+def test_official_weights_are_refused_in_one_line(tmp_path, fails, name):
+    tensors = {"roi_heads.box_predictor.0.cls_score.0.weight": torch.zeros(81, 4)}
+    if name.endswith("pth"):
+        torch.save({"model": tensors, "iteration": 179999}, tmp_path / name)
+    else:
+        arrays = {key: value.numpy() for key, value in tensors.items()}
+        (tmp_path / name).write_bytes(pickle.dumps({"model": arrays}, protocol=2))
+    line = fails("--predict", "a.jpg", "--weights", tmp_path / name, method="unidet")
+    assert "Cascade R-CNN with anchors and does not fit" in line and name in line
