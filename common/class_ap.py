@@ -9,7 +9,7 @@ import torch
 from torchvision.ops import batched_nms
 
 from common.datasets.dataset import Dataset
-from common.evaluation import truth_table
+from common.evaluation import ancestors, truth_table
 
 RECALLS = np.linspace(0, 1, 101)
 
@@ -159,14 +159,18 @@ class CrossAP50:
     def of(
         cls, datasets: list[Dataset], predictions: list[dict[int, dict]], lowest: float
     ) -> "CrossAP50":
-        """Takes the predictions of all classes on each dataset, with scores above `lowest`."""
+        """Takes the predictions of all classes on each dataset, with scores above `lowest`.
+
+        With a class tree, the boxes of a class are also those of the classes below it.
+        """
         found = [Detections.of(of_dataset, lowest) for of_dataset in predictions]
         truth = []
         for dataset, predicted in zip(datasets, predictions):
             table = truth_table(dataset.index, predicted)
+            upward = ancestors(dataset.vocabulary, dataset.hierarchy)
             of_dataset = []
             for label in range(len(dataset.vocabulary)):
-                own = table["label"] == label
+                own = upward[table["label"], label]
                 columns = (table["image"], table["boxes"], table["ignore"])
                 of_dataset.append(Truth(*(column[own] for column in columns)))
             truth.append(of_dataset)

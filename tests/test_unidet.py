@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,13 +16,15 @@ from torch import nn
 
 import unidet
 from common import merge_scores
-from common.class_ap import CrossAP50, Detections, Truth
+from common.cascade import StageOutput, loss_box_reg
+from common.class_ap import CrossAP50, Detections, Truth, match
 from common.datasets import evaluation_datasets, training_datasets, validation_datasets
 from common.errors import InputError
 from common.evaluation import ancestors
 from common.labels import LabelSpace, Vocabulary
 from common.merges import read_groups, write_groups
 from common.sampling import BucketBatchSampler, image_weights
+from common.targets import RegionTargets
 
 TREE = {  # b is below a; d is below b and c
     "Subcategory": [
@@ -107,6 +110,73 @@ def test_ancestors_walk_all_parents():
     assert [set(np.flatnonzero(row)) for row in upward] == [{0}, {0, 1}, {2}, {0, 1, 2, 3}]
 
 
+def test_the_sum_of_the_losses_of_three_stages():
+    """Each stage has its own logits; all terms count once."""
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.tensor([0, -1])
+    stages, predictions = [], []
+    for index in range(3):
+        targets = [RegionTargets(torch.ones(2, 4), labels, torch.zeros(2))]
+        deltas = torch.full((2, 4), index + 1.0)
+        stages.append(StageOutput(index, [torch.rand(2, 4)], torch.zeros(2, 8), deltas, targets))
+        predictions.append(torch.randn(2, 7, generator=generator))
+    table = supervision(Part(B))
+    proposals = {"loss_centernet_pos": torch.tensor(0.5)}
+    losses = unidet.compute_losses(stages, predictions, proposals, table)
+    total = 0.5
+    for index in range(3):
+        expected = unidet.loss_classes(predictions[index], labels, table)
+        assert losses[f"loss_class_stage{index}"] == expected
+        assert losses[f"loss_box_reg_stage{index}"] == loss_box_reg(stages[index]) > 0
+        total += float(expected + loss_box_reg(stages[index]))
+    assert losses["loss"].item() == pytest.approx(total)
+
+
+# -- Model -----------------------------------------------------------------------------------------
+
+SMALL = unidet.Args(backbone="resnet10t", channels=32, fc_dim=8)
+
+
+def test_classifiers_start_with_low_scores():
+    classifiers = unidet.Model(SMALL, LabelSpace([A, B]), pretrained=False).classifiers
+    assert len(classifiers) == 3
+    for classifier in classifiers:
+        assert classifier.bias.sigmoid().tolist() == pytest.approx([0.01] * 7)
+        assert classifier.weight.std().item() == pytest.approx(0.01, rel=0.5)
+
+
+def test_score_is_the_root_of_mean_probability_and_objectness(monkeypatch):
+    """Of the columns of one dataset, over three stages, for two images."""
+    model = unidet.Model(SMALL, LabelSpace([A, B], merge=GROUPS), pretrained=False).eval()
+    for classifier in model.classifiers:
+        nn.init.normal_(classifier.weight)
+    hidden = [torch.randn(3, 8) for _ in range(3)]
+    sizes = [(64, 64), (64, 64)]
+    boxes = [torch.tensor([[0.0, 0, 9, 9], [5, 5, 30, 30]]), torch.tensor([[1.0, 2, 30, 40]])]
+    objectness = [torch.tensor([0.9, 0.4]), torch.tensor([0.6])]
+    stages = [StageOutput(k, boxes, h, torch.zeros(3, 4), []) for k, h in enumerate(hidden)]
+    monkeypatch.setattr(model.centernet, "forward", lambda f: (list(zip(boxes, objectness)), {}))
+    monkeypatch.setattr(model.cascade, "forward", lambda *given: stages)
+    columns = model.columns_of(LabelSpace([B]))
+    assert columns.tolist() == [4, 1, 5]
+    _, scores = model.detect([], sizes, columns)
+    rows = [(0, 0, 0.9), (0, 1, 0.4), (1, 0, 0.6)]
+    for region, (image, row, o) in enumerate(rows):
+        for column, c in enumerate((4, 1, 5)):
+            p = 0.0
+            for classifier, h in zip(model.classifiers, hidden):
+                logit = (h[region] @ classifier.weight[c] + classifier.bias[c]).item()
+                p += 1 / (1 + math.exp(-logit)) / 3
+            assert scores[image][row, column].item() == pytest.approx(math.sqrt(p * o), rel=1e-4)
+
+
+def test_columns_are_those_of_a_dataset_or_all():
+    model = unidet.Model(SMALL, LabelSpace([A, B], merge=GROUPS), pretrained=False)
+    assert model.columns_of(LabelSpace([A, B])).tolist() == list(range(6))
+    with pytest.raises(InputError, match="trained on first, second, not on third"):
+        model.columns_of(LabelSpace([Vocabulary("third", ("a",))]))
+
+
 # -- Sampling --------------------------------------------------------------------------------------
 
 
@@ -166,6 +236,44 @@ def test_detections_in_a_crowd_are_no_errors():
         np.zeros(3, int), np.zeros(3, int), np.array([0.9, 0.8, 0.7]), boxes(100, 102, 0)
     )
     assert truth.ap50(found) == pytest.approx(1)
+
+
+def test_ap_is_the_mean_of_the_best_precision_at_this_recall_or_above():
+    """A hit, an error, and a hit: precision 1, 1/2, 2/3."""
+    truth = Truth(np.array([0, 0]), boxes(0, 100), np.zeros(2, dtype=bool))
+    scores = np.array([0.7, 0.9, 0.8])
+    found = Detections(np.zeros(3, int), np.zeros(3, int), scores, boxes(100, 0, 50))
+    assert truth.ap50(found) == pytest.approx((51 + 50 * 2 / 3) / 101)
+
+
+def test_a_box_is_found_once_and_by_half_of_its_area():
+    hit, ignored = match(boxes(0, 1, 104, 203), boxes(0, 100, 200), np.zeros(3, dtype=bool))
+    assert hit.tolist() == [True, False, False, True]  # IoU 1, (taken), 6/14, 7/13
+    assert not ignored.any()
+
+
+def test_boxes_of_a_class_are_those_of_its_descendants_too():
+    """As in the expanded annotations of OpenImages. Crowds stay crowds, low scores do not count."""
+    dataset = Part(A, TREE)
+    corners = torch.from_numpy(boxes(0, 20, 40))
+    dataset.index = SimpleNamespace(
+        image_of=np.arange(3),
+        labels=np.array([3, 0, 2]),
+        ignore=np.array([False, True, False]),
+        boxes=corners.numpy(),
+        areas=np.full(3, 100),
+        relative=False,
+    )
+    predictions = {}
+    for row in range(3):
+        box = corners[row : row + 1].repeat(2, 1)
+        scores = torch.tensor([0.9, 0.1])
+        predictions[row] = {"boxes": box, "labels": torch.tensor([0, 1]), "scores": scores}
+    ap50 = CrossAP50.of([dataset], [predictions], lowest=0.1)
+    assert [truth.count for truth in ap50.truth] == [1, 1, 2, 1]
+    assert [truth.images.tolist() for truth in ap50.truth] == [[0, 1], [0], [0, 2], [0]]
+    assert [ap50((0,), label) for label in range(4)] == pytest.approx([1] * 4)
+    assert ap50((1,), 0) == 0  # a score of 0.1 is not above 0.1
 
 
 def test_merged_detectors_keep_one_detection_of_an_object():
