@@ -226,7 +226,7 @@ TINY = {
     "test_size": 192,
     "batch_size": 8,
     "base_batch_size": 8,
-    "steps": 600,
+    "steps": 400,
     "lr": 1e-3,
     "warmup_steps": 50,
     "checkpoint_every": 200,

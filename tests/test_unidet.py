@@ -190,6 +190,16 @@ def test_datasets_are_sampled_by_ratio_and_images_by_class():
     assert alike == pytest.approx([0.25] * 4 + [0.5] * 2)
 
 
+def test_loader_samples_classes_of_some_datasets_and_batches_of_one(tmp_path):
+    first, second = labelled("first", [[0], [0, 1], [0]], 2), labelled("o365", [[0], [0, 1]], 2)
+    args = unidet.Args(output=str(tmp_path), ratios="first=3", batch_size=2, workers=0)
+    loader = unidet.build_dataloader(args, [first, second], 5, torch.device("cpu"))
+    sampler = loader.batch_sampler
+    assert sampler.weights == pytest.approx([1, 1, 1, 0.25, 0.75])
+    assert sampler.buckets.tolist() == [0, 0, 0, 1, 1]
+    assert (sampler.batch_size, sampler.start) == (2, 5)
+
+
 def test_a_batch_is_of_one_bucket_and_a_resumed_stream_goes_on():
     weights, buckets = np.array([1.0, 0, 2, 1, 4]), np.array([0, 0, 0, 1, 1])
     whole = list(itertools.islice(BucketBatchSampler(weights, buckets, 4, seed=3), 200))
@@ -252,23 +262,34 @@ def test_a_box_is_found_once_and_by_half_of_its_area():
     assert not ignored.any()
 
 
-def test_boxes_of_a_class_are_those_of_its_descendants_too():
-    """As in the expanded annotations of OpenImages. Crowds stay crowds, low scores do not count."""
-    dataset = Part(A, TREE)
-    corners = torch.from_numpy(boxes(0, 20, 40))
+def annotated(vocabulary: Vocabulary, labels: list[int], places: list[int], tree=None) -> Part:
+    """A dataset with a box of each label at a place; a thousand places are one image."""
+    dataset = Part(vocabulary, tree)
     dataset.index = SimpleNamespace(
-        image_of=np.arange(3),
-        labels=np.array([3, 0, 2]),
-        ignore=np.array([False, True, False]),
-        boxes=corners.numpy(),
-        areas=np.full(3, 100),
+        image_of=np.array(places) // 1000,
+        labels=np.array(labels),
+        ignore=np.zeros(len(labels), dtype=bool),
+        boxes=boxes(*places),
+        areas=np.full(len(labels), 100),
         relative=False,
     )
+    return dataset
+
+
+def detections(*found: tuple[int, int, float]) -> dict:
+    """What `predict` returns for an image, of (label, place, score)."""
+    labels, places, scores = zip(*found)
+    places = torch.from_numpy(boxes(*places)).float()
+    return {"boxes": places, "labels": torch.tensor(labels), "scores": torch.tensor(scores)}
+
+
+def test_boxes_of_a_class_are_those_of_its_descendants_too():
+    """As in the expanded annotations of OpenImages. Crowds stay crowds, low scores do not count."""
+    dataset = annotated(A, [3, 0, 2], [0, 1000, 2000], TREE)
+    dataset.index.ignore[1] = True
     predictions = {}
     for row in range(3):
-        box = corners[row : row + 1].repeat(2, 1)
-        scores = torch.tensor([0.9, 0.1])
-        predictions[row] = {"boxes": box, "labels": torch.tensor([0, 1]), "scores": scores}
+        predictions[row] = detections((0, 1000 * row, 0.9), (1, 1000 * row, 0.1))
     ap50 = CrossAP50.of([dataset], [predictions], lowest=0.1)
     assert [truth.count for truth in ap50.truth] == [1, 1, 2, 1]
     assert [truth.images.tolist() for truth in ap50.truth] == [[0, 1], [0], [0, 2], [0]]
@@ -405,6 +426,24 @@ def test_merges_are_scored_beside_equal_names_and_text(monkeypatch):
 
 def test_merges_of_other_datasets_have_no_truth():
     assert merge_scores.merge_scores(LabelSpace([A, B], merge=GROUPS)) == {}
+
+
+def test_label_space_is_learned_from_all_scores_above_a_tenth(monkeypatch):
+    """x finds a, and a finds x; y does not find b with its score of 0.1."""
+    first, second = Vocabulary("first", ("a", "b")), Vocabulary("second", ("x", "y"))
+    datasets = [annotated(first, [0, 1], [0, 100]), annotated(second, [0, 1], [0, 100])]
+    own = {
+        "first": detections((0, 0, 0.9), (1, 100, 0.9), (2, 0, 0.9), (3, 100, 0.1)),
+        "second": detections((2, 0, 0.9), (3, 100, 0.9), (0, 0, 0.2), (1, 100, 0.9)),
+    }
+
+    def predicted(predictor, dataset, *given) -> dict:
+        return {0: own[dataset.name]}
+
+    monkeypatch.setattr(unidet, "predict_dataset", predicted)
+    space = LabelSpace([first, second])
+    groups, costs = unidet.learn_label_space(unidet.Args(), None, space, datasets)
+    assert groups == [{"first": "a", "second": "x"}] and costs == [0]
 
 
 # -- Table of merged classes -----------------------------------------------------------------------
