@@ -297,6 +297,14 @@ def centernet_one_stage() -> Layout:
     return within("proposal_generator.centernet_head.", head)
 
 
+# -- UniDet ----------------------------------------------------------------------------------------
+
+
+def unidet() -> Layout:
+    """Returns a classifier of a UniDet. Nothing of its detector fits ours."""
+    return {"roi_heads.box_predictor.0.cls_score.0.weight": (81, 1024)}
+
+
 # -- UniDetector and RegionCLIP --------------------------------------------------------------------
 
 

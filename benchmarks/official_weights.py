@@ -20,6 +20,7 @@ import dataseg
 import detic
 import lmseg
 import scaledet
+import unidet
 import unidetector
 from benchmarks import mask2former_layouts
 from benchmarks import official_layouts as layouts
@@ -212,6 +213,24 @@ FAMILIES["CenterNet2"] = Family(
         "LVIS_CenterNet2_R50_1x.pth": [partial(layouts.centernet2, 1203)],
         "LVIS_CenterNet2_R50_Fed_1x.pth": [partial(layouts.centernet2, 1203)],
         "O365_CenterNet2_R50_1x.pth": [partial(layouts.centernet2, 365)],
+    },
+)
+FAMILIES["UniDet"] = Family(
+    "xingyizhou/UniDet:projects/UniDet/unidet_docs/REPRODUCE.md; [unidet.md](unidet.md) says what"
+    " is read of it",
+    {"unidet.py --weights FILE": partial(starts, unidet)},
+    {
+        f"{name}.pth": [layouts.unidet]
+        for name in (
+            *(f"Partitioned_COI_R50_{schedule}" for schedule in ("2x", "6x", "8x")),
+            "Partitioned_COIM_R50_6x+2x",
+            "Partitioned_COI_RS101_2x",
+            "Unified_human_COI_R50_2x",
+            *(f"Unified_learned_COI_R50_{schedule}" for schedule in ("2x", "6x", "8x")),
+            "Unified_learned_COIM_R50_6x+2x",
+            "Unified_learned_COI_RS200_6x",
+            "Unified_learned_COIM_RS200_6x+2x",
+        )
     },
 )
 FAMILIES["UniDetector"] = Family(

@@ -67,6 +67,15 @@ def renamed(official: Tensors, rules: dict[str, str | None]) -> Tensors:
     return tensors
 
 
+def refuse(reason: str) -> Convert:
+    """Returns a conversion that raises InputError: the official weights cannot be used."""
+
+    def convert(official: Tensors, name: str) -> tuple[Tensors, dict]:
+        raise InputError(f"the official model {reason}")
+
+    return convert
+
+
 # -- Backbones -------------------------------------------------------------------------------------
 
 RESNETS = {  # by the blocks of the stages, and whether these are bottlenecks

@@ -59,7 +59,7 @@ def evaluate_detections(
     """
     _check_complete(dataset, predictions)
     dataset = _upright(dataset, predictions)
-    truth = _truth_table(dataset.index, predictions)
+    truth = truth_table(dataset.index, predictions)
     found = _prediction_table(dataset, predictions)
     if dataset.metric == "oid":
         class_ap50 = _open_images(dataset, truth, found)
@@ -88,7 +88,7 @@ def recall(
     records = {}
     for row, proposal in proposals.items():
         records[row] = proposal | {"labels": torch.zeros(len(proposal["scores"]))}
-    truth = _truth_table(dataset.index, records)
+    truth = truth_table(dataset.index, records)
     found = _prediction_table(dataset, records)
     evaluator = hotcoco.COCOeval(*_hotcoco_tables(dataset, truth, found, records), "bbox")
     evaluator.params.use_cats = False
@@ -120,7 +120,7 @@ def _mean(values: np.ndarray) -> float:
     return float(valid.mean()) if len(valid) else math.nan
 
 
-def _truth_table(index: Index, predictions: Predictions) -> Table:
+def truth_table(index: Index, predictions: Predictions) -> Table:
     """Returns the ground truth: image (index row), label, ignore, boxes (A, 4) xyxy, area."""
     table = {"image": index.image_of, "label": index.labels, "ignore": index.ignore}
     boxes = index.boxes.astype(np.float64)
@@ -265,7 +265,7 @@ def _open_images(dataset: Evaluated, truth: Table, found: Table) -> np.ndarray:
 
     hotcoco's OpenImages mode lacks rules 2 and 3, and has rule 1 only for classes with one parent.
     """
-    upward = _ancestors(dataset.vocabulary, dataset.hierarchy)
+    upward = ancestors(dataset.vocabulary, dataset.hierarchy)
     verified = np.zeros((len(dataset.index), len(dataset.vocabulary)), dtype=bool)
     truth = _expand(truth, upward, ~verified)
     for row, labels in enumerate(dataset.index.negatives or ()):
@@ -283,7 +283,7 @@ def _open_images(dataset: Evaluated, truth: Table, found: Table) -> np.ndarray:
     return precisions
 
 
-def _ancestors(vocabulary: Vocabulary, tree: dict | None) -> np.ndarray:
+def ancestors(vocabulary: Vocabulary, tree: dict | None) -> np.ndarray:
     """Returns (C, C) bool: [a, b] is True if class b is class a or its ancestor.
 
     tree: as `Evaluated.hierarchy`. A `Part` of a class is not its descendant.
@@ -305,7 +305,7 @@ def _ancestors(vocabulary: Vocabulary, tree: dict | None) -> np.ndarray:
 def _expand(table: Table, upward: np.ndarray, verified: np.ndarray) -> Table:
     """Repeats each row for every ancestor of its class, and drops rows that do not count.
 
-    upward:   (C, C) of `_ancestors`
+    upward:   (C, C) of `ancestors`
     verified: (I, C) bool, the classes that count in each image
 
     Rows stay in the given order, since the first of equal overlaps is taken as the best.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
+from common.merges import group_keys
 
 log = logging.getLogger("concord")
 EQUAL = 0.99  # cosine from which on two texts are taken as one
@@ -211,27 +212,29 @@ class LabelSpace:
     """The classes of several datasets, as the columns of the class scores, and their text.
 
     By default the vocabularies are concatenated: class k of dataset d is column offset(d) + k. With
-    `merge`, classes whose names are equal after `fold` ("person", "Person") share one column, which
-    has the spelling and the text of the first dataset.
+    `merge`, classes share one column, which has the spelling and the text of the first dataset.
 
     vocabularies: one Vocabulary per dataset; the attribute is {dataset: Vocabulary}
     embed:        makes the text (C_d, D) of a vocabulary without text: `embed(names, dataset=...)`
+    merge:        True: classes share a column if their names are equal after `fold` ("person",
+                  "Person"). Or the groups of classes that share one, each {dataset: class name}
     names:        C class names
     text:         (C, D) text embeddings of unit norm, or None for a method without text
 
     No argument takes text apart from its names, so that names cannot get the text of other names.
 
-    Raises InputError if a dataset is named twice, and if the text of two datasets differs in width.
+    Raises InputError if a dataset is named twice, if the text of two datasets differs in width, and
+    for a group with an unknown class or with a class of another group.
     """
 
     def __init__(
         self,
         vocabularies: list[Vocabulary],
         embed: Callable[..., Tensor] | None = None,
-        merge: bool = False,
+        merge: bool | list[dict[str, str]] = False,
     ):
         self.embed = embed
-        self.merged = merge
+        self.merge = merge
         if embed:
             vocabularies = [v if v.text is not None else v.with_text(embed) for v in vocabularies]
             for vocabulary in vocabularies:
@@ -248,11 +251,12 @@ class LabelSpace:
             )
 
         all_names = [name for vocabulary in vocabularies for name in vocabulary.names]
+        by_name = [fold(name) for name in all_names]
+        keys = by_name if merge is True else group_keys(vocabularies, merge or [])
         columns = []  # the column of each name
         rows = []  # the first name of each column
         column_of = {}
-        for row, name in enumerate(all_names):
-            key = fold(name) if merge else row
+        for row, key in enumerate(keys):
             if key not in column_of:
                 column_of[key] = len(rows)
                 rows.append(row)
@@ -318,7 +322,7 @@ class LabelSpace:
         In a concatenation they are the columns of `dataset`. With `merge` they are all columns.
         """
         columns = self.columns(dataset)
-        if self.merged:
+        if self.merge:
             return slice(0, len(self))
         return slice(int(columns[0]), int(columns[-1]) + 1)
 
@@ -420,7 +424,7 @@ class LabelSpace:
     def with_things(self) -> "LabelSpace":
         """Returns a copy in which `Vocabulary.with_things` has filled in `is_thing`."""
         vocabularies = [v.with_things() for v in self.vocabularies.values()]
-        return LabelSpace(vocabularies, self.embed, self.merged)
+        return LabelSpace(vocabularies, self.embed, self.merge)
 
     def to(self, device: torch.device | str) -> "LabelSpace":
         """Returns a copy with its text on `device`; the label space itself if it has no text."""
@@ -430,7 +434,7 @@ class LabelSpace:
         for vocabulary in self.vocabularies.values():
             text = vocabulary.text.to(device)
             vocabularies.append(replace(vocabulary, text=text))
-        return LabelSpace(vocabularies, self.embed, self.merged)
+        return LabelSpace(vocabularies, self.embed, self.merge)
 
 
 def derangement(length: int, seed: int) -> Tensor:

@@ -19,6 +19,7 @@ import dataseg
 import detic
 import lmseg
 import scaledet
+import unidet
 import unidetector
 from common.backbone import Backbone
 from common.clip_resnet import CLIPResNetC4
@@ -345,7 +346,7 @@ def test_clip_s_resnet_gives_the_maps_of_clip_with_frozen_norms(monkeypatch):
 # -- starting weights ------------------------------------------------------------------------------
 
 
-METHODS = [dataseg, detic, lmseg, scaledet, unidetector]
+METHODS = [dataseg, detic, lmseg, scaledet, unidet, unidetector]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.METHOD)

@@ -95,6 +95,7 @@ CHECKED = {  # one file of each kind that is quickly built
         "BoxSup_OVCOCO_CLIP_R50_1x.pth",
     ],
     "CenterNet2": ["CenterNet-FPN_R50_1x.pth", "CenterNet2-F_R50_1x.pth", "CenterNet2_R50_1x.pth"],
+    "UniDet": ["Partitioned_COI_R50_2x.pth"],
     "UniDetector": ["FIRST.pth", "SECOND.pth", "FIRST.pth,END2END.pth"],
     "RegionCLIP": ["regionclip_pretrained-cc_rn50.pth", "rpn_coco_48.pth"],
     "Mask2Former": [

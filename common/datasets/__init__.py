@@ -5,6 +5,7 @@ from common.datasets.names import (
     evaluation_datasets,
     load_datasets,
     training_datasets,
+    validation_datasets,
     warn_of_overlap,
 )
 
@@ -13,5 +14,6 @@ __all__ = [
     "evaluation_datasets",
     "load_datasets",
     "training_datasets",
+    "validation_datasets",
     "warn_of_overlap",
 ]

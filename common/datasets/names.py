@@ -271,6 +271,19 @@ def evaluation_datasets(
     return datasets
 
 
+def validation_datasets(
+    args, label_space: LabelSpace, size: int, evaluated: list[Dataset]
+) -> list[Dataset]:
+    """Returns each dataset of `label_space`, as it is `evaluated`, or else by default."""
+    by_name = {dataset.name: dataset for dataset in evaluated}
+    names = {entry: _name_of(entry) for entry in entries(args.datasets)}
+    if others := [entry for entry, n in names.items() if ALIASES.get(n, n) not in by_name]:
+        args = replace(args, datasets=",".join(others), eval_datasets="")
+        default = evaluation_datasets(args, label_space, size)
+        by_name |= {dataset.name: dataset for dataset in default}
+    return [by_name[name] for name in label_space.datasets]
+
+
 def with_beside(text: str, beside: Mapping[str, str], root: Path | None) -> str:
     """Returns the datasets of `text` and those `beside` them that are there.
 
