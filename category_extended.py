@@ -81,6 +81,7 @@ from common.class_counts import own_and_elsewhere, own_columns
 from common.command import COUNT, SIDE, Range, given, parse_args, run_command, saved_args
 from common.convert import convert_if_official, refuse
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
+from common.datasets.subset import drop_empty
 from common.distributed import amp_context, mean_over_ranks, on_main, rank, setup_device, world_size
 from common.errors import InputError
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
@@ -773,7 +774,7 @@ def main() -> None:
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
-        datasets = training_datasets(args, size)
+        datasets = [drop_empty(d) for d in training_datasets(args, size)]
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:
         model, label_space = load(args.weights, args, device)

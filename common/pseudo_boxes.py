@@ -58,7 +58,8 @@ def read_record(path: Path, dataset: Dataset, names: tuple[str, ...]) -> dict:
             f"pseudo boxes {path} cannot be read ({type(error).__name__}: {error}); delete the"
             " file to mine them again"
         ) from None
-    if found != list(dataset.index.image_ids[: len(found)]) or known != list(names):
+    own = [dataset.index.image_ids[row] for row in range(min(len(found), len(dataset)))]
+    if found != own or known != list(names):
         raise InputError(
             f"pseudo boxes {path} are of other images or classes than those of '{dataset.name}';"
             " delete the file to mine them again, or name the --datasets that they were mined in"
