@@ -31,7 +31,6 @@ Note: a strict positive has IoU >= 0.9, or is the best anchor of its box, as in 
 Note: P6 is made of P5 and not of C5, as in Detic.
 Note: classes are one where their names are equal. Novel classes of a -base dataset are classes that
   it does not annotate. Its other classes count as annotated in all of its images, also in LVIS.
-Note: of the official strategies of the second training, pos_safeneg is left out.
 Note: --compile has no effect here: image sizes change at every step.
 
 diff with unidet.py shows: RetinaNet; one column per name; weights of negatives; mining.
@@ -62,10 +61,12 @@ import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.ops import box_iou, clip_boxes_to_image, sigmoid_focal_loss
 
+from common import retinanet
 from common.backbone import STRIDES, Backbone
 from common.batch import Batch
 from common.boxes import select_detections
@@ -87,21 +88,7 @@ from common.errors import InputError
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
 from common.labels import LabelSpace, Vocabulary
 from common.optim import scaled_lr, stepped_learning_rate
-from common.pseudo_boxes import (
-    PseudoBoxes,
-    are_complete,
-    mine_boxes,
-    pseudo_file,
-    with_pseudo_boxes,
-)
-from common.retinanet import (
-    RetinaHead,
-    best_of_levels,
-    decode_corners,
-    encode_corners,
-    grid_anchors,
-    inside_image,
-)
+from common.pseudo_boxes import are_complete, mine_boxes, with_pseudo_boxes
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, make_loader, make_sampler
 from common.targets import Targets, match_anchors
@@ -204,12 +191,8 @@ class Args:
     """run folder whose pseudo boxes the second training takes (default: its own)"""
     pseudo_negatives: Literal["weighted", "conflict_free", "plain"] = "weighted"  # code
     """the same beside pseudo boxes: by overlap; the official pos_only; the official as_full"""
-    dropout: Annotated[float, Range(0, 0.99)] = 0.2  # code
-    """probability with which mining drops a number of the last feature maps of the head"""
     dropout_runs: Annotated[int, Range(1)] = 20  # code
-    """runs with dropout per image, whose boxes are clustered"""
-    least_score: Annotated[float, Range(0, 1)] = 0.1  # code
-    """mean score of a cluster from which on it is written to the file of pseudo boxes"""
+    """runs with Monte Carlo dropout per image, whose boxes are clustered"""
     least_confidence: Annotated[float, Range(0, 1)] = 0.525  # code
     """confidence above which a pseudo box is trained on"""
     channels: Annotated[int, Range(1, 8192)] = 256  # code
@@ -221,21 +204,19 @@ TINY = {
     "backbone": "tf_efficientnet_lite0",
     "image_size": 192,
     "test_size": 192,
-    "batch_size": 8,
-    "base_batch_size": 8,
-    "steps": 400,
+    "batch_size": 4,
+    "base_batch_size": 4,
+    "steps": 300,
     "lr": 1e-3,
-    "warmup_steps": 40,
+    "warmup_steps": 30,
     "optimizer": "adamw",
-    "dropout_runs": 5,
+    "dropout_runs": 4,
     "checkpoint_every": 200,
     "workers": 0,
     "channels": 64,
 }
 # the settings that --weights restores: those that shape the model and its inputs
 MODEL_FIELDS = ["backbone", "test_size", "channels"]
-
-
 OFFICIAL = refuse("is of mmdetection and does not fit: P6 is made of other maps here")
 
 # -- Model -----------------------------------------------------------------------------------------
@@ -255,7 +236,7 @@ class Model(nn.Module):
         self.columns = {name: label_space.columns(name) for name in label_space.datasets}
         self.num_classes = len(label_space)
         self.backbone = Backbone(args.backbone, args.channels, pretrained)
-        self.head = RetinaHead(args.channels, self.num_classes)
+        self.head = retinanet.RetinaHead(args.channels, self.num_classes)
         self.register_buffer("normaliser", torch.tensor(100.0))  # N, saved with the weights
 
     def columns_of(self, label_space: LabelSpace) -> Tensor:
@@ -289,8 +270,8 @@ class Model(nn.Module):
         features = self.extract(images, sizes)
         with amp_context(self.args.amp, images.device):
             logits, deltas = self.head(features)
-        anchors = torch.cat(grid_anchors(features, STRIDES))
-        inside = [inside_image(features, STRIDES, size) for size in sizes]
+        anchors = torch.cat(retinanet.grid_anchors(features, STRIDES))
+        inside = [retinanet.inside_image(features, STRIDES, size) for size in sizes]
         return logits, deltas, anchors, inside
 
     def detect(
@@ -301,10 +282,10 @@ class Model(nn.Module):
         features: L maps (1, F, h, w); towers: L pairs of maps, which the last layers read
         """
         logits, deltas = self.head.outputs(towers)
-        anchors = grid_anchors(features, STRIDES)
+        anchors = retinanet.grid_anchors(features, STRIDES)
         scores = logits[0].sigmoid()  # (A, C)
-        rows = best_of_levels(scores, [len(level) for level in anchors], 1000)
-        boxes = decode_corners(deltas[0, rows], torch.cat(anchors)[rows])
+        rows = retinanet.best_of_levels(scores, [len(level) for level in anchors], 1000)
+        boxes = retinanet.decode_corners(deltas[0, rows], torch.cat(anchors)[rows])
         return clip_boxes_to_image(boxes, size), scores[rows]
 
 
@@ -412,7 +393,7 @@ def loss_boxes(deltas: Tensor, anchors: Tensor, found: Assignment, normaliser: T
     deltas: (A, 4), d; anchors: (A, 4), a; g: found.boxes; encode: `encode_corners`; normaliser: N
     """
     fg = found.labels >= 0
-    target = encode_corners(found.boxes[fg], anchors[fg])  # (A_fg, 4)
+    target = retinanet.encode_corners(found.boxes[fg], anchors[fg])  # (A_fg, 4)
     return (deltas[fg] - target).abs().sum() / normaliser
 
 
@@ -442,110 +423,6 @@ def compute_losses(
         losses["loss_class"] += loss_classes(logits[i, rows], image.labels, weight, count)
         losses["loss_box"] += loss_boxes(deltas[i, rows], anchors[rows], image, count)
     return losses | {"loss": sum(losses.values())}
-
-
-# -- Mining ----------------------------------------------------------------------------------------
-
-
-def cluster(boxes: Tensor, least_iou: float = 0.5) -> list[list[int]]:
-    """Returns the clusters of boxes (P, 4), as lists of their rows, in the order of their firsts.
-
-    Box after box joins the cluster with the largest IoU, that is the smallest with any of its
-    members. If that is at most `least_iou`, it opens a cluster.
-    Source: bwbwzhao/category-extended-detector:mmdet/models/detectors/single_stage.py
-    """
-    clusters = []
-    lowest = []  # of each cluster: (P,) smallest IoU of each box with its members
-    for row, ious in enumerate(box_iou(boxes, boxes).cpu().numpy()):
-        shared = [of_cluster[row] for of_cluster in lowest]
-        best = int(np.argmax(shared)) if shared else 0
-        if shared and shared[best] > least_iou:
-            clusters[best].append(row)
-            lowest[best] = np.minimum(lowest[best], ious)
-        else:
-            clusters.append([row])
-            lowest.append(ious)
-    return clusters
-
-
-def summarise(boxes: Tensor, scores: Tensor, runs: int) -> tuple[Tensor, Tensor]:
-    """Returns the mean box (4,) and (score, iou_mean, freq) (3,) of the n detections of a cluster.
-
-    score is their mean score. iou_mean, the localisation confidence, is the mean IoU of all n^2
-    pairs. freq is n / runs. boxes: (n, 4); scores: (n,)
-    """
-    iou_mean = box_iou(boxes, boxes).mean()
-    freq = scores.new_tensor(len(scores) / runs)
-    return boxes.mean(0), torch.stack([scores.mean(), iou_mean, freq])
-
-
-def confidence(score: np.ndarray, iou_mean: np.ndarray, freq: np.ndarray) -> np.ndarray:
-    """Returns score * iou_mean (P,), and half of that if less than half of the runs found the box.
-
-    Source: bwbwzhao/category-extended-detector:mmdet/datasets/coco.py
-    """
-    return score * iou_mean * np.where(freq < 0.5, 0.5, 1)
-
-
-@torch.no_grad()
-def mine_image(model: Model, batch: Batch, wanted: Tensor, first: int = 0) -> list[dict]:
-    """Returns what `mine_boxes` asks for: the clusters of some classes in the one image of a batch.
-
-    wanted: (C,) bool, the classes that the image's dataset does not annotate
-    first:  added to the image's row: with --seed, it decides what is dropped
-    """
-    model.eval()
-    args = model.args
-    device = next(model.parameters()).device
-    batch = batch.to(device)
-    [size] = batch.sizes
-    seed = args.seed * 1_000_003 + first + batch.samples[0].index
-    generator = torch.Generator(device).manual_seed(seed)
-    features = model.extract(batch.images, batch.sizes)
-    towers = model.head.towers(features)
-    runs = []
-    for _ in range(args.dropout_runs):
-        dropped = [[drop(x, args.dropout, generator) for x in maps] for maps in towers]
-        runs.append(select_detections(*model.detect(features, dropped, size), False, 0.05, 100))
-    boxes, scores, labels = (torch.cat(parts) for parts in zip(*runs))
-    height, width = batch.samples[0].original_size
-    boxes = boxes * boxes.new_tensor([width / size[1], height / size[0]] * 2)
-
-    means, facts, classes = [boxes.new_zeros(0, 4)], [scores.new_zeros(0, 3)], []
-    for label in labels.unique().tolist():
-        of_class = (labels == label).nonzero().flatten()  # (P,)
-        for rows in cluster(boxes[of_class]) if wanted[label] else ():
-            members = of_class[rows]
-            box, of_box = summarise(boxes[members], scores[members], args.dropout_runs)
-            if of_box[0] >= args.least_score:
-                means.append(box[None])
-                facts.append(of_box[None])
-                classes.append(label)
-    names = ("score", "iou_mean", "freq")
-    record = dict(zip(names, torch.cat(facts).T.cpu()))
-    record |= {"boxes": torch.cat(means).cpu(), "labels": torch.tensor(classes, dtype=torch.long)}
-    return [record | {"size": (height, width)}]
-
-
-def drop(feature: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Returns dropout of a map, as in training: what remains is divided by 1 - probability."""
-    kept = torch.rand(feature.shape, generator=generator, device=feature.device) >= probability
-    return feature * kept / (1 - probability)
-
-
-def add_mined(
-    args: Args, datasets: list[Dataset], label_space: LabelSpace, folder: Path
-) -> list[Dataset]:
-    """Returns the datasets with the confident pseudo boxes of `folder`; logs how many."""
-    names = label_space.names
-    extended = []
-    for dataset in datasets:
-        mined = PseudoBoxes.read(pseudo_file(folder, dataset.name), dataset, names)
-        kept = confidence(**mined.facts) > args.least_confidence
-        message = "%s: trains on %d of %d pseudo boxes, those with a confidence above %g"
-        log.info(message, dataset.name, kept.sum(), len(kept), args.least_confidence)
-        extended.append(with_pseudo_boxes(dataset, names, mined.take(kept)))
-    return extended
 
 
 # -- Inference -------------------------------------------------------------------------------------
@@ -581,6 +458,89 @@ def predict_images(
     return predict_each(partial(predict, model, label_space=label_space), images, transform)
 
 
+def cluster(boxes: Tensor, least_iou: float = 0.5) -> list[list[int]]:
+    """Returns the clusters of boxes (P, 4), as lists of their rows, in the order of their firsts.
+
+    Box after box joins the cluster with the largest IoU, that is the smallest with any of its
+    members. If that is at most `least_iou`, it opens a cluster.
+    Source: bwbwzhao/category-extended-detector:mmdet/models/detectors/single_stage.py
+    """
+    clusters = []
+    lowest = []  # of each cluster: (P,) smallest IoU of each box with its members
+    for row, ious in enumerate(box_iou(boxes, boxes).cpu().numpy()):
+        shared = [of_cluster[row] for of_cluster in lowest]
+        best = int(np.argmax(shared)) if shared else 0
+        if shared and shared[best] > least_iou:
+            clusters[best].append(row)
+            lowest[best] = np.minimum(lowest[best], ious)
+        else:
+            clusters.append([row])
+            lowest.append(ious)
+    return clusters
+
+
+def summarise(boxes: Tensor, scores: Tensor, runs: int) -> Tensor:
+    """Returns (7,): the mean box of the n detections of a cluster, and score, iou_mean and freq.
+
+    score is their mean score. iou_mean, the localisation confidence, is the mean IoU of all n^2
+    pairs. freq is n / runs. boxes: (n, 4); scores: (n,)
+    """
+    iou_mean = box_iou(boxes, boxes).mean()
+    freq = scores.new_tensor(len(scores) / runs)
+    return torch.cat([boxes.mean(0), torch.stack([scores.mean(), iou_mean, freq])])
+
+
+def confidence(score: np.ndarray, iou_mean: np.ndarray, freq: np.ndarray) -> np.ndarray:
+    """Returns the confidence (P,) of pseudo boxes: score * iou_mean, halved where freq < 0.5.
+
+    Source: bwbwzhao/category-extended-detector:mmdet/datasets/coco.py
+    """
+    return score * iou_mean * np.where(freq < 0.5, 0.5, 1)
+
+
+@torch.no_grad()
+def mine_image(model: Model, batch: Batch, wanted: Tensor, first: int = 0) -> list[dict]:
+    """Returns what `mine_boxes` asks for: the clusters of some classes in the one image of a batch.
+
+    wanted: (C,) bool, the classes that the image's dataset does not annotate
+    first:  added to the image's row: with --seed, it decides what is dropped
+    """
+    model.eval()
+    args = model.args
+    device = next(model.parameters()).device
+    batch = batch.to(device)
+    [size] = batch.sizes
+    seed = args.seed * 1_000_003 + first + batch.samples[0].index
+    generator = torch.Generator(device).manual_seed(seed)
+    features = model.extract(batch.images, batch.sizes)
+    towers = model.head.towers(features)
+    runs = []
+    for _ in range(args.dropout_runs):
+        dropped = [[drop(x, 0.2, generator) for x in maps] for maps in towers]
+        runs.append(select_detections(*model.detect(features, dropped, size), False, 0.05, 100))
+    boxes, scores, labels = (torch.cat(parts) for parts in zip(*runs))
+    height, width = batch.samples[0].original_size
+    boxes = boxes * boxes.new_tensor([width / size[1], height / size[0]] * 2)
+
+    found = [boxes.new_zeros(0, 8)]
+    for label in labels[wanted.to(device)[labels]].unique().tolist():
+        of_class = (labels == label).nonzero().flatten()  # (P,)
+        for rows in cluster(boxes[of_class]):
+            members = of_class[rows]
+            row = summarise(boxes[members], scores[members], args.dropout_runs)  # (7,)
+            if row[4] >= 0.1:  # the least score that is kept
+                found.append(F.pad(row, (0, 1), value=label)[None])
+    mean, facts, labels = torch.cat(found).cpu().split([4, 3, 1], 1)
+    record = {"boxes": mean, "facts": facts, "labels": labels.flatten().long()}
+    return [record | {"size": (height, width)}]
+
+
+def drop(feature: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Returns dropout of a map, as in training: what remains is divided by 1 - probability."""
+    kept = torch.rand(feature.shape, generator=generator, device=feature.device) >= probability
+    return feature * kept / (1 - probability)
+
+
 # -- Train -----------------------------------------------------------------------------------------
 
 
@@ -609,7 +569,10 @@ def train(
 
     Returns the last model and its label space. Every rank calls it. Rank 0 writes: the first
     model and its results to the folder first/, the pseudo boxes, and the last weights.
+    Raises InputError if --stage lacks what it needs.
     """
+    if args.stage == "mine" and not args.weights:
+        raise InputError("--stage mine needs --weights: the run folder of a first training")
     for dataset in datasets:
         log.info(dataset.summary())
     epochs = max(1, 12 * sum(map(len, datasets)) // args.batch_size)
@@ -617,7 +580,16 @@ def train(
     switch = 0 if args.stage in ("mine", "second") else steps
     given_data = (label_space, folder, device, evaluated)
     source = Path(args.pseudo_boxes or folder)
-    if args.stage in ("first", "mine") or not on_main(are_complete, source, datasets, label_space):
+    is_mined = on_main(are_complete, source, datasets, label_space)
+    if not is_mined and (args.pseudo_boxes or args.stage == "second"):
+        raise InputError(
+            f"{source} lacks pseudo boxes of {', '.join(label_space.datasets)}; make them with"
+            " --stage mine, and name its run folder as --pseudo-boxes"
+        )
+    if args.stage in ("first", "mine") or not is_mined or 0 < args.replay <= switch:
+        checkpoint = last_checkpoint(folder, args.replay)
+        if args.stage == "all" and checkpoint and checkpoint_step(checkpoint) > switch:
+            raise InputError(f"{checkpoint} was trained on pseudo boxes that {source} lacks now")
         model = train_stage(args, args.negatives, range(switch), datasets, *given_data)
         if args.stage == "first":
             return model, label_space
@@ -630,28 +602,11 @@ def train(
             mine_boxes(locate, dataset, label_space, resize, folder, args)
         if args.stage == "mine":
             return model, label_space
-    datasets = add_mined(args, datasets, label_space, source)
+    trust = (confidence, args.least_confidence)
+    datasets = [with_pseudo_boxes(d, source, label_space, *trust) for d in datasets]
     rest = range(switch, switch + steps)
     model = train_stage(args, args.pseudo_negatives, rest, datasets, *given_data)
     return model, label_space
-
-
-def check_stage(args: Args, datasets: list[Dataset], label_space: LabelSpace, folder: Path) -> None:
-    """Raises InputError if --stage lacks what it needs."""
-    if args.stage == "mine" and not args.weights:
-        raise InputError("--stage mine needs --weights: the run folder of a first training")
-    source = Path(args.pseudo_boxes or folder)
-    needed = args.pseudo_boxes or args.stage == "second"
-    if needed and not are_complete(source, datasets, label_space):
-        raise InputError(
-            f"{source} lacks pseudo boxes of {', '.join(label_space.datasets)}; make them with"
-            " --stage mine, and name its run folder as --pseudo-boxes"
-        )
-
-
-def run_metadata(args: Args) -> dict:
-    """Returns the metadata of the weights."""
-    return {"method": METHOD, "args": asdict(args)}
 
 
 def keep_stage(
@@ -659,7 +614,8 @@ def keep_stage(
 ) -> None:
     """Writes the weights of a model that is not the last, and its results, to a folder."""
     folder.mkdir(exist_ok=True)
-    save_weights(folder / "weights.safetensors", model, label_space, run_metadata(args))
+    metadata = {"method": METHOD, "args": asdict(args)}
+    save_weights(folder / "weights.safetensors", model, label_space, metadata)
     log.info("%s:", folder.name)
     report(evaluate(args, model, label_space, datasets, folder), folder, args)
 
@@ -691,7 +647,7 @@ def train_stage(
     if weights:
         load_weights(weights, model)
     model.train()
-    metadata = run_metadata(args)
+    metadata = {"method": METHOD, "args": asdict(args)}
 
     lr = scaled_lr(args.lr, args)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -710,8 +666,8 @@ def train_stage(
         if step == 1 and rank() == 0:
             save_image(training_grid(batch, all_labels.vocabularies), folder / "first_batch.jpg")
         batch = batch.to(device)
-        done = step - 1 - steps.start
         for group in optimizer.param_groups:
+            done = step - 1 - steps.start
             group["lr"] = stepped_learning_rate(done, lr, len(steps), args.warmup_steps, 1e-3)
 
         targets = prepare_targets(batch, all_labels, scopes)
@@ -781,7 +737,6 @@ def main() -> None:
     evaluated = evaluation_datasets(args, label_space, size)
     folder = make_run_folder(args, METHOD, label_space)
     if training:
-        on_main(check_stage, args, datasets, label_space, folder)
         warn_of_overlap(datasets, evaluated)
         model, label_space = train(args, datasets, label_space, folder, device, evaluated)
     if args.predict:

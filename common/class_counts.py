@@ -128,10 +128,11 @@ def own_columns(datasets: list[Dataset], label_space: LabelSpace) -> dict[str, T
     """Returns {dataset: (C,) bool}: L_d, the columns of the classes that each dataset annotates."""
     scopes = {}
     for dataset in datasets:
-        annotated = [k for k in range(len(dataset.vocabulary)) if k not in dataset.novel]
-        columns = label_space.columns(dataset.name)[annotated]
-        scopes[dataset.name] = torch.zeros(len(label_space), dtype=torch.bool)
-        scopes[dataset.name][columns] = True
+        columns = label_space.columns(dataset.name)
+        annotated = [k for k in range(len(columns)) if k not in dataset.novel]
+        scope = torch.zeros(len(label_space), dtype=torch.bool)
+        scope[columns[annotated]] = True
+        scopes[dataset.name] = scope
     return scopes
 
 

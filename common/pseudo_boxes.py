@@ -53,7 +53,7 @@ def read_record(path: Path, dataset: Dataset, names: tuple[str, ...]) -> dict:
             numbers = [*box["bbox"], *(box[fact] for fact in FACTS)]
             if not (np.isfinite(numbers).all() and 1 <= box["category_id"] <= len(known)):
                 raise ValueError("a box has no sound numbers")
-    except BROKEN as error:
+    except (*BROKEN, OSError) as error:
         raise InputError(
             f"pseudo boxes {path} cannot be read ({type(error).__name__}: {error}); delete the"
             " file to mine them again"
@@ -89,8 +89,7 @@ def mine_boxes(
 
     locate: called as locate(batch, first=row), with the row of the first image of its part of the
             dataset. Returns a dictionary per image: `boxes` (N, 4) in pixels of the original image,
-            `labels` (N,), columns of the label space, `score`, `iou_mean` and `freq`, (N,) each,
-            and `size`, (height, width)
+            `facts` (N, 3), see FACTS, `labels` (N,), columns of the label space, and `size`
     resize: transforms each sample before `locate` gets the batch
     args:   --workers and --skip-bad; an unreadable image that may be skipped has no boxes
 
@@ -122,8 +121,8 @@ def _locate_or_skip(locate: Callable[[Batch], list[dict]], batch: Batch) -> list
     (sample,) = batch.samples
     if sample.image.any():
         return locate(batch)
-    nothing = {name: torch.zeros(0) for name in ("labels", *FACTS)}
-    return [nothing | {"boxes": torch.zeros(0, 4), "size": sample.original_size}]
+    nothing = {"boxes": torch.zeros(0, 4), "facts": torch.zeros(0, 3), "labels": torch.zeros(0)}
+    return [nothing | {"size": sample.original_size}]
 
 
 def _add_image(record: dict, dataset: Dataset, row: int, found: dict) -> None:
@@ -133,8 +132,8 @@ def _add_image(record: dict, dataset: Dataset, row: int, found: dict) -> None:
     name = dataset.index.file_name(row)
     image = {"id": image_id, "file_name": name, "height": int(height), "width": int(width)}
     record["images"].append(image)
-    facts = zip(*(found[fact].tolist() for fact in FACTS))
-    for box, label, values in zip(found["boxes"].tolist(), found["labels"].tolist(), facts):
+    columns = (found[name].tolist() for name in ("boxes", "labels", "facts"))
+    for box, label, values in zip(*columns):
         left, top, right, bottom = (round(side, 2) for side in box)
         entry = {
             "id": len(record["annotations"]) + 1,
@@ -160,9 +159,9 @@ class PseudoBoxes:
     facts: dict[str, np.ndarray]
 
     @classmethod
-    def read(cls, path: Path, dataset: Dataset, names: tuple[str, ...]) -> "PseudoBoxes":
-        """Reads a file. The labels are rows of `names`. Raises InputError as `read_record` does."""
-        record = read_record(path, dataset, names)
+    def read(cls, folder: Path, dataset: Dataset, names: tuple[str, ...]) -> "PseudoBoxes":
+        """Reads the file of a dataset; labels are rows of `names`. Raises as `read_record` does."""
+        record = read_record(pseudo_file(folder, dataset.name), dataset, names)
         row_of = {image["id"]: row for row, image in enumerate(record["images"])}
         found = record["annotations"]
         boxes = np.array([box["bbox"] for box in found], np.float32).reshape(-1, 4)
@@ -205,12 +204,24 @@ def extended(vocabulary: Vocabulary, names: tuple[str, ...]) -> Vocabulary:
 
 
 def with_pseudo_boxes(
-    dataset: Dataset, names: tuple[str, ...], found: PseudoBoxes
+    dataset: Dataset,
+    folder: Path,
+    label_space: LabelSpace,
+    confidence: Callable[..., np.ndarray],
+    least: float,
 ) -> WithPseudoBoxes:
-    """Returns a copy of the dataset that loads pseudo boxes; their labels are rows of `names`."""
-    vocabulary = extended(dataset.vocabulary, names)
+    """Returns a copy of the dataset that loads the confident boxes of its file in `folder`.
+
+    confidence: called with all FACTS of P boxes, (P,) each, by name; returns (P,)
+    least:      the boxes whose confidence is above it are loaded; the log says how many
+    """
+    found = PseudoBoxes.read(folder, dataset, label_space.names)
+    kept = confidence(**found.facts) > least
+    message = "%s: trains on %d of %d pseudo boxes"
+    log.info(message, dataset.name, kept.sum(), len(kept))
+    vocabulary = extended(dataset.vocabulary, label_space.names)
     label_of = {fold(name): label for label, name in reversed([*enumerate(vocabulary.names)])}
-    labels = np.array([label_of[fold(name)] for name in names], np.int64)
-    found = replace(found, labels=labels[found.labels])
+    labels = np.array([label_of[fold(name)] for name in label_space.names], np.int64)
+    found = replace(found, labels=labels[found.labels]).take(kept)
     fields = vars(dataset) | {"vocabulary": vocabulary}
     return WithPseudoBoxes(**fields, found=found)

@@ -4,8 +4,6 @@ CONCORD_PARITY names the folder. Every size, constant and name is read from it.
 `pytest -s` prints the worst relative error.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 from parity import (
@@ -115,15 +113,17 @@ def test_detections(monkeypatch):
     model, label_space, tensors, config = recorded_retinanet(monkeypatch)
     test = config["test"]
 
+    best_of_levels = retinanet.best_of_levels
+
     def recorded_best(scores, counts, most):
-        return retinanet.best_of_levels(scores, counts, test["nms_pre"])
+        return best_of_levels(scores, counts, test["nms_pre"])
 
     def recorded_select(boxes, scores, one_class, threshold, limit):
         assert threshold == test["score_thr"]
         return select_detections(boxes, scores, one_class, threshold, test["max_per_img"])
 
     batched_nms = common.boxes.batched_nms
-    monkeypatch.setattr(method, "best_of_levels", recorded_best)
+    monkeypatch.setattr(retinanet, "best_of_levels", recorded_best)
     monkeypatch.setattr(method, "select_detections", recorded_select)
     monkeypatch.setattr(
         common.boxes, "batched_nms", lambda *a: batched_nms(*a[:3], test["nms"]["iou_thr"])
@@ -181,7 +181,7 @@ def test_losses(variant):
         ours = torch.zeros_like(tensors[f"{variant}.weights"][i])
         ours[rows] = weight * (found.labels > -2)[:, None]
         check("weights", ours, tensors[f"{variant}.weights"][i])
-        if f"{variant}.labels_aux" in tensors and variant != "two.pos_safeneg":
+        if f"{variant}.labels_aux" in tensors:
             recorded = {
                 name: tensors[f"{variant}.{name}"][i][rows]
                 for name in ("labels", "labels_aux", "label_weights", "max_overlaps", "box_targets")
@@ -207,7 +207,6 @@ def test_constants_that_the_recording_names():
     assert record["results"]["two.pos_weightedneg"]["norm_thre"] == method.Args().least_confidence
     _, record = case("catex_mining")
     assert record["config"]["test_runs"] == method.Args().dropout_runs
-    assert record["config"]["file_score_thr"] == method.Args().least_score
 
 
 def test_clusters_and_confidence():
@@ -219,8 +218,7 @@ def test_clusters_and_confidence():
         scores = scores.flatten()
         found = []
         for members in method.cluster(boxes, config["cluster_iou"]):
-            mean, facts = method.summarise(boxes[members], scores[members], config["test_runs"])
-            found.append(torch.cat([mean, facts]))
+            found.append(method.summarise(boxes[members], scores[members], config["test_runs"]))
         found = torch.stack(found)
         check("clusters", found, tensors[f"clusters.class{label}"])
         confidence = method.confidence(*found[:, 4:].double().T.numpy())
@@ -233,7 +231,6 @@ def test_mined_image_of_recorded_runs(monkeypatch):
     config = record["config"]
     names = tuple(map(str, range(config["num_classes"])))
     args = method.Args(backbone="resnet10t", channels=8, dropout_runs=config["test_runs"])
-    args = replace(args, least_score=config["file_score_thr"])
     model = method.Model(args, LabelSpace([Vocabulary("any", names)], merge=True), False)
     runs = iter(range(config["test_runs"]))
 
@@ -253,6 +250,5 @@ def test_mined_image_of_recorded_runs(monkeypatch):
         clusters = tensors[f"clusters.class{label}"]
         kept.append(clusters[clusters[:, 4] >= config["file_score_thr"]])
         labels += [label] * record["results"][f"class{label}"]["num_kept_for_file"]
-    ours = torch.stack([found[fact] for fact in ("score", "iou_mean", "freq")], 1)
-    check("mined boxes", torch.cat([found["boxes"], ours], 1), torch.cat(kept))
+    check("mined boxes", torch.cat([found["boxes"], found["facts"]], 1), torch.cat(kept))
     assert found["labels"].tolist() == labels
