@@ -72,6 +72,7 @@ from common.batch import Batch
 from common.boxes import select_detections
 from common.checkpoint import (
     checkpoint_step,
+    checkpoints,
     last_checkpoint,
     load_checkpoint,
     load_weights,
@@ -547,7 +548,7 @@ def drop(feature: Tensor, probability: float, generator: torch.Generator) -> Ten
 def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoader:
     """Returns a loader of endless batches from all datasets as one list, shuffled.
 
-    A batch may mix datasets, in natural proportions. Skips the first `start` batches.
+    Skips the first `start` batches.
     """
     resize = ResizeShortestRange(args.image_size, args.image_size)
     place = (args.seed, start * args.batch_size, rank(), world_size())
@@ -567,9 +568,8 @@ def train(
 ) -> tuple[Model, LabelSpace]:
     """Trains, mines pseudo boxes with the result, and trains anew on them; see --stage.
 
-    Returns the last model and its label space. Every rank calls it. Rank 0 writes: the first
-    model and its results to the folder first/, the pseudo boxes, and the last weights.
-    Raises InputError if --stage lacks what it needs.
+    Returns the last model, and the label space. Every rank calls it. The first model is kept in the
+    folder first/, with its results. Raises InputError if --stage lacks what it needs.
     """
     if args.stage == "mine" and not args.weights:
         raise InputError("--stage mine needs --weights: the run folder of a first training")
@@ -581,20 +581,18 @@ def train(
     given_data = (label_space, folder, device, evaluated)
     source = Path(args.pseudo_boxes or folder)
     is_mined = on_main(are_complete, source, datasets, label_space)
-    if not is_mined and (args.pseudo_boxes or args.stage == "second"):
+    begun = args.stage == "all" and any(checkpoint_step(p) > switch for p in checkpoints(folder))
+    if not is_mined and (args.pseudo_boxes or args.stage == "second" or begun):
         raise InputError(
             f"{source} lacks pseudo boxes of {', '.join(label_space.datasets)}; make them with"
             " --stage mine, and name its run folder as --pseudo-boxes"
         )
     if args.stage in ("first", "mine") or not is_mined or 0 < args.replay <= switch:
-        checkpoint = last_checkpoint(folder, args.replay)
-        if args.stage == "all" and checkpoint and checkpoint_step(checkpoint) > switch:
-            raise InputError(f"{checkpoint} was trained on pseudo boxes that {source} lacks now")
         model = train_stage(args, args.negatives, range(switch), datasets, *given_data)
         if args.stage == "first":
             return model, label_space
         if args.stage == "all":
-            keep_stage(args, model, label_space, evaluated, folder / "first")
+            keep_first(args, model, label_space, evaluated, folder / "first")
         resize = ResizeShortest(args.test_size)
         scopes = own_columns(datasets, label_space)
         for dataset in datasets:
@@ -609,14 +607,14 @@ def train(
     return model, label_space
 
 
-def keep_stage(
+def keep_first(
     args: Args, model: Model, label_space: LabelSpace, datasets: list[Dataset], folder: Path
 ) -> None:
-    """Writes the weights of a model that is not the last, and its results, to a folder."""
+    """Writes the first model and its results to a folder of their own."""
     folder.mkdir(exist_ok=True)
     metadata = {"method": METHOD, "args": asdict(args)}
     save_weights(folder / "weights.safetensors", model, label_space, metadata)
-    log.info("%s:", folder.name)
+    log.info("after the first training:")
     report(evaluate(args, model, label_space, datasets, folder), folder, args)
 
 

@@ -47,14 +47,17 @@ ALLOWED = {
     "RunLog(args": "LMSeg's text is learned",
     "compute_losses(args": "the losses have other inputs",
     "raise InputError(": "other errors",
+    "torch.arange(": "where the model keeps the number of its classes",
+    "ResizeShortestRange(": "the papers' sizes of training images",
+    "if args.stage ==": "the stages of the papers",
     "Each dataset is classified by its own part": "ScaleDet says what a further dataset changes",
 }
 
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
 BUDGETS = {
-    "labels & text": 1020,
+    "labels & text": 1050,
     "data": 9000,
-    "detectors": 3350,
+    "detectors": 3700,
     "segmenters": 2060,
     "a run": 3200,
 }
@@ -63,7 +66,8 @@ GROUPS = {
     "labels & text": "labels text class_counts",
     "data": "batch transforms sampling",
     "detectors": "backbone swin vit weight_files boxes targets centernet cascade masks oln"
-    " clip_resnet proposals image_label_losses text_classifier official_detectors",
+    " clip_resnet proposals image_label_losses text_classifier official_detectors"
+    " retinanet pseudo_boxes",
     "segmenters": "msda msda_triton pixel_decoder transformer point_matching mask_losses"
     " dataset_heads segments segment_metrics",
     "faults": "checkpoint files replay rescue runlog settings unreadable validation",
