@@ -217,7 +217,7 @@ TINY = {
     "channels": 64,
 }
 # the settings that --weights restores: those that shape the model and its inputs
-MODEL_FIELDS = ["backbone", "test_size", "channels"]
+MODEL_FIELDS = ["backbone", "test_size", "channels", "classes", "rename"]
 OFFICIAL = refuse("is of mmdetection and does not fit: P6 is made of other maps here")
 
 # -- Model -----------------------------------------------------------------------------------------
@@ -236,15 +236,12 @@ class Model(nn.Module):
         self.args = args
         self.columns = {name: label_space.columns(name) for name in label_space.datasets}
         self.num_classes = len(label_space)
-        self.backbone = Backbone(args.backbone, args.channels, pretrained)
+        self.backbone = Backbone(args.backbone, args.channels, pretrained, freeze_stem=True)
         self.head = retinanet.RetinaHead(args.channels, self.num_classes)
         self.register_buffer("normaliser", torch.tensor(100.0))  # N, saved with the weights
 
     def columns_of(self, label_space: LabelSpace) -> Tensor:
-        """Returns (K,) the columns that score the classes of a label space: one dataset's, or all.
-
-        Raises InputError for datasets that the model was not trained on.
-        """
+        """Returns (C,) the columns of a dataset of the training, or of all. Raises InputError."""
         if label_space.datasets == list(self.columns):
             return torch.arange(self.num_classes)
         if len(label_space.datasets) == 1 and label_space.datasets[0] in self.columns:
@@ -615,7 +612,8 @@ def keep_first(
     metadata = {"method": METHOD, "args": asdict(args)}
     save_weights(folder / "weights.safetensors", model, label_space, metadata)
     log.info("after the first training:")
-    report(evaluate(args, model, label_space, datasets, folder), folder, args)
+    results = evaluate(args, model, label_space, datasets, folder)
+    report(results, folder, args, run=folder.parent)
 
 
 def train_stage(

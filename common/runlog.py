@@ -343,10 +343,11 @@ class RunLog:
                 self.board.close()
 
 
-def report(results: Results, folder: Path, args) -> None:
+def report(results: Results, folder: Path, args, run: Path | None = None) -> None:
     """Writes results.json to `folder`, and the table to the log. Does nothing without results.
 
     After a training with --eval-every it also does what `record_evaluation` says.
+    run: the run folder, if `folder` is only a part of it
     """
     if not results:
         return
@@ -356,9 +357,10 @@ def report(results: Results, folder: Path, args) -> None:
     if args.eval_every and not args.eval_only:
         weights = folder / "weights.safetensors"
         trained = stored_names(weights) or {}
-        done = [checkpoint_step(path) for path in checkpoints(folder)]
+        run = run or folder
+        done = [checkpoint_step(path) for path in checkpoints(run)]
         save = partial(copy_weights, weights)
-        record_evaluation(folder, max(done, default=0), results, trained, save)
+        record_evaluation(run, max(done, default=0), results, trained, save)
     log.info("results and pictures: %s/", folder)
 
 

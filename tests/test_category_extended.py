@@ -97,6 +97,14 @@ def test_head_orders_anchors_by_level_cell_and_shape():
     assert not head.box_deltas.bias.any()
 
 
+def test_stem_and_first_stage_are_frozen_as_in_the_official_configurations(model):
+    model.backbone.frozen_norm.fill_(True)  # as after loading published weights
+    model.train()
+    frozen = {name for name, p in model.backbone.body.named_parameters() if not p.requires_grad}
+    assert {"conv1.0.weight", "layer1.0.conv1.weight"} <= frozen
+    assert not {name for name in frozen if name.startswith("layer2.0.conv")}
+
+
 def test_best_anchors_are_those_of_each_level():
     scores = torch.tensor([[0.1, 0.9], [0.2, 0.3], [0.8, 0.1], [0.1, 0.2], [0.3, 0.1]])
     assert retinanet.best_of_levels(scores, [3, 2], 1).tolist() == [0, 4]

@@ -50,7 +50,7 @@ def recorded_retinanet(monkeypatch):
     config = record["config"]
     features = [tensors[key] for key in sorted(tensors) if key.startswith("features.")]
     monkeypatch.setattr(method, "STRIDES", config["strides"])
-    monkeypatch.setattr(method, "Backbone", lambda *_: Recorded(features))
+    monkeypatch.setattr(method, "Backbone", lambda *_, **__: Recorded(features))
     names = tuple(map(str, range(config["num_classes"])))
     label_space = LabelSpace([Vocabulary("any", names)], merge=True)
     args = method.Args(channels=config["channels"], amp="off")
