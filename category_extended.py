@@ -101,16 +101,11 @@ from common.visualize import save_image, training_grid
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
-# five of these classes are annotated in o365 alone
-CLASSES = (
-    "bus, cat, elephant, keyboard, skateboard, backpack, banana, bed, car, chair, frisbee, horse,"
-    " laptop, person, sheep, spoon, train, zebra"
-)
-FIRST = f"--datasets coco-base,o365 --tiny --classes '{CLASSES}' --stage first"
+DATASETS = "--datasets coco-base,o365 --tiny"
 DEMO = [  # the demonstration of ./run.sh: two controls, then the method
-    f"{FIRST} --negatives plain --output {{output}}-plain",
-    f"{FIRST} --negatives dataset_aware --output {{output}}-dataset-aware",
-    f"--datasets coco-base,o365 --tiny --classes '{CLASSES}'",
+    f"{DATASETS} --stage first --negatives plain --output {{output}}-plain",
+    f"{DATASETS} --stage first --negatives dataset_aware --output {{output}}-dataset-aware",
+    DATASETS,
 ]
 
 # -- Args ------------------------------------------------------------------------------------------
@@ -217,7 +212,7 @@ TINY = {
     "channels": 64,
 }
 # the settings that --weights restores: those that shape the model and its inputs
-MODEL_FIELDS = ["backbone", "test_size", "channels", "classes", "rename"]
+MODEL_FIELDS = ["backbone", "test_size", "channels"]
 OFFICIAL = refuse("is of mmdetection and does not fit: P6 is made of other maps here")
 
 # -- Model -----------------------------------------------------------------------------------------

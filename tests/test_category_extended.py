@@ -187,15 +187,15 @@ def test_box_loss_of_positive_anchors():
 
 
 def test_anchors_are_assigned_twice():
-    """0: exact; 1: IoU .6; 2: IoU .43, between; 3: IoU .25; 4: the best one of the second box."""
+    """0: exact; 1: IoU .6; 2: IoU .43, between; 3: IoU .37; 4: the best one of the second box."""
     anchors = torch.tensor(
-        [[0, 0, 10, 10], [0, 0, 10, 6], [0, 0, 10, 4.3], [0, 0, 10, 2.5], [50, 0, 60, 3]]
+        [[0, 0, 10, 10], [0, 0, 10, 6], [0, 0, 10, 4.3], [0, 0, 10, 3.7], [50, 0, 60, 3]]
     )
     truth = Targets(squares((0, 0, 10), (50, 0, 10)), torch.tensor([7, 8]))
     ours = method.assign(anchors, truth)
     assert ours.labels.tolist() == [7, 7, -2, -1, 8]
     assert ours.strict.tolist() == [True, False, False, False, True]
-    assert ours.overlap.tolist() == pytest.approx([1, 0.6, 0.43, 0.25, 0.3])
+    assert ours.overlap.tolist() == pytest.approx([1, 0.6, 0.43, 0.37, 0.3])
     assert torch.equal(ours.boxes[[0, 1, 4]], truth.boxes[[0, 0, 1]])
     assert ((ours.labels >= 0) | ~ours.strict).all()
 
@@ -291,6 +291,8 @@ def test_novel_classes_are_not_annotated():
     dataset = labelled("a", [[0]], 2)
     dataset.novel = (1,)
     dataset.vocabulary = A
+    both = LabelSpace([A, Vocabulary("b", ("Dog", "cat"))], merge=True)
+    assert own_and_elsewhere(dataset, both)["elsewhere"].tolist() == [False, True]
     assert own_columns([dataset], SPACE)["a"].tolist() == [True, False, False]
     groups = own_and_elsewhere(dataset, SPACE)
     assert {name: list(rows) for name, rows in groups.items()} == {
@@ -326,6 +328,8 @@ def test_a_box_joins_by_its_smallest_overlap():
     assert iou(chain[1], chain[2]) > 0.5 > iou(chain[0], chain[2])
     assert method.cluster(chain) == [[0, 1], [2]]
     assert method.cluster(chain[:0]) == []
+    apart = squares((0, 0, 10), (3.5, 0, 10))  # IoU 0.48
+    assert method.cluster(apart) == [[0], [1]] and method.cluster(apart, 0.4) == [[0, 1]]
 
 
 def test_summary_of_a_cluster():
@@ -396,6 +400,16 @@ def test_mining_is_of_unannotated_classes_and_repeats(model):
         ].tolist()
         == []
     )
+
+
+def test_clusters_of_low_score_are_not_kept(model, monkeypatch):
+    """Scores of 0.09 and 0.11 in all runs."""
+    boxes, scores = squares((0, 0, 9), (30, 30, 9)), torch.tensor([0.09, 0.11])
+    run = (boxes, scores, torch.tensor([2, 2]))
+    monkeypatch.setattr(method, "select_detections", lambda *_: run)
+    [found] = method.mine_image(model, one_image(), ~SCOPE)
+    assert found["facts"].flatten().tolist() == pytest.approx([0.11, 1, 1])
+    assert found["boxes"].flatten().tolist() == pytest.approx([60, 15, 78, 19.5])
 
 
 def test_prediction_has_the_columns_of_the_label_space(model):
