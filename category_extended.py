@@ -403,13 +403,14 @@ def compute_losses(
 
     L_cls is `loss_classes`, with the weights that `negatives` names in NEGATIVES. L_box is
     `loss_boxes`. logits, deltas, anchors, inside: as `Model.forward` returns them
-    normaliser: N, which changes in place; an image without a positive counts as one with one
+    normaliser: N of all ranks, changed in place; an image without a positive counts as one with one
     Returns both terms, and their sum as `loss`.
     """
     found = [assign(anchors[rows], target) for rows, target in zip(inside, targets)]
     positives = sum((image.labels >= 0).sum().clamp(min=1) for image in found)
-    normaliser.mul_(0.9).add_(0.1 * mean_over_ranks(positives.float()))
-    count = normaliser.clamp(min=1)
+    ranks = world_size()
+    normaliser.mul_(0.9).add_(0.1 * ranks * mean_over_ranks(positives.float()))
+    count = normaliser.clamp(min=1) / ranks  # gradients are means over the ranks
     losses = {"loss_class": logits.new_zeros(()), "loss_box": logits.new_zeros(())}
     for i, (rows, image) in enumerate(zip(inside, found)):
         weight = NEGATIVES[negatives](image, targets[i].scope)
