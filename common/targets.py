@@ -18,7 +18,8 @@ class Targets:
 
     boxes:        (N, 4) xyxy in pixels
     labels:       (N,) int64
-    scope:        the columns of the label space that this image may train; None: all
+    scope:        the columns of the label space that this image may train, a slice or (C,) bool;
+                  None: all
     masks:        (N, H, W) bool; one without a pixel says that the object has only a box. Or None
     image_labels: (K,) int64 image-level labels, or None; an image that has them has no boxes
     caption:      of an image with image-level labels; "" without one
@@ -26,7 +27,7 @@ class Targets:
 
     boxes: Tensor
     labels: Tensor
-    scope: slice | None = None
+    scope: slice | Tensor | None = None
     masks: Tensor | None = None
     image_labels: Tensor | None = None
     caption: str = ""

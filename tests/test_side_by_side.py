@@ -55,14 +55,17 @@ ALLOWED = {
     "predictions = [Prediction(": "ScaleDet needs the cosine, too",
     "warn_of_overlap(": "UniDet learns its merges on further datasets",
     "train(args, datasets, label_space, folder": "the same",
+    "torch.arange(": "where the model keeps the number of its classes",
+    "ResizeShortestRange(": "the papers' sizes of training images",
+    "if args.stage ==": "the stages of the papers",
     "Each dataset is classified by its own part": "ScaleDet says what a further dataset changes",
 }
 
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
 BUDGETS = {
-    "labels & text": 1280,
+    "labels & text": 1310,
     "data": 9480,
-    "detectors": 3480,
+    "detectors": 3880,
     "segmenters": 2060,
     "a run": 3300,
 }
@@ -71,7 +74,8 @@ GROUPS = {
     "labels & text": "labels text class_counts merges merge_scores",
     "data": "batch transforms sampling",
     "detectors": "backbone swin vit weight_files boxes targets centernet cascade masks oln"
-    " clip_resnet proposals image_label_losses text_classifier official_detectors class_ap",
+    " clip_resnet proposals image_label_losses text_classifier official_detectors class_ap"
+    " retinanet pseudo_boxes",
     "segmenters": "msda msda_triton pixel_decoder transformer point_matching mask_losses"
     " dataset_heads segments segment_metrics",
     "faults": "checkpoint files replay rescue runlog settings unreadable validation",
