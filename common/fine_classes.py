@@ -50,6 +50,7 @@ class FineLabelSpace(LabelSpace):
     def __init__(self, vocabularies: Sequence[Vocabulary], table: FineClasses):
         super().__init__([*vocabularies, Vocabulary(ALL, table.names)])
         self.table = table
+        self.told: set[str] = set()  # datasets whose unknown classes are in the log
 
     def unique(self) -> LabelSpace:
         """Returns the label space of the fine classes alone."""
@@ -74,7 +75,8 @@ class FineLabelSpace(LabelSpace):
                 f"this model classifies without text and has no class {quoted(unknown)};"
                 f" nearest: {', '.join(near)}"
             )
-        if unknown:
+        if unknown and vocabulary.dataset not in self.told:
+            self.told.add(vocabulary.dataset)
             message = "%s: %d of %d classes are no fine classes of this model and are never found"
             log.info(message, vocabulary.dataset, len(unknown), len(vocabulary))
         return LabelSpace([vocabulary])
@@ -148,9 +150,10 @@ def write_table(path: Path, table: FineClasses) -> None:
 def read_table(path: str | Path, vocabularies: Sequence[Vocabulary]) -> FineClasses:
     """Reads the table from a csv file as `write_table` makes it, and logs what it says.
 
-    A class in no row gets a row of its own. Columns of other datasets are left out, with a line.
+    Classes in no row become fine classes by their names, as in `derive_table`. Columns of other
+    datasets, and rows that have none left, are not read.
     Raises InputError for a file that cannot be read, for a class that does not exist, with the
-    nearest name, and for a fine class that has two rows, no name, or no class of any dataset.
+    nearest name, and for a fine class without a name or of one that two rows have.
     """
     path = Path(path).expanduser()
     try:
@@ -168,15 +171,12 @@ def read_table(path: str | Path, vocabularies: Sequence[Vocabulary]) -> FineClas
         log.warning("%s: the columns %s are of no dataset here", path, ", ".join(others))
     rows = [{head: (row.get(head) or "").strip() for head in (NAME, *datasets)} for row in table]
     _check_rows(path, rows, vocabularies)
-    rows = [row for row in rows if any(row[d] not in ("", NONE) for d in datasets)]
-    for vocabulary in vocabularies:
-        named = {row[vocabulary.dataset] for row in rows}
-        missing = [name for name in vocabulary.names if name not in named]
-        if missing:
-            message = "%s: %d classes of %s are in no row and stay alone: %s"
-            log.info(message, path, len(missing), vocabulary.dataset, quoted(missing))
-        alone = dict.fromkeys(datasets, "")
-        rows += [alone | {NAME: name, vocabulary.dataset: name} for name in missing]
+    filled = [row for row in rows if any(row[d] not in ("", NONE) for d in datasets)]
+    if len(filled) < len(rows):
+        message = "%s: %d of %d rows have a class of no dataset here and are left out"
+        log.info(message, path, len(rows) - len(filled), len(rows))
+    rows = filled
+    _add_missing(path, rows, vocabularies)
     names = tuple(row[NAME] for row in rows)
     found = FineClasses(names, {d: tuple(row[d] for row in rows) for d in datasets})
     _log_counts(str(path), found)
@@ -200,6 +200,30 @@ def _check_rows(path: Path, rows: list[dict], vocabularies: Sequence[Vocabulary]
                     f"table {path}, row {number}: '{vocabulary.dataset}' has no class '{cell}';"
                     f" nearest: {', '.join(near or vocabulary.names[:3])}"
                 )
+
+
+def _add_missing(path: Path, rows: list[dict], vocabularies: Sequence[Vocabulary]) -> None:
+    """Adds the classes that are in no row: to the row of this name, or as a row. Logs how many."""
+    row_of = {fold(row[NAME]): row for row in rows}
+    for vocabulary in vocabularies:
+        dataset = vocabulary.dataset
+        named = {row[dataset] for row in rows}
+        missing = [name for name in vocabulary.names if name not in named]
+        if missing:
+            message = "%s: %d classes of %s are in no row and keep their names: %s"
+            log.info(message, path, len(missing), dataset, quoted(missing))
+        for name in missing:
+            row = row_of.get(fold(name))
+            if row is None:
+                row = dict.fromkeys((v.dataset for v in vocabularies), "") | {NAME: name}
+                row_of[fold(name)] = row
+                rows.append(row)
+            if row[dataset]:
+                raise InputError(
+                    f"table {path}: the row '{row[NAME]}' has '{row[dataset]}' of '{dataset}',"
+                    f" whose class '{name}' is in no row; give it one"
+                )
+            row[dataset] = name
 
 
 def _log_counts(title: str, table: FineClasses) -> None:

@@ -46,6 +46,8 @@ def assign_anchors(anchors: Tensor, boxes: Tensor) -> Tensor:
     that no anchor overlaps a box more than take this box. What is left is background below 0.3.
     anchors: (A, 4); boxes: (N, 4)
     """
+    if len(anchors) == 0:  # in an image smaller than all anchors
+        return anchors.new_zeros(0, dtype=torch.long)
     matched = match_anchors(anchors, boxes, 0.7, 0.3, low_iou=1e-6)
     best, is_close = match_by_iou(anchors, boxes, 0.7)
     return torch.where(is_close, best, matched)
