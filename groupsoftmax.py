@@ -218,18 +218,20 @@ def build_label_space(
     return FineLabelSpace(vocabularies, table)
 
 
-def choose_table(args: Args, datasets: list[Dataset]) -> FineClasses:
+def choose_label_space(args: Args, datasets: list[Dataset]) -> FineLabelSpace:
     """Reads the table of --groups, or derives it from the names and class trees of the datasets.
 
     "plain" is the control: classes of equal names are one, and all others are negatives.
     """
     vocabularies = [d.vocabulary for d in datasets]
-    if args.groups == "plain":
-        return derive_table(vocabularies, {}).all_annotated()
-    if args.groups:
-        return read_table(args.groups, vocabularies)
     trees = {d.name: d.hierarchy for d in datasets if d.hierarchy}
-    return derive_table(vocabularies, trees)
+    if args.groups == "plain":
+        table = derive_table(vocabularies, {}).all_annotated()
+    elif args.groups:
+        table = read_table(args.groups, vocabularies)
+    else:
+        table = derive_table(vocabularies, trees)
+    return build_label_space(args, vocabularies, table)
 
 
 def group_vector(table: FineClasses, dataset: str) -> Tensor:
@@ -501,11 +503,11 @@ def build_dataloader(
 def train(
     args: Args,
     datasets: list[Dataset],
-    label_space: FineLabelSpace,
+    label_space: LabelSpace,
     folder: Path,
     device: torch.device,
     evaluated: Sequence[Dataset] = (),
-) -> tuple[Model, FineLabelSpace]:
+) -> tuple[Model, LabelSpace]:
     """Trains on `datasets`. Writes metrics, checkpoints and weights to the run folder.
 
     Returns the model, and the label space on `device`. Every rank calls it. Rank 0 writes.
@@ -571,7 +573,7 @@ def train(
 
 
 def evaluate(
-    args: Args, model: Model, label_space: FineLabelSpace, datasets: list[Dataset], folder: Path
+    args: Args, model: Model, label_space: LabelSpace, datasets: list[Dataset], folder: Path
 ) -> dict[str, dict[str, float]]:
     """Evaluates each dataset by its own metric, on its own classes alone. Draws pictures.
 
@@ -596,7 +598,7 @@ def evaluate(
 
 def load(
     path: str | Path, args: Args | None = None, device: torch.device | str = "cpu"
-) -> tuple[Model, FineLabelSpace]:
+) -> tuple[Model, LabelSpace]:
     """Rebuilds a trained model and its label space from a run folder or a weights file.
 
     args: None takes the settings of the training from the file. The model is in eval mode.
@@ -621,8 +623,7 @@ def main() -> None:
     training = not (args.predict or args.eval_only)
     if training:
         datasets = [drop_empty(d) for d in training_datasets(args, size)]
-        table = choose_table(args, datasets)
-        label_space = build_label_space(args, [d.vocabulary for d in datasets], table)
+        label_space = choose_label_space(args, datasets)
     else:
         model, label_space = load(args.weights, args, device)
     evaluated = evaluation_datasets(args, label_space, size)

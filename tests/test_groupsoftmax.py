@@ -529,7 +529,7 @@ def test_the_control_has_no_groups(groups):
     fine = labelled("coco", [[0]], 3)
     fine.vocabulary = Vocabulary("coco", ("dog", "cat", "person"))
     args = groupsoftmax.Args(groups=groups)
-    table = groupsoftmax.choose_table(args, [fine, coarse])
+    table = groupsoftmax.choose_label_space(args, [fine, coarse]).table
     vectors = {d: groupsoftmax.group_vector(table, d).tolist() for d in ("coco", "oid-top")}
     if groups:
         assert table.names == ("dog", "cat", "person", "Animal")

@@ -47,23 +47,28 @@ ALLOWED = {
     "RunLog(args": "LMSeg's text is learned",
     "compute_losses(args": "the losses have other inputs",
     "raise InputError(": "other errors",
+    "members": "a class of GroupSoftmax may have several columns",
+    "anchors": "GroupSoftmax's proposals come from anchors",
+    "Anchors]": "the same",
+    "prepare_targets(batch, groups)": "GroupSoftmax's labels depend on its groups",
+    "if rank() == 0:": "GroupSoftmax writes its table where another file reads one",
     "Each dataset is classified by its own part": "ScaleDet says what a further dataset changes",
 }
 
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
 BUDGETS = {
-    "labels & text": 1020,
-    "data": 9000,
-    "detectors": 3350,
+    "labels & text": 1260,
+    "data": 9110,
+    "detectors": 3500,
     "segmenters": 2060,
     "a run": 3200,
 }
 BUDGETS |= {"faults": 1700}
 GROUPS = {
-    "labels & text": "labels text class_counts",
+    "labels & text": "labels text class_counts fine_classes",
     "data": "batch transforms sampling",
     "detectors": "backbone swin vit weight_files boxes targets centernet cascade masks oln"
-    " clip_resnet proposals image_label_losses text_classifier official_detectors",
+    " clip_resnet proposals image_label_losses text_classifier official_detectors rpn",
     "segmenters": "msda msda_triton pixel_decoder transformer point_matching mask_losses"
     " dataset_heads segments segment_metrics",
     "faults": "checkpoint files replay rescue runlog settings unreadable validation",
