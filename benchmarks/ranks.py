@@ -35,6 +35,7 @@ CASES = [
     ("scaledet", "boxes", {"datasets": "coco,o365"}),
     ("detic", "boxes and masks", {"datasets": "coco-base"}),
     ("detic", "image labels", {"datasets": "coco-base,in21k"} | FEW_BOXES),
+    ("groupsoftmax", "boxes", {"datasets": "coco,oid"}),
     ("unidetector", "localizer", {"datasets": "coco,o365", "stage": "localizer"}),
     ("unidetector", "classifier", {"datasets": "coco,o365", "steps": 0}),
     ("lmseg", "semantic maps", {"datasets": "ade20k"}),
