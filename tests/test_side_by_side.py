@@ -58,24 +58,29 @@ ALLOWED = {
     "torch.arange(": "where the model keeps the number of its classes",
     "ResizeShortestRange(": "the papers' sizes of training images",
     "if args.stage ==": "the stages of the papers",
+    "members": "a class of GroupSoftmax may have several columns",
+    "anchors": "GroupSoftmax's proposals come from anchors",
+    "Anchors]": "the same",
+    "prepare_targets(batch, groups)": "GroupSoftmax's labels depend on its groups",
+    "if rank() == 0:": "GroupSoftmax writes its table where another file reads one",
     "Each dataset is classified by its own part": "ScaleDet says what a further dataset changes",
 }
 
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
 BUDGETS = {
-    "labels & text": 1310,
-    "data": 9480,
-    "detectors": 3880,
+    "labels & text": 1550,
+    "data": 9590,
+    "detectors": 4030,
     "segmenters": 2060,
     "a run": 3300,
 }
 BUDGETS |= {"faults": 1700}
 GROUPS = {
-    "labels & text": "labels text class_counts merges merge_scores",
+    "labels & text": "labels text class_counts merges merge_scores fine_classes",
     "data": "batch transforms sampling",
     "detectors": "backbone swin vit weight_files boxes targets centernet cascade masks oln"
     " clip_resnet proposals image_label_losses text_classifier official_detectors class_ap"
-    " retinanet pseudo_boxes",
+    " retinanet pseudo_boxes rpn",
     "segmenters": "msda msda_triton pixel_decoder transformer point_matching mask_losses"
     " dataset_heads segments segment_metrics",
     "faults": "checkpoint files replay rescue runlog settings unreadable validation",
