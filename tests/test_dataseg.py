@@ -1351,7 +1351,7 @@ def test_what_is_evaluated(given, evaluated, monkeypatch, call):
             raise Enough(names)
         return []
 
-    monkeypatch.setattr("common.datasets.names.load_datasets", load)
+    monkeypatch.setattr("common.datasets.runs.load_datasets", load)
     with pytest.raises(Enough, match=f"^{evaluated}$"):
         call("--datasets", given, method="dataseg")
 
