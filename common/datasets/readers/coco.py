@@ -22,6 +22,7 @@ from common.datasets.readers.coco_faults import (
     category_fault,
     faulty_entries,
     first_fault,
+    is_id,
     is_id_list,
     unknown_id,
 )
@@ -80,6 +81,9 @@ def read_coco(
         )
         raise InputError(f"{annotations}: {what}") from None
     log_retyped(annotations, facts["retyped"])
+    if count := facts["of_size_0"]:
+        message = "%s: %d images have the height or width 0, which is taken as unknown"
+        log.warning(message, annotations, count)
     for root in facts["roots"]:
         message = (
             "%s: the category '%s' is left out: it has no annotation and stands for all others"
@@ -151,6 +155,7 @@ def read_index(
         "roots": roots,
         "left_out": boxes.left_out,
         "never_there": int(unpublished.sum()),
+        "of_size_0": images.of_size_0,
         "some_masks": boxes.num_masks if boxes.num_masks < boxes.count else 0,
     }
 
@@ -195,6 +200,7 @@ class Images:
         self.path = path
         self.as_written = as_written
         self.ids, self.names = [], []
+        self.of_size_0 = 0  # images that have such a height or width in the file
         self.sizes = [np.zeros((0, 2), np.int32)]  # (height, width), one array for each chunk
         self.lists = {NEGATIVES: {}, NOT_EXHAUSTIVE: {}, IMAGE_LABELS: {}, CAPTIONS: {}}
 
@@ -208,12 +214,15 @@ class Images:
                     raise ValueError(f"{key} that are no list of ids")
                 list_of_row[row] = image[key]
         ids = [image["id"] for image in chunk]
-        if None in ids:
+        if not set(map(type, ids)) <= {int, str} and not all(map(is_id, ids)):
             raise ValueError("an image without an id")
         self.ids += ids
         self.names += [file_name(self.path, image, self.as_written, True) for image in chunk]
         sizes = [(image.get("height", 0), image.get("width", 0)) for image in chunk]
-        self.sizes.append(np.array(sizes, dtype=np.int32).reshape(-1, 2))
+        sizes = np.array(sizes, dtype=np.int32).reshape(-1, 2)
+        self.sizes.append(sizes)
+        for row in np.flatnonzero((sizes == 0).any(1)):
+            self.of_size_0 += "height" in chunk[row] or "width" in chunk[row]
 
     def labels(self, key: str, vocabulary: Vocabulary) -> JsonRows | None:
         """Returns each image's list of category ids as labels, None if all lists are empty."""
