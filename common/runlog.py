@@ -269,9 +269,11 @@ class RunLog:
         dataset: name of the step's dataset, which has its own curves in TensorBoard; "": several
         """
         self.last.note(step)
-        if self.active:
-            self._write(step, losses, lr, images, dataset)
-        self.last.in_update = False
+        try:
+            if self.active:
+                self._write(step, losses, lr, images, dataset)
+        finally:  # the step is whole, also if the disk is full
+            self.last.in_update = False
         if world_size() == 1:
             check_asked()
         if step == self.steps or step % self.args.checkpoint_every == 0:
