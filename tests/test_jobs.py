@@ -1,5 +1,6 @@
 """A training as a job: started again, stopped, failing, evaluated on its way, computed again."""
 
+import errno
 import importlib
 import json
 import logging
@@ -29,7 +30,7 @@ from common.distributed import _join
 from common.errors import InputError
 from common.replay import FIELDS, read_record
 from common.rescue import LOWER, explain
-from common.runlog import unlock
+from common.runlog import RunLog, unlock
 from common.validation import main_metric, record_evaluation, undisturbed
 
 # -- a training that costs seconds -----------------------------------------------------------------
@@ -242,6 +243,11 @@ def test_a_second_run_in_the_same_folder_is_refused(begun, run, command):
 # -- signals and errors ----------------------------------------------------------------------------
 
 
+# a shell's job in the background ignores SIGINT, and so do its tests
+HEEDS_SIGINT = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
+    " os.execv(sys.executable, [sys.executable, sys.argv[1]])"
+)
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
@@ -261,6 +267,24 @@ def test_a_signal_saves_the_last_whole_step(flags, whole, tmp_path, command, mon
     assert line == f"stopped by {number.name}; {kept(folder, 3)} {folder}, goes on from it"
     assert command("--resume", folder) == (0, [])
     assert same(weights_of(folder), whole)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_signal_amid_the_imports_has_no_traceback(tmp_path, method, number):
+    """A shell shows the codes 130, 143 and 129. A module that only imports it has its own way."""
+    (tmp_path / "torch.py").write_text(f"import os\nos.kill(os.getpid(), {number:d})")
+    (tmp_path / "other.py").write_text(f"import {method}")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{REPO}"}
+    for script, quiet in ((REPO / f"{method}.py", True), (tmp_path / "other.py", False)):
+        done = subprocess.run(
+            [sys.executable, "-c", HEEDS_SIGINT, script],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == -number and not done.stdout
+        assert not done.stderr if quiet or number != signal.SIGINT else "Keyboard" in done.stderr
 
 
 def test_a_signal_amid_the_update_waits_for_its_end(flags, whole, tmp_path, command, monkeypatch):
@@ -397,6 +421,26 @@ def test_a_full_disk_on_the_way_out_keeps_the_older_checkpoint(
     assert "step 3 cannot be saved" in caplog.text and "as on a full disk" in caplog.text
     assert kept(folder, 2) in caplog.text
     assert not list(folder.glob(".checkpoint*"))
+
+
+def test_a_disk_that_fills_later_keeps_a_sound_checkpoint(
+    flags, whole, tmp_path, command, monkeypatch, caplog
+):
+    """The line of a step whose metrics find no place says that this step is whole."""
+    folder, write = tmp_path / "run", RunLog._write
+
+    def full(self, step, *given):
+        if step == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder / "metrics.jsonl"))
+        write(self, step, *given)
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO, "concord"):
+        patch.setattr(RunLog, "_write", full)
+        code, [line] = command(*flags, "--output", folder)
+    assert code == 2 and "metrics.jsonl: No space left on device; see to the disk" in line
+    assert kept(folder, 3) in caplog.text and "half done" not in caplog.text
+    assert command("--resume", folder) == (0, [])
+    assert same(weights_of(folder), whole)
 
 
 def test_a_killed_data_loading_process_is_one_line(flags, tmp_path, command, monkeypatch, caplog):
