@@ -53,12 +53,12 @@ ALLOWED = {
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
 BUDGETS = {
     "labels & text": 1020,
-    "data": 9000,
+    "data": 9020,
     "detectors": 3350,
     "segmenters": 2060,
     "a run": 3200,
 }
-BUDGETS |= {"faults": 1700}
+BUDGETS |= {"faults": 1750}
 GROUPS = {
     "labels & text": "labels text class_counts",
     "data": "batch transforms sampling",

@@ -19,11 +19,11 @@ from common.datasets.readers.coco_faults import (
     FAULT,
     add_entries,
     annotation_fault,
-    category_fault,
     faulty_entries,
     first_fault,
     is_id,
     is_id_list,
+    refuse_faulty,
     unknown_id,
 )
 from common.datasets.store import cached_index
@@ -181,12 +181,6 @@ def without_root(path: Path, categories: list[dict], used: set) -> tuple[list[di
     return rest, [category["name"] for category in roots]
 
 
-def refuse_faulty(path: Path, categories: list) -> None:
-    """Raises InputError that names the first category without an id or a name."""
-    if fault := first_fault(category_fault, categories):
-        raise InputError(f"{path}: {fault}")
-
-
 class Images:
     """Collects the entries of the json list `images`. `add` takes the next chunk of them.
 
@@ -219,9 +213,8 @@ class Images:
         self.ids += ids
         self.names += [file_name(self.path, image, self.as_written, True) for image in chunk]
         sizes = [(image.get("height", 0), image.get("width", 0)) for image in chunk]
-        sizes = np.array(sizes, dtype=np.int32).reshape(-1, 2)
-        self.sizes.append(sizes)
-        for row in np.flatnonzero((sizes == 0).any(1)):
+        self.sizes.append(np.array(sizes, dtype=np.int32).reshape(-1, 2))
+        for row in np.flatnonzero((self.sizes[-1] == 0).any(1)):
             self.of_size_0 += "height" in chunk[row] or "width" in chunk[row]
 
     def labels(self, key: str, vocabulary: Vocabulary) -> JsonRows | None:

@@ -144,6 +144,12 @@ def first_fault(fault_of: Callable[[object], str], entries: list) -> str:
     return next(filter(None, map(fault_of, entries)), "")
 
 
+def refuse_faulty(path: Path, categories: list) -> None:
+    """Raises InputError that names the first category without an id or a name."""
+    if fault := first_fault(category_fault, categories):
+        raise InputError(f"{path}: {fault}")
+
+
 def faulty_entries(path: Path, fault_of: dict[str, Callable[[object], str]]) -> Iterator[str]:
     """Yields what is wrong with each faulty entry of a json file. fault_of: FAULT or the like."""
     for field, entries in _runs(path):
