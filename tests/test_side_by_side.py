@@ -69,12 +69,12 @@ ALLOWED = {
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
 BUDGETS = {
     "labels & text": 1550,
-    "data": 9590,
+    "data": 9620,
     "detectors": 4050,
     "segmenters": 2060,
     "a run": 3300,
 }
-BUDGETS |= {"faults": 1700}
+BUDGETS |= {"faults": 1750}
 GROUPS = {
     "labels & text": "labels text class_counts merges merge_scores fine_classes",
     "data": "batch transforms sampling",

@@ -32,7 +32,7 @@ from common.checkpoint import (
 )
 from common.command import parse_args, with_saved
 from common.datasets import load_datasets
-from common.distributed import gather, mean_over_ranks
+from common.distributed import gather, mean_over_ranks, same_on_ranks
 from common.errors import InputError
 from common.files import atomic_path, sweep
 from common.labels import LabelSpace, Vocabulary
@@ -241,13 +241,23 @@ def test_damaged_torch_files_have_one_reason(tmp_path, content):
         load_checkpoint(tmp_path, None)
 
 
-def test_full_disk_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "words, error, line",
+    [
+        ("[enforce fail at inline_container.cc:671] . unexpected pos 1", OSError, "on a full disk"),
+        ("PytorchStreamWriter failed writing file data/0", OSError, "as on a full disk"),
+        ("CUDA error: unspecified launch failure", RuntimeError, "CUDA error"),
+    ],
+)
+def test_full_disk_while_a_checkpoint_is_written(tmp_path, monkeypatch, words, error, line):
+    """An error of another kind stays what it is."""
+
     def full(*_):
-        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 1 vs 2")
+        raise RuntimeError(words)
 
     model = small_model()
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="enforce fail"):
+    with pytest.raises(error, match=line):
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         save_checkpoint(tmp_path, 1, [], model, small_space(5), optimizer, {}, keep=2)
     assert not list(tmp_path.iterdir())
@@ -367,6 +377,22 @@ def test_mean_over_ranks(tmp_path):
     results = mp.Manager().dict()
     mp.spawn(_mean_on_rank, (str(tmp_path / "store"), results), nprocs=2)
     assert dict(results) == {0: 3.0, 1: 3.0}
+
+
+def _same_on_rank(rank: int, file: str, results) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    module[1].running_mean += rank
+    same_on_ranks(module)
+    results[rank] = [tensor.tolist() for tensor in module.state_dict().values()]
+    dist.destroy_process_group()
+
+
+def test_ranks_get_the_same_weights_and_statistics(tmp_path):
+    results = mp.Manager().dict()
+    mp.spawn(_same_on_rank, (str(tmp_path / "store"), results), nprocs=2)
+    assert results[0] == results[1] and results[0][4] == [0, 0]
 
 
 def _gather_on_rank(rank: int, file: str, results) -> None:

@@ -19,11 +19,12 @@ from common.datasets.readers.coco_faults import (
     FAULT,
     add_entries,
     annotation_fault,
-    category_fault,
     faulty_entries,
     first_fault,
+    is_id,
     is_id_list,
     log_facts,
+    refuse_faulty,
     unknown_id,
 )
 from common.datasets.store import cached_index
@@ -135,6 +136,7 @@ def read_index(
         "roots": roots,
         "left_out": boxes.left_out,
         "never_there": int(unpublished.sum()),
+        "of_size_0": images.of_size_0,
         "some_masks": boxes.num_masks if boxes.num_masks < boxes.count else 0,
         "marked": boxes.num_marked,
     }
@@ -161,12 +163,6 @@ def without_root(path: Path, categories: list[dict], used: set) -> tuple[list[di
     return rest, [category["name"] for category in roots]
 
 
-def refuse_faulty(path: Path, categories: list) -> None:
-    """Raises InputError that names the first category without an id or a name."""
-    if fault := first_fault(category_fault, categories):
-        raise InputError(f"{path}: {fault}")
-
-
 class Images:
     """Collects the entries of the json list `images`. `add` takes the next chunk of them.
 
@@ -180,6 +176,7 @@ class Images:
         self.path = path
         self.as_written = as_written
         self.ids, self.names = [], []
+        self.of_size_0 = 0  # images that have such a height or width in the file
         self.sizes = [np.zeros((0, 2), np.int32)]  # (height, width), one array for each chunk
         self.lists = {NEGATIVES: {}, NOT_EXHAUSTIVE: {}, IMAGE_LABELS: {}, CAPTIONS: {}}
 
@@ -193,12 +190,14 @@ class Images:
                     raise ValueError(f"{key} that are no list of ids")
                 list_of_row[row] = image[key]
         ids = [image["id"] for image in chunk]
-        if None in ids:
+        if not set(map(type, ids)) <= {int, str} and not all(map(is_id, ids)):
             raise ValueError("an image without an id")
         self.ids += ids
         self.names += [file_name(self.path, image, self.as_written, True) for image in chunk]
         sizes = [(image.get("height", 0), image.get("width", 0)) for image in chunk]
         self.sizes.append(np.array(sizes, dtype=np.int32).reshape(-1, 2))
+        for row in np.flatnonzero((self.sizes[-1] == 0).any(1)):
+            self.of_size_0 += "height" in chunk[row] or "width" in chunk[row]
 
     def labels(self, key: str, vocabulary: Vocabulary) -> JsonRows | None:
         """Returns each image's list of category ids as labels, None if all lists are empty."""

@@ -18,6 +18,7 @@ from common.datasets.readers.coco_faults import (
     add_entries,
     faulty_entries,
     first_fault,
+    is_id,
     log_retyped,
     thing_fault,
 )
@@ -85,6 +86,8 @@ def read_segments(name: str, path: Path) -> tuple[Index, dict]:
 
     def add_images(chunk: list[dict]) -> None:
         for image in chunk:
+            if not is_id(image["id"]):
+                raise ValueError("an image without an id")
             id, file = image["id"], image_name(name, path, image)
             images.append((id, file, (image.get("height", 0), image.get("width", 0))))
 
