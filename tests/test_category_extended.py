@@ -556,6 +556,13 @@ def test_bad_files_of_pseudo_boxes_are_refused(tmp_path, damage, words):
 # -- Stages ----------------------------------------------------------------------------------------
 
 
+def test_a_second_training_whose_pseudo_boxes_are_gone_is_refused(tmp_path):
+    datasets = [photos(tmp_path, "a", A), photos(tmp_path, "b", B)]
+    (tmp_path / "checkpoint-0000003").mkdir()  # of a first training of two steps
+    with pytest.raises(InputError, match="lacks pseudo boxes of a, b"):
+        method.train(method.Args(steps=2), datasets, SPACE, tmp_path, torch.device("cpu"))
+
+
 def test_stages_start_from_files(tiny_root, tmp_path, call, fails, monkeypatch, caplog):
     """The second training alone, on boxes that a stage of its own has mined."""
     flags = ["--datasets", "coco-base@4,o365@4", "--data-root", tiny_root]
