@@ -72,7 +72,7 @@ BUDGETS = {
     "data": 9620,
     "detectors": 4050,
     "segmenters": 2060,
-    "a run": 3300,
+    "a run": 3350,
 }
 BUDGETS |= {"faults": 1750}
 GROUPS = {
