@@ -329,7 +329,7 @@ class Model(nn.Module):
         members = torch.zeros(len(self.table.names), len(label_space))
         classes = [(d, name) for d, v in label_space.vocabularies.items() for name in v.names]
         for column, (dataset, name) in enumerate(classes):
-            members[self.table.members_of(dataset, name), column] = 1
+            members[self.table.rows_of(dataset, name), column] = 1
         return members
 
     def extract(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:

@@ -9,9 +9,10 @@ import csv
 import difflib
 import io
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -34,15 +35,23 @@ class FineClasses:
     names: tuple[str, ...]
     cells: dict[str, tuple[str, ...]]
 
-    def rows_of(self, dataset: str, name: str) -> list[int]:
-        """Returns the fine classes that a class of a dataset stands for; [] if there are none."""
-        return [row for row, cell in enumerate(self.cells[dataset]) if cell == name]
+    @cached_property
+    def _rows(self) -> dict[tuple[str, str], list[int]]:
+        """The rows of each (dataset, cell), and those of (ALL, folded name)."""
+        rows = defaultdict(list)
+        for row, name in enumerate(self.names):
+            rows[ALL, fold(name)].append(row)
+            for dataset, column in self.cells.items():
+                rows[dataset, column[row]].append(row)
+        return rows
 
-    def members_of(self, dataset: str, name: str) -> list[int]:
-        """Returns `rows_of` for a dataset of the table, otherwise the fine class of this name."""
-        if dataset in self.cells:
-            return self.rows_of(dataset, name)
-        return [row for row, fine in enumerate(self.names) if fold(fine) == fold(name)]
+    def rows_of(self, dataset: str, name: str) -> list[int]:
+        """Returns the fine classes that a class stands for; [] if there are none.
+
+        dataset: one of the table, or any other, whose class stands for the fine class of its name
+        """
+        key = (dataset, name) if dataset in self.cells else (ALL, fold(name))
+        return self._rows.get(key, [])
 
     def coarse(self, dataset: str) -> set[str]:
         """Returns the classes of a dataset that stand for several fine classes."""
@@ -123,7 +132,7 @@ class FineLabelSpace(LabelSpace):
         apart = []
         for dataset, vocabulary in classes.vocabularies.items():
             for name in vocabulary.names:
-                rows = self.table.members_of(dataset, name)
+                rows = self.table.rows_of(dataset, name)
                 fine = {fold(self.table.names[row]) for row in rows}
                 apart.append(bool(fine & shared) and (dataset, name) not in coarse)
         return np.array(apart)
