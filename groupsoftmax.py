@@ -82,7 +82,7 @@ from common.fine_classes import (
     write_table,
 )
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
-from common.labels import LabelSpace, Vocabulary, fold
+from common.labels import LabelSpace, Vocabulary
 from common.optim import learning_rate, scaled_lr
 from common.rpn import RPN, Anchors
 from common.runlog import RunLog, make_run_folder, report
@@ -98,7 +98,7 @@ log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
 DEMO = [  # the demonstration of ./run.sh
     "--datasets coco,oid-top --tiny --eval-datasets coco,oid-top,oid --steps 300 --groups plain"
-    " --output {output}/plain",
+    " --output {output}-plain",
     "--datasets coco,oid-top --tiny --eval-datasets coco,oid-top,oid --steps 300",
 ]
 
@@ -231,6 +231,7 @@ def choose_label_space(args: Args, datasets: list[Dataset]) -> FineLabelSpace:
         table = read_table(args.groups, vocabularies)
     else:
         table = derive_table(vocabularies, trees)
+    table.log_counts()
     return build_label_space(args, vocabularies, table)
 
 
@@ -325,28 +326,11 @@ class Model(nn.Module):
         The classes of a dataset of the training are its groups. All others are found by their
         names; one that is no fine class has none.
         """
-        rows = []
-        for dataset, vocabulary in label_space.vocabularies.items():
-            for name in vocabulary.names:
-                if dataset in self.table.cells:
-                    rows.append(self.table.rows_of(dataset, name))
-                else:
-                    same = [fold(fine) == fold(name) for fine in self.table.names]
-                    rows.append([c for c, equal in enumerate(same) if equal])
-        members = torch.zeros(len(self.table.names), len(rows))
-        for column, own in enumerate(rows):
-            members[own, column] = 1
+        members = torch.zeros(len(self.table.names), len(label_space))
+        classes = [(d, name) for d, v in label_space.vocabularies.items() for name in v.names]
+        for column, (dataset, name) in enumerate(classes):
+            members[self.table.rows_of(dataset, name), column] = 1
         return members
-
-    def told_apart(self, label_space: LabelSpace) -> Tensor:
-        """Returns (K,) bool: the fine classes of a label space that some dataset has as one."""
-        vectors = [group_vector(self.table, dataset)[:-1] for dataset in self.table.cells]
-        shared = torch.zeros(len(self.table.names))
-        for groups in vectors:
-            sizes = groups.bincount()[groups]  # (C,)
-            shared[(groups > 0) & (sizes > 1)] = 1
-        members = self.members_of(label_space)
-        return (members.sum(0) == 1) & (shared @ members > 0)
 
     def extract(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
         """Returns P3 .. P7 of images (B, 3, H, W) uint8. sizes: (height, width) before padding."""
@@ -579,15 +563,16 @@ def evaluate(
 
     Returns {dataset: {metric: value}} on rank 0, {} on other ranks.
     label_space: the one of the training. Of a dataset outside it, only the classes that have the
-    name of a fine class can be found. "AP50 fine" is that of the fine classes that some dataset of
-    the training does not tell apart.
+    name of a fine class can be found. "AP50 fine" is that of the classes that some dataset of the
+    training does not tell apart.
     """
     results = {}
     transform = ResizeShortest(args.test_size)
+    trees = {d.name: d.hierarchy for d in datasets if d.hierarchy}
     for dataset in datasets:
         classes = label_space.swap(dataset.vocabulary)
-        fine = model.told_apart(classes)
-        groups = {"fine": fine.numpy()} if fine.any() else None
+        fine = label_space.told_apart(classes, trees)
+        groups = {"fine": fine} if fine.any() else None
         predictor = partial(predict, model, label_space=classes)
         results |= evaluate_dataset(predictor, dataset, transform, args, folder, groups=groups)
     return results

@@ -9,9 +9,13 @@ import csv
 import difflib
 import io
 import logging
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from common.errors import InputError
 from common.evaluation import ancestors
@@ -31,14 +35,43 @@ class FineClasses:
     names: tuple[str, ...]
     cells: dict[str, tuple[str, ...]]
 
+    @cached_property
+    def _rows(self) -> dict[tuple[str, str], list[int]]:
+        """The rows of each (dataset, cell), and those of (ALL, folded name)."""
+        rows = defaultdict(list)
+        for row, name in enumerate(self.names):
+            rows[ALL, fold(name)].append(row)
+            for dataset, column in self.cells.items():
+                rows[dataset, column[row]].append(row)
+        return rows
+
     def rows_of(self, dataset: str, name: str) -> list[int]:
-        """Returns the fine classes that a class of a dataset stands for; [] if there are none."""
-        return [row for row, cell in enumerate(self.cells[dataset]) if cell == name]
+        """Returns the fine classes that a class stands for; [] if there are none.
+
+        dataset: one of the table, or any other, whose class stands for the fine class of its name
+        """
+        key = (dataset, name) if dataset in self.cells else (ALL, fold(name))
+        return self._rows.get(key, [])
+
+    def coarse(self, dataset: str) -> set[str]:
+        """Returns the classes of a dataset that stand for several fine classes."""
+        counts = Counter(self.cells[dataset])
+        return {cell for cell, rows in counts.items() if rows > 1 and cell not in ("", NONE)}
 
     def all_annotated(self) -> "FineClasses":
         """Returns a copy with "-" in the empty cells: what a dataset lacks is a negative."""
         cells = {d: tuple(cell or NONE for cell in column) for d, column in self.cells.items()}
         return FineClasses(self.names, cells)
+
+    def log_counts(self) -> None:
+        """Logs how many fine classes there are, and how many classes stand for several of them."""
+        counts = []
+        for dataset, column in self.cells.items():
+            named = {cell for cell in column if cell not in ("", NONE)}
+            rows = sum(cell in named for cell in column)
+            coarse = len(self.coarse(dataset))
+            counts.append(f"{dataset} has {len(named)} for {rows}, {coarse} coarse")
+        log.info("%d fine classes; %s", len(self.names), "; ".join(counts))
 
 
 class FineLabelSpace(LabelSpace):
@@ -81,6 +114,29 @@ class FineLabelSpace(LabelSpace):
             log.info(message, vocabulary.dataset, len(unknown), len(vocabulary))
         return LabelSpace([vocabulary])
 
+    def told_apart(self, classes: LabelSpace, trees: Mapping[str, dict]) -> np.ndarray:
+        """Returns (K,) bool: the classes of a label space that some dataset has as one with others.
+
+        That is so by the table, or by names and `trees`, as in `derive_table`: so that a table
+        without groups is judged on the same classes. Classes that stand for several are none.
+        """
+        own = [v for v in self.vocabularies.values() if v.dataset != ALL]
+        shared = set()
+        coarse = set()
+        for table in (self.table, derive_table(own, trees)):
+            for dataset, column in table.cells.items():
+                several = table.coarse(dataset)
+                coarse |= {(dataset, name) for name in several}
+                members = [name for name, cell in zip(table.names, column) if cell in several]
+                shared |= set(map(fold, members))
+        apart = []
+        for dataset, vocabulary in classes.vocabularies.items():
+            for name in vocabulary.names:
+                rows = self.table.rows_of(dataset, name)
+                fine = {fold(self.table.names[row]) for row in rows}
+                apart.append(bool(fine & shared) and (dataset, name) not in coarse)
+        return np.array(apart)
+
 
 def derive_table(vocabularies: Sequence[Vocabulary], trees: Mapping[str, dict]) -> FineClasses:
     """Derives the table from the names and from the class trees of datasets.
@@ -107,9 +163,7 @@ def derive_table(vocabularies: Sequence[Vocabulary], trees: Mapping[str, dict]) 
                         column[key] = own[dataset][coarser[0]]
     kept = [key for key in names if not _is_only_coarse(key, cells)]
     columns = {d: tuple(column[key] for key in kept) for d, column in cells.items()}
-    table = FineClasses(tuple(names[key] for key in kept), columns)
-    _log_counts("the table of fine classes", table)
-    return table
+    return FineClasses(tuple(names[key] for key in kept), columns)
 
 
 def _is_only_coarse(key: str, cells: dict[str, dict[str, str]]) -> bool:
@@ -148,7 +202,7 @@ def write_table(path: Path, table: FineClasses) -> None:
 
 
 def read_table(path: str | Path, vocabularies: Sequence[Vocabulary]) -> FineClasses:
-    """Reads the table from a csv file as `write_table` makes it, and logs what it says.
+    """Reads the table from a csv file as `write_table` makes it.
 
     Classes in no row become fine classes by their names, as in `derive_table`. Columns of other
     datasets, and rows that have none left, are not read.
@@ -178,9 +232,7 @@ def read_table(path: str | Path, vocabularies: Sequence[Vocabulary]) -> FineClas
     rows = filled
     _add_missing(path, rows, vocabularies)
     names = tuple(row[NAME] for row in rows)
-    found = FineClasses(names, {d: tuple(row[d] for row in rows) for d in datasets})
-    _log_counts(str(path), found)
-    return found
+    return FineClasses(names, {d: tuple(row[d] for row in rows) for d in datasets})
 
 
 def _check_rows(path: Path, rows: list[dict], vocabularies: Sequence[Vocabulary]) -> None:
@@ -224,13 +276,3 @@ def _add_missing(path: Path, rows: list[dict], vocabularies: Sequence[Vocabulary
                     f" whose class '{name}' is in no row; give it one"
                 )
             row[dataset] = name
-
-
-def _log_counts(title: str, table: FineClasses) -> None:
-    """Logs how many fine classes there are, and how many classes stand for several of them."""
-    counts = []
-    for dataset, column in table.cells.items():
-        named = [cell for cell in column if cell not in ("", NONE)]
-        coarse = {cell for cell in named if named.count(cell) > 1}
-        counts.append(f"{dataset} has {len(set(named))} for {len(named)}, {len(coarse)} coarse")
-    log.info("%s: %d fine classes; %s", title, len(table.names), "; ".join(counts))

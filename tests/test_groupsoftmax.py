@@ -270,7 +270,9 @@ def test_a_table_is_read_back(tmp_path, caplog):
     write_table(tmp_path / "t.csv", TABLE)
     lines = (tmp_path / "t.csv").read_text().splitlines()
     assert lines[:2] == ["class,A,B,C", "one,a1,b1,thing"]
-    assert read_table(tmp_path / "t.csv", VOCABULARIES) == TABLE
+    table = read_table(tmp_path / "t.csv", VOCABULARIES)
+    assert table == TABLE
+    table.log_counts()
     assert "6 fine classes; A has 4 for 5, 1 coarse; B has 5 for 5, 0 coarse" in caplog.text
 
 
@@ -338,15 +340,25 @@ def test_members_of_any_label_space(model):
     assert unknown.sum(0).tolist() == [0, 1]
 
 
-def test_classes_that_are_told_apart(model):
-    """C has all as one, so that the classes of A but a3 tell more; C's own one does not."""
-    assert model.told_apart(SPACE.swap("A")).tolist() == [True, True, False, True]
-    assert model.told_apart(SPACE.swap("C")).tolist() == [False]
-    two = FineLabelSpace(
-        VOCABULARIES[:2], FineClasses(TABLE.names, dict(list(TABLE.cells.items())[:2]))
-    )
-    apart = groupsoftmax.Model(SMALL, two, pretrained=False).told_apart(two.swap("B"))
-    assert apart.tolist() == [True, False, False, True, False]
+def test_classes_that_are_told_apart():
+    """C has all as one; a3 stands for two, and so is none."""
+    two = {dataset: TABLE.cells[dataset] for dataset in "AB"}
+    space = FineLabelSpace(VOCABULARIES[:2], FineClasses(TABLE.names, two))
+    assert space.told_apart(space.swap("one, three, four"), {}).tolist() == [False, True, True]
+    assert SPACE.told_apart(SPACE.swap("one, three"), {}).tolist() == [True, True]
+    assert SPACE.told_apart(SPACE.swap("C"), {}).tolist() == [False]
+    assert SPACE.told_apart(SPACE.swap("A"), {}).tolist() == [True, True, False, True]
+
+
+def test_the_control_is_judged_on_the_same_classes():
+    vocabularies = [of_oid("top", "Animal", "Person"), Vocabulary("coco", ("dog", "cat", "kite"))]
+    derived = derive_table(vocabularies, {"top": TREE})
+    for table in (derived, derive_table(vocabularies, {}).all_annotated()):
+        space = FineLabelSpace(vocabularies, table)
+        for dataset, expected in {"coco": [1, 1, 0], "top": [0, 0]}.items():
+            apart = space.told_apart(space.swap(dataset), {"top": TREE, "other": TREE})
+            assert apart.tolist() == expected
+        assert space.told_apart(space.swap(of_oid("oid", "Dog", "Fish")), {"top": TREE})[0]
 
 
 def test_score_of_a_class_is_the_sum_over_its_group(model):
@@ -504,20 +516,20 @@ def test_top_classes_of_open_images():
 def test_a_table_goes_with_the_weights(tiny_root, tmp_path, call, fails):
     """A run writes its table and loads it; it does not go on with another one."""
     table = tmp_path / "mine.csv"
-    table.write_text("class,coco,o365\nperson,person,Person\nrow boat,boat,\nship,boat,Ship\n")
-    flags = ["--datasets", "coco@4,o365@4", "--eval-datasets", "coco", "--groups", table]
+    table.write_text("class,coco,o365\nperson,person,Person\nrow boat,boat,\nbig ship,boat,Ship\n")
+    flags = ["--datasets", "coco@4,o365@4", "--eval-datasets", "o365", "--groups", table]
     flags += ["--data-root", tiny_root, *small_flags("groupsoftmax", 1)]
     call(*flags, "--output", tmp_path / "run", method="groupsoftmax")
     model, space = groupsoftmax.load(tmp_path / "run")
-    assert space.table.names[:3] == ("person", "row boat", "ship")
+    assert space.table.names[:3] == ("person", "row boat", "big ship")
     assert space.table.rows_of("coco", "boat") == [1, 2]
     written = read_table(
         tmp_path / "run" / "groups.csv", [space.vocabularies[d] for d in ("coco", "o365")]
     )
     assert written == space.table == model.table
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert list(results) == ["coco"]
-    table.write_text("class,coco,o365\nperson,person,Person\nrow boat,boat,\nship,,Ship\n")
+    assert "AP50 fine" in results["o365"]  # of the ship
+    table.write_text("class,coco,o365\nperson,person,Person\nrow boat,boat,\nbig ship,,Ship\n")
     line = fails(*flags, "--output", tmp_path / "run", method="groupsoftmax")
     assert "was trained with other groups" in line
 
