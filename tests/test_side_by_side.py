@@ -56,7 +56,7 @@ BUDGETS = {
     "data": 9020,
     "detectors": 3350,
     "segmenters": 2060,
-    "a run": 3200,
+    "a run": 3300,
 }
 BUDGETS |= {"faults": 1750}
 GROUPS = {
