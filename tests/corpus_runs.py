@@ -293,11 +293,6 @@ def instead(name: str, make: Callable[[Path], None]) -> Callable[[Path], dict]:
     return run(change)
 
 
-def below_bytes(folder: Path) -> dict:
-    """The run folder is in one whose name is no UTF-8."""
-    return start(folder / os.fsdecode(b"\xff\xfe"))
-
-
 def both(content: bytes) -> Callable[[Path], dict]:
     """Both checkpoints are damaged."""
 
@@ -387,7 +382,6 @@ RUNS = [
     ("checksums a pipe", instead(f"{NEWEST}/checksums.json", os.mkfifo), OLD),
     ("state a pipe", instead(f"{NEWEST}/state.pt", os.mkfifo), OLD),
     ("checkpoint weights a pipe", instead(f"{NEWEST}/weights.safetensors", os.mkfifo), OLD),
-    ("a folder that is no UTF-8", below_bytes, {"step": 0, "log": "TensorBoard needs a path in"}),
     ("metrics a folder", run(lambda f: (f / "metrics.jsonl").rename(f / "m")), {"lines": 0}),
 ]
 
