@@ -463,7 +463,7 @@ def test_broken_image(fails, own, tmp_path, workers):
         ("--eval-only --eval-datasets coco", ["weights"]),
         ("--predict a.jpg --weights /nowhere", ["/nowhere"]),
         ("--device cuda:77 --datasets coco", ["--device"]),
-        ("--resume /nowhere", ["--resume", "/nowhere"]),
+        ("--resume /nowhere", ["/nowhere"]),
         ("--lr nan", ["--lr nan", "finite"]),
         ("--seed -1", ["--seed -1", "between"]),
         ("--channels -8", ["--channels -8", "between 1 and 8192"]),

@@ -206,8 +206,8 @@ def test_weights_of_the_older_layout_are_refused(tmp_path):
 )
 def test_saved_settings_that_do_not_fit_are_refused(setting, value):
     with pytest.raises(InputError, match=f"the saved setting {setting} is {value!r}"):
-        with_saved(scaledet.Args(), {setting: value}, [setting])
-    assert with_saved(scaledet.Args(), {"amp": "off", "lr": 1}, ["amp", "lr"]).amp == "off"
+        with_saved(scaledet.Args(), {setting: value}, [setting], "run")
+    assert with_saved(scaledet.Args(), {"amp": "off", "lr": 1}, ["amp", "lr"], "run").amp == "off"
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)])
