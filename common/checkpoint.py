@@ -239,7 +239,8 @@ def check_tensor(file: Path, key: str, own: Tensor | None, stored: Tensor | None
             f"weights {file}: tensor '{key}' has the shape {list(stored.shape)}, this model needs"
             f" {list(own.shape)}; give the flags (--text-encoder, ...) and datasets of its training"
         )
-    if own.is_complex() != stored.is_complex():
+    lacks_fractions = own.is_floating_point() and not stored.is_floating_point()
+    if lacks_fractions or stored.is_complex():
         raise InputError(
             f"weights {file}: tensor '{key}' is {stored.dtype}, this model needs {own.dtype}"
         )
