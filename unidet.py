@@ -103,6 +103,7 @@ from common.distributed import (
 )
 from common.errors import InputError
 from common.evaluation import ancestors
+from common.files import sweep
 from common.inference import (
     evaluate_dataset,
     predict_dataset,
@@ -605,12 +606,11 @@ def keep_stage(
     args: Args, model: Model, label_space: LabelSpace, datasets: Sequence[Dataset], folder: Path
 ) -> None:
     """Writes the weights of a model that is not the last, and its results, to a folder."""
-    folder.mkdir(exist_ok=True)
+    on_main(sweep, folder)
     metadata = run_metadata(args, label_space)
     save_weights(folder / "weights.safetensors", model, label_space, metadata)
     log.info("%s:", folder.name)
-    results = evaluate(args, model, label_space, datasets, folder)
-    report(results, folder, args, run=folder.parent)
+    report(evaluate(args, model, label_space, datasets, folder), folder, args, run=folder.parent)
 
 
 def train_stage(

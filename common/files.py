@@ -94,11 +94,11 @@ def _sync(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what killed writes of `atomic_path` left in `folder` and below, and counts them.
+    """Removes what killed writes of `atomic_path` left in `folder`, and logs how many.
 
     No other process may write there meanwhile.
     """
-    left = [path for path in folder.rglob(".*") if TEMPORARY.fullmatch(path.name)]
+    left = [path for path in folder.glob(".*") if TEMPORARY.fullmatch(path.name)]
     for path in left:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -285,10 +285,13 @@ def test_atomic_path_leaves_old_content_when_writing_fails(tmp_path):
 
 
 def test_sweep_removes_what_killed_writes_left(tmp_path, monkeypatch):
-    """Files and folders of any name, and nothing else."""
-    kept = {".hidden", ".a-1", "b-12-0123abcd.json", "weights.safetensors"}
-    for name in kept:
+    """Files and folders of any name, and nothing else: another run may write below."""
+    kept = {".hidden", ".a-1", "b-12-0123abcd.json", "weights.safetensors", "another run"}
+    for name in kept - {"another run"}:
         (tmp_path / name).write_text("")
+    (tmp_path / "another run").mkdir()
+    of_another = tmp_path / "another run" / ".weights-77-0123abcd.safetensors"
+    of_another.touch()
     monkeypatch.setattr(os, "replace", lambda *_: None)  # the last step of a write
     monkeypatch.setattr(shutil, "rmtree", lambda *_: None)
     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
@@ -299,6 +302,7 @@ def test_sweep_removes_what_killed_writes_left(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == len(kept) + 4
     sweep(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == kept
+    assert of_another.exists()
 
 
 def test_frozen_norm_stays_frozen_and_is_kept_with_the_weights():
