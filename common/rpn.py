@@ -18,7 +18,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from common.backbone import STRIDES
 from common.boxes import decode_boxes, encode_boxes, have_area
-from common.targets import Targets, match_anchors, match_by_iou, sample_fg_bg
+from common.targets import Targets, match_anchors, match_by_iou, sample_anchors, wholly_inside
 
 WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the box deltas
 
@@ -157,13 +157,9 @@ class RPN(nn.Module):
         labels = []
         total = deltas.sum() * 0
         for i, (size, target) in enumerate(zip(sizes, targets)):
-            height, width = size
-            limits = anchors.new_tensor([width, height])
-            inside = (anchors[:, :2] >= 0) & (anchors[:, 2:] < limits)
-            rows = inside.all(1).nonzero().squeeze(1)
+            rows = wholly_inside(anchors, size)
             matched = assign_anchors(anchors[rows], target.boxes)
-            decided = (matched > -2).nonzero().squeeze(1)
-            drawn = decided[sample_fg_bg(matched[decided] >= 0, self.sampled, 0.5)]
+            drawn = sample_anchors(matched, self.sampled, 0.5)
             rows = rows[drawn]
             matched = matched[drawn]
             fg = matched >= 0

@@ -100,6 +100,24 @@ def sample_fg_bg(matched: Tensor, num: int, fg_fraction: float) -> Tensor:
     return torch.cat([fg, bg])
 
 
+def wholly_inside(anchors: Tensor, size: tuple[int, int]) -> Tensor:
+    """Returns the indices of the anchors (A, 4) that lie wholly in an image of (height, width)."""
+    height, width = size
+    left, top, right, bottom = anchors.unbind(1)
+    inside = (left >= 0) & (top >= 0)
+    inside &= (right < width) & (bottom < height)
+    return inside.nonzero().squeeze(1)
+
+
+def sample_anchors(matched: Tensor, num: int, fg_fraction: float) -> Tensor:
+    """Samples anchors as `sample_fg_bg`, none of those that are neither; returns their indices.
+
+    matched: (A,) of `match_anchors`
+    """
+    decided = (matched > -2).nonzero().squeeze(1)
+    return decided[sample_fg_bg(matched[decided] >= 0, num, fg_fraction)]
+
+
 def match_anchors(
     anchors: Tensor, gt_boxes: Tensor, fg_iou: float, bg_iou: float, low_iou: float
 ) -> Tensor:
