@@ -168,7 +168,7 @@ def _take(table: Table, rows: np.ndarray) -> Table:
     return {name: column[rows] for name, column in table.items()}
 
 
-def _xywh(boxes: np.ndarray) -> np.ndarray:
+def xywh(boxes: np.ndarray) -> np.ndarray:
     """Converts boxes (A, 4) from xyxy to x, y, width, height."""
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
 
@@ -256,12 +256,12 @@ def _hotcoco_tables(
         categories,
         number[truth["image"]],
         truth["label"],
-        _xywh(truth["boxes"]),
+        xywh(truth["boxes"]),
         area=truth["area"],
         iscrowd=truth["ignore"] & (truth["area"] < BEYOND),  # the others are ignored by their area
         segmentation=annotated,
     )
-    boxes = _xywh(found["boxes"])
+    boxes = xywh(found["boxes"])
     columns = (number[found["image"]], *boxes.T, found["score"], found["label"])
     return gt, gt.load_res(np.stack(columns, axis=1), segmentation=detected)
 
@@ -375,7 +375,7 @@ def _match(
     ignored = np.zeros_like(hit)
     taken = set()
     # (D, G): IoU, but the share of the detection's own area for groups
-    overlaps = hotcoco.mask.bbox_iou(_xywh(boxes), _xywh(truth), group)
+    overlaps = hotcoco.mask.bbox_iou(xywh(boxes), xywh(truth), group)
     for eligible in (~group, group):  # groups get what single boxes left over
         overlap = np.where(eligible, overlaps, -1)
         best = overlap.argmax(axis=1)
@@ -432,7 +432,7 @@ def to_coco_json(ids: Sequence, predictions: Predictions, image_ids: Sequence) -
     """
     results = []
     for row, found in predictions.items():
-        boxes = _xywh(found["boxes"].double().numpy())
+        boxes = xywh(found["boxes"].double().numpy())
         labels = found["labels"].tolist()
         scores = found["scores"].tolist()
         rles = found.get("segmentations")

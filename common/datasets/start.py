@@ -75,11 +75,7 @@ def look_at_headers(dataset: Dataset) -> None:
     Where the size tells nothing, they are taken as annotated upright.
     """
     looked, turned, upright, unclear = 0, [], [], []
-    for row in spread(len(dataset), LOOKED_AT):
-        try:
-            tag, stored = read_tag(*dataset.image_file(row))
-        except InputError:  # it is named when it is loaded
-            continue
+    for row, tag, stored in read_tags(dataset):
         looked += 1
         if tag == UPRIGHT:
             continue
@@ -115,11 +111,7 @@ def look_at_mirrored(dataset: Dataset) -> None:
     fit.
     """
     looked, found = 0, []
-    for row in spread(len(dataset), LOOKED_AT):
-        try:
-            tag, _ = read_tag(*dataset.image_file(row))
-        except InputError:  # it is named when it is loaded
-            continue
+    for row, tag, _ in read_tags(dataset):
         looked += 1
         if tag not in (UPRIGHT, *TURNS):
             found.append(dataset.index.file_name(row))
@@ -130,6 +122,16 @@ def look_at_mirrored(dataset: Dataset) -> None:
             "first_batch.jpg"
         )
         log.warning(message, dataset.name, len(found), looked, found[0])
+
+
+def read_tags(dataset: Dataset) -> Iterator[tuple[int, int, tuple[int, int]]]:
+    """Yields the row of some images, and what `read_tag` returns; broken images are left out."""
+    for row in spread(len(dataset), LOOKED_AT):
+        try:
+            tag, stored = read_tag(*dataset.image_file(row))
+        except InputError:  # it is named when it is loaded
+            continue
+        yield row, tag, stored
 
 
 def spread(count: int, most: int) -> Iterator[int]:
