@@ -19,8 +19,8 @@ import numpy as np
 
 from common.errors import InputError
 from common.evaluation import ancestors
-from common.files import atomic_path
 from common.labels import LabelSpace, Vocabulary, fold, quoted
+from common.merges import write_csv
 
 log = logging.getLogger("concord")
 ALL = "all"  # the vocabulary of the fine classes
@@ -193,12 +193,7 @@ def names_above(vocabulary: Vocabulary, tree: dict) -> dict[str, list[str]]:
 
 def write_table(path: Path, table: FineClasses) -> None:
     """Writes a csv file: a row for each fine class, with its cell of each dataset."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow([NAME, *table.cells])
-    rows.writerows(zip(table.names, *table.cells.values()))
-    with atomic_path(path) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
+    write_csv(path, [[NAME, *table.cells], *zip(table.names, *table.cells.values())])
 
 
 def read_table(path: str | Path, vocabularies: Sequence[Vocabulary]) -> FineClasses:
