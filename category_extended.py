@@ -87,7 +87,14 @@ from common.datasets import Dataset, evaluation_datasets, training_datasets, war
 from common.datasets.subset import drop_empty
 from common.distributed import amp_context, mean_over_ranks, on_main, rank, setup_device, world_size
 from common.errors import InputError
-from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
+from common.files import sweep
+from common.inference import (
+    evaluate_dataset,
+    predict_each,
+    predict_files,
+    to_detection,
+    to_original,
+)
 from common.labels import LabelSpace, Vocabulary
 from common.optim import scaled_lr, stepped_learning_rate
 from common.pseudo_boxes import are_complete, mine_boxes, with_pseudo_boxes
@@ -514,8 +521,7 @@ def mine_image(model: Model, batch: Batch, wanted: Tensor, first: int = 0) -> li
         dropped = [[drop(x, 0.2, generator) for x in maps] for maps in towers]
         runs.append(select_detections(*model.detect(features, dropped, size), False, 0.05, 100))
     boxes, scores, labels = (torch.cat(parts) for parts in zip(*runs))
-    height, width = batch.samples[0].original_size
-    boxes = boxes * boxes.new_tensor([width / size[1], height / size[0]] * 2)
+    boxes = to_original(boxes, batch, 0)
 
     found = [boxes.new_zeros(0, 8)]
     for label in labels[wanted.to(device)[labels]].unique().tolist():
@@ -527,7 +533,7 @@ def mine_image(model: Model, batch: Batch, wanted: Tensor, first: int = 0) -> li
                 found.append(F.pad(row, (0, 1), value=label)[None])
     mean, facts, labels = torch.cat(found).cpu().split([4, 3, 1], 1)
     record = {"boxes": mean, "facts": facts, "labels": labels.flatten().long()}
-    return [record | {"size": (height, width)}]
+    return [record | {"size": batch.samples[0].original_size}]
 
 
 def drop(feature: Tensor, probability: float, generator: torch.Generator) -> Tensor:
@@ -605,12 +611,11 @@ def keep_first(
     args: Args, model: Model, label_space: LabelSpace, datasets: list[Dataset], folder: Path
 ) -> None:
     """Writes the first model and its results to a folder of their own."""
-    folder.mkdir(exist_ok=True)
+    on_main(sweep, folder)
     metadata = {"method": METHOD, "args": asdict(args)}
     save_weights(folder / "weights.safetensors", model, label_space, metadata)
     log.info("after the first training:")
-    results = evaluate(args, model, label_space, datasets, folder)
-    report(results, folder, args, run=folder.parent)
+    report(evaluate(args, model, label_space, datasets, folder), folder, args, run=folder.parent)
 
 
 def train_stage(

@@ -96,6 +96,7 @@ from common.inference import (
     predict_dataset,
     predict_each,
     predict_files,
+    to_original,
 )
 from common.labels import LabelSpace, Vocabulary
 from common.official_detectors import convert_two_stages
@@ -458,14 +459,13 @@ def embed_regions(model: Model, batch: Batch, limit: int) -> list[dict]:
 
     found = []
     for i, (boxes, eta) in enumerate(proposals):
-        height, width = batch.samples[i].original_size
-        h, w = batch.sizes[i]
-        scale = torch.tensor([width / w, height / h] * 2)
-        size = {"size": (height, width)}
-        record = {"proposals": {"boxes": boxes.cpu() * scale, "scores": eta.cpu()} | size} | size
+        boxes = to_original(boxes.cpu(), batch, i)
+        size = {"size": batch.samples[i].original_size}
+        record = {"proposals": {"boxes": boxes, "scores": eta.cpu()} | size} | size
         if regions[i]:
             boxes, embeddings, eta = (torch.cat(part).cpu() for part in zip(*regions[i]))
-            record |= {"boxes": boxes * scale, "embeddings": embeddings, "eta": eta}
+            boxes = to_original(boxes, batch, i)
+            record |= {"boxes": boxes, "embeddings": embeddings, "eta": eta}
         found.append(record)
     return found
 
