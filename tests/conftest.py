@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from multiprocessing import forkserver
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run as torchrun
+from torch.distributed.launcher.api import elastic_launch
 
 from common.command import run_command
 from common.demo import commands
@@ -61,39 +64,79 @@ def small_runs(method: str, folder, tiny_root, steps: int = 2) -> list[list[str]
 
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory) -> Path:
-    """A data root with 12 + 12 images of each generated dataset, 96 pixels."""
+    """A data root with 12 images to train on and 4 to evaluate of each generated dataset."""
     return generated(tmp_path_factory.mktemp("tiny"), 12)
 
 
 def generated(cache: Path, limit: int) -> Path:
-    """The data root of all generated datasets, with `limit` images of either split, 96 pixels."""
+    """The data root of all generated datasets, at most `limit` images to train on, 96 pixels."""
     from common.datasets.tiny import generate
 
-    for name in generate.TINY:
-        root = generate.generate(name, cache, size=96, limit=limit)
+    # an evaluation of an untrained model is slow: each image has hundreds of detections
+    recipes = {}
+    for name, recipe in generate.TINY.items():
+        splits = recipe.splits.items()
+        fewer = {
+            split: (min(n, 4), seed) if "val" in split else (n, seed) for split, (n, seed) in splits
+        }
+        recipes[name] = dataclasses.replace(recipe, splits=fewer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "TINY", recipes)
+        for name in recipes:
+            root = generate.generate(name, cache, size=96, limit=limit)
     return root
 
 
+def run_method(method: str, flags: list[str], ranks: int) -> None:
+    """What `python METHOD.py FLAGS` does, or torchrun with as many ranks."""
+    sys.argv = [f"{method}.py", *flags]
+    main = importlib.import_module(method).main
+    if ranks == 1:
+        run_command(main)
+        return
+    arguments = f"--rdzv-backend c10d --rdzv-endpoint localhost:0 --nproc-per-node {ranks} {method}"
+    config, *_ = torchrun.config_from_args(torchrun.parse_args(arguments.split()))
+    config.start_method = "fork"
+    elastic_launch(config, run_command)(main)
+
+
+def run_into_files(
+    method: str, flags: list[str], ranks: int, environment: dict, folder: Path
+) -> None:
+    """run_method in a process of its own. What it writes is in `folder`: stdout and stderr."""
+    os.setsid()
+    os.chdir(REPO)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, number)
+    os.environ.clear()
+    os.environ.update(environment)
+    run_method(method, flags, ranks)
+
+
 @pytest.fixture(scope="session")
-def run():
+def run(forks, tmp_path_factory):
     """run(*args, method="scaledet", ranks=1): `python METHOD.py *args`.
 
+    Its process is forked from one with all imports, since these take longer than most trainings.
     Returns the finished process, with its output as text.
     """
 
     def start(
         *args, method: str = "scaledet", ranks: int = 1, timeout: float = 240
     ) -> subprocess.CompletedProcess:
-        launcher = (
-            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-            if ranks > 1
-            else []
-        )
-        command = [sys.executable, *launcher, f"{method}.py", *map(str, args)]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            command, cwd=REPO, env=env, capture_output=True, text=True, timeout=timeout
-        )
+        folder = tmp_path_factory.mktemp("output")
+        flags = [str(arg) for arg in args]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        given = (method, flags, ranks, environment, folder)
+        process = forks.Process(target=run_into_files, args=given)
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
+        output = [(folder / name).read_text() for name in ("stdout", "stderr")]
+        assert process.exitcode is not None, f"it hangs: {output}"
+        return subprocess.CompletedProcess(flags, process.exitcode, *output)
 
     return start
 

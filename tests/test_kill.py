@@ -9,14 +9,12 @@ CONCORD_KILL_SEED repeats them, as far as the machine does. 20 kills of each met
 """
 
 import contextlib
-import importlib
 import json
 import os
 import random
 import re
 import shutil
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -25,14 +23,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.run as torchrun
-from conftest import METHODS, generated, small_runs
+from conftest import METHODS, generated, run_method, small_runs
 from safetensors.torch import load_file
-from torch.distributed.launcher.api import elastic_launch
 
 from common import runlog
 from common.checkpoint import checkpoints, load_plain
-from common.command import run_command
 
 STEPS = 6  # of each stage, with a checkpoint every second step
 SETTINGS = [(0, 1), (2, 1), (0, 2)]  # (--workers, ranks)
@@ -48,17 +43,9 @@ def command(method: str, flags: list[str], ranks: int, folder: Path) -> None:
     for stream in (1, 2):
         os.dup2(log, stream)
     os.environ["CONCORD_CACHE"] = str(folder / "cache")
-    sys.argv = [f"{method}.py", *flags]
     runlog.EVERY = 1
     runlog.round = lambda value, digits: value  # in place of the built-in one
-    main = importlib.import_module(method).main
-    if ranks == 1:
-        run_command(main)
-        return
-    arguments = f"--rdzv-backend c10d --rdzv-endpoint localhost:0 --nproc-per-node {ranks} {method}"
-    config, *_ = torchrun.config_from_args(torchrun.parse_args(arguments.split()))
-    config.start_method = "fork"
-    elastic_launch(config, run_command)(main)
+    run_method(method, flags, ranks)
 
 
 @dataclass
