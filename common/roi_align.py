@@ -9,6 +9,7 @@ thread. Both keep only the boxes for the backward pass.
 Shapes: L levels, B images, F channels, maps of h x w cells, R regions, r x r bins.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -48,12 +49,12 @@ def roi_align(
 
 
 class _Bins(NamedTuple):
-    """Holds the cells below each bin along one axis, r bins a region. Cells without weight count.
+    """Holds the weights of the cells below each bin along one axis, r bins a region.
 
     first:   (R, r), the first cell
-    number:  (R, r), number of cells
+    number:  (R, r), number of cells from the first to the last
     start:   (R, r), place of the first cell's weight in `weights`
-    weights: all weights, region by region, bin by bin; those inside the map add up to 1 a bin
+    weights: the weights of all bins; those of a bin inside the map add up to 1
     """
 
     first: Tensor
@@ -76,10 +77,42 @@ def _bins(low: Tensor, high: Tensor, size: Tensor, resolution: int) -> _Bins:
     low, high: (R,), ends of the region in cells, where 0 is the centre of the first cell
     size:      (R,), cells of the axis
     """
+    number, owner, position, share = _samples(low, high, size, resolution)
+    last = size[owner // resolution] - 1
+    below = position.floor()
+    above = (below + 1).minimum(last)
+    upper = position - below
+    lower = 1 - upper
+    below = below.long()
+    above = above.long()
+    # the cells from that below the first sample to that above the last one
+    filled = number > 0
+    end = number.cumsum(0)[filled]
+    first = torch.zeros_like(number)
+    first[filled] = below[end - number[filled]]
+    cells = torch.zeros_like(number)
+    cells[filled] = above[end - 1] + 1 - first[filled]
+    start = cells.cumsum(0) - cells
+    shift = (start - first)[owner]
+    weights = position.new_zeros(int(cells.sum()))
+    weights.index_add_(0, below + shift, lower * share)
+    weights.index_add_(0, above + shift, upper * share)
+    first, cells, start = (x.view(-1, resolution) for x in (first, cells, start))
+    return _Bins(first, cells, start, weights)
+
+
+def _samples(
+    low: Tensor, high: Tensor, size: Tensor, resolution: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lists the samples along one axis by rising position, with the rounding of torchvision.
+
+    Returns the number of samples of each bin (R r,), and of each sample its bin, its position in
+    0..size - 1, and its share of the mean. The share is 0 more than one cell outside the map.
+    """
     length = high - low
     length = length.nan_to_num(0, posinf=0).clamp(min=0)
     step = length / resolution
-    grid = step.ceil()  # samples of a bin; all rounding is that of torchvision
+    grid = step.ceil()  # samples of a bin
     edge = low[:, None] + torch.arange(resolution) * step[:, None]  # (R, r)
     skipped, number = _near_samples(edge, step / grid, grid, size)
     number = number.flatten()
@@ -89,29 +122,9 @@ def _bins(low: Tensor, high: Tensor, size: Tensor, resolution: int) -> _Bins:
     position = edge.flatten()[owner] + order * step[region] / grid[region]
     size = size[region]
     inside = (position >= -1) & (position <= size)
-    last = size - 1
-    position = position.clamp(min=0).minimum(last)
-    below = position.floor()
-    above = (below + 1).minimum(last)
     share = inside / grid[region]
-    upper = position - below
-    lower = 1 - upper
-    below = below.long()
-    above = above.long()
-
-    filled = number > 0
-    end = number.cumsum(0)[filled]
-    first = torch.zeros_like(number)
-    first[filled] = below[end - number[filled]]
-    cells = torch.zeros_like(number)
-    cells[filled] = above[end - 1] + 1 - first[filled]
-    start = cells.cumsum(0) - cells
-    weights = position.new_zeros(int(cells.sum()))
-    shift = (start - first)[owner]
-    weights.index_add_(0, below + shift, lower * share)
-    weights.index_add_(0, above + shift, upper * share)
-    first, cells, start = (x.view(-1, resolution) for x in (first, cells, start))
-    return _Bins(first, cells, start, weights)
+    position = position.clamp(min=0).minimum(size - 1)
+    return number, owner, position, share
 
 
 def _near_samples(
@@ -124,7 +137,7 @@ def _near_samples(
     """
     spacing = spacing[:, None]
     size = size[:, None]
-    # one sample more than rounding may hide, on both sides
+    # at least one sample too many on both sides, because of rounding
     skipped = ((-1 - edge) / spacing - 1.5).floor().clamp(min=0)
     end = ((size - edge) / spacing + 1.5).ceil().minimum(grid[:, None])
     number = (end - skipped).nan_to_num(0).clamp(min=0)
@@ -180,7 +193,7 @@ def _parts(
     part = entries.cumsum(0) // MOST_ENTRIES
     _, counts = part.unique_consecutive(return_counts=True)
     start = 0
-    for count in counts.tolist():
+    for count in counts.tolist() or [0]:
         of = slice(start, start + count)
         part_rows = _Bins(*(x[of] for x in rows[:3]), rows.weights)
         part_columns = _Bins(*(x[of] for x in columns[:3]), columns.weights)
@@ -194,12 +207,14 @@ def _forward_cpu(features, strides, boxes, image, level, resolution):
     shapes = torch.tensor([(len(f), *f.shape[2:]) for f in features])
     table = [f.permute(0, 2, 3, 1).reshape(-1, channels) for f in features]
     table = torch.cat(table).to(boxes.dtype)  # (cells of all maps, F)
-    out = table.new_zeros(len(boxes), resolution, resolution, channels)
-    for of, entries in _parts(shapes, strides, boxes, image, level, resolution):
+    parts = []
+    for _, entries in _parts(shapes, strides, boxes, image, level, resolution):
         cells, weights, number = entries
         start = number.cumsum(0) - number
-        sums = F.embedding_bag(cells, table, start, mode="sum", per_sample_weights=weights)
-        out[of] = sums.view_as(out[of])
+        part = F.embedding_bag(cells, table, start, mode="sum", per_sample_weights=weights)
+        parts.append(part)
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)  # cat would copy a single one
+    out = out.view(-1, resolution, resolution, channels)
     return out.permute(0, 3, 1, 2)
 
 
@@ -212,16 +227,19 @@ def _backward_cpu(gradient, shapes, strides, boxes, image, level, resolution):
     maps = torch.tensor([(batch, height, width) for batch, _, height, width in shapes])
     areas = maps.prod(1).tolist()
     bins = gradient.permute(0, 2, 3, 1).reshape(-1, channels)  # (R r r, F)
-    of_cells = bins.new_zeros(sum(areas), channels)
     all_cells = torch.arange(sum(areas), dtype=torch.int32)
-    for of, entries in _parts(maps, strides, boxes, image, level, resolution):
+
+    def sum_bins(of: slice, entries: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         cells, weights, number = entries
         owner = torch.repeat_interleave(number) + of.start * resolution**2
         keys, order = cells.int().sort(stable=True)
         start = torch.searchsorted(keys, all_cells)
-        of_cells += F.embedding_bag(
-            owner[order], bins, start, mode="sum", per_sample_weights=weights[order]
-        )
+        weights = weights[order]
+        return F.embedding_bag(owner[order], bins, start, mode="sum", per_sample_weights=weights)
+
+    parts = _parts(maps, strides, boxes, image, level, resolution)
+    sums = (sum_bins(of, entries) for of, entries in parts)
+    of_cells = functools.reduce(torch.add, sums)  # (cells of all maps, F)
     gradients = []
     for part, (batch, _, height, width) in zip(of_cells.split(areas), shapes):
         part = part.view(batch, height, width, channels)
@@ -284,9 +302,13 @@ def _roi_align_backward(
     shapes = [sizes[i : i + 4] for i in range(0, len(sizes), 4)]
     # in an image with image-level labels, only one region in a hundred has a gradient
     with_gradient = gradient.flatten(1).any(1)
-    gradient, *regions = [x[with_gradient] for x in (gradient, boxes.to(dtype), image, level)]
+    regions = (gradient, boxes, image, level)
+    if not with_gradient.all():  # the copy takes a third of the time
+        regions = [x[with_gradient] for x in regions]
+    of_output, boxes, image, level = regions
+    boxes = boxes.to(dtype)
     backward = _backward_cpu if boxes.is_cpu else _backward_native
-    gradients = backward(gradient.to(dtype), shapes, strides, *regions, resolution)
+    gradients = backward(of_output.to(dtype), shapes, strides, boxes, image, level, resolution)
     return [x.to(gradient.dtype) for x in gradients]
 
 
