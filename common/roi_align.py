@@ -110,7 +110,6 @@ def _samples(
     0..size - 1, and its share of the mean. The share is 0 more than one cell outside the map.
     """
     length = high - low
-    length = length.nan_to_num(0, posinf=0).clamp(min=0)
     step = length / resolution
     grid = step.ceil()  # samples of a bin
     edge = low[:, None] + torch.arange(resolution) * step[:, None]  # (R, r)
@@ -132,6 +131,8 @@ def _near_samples(
 ) -> tuple[Tensor, Tensor]:
     """Finds the samples of each bin that may lie in the map, so that huge regions cost no more.
 
+    A bin has several samples only where they are at least half a cell apart.
+
     edge: (R, r), where the bin begins; spacing, grid, size: (R,)
     Returns how many samples are skipped, and the number of those that follow, (R, r) each.
     """
@@ -140,9 +141,7 @@ def _near_samples(
     # at least one sample too many on both sides, because of rounding
     skipped = ((-1 - edge) / spacing - 1.5).floor().clamp(min=0)
     end = ((size - edge) / spacing + 1.5).ceil().minimum(grid[:, None])
-    number = (end - skipped).nan_to_num(0).clamp(min=0)
-    most = 2 * size + 8  # as spacing is above 0.5 where a bin has several samples
-    number = number.minimum(most)
+    number = (end - skipped).nan_to_num(0).clamp(min=0)  # none if the region is empty or broken
     return skipped, number.long()
 
 
