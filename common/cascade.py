@@ -26,9 +26,9 @@ c2_xavier_fill = partial(nn.init.kaiming_uniform_, a=1)  # detectron2's start of
 
 @dataclass
 class StageOutput:
-    """The regions of one cascade stage, and its outputs for them."""
+    """The regions that one cascade stage gets, and what it computes for them."""
 
-    index: int  # of the stage, 0 for the first
+    index: int  # number of the stage, from 0
     boxes: list[Tensor]  # B tensors (Q, 4), the regions
     hidden: Tensor  # (R, fc_dim) output of the box head
     deltas: Tensor  # (R, 4) predicted box deltas
@@ -36,7 +36,7 @@ class StageOutput:
 
     @property
     def labels(self) -> Tensor:
-        """(R,) labels of all regions, -1 on background."""
+        """(R,) labels of all regions, -1 for background. In training only."""
         return torch.cat([t.labels for t in self.targets])
 
 

@@ -301,10 +301,13 @@ class FPNRegions(nn.Module):
     """Embeds regions with a timm model: P3 to P5, a box head, and a linear layer."""
 
     def __init__(self, name: str, out: int, channels: int, fc_dim: int, pretrained: bool):
-        """Creates the network. Raises InputError as `Backbone` does.
+        """Creates the network. Raises InputError if `Backbone` refuses the model.
 
-        name: timm model; out: width of the embeddings
-        channels: of the FPN; fc_dim: width of the box head
+        name:       name of the timm model
+        out:        width of the embeddings
+        channels:   width of the FPN
+        fc_dim:     width of the box head
+        pretrained: load the published weights of the timm model
         """
         super().__init__()
         self.backbone = Backbone(name, channels, pretrained, STRIDES, flag="classifier backbone")

@@ -131,7 +131,9 @@ class Plates:
         self.size = picture.size
         self.taken = []
         self.font_size = max(14, min(picture.size) // 34)
-        self.ascent, descent = self.font("").getmetrics()
+        ascent, descent = self.font("").getmetrics()
+        _, accent_top, _, _ = self.font("Ấ").getbbox("Ấ", anchor="ls")  # may be above the ascent
+        self.ascent = max(ascent, -accent_top)
         self.height = self.ascent + descent + 2
 
     def font(self, text: str) -> ImageFont.FreeTypeFont:

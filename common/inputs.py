@@ -56,7 +56,7 @@ def is_video(path: str) -> bool:
 
 
 def _files_of(name: str) -> list[str]:
-    """Returns the files of one name. Raises InputError if there are none."""
+    """Returns the files of `name`, a file, folder or pattern. Raises InputError if it has none."""
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         entries = [os.path.join(path, entry) for entry in os.listdir(path)]

@@ -149,15 +149,18 @@ def known_classes(text: Tensor) -> tuple[str, list[str], Tensor]:
 
 
 def boxed_classes(dataset: str, names: list[str], file: str) -> tuple[str, list[str]]:
-    """Returns the dataset of the training and the classes that had boxes, by the file's name.
+    """Returns the name of the training dataset, and its classes that had boxes in training.
 
-    The tensors do not tell. Names with "_Lbase" are of LVIS without the boxes of its rare classes.
+    For LVIS the file's name tells, since the tensors do not: "_Lbase" means that rare classes had
+    no boxes. The dataset is then "lvis-base". For other datasets, all `names` are returned.
+
+    dataset, names: of the classifier; file: name of the file
     """
     if dataset != "lvis":
         return dataset, names
     if "_Lbase" in file:
-        record = json.loads((DATA / "vocabularies" / "lvis.json").read_text())
-        base = [name for name, group in zip(names, record["frequency"]) if group != "r"]
+        lvis = json.loads((DATA / "vocabularies" / "lvis.json").read_text())
+        base = [name for name, group in zip(names, lvis["frequency"]) if group != "r"]
         message = (
             "%s: by its name, %d rare classes of LVIS had no boxes in training: they are novel"
         )

@@ -1,4 +1,6 @@
-"""Rules that convert official checkpoints of Mask2Former, with a ResNet or a Swin.
+"""Converts official checkpoints of Mask2Former with a ResNet or a Swin.
+
+A rule maps a pattern of official names to our name, or to None: such a tensor is dropped.
 
 Source: facebookresearch/Mask2Former:MODEL_ZOO.md, configs, mask2former/modeling.
 """
@@ -14,7 +16,8 @@ from common.labels import Vocabulary
 
 log = logging.getLogger("concord")
 
-PIXELS = r"sem_seg_head\.(?:pixel_decoder\.)?"  # older files lack the names in the brackets
+# prefixes of official names; older files lack the part in brackets
+PIXELS = r"sem_seg_head\.(?:pixel_decoder\.)?"
 QUERIES = r"sem_seg_head\.(?:predictor\.)?"
 CROSS = QUERIES + r"transformer_cross_attention_layers\.(\d+)\."
 SELF = QUERIES + r"transformer_self_attention_layers\.(\d+)\."
@@ -43,38 +46,38 @@ MASK2FORMER = {
     QUERIES + r"(?:query_feat|static_query)\.weight": "query_feat",
     QUERIES + r"(query|level)_embed\.weight": r"\1_embed",
 }
-for i in range(3):  # of the linear layers; ours also counts the ReLUs between them
+for i in range(3):  # linear layers; our numbers also count the ReLUs between them
     MASK2FORMER[QUERIES + rf"mask_embed\.layers\.{i}\.(.+)"] = rf"head.mask_embed.{2 * i}.\1"
 for i in range(1, 5):
     block = rf"backbone\.res{i + 1}\.(\d+)\."
-    own = rf"backbone.body.layer{i}.\1."
+    ours = rf"backbone.body.layer{i}.\1."
     MASK2FORMER |= {
-        block + r"(conv\d)\.weight": own + r"\2.weight",
-        block + r"conv(\d)\.norm\.(.+)": own + r"bn\2.\3",
-        block + r"shortcut\.weight": own + "downsample.0.weight",
-        block + r"shortcut\.norm\.(.+)": own + r"downsample.1.\2",
+        block + r"(conv\d)\.weight": ours + r"\2.weight",
+        block + r"conv(\d)\.norm\.(.+)": ours + r"bn\2.\3",
+        block + r"shortcut\.weight": ours + "downsample.0.weight",
+        block + r"shortcut\.norm\.(.+)": ours + r"downsample.1.\2",
     }
 MASK2FORMER |= {  # Swin
     r"backbone\.layers\..+\.relative_position_index": None,  # follows from the window
     r"backbone\.((?:patch_embed|norm\d|layers\.\d\.blocks)\..+)": r"backbone.body.\1",
 }
-for i in range(3):  # ours is the first module of the next stage
+for i in range(3):  # official: the end of a stage; in timm: the start of the next one
     MASK2FORMER[rf"backbone\.layers\.{i}\.(downsample\..+)"] = rf"backbone.body.layers.{i + 1}.\1"
 
-# of a head with K classes: whose names they are, and the datasets that it classifies; the official
-# order of their classes is ours
+# {number of classes: (dataset that names them, datasets that the head can classify)}
+# The official order of the classes is that of our vocabularies.
 HEADS = {
     133: ("coco-panoptic", ("coco-panoptic",)),
     80: ("coco", ("coco",)),
     150: ("ade20k", ("ade20k", "ade20k-panoptic")),
-    100: ("ade20k", ("ade20k-instances",)),  # its things
+    100: ("ade20k", ("ade20k-instances",)),  # the things alone
     19: ("cityscapes", ("cityscapes", "cityscapes-panoptic")),
-    8: ("cityscapes", ("cityscapes-instances",)),  # its things
+    8: ("cityscapes", ("cityscapes-instances",)),  # the things alone
     65: ("mapillary", ("mapillary", "mapillary-panoptic")),
 }
-# of the backbones: what the names of the tensors tell
-RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}  # blocks of the stages
-SWINS = {  # blocks of the stages, and channels of the first
+# {what `backbone_of` counts: timm model}
+RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}  # blocks of each stage
+SWINS = {  # blocks of each stage, and channels of the first stage
     (2, 2, 6, 2, 96): "swin_tiny_patch4_window7_224",
     (2, 2, 18, 2, 96): "swin_small_patch4_window7_224",
     (2, 2, 18, 2, 128): "swin_base_patch4_window12_384",
@@ -85,16 +88,18 @@ SWINS = {  # blocks of the stages, and channels of the first
 def convert_mask2former(official: Tensors, _: str = "") -> tuple[Tensors, dict]:
     """Converts a state dict of Mask2Former. Returns our tensors and the model's metadata.
 
-    `args` are the settings of the model without its classifier, `base` its modules. The class head
-    becomes one for each dataset that its number of columns stands for. `own_head` are the settings
-    that classify with it, by the official inference.
-    Without such a dataset a warning is logged, and a training can start from the weights.
-    Raises InputError for an unknown backbone, and for a tensor that no rule matches.
+    The number of classes tells the datasets, see HEADS. Each of them gets a copy of the class head.
+    For another number the head is left out with a warning. A training can start from the rest.
+
+    The metadata are `args`, the settings of the model; `base`, its modules but the class heads;
+    `vocabularies`, the classes of each dataset; and `own_head`, the settings for their inference.
+    Raises InputError for an unknown backbone, and for a tensor without a rule.
     """
     tensors = renamed(official, MASK2FORMER)
     queries, channels = tensors["query_feat"].shape
-    head = {kind: tensors.pop(f"heads.layers.0.{kind}") for kind in ("weight", "bias")}
-    trained_norm = any(key.endswith("num_batches_tracked") for key in official)  # SyncBN
+    class_head = {kind: tensors.pop(f"heads.layers.0.{kind}") for kind in ("weight", "bias")}
+    # frozen BatchNorm has no such counter
+    trained_norm = any(key.endswith("num_batches_tracked") for key in official)
     tensors["backbone.frozen_norm"] = torch.tensor(not trained_norm)
     args = {
         "backbone": backbone_of(tensors),
@@ -104,14 +109,14 @@ def convert_mask2former(official: Tensors, _: str = "") -> tuple[Tensors, dict]:
         "decoder_layers": sum(key.endswith(".cross_norm.weight") for key in tensors),
     }
     metadata = {"args": args, "base": sorted({key.partition(".")[0] for key in tensors})}
-    classes = len(head["bias"]) - 1
+    classes = len(class_head["bias"]) - 1  # the last column is "no object"
     source, datasets = HEADS.get(classes, ("", ()))
     if not datasets:
         log.warning("%d classes are those of no known dataset: their head is left out", classes)
     vocabularies = {}
     for i, dataset in enumerate(datasets):
         vocabularies[dataset] = classes_of(source, classes)
-        for kind, tensor in head.items():
+        for kind, tensor in class_head.items():
             tensors[f"heads.layers.{i}.{kind}"] = tensor.clone()
     own_head = {
         "classifier": "heads",
@@ -120,24 +125,21 @@ def convert_mask2former(official: Tensors, _: str = "") -> tuple[Tensors, dict]:
     }
     larger = ("swin_base", "swin_large")
     if classes == 150 and queries == 100 and args["backbone"].startswith(larger):
-        own_head["image_size"] = 640  # of the semantic models; the panoptic Swin-L has 200 queries
+        own_head["image_size"] = 640  # a semantic model: the panoptic Swin-L has 200 queries
     return tensors, metadata | {"vocabularies": vocabularies, "own_head": own_head}
 
 
 def convert_mask2former_base(official: Tensors, _: str = "") -> tuple[Tensors, dict]:
-    """Converts as `convert_mask2former`, without the class head: a training starts from the rest.
-
-    Text classifies in its place.
-    """
+    """Converts as `convert_mask2former`, but without the class heads: text classifies instead."""
     tensors, metadata = convert_mask2former(official)
     tensors = {key: t for key, t in tensors.items() if not key.startswith("heads.")}
     return tensors, {"args": metadata["args"], "base": metadata["base"], "vocabularies": {}}
 
 
 def classes_of(dataset: str, count: int) -> dict:
-    """Returns `names` and `is_thing` of a known dataset's classes, or of its things alone.
+    """Returns `names` and `is_thing` of the classes of a known dataset.
 
-    count: of the classes; the dataset has as many classes, or as many things
+    count: number of classes; if the dataset has more, only its things are returned
     """
     known = Vocabulary.known(dataset)
     if len(known) == count:
@@ -147,7 +149,7 @@ def classes_of(dataset: str, count: int) -> dict:
 
 
 def backbone_of(tensors: Tensors) -> str:
-    """Returns the timm model that has these tensors, under our names. Raises InputError if none."""
+    """Returns the timm model whose tensors these are. Raises InputError for an unknown backbone."""
     keys = "\n".join(tensors)
     blocks = re.findall(r"^backbone\.body\.layer(\d)\.\d+\.conv1\.weight$", keys, re.M)
     name = RESNETS.get(tuple(blocks.count(stage) for stage in "1234"))

@@ -19,14 +19,17 @@ from common.files import atomic_path
 
 log = logging.getLogger("concord")
 
-# of a sample: field -> type
+# fields of a sample and their types; `draw` is its number in the stream of the sampler
 FIELDS = {"dataset": str, "index": int, "image_id": str, "file_name": str, "draw": int}
 
 
 def write_record(
     folder: Path, step: int, seed: int, losses: dict[str, Tensor], batch: Batch
 ) -> None:
-    """Writes which images `batch` holds, by which draws, and the losses of this rank."""
+    """Writes the samples of `batch` and the losses of this rank to a file in the run folder.
+
+    A sample is written as its FIELDS, without pixels. Logs the flags that compute the step again.
+    """
     samples = [{name: getattr(sample, name) for name in FIELDS} for sample in batch.samples]
     values = {name: float(value) for name, value in losses.items()}
     record = {"step": step, "seed": seed, "losses": values, "samples": samples}

@@ -1,4 +1,4 @@
-"""What a training keeps when it ends early: signals, its last whole step, errors in one line."""
+"""What happens when a training ends early: signals, its last whole step, errors in one line."""
 
 import errno
 import logging
@@ -24,7 +24,8 @@ log = logging.getLogger("concord")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 NORM = nn.modules.batchnorm._BatchNorm
 LOWER = "lower --batch-size, --image-size or --workers"
-# what torch and the system say: memory, a data loading process, the GPU, the connection of ranks
+# Patterns of the messages of torch and the system. WORKER is about a data loading process, PEERS
+# about the connection of ranks.
 MEMORY = (
     r"can(no|')t allocate memory|out of memory|not enough memory|bad_alloc|can't start new thread"
 )
@@ -45,21 +46,21 @@ class Stop(BaseException):
 
 
 class _Process:
-    """The state of this process: the signal that asked it to end, and its training."""
+    """The state of this process. There is one, so the class itself holds it."""
 
-    asked: int = 0
-    ending: bool = False
-    heeding: bool = False
-    training: "LastStep | None" = None
+    asked: int = 0  # number of the first signal, 0 before
+    ending: bool = False  # further signals are ignored
+    heeding: bool = False  # `on_signal` handles the signals
+    training: "LastStep | None" = None  # the training that `rescue` saves
 
 
 @contextmanager
 def heed_signals() -> Iterator[None]:
     """Context manager in which SIGTERM, SIGINT and SIGHUP raise `Stop`.
 
-    While `LastStep.is_busy` they wait for `check_asked`. Signals after the first change nothing. A
-    signal that is ignored already, as under nohup, stays ignored. In data loading processes all are
-    ignored, since these end with the process that they serve.
+    While `LastStep.is_busy`, a signal is only noted, and `check_asked` raises `Stop` later. Signals
+    after the first change nothing. A signal that is ignored already, as under nohup, stays ignored.
+    Data loading processes ignore all signals, since they end with the process that they serve.
     """
     owner = os.getpid()
 
@@ -87,7 +88,7 @@ def heed_signals() -> Iterator[None]:
 
 
 def heed_no_more() -> None:
-    """Ignores all further signals: this process is about to end, and saves what it has."""
+    """Makes this process ignore all further signals, so that it can save before it ends."""
     _Process.ending = True
 
 
@@ -106,15 +107,15 @@ def check_asked() -> None:
 
 
 class LastStep:
-    """The last whole step of a training, which can be saved until the next update of the weights.
+    """The last whole step of a training. A step is whole when its update of the weights is done.
 
     folder, model, optimizer, metadata, keep: as in `save_checkpoint`
-    label_space: or a function that returns it, if training changes its text
-    step: the step that the model has now, which is in a checkpoint if it is above 0
+    label_space: as there, or a function that returns it, if training changes its text
+    step: number of steps that are done; if it is above 0, a checkpoint holds them
 
-    The weights are those of the last whole step as long as no update begins. What a forward pass
-    changes, the random states and the statistics of BatchNorm, is noted in each step. Rank 0 has
-    the random states of all ranks, since any of them may be killed.
+    The model keeps the weights of the last whole step until the next update begins. A forward pass
+    already changes the random states and the statistics of BatchNorm, so both are copied in each
+    step. Rank 0 has the random states of all ranks, since another rank may be killed.
     """
 
     def __init__(
@@ -131,9 +132,10 @@ class LastStep:
         self.saved = step
         self.content = (model, label_space, optimizer, metadata)
         self.keep = keep
-        self.in_update = False
-        self.in_loop = True
-        self.rng = []  # of the ranks; there is nothing to save before the first update
+        self.in_update = False  # True while the weights change
+        self.in_loop = True  # False during an evaluation and after the last step
+        self.rng = []  # random states of the ranks; nothing is saved before the first update
+        # a frozen BatchNorm is in eval mode, and its statistics do not change
         norms = [m for m in model.modules() if isinstance(m, NORM) and m.training]
         self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
         self.note(step)
@@ -141,23 +143,24 @@ class LastStep:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a signal has to wait: in an update, and in a loop that other ranks share."""
+        """Whether a signal has to wait: in an update, and in the loop if there are other ranks."""
         return self.in_update or (self.in_loop and world_size() > 1)
 
     def begin_update(self) -> None:
         """Notes that the weights are about to change. Every rank calls it.
 
-        The update uses no random numbers: the random states now are those of the whole step.
+        It also gathers the random states of the ranks. The update does not change them, since it
+        uses no random numbers.
         """
         self.rng = gather_on_main(rng_states())
         self.in_update = True
         if _Process.heeding:
-            # PyTorch's handler raises when a data loading process dies, also amid an update. The
-            # loader finds it out by itself within five seconds, between two steps.
+            # PyTorch's handler raises as soon as a data loading process dies, even in an update.
+            # Without it the loader notices that within five seconds, between two steps.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def note(self, step: int) -> None:
-        """Notes that `step` is whole."""
+        """Notes that `step` is whole, with its random states and a copy of its statistics."""
         self.state = step, self.rng, [buffer.clone() for buffer in self.statistics]
 
     def is_finite(self) -> bool:
@@ -168,7 +171,7 @@ class LastStep:
     def save(self, rng: list, spare: int = 0) -> None:
         """Writes a checkpoint of the last whole step. Only rank 0 calls it.
 
-        rng: the random states of the ranks; spare: older checkpoints to keep beyond `keep`
+        rng: the random states of the ranks; spare: how many checkpoints to keep beyond `keep`
         """
         step, _, statistics = self.state
         with torch.no_grad():
@@ -182,10 +185,11 @@ class LastStep:
 
 
 def rescue() -> str:
-    """Saves the last whole step of this process's training, if it is not yet.
+    """Saves the last whole step of this process's training, unless it is saved already.
 
-    Rank 0 writes it, and waits for no other rank. Returns a line that says what is kept and how to
-    go on, "" if there is no training.
+    Rank 0 writes it, and waits for no other rank. Nothing is written during an update, and no
+    weights that are not finite. Returns a line that says which step is kept and how to go on; "" if
+    there is no training.
     """
     training = _Process.training
     if training is None:
@@ -214,9 +218,9 @@ def rescue() -> str:
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """Returns one line for an error, "" for an unknown one, and the exit code.
+    """Returns one line that explains an error, "" for an unknown error; also the exit code.
 
-    The code is 128 + the signal's number for a signal, 2 for what the user can correct, 1 else.
+    The code is 128 + the number of a signal, 2 for what the user can correct, 1 otherwise.
     """
     if isinstance(error, KeyboardInterrupt):
         error = Stop(signal.SIGINT)
@@ -240,9 +244,9 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 
 def _explain_machine(error: BaseException, text: str) -> str:
-    """Returns one line for an error of the machine that the run is on, "" for any other."""
+    """Returns one line for an error of memory, a process, the GPU or a rank; "" for any other."""
     if isinstance(error, OSError) and error.errno not in (None, errno.ENOMEM):
-        return ""
+        return ""  # an error of a file, for which `explain` has a line
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(MEMORY, text):
         return f"the memory is not enough ({first_line(error)}); {LOWER}, or make the model smaller"
     if _says(WORKER, text):
@@ -260,7 +264,7 @@ def _says(pattern: str, text: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message that says something, at most 150 letters."""
+    """Returns up to 150 letters of the first telling line of an error's message, or its type."""
     lines = [line.strip() for line in str(error).splitlines()]
     lines = [line for line in lines if line and not line.startswith(("Caught", "Original Trace"))]
     if lines and lines[0].startswith("Traceback"):  # of a data loading process

@@ -1,4 +1,4 @@
-"""Compares the settings of a training with those that its run folder keeps in args.json."""
+"""Compares the settings of this start with args.json, which keeps those of the training so far."""
 
 import json
 import logging
@@ -11,10 +11,10 @@ from common.labels import LabelSpace
 
 log = logging.getLogger("concord")
 
-# settings that say how a training starts, not how it goes on
+# settings of one start alone: the next start neither repeats nor compares them
 OF_A_START = {"resume", "output", "eval_only", "predict", "replay"}
-# settings that a training may go on with another value of; so may the numbers of steps and the
-# learning rates of its stages
+# settings that may change from one start to the next; so may the settings that end with
+# CHANGEABLE_ENDS, the numbers of steps and the learning rates
 CHANGEABLE = {"datasets", "eval_datasets", "data_root", "vocabulary", "score_threshold"}
 CHANGEABLE |= {"checkpoint_every", "keep", "eval_every", "skip_bad"}
 CHANGEABLE |= {"workers", "amp", "compile", "device"}
@@ -23,7 +23,7 @@ CHANGEABLE_ENDS = ("steps", "lr")
 
 
 def read_args(folder: Path, method: str) -> dict:
-    """Reads args.json of a run folder. Raises InputError if broken or of another method."""
+    """Returns the content of args.json. Raises InputError if it is broken or of another method."""
     path = folder / "args.json"
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -41,52 +41,56 @@ def read_args(folder: Path, method: str) -> dict:
     return saved
 
 
-def go_on(folder: Path, record: dict, method: str, label_space: LabelSpace) -> dict | None:
-    """Compares the settings `record` with those in the folder, where a training began.
+def go_on(folder: Path, given: dict, method: str, label_space: LabelSpace) -> dict | None:
+    """Compares the settings `given` at this start with those saved in a run folder.
 
-    Returns the new content of args.json, or None if no setting is another. Raises InputError if
-    one may not be another.
+    Returns the new content of args.json, or None if the file stays as it is: no setting has
+    changed, or a step is replayed. Raises InputError if a setting that is not CHANGEABLE has
+    changed, or the names of the datasets or classes that were trained on.
     """
     saved = read_args(folder, method)
-    others = _differences(saved, record)
-    fixed = {
+    changes = _differences(saved, given)
+    refused = {
         name: values
-        for name, values in others.items()
+        for name, values in changes.items()
         if name not in CHANGEABLE and not name.endswith(CHANGEABLE_ENDS)
     }
-    if fixed:
+    if refused:
         listed = ", ".join(
-            f"{_flag(name)} {old} is now {new}" for name, (old, new) in fixed.items()
+            f"{_flag(name)} {old} is now {new}" for name, (old, new) in refused.items()
         )
         raise InputError(
             f"the training in {folder} has other settings: {listed}; give the same, or choose"
             " another --output"
         )
     _check_label_space(folder, label_space)
-    done = [checkpoint_step(path) for path in checkpoints(folder)]
-    if not done and not record["replay"]:
+    steps = [checkpoint_step(path) for path in checkpoints(folder)]
+    if not steps and not given["replay"]:
         log.info("%s has no checkpoint yet: the training starts again from nothing", folder)
-    if not others:
+    if not changes:
         return None
     listed = ", ".join(
-        f"{_flag(name)} {new} instead of {old}" for name, (old, new) in others.items()
+        f"{_flag(name)} {new} instead of {old}" for name, (old, new) in changes.items()
     )
-    if record["replay"]:
+    if given["replay"]:
         log.info("%s is replayed with %s", folder, listed)
         return None
     log.info("%s goes on with %s; args.json keeps both", folder, listed)
-    change = {"after_step": max(done, default=0), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
-    change["changes"] = others
-    return saved | record | {"history": [*saved.get("history", []), change]}
+    entry = {"after_step": max(steps, default=0), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+    entry["changes"] = changes
+    return saved | given | {"history": [*saved.get("history", []), entry]}
 
 
-def _differences(saved: dict, record: dict) -> dict[str, list]:
-    """Returns {setting: [old, new]} of those that differ. What `saved` lacks has its default."""
-    new = json.loads(json.dumps(record))
-    names = [name for name in new if name in saved]
+def _differences(saved: dict, given: dict) -> dict[str, list]:
+    """Returns {setting: [old, new]} of the settings that differ, and of the number of ranks.
+
+    A setting that `saved` lacks, since it was written before that flag existed, is not compared.
+    """
+    given = json.loads(json.dumps(given))  # tuples become lists, as they are in `saved`
+    names = [name for name in given if name in saved]
     names = [n for n in names if n not in OF_A_START | {"method", "environment"}]
-    found = {name: [saved[name], new[name]] for name in names if saved[name] != new[name]}
-    ranks = [content.get("environment", {}).get("ranks", 1) for content in (saved, new)]
+    found = {name: [saved[name], given[name]] for name in names if saved[name] != given[name]}
+    ranks = [settings.get("environment", {}).get("ranks", 1) for settings in (saved, given)]
     return found | ({"ranks": ranks} if ranks[0] != ranks[1] else {})
 
 
@@ -95,16 +99,16 @@ def _flag(name: str) -> str:
 
 
 def _check_label_space(folder: Path, label_space: LabelSpace) -> None:
-    """Raises InputError if the newest checkpoint was trained on other datasets or class names."""
-    own = {v.dataset: list(v.names) for v in label_space.vocabularies.values()}
+    """Raises InputError if the newest sound checkpoint has other datasets or class names."""
+    current = {v.dataset: list(v.names) for v in label_space.vocabularies.values()}
     for checkpoint in reversed(checkpoints(folder)):
         stored = stored_names(checkpoint / "weights.safetensors")
-        if stored is None:  # damaged, as `last_checkpoint` will find
+        if stored is None:  # damaged; `last_checkpoint` will log it
             continue
-        if list(stored) != list(own):
-            difference = f"was trained on {', '.join(stored)}, not on {', '.join(own)}"
-        elif stored != own:
-            name = next(name for name in own if own[name] != stored[name])
+        if list(stored) != list(current):
+            difference = f"was trained on {', '.join(stored)}, not on {', '.join(current)}"
+        elif stored != current:
+            name = next(name for name in current if current[name] != stored[name])
             difference = f"was trained on other class names of '{name}'"
         else:
             return

@@ -31,7 +31,7 @@ class Skips:
     folder: Path
 
     def admits(self, name: str, error: InputError) -> bool:
-        """Returns whether image `name` may be skipped, and lists it with a line in the log."""
+        """Returns whether image `name` may be skipped. Lists it and logs `error` if it is new."""
         if not self.limit:
             return False
         with (self.folder / "skipped-images.txt").open("a+") as file:
@@ -44,7 +44,7 @@ class Skips:
                 return False
             file.write(name + "\n")
         count = len(listed) + 1
-        # an error, since ranks other than 0 log nothing else
+        # logged as an error, since ranks other than 0 log nothing else
         message = "%s: another image takes its place (%d of --skip-bad %d)"
         log.error(message, error, count, self.limit)
         return True

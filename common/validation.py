@@ -1,4 +1,4 @@
-"""Evaluations during a training: they change nothing of it, and the best weights are kept."""
+"""Evaluations during a training. They do not change the training; the best weights are kept."""
 
 import json
 import logging
@@ -16,14 +16,15 @@ from common.files import atomic_path
 
 log = logging.getLogger("concord")
 
-RECORD = "evaluations.jsonl"  # of a run folder: a line per evaluation
-BEST = "best.safetensors"  # the weights with the best main metric
-Results = dict[str, dict[str, float]]  # dataset, or a control of it -> metric -> value
+EVALUATIONS = "evaluations.jsonl"  # in a run folder: a line per evaluation
+BEST = "best.safetensors"  # in a run folder: the weights with the best main metric
+# {title: {metric: value}}; a title is a dataset's name, or "NAME (...)" for a control on it
+Results = dict[str, dict[str, float]]
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Context manager after which the random states and each module's mode are as before."""
+    """Context manager that restores the random states and the mode of each module at its end."""
     modes = {module: module.training for module in model.modules()}
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
@@ -35,11 +36,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def main_metric(results: Results, trained: Collection[str]) -> tuple[float, str]:
-    """Returns the number by which weights are compared, and what it is: "mean of a AP, b PQ".
+    """Returns the number by which weights are compared, and its name, like "mean of a AP, b PQ".
 
-    It is the mean of the first metric of each evaluated dataset that was trained on, or of each
-    evaluated dataset if none was. Left out are controls, whose titles end with a bracket, and a
-    metric without ground truth (NaN). The number is NaN if nothing is left.
+    It is the mean over the evaluated datasets that were trained on, or over all evaluated datasets
+    if none was. Of each dataset the first metric counts. Controls, whose titles end with a bracket,
+    are left out. So is a metric without ground truth (NaN). If nothing is left, the number is NaN
+    and its name "".
 
     trained: names of the datasets of the training
     """
@@ -55,7 +57,7 @@ def main_metric(results: Results, trained: Collection[str]) -> tuple[float, str]
 
 
 def without_nan(results: Results) -> dict[str, dict[str, float | None]]:
-    """Returns results for JSON, which has no NaN: null in its place."""
+    """Returns the results with None for NaN, which JSON does not have."""
     return {
         title: {name: None if math.isnan(x) else x for name, x in row.items()}
         for title, row in results.items()
@@ -71,32 +73,38 @@ def record_evaluation(
 ) -> None:
     """Adds a line to evaluations.jsonl, and keeps the weights of `step` if they are the best.
 
-    The best ones have the highest `main_metric`, and the lowest step of equal ones. The log says in
-    a line which they are. Lines of this step and of later ones are replaced. Only rank 0 calls it.
+    The best weights have the highest `main_metric`. Of equal ones, the earlier stay. Weights whose
+    metric has another name do not count. The log says which weights are the best. Lines of this
+    step and of later ones are replaced. Only rank 0 calls it.
 
-    save: called as save(path, metadata); writes the weights, with this added to their metadata
+    trained: names of the datasets of the training
+    save:    save(path, metadata) writes the weights; `metadata` is added to theirs
     """
-    value, what = main_metric(results, trained)
+    value, name = main_metric(results, trained)
     file = folder / BEST
     best = read_best(file)
-    if best and what and best["of"] != what:
+    if best and name and best["of"] != name:
         message = "%s was the best by %s; now the %s counts, and the best is sought anew"
-        log.info(message, file, best["of"], what)
+        log.info(message, file, best["of"], name)
         best = {}
-    if what and not (best and best["value"] >= value):
-        best = {"value": value, "of": what, "step": step}
+    if name and not (best and best["value"] >= value):
+        best = {"value": value, "of": name, "step": step}
         save(file, {"step": step, "best": best})
-    if what:
+    if name:
         message = "step %d: %s %.3f; the best so far is %.3f of step %d, kept in %s"
-        log.info(message, step, what, value, best["value"], best["step"], file)
-    line = {"step": step, "main": value if what else None, "of": what}
-    keep_lines(folder / RECORD, step - 1)
-    with (folder / RECORD).open("a") as record:
-        record.write(json.dumps(line | {"results": without_nan(results)}) + "\n")
+        log.info(message, step, name, value, best["value"], best["step"], file)
+    line = {"step": step, "main": value if name else None, "of": name}
+    line["results"] = without_nan(results)
+    keep_lines(folder / EVALUATIONS, step - 1)
+    with (folder / EVALUATIONS).open("a") as evaluations:
+        evaluations.write(json.dumps(line) + "\n")
 
 
 def read_best(file: Path) -> dict:
-    """Returns the value, the name ("of") and the step of the best weights, {} if there are none."""
+    """Returns the metric of the best weights, its name ("of") and their step; {} without a file.
+
+    A file that cannot be read counts as none. A warning says so.
+    """
     try:
         with safe_open(file, framework="pt") as opened:
             best = json.loads(opened.metadata()["best"])
@@ -110,14 +118,14 @@ def read_best(file: Path) -> dict:
 
 def is_recorded(folder: Path, step: int) -> bool:
     """Returns whether evaluations.jsonl has a line of `step`."""
-    file = folder / RECORD
+    file = folder / EVALUATIONS
     return file.exists() and step in map(step_of, file.read_text(errors="replace").splitlines())
 
 
 def keep_lines(path: Path, step: int) -> None:
-    """Drops the lines after `step`, and damaged ones, from a file of one JSON object a line.
+    """Drops the lines of steps after `step` and damaged lines from a file of JSON lines.
 
-    Does nothing if there is no such file. Says in the log how many lines are damaged.
+    Does nothing if the file does not exist. Logs how many lines are damaged.
     """
     if not path.exists():
         return
@@ -125,7 +133,7 @@ def keep_lines(path: Path, step: int) -> None:
     steps = [step_of(line) for line in lines]
     if damaged := steps.count(None):
         log.warning("%s: %d damaged lines are dropped", path, damaged)
-    kept = [line for line, own in zip(lines, steps) if own is not None and own <= step]
+    kept = [line for line, at in zip(lines, steps) if at is not None and at <= step]
     if len(kept) < len(lines):
         with atomic_path(path) as temporary:
             temporary.write_text("".join(kept))

@@ -31,7 +31,10 @@ class MapAttention(vision_transformer_sam.Attention):
     """
 
     def __init__(self, attention: Attention, window: int):
-        """Takes over the layers of a ViT's attention. window: side in cells; 0: the whole map."""
+        """Takes over the layers of a ViT's attention.
+
+        window: side of a window in cells; 0: attend within the whole map
+        """
         side = window or SIDE
         width = attention.qkv.in_features
         heads = attention.num_heads

@@ -42,6 +42,14 @@ def test_accents_are_drawn():
         assert all(not torch.equal(picture, other) for other in pictures[:i])
 
 
+def test_accents_do_not_leave_the_plate():
+    gray = torch.full((3, 200, 300), 100, dtype=torch.uint8)
+    picture = draw_boxes(gray, torch.tensor([[20.0, 60, 280, 180]]), ["ẤÉ"], colors=[(0, 200, 0)])
+    drawn_rows = (picture != 100).any(0).any(1).nonzero()
+    plate_rows = (picture == torch.tensor([0, 200, 0]).view(3, 1, 1)).all(0).any(1).nonzero()
+    assert drawn_rows.min() == plate_rows.min()
+
+
 def test_composed_and_decomposed_letters_are_one_picture():
     assert torch.equal(drawn("Caf\u00e9"), drawn("Cafe\u0301"))
     assert fonts.plain("a\nb\tc\u200d\ufe0f") == "a b c"

@@ -74,11 +74,13 @@ def check_names(dataset: Dataset) -> dict[str, list[str]]:
 def check_images(
     dataset: Dataset, quick: bool, problems: dict[str, list[str]]
 ) -> tuple[dict[str, list[str]], np.ndarray, set[int]]:
-    """Reads all images that are there, and all masks and label maps unless `quick`.
+    """Reads each image that exists, with its masks or label map. If `quick`, only its header.
 
-    problems: of `check_names`
-    Returns {kind of problem: names or messages}; (I, 2) height and width of the images, 0 for an
-    image that cannot be read; the labels of all boxes and segments, none if `quick`.
+    problems: {kind: names} that `check_names` found. Files that it lists as missing are not read
+
+    Returns three values. The first is `problems` and those found here, {kind: names or messages}.
+    The second is the height and width of each image, (I, 2), 0 if it was not read. The third is
+    the set of labels that occur, empty if `quick`.
     """
     index = dataset.index
     rows = range(len(dataset))
@@ -95,7 +97,7 @@ def check_images(
     seen = set()
     maps = MapValues(dataset)
     sizes = np.zeros((len(index), 2), np.int32)
-    dataset.warned.fill_(True)  # they are all printed here: no warning in the log
+    dataset.warned.fill_(True)  # this module prints every problem, so the log needs no warning
     dataset.told_turned.fill_(True)
     workers = min(os.cpu_count() or 1, len(rows) // CHUNK)
     chunks = DataLoader(Examined(dataset, rows, quick), CHUNK, num_workers=workers, collate_fn=list)
@@ -118,16 +120,16 @@ def check_images(
 
 
 class MapValues:
-    """Collects the pixel values of the label maps of a dataset."""
+    """Counts in how many label maps of a dataset each pixel value occurs, and finds problems."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
-        self.maps_with = np.zeros(1 << 16, np.int64)
-        self.looked = 0
-        self.void = []
+        self.maps_with = np.zeros(1 << 16, np.int64)  # number of maps with each pixel value
+        self.looked = 0  # number of maps
+        self.void = []  # images whose map has void alone
 
     def add(self, name: str, values: np.ndarray | None) -> None:
-        """Adds the values of a map that was read."""
+        """Adds the distinct values of the map of image `name`; None if it was not read."""
         if values is None:
             return
         self.maps_with[values] += 1
@@ -145,11 +147,14 @@ class MapValues:
 
 @dataclass
 class Image:
-    """What was found in one image: height and width, an error message or "".
+    """What was found in one image and its annotations.
 
-    turned: it is annotated as stored, before its EXIF tag turns it
-    bare:   boxes without a mask, in a dataset with masks
-    values: the pixel values of its label map, None if it was not read
+    size:   height and width, (0, 0) if the image cannot be read
+    error:  why it cannot be read, or ""
+    turned: its annotations belong to the stored pixels; its EXIF tag turns these by 90 degrees
+    bare:   number of boxes without a mask, if other boxes of the dataset have masks
+    labels: the labels of its boxes or segments, each once
+    values: the distinct pixel values of its label map, None if the map was not read
     """
 
     size: tuple[int, int] = (0, 0)

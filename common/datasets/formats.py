@@ -43,13 +43,13 @@ KNOWN_FORMATS = (
 
 @dataclass(frozen=True)
 class Format:
-    """A format that a folder can have.
+    """A format of dataset folders.
 
-    title:   its name in the log
-    find:    find(path) -> {split: place}; the split of a dataset without is "". Empty if the path
-             has another format
-    read:    read(name, place) -> Dataset
-    has_metric: it is evaluated; image labels are not
+    title:      its name in the log
+    find:       find(path) -> {split: place}. Without splits the key is "". The dict is empty if
+                `path` has another format
+    read:       read(name, place) -> Dataset; `place` is a value that `find` returned
+    has_metric: a dataset in this format can be evaluated. False for image labels
     """
 
     title: str
@@ -162,9 +162,12 @@ def has_metric(path: Path) -> bool:
 
 
 def read_pair(name: str, annotations: Path, images: Path, split: str) -> Dataset:
-    """Reads annotations, whose ending and content tell their kind, and a folder of images.
+    """Reads a dataset from its annotations, a file or folder, and its folder of images.
 
-    Raises InputError for a file of another kind, and as the readers.
+    The ending of the file, or the files in the folder, tell the format.
+    split: the split to read of YOLO's folders; the other formats have one split here
+    Raises InputError for a path that does not exist, for an unknown format, and for whatever the
+    reader of the format refuses.
     """
     if os.path.isdir(annotations):
         return _read_folders(name, annotations, images, split)

@@ -49,7 +49,7 @@ class JsonRows(Sequence):
 
     @classmethod
     def of(cls, values: Sequence) -> "JsonRows":
-        """Converts values that json can express."""
+        """Stores `values`. Each is None or a value that json can express."""
         text = bytearray()
         offsets = np.zeros(len(values) + 1, np.int64)
         for row, value in enumerate(values, 1):

@@ -28,14 +28,14 @@ class Known:
                    that exists is read.
     metric:        the protocol that scores it
     read:          the reader: read(name, annotations, images, metric) -> Dataset
-    supervision:   its kind of annotations; None if only its files tell
+    supervision:   kind of annotations; None if it depends on the files
     class_folders: `annotations` may be a folder that holds, per class, a folder or tar of images
     generated:     True if the dataset exists as generated data only
     federated:     as in `Dataset`
-    whole:         the dataset in whose folder the files are stored, if that is another one
-    beside:        a further dataset whose files are read
-    instances:     of a panoptic dataset: the one with the instances of the same images
-    derive:        (Dataset `whole`, split) -> Dataset; makes this one of it
+    whole:         name of the dataset in whose folder the files are, if that is another one
+    beside:        name of a second dataset whose files are needed
+    instances:     for a panoptic dataset, name of the dataset with instances of the same images
+    derive:        derive(dataset, split) -> Dataset; makes this dataset from the dataset `whole`
     """
 
     title: str

@@ -74,7 +74,7 @@ def _parts(path: str) -> list[str]:
 
 
 def _nearest(name: str, files: list[str]) -> str:
-    """Returns the file with the name that is most alike; "" if there is none."""
+    """Returns the file with the most similar name; "" if none is similar. Its folder is ignored."""
     base = name.replace("\\", "/").rpartition("/")[2]
     bases = {file.rpartition("/")[2]: file for file in files[:COMPARED]}
     near = difflib.get_close_matches(base, bases, n=1, cutoff=0.6) if base else []

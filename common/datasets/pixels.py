@@ -98,7 +98,10 @@ def to_8_bits(values: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _integers(image: Image.Image) -> np.ndarray:
-    """Returns the values (H, W); those of a TIFF are unsigned unless it says otherwise."""
+    """Returns the pixel values (H, W) of an image of integers.
+
+    Pillow reads 32 bits of a TIFF as signed. Here they are unsigned, unless its tag says signed.
+    """
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", None)
     if tags and values.dtype == np.int32 and tags.get(SAMPLE_FORMAT, (1,))[0] != SIGNED:

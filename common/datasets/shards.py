@@ -81,7 +81,7 @@ def _unzipped(data: bytes) -> bytes:
 
 
 def index_tar(path: Path) -> np.ndarray:
-    """Returns `read_members(path)`, from a cache until the size or time of the tar file changes."""
+    """Lists the images as `read_members`, but from a cache until the tar's size or time changes."""
     stat = path.stat()
     key = json.dumps(["members", str(path.resolve()), stat.st_size, stat.st_mtime_ns])
     digest = hashlib.sha256(key.encode()).hexdigest()

@@ -76,7 +76,7 @@ def is_cached(source: Path, options: list) -> bool:
 
 @contextmanager
 def waiting(lock: FileLock, source: Path) -> Iterator[None]:
-    """Context manager that holds `lock`. Logs a line if that takes longer than a second."""
+    """Context manager that holds `lock`. Logs a line about `source` after a second of waiting."""
     try:
         lock.acquire(timeout=1)
     except Timeout:

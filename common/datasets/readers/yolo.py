@@ -54,10 +54,10 @@ class Images:
 
 @dataclass
 class Classes:
-    """The class names.
+    """The class names of a dataset.
 
     source: the file that names them
-    points: how many numbers of key points follow a box; 0 if the labels are no poses
+    points: number of key point values after a box in a line; 0 if the labels are no poses
     """
 
     names: list[str]
@@ -257,7 +257,7 @@ def text_of(path: Path, table: dict, field: str) -> str:
 
 
 def texts_of(path: Path, table: dict, field: str) -> list[str]:
-    """Returns the text of a field or the list of texts. Raises InputError for anything else."""
+    """Returns a field, one text or a list of them, as a list. Raises InputError for other types."""
     value = table.get(field) or []
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):

@@ -385,7 +385,7 @@ def subtree(label: str) -> dict:
 
 
 def write_rows(path: Path, rows: list[list]) -> None:
-    """Writes a csv file."""
+    """Writes a csv file, and creates its folder."""
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)

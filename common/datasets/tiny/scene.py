@@ -181,9 +181,10 @@ def vivid(image: Image.Image) -> Image.Image:
 
 
 def lineart(image: Image.Image) -> Image.Image:
-    """Returns only the outlines, on white: OpenMoji's outlines are black, its fills are lighter."""
+    """Returns a copy with black outlines and white fills. What is transparent stays so."""
     rgba = np.array(image)
     brightest = rgba[..., :3].max(-1).astype(np.float32)
+    # OpenMoji's outlines are black, its fills are lighter
     rgba[..., :3] = np.clip(brightest * 5 - 100, 0, 255)[..., None]
     return Image.fromarray(rgba)
 
