@@ -292,7 +292,7 @@ def test_shared_args_do_not_drift():
     assert len(fields) <= 24
 
 
-@pytest.mark.parametrize("name", ["detic", "scaledet", "unidet", "unidetector"])
+@pytest.mark.parametrize("name", ["detic", "domain_attention", "scaledet", "unidet", "unidetector"])
 def test_defaults_have_an_origin(name):
     """The line of each default below '# paper settings' ends with its origin."""
     args = (REPO / f"{name}.py").read_text().split("class Args:")[1].split("\n\n\n")[0]
