@@ -36,6 +36,7 @@ CASES = [
     ("detic", "boxes and masks", {"datasets": "coco-base"}),
     ("detic", "image labels", {"datasets": "coco-base,in21k"} | FEW_BOXES),
     ("unidet", "boxes of a dataset", {"datasets": "oid"}),
+    ("domain_attention", "boxes of a dataset", {"datasets": "oid", "adapters": 3}),
     ("unidetector", "localizer", {"datasets": "coco,o365", "stage": "localizer"}),
     ("unidetector", "classifier", {"datasets": "coco,o365", "steps": 0}),
     ("lmseg", "semantic maps", {"datasets": "ade20k"}),

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import common.backbone
 import dataseg
 import detic
+import domain_attention
 import lmseg
 import scaledet
 import unidet
@@ -346,7 +347,7 @@ def test_clip_s_resnet_gives_the_maps_of_clip_with_frozen_norms(monkeypatch):
 # -- starting weights ------------------------------------------------------------------------------
 
 
-METHODS = [dataseg, detic, lmseg, scaledet, unidet, unidetector]
+METHODS = [dataseg, detic, domain_attention, lmseg, scaledet, unidet, unidetector]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.METHOD)

@@ -55,6 +55,8 @@ ALLOWED = {
     "predictions = [Prediction(": "ScaleDet needs the cosine, too",
     "warn_of_overlap(": "UniDet learns its merges on further datasets",
     "train(args, datasets, label_space, folder": "the same",
+    "if args.attention": "domain attention stands in the backbone",
+    "insert_attention(": "domain attention stands in the backbone",
     "Each dataset is classified by its own part": "ScaleDet says what a further dataset changes",
 }
 
