@@ -207,6 +207,9 @@ def test_features_start_near_those_of_the_pretrained_network():
 
 def test_adapters_start_from_the_backbones_own_squeeze_and_excitation():
     net = body("seresnet50").eval()
+    for blocks in residual_blocks(net):
+        for block in blocks:
+            nn.init.ones_(block.bn3.weight)  # timm starts with 0, which hides what follows
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         before = net(images)
@@ -408,7 +411,7 @@ def trained(tiny_root, tmp_path_factory, call):
     return folder, flags
 
 
-def test_the_shape_of_the_attention_is_in_the_weights(trained, call, tmp_path):
+def test_the_shape_of_the_attention_is_in_the_weights(trained):
     """`load` and --eval-only rebuild it, without the flags of the training."""
     folder, _ = trained
     model, _ = domain_attention.load(folder)
@@ -417,9 +420,15 @@ def test_the_shape_of_the_attention_is_in_the_weights(trained, call, tmp_path):
     keys = load_file(folder / "weights.safetensors").keys()
     assert any(".adapters.3.2.weight" in key for key in keys)
     assert not any(".adapters.4." in key for key in keys)
+    module = domain_attention
+    argv = ["--eval-only", "--weights", str(folder)]
+    settings = (module.Args, module.METHOD, module.TINY, module.MODEL_FIELDS)
+    args = module.parse_args(*settings, argv=argv)
+    assert (args.adapters, args.attention, args.less_blocks) == (4, True, False)
+    assert args.backbone == "tf_efficientnet_lite0"
 
 
-def test_weights_of_the_control_do_not_fit_and_no_attention_is_its_flag(trained, fails):
+def test_weights_with_attention_do_not_fit_the_control(trained, fails):
     folder, flags = trained
     line = fails(*flags, "--no-attention", "--weights", folder, method="domain_attention")
     assert "adapters" in line or "bn3" in line
