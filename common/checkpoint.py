@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -27,7 +28,9 @@ log = logging.getLogger("concord")
 TEXT = "label_space."  # prefix of the tensors that hold the text of a dataset
 # what json of another form raises when it is read
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+FULL_DISK = re.compile("inline_container|PytorchStreamWriter")  # what torch makes of it
 SUMS = "checksums.json"  # of a checkpoint: its step, and the SHA-256 of its files
+PARTS = ("weights.safetensors", "state.pt")  # these files
 
 
 def save_weights(path: Path, model: nn.Module, label_space: LabelSpace, metadata: dict) -> None:
@@ -97,6 +100,7 @@ def weights_file(path: str | Path) -> Path:
 def read_metadata(path: str | Path, method: str) -> dict:
     """Reads the metadata of a weights file: method, args, vocabularies, and the method's own keys.
 
+    "file" is the path of the file.
     Raises InputError if the file is missing or cannot be read, or if another method, an older
     version or another program wrote it.
     """
@@ -125,7 +129,7 @@ def read_metadata(path: str | Path, method: str) -> dict:
         )
     if not isinstance(metadata["args"], dict) or not isinstance(metadata["vocabularies"], dict):
         raise InputError(f"weights {file} have damaged settings; copy or train them again")
-    return metadata
+    return metadata | {"file": str(file)}
 
 
 def read_model(path: str | Path, method: str) -> tuple[dict, list[Vocabulary]]:
@@ -235,7 +239,8 @@ def check_tensor(file: Path, key: str, own: Tensor | None, stored: Tensor | None
             f"weights {file}: tensor '{key}' has the shape {list(stored.shape)}, this model needs"
             f" {list(own.shape)}; give the flags (--text-encoder, ...) and datasets of its training"
         )
-    if own.is_floating_point() and not stored.is_floating_point():
+    lacks_fractions = own.is_floating_point() and not stored.is_floating_point()
+    if lacks_fractions or stored.is_complex():
         raise InputError(
             f"weights {file}: tensor '{key}' is {stored.dtype}, this model needs {own.dtype}"
         )
@@ -268,8 +273,11 @@ def save_checkpoint(
         state = {"step": step, "optimizer": optimizer.state_dict(), "rng": rng}
         try:
             torch.save(state | {"ranks": world_size()}, temporary / "state.pt")
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(errno.ENOSPC, str(error).splitlines()[0], str(folder)) from None
+        except RuntimeError as error:
+            if not FULL_DISK.search(str(error)):
+                raise
+            reason = "a checkpoint cannot be written, as on a full disk"
+            raise OSError(errno.ENOSPC, reason, str(folder)) from None
         digests = {file.name: file_digest(file) for file in temporary.iterdir()}
         (temporary / SUMS).write_text(json.dumps({"step": step, "files": digests}))
         shutil.rmtree(path, ignore_errors=True)  # a rename does not replace a folder
@@ -328,6 +336,8 @@ def _last_sound(folder: Path, before: int) -> Path | None:
 
 def stored_names(weights: Path) -> dict[str, list[str]] | None:
     """Returns {dataset: class names} of the label space in a weights file; None if damaged."""
+    if not weights.is_file():  # a pipe would wait for ever
+        return None
     try:
         with safe_open(weights, framework="pt") as opened:
             records = json.loads(opened.metadata()["vocabularies"])
@@ -338,10 +348,13 @@ def stored_names(weights: Path) -> dict[str, list[str]] | None:
 
 def damage(checkpoint: Path) -> str:
     """Returns what is wrong with the files of a checkpoint, "" if they are as they were written."""
+    for name in (SUMS, *PARTS):
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing, or no file"
     try:
         record = json.loads((checkpoint / SUMS).read_text())
         steps = {int(record["step"]), checkpoint_step(checkpoint)}
-        for name in ("weights.safetensors", "state.pt"):
+        for name in PARTS:
             if file_digest(checkpoint / name) != record["files"][name]:
                 return f"{name} is not as it was written"
         with safe_open(checkpoint / "weights.safetensors", framework="pt") as opened:
@@ -349,8 +362,6 @@ def damage(checkpoint: Path) -> str:
             for key in opened.keys():  # noqa: SIM118 (not a dict)
                 if not opened.get_tensor(key).isfinite().all():
                     return f"its weights are not finite ({key}): the training had failed before"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
     except (*BROKEN, OSError, SafetensorError) as error:
         return f"{SUMS} or a file that it names cannot be read ({type(error).__name__}: {error})"
     return "" if len(steps) == 1 else f"its files are of the steps {sorted(steps)}"

@@ -9,7 +9,7 @@ import torch
 from torchvision.ops import batched_nms
 
 from common.datasets.dataset import Dataset
-from common.evaluation import ancestors, truth_table
+from common.evaluation import ancestors, truth_table, xywh
 
 RECALLS = np.linspace(0, 1, 101)
 
@@ -126,7 +126,8 @@ def match(boxes: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> tuple[np.n
     boxes: (D, 4) xyxy by falling score; truth: (G, 4) xyxy; crowd: (G,) bool
     """
     hit = np.zeros(len(boxes), dtype=bool)
-    overlaps = hotcoco.mask.bbox_iou(_xywh(boxes), _xywh(truth), crowd)  # (D, G)
+    both = (xywh(corners).astype(np.float64) for corners in (boxes, truth))
+    overlaps = hotcoco.mask.bbox_iou(*both, crowd)  # (D, G)
     free = np.where(crowd, -1, overlaps)
     for row in range(len(boxes)):
         best = free[row].argmax()
@@ -135,11 +136,6 @@ def match(boxes: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> tuple[np.n
             free[:, best] = -1
     in_crowd = np.where(crowd, overlaps, -1).max(axis=1) >= 0.5
     return hit, in_crowd & ~hit
-
-
-def _xywh(boxes: np.ndarray) -> np.ndarray:
-    corners, ends = boxes[:, :2], boxes[:, 2:]
-    return np.concatenate([corners, ends - corners], axis=1).astype(np.float64)
 
 
 class CrossAP50:

@@ -111,6 +111,31 @@ def seen_and_unseen(
     return {} if known.all() else dict(zip(titles, (known, ~known)))
 
 
+def own_and_elsewhere(dataset: Dataset, label_space: LabelSpace) -> dict[str, np.ndarray]:
+    """Returns {group: (C_d,) bool}: the classes that a dataset annotates, and that only others do.
+
+    If it annotates all of its classes, the result is {}.
+    """
+    own = np.ones(len(dataset.vocabulary), dtype=bool)
+    own[list(dataset.novel)] = False
+    others = {name: v for name, v in label_space.vocabularies.items() if name != dataset.name}
+    named = {fold(name) for vocabulary in others.values() for name in vocabulary.names}
+    elsewhere = np.array([fold(name) in named for name in dataset.vocabulary.names])
+    return {} if own.all() else {"own": own, "elsewhere": elsewhere & ~own}
+
+
+def own_columns(datasets: list[Dataset], label_space: LabelSpace) -> dict[str, Tensor]:
+    """Returns {dataset: (C,) bool}: L_d, the columns of the classes that each dataset annotates."""
+    scopes = {}
+    for dataset in datasets:
+        columns = label_space.columns(dataset.name)
+        annotated = [k for k in range(len(columns)) if k not in dataset.novel]
+        scope = torch.zeros(len(label_space), dtype=torch.bool)
+        scope[columns[annotated]] = True
+        scopes[dataset.name] = scope
+    return scopes
+
+
 def count_classes(vocabulary: Vocabulary, predictions: dict[int, dict], path: Path) -> Tensor:
     """Returns the number n_j of detections of each class, (C,) int64.
 

@@ -22,7 +22,7 @@ from common.checkpoint import read_metadata
 from common.console import open_console
 from common.convert import convert_if_official
 from common.distributed import environment_number, rank
-from common.errors import InputError
+from common.errors import InputError, one_line
 from common.rescue import Stop, explain, heed_no_more, heed_signals, rescue
 from common.runlog import unlock
 from common.settings import OF_A_START, read_args
@@ -115,7 +115,8 @@ def parse_args(
                 )
         repeated = vars(default).keys() - OF_A_START
         saved = read_args(Path(args.resume), method)
-        args, _ = parse(with_saved(default, saved, repeated))
+        source = Path(args.resume) / "args.json"
+        args, _ = parse(with_saved(default, saved, repeated, source))
     elif args.weights:
         weights = str(convert_if_official(args.weights, method, convert))
         metadata = read_metadata(weights, method)
@@ -126,7 +127,7 @@ def parse_args(
         if args.eval_only and not (args.datasets or args.eval_datasets):
             repeated += DATA_FIELDS
             log.info("evaluates on the datasets of the training: %s", saved.get("datasets"))
-        args, _ = parse(with_saved(default, saved, repeated))
+        args, _ = parse(with_saved(default, saved, repeated, weights))
         args.weights = weights
     check_numbers(args)
     expand_paths(args)
@@ -140,29 +141,49 @@ def expand_paths(args) -> None:
         setattr(args, name, os.path.expanduser(getattr(args, name)))
 
 
-def with_saved(default, saved: dict, names):
+def with_saved(default, saved: dict, names, source: str | Path):
     """Returns a copy of `default` with the saved values of the fields `names`, where there are any.
 
-    JSON lists become tuples.
-    Raises InputError for a saved value of another type, or one that is not among the choices.
+    JSON lists become tuples. source: the file of the values, for messages
+    Raises InputError for a saved value that the command line would refuse, too: one of another
+    type, one that is not among the choices, or a number out of its range.
     """
-    hints = get_type_hints(type(default))
+    hints = get_type_hints(type(default), include_extras=True)
     values = {}
     for name in names:
         if name not in saved:
             continue
         value = tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
-        is_number = isinstance(getattr(default, name), float)
-        kinds = (int, float) if is_number else type(getattr(default, name))
-        if isinstance(hints[name], UnionType):  # int | None
-            kinds = hints[name]
-        choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else [value]
-        if not isinstance(value, kinds) or value not in choices:
+        fits = is_of(value, hints[name])
+        fault = number_fault(value, hints[name]) if fits else "does not fit"
+        if fault:
             raise InputError(
-                f"the saved setting {name} is {value!r:.60}, which does not fit; is the file sound?"
+                f"{source}: the saved setting {name} is {value!r:.60}, which {fault}; mend it"
             )
         values[name] = value
     return dataclasses.replace(default, **values)
+
+
+def is_of(value, kind) -> bool:
+    """Returns whether a JSON value, with tuples in place of lists, is of a flag's type.
+
+    A whole number is a float, too. A bool is no number.
+    """
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return is_of(value, parts[0])
+    if origin is Literal:
+        return value in parts
+    if origin is UnionType:
+        return any(is_of(value, part) for part in parts)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        kinds = parts[:1] * len(value) if Ellipsis in parts else parts
+        return len(kinds) == len(value) and all(map(is_of, value, kinds))
+    if kind is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) is kind
 
 
 def saved_args(args_class: type, metadata: dict):
@@ -172,7 +193,7 @@ def saved_args(args_class: type, metadata: dict):
     """
     default = args_class()
     saved = metadata["args"] | metadata.get("own_head", {})
-    return with_saved(default, saved, vars(default).keys())
+    return with_saved(default, saved, vars(default).keys(), metadata["file"])
 
 
 def check_numbers(args) -> None:
@@ -183,24 +204,34 @@ def check_numbers(args) -> None:
     """
     hints = get_type_hints(type(args), include_extras=True)
     for name, value in vars(args).items():
-        if value is None:  # the default depends on the datasets
-            continue
-        numbers = value if isinstance(value, tuple) else (value,)
-        flag = f"--{name.replace('_', '-')} {' '.join(map(str, numbers))}"
-        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            raise InputError(f"{flag} must be a finite number")
-        if get_origin(hints[name]) is not Annotated:
-            continue
-        (allowed,) = hints[name].__metadata__
-        if not all(number in allowed for number in numbers):
-            raise InputError(f"{flag} must be {allowed}")
-        if list(numbers) != sorted(numbers):
-            raise InputError(f"{flag} must be a range, the smaller number first")
+        if fault := number_fault(value, hints[name]):
+            numbers = value if isinstance(value, tuple) else (value,)
+            flag = f"--{name.replace('_', '-')} {' '.join(map(str, numbers))}"
+            raise InputError(f"{flag} {fault}")
     ranks = max(1, environment_number("WORLD_SIZE", 1))
     if args.batch_size % ranks:
         raise InputError(
             f"--batch-size {args.batch_size} is not a multiple of the {ranks} ranks; make it one"
         )
+
+
+def number_fault(value, kind) -> str:
+    """Returns what is wrong with the numbers of a flag, like "must be at least 1"; "" for nothing.
+
+    kind: the flag's type, with its `Range` if it has one. None is right: the default depends on
+    the datasets.
+    """
+    numbers = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        return "must be a finite number"
+    if value is None or get_origin(kind) is not Annotated:
+        return ""
+    (allowed,) = kind.__metadata__
+    if not all(number in allowed for number in numbers):
+        return f"must be {allowed}"
+    if list(numbers) != sorted(numbers):
+        return "must be a range, the smaller number first"
+    return ""
 
 
 def given(value, default):
@@ -248,12 +279,12 @@ def fail(error: BaseException) -> NoReturn:
     kept = rescue()
     if code > 128:  # a signal, which all ranks get
         if rank() == 0:
-            print("; ".join(filter(None, (line, kept))), file=sys.stderr)
+            print(one_line("; ".join(filter(None, (line, kept)))), file=sys.stderr)
     else:
         if kept:
-            log.info(kept)
+            log.info("%s", kept)
         if line:
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {one_line(line)}", file=sys.stderr)
     if not line and dist.is_initialized():
         traceback.print_exception(error)
     sys.stdout.flush()

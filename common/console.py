@@ -1,15 +1,29 @@
 """Output that goes on in any locale, and after the other end of a pipe is closed."""
 
+import copy
 import logging
 import os
 import sys
+from pathlib import Path
+
+from common.errors import ESCAPES
 
 
 class ConsoleHandler(logging.StreamHandler):
-    """Writes log lines to standard output. If nobody reads it any more, it is silent."""
+    """Writes log lines to standard output. If nobody reads it any more, it is silent.
+
+    Control characters of what a line quotes, such as a path with a line break, are escapes.
+    """
 
     def __init__(self):
         super().__init__(sys.stdout)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line, with control characters of its arguments as escapes."""
+        if isinstance(record.args, tuple):
+            record = copy.copy(record)  # other handlers get it as it is
+            record.args = tuple(map(_escaped, record.args))
+        return super().format(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Silences a closed pipe, as that of `| head -1`; reports other errors as logging does."""
@@ -19,6 +33,11 @@ class ConsoleHandler(logging.StreamHandler):
             os.close(nowhere)
         else:
             super().handleError(record)
+
+
+def _escaped(value):
+    """Returns text and paths with control characters as escapes, and other values as they are."""
+    return str(value).translate(ESCAPES) if isinstance(value, (str, Path, Exception)) else value
 
 
 def open_console() -> logging.Handler:

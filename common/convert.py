@@ -76,6 +76,46 @@ def refuse(reason: str) -> Convert:
     return convert
 
 
+# -- Backbones -------------------------------------------------------------------------------------
+
+RESNETS = {  # by the blocks of the stages, and whether these are bottlenecks
+    ((2, 2, 2, 2), False): "resnet18",
+    ((3, 4, 6, 3), False): "resnet34",
+    ((3, 4, 6, 3), True): "resnet50",
+    ((3, 4, 23, 3), True): "resnet101",
+}
+SWINS = {  # by the blocks of the stages, and the channels of the first
+    ((2, 2, 6, 2), 96): "tiny",
+    ((2, 2, 18, 2), 96): "small",
+    ((2, 2, 18, 2), 128): "base",
+    ((2, 2, 18, 2), 192): "large",
+}
+WINDOWS = {169: "window7_224", 529: "window12_384"}  # by the rows of a bias table
+
+
+def timm_name(tensors: Tensors, body: str) -> str:
+    """Returns the timm model, a ResNet or Swin, that has these tensors under the prefix `body`.
+
+    Raises InputError for another depth or kind.
+    """
+    own = {key.removeprefix(body): t for key, t in tensors.items() if key.startswith(body)}
+    rows = {key: len(t) for key, t in own.items() if t.ndim}
+    keys = "\n".join(rows)
+    blocks = re.findall(r"^layers\.(\d)\.blocks\.\d+\.norm1\.weight$", keys, re.M)
+    depths = tuple(blocks.count(stage) for stage in "0123")
+    size = SWINS.get((depths, rows.get("patch_embed.proj.weight")))
+    window = WINDOWS.get(rows.get("layers.0.blocks.0.attn.relative_position_bias_table"))
+    if size and window:
+        return f"swin_{size}_patch4_{window}"
+    convs = re.findall(r"^layer(\d)\.\d+\.conv(\d)\.weight$", keys, re.M)
+    depths = tuple(convs.count((stage, "1")) for stage in "1234")
+    bottleneck = ("1", "3") in convs
+    if (depths, bottleneck) not in RESNETS:
+        known = ", ".join(RESNETS.values())
+        raise InputError(f"their backbone is of no known kind or depth; supported: {known}, Swin")
+    return RESNETS[depths, bottleneck]
+
+
 # -- Pickles of numpy arrays -----------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import InputError
 
@@ -116,6 +116,13 @@ def from_main(value):
     if world_size() > 1:
         dist.broadcast_object_list(box)
     return box[0]
+
+
+def same_on_ranks(module: nn.Module) -> None:
+    """Gives every rank the parameters and buffers of rank 0, in place. Every rank calls it."""
+    if world_size() > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, 0)
 
 
 def on_main(function: Callable, *given):

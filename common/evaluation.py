@@ -7,6 +7,7 @@ them with pycocotools. The OpenImages protocol is written out in `_open_images`.
 import contextlib
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
@@ -90,7 +91,8 @@ def recall(
         records[row] = proposal | {"labels": torch.zeros(len(proposal["scores"]))}
     truth = truth_table(dataset.index, records)
     found = _prediction_table(dataset, records)
-    evaluator = hotcoco.COCOeval(*_hotcoco_tables(dataset, truth, found, records), "bbox")
+    tables = _hotcoco_tables(dataset, truth, found, records, np.arange(len(dataset.vocabulary)))
+    evaluator = hotcoco.COCOeval(*tables, "bbox")
     evaluator.params.use_cats = False
     evaluator.params.max_dets = list(limits)
     evaluator.evaluate()
@@ -166,7 +168,7 @@ def _take(table: Table, rows: np.ndarray) -> Table:
     return {name: column[rows] for name, column in table.items()}
 
 
-def _xywh(boxes: np.ndarray) -> np.ndarray:
+def xywh(boxes: np.ndarray) -> np.ndarray:
     """Converts boxes (A, 4) from xyxy to x, y, width, height."""
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
 
@@ -174,19 +176,31 @@ def _xywh(boxes: np.ndarray) -> np.ndarray:
 def _hotcoco(
     dataset: Evaluated, truth: Table, found: Table, predictions: Predictions
 ) -> tuple[Results, np.ndarray]:
-    """Returns the metrics, and the box AP50 (C,) of each class; -1 if it has no ground truth."""
-    tables = _hotcoco_tables(dataset, truth, found, predictions)
+    """Returns the metrics, and the box AP50 (C,) of each class; -1 if it has no ground truth.
+
+    hotcoco makes 24,000 numbers for each class and limit of detections. So limits that METRICS does
+    not have are left out, and classes without ground truth, but for LVIS, whose limit is of images.
+    """
+    lvis_style = dataset.metric == "lvis"
+    labels = np.arange(len(dataset.vocabulary))
+    if len(truth["label"]) and not lvis_style:
+        labels = np.unique(truth["label"])
+    tables = _hotcoco_tables(dataset, truth, found, predictions, labels)
 
     def run(kind: str) -> tuple[Results, np.ndarray]:
-        evaluator = hotcoco.COCOeval(*tables, kind, lvis_style=dataset.metric == "lvis")
-        with contextlib.redirect_stdout(io.StringIO()):  # it has no silent summary
-            evaluator.run()
+        evaluator = hotcoco.COCOeval(*tables, kind, lvis_style=lvis_style)
+        evaluator.params.max_dets = evaluator.params.max_dets[-1:]
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the limits that are left out
+            evaluator.run()  # it has no silent summary
         values = {}
         for name, value in evaluator.get_results().items():
             values[name] = value if value >= 0 else math.nan
         # IoU 0.5, all recall points and classes, all sizes, most detections
         precision = evaluator.eval["precision"][0, :, :, 0, -1]
-        return values, precision.mean(axis=0)
+        of_class = np.full(len(dataset.vocabulary), -1.0)
+        of_class[labels] = precision.mean(axis=0)
+        return values, of_class
 
     values, class_ap50 = run("bbox")
     results = {name: values[name] for name in METRICS[dataset.metric]}
@@ -194,7 +208,7 @@ def _hotcoco(
         maskless = ~dataset.index.has_mask
         if maskless.any():  # each is an ignored region: its box, of which all detections may be
             truth = truth | {"ignore": truth["ignore"] | maskless}
-            tables = _hotcoco_tables(dataset, truth, found, predictions)
+            tables = _hotcoco_tables(dataset, truth, found, predictions, labels)
         values, _ = run("segm")
         results |= {f"mask {name}": values[name] for name in MASK_METRICS[dataset.metric]}
     return results, class_ap50
@@ -208,9 +222,9 @@ def _have_masks(dataset: Evaluated, predictions: Predictions) -> bool:
 
 
 def _hotcoco_tables(
-    dataset: Evaluated, truth: Table, found: Table, predictions: Predictions
+    dataset: Evaluated, truth: Table, found: Table, predictions: Predictions, labels: np.ndarray
 ) -> tuple[hotcoco.COCO, hotcoco.COCO]:
-    """Returns ground truth and detections for hotcoco, with masks if both have them."""
+    """Returns ground truth and detections of the classes `labels`, with masks if both have them."""
     index = dataset.index
     names = dataset.vocabulary.names
     # equal scores are ranked in the order of the dataset's own ids, as in pycocotools
@@ -227,24 +241,27 @@ def _hotcoco_tables(
         images.append(image)
     letters = dataset.frequency or "-" * len(names)
     categories = []
-    for label, (name, letter) in enumerate(zip(names, letters, strict=True)):
-        categories.append({"id": label, "name": name, "frequency": letter})
+    for label in labels.tolist():
+        categories.append({"id": label, "name": names[label], "frequency": letters[label]})
+    kept = np.isin(found["label"], labels)
+    found = _take(found, kept)
     annotated = detected = None
     if _have_masks(dataset, predictions):
         sizes = [tuple(predictions[row]["size"]) for row in range(len(index))]
         annotated = annotated_rles(index, sizes)
-        detected = [rle for row in range(len(index)) for rle in predictions[row]["segmentations"]]
+        rles = [rle for row in range(len(index)) for rle in predictions[row]["segmentations"]]
+        detected = [rle for rle, is_kept in zip(rles, kept) if is_kept]
     gt = hotcoco.COCO.from_arrays(
         images,
         categories,
         number[truth["image"]],
         truth["label"],
-        _xywh(truth["boxes"]),
+        xywh(truth["boxes"]),
         area=truth["area"],
         iscrowd=truth["ignore"] & (truth["area"] < BEYOND),  # the others are ignored by their area
         segmentation=annotated,
     )
-    boxes = _xywh(found["boxes"])
+    boxes = xywh(found["boxes"])
     columns = (number[found["image"]], *boxes.T, found["score"], found["label"])
     return gt, gt.load_res(np.stack(columns, axis=1), segmentation=detected)
 
@@ -358,7 +375,7 @@ def _match(
     ignored = np.zeros_like(hit)
     taken = set()
     # (D, G): IoU, but the share of the detection's own area for groups
-    overlaps = hotcoco.mask.bbox_iou(_xywh(boxes), _xywh(truth), group)
+    overlaps = hotcoco.mask.bbox_iou(xywh(boxes), xywh(truth), group)
     for eligible in (~group, group):  # groups get what single boxes left over
         overlap = np.where(eligible, overlaps, -1)
         best = overlap.argmax(axis=1)
@@ -415,7 +432,7 @@ def to_coco_json(ids: Sequence, predictions: Predictions, image_ids: Sequence) -
     """
     results = []
     for row, found in predictions.items():
-        boxes = _xywh(found["boxes"].double().numpy())
+        boxes = xywh(found["boxes"].double().numpy())
         labels = found["labels"].tolist()
         scores = found["scores"].tolist()
         rles = found.get("segmentations")

@@ -65,8 +65,10 @@ def atomic_path(path: Path | str, durable: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # the suffix stays last, for writers that look at it (np.save, PIL)
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}-{uuid.uuid4().hex[:8]}{path.suffix}")
+    # The suffix stays last, for writers that look at it (np.save, PIL). The stem is cut, since a
+    # name has at most 255 bytes.
+    start = f".{path.stem[:40]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    temporary = path.with_name(start + path.suffix)
     try:
         yield temporary
         if durable:

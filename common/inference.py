@@ -202,10 +202,15 @@ def to_detection(
     boxes: (N, 4) in pixels of the network's input; they are scaled to the original size. The
     dictionary also has class_names, N names, and size (height, width).
     """
+    boxes = to_original(boxes, batch, i)
+    return detection(boxes, labels, scores, label_space, batch.samples[i].original_size)
+
+
+def to_original(boxes: Tensor, batch: Batch, i: int) -> Tensor:
+    """Scales boxes (N, 4) of image `i` from pixels of the network's input to its original size."""
     height, width = batch.samples[i].original_size
     h, w = batch.sizes[i]
-    boxes = boxes * boxes.new_tensor([width / w, height / h] * 2)
-    return detection(boxes, labels, scores, label_space, (height, width))
+    return boxes * boxes.new_tensor([width / w, height / h] * 2)
 
 
 def detection(

@@ -57,6 +57,8 @@ def to_rle(segmentation: list | dict, size: tuple[int, int], relative: bool = Fa
             wanted = [height, width]
             raise ValueError(f"an RLE of size {rle_size} for an image of {wanted} (height, width)")
         rle = segmentation
+        if isinstance(counts, str) and counts.startswith(("b'", 'b"')):
+            raise ValueError("an RLE of counts that Python's str() made; write counts.decode()")
         if not isinstance(counts, str | bytes):
             rle = hotcoco.mask.frPyObjects(segmentation, height, width)
     except (TypeError, KeyError) as error:

@@ -8,7 +8,7 @@ import difflib
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -67,11 +67,16 @@ def group_keys(
 
 def write_groups(path: Path, datasets: list[str], groups: list[Group], costs: list[float]) -> None:
     """Writes a csv file: a row for each group, with its class of each dataset and its cost."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow([*datasets, "cost"])
+    rows = [[*datasets, "cost"]]
     for group, cost in zip(groups, costs):
-        rows.writerow([*(group.get(dataset, "") for dataset in datasets), f"{cost:.4f}"])
+        rows.append([*(group.get(dataset, "") for dataset in datasets), f"{cost:.4f}"])
+    write_csv(path, rows)
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[str]]) -> None:
+    """Writes the rows of a table, the first of which is its header."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
     with atomic_path(path) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")
 

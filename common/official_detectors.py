@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.checkpoint import TEXT
-from common.convert import Tensors, renamed
+from common.convert import Tensors, renamed, timm_name
 from common.errors import InputError
 from common.labels import DATA, Vocabulary
 
@@ -82,14 +82,6 @@ OTHERS = {
     r"backbone\.attnpool\.": "RegionCLIP (a backbone for classifiers)",
     r"sem_seg_head\.": "a segmenter of Mask2Former",
 }
-RESNETS = {  # by the blocks of the stages, and whether these are bottlenecks
-    ((2, 2, 2, 2), False): "resnet18",
-    ((3, 4, 6, 3), False): "resnet34",
-    ((3, 4, 6, 3), True): "resnet50",
-    ((3, 4, 23, 3), True): "resnet101",
-}
-SWINS = {(96, 6): "tiny", (96, 18): "small", (128, 18): "base", (192, 18): "large"}
-WINDOWS = {169: "window7_224", 529: "window12_384"}  # by the rows of a bias table
 VOCABULARIES = {1203: "lvis", 80: "coco", 365: "o365", 500: "oid500"}  # by the number of classes
 LVIS = 1203
 IMAGENET21K = 22047  # LVIS's classes come first; the others have no names in the file
@@ -103,30 +95,6 @@ def refuse_others(official: Tensors) -> None:
                 f"they are of {model}, which is not supported; docs/official-weights.md lists the"
                 " files that load"
             )
-
-
-def timm_name(tensors: Tensors, body: str) -> str:
-    """Returns the timm model, a ResNet or Swin, whose tensors have the prefix `body`.
-
-    Raises InputError for another depth or kind.
-    """
-    names = [key.removeprefix(body) for key in tensors if key.startswith(body)]
-    blocks = [re.match(r"layers\.2\.blocks\.\d+\.norm1\.weight", name) for name in names]
-    if any(blocks):
-        width = len(tensors[body + "patch_embed.proj.weight"])
-        size = SWINS.get((width, sum(map(bool, blocks))))
-        table = tensors[body + "layers.0.blocks.0.attn.relative_position_bias_table"]
-        window = WINDOWS.get(len(table))
-        if size and window:
-            return f"swin_{size}_patch4_{window}"
-    found = [re.match(r"layer(\d)\.\d+\.conv(\d)\.weight", name) for name in names]
-    convs = [match.groups() for match in found if match]
-    depths = tuple(convs.count((stage, "1")) for stage in "1234")
-    bottleneck = ("1", "3") in convs
-    if (depths, bottleneck) not in RESNETS:
-        known = ", ".join(RESNETS.values())
-        raise InputError(f"their backbone is of no known kind or depth; supported: {known}, Swin")
-    return RESNETS[depths, bottleneck]
 
 
 def known_classes(text: Tensor) -> tuple[str, list[str], Tensor]:

@@ -6,12 +6,10 @@ Source: facebookresearch/Mask2Former:MODEL_ZOO.md, configs, mask2former/modeling
 """
 
 import logging
-import re
 
 import torch
 
-from common.convert import Tensors, renamed
-from common.errors import InputError
+from common.convert import Tensors, renamed, timm_name
 from common.labels import Vocabulary
 
 log = logging.getLogger("concord")
@@ -75,14 +73,6 @@ HEADS = {
     8: ("cityscapes", ("cityscapes-instances",)),  # the things alone
     65: ("mapillary", ("mapillary", "mapillary-panoptic")),
 }
-# {what `backbone_of` counts: timm model}
-RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}  # blocks of each stage
-SWINS = {  # blocks of each stage, and channels of the first stage
-    (2, 2, 6, 2, 96): "swin_tiny_patch4_window7_224",
-    (2, 2, 18, 2, 96): "swin_small_patch4_window7_224",
-    (2, 2, 18, 2, 128): "swin_base_patch4_window12_384",
-    (2, 2, 18, 2, 192): "swin_large_patch4_window12_384",
-}
 
 
 def convert_mask2former(official: Tensors, _: str = "") -> tuple[Tensors, dict]:
@@ -102,7 +92,7 @@ def convert_mask2former(official: Tensors, _: str = "") -> tuple[Tensors, dict]:
     trained_norm = any(key.endswith("num_batches_tracked") for key in official)
     tensors["backbone.frozen_norm"] = torch.tensor(not trained_norm)
     args = {
-        "backbone": backbone_of(tensors),
+        "backbone": timm_name(tensors, "backbone.body."),
         "queries": queries,
         "channels": channels,
         "encoder_layers": sum(key.endswith(".self_attn.value_proj.bias") for key in tensors),
@@ -146,22 +136,3 @@ def classes_of(dataset: str, count: int) -> dict:
         return {"names": known.names, "is_thing": known.is_thing}
     names = [name for name, thing in zip(known.names, known.is_thing) if thing]
     return {"names": names, "is_thing": [True] * count}
-
-
-def backbone_of(tensors: Tensors) -> str:
-    """Returns the timm model whose tensors these are. Raises InputError for an unknown backbone."""
-    keys = "\n".join(tensors)
-    blocks = re.findall(r"^backbone\.body\.layer(\d)\.\d+\.conv1\.weight$", keys, re.M)
-    name = RESNETS.get(tuple(blocks.count(stage) for stage in "1234"))
-    if name:
-        return name
-    blocks = re.findall(r"^backbone\.body\.layers\.(\d)\.blocks\.\d+\.norm1\.weight$", keys, re.M)
-    depths = [blocks.count(stage) for stage in "0123"]
-    patches = tensors.get("backbone.body.patch_embed.proj.weight")
-    name = SWINS.get((*depths, 0 if patches is None else len(patches)))
-    if name is None:
-        raise InputError(
-            "the depth of the backbone is that of no official model; supported: ResNet-50 and -101,"
-            " Swin-T, -S, -B and -L"
-        )
-    return name

@@ -25,7 +25,14 @@ from common.boxes import (
     two_layers,
 )
 from common.distributed import amp_context
-from common.targets import RegionTargets, Targets, match_anchors, match_regions, sample_fg_bg
+from common.targets import (
+    RegionTargets,
+    Targets,
+    match_anchors,
+    match_regions,
+    sample_anchors,
+    wholly_inside,
+)
 
 STRIDES = [4, 8, 16, 32, 64]  # P2 to P6
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
@@ -161,19 +168,11 @@ class RPN(nn.Module):
         scored:          (S,), rows of the anchors whose objectness is trained
         scores:          (S,), its target: `centreness` on foreground, 0 on background
         """
-        height, width = size
-        left, top, right, bottom = anchors.unbind(1)
-        inside = (left >= 0) & (top >= 0)
-        inside &= (right < width) & (bottom < height)
-        inside = inside.nonzero().squeeze(1)
+        inside = wholly_inside(anchors, size)
 
         def sample(match: tuple, fraction: float) -> tuple[Tensor, Tensor]:
             matched = match_anchors(anchors[inside], gt_boxes, *match)
-            decided = matched > -2
-            decided = decided.nonzero().squeeze(1)
-            fg = matched[decided] >= 0
-            sampled = sample_fg_bg(fg, self.sampled, fraction)
-            sampled = decided[sampled]
+            sampled = sample_anchors(matched, self.sampled, fraction)
             return inside[sampled], matched[sampled]  # anchors, their ground truth or -1
 
         rows, matched = sample(self.box_match, self.box_fraction)

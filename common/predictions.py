@@ -25,6 +25,7 @@ from common.visualize import draw_boxes, draw_segments, save_image
 
 log = logging.getLogger("concord")
 
+LONGEST = 200  # bytes of the part of an output's name that is the input's; a name has at most 255
 DRAWN = 2**24  # pixels of a drawn picture; a larger image is drawn at a fraction of its size
 
 
@@ -65,7 +66,7 @@ class PredictionWriter:
         self.kinds |= prediction.keys()
         number = sample.index
         part = "" if frame is None else f"-frame{frame:06d}"
-        name = f"{Path(file).stem}{part}-{number}"
+        name = f"{cut_name(Path(file).stem)}{part}-{number}"
         summary = self._draw(sample.image, prediction, self.folder / f"{name}.jpg")
         what = file if frame is None else f"{file} frame {frame}"
         log.info("%s: %s", what, summary)
@@ -165,6 +166,13 @@ class PredictionWriter:
         content = {"images": self.images, "categories": self.categories, "annotations": annotations}
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")
+
+
+def cut_name(stem: str) -> str:
+    """Returns the start of a file's name that takes at most LONGEST bytes."""
+    while len(os.fsencode(stem)) > LONGEST:
+        stem = stem[:-1]
+    return stem
 
 
 def drawn_size(size: tuple[int, int]) -> tuple[int, tuple[int, int]]:

@@ -19,8 +19,17 @@ from common.files import atomic_path
 
 log = logging.getLogger("concord")
 
+LARGEST = 2**53  # of an index and a draw; random numbers are seeded with a draw
+WRITTEN = "it must be as the training wrote it; get that file again"
 # fields of a sample and their types; `draw` is its number in the stream of the sampler
-FIELDS = {"dataset": str, "index": int, "image_id": str, "file_name": str, "draw": int}
+FIELDS = {
+    "dataset": str,
+    "index": int,
+    "image_id": (str, int, float),
+    "file_name": str,
+    "draw": int,
+}
+FIELDS_OF_RECORD = {"seed": int, "losses": dict, "samples": list}
 
 
 def write_record(
@@ -69,15 +78,40 @@ def read_record(folder: Path, step: int) -> dict:
 def _read(path: Path) -> dict:
     try:
         record = json.loads(path.read_text())
-        losses = {str(name): float(value) for name, value in record["losses"].items()}
-        samples = [
-            {name: kind(sample[name]) for name, kind in FIELDS.items()}
-            for sample in record["samples"]
-        ]
-        losses["loss"]  # is there
-        return {"path": path, "seed": int(record["seed"]), "losses": losses, "samples": samples}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"--replay: {path} cannot be read ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--replay: {path} cannot be read ({error}); {WRITTEN}") from None
+    if fault := _fault(record):
+        raise InputError(f"--replay: {path}: {fault}; {WRITTEN}")
+    return record | {"path": path}
+
+
+def _fault(record: object) -> str:
+    """Returns what is wrong with a record; "" for nothing."""
+    if fault := _wrong_field(record, FIELDS_OF_RECORD):
+        return fault
+    losses = record["losses"]
+    if fault := _wrong_field(losses, dict.fromkeys([*losses, "loss"], float)):
+        return f"in losses {fault}"
+    if not record["samples"]:
+        return "samples is empty"
+    for number, sample in enumerate(record["samples"]):
+        if fault := _wrong_field(sample, FIELDS):
+            return f"in sample {number} {fault}"
+        for name in ("index", "draw"):
+            if not 0 <= sample[name] < LARGEST:
+                return f"in sample {number} the {name} {sample[name]!s:.30} is out of range"
+    return ""
+
+
+def _wrong_field(entry: object, fields: dict) -> str:
+    """Returns which of `fields`, {name: types}, an object lacks or has of another type; or ""."""
+    if not isinstance(entry, dict):
+        return f"{entry!r:.60} is no object"
+    for name, types in fields.items():
+        value = entry.get(name)
+        if not isinstance(value, types) or isinstance(value, bool):
+            return f"the field {name} is missing or wrong ({value!r:.60})"
+    return ""
 
 
 def recorded_rows(

@@ -56,6 +56,8 @@ from common.validation import (
 
 log = logging.getLogger("concord")
 
+# the endings of the files in a run folder
+WRITTEN = {".json", ".jsonl", ".lock", ".safetensors", ".md", ".txt", ".png", ".jpg"}
 EVERY = 20  # steps between two lines of metrics.jsonl
 
 # -- Run folder ------------------------------------------------------------------------------------
@@ -83,6 +85,7 @@ def _prepare(folder: Path, args, method: str, label_space: LabelSpace) -> None:
     file = folder / "args.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        refuse_others(folder)
         if args.eval_only or args.predict:
             if not file.exists():
                 _write_record(file, record)
@@ -99,6 +102,19 @@ def _prepare(folder: Path, args, method: str, label_space: LabelSpace) -> None:
         raise InputError(
             f"run folder {folder} cannot be written ({error.strerror}); choose another --output"
         ) from None
+
+
+def refuse_others(folder: Path) -> None:
+    """Raises InputError if a name in `folder` is that of a file, but something else has it.
+
+    Such a folder or pipe would stop the training at its end, when the file is written.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix in WRITTEN and path.exists() and not path.is_file():
+            raise InputError(
+                f"{path} is a folder, a pipe or a device, and a file may be written there; move it,"
+                " or choose another --output"
+            )
 
 
 def _write_record(file: Path, record: dict) -> None:
@@ -253,9 +269,11 @@ class RunLog:
         dataset: name of the step's dataset, which has its own curves in TensorBoard; "": several
         """
         self.last.note(step)
-        if self.active:
-            self._write(step, losses, lr, images, dataset)
-        self.last.in_update = False
+        try:
+            if self.active:
+                self._write(step, losses, lr, images, dataset)
+        finally:  # the step is whole, also if the disk is full
+            self.last.in_update = False
         if world_size() == 1:
             check_asked()
         if step == self.steps or step % self.args.checkpoint_every == 0:
@@ -353,7 +371,7 @@ def report(results: Results, folder: Path, args, run: Path | None = None) -> Non
         return
     with atomic_path(folder / "results.json") as path:
         path.write_text(json.dumps(without_nan(results), indent=1))
-    log.info("\n%s", format_table(results))
+    log.info("\n" + format_table(results))
     if args.eval_every and not args.eval_only:
         weights = folder / "weights.safetensors"
         trained = stored_names(weights) or {}
@@ -374,7 +392,7 @@ def progress_bar(title: str, total: int, initial: int = 0, unit: str = "img") ->
 
 
 def tensorboard_writer(folder: Path):
-    """Returns a TensorBoard writer, or None if TensorBoard is not installed."""
+    """Returns a TensorBoard writer, or None if TensorBoard is not installed or refuses the path."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -382,4 +400,8 @@ def tensorboard_writer(folder: Path):
             "TensorBoard is not installed (pip install tensorboard); see metrics.jsonl instead"
         )
         return None
-    return SummaryWriter(folder)
+    try:
+        return SummaryWriter(folder)
+    except UnicodeEncodeError:
+        log.info("TensorBoard needs a path in UTF-8, which %s is not; see metrics.jsonl", folder)
+        return None

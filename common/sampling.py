@@ -68,7 +68,10 @@ class Mixture(torch.utils.data.Dataset):
                 if not self.skips.admits(name, error):
                     raise
             row = int(rng.integers(len(dataset)))
-        raise InputError(f"{dataset.name}: 100 images in a row are unreadable; see to the disk")
+        raise InputError(
+            f"{dataset.name}: none of 100 images can be read, and --skip-bad lets others take their"
+            " place; see to the disk, or leave the dataset out"
+        )
 
 
 @dataclass

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from common.checkpoint import checkpoint_step, checkpoints, stored_names
 from common.errors import InputError
+from common.files import refuse_pipe
 from common.labels import LabelSpace
 
 log = logging.getLogger("concord")
@@ -25,19 +26,18 @@ CHANGEABLE_ENDS = ("steps", "lr")
 def read_args(folder: Path, method: str) -> dict:
     """Returns the content of args.json. Raises InputError if it is broken or of another method."""
     path = folder / "args.json"
+    refuse_pipe(path, "the settings")
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
-            f"--resume: {path} cannot be read ({error}); name the run folder of a training"
+            f"{path} cannot be read ({error}); mend it, or name another run folder"
         ) from None
     if not isinstance(saved, dict) or saved.get("method") != method:
-        raise InputError(
-            f"--resume: {path} is not of a {method} training; name the run folder of one"
-        )
+        raise InputError(f"{path} is not of a {method} training; name another run folder")
     for name, kind in (("environment", dict), ("history", list)):
         if not isinstance(saved.get(name, kind()), kind):
-            raise InputError(f"--resume: {path}: {name} is damaged; remove it from the file")
+            raise InputError(f"{path}: {name} is damaged; remove it from the file")
     return saved
 
 

@@ -18,7 +18,8 @@ class Targets:
 
     boxes:        (N, 4) xyxy in pixels
     labels:       (N,) int64
-    scope:        the columns of the label space that this image may train; None: all
+    scope:        the columns of the label space that this image may train, a slice or (C,) bool;
+                  None: all
     masks:        (N, H, W) bool; one without a pixel says that the object has only a box. Or None
     image_labels: (K,) int64 image-level labels, or None; an image that has them has no boxes
     caption:      of an image with image-level labels; "" without one
@@ -26,7 +27,7 @@ class Targets:
 
     boxes: Tensor
     labels: Tensor
-    scope: slice | None = None
+    scope: slice | Tensor | None = None
     masks: Tensor | None = None
     image_labels: Tensor | None = None
     caption: str = ""
@@ -97,6 +98,24 @@ def sample_fg_bg(matched: Tensor, num: int, fg_fraction: float) -> Tensor:
     fg = fg[torch.randperm(len(fg), device=fg.device)[:num_fg]]
     bg = bg[torch.randperm(len(bg), device=bg.device)[:num_bg]]
     return torch.cat([fg, bg])
+
+
+def wholly_inside(anchors: Tensor, size: tuple[int, int]) -> Tensor:
+    """Returns the indices of the anchors (A, 4) that lie wholly in an image of (height, width)."""
+    height, width = size
+    left, top, right, bottom = anchors.unbind(1)
+    inside = (left >= 0) & (top >= 0)
+    inside &= (right < width) & (bottom < height)
+    return inside.nonzero().squeeze(1)
+
+
+def sample_anchors(matched: Tensor, num: int, fg_fraction: float) -> Tensor:
+    """Samples anchors as `sample_fg_bg`, none of those that are neither; returns their indices.
+
+    matched: (A,) of `match_anchors`
+    """
+    decided = (matched > -2).nonzero().squeeze(1)
+    return decided[sample_fg_bg(matched[decided] >= 0, num, fg_fraction)]
 
 
 def match_anchors(

@@ -38,6 +38,8 @@ def of_edit(old: str, new: str):
     return of_text(json.dumps(RECORD).replace(old, new, 1))
 
 
+HUGE = "has the id 1.1805916207174113e+21; "  # json readers make a float of 2^70
+ONE_OF_0 = "DIR/a.json: 1 images have the height or width 0, which is taken as unknown"
 WHOLE = json.dumps(RECORD)
 STRUCTURE = [
     ("sound", of_changes({}), SOUND),
@@ -66,6 +68,10 @@ STRUCTURE = [
     ("a list nested deep", of_text('{"images": ' + nested() + "}"), "is not valid json"),
     ("other field nested deep", of_text('{"info": ' + nested() + "}"), "is not valid json"),
     ("an element nested deep", of_edit("[1, 1, 4, 4]", nested()), "is not valid json"),
+    ("an image id of 2^70", of_edit(': 7, "file', f': {2**70}, "file'), f"image '0.png' {HUGE}"),
+    ("a category id of 2^70", of_edit('"id": 1, "na', f'"id": {2**70}, "na'), f"'cat' {HUGE}"),
+    ("a height of 0", of_changes({"images.0.height": 0}), SOUND | {"log": ONE_OF_0}),
+    ("no height", of_changes({"images.0.height": DROP}), SOUND),
     ("images null", of_changes({"images": None}), "the list 'images' is missing"),
     ("images an object", of_changes({"images": {"7": {}}}), "the list 'images' is missing"),
     ("images empty", of_changes({"images": []}), "unknown image_id 7"),
@@ -89,7 +95,7 @@ IDS = [
     ("image id twice", of_changes({"images.1": RECORD["images"][0]}), "two images share an id"),
     ("image id 7.0", of_changes({"images.0.id": 7.0}), SOUND),
     ("image id '7'", of_changes({"images.0.id": "7"}), SOUND),
-    ("image id huge", of_changes({"images.0.id": 1e300}), "unknown image_id 7"),
+    ("image id huge", of_changes({"images.0.id": 1e300}), "the id 1e+300; give each image"),
     ("image id negative", of_changes({"images.0.id": -7}), "unknown image_id 7"),
     ("no image_id", of_changes({"annotations.1.image_id": DROP}), "annotation 1 has no image_id"),
     ("image_id null", of_changes({"annotations.1.image_id": None}), "annotation 1 has the unknown"),
@@ -189,6 +195,8 @@ BOXES = [
     ("iscrowd 2", *field("iscrowd", 2, "annotation 1 has the iscrowd 2")),
     ("iscrowd '0'", *field("iscrowd", "0", "annotation 1 has the iscrowd '0'")),
     ("iscrowd true", *field("iscrowd", True, {"objects": 1})),
+    ("ignore 1", *field("ignore", 1, {"objects": 1, "log": "1 boxes have ignore: 1; as crowds"})),
+    ("ignore 0", *field("ignore", 0, SOUND)),
     ("iscrowd a list", *field("iscrowd", [0], "annotation 1 has the iscrowd [0]")),
     ("width null", of_changes({"images.0.width": None}), "image 7 has the width None"),
     ("width a text", of_changes({"images.0.width": "wide"}), "image 7 has the width 'wide'"),
@@ -261,6 +269,7 @@ MASKS = [
     ("counts of texts", *mask(rle(counts=["40", "5", "555"]), BROKEN)),
     ("counts of lists", *mask(rle(counts=[[40], [5]]), BROKEN)),
     ("counts an object", *mask(rle(counts={"a": 1}), BROKEN)),
+    ("counts of str(bytes)", *mask(rle(counts="b'Z1'"), "str() made; write counts.decode()")),
     ("counts garbage", *mask(rle(counts="hello world"), BROKEN)),
     ("counts no ASCII", *mask(rle(counts="é猫\u0001"), BROKEN)),
     ("counts never ending", *mask(rle(counts="o" * 3000), BROKEN)),

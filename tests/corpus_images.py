@@ -16,7 +16,10 @@ from common.errors import InputError
 from common.inputs import find_files, read_file
 
 RGB = Image.new("RGB", (WIDTH, HEIGHT), COLOR)
+BLACK = Image.new("RGB", (WIDTH, HEIGHT))
 SEEN = {"size": (HEIGHT, WIDTH), "rgb": COLOR}
+TWO = SEEN | {"several": True}
+MANY = {"near": True, "several": True}
 NEAR = {"size": (HEIGHT, WIDTH), "near": True}  # after lossy compression
 NO_IMAGE = "image DIR/0.png cannot be decoded"
 
@@ -35,6 +38,7 @@ def image(content: bytes | str, name: str = "0.png") -> Callable[[Path], dict]:
             "near": max(abs(np.subtract(pixel, COLOR))) <= 12,
             "bits": decoded.bits,
             "transparent": decoded.transparent,
+            "several": decoded.several,
         }
 
     return attempt
@@ -79,6 +83,13 @@ def tiff_loop() -> bytes:
     return b"II*\0" + struct.pack("<IHHHIII", 8, 1, 256, 4, 1, 30, 8)
 
 
+def five_bands() -> bytes:
+    """Returns a TIFF of one pixel with five bands of 16 bits, as of a satellite."""
+    fields = {256: 1, 257: 1, 258: 16, 259: 1, 262: 1, 273: 8, 277: 5, 278: 1, 279: 10}
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items()]
+    return b"II*\0" + struct.pack("<I", 18) + bytes(10) + struct.pack("<H", 9) + b"".join(entries)
+
+
 def cut(kind: str, part: float) -> bytes:
     """Returns the first part of a noisy image, which does not fit in a few bytes."""
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
@@ -103,8 +114,10 @@ IMAGES = [
     *[(f"{kind} named .png", image(picture(kind)), NEAR) for kind in ("jpeg", "webp", "bmp")],
     ("a PNG named .jpg", image(picture(), "0.jpg"), SEEN),
     ("a PNG without ending", image(picture(), "0"), SEEN),
-    ("two frames", image(saved(kind="gif", save_all=True, append_images=[RGB])), SEEN),
-    ("two pages", image(saved(kind="tiff", save_all=True, append_images=[RGB])), SEEN),
+    ("one frame", image(saved(kind="gif")), SEEN | {"several": False}),
+    ("two frames", image(saved(kind="gif", save_all=True, append_images=[BLACK])), TWO),
+    ("two pages", image(saved(kind="tiff", save_all=True, append_images=[BLACK])), TWO),
+    ("two frames of WebP", image(saved(kind="webp", save_all=True, append_images=[BLACK])), MANY),
     ("MPO", image(saved(kind="mpo", save_all=True, append_images=[RGB])), NEAR),
     ("one pixel", image(picture("png", 1, 1)), SEEN | {"size": (1, 1)}),
     ("one row", image(picture("png", 9000, 1)), SEEN | {"size": (1, 9000)}),
@@ -142,17 +155,22 @@ IMAGES = [
     ("empty", image(b""), NO_IMAGE),
     ("text", image("no image"), NO_IMAGE),
     ("NUL bytes", image(bytes(4000)), NO_IMAGE),
-    ("HTML", image("<!DOCTYPE html><html></html>"), NO_IMAGE),
+    ("HTML", image("<!DOCTYPE html><html></html>"), f"{NO_IMAGE} (it is a web page"),
     ("SVG", image('<svg xmlns="http://www.w3.org/2000/svg"/>'), NO_IMAGE),
     ("PostScript", image("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), NO_IMAGE),
     ("PDF", image(saved(kind="pdf")), NO_IMAGE),
     ("zip", image(b"PK\x03\x04" + bytes(99)), NO_IMAGE),
     ("icon", image(saved(kind="ico")), NO_IMAGE),
     ("PPM", image(saved(kind="ppm")), NO_IMAGE),
-    ("HEIC", image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"), NO_IMAGE),
+    ("HEIC", image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"), f"{NO_IMAGE} (it is HEIC"),
     ("AVIF header alone", image(b"\0\0\0\x18ftypavif\0\0\0\0mif1avif"), NO_IMAGE),
     ("numpy", image(b"\x93NUMPY\x01\0"), NO_IMAGE),
-    ("git-lfs", image("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), NO_IMAGE),
+    (
+        "git-lfs",
+        image("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "run git lfs pull",
+    ),
+    ("TIFF of five bands", image(five_bands()), f"{NO_IMAGE} (it is a TIFF of a kind that"),
     *[(f"{kind} of 9 bytes", image(cut(kind, 0)[:9] or b"x"), NO_IMAGE) for kind in LOSSY],
     *[(f"{kind} cut in half", image(cut(kind, 0.5)), NO_IMAGE) for kind in (*LOSSLESS, *LOSSY)],
     *[(f"{kind} cut at the end", image(cut(kind, 0.97)), NO_IMAGE) for kind in LOSSY],

@@ -1,10 +1,12 @@
 """Panoptic json files, folders of label maps, and Roboflow's masks."""
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 from corpus import DROP, HEIGHT, WIDTH, Case, changed, label_map, load, photos, picture, write
+from PIL import Image
 
 # -- panoptic
 
@@ -69,6 +71,7 @@ PANOPTIC = [
     ("categories missing", of_changes({"categories": DROP}), "list 'categories' is missing"),
     ("image null", of_changes({"images.1": None}), "an element of 'images' is None"),
     ("image without id", of_changes({"images.0.id": DROP}), "image '0.png' has no id"),
+    ("image id of 2^70", of_changes({"images.0.id": 2.0**70}), "a number below 2^63 or a text"),
     ("image id a list", of_changes({"images.0.id": [7]}), "image '0.png' has the id [7]"),
     ("image twice", of_changes({"images.1": RECORD["images"][0]}), "an image comes twice"),
     ("width a text", of_changes({"images.0.width": "wide"}), "image 7 has the width 'wide'"),
@@ -144,6 +147,27 @@ def maps(png: bytes | None = None, classes: str | bytes | None = "sky\ncat\n", *
     return attempt
 
 
+def palettes(*colours: tuple[int, int, int]):
+    """Maps of the value 1, which has another of the `colours` in each."""
+    files = {f"im__{row}_png": picture() for row in range(len(colours))}
+    for row, colour in enumerate(colours):
+        image = Image.new("P", (WIDTH, HEIGHT), 1)
+        image.putpalette([0, 0, 0, *colour])
+        file = io.BytesIO()
+        image.save(file, "png")
+        files[f"maps__{row}_png"] = file.getvalue()
+    return maps(**files)
+
+
+def tagged(tag: int, width: int, height: int) -> bytes:
+    """Returns a photograph with an EXIF orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    file = io.BytesIO()
+    Image.new("RGB", (width, height)).save(file, "png", exif=exif)
+    return file.getvalue()
+
+
 def wide(*values: int):
     return label_map(np.array([values], np.uint16))
 
@@ -161,6 +185,16 @@ MAPS = [
     ("alpha", maps(label_map([[[0, 0, 0, 1]]])), "is a picture of mode RGBA"),
     ("grey and alpha", maps(label_map([[0, 1]], "LA")), "is a picture of mode LA"),
     ("palette", maps(label_map([[0, 1]], "P")), {"kind": "semantic"}),
+    ("palettes alike", palettes((9, 0, 0), (9, 0, 0)), {"labels": [1, 1]}),
+    ("palettes that differ", palettes((9, 0, 0), (0, 9, 0)), {"log": "value 1 has the colour (9"}),
+    (
+        "image turned by 180",
+        maps(im__0_png=tagged(3, WIDTH, HEIGHT)),
+        {"log": "1 of 1 images look"},
+    ),
+    ("image turned by 90", maps(im__0_png=tagged(6, WIDTH, HEIGHT)), "turn the map with it"),
+    ("map of another name", maps(maps__0_mask_png=label_map([[0]])), "name each map as its image"),
+    ("numbered classes", maps(classes="0 sky\n1 cat"), {"log": "all class names begin with a n"}),
     ("one bit", maps(label_map([[0, 255]], "1")), MAP_SOUND),
     ("JPEG named .png", maps(picture("jpeg")), "DIR/maps/0.png is a picture of mode RGB"),
     ("empty", maps(b""), "label map DIR/maps/0.png cannot be decoded"),

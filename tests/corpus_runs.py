@@ -129,6 +129,7 @@ WEIGHTS = [
     ("bytes after the end", weights(GOOD + b"x"), NOT_READ),
     ("cut in the header", weights(GOOD[:50]), NOT_READ),
     ("a header of 2**63 bytes", with_header(2**63), NOT_READ),
+    ("a header of 2**60 bytes", with_header(2**60), NOT_READ),
     ("a header that is no json", with_header(2, "{{"), NOT_READ),
     ("a header nested deep", with_header(200_000, nested()), NOT_READ),
     ("a header of a tensor beyond", weights(GOOD.replace(b"[0,", b"[9,", 1)), NOT_READ),
@@ -151,6 +152,18 @@ WEIGHTS = [
     ("a setting of a list", of_metadata({"args.lr": [1]}), "setting lr is (1,)"),
     ("a setting of no choice", of_metadata({"args.amp": "maybe"}), "setting amp is 'maybe'"),
     ("a setting nested", of_metadata({"args.lr": {"a": 1}}), "setting lr is {'a': 1}"),
+    ("a setting of true", of_metadata({"args.seed": True}), "setting seed is True"),
+    ("steps of true", of_metadata({"args.steps": True}), "setting steps is True"),
+    ("a setting of NaN", of_metadata({"args.lr": float("nan")}), "setting lr is nan"),
+    ("a setting of 400 digits", of_metadata({"args.lr": 10**400}), "setting lr is 1000"),
+    ("a setting out of range", of_metadata({"args.seed": -1}), "which must be between 0 and 2147"),
+    ("a pair of texts", of_metadata({"args.jitter": ["a", "b"]}), "setting jitter is ('a', 'b')"),
+    ("a pair of one", of_metadata({"args.jitter": [0.5]}), "setting jitter is (0.5,)"),
+    ("a pair of none", of_metadata({"args.jitter": []}), "setting jitter is ()"),
+    ("a pair in reverse", of_metadata({"args.jitter": [2, 1]}), "the smaller number first"),
+    ("a number for a pair", of_metadata({"args.jitter": 2}), "setting jitter is 2, which does"),
+    ("a text for a list", of_metadata({"args.predict": "a"}), "setting predict is 'a'"),
+    ("a text for a switch", of_metadata({"args.fed_loss": "no"}), "setting fed_loss is 'no'"),
     ("a setting of 5000 letters", of_metadata({"args.lr": "x" * 5000}), "setting lr is 'xxx"),
     ("vocabularies a list", of_metadata({"vocabularies": [1]}), f"{DAMAGED} settings"),
     ("vocabularies empty", of_metadata({"vocabularies": {}}), "base model without classes"),
@@ -174,6 +187,7 @@ WEIGHTS = [
     ("a tensor of another shape", of_tensor("bias", torch.ones(3)), "'bias' has the shape [3]"),
     ("a tensor without elements", of_tensor("bias", torch.ones(0)), "'bias' has the shape [0]"),
     ("a tensor of integers", of_tensor("bias", torch.ones(2).int()), "'bias' is torch.int32"),
+    ("a tensor of complex numbers", of_tensor("bias", torch.ones(2) * 1j), "'bias' is torch.comp"),
     ("a tensor of infinity", of_tensor("bias", INFINITE), "'bias' holds values that are not"),
     ("a tensor of NaN", of_tensor("bias", INFINITE * 0), "'bias' holds values that are not"),
     ("a tensor of half precision", of_tensor("bias", torch.ones(2).half()), SOUND),
@@ -269,6 +283,16 @@ def settings_of(changes: dict) -> Callable[[Path], dict]:
     return run(change)
 
 
+def instead(name: str, make: Callable[[Path], None]) -> Callable[[Path], dict]:
+    """A pipe or a folder has the name of a file."""
+
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+
+    return run(change)
+
+
 def both(content: bytes) -> Callable[[Path], dict]:
     """Both checkpoints are damaged."""
 
@@ -287,7 +311,8 @@ def swapped(folder: Path) -> None:
 
 NEWEST, OLDER = "checkpoint-0000002", "checkpoint-0000001"
 OLD = {"step": 1, "log": "it is renamed to damaged-checkpoint-0000002"}
-ARGS = "--resume: DIR/run/args.json"
+ARGS = "DIR/run/args.json"
+RUN = "DIR/run"
 RUNS = [
     ("a new one", start, {"step": 0}),
     ("goes on", run(), {"step": 2, "lines": 2}),
@@ -346,6 +371,17 @@ RUNS = [
     ("metrics of a huge step", put("metrics.jsonl", '{"step": 1e999}\n'), {"lines": 0}),
     ("metrics of NaN", put("metrics.jsonl", '{"step": NaN}\n'), {"lines": 0, "log": "1 damaged"}),
     ("metrics nested deep", put("metrics.jsonl", nested() + "\n"), {"lines": 0}),
+    ("a lock that is a pipe", instead("run.lock", os.mkfifo), f"{RUN}/run.lock is a folder, a"),
+    ("a lock that is a folder", instead("run.lock", os.mkdir), f"{RUN}/run.lock is a folder, a"),
+    ("args a pipe", instead("args.json", os.mkfifo), f"{RUN}/args.json is a folder, a pipe"),
+    ("metrics a pipe", instead("metrics.jsonl", os.mkfifo), f"{RUN}/metrics.jsonl is a"),
+    ("results a folder", instead("results.json", os.mkdir), f"{RUN}/results.json is a folder"),
+    ("weights a folder", instead("weights.safetensors", os.mkdir), f"{RUN}/weights.safetensors"),
+    ("a picture a folder", instead("label_space.png", os.mkdir), f"{RUN}/label_space.png is a"),
+    ("a link to nothing", instead("results.json", lambda path: path.symlink_to("x")), {"step": 2}),
+    ("checksums a pipe", instead(f"{NEWEST}/checksums.json", os.mkfifo), OLD),
+    ("state a pipe", instead(f"{NEWEST}/state.pt", os.mkfifo), OLD),
+    ("checkpoint weights a pipe", instead(f"{NEWEST}/weights.safetensors", os.mkfifo), OLD),
     ("metrics a folder", run(lambda f: (f / "metrics.jsonl").rename(f / "m")), {"lines": 0}),
 ]
 
@@ -571,7 +607,7 @@ FLAGS = [
     ("--weights long", flags("--weights", "x" * 300), "do not exist"),
     ("--weights a device", flags("--weights", "/dev/zero"), "weights /dev/zero do not exist"),
     ("--weights at home", flags("--weights", "~/gone", HOME="DIR"), "weights DIR/gone do not"),
-    ("--resume missing", flags("--resume", "DIR/gone"), "--resume: DIR/gone/args.json cannot"),
+    ("--resume missing", flags("--resume", "DIR/gone"), "DIR/gone/args.json cannot"),
     ("--resume at home", flags("--resume", "~/gone", HOME="DIR"), "DIR/gone/args.json cannot"),
     (
         "--resume and --output",

@@ -86,6 +86,11 @@ VOC = [
     ("xmax infinite", voc_of("<xmax>8", "<xmax>inf"), "image '0.png' has the box"),
     ("xmax 1e999", voc_of("<xmax>8", "<xmax>1e999"), "image '0.png' has the box"),
     ("corners swapped", voc_of("<xmax>8", "<xmax>1"), "image '0.png' has the box"),
+    (
+        "polygon",
+        voc_of("</name>", "</name><polygon/>"),
+        VOC_SOUND | {"log": "1 objects have a pol"},
+    ),
     ("corner from 0", voc_of("<xmin>3", "<xmin>0"), VOC_SOUND | {"box": [0, 3, 8, 9]}),
     ("a point", voc_of("<xmin>3</xmin>", "<xmin>9</xmin>"), "no box to train on"),
     ("difficult", voc_of("<name>", "<difficult>1</difficult><name>"), "no box to train on"),
@@ -117,6 +122,30 @@ def yolo(line: str | bytes = "0 0.5 0.5 0.2 0.5", table: str | bytes = "names: [
     return attempt
 
 
+def class_list(text: str, name: str = "classes.txt"):
+    """images/, labels/ of the class 0, and a list of classes."""
+
+    def attempt(folder: Path) -> dict:
+        photos(folder / "images", "0.png")
+        write(folder / "labels/0.txt", "0 0.5 0.5 0.2 0.5")
+        write(folder / name, text)
+        return load(f"mine={folder}")
+
+    return attempt
+
+
+def pair(image: str, label: str, *others: str):
+    """images/ and labels/ with one name each, and further images."""
+
+    def attempt(folder: Path) -> dict:
+        photos(folder / "images", image, *others)
+        write(folder / "labels" / label, "0 0.5 0.5 0.2 0.5")
+        write(folder / "classes.txt", "cat\ndog\n")
+        return load(f"mine={folder}")
+
+    return attempt
+
+
 def bomb(place: str) -> str:
     """Returns yaml whose aliases stand for 10 ** 9 texts."""
     lines = ["a0: &a0 lol"]
@@ -127,10 +156,36 @@ def bomb(place: str) -> str:
 
 AT = "DIR/labels/0.txt: line 1 "
 YOLO_SOUND = {"objects": 1, "box": [12, 5, 18, 15], "names": ("cat", "dog")}
+IMAGE = YOLO_SOUND | {"images": 1}
+OUTLINE = "0.2 0.2 0.6 0.2 0.6 0.6"
 NAMES = "names: [cat, dog]\n"
 YOLO = [
     ("sound", yolo(), YOLO_SOUND),
     ("empty label file", yolo(""), "has no box to learn from"),
+    (
+        "four corners",
+        yolo(f"0 {OUTLINE} 0.2 0.4"),
+        {"kind": "instances", "log": "as turned boxes have"},
+    ),
+    (
+        "three corners",
+        yolo(f"0 {OUTLINE}"),
+        {"kind": "instances", "log": "has 3 corners, as a box"},
+    ),
+    ("five corners", yolo(f"0 {OUTLINE} 0.2 0.4 0.2 0.3"), {"kind": "instances"}),
+    ("list with an empty line", class_list("cat\n\ndog"), "DIR/classes.txt: line 2 is empty"),
+    ("list with empty lines at its end", class_list("cat\ndog\n \n\n"), YOLO_SOUND),
+    (
+        "list with numbers",
+        class_list("0: cat\n1: dog"),
+        {"log": "all class names begin with a num"},
+    ),
+    ("names that begin with numbers", class_list("2CV\n4 wheels"), {"names": ("2CV", "4 wheels")}),
+    ("umlaut in two forms", pair("u\u0308 #1 9%.png", "\u00fc #1 9%.txt"), YOLO_SOUND),
+    ("jfif", pair("0.jfif", "0.txt"), YOLO_SOUND),
+    ("folder of Jupyter", pair("0.png", "0.txt", ".ipynb_checkpoints/0-checkpoint.png"), IMAGE),
+    ("folder of a NAS", pair("0.png", "0.txt", "@eaDir/0.png/THUMB.png"), IMAGE),
+    ("HEIC beside", pair("0.png", "0.txt", "1.HEIC"), IMAGE | {"log": "1 photographs .HEIC in"}),
     ("class unknown", yolo("2 0.5 0.5 0.2 0.5"), AT + "has the class 2"),
     ("class negative", yolo("-1 0.5 0.5 0.2 0.5"), AT + "has the class -1"),
     ("class 0.5", yolo("0.5 0.5 0.5 0.2 0.5"), AT + "has the class 0.5"),
@@ -222,6 +277,26 @@ def shape(name: str, value, expected):
 
 
 IN = "DIR/1.json: shape 2"
+SQUARES = [[[2, 3], [6, 3], [6, 7], [2, 7]], [[10, 3], [14, 3], [14, 7], [10, 7]]]
+
+
+def groups(*fields: dict):
+    """Two squares in one file; `fields` are further fields of each."""
+    shapes = [
+        {"label": "cat", "points": points, "shape_type": "polygon"} | more
+        for points, more in zip(SQUARES, fields)
+    ]
+
+    def attempt(folder: Path) -> dict:
+        photos(folder, "0.png")
+        write(folder / "0.json", LABELME | {"shapes": shapes})
+        return load(f"mine={folder}/")
+
+    return attempt
+
+
+ONE = {"objects": 1, "box": [2, 3, 14, 7], "pixels": [32], "log": "1 outlines are parts of others"}
+TWO = {"objects": 2, "pixels": [16, 16]}
 LABELMES = [
     ("sound", labelme({}), {"objects": 4, "names": ("cat", "dog")}),
     ("empty file", labelme_text(""), "DIR/1.json is not valid json"),
@@ -259,6 +334,12 @@ LABELMES = [
     ("height 1e300", labelme({"imageHeight": 1e300}), ("DIR/1.json", "imageHeight", "1e+300")),
     ("imagePath missing", labelme({"imagePath": DROP}), {"objects": 4}),
     ("imagePath a list", labelme({"imagePath": ["a"]}), {"objects": 4}),
+    ("one group", groups({"group_id": 3}, {"group_id": 3}), ONE),
+    ("group 0", groups({"group_id": 0}, {"group_id": 0}), ONE),
+    ("two groups", groups({"group_id": 3}, {"group_id": 4}), TWO),
+    ("no group", groups({"group_id": None}, {"group_id": None}), TWO),
+    ("one group of two labels", groups({"group_id": 3}, {"group_id": 3, "label": "dog"}), TWO),
+    ("group a list", groups({"group_id": [3]}, {"group_id": [3]}), TWO),
     ("imagePath outside", labelme({"imagePath": "../../../etc/passwd"}), {"objects": 4}),
 ]
 
@@ -394,7 +475,115 @@ FORMATS = [
     ("a pipe .json", folder_of(pipe="a.json"), UNKNOWN),
     ("a pipe .txt", folder_of("images/0.png", "labels/1.txt", pipe="classes.txt"), "DIR/data"),
 ]
-GROUPS = {"VOC": VOC, "YOLO": YOLO, "labelme": LABELMES, "CVAT": CVAT, "a folder of": FORMATS}
+
+# -- json files of tools that are not read
+
+RECT = {"shape_attributes": {"name": "rect", "x": 1, "y": 2, "width": 3, "height": 4}}
+VIA = {"0.png12": {"filename": "0.png", "size": 12, "regions": [RECT], "file_attributes": {}}}
+RESULT = {"type": "rectanglelabels", "value": {"rectanglelabels": ["cat"], "x": 1, "y": 2}}
+STUDIO = [{"data": {"image": "/data/upload/0.png"}, "annotations": [{"result": [RESULT]}]}]
+SUPERVISELY = {"size": {"height": HEIGHT, "width": WIDTH}, "objects": [{"classTitle": "cat"}]}
+DARWIN = {"version": "2.0", "item": {"name": "0.png", "slots": []}, "annotations": []}
+DATUMARO = {"info": {}, "categories": {"label": {"labels": []}}, "items": []}
+CREATE_ML = [{"image": "0.png", "annotations": [{"label": "cat", "coordinates": {"x": 1}}]}]
+FIFTY_ONE = {"classes": ["cat"], "labels": {"0": [{"label": 0, "bounding_box": [0, 0, 1, 1]}]}}
+SCORES = [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}]
+
+
+def tool(content, kind: str = "file"):
+    """A json file with a folder of images; as a file, as a folder of such files, or the whole."""
+    names = {"file": "ann/0.json:DIR/im", "folder": "ann:DIR/im", "whole": ""}
+
+    def attempt(folder: Path) -> dict:
+        photos(folder / "im", "0.png")
+        write(folder / "ann/0.json", content)
+        return load(f"mine={folder}/{names[kind].replace('DIR', str(folder))}")
+
+    return attempt
+
+
+FILE = "DIR/ann/0.json is a json file of "
+TOOLS = [
+    (
+        "VIA",
+        tool(VIA),
+        f"{FILE}VIA (the VGG Image Annotator), which is not read; export it as COCO",
+    ),
+    ("a project of VIA", tool({"_via_settings": {}, "_via_img_metadata": VIA}), f"{FILE}VIA"),
+    ("Label Studio", tool(STUDIO), f"{FILE}Label Studio, which is not read; export it as COCO"),
+    ("Label Studio's folder", tool(STUDIO, "whole"), "DIR has ann/0.json, which is a json file"),
+    ("Supervisely", tool(SUPERVISELY), f"{FILE}Supervisely"),
+    ("Supervisely's folders", tool(SUPERVISELY, "folder"), f"{FILE}Supervisely"),
+    ("Darwin's folders", tool(DARWIN, "folder"), f"{FILE}Darwin (V7)"),
+    ("Darwin's folder", tool(DARWIN, "whole"), "json file of Darwin (V7), which is not read"),
+    ("Datumaro", tool(DATUMARO), f"{FILE}Datumaro, which is not read; convert it: datum convert"),
+    ("CreateML", tool(CREATE_ML), f"{FILE}CreateML"),
+    (
+        "FiftyOne",
+        tool(FIFTY_ONE),
+        f"{FILE}FiftyOne, which is not read; export it as fiftyone.types",
+    ),
+    ("predictions", tool(SCORES), f"{FILE}a detector's predictions"),
+    ("one file of labelme", tool(LABELME), f"{FILE}labelme, which is not read; name the folder"),
+    ("no tool", tool({"a": 1}), "DIR/ann/0.json: the list 'images' is missing"),
+]
+
+
+def beside(name: str, content, *images: str):
+    """A folder of images and a file beside them."""
+
+    def attempt(folder: Path) -> dict:
+        photos(folder, *images)
+        write(folder / name, content)
+        return load(f"mine={folder}")
+
+    return attempt
+
+
+def in_folder(name: str, whole: bool):
+    """VOC's files in a folder of that name, which is given once, or as annotations and images."""
+
+    def attempt(folder: Path) -> dict:
+        place = folder / name
+        photos(place, "0.png")
+        write(
+            place / ("0.xml" if whole else "xml/0.xml"), f"<annotation>{SIZE}{THING}</annotation>"
+        )
+        return load(f"mine={place}" if whole else f"mine={place}/xml:{place}")
+
+    return attempt
+
+
+COLOURS = "DIR has label maps in the colours of label"
+FORMATS += [
+    ("a time", in_folder("12:30", True), VOC_SOUND),
+    ("a time for each path", in_folder("a 12:30 50% #1", False), VOC_SOUND),
+    ("images and a json", beside("a.json", {"images": []}, "photos/0.png"), "mine=DIR/a.json:IMAG"),
+    (
+        "classes and a json",
+        beside("a.json", {}, "cat/0.png", "dog/0.png"),
+        {"names": ("cat", "dog")},
+    ),
+    (
+        "CVAT's CamVid",
+        beside("label_colors.txt", "", "default/0.png", "defaultannot/0.png"),
+        COLOURS,
+    ),
+    ("CVAT's masks", beside("labelmap.txt", "", "SegmentationClass/0.png"), COLOURS),
+    (
+        "classes",
+        beside("a.txt", "", "a/0.png", "b/0.png"),
+        {"log": "names of its folders, 'a', 'b'"},
+    ),
+]
+GROUPS = {
+    "VOC": VOC,
+    "YOLO": YOLO,
+    "labelme": LABELMES,
+    "CVAT": CVAT,
+    "a folder of": FORMATS,
+    "another tool": TOOLS,
+}
 CASES = [
     Case(f"{group}: {title}", attempt, expected)
     for group, rows in GROUPS.items()

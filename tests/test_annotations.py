@@ -492,7 +492,7 @@ def test_bad_entries(tmp_path, entry, words):
         ([{"id": 0, "file_name": "../a.jpg"}], "'../a.jpg' leaves the image folder"),
         ([{"id": 0}], "image 0 has no file_name; write its path"),
         ([7], "an element of 'images' is 7; an object with id and file_name is needed"),
-        ([{"file_name": "a.jpg"}], "image 'a.jpg' has no id; give each image a number or a text"),
+        ([{"file_name": "a.jpg"}], "image 'a.jpg' has no id; give each image a number below"),
         ([{"id": None, "file_name": "a.jpg"}], "image 'a.jpg' has the id None"),
         ([{"id": 3, "file_name": "a.jpg", "width": None}], "image 3 has the width None; write its"),
         ({"id": 0}, "the list 'images' is missing"),

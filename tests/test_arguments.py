@@ -95,7 +95,19 @@ def test_a_dataset_beside_another_is_evaluated_if_it_is_there(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("supervision", "methods"),
     [
-        ("boxes", ["dataseg", "detic", "domain_attention", "scaledet", "unidet", "unidetector"]),
+        (
+            "boxes",
+            [
+                "category_extended",
+                "dataseg",
+                "detic",
+                "domain_attention",
+                "groupsoftmax",
+                "scaledet",
+                "unidet",
+                "unidetector",
+            ],
+        ),
         ("image_labels", ["detic"]),
         ("semantic", ["dataseg", "lmseg"]),
     ],

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import category_extended
 import common.backbone
 import dataseg
 import detic
@@ -347,7 +348,16 @@ def test_clip_s_resnet_gives_the_maps_of_clip_with_frozen_norms(monkeypatch):
 # -- starting weights ------------------------------------------------------------------------------
 
 
-METHODS = [dataseg, detic, domain_attention, lmseg, scaledet, unidet, unidetector]
+METHODS = [
+    category_extended,
+    dataseg,
+    detic,
+    domain_attention,
+    lmseg,
+    scaledet,
+    unidet,
+    unidetector,
+]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.METHOD)

@@ -1,11 +1,15 @@
 """The log of a command whose output nobody reads, or whose locale lacks the letters."""
 
+import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import REPO
+
+from common.console import ConsoleHandler
 
 CODE = """
 import logging, sys
@@ -31,6 +35,17 @@ def test_a_command_goes_on_without_its_output(tmp_path, redirection):
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "Error" not in done.stderr
     assert (tmp_path / "end").read_text() == "done"
+
+
+def test_what_a_line_quotes_cannot_break_it(capsys):
+    """Nor other handlers of the record."""
+    handler = ConsoleHandler()
+    handler.stream = sys.stdout
+    path = Path("a\nb")
+    record = logging.LogRecord("concord", 20, "", 0, "%s: %d of %s", (path, 3, "x\r\x1b"), None)
+    handler.emit(record)
+    assert capsys.readouterr().out == "a\\nb: 3 of x\\r\\x1b\n"
+    assert record.args == (path, 3, "x\r\x1b")
 
 
 def test_letters_beyond_the_locale_are_escapes(tmp_path):

@@ -587,7 +587,7 @@ def test_semantic_maps_are_sums_over_all_proposals():
     batch = images_of(((20, 30), (9, 7)), ((28, 17), (12, 14)))
     p, masks = torch.randn(2, 5, 4).softmax(-1), 3 * torch.randn(2, 5, 8, 8)
     classes = LabelSpace([replace(KINDS, is_thing=None, text=CLASSES.text)])
-    found = dataseg.predict(Says(p, masks), batch, classes, "semantic")
+    found = dataseg.predict(Says(p, masks, merge="sum"), batch, classes, "semantic")
     for i, (size, original) in enumerate((((20, 30), (9, 7)), ((28, 17), (12, 14)))):
         assert (
             found[i].keys() == {"class_names", "size", "semantic"} and found[i]["size"] == original
@@ -768,10 +768,11 @@ def test_model_as_it_starts():
 
 @pytest.mark.parametrize("listing", listings(BASE_KEYS))
 def test_base_has_the_shapes_of_the_official_one(listing):
-    tensors, _ = convert_mask2former_base(without_data(listing))
+    tensors, metadata = convert_mask2former_base(without_data(listing))
+    args = dataseg.Args(**metadata["args"])
     with torch.device("meta"):
         label_space = LabelSpace([KINDS], lambda names, dataset: torch.zeros(len(names), 768))
-        own = dataseg.Model(dataseg.Args(), label_space, pretrained=False).state_dict()
+        own = dataseg.Model(args, label_space, pretrained=False).state_dict()
     base = {key: t.shape for key, t in tensors.items()}
     assert base == {key: t.shape for key, t in own.items() if key in base}
     rest = {"class_embed.weight", "class_embed.bias", "background", "logit_scale"}
@@ -910,7 +911,7 @@ def test_settings_of_the_paper_and_its_base():
         "ViT-L-14/openai",
         "auto",
     )
-    assert (args.merge, args.merge_in_training, args.task) == ("sum", False, "panoptic")
+    assert (args.merge, args.merge_in_training, args.task) == ("max", True, "panoptic")
 
 
 def test_recipe(datasets, tmp_path, monkeypatch):
@@ -1017,7 +1018,7 @@ def test_each_step_has_one_dataset_on_all_ranks(datasets, monkeypatch):
     streams, loaders = [], []
     for rank in range(2):
         monkeypatch.setattr(dataseg, "rank", lambda rank=rank: rank)
-        loaders.append(dataseg.build_dataloader(args, datasets, 0, CPU))
+        loaders.append(dataseg.build_dataloader(args, datasets, 0))
         streams.append(list(islice(loaders[-1].batch_sampler, 2000)))
     starts, sampled = loaders[0].dataset.starts, np.zeros(3)
     for batches in zip(*streams):
@@ -1030,7 +1031,7 @@ def test_each_step_has_one_dataset_on_all_ranks(datasets, monkeypatch):
         assert len(batches[0]) == len(batches[1]) == (4 if kinds == {2} else 2)
         sampled[kinds.pop()] += len(draws)
     assert (sampled / sampled.sum()).tolist() == pytest.approx([1 / 7, 2 / 7, 4 / 7], abs=0.03)
-    later = dataseg.build_dataloader(args, datasets, 7, CPU)  # of the last rank
+    later = dataseg.build_dataloader(args, datasets, 7)  # of the last rank
     assert list(islice(later.batch_sampler, 50)) == streams[1][7:57]
     longest = {"ade20k": 64, "coco-panoptic": 96, "o365": 32}
     for batch in islice(loaders[0], 12):
@@ -1039,8 +1040,19 @@ def test_each_step_has_one_dataset_on_all_ranks(datasets, monkeypatch):
     transforms = loaders[0].dataset.transforms
     assert {name: t.size for name, t in transforms.items()} == longest
     assert [t.scale for t in transforms.values()] == [(0.5, 2), (0.1, 2), (0.1, 2)]
-    compiled = dataseg.build_dataloader(replace(args, compile="on"), datasets, 0, CPU)
-    assert [x.collate_fn.keywords["square"] for x in (later, compiled)] == [None, longest]
+
+
+def test_padding_does_not_depend_on_compilation(datasets):
+    """The points of the losses are drawn in the padded image."""
+    for compiled in ("on", "off"):
+        args = replace(SMALL, image_size=96, semantic_size=64, compile=compiled)
+        seen = set()
+        for batch in islice(dataseg.build_dataloader(args, datasets, 0), 12):
+            name = batch.samples[0].dataset
+            side = 64 if name == "ade20k" else 96
+            assert batch.images.shape[-2:] == (side, side)
+            seen.add(name)
+        assert len(seen) > 1
 
 
 @pytest.mark.parametrize("names", ["ade20k", NAMES])
@@ -1049,7 +1061,7 @@ def test_tiny_mixes_any_datasets(names, datasets):
     args = parse_args(
         dataseg.Args, "dataseg", dataseg.TINY, dataseg.MODEL_FIELDS, dataseg.OFFICIAL, flags
     )
-    dataseg.build_dataloader(args, [d for d in datasets if d.name in names.split(",")], 0, CPU)
+    dataseg.build_dataloader(args, [d for d in datasets if d.name in names.split(",")], 0)
 
 
 def test_each_dataset_is_evaluated_by_its_own_task(tiny_root, tmp_path, monkeypatch):
@@ -1267,7 +1279,9 @@ def test_two_ranks_train(data, tmp_path, run):
     )
 
 
-@pytest.mark.parametrize("flags", [["--backbone", "vit_tiny_patch16_224"], ["--merge-in-training"]])
+@pytest.mark.parametrize(
+    "flags", [["--backbone", "vit_tiny_patch16_224"], ["--no-merge-in-training"]]
+)
 def test_other_trainings(flags, data, tmp_path, call, monkeypatch):
     monkeypatch.setattr(common.backbone, "load_pretrained", lambda *_: False)
     call(
@@ -1337,7 +1351,7 @@ def test_what_is_evaluated(given, evaluated, monkeypatch, call):
             raise Enough(names)
         return []
 
-    monkeypatch.setattr("common.datasets.names.load_datasets", load)
+    monkeypatch.setattr("common.datasets.runs.load_datasets", load)
     with pytest.raises(Enough, match=f"^{evaluated}$"):
         call("--datasets", given, method="dataseg")
 

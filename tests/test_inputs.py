@@ -124,6 +124,17 @@ def test_a_broken_file_does_not_stop_the_others(tmp_path, caplog):
     assert (tmp_path / "out" / "c-1.jpg").is_file()
 
 
+@pytest.mark.parametrize("letter", ["a", "猫"])
+def test_a_name_of_250_letters_is_cut(tmp_path, letter):
+    """A file system takes 255 bytes. The others go on."""
+    long = letter * (250 // len(letter.encode())) + ".jpg"
+    first, last = picture(tmp_path / long), picture(tmp_path / "c.jpg")
+    predict(tmp_path / "out", first, last)
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.jpg"))
+    assert names == sorted([letter * (200 // len(letter.encode())) + "-0.jpg", "c-1.jpg"])
+    assert record(tmp_path / "out")["images"][0]["file_name"] == first
+
+
 def test_a_single_broken_file_is_the_error(tmp_path):
     (tmp_path / "b.jpg").write_bytes(b"xx")
     for name in ("b.jpg", "gone.jpg"):

@@ -1,5 +1,6 @@
 """A training as a job: started again, stopped, failing, evaluated on its way, computed again."""
 
+import errno
 import importlib
 import json
 import logging
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAST, METHODS, REPO
+from corpus import DROP
 from safetensors.torch import load_file
 from test_cli import small_runs
 from torch import distributed as dist
@@ -26,9 +28,9 @@ from common.checkpoint import checkpoints
 from common.command import run_command
 from common.distributed import _join
 from common.errors import InputError
-from common.replay import read_record
+from common.replay import FIELDS, read_record
 from common.rescue import LOWER, explain
-from common.runlog import unlock
+from common.runlog import RunLog, unlock
 from common.validation import main_metric, record_evaluation, undisturbed
 
 # -- a training that costs seconds -----------------------------------------------------------------
@@ -241,6 +243,11 @@ def test_a_second_run_in_the_same_folder_is_refused(begun, run, command):
 # -- signals and errors ----------------------------------------------------------------------------
 
 
+# a shell's job in the background ignores SIGINT, and so do its tests
+HEEDS_SIGINT = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
+    " os.execv(sys.executable, [sys.executable, sys.argv[1]])"
+)
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
@@ -260,6 +267,24 @@ def test_a_signal_saves_the_last_whole_step(flags, whole, tmp_path, command, mon
     assert line == f"stopped by {number.name}; {kept(folder, 3)} {folder}, goes on from it"
     assert command("--resume", folder) == (0, [])
     assert same(weights_of(folder), whole)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_signal_amid_the_imports_has_no_traceback(tmp_path, method, number):
+    """A shell shows the codes 130, 143 and 129. A module that only imports it has its own way."""
+    (tmp_path / "torch.py").write_text(f"import os\nos.kill(os.getpid(), {number:d})")
+    (tmp_path / "other.py").write_text(f"import {method}")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{REPO}"}
+    for script, quiet in ((REPO / f"{method}.py", True), (tmp_path / "other.py", False)):
+        done = subprocess.run(
+            [sys.executable, "-c", HEEDS_SIGINT, script],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == -number and not done.stdout
+        assert not done.stderr if quiet or number != signal.SIGINT else "Keyboard" in done.stderr
 
 
 def test_a_signal_amid_the_update_waits_for_its_end(flags, whole, tmp_path, command, monkeypatch):
@@ -393,8 +418,29 @@ def test_a_full_disk_on_the_way_out_keeps_the_older_checkpoint(
     at_step(monkeypatch, 4, fail_with(InputError("bad")))
     with caplog.at_level(logging.INFO, "concord"):
         assert command(*flags, "--output", folder) == (2, ["error: bad"])
-    assert "step 3 cannot be saved" in caplog.text and kept(folder, 2) in caplog.text
+    assert "step 3 cannot be saved" in caplog.text and "as on a full disk" in caplog.text
+    assert kept(folder, 2) in caplog.text
     assert not list(folder.glob(".checkpoint*"))
+
+
+def test_a_disk_that_fills_later_keeps_a_sound_checkpoint(
+    flags, whole, tmp_path, command, monkeypatch, caplog
+):
+    """The line of a step whose metrics find no place says that this step is whole."""
+    folder, write = tmp_path / "run", RunLog._write
+
+    def full(self, step, *given):
+        if step == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder / "metrics.jsonl"))
+        write(self, step, *given)
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO, "concord"):
+        patch.setattr(RunLog, "_write", full)
+        code, [line] = command(*flags, "--output", folder)
+    assert code == 2 and "metrics.jsonl: No space left on device; see to the disk" in line
+    assert kept(folder, 3) in caplog.text and "half done" not in caplog.text
+    assert command("--resume", folder) == (0, [])
+    assert same(weights_of(folder), whole)
 
 
 def test_a_killed_data_loading_process_is_one_line(flags, tmp_path, command, monkeypatch, caplog):
@@ -604,16 +650,49 @@ def test_weights_that_are_not_finite_are_not_kept_on_the_way_out(
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-0000002"]
 
 
+def other(**values):
+    """Other values in a record and in its first sample. DROP removes the field."""
+
+    def harm(path: Path) -> None:
+        record = json.loads(path.read_text())
+        for name, value in values.items():
+            place = record["samples"][0] if name in FIELDS else record
+            place[name] = value
+            if value is DROP:
+                del place[name]
+        path.write_text(json.dumps(record))
+
+    return harm
+
+
 @pytest.mark.parametrize(
     "harm, words",
     [
         (lambda path: path.unlink(), "has no record of this step"),
         (lambda path: path.write_text("{"), "cannot be read"),
-        (lambda path: path.write_text('{"losses": {}, "samples": [], "seed": 0}'), "cannot be"),
+        (lambda path: path.write_text("[" * 100_000), "cannot be read"),
+        (lambda path: path.write_text("[]"), "[] is no object"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "is a folder, a pipe or a device"),
         (
             lambda path: path.write_text(path.read_text().replace(".jpg", ".png")),
             "give the same datasets",
         ),
+        (other(index=-100), "in sample 0 the index -100 is out of range"),
+        (other(index=10**6), "give the same datasets"),
+        (other(index=1.0), "in sample 0 the field index is missing or wrong (1.0)"),
+        (other(draw=-5), "in sample 0 the draw -5 is out of range"),
+        (other(draw=10**20), "in sample 0 the draw 100000000000000000000 is out of range"),
+        (other(draw=1e20), "in sample 0 the field draw is missing or wrong (1e+20)"),
+        (other(draw=True), "in sample 0 the field draw is missing or wrong (True)"),
+        (other(draw=DROP), "in sample 0 the field draw is missing or wrong (None)"),
+        (other(dataset=["coco"]), "in sample 0 the field dataset is missing or wrong (['coco'])"),
+        (other(seed=math.inf), "the field seed is missing or wrong (inf)"),
+        (other(seed=DROP), "the field seed is missing or wrong (None)"),
+        (other(samples=DROP), "the field samples is missing or wrong (None)"),
+        (other(samples=[]), "samples is empty"),
+        (other(samples=["coco"]), "in sample 0 'coco' is no object"),
+        (other(losses={}), "in losses the field loss is missing or wrong (None)"),
+        (other(losses={"loss": 10**400}), "in losses the field loss is missing or wrong (1000"),
     ],
 )
 def test_a_replay_without_a_sound_record_is_one_line(exploded, command, harm, words):

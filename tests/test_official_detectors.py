@@ -16,7 +16,7 @@ from benchmarks import official_weights
 from benchmarks.official_weights import FAMILIES, PAGE, convert
 from common.checkpoint import read_model
 from common.command import parse_args
-from common.convert import convert_if_official
+from common.convert import convert_if_official, timm_name
 from common.errors import InputError
 from common.labels import Vocabulary
 from common.official_detectors import (
@@ -24,7 +24,6 @@ from common.official_detectors import (
     convert_centernet2,
     convert_centernet2_boxes,
     convert_two_stages,
-    timm_name,
 )
 from common.text import known_vocabularies
 

@@ -301,7 +301,7 @@ def labelme(path, *shapes, image=None, **more):
 
 
 def shape(label, kind, *points):
-    return {"label": label, "points": points, "group_id": 1, "shape_type": kind, "flags": {}}
+    return {"label": label, "points": points, "group_id": None, "shape_type": kind, "flags": {}}
 
 
 RECTANGLE = shape("dog", "rectangle", [30, 15], [10, 5])

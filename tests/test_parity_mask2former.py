@@ -402,7 +402,7 @@ def predict(whole_model, task: str, monkeypatch) -> list[dict]:
     """Runs the method's `predict` by the rules of Mask2Former.
 
     The share of a mask that a segment must win is the recorded one. lmseg's segments are not cut to
-    their mask, and dataseg merges stuff before the queries compete for pixels; not so here.
+    their mask, and dataseg merges proposals before they compete for pixels; not so here.
     """
     method, overlap = whole_model.method, whole_model.threshold("OVERLAP")
 
@@ -413,6 +413,7 @@ def predict(whole_model, task: str, monkeypatch) -> list[dict]:
     if method is dataseg:
         none = torch.zeros(len(whole_model.label_space), dtype=torch.bool)
         monkeypatch.setattr(method, "merged_classes", lambda *_: none)
+        monkeypatch.setattr(whole_model.model.args, "merge", "sum")
     return method.predict(whole_model.model, whole_model.batch, whole_model.label_space, task)
 
 

@@ -40,7 +40,7 @@ def test_twelve_bits_in_a_file_of_sixteen_are_seen(tmp_path, ending):
     Image.fromarray(np.array([[0, 2048, 4095]], np.uint16)).save(path)
     decoded = decode_image(path)
     assert decoded.image.tolist() == [[[0, 127, 255]]] * 3
-    assert decoded.bits == 12 and decoded.notes == ("12 bits a channel, seen as 8", "")
+    assert decoded.bits == 12 and decoded.notes == ("12 bits a channel, seen as 8", "", "")
 
 
 def test_integers_of_32_bits_are_seen(tmp_path):
@@ -110,7 +110,7 @@ def test_opaque_alpha_changes_nothing(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     decoded = decode_image(tmp_path / "a.png")
     assert np.array_equal(decoded.image.permute(1, 2, 0).numpy(), pixels[..., :3])
-    assert not decoded.transparent and decoded.notes == ("", "")
+    assert not decoded.transparent and decoded.notes == ("", "", "")
 
 
 def own(folder, names):
@@ -123,18 +123,20 @@ def own(folder, names):
 
 
 def test_a_dataset_tells_of_its_kinds_of_pixels_once(tmp_path, caplog):
-    names = ["deep-1.png", "deep-2.png", "clear-1.png", "clear-2.png", "plain.png"]
+    names = ["deep-1.png", "deep-2.png", "clear-1.png", "clear-2.png", "plain.png", "moves.gif"]
     for name in names[:2]:
         Image.fromarray(np.full((4, 4), 4000, np.uint16)).save(tmp_path / name)
     for name in names[2:4]:
         transparent("rgba", tmp_path / name)
     Image.new("RGB", (4, 4)).save(tmp_path / names[4])
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / names[5], save_all=True, append_images=frames[1:])
     (dataset,) = load_datasets(own(tmp_path, names), "train")
     with caplog.at_level("INFO"):
-        for row in [4, 0, 1, 2, 3]:
+        for row in [4, 0, 1, 2, 3, 5, 5]:
             dataset.load(row)
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 2
+    assert len(lines) == 3 and "moves.gif' has several frames or pages" in lines[2]
     assert "my: image 'deep-1.png' has 12 bits" in lines[0] and "clear-1.png" in lines[1]
 
 

@@ -57,23 +57,32 @@ ALLOWED = {
     "train(args, datasets, label_space, folder": "the same",
     "if args.attention": "domain attention stands in the backbone",
     "insert_attention(": "domain attention stands in the backbone",
+    "torch.arange(": "where the model keeps the number of its classes",
+    "ResizeShortestRange(": "the papers' sizes of training images",
+    "if args.stage ==": "the stages of the papers",
+    "members": "a class of GroupSoftmax may have several columns",
+    "anchors": "GroupSoftmax's proposals come from anchors",
+    "Anchors]": "the same",
+    "prepare_targets(batch, groups)": "GroupSoftmax's labels depend on its groups",
+    "if rank() == 0:": "GroupSoftmax writes its table where another file reads one",
     "Each dataset is classified by its own part": "ScaleDet says what a further dataset changes",
 }
 
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
 BUDGETS = {
-    "labels & text": 1280,
-    "data": 9080,
-    "detectors": 3480,
+    "labels & text": 1610,
+    "data": 9620,
+    "detectors": 4050,
     "segmenters": 2060,
-    "a run": 3200,
+    "a run": 3350,
 }
-BUDGETS |= {"faults": 1700}
+BUDGETS |= {"faults": 1750}
 GROUPS = {
-    "labels & text": "labels text class_counts merges merge_scores",
+    "labels & text": "labels text class_counts merges merge_scores fine_classes",
     "data": "batch transforms sampling",
     "detectors": "backbone swin vit weight_files boxes targets centernet cascade masks oln"
-    " clip_resnet proposals image_label_losses text_classifier official_detectors class_ap",
+    " clip_resnet proposals image_label_losses text_classifier official_detectors class_ap"
+    " retinanet pseudo_boxes rpn",
     "segmenters": "msda msda_triton pixel_decoder transformer point_matching mask_losses"
     " dataset_heads segments segment_metrics",
     "faults": "checkpoint files replay rescue runlog settings unreadable validation",
@@ -294,14 +303,14 @@ def test_shared_args_do_not_drift():
     assert len(fields) <= 24
 
 
-@pytest.mark.parametrize("name", ["detic", "domain_attention", "scaledet", "unidet", "unidetector"])
-def test_defaults_have_an_origin(name):
+@pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
+def test_defaults_have_an_origin(path):
     """The line of each default below '# paper settings' ends with its origin."""
-    args = (REPO / f"{name}.py").read_text().split("class Args:")[1].split("\n\n\n")[0]
+    args = path.read_text().split("class Args:")[1].split("\n\n\n")[0]
     heading, *lines = args.split("# paper settings; defaults: ")[1].splitlines()
     fields = [line for line in lines if re.match(r"    \w+: ", line)]
     found = {line.rpartition("  # ")[2] for line in fields}
-    assert len(fields) > 15 and found <= {"paper", "code", "base", "ours"}, found
+    assert len(fields) >= 15 and found <= {"paper", "code", "base", "ours"}, found
     assert all(origin in heading for origin in found)
 
 

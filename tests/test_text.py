@@ -218,7 +218,7 @@ def test_merged_label_space():
     assert torch.equal(space.text[:3], letters(COCO.names, "coco"))  # the text of the first dataset
     assert torch.equal(space.text[3], letters(O365.names, "o365")[1])
     again = space.to("cpu").with_things()
-    assert again.merged and again.names == space.names and torch.equal(again.text, space.text)
+    assert again.merge and again.names == space.names and torch.equal(again.text, space.text)
 
 
 def test_part():

@@ -32,7 +32,7 @@ from common.checkpoint import (
 )
 from common.command import parse_args, with_saved
 from common.datasets import load_datasets
-from common.distributed import gather, mean_over_ranks
+from common.distributed import gather, mean_over_ranks, same_on_ranks
 from common.errors import InputError
 from common.files import atomic_path, sweep
 from common.labels import LabelSpace, Vocabulary
@@ -206,8 +206,8 @@ def test_weights_of_the_older_layout_are_refused(tmp_path):
 )
 def test_saved_settings_that_do_not_fit_are_refused(setting, value):
     with pytest.raises(InputError, match=f"the saved setting {setting} is {value!r}"):
-        with_saved(scaledet.Args(), {setting: value}, [setting])
-    assert with_saved(scaledet.Args(), {"amp": "off", "lr": 1}, ["amp", "lr"]).amp == "off"
+        with_saved(scaledet.Args(), {setting: value}, [setting], "run")
+    assert with_saved(scaledet.Args(), {"amp": "off", "lr": 1}, ["amp", "lr"], "run").amp == "off"
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)])
@@ -241,13 +241,23 @@ def test_damaged_torch_files_have_one_reason(tmp_path, content):
         load_checkpoint(tmp_path, None)
 
 
-def test_full_disk_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "words, error, line",
+    [
+        ("[enforce fail at inline_container.cc:671] . unexpected pos 1", OSError, "on a full disk"),
+        ("PytorchStreamWriter failed writing file data/0", OSError, "as on a full disk"),
+        ("CUDA error: unspecified launch failure", RuntimeError, "CUDA error"),
+    ],
+)
+def test_full_disk_while_a_checkpoint_is_written(tmp_path, monkeypatch, words, error, line):
+    """An error of another kind stays what it is."""
+
     def full(*_):
-        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 1 vs 2")
+        raise RuntimeError(words)
 
     model = small_model()
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="enforce fail"):
+    with pytest.raises(error, match=line):
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         save_checkpoint(tmp_path, 1, [], model, small_space(5), optimizer, {}, keep=2)
     assert not list(tmp_path.iterdir())
@@ -275,10 +285,13 @@ def test_atomic_path_leaves_old_content_when_writing_fails(tmp_path):
 
 
 def test_sweep_removes_what_killed_writes_left(tmp_path, monkeypatch):
-    """Files and folders of any name, and nothing else."""
-    kept = {".hidden", ".a-1", "b-12-0123abcd.json", "weights.safetensors"}
-    for name in kept:
+    """Files and folders of any name, and nothing else: another run may write below."""
+    kept = {".hidden", ".a-1", "b-12-0123abcd.json", "weights.safetensors", "another run"}
+    for name in kept - {"another run"}:
         (tmp_path / name).write_text("")
+    (tmp_path / "another run").mkdir()
+    of_another = tmp_path / "another run" / ".weights-77-0123abcd.safetensors"
+    of_another.touch()
     monkeypatch.setattr(os, "replace", lambda *_: None)  # the last step of a write
     monkeypatch.setattr(shutil, "rmtree", lambda *_: None)
     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
@@ -289,6 +302,7 @@ def test_sweep_removes_what_killed_writes_left(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == len(kept) + 4
     sweep(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == kept
+    assert of_another.exists()
 
 
 def test_frozen_norm_stays_frozen_and_is_kept_with_the_weights():
@@ -367,6 +381,22 @@ def test_mean_over_ranks(tmp_path):
     results = mp.Manager().dict()
     mp.spawn(_mean_on_rank, (str(tmp_path / "store"), results), nprocs=2)
     assert dict(results) == {0: 3.0, 1: 3.0}
+
+
+def _same_on_rank(rank: int, file: str, results) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    module[1].running_mean += rank
+    same_on_ranks(module)
+    results[rank] = [tensor.tolist() for tensor in module.state_dict().values()]
+    dist.destroy_process_group()
+
+
+def test_ranks_get_the_same_weights_and_statistics(tmp_path):
+    results = mp.Manager().dict()
+    mp.spawn(_same_on_rank, (str(tmp_path / "store"), results), nprocs=2)
+    assert results[0] == results[1] and results[0][4] == [0, 0]
 
 
 def _gather_on_rank(rank: int, file: str, results) -> None:

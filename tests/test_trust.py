@@ -1,6 +1,7 @@
 """Damaged settings and files of others: one line, and memory only for what is there."""
 
 import json
+import os
 import struct
 
 import numpy as np
@@ -43,8 +44,14 @@ def test_a_local_rank_without_the_rest_of_torchrun(monkeypatch, missing):
 def test_settings_that_cannot_be_read(tmp_path, content):
     path = tmp_path / "args.json"
     path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(InputError, match=r"--resume: .*args\.json"):
+    with pytest.raises(InputError, match=r"args\.json"):
         read_args(path, "mine")
+
+
+def test_settings_that_are_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "args.json")
+    with pytest.raises(InputError, match=r"the settings .*args\.json is no regular file"):
+        read_args(tmp_path, "mine")
 
 
 def test_an_array_that_promises_more_than_the_memory(tmp_path):

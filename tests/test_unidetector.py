@@ -1206,6 +1206,18 @@ def test_localizer_stage_alone(tiny_root, tmp_path, call, fails):
     assert "hold a localizer alone" in line
 
 
+def test_without_a_step_the_ranks_get_one_localizer(tiny_root, tmp_path, call, monkeypatch):
+    """DistributedDataParallel, which makes ranks alike, is of the part that is trained."""
+    monkeypatch.setattr(unidetector, "evaluate", lambda *given: {})
+    shared = []
+    monkeypatch.setattr(unidetector, "same_on_ranks", shared.append)
+    data = ["--datasets", "coco", "--eval-datasets", "coco", "--data-root", tiny_root]
+    steps = ["--steps", 0, "--classifier-steps", 0, "--output", tmp_path / "run"]
+    call(*data, *QUICK, *steps, method="unidetector")
+    [model] = shared
+    assert hasattr(model, "localizer") and (tmp_path / "run/weights.safetensors").exists()
+
+
 def test_two_ranks_train_both_stages(tiny_root, tmp_path, run):
     data = ["--datasets", "coco,o365", "--eval-datasets", "coco", "--data-root", tiny_root]
     steps = ["--steps", 1, "--classifier-steps", 1, "--structure", "separate"]

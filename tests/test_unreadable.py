@@ -75,6 +75,13 @@ def test_more_than_may_be_skipped_is_an_error(broken, tmp_path, limit):
     assert (len(listed.read_text().splitlines()) if limit else listed.exists()) == limit
 
 
+def test_nothing_readable_is_an_error_that_names_the_flag(broken, tmp_path):
+    for path in (tmp_path / "images").iterdir():
+        path.write_text("this is no image")
+    with pytest.raises(InputError, match="my: none of 100 images can be read, and --skip-bad"):
+        draws(broken, Skips(99, tmp_path), 0, 1)
+
+
 def test_a_training_goes_on_without_unreadable_images(broken, tmp_path, call, monkeypatch, caplog):
     """Without and with data loading processes: to the same bits."""
     monkeypatch.setattr(scaledet, "evaluate", lambda *given: {})

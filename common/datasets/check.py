@@ -15,7 +15,7 @@ from common.datasets.dataset import Dataset
 from common.datasets.doubts import box_doubts
 from common.datasets.exif import TURNS, is_swapped, read_tag
 from common.datasets.files import read_size
-from common.datasets.start import map_doubts, present_values, refuse_nothing
+from common.datasets.start import map_doubts, palette_doubts, present_values, refuse_nothing
 from common.errors import InputError
 from common.labels import fold
 from common.masks import have_pixels
@@ -142,6 +142,7 @@ class MapValues:
         if not self.looked:
             return {}
         doubts = map_doubts(self.dataset, self.maps_with, self.looked)
+        doubts += palette_doubts(self.dataset)
         return {"label maps of void alone": self.void, "doubts about the label maps": doubts}
 
 

@@ -48,7 +48,8 @@ class Dataset:
     warned:       (1,) bool, shared with the workers: a warning of an image with another size than
                   annotated is in the log
     told_turned:  the same for an image that was annotated before its EXIF tag turned it
-    told_deep, told_clear: the same for deep and for transparent pixels, `Decoded.notes`
+    told_deep, told_clear, told_frames: the same for deep pixels, transparent ones and frames that
+                  are not seen, `Decoded.notes`
     """
 
     name: str
@@ -70,6 +71,7 @@ class Dataset:
     told_turned: Tensor = field(default_factory=_shared_flag, repr=False)
     told_deep: Tensor = field(default_factory=_shared_flag, repr=False)
     told_clear: Tensor = field(default_factory=_shared_flag, repr=False)
+    told_frames: Tensor = field(default_factory=_shared_flag, repr=False)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -135,8 +137,9 @@ class Dataset:
         return self.images / self.index.file_name(i), data
 
     def _tell_of_pixels(self, i: int, decoded: Decoded) -> None:
-        """Logs, once for the dataset, that image `i` has deep or transparent pixels."""
-        for told, note in zip((self.told_deep, self.told_clear), decoded.notes):
+        """Logs, once for the dataset, each of the `Decoded.notes` of image `i`."""
+        flags = (self.told_deep, self.told_clear, self.told_frames)
+        for told, note in zip(flags, decoded.notes):
             if note and not told:
                 told.fill_(True)
                 name = self.index.file_name(i)
@@ -205,9 +208,14 @@ class Dataset:
                 segments = row_of.astype(np.int16)[segments]
         if segments.shape != size:
             height, width = segments.shape
+            tag, _ = read_tag(*self.image_file(i))
+            turned, remedy = "", "replace one of them"
+            if tag in TURNS:
+                turned = f" as its EXIF orientation {tag} turns it"
+                remedy = "turn the map with it, or save the image without the tag"
             raise InputError(
                 f"label map {path} has {height} x {width} pixels (height, width), but its image "
-                f"{self.images / index.file_name(i)} has {size[0]} x {size[1]}; replace one of them"
+                f"{self.images / index.file_name(i)} has {size[0]} x {size[1]}{turned}; {remedy}"
             )
         sample = torch.from_numpy(segments), torch.from_numpy(labels)
         keeps_all = keep_ignored and self.pixel_labels is None

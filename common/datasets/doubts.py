@@ -1,5 +1,9 @@
 """What makes annotations look like those of another convention than the one they are read by."""
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 
 MANY = 0.2  # share of boxes beyond their image from which on they are doubted
@@ -67,3 +71,13 @@ def _example(index, row: int) -> str:
     image = int(np.searchsorted(index.offsets, row, side="right")) - 1
     height, width = index.sizes[image].tolist()
     return f"such as [{box}] in image '{index.file_name(image)}' ({width} x {height} pixels)"
+
+
+def numbered_doubt(path: Path, names: Sequence[str]) -> str:
+    """Returns a line if all names in a list of classes begin with a number, as "0 cat", else ""."""
+    if not names or not all(re.match(r"\d+\W+\w", name) for name in names):
+        return ""
+    return (
+        f"{path}: all class names begin with a number, such as '{names[0]}', which becomes part of "
+        "their text; write the names alone, in the order of the numbers"
+    )

@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import logging
 import os
 import time
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +21,21 @@ from common.datasets.store import write_json
 from common.errors import InputError
 from common.files import refuse_pipe
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+log = logging.getLogger("concord")
+JPEGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo")  # browsers write .jfif, phones .mpo
+IMAGES = (*JPEGS, ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".avif")
+PHOTOS = (".heic", ".heif", ".dng", ".cr2", ".nef", ".arw")  # of phones and cameras; not decoded
+COPIES = ("@eaDir", "__MACOSX")  # folders of thumbnails and the like, beside hidden ones
+HEIC = "HEIC, as iPhones write it; convert it to JPEG"
+SIGNS = {  # what a file that is not decoded is, by the bytes that it has at its start
+    b"ftyphei": HEIC,
+    b"ftypmif1": HEIC,
+    b"<!doctype": "a web page, which a failed download leaves",
+    b"<html": "a web page, which a failed download leaves",
+    b"version https://git-lfs": "a pointer of git-lfs; run git lfs pull",
+    b"II*\0": "a TIFF of a kind that Pillow does not decode; save it as RGB of 8 bits",
+    b"MM\0*": "a TIFF of a kind that Pillow does not decode; save it as RGB of 8 bits",
+}
 
 
 def missing_files(root: Path, names: Iterable[str], memo: Path | None = None) -> list[str]:
@@ -120,7 +136,7 @@ def open_image(path: Path, data: bytes | None = None, kind: str = "image") -> It
     except FileNotFoundError:
         raise InputError(f"{kind} {path} does not exist; check the path") from None
     except UnidentifiedImageError:
-        raise _undecodable(path, kind, f"it is none of {', '.join(readable_formats())}") from None
+        raise _undecodable(path, kind, f"it is {_kind(path, data)}") from None
     except Image.DecompressionBombError:
         limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
         raise InputError(
@@ -131,29 +147,50 @@ def open_image(path: Path, data: bytes | None = None, kind: str = "image") -> It
         raise _undecodable(path, kind, why) from None
 
 
+def _kind(path: Path, data: bytes | None) -> str:
+    """Tells by its first bytes what a file is that cannot be decoded. data: as `open_image`"""
+    if data is None:
+        with path.open("rb") as file:
+            data = file.read(32)
+    start = data[:32].lower()
+    other = f"none of {', '.join(readable_formats())}"
+    return next((kind for sign, kind in SIGNS.items() if sign.lower() in start), other)
+
+
 def _undecodable(path: Path, kind: str, why: str) -> InputError:
     return InputError(f"{kind} {path} cannot be decoded ({why}); replace it or remove its entry")
 
 
 def listing(name: str, root: Path, endings: tuple[str, ...]) -> dict[str, str]:
-    """Lists all files below `root` with one of the `endings`, except hidden ones.
+    """Lists all files below `root` with one of the `endings`.
 
-    Returns {path without its ending: path}, relative to `root` and sorted.
+    Returns {path without its ending: path}, relative to `root` and sorted. Hidden files and
+    folders, such as .ipynb_checkpoints, and those in COPIES are left out. So are photographs that
+    are not decoded; the log counts them. The keys have one Unicode form, so that an image of macOS
+    is paired with its label of another system.
     Raises InputError, which names the dataset `name`, if two files differ in their ending only.
     """
     found: dict[str, str] = {}
-    for folder, _, files in os.walk(root):
+    photos = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [each for each in folders if not each.startswith(".") and each not in COPIES]
         below = os.path.relpath(folder, root).replace(os.sep, "/")
         for file in sorted(files):
+            path = file if below == "." else f"{below}/{file}"
+            if endings == IMAGES and file.lower().endswith(PHOTOS):
+                photos.append(path)
             ending = next((e for e in endings if file.lower().endswith(e.lower())), None)
             if not ending or file.startswith("."):
                 continue
-            path = file if below == "." else f"{below}/{file}"
-            key = path[: -len(ending)]
+            key = unicodedata.normalize("NFC", path[: -len(ending)])
             if key in found:
                 both = f"{root / path} and {found[key]}"
                 raise InputError(f"dataset '{name}': {both} have one name; keep one of them")
             found[key] = path
+    if photos:
+        message = "%s: %d photographs %s in %s are not read; convert them to JPEG (first: %s)"
+        kinds = ", ".join(sorted({Path(photo).suffix for photo in photos}))
+        log.warning(message, name, len(photos), kinds, root, photos[0])
     return dict(sorted(found.items()))
 
 

@@ -21,6 +21,7 @@ from common.datasets.readers.semantic import read_semantic
 from common.datasets.readers.voc import holds_xml, read_voc
 from common.datasets.readers.yolo import NO_LABELS, find_yolo, pair_of_split, read_yolo
 from common.datasets.splits import in_folders, pick, split_of
+from common.datasets.tools import name_folder
 from common.errors import InputError
 
 log = logging.getLogger("concord")
@@ -88,7 +89,15 @@ def find_voc(path: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def find_classes(path: Path) -> dict[str, Path]:
-    """Returns {split: folder} of folders that hold a folder or tar file of images per class."""
+    """Returns {split: folder} of folders that hold a folder or tar file of images per class.
+
+    One folder of images beside a json file is no class, nor are folders with the files of a tool
+    that is not read.
+    """
+    if not path.is_dir() or name_folder(path):
+        return {}
+    if any(path.glob("*.json")) and sum(map(holds_image, path.iterdir())) == 1:
+        return {}
     return in_folders(path, holds_classes)
 
 
@@ -216,6 +225,8 @@ def unknown(name: str, path: Path) -> InputError:
     start = f"dataset '{name}': {path}"
     ending = path.suffix.lower()
     if path.is_dir():
+        if told := name_folder(path):
+            return InputError(f"{start} {told}")
         jsons = sorted(path.glob("*.json")) + sorted(path.glob("annotations/*.json"))
         file = jsons[0] if jsons else "FILE.json"
         return InputError(

@@ -6,6 +6,7 @@ from functools import partial
 
 from common.batch import Supervision
 from common.datasets.base_split import coco_base, lvis_base
+from common.datasets.coarse import oid_top
 from common.datasets.dataset import Dataset
 from common.datasets.lvis_coco import lvis_with_coco
 from common.datasets.readers.captions import read_captions
@@ -195,6 +196,7 @@ KNOWN = {
     "oid": _openimages(*OID),
     # the reader keeps the challenge's 500 classes, also of the files of Open Images
     "oid500": _openimages(CHALLENGE, *OID),
+    "oid-top": replace(_openimages(*OID), whole="oid", derive=oid_top),
     "ade20k": _semantic(
         "ADE20K's SceneParsing benchmark (sceneparsing.csail.mit.edu)",
         _ade20k("annotations/{part}", "annotations_detectron2/{part}"),

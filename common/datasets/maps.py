@@ -28,7 +28,19 @@ def label_table(ids: list[int] | tuple[int, ...], void: tuple[int, ...]) -> np.n
 def read_values(path: Path) -> np.ndarray:
     """Reads the numbers (H, W) of a PNG with one channel. Raises InputError as `read_label_map`."""
     modes = ("1", "L", "P", "I;16", "I")
-    return _read(path, modes, "has one number for each pixel, and not colours")
+    needed = "has one number for each pixel, and not colours; write that of the class in each"
+    return _read(path, modes, needed)
+
+
+def read_palette(path: Path) -> dict[int, tuple[int, ...]]:
+    """Returns {value: colour} of the palette of a PNG, {} without one. Raises as `read_label_map`.
+
+    Only the header is read.
+    """
+    with open_image(path, kind="label map") as image:
+        if image.mode != "P" or not image.palette:
+            return {}
+        return {value: colour[:3] for colour, value in image.palette.colors.items()}
 
 
 def read_label_map(path: Path, table: np.ndarray) -> np.ndarray:

@@ -26,11 +26,10 @@ from common.datasets.known import ALIASES, GROUPS, KNOWN
 from common.datasets.readers.folder import read_folder
 from common.datasets.splits import SPLITS
 from common.datasets.start import check_training
-from common.datasets.subset import draw_images, edit_classes
+from common.datasets.subset import draw_images
 from common.datasets.tiny.generate import generate
 from common.errors import InputError
 from common.files import cache_dir
-from common.labels import LabelSpace
 
 log = logging.getLogger("concord")
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,12 +41,12 @@ def entries(text: str) -> list[str]:
     found = []
     for entry in text.split(","):
         entry = entry.strip()
-        name = _name_of(entry)
+        name = name_of(entry)
         found += [member + entry.removeprefix(name) for member in GROUPS.get(name, [name])]
     return [entry for entry in found if entry]
 
 
-def _name_of(entry: str) -> str:
+def name_of(entry: str) -> str:
     """Returns NAME of an entry."""
     return re.match("[^@:=]*", entry)[0]
 
@@ -57,7 +56,7 @@ def without_limit(entry: str) -> tuple[str, str]:
 
     Raises InputError for a limit that is neither a number nor a percentage.
     """
-    name = _name_of(entry)
+    name = name_of(entry)
     rest = entry.removeprefix(name)
     if not rest.startswith("@") or "/" in name:
         return entry, ""
@@ -98,7 +97,7 @@ def _parse_custom(entry: str, split: str) -> Parsed:
     split = own_split or split
     if split not in SPLITS:
         raise InputError(f"--datasets {entry}: write a split {', '.join(SPLITS)}, not '{split}'")
-    annotations, colon, images = paths.rpartition(":")
+    annotations, colon, images = _split_paths(paths)
     if not colon:  # a folder holds both; a json file alone lacks its images, but for Roboflow's
         lacks_images = images.endswith(".json") and not images.endswith(COCO)
         annotations = "" if lacks_images else images
@@ -114,6 +113,20 @@ def _parse_custom(entry: str, split: str) -> Parsed:
             "digits and ._- only, and no dot first"
         )
     return name, split, (os.path.expanduser(annotations), os.path.expanduser(images))
+
+
+def _split_paths(paths: str) -> tuple[str, str, str]:
+    """Returns (annotations, colon, images), the first two "" for one path.
+
+    A path may have colons, such as those of a time: then the parts must exist.
+    """
+    if ":" in paths and os.path.exists(os.path.expanduser(paths)):
+        return "", "", paths
+    for place in re.finditer(":", paths):
+        parts = paths[: place.start()], paths[place.end() :]
+        if all(os.path.exists(os.path.expanduser(part)) for part in parts):
+            return parts[0], ":", parts[1]
+    return paths.rpartition(":")
 
 
 def _refuse_separator(entry: str) -> None:
@@ -182,7 +195,7 @@ def eval_entries(
     kept = []
     for entry in entries(trained):
         _, custom, paths = entry.partition("=")
-        name = _name_of(entry)
+        name = name_of(entry)
         if name in without:
             continue
         if custom:
@@ -199,75 +212,9 @@ def _defined(entry: str, trained: str) -> str:
     """Returns NAME or NAME:SPLIT with the paths that `trained` gives NAME, if there are any."""
     for definition in entries(trained):
         _, custom, paths = definition.partition("=")
-        if custom and _name_of(entry) == _name_of(definition):
+        if custom and name_of(entry) == name_of(definition):
             return f"{entry}={paths}" if "=" not in entry else entry
     return entry
-
-
-def warn_of_overlap(trained: list[Dataset], evaluated: list[Dataset]) -> None:
-    """Logs one warning for each evaluated dataset whose annotation file is also trained on."""
-    sources = {dataset.index.source for dataset in trained}
-    for dataset in evaluated:
-        source = dataset.index.source
-        if source in sources:
-            log.warning("%s is evaluated on its TRAINING images: %s", dataset.name, source)
-
-
-def training_datasets(
-    args, size: int, masks: bool = False, accepts: tuple[Supervision, ...] = ("boxes", "instances")
-) -> list[Dataset]:
-    """Loads the datasets of --datasets, with the classes of --classes and --rename.
-
-    size: side of generated images under --tiny, otherwise 0; masks, accepts: as in `load_datasets`
-    Raises InputError as `load_datasets` and `edit_classes`.
-    """
-    datasets = load_datasets(args.datasets, "train", args.data_root, size, masks, accepts)
-    return edit_classes(datasets, args.classes, args.rename, "train")
-
-
-def evaluation_datasets(
-    args,
-    label_space: LabelSpace,
-    size: int,
-    accepts: tuple[Supervision, ...] = ("boxes", "instances"),
-    without: Collection[str] = (),
-    instead: Mapping[str, str] = {},
-    beside: Mapping[str, str] = {},
-) -> list[Dataset]:
-    """Loads the datasets to evaluate, with the classes of --classes and --rename; [] to predict.
-
-    label_space:      of the training; it must have or make a text for each class name
-    size, accepts:    as in `training_datasets`
-    without, instead: as in `eval_entries`
-    beside:           {dataset: a known one that the default has beside it, if its files are there}
-
-    Raises InputError before the training, for example for a class name without an embedding, also
-    for one of --vocabulary.
-    """
-    if args.predict:
-        label_space.swap(args.vocabulary)
-        return []
-    text = eval_entries(args.eval_datasets, args.datasets, without, instead)
-    if not args.eval_datasets:
-        text = with_beside(text, beside, None if size else data_folder(args.data_root))
-    datasets = load_datasets(text, "val", args.data_root, size, False, accepts)
-    datasets = edit_classes(datasets, args.classes, args.rename, "val")
-    for dataset in datasets:
-        label_space.swap(dataset.vocabulary)
-    return datasets
-
-
-def validation_datasets(
-    args, label_space: LabelSpace, size: int, evaluated: list[Dataset]
-) -> list[Dataset]:
-    """Returns each dataset of `label_space`, as it is `evaluated`, or else by default."""
-    by_name = {dataset.name: dataset for dataset in evaluated}
-    names = {entry: _name_of(entry) for entry in entries(args.datasets)}
-    if others := [entry for entry, n in names.items() if ALIASES.get(n, n) not in by_name]:
-        args = replace(args, datasets=",".join(others), eval_datasets="")
-        default = evaluation_datasets(args, label_space, size)
-        by_name |= {dataset.name: dataset for dataset in default}
-    return [by_name[name] for name in label_space.datasets]
 
 
 def with_beside(text: str, beside: Mapping[str, str], root: Path | None) -> str:

@@ -40,6 +40,14 @@ class Objects:
         outline = np.round(points, 6 if self.relative else 2).ravel()
         self.add(image, name, box, polygon_area(points), [outline.tolist()])
 
+    def add_part(self, at: int, points: np.ndarray) -> None:
+        """Adds another polygon with the corners `points` (P, 2) to the outline of object `at`."""
+        box = (*points.min(axis=0), *points.max(axis=0))
+        whole = np.array([self.boxes[at], box])
+        self.boxes[at] = (*whole[:, :2].min(axis=0), *whole[:, 2:].max(axis=0))
+        self.areas[at] += polygon_area(points)
+        self.masks[at].append(np.round(points, 6 if self.relative else 2).ravel().tolist())
+
     def add(
         self,
         image: int,

@@ -23,19 +23,22 @@ class Decoded:
     size:        (height, width) of the upright file; `image` is smaller if it was reduced
     bits:        depth of the values in the file by `to_8_bits`, 8 or more
     transparent: some pixels were transparent, wholly or partly; they are on GREY
+    several:     the file has further frames or pages; `image` is the first
     """
 
     image: Tensor
     size: tuple[int, int]
     bits: int = 8
     transparent: bool = False
+    several: bool = False
 
     @property
-    def notes(self) -> tuple[str, str]:
-        """What a user should know that it has: its depth and transparency; "" for nothing odd."""
+    def notes(self) -> tuple[str, str, str]:
+        """What a user should know that it has: depth, transparency, frames; "" for nothing odd."""
         depth = f"{self.bits} bits a channel, seen as 8" if self.bits > 8 else ""
         background = f"transparent pixels, seen as grey {GREY}" if self.transparent else ""
-        return depth, background
+        frames = "several frames or pages, of which the first is seen" if self.several else ""
+        return depth, background, frames
 
 
 def readable_formats() -> tuple[str, ...]:
@@ -64,6 +67,7 @@ def to_rgb(image: Image.Image) -> Decoded:
     """
     if image.mode == "F":
         raise ValueError("floating-point pixels; save it with 8 bits")
+    several = has_frames(image)
     ImageOps.exif_transpose(image, in_place=True)
     bits = 8
     transparent = False
@@ -75,7 +79,15 @@ def to_rgb(image: Image.Image) -> Decoded:
     if image.mode != "RGB":
         image = image.convert("RGB")
     pixels = _copied(image)
-    return Decoded(pixels, (image.height, image.width), bits, transparent)
+    return Decoded(pixels, (image.height, image.width), bits, transparent, several)
+
+
+def has_frames(image: Image.Image) -> bool:
+    """Returns whether a GIF, WebP, PNG or TIFF has more than the frame or page that is decoded."""
+    try:
+        return getattr(image, "is_animated", False)
+    except (OSError, SyntaxError, ValueError):  # the second one is broken
+        return True
 
 
 def to_8_bits(values: np.ndarray) -> tuple[np.ndarray, int]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from common.datasets.dataset import Dataset
 from common.datasets.exif import TURNS, UPRIGHT, is_swapped, read_tag
-from common.datasets.maps import VOID, read_values
+from common.datasets.maps import VOID, read_palette, read_values
 from common.errors import InputError
 from common.labels import quoted
 
@@ -29,6 +29,8 @@ def check_training(dataset: Dataset) -> None:
         log.warning("%s: %s", dataset.name, line)
     if dataset.pixel_labels is not None:
         look_at_maps(dataset)
+    if dataset.maps is not None:
+        look_at_mirrored(dataset)
     elif dataset.supervision in ("boxes", "instances") and not dataset.index.relative:
         look_at_headers(dataset)
 
@@ -73,11 +75,7 @@ def look_at_headers(dataset: Dataset) -> None:
     Where the size tells nothing, they are taken as annotated upright.
     """
     looked, turned, upright, unclear = 0, [], [], []
-    for row in spread(len(dataset), LOOKED_AT):
-        try:
-            tag, stored = read_tag(*dataset.image_file(row))
-        except InputError:  # it is named when it is loaded
-            continue
+    for row, tag, stored in read_tags(dataset):
         looked += 1
         if tag == UPRIGHT:
             continue
@@ -106,6 +104,36 @@ def look_at_headers(dataset: Dataset) -> None:
         log.warning(message, dataset.name, len(unclear), looked, unclear[0])
 
 
+def look_at_mirrored(dataset: Dataset) -> None:
+    """Logs how many of some images with label maps an EXIF tag mirrors or turns by 180 degrees.
+
+    Their maps have the same size before and after. Those of other tags are refused if they do not
+    fit.
+    """
+    looked, found = 0, []
+    for row, tag, _ in read_tags(dataset):
+        looked += 1
+        if tag not in (UPRIGHT, *TURNS):
+            found.append(dataset.index.file_name(row))
+    if found:
+        message = (
+            "%s: %d of %d images looked at are mirrored or turned by 180 degrees by their EXIF "
+            "orientation (first: '%s'); their label maps are taken as made after it; see "
+            "first_batch.jpg"
+        )
+        log.warning(message, dataset.name, len(found), looked, found[0])
+
+
+def read_tags(dataset: Dataset) -> Iterator[tuple[int, int, tuple[int, int]]]:
+    """Yields the row of some images, and what `read_tag` returns; broken images are left out."""
+    for row in spread(len(dataset), LOOKED_AT):
+        try:
+            tag, stored = read_tag(*dataset.image_file(row))
+        except InputError:  # it is named when it is loaded
+            continue
+        yield row, tag, stored
+
+
 def spread(count: int, most: int) -> Iterator[int]:
     """Yields at most `most` of the numbers below `count`, evenly spread, until SECONDS are over."""
     end = time.monotonic() + SECONDS
@@ -126,7 +154,7 @@ def look_at_maps(dataset: Dataset) -> None:
     maps_with, looked = count_values(dataset, LOOKED_AT)
     if looked and not seen_labels(dataset, maps_with).any():
         maps_with, looked = count_values(dataset, DEEPER)
-    for line in map_doubts(dataset, maps_with, looked):
+    for line in (*map_doubts(dataset, maps_with, looked), *palette_doubts(dataset)):
         log.warning("%s: %s", dataset.name, line)
     if seen_labels(dataset, maps_with).any() or not looked:
         return
@@ -196,3 +224,29 @@ def map_doubts(dataset: Dataset, maps_with: np.ndarray, looked: int) -> list[str
             f"looked at: {quoted(unseen)}"
         )
     return lines
+
+
+def palette_doubts(dataset: Dataset) -> list[str]:
+    """Returns a line if a value has another colour in one label map than in another.
+
+    A program that saves a picture with fewer colours numbers them for each picture anew, so that
+    the numbers are no classes. Values that are void are not compared.
+    """
+    seen = {}  # {value: (colour, file)}
+    for row in spread(len(dataset), LOOKED_AT):
+        file = dataset.index.map_name(row)
+        try:
+            palette = read_palette(dataset.maps / file)
+            values = present_values(dataset, row).tolist() if palette else []
+        except InputError:  # it is named when it is loaded
+            continue
+        for value in values:
+            colour = palette.get(value)
+            first, where = seen.setdefault(value, (colour, file))
+            if colour != first and dataset.pixel_labels[value] != VOID:
+                return [
+                    f"the value {value} has the colour {first} in the label map '{where}', but "
+                    f"{colour} in '{file}'; were they colours, reduced for each map anew? write "
+                    "the number of the class in each pixel"
+                ]
+    return []

@@ -18,7 +18,7 @@ from common.datasets.index import Index, JsonRows
 from common.files import NO_ARRAY, atomic_path, cache_dir
 
 log = logging.getLogger("concord")
-VERSION = 4  # of the columns and their meaning; folders of other versions are not used
+VERSION = 5  # of the columns and their meaning; folders of other versions are not used
 LARGE = 8 << 20  # bytes; a smaller file is read as fast as its columns are found
 ARRAYS = (
     *("file_names", "sizes", "offsets", "boxes", "labels", "areas", "ignore"),

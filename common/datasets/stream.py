@@ -9,6 +9,7 @@ from pathlib import Path
 
 import orjson
 
+from common.datasets.tools import name_tool
 from common.errors import InputError
 
 CHUNK = 1 << 20  # bytes
@@ -29,9 +30,8 @@ def read_json(path: Path) -> dict:
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
     if not isinstance(record, dict):
-        raise InputError(
-            f"{path} holds a json {type(record).__name__}; a COCO-format json object is needed"
-        )
+        what = f"holds a json {type(record).__name__}; a COCO-format json object is needed"
+        raise InputError(f"{path} {name_tool(path) or what}")
     return record
 
 

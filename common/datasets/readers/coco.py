@@ -19,14 +19,17 @@ from common.datasets.readers.coco_faults import (
     FAULT,
     add_entries,
     annotation_fault,
-    category_fault,
     faulty_entries,
     first_fault,
+    is_id,
     is_id_list,
+    log_facts,
+    refuse_faulty,
     unknown_id,
 )
 from common.datasets.store import cached_index
 from common.datasets.stream import read_fields
+from common.datasets.tools import name_tool
 from common.errors import InputError
 from common.labels import DATA, Vocabulary
 from common.masks import mask_of
@@ -79,32 +82,12 @@ def read_coco(
             faulty_entries(annotations, FAULT), f"{what} in an entry; a COCO json is needed"
         )
         raise InputError(f"{annotations}: {what}") from None
-    log_retyped(annotations, facts["retyped"])
-    for root in facts["roots"]:
-        message = (
-            "%s: the category '%s' is left out: it has no annotation and stands for all others"
-        )
-        log.info(message, annotations, root)
-    if facts["left_out"]:
-        log.info("%s: %d boxes without a mask are left out", annotations, facts["left_out"])
-    if facts["some_masks"]:
-        message = "%s: %d of %d boxes have a mask; the others are trained on as boxes"
-        log.warning(message, annotations, facts["some_masks"], len(index.labels))
-    if facts["never_there"]:
-        message = "%s: %d images that were never published are left out"
-        log.info(message, annotations, facts["never_there"])
+    log_facts(annotations, facts, len(index.labels))
     if index.image_labels is not None:
         supervision = "image_labels"
     else:
         supervision = "boxes" if index.segmentations is None else "instances"
     return Dataset(name, vocabulary, index, images, metric, supervision, frequency=frequency)
-
-
-def log_retyped(path: Path, retyped: dict[str, int]) -> None:
-    """Logs how many ids of each field are listed as another type."""
-    for field, times in retyped.items():
-        message = "%s: %d times the %s is a text where it is listed as a number, or the reverse; "
-        log.info(message + "both are taken as one id", path, times, field)
 
 
 def read_o365_instances(name: str, annotations: Path, images: Path, metric: str) -> Dataset:
@@ -131,6 +114,8 @@ def read_index(
     image_level = labelled and not boxes.count and not broken
     for field in add:
         if field not in found and not (image_level and field == "annotations"):
+            if told := name_tool(path):
+                raise InputError(f"{path} {told}")
             raise InputError(f"{path}: the list '{field}' is missing; a COCO-format json is needed")
     used = set(boxes.index_of_category_id) | images.used_categories()
     categories, roots = without_root(path, categories, used)
@@ -151,7 +136,9 @@ def read_index(
         "roots": roots,
         "left_out": boxes.left_out,
         "never_there": int(unpublished.sum()),
+        "of_size_0": images.of_size_0,
         "some_masks": boxes.num_masks if boxes.num_masks < boxes.count else 0,
+        "marked": boxes.num_marked,
     }
 
 
@@ -176,12 +163,6 @@ def without_root(path: Path, categories: list[dict], used: set) -> tuple[list[di
     return rest, [category["name"] for category in roots]
 
 
-def refuse_faulty(path: Path, categories: list) -> None:
-    """Raises InputError that names the first category without an id or a name."""
-    if fault := first_fault(category_fault, categories):
-        raise InputError(f"{path}: {fault}")
-
-
 class Images:
     """Collects the entries of the json list `images`. `add` takes the next chunk of them.
 
@@ -195,6 +176,7 @@ class Images:
         self.path = path
         self.as_written = as_written
         self.ids, self.names = [], []
+        self.of_size_0 = 0  # images that have such a height or width in the file
         self.sizes = [np.zeros((0, 2), np.int32)]  # (height, width), one array for each chunk
         self.lists = {NEGATIVES: {}, NOT_EXHAUSTIVE: {}, IMAGE_LABELS: {}, CAPTIONS: {}}
 
@@ -208,12 +190,14 @@ class Images:
                     raise ValueError(f"{key} that are no list of ids")
                 list_of_row[row] = image[key]
         ids = [image["id"] for image in chunk]
-        if None in ids:
+        if not set(map(type, ids)) <= {int, str} and not all(map(is_id, ids)):
             raise ValueError("an image without an id")
         self.ids += ids
         self.names += [file_name(self.path, image, self.as_written, True) for image in chunk]
         sizes = [(image.get("height", 0), image.get("width", 0)) for image in chunk]
         self.sizes.append(np.array(sizes, dtype=np.int32).reshape(-1, 2))
+        for row in np.flatnonzero((self.sizes[-1] == 0).any(1)):
+            self.of_size_0 += "height" in chunk[row] or "width" in chunk[row]
 
     def labels(self, key: str, vocabulary: Vocabulary) -> JsonRows | None:
         """Returns each image's list of category ids as labels, None if all lists are empty."""
@@ -250,6 +234,7 @@ class Boxes:
 
     index_of_image_id, index_of_category_id: dict, id -> 0, 1, 2, ... in the order in which the
         annotations mention the ids. The lists `images` and `categories` may come later in the file.
+    num_marked: annotations with ignore: 1, as other trainings leave them out
     retyped: {field: annotations whose id is listed as a text instead of a number, or vice versa}
     """
 
@@ -259,7 +244,7 @@ class Boxes:
         self.blob = blob
         self.index_of_image_id = defaultdict(count().__next__)
         self.index_of_category_id = defaultdict(count().__next__)
-        self.count = self.left_out = self.num_masks = 0
+        self.count = self.left_out = self.num_masks = self.num_marked = 0
         self.retyped = {}
         self.parts = Parts(
             image=np.int32,
@@ -282,9 +267,12 @@ class Boxes:
             "box": self.read_boxes(chunk),
             "area": [e["area"] if "area" in e else e["bbox"][2] * e["bbox"][3] for e in chunk],
         }
-        ignore = [entry.get("iscrowd", 0) for entry in chunk]
-        if ignore.count(0) + ignore.count(1) < len(chunk):  # false and true count as 0 and 1
+        crowds = [entry.get("iscrowd", 0) for entry in chunk]
+        if crowds.count(0) + crowds.count(1) < len(chunk):  # false and true count as 0 and 1
             raise ValueError("an iscrowd that is not 0 or 1")
+        marked = [entry.get("ignore") in (1, "1") for entry in chunk]
+        ignore = [bool(crowd or mark) for crowd, mark in zip(crowds, marked)]
+        self.num_marked += sum(ignore) - crowds.count(1)
         lengths = np.zeros(len(chunk), np.int64)
         masks = [mask_of(entry) for entry in chunk]
         if any(masks):

@@ -1,5 +1,6 @@
 """What is wrong with single entries of a COCO json, in words that name the entry and the field."""
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,16 +8,60 @@ from common.datasets.ids import find_ids
 from common.datasets.stream import read_fields
 from common.errors import InputError
 
+log = logging.getLogger("concord")
 NUMBERS = (int, float)
-IDS = (int, float, str)
+AN_ID = "a number below 2^63 or a text"
 # Lists of category ids that an image may have: two in LVIS, one in Detic's files
 ID_LISTS = ("neg_category_ids", "not_exhaustive_category_ids", "pos_category_ids")
+
+COUNTED = {  # the facts that are logged if they are not 0
+    "left_out": "boxes without a mask are left out",
+    "marked": "boxes have ignore: 1; as crowds, they are not trained on",
+    "never_there": "images that were never published are left out",
+}
+
+
+def log_facts(path: Path, facts: dict, boxes: int) -> None:
+    """Logs what a reader of a COCO json has left out or taken in another way.
+
+    facts: as `read_index` returns them; boxes: the number of boxes
+    """
+    log_retyped(path, facts["retyped"])
+    if facts["of_size_0"]:
+        message = "%s: %d images have the height or width 0, which is taken as unknown"
+        log.warning(message, path, facts["of_size_0"])
+    for root in facts["roots"]:
+        message = (
+            "%s: the category '%s' is left out: it has no annotation and stands for all others"
+        )
+        log.info(message, path, root)
+    if facts["some_masks"]:
+        message = "%s: %d of %d boxes have a mask; the others are trained on as boxes"
+        log.warning(message, path, facts["some_masks"], boxes)
+    for fact, what in COUNTED.items():
+        if facts[fact]:
+            log.info("%s: %d %s", path, facts[fact], what)
+
+
+def log_retyped(path: Path, retyped: dict[str, int]) -> None:
+    """Logs how many ids of each field are listed as another type."""
+    for field, times in retyped.items():
+        message = "%s: %d times the %s is a text where it is listed as a number, or the reverse; "
+        log.info(message + "both are taken as one id", path, times, field)
+
+
+def is_id(value: object) -> bool:
+    """Returns whether a value can be an id. Whole numbers of more than 64 bits are read inexactly.
+
+    They come as floats, and several may become one.
+    """
+    return isinstance(value, (int, str)) or (isinstance(value, float) and abs(value) < 2**63)
 
 
 def is_id_list(value: object) -> bool:
     """Returns whether a field of an image is a list of ids; null counts as an empty one."""
     is_list = isinstance(value, list | None)
-    return is_list and all(isinstance(id, IDS) for id in value or ())
+    return is_list and all(is_id(id) for id in value or ())
 
 
 def image_fault(entry: object) -> str:
@@ -24,8 +69,8 @@ def image_fault(entry: object) -> str:
     if not isinstance(entry, dict):
         return f"an element of 'images' is {entry!r:.60}; an object with id and file_name is needed"
     name = entry.get("file_name", entry.get("coco_url"))
-    if not isinstance(entry.get("id"), IDS):
-        return f"image {name!r} has {_value(entry, 'id')}; give each image a number or a text"
+    if not is_id(entry.get("id")):
+        return f"image {name!r} has {_value(entry, 'id')}; give each image {AN_ID}"
     if not isinstance(name, str):
         field = "coco_url" if "coco_url" in entry else "file_name"
         return f"image {entry['id']!r} has {_value(entry, field)}; write its path below the folder"
@@ -52,7 +97,7 @@ def annotation_fault(entry: object) -> str:
         return f"an element of 'annotations' is {entry!r:.60}; an object is needed"
     start = f"annotation {entry.get('id')!r} has"
     for field, listed_in in (("image_id", "images"), ("category_id", "categories")):
-        if not isinstance(entry.get(field), IDS):
+        if not is_id(entry.get(field)):
             return f"{start} {_value(entry, field)}; write one of the ids in '{listed_in}'"
     box = entry.get("bbox")
     is_box = isinstance(box, list) and len(box) == 4
@@ -72,9 +117,9 @@ def category_fault(entry: object) -> str:
     """Returns what is wrong with an element of 'categories'; "" for nothing."""
     if not isinstance(entry, dict):
         return f"an element of 'categories' is {entry!r:.60}; an object with id and name is needed"
-    if not isinstance(entry.get("id"), IDS):
-        return f"category {entry.get('name')!r} has {_value(entry, 'id')}; write a number or a text"
-    if not isinstance(entry.get("name"), IDS):
+    if not is_id(entry.get("id")):
+        return f"category {entry.get('name')!r} has {_value(entry, 'id')}; write {AN_ID}"
+    if not is_id(entry.get("name")):
         return f"category {entry['id']!r} has {_value(entry, 'name')}; write a text"
     return ""
 
@@ -91,7 +136,7 @@ def segments_fault(entry: object) -> str:
     """Returns what is wrong with an element of a panoptic json's 'annotations'; "" for nothing."""
     if not isinstance(entry, dict):
         return f"an element of 'annotations' is {entry!r:.60}; an object is needed"
-    if not isinstance(entry.get("image_id"), IDS):
+    if not is_id(entry.get("image_id")):
         return (
             f"an element of 'annotations' has {_value(entry, 'image_id')}; write that of an image"
         )
@@ -136,6 +181,12 @@ def first_fault(fault_of: Callable[[object], str], entries: list) -> str:
     return next(filter(None, map(fault_of, entries)), "")
 
 
+def refuse_faulty(path: Path, categories: list) -> None:
+    """Raises InputError that names the first category without an id or a name."""
+    if fault := first_fault(category_fault, categories):
+        raise InputError(f"{path}: {fault}")
+
+
 def faulty_entries(path: Path, fault_of: dict[str, Callable[[object], str]]) -> Iterator[str]:
     """Yields what is wrong with each faulty entry of a json file. fault_of: FAULT or the like."""
     for field, entries in _runs(path):
@@ -152,7 +203,7 @@ def list_faults(path: Path) -> Iterator[str]:
         for entry in entries:
             if fault := FAULT[field](entry):
                 yield fault
-            has_id = isinstance(entry, dict) and isinstance(entry.get("id"), IDS)
+            has_id = isinstance(entry, dict) and is_id(entry.get("id"))
             if field in listed and has_id:
                 listed[field].setdefault(entry["id"], len(listed[field]))
     for field, entries in _runs(path):

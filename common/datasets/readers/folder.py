@@ -14,7 +14,7 @@ from common.datasets.index import Index
 from common.datasets.readers.wordnet import folder_vocabulary
 from common.datasets.shards import Shards, index_tar
 from common.errors import InputError
-from common.labels import Vocabulary
+from common.labels import Vocabulary, quoted
 
 log = logging.getLogger("concord")
 LISTS = ("classes.txt", "classes.csv", "words.txt")  # files that name the classes
@@ -52,6 +52,7 @@ def read_folder(name: str, root: Path) -> Dataset:
             f"dataset '{name}': {root} needs a folder or a tar file of images for each class, but "
             f"{what}; name the folder above or below"
         )
+    log.info("%s: the classes are the names of its folders, %s", root, quoted(classes))
     entries_beside = len(set(entries).difference(class_folders, LISTS))
     log_count(root, len(files) - len(classes), "class folders without an image are left out")
     log_count(root, entries_beside, "entries beside the class folders are left out")

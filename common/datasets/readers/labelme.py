@@ -14,6 +14,7 @@ from common.datasets.index import Index
 from common.datasets.objects import Objects, as_text, boxes_or_instances, ellipse
 from common.datasets.splits import split_folders
 from common.datasets.store import cached_index
+from common.datasets.tools import name_tool
 from common.errors import InputError
 from common.files import refuse_pipe
 from common.labels import Vocabulary
@@ -52,10 +53,14 @@ def is_labelme(folder: Path) -> bool:
 def read_labelme(name: str, annotations: Path, images: Path | None = None) -> Dataset:
     """Reads the json files below a folder: boxes, and masks if no object is a rectangle.
 
-    Polygons, circles and rectangles are read; lines, points and others are counted in the log. The
-    classes are the labels that occur, sorted, or the lines of labels.txt in the folder or above.
+    Polygons, circles and rectangles are read; lines, points and others are counted in the log.
+    Polygons and circles of one label and group_id in an image are one object.
+    The classes are the labels that occur, sorted, or the lines of labels.txt in the folder or
+    above.
     An image is found by imagePath, relative to the json file, or else by its name or the name of
     the json file. Images without a json file are left out and counted in the log.
+
+    Source: wkentaro/labelme:examples/instance_segmentation/labelme2coco.py (groups)
 
     images: the folder of the images; by default `annotations`
     Raises InputError naming the json file and the remedy: no file of labelme's, a shape without a
@@ -75,6 +80,9 @@ def read_labelme(name: str, annotations: Path, images: Path | None = None) -> Da
     bare = len(image_of) - len(index)
     if bare:
         log.info("%s: %d images without a json file in %s are left out", name, bare, annotations)
+    if facts["joined"]:
+        message = "%s: %d outlines are parts of others of their group_id, one object for a group"
+        log.info(message, annotations, facts["joined"])
     if facts["renamed"]:
         message = "%s: %d images are not at their imagePath and were found by name"
         log.info(message, name, facts["renamed"])
@@ -88,7 +96,7 @@ def read_jsons(
     """Returns the index and the facts that `cached_index` stores with it."""
     objects = Objects()
     known = set(image_of.values())
-    files, sizes, renamed = [], [], 0
+    files, sizes, renamed, joined = [], [], 0, 0
     for row, file in enumerate(jsons):
         path = root / file
         record = read_record(path)
@@ -96,8 +104,10 @@ def read_jsons(
         renamed += not as_written
         files.append(image)
         sizes.append([side_of(path, record, side) for side in ("imageHeight", "imageWidth")])
+        groups = {}
         for number, shape in enumerate(record["shapes"], 1):
-            add_shape(objects, row, shape, listed, f"{path}: shape {number}")
+            where = f"{path}: shape {number}"
+            joined += add_shape(objects, row, shape, listed, groups, where)
     classes = listed or sorted(set(objects.classes))
     if not classes:
         raise InputError(
@@ -105,7 +115,7 @@ def read_jsons(
             "circle; use another"
         )
     index, facts = objects.index(str(root), files, sizes, classes, blob)
-    return index, facts | {"classes": classes, "renamed": renamed}
+    return index, facts | {"classes": classes, "renamed": renamed, "joined": joined}
 
 
 def read_record(path: Path) -> dict:
@@ -118,9 +128,9 @@ def read_record(path: Path) -> dict:
     except orjson.JSONDecodeError as error:
         raise InputError(f"{path} is not valid json ({error}); save it again") from None
     if not isinstance(record, dict) or not isinstance(record.get("shapes"), list):
-        raise InputError(
-            f"{path} has no list 'shapes', so it is no json file of labelme's; move it elsewhere"
-        )
+        what = "has no list 'shapes', so it is no json file of labelme's; move it elsewhere"
+        own = isinstance(record, dict) and "shapes" in record
+        raise InputError(f"{path} {what if own else name_tool(path) or what}")
     return record
 
 
@@ -155,8 +165,14 @@ def find_image(
     )
 
 
-def add_shape(objects: Objects, row: int, shape: dict, listed: list[str], where: str) -> None:
-    """Adds a shape, or counts it. Raises InputError, which starts with `where`, if it is broken."""
+def add_shape(
+    objects: Objects, row: int, shape: dict, listed: list[str], groups: dict, where: str
+) -> bool:
+    """Adds a shape, or counts it. Returns whether it is a part of another one of its group.
+
+    groups: {(label, group_id): its place in `objects`} of the outlines of the image; is updated
+    Raises InputError, which starts with `where`, if the shape is broken.
+    """
     try:
         kind = shape.get("shape_type") or "polygon"  # old files do not tell
         label = shape["label"]
@@ -171,22 +187,38 @@ def add_shape(objects: Objects, row: int, shape: dict, listed: list[str], where:
         ) from None
     if kind not in FEWEST:
         objects.skipped[kind] += 1
-        return
+        return False
     if len(points) < FEWEST[kind]:
         objects.skipped[f"{kind} of {len(points)} points"] += 1
-        return
+        return False
     if not label:
         raise InputError(f"{where} has no label; name its class or remove it")
     if listed and label not in listed:
         raise InputError(f"{where} has the label '{label}', which labels.txt does not list; add it")
     if kind == "rectangle":
         objects.add_box(row, label, (*points.min(axis=0), *points.max(axis=0)))
-    elif kind == "circle":
+        return False
+    if kind == "circle":
         centre, edge = points[:2]
         radius = float(np.hypot(*(edge - centre)))
-        objects.add_polygon(row, label, ellipse(*centre, radius, radius))
-    else:
-        objects.add_polygon(row, label, points)
+        points = ellipse(*centre, radius, radius)
+    return add_outline(objects, row, label, points, shape.get("group_id"), groups)
+
+
+def add_outline(
+    objects: Objects, row: int, label: str, points: np.ndarray, group: object, groups: dict
+) -> bool:
+    """Adds an outline, or joins it to the one of its label and group; returns whether it did.
+
+    group: a number or a text, anything else for none; groups: as in `add_shape`
+    """
+    if isinstance(group, int | str) and (label, group) in groups:
+        objects.add_part(groups[label, group], points)
+        return True
+    if isinstance(group, int | str):
+        groups[label, group] = len(objects.masks)
+    objects.add_polygon(row, label, points)
+    return False
 
 
 def read_labels(folder: Path) -> list[str]:

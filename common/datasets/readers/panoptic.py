@@ -18,6 +18,8 @@ from common.datasets.readers.coco_faults import (
     add_entries,
     faulty_entries,
     first_fault,
+    is_id,
+    log_retyped,
     thing_fault,
 )
 from common.datasets.store import cached_index, is_cached
@@ -71,7 +73,7 @@ def read_panoptic(name: str, annotations: Path, images: Path, metric: str = "pq"
         what += " in an entry; a panoptic json is needed"
         what = next(faulty_entries(annotations, PANOPTIC_FAULT), what)
         raise InputError(f"{annotations}: {what}") from None
-    coco.log_retyped(annotations, facts["retyped"])
+    log_retyped(annotations, facts["retyped"])
     if facts["bare"]:
         log.info("%s: %d images without segments_info are left out", annotations, facts["bare"])
     return Dataset(name, vocabulary, index, images, metric, "panoptic", maps=maps)
@@ -84,6 +86,8 @@ def read_segments(name: str, path: Path) -> tuple[Index, dict]:
 
     def add_images(chunk: list[dict]) -> None:
         for image in chunk:
+            if not is_id(image["id"]):
+                raise ValueError("an image without an id")
             id, file = image["id"], image_name(name, path, image)
             images.append((id, file, (image.get("height", 0), image.get("width", 0))))
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from common.datasets.dataset import Dataset
+from common.datasets.doubts import numbered_doubt
 from common.datasets.files import IMAGES, listing
 from common.datasets.index import Index, encoded
 from common.datasets.maps import label_table
+from common.datasets.tools import name_folder
 from common.errors import InputError
 from common.labels import Vocabulary, fold
 
@@ -58,7 +60,8 @@ def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> 
     image_of = listing(name, images, image_endings)
     if not map_of:
         raise InputError(
-            f"dataset '{name}': {maps} holds no label maps, files *{map_ending}; check the path"
+            f"dataset '{name}': {maps} holds no label maps, files *{map_ending}; check the path, "
+            "and save maps of other formats as PNG (JPEG changes their values)"
         )
     bare = [key for key in image_of if key not in map_of]
     if bare:
@@ -68,7 +71,7 @@ def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> 
     if lost:
         raise InputError(
             f"{name}: label map {maps / map_of[lost[0]]} has no image in {images} ({len(lost)} of "
-            f"{len(map_of)} maps); add the images or remove the maps"
+            f"{len(map_of)} maps); name each map as its image, add the images or remove the maps"
         )
     index = Index.build(
         source=str(maps),
@@ -99,6 +102,9 @@ def read_map_classes(name: str, maps: Path) -> Vocabulary:
     places = (maps / "classes.txt", maps.parent / "classes.txt")
     path = next((place for place in places if place.is_file()), None)
     if path is None:
+        for folder in (maps, maps.parent):
+            if told := name_folder(folder):
+                raise InputError(f"dataset '{name}': {folder} {told}")
         raise InputError(
             f"dataset '{name}': {places[0]} does not exist; name the classes there, one per line "
             "in the order of the pixel values from 0"
@@ -113,4 +119,6 @@ def read_map_classes(name: str, maps: Path) -> Vocabulary:
             message = "%s: '%s' is trained on as a class; write - in its line to make it void"
             log.info(message, path, names[value])
     names = tuple(names[value] for value in values)
+    if doubt := numbered_doubt(path, names):
+        log.warning(doubt)
     return Vocabulary(name, names, tuple(values), source=str(path))

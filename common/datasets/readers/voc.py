@@ -53,6 +53,9 @@ def read_voc(name: str, annotations: Path, images: Path, metric: str = "coco") -
         annotations, options, lambda _: read_xmls(name, annotations, files), xmls
     )
     classes = facts["classes"]  # as written; the labels in the index are their rows
+    if facts["polygons"]:
+        message = "%s: %d objects have a polygon, which is not read; for masks export COCO"
+        log.info(message, annotations, facts["polygons"])
     if name == "voc":
         vocabulary = Vocabulary.known(name)
         other = [title for title in classes if title not in vocabulary.names]
@@ -71,9 +74,10 @@ def read_voc(name: str, annotations: Path, images: Path, metric: str = "coco") -
 
 
 def read_xmls(name: str, source: Path, files: dict[str, tuple[Path, str]]) -> tuple[Index, dict]:
-    """Reads xml files. Returns the index, and {"classes": the names as written, sorted}.
+    """Reads xml files. Returns the index and the facts that `cached_index` stores with it.
 
-    The labels of the index are rows of "classes".
+    "classes" has the names as written, sorted; the labels of the index are its rows. "polygons" is
+    the number of objects with a polygon, as Roboflow and supervision write.
     files: {image id: (xml file, image file name)}; source: for messages
     """
     sizes, objects = [], []
@@ -83,7 +87,7 @@ def read_xmls(name: str, source: Path, files: dict[str, tuple[Path, str]]) -> tu
         objects += [(row, *each) for each in found]
     if not objects:
         raise InputError(f"{source}: none of its {len(files)} xml files has an object; use another")
-    image_of, classes, corners, difficult = zip(*objects)
+    image_of, classes, corners, difficult, with_polygon = zip(*objects)
     boxes, sizes = np.array(corners), np.array(sizes)
     if name == IMAGENET:
         scale = sizes[list(image_of)][:, [1, 0, 1, 0]]
@@ -111,7 +115,7 @@ def read_xmls(name: str, source: Path, files: dict[str, tuple[Path, str]]) -> tu
         ignore=difficult,
         relative=name == IMAGENET,
     )
-    return index, {"classes": unique.tolist()}
+    return index, {"classes": unique.tolist(), "polygons": sum(with_polygon)}
 
 
 def holds_xml(folder: Path) -> bool:
@@ -170,10 +174,11 @@ class NoDoctype(ElementTree.TreeBuilder):
         raise ValueError("it has a DOCTYPE")
 
 
-def read_xml(path: Path) -> tuple[tuple[int, int], list[tuple[str, list[float], bool]]]:
-    """Returns (height, width), and (class, corners, is difficult) of each object, all as written.
+def read_xml(path: Path) -> tuple[tuple[int, int], list[tuple[str, list[float], bool, bool]]]:
+    """Returns (height, width), and of each object its class and corners, all as written.
 
-    A size that the file does not give is 0. Raises InputError for a bad file or object.
+    They are followed by two flags: is it difficult, has it a polygon? A size that the file does not
+    give is 0. Raises InputError for a bad file or object.
     """
     try:
         refuse_pipe(path, "xml file")
@@ -203,5 +208,7 @@ def read_xml(path: Path) -> tuple[tuple[int, int], list[tuple[str, list[float], 
             ) from None
         if not name:
             raise InputError(f"{path}: object {number} has no name; name its class or remove it")
-        objects.append((name, box, (thing.findtext("difficult") or "").strip() == "1"))
+        difficult = (thing.findtext("difficult") or "").strip() == "1"
+        with_polygon = thing.find("polygon") is not None
+        objects.append((name, box, difficult, with_polygon))
     return (height, width), objects

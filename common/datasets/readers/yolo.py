@@ -2,31 +2,38 @@
 
 import logging
 import os
-import reprlib
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
-import yaml
 
 from common.datasets.dataset import Dataset
 from common.datasets.files import IMAGES, listing, read_lines
 from common.datasets.index import Index
 from common.datasets.objects import Objects, as_text, boxes_or_instances
+from common.datasets.readers.yolo_classes import (
+    LISTS,
+    YAMLS,
+    Classes,
+    find_yaml,
+    list_classes,
+    read_yaml,
+    text_of,
+    texts_of,
+    yaml_classes,
+)
 from common.datasets.splits import SPLITS, pick, split_folders
 from common.datasets.store import cached_index
 from common.errors import InputError
-from common.files import refuse_pipe
 from common.labels import Vocabulary
 
 log = logging.getLogger("concord")
-YAMLS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
-LISTS = ("classes.txt", "obj.names", "_darknet.labels")  # class names, one a line
 NO_LABELS = (*LISTS, "train.txt", "val.txt", "valid.txt", "test.txt")
 SLACK = 0.01  # annotators round
+# what other lines have the numbers of an outline, by its corners, if all have so many
+LIKE = {3: "a box has that is followed by a confidence and a track", 4: "turned boxes have (OBB)"}
 BOX = "class x_center y_center width height"
 
 
@@ -50,19 +57,6 @@ class Images:
         """The folder of the label files of the first place, or the list that it is."""
         first = self.places[0]
         return self.labels or (first if first.is_file() else label_folder(first))
-
-
-@dataclass
-class Classes:
-    """The class names of a dataset.
-
-    source: the file that names them
-    points: number of key point values after a box in a line; 0 if the labels are no poses
-    """
-
-    names: list[str]
-    source: Path
-    points: int = 0
 
 
 # -- labels
@@ -91,6 +85,10 @@ def read_yolo(name: str, images: Images) -> Dataset:
         return read_labels(source, files, labels, classes, blob)
 
     index, facts = cached_index(source, options, read, [path for path in labels if path])
+    if facts["corners"] in LIKE:
+        message = "%s: each of the %d outlines has %d corners, as %s; they are taken as masks"
+        number = facts["corners"]
+        log.warning(message, source, len(index.labels), number, LIKE[number])
     names = tuple(classes.names)
     vocabulary = Vocabulary(name, names, tuple(range(len(names))), source=str(classes.source))
     return boxes_or_instances(name, vocabulary, index, facts, images.root)
@@ -110,7 +108,9 @@ def read_labels(
             corners = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
             objects.add_box(row, label, corners)
     sizes = np.zeros((len(files), 2))  # only the images tell
-    return objects.index(str(source), files, sizes, range(len(classes.names)), blob)
+    corners = {len(mask[0]) // 2 if mask else 0 for mask in objects.masks}
+    index, facts = objects.index(str(source), files, sizes, range(len(classes.names)), blob)
+    return index, facts | {"corners": corners.pop() if len(corners) == 1 else 0}
 
 
 def read_objects(path: Path, classes: Classes) -> Iterator[tuple[int, list[float]]]:
@@ -175,8 +175,7 @@ def find_classes(name: str, images: Images) -> Classes:
     for folder in folders:
         for file in LISTS:
             if (folder / file).is_file():
-                names = [line.strip() for line in read_lines(folder / file) if line.strip()]
-                return Classes(names, folder / file)
+                return Classes(list_classes(folder / file), folder / file)
     for folder in folders:
         file = find_yaml(folder, YAMLS)
         if file:
@@ -192,91 +191,6 @@ def class_folders(images: Images) -> list[Path]:
     labels, root = images.source.absolute(), images.root.absolute()
     folders = (labels, *labels.parents[:2], root, root.parent)
     return list(dict.fromkeys(folders))
-
-
-def yaml_classes(path: Path) -> Classes | None:
-    """Returns the classes of a data.yaml, None if it has no names.
-
-    Raises InputError if the names are not numbered from 0, or are not as many as `nc`.
-    """
-    table = read_yaml(path)
-    names = table.get("names")
-    if not names:
-        return None
-    if isinstance(names, dict):
-        rows = [str(row) for row in range(len(names))]
-        if sorted(names) != sorted(rows):
-            numbers = ", ".join(names)
-            raise InputError(f"{path}: names: has the numbers {numbers:.60}; count from 0")
-        names = [names[row] for row in rows]
-    if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
-        raise InputError(f"{path}: names: is no list of names; write names: [cat, dog]")
-    count = text_of(path, table, "nc") or str(len(names))
-    if count != str(len(names)):
-        raise InputError(f"{path}: nc: is {count}, but names: has {len(names)}; mend one of them")
-    return Classes([" ".join(each.split()) for each in names], path, key_points(path, table))
-
-
-def key_points(path: Path, table: dict) -> int:
-    """Returns how many numbers of key points follow a box. Raises InputError for a bad shape."""
-    shape = table.get("kpt_shape") or ["0", "0"]
-    points = -1
-    if isinstance(shape, list) and len(shape) == 2:
-        with suppress(ValueError, TypeError):
-            points = int(shape[0]) * int(shape[1])
-    if points < 0:
-        raise InputError(f"{path}: kpt_shape: is {shown(shape)}; write [points, 2 or 3]")
-    return points
-
-
-def find_yaml(folder: Path, usual: tuple[str, ...] = ()) -> Path | None:
-    """Returns the yaml file in a folder that has names:, of the `usual` names if some are given."""
-    found = [file for file in sorted(folder.glob("*.y*ml")) if file.suffix in (".yaml", ".yml")]
-    found.sort(key=lambda file: file.name not in YAMLS)
-    for file in found:
-        refuse_pipe(file, "yaml file")
-        if file.name in YAMLS and read_yaml(file).get("names"):
-            return file
-        if not usual and b"names:" in file.read_bytes() and read_yaml(file).get("names"):
-            return file
-    return None
-
-
-def shown(value: object) -> str:
-    """Returns the start of a value of yaml, whose aliases may stand for billions of texts."""
-    text = value if isinstance(value, str) else reprlib.repr(value)
-    return text[:60]
-
-
-def text_of(path: Path, table: dict, field: str) -> str:
-    """Returns the text of a field, "" without one. Raises InputError for a list or a table."""
-    value = table.get(field) or ""
-    if not isinstance(value, str):
-        raise InputError(f"{path}: {field}: is {shown(value)}; write one value")
-    return value
-
-
-def texts_of(path: Path, table: dict, field: str) -> list[str]:
-    """Returns a field, one text or a list of them, as a list. Raises InputError for other types."""
-    value = table.get(field) or []
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise InputError(
-            f"{path}: {field}: is {shown(value)}; write a folder, or a list of folders"
-        )
-    return texts
-
-
-def read_yaml(path: Path) -> dict:
-    """Reads a yaml file; all its values are text. Raises InputError if it is no yaml table."""
-    try:
-        table = yaml.load("\n".join(read_lines(path)), Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} is not valid yaml ({reason}); mend it") from None
-    if not isinstance(table, dict):
-        raise InputError(f"{path} holds no fields such as train: and names:; write them")
-    return table
 
 
 # -- places

@@ -1,0 +1,87 @@
+"""The datasets that a run trains on and evaluates."""
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from common.batch import Supervision
+from common.datasets.dataset import Dataset
+from common.datasets.known import ALIASES
+from common.datasets.names import (
+    data_folder,
+    entries,
+    eval_entries,
+    load_datasets,
+    name_of,
+    with_beside,
+)
+from common.datasets.subset import edit_classes
+from common.labels import LabelSpace
+
+log = logging.getLogger("concord")
+
+
+def warn_of_overlap(trained: list[Dataset], evaluated: list[Dataset]) -> None:
+    """Logs one warning for each evaluated dataset whose annotation file is also trained on."""
+    sources = {dataset.index.source for dataset in trained}
+    for dataset in evaluated:
+        source = dataset.index.source
+        if source in sources:
+            log.warning("%s is evaluated on its TRAINING images: %s", dataset.name, source)
+
+
+def training_datasets(
+    args, size: int, masks: bool = False, accepts: tuple[Supervision, ...] = ("boxes", "instances")
+) -> list[Dataset]:
+    """Loads the datasets of --datasets, with the classes of --classes and --rename.
+
+    size: side of generated images under --tiny, otherwise 0; masks, accepts: as in `load_datasets`
+    Raises InputError as `load_datasets` and `edit_classes`.
+    """
+    datasets = load_datasets(args.datasets, "train", args.data_root, size, masks, accepts)
+    return edit_classes(datasets, args.classes, args.rename, "train")
+
+
+def evaluation_datasets(
+    args,
+    label_space: LabelSpace,
+    size: int,
+    accepts: tuple[Supervision, ...] = ("boxes", "instances"),
+    without: Collection[str] = (),
+    instead: Mapping[str, str] = {},
+    beside: Mapping[str, str] = {},
+) -> list[Dataset]:
+    """Loads the datasets to evaluate, with the classes of --classes and --rename; [] to predict.
+
+    label_space:      of the training; it must have or make a text for each class name
+    size, accepts:    as in `training_datasets`
+    without, instead: as in `eval_entries`
+    beside:           {dataset: a known one that the default has beside it, if its files are there}
+
+    Raises InputError before the training, for example for a class name without an embedding, also
+    for one of --vocabulary.
+    """
+    if args.predict:
+        label_space.swap(args.vocabulary)
+        return []
+    text = eval_entries(args.eval_datasets, args.datasets, without, instead)
+    if not args.eval_datasets:
+        text = with_beside(text, beside, None if size else data_folder(args.data_root))
+    datasets = load_datasets(text, "val", args.data_root, size, False, accepts)
+    datasets = edit_classes(datasets, args.classes, args.rename, "val")
+    for dataset in datasets:
+        label_space.swap(dataset.vocabulary)
+    return datasets
+
+
+def validation_datasets(
+    args, label_space: LabelSpace, size: int, evaluated: list[Dataset]
+) -> list[Dataset]:
+    """Returns each dataset of `label_space`, as it is `evaluated`, or else by default."""
+    by_name = {dataset.name: dataset for dataset in evaluated}
+    names = {entry: name_of(entry) for entry in entries(args.datasets)}
+    if others := [entry for entry, n in names.items() if ALIASES.get(n, n) not in by_name]:
+        args = replace(args, datasets=",".join(others), eval_datasets="")
+        default = evaluation_datasets(args, label_space, size)
+        by_name |= {dataset.name: dataset for dataset in default}
+    return [by_name[name] for name in label_space.datasets]
