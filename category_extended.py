@@ -576,8 +576,8 @@ def train(
         raise InputError("--stage mine needs --weights: the run folder of a first training")
     for dataset in datasets:
         log.info(dataset.summary())
-    steps_of_12_epochs = max(1, 12 * sum(map(len, datasets)) // args.batch_size)
-    steps = given(args.steps, steps_of_12_epochs)
+    epochs = max(1, 12 * sum(map(len, datasets)) // args.batch_size)
+    steps = given(args.steps, epochs)
     switch = 0 if args.stage in ("mine", "second") else steps
     given_data = (label_space, folder, device, evaluated)
     source = Path(args.pseudo_boxes or folder)

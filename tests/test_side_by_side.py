@@ -64,6 +64,7 @@ ALLOWED = {
     "anchors": "GroupSoftmax's proposals come from anchors",
     "Anchors]": "the same",
     "prepare_targets(batch, groups)": "GroupSoftmax's labels depend on its groups",
+    "a prediction is the logits": "GroupSoftmax has a column for the background",
     "if rank() == 0:": "GroupSoftmax writes its table where another file reads one",
     "Each dataset is classified by its own part": "ScaleDet says what a further dataset changes",
 }
