@@ -627,7 +627,7 @@ def train_stage(
     label_space: LabelSpace,
     folder: Path,
     device: torch.device,
-    evaluated: Sequence[Dataset] = (),
+    evaluated: Sequence[Dataset],
 ) -> Model:
     """Trains a detector in the given steps of the run, and writes its weights.
 

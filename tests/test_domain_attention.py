@@ -341,7 +341,7 @@ def supervision(part: Part) -> domain_attention.Supervision:
     ids=["flat", "tree"],
 )
 def test_loss_of_a_dataset_is_on_its_own_columns(part, labels, positive, ignored):
-    """Sec. 3. With a tree, ancestors are positive and descendants are left out."""
+    """With a tree, ancestors are positive and descendants are left out."""
     logits = torch.randn(3, 7).requires_grad_()
     loss = domain_attention.loss_classes(logits, torch.tensor(labels), supervision(part))
     own = range(4, 7) if part.name == "second" else range(4)
