@@ -283,7 +283,7 @@ class Stage:
     def begin(self, steps: range, checkpoint: str | None = None) -> None:
         """Starts the steps of a run whose last checkpoint is given."""
         self.checkpoint = Path(checkpoint) if checkpoint else None
-        args = small_args(self.method, weights="given", warmup_steps=10)
+        args = small_args(self.method, weights="given", warmup_steps=500)
         datasets = [labelled("a", [[0]] * 3, 1), labelled("b", [[0]], 1)]
         space = label_space(self.method, args, datasets)
         first = () if self.method is unidet else ("plain", steps)
@@ -313,9 +313,9 @@ def test_a_stage_begins_anew_or_goes_on(stage, steps, checkpoint, loaded, start)
     assert stage.loaded == loaded
     assert (stage.start, stage.last) == (start, steps.stop)
     assert stage.skipped == start - steps.start
-    factor = 1e-4 if stage.method is unidet else 1e-3
+    warmup = (10, 1e-4) if stage.method is unidet else (500, 1e-3)
     assert stage.scheduled[0] == start - steps.start
-    assert stage.scheduled[2:] == (90, 10, factor)
+    assert stage.scheduled[2:] == (90, *warmup)
 
 
 def test_a_stage_begins_alike_whatever_came_before(stage):
