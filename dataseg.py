@@ -29,8 +29,9 @@ Note: no model code was released. What we could not check in the paper has Mask2
   thresholds. The projection loss has the weight of mask and dice together, background that of 0.1.
 Note: ViTDet-L is --backbone vit_large_patch16_224.mae. All datasets are tested at one size, 800.
 Note: MERGE is the union, the largest logit at each pixel (we could not check the paper's operator).
-  In training, a merged target is matched to one proposal, and unmatched ones that predict its class
-  join it. --no-merge-in-training supervises the matched one alone.
+  In training, a merged target is matched to one proposal. Unmatched ones join it that predict its
+  class and lie in it by more than half; others are background. If all joined, wherever they lie,
+  none would learn background. --no-merge-in-training supervises the matched one alone.
 Note: semantic maps are made of the unions, each with the probability of its surest member. --merge
   sum is Mask2Former's inference: the sum over all proposals weighted by class probability.
 Note: the scale s is learned, from 1 / 0.07 and at most 100, as CLIP's. Text is CLIP's 80 templates,
@@ -80,7 +81,7 @@ from common.distributed import amp_context, rank, setup_device, should_compile, 
 from common.inference import evaluate_dataset, predict_each, predict_files
 from common.labels import LabelSpace, Vocabulary
 from common.mask_losses import MaskOutput, loss_dice, loss_mask, mask_cost, masks_per_rank
-from common.masks import rasterise, segment_masks
+from common.masks import rasterise, segment_masks, share_inside
 from common.official_mask2former import convert_mask2former_base
 from common.optim import parameter_groups, poly_learning_rate, scaled_lr
 from common.pixel_decoder import PixelDecoder, decoder_inputs
@@ -417,20 +418,25 @@ def match(
     return pairs
 
 
+@torch.no_grad()
 def join_members(
-    output: MaskOutput, image: int, pairs: tuple, labels: Tensor, merged: Tensor
+    output: MaskOutput, image: int, pairs: tuple, t: Targets, merged: Tensor
 ) -> tuple[tuple, Tensor]:
-    """MERGE in training: adds unmatched queries that predict a merged class to that class's pair.
+    """MERGE in training: adds unmatched queries that find a part of a merged target to its pair.
 
+    Such a query predicts the target's class, and more than half of its mask lies in the target.
     They join in their own prediction z only. Returns (z, query, target) of all pairs, the R matched
     ones first, and the index of the matched pair to which each belongs. All are (R + members,).
     """
     z, query, target = pairs
     predicted = output.logits[:, image].argmax(-1)  # (Z, Q)
     predicted[z, query] = -1  # matched queries are not free
-    is_member = predicted[z] == labels[target, None]  # (R, Q)
-    is_member &= merged[labels[target], None]
+    is_member = predicted[z] == t.labels[target, None]  # (R, Q)
+    is_member &= merged[t.labels[target], None]
     pair, member = is_member.nonzero(as_tuple=True)
+    found = output.masks(z[pair], image, member) > 0  # (candidates, h, w)
+    inside = share_inside(found, t.masks, target[pair]) > 0.5
+    pair, member = pair[inside], member[inside]
     members = (z[pair], member, target[pair])
     all_pairs = tuple(torch.cat(both) for both in zip(pairs, members))
     return all_pairs, torch.cat([torch.arange(len(z), device=pair.device), pair])
@@ -474,7 +480,7 @@ def compute_losses(
     The second form is for objects without a mask (`loss_projection`, `rasterise`).
     `loss_class` is of all queries; those without a target have class K. `loss_mask` and `loss_dice`
     are of the pairs of `match` at args.points points (`sample_pairs`); num_masks: `masks_per_rank`.
-    merged: (K,) bool. An unmatched query that predicts a merged class joins the pair of this class
+    merged: (K,) bool. Unmatched queries that find a part of a merged class's target join its pair
     (`join_members`). The pair's mask logits are their maximum.
     Returns every term, times its weight, and their sum as `loss`.
     """
@@ -486,8 +492,8 @@ def compute_losses(
     for i, (t, pairs) in enumerate(zip(targets, match(args, output, targets))):
         target = pairs[2]  # (R,)
         owner = torch.arange(len(target), device=classes.device)
-        if args.merge_in_training:
-            pairs, owner = join_members(output, i, pairs, t.labels, merged)
+        if args.merge_in_training and t.masks is not None:
+            pairs, owner = join_members(output, i, pairs, t, merged)
         z, query, target_of_query = pairs  # (R + members,)
         classes[z, i, query] = t.labels[target_of_query]
         masks = output.masks(z, i, query)  # (R + members, h, w)

@@ -5,7 +5,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, box_iou, roi_align
+from torchvision.ops import batched_nms, box_iou
+
+from common.roi_align import roi_align
 
 MAX_LOG_SCALE = math.log(1000 / 16)  # largest dw or dh: a side grows at most 62.5 times
 
@@ -92,36 +94,6 @@ def box_delta_loss(
     return total / count
 
 
-class RoIAlign(torch.autograd.Function):
-    """Does what torchvision's roi_align does; its backward pass skips regions without gradient.
-
-    In an image with image-level labels, only one region in a hundred has a gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, feature: Tensor, rois: Tensor, resolution: int, scale: float) -> Tensor:
-        """Pools the regions of a feature map: returns (R, F, r, r), where r is `resolution`.
-
-        feature: (B, F, h, w)
-        rois:    (R, 5): image index, then the box in image pixels
-        scale:   1 / stride of the feature map
-        """
-        ctx.save_for_backward(rois)
-        ctx.settings = (scale, resolution, resolution, *feature.shape)
-        return roi_align(feature, rois, resolution, scale, aligned=True)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        """Turns the output's gradient (R, F, r, r) into the feature's gradient (B, F, h, w)."""
-        (rois,) = ctx.saved_tensors
-        rows = gradient.flatten(1).any(1)  # (R,)
-        of_output = gradient[rows]
-        rois = rois[rows]
-        backward = torch.ops.torchvision._roi_align_backward
-        of_feature = backward(of_output, rois, *ctx.settings, 0, True)
-        return of_feature, None, None, None
-
-
 def pool_rois(
     features: list[Tensor], strides: list[int], boxes: list[Tensor], resolution: int
 ) -> Tensor:
@@ -137,8 +109,6 @@ def pool_rois(
     counts = [len(b) for b in boxes]
     counts = torch.tensor(counts, device=flat.device)
     image = torch.repeat_interleave(counts)  # (R,)
-    image = image[:, None].to(flat)  # (R, 1)
-    rois = torch.cat([image, flat], 1)  # (R, 5)
     area = sides(flat).prod(1)
     area = area.clamp(min=0)
     size = area.sqrt()
@@ -148,20 +118,9 @@ def pool_rois(
     first = math.log2(strides[0])
     last = len(features) - 1
     level = log_stride - first
-    level = level.clamp(0, last)
+    level = level.nan_to_num(0).clamp(0, last)
     level = level.long()  # (R,)
-    pooled = []
-    rows = []
-    for i, feature in enumerate(features):
-        on_level = level == i
-        row = on_level.nonzero().squeeze(1)
-        scale = 1 / strides[i]
-        pooled_here = RoIAlign.apply(feature, rois[row], resolution, scale)
-        rows.append(row)
-        pooled.append(pooled_here)
-    pooled = torch.cat(pooled)
-    order = torch.cat(rows).argsort()
-    return pooled[order]  # in the order of the boxes
+    return roi_align(features, strides, flat, image, level, resolution)
 
 
 def two_layers(

@@ -33,6 +33,21 @@ def have_pixels(masks: Tensor) -> Tensor:
     return masks.flatten(1).any(1)
 
 
+def share_inside(masks: Tensor, truth: Tensor, rows: Tensor) -> Tensor:
+    """Returns the share of each mask that lies in its ground truth, 0 if it has no pixel: (M,).
+
+    masks: (M, h, w) bool
+    truth: (N, H, W) bool, resized to the masks by area
+    rows:  (M,), row in `truth` of each mask
+    """
+    area = F.interpolate(truth[:, None].float(), masks.shape[-2:], mode="area")
+    area = area.flatten(1)  # (N, h * w)
+    pixels = masks.flatten(1).float()
+    common = pixels @ area.T  # (M, N)
+    own = common.gather(1, rows[:, None])
+    return own.squeeze(1) / pixels.sum(1).clamp(min=1)
+
+
 def to_rle(segmentation: list | dict, size: tuple[int, int], relative: bool = False) -> dict:
     """Converts COCO's polygons or RLE to a compressed RLE, {"size": [H, W], "counts": ...}.
 

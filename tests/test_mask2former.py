@@ -9,8 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import common.pixel_decoder
+import dataseg
+import lmseg
 from common.backbone import Backbone
 from common.errors import InputError
+from common.labels import LabelSpace, Vocabulary
 from common.msda import formula, msda
 from common.pixel_decoder import EncoderLayer, MSDeformAttn, PixelDecoder, pixel_centres
 from common.point_matching import (
@@ -305,8 +308,8 @@ def test_pixel_decoder_gives_maps_of_four_strides(autocast):
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in decoder.parameters())
 
 
-@pytest.mark.parametrize("autocast", [True, False])
-def test_autocast_samples_half_precision_values_at_exact_points(autocast, monkeypatch):
+def spy_on_sampling(monkeypatch) -> list[list[torch.dtype]]:
+    """The dtypes of value, offsets, logits and reference points in each call of `msda` to come."""
     given = []
 
     def spy(value, shapes, offsets, logits, reference):
@@ -314,12 +317,37 @@ def test_autocast_samples_half_precision_values_at_exact_points(autocast, monkey
         return msda(value, shapes, offsets, logits, reference)
 
     monkeypatch.setattr(common.pixel_decoder, "msda", spy)
+    return given
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_autocast_samples_half_precision_values_at_exact_points(autocast, monkeypatch):
+    given = spy_on_sampling(monkeypatch)
     decoder = PixelDecoder([8, 12, 16, 20], channels=32, layers=2, ffn=48, heads=4)
     features = random_features()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         decoder(features)
     dtype = torch.bfloat16 if autocast else torch.float32
     assert given == [[dtype, *[torch.float32] * 3]] * 2
+
+
+@pytest.mark.parametrize("amp, dtype", [("on", torch.bfloat16), ("off", torch.float32)])
+@pytest.mark.parametrize("method", [dataseg, lmseg], ids=["dataseg", "lmseg"])
+def test_autocast_of_a_model_reaches_its_pixel_decoder(method, amp, dtype, monkeypatch):
+    given = spy_on_sampling(monkeypatch)
+    args = method.Args(
+        backbone="resnet18",
+        text_encoder="minilm",
+        prompts="name",
+        channels=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        amp=amp,
+    )
+    label_space = LabelSpace([Vocabulary("a", ("cat", "sky"), text=torch.eye(2, 384))])
+    model = method.Model(args, label_space, pretrained=False)
+    model.extract(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), [(64, 64)])
+    assert given == [[dtype, *[torch.float32] * 3]]
 
 
 @pytest.mark.parametrize("autocast", [True, False])

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from common.batch import Sample
 from common.inference import draw_predictions, predict_dataset, predict_files
 from common.labels import LabelSpace, Vocabulary
-from common.masks import area_of, crop_masks, decode_masks, encode_masks, paste_masks
+from common.masks import area_of, crop_masks, decode_masks, encode_masks, paste_masks, share_inside
 from common.visualize import save_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of pycocotools
@@ -111,6 +111,18 @@ def test_wrong_segmentations(segmentation, message):
 def test_one_pixel():
     rles = [{"size": [1, 1], "counts": counts} for counts in ([1], [0, 1], "1")]
     assert decode_masks(rles, (1, 1)).sum() == 1
+
+
+def test_share_of_masks_inside_their_truth():
+    """A cell of 2 x 2 pixels counts as much of itself as is in the truth."""
+    truth = torch.zeros(3, 4, 6, dtype=torch.bool)
+    truth[0, :, :3] = True  # one and a half cells of each row
+    truth[1] = True
+    masks = torch.zeros(5, 2, 3, dtype=torch.bool)
+    masks[0, 0, 1] = masks[1, 0] = masks[2, 0] = masks[3, :, 2] = True
+    shares = share_inside(masks, truth, torch.tensor([0, 0, 1, 0, 1]))
+    assert shares.tolist() == [0.5, 0.5, 1, 0, 0]
+    assert share_inside(masks[:0], truth[:0], torch.zeros(0).long()).shape == (0,)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real data samples are not here")

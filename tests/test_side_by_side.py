@@ -73,7 +73,7 @@ ALLOWED = {
 BUDGETS = {
     "labels & text": 1610,
     "data": 9620,
-    "detectors": 4050,
+    "detectors": 4360,
     "segmenters": 2060,
     "a run": 3350,
 }
@@ -83,7 +83,7 @@ GROUPS = {
     "data": "batch transforms sampling",
     "detectors": "backbone swin vit weight_files boxes targets centernet cascade masks oln"
     " clip_resnet proposals image_label_losses text_classifier official_detectors class_ap"
-    " retinanet pseudo_boxes rpn",
+    " retinanet pseudo_boxes rpn roi_align",
     "segmenters": "msda msda_triton pixel_decoder transformer point_matching mask_losses"
     " dataset_heads segments segment_metrics",
     "faults": "checkpoint files replay rescue runlog settings unreadable validation",
