@@ -304,7 +304,8 @@ def prepare_targets(
     for sample in batch.samples:
         labels = label_space.to_global(sample.dataset, sample.labels)
         scope = scopes[sample.dataset].to(labels.device)
-        targets.append(Targets(sample.boxes, labels, scope=scope))
+        target = Targets(sample.boxes, labels, scope=scope)
+        targets.append(target)
     return targets
 
 
@@ -550,10 +551,10 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
 
     Skips the first `start` batches.
     """
-    resize = ResizeShortestRange(args.image_size, args.image_size)
+    transforms = {d.name: ResizeShortestRange(args.image_size, args.image_size) for d in datasets}
     place = (args.seed, start * args.batch_size, rank(), world_size())
     sampler = make_sampler("random", datasets, *place)
-    mixture = Mixture(datasets, {d.name: resize for d in datasets}, args.seed)
+    mixture = Mixture(datasets, transforms, args.seed)
     batch_size = args.batch_size // world_size()
     return make_loader(mixture, args, sampler=sampler, batch_size=batch_size)
 
@@ -626,7 +627,7 @@ def train_stage(
     label_space: LabelSpace,
     folder: Path,
     device: torch.device,
-    evaluated: Sequence[Dataset] = (),
+    evaluated: Sequence[Dataset],
 ) -> Model:
     """Trains a detector in the given steps of the run, and writes its weights.
 

@@ -155,7 +155,7 @@ class Args:
     seed: Annotated[int, COUNT] = 0
     """seed of initial weights, order of images and augmentation"""
 
-    # paper settings; defaults: paper, base (Detic), ours
+    # paper settings; defaults: base (Detic), ours
     backbone: str = "resnet50.tv_in1k"  # ours
     """timm model with maps of strides 8 to 32, with its published weights; or MODEL/FILE of them"""
     image_size: Annotated[int, SIDE] = 640  # base
@@ -310,8 +310,8 @@ class Model(nn.Module):
         self.args = args
         self.table = label_space.table
         self.backbone = Backbone(args.backbone, args.channels, pretrained)
-        # (training, test): most proposals of a level before NMS, then of an image after NMS
         class_of = proposal_classes(self.table)
+        # (training, test): most proposals of a level before NMS, then of an image after NMS
         self.rpn = RPN(args.channels, class_of, (2000, 1000), (2000, 256))
         self.cascade = Cascade(args.channels, args.fc_dim)
         self.classifiers = nn.ModuleList(
@@ -342,17 +342,17 @@ class Model(nn.Module):
     def forward(
         self, images: Tensor, sizes: list[tuple[int, int]], targets: list[Targets]
     ) -> tuple[list[StageOutput], list[Tensor], Anchors]:
-        """Returns, for training, each stage's output and logits (R, C + 1), and sampled anchors.
+        """Returns, for training, each stage's output and prediction, and the sampled anchors.
 
-        images: (B, 3, H, W) uint8
+        images: (B, 3, H, W) uint8; a prediction is the logits (R, C + 1)
         """
         features = self.extract(images, sizes)
         proposals, anchors = self.rpn(features, sizes, targets)
         boxes = [b for b, _ in proposals]
         # samples regions, and matches those of each stage to the ground truth
         stages = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
-        logits = [classify(s.hidden) for classify, s in zip(self.classifiers, stages)]
-        return stages, logits, anchors
+        predictions = [classify(s.hidden) for classify, s in zip(self.classifiers, stages)]
+        return stages, predictions, anchors
 
     def detect(
         self, features: list[Tensor], sizes: list[tuple[int, int]], members: Tensor
@@ -381,7 +381,8 @@ def prepare_targets(batch: Batch, groups: Groups) -> list[Targets]:
     targets = []
     for sample in batch.samples:
         labels = groups.first[sample.dataset][sample.labels]
-        targets.append(Targets(sample.boxes, labels))
+        target = Targets(sample.boxes, labels)
+        targets.append(target)
     return targets
 
 
@@ -410,7 +411,7 @@ def rows_of_groups(groups: dict[str, Tensor], datasets: list[str], counts: list[
 
 def compute_losses(
     stages: list[StageOutput],
-    logits: list[Tensor],
+    predictions: list[Tensor],
     anchors: Anchors,
     groups: Groups,
     datasets: list[str],
@@ -424,9 +425,9 @@ def compute_losses(
     rows = rows_of_groups(groups.proposals, datasets, anchors.counts)
     losses = {"loss_rpn_group": loss_group(anchors.logits, anchors.labels, rows)}
     losses["loss_rpn_box"] = anchors.loss_box
-    for k, (stage, scores) in enumerate(zip(stages, logits)):
+    for k, (stage, logits) in enumerate(zip(stages, predictions)):
         rows = rows_of_groups(groups.boxes, datasets, [len(boxes) for boxes in stage.boxes])
-        losses[f"loss_group_stage{k}"] = loss_group(scores, stage.labels, rows)
+        losses[f"loss_group_stage{k}"] = loss_group(logits, stage.labels, rows)
         losses[f"loss_box_reg_stage{k}"] = loss_box_reg(stage)
     return losses | {"loss": sum(losses.values())}
 
@@ -502,7 +503,6 @@ def train(
         log.info(dataset.summary())
     groups = Groups.of(label_space, device)
     cells = {name: list(column) for name, column in label_space.table.cells.items()}
-    metadata = {"method": METHOD, "args": asdict(args), "groups": cells}
 
     checkpoint = last_checkpoint(folder, args.replay)
     if checkpoint and read_metadata(checkpoint, METHOD)["groups"] != cells:
@@ -517,6 +517,7 @@ def train(
     if weights:
         load_weights(weights, model)
     model.train()
+    metadata = {"method": METHOD, "args": asdict(args), "groups": cells}
 
     steps = given(args.steps, 90_000 * len(datasets))
     warmup = min(args.warmup_steps, steps // 9)

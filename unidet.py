@@ -122,7 +122,7 @@ from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import save_image, training_grid
 
 # Shapes: B images, Q proposals of an image, R regions (RoIs) of all images, N ground truths of an
-# image, C classes of the label space, C_k classes of dataset k, H W pixels.
+# image, U classes of the model, C of the datasets asked for, C_k of dataset k, H W pixels.
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
@@ -240,7 +240,6 @@ TINY = {
 }
 # the settings that --weights restores: those that shape the model and its inputs
 MODEL_FIELDS = ["backbone", "test_size", "channels", "fc_dim"]
-
 OFFICIAL = refuse(
     "is a Cascade R-CNN with anchors and does not fit; --label-space reads official label spaces"
 )
@@ -362,7 +361,7 @@ class Supervision:
 
 
 def loss_classes(logits: Tensor, labels: Tensor, supervision: Supervision) -> Tensor:
-    """Sec. 3: loss_k = 1/R sum_r sum_{c in L_k} w_rc BCE(sigmoid(s_rc), y_rc), for dataset k.
+    """Sec. partitioned detector: loss_k = 1/R sum_r sum_{c in L_k} w_rc BCE(sigmoid(s_rc), y_rc).
 
     logits: (R, U), s; labels: (R,) classes of dataset k, -1 on background; supervision: y and w
     Sum over the classes of dataset k, mean over the R regions of the batch; 0 without regions.

@@ -101,6 +101,7 @@ def test_a_dataset_beside_another_is_evaluated_if_it_is_there(tmp_path, caplog):
                 "category_extended",
                 "dataseg",
                 "detic",
+                "domain_attention",
                 "groupsoftmax",
                 "scaledet",
                 "unidet",

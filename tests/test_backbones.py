@@ -18,6 +18,7 @@ import category_extended
 import common.backbone
 import dataseg
 import detic
+import domain_attention
 import lmseg
 import scaledet
 import unidet
@@ -347,7 +348,16 @@ def test_clip_s_resnet_gives_the_maps_of_clip_with_frozen_norms(monkeypatch):
 # -- starting weights ------------------------------------------------------------------------------
 
 
-METHODS = [category_extended, dataseg, detic, lmseg, scaledet, unidet, unidetector]
+METHODS = [
+    category_extended,
+    dataseg,
+    detic,
+    domain_attention,
+    lmseg,
+    scaledet,
+    unidet,
+    unidetector,
+]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.METHOD)

@@ -412,6 +412,35 @@ def test_clusters_of_low_score_are_not_kept(model, monkeypatch):
     assert found["boxes"].flatten().tolist() == pytest.approx([60, 15, 78, 19.5])
 
 
+def test_settings_of_detection_and_mining(model, monkeypatch):
+    """Dropout of 0.2 on each map that the last layers read; the test settings otherwise."""
+    seen = {"drop": [], "select": [], "best": []}
+    drop, select, best = method.drop, method.select_detections, retinanet.best_of_levels
+
+    def spy_drop(feature, probability, generator):
+        seen["drop"].append(probability)
+        return drop(feature, probability, generator)
+
+    def spy_select(boxes, scores, *settings):
+        assert boxes.min() >= 0 and boxes.max() <= 64  # within the image
+        seen["select"].append(settings)
+        return select(boxes, scores, *settings)
+
+    def spy_best(scores, counts, most):
+        seen["best"].append(most)
+        return best(scores, counts, most)
+
+    monkeypatch.setattr(method, "drop", spy_drop)
+    monkeypatch.setattr(method, "select_detections", spy_select)
+    monkeypatch.setattr(retinanet, "best_of_levels", spy_best)
+    method.predict(model, one_image(), SPACE.swap("b"))
+    method.mine_image(model, one_image(), ~SCOPE)
+    assert seen["drop"] == [0.2] * (3 * 5 * 2)  # runs, levels, towers
+    assert seen["select"] == [(False, 0.05, 100)] * 4
+    assert seen["best"] == [1000] * 4
+    assert float(model.normaliser) == 100
+
+
 def test_prediction_has_the_columns_of_the_label_space(model):
     [detections] = method.predict(model, one_image(), SPACE.swap("b"))
     assert set(detections["class_names"]) <= {"Dog", "bird"}

@@ -55,6 +55,8 @@ ALLOWED = {
     "predictions = [Prediction(": "ScaleDet needs the cosine, too",
     "warn_of_overlap(": "UniDet learns its merges on further datasets",
     "train(args, datasets, label_space, folder": "the same",
+    "if args.attention": "domain attention stands in the backbone",
+    "insert_attention(": "domain attention stands in the backbone",
     "torch.arange(": "where the model keeps the number of its classes",
     "ResizeShortestRange(": "the papers' sizes of training images",
     "if args.stage ==": "the stages of the papers",
@@ -62,6 +64,7 @@ ALLOWED = {
     "anchors": "GroupSoftmax's proposals come from anchors",
     "Anchors]": "the same",
     "prepare_targets(batch, groups)": "GroupSoftmax's labels depend on its groups",
+    "a prediction is the logits": "GroupSoftmax has a column for the background",
     "if rank() == 0:": "GroupSoftmax writes its table where another file reads one",
     "Each dataset is classified by its own part": "ScaleDet says what a further dataset changes",
 }
