@@ -87,6 +87,7 @@ from common.datasets import Dataset, evaluation_datasets, training_datasets, war
 from common.datasets.subset import drop_empty
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
+from common.label_report import report_label_space
 from common.labels import LabelSpace, Vocabulary
 from common.official_detectors import convert_centernet2_boxes
 from common.optim import learning_rate, scaled_lr
@@ -96,7 +97,7 @@ from common.targets import Targets
 from common.text import embed, known_vocabularies
 from common.text_classifier import TextClassifier
 from common.transforms import LargeScaleJitter, ResizeShortest
-from common.visualize import report_label_space, save_image, training_grid
+from common.visualize import save_image, training_grid
 
 # Shapes: B images, Q proposals of an image, R regions (RoIs) of all images, N ground truths of an
 # image, C classes of the label space, D width of the text embeddings, H W pixels.
@@ -252,18 +253,28 @@ class Prediction:
     logits: Tensor  # (R, C)
 
 
-def label_similarity(text: Tensor, sim_norm: str) -> Tensor:
-    """Returns S_ij = cos(t_i, t_j) (C, C), symmetric with diagonal 1, for unit rows text (C, D).
+def label_cosines(text: Tensor, labels: Tensor) -> Tensor:
+    """Returns cos(t_l, t_j) (N, C) for labels l (N,) and unit rows text (C, D); 1 where l = j.
 
-    sim_norm: "minmax" maps [min S, max S = 1] to [0, 1]; "none" keeps the cosines
+    All rows at once would take gigabytes for the classes of ImageNet-21k.
+    """
+    cosines = (text @ text[labels].T).T.contiguous()  # (N, C)
+    return cosines.clamp_(-1, 1).scatter_(1, labels[:, None], 1)
+
+
+def lowest_cosine(text: Tensor) -> float:
+    """Returns the lowest cosine of unit rows text (C, D), or 0 if all are one text."""
+    lowest = min(float((rows @ text.T).min()) for rows in text.split(1024))
+    return lowest if lowest < 1 - 1e-6 else 0.0
+
+
+def label_similarity(cosines: Tensor, lowest: float) -> Tensor:
+    """Returns the rows S_lj (N, C) of the labels with `label_cosines` (N, C).
+
+    lowest: the cosine that becomes 0, while 1 stays 1; with 0, S is the cosine
     Note: the paper names only the cosine.
     """
-    similarity = (text @ text.T).clamp(-1, 1)  # (C, C)
-    # exactly symmetric, whatever the order of summation in the product
-    similarity = ((similarity + similarity.T) / 2).fill_diagonal_(1)
-    if sim_norm == "minmax" and similarity.min() < 1:
-        similarity = (similarity - similarity.min()) / (1 - similarity.min())
-    return similarity
+    return (cosines - lowest) / (1 - lowest)
 
 
 class Model(nn.Module):
@@ -343,38 +354,40 @@ def prepare_targets(batch: Batch, label_space: LabelSpace) -> list[Targets]:
 class LabelTables:
     """Holds what is computed once from the labels, before training."""
 
-    similarity: Tensor  # (C, C) S
-    duplicates: Tensor  # (C, C) bool, other labels with the same text (cosine > 0.99, not rescaled)
+    text: Tensor  # (C, D) T
+    lowest: float  # the cosine that `label_similarity` maps to 0
     federated: Tensor  # (C,) images with a box of the class, -1 where no dataset is federated
 
     @classmethod
     def of(cls, args: Args, text: Tensor, federated: Tensor) -> "LabelTables":
         """Computes the tables from text (C, D) and federated (C,)."""
-        duplicates = (label_similarity(text, "none") > 0.99).fill_diagonal_(False)
-        similarity = label_similarity(text, args.sim_norm)
-        return cls(similarity, duplicates, federated)
+        lowest = lowest_cosine(text) if args.sim_norm == "minmax" else 0.0
+        return cls(text, lowest, federated)
 
 
 def class_mask(
-    args: Args, stage: StageOutput, targets: list[Targets], tables: LabelTables
+    args: Args, stage: StageOutput, targets: list[Targets], federated: Tensor, between: Tensor
 ) -> Tensor:
     """Returns w (R, C) of Eq. 6: 1 for a class that the region trains, otherwise 0.
 
     --neg-scope own leaves out the classes of other datasets. --fed-loss trains, of the classes of a
     federated dataset, those of `sample_federated` alone. --ignore-dup leaves out the other classes
-    that have the same embedding as the region's label.
+    that have the same embedding as the region's label (cosine > 0.99).
+
+    federated: (C,), of `LabelTables`; between: (R_fg, C), `label_cosines` of the foreground
     """
     labels = stage.labels  # (R,)
-    mask = torch.ones(len(labels), len(tables.federated), device=labels.device)  # (R, C)
+    mask = torch.ones(len(labels), len(federated), device=labels.device)  # (R, C)
     if args.neg_scope == "own":
         mask.zero_()
         for rows, t in zip(mask.split([len(boxes) for boxes in stage.boxes]), targets):
             rows[:, t.scope] = 1  # a view of mask
     if args.fed_loss:
-        mask = mask * sample_federated(labels, tables.federated)  # (C,), one for the stage
+        mask = mask * sample_federated(labels, federated)  # (C,), one for the stage
     if args.ignore_dup:
         fg = labels >= 0
-        mask[fg] = mask[fg].masked_fill(tables.duplicates[labels[fg]], 0)
+        duplicates = (between > 0.99).scatter_(1, labels[fg, None], False)  # (R_fg, C)
+        mask[fg] = mask[fg].masked_fill(duplicates, 0)
     return mask
 
 
@@ -399,12 +412,12 @@ def loss_soft_label(cosine: Tensor, labels: Tensor, similarity: Tensor) -> Tenso
 
     cosine:     (R, C), c
     labels:     (R,), l; -1 on background, which is left out
-    similarity: (C, C), S
+    similarity: (R_fg, C), the row S_l of each foreground region
 
     Mean over labels and over the R_fg foreground regions of the batch; 0 without foreground.
     """
     fg = labels >= 0
-    error = (cosine[fg] - similarity[labels[fg]]) ** 2  # (R_fg, C)
+    error = (cosine[fg] - similarity) ** 2  # (R_fg, C)
     return error.sum() / max(error.numel(), 1)
 
 
@@ -423,9 +436,13 @@ def compute_losses(
     Returns every term, times its weight, and their sum as `loss`.
     """
     losses = dict(proposal_losses)
-    for k, (stage, prediction) in enumerate(zip(stages, predictions)):
-        mask = class_mask(args, stage, targets, tables)
-        soft = loss_soft_label(prediction.cosine, stage.labels, tables.similarity)
+    foreground = [stage.labels[stage.labels >= 0] for stage in stages]  # (R_fg,) each
+    # one product for all stages
+    cosines = label_cosines(tables.text, torch.cat(foreground)).split([len(x) for x in foreground])
+    for k, (stage, prediction, between) in enumerate(zip(stages, predictions, cosines)):
+        mask = class_mask(args, stage, targets, tables.federated, between)
+        similarity = label_similarity(between, tables.lowest)
+        soft = loss_soft_label(prediction.cosine, stage.labels, similarity)
         losses[f"loss_hard_stage{k}"] = loss_hard_label(prediction.logits, stage.labels, mask)
         losses[f"loss_soft_stage{k}"] = args.lam * soft
         losses[f"loss_box_reg_stage{k}"] = loss_box_reg(stage)
@@ -504,8 +521,7 @@ def train(
     federated = federated_counts(datasets, label_space).to(device)  # (C,)
     tables = LabelTables.of(args, label_space.text, federated)
     if rank() == 0:
-        cosines = label_space.text @ label_space.text.T  # raw, not rescaled
-        report_label_space(cosines.cpu(), label_space, folder)
+        report_label_space(label_space, folder)
 
     checkpoint = last_checkpoint(folder, args.replay)
     weights = checkpoint or args.weights

@@ -58,8 +58,8 @@ class Range:
 
 
 log = logging.getLogger("concord")
-# settings of the training that --eval-only without datasets repeats
-DATA_FIELDS = ["datasets", "eval_datasets", "classes", "rename", "data_root", "tiny"]
+CLASS_FIELDS = ["classes", "rename"]  # settings of the training that --eval-only repeats
+DATA_FIELDS = ["datasets", "eval_datasets", "data_root", "tiny"]  # if it names no datasets
 PATH_FIELDS = ["data_root", "weights", "resume", "output"]
 COUNT = Range(0, 2**31 - 1)  # steps, seeds, numbers of processes
 SIDE = Range(16, 16384)  # pixels
@@ -77,9 +77,9 @@ def parse_args(
 
     A value is that of the first source that has it: the flags, the saved settings, --tiny, the
     defaults. --resume loads all settings that its run saved. --weights loads only the saved
-    settings `model_fields`, which shape the model. With --eval-only, it also loads the datasets of
-    the training, unless others are named. Unless a training starts from them, converted weights
-    also bring the settings of their own class head.
+    settings `model_fields`, which shape the model. With --eval-only, it also loads --classes and
+    --rename of the training, and its datasets, unless others are named. Unless a training starts
+    from them, converted weights also bring the settings of their own class head.
 
     method:  the run or the weights must be of this method
     tiny:    {field: default under --tiny}
@@ -106,6 +106,11 @@ def parse_args(
     expand_paths(args)
     if args.replay and not args.resume:
         raise InputError(f"--replay {args.replay} needs --resume: the run folder of that training")
+    if args.predict and (args.classes or args.rename):
+        raise InputError(
+            "--classes and --rename have no effect beside --predict, which draws the classes of"
+            " --vocabulary; leave them out"
+        )
     if args.resume:
         for name in ("output", "weights", "predict", "eval_only"):
             if getattr(args, name):
@@ -124,15 +129,28 @@ def parse_args(
         if args.eval_only or args.predict:
             saved |= metadata.get("own_head", {})
         repeated = list(model_fields)
+        if args.eval_only:
+            repeated += CLASS_FIELDS
         if args.eval_only and not (args.datasets or args.eval_datasets):
             repeated += DATA_FIELDS
             log.info("evaluates on the datasets of the training: %s", saved.get("datasets"))
+        typed = args
         args, _ = parse(with_saved(default, saved, repeated, weights))
+        tell_of_classes(args, typed)
         args.weights = weights
     check_numbers(args)
     expand_paths(args)
     args.workers = min(args.workers, os.cpu_count() or 1)
     return args
+
+
+def tell_of_classes(args, typed) -> None:
+    """Logs in a line which of CLASS_FIELDS `args` has from the training. typed: the flags alone"""
+    added = {name: getattr(args, name) for name in CLASS_FIELDS if not getattr(typed, name)}
+    told = [(f"--{name} {value}", f'--{name} ""') for name, value in added.items() if value]
+    if told:
+        flags, remedies = (" and ".join(parts) for parts in zip(*told))
+        log.info("evaluates with %s, as it was trained; for all classes give %s", flags, remedies)
 
 
 def expand_paths(args) -> None:

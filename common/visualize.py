@@ -1,8 +1,7 @@
-"""Functions that draw boxes, masks, segments and image grids, and that report similar labels."""
+"""Functions that draw boxes, masks, segments and image grids."""
 
 import colorsys
 import math
-import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +27,8 @@ from common.drawing import (
     to_tensor,
 )
 from common.files import atomic_path
-from common.fonts import families, font_for, plain, tell_of_squares
-from common.labels import LabelSpace, Vocabulary
+from common.fonts import font_for, plain, tell_of_squares
+from common.labels import Vocabulary
 from common.masks import decode_masks
 
 BACKGROUND = (32, 32, 32)
@@ -279,163 +278,3 @@ def _best_boxes(prediction: dict, min_score: float, size: tuple[int, int]) -> di
         rles = [prediction["segmentations"][i] for i in best.tolist()]
         shown["masks"] = decode_masks(rles, size)
     return shown
-
-
-# -- Similarity of labels --------------------------------------------------------------------------
-
-
-def similarity_heatmap(
-    similarity: Tensor, label_space: LabelSpace, path: Path | str, limit: int = 60
-) -> None:
-    """Saves a heat map of the label similarity matrix (C, C) to `path`.
-
-    Rows and columns are grouped by dataset. Up to 80 labels are all shown. Of more labels, about
-    `limit` are shown, the same number from each dataset: those closest to labels of other datasets.
-    If there is only one dataset, they are those closest to its other labels.
-    """
-    # Imported here because it takes half a second. Without pyplot, matplotlib draws with Agg.
-    from matplotlib.figure import Figure
-
-    count = len(label_space)
-    if count <= 80:
-        shown = list(range(count))
-        which = f"all {count} labels"
-    else:
-        shown = _closest_labels(similarity, label_space, limit)
-        single = len(label_space.datasets) == 1
-        others = "each other" if single else "a label of another dataset"
-        which = f"{len(shown)} of {count} labels, closest to {others}"
-    part = similarity.detach().float().cpu()
-    part = part[shown][:, shown]
-    side = 4.5 + 0.16 * len(shown)
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
-    axes = figure.add_subplot()
-    darkest = float(part.quantile(0.02))
-    cosines = axes.imshow(part.numpy(), cmap="viridis", vmin=darkest, vmax=1)
-    figure.colorbar(cosines, ax=axes, label="cosine", shrink=0.6, pad=0.06)
-    names = [plain(label_space.names[label])[:60] for label in shown]
-    tell_of_squares(label_space.names)
-    style = {"fontsize": 7, "fontfamily": families(names), "parse_math": False}  # $ is a letter
-    ticks = range(len(shown))
-    axes.set_xticks(ticks, labels=names, rotation=90, **style)
-    axes.set_yticks(ticks, labels=names, **style)
-    dataset_of_row = label_space.dataset_of_label[shown]
-    _mark_datasets(axes, dataset_of_row, label_space.datasets)
-    title = f"Similarity of class names: {which}"
-    axes.set_title(title, pad=24)
-    with atomic_path(path) as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of each square, and of tight places
-        figure.savefig(temporary, dpi=130)
-
-
-def _mark_datasets(axes, dataset_of_row: Tensor, datasets: list[str]) -> None:
-    """Writes the names of the datasets at the top and the right, and draws lines between them."""
-    end = len(dataset_of_row) - 0.5
-    style = {"textcoords": "offset points", "weight": "bold", "parse_math": False}
-    for position in dataset_of_row.unique().tolist():
-        member = dataset_of_row == position
-        rows = member.nonzero().flatten().tolist()
-        first = rows[0]
-        last = rows[-1]
-        middle = (first + last) / 2
-        name = datasets[position]
-        axes.annotate(name, (middle, -0.5), (0, 6), ha="center", **style)
-        axes.annotate(name, (end, middle), (6, 0), va="center", rotation=270, **style)
-        if first > 0:
-            border = first - 0.5
-            axes.axhline(border, color="white", linewidth=1.5)
-            axes.axvline(border, color="white", linewidth=1.5)
-
-
-def _mask_same_dataset(similarity: Tensor, label_space: LabelSpace) -> Tensor:
-    """Returns a copy of the similarity (C, C), with -inf for two labels of the same dataset.
-
-    With a single dataset, only the diagonal is -inf.
-    """
-    dataset = label_space.dataset_of_label
-    hidden = dataset[:, None] == dataset
-    if len(label_space.datasets) == 1:
-        hidden = torch.eye(len(dataset), dtype=torch.bool)
-    similarity = similarity.detach().float().cpu()
-    return similarity.masked_fill(hidden, -math.inf)
-
-
-def _closest_labels(similarity: Tensor, label_space: LabelSpace, limit: int) -> list[int]:
-    """Selects about `limit` labels that are most similar to labels of other datasets.
-
-    Adds labels by descending similarity, each together with the closest label of every other
-    dataset, until each dataset has its equal share. Returns the labels grouped by dataset.
-    """
-    masked = _mask_same_dataset(similarity, label_space)
-    scopes = [label_space.scope(dataset) for dataset in label_space.datasets]
-    best = [masked[:, scope].max(1) for scope in scopes]
-    closeness = 0
-    for values, _ in best:
-        finite = values.masked_fill(values.isinf(), 0)
-        closeness = closeness + finite
-    order = closeness.argsort(descending=True, stable=True)
-    dataset_of = label_space.dataset_of_label.tolist()
-    share = limit // len(scopes)
-    chosen = [[] for _ in scopes]
-    for label in order.tolist():
-        group = [label]
-        for scope, (values, partners) in zip(scopes, best):
-            if values[label].isfinite():
-                partner = int(partners[label])
-                group.append(scope.start + partner)
-        new = []  # the labels to add, each with the list that it belongs to
-        for member in group:
-            labels = chosen[dataset_of[member]]
-            if member not in labels:
-                new.append((member, labels))
-        if all(len(labels) < share for _, labels in new):
-            for member, labels in new:
-                labels.append(member)
-    return [label for labels in chosen for label in labels]
-
-
-def label_report(similarity: Tensor, label_space: LabelSpace, top: int = 3) -> str:
-    """Returns Markdown tables of each label's `top` most similar labels in other datasets.
-
-    similarity: (C, C) cosines of the labels
-
-    The first table counts the labels with a duplicate (cosine > 0.99) in another dataset. With a
-    single dataset, both tables compare its labels with each other.
-    """
-    masked = _mask_same_dataset(similarity, label_space)
-    names = [name.replace("|", "\\|") for name in label_space.names]
-    elsewhere = ""
-    if len(label_space.datasets) > 1:
-        elsewhere = " in another dataset"
-    lines = [f"| dataset | labels | labels with a duplicate{elsewhere} (cosine > 0.99) |"]
-    lines.append("|---|---|---|")
-    for dataset in label_space.datasets:
-        scope = label_space.scope(dataset)
-        similar = masked[scope] > 0.99
-        duplicate = similar.any(1)
-        count = int(duplicate.sum())
-        lines.append(f"| {dataset} | {len(duplicate)} | {count} |")
-    lines.append("")
-    lines.append(f"| dataset | label | closest labels{elsewhere} (cosine) |")
-    lines.append("|---|---|---|")
-    dataset_of = label_space.dataset_of_label.tolist()
-    owners = [label_space.datasets[i] for i in dataset_of]
-    top = min(top, len(names))
-    values, indices = masked.topk(top, 1)
-    rows = zip(names, owners, values.tolist(), indices.tolist())
-    for name, owner, cosines, labels in rows:
-        close = []
-        for cosine, label in zip(cosines, labels):
-            if cosine > -math.inf:
-                full_name = f"{owners[label]}: {names[label]}"
-                close.append(f"{full_name} ({cosine:.2f})")
-        closest = ", ".join(close)
-        lines.append(f"| {owner} | {name} | {closest} |")
-    return "\n".join(lines) + "\n"
-
-
-def report_label_space(similarity: Tensor, label_space: LabelSpace, folder: Path) -> None:
-    """Writes `label_report` to label_space.md and the heat map to label_space.png in `folder`."""
-    report = label_report(similarity, label_space)
-    (folder / "label_space.md").write_text(report, encoding="utf-8")
-    similarity_heatmap(similarity, label_space, folder / "label_space.png")

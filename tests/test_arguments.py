@@ -155,19 +155,62 @@ def test_the_package_that_is_missing_is_named(monkeypatch):
         embed(["zqxv"], "minilm", "name")
 
 
-def test_eval_only_takes_the_datasets_of_the_training(tmp_path, caplog):
+@pytest.fixture
+def run_of(tmp_path):
+    """run_of(*flags): the folder of a run that was trained with these flags."""
     from common.checkpoint import save_weights
 
-    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, argv=["--tiny", "--datasets", "coco"])
-    space = LabelSpace(
-        [Vocabulary("coco", ("cat",))], lambda names, dataset: embed(names, "minilm")
-    )
-    model = Model(args, space, pretrained=False)
-    save_weights(
-        tmp_path / "weights.safetensors", model, space, {"method": METHOD, "args": vars(args)}
-    )
-    argv = ["--eval-only", "--weights", str(tmp_path)]
+    def save(*flags) -> str:
+        args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, argv=["--tiny", *flags])
+        space = LabelSpace(
+            [Vocabulary("coco", ("cat",))], lambda names, dataset: embed(names, "minilm")
+        )
+        model = Model(args, space, pretrained=False)
+        metadata = {"method": METHOD, "args": vars(args)}
+        save_weights(tmp_path / "weights.safetensors", model, space, metadata)
+        return str(tmp_path)
+
+    return save
+
+
+def test_eval_only_takes_the_datasets_of_the_training(run_of):
+    argv = ["--eval-only", "--weights", run_of("--datasets", "coco")]
     found = parse_args(Args, METHOD, TINY, MODEL_FIELDS, argv=argv)
     assert (found.datasets, found.tiny) == ("coco", True)
     found = parse_args(Args, METHOD, TINY, MODEL_FIELDS, argv=[*argv, "--datasets", "o365"])
     assert (found.datasets, found.tiny) == ("o365", False)
+
+
+@pytest.mark.parametrize("datasets", [[], ["--datasets", "o365"], ["--eval-datasets", "o365"]])
+def test_eval_only_takes_the_classes_of_the_training(datasets, run_of, caplog):
+    caplog.set_level("INFO", "concord")
+    trained = ["--datasets", "coco", "--classes", "cat, dog", "--rename", "names.txt"]
+    argv = ["--eval-only", "--weights", run_of(*trained), *datasets]
+
+    def classes(*flags):
+        caplog.clear()
+        found = parse_args(Args, METHOD, TINY, MODEL_FIELDS, argv=[*argv, *flags])
+        return found.classes, found.rename
+
+    assert classes() == ("cat, dog", "names.txt")
+    line = "evaluates with --classes cat, dog and --rename names.txt, as it was trained"
+    assert line in caplog.text and 'give --classes "" and --rename ""' in caplog.text
+    assert classes("--classes", "dog") == ("dog", "names.txt")
+    assert "evaluates with --rename names.txt, as it was trained" in caplog.text
+    assert classes("--classes", "", "--rename", "") == ("", "")
+    assert "as it was trained" not in caplog.text
+
+
+def test_a_training_from_weights_has_classes_of_its_own(run_of):
+    argv = ["--weights", run_of("--datasets", "coco", "--classes", "cat"), "--datasets", "coco"]
+    assert parse_args(Args, METHOD, TINY, MODEL_FIELDS, argv=argv).classes == ""
+
+
+@pytest.mark.parametrize("flag", ["--classes", "--rename"])
+def test_classes_beside_predict_are_refused(flag, run_of):
+    weights = run_of("--datasets", "coco", flag, "cat.txt")
+    argv = ["--predict", "a.jpg", "--weights", weights]
+    found = parse_args(Args, METHOD, TINY, MODEL_FIELDS, argv=argv)
+    assert (found.classes, found.rename) == ("", "")  # those of the weights are drawn
+    with pytest.raises(InputError, match="no effect beside --predict"):
+        parse_args(Args, METHOD, TINY, MODEL_FIELDS, argv=[*argv, flag, "cat.txt"])

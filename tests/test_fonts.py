@@ -12,8 +12,9 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.font_manager import fontManager
 
 from common import fonts
+from common.label_report import closest_labels, similarity_heatmap
 from common.labels import LabelSpace, Vocabulary
-from common.visualize import draw_boxes, grid, similarity_heatmap
+from common.visualize import draw_boxes, grid
 
 
 @pytest.fixture(autouse=True)
@@ -102,9 +103,8 @@ def test_names_without_a_font_are_told_in_one_line(caplog):
 
 
 def space(*names):
-    return LabelSpace(
-        [Vocabulary("a", list(names[:2])), Vocabulary("$b$ \\frac{", list(names[2:]))]
-    )
+    vocabularies = [Vocabulary("a", names[:2]), Vocabulary("$b$ \\frac{", names[2:])]
+    return LabelSpace(vocabularies, lambda names, dataset: torch.eye(len(names), 4))
 
 
 ODD = ("US$ 5 \\frac{a}$ coin", "猫", "x" * 600, "$x^2$")
@@ -112,10 +112,10 @@ ODD = ("US$ 5 \\frac{a}$ coin", "猫", "x" * 600, "$x^2$")
 
 def test_plots_take_every_name_as_it_is(tmp_path):
     """No mathtext, which would raise, and no warning of each letter or place."""
-    similarity = torch.eye(4)
+    odd = space(*ODD)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        similarity_heatmap(similarity, space(*ODD), tmp_path / "a.png")
+        similarity_heatmap(closest_labels(odd), odd, tmp_path / "a.png")
         grid([drawn(ODD[0]), drawn(ODD[3])], 2, ["$\\frac{$ a", "$x$"])
     assert (tmp_path / "a.png").stat().st_size > 1000
 
@@ -127,9 +127,9 @@ def test_dollars_are_drawn():
 def test_the_report_is_utf8_in_any_locale(tmp_path):
     code = (
         "import sys, torch; from pathlib import Path; from common.labels import *;"
-        "from common.visualize import report_label_space;"
-        "space = LabelSpace([Vocabulary('a', ['\\u732b', '\\u00c9'])]);"
-        "report_label_space(torch.eye(2), space, Path(sys.argv[1]))"
+        "from common.label_report import report_label_space;"
+        "space = LabelSpace([Vocabulary('a', ['\\u732b', '\\u00c9'], text=torch.eye(2))]);"
+        "report_label_space(space, Path(sys.argv[1]))"
     )
     env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(REPO)}
     done = subprocess.run(

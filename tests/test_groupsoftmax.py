@@ -534,6 +534,19 @@ def test_a_table_goes_with_the_weights(tiny_root, tmp_path, call, fails):
     assert "was trained with other groups" in line
 
 
+def test_a_training_on_some_classes_is_evaluated_on_these(tiny_root, tmp_path, call):
+    """A model without text refuses its own dataset with other classes than it was trained on."""
+    (tmp_path / "names.txt").write_text("car = automobile")
+    data = ["--data-root", tiny_root, "--device", "cpu", "--workers", 0]
+    classes = ["--classes", "automobile, bicycle, dog", "--rename", tmp_path / "names.txt"]
+    flags = [*small_flags("groupsoftmax", 1), "--datasets", "coco", *classes]
+    call(*data, *flags, "--output", tmp_path / "run", method="groupsoftmax")
+    again = ["--eval-only", "--weights", tmp_path / "run", "--eval-datasets", "coco"]
+    call(*data, *again, "--output", tmp_path / "again", method="groupsoftmax")
+    results = [(tmp_path / name / "results.json").read_text() for name in ("run", "again")]
+    assert results[0] == results[1]
+
+
 @pytest.mark.parametrize("groups", ["", "plain"])
 def test_the_control_has_no_groups(groups):
     coarse = labelled("oid-top", [[0]], 2)

@@ -82,24 +82,41 @@ def random_boxes(count: int, side: float = 200, least: float = 8):
 # -- label similarity and the losses of the label space --------------------------------------------
 
 
+def whole_similarity(text, sim_norm: str):
+    """S (C, C) of all labels, as a training has its rows."""
+    tables = LabelTables.of(replace(SMALL, sim_norm=sim_norm), text, torch.ones(len(text)))
+    return scaledet.label_similarity(all_cosines(text), tables.lowest)
+
+
+def all_cosines(text):
+    return scaledet.label_cosines(text, torch.arange(len(text)))
+
+
 def test_scaledet_label_similarity_is_the_cosine_rescaled():
     text = unit_rows(5)
     text = torch.cat([text, text[1:2]])  # label 5 has the text of label 1
     cosine = [[sum(a * b for a, b in zip(s, t)) for t in text.tolist()] for s in text.tolist()]
     low = min(min(row) for row in cosine)
-    raw, scaled = (scaledet.label_similarity(text, norm) for norm in ("none", "minmax"))
+    raw, scaled = (whole_similarity(text, norm) for norm in ("none", "minmax"))
     for i, j in itertools.product(range(6), range(6)):
         assert raw[i, j] == pytest.approx(cosine[i][j], abs=1e-6)
         assert scaled[i, j] == pytest.approx((cosine[i][j] - low) / (1 - low), abs=1e-6)
     for similarity in (raw, scaled):
-        assert torch.equal(similarity, similarity.T) and (similarity.diagonal() == 1).all()
+        torch.testing.assert_close(similarity, similarity.T)
+        assert (similarity.diagonal() == 1).all()
         torch.testing.assert_close(similarity[1], similarity[5])
-    assert scaled.min() == 0 and scaled.max() == 1
+    assert abs(scaled.min()) < 1e-6 and scaled.max() == 1
+
+
+def test_scaledet_lowest_cosine_is_that_of_all_blocks():
+    text = unit_rows(2500)
+    assert scaledet.lowest_cosine(text) == pytest.approx(float((text @ text.T).min()), abs=1e-6)
 
 
 @pytest.mark.parametrize("norm", ["none", "minmax"])
 def test_scaledet_label_similarity_of_one_label(norm):
-    assert scaledet.label_similarity(unit_rows(1), norm).tolist() == [[1]]
+    assert whole_similarity(unit_rows(1), norm).tolist() == [[1]]
+    assert whole_similarity(unit_rows(1).expand(2, -1), norm).tolist() == [[1, 1], [1, 1]]
 
 
 def test_scaledet_eq6_hard_label():
@@ -113,7 +130,7 @@ def test_scaledet_eq6_hard_label():
 
 
 def test_scaledet_eq7_soft_label():
-    similarity = scaledet.label_similarity(unit_rows(4), "minmax")
+    similarity = whole_similarity(unit_rows(4), "minmax")
     cosine, labels = torch.rand(5, 4) * 2 - 1, torch.tensor([2, -1, 0, -1, 3])
     cosine.requires_grad_()
     expected, gradient = 0.0, torch.zeros(5, 4)
@@ -121,7 +138,7 @@ def test_scaledet_eq7_soft_label():
         error = cosine[r, j].item() - similarity[labels[r], j].item()
         expected += error**2 / 4 / 3
         gradient[r, j] = 2 * error / 4 / 3
-    loss = scaledet.loss_soft_label(cosine, labels, similarity)
+    loss = scaledet.loss_soft_label(cosine, labels, similarity[labels[[0, 2, 4]]])
     loss.backward()
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(cosine.grad, gradient)
@@ -132,7 +149,7 @@ def test_scaledet_losses_of_background_alone():
     deltas = torch.randn(3, 4).requires_grad_()
     labels = torch.full((3,), -1)
     targets = [region_targets(torch.zeros(3, 4), labels)]
-    soft = scaledet.loss_soft_label(cosine, labels, torch.eye(4))
+    soft = scaledet.loss_soft_label(cosine, labels, torch.zeros(0, 4))
     box = loss_box_reg(StageOutput(0, [torch.zeros(3, 4)], cosine, deltas, targets))
     hard = scaledet.loss_hard_label(cosine / 0.02, labels, torch.ones(3, 4))
     assert soft == 0 and box == 0
@@ -147,7 +164,7 @@ def test_scaledet_losses_of_background_alone():
 def test_scaledet_losses_without_regions_are_zero():
     none, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
     assert scaledet.loss_hard_label(none, labels, none) == 0
-    assert scaledet.loss_soft_label(none, labels, torch.eye(4)) == 0
+    assert scaledet.loss_soft_label(none, labels, none) == 0
     assert loss_box_reg(StageOutput(0, [none], none, none, [region_targets(none, labels)])) == 0
 
 
@@ -159,7 +176,8 @@ def test_scaledet_scale_check_of_hard_and_soft_gradients():
     num_labels, regions, foreground = 2148, 8, 2
     labels = torch.tensor([0] * foreground + [-1] * (regions - foreground))
     # CLIP's cosine of unrelated nouns
-    similarity = torch.full((num_labels, num_labels), 0.7).fill_diagonal_(1)
+    similarity = torch.full((foreground, num_labels), 0.7)
+    similarity[:, 0] = 1
 
     def gradients(c):
         cosine = torch.full((regions, num_labels), c).requires_grad_()
@@ -190,8 +208,8 @@ def test_scaledet_class_mask():
     labels = torch.cat(image_labels)
     for own, ignore_dup in itertools.product((False, True), (False, True)):
         args = replace(SMALL, neg_scope="own" if own else "all", ignore_dup=ignore_dup)
-        tables = LabelTables.of(args, text, torch.ones(5))
-        mask = scaledet.class_mask(args, stage, targets, tables)
+        between = scaledet.label_cosines(text, labels[labels >= 0])
+        mask = scaledet.class_mask(args, stage, targets, torch.ones(5), between)
         assert mask.shape == (7, 5)
         for r, j in itertools.product(range(len(labels)), range(5)):
             scope = scopes[0 if r < 3 else 1]
@@ -203,9 +221,13 @@ def test_scaledet_class_mask():
 
 def test_scaledet_duplicates_are_judged_before_the_rescaling():
     text = F.normalize(torch.tensor([[1.0, 0.12, 0], [1, 0, 0], [1, 0.12, 0.04], [1, 0.16, 0]]))
-    tables = LabelTables.of(SMALL, text, torch.ones(4))
+    labels, boxes = torch.arange(4), torch.zeros(4, 4)
+    stage = StageOutput(0, [boxes], None, None, [region_targets(boxes, labels)])
+    between = all_cosines(text)
+    truth = whole_scope(text)[:1]
+    mask = scaledet.class_mask(Args(), stage, truth, torch.full((4,), -1), between)
     expected = [[i != j and float(text[i] @ text[j]) > 0.99 for j in range(4)] for i in range(4)]
-    assert tables.duplicates.tolist() == expected
+    assert (mask == 0).tolist() == expected
     assert any(map(any, expected)) and not expected[1][3]
 
 
@@ -248,7 +270,8 @@ def test_scaledet_fed_loss_acts_on_the_hard_loss_alone():
     cosine, logits = predictions[1].cosine, predictions[1].logits
     expected = scaledet.loss_hard_label(logits, labels, own.expand(3, 60))
     torch.testing.assert_close(losses["loss_hard_stage1"], expected)
-    expected = 2 * scaledet.loss_soft_label(cosine, labels, tables.similarity)
+    similarity = whole_similarity(text, args.sim_norm)[labels[[0, 2]]]
+    expected = 2 * scaledet.loss_soft_label(cosine, labels, similarity)
     torch.testing.assert_close(losses["loss_soft_stage1"], expected)
 
 
@@ -339,7 +362,7 @@ def test_scaledet_total_is_the_weighted_sum_of_every_stage(sim_norm):
     text, labels = unit_rows(6), torch.tensor([3, -1, 4, 0])
     stages, predictions = three_stages(text, labels)
     tables = LabelTables.of(args, text, torch.ones(6))
-    similarity = scaledet.label_similarity(text, sim_norm)
+    similarity = whole_similarity(text, sim_norm)[labels[[0, 2, 3]]]
     proposal_losses = {
         "loss_centernet_pos": torch.tensor(0.25),
         "loss_centernet_loc": torch.tensor(0.5),
@@ -433,7 +456,7 @@ def test_scaledet_appending_a_dataset_changes_no_row_before_it():
     assert torch.equal(union.text[:3], alone.text)
     assert torch.equal(union.text[3:], embed(second.names, "minilm"))
     for norm, exact in (("none", True), ("minmax", False)):
-        s, longer = (scaledet.label_similarity(t, norm) for t in (alone.text, union.text))
+        s, longer = (whole_similarity(t, norm) for t in (alone.text, union.text))
         longer = longer[:3, :3]
         if not exact:  # up to the rescaling: the same after undoing it
             s, longer = ((x - x.min()) / (1 - x.min()) for x in (s, longer))
@@ -461,10 +484,11 @@ def test_scaledet_shared_label_of_two_datasets_can_be_confident(ignore_dup):
     vocabularies = [Vocabulary("a", ("person", "car")), Vocabulary("b", ("Person", "car"))]
     args = replace(SMALL, ignore_dup=ignore_dup, lam=0.0)
     text = scaledet.build_label_space(args, vocabularies).text
-    tables, labels = LabelTables.of(args, text, torch.ones(4)), torch.tensor([2])
+    labels = torch.tensor([2])
     boxes = torch.zeros(1, 4)
     stage = StageOutput(0, [boxes], None, None, [region_targets(boxes, labels)])
-    mask = scaledet.class_mask(args, stage, [Targets(boxes, labels, slice(2, 4))], tables)
+    targets, between = [Targets(boxes, labels, slice(2, 4))], scaledet.label_cosines(text, labels)
+    mask = scaledet.class_mask(args, stage, targets, torch.ones(4), between)
     embedding = nn.Parameter(torch.randn(1, text.shape[1]))
     optimizer = torch.optim.Adam([embedding], lr=0.05)
     for _ in range(200):

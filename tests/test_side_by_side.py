@@ -71,15 +71,15 @@ ALLOWED = {
 
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
 BUDGETS = {
-    "labels & text": 1610,
+    "labels & text": 1790,
     "data": 9620,
     "detectors": 4360,
     "segmenters": 2060,
-    "a run": 3350,
+    "a run": 3180,
 }
 BUDGETS |= {"faults": 1750}
 GROUPS = {
-    "labels & text": "labels text class_counts merges merge_scores fine_classes",
+    "labels & text": "labels text class_counts merges merge_scores fine_classes label_report",
     "data": "batch transforms sampling",
     "detectors": "backbone swin vit weight_files boxes targets centernet cascade masks oln"
     " clip_resnet proposals image_label_losses text_classifier official_detectors class_ap"
@@ -159,14 +159,11 @@ def test_a_drift_is_found(tmp_path):
     one, other = tmp_path / "one.py", tmp_path / "other.py"
     one.write_text(text)
     other.write_text(
-        text.replace(
-            "def label_similarity(text: Tensor", "def label_similarity(rows: Tensor"
-        ).replace("check_finite(losses, step, batch)", "check_finite(loss, step, batch)")
+        text.replace("def lowest_cosine(text: Tensor", "def lowest_cosine(rows: Tensor").replace(
+            "check_finite(losses, step, batch)", "check_finite(loss, step, batch)"
+        )
     )
-    assert [drift.partition(":")[0] for drift in drifts(one, other)] == [
-        "label_similarity",
-        "train",
-    ]
+    assert [drift.partition(":")[0] for drift in drifts(one, other)] == ["lowest_cosine", "train"]
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)

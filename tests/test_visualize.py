@@ -10,19 +10,17 @@ import torch
 from PIL import Image
 
 from common.batch import Sample, collate
-from common.labels import LabelSpace, Vocabulary
-from common.masks import encode_masks
-from common.visualize import (
-    _closest_labels,
-    color_of,
-    draw_boxes,
-    grid,
+from common.label_report import (
+    BLOCK,
+    _choose,
+    closest_labels,
     label_report,
-    prediction_grid,
-    save_image,
+    report_label_space,
     similarity_heatmap,
-    training_grid,
 )
+from common.labels import COMPARED, LabelSpace, Vocabulary
+from common.masks import encode_masks
+from common.visualize import color_of, draw_boxes, grid, prediction_grid, save_image, training_grid
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,20 +34,17 @@ def where(image, color):
     return (image == torch.tensor(color, dtype=torch.uint8).view(3, 1, 1)).all(dim=0).nonzero()
 
 
-def space_of(sizes):
-    return LabelSpace(
-        [
-            Vocabulary(f"d{i}", tuple(f"d{i} name {k}" for k in range(n)))
-            for i, n in enumerate(sizes)
-        ]
-    )
-
-
-def random_similarity(count, dim=32):
-    vectors = torch.nn.functional.normalize(
-        torch.randn(count, dim, generator=torch.Generator().manual_seed(0)), dim=1
-    )
-    return vectors @ vectors.T
+def space_of(sizes, text=None):
+    """A label space of datasets of these sizes. text: (C, D), random by default"""
+    if text is None:
+        generator = torch.Generator().manual_seed(0)
+        text = torch.randn(sum(sizes), 32, generator=generator)
+    parts = torch.nn.functional.normalize(text).split(list(sizes))
+    vocabularies = []
+    for i, part in enumerate(parts):
+        names = tuple(f"d{i} name {k}" for k in range(len(part)))
+        vocabularies.append(Vocabulary(f"d{i}", names, text=part))
+    return LabelSpace(vocabularies)
 
 
 def test_box_and_plate_are_where_they_belong():
@@ -174,9 +169,9 @@ def test_masks_are_drawn_fast():
     masks = torch.zeros(30, 2000, 3000, dtype=torch.bool)
     for i, mask in enumerate(masks):
         mask[40 * i : 40 * i + 300, 60 * i : 60 * i + 400] = True
-    start = time.monotonic()
+    start = time.process_time()
     draw_boxes(gray(2000, 3000), torch.zeros(30, 4), ["a"] * 30, masks=masks)
-    assert time.monotonic() - start < 10  # 1 second alone
+    assert time.process_time() - start < 10  # 1 second alone
 
 
 def test_grid_pads():
@@ -292,35 +287,60 @@ def test_prediction_grid():
     "sizes", [(12,), (1,), (20, 30), (3, 1, 5, 2), (120,), (80, 365, 500, 1203), (100, 2)]
 )
 def test_heatmap_is_written(tmp_path, sizes):
-    start, path = time.monotonic(), tmp_path / "map.png"
-    similarity_heatmap(random_similarity(sum(sizes)), space_of(sizes), path)
-    assert time.monotonic() - start < 5
+    start, path, space = time.process_time(), tmp_path / "map.png", space_of(sizes)
+    similarity_heatmap(closest_labels(space), space, path)
+    assert time.process_time() - start < 5
     with Image.open(path) as picture:
         assert min(picture.size) > 400
 
 
 def test_heatmap_shows_partners():
-    similarity = torch.eye(300) * 0.5
+    pairs = torch.eye(300)  # the labels have nothing in common but for these
     for a, b in ((5, 250), (7, 100), (100, 260)):
-        similarity[a, b] = similarity[b, a] = 0.9
-    shown = _closest_labels(similarity, space_of((90, 110, 100)), 60)
+        pairs[b, a] = 1
+    space = space_of((90, 110, 100), pairs)
+    shown = _choose(closest_labels(space), space, 60)
     assert {5, 250, 7, 100, 260} <= set(shown) and len(shown) == len(set(shown)) <= 60
     owners = [0 if label < 90 else 1 if label < 200 else 2 for label in shown]
     assert owners == sorted(owners)
 
 
+@pytest.mark.parametrize("sizes", [(BLOCK - 1, 2, 300), (BLOCK + 5,)])
+def test_closest_labels_are_those_of_all_cosines(sizes):
+    space = space_of(sizes)
+    found = closest_labels(space, 4)
+    cosines = (space.text @ space.text.T).fill_diagonal_(-2)
+    if len(sizes) > 1:
+        owner = space.dataset_of_label
+        cosines[owner[:, None] == owner] = -2
+    torch.testing.assert_close(found.cosines, cosines.topk(4, 1).values)
+    torch.testing.assert_close(cosines.gather(1, found.labels), found.cosines)
+    for dataset, (values, labels) in zip(space.datasets, found.partners, strict=True):
+        own = space.scope(dataset)
+        expected = cosines[:, own].max(1).values
+        expected[expected == -2] = -torch.inf
+        torch.testing.assert_close(values, expected)
+        assert ((labels >= 0) & (labels < len(space.vocabularies[dataset]))).all()
+
+
+def test_many_labels_are_told_of_in_a_line(tmp_path, caplog):
+    caplog.set_level("INFO", "concord")
+    space = space_of((COMPARED, 1), torch.randn(COMPARED + 1, 2))
+    report_label_space(space, tmp_path)
+    assert f"compares the text of {COMPARED + 1} labels with each other" in caplog.text
+    assert len((tmp_path / "label_space.md").read_text().splitlines()) == 7 + COMPARED + 1
+
+
 def test_label_report():
-    space = LabelSpace(
-        [Vocabulary("one", ("cat", "sofa")), Vocabulary("two", ("kitty|tom", "couch", "road"))]
+    road = [0.1, 0, 0, 0.995]
+    text = torch.tensor(
+        [[1.0, 0, 0, 0], [0, 1, 0, 0], [0.8, 0, 0.6, 0], [0, 0.994, 0.109, 0], road]
     )
-    similarity = torch.eye(5)
-    for a, b, cosine in ((0, 2, 0.8), (1, 3, 0.994), (0, 4, 0.1), (0, 1, 1.0)):
-        similarity[a, b] = similarity[b, a] = cosine
-    lines = label_report(similarity, space, top=2).splitlines()
-    assert lines[2:4] == [
-        "| one | 2 | 1 |",
-        "| two | 3 | 1 |",
-    ]  # cat and sofa are no duplicates within a dataset
+    names = ("cat", "sofa"), ("kitty|tom", "couch", "road")
+    parts = zip(("one", "two"), names, text.split([2, 3]))
+    space = LabelSpace([Vocabulary(dataset, own, text=rows) for dataset, own, rows in parts])
+    lines = label_report(closest_labels(space, top=2), space).splitlines()
+    assert lines[2:4] == ["| one | 2 | 1 |", "| two | 3 | 1 |"]
     assert lines[7:9] == [
         "| one | cat | two: kitty\\|tom (0.80), two: road (0.10) |",
         "| one | sofa | two: couch (0.99), two: kitty\\|tom (0.00) |",
@@ -329,10 +349,9 @@ def test_label_report():
 
 
 def test_label_report_of_one_dataset():
-    similarity = torch.tensor([[1, 0.2, 0.994], [0.2, 1, 0.3], [0.994, 0.3, 1]])
-    report = label_report(similarity, LabelSpace([Vocabulary("one", ("cat", "dog", "kitty"))]))
-    assert (
-        "| one | 3 | 2 |" in report
-        and "| one | cat | one: kitty (0.99), one: dog (0.20) |" in report
-    )
+    text = torch.tensor([[1, 0, 0], [0.2, 0.98, 0], [0.994, 0, 0.109]])
+    space = LabelSpace([Vocabulary("one", ("cat", "dog", "kitty"), text=text)])
+    report = label_report(closest_labels(space), space)
+    assert "| one | 3 | 2 |" in report
+    assert "| one | cat | one: kitty (0.99), one: dog (0.20) |" in report
     assert "another dataset" not in report
