@@ -158,6 +158,7 @@ AT = "DIR/labels/0.txt: line 1 "
 YOLO_SOUND = {"objects": 1, "box": [12, 5, 18, 15], "names": ("cat", "dog")}
 IMAGE = YOLO_SOUND | {"images": 1}
 OUTLINE = "0.2 0.2 0.6 0.2 0.6 0.6"
+BODY = "0.5 0.5 0.4 0.6"
 NAMES = "names: [cat, dog]\n"
 YOLO = [
     ("sound", yolo(), YOLO_SOUND),
@@ -173,6 +174,32 @@ YOLO = [
         {"kind": "instances", "log": "has 3 corners, as a box"},
     ),
     ("five corners", yolo(f"0 {OUTLINE} 0.2 0.4 0.2 0.3"), {"kind": "instances"}),
+    (
+        "five corners twice",
+        yolo(f"0 {OUTLINE} 0.2 0.4 0.2 0.3\n" * 2),
+        {
+            "kind": "instances",
+            "log": "has 5 corners, as a box has that is followed by 3 key points",
+        },
+    ),
+    (
+        "a pose of x y v",
+        yolo(f"0 {BODY} 0.4 0.4 2 0.6 0.6 0"),
+        AT + "looks like a pose, a box and 2",
+    ),
+    ("a pose of 0 and 1", yolo(f"0 {BODY} 0.4 0.4 1"), AT + "looks like a pose, a box and 1"),
+    (
+        "poses of x y v",
+        yolo(f"0 {BODY} 0.4 0.4 1 0 0 0\n" * 3),
+        "DIR/labels: 3 lines look like poses",
+    ),
+    ("poses of x y", yolo(f"0 {BODY} 0.4 0.4 0.6 0.3\n" * 3), "write kpt_shape: [2, 2] beside"),
+    ("turned boxes", yolo("0 0.5 0.5 0.6 0.5 0.6 0.6 0.5 0.6\n" * 3), {"kind": "instances"}),
+    (
+        "poses that are outlines",
+        yolo(f"0 {BODY} 0.4 0.4 0.6 0.3\n" * 3, "names: [cat, dog]\nkpt_shape: [0, 0]"),
+        {"kind": "instances"},
+    ),
     ("list with an empty line", class_list("cat\n\ndog"), "DIR/classes.txt: line 2 is empty"),
     ("list with empty lines at its end", class_list("cat\ndog\n \n\n"), YOLO_SOUND),
     (
@@ -461,10 +488,26 @@ def folder_of(*files: str, pipe: str = ""):
     return attempt
 
 
+def brush():
+    """A mask of Label Studio in maps/, with a list of classes, and a folder of images."""
+
+    def attempt(folder: Path) -> dict:
+        photos(folder / "im", "0.png")
+        photos(folder / "maps", BRUSH)
+        write(folder / "maps/classes.txt", "background\ncat")
+        return load(f"mine={folder}/maps:{folder}/im")
+
+    return attempt
+
+
 UNKNOWN = "in no known format"
+BRUSH = "task-3-annotation-12-by-1-tag-traffic light-0.png"
 FORMATS = [
     ("nothing", folder_of(), ("DIR/data holds nothing", UNKNOWN)),
     ("a text file", folder_of("a.txt"), ("DIR/data holds 1 txt files", UNKNOWN)),
+    ("brush masks", folder_of(BRUSH), (f"DIR/data has {BRUSH}, a mask of Lab", "labels to COCO'")),
+    ("brush arrays", folder_of("a.png", "m/" + BRUSH.replace("png", "npy")), "labels to NumPy'"),
+    ("brush masks as maps", brush(), (f"DIR/maps has {BRUSH}, a mask", "does not tell its image")),
     ("an image", folder_of("a.png"), ("DIR/data holds 1 images", UNKNOWN)),
     ("a json file", folder_of("a.json"), "DIR/data/a.json:IMAGES/"),
     ("an xml file", folder_of("a.xml"), ("DIR/data", "a.xml")),

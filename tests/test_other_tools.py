@@ -14,6 +14,7 @@ from common.command import run_command
 from common.datasets import __main__ as tool
 from common.datasets import load_datasets, store, warn_of_overlap
 from common.datasets.names import eval_entries
+from common.datasets.readers.yolo_poses import pose_shape
 from common.errors import InputError
 from common.evaluation import evaluate_detections
 from common.masks import encode_masks
@@ -227,6 +228,23 @@ def test_poses_are_boxes(tmp_path, told):
     write(tmp_path / "data.yaml", "names: [cat]\nkpt_shape: [2, 3]")
     assert load(f"mine={tmp_path}").load(0).boxes.tolist() == [[10, 5, 30, 15]]
     assert "only the boxes of the poses" in told.text
+
+
+@pytest.mark.parametrize("numbers", [2, 3])
+def test_poses_are_told_from_outlines_with_as_many_corners(numbers):
+    rng = np.random.default_rng(0)
+    size = rng.uniform(0.1, 0.4, (40, 2))
+    centre = size / 2 + rng.uniform(0, 1, (40, 2)) * (1 - size)
+    points = centre[:, None] + rng.uniform(-0.5, 0.5, (40, 6, 2)) * size[:, None]
+    poses = points
+    if numbers == 3:
+        seen = rng.integers(0, 2, (40, 6, 1))
+        poses = np.concatenate([points * seen, seen], 2)  # 0 0 0 for those out of sight
+    lines = np.concatenate([centre, size, poses.reshape(40, -1)], 1)
+    assert pose_shape(lines) == (6, numbers)
+    assert pose_shape(lines[:2]) is None  # too few
+    outlines = np.concatenate([points, points[:, :2]], 1).reshape(40, -1)  # corners
+    assert pose_shape(outlines) is None
 
 
 @pytest.mark.parametrize(

@@ -359,6 +359,19 @@ def test_an_exif_tag_whose_side_is_unknown_is_named(tmp_path, caplog):
     )
 
 
+def test_fractions_of_a_turned_photograph_are_those_after_its_turn(tmp_path, caplog):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "data.yaml").write_text("names: [cat]")
+    (tmp_path / "labels/0.txt").write_text("0 0.5 0.5 0.5 0.2")
+    tagged(tmp_path / "images/0.png", 6)
+    sample = load(f"mine={tmp_path}").load(0)
+    assert sample.size == (30, 20) and sample.boxes.tolist() == [[5, 12, 15, 18]]
+    (line,) = [r.message for r in caplog.records if "EXIF" in r.message]
+    assert "mine: 1 of 1 images looked at are turned or mirrored" in line
+    assert "taken as made after it; if boxes in first_batch.jpg miss their objects, remove" in line
+
+
 def test_another_size_names_the_tag(tmp_path, caplog):
     text = coco(tmp_path, [{}], size=(7, 9), files=("0.png",))
     tagged(tmp_path / "im/0.png", 6)

@@ -31,7 +31,7 @@ def check_training(dataset: Dataset) -> None:
         look_at_maps(dataset)
     if dataset.maps is not None:
         look_at_mirrored(dataset)
-    elif dataset.supervision in ("boxes", "instances") and not dataset.index.relative:
+    elif dataset.supervision in ("boxes", "instances"):
         look_at_headers(dataset)
 
 
@@ -72,7 +72,8 @@ def look_at_headers(dataset: Dataset) -> None:
     """Logs how many of some images have an EXIF tag that their annotations do not follow.
 
     Boxes of an image whose annotated size is the stored one are turned with it by `Dataset.load`.
-    Where the size tells nothing, they are taken as annotated upright.
+    Where the size tells nothing, they are taken as annotated upright; so are fractions of an image.
+    Source: ultralytics/ultralytics:ultralytics/data/utils.py (exif_size: YOLO's fractions)
     """
     looked, turned, upright, unclear = 0, [], [], []
     for row, tag, stored in read_tags(dataset):
@@ -98,8 +99,8 @@ def look_at_headers(dataset: Dataset) -> None:
     if unclear and not upright:  # those that are clear show how all were annotated
         message = (
             "%s: %d of %d images looked at are turned or mirrored by their EXIF orientation, and "
-            "their annotated size does not tell if the boxes were made before (first: '%s'); they "
-            "are taken as made after it; see first_batch.jpg"
+            "their annotations do not tell if the boxes were made before (first: '%s'); they are "
+            "taken as made after it; if boxes in first_batch.jpg miss their objects, remove the tag"
         )
         log.warning(message, dataset.name, len(unclear), looked, unclear[0])
 

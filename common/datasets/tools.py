@@ -1,5 +1,6 @@
-"""Names the tool that wrote a json file which is not read, and how to convert the file."""
+"""Names the tool that wrote a file which is not read, and how to convert the file."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +8,7 @@ FEW = 20  # folders that are looked into
 START = 1 << 16  # bytes of a file in which its fields are looked for
 LABEL_MAPS = ("labelmap.txt", "label_colors.txt")  # of CVAT, beside maps in colours
 AS_COCO = "export it as COCO"
+BRUSH = re.compile(r"task-\d+-annotation-\d+-by-.*\.(png|npy)")  # of Label Studio
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def name_folder(folder: Path) -> str:
     """Returns whose files a folder holds and what to do; "" if it is of no tool known here.
 
     Looks at the first json file in the folder, below annotations/ or one or two folders deeper,
-    and for CVAT's list of the colours of label maps.
+    for CVAT's list of the colours of label maps, and for masks of Label Studio.
     """
     for name in LABEL_MAPS:
         if (folder / name).is_file():
@@ -96,8 +98,26 @@ def name_folder(folder: Path) -> str:
             )
     if sum(entry.is_dir() for entry in folder.iterdir()) > FEW:  # folders of classes
         return ""
+    if told := name_masks(folder):
+        return told
     for pattern in ("*.json", "annotations/*.json", "*/*.json", "*/ann/*.json"):
         file = next((file for file in sorted(folder.glob(pattern)) if file.is_file()), None)
         if file and (told := name_tool(file)):
             return f"has {file.relative_to(folder)}, which {told}"
+    return ""
+
+
+def name_masks(folder: Path) -> str:
+    """Returns whose masks a folder holds and what to do, if Label Studio wrote one for each brush.
+
+    They may be one folder deeper. "" for other files.
+    """
+    for pattern in ("task-*", "*/task-*"):
+        for file in folder.glob(pattern):
+            if BRUSH.fullmatch(file.name):
+                return (
+                    f"has {file.relative_to(folder)}, a mask of Label Studio's export 'Brush labels"
+                    f" to {'PNG' if file.suffix == '.png' else 'NumPy'}', whose name does not tell "
+                    "its image; export 'Brush labels to COCO'"
+                )
     return ""

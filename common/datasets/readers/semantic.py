@@ -11,7 +11,7 @@ from common.datasets.doubts import numbered_doubt
 from common.datasets.files import IMAGES, listing
 from common.datasets.index import Index, encoded
 from common.datasets.maps import label_table
-from common.datasets.tools import name_folder
+from common.datasets.tools import name_folder, name_masks
 from common.errors import InputError
 from common.labels import Vocabulary, fold
 
@@ -69,6 +69,8 @@ def read_semantic(name: str, maps: Path, images: Path, metric: str = "miou") -> 
         log.info(message, name, len(bare), maps, bare[0])
     lost = [key for key in map_of if key not in image_of]
     if lost:
+        if told := name_masks(maps):
+            raise InputError(f"dataset '{name}': {maps} {told}")
         raise InputError(
             f"{name}: label map {maps / map_of[lost[0]]} has no image in {images} ({len(lost)} of "
             f"{len(map_of)} maps); name each map as its image, add the images or remove the maps"

@@ -24,6 +24,7 @@ from common.datasets.readers.yolo_classes import (
     texts_of,
     yaml_classes,
 )
+from common.datasets.readers.yolo_poses import pose_shape, triples
 from common.datasets.splits import SPLITS, pick, split_folders
 from common.datasets.store import cached_index
 from common.errors import InputError
@@ -72,7 +73,8 @@ def read_yolo(name: str, images: Images) -> Dataset:
     Source: ultralytics/ultralytics:ultralytics/data/utils.py (places of the files, slack)
 
     Raises InputError that names the file and the line: another number of columns, a class without
-    a name, coordinates that are no fractions.
+    a name, coordinates that are no fractions. It also raises for lines that look like poses, if
+    data.yaml has no kpt_shape.
     """
     files, labels = find_pairs(name, images)
     source = images.source
@@ -85,10 +87,7 @@ def read_yolo(name: str, images: Images) -> Dataset:
         return read_labels(source, files, labels, classes, blob)
 
     index, facts = cached_index(source, options, read, [path for path in labels if path])
-    if facts["corners"] in LIKE:
-        message = "%s: each of the %d outlines has %d corners, as %s; they are taken as masks"
-        number = facts["corners"]
-        log.warning(message, source, len(index.labels), number, LIKE[number])
+    tell_of_corners(source, facts["corners"], len(index.labels), classes)
     names = tuple(classes.names)
     vocabulary = Vocabulary(name, names, tuple(range(len(names))), source=str(classes.source))
     return boxes_or_instances(name, vocabulary, index, facts, images.root)
@@ -109,8 +108,42 @@ def read_labels(
             objects.add_box(row, label, corners)
     sizes = np.zeros((len(files), 2))  # only the images tell
     corners = {len(mask[0]) // 2 if mask else 0 for mask in objects.masks}
+    if classes.points is None:
+        refuse_poses(source, [mask[0] for mask in objects.masks if mask])
     index, facts = objects.index(str(source), files, sizes, range(len(classes.names)), blob)
     return index, facts | {"corners": corners.pop() if len(corners) == 1 else 0}
+
+
+def refuse_poses(source: Path, outlines: list[list[float]]) -> None:
+    """Raises InputError if lines that were taken as outlines look like poses.
+
+    outlines: the numbers of each line after the class
+    """
+    if len({len(outline) for outline in outlines}) != 1:  # poses have the same number
+        return
+    shape = pose_shape(np.array(outlines))
+    if shape:
+        points, numbers = shape
+        raise InputError(
+            f"{source}: {len(outlines)} lines look like poses, a box and {points} key points, and "
+            f"no kpt_shape tells; write kpt_shape: [{points}, {numbers}] beside names: in "
+            "data.yaml to read the boxes, or kpt_shape: [0, 0] if they are outlines"
+        )
+
+
+def tell_of_corners(source: Path, corners: int, count: int, classes: Classes) -> None:
+    """Logs a warning if `count` outlines all have the same number of corners, as other lines do.
+
+    corners: that number, 0 if they differ
+    """
+    if corners in LIKE:
+        what = LIKE[corners]
+    elif corners and count > 1 and classes.points is None:
+        what = f"a box has that is followed by {corners - 2} key points"
+    else:
+        return
+    message = "%s: each of the %d outlines has %d corners, as %s; they are taken as masks"
+    log.warning(message, source, count, corners, what)
 
 
 def read_objects(path: Path, classes: Classes) -> Iterator[tuple[int, list[float]]]:
@@ -137,6 +170,11 @@ def read_objects(path: Path, classes: Classes) -> Iterator[tuple[int, list[float
 
 def fault(label: float, values: list[float], classes: Classes) -> str:
     """Returns what is wrong with a line and the remedy, "" if it is right."""
+    if points := classes.points is None and triples(values):
+        return (
+            f"looks like a pose, a box and {points} key points; write kpt_shape: [{points}, 3] "
+            "beside names: in data.yaml to read the boxes"
+        )
     is_polygon = len(values) >= 6 and len(values) % 2 == 0 and not classes.points
     if len(values) != 4 and not is_polygon:
         return (

@@ -23,12 +23,13 @@ class Classes:
     """The class names of a dataset.
 
     source: the file that names them
-    points: number of key point values after a box in a line; 0 if the labels are no poses
+    points: number of key point values after a box in a line, 0 if the labels are no poses; None if
+            no kpt_shape tells
     """
 
     names: list[str]
     source: Path
-    points: int = 0
+    points: int | None = None
 
 
 def list_classes(path: Path) -> list[str]:
@@ -73,9 +74,14 @@ def yaml_classes(path: Path) -> Classes | None:
     return Classes([" ".join(each.split()) for each in names], path, key_points(path, table))
 
 
-def key_points(path: Path, table: dict) -> int:
-    """Returns how many numbers of key points follow a box. Raises InputError for a bad shape."""
-    shape = table.get("kpt_shape") or ["0", "0"]
+def key_points(path: Path, table: dict) -> int | None:
+    """Returns how many numbers of key points follow a box, None if the table does not tell.
+
+    Raises InputError for a bad shape.
+    """
+    shape = table.get("kpt_shape")
+    if not shape:
+        return None
     points = -1
     if isinstance(shape, list) and len(shape) == 2:
         with suppress(ValueError, TypeError):
