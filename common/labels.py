@@ -395,7 +395,8 @@ class LabelSpace:
         if names != [fold(name) for name in known.names]:
             raise InputError(
                 "this model classifies without text, so it knows only the classes that"
-                f" '{dataset}' had in training; evaluate it on these"
+                f" '{dataset}' had in training ({quoted(known.names)}), in this order; evaluate it"
+                f" on these, not on {quoted(vocabulary.names)}"
             )
         return LabelSpace([vocabulary])
 

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from common.datasets.names import (
     with_beside,
     without_limit,
 )
+from common.datasets.runs import check_same_dataset
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
 from common.text import embed
@@ -214,3 +216,25 @@ def test_classes_beside_predict_are_refused(flag, run_of):
     assert (found.classes, found.rename) == ("", "")  # those of the weights are drawn
     with pytest.raises(InputError, match="no effect beside --predict"):
         parse_args(Args, METHOD, TINY, MODEL_FIELDS, argv=[*argv, flag, "cat.txt"])
+
+
+def test_a_dataset_that_only_has_the_name_of_one_of_the_training_is_refused(caplog):
+    label_space = LabelSpace([Vocabulary("mine", ("Kreisel", "car"))])
+
+    def check(*names, dataset="mine"):
+        index = SimpleNamespace(source="b.json")
+        vocabulary = Vocabulary(dataset, names)
+        found = SimpleNamespace(name=dataset, vocabulary=vocabulary, index=index)
+        check_same_dataset(found, label_space)
+
+    check("Car", "kreisel")
+    check("star", dataset="other")
+    assert not caplog.text
+    check("car", "star")
+    assert "mine: had no such classes in training: 'star'" in caplog.text
+    with pytest.raises(InputError) as error:
+        check("star", "ball")
+    assert str(error.value) == (
+        "b.json: its classes 'star', 'ball' are not those that 'mine' had in training"
+        " ('Kreisel', 'car'); give it another name"
+    )

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from common.batch import Supervision
 from common.datasets.dataset import Dataset
-from common.datasets.known import ALIASES
+from common.datasets.known import ALIASES, KNOWN
 from common.datasets.names import (
     data_folder,
     entries,
@@ -16,7 +16,8 @@ from common.datasets.names import (
     with_beside,
 )
 from common.datasets.subset import edit_classes
-from common.labels import LabelSpace
+from common.errors import InputError
+from common.labels import LabelSpace, fold, quoted
 
 log = logging.getLogger("concord")
 
@@ -59,7 +60,7 @@ def evaluation_datasets(
     beside:           {dataset: a known one that the default has beside it, if its files are there}
 
     Raises InputError before the training, for example for a class name without an embedding, also
-    for one of --vocabulary.
+    for one of --vocabulary, and as `check_same_dataset`.
     """
     if args.predict:
         label_space.swap(args.vocabulary)
@@ -70,8 +71,28 @@ def evaluation_datasets(
     datasets = load_datasets(text, "val", args.data_root, size, False, accepts)
     datasets = edit_classes(datasets, args.classes, args.rename, "val")
     for dataset in datasets:
+        check_same_dataset(dataset, label_space)
         label_space.swap(dataset.vocabulary)
     return datasets
+
+
+def check_same_dataset(dataset: Dataset, label_space: LabelSpace) -> None:
+    """Raises InputError if a dataset only has the name of one of the training, and no class of it.
+
+    Logs a warning if some of its classes are new. A known dataset has them on purpose: novel ones.
+    """
+    if dataset.name in KNOWN or dataset.name not in label_space.vocabularies:
+        return
+    trained = label_space.vocabularies[dataset.name].names
+    folded = {fold(name) for name in trained}
+    new = [name for name in dataset.vocabulary.names if fold(name) not in folded]
+    if len(new) == len(dataset.vocabulary.names):
+        raise InputError(
+            f"{dataset.index.source}: its classes {quoted(new)} are not those that"
+            f" '{dataset.name}' had in training ({quoted(trained)}); give it another name"
+        )
+    if new:
+        log.warning("%s: had no such classes in training: %s", dataset.name, quoted(new))
 
 
 def validation_datasets(
