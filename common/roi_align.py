@@ -33,8 +33,9 @@ def roi_align(
     """Pools each region from the map of its image and level: (R, F, r, r), r is `resolution`.
 
     The result is that of torchvision's roi_align with aligned=True and sampling_ratio=0. It has the
-    data type of the features and is computed in float32, or in float64 if they are. A box that is
-    empty or not finite gives 0. Boxes get no gradient.
+    data type of the features and is computed in float32, or in float64 if they are. On the CPU, it
+    is laid out channels last and must not be changed in place. A box that is empty or not finite
+    gives 0. Boxes get no gradient.
     features: L maps (B, F, h, w); strides: L numbers
     boxes:    (R, 4) in image pixels; they may reach beyond the image
     image:    (R,), index of the image; level: (R,), index of the map
