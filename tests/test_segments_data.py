@@ -567,7 +567,8 @@ def test_generated_panoptic_maps(tiny_root, name, split):
         regions = [label for label in sample.labels.tolist() if not known.is_thing[label]]
         assert len(set(regions)) == len(regions) > 0  # stuff is one segment for each class
         unlabelled += int((sample.segments < 0).sum())
-    assert (unlabelled > 0) == (name == "ade20k-panoptic")
+    if split == "train":  # the other has too few images
+        assert (unlabelled > 0) == (name == "ade20k-panoptic")
 
 
 def test_generated_panoptic_and_instances_agree(tiny_root):
