@@ -15,7 +15,6 @@ import argparse
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -206,10 +205,9 @@ def main() -> None:
             record["first start on that part"] = alone("concord", part, name)
         record["pycocotools"] = alone("pycocotools", part, name)
     print(json.dumps(record, indent=1))
-    from mask2former_step import cpu_name
+    from mask2former_step import cpu_name, record_path
 
-    device = re.sub(r"[^A-Za-z0-9]+", "-", cpu_name()).strip("-")
-    path = Path(__file__).parent / f"annotations-{device}.json"
+    path = record_path("annotations", cpu_name())
     runs = json.loads(path.read_text()) if path.exists() else {}
     runs[f"{args.images} images, {args.boxes} boxes{' with masks' if args.masks else ''}"] = record
     path.write_text(json.dumps(runs, indent=1) + "\n")

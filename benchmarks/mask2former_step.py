@@ -193,10 +193,8 @@ def main() -> None:
         "seconds": {name: [round(t, 3) for t in times] for name, times in seconds.items()},
     }
     print(json.dumps(record, indent=1))
-    device_name = re.sub(r"[^A-Za-z0-9]+", "-", record["device"]).strip("-")
-    (Path(__file__).parent / f"mask2former_step-{device_name}.json").write_text(
-        json.dumps(record, indent=1) + "\n"
-    )
+    path = record_path("mask2former_step", record["device"])
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def cpu_name() -> str:
@@ -205,6 +203,12 @@ def cpu_name() -> str:
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
         platform.machine(),
     )
+
+
+def record_path(benchmark: str, device: str) -> Path:
+    """The json file beside this one that keeps what `benchmark` measured on a device."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-")
+    return Path(__file__).parent / f"{benchmark}-{name}.json"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import socket
 import sys
@@ -206,7 +205,7 @@ def measure(method: str, changes: dict, root: Path, folder: Path, context) -> di
 
 
 def main() -> None:
-    from mask2former_step import cpu_name
+    from mask2former_step import cpu_name, record_path
 
     from common.datasets.tiny import generate
 
@@ -222,8 +221,7 @@ def main() -> None:
             found[case] = measure(method, changes, root, Path(folder) / case, context)
     record = {"device": cpu_name(), "torch": torch.__version__, "relative differences": found}
     print(json.dumps(record, indent=1))
-    device = re.sub(r"[^A-Za-z0-9]+", "-", record["device"]).strip("-")
-    (HERE / f"ranks-{device}.json").write_text(json.dumps(record, indent=1) + "\n")
+    record_path("ranks", record["device"]).write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ less. `load` is the machine's load average before and after.
 import argparse
 import json
 import os
-import re
 import statistics
 import sys
 import time
@@ -26,7 +25,7 @@ import torchvision
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from mask2former_step import cpu_name, embed_at_random
+from mask2former_step import cpu_name, embed_at_random, record_path
 
 import common.boxes
 import scaledet
@@ -168,8 +167,7 @@ def main() -> None:
         step = compare(training(side, args.batch, args.classes), args.steps)
         record["results"][side] = {"alone": alone, "training step": step}
         print(side, json.dumps(record["results"][side], indent=1), flush=True)
-    name = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-")
-    path = Path(__file__).parent / f"roi_align-{name}.json"
+    path = record_path("roi_align", device)
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"wrote {path}")
 
