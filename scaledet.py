@@ -87,7 +87,7 @@ from common.datasets import Dataset, evaluation_datasets, training_datasets, war
 from common.datasets.subset import drop_empty
 from common.distributed import amp_context, rank, setup_device, should_compile, world_size
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
-from common.label_report import report_label_space
+from common.label_report import cosine_rows, report_label_space
 from common.labels import LabelSpace, Vocabulary
 from common.official_detectors import convert_centernet2_boxes
 from common.optim import learning_rate, scaled_lr
@@ -264,7 +264,7 @@ def label_cosines(text: Tensor, labels: Tensor) -> Tensor:
 
 def lowest_cosine(text: Tensor) -> float:
     """Returns the lowest cosine of unit rows text (C, D), or 0 if all are one text."""
-    lowest = min(float((rows @ text.T).min()) for rows in text.split(1024))
+    lowest = min(float(cosines.min()) for cosines in cosine_rows(text))
     return lowest if lowest < 1 - 1e-6 else 0.0
 
 

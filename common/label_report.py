@@ -31,16 +31,14 @@ class Closest:
 
     cosines: Tensor  # (C, K) the highest ones, in descending order
     labels: Tensor  # (C, K) their labels
-    partners: list[
-        tuple[Tensor, Tensor]
-    ]  # of each dataset: the highest cosine (C,), its label (C,)
+    # of each dataset: the highest cosine (C,), and its label (C,), counted from its first
+    partners: list[tuple[Tensor, Tensor]]
 
 
-def cosine_rows(label_space: LabelSpace) -> Iterator[Tensor]:
-    """Yields the cosines (BLOCK, C) of the labels in their order, as float32 on the CPU."""
-    text = label_space.text
+def cosine_rows(text: Tensor) -> Iterator[Tensor]:
+    """Yields the cosines (BLOCK, C) of unit rows text (C, D), block by block."""
     for rows in text.split(BLOCK):
-        yield (rows @ text.T).float().cpu()
+        yield rows @ text.T
 
 
 def closest_labels(label_space: LabelSpace, top: int = 3) -> Closest:
@@ -55,7 +53,8 @@ def closest_labels(label_space: LabelSpace, top: int = 3) -> Closest:
     scopes = [label_space.scope(dataset) for dataset in label_space.datasets]
     owner = labels if len(scopes) == 1 else label_space.dataset_of_label
     best, partners = [], [[] for _ in scopes]
-    for owners, cosines in zip(owner.split(BLOCK), cosine_rows(label_space)):
+    for owners, cosines in zip(owner.split(BLOCK), cosine_rows(label_space.text)):
+        cosines = cosines.float().cpu()
         cosines.masked_fill_(owners[:, None] == owner, -math.inf)
         best.append(cosines.topk(min(top, count), 1))
         for found, scope in zip(partners, scopes):
@@ -188,8 +187,7 @@ def label_report(closest: Closest, label_space: LabelSpace) -> str:
             if cosine > -math.inf:
                 full_name = f"{owners[label]}: {names[label]}"
                 close.append(f"{full_name} ({cosine:.2f})")
-        closest = ", ".join(close)
-        lines.append(f"| {owner} | {name} | {closest} |")
+        lines.append(f"| {owner} | {name} | {', '.join(close)} |")
     return "\n".join(lines) + "\n"
 
 
