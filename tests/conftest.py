@@ -100,15 +100,20 @@ def run_method(method: str, flags: list[str], ranks: int) -> None:
     elastic_launch(config, run_command)(main)
 
 
+def stand_alone(stdout: Path, stderr: Path) -> None:
+    """Gives this process a group of its own, and then its output to files, or to one file."""
+    os.setsid()
+    for number, path in ((1, stdout), (2, stderr)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+
+
 def run_into_files(
     method: str, flags: list[str], ranks: int, environment: dict, folder: Path
 ) -> None:
     """run_method in a process of its own. What it writes is in `folder`: stdout and stderr."""
-    os.setsid()
+    stand_alone(folder / "stdout", folder / "stderr")
     os.chdir(REPO)
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT)
-        os.dup2(file, number)
     os.environ.clear()
     os.environ.update(environment)
     run_method(method, flags, ranks)
@@ -132,10 +137,10 @@ def run(forks, tmp_path_factory):
         process = forks.Process(target=run_into_files, args=given)
         process.start()
         process.join(timeout)
+        output = [(folder / name).read_text() for name in ("stdout", "stderr")]
         if process.is_alive():
             os.killpg(process.pid, signal.SIGKILL)
-        output = [(folder / name).read_text() for name in ("stdout", "stderr")]
-        assert process.exitcode is not None, f"it hangs: {output}"
+            pytest.fail(f"it hangs: {output}")
         return subprocess.CompletedProcess(flags, process.exitcode, *output)
 
     return start

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, generated, run_method, small_runs
+from conftest import METHODS, generated, run_method, small_runs, stand_alone
 from safetensors.torch import load_file
 
 from common import runlog
@@ -38,10 +38,7 @@ TRAIN, WRITE, START = "train", "a checkpoint", "start-up"
 
 def command(method: str, flags: list[str], ranks: int, folder: Path) -> None:
     """What `python METHOD.py` does, or torchrun. Losses are logged each step, with all digits."""
-    os.setsid()
-    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(log, stream)
+    stand_alone(folder / "log", folder / "log")
     os.environ["CONCORD_CACHE"] = str(folder / "cache")
     runlog.EVERY = 1
     runlog.round = lambda value, digits: value  # in place of the built-in one
