@@ -124,13 +124,13 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, name@1000, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset)"""
+    """datasets to evaluate; empty: the val split of each training dataset"""
     classes: str = ""
-    """the only classes to train and evaluate: "car, bus", or a .txt file (default: all)"""
+    """the only classes to train and evaluate: "car, bus", or a .txt file; empty: all"""
     rename: str = ""
     """file of other class names, lines old name = new name, for all datasets"""
     data_root: str = ""
-    """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
+    """folder of the datasets; empty: $DETECTRON2_DATASETS, else ./data, see data/README.md"""
     tiny: bool = False
     """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
     eval_only: bool = False
@@ -148,7 +148,7 @@ class Args:
     replay: Annotated[int, COUNT] = 0
     """a step of --resume whose loss was not finite: compute its losses again, and end"""
     output: str = ""
-    """run folder (default: runs/<method>-<time>)"""
+    """run folder; empty: runs/<method>-<time>"""
     checkpoint_every: Annotated[int, Range(1)] = 1000
     """steps between checkpoints"""
     keep: Annotated[int, Range(1)] = 2
@@ -178,7 +178,7 @@ class Args:
     batch_size: Annotated[int, Range(1)] = 16  # code
     """images per step over all ranks"""
     steps: Annotated[int | None, COUNT] = None  # code
-    """optimiser steps of each of the two trainings (default: 12 epochs)"""
+    """optimiser steps of each of the two trainings; None: 12 epochs"""
     lr: Annotated[float, Range(above=0)] = 0.01  # code
     """learning rate for --base-batch-size images, scaled linearly; a tenth after 8 and 11 of 12"""
     base_batch_size: Annotated[int, Range(1)] = 16  # code
@@ -192,7 +192,7 @@ class Args:
     negatives: Literal["plain", "dataset_aware", "conflict_free"] = "conflict_free"  # code
     """of classes that a dataset does not annotate: all, those of arXiv 2001.04621, of this paper"""
     pseudo_boxes: str = ""  # ours
-    """run folder whose pseudo boxes the second training takes (default: its own)"""
+    """run folder whose pseudo boxes the second training takes; empty: its own"""
     pseudo_negatives: Literal["weighted", "conflict_free", "plain"] = "weighted"  # code
     """the same beside pseudo boxes: by overlap; the official pos_only; the official as_full"""
     dropout_runs: Annotated[int, Range(1)] = 20  # code

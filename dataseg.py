@@ -114,13 +114,13 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, name@1000, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset)"""
+    """datasets to evaluate; empty: the val split of each training dataset"""
     classes: str = ""
-    """the only classes to train and evaluate: "car, bus", or a .txt file (default: all)"""
+    """the only classes to train and evaluate: "car, bus", or a .txt file; empty: all"""
     rename: str = ""
     """file of other class names, lines old name = new name, for all datasets"""
     data_root: str = ""
-    """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
+    """folder of the datasets; empty: $DETECTRON2_DATASETS, else ./data, see data/README.md"""
     tiny: bool = False
     """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
     eval_only: bool = False
@@ -138,7 +138,7 @@ class Args:
     replay: Annotated[int, COUNT] = 0
     """a step of --resume whose loss was not finite: compute its losses again, and end"""
     output: str = ""
-    """run folder (default: runs/<method>-<time>)"""
+    """run folder; empty: runs/<method>-<time>"""
     checkpoint_every: Annotated[int, Range(1)] = 1000
     """steps between checkpoints"""
     keep: Annotated[int, Range(1)] = 2
@@ -178,7 +178,7 @@ class Args:
     dataset_batches: str = ""  # ours
     """--batch-size per dataset, as o365=32"""
     dataset_ratios: str = ""  # ours
-    """images sampled per dataset, as ade20k=1,o365=4 (default: semantic datasets 1, others 4)"""
+    """images sampled per dataset, as ade20k=1,o365=4; empty: semantic datasets 1, others 4"""
     steps: Annotated[int, COUNT] = 368_750  # base
     """optimiser steps (Mask2Former's on COCO)"""
     lr: Annotated[float, Range(above=0)] = 1e-4  # base
@@ -186,7 +186,7 @@ class Args:
     base_batch_size: Annotated[int, Range(1)] = 16  # base
     """batch size that --lr is meant for"""
     backbone_factor: Annotated[float | None, Range(0, 100)] = None  # base
-    """learning rate of the backbone / --lr; 0 freezes it (default: 0.1; a ViT's as in ViTDet)"""
+    """learning rate of the backbone / --lr; 0 freezes it; None: 0.1; a ViT's as in ViTDet"""
     jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)  # base
     """scale range of large-scale jitter; 1 fits the image into the square"""
     semantic_jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.5, 2.0)  # ours

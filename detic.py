@@ -112,13 +112,13 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, name@1000, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset)"""
+    """datasets to evaluate; empty: the val split of each training dataset"""
     classes: str = ""
-    """the only classes to train and evaluate: "car, bus", or a .txt file (default: all)"""
+    """the only classes to train and evaluate: "car, bus", or a .txt file; empty: all"""
     rename: str = ""
     """file of other class names, lines old name = new name, for all datasets"""
     data_root: str = ""
-    """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
+    """folder of the datasets; empty: $DETECTRON2_DATASETS, else ./data, see data/README.md"""
     tiny: bool = False
     """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
     eval_only: bool = False
@@ -136,7 +136,7 @@ class Args:
     replay: Annotated[int, COUNT] = 0
     """a step of --resume whose loss was not finite: compute its losses again, and end"""
     output: str = ""
-    """run folder (default: runs/<method>-<time>)"""
+    """run folder; empty: runs/<method>-<time>"""
     checkpoint_every: Annotated[int, Range(1)] = 1000
     """steps between checkpoints"""
     keep: Annotated[int, Range(1)] = 2
@@ -168,7 +168,7 @@ class Args:
     batch_size: Annotated[int, Range(1)] = 64  # code
     """images with boxes per step over all ranks"""
     dataset_ratios: str = ""  # code
-    """images sampled per dataset, as lvis=1,in21k=16 (default: boxes 1, image-level labels 4)"""
+    """images sampled per dataset, as lvis=1,in21k=16; empty: boxes 1, image-level labels 4"""
     dataset_sizes: str = ""  # code
     """--image-size per dataset, as in21k=320 (default without boxes: half of --image-size)"""
     dataset_batches: str = ""  # code
@@ -196,7 +196,7 @@ class Args:
     masks: bool = True  # paper
     """a class-agnostic mask head, if the datasets have masks"""
     novel: str = ""  # ours
-    """classes that no dataset may box, names or a .txt file (default: those of -base datasets)"""
+    """classes that no dataset may box, names or a .txt file; empty: those of -base datasets"""
     ignore_zero: bool = True  # ours
     """leave classes without any box out of the negatives (Detic's IGNORE_ZERO_CATS)"""
     fed_loss: bool = True  # paper

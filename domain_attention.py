@@ -116,13 +116,13 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, name@1000, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset)"""
+    """datasets to evaluate; empty: the val split of each training dataset"""
     classes: str = ""
-    """the only classes to train and evaluate: "car, bus", or a .txt file (default: all)"""
+    """the only classes to train and evaluate: "car, bus", or a .txt file; empty: all"""
     rename: str = ""
     """file of other class names, lines old name = new name, for all datasets"""
     data_root: str = ""
-    """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
+    """folder of the datasets; empty: $DETECTRON2_DATASETS, else ./data, see data/README.md"""
     tiny: bool = False
     """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
     eval_only: bool = False
@@ -140,7 +140,7 @@ class Args:
     replay: Annotated[int, COUNT] = 0
     """a step of --resume whose loss was not finite: compute its losses again, and end"""
     output: str = ""
-    """run folder (default: runs/<method>-<time>)"""
+    """run folder; empty: runs/<method>-<time>"""
     checkpoint_every: Annotated[int, Range(1)] = 1000
     """steps between checkpoints"""
     keep: Annotated[int, Range(1)] = 2
@@ -170,7 +170,7 @@ class Args:
     batch_size: Annotated[int, Range(1)] = 64  # base
     """images per step over all ranks"""
     steps: Annotated[int | None, COUNT] = None  # ours
-    """optimiser steps (default: 90000 per training dataset)"""
+    """optimiser steps; None: 90000 per training dataset"""
     lr: Annotated[float, Range(above=0)] = 2e-4  # base
     """learning rate for --base-batch-size images, scaled linearly; falls by half a cosine to 0"""
     base_batch_size: Annotated[int, Range(1)] = 64  # base
@@ -184,7 +184,7 @@ class Args:
     less_blocks: bool = False  # code
     """half of the blocks have a single adapter, which nothing mixes"""
     ratios: str = ""  # code
-    """images sampled from each dataset relative to the others, "coco=1,o365=2" (default: equal)"""
+    """images sampled from each dataset relative to the others, "coco=1,o365=2"; empty: equal"""
     jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)  # base
     """scale range of large-scale jitter (EfficientDet); 1 fits the image into the square"""
     one_class_per_proposal: bool = False  # base

@@ -111,13 +111,13 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, name@1000, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset)"""
+    """datasets to evaluate; empty: the val split of each training dataset"""
     classes: str = ""
-    """the only classes to train and evaluate: "car, bus", or a .txt file (default: all)"""
+    """the only classes to train and evaluate: "car, bus", or a .txt file; empty: all"""
     rename: str = ""
     """file of other class names, lines old name = new name, for all datasets"""
     data_root: str = ""
-    """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
+    """folder of the datasets; empty: $DETECTRON2_DATASETS, else ./data, see data/README.md"""
     tiny: bool = False
     """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
     eval_only: bool = False
@@ -135,7 +135,7 @@ class Args:
     replay: Annotated[int, COUNT] = 0
     """a step of --resume whose loss was not finite: compute its losses again, and end"""
     output: str = ""
-    """run folder (default: runs/<method>-<time>)"""
+    """run folder; empty: runs/<method>-<time>"""
     checkpoint_every: Annotated[int, Range(1)] = 1000
     """steps between checkpoints"""
     keep: Annotated[int, Range(1)] = 2
@@ -185,11 +185,11 @@ class Args:
     base_batch_size: Annotated[int, Range(1)] = 16  # code
     """batch size that --lr is meant for"""
     backbone_factor: Annotated[float | None, Range(0, 100)] = None  # code
-    """learning rate of the backbone / --lr; 0 freezes it (default: 0.1; a ViT's as in ViTDet)"""
+    """learning rate of the backbone / --lr; 0 freezes it; None: 0.1; a ViT's as in ViTDet"""
     task: Literal["semantic", "panoptic", "instance"] = "panoptic"  # ours
     """what --predict writes: semantic maps, panoptic maps, or instances"""
     object_threshold: Annotated[float | None, Range(0, 1)] = None  # code
-    """panoptic: lowest class probability of a segment (default: 0.8, ade20k-panoptic 0.7)"""
+    """panoptic: lowest class probability of a segment; None: 0.8, ade20k-panoptic 0.7"""
     panoptic_rule: Literal["maskformer", "mask2former"] = "maskformer"  # code
     """a segment is all that its query wins, or (mask2former) only what is in its mask, too"""
     tau: Annotated[float, Range(above=0)] = 0.07  # code

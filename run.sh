@@ -28,7 +28,7 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     python=$(find_python)
     echo "installing into .venv (once; PyTorch takes a few minutes and several GB)"
     [ -x .venv/bin/pip ] && .venv/bin/python -c '' 2>/dev/null || "$python" -m venv --clear .venv
-    .venv/bin/pip install --quiet --disable-pip-version-check -e '.[log,tiny,test]'
+    .venv/bin/pip install --disable-pip-version-check -e '.[log,tiny,test]'
     echo "$wanted" > .venv/installed
 fi
 

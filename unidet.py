@@ -136,13 +136,13 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, name@1000, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset)"""
+    """datasets to evaluate; empty: the val split of each training dataset"""
     classes: str = ""
-    """the only classes to train and evaluate: "car, bus", or a .txt file (default: all)"""
+    """the only classes to train and evaluate: "car, bus", or a .txt file; empty: all"""
     rename: str = ""
     """file of other class names, lines old name = new name, for all datasets"""
     data_root: str = ""
-    """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
+    """folder of the datasets; empty: $DETECTRON2_DATASETS, else ./data, see data/README.md"""
     tiny: bool = False
     """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
     eval_only: bool = False
@@ -160,7 +160,7 @@ class Args:
     replay: Annotated[int, COUNT] = 0
     """a step of --resume whose loss was not finite: compute its losses again, and end"""
     output: str = ""
-    """run folder (default: runs/<method>-<time>)"""
+    """run folder; empty: runs/<method>-<time>"""
     checkpoint_every: Annotated[int, Range(1)] = 1000
     """steps between checkpoints"""
     keep: Annotated[int, Range(1)] = 2
@@ -190,7 +190,7 @@ class Args:
     batch_size: Annotated[int, Range(1)] = 64  # base
     """images per step over all ranks"""
     steps: Annotated[int | None, COUNT] = None  # ours
-    """optimiser steps (default: 90000 per training dataset)"""
+    """optimiser steps; None: 90000 per training dataset"""
     lr: Annotated[float, Range(above=0)] = 2e-4  # base
     """learning rate for --base-batch-size images, scaled linearly; falls by half a cosine to 0"""
     base_batch_size: Annotated[int, Range(1)] = 64  # base
@@ -202,7 +202,7 @@ class Args:
     label_space: str = ""  # ours
     """merged classes: a table of a run (.csv), an official one (.json), or names (equal ones)"""
     ratios: str = ""  # code
-    """images sampled from each dataset relative to the others, "coco=1,o365=2" (default: equal)"""
+    """images sampled from each dataset relative to the others, "coco=1,o365=2"; empty: equal"""
     class_aware: str = "o365,oid,oid500"  # code
     """datasets whose images are sampled by their classes, rare ones as often as frequent ones"""
     tau: Annotated[float, Range(0, 1)] = 0.2  # code

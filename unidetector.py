@@ -128,13 +128,13 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, name@1000, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate (default: the val split of each training dataset)"""
+    """datasets to evaluate; empty: the val split of each training dataset"""
     classes: str = ""
-    """the only classes to train and evaluate: "car, bus", or a .txt file (default: all)"""
+    """the only classes to train and evaluate: "car, bus", or a .txt file; empty: all"""
     rename: str = ""
     """file of other class names, lines old name = new name, for all datasets"""
     data_root: str = ""
-    """folder of the datasets (default: $DETECTRON2_DATASETS, else ./data), see data/README.md"""
+    """folder of the datasets; empty: $DETECTRON2_DATASETS, else ./data, see data/README.md"""
     tiny: bool = False
     """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
     eval_only: bool = False
@@ -152,7 +152,7 @@ class Args:
     replay: Annotated[int, COUNT] = 0
     """a step of --resume whose loss was not finite: compute its losses again, and end"""
     output: str = ""
-    """run folder (default: runs/<method>-<time>)"""
+    """run folder; empty: runs/<method>-<time>"""
     checkpoint_every: Annotated[int, Range(1)] = 1000
     """steps between checkpoints"""
     keep: Annotated[int, Range(1)] = 2
@@ -194,9 +194,9 @@ class Args:
     batch_size: Annotated[int, Range(1)] = 16  # code
     """images per step over all ranks"""
     steps: Annotated[int | None, COUNT] = None  # code
-    """steps of the localizer (default: 12 epochs); the rate falls to a tenth at 8/12 and 11/12"""
+    """steps of the localizer; None: 12 epochs; the rate falls to a tenth at 8/12 and 11/12"""
     classifier_steps: Annotated[int | None, COUNT] = None  # code
-    """steps of the classifier (default: 12 epochs)"""
+    """steps of the classifier; None: 12 epochs"""
     optimizer: Literal["sgd", "adamw"] = "sgd"  # code
     """sgd with momentum 0.9; adamw, at a twentieth of the rates, for a few hundred steps"""
     lr: Annotated[float, Range(above=0)] = 0.02  # code

@@ -1,4 +1,7 @@
-"""Output that goes on in any locale, and after the other end of a pipe is closed."""
+"""Output that goes on in any locale, and after the other end of a pipe is closed.
+
+Progress is a bar on a terminal, and lines in a log file.
+"""
 
 import copy
 import logging
@@ -6,6 +9,9 @@ import os
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
+from common.distributed import rank
 from common.errors import ESCAPES
 
 
@@ -53,3 +59,27 @@ def open_console() -> logging.Handler:
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     return ConsoleHandler()
+
+
+class Lines:
+    """Where a progress bar writes if stderr is no terminal: each state of it is a line."""
+
+    def write(self, text: str) -> None:
+        """Writes the text without the returns and blanks that overwrite a line of a terminal."""
+        if text := text.strip():
+            sys.stderr.write(f"{text}\n")
+
+    def flush(self) -> None:
+        """Writes what is in the buffer."""
+        sys.stderr.flush()
+
+
+def progress_bar(title: str, total: int, initial: int = 0, unit: str = "img", **options) -> tqdm:
+    """Returns a bar of `total` units, of which `initial` are done. Only rank 0 shows it.
+
+    It has the rate and the time left. In a log file it is a line, at most every 30 seconds.
+    options: of tqdm
+    """
+    if not sys.stderr.isatty():
+        options |= {"file": Lines(), "mininterval": 30}
+    return tqdm(desc=title, total=total, initial=initial, unit=unit, disable=rank() > 0, **options)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from common.batch import Batch, Sample, collate
+from common.console import progress_bar
 from common.datasets.dataset import Dataset
 from common.datasets.files import decode_image
 from common.datasets.pixels import Decoded, to_rgb
@@ -33,7 +34,6 @@ from common.inputs import find_files, read_file
 from common.labels import LabelSpace
 from common.masks import encode_masks
 from common.predictions import PredictionWriter
-from common.runlog import progress_bar
 from common.sampling import Transformed, shard
 from common.segment_metrics import Counts, segment_counts, segment_results, warn_of_absent
 from common.segments import segment_rows
@@ -84,6 +84,8 @@ def evaluate_dataset(
     else:
         predictions = predicted
         results = evaluate_detections(dataset, predictions, groups)
+    if dataset.trained_on:
+        results["training images"] = 1.0  # their share, as a column of the table
     draw_predictions(dataset, predictions, folder, title, args.score_threshold)
     return {title: results}
 

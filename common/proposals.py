@@ -17,10 +17,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from common.batch import Batch, Sample, collate
+from common.console import progress_bar
 from common.datasets.dataset import Dataset
 from common.distributed import from_main, gather_on_main, on_main, rank, world_size
 from common.files import NO_ARRAY, atomic_path, sweep
-from common.runlog import progress_bar
 from common.sampling import Transformed
 from common.unreadable import Readable, Skips
 

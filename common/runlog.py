@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +17,6 @@ from typing import TextIO
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from common.batch import Batch
 from common.checkpoint import (
@@ -29,6 +27,7 @@ from common.checkpoint import (
     save_weights,
     stored_names,
 )
+from common.console import progress_bar
 from common.datasets.dataset import Dataset
 from common.distributed import (
     from_main,
@@ -380,15 +379,6 @@ def report(results: Results, folder: Path, args, run: Path | None = None) -> Non
         save = partial(copy_weights, weights)
         record_evaluation(run, max(done, default=0), results, trained, save)
     log.info("results and pictures: %s/", folder)
-
-
-def progress_bar(title: str, total: int, initial: int = 0, unit: str = "img") -> tqdm:
-    """Returns a bar of `total` units, of which `initial` are done. Only rank 0 shows it.
-
-    It has the rate and the time left. In a log file it prints a line at most every 10 seconds.
-    """
-    pace = {"mininterval": 0.1 if sys.stderr.isatty() else 10, "disable": rank() > 0}
-    return tqdm(desc=title, total=total, initial=initial, unit=unit, **pace)
 
 
 def tensorboard_writer(folder: Path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-from common.console import ConsoleHandler
+from common.console import ConsoleHandler, progress_bar
 
 CODE = """
 import logging, sys
@@ -54,3 +54,12 @@ def test_letters_beyond_the_locale_are_escapes(tmp_path):
     command = [sys.executable, tmp_path / "run.py", tmp_path / "end"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.stdout.startswith("line 0 \\u732b\n") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_progress_bar_is_lines_in_a_log_file(capsys, stays):
+    with progress_bar("train", 3, leave=stays) as bar:
+        bar.update(3)
+    lines = capsys.readouterr().err.split("\n")
+    assert lines[0].startswith("train:   0%") and lines[-1] == ""
+    assert len(lines) == 2 + stays and all("\r" not in line for line in lines)

@@ -146,7 +146,7 @@ def test_a_missing_val_is_test_or_train(tmp_path, told):
     trained, evaluated = load(f"mine={tmp_path}"), load(f"mine={tmp_path}", "val")
     assert "1 images of the split train" in told.text and files(evaluated) == files(trained)
     warn_of_overlap([trained], [evaluated])
-    assert "TRAINING" in told.text
+    assert "TRAINING" in told.text and evaluated.trained_on
     yolo(tmp_path, "test/images", "test/labels", "b")
     assert files(load(f"mine={tmp_path}", "val")) == ["test/images/b.jpg"]
 
@@ -324,6 +324,13 @@ def shape(label, kind, *points):
 
 RECTANGLE = shape("dog", "rectangle", [30, 15], [10, 5])
 POLYGON = shape("cat", "polygon", [0, 0], [40, 0], [40, 20], [0, 20])
+
+
+def test_a_folder_of_coco_files_is_none_of_labelme(tmp_path):
+    write(tmp_path / "train.json", '{"info": {}, "images": [], "annotations": []}')
+    write(tmp_path / "images/a.png", "")
+    line = refused(f"mine={tmp_path}/:{tmp_path}/images/")
+    assert f"name one of them: mine={tmp_path}/train.json:{tmp_path}/images/" in line
 
 
 def test_labelme(tmp_path, told):
@@ -662,7 +669,7 @@ def test_all_splits_of_a_folder_are_checked(tmp_path, monkeypatch, capsys):
     write(tmp_path / "data.yaml", "names: [cat]")
     code, out = check(monkeypatch, capsys, f"mine={tmp_path}")
     assert code == 1 and "train/labels" in out and "valid/labels" in out
-    assert "valid/images/b.jpg" in out.split("boxes given twice")[2]
+    assert "valid/images/b.jpg" in out.split("boxes given twice")[1]
     code, out = check(monkeypatch, capsys, f"mine:train={tmp_path}")
     assert code == 0 and "valid" not in out
     (tmp_path / "train/images/a.jpg").write_bytes(b"broken")

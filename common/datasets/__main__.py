@@ -48,7 +48,7 @@ def list_datasets(data_root: str = "") -> None:
                 classes = f"{len(Vocabulary.known(listed)):>4} classes"
         for split in known.splits:
             found = find_files(name, split, data_folder(data_root))
-            place = str(found[0]) if found else f"- ({known.title.rstrip(',')})"
+            place = str(found[0]) if found else f"missing ({known.title.rstrip(',')})"
             rows.append((name, split, classes, place))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:

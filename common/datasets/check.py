@@ -45,8 +45,12 @@ def check_dataset(dataset: Dataset, quick: bool, train: bool) -> bool:
 
 
 def print_problems(problems: dict[str, list[str]]) -> None:
-    """Prints the number of problems of each kind, and the first names."""
+    """Prints the number of problems of each kind that there is, and the first names."""
+    if not any(problems.values()):
+        print(f"  none of {len(problems)} kinds of problems")
     for kind, found in problems.items():
+        if not found:
+            continue
         print(f"  {kind:<40}{len(found):>9}")
         for name in found[:SHOWN]:
             print(f"      {name}")

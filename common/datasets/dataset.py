@@ -43,6 +43,7 @@ class Dataset:
     masks:        `load` decodes the instance masks, where there are any
     maps:         folder of the label maps of a semantic or panoptic dataset
     pixel_labels: (65536,) int16, the label of each value in semantic label maps, see `label_table`
+    trained_on:   its annotations are those of the training, which its results say
     partial:      segments of other classes were taken out of the annotations; their pixels are void
     shards:       the tar files that hold the images, if they are in tar files
     warned:       (1,) bool, shared with the workers: a warning of an image with another size than
@@ -65,6 +66,7 @@ class Dataset:
     masks: bool = False
     maps: Path | None = None
     pixel_labels: np.ndarray | None = None
+    trained_on: bool = False
     partial: bool = False
     shards: Shards | None = None
     warned: Tensor = field(default_factory=_shared_flag, repr=False)

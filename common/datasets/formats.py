@@ -21,7 +21,7 @@ from common.datasets.readers.semantic import read_semantic
 from common.datasets.readers.voc import holds_xml, read_voc
 from common.datasets.readers.yolo import NO_LABELS, find_yolo, pair_of_split, read_yolo
 from common.datasets.splits import in_folders, pick, split_of
-from common.datasets.tools import name_folder
+from common.datasets.tools import find_coco_json, name_folder
 from common.errors import InputError
 
 log = logging.getLogger("concord")
@@ -208,6 +208,11 @@ def _read_folders(name: str, annotations: Path, images: Path, split: str) -> Dat
     if not endings["png"] and endings["txt"]:
         return read_yolo(name, pair_of_split(name, annotations, images, split))
     if not endings["png"] and endings["json"]:
+        if file := find_coco_json(annotations):
+            raise InputError(
+                f"dataset '{name}': {annotations} holds json files in COCO's format; name one of "
+                f"them: {name}={file}:{images}/"
+            )
         return read_labelme(name, annotations, images)
     if not endings["png"]:
         in_images = count_endings(images)

@@ -23,11 +23,12 @@ log = logging.getLogger("concord")
 
 
 def warn_of_overlap(trained: list[Dataset], evaluated: list[Dataset]) -> None:
-    """Logs one warning for each evaluated dataset whose annotation file is also trained on."""
+    """Marks each evaluated dataset whose annotation file is also trained on; logs a warning."""
     sources = {dataset.index.source for dataset in trained}
     for dataset in evaluated:
         source = dataset.index.source
-        if source in sources:
+        dataset.trained_on = source in sources
+        if dataset.trained_on:
             log.warning("%s is evaluated on its TRAINING images: %s", dataset.name, source)
 
 

@@ -66,17 +66,33 @@ def name_tool(path: Path) -> str:
 
     "" if it is COCO's, or of no tool that is known here. Only the start of the file is read.
     """
-    try:
-        with path.open("rb") as file:
-            start = file.read(START)
-    except OSError:
-        return ""
-    if _has(start, "images") and (_has(start, "annotations") or _has(start, "categories")):
+    start = _start(path)
+    if _holds_coco(start):
         return ""
     for tool in TOOLS:
         if all(_has(start, field) for field in tool.fields):
             return f"is a json file of {tool.name}, which is not read; {tool.remedy}"
     return ""
+
+
+def find_coco_json(folder: Path) -> Path | None:
+    """Returns the first of a folder's json files in COCO's format; None if there is none."""
+    files = sorted(folder.glob("*.json"))[:FEW]
+    return next((file for file in files if _holds_coco(_start(file))), None)
+
+
+def _start(path: Path) -> bytes:
+    """Returns the first bytes of a file, none if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(START)
+    except OSError:
+        return b""
+
+
+def _holds_coco(start: bytes) -> bool:
+    """Returns whether a json file that starts so is in COCO's format."""
+    return _has(start, "images") and (_has(start, "annotations") or _has(start, "categories"))
 
 
 def _has(start: bytes, field: str) -> bool:

@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from common.console import progress_bar
 from common.datasets.tiny.maps import LAYOUTS, Scene, describe, maps_of, write_maps, write_panoptic
 from common.datasets.tiny.scene import Job, Recipe, emoji, first_label, make_image, package_folder
 from common.errors import InputError
@@ -176,15 +176,11 @@ def write_dataset(name: str, folder: Path, size: int, workers: int, limit: int |
     # threads, as Pillow and numpy release the lock: a new process takes longer to import torch
     pool = ThreadPoolExecutor(workers)
     try:
-        progress = tqdm(
-            pool.map(functools.partial(make_scene, folder), jobs),
-            f"generating {name}",
-            total=len(jobs),
-            disable=None,
-            unit="image",
-            leave=False,
-        )
-        scenes = list(progress)
+        scenes = []
+        with progress_bar(f"generating {name}", len(jobs), leave=False) as bar:
+            for scene in pool.map(functools.partial(make_scene, folder), jobs):
+                scenes.append(scene)
+                bar.update()
     finally:
         pool.shutdown(cancel_futures=True)
     for split in recipe.splits:
