@@ -4,8 +4,8 @@ import io
 import json
 import re
 import sys
-from collections import Counter
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest

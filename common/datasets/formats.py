@@ -204,15 +204,15 @@ def _read_folders(name: str, annotations: Path, images: Path, split: str) -> Dat
     """
     if holds_xml(annotations):
         return read_voc(name, annotations, images)
+    if not any(annotations.glob("*.png")) and (file := find_coco_json(annotations)):
+        raise InputError(
+            f"dataset '{name}': {annotations} holds json files in COCO's format; name one of them: "
+            f"{name}={file}:{images}/"
+        )
     endings = count_endings(annotations)
     if not endings["png"] and endings["txt"]:
         return read_yolo(name, pair_of_split(name, annotations, images, split))
     if not endings["png"] and endings["json"]:
-        if file := find_coco_json(annotations):
-            raise InputError(
-                f"dataset '{name}': {annotations} holds json files in COCO's format; name one of "
-                f"them: {name}={file}:{images}/"
-            )
         return read_labelme(name, annotations, images)
     if not endings["png"]:
         in_images = count_endings(images)
