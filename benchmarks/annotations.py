@@ -101,9 +101,11 @@ def in_worker(touch) -> float:
 
 def concord(root: Path, name: str) -> dict:
     from common.datasets import load_datasets
+    from common.datasets.pixels import readable_formats
     from common.sampling import ClassAwareSampler, RepeatFactorSampler, repeat_factors
 
     logging.basicConfig()
+    readable_formats()  # loads Pillow's plugins, which every training needs
     imports, start, busy = memory("VmRSS"), time.perf_counter(), time.process_time()
     (dataset,) = load_datasets(name, "train", str(root))
     dataset.summary()

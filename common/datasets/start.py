@@ -138,7 +138,7 @@ def read_tags(dataset: Dataset) -> Iterator[tuple[int, int, tuple[int, int]]]:
 def spread(count: int, most: int) -> Iterator[int]:
     """Yields at most `most` of the numbers below `count`, evenly spread, until SECONDS are over."""
     end = time.monotonic() + SECONDS
-    for row in np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)):
+    for row in np.linspace(0, count - 1, min(count, most)).round():  # distinct, as most <= count
         yield int(row)
         if time.monotonic() > end:
             return
