@@ -78,8 +78,9 @@ def parse_args(
     A value is that of the first source that has it: the flags, the saved settings, --tiny, the
     defaults. --resume loads all settings that its run saved. --weights loads only the saved
     settings `model_fields`, which shape the model. With --eval-only, it also loads --classes and
-    --rename of the training, and its datasets, unless others are named. Unless a training starts
-    from them, converted weights also bring the settings of their own class head.
+    --rename of the training, and its datasets, unless others are named; --eval-datasets may name
+    one that the training defined. Unless a training starts from them, converted weights also bring
+    the settings of their own class head.
 
     method:  the run or the weights must be of this method
     tiny:    {field: default under --tiny}
@@ -131,7 +132,9 @@ def parse_args(
         repeated = list(model_fields)
         if args.eval_only:
             repeated += CLASS_FIELDS
-        if args.eval_only and not (args.datasets or args.eval_datasets):
+        if args.eval_only and args.eval_datasets:
+            repeated.append("datasets")  # for the names that it defines
+        elif args.eval_only and not args.datasets:
             repeated += DATA_FIELDS
             log.info("evaluates on the datasets of the training: %s", saved.get("datasets"))
         typed = args

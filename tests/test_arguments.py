@@ -183,6 +183,14 @@ def test_eval_only_takes_the_datasets_of_the_training(run_of):
     assert (found.datasets, found.tiny) == ("o365", False)
 
 
+def test_eval_only_knows_the_names_that_the_training_defined(run_of):
+    argv = ["--eval-only", "--weights", run_of("--datasets", "mine=a.json:images")]
+    argv += ["--eval-datasets", "mine:val,coco"]
+    found = parse_args(Args, METHOD, TINY, MODEL_FIELDS, argv=argv)
+    assert eval_entries(found.eval_datasets, found.datasets) == "mine:val=a.json:images,coco"
+    assert not found.tiny
+
+
 @pytest.mark.parametrize("datasets", [[], ["--datasets", "o365"], ["--eval-datasets", "o365"]])
 def test_eval_only_takes_the_classes_of_the_training(datasets, run_of, caplog):
     caplog.set_level("INFO", "concord")

@@ -75,7 +75,7 @@ BUDGETS = {
     "data": 9730,
     "detectors": 4360,
     "segmenters": 2060,
-    "a run": 3180,
+    "a run": 3210,
 }
 BUDGETS |= {"faults": 1750}
 GROUPS = {
