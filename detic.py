@@ -445,9 +445,8 @@ def loss_cls(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
 
     Sum over classes, mean over the R regions of the batch; 0 without regions.
     """
-    target = torch.zeros_like(logits)  # (R, C)
-    fg = labels >= 0
-    target[fg, labels[fg]] = 1
+    fg = (labels >= 0).to(logits)  # (R,)
+    target = torch.zeros_like(logits).scatter(1, labels.clamp(min=0)[:, None], fg[:, None])
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     return (mask * bce).sum() / max(len(labels), 1)
 
@@ -631,7 +630,7 @@ def train(
     warmup_factor = 1e-3 if joint else 1e-4  # as in the official configs of the two stages
     lr = scaled_lr(args.lr, args)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
     if should_compile(args.compile, device):
         model.backbone.compile()

@@ -93,7 +93,7 @@ from common.official_detectors import convert_centernet2_boxes
 from common.optim import learning_rate, scaled_lr
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RepeatFactorSampler, make_loader, repeat_factors
-from common.targets import Targets
+from common.targets import Targets, true_rows
 from common.text import embed, known_vocabularies
 from common.text_classifier import TextClassifier
 from common.transforms import LargeScaleJitter, ResizeShortest
@@ -366,7 +366,12 @@ class LabelTables:
 
 
 def class_mask(
-    args: Args, stage: StageOutput, targets: list[Targets], federated: Tensor, between: Tensor
+    args: Args,
+    stage: StageOutput,
+    targets: list[Targets],
+    federated: Tensor,
+    fg: Tensor,
+    between: Tensor,
 ) -> Tensor:
     """Returns w (R, C) of Eq. 6: 1 for a class that the region trains, otherwise 0.
 
@@ -374,7 +379,8 @@ def class_mask(
     federated dataset, those of `sample_federated` alone. --ignore-dup leaves out the other classes
     that have the same embedding as the region's label (cosine > 0.99).
 
-    federated: (C,), of `LabelTables`; between: (R_fg, C), `label_cosines` of the foreground
+    federated: (C,), of `LabelTables`; fg: (R_fg,), rows of the foreground regions
+    between:   (R_fg, C), `label_cosines` of their labels
     """
     labels = stage.labels  # (R,)
     mask = torch.ones(len(labels), len(federated), device=labels.device)  # (R, C)
@@ -385,7 +391,6 @@ def class_mask(
     if args.fed_loss:
         mask = mask * sample_federated(labels, federated)  # (C,), one for the stage
     if args.ignore_dup:
-        fg = labels >= 0
         duplicates = (between > 0.99).scatter_(1, labels[fg, None], False)  # (R_fg, C)
         mask[fg] = mask[fg].masked_fill(duplicates, 0)
     return mask
@@ -400,24 +405,21 @@ def loss_hard_label(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
 
     Sum over classes, mean over the R regions of the batch; 0 without regions.
     """
-    target = torch.zeros_like(logits)  # (R, C)
-    fg = labels >= 0
-    target[fg, labels[fg]] = 1
+    fg = (labels >= 0).to(logits)  # (R,)
+    target = torch.zeros_like(logits).scatter(1, labels.clamp(min=0)[:, None], fg[:, None])
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     return (mask * bce).sum() / max(len(labels), 1)
 
 
-def loss_soft_label(cosine: Tensor, labels: Tensor, similarity: Tensor) -> Tensor:
+def loss_soft_label(cosine: Tensor, similarity: Tensor) -> Tensor:
     """Eq. 7, soft label assignment: L_sl = 1/R_fg sum_{r in fg} 1/C sum_j (c_rj - S_{l(r) j})^2.
 
-    cosine:     (R, C), c
-    labels:     (R,), l; -1 on background, which is left out
-    similarity: (R_fg, C), the row S_l of each foreground region
+    cosine:     (R_fg, C), c of the foreground regions
+    similarity: (R_fg, C), the row S_l of each of them
 
     Mean over labels and over the R_fg foreground regions of the batch; 0 without foreground.
     """
-    fg = labels >= 0
-    error = (cosine[fg] - similarity) ** 2  # (R_fg, C)
+    error = (cosine - similarity) ** 2  # (R_fg, C)
     return error.sum() / max(error.numel(), 1)
 
 
@@ -436,13 +438,14 @@ def compute_losses(
     Returns every term, times its weight, and their sum as `loss`.
     """
     losses = dict(proposal_losses)
-    foreground = [stage.labels[stage.labels >= 0] for stage in stages]  # (R_fg,) each
+    foreground = true_rows([stage.labels >= 0 for stage in stages])  # (R_fg,) each
+    labels = [stage.labels[rows] for stage, rows in zip(stages, foreground)]
     # one product for all stages
-    cosines = label_cosines(tables.text, torch.cat(foreground)).split([len(x) for x in foreground])
-    for k, (stage, prediction, between) in enumerate(zip(stages, predictions, cosines)):
-        mask = class_mask(args, stage, targets, tables.federated, between)
-        similarity = label_similarity(between, tables.lowest)
-        soft = loss_soft_label(prediction.cosine, stage.labels, similarity)
+    cosines = label_cosines(tables.text, torch.cat(labels)).split([len(x) for x in labels])
+    for k, (stage, prediction) in enumerate(zip(stages, predictions)):
+        fg, between = foreground[k], cosines[k]
+        mask = class_mask(args, stage, targets, tables.federated, fg, between)
+        soft = loss_soft_label(prediction.cosine[fg], label_similarity(between, tables.lowest))
         losses[f"loss_hard_stage{k}"] = loss_hard_label(prediction.logits, stage.labels, mask)
         losses[f"loss_soft_stage{k}"] = args.lam * soft
         losses[f"loss_box_reg_stage{k}"] = loss_box_reg(stage)
@@ -536,7 +539,7 @@ def train(
     warmup_factor = 1e-4
     lr = scaled_lr(args.lr, args)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
     if should_compile(args.compile, device):
         model.backbone.compile()

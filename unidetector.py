@@ -319,8 +319,7 @@ class Model(nn.Module):
         if proposals is None:
             return None, self.localizer(images, sizes, targets)
         num_regions = self.args.rois_per_image
-        matched = [match_regions(b, t, 0.5, num_regions) for b, t in zip(proposals, targets)]
-        boxes = [b for b, _ in matched]
+        boxes, region_targets = match_regions(proposals, targets, 0.5, num_regions)
         parts = [None] * len(images)  # embeddings (Q, D) and deltas (Q, 4) of each image
         for k, classifier in enumerate(self.classifiers):
             rows = [i for i, owner in enumerate(owners) if owner == k]
@@ -332,7 +331,7 @@ class Model(nn.Module):
                     parts[i] = part
         x, deltas = (torch.cat(part) for part in zip(*parts))
         logits = compare(x, text, self.args.tau)  # (R, C)
-        return RegionOutput(boxes, logits, deltas, [t for _, t in matched]), {}
+        return RegionOutput(boxes, logits, deltas, region_targets), {}
 
 
 # -- Losses ----------------------------------------------------------------------------------------
@@ -374,8 +373,8 @@ def loss_classification(logits: Tensor, labels: Tensor, sampled: Tensor) -> Tens
     Sum over the classes in A, mean over the image's R_k regions; 0 without regions.
     """
     target = torch.zeros_like(logits)  # (Q, C)
-    fg = labels >= 0
-    target[fg, labels[fg]] = 1
+    fg = (labels >= 0).to(logits)  # (R,)
+    target.scatter_(1, labels.clamp(min=0)[:, None], fg[:, None])
     bce = F.binary_cross_entropy_with_logits(
         logits[:, sampled], target[:, sampled], reduction="none"
     )

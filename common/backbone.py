@@ -173,8 +173,8 @@ def normalise(images: Tensor, sizes: list[tuple[int, int]], mean: Tensor, std: T
     """
     images = (images - mean) / std
     for image, (height, width) in zip(images, sizes):
-        image[:, height:] = 0
-        image[:, :, width:] = 0
+        image[:, height:].zero_()
+        image[:, :, width:].zero_()
     return images.contiguous(memory_format=torch.channels_last)
 
 

@@ -43,8 +43,8 @@ def encode_boxes(boxes: Tensor, targets: Tensor, weights: tuple[float, ...]) -> 
     ratio = target_size / size
     scale = torch.log(ratio)
     deltas = torch.cat([shift, scale], 1)  # (N, 4)
-    factors = deltas.new_tensor(weights)
-    return deltas * factors
+    columns = [delta * weight for delta, weight in zip(deltas.unbind(1), weights)]
+    return torch.stack(columns, 1)
 
 
 def _centres_and_sides(boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,8 +61,8 @@ def decode_boxes(boxes: Tensor, deltas: Tensor, weights: tuple[float, ...]) -> T
     A side grows at most by the factor 1000 / 16. Returns boxes (N, 4), which are not clipped.
     """
     centre, size = _centres_and_sides(boxes)
-    factors = deltas.new_tensor(weights)
-    deltas = deltas / factors
+    columns = [delta / weight for delta, weight in zip(deltas.unbind(1), weights)]
+    deltas = torch.stack(columns, 1)
     shift, log_scale = deltas.chunk(2, 1)
     centre = centre + shift * size
     log_scale = log_scale.clamp(max=MAX_LOG_SCALE)
@@ -85,9 +85,9 @@ def box_delta_loss(
     weights:  of encode, which is `encode_boxes`
     Source: facebookresearch/detectron2:detectron2/modeling/roi_heads/fast_rcnn.py (box_reg_loss).
     """
-    fg = labels >= 0
-    target = encode_boxes(boxes[fg], gt_boxes[fg], weights)  # (R_fg, 4)
-    error = deltas[fg] - target
+    bg = (labels < 0)[:, None]
+    target = encode_boxes(boxes, gt_boxes, weights)  # (R, 4)
+    error = (deltas - target).masked_fill(bg, 0)
     distance = error.abs()
     total = distance.sum()
     count = max(len(labels), 1)
@@ -106,9 +106,8 @@ def pool_rois(
     Source: facebookresearch/detectron2:detectron2/modeling/poolers.py.
     """
     flat = torch.cat(boxes)  # (R, 4)
-    counts = [len(b) for b in boxes]
-    counts = torch.tensor(counts, device=flat.device)
-    image = torch.repeat_interleave(counts)  # (R,)
+    image = [b.new_full((len(b),), i, dtype=torch.long) for i, b in enumerate(boxes)]
+    image = torch.cat(image)  # (R,)
     area = sides(flat).prod(1)
     area = area.clamp(min=0)
     size = area.sqrt()

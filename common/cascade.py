@@ -19,7 +19,7 @@ from torchvision.ops import clip_boxes_to_image
 from common.backbone import STRIDES
 from common.boxes import box_delta_loss, decode_boxes, have_area, pool_rois, two_layers
 from common.masks import crop_masks
-from common.targets import RegionTargets, Targets, match_regions
+from common.targets import RegionTargets, Targets, match_regions, true_rows
 
 c2_xavier_fill = partial(nn.init.kaiming_uniform_, a=1)  # detectron2's start of a weight
 
@@ -92,35 +92,28 @@ class Cascade(nn.Module):
         """
         outputs = []
         for k, stage in enumerate(self.stages):
+            if outputs:
+                boxes = self.refine(outputs[-1], sizes)
+            if outputs and self.training:  # without the boxes that clipping left empty
+                filled = true_rows([have_area(b) for b in boxes])
+                boxes = [b[rows] for b, rows in zip(boxes, filled)]
             region_targets = []
             if targets is not None:
                 number = num_samples if k == 0 else 0
-                matched = [
-                    match_regions(regions, image, self.ious[k], number)
-                    for regions, image in zip(boxes, targets)
-                ]
-                boxes = [regions for regions, _ in matched]
-                region_targets = [target for _, target in matched]
+                boxes, region_targets = match_regions(boxes, targets, self.ious[k], number)
             pooled = pool_rois(features[: len(self.strides)], self.strides, boxes, 7)
             if pooled.requires_grad:  # the stages share the features, and average their gradients
                 pooled.register_hook(lambda gradient: gradient / len(self.stages))
             hidden, deltas = stage(pooled)
-            output = StageOutput(k, boxes, hidden, deltas, region_targets)
-            outputs.append(output)
-            boxes = self.refine(output, sizes)
-            if self.training:  # without the boxes that clipping left empty
-                boxes = [b[have_area(b)] for b in boxes]
+            outputs.append(StageOutput(k, boxes, hidden, deltas, region_targets))
         return outputs
 
     def refine(self, output: StageOutput, sizes: list[tuple[int, int]]) -> list[Tensor]:
         """Returns the boxes of a stage, moved by its deltas and clipped: B tensors (Q, 4)."""
         weights = self.box_weights[output.index]
         counts = [len(boxes) for boxes in output.boxes]
-        refined = []
-        for boxes, deltas, size in zip(output.boxes, output.deltas.detach().split(counts), sizes):
-            moved = decode_boxes(boxes, deltas, weights)
-            refined.append(clip_boxes_to_image(moved, size))
-        return refined
+        moved = decode_boxes(torch.cat(output.boxes), output.deltas.detach(), weights)
+        return [clip_boxes_to_image(b, size) for b, size in zip(moved.split(counts), sizes)]
 
 
 def sample_federated(labels: Tensor, frequency: Tensor, num: int = 50) -> Tensor:
@@ -136,14 +129,15 @@ def sample_federated(labels: Tensor, frequency: Tensor, num: int = 50) -> Tensor
     """
     apart = frequency < 0  # (C,)
     labels = labels.masked_fill(apart[labels], -1)
-    sampled = torch.zeros_like(frequency)
-    present = labels.unique()
-    sampled[present[present >= 0]] = 1
+    # of a region or not; the last one is background
+    present = F.pad(torch.zeros_like(frequency), (0, 1)).index_fill(0, labels, 1)  # (C + 1,)
+    sampled = present[:-1]
     chance = frequency.clamp(min=0).sqrt() * (1 - sampled)  # (C,)
-    missing = min(num - len(present), int((chance > 0).sum()))
-    if missing > 0:
-        sampled[torch.multinomial(chance, missing)] = 1
-    return sampled.masked_fill(apart, 1)
+    # those first in a race, at the rate of their chance: drawn without replacement
+    time = torch.empty_like(chance).exponential_() / chance
+    place = time.argsort().argsort()
+    others = (place < num - present.sum()) & (chance > 0)
+    return sampled.masked_fill(apart | others, 1)
 
 
 def loss_box_reg(output: StageOutput) -> Tensor:
@@ -192,13 +186,13 @@ class MaskHead(nn.Module):
         Regions of objects without a mask take no part. Without any other, the loss is 0.
         features: P3, P4, P5, ... (B, F, h, w); stage: of the cascade, the first in Detic
         """
-        boxes, rows = [], []
-        for regions, matched, image in zip(stage.boxes, stage.targets, targets):
-            fg = matched.labels >= 0
-            row = matched.gt_index[fg]
-            masked = image.has_mask[row]
-            boxes.append(regions[fg][masked])
-            rows.append(row[masked])
+        flags = []
+        for matched, image in zip(stage.targets, targets):
+            masked = F.pad(image.has_mask, (0, 1))  # without ground truth, its row 0 has no mask
+            flags.append((matched.labels >= 0) & masked[matched.gt_index])
+        chosen = true_rows(flags)
+        boxes = [regions[row] for regions, row in zip(stage.boxes, chosen)]
+        rows = [matched.gt_index[row] for matched, row in zip(stage.targets, chosen)]
         logits = self(features, boxes)  # (R_fg, 28, 28)
         if len(logits) == 0:
             return logits.sum()

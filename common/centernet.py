@@ -111,13 +111,10 @@ class Grid:
             cells = cells.view(-1, 2)
             middles = cells * stride + stride // 2
             points.append(middles)
-        counts = [len(p) for p in points]
-        counts = torch.tensor(counts, device=device)
-        levels = torch.repeat_interleave(counts)
+        strides = [torch.full((len(p),), s, device=device) for p, s in zip(points, strides)]
+        levels = [torch.full((len(p),), i, device=device) for i, p in enumerate(points)]
         points = torch.cat(points).float()
-        strides = torch.tensor(strides, device=device)
-        strides = strides.float()[levels]
-        return cls(points, strides, levels, shapes)
+        return cls(points, torch.cat(strides).float(), torch.cat(levels), shapes)
 
 
 class CenterNet(nn.Module):
@@ -149,6 +146,7 @@ class CenterNet(nn.Module):
         self.strides = strides
         self.pre_nms = pre_nms
         self.post_nms = post_nms
+        self.register_buffer("ranges", torch.tensor(self.size_ranges), persistent=False)  # (L, 2)
         self.centernet_head = CenterNetHead(channels, len(strides))
 
     def forward(
@@ -166,13 +164,11 @@ class CenterNet(nn.Module):
         if gt_boxes is not None:
             losses = self.losses(grid, logits, ltrb, gt_boxes)
         with torch.no_grad():
-            probabilities = logits.sigmoid()
-            images = zip(probabilities, ltrb)
-            proposals = [self.proposals(grid, p, distances) for p, distances in images]
+            proposals = self.proposals(grid, logits.sigmoid(), ltrb)
         return proposals, losses
 
     def targets(self, grid: Grid, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the targets (heatmap, ltrb, centres) of one image with boxes (N, 4).
+        """Returns the targets (heatmap, ltrb, centred) of one image with boxes (N, 4).
 
         heatmap: (M,), h = exp(-min d^2 / r^2), the minimum over all boxes, whatever their size. d
                  is the distance in pixels from the location to the box centre, 0 in the cell of the
@@ -182,13 +178,13 @@ class CenterNet(nn.Module):
                  location regresses a box that it is inside of, whose centre is at most one cell
                  away, and which belongs to its level. Of several it takes the one with the smallest
                  d^2 / r^2.
-        centres: (P,), the locations of box centres, once for each level that the box belongs to
+        centred: (M,), number of boxes of the location's level with the centre in its cell
         A box belongs to a level if half its diagonal is in the level's range in `size_ranges`.
         """
         if len(boxes) == 0:
             heatmap = torch.zeros_like(grid.strides)
             ltrb = grid.points.new_full((len(heatmap), 4), -1)
-            return heatmap, ltrb, grid.levels[:0]
+            return heatmap, ltrb, heatmap
         points = grid.points[:, None]  # (M, 1, 2)
         strides = grid.strides[:, None, None]  # (M, 1, 1)
         centre = centres(boxes)  # (N, 2)
@@ -221,8 +217,7 @@ class CenterNet(nn.Module):
 
         # distances: to the nearest box, of those around the location and centred close to it
         half_diagonal = side.norm(dim=1) / 2  # (N,)
-        ranges = boxes.new_tensor(self.size_ranges)
-        ranges = ranges[grid.levels]  # (M, 2)
+        ranges = self.ranges[grid.levels]  # (M, 2)
         low, high = ranges.split(1, 1)  # (M, 1)
         above = half_diagonal >= low  # (M, N)
         below = half_diagonal <= high
@@ -241,10 +236,9 @@ class CenterNet(nn.Module):
         row = torch.arange(len(box), device=box.device)
         ltrb = ltrb[row, box] / strides[:, 0]  # (M, 4)
         without_box = best.isinf()
-        ltrb[without_box] = -1
+        ltrb = ltrb.masked_fill(without_box[:, None], -1)
         at_box = at_centre & in_level
-        location, _ = at_box.nonzero(as_tuple=True)
-        return heatmap, ltrb, location
+        return heatmap, ltrb, at_box.sum(1).to(heatmap)
 
     def losses(
         self, grid: Grid, logits: Tensor, ltrb: Tensor, gt_boxes: list[Tensor]
@@ -261,18 +255,13 @@ class CenterNet(nn.Module):
         logits: (B, M); ltrb: (B, M, 4), in strides; gt_boxes: B tensors (N, 4)
         """
         targets = [self.targets(grid, boxes) for boxes in gt_boxes]
-        heatmaps, distances, centre_rows = zip(*targets)
-        heatmap = torch.stack(heatmaps)  # (B, M)
-        gt_ltrb = torch.stack(distances)  # (B, M, 4)
+        heatmap, gt_ltrb, centred = map(torch.stack, zip(*targets))  # (B, M), (B, M, 4), (B, M)
         p = logits.sigmoid()  # (B, M)
         p = p.clamp(1e-4, 1 - 1e-4)
-        positive = [p[i, rows] for i, rows in enumerate(centre_rows)]
-        positive = torch.cat(positive)  # (n,)
-        count = p.new_tensor(float(len(positive)))
-        count = mean_over_ranks(count).clamp(min=1)
-        hard = (1 - positive) ** self.gamma
-        pos = torch.log(positive) * hard
-        pos = -pos.sum()
+        count = mean_over_ranks(centred.sum()).clamp(min=1)
+        hard = (1 - p) ** self.gamma
+        pos = -torch.log(p) * hard * centred
+        pos = pos.sum()
         far = (1 - heatmap) ** self.beta
         confident = p**self.gamma
         neg = -torch.log(1 - p) * confident * far
@@ -282,9 +271,11 @@ class CenterNet(nn.Module):
         regressed = gt_ltrb.amin(-1) >= 0  # (B, M)
         count_reg = regressed.sum().to(p)
         count_reg = mean_over_ranks(count_reg).clamp(min=1)
-        ltrb = ltrb[regressed]  # (m, 4)
-        gt_ltrb = gt_ltrb[regressed]
-        loc = loss_ltrb_giou(ltrb, gt_ltrb)
+        # where nothing is regressed, two equal boxes: their loss is 0, and so is its gradient
+        others = ~regressed[..., None]
+        ltrb = ltrb.masked_fill(others, 1)
+        gt_ltrb = gt_ltrb.masked_fill(others, 1)
+        loc = loss_ltrb_giou(ltrb.flatten(0, 1), gt_ltrb.flatten(0, 1))
         pos_weight = self.pos_weight * self.alpha
         neg_weight = self.neg_weight * (1 - self.alpha)
         return {
@@ -293,37 +284,42 @@ class CenterNet(nn.Module):
             "loss_centernet_loc": loc / count_reg,
         }
 
-    def proposals(self, grid: Grid, p: Tensor, ltrb: Tensor) -> tuple[Tensor, Tensor]:
-        """Selects the proposals of one image: the best of each level, then NMS over all levels.
+    def proposals(self, grid: Grid, p: Tensor, ltrb: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Selects the proposals of each image: the best of each level, then NMS over all levels.
 
-        Returns boxes (Q, 4), not clipped, and scores sqrt(p) (Q,), by falling score.
-        p: objectness (M,), in [0, 1]; ltrb: (M, 4), distances in strides
+        Returns boxes (Q, 4), not clipped, and scores sqrt(p) (Q,), by falling score, of each image.
+        p: objectness (B, M), in [0, 1]; ltrb: (B, M, 4), distances in strides
         """
         at_inference = int(not self.training)
         limit = self.pre_nms[at_inference]
-        passing = p > self.score_threshold
-        kept = []
-        for level in range(len(self.strides)):
-            on_level = grid.levels == level
-            candidate = on_level & passing
-            rows = candidate.nonzero().squeeze(1)
-            number = min(len(rows), limit)
-            best = p[rows].topk(number).indices
-            kept.append(rows[best])
-        rows = torch.cat(kept)
+        start = 0
+        rows = []
+        for height, width in grid.shapes:
+            on_level = p[:, start : start + height * width]
+            number = min(height * width, limit)
+            best = on_level.topk(number).indices
+            rows.append(best + start)
+            start += height * width
+        rows = torch.cat(rows, 1)  # (B, K)
+        p, order = p.gather(1, rows).sort(descending=True, stable=True)
+        rows = rows.gather(1, order)
         points = grid.points[rows]
-        strides = grid.strides[rows]
-        ltrb = ltrb[rows]
-        ltrb = ltrb * strides[:, None]  # in pixels
-        before, after = ltrb.chunk(2, 1)
+        ltrb = ltrb.gather(1, rows[..., None].expand(-1, -1, 4))
+        ltrb = ltrb * grid.strides[rows][..., None]  # in pixels
+        before, after = ltrb.chunk(2, 2)
         low = points - before
         high = points + after
         high = torch.maximum(high, low + 0.01)
-        boxes = torch.cat([low, high], 1)  # (Q, 4)
-        scores = p[rows].sqrt()
-        best = nms(boxes, scores, self.nms_threshold)
-        best = best[: self.post_nms[at_inference]]
-        return boxes[best], scores[best]
+        boxes = torch.cat([low, high], 2)  # (B, K, 4)
+        scores = p.sqrt()
+        counts = (p > self.score_threshold).sum(1).tolist()  # a single wait for the device
+        proposals = []
+        for count, of_image, score in zip(counts, boxes, scores):
+            of_image = of_image[:count]
+            best = nms(of_image, score[:count], self.nms_threshold)
+            best = best[: self.post_nms[at_inference]]
+            proposals.append((of_image[best], score[best]))
+        return proposals
 
 
 def loss_ltrb_giou(pred: Tensor, target: Tensor) -> Tensor:

@@ -269,6 +269,8 @@ class LabelSpace:
         sizes = [len(v) for v in vocabularies]
         parts = torch.tensor(columns).split(sizes)
         self._columns = dict(zip(self.vocabularies, parts))
+        self._columns_on = {}  # (dataset, device): its columns there
+        self._first = {name: int(part[0]) for name, part in self._columns.items()}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -324,11 +326,15 @@ class LabelSpace:
         columns = self.columns(dataset)
         if self.merge:
             return slice(0, len(self))
-        return slice(int(columns[0]), int(columns[-1]) + 1)
+        first = self._first[dataset]
+        return slice(first, first + len(columns))
 
     def to_global(self, dataset: str, labels: Tensor) -> Tensor:
         """Maps label indices (N,) of `dataset` to columns (N,) of the label space."""
-        return self.columns(dataset).to(labels.device)[labels]
+        place = dataset, labels.device
+        if place not in self._columns_on:  # a copy to the device at every call would be a wait
+            self._columns_on[place] = self.columns(dataset).to(labels.device)
+        return self._columns_on[place][labels]
 
     def part(self, dataset: str) -> "LabelSpace":
         """Returns the label space of `dataset` alone. Raises InputError as `columns` does."""

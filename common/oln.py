@@ -290,13 +290,8 @@ class OLN(nn.Module):
         proposals, losses = self.rpn(features, sizes, gt_boxes)
         boxes = [b for b, _ in proposals]
         if targets is not None:
-            regions = []
-            region_targets = []
-            for proposed, of_image in zip(boxes, targets):
-                matched = match_regions(proposed, of_image, self.iou, self.rois_per_image)
-                sampled, target = matched
-                regions.append(sampled)
-                region_targets.append(target)
+            matched = match_regions(boxes, targets, self.iou, self.rois_per_image)
+            regions, region_targets = matched
             outputs = self.head(features, regions)
             return losses | self.losses(outputs, regions, region_targets)
 

@@ -223,6 +223,11 @@ def _backward_cpu(gradient, shapes, strides, boxes, image, level, resolution):
 
     gradient: (R, F, r, r); shapes: L shapes (B, F, h, w)
     """
+    # in an image with image-level labels, only one region in a hundred has a gradient
+    with_gradient = gradient.flatten(1).any(1)
+    if not with_gradient.all():  # the copy takes a third of the time
+        regions = (gradient, boxes, image, level)
+        gradient, boxes, image, level = (x[with_gradient] for x in regions)
     channels = gradient.shape[1]
     maps = torch.tensor([(batch, height, width) for batch, _, height, width in shapes])
     areas = maps.prod(1).tolist()
@@ -254,13 +259,10 @@ def _backward_cpu(gradient, shapes, strides, boxes, image, level, resolution):
 def _forward_native(features, strides, boxes, image, level, resolution):
     """Returns the pooled regions, level by level."""
     rois = torch.cat([image[:, None].to(boxes), boxes], 1)  # (R, 5)
-    out = boxes.new_zeros(len(rois), features[0].shape[1], resolution, resolution)
-    for i, feature in enumerate(features):
-        row = (level == i).nonzero().squeeze(1)
-        feature = feature.to(boxes.dtype)
-        out[row] = torchvision.ops.roi_align(
-            feature, rois[row], resolution, 1 / strides[i], aligned=True
-        )
+    out = boxes.new_empty(len(rois), features[0].shape[1], resolution, resolution)
+    for feature, stride, row in zip(features, strides, _rows_of_levels(level, len(features))):
+        of_level = feature.to(boxes.dtype), rois[row], resolution, 1 / stride
+        out[row] = torchvision.ops.roi_align(*of_level, aligned=True)
     return out
 
 
@@ -268,12 +270,24 @@ def _backward_native(gradient, shapes, strides, boxes, image, level, resolution)
     """Returns the gradients of the features, one a level."""
     rois = torch.cat([image[:, None].to(boxes), boxes], 1)  # (R, 5)
     backward = torch.ops.torchvision._roi_align_backward
+    # in an image with image-level labels, only one region in a hundred has a gradient
+    without_gradient = ~gradient.flatten(1).any(1)
+    level = level.masked_fill(without_gradient, len(shapes))
     gradients = []
-    for i, shape in enumerate(shapes):
-        row = (level == i).nonzero().squeeze(1)
-        settings = (1 / strides[i], resolution, resolution, *shape)
+    for shape, stride, row in zip(shapes, strides, _rows_of_levels(level, len(shapes))):
+        settings = (1 / stride, resolution, resolution, *shape)
         gradients.append(backward(gradient[row], rois[row], *settings, 0, True))
     return gradients
+
+
+def _rows_of_levels(level: Tensor, count: int) -> list[Tensor]:
+    """Returns the rows of the regions of each level, with a single wait for the device.
+
+    level: (R,), those of regions that no level gets are `count`
+    """
+    of_level = level == torch.arange(count, device=level.device)[:, None]  # (L, R)
+    counts = of_level.sum(1).tolist()
+    return level.argsort(stable=True)[: sum(counts)].split(counts)
 
 
 # -- as an operator --------------------------------------------------------------------------------
@@ -300,15 +314,10 @@ def _roi_align_backward(
 ) -> list[Tensor]:
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     shapes = [sizes[i : i + 4] for i in range(0, len(sizes), 4)]
-    # in an image with image-level labels, only one region in a hundred has a gradient
-    with_gradient = gradient.flatten(1).any(1)
-    regions = (gradient, boxes, image, level)
-    if not with_gradient.all():  # the copy takes a third of the time
-        regions = [x[with_gradient] for x in regions]
-    of_output, boxes, image, level = regions
-    boxes = boxes.to(dtype)
     backward = _backward_cpu if boxes.is_cpu else _backward_native
-    gradients = backward(of_output.to(dtype), shapes, strides, boxes, image, level, resolution)
+    gradients = backward(
+        gradient.to(dtype), shapes, strides, boxes.to(dtype), image, level, resolution
+    )
     return [x.to(gradient.dtype) for x in gradients]
 
 

@@ -85,19 +85,30 @@ def _ious(gt_boxes: Tensor, boxes: Tensor) -> Callable[[], Iterable[Tensor]]:
     return lambda: (box_iou(gt_boxes, part) for part in parts)
 
 
-def sample_fg_bg(matched: Tensor, num: int, fg_fraction: float) -> Tensor:
-    """Samples at most `num` rows of `matched` (Q,) bool; returns their indices, matched rows first.
+def true_rows(flags: list[Tensor]) -> list[Tensor]:
+    """Returns the rows where each of B tensors (Q,) bool is true, with one wait for the device."""
+    counts = torch.stack([flag.sum() for flag in flags]).tolist()
+    orders = [flag.argsort(descending=True, stable=True) for flag in flags]
+    return [order[:count] for order, count in zip(orders, counts)]
 
-    At most `fg_fraction` of `num` are matched rows.
+
+def sample_fg_bg(matched: list[Tensor], num: int, fg_fraction: float) -> list[Tensor]:
+    """Samples at most `num` rows of each of B tensors (Q,) bool; returns their indices, B tensors.
+
+    At most `fg_fraction` of `num` are matched rows. They come first. There is one wait for the
+    device.
     Source: facebookresearch/detectron2:detectron2/modeling/sampling.py.
     """
-    fg = matched.nonzero().squeeze(1)
-    bg = (~matched).nonzero().squeeze(1)
-    num_fg = min(len(fg), int(num * fg_fraction))
-    num_bg = min(len(bg), num - num_fg)
-    fg = fg[torch.randperm(len(fg), device=fg.device)[:num_fg]]
-    bg = bg[torch.randperm(len(bg), device=bg.device)[:num_bg]]
-    return torch.cat([fg, bg])
+    counts = torch.stack([flag.sum() for flag in matched]).tolist()
+    sampled = []
+    for flag, count in zip(matched, counts):
+        shuffled = torch.randperm(len(flag), device=flag.device)
+        first_matched = flag[shuffled].argsort(descending=True, stable=True)
+        order = shuffled[first_matched]
+        num_fg = min(count, int(num * fg_fraction))
+        num_bg = min(len(flag) - count, num - num_fg)
+        sampled.append(torch.cat([order[:num_fg], order[count : count + num_bg]]))
+    return sampled
 
 
 def wholly_inside(anchors: Tensor, size: tuple[int, int]) -> Tensor:
@@ -115,7 +126,8 @@ def sample_anchors(matched: Tensor, num: int, fg_fraction: float) -> Tensor:
     matched: (A,) of `match_anchors`
     """
     decided = (matched > -2).nonzero().squeeze(1)
-    return decided[sample_fg_bg(matched[decided] >= 0, num, fg_fraction)]
+    (sampled,) = sample_fg_bg([matched[decided] >= 0], num, fg_fraction)
+    return decided[sampled]
 
 
 def match_anchors(
@@ -148,25 +160,31 @@ def match_anchors(
 
 
 def match_regions(
-    boxes: Tensor, targets: Targets, iou: float, num_samples: int = 0
-) -> tuple[Tensor, RegionTargets]:
-    """Matches the regions (Q, 4) of one image to its ground truth; returns regions and targets.
+    boxes: list[Tensor], targets: list[Targets], iou: float, num_samples: int = 0
+) -> tuple[list[Tensor], list[RegionTargets]]:
+    """Matches the regions of each image, B tensors (Q, 4), to its ground truth.
 
-    A region is background if its best IoU is below `iou`. With num_samples > 0 (first stage), the
-    ground truth's boxes join the regions. Then num_samples regions are sampled, at most a quarter
-    of them foreground.
+    Returns regions and targets, B of each. A region is background if its best IoU is below `iou`.
+    With num_samples > 0 (first stage), the ground truth's boxes join the regions. Then num_samples
+    regions of an image are sampled, at most a quarter of them foreground.
     Source: facebookresearch/detectron2:detectron2/modeling/roi_heads (roi_heads.py,
     cascade_rcnn.py).
     """
     if num_samples:
-        boxes = torch.cat([targets.boxes, boxes])
-    gt_index, matched = match_by_iou(boxes, targets.boxes, iou)
+        boxes = [torch.cat([t.boxes, b]) for t, b in zip(targets, boxes)]
+    found = [match_by_iou(b, t.boxes, iou) for t, b in zip(targets, boxes)]
     if num_samples:
-        sampled = sample_fg_bg(matched, num_samples, 0.25)
-        boxes = boxes[sampled]
-        gt_index = gt_index[sampled]
-        matched = matched[sampled]
+        rows = sample_fg_bg([matched for _, matched in found], num_samples, 0.25)
+        boxes = [b[row] for b, row in zip(boxes, rows)]
+        found = [(index[row], matched[row]) for (index, matched), row in zip(found, rows)]
+    return boxes, [_targets_of(b, t, *of) for b, t, of in zip(boxes, targets, found)]
+
+
+def _targets_of(
+    boxes: Tensor, targets: Targets, gt_index: Tensor, matched: Tensor
+) -> RegionTargets:
+    """Returns the targets of regions (Q, 4) with the `match_by_iou` index and matched (Q,)."""
     if len(targets.boxes) == 0:
-        return boxes, RegionTargets(boxes, torch.full_like(gt_index, -1), gt_index)
+        return RegionTargets(boxes, torch.full_like(gt_index, -1), gt_index)
     labels = targets.labels[gt_index].masked_fill(~matched, -1)
-    return boxes, RegionTargets(targets.boxes[gt_index], labels, gt_index)
+    return RegionTargets(targets.boxes[gt_index], labels, gt_index)

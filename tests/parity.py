@@ -198,20 +198,21 @@ def feed_recorded_samples(monkeypatch, method, tensors: dict, variant: str) -> N
 
     method: the module whose `sample_federated` is replaced
     """
-    images, stages = itertools.count(), itertools.count()
+    stages = itertools.count()
     match = common.cascade.match_regions
 
     def recorded_match(boxes, truth, iou, num_samples):
-        boxes, targets = match(boxes, truth, iou, num_samples)
+        regions, matched = match(boxes, truth, iou, num_samples)
         if num_samples:
-            wanted = tensors[f"{variant}.sampled{next(images)}.boxes"]
-            assert sorted(boxes.tolist()) == sorted(wanted.tolist())
-            order = (wanted[:, None] - boxes).abs().amax(-1).argmin(1)
-            boxes = boxes[order]
-            targets = RegionTargets(
-                targets.boxes[order], targets.labels[order], targets.gt_index[order]
-            )
-        return boxes, targets
+            for i, (boxes, targets) in enumerate(zip(regions, matched)):
+                wanted = tensors[f"{variant}.sampled{i}.boxes"]
+                assert sorted(boxes.tolist()) == sorted(wanted.tolist())
+                order = (wanted[:, None] - boxes).abs().amax(-1).argmin(1)
+                regions[i] = boxes[order]
+                matched[i] = RegionTargets(
+                    targets.boxes[order], targets.labels[order], targets.gt_index[order]
+                )
+        return regions, matched
 
     def recorded_classes(labels, frequency):
         appeared = tensors[f"{variant}.stage{next(stages)}.fed_appeared"]

@@ -606,7 +606,7 @@ def test_recipe_of_detic(datasets, tmp_path, monkeypatch, seen, joint):
         detic.train(args, trained_on, label_space, tmp_path, CPU)
     warmup = (1000, 1e-3) if joint else (10_000, 1e-4)
     assert seen == {
-        "settings": {"lr": 5e-4, "weight_decay": 1e-4},
+        "settings": {"lr": 5e-4, "weight_decay": 1e-4, "fused": True},
         "clip": 1.0,
         "schedule": (5e-4, 90_000, *warmup),
     }

@@ -94,7 +94,7 @@ def test_parity_centernet_head_and_grid():
 def test_parity_centernet_targets():
     net, features, boxes, tensors, _ = centernet_case()
     grid = Grid.of(features, net.strides)
-    heatmaps, ltrb, centres = zip(*(net.targets(grid, b) for b in boxes))
+    heatmaps, ltrb, centred = zip(*(net.targets(grid, b) for b in boxes))
     parts = [h * w for h, w in grid.shapes]
 
     def flat(per_image):  # B times (M, ...) -> level by level, inside a level image by image
@@ -102,7 +102,8 @@ def test_parity_centernet_targets():
 
     numbers = torch.arange(len(boxes) * sum(parts)).view(len(boxes), -1)
     place = flat(list(numbers)).argsort().view(numbers.shape)  # (B, M) flat position
-    pos_inds = torch.cat([place[i, c] for i, c in enumerate(centres)])
+    number = torch.stack(centred).long().flatten()
+    pos_inds = place.flatten().repeat_interleave(number)
     assert torch.equal(pos_inds.sort().values, tensors["target.pos_inds"].sort().values)
     check("centernet targets: heat map", flat(heatmaps), tensors["target.heatmap"][:, 0])
     regressed = tensors["target.reg"].amin(1) >= 0

@@ -85,7 +85,7 @@ def test_recipe(method, two, tmp_path, seen, monkeypatch):
     with pytest.raises(Enough):
         method.train(args, two, label_space(method, args, two), tmp_path, CPU)
     assert seen == {
-        "settings": {"lr": 5e-4, "weight_decay": 1e-4},
+        "settings": {"lr": 5e-4, "weight_decay": 1e-4, "fused": True},
         "clip": 1.0,
         "schedule": (5e-4, 90_000, 10_000, 1e-4),
     }

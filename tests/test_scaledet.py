@@ -138,7 +138,7 @@ def test_scaledet_eq7_soft_label():
         error = cosine[r, j].item() - similarity[labels[r], j].item()
         expected += error**2 / 4 / 3
         gradient[r, j] = 2 * error / 4 / 3
-    loss = scaledet.loss_soft_label(cosine, labels, similarity[labels[[0, 2, 4]]])
+    loss = scaledet.loss_soft_label(cosine[[0, 2, 4]], similarity[labels[[0, 2, 4]]])
     loss.backward()
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(cosine.grad, gradient)
@@ -149,7 +149,7 @@ def test_scaledet_losses_of_background_alone():
     deltas = torch.randn(3, 4).requires_grad_()
     labels = torch.full((3,), -1)
     targets = [region_targets(torch.zeros(3, 4), labels)]
-    soft = scaledet.loss_soft_label(cosine, labels, torch.zeros(0, 4))
+    soft = scaledet.loss_soft_label(cosine[:0], torch.zeros(0, 4))
     box = loss_box_reg(StageOutput(0, [torch.zeros(3, 4)], cosine, deltas, targets))
     hard = scaledet.loss_hard_label(cosine / 0.02, labels, torch.ones(3, 4))
     assert soft == 0 and box == 0
@@ -164,7 +164,7 @@ def test_scaledet_losses_of_background_alone():
 def test_scaledet_losses_without_regions_are_zero():
     none, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
     assert scaledet.loss_hard_label(none, labels, none) == 0
-    assert scaledet.loss_soft_label(none, labels, none) == 0
+    assert scaledet.loss_soft_label(none, none) == 0
     assert loss_box_reg(StageOutput(0, [none], none, none, [region_targets(none, labels)])) == 0
 
 
@@ -182,7 +182,7 @@ def test_scaledet_scale_check_of_hard_and_soft_gradients():
     def gradients(c):
         cosine = torch.full((regions, num_labels), c).requires_grad_()
         hard = scaledet.loss_hard_label(cosine / Args.tau, labels, torch.ones(regions, num_labels))
-        soft = Args.lam * scaledet.loss_soft_label(cosine, labels, similarity)
+        soft = Args.lam * scaledet.loss_soft_label(cosine[:foreground], similarity)
         return [
             float(torch.autograd.grad(loss, cosine)[0][0, 1]) * regions for loss in (hard, soft)
         ]
@@ -208,8 +208,9 @@ def test_scaledet_class_mask():
     labels = torch.cat(image_labels)
     for own, ignore_dup in itertools.product((False, True), (False, True)):
         args = replace(SMALL, neg_scope="own" if own else "all", ignore_dup=ignore_dup)
-        between = scaledet.label_cosines(text, labels[labels >= 0])
-        mask = scaledet.class_mask(args, stage, targets, torch.ones(5), between)
+        fg = (labels >= 0).nonzero()[:, 0]
+        between = scaledet.label_cosines(text, labels[fg])
+        mask = scaledet.class_mask(args, stage, targets, torch.ones(5), fg, between)
         assert mask.shape == (7, 5)
         for r, j in itertools.product(range(len(labels)), range(5)):
             scope = scopes[0 if r < 3 else 1]
@@ -225,7 +226,7 @@ def test_scaledet_duplicates_are_judged_before_the_rescaling():
     stage = StageOutput(0, [boxes], None, None, [region_targets(boxes, labels)])
     between = all_cosines(text)
     truth = whole_scope(text)[:1]
-    mask = scaledet.class_mask(Args(), stage, truth, torch.full((4,), -1), between)
+    mask = scaledet.class_mask(Args(), stage, truth, torch.full((4,), -1), labels, between)
     expected = [[i != j and float(text[i] @ text[j]) > 0.99 for j in range(4)] for i in range(4)]
     assert (mask == 0).tolist() == expected
     assert any(map(any, expected)) and not expected[1][3]
@@ -271,7 +272,7 @@ def test_scaledet_fed_loss_acts_on_the_hard_loss_alone():
     expected = scaledet.loss_hard_label(logits, labels, own.expand(3, 60))
     torch.testing.assert_close(losses["loss_hard_stage1"], expected)
     similarity = whole_similarity(text, args.sim_norm)[labels[[0, 2]]]
-    expected = 2 * scaledet.loss_soft_label(cosine, labels, similarity)
+    expected = 2 * scaledet.loss_soft_label(cosine[[0, 2]], similarity)
     torch.testing.assert_close(losses["loss_soft_stage1"], expected)
 
 
@@ -374,7 +375,7 @@ def test_scaledet_total_is_the_weighted_sum_of_every_stage(sim_norm):
     for k, (stage, prediction) in enumerate(zip(stages, predictions)):
         cosine, logits = prediction.cosine, prediction.logits
         hard = scaledet.loss_hard_label(logits, labels, torch.ones(4, 6))
-        soft = scaledet.loss_soft_label(cosine, labels, similarity)
+        soft = scaledet.loss_soft_label(cosine[[0, 2, 3]], similarity)
         expected[f"loss_hard_stage{k}"] = hard
         expected[f"loss_soft_stage{k}"] = 0.7 * soft
         expected[f"loss_box_reg_stage{k}"] = torch.tensor(naive_box_reg(stage, weights[k]))
@@ -488,7 +489,7 @@ def test_scaledet_shared_label_of_two_datasets_can_be_confident(ignore_dup):
     boxes = torch.zeros(1, 4)
     stage = StageOutput(0, [boxes], None, None, [region_targets(boxes, labels)])
     targets, between = [Targets(boxes, labels, slice(2, 4))], scaledet.label_cosines(text, labels)
-    mask = scaledet.class_mask(args, stage, targets, torch.ones(4), between)
+    mask = scaledet.class_mask(args, stage, targets, torch.ones(4), torch.tensor([0]), between)
     embedding = nn.Parameter(torch.randn(1, text.shape[1]))
     optimizer = torch.optim.Adam([embedding], lr=0.05)
     for _ in range(200):
@@ -508,7 +509,7 @@ def test_scaledet_matched_regions():
     truth = Targets(random_boxes(4), torch.tensor([7, 0, 3, 5]))
     boxes = torch.cat([random_boxes(30), truth.boxes + torch.randn(4, 4) * 3])
     for threshold in Cascade.ious:
-        kept, targets = match_regions(boxes, truth, threshold, 0)
+        (kept,), (targets,) = match_regions([boxes], [truth], threshold, 0)
         assert torch.equal(kept, boxes)
         for box, label, target in zip(
             boxes.tolist(), targets.labels.tolist(), targets.boxes.tolist()
@@ -523,7 +524,8 @@ def test_scaledet_matched_regions():
 
 def test_scaledet_an_overlap_of_exactly_the_threshold_is_foreground():
     truth = Targets(torch.tensor([[0.0, 0, 4, 4]]), torch.tensor([1]))
-    assert match_regions(torch.tensor([[0.0, 0, 2, 4]]), truth, 0.5, 0)[1].labels.tolist() == [1]
+    _, (targets,) = match_regions([torch.tensor([[0.0, 0, 2, 4]])], [truth], 0.5, 0)
+    assert targets.labels.tolist() == [1]
 
 
 def test_scaledet_first_stage_samples_a_quarter_of_foreground():
@@ -535,18 +537,20 @@ def test_scaledet_first_stage_samples_a_quarter_of_foreground():
             torch.rand(100, 2).repeat(1, 2) + torch.tensor([0, 0, 9, 9]),
         ]
     )
-    boxes, targets = match_regions(proposals, truth, 0.6, 32)
+    (boxes,), (targets,) = match_regions([proposals], [truth], 0.6, 32)
     assert len(boxes) == 32 and (targets.labels >= 0).sum() == 8
     # there are fewer than 512: all, and the truth
-    boxes, targets = match_regions(proposals, truth, 0.6, 512)
+    (boxes,), (targets,) = match_regions([proposals], [truth], 0.6, 512)
     assert len(boxes) == 122 and (targets.labels >= 0).sum() == 22
     assert all((boxes == gt).all(1).any() for gt in truth.boxes)
-    assert (match_regions(proposals, truth, 0.6, 64)[1].labels >= 0).sum() == 16
+    _, (targets,) = match_regions([proposals], [truth], 0.6, 64)
+    assert (targets.labels >= 0).sum() == 16
 
 
 def test_scaledet_image_without_boxes_is_background():
     for num_samples, count in ((0, 40), (16, 16)):
-        boxes, targets = match_regions(random_boxes(40), Targets(*NOTHING), 0.6, num_samples)
+        nothing = [Targets(*NOTHING)]
+        (boxes,), (targets,) = match_regions([random_boxes(40)], nothing, 0.6, num_samples)
         assert len(boxes) == len(targets.boxes) == count and (targets.labels == -1).all()
         assert torch.equal(boxes, targets.boxes) and not targets.gt_index.any()
 
@@ -954,27 +958,26 @@ def naive_targets(boxes: list) -> tuple[list, list, list]:
 def test_scaledet_centernet_targets():
     net, grid = centernet()
     heatmap, distances, centres = naive_targets(BOXES)
-    got_heatmap, got_distances, got_centres = net.targets(
+    got_heatmap, got_distances, centred = net.targets(
         grid, torch.tensor(BOXES, dtype=torch.float32)
     )
     assert grid.points.tolist() == [[x, y] for _, _, x, y in naive_locations()]
     torch.testing.assert_close(got_heatmap, torch.tensor(heatmap), rtol=1e-4, atol=1e-6)
-    assert sorted(got_centres.tolist()) == sorted(centres)
+    assert centred.tolist() == [centres.count(m) for m in range(len(centred))]
     for got, expected in zip(got_distances.tolist(), distances):
         assert min(got) < 0 if expected is None else got == pytest.approx(expected)
-    levels = [
-        int(grid.levels[m]) for m in net.targets(grid, torch.tensor([[10.0, 20, 110, 120]]))[2]
-    ]
-    assert levels == [0, 1]  # half its diagonal, 71 pixels, lies in two ranges
+    _, _, centred = net.targets(grid, torch.tensor([[10.0, 20, 110, 120]]))
+    assert grid.levels[centred > 0].tolist() == [
+        0,
+        1,
+    ]  # half its diagonal, 71 pixels, lies in two ranges
 
 
 def test_scaledet_centernet_ranges_are_closed():
     net, grid = centernet()
-    net.size_ranges = [(0, 80), (80, 160), (160, 161), (161, 162), (162, 163)]
-    centres = net.targets(grid, torch.tensor([[10.0, 20, 106, 148]]))[
-        2
-    ]  # half of its diagonal is 80 pixels
-    assert grid.levels[centres].tolist() == [0, 1]
+    net.ranges = torch.tensor([(0, 80), (80, 160), (160, 161), (161, 162), (162, 163)])
+    _, _, centred = net.targets(grid, torch.tensor([[10.0, 20, 106, 148]]))
+    assert grid.levels[centred > 0].tolist() == [0, 1]  # half of its diagonal is 80 pixels
 
 
 def naive_giou(pred: list, target: list) -> float:
@@ -1043,7 +1046,12 @@ def test_scaledet_centernet_proposals(training):
         if all(iou(boxes[m], boxes[other]) <= 0.9 for other in kept):
             kept.append(m)
     kept = kept[: post_nms[not training]]
-    got_boxes, got_scores = net.proposals(grid, p, ltrb)
+    few = torch.zeros_like(p)
+    few[:3] = 0.5
+    ((got_boxes, got_scores), (other_boxes, _)) = net.proposals(
+        grid, torch.stack([p, few]), torch.stack([ltrb, ltrb])
+    )
+    assert len(other_boxes) == 2  # what passes in one image does not depend on the others
     assert kept[:3] == [0, 1, 3] and not {2, 4} & set(kept)
     assert training or p[kept[-1]] < 2e-4
     assert got_scores.tolist() == pytest.approx([math.sqrt(p[m]) for m in kept], rel=1e-5)

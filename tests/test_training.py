@@ -69,7 +69,7 @@ def test_recipe_of_scaledet(tiny_root, tmp_path, seen):
     datasets = load_datasets("coco", "train", str(tiny_root))
     label_space = scaledet.build_label_space(args, [d.vocabulary for d in datasets])
     scaledet.train(args, datasets, label_space, tmp_path, torch.device("cpu"))
-    assert seen == {"settings": {"lr": 5e-4, "weight_decay": 1e-4}, "clip": 1.0}
+    assert seen == {"settings": {"lr": 5e-4, "weight_decay": 1e-4, "fused": True}, "clip": 1.0}
     defaults = scaledet.Args()
     assert (defaults.lr, defaults.base_batch_size, defaults.warmup_steps, defaults.steps) == (
         2e-4,

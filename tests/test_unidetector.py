@@ -415,7 +415,7 @@ def test_unidetector_settings_of_the_paper():
         common.clip_resnet.architecture("RN50/openai")["image_size"] // 32 * 2,
     ) == (16, 14)
     truth = Targets(random_boxes(3), torch.zeros(3).long())
-    _, targets = match_regions(random_boxes(900), truth, 0.0, 512)
+    _, (targets,) = match_regions([random_boxes(900)], [truth], 0.0, 512)
     assert (targets.labels >= 0).sum() == 128  # a quarter of the regions
     classes, suppression = (
         inspect.signature(f).parameters for f in (unidetector.sample_classes, soft_nms)

@@ -1,0 +1,77 @@
+"""How often a training step of the detectors would make a GPU wait for the host."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from waits import count_waits
+
+import detic
+import scaledet
+from common.batch import Sample, collate
+from common.labels import LabelSpace, Vocabulary
+
+SIDE, IMAGES = 320, 8
+SMALL = {"backbone": "resnet18", "channels": 64, "fc_dim": 64, "rois_per_image": 64}
+
+
+def vocabulary(name: str, count: int) -> Vocabulary:
+    text = F.normalize(torch.randn(count, 32))
+    return Vocabulary(name, tuple(f"{name} {i}" for i in range(count)), text=text)
+
+
+def sample(dataset: str, count: int) -> Sample:
+    corner = torch.rand(count, 2) * 200
+    boxes = torch.cat([corner, corner + 10 + torch.rand(count, 2) * 100], 1)
+    image = torch.randint(256, (3, SIDE, SIDE), dtype=torch.uint8)
+    masks = torch.rand(count, SIDE, SIDE) > 0.5
+    labels = torch.randint(50, (count,))
+    return Sample(image, dataset, "instances", 0, 0, (SIDE, SIDE), boxes, labels, masks)
+
+
+def waits_of_a_step(method, settings: dict, tables) -> dict:
+    """The waits of a training step. tables(args, space): what `compute_losses` takes last."""
+    torch.manual_seed(0)
+    space = LabelSpace([vocabulary("a", 200), vocabulary("b", 100)])
+    model = method.Model(method.Args(**SMALL, **settings), space, pretrained=False).train()
+    batch = collate([sample("ab"[i % 2], 3 + i) for i in range(IMAGES)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    captions = [None] if method is detic else []
+    last = tables(model.args, space)
+    with count_waits() as found:
+        targets = method.prepare_targets(batch, space)
+        outputs = model(batch.images, batch.sizes, targets, space.text, *captions)
+        method.compute_losses(model.args, *outputs, targets, *last)["loss"].backward()
+        optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize("fed_loss", [False, True])
+def test_scaledet(fed_loss):
+    def tables(args, space):
+        frequency = torch.full((len(space),), 5.0 if fed_loss else -1.0)
+        return [scaledet.LabelTables.of(args, space.text, frequency)]
+
+    found = waits_of_a_step(scaledet, {"fed_loss": fed_loss}, tables)
+    # NMS of each image; RoIAlign forward and backward, of each stage; five others
+    assert found == {"torchvision.nms.default": IMAGES, "Tensor.tolist": 11}
+
+
+def test_detic_with_masks():
+    def tables(args, space):
+        frequency = torch.full((len(space),), 5.0)
+        return frequency, frequency
+
+    found = waits_of_a_step(detic, {}, tables)
+    assert found == {"torchvision.nms.default": IMAGES, "Tensor.tolist": 13}
+
+
+def test_what_waits_is_counted():
+    x = torch.rand(4)
+    with count_waits() as found:
+        x[x > 2] = torch.zeros(0)
+        float(x.sum())
+        x.nonzero()
+        x.new_tensor([1.0])
+        torch.repeat_interleave(torch.ones(3).long())
+        x.cpu()
+    assert sum(found.values()) == 6
