@@ -262,15 +262,14 @@ class LabelSpace:
                 rows.append(row)
             columns.append(column_of[key])
         self.names = tuple(all_names[row] for row in rows)
-        self.text = None
-        if any(widths):
-            text = torch.cat([v.text for v in vocabularies])
-            self.text = text[rows]
+        texts = [v.text for v in vocabularies]
+        self.text = torch.cat(texts)[rows] if any(widths) else None
         sizes = [len(v) for v in vocabularies]
         parts = torch.tensor(columns).split(sizes)
         self._columns = dict(zip(self.vocabularies, parts))
         self._columns_on = {}  # (dataset, device): its columns there
-        self._first = {name: int(part[0]) for name, part in self._columns.items()}
+        ends = {name: (int(part[0]), int(part[-1]) + 1) for name, part in self._columns.items()}
+        self._scopes = {name: slice(*pair) for name, pair in ends.items()}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -323,11 +322,8 @@ class LabelSpace:
 
         In a concatenation they are the columns of `dataset`. With `merge` they are all columns.
         """
-        columns = self.columns(dataset)
-        if self.merge:
-            return slice(0, len(self))
-        first = self._first[dataset]
-        return slice(first, first + len(columns))
+        self.columns(dataset)  # raises
+        return slice(0, len(self)) if self.merge else self._scopes[dataset]
 
     def to_global(self, dataset: str, labels: Tensor) -> Tensor:
         """Maps label indices (N,) of `dataset` to columns (N,) of the label space."""
