@@ -539,6 +539,7 @@ def test_a_restart_does_not_read_the_addresses_of_the_ranks_before(monkeypatch):
     assert joined[1]["rank"] == 1 and joined[1]["world_size"] == 2
 
 
+@pytest.mark.long  # it waits for a minute
 def test_a_rank_that_hangs_ends_the_run_after_the_time_that_was_said(on_two_ranks, tmp_path):
     more = "common.distributed.WAIT = datetime.timedelta(seconds=8)"
     begun = time.time()

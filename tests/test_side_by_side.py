@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import functools
 import io
 import itertools
 import re
@@ -101,6 +102,7 @@ def functions(path: Path) -> list[ast.FunctionDef]:
     ]
 
 
+@functools.cache
 def blocks(path: Path) -> dict[str, list[str]]:
     """The source lines of every top-level function and class; methods of Model are Model.name."""
     text, found = path.read_text(), {}
@@ -118,7 +120,8 @@ def blocks(path: Path) -> dict[str, list[str]]:
 
 def likeness(one: str, other: str) -> float:
     matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
-    return matcher.ratio() if matcher.real_quick_ratio() >= 0.9 else 0.0
+    bounds = (matcher.real_quick_ratio, matcher.quick_ratio)  # the cheaper one first
+    return matcher.ratio() if all(bound() >= 0.9 for bound in bounds) else 0.0
 
 
 def changed(a: list[str], b: list[str]) -> list[tuple[str, int, int, int, int]]:
