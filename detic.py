@@ -101,7 +101,7 @@ log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
 DEMO = [  # the demonstration of ./run.sh
     "--datasets coco-base --tiny --output {output}-boxes",
-    "--datasets coco-base,in21k --tiny --weights {output}-boxes --output {output}",
+    "--datasets coco-base,in21k --tiny --steps 400 --weights {output}-boxes --output {output}",
 ]
 
 # -- Args ------------------------------------------------------------------------------------------
