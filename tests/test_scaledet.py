@@ -27,7 +27,7 @@ from common.datasets.index import Index
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
 from common.sampling import RepeatFactorSampler, repeat_factors
-from common.targets import RegionTargets, Targets, match_regions
+from common.targets import RegionTargets, Targets, match_regions, sample_fg_bg, true_rows
 from common.text import embed
 from common.text_classifier import TextClassifier
 from common.transforms import LargeScaleJitter
@@ -545,6 +545,19 @@ def test_scaledet_first_stage_samples_a_quarter_of_foreground():
     assert all((boxes == gt).all(1).any() for gt in truth.boxes)
     _, (targets,) = match_regions([proposals], [truth], 0.6, 64)
     assert (targets.labels >= 0).sum() == 16
+
+
+def test_regions_of_each_image_are_sampled_uniformly():
+    matched = [torch.arange(20) % 4 == 0, torch.ones(3, dtype=torch.bool)]
+    assert [rows.tolist() for rows in true_rows(matched)] == [[0, 4, 8, 12, 16], [0, 1, 2]]
+    drawn = torch.zeros(20)
+    for _ in range(400):
+        first, second = sample_fg_bg(matched, 8, 0.25)
+        assert matched[0][first].tolist() == [True] * 2 + [False] * 6
+        assert len(first.unique()) == 8 and len(second.unique()) == 2 == len(second)
+        drawn[first] += 1
+    share = torch.where(matched[0], 2 / 5, 6 / 15)
+    assert ((drawn / 400 - share).abs() < 0.13).all()  # five standard deviations
 
 
 def test_scaledet_image_without_boxes_is_background():
