@@ -1,7 +1,7 @@
 """Sample and Batch: what datasets hand to models."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -71,29 +71,44 @@ class Batch:
     images:  (B, 3, H, W) uint8
     sizes:   B pairs (height, width), before padding
     samples: B samples; their images are views of `images` without the padding
+    joined:  {field of TENSORS: the numbers of all samples, in pinned memory}
     """
 
     images: Tensor
     sizes: list[tuple[int, int]]
     samples: list[Sample]
+    joined: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def pin_memory(self) -> "Batch":
-        """Pins the images in memory. DataLoader calls it."""
+        """Pins the images and `joined` in memory. DataLoader calls it."""
         self.images = self.images.pin_memory()
+        for name in TENSORS:
+            values = [value for value in self._values(name) if value is not None]
+            if values:
+                self.joined[name] = torch.cat([v.flatten() for v in values]).pin_memory()
         return self
 
     def to(self, device: torch.device) -> "Batch":
-        """Moves the images and the tensors of all samples to a device, in place."""
+        """Moves the images and the tensors of all samples to a device, in place.
+
+        From pinned memory there is one copy for each field, and the host does not wait for it.
+        """
         self.images = self.images.to(device, non_blocking=True)
-        for sample in self.samples:
-            for field in TENSORS:
-                value = getattr(sample, field)
-                if value is not None:
-                    setattr(sample, field, value.to(device, non_blocking=True))
+        for name in TENSORS:
+            values = self._values(name)
+            if name in self.joined:
+                sizes = [0 if value is None else value.numel() for value in values]
+                moved = self.joined[name].to(device, non_blocking=True).split(sizes)
+                values = [v if v is None else m.view_as(v) for v, m in zip(values, moved)]
+            for sample, value in zip(self.samples, values):
+                setattr(sample, name, value if value is None else value.to(device))
         return self
+
+    def _values(self, name: str) -> list[Tensor | None]:
+        return [getattr(sample, name) for sample in self.samples]
 
 
 def collate(

@@ -139,6 +139,22 @@ def test_resize_shortest_follows_detectron2(size, expected):
     assert ResizeShortest(800)(sample(*size, boxes=())).size == expected
 
 
+def test_a_pinned_batch_moves_with_one_copy_for_each_field(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # needs CUDA
+    few, many = sample(8, 8, boxes=((1.0, 1.0, 4.0, 5.0),)), sample(8, 8)
+    few.masks = torch.rand(1, 8, 8) > 0.5
+    plain = collate([few, many, few]).to(torch.device("cpu"))
+    pinned = collate([few, many, few]).pin_memory()
+    assert set(pinned.joined) == {"boxes", "labels", "masks"}
+    pinned.to(torch.device("cpu"))
+    for one, other in zip(plain.samples, pinned.samples, strict=True):
+        assert torch.equal(one.boxes, other.boxes) and torch.equal(one.labels, other.labels)
+        assert one.labels.dtype == other.labels.dtype and other.segments is None
+        assert one.masks is other.masks is None or torch.equal(one.masks, other.masks)
+    start = pinned.samples[0].boxes.untyped_storage().data_ptr()
+    assert all(s.boxes.untyped_storage().data_ptr() == start for s in pinned.samples)
+
+
 def test_collate_pads_and_remembers_sizes():
     batch = collate([sample(40, 60), sample(33, 20, boxes=((1.0, 1.0, 9.0, 9.0),))])
     assert batch.images.shape == (2, 3, 64, 64) and batch.sizes == [(40, 60), (33, 20)]
