@@ -149,7 +149,7 @@ def read_place(name: str, path: Path, split: str) -> Dataset:
     Raises InputError that says what the folder or file holds if its format is unknown, and for a
     split that is not there.
     """
-    check_places(name, (path, path))
+    check_places(name, path, path)
     kind, found = find_format(path)
     if kind is None:
         raise unknown(name, path)
@@ -177,7 +177,7 @@ def read_pair(name: str, annotations: Path, images: Path, split: str) -> Dataset
     Raises InputError for a path that does not exist, for an unknown format, and for whatever the
     reader of the format refuses.
     """
-    check_places(name, (annotations, images))
+    check_places(name, annotations, images)
     if os.path.isdir(annotations):
         return _read_folders(name, annotations, images, split)
     ending = annotations.suffix.lower()

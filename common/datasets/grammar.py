@@ -172,12 +172,11 @@ def _defined(entry: str, trained: str) -> str:
     return entry
 
 
-def check_places(name: str, paths: tuple[str, str]) -> None:
-    """Raises InputError if the annotations or the folder of a dataset of one's own do not exist.
+def check_places(name: str, annotations: Path, images: Path) -> None:
+    """Raises InputError if the annotations of a dataset of one's own do not exist.
 
-    paths: as in `parse_datasets`
+    annotations, images: both are the folder or file of an entry NAME=PATH
     """
-    annotations, images = paths
     if annotations == images:
         if not os.path.exists(images):
             raise InputError(f"dataset '{name}': {images} does not exist; check the path")
@@ -235,7 +234,7 @@ def check_entries(args, accepts: Collection[str]) -> None:
     trained = [] if args.eval_only else parse_datasets(args.datasets, "train")
     for name, split, paths in trained:
         if paths:
-            check_places(name, paths)
+            check_places(name, *map(Path, paths))
         elif not args.tiny and KNOWN[name].supervision in (None, *accepts):
             known_files(name, split, data_folder(args.data_root))
     if args.eval_datasets:
