@@ -28,9 +28,10 @@ from common.checkpoint import checkpoints
 from common.command import run_command
 from common.distributed import _join
 from common.errors import InputError
+from common.process import unlock
 from common.replay import FIELDS, read_record
 from common.rescue import LOWER, explain
-from common.runlog import RunLog, unlock
+from common.runlog import RunLog
 from common.validation import main_metric, record_evaluation, undisturbed
 
 # -- a training that costs seconds -----------------------------------------------------------------
