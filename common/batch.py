@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Supervision = Literal["boxes", "instances", "semantic", "panoptic", "image_labels"]
+from common.datasets.known import Supervision
+
 TENSORS = ("boxes", "labels", "masks", "segments", "image_labels", "proposals")
 
 

@@ -4,12 +4,13 @@ Files are written whole or not at all, and loaded without unpickling code.
 """
 
 import errno
+import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,8 +21,9 @@ from torch.optim import Optimizer
 
 from common.distributed import on_main, rank, world_size
 from common.errors import InputError
-from common.files import atomic_path, file_digest
+from common.files import atomic_path, cache_dir, file_digest
 from common.labels import LabelSpace, Vocabulary
+from common.saved import read_metadata, weights_file
 
 log = logging.getLogger("concord")
 
@@ -81,55 +83,6 @@ def load_plain(path: Path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on damaged files torch raises nearly everything
         raise ValueError(f"{type(error).__name__}: {error}".splitlines()[0][:120]) from None
-
-
-def weights_file(path: str | Path) -> Path:
-    """Returns `path`, or weights.safetensors in a run folder. Raises InputError without one."""
-    if not str(path):
-        raise InputError(
-            "--predict and --eval-only need --weights: a .safetensors file or a run folder"
-        )
-    file = Path(path) / "weights.safetensors" if os.path.isdir(path) else Path(path)
-    if not os.path.isfile(file):
-        raise InputError(
-            f"weights {file} do not exist; give a .safetensors file or a run folder that holds one"
-        )
-    return file
-
-
-def read_metadata(path: str | Path, method: str) -> dict:
-    """Reads the metadata of a weights file: method, args, vocabularies, and the method's own keys.
-
-    "file" is the path of the file.
-    Raises InputError if the file is missing or cannot be read, or if another method, an older
-    version or another program wrote it.
-    """
-    file = weights_file(path)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
-            old = "text" in opened.keys()  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"weights {file} cannot be read ({error}); a .safetensors file is needed"
-        ) from None
-    if not {"method", "args", "vocabularies"} <= metadata.keys():
-        raise InputError(
-            f"weights {file} were not saved by this project: their metadata lacks the settings of"
-            " the model"
-        )
-    if metadata["method"] != method:
-        raise InputError(
-            f"weights {file} are not of {method}.py but of {metadata['method']!s:.60}.py; use that"
-        )
-    if old:
-        raise InputError(
-            f"weights {file} are of an older version, which kept the label space inside the model;"
-            " train them again, or use that version"
-        )
-    if not isinstance(metadata["args"], dict) or not isinstance(metadata["vocabularies"], dict):
-        raise InputError(f"weights {file} have damaged settings; copy or train them again")
-    return metadata | {"file": str(file)}
 
 
 def read_model(path: str | Path, method: str) -> tuple[dict, list[Vocabulary]]:
@@ -410,3 +363,30 @@ def _restore_rng(checkpoint: Path, state: dict) -> None:
     torch.set_rng_state(cpu)
     if cuda and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda[0])
+
+
+def cached_rows(folder: str, key: list, count: int, compute: Callable[[], Tensor]) -> Tensor:
+    """Returns the tensor (count, ...) that `compute` returns, from the cache if it is there.
+
+    folder: where to store it, below the cache folder
+    key:    all that determines the result, as values that JSON can hold
+
+    A file that is damaged or has another number of rows is computed again. If the cache folder
+    cannot be written, a warning is logged.
+    """
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    path = cache_dir() / folder / f"{digest}.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            rows = file.get_tensor("rows")
+        if len(rows) == count:
+            return rows
+    except (OSError, SafetensorError):
+        pass
+    rows = compute()
+    try:
+        with atomic_path(path) as temporary:
+            save_file({"rows": rows.contiguous()}, temporary)
+    except (OSError, SafetensorError) as error:
+        log.warning("%s cannot be written, so nothing is cached there (%s)", path.parent, error)
+    return rows

@@ -1,4 +1,7 @@
-"""The command line of a method: flags, their ranges, and how a run ends."""
+"""The command line of a method: flags, their ranges, and how a run ends.
+
+What needs torch is imported where it is used: `common.flag_check` tells wrong flags before.
+"""
 
 import dataclasses
 import difflib
@@ -14,18 +17,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
-from common.checkpoint import read_metadata
 from common.console import open_console
-from common.convert import convert_if_official
-from common.distributed import environment_number, rank
-from common.errors import InputError, one_line
-from common.rescue import Stop, explain, heed_no_more, heed_signals, rescue
-from common.runlog import unlock
-from common.settings import OF_A_START, read_args
+from common.errors import InputError, one_line, tell
+from common.process import Stop, environment_number, heed_no_more, heed_signals, is_in_group, unlock
+from common.saved import OF_A_START, own_weights, read_args, read_metadata
 
 log = logging.getLogger("concord")
 
@@ -57,7 +55,6 @@ class Range:
         return f"between {self.low} and {self.high}"
 
 
-log = logging.getLogger("concord")
 CLASS_FIELDS = ["classes", "rename"]  # settings of the training that --eval-only repeats
 DATA_FIELDS = ["datasets", "eval_datasets", "data_root", "tiny"]  # if it names no datasets
 PATH_FIELDS = ["data_root", "weights", "resume", "output"]
@@ -72,6 +69,7 @@ def parse_args(
     model_fields: list[str],
     convert: Callable | None = None,
     argv: list[str] | None = None,
+    early: bool = False,
 ):
     """Parses the command line and returns it as an `args_class`.
 
@@ -87,6 +85,7 @@ def parse_args(
     convert: converts official weights (`common.convert`), which --weights may name; or None.
              `weights` of the result is then the converted file.
     argv:    the flags; by default sys.argv[1:]
+    early:   leaves out what official weights bring, since their conversion needs torch
 
     Raises InputError for an unknown flag, with the nearest one, for a number out of its range, and
     for saved settings that cannot be read or do not fit. tyro itself reports a value of another
@@ -105,26 +104,14 @@ def parse_args(
         hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
         raise InputError(f"unknown argument '{unknown[0]:.60}'; {hint}")
     expand_paths(args)
-    if args.replay and not args.resume:
-        raise InputError(f"--replay {args.replay} needs --resume: the run folder of that training")
-    if args.predict and (args.classes or args.rename):
-        raise InputError(
-            "--classes and --rename have no effect beside --predict, which draws the classes of"
-            " --vocabulary; leave them out"
-        )
+    refuse_conflicts(args)
     if args.resume:
-        for name in ("output", "weights", "predict", "eval_only"):
-            if getattr(args, name):
-                raise InputError(
-                    f"--{name.replace('_', '-')} has no effect beside --resume {args.resume}, which"
-                    " goes on with that training; leave one of them out"
-                )
         repeated = vars(default).keys() - OF_A_START
         saved = read_args(Path(args.resume), method)
         source = Path(args.resume) / "args.json"
         args, _ = parse(with_saved(default, saved, repeated, source))
-    elif args.weights:
-        weights = str(convert_if_official(args.weights, method, convert))
+    elif args.weights and not (early and own_weights(args.weights) is None):
+        weights = find_weights(args.weights, method, convert)
         metadata = read_metadata(weights, method)
         saved = metadata["args"]
         if args.eval_only or args.predict:
@@ -145,6 +132,33 @@ def parse_args(
     expand_paths(args)
     args.workers = min(args.workers, os.cpu_count() or 1)
     return args
+
+
+def refuse_conflicts(args) -> None:
+    """Raises InputError for a flag that has no effect beside another one, or needs it."""
+    if args.replay and not args.resume:
+        raise InputError(f"--replay {args.replay} needs --resume: the run folder of that training")
+    if args.predict and (args.classes or args.rename):
+        raise InputError(
+            "--classes and --rename have no effect beside --predict, which draws the classes of"
+            " --vocabulary; leave them out"
+        )
+    if args.resume:
+        for name in ("output", "weights", "predict", "eval_only"):
+            if getattr(args, name):
+                raise InputError(
+                    f"--{name.replace('_', '-')} has no effect beside --resume {args.resume}, which"
+                    " goes on with that training; leave one of them out"
+                )
+
+
+def find_weights(path: str, method: str, convert: Callable | None) -> str:
+    """Returns the safetensors file of --weights, which may be official weights to convert."""
+    if own := own_weights(path):
+        return str(own)
+    from common.convert import convert_if_official
+
+    return str(convert_if_official(path, method, convert))
 
 
 def tell_of_classes(args, typed) -> None:
@@ -296,6 +310,9 @@ def fail(error: BaseException) -> NoReturn:
     """
     heed_no_more()
     close_bars()
+    from common.distributed import rank
+    from common.rescue import explain, rescue
+
     line, code = explain(error)
     kept = rescue()
     if code > 128:  # a signal, which all ranks get
@@ -305,12 +322,12 @@ def fail(error: BaseException) -> NoReturn:
         if kept:
             log.info("%s", kept)
         if line:
-            print(f"error: {one_line(line)}", file=sys.stderr)
-    if not line and dist.is_initialized():
+            tell(line)
+    if not line and is_in_group():
         traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
-    if dist.is_initialized():
+    if is_in_group():
         os._exit(code)  # other ranks may wait in a collective: do not join them
     if not line:
         raise error
@@ -338,5 +355,7 @@ def run_command(main: Callable[[], None]) -> None:
             fail(error)
         finally:
             unlock()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if is_in_group():
+        from torch import distributed
+
+        distributed.destroy_process_group()

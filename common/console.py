@@ -11,7 +11,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.distributed import rank
 from common.errors import ESCAPES
 
 
@@ -80,6 +79,8 @@ def progress_bar(title: str, total: int, initial: int = 0, unit: str = "img", **
     It has the rate and the time left. In a log file it is a line, at most every 30 seconds.
     options: of tqdm
     """
+    from common.distributed import rank  # here, since it imports torch, which takes seconds
+
     if not sys.stderr.isatty():
         options |= {"file": Lines(), "mininterval": 30}
     return tqdm(desc=title, total=total, initial=initial, unit=unit, disable=rank() > 0, **options)

@@ -6,7 +6,6 @@ A rule renames each official tensor, or drops it and says why. A tensor without 
 import hashlib
 import io
 import logging
-import os
 import pickle
 import pickletools
 import re
@@ -18,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.checkpoint import load_plain, save_tensors, weights_file
+from common.checkpoint import load_plain, save_tensors
 from common.errors import InputError
 from common.files import cache_dir
+from common.saved import own_weights, weights_files
 
 log = logging.getLogger("concord")
 
@@ -290,10 +290,9 @@ def convert_if_official(path: str | Path, method: str, convert: Convert | None) 
     Raises InputError for a file that is missing or cannot be read or converted, and for parts that
     are no whole model.
     """
-    paths = [path] if os.path.exists(path) else str(path).split(",")
-    files = [weights_file(Path(part).expanduser() if part else part) for part in paths]
-    if len(files) == 1 and files[0].suffix == ".safetensors":
-        return files[0]
+    if own := own_weights(path):
+        return own
+    files = weights_files(path)
     named = ",".join(map(str, files))
     if convert is None:
         raise InputError(f"weights {named} are no .safetensors; {method} has no official weights")

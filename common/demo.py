@@ -4,13 +4,16 @@ DEMO in METHOD.py lists the commands of the demonstration. FLAGS are added to ea
 name data of their own, or ask for something else than a training, METHOD.py runs with them alone.
 """
 
-import importlib
 import os
 import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+from common.flag_check import read_names
+
+ROOT = Path(__file__).resolve().parents[1]
 OWN = ("--datasets", "--predict", "--eval-only", "--resume", "--help", "-h")
 
 
@@ -28,7 +31,7 @@ def commands(method: str, flags: list[str]) -> list[list[str]]:
             output = flag.partition("=")[2] or flags[i + 1]
             rest = flags[:i] + flags[i + 1 + ("=" not in flag) :]
     runs = []
-    for demo in importlib.import_module(method).DEMO:
+    for demo in read_names(ROOT / f"{method}.py", "DEMO")["DEMO"]:
         args = [part.format(output=output) for part in shlex.split(demo)]
         runs.append([*args, *([] if "--output" in args else ["--output", output]), *rest])
     return runs

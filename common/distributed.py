@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.errors import InputError
+from common.process import environment_number
 
 log = logging.getLogger("concord")
 
@@ -82,14 +83,6 @@ def _check_launch() -> None:
                 f"the environment variable {name} is {os.environ[name]:.20}, and must be below "
                 f"{limit}; use torchrun, or unset LOCAL_RANK"
             )
-
-
-def environment_number(name: str, default: int = 0) -> int:
-    """Returns an environment variable as a number. Raises InputError if it is none."""
-    value = os.environ.get(name, str(default))
-    if not (value.isascii() and value.isdigit() and len(value) <= 9):
-        raise InputError(f"the environment variable {name} is {value!r:.60}, no number; unset it")
-    return int(value)
 
 
 def rank() -> int:

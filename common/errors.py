@@ -1,5 +1,7 @@
 """The exceptions that end a command with one line."""
 
+import sys
+
 LONGEST = 1000  # letters of a line
 CONTROLS = (*range(32), *range(127, 160), 0x2028, 0x2029)  # they break lines, or move the cursor
 HANDED_ON = "common.errors.InputError: "
@@ -16,6 +18,11 @@ def one_line(message: str) -> str:
         return line
     half = LONGEST // 2
     return f"{line[:half]} ... {line[-half:]}"
+
+
+def tell(message: str) -> None:
+    """Prints the line of an error on the standard error."""
+    print(f"error: {one_line(message)}", file=sys.stderr)
 
 
 class InputError(Exception):

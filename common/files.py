@@ -1,7 +1,6 @@
 """The cache folder, and files that are written whole or not at all."""
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -9,17 +8,16 @@ import shutil
 import tokenize
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from common.errors import InputError
 
 log = logging.getLogger("concord")
+DATA = Path(__file__).resolve().parent.parent / "data"
+JPEGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo")  # browsers write .jfif, phones .mpo
+IMAGES = (*JPEGS, ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".avif")
 
 # what np.load raises for a missing or damaged file; it parses the header as Python, and allocates
 # what it promises
@@ -121,30 +119,3 @@ def refuse_pipe(path: Path, what: str) -> None:
     """Raises InputError if `path` (called `what`) is a device or pipe: reading might never end."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise InputError(f"{what} {path} is no regular file, but a device or pipe; give another")
-
-
-def cached_rows(folder: str, key: list, count: int, compute: Callable[[], Tensor]) -> Tensor:
-    """Returns the tensor (count, ...) that `compute` returns, from the cache if it is there.
-
-    folder: where to store it, below the cache folder
-    key:    all that determines the result, as values that JSON can hold
-
-    A file that is damaged or has another number of rows is computed again. If the cache folder
-    cannot be written, a warning is logged.
-    """
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    path = cache_dir() / folder / f"{digest}.safetensors"
-    try:
-        with safe_open(path, "pt") as file:
-            rows = file.get_tensor("rows")
-        if len(rows) == count:
-            return rows
-    except (OSError, SafetensorError):
-        pass
-    rows = compute()
-    try:
-        with atomic_path(path) as temporary:
-            save_file({"rows": rows.contiguous()}, temporary)
-    except (OSError, SafetensorError) as error:
-        log.warning("%s cannot be written, so nothing is cached there (%s)", path.parent, error)
-    return rows

@@ -6,7 +6,6 @@ Source: facebookresearch/Detic:detic/modeling/roi_heads/detic_fast_rcnn.py.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -91,8 +90,6 @@ def loss_wsddn(bag: Bag, label: Tensor) -> Tensor:
     return F.binary_cross_entropy(p, F.one_hot(label, len(p)).to(p))
 
 
-# max_size is Detic's own
-ImageLabelLoss = Literal["max_size", "max_score", "first", "image", "min_loss", "wsddn"]
 RIVALS = {
     "max_score": loss_max_score,
     "first": loss_first,

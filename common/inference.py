@@ -30,7 +30,8 @@ from common.distributed import gather_on_main, rank, world_size
 from common.errors import InputError, SomeFailed
 from common.evaluation import evaluate_detections
 from common.fonts import tell_of_squares
-from common.inputs import find_files, read_file
+from common.frames import read_file
+from common.inputs import find_files
 from common.labels import LabelSpace
 from common.masks import encode_masks
 from common.predictions import PredictionWriter

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
+from common.files import DATA
 from common.merges import group_keys
 
 log = logging.getLogger("concord")
 EQUAL = 0.99  # cosine from which on two texts are taken as one
 COMPARED = 8000  # classes above which texts are not compared: it would take seconds
 SAID: set[tuple] = set()  # vocabularies that `warn_of_equal_text` has compared
-DATA = Path(__file__).resolve().parent.parent / "data"
 NO_LISTS = (".csv", ".json", ".yaml", ".yml", ".xml", ".tsv")  # files that tools keep names in
 
 

@@ -1,13 +1,9 @@
-"""What happens when a training ends early: signals, its last whole step, errors in one line."""
+"""What happens when a training ends early: its last whole step, errors in one line."""
 
 import errno
 import logging
-import os
 import re
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,10 +14,10 @@ from common.checkpoint import rng_states, save_checkpoint
 from common.distributed import gather_on_main, rank, world_size
 from common.errors import InputError, SomeFailed
 from common.labels import LabelSpace
+from common.process import Process, Stop, asked
 
 log = logging.getLogger("concord")
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 NORM = nn.modules.batchnorm._BatchNorm
 LOWER = "lower --batch-size, --image-size or --workers"
 # Patterns of the messages of torch and the system. WORKER is about a data loading process, PEERS
@@ -32,75 +28,6 @@ MEMORY = (
 WORKER = r"DataLoader worker .*(killed by signal|exited unexpectedly)|insufficient shared memory"
 DEVICE = r"CUDA error: (?!device-side assert)|CUDNN_STATUS|CUBLAS_STATUS"
 PEERS = r"closed by peer|reset by peer|Broken pipe|Timed out waiting|gloo|NCCL|ProcessGroup"
-
-
-class Stop(BaseException):
-    """A signal asks this process to end. `number` is that of the signal."""
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-
-
-# -- Signals ---------------------------------------------------------------------------------------
-
-
-class _Process:
-    """The state of this process. There is one, so the class itself holds it."""
-
-    asked: int = 0  # number of the first signal, 0 before
-    ending: bool = False  # further signals are ignored
-    heeding: bool = False  # `on_signal` handles the signals
-    training: "LastStep | None" = None  # the training that `rescue` saves
-
-
-@contextmanager
-def heed_signals() -> Iterator[None]:
-    """Context manager in which SIGTERM, SIGINT and SIGHUP raise `Stop`.
-
-    While `LastStep.is_busy`, a signal is only noted, and `check_asked` raises `Stop` later. Signals
-    after the first change nothing. A signal that is ignored already, as under nohup, stays ignored.
-    Data loading processes ignore all signals, since they end with the process that they serve.
-    """
-    owner = os.getpid()
-
-    def on_signal(number: int, frame) -> None:
-        if os.getpid() != owner or _Process.asked or _Process.ending:
-            return
-        _Process.asked = number
-        training = _Process.training
-        if not (training and training.is_busy):
-            raise Stop(number)
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, on_signal)
-    _Process.asked, _Process.ending, _Process.training = 0, False, None
-    _Process.heeding = bool(before)
-    try:
-        yield
-    finally:
-        _Process.heeding, _Process.training = False, None
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def heed_no_more() -> None:
-    """Makes this process ignore all further signals, so that it can save before it ends."""
-    _Process.ending = True
-
-
-def asked() -> int:
-    """Returns the number of the signal that asked this process to end, or 0."""
-    return _Process.asked
-
-
-def check_asked() -> None:
-    """Raises `Stop` if a signal has asked this process to end."""
-    if _Process.asked:
-        raise Stop(_Process.asked)
 
 
 # -- The last whole step ---------------------------------------------------------------------------
@@ -139,7 +66,7 @@ class LastStep:
         norms = [m for m in model.modules() if isinstance(m, NORM) and m.training]
         self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
         self.note(step)
-        _Process.training = self
+        Process.training = self
 
     @property
     def is_busy(self) -> bool:
@@ -154,7 +81,7 @@ class LastStep:
         """
         self.rng = gather_on_main(rng_states())
         self.in_update = True
-        if _Process.heeding:
+        if Process.heeding:
             # PyTorch's handler raises as soon as a data loading process dies, even in an update.
             # Without it the loader notices that within five seconds, between two steps.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -191,7 +118,7 @@ def rescue() -> str:
     weights that are not finite. Returns a line that says which step is kept and how to go on; "" if
     there is no training.
     """
-    training = _Process.training
+    training = Process.training
     if training is None:
         return ""
     folder = training.folder

@@ -1,7 +1,6 @@
 """Writes the run folder with args.json, metrics.jsonl, results.json and TensorBoard; shows bars."""
 
 import dataclasses
-import fcntl
 import json
 import logging
 import math
@@ -12,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +39,9 @@ from common.errors import InputError
 from common.evaluation import format_table
 from common.files import atomic_path, sweep
 from common.labels import LabelSpace
+from common.process import Stop, asked, check_asked, lock
 from common.replay import compare, read_record, write_record
-from common.rescue import LastStep, Stop, asked, check_asked
+from common.rescue import LastStep
 from common.settings import go_on
 from common.validation import (
     Results,
@@ -89,7 +88,7 @@ def _prepare(folder: Path, args, method: str, label_space: LabelSpace) -> None:
             if not file.exists():
                 _write_record(file, record)
             return
-        _lock(folder)
+        lock(folder)
         sweep(folder)
         if checkpoints(folder) or (folder / "metrics.jsonl").exists():
             record = go_on(folder, record, method, label_space)
@@ -119,31 +118,6 @@ def refuse_others(folder: Path) -> None:
 def _write_record(file: Path, record: dict) -> None:
     with atomic_path(file, durable=True) as path:
         path.write_text(json.dumps(record, indent=1))
-
-
-LOCKS: dict[Path, TextIO] = {}  # of the run folders that this process has locked
-
-
-def _lock(folder: Path) -> None:
-    """Locks the folder until this process ends. Raises InputError if another process has it.
-
-    The lock is not inherited by data loading processes, which may outlive this one by seconds.
-    """
-    path = (folder / "run.lock").resolve()
-    if path in LOCKS:
-        return
-    file = path.open("a")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"another run is training in {folder}; choose another --output") from None
-    LOCKS[path] = file  # closing it, or another file object of it, would unlock it
-
-
-def unlock() -> None:
-    """Unlocks all run folders that this process has locked."""
-    for path in list(LOCKS):
-        LOCKS.pop(path).close()
 
 
 def environment() -> dict[str, str | int]:

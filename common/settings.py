@@ -7,13 +7,11 @@ from pathlib import Path
 
 from common.checkpoint import checkpoint_step, checkpoints, stored_names
 from common.errors import InputError
-from common.files import refuse_pipe
 from common.labels import LabelSpace
+from common.saved import OF_A_START, read_args
 
 log = logging.getLogger("concord")
 
-# settings of one start alone: the next start neither repeats nor compares them
-OF_A_START = {"resume", "output", "eval_only", "predict", "replay"}
 # settings that may change from one start to the next; so may the settings that end with
 # CHANGEABLE_ENDS, the numbers of steps and the learning rates
 CHANGEABLE = {"datasets", "eval_datasets", "data_root", "vocabulary", "score_threshold"}
@@ -21,24 +19,6 @@ CHANGEABLE |= {"checkpoint_every", "keep", "eval_every", "skip_bad"}
 CHANGEABLE |= {"workers", "amp", "compile", "device"}
 CHANGEABLE |= {"batch_size", "image_size", "ranks"}
 CHANGEABLE_ENDS = ("steps", "lr")
-
-
-def read_args(folder: Path, method: str) -> dict:
-    """Returns the content of args.json. Raises InputError if it is broken or of another method."""
-    path = folder / "args.json"
-    refuse_pipe(path, "the settings")
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}); mend it, or name another run folder"
-        ) from None
-    if not isinstance(saved, dict) or saved.get("method") != method:
-        raise InputError(f"{path} is not of a {method} training; name another run folder")
-    for name, kind in (("environment", dict), ("history", list)):
-        if not isinstance(saved.get(name, kind()), kind):
-            raise InputError(f"{path}: {name} is damaged; remove it from the file")
-    return saved
 
 
 def go_on(folder: Path, given: dict, method: str, label_space: LabelSpace) -> dict | None:

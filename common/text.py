@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common.checkpoint import last_checkpoint, read_model
+from common.checkpoint import cached_rows, last_checkpoint, read_model
 from common.errors import InputError
-from common.files import NO_ARRAY, cached_rows
+from common.files import NO_ARRAY
 from common.hub import hub
 from common.labels import DATA, LabelSpace, Vocabulary, fold
 

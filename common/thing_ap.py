@@ -11,8 +11,9 @@ import torch
 
 from common.batch import Sample
 from common.datasets.dataset import Dataset
+from common.datasets.grammar import data_folder, find_files
 from common.datasets.known import KNOWN
-from common.datasets.names import data_folder, find_files, load_dataset
+from common.datasets.names import load_dataset
 from common.evaluation import evaluate_detections
 from common.labels import Vocabulary
 from common.masks import encode_masks

@@ -13,7 +13,8 @@ from PIL import Image
 
 from common.datasets.files import decode_image
 from common.errors import InputError
-from common.inputs import find_files, read_file
+from common.frames import read_file
+from common.inputs import find_files
 
 RGB = Image.new("RGB", (WIDTH, HEIGHT), COLOR)
 BLACK = Image.new("RGB", (WIDTH, HEIGHT))

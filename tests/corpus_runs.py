@@ -37,8 +37,9 @@ from common.distributed import setup_device
 from common.labels import LabelSpace, Vocabulary
 from common.official_detectors import convert_centernet2
 from common.official_mask2former import convert_mask2former
+from common.process import unlock
 from common.proposals import block_file, missing_blocks
-from common.runlog import RunLog, make_run_folder, unlock
+from common.runlog import RunLog, make_run_folder
 
 # -- weights
 

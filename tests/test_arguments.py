@@ -8,15 +8,9 @@ import pytest
 
 from common.command import parse_args
 from common.datasets import load_datasets
-from common.datasets.names import (
-    GROUPS,
-    entries,
-    eval_entries,
-    methods_for,
-    parse_datasets,
-    with_beside,
-    without_limit,
-)
+from common.datasets.grammar import entries, parse_datasets, without_limit
+from common.datasets.known import GROUPS
+from common.datasets.names import eval_entries, methods_for, with_beside
 from common.datasets.runs import check_same_dataset
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary

@@ -221,7 +221,7 @@ def test_demo_adds_flags_to_every_run(method, monkeypatch):
 def test_demo_fills_in_the_run_folder_wherever_it_is_named(monkeypatch):
     """Of several runs, a later one may start from the weights of an earlier one."""
     demo = ["--datasets a --output {output}-first", "--datasets b --weights {output}-first"]
-    monkeypatch.setattr("scaledet.DEMO", demo)
+    monkeypatch.setattr("common.demo.read_names", lambda file, name: {name: demo})
     assert commands("scaledet", ["--output", "my run", "--lam", "2"]) == [
         ["--datasets", "a", "--output", "my run-first", "--lam", "2"],
         ["--datasets", "b", "--weights", "my run-first", "--output", "my run", "--lam", "2"],
@@ -256,7 +256,8 @@ def test_demo_stops_at_the_first_run_that_fails(monkeypatch, capsys):
         return subprocess.CompletedProcess(command, 7 * ("b" in command))
 
     monkeypatch.setattr(subprocess, "run", start)
-    monkeypatch.setattr("scaledet.DEMO", ["--datasets a", "--datasets b", "--datasets c"])
+    demo = ["--datasets a", "--datasets b", "--datasets c"]
+    monkeypatch.setattr("common.demo.read_names", lambda file, name: {name: demo})
     monkeypatch.setattr(sys, "argv", ["demo.py", "scaledet", "--output", "my run"])
     with pytest.raises(SystemExit) as exit:
         demo_main()

@@ -18,8 +18,9 @@ from common.batch import Sample, collate
 from common.datasets import load_datasets, names
 from common.datasets.dataset import Dataset
 from common.datasets.files import read_image
+from common.datasets.grammar import parse_datasets
 from common.datasets.index import Index
-from common.datasets.names import eval_entries, parse_datasets
+from common.datasets.names import eval_entries
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary, derangement
 from common.sampling import (

@@ -39,7 +39,7 @@ from common.datasets.subset import read_renames
 from common.errors import InputError
 from common.labels import Vocabulary
 from common.proposals import missing_blocks
-from common.settings import read_args
+from common.saved import read_args
 from common.text import embed
 from common.validation import step_of
 

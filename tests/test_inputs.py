@@ -13,8 +13,9 @@ from PIL import Image
 import common.predictions
 from common.command import run_command
 from common.errors import InputError, SomeFailed
+from common.frames import read_file
 from common.inference import predict_files
-from common.inputs import find_files, read_file
+from common.inputs import find_files
 from common.labels import LabelSpace, Vocabulary
 
 

@@ -28,9 +28,10 @@ from common.checkpoint import checkpoints
 from common.command import run_command
 from common.distributed import _join
 from common.errors import InputError
+from common.process import unlock
 from common.replay import FIELDS, read_record
 from common.rescue import LOWER, explain
-from common.runlog import RunLog, unlock
+from common.runlog import RunLog
 from common.validation import main_metric, record_evaluation, undisturbed
 
 # -- a training that costs seconds -----------------------------------------------------------------
@@ -246,7 +247,7 @@ def test_a_second_run_in_the_same_folder_is_refused(begun, run, command):
 # a shell's job in the background ignores SIGINT, and so do its tests
 HEEDS_SIGINT = (
     "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
-    " os.execv(sys.executable, [sys.executable, sys.argv[1]])"
+    " os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
@@ -278,7 +279,7 @@ def test_a_signal_amid_the_imports_has_no_traceback(tmp_path, method, number):
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{REPO}"}
     for script, quiet in ((REPO / f"{method}.py", True), (tmp_path / "other.py", False)):
         done = subprocess.run(
-            [sys.executable, "-c", HEEDS_SIGINT, script],
+            [sys.executable, "-c", HEEDS_SIGINT, script, "--datasets", "coco", "--tiny"],
             env=environment,
             capture_output=True,
             text=True,

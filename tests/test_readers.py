@@ -13,7 +13,8 @@ from conftest import REAL
 from PIL import Image
 
 from common.datasets import load_datasets, store
-from common.datasets.names import eval_entries, parse_datasets
+from common.datasets.grammar import parse_datasets
+from common.datasets.names import eval_entries
 from common.datasets.readers import openimages, panoptic, voc
 from common.datasets.readers import visual_genome as vg
 from common.errors import InputError

@@ -73,12 +73,12 @@ ALLOWED = {
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
 BUDGETS = {
     "labels & text": 1790,
-    "data": 9730,
+    "data": 9810,
     "detectors": 4370,
     "segmenters": 2060,
-    "a run": 3210,
+    "a run": 3330,
 }
-BUDGETS |= {"faults": 1750}
+BUDGETS |= {"faults": 1800}
 GROUPS = {
     "labels & text": "labels text class_counts merges merge_scores fine_classes label_report",
     "data": "batch transforms sampling",
@@ -87,7 +87,7 @@ GROUPS = {
     " retinanet pseudo_boxes rpn roi_align",
     "segmenters": "msda msda_triton pixel_decoder transformer point_matching mask_losses"
     " dataset_heads segments segment_metrics",
-    "faults": "checkpoint files replay rescue runlog settings unreadable validation",
+    "faults": "checkpoint files process replay rescue runlog saved settings unreadable validation",
 }
 
 

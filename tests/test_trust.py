@@ -7,10 +7,11 @@ import struct
 import numpy as np
 import pytest
 
-from common.command import read_args
-from common.distributed import environment_number, setup_device
+from common.distributed import setup_device
 from common.errors import InputError
 from common.files import NO_ARRAY
+from common.process import environment_number
+from common.saved import read_args
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 

@@ -18,7 +18,7 @@ from common.batch import collate
 from common.datasets import load_datasets
 from common.errors import InputError
 from common.inference import predict_dataset
-from common.runlog import unlock
+from common.process import unlock
 from common.sampling import Mixture, RepeatFactorSampler, repeat_factors
 from common.transforms import LargeScaleJitter
 from common.unreadable import Readable, Skips, load_patiently

@@ -1,19 +1,19 @@
 """Datasets that yield samples, loaded by their names on the command line."""
 
-from common.datasets.dataset import Dataset
-from common.datasets.names import load_datasets
-from common.datasets.runs import (
-    evaluation_datasets,
-    training_datasets,
-    validation_datasets,
-    warn_of_overlap,
-)
+import importlib
 
-__all__ = [
-    "Dataset",
-    "evaluation_datasets",
-    "load_datasets",
-    "training_datasets",
-    "validation_datasets",
-    "warn_of_overlap",
-]
+MODULES = {
+    "Dataset": "dataset",
+    "evaluation_datasets": "runs",
+    "load_datasets": "names",
+    "training_datasets": "runs",
+    "validation_datasets": "runs",
+    "warn_of_overlap": "runs",
+}
+
+
+def __getattr__(name: str):
+    """Imports one of these names when it is asked for: the table of datasets needs no torch."""
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__} has no {name}")
+    return getattr(importlib.import_module(f"{__name__}.{MODULES[name]}"), name)

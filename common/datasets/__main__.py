@@ -4,6 +4,7 @@ python -m common.datasets list
 python -m common.datasets check coco
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,21 +12,10 @@ from typing import Annotated
 import tyro
 
 from common.command import run_command
-from common.datasets.check import check_dataset, print_problems
+from common.datasets.grammar import Parsed, data_folder, entries, find_files, parse_datasets
 from common.datasets.known import ALIASES, KNOWN
-from common.datasets.names import (
-    Parsed,
-    data_folder,
-    entries,
-    find_files,
-    load_datasets,
-    parse_datasets,
-    splits_of_custom,
-)
-from common.datasets.readers.coco_faults import list_faults
-from common.datasets.readers.panoptic import is_panoptic
 from common.errors import InputError
-from common.labels import DATA, Vocabulary
+from common.files import DATA
 
 TINY_SIZE = 192  # that of the detectors, so that one set of generated images serves both
 KINDS = ("boxes", "instances", "semantic", "panoptic", "image_labels")
@@ -44,8 +34,9 @@ def list_datasets(data_root: str = "") -> None:
     for name, known in KNOWN.items():
         classes = ""
         for listed in (known.whole, name):
-            if (DATA / f"vocabularies/{listed}.json").is_file():
-                classes = f"{len(Vocabulary.known(listed)):>4} classes"
+            file = DATA / f"vocabularies/{listed}.json"
+            if file.is_file():
+                classes = f"{len(json.loads(file.read_text())['names']):>4} classes"
         for split in known.splits:
             found = find_files(name, split, data_folder(data_root))
             place = str(found[0]) if found else f"missing ({known.title.rstrip(',')})"
@@ -71,6 +62,9 @@ def check_datasets(
         tiny: check the generated stand-ins
         quick: read only the headers of images, and no mask or label map
     """
+    from common.datasets.check import check_dataset  # here, since it needs torch
+    from common.datasets.names import load_datasets, splits_of_custom
+
     jobs = []
     for entry in entries(datasets):
         known = KNOWN.get(ALIASES.get(entry, entry))
@@ -102,6 +96,10 @@ def check_datasets(
 
 def print_faults(parsed: Parsed, data_root: str) -> None:
     """Prints all faulty entries of a json file that cannot be read as COCO's, if there are any."""
+    from common.datasets.check import print_problems
+    from common.datasets.readers.coco_faults import list_faults
+    from common.datasets.readers.panoptic import is_panoptic
+
     name, split, paths = parsed
     found = paths or find_files(name, split, data_folder(data_root))
     path = Path(found[0]) if found else Path()

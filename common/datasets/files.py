@@ -19,11 +19,9 @@ from torch import Tensor
 from common.datasets.pixels import Decoded, halve_large, readable_formats, to_rgb
 from common.datasets.store import write_json
 from common.errors import InputError
-from common.files import refuse_pipe
+from common.files import IMAGES, refuse_pipe
 
 log = logging.getLogger("concord")
-JPEGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo")  # browsers write .jfif, phones .mpo
-IMAGES = (*JPEGS, ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".avif")
 PHOTOS = (".heic", ".heif", ".dng", ".cr2", ".nef", ".arw")  # of phones and cameras; not decoded
 COPIES = ("@eaDir", "__MACOSX")  # folders of thumbnails and the like, beside hidden ones
 HEIC = "HEIC, as iPhones write it; convert it to JPEG"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.datasets.dataset import Dataset
 from common.datasets.files import IMAGES
+from common.datasets.grammar import COCO, check_places
 from common.datasets.readers.captions import read_captions
 from common.datasets.readers.coco import read_coco
 from common.datasets.readers.cvat import find_cvat, read_cvat
@@ -25,7 +26,6 @@ from common.datasets.tools import find_coco_json, name_folder
 from common.errors import InputError
 
 log = logging.getLogger("concord")
-COCO = "_annotations.coco.json"
 SPLIT_LISTS = "ImageSets/Main"
 # folders of these names hold images or annotations of all classes; also train_images, valannot, ...
 NO_CLASS = re.compile(
@@ -149,8 +149,7 @@ def read_place(name: str, path: Path, split: str) -> Dataset:
     Raises InputError that says what the folder or file holds if its format is unknown, and for a
     split that is not there.
     """
-    if not os.path.exists(path):
-        raise InputError(f"dataset '{name}': {path} does not exist; check the path")
+    check_places(name, path, path)
     kind, found = find_format(path)
     if kind is None:
         raise unknown(name, path)
@@ -178,11 +177,9 @@ def read_pair(name: str, annotations: Path, images: Path, split: str) -> Dataset
     Raises InputError for a path that does not exist, for an unknown format, and for whatever the
     reader of the format refuses.
     """
+    check_places(name, annotations, images)
     if os.path.isdir(annotations):
         return _read_folders(name, annotations, images, split)
-    if not os.path.isfile(annotations):
-        error = f"annotations {annotations} do not exist; check the path before the colon"
-        raise InputError(f"dataset '{name}': {error}")
     ending = annotations.suffix.lower()
     if ending in NOT_READ:
         raise unknown(name, annotations)

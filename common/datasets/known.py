@@ -1,34 +1,25 @@
-"""The table of known datasets: where their files are stored and how they are read."""
+"""The table of known datasets: where their files are stored and how they are read.
 
-from collections.abc import Callable
+It needs no torch, whose import takes seconds: `common.datasets.names` has the readers.
+"""
+
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
-from common.batch import Supervision
-from common.datasets.base_split import coco_base, lvis_base
-from common.datasets.coarse import oid_top
-from common.datasets.dataset import Dataset
-from common.datasets.lvis_coco import lvis_with_coco
-from common.datasets.readers.captions import read_captions
-from common.datasets.readers.coco import read_coco, read_o365_instances
-from common.datasets.readers.openimages import read_openimages
-from common.datasets.readers.panoptic import read_panoptic
-from common.datasets.readers.semantic import read_semantic
-from common.datasets.readers.visual_genome import read_visual_genome
-from common.datasets.readers.voc import read_voc
-
+Supervision = Literal["boxes", "instances", "semantic", "panoptic", "image_labels"]
 Splits = dict[str, list[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
 class Known:
-    """Tells where the files of a known dataset are and how to read them.
+    """Tells where the files of a known dataset are and in which format.
 
     title:         what to download, for messages
     splits:        {split: [(annotations, images), ...]}, paths below the data root. The first pair
                    that exists is read.
     metric:        the protocol that scores it
-    read:          the reader: read(name, annotations, images, metric) -> Dataset
+    format:        of the files; `names.READERS` has its reader
     supervision:   kind of annotations; None if it depends on the files
     class_folders: `annotations` may be a folder that holds, per class, a folder or tar of images
     generated:     True if the dataset exists as generated data only
@@ -36,13 +27,12 @@ class Known:
     whole:         name of the dataset in whose folder the files are, if that is another one
     beside:        name of a second dataset whose files are needed
     instances:     for a panoptic dataset, name of the dataset with instances of the same images
-    derive:        derive(dataset, split) -> Dataset; makes this dataset from the dataset `whole`
     """
 
     title: str
     splits: Splits
     metric: str = "coco"
-    read: Callable[..., Dataset] = read_coco
+    format: str = "coco"
     supervision: Supervision | None = None
     class_folders: bool = False
     generated: bool = False
@@ -50,7 +40,6 @@ class Known:
     whole: str = ""
     beside: str = ""
     instances: str = ""
-    derive: Callable[[Dataset, str], Dataset] | None = None
 
 
 def _splits(*places: tuple[str, str], train: str = "train", val: str = "val", **others) -> Splits:
@@ -89,7 +78,7 @@ def _openimages(*files: tuple[str, str]) -> Known:
         "OpenImages (storage.googleapis.com/openimages)",
         _splits(*places, val="validation"),
         metric="oid",
-        read=read_openimages,
+        format="openimages",
     )
 
 
@@ -148,8 +137,8 @@ ODINW = {  # the folder of each dataset
     "thermalDogsAndPeople": "thermalDogsAndPeople",
     "VehiclesOpenImages": "VehiclesOpenImages/416x416",
 }
-_semantic = partial(Known, metric="miou", read=read_semantic, supervision="semantic")
-_panoptic = partial(Known, metric="pq", read=read_panoptic, supervision="panoptic")
+_semantic = partial(Known, metric="miou", format="semantic", supervision="semantic")
+_panoptic = partial(Known, metric="pq", format="panoptic", supervision="panoptic")
 _image_labels = partial(Known, supervision="image_labels")
 COCO = Known(
     "COCO 2017 (cocodataset.org)",
@@ -163,10 +152,10 @@ LVIS = Known(
 )
 KNOWN = {
     "coco": COCO,
-    "coco-base": replace(COCO, whole="coco", derive=coco_base),
+    "coco-base": replace(COCO, whole="coco"),
     "lvis": LVIS,
-    "lvis-base": replace(LVIS, whole="lvis", derive=lvis_base),
-    "lvis+coco": replace(LVIS, whole="lvis", beside="coco", derive=lvis_with_coco),
+    "lvis-base": replace(LVIS, whole="lvis"),
+    "lvis+coco": replace(LVIS, whole="lvis", beside="coco"),
     "o365": Known(
         "Objects365 v2 (objects365.org)",
         {
@@ -190,13 +179,13 @@ KNOWN = {
                 ("objects365/o365_instance_seg_val.json", "objects365/val"),
             ]
         },
-        read=read_o365_instances,
+        format="o365_instances",
         whole="o365",
     ),
     "oid": _openimages(*OID),
     # the reader keeps the challenge's 500 classes, also of the files of Open Images
     "oid500": _openimages(CHALLENGE, *OID),
-    "oid-top": replace(_openimages(*OID), whole="oid", derive=oid_top),
+    "oid-top": replace(_openimages(*OID), whole="oid"),
     "ade20k": _semantic(
         "ADE20K's SceneParsing benchmark (sceneparsing.csail.mit.edu)",
         _ade20k("annotations/{part}", "annotations_detectron2/{part}"),
@@ -267,17 +256,17 @@ KNOWN = {
             "train2012": _voc("2012/train"),
             "val2012": _voc("2012/val"),
         },
-        read=read_voc,
+        format="voc",
     ),
     "vg": Known(
         "Visual Genome's objects.json and image_data.json (visualgenome.org)",
         _splits(("vg/objects.json", "vg")),
-        read=read_visual_genome,
+        format="visual_genome",
     ),
     "in-boxes": Known(
         "ImageNet's bounding boxes (image-net.org, bboxes_annotations.tar.gz), unpacked,",
         _splits(("imagenet/Annotation", "imagenet/ImageNet-21K")),
-        read=read_voc,
+        format="voc",
     ),
     **{f"odinw-{name}": _odinw(name) for name in ODINW},
     "lineart": Known(
@@ -307,7 +296,7 @@ KNOWN = {
                 ("cc3m/training", "cc3m/training"),
             ]
         },
-        read=read_captions,
+        format="captions",
     ),
 }
 ALIASES = {

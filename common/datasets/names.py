@@ -1,17 +1,5 @@
-"""The grammar of --datasets, and the loading of the datasets that it names.
+"""The loading of the datasets that the entries of `common.datasets.grammar` name."""
 
-An entry is one of
-    NAME or NAME:SPLIT             a known dataset
-    NAME=ANNOTATIONS.json:IMAGES/  custom boxes, masks or panoptic segments in COCO format
-    NAME=CAPTIONS.tsv:IMAGES/      image-text pairs
-    NAME=LIST.txt:IMAGES/          a list of images with VOC's xml files
-    NAME=FOLDER/:IMAGES/           xml files, label maps, YOLO's txt files or labelme's json files
-    NAME=FOLDER/                   what another tool exported, or a folder of images per class
-    NAME:SPLIT=FOLDER/             its split train, val or test
-NAME@35000 or NAME@3.5% in place of NAME stands for so many of its images, drawn at random.
-"""
-
-import difflib
 import logging
 import os
 import re
@@ -19,12 +7,31 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from common.batch import Supervision
+from common.datasets.base_split import coco_base, lvis_base
+from common.datasets.coarse import oid_top
 from common.datasets.dataset import Dataset
-from common.datasets.formats import COCO, find_format, has_metric, read_pair, read_place
-from common.datasets.known import ALIASES, GROUPS, KNOWN
+from common.datasets.formats import find_format, has_metric, read_pair, read_place
+from common.datasets.grammar import (
+    chosen_entries,
+    data_folder,
+    entries,
+    find_files,
+    known_files,
+    name_of,
+    parse_custom,
+    parse_datasets,
+    without_limit,
+)
+from common.datasets.known import ALIASES, KNOWN, Supervision
+from common.datasets.lvis_coco import lvis_with_coco
+from common.datasets.readers.captions import read_captions
+from common.datasets.readers.coco import read_coco, read_o365_instances
 from common.datasets.readers.folder import read_folder
-from common.datasets.splits import SPLITS
+from common.datasets.readers.openimages import read_openimages
+from common.datasets.readers.panoptic import read_panoptic
+from common.datasets.readers.semantic import read_semantic
+from common.datasets.readers.visual_genome import read_visual_genome
+from common.datasets.readers.voc import read_voc
 from common.datasets.start import check_training
 from common.datasets.subset import draw_images
 from common.datasets.tiny.generate import generate
@@ -33,117 +40,29 @@ from common.files import cache_dir
 
 log = logging.getLogger("concord")
 ROOT = Path(__file__).resolve().parents[2]
-Parsed = tuple[str, str, tuple[str, str] | None]
-
-
-def entries(text: str) -> list[str]:
-    """Splits `text` at its commas. Replaces the name of a group by the names of its members."""
-    found = []
-    for entry in text.split(","):
-        entry = entry.strip()
-        name = name_of(entry)
-        found += [member + entry.removeprefix(name) for member in GROUPS.get(name, [name])]
-    return [entry for entry in found if entry]
-
-
-def name_of(entry: str) -> str:
-    """Returns NAME of an entry."""
-    return re.match("[^@:=]*", entry)[0]
-
-
-def without_limit(entry: str) -> tuple[str, str]:
-    """Splits NAME@LIMIT:SPLIT=PATHS into NAME:SPLIT=PATHS and LIMIT, which is "" without @.
-
-    Raises InputError for a limit that is neither a number nor a percentage.
-    """
-    name = name_of(entry)
-    rest = entry.removeprefix(name)
-    if not rest.startswith("@") or "/" in name:
-        return entry, ""
-    limit = re.match("@([^:=]*)", rest)[1]
-    if not re.fullmatch(r"\d+|\d+(\.\d+)?%", limit, re.ASCII):
-        raise InputError(
-            f"--datasets {entry}: write a number or a percentage of images, {name}@35000 or "
-            f"{name}@3.5%, not '{limit}'"
-        )
-    return name + rest.removeprefix(f"@{limit}"), limit
-
-
-def parse_datasets(text: str, split: str) -> list[Parsed]:
-    """Parses `a,b:val,my=ann.json:images/` into (name, split, paths) of each entry.
-
-    `split` is the split of an entry that names none. Paths are None for a known dataset, otherwise
-    (annotations, images). `my=FOLDER/` has FOLDER in both places.
-    Raises InputError for an unknown name (and names the nearest ones), an unknown split, a name
-    given twice, and a custom name that cannot be part of a file name.
-    """
-    parsed = []
-    for entry in entries(text):
-        entry, _ = without_limit(entry)
-        parse = _parse_custom if "=" in entry else _parse_known
-        parsed.append(parse(entry, split))
-    names = [name for name, _, _ in parsed]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"dataset '{name}' is named twice; name each once")
-    return parsed
-
-
-def _parse_custom(entry: str, split: str) -> Parsed:
-    """Parses NAME=ANNOTATIONS:IMAGES or NAME=FOLDER, and NAME:SPLIT=."""
-    name, _, paths = entry.partition("=")
-    _refuse_separator(entry)
-    name, _, own_split = name.partition(":")
-    split = own_split or split
-    if split not in SPLITS:
-        raise InputError(f"--datasets {entry}: write a split {', '.join(SPLITS)}, not '{split}'")
-    annotations, colon, images = _split_paths(paths)
-    if not colon:  # a folder holds both; a json file alone lacks its images, but for Roboflow's
-        lacks_images = images.endswith(".json") and not images.endswith(COCO)
-        annotations = "" if lacks_images else images
-    if not annotations:
-        raise InputError(
-            f"--datasets {entry}: write NAME=ANNOTATIONS.json:IMAGE_FOLDER/, or NAME=FOLDER/ for "
-            "what another tool exported or a folder with one folder of images per class; xml files "
-            "or label maps are NAME=MAP_FOLDER/:IMAGE_FOLDER/"
-        )
-    if not re.fullmatch(r"[\w-][\w.-]*", name):
-        raise InputError(
-            f"--datasets {entry}: the name '{name}' becomes part of file names; give it letters, "
-            "digits and ._- only, and no dot first"
-        )
-    return name, split, (os.path.expanduser(annotations), os.path.expanduser(images))
-
-
-def _split_paths(paths: str) -> tuple[str, str, str]:
-    """Returns (annotations, colon, images), the first two "" for one path.
-
-    A path may have colons, such as those of a time: then the parts must exist.
-    """
-    if ":" in paths and os.path.exists(os.path.expanduser(paths)):
-        return "", "", paths
-    for place in re.finditer(":", paths):
-        parts = paths[: place.start()], paths[place.end() :]
-        if all(os.path.exists(os.path.expanduser(part)) for part in parts):
-            return parts[0], ":", parts[1]
-    return paths.rpartition(":")
-
-
-def _refuse_separator(entry: str) -> None:
-    """Raises InputError for an entry in which another one follows without a comma."""
-    follower = re.search(r"[\s;]+([\w.-]+)(=|:|$)", entry.partition("=")[2] or entry)
-    if follower and (";" in entry or follower[2] == "="):
-        raise InputError(
-            f"--datasets {entry}: a comma is missing before '{follower[1]}'; write A,B to name two"
-            " datasets"
-        )
+READERS = {  # of `Known.format`: read(name, annotations, images, metric) -> Dataset
+    "coco": read_coco,
+    "o365_instances": read_o365_instances,
+    "openimages": read_openimages,
+    "semantic": read_semantic,
+    "panoptic": read_panoptic,
+    "voc": read_voc,
+    "visual_genome": read_visual_genome,
+    "captions": read_captions,
+}
+DERIVE = {  # make(dataset, split) -> Dataset; it makes these datasets from `Known.whole`
+    "coco-base": coco_base,
+    "lvis-base": lvis_base,
+    "lvis+coco": lvis_with_coco,
+    "oid-top": oid_top,
+}
 
 
 def splits_of_custom(entry: str) -> list[str]:
     """Returns the splits of an entry NAME=PATH: the one it names, else all that its folder has."""
     entry, _ = without_limit(entry)
     name, _, _ = entry.partition("=")
-    _, split, (annotations, images) = _parse_custom(entry, "train")
+    _, split, (annotations, images) = parse_custom(entry, "train")
     if ":" in name or annotations != images:
         return [split]
     try:
@@ -151,29 +70,6 @@ def splits_of_custom(entry: str) -> list[str]:
     except InputError:  # reading it raises the error again
         found = {}
     return [key for key in found if key] or [split]
-
-
-def _parse_known(entry: str, split: str) -> Parsed:
-    """Parses NAME or NAME:SPLIT."""
-    name, _, own_split = entry.partition(":")
-    name = ALIASES.get(name, name)
-    split = own_split or split
-    _refuse_separator(entry)
-    if "/" in entry or Path(name).suffix in (".json", ".txt", ".tsv"):
-        raise InputError(
-            f"--datasets {entry}: a dataset of your own needs a name: NAME={entry}; its paths must"
-            " have no comma"
-        )
-    if name not in KNOWN:
-        near = difflib.get_close_matches(name, [*KNOWN, *ALIASES, *GROUPS], n=3, cutoff=0.4)
-        raise InputError(
-            f"unknown dataset '{name}'; nearest: {', '.join(near or list(KNOWN)[:8])}; "
-            "your own: NAME=ANN.json:IMAGES/; all names: python -m common.datasets list"
-        )
-    splits = KNOWN[name].splits
-    if split not in splits:
-        raise InputError(f"dataset '{name}' has no split '{split}', only {', '.join(splits)}")
-    return name, split, None
 
 
 def eval_entries(
@@ -191,7 +87,7 @@ def eval_entries(
     left out. Returns "" if none is left.
     """
     if chosen:
-        return ",".join(_defined(entry, trained) for entry in entries(chosen))
+        return chosen_entries(chosen, trained)
     kept = []
     for entry in entries(trained):
         _, custom, paths = entry.partition("=")
@@ -206,15 +102,6 @@ def eval_entries(
         if name not in KNOWN or KNOWN[name].supervision != "image_labels":
             kept.append(instead.get(name, name))
     return ",".join(kept)
-
-
-def _defined(entry: str, trained: str) -> str:
-    """Returns NAME or NAME:SPLIT with the paths that `trained` gives NAME, if there are any."""
-    for definition in entries(trained):
-        _, custom, paths = definition.partition("=")
-        if custom and name_of(entry) == name_of(definition):
-            return f"{entry}={paths}" if "=" not in entry else entry
-    return entry
 
 
 def with_beside(text: str, beside: Mapping[str, str], root: Path | None) -> str:
@@ -276,31 +163,7 @@ def load_datasets(
         if limit:
             dataset = draw_images(dataset, limit)
         datasets.append(replace(dataset, masks=masks))
-    if not datasets:
-        raise InputError(
-            "no dataset named; give --datasets (or --eval-datasets) names of `python -m"
-            " common.datasets list`, or NAME=ANNOTATIONS.json:IMAGES/"
-        )
     return datasets
-
-
-def data_folder(data_root: str) -> Path:
-    """Returns the data root: `data_root`, or $DETECTRON2_DATASETS, or ./data."""
-    folder = data_root or os.environ.get("DETECTRON2_DATASETS") or "data"
-    return Path(os.path.expanduser(folder))
-
-
-def find_files(name: str, split: str, root: Path) -> tuple[Path, Path] | None:
-    """Returns the paths of the annotations and the images of a known dataset.
-
-    They are the first that both exist, or the first annotations that exist, or None.
-    """
-    places = [(root / file, root / folder) for file, folder in KNOWN[name].splits[split]]
-    found = [place for place in places if place[0].exists()]
-    for annotations, images in found:
-        if images.is_dir():
-            return annotations, images
-    return found[0] if found else None
 
 
 def load_dataset(
@@ -323,39 +186,19 @@ def load_dataset(
             dataset = read_pair(name, annotations, images, split)
     else:
         known = KNOWN[name]
-        annotations, images = _known_files(name, split, root)
+        annotations, images = known_files(name, split, root)
         if known.class_folders and annotations.is_dir():
             return read_folder(name, annotations)  # lists files that exist: none can be missing
-        read_as = known.whole if known.derive else name
-        dataset = known.read(read_as, annotations, images, known.metric)
-        if known.derive:
-            dataset = known.derive(dataset, split)
+        read_as = known.whole if name in DERIVE else name
+        dataset = READERS[known.format](read_as, annotations, images, known.metric)
+        if name in DERIVE:
+            dataset = DERIVE[name](dataset, split)
         dataset = replace(dataset, federated=known.federated)
     if len(dataset) == 0:
         raise InputError(f"{dataset.index.source} lists no images; name another file")
     if check:
         dataset.check_images()
     return dataset
-
-
-def _known_files(name: str, split: str, root: Path) -> tuple[Path, Path]:
-    """Returns the files of `find_files`. Raises InputError that names what to download."""
-    known = KNOWN[name]
-    if known.generated and not (root / name).is_dir():
-        raise InputError(f"dataset '{name}' is generated: add --tiny")
-    if not os.path.isdir(root):
-        raise InputError(
-            f"data root {root} does not exist; give --data-root or set DETECTRON2_DATASETS"
-        )
-    found = find_files(name, split, root)
-    if found:
-        return found
-    annotations, images = known.splits[split][0]
-    where = "" if images == annotations else f", its images in {root / images}"
-    raise InputError(
-        f"dataset '{name}': {root / annotations} does not exist; put {known.title} there{where}, "
-        "as data/README.md shows, or give --data-root"
-    )
 
 
 def _refuse_supervision(

@@ -4,17 +4,10 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from common.batch import Supervision
 from common.datasets.dataset import Dataset
-from common.datasets.known import ALIASES, KNOWN
-from common.datasets.names import (
-    data_folder,
-    entries,
-    eval_entries,
-    load_datasets,
-    name_of,
-    with_beside,
-)
+from common.datasets.grammar import data_folder, entries, name_of
+from common.datasets.known import ALIASES, KNOWN, Supervision
+from common.datasets.names import eval_entries, load_datasets, with_beside
 from common.datasets.subset import edit_classes
 from common.errors import InputError
 from common.labels import LabelSpace, fold, quoted

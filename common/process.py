@@ -1,0 +1,124 @@
+"""The state of this process: the signals that ask it to end, its environment, its locks.
+
+No module that it imports needs torch, whose import takes seconds.
+"""
+
+import fcntl
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from common.errors import InputError
+
+if TYPE_CHECKING:
+    from common.rescue import LastStep
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+LOCKS: dict[Path, TextIO] = {}  # of the run folders that this process has locked
+
+
+class Stop(BaseException):
+    """A signal asks this process to end. `number` is that of the signal."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Process:
+    """The state of this process. There is one, so the class itself holds it."""
+
+    asked: int = 0  # number of the first signal, 0 before
+    ending: bool = False  # further signals are ignored
+    heeding: bool = False  # `on_signal` handles the signals
+    training: "LastStep | None" = None  # the training that `common.rescue` saves
+
+
+@contextmanager
+def heed_signals() -> Iterator[None]:
+    """Context manager in which SIGTERM, SIGINT and SIGHUP raise `Stop`.
+
+    While `LastStep.is_busy`, a signal is only noted, and `check_asked` raises `Stop` later. Signals
+    after the first change nothing. A signal that is ignored already, as under nohup, stays ignored.
+    Data loading processes ignore all signals, since they end with the process that they serve.
+    """
+    owner = os.getpid()
+
+    def on_signal(number: int, frame) -> None:
+        if os.getpid() != owner or Process.asked or Process.ending:
+            return
+        Process.asked = number
+        training = Process.training
+        if not (training and training.is_busy):
+            raise Stop(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, on_signal)
+    Process.asked, Process.ending, Process.training = 0, False, None
+    Process.heeding = bool(before)
+    try:
+        yield
+    finally:
+        Process.heeding, Process.training = False, None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def heed_no_more() -> None:
+    """Makes this process ignore all further signals, so that it can save before it ends."""
+    Process.ending = True
+
+
+def asked() -> int:
+    """Returns the number of the signal that asked this process to end, or 0."""
+    return Process.asked
+
+
+def check_asked() -> None:
+    """Raises `Stop` if a signal has asked this process to end."""
+    if Process.asked:
+        raise Stop(Process.asked)
+
+
+def environment_number(name: str, default: int = 0) -> int:
+    """Returns an environment variable as a number. Raises InputError if it is none."""
+    value = os.environ.get(name, str(default))
+    if not (value.isascii() and value.isdigit() and len(value) <= 9):
+        raise InputError(f"the environment variable {name} is {value!r:.60}, no number; unset it")
+    return int(value)
+
+
+def is_in_group() -> bool:
+    """Returns whether this process has joined other ranks. Without torch it has not."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_initialized()
+
+
+def lock(folder: Path) -> None:
+    """Locks the folder until this process ends. Raises InputError if another process has it.
+
+    The lock is not inherited by data loading processes, which may outlive this one by seconds.
+    """
+    path = (folder / "run.lock").resolve()
+    if path in LOCKS:
+        return
+    file = path.open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another run is training in {folder}; choose another --output") from None
+    LOCKS[path] = file  # closing it, or another file object of it, would unlock it
+
+
+def unlock() -> None:
+    """Unlocks all run folders that this process has locked."""
+    for path in list(LOCKS):
+        LOCKS.pop(path).close()
