@@ -86,7 +86,7 @@ def evaluate_dataset(
         predictions = predicted
         results = evaluate_detections(dataset, predictions, groups)
     if dataset.trained_on:
-        results["training images"] = 1.0  # their share, as a column of the table
+        log.warning("%s: these are results on its TRAINING images", title)
     draw_predictions(dataset, predictions, folder, title, args.score_threshold)
     return {title: results}
 

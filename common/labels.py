@@ -1,6 +1,7 @@
 """The class names of one dataset, and the label space that several datasets make together."""
 
 import difflib
+import itertools
 import json
 import logging
 import os
@@ -262,14 +263,14 @@ class LabelSpace:
                 rows.append(row)
             columns.append(column_of[key])
         self.names = tuple(all_names[row] for row in rows)
-        texts = [v.text for v in vocabularies]
-        self.text = torch.cat(texts)[rows] if any(widths) else None
+        self.text = torch.cat([v.text for v in vocabularies])[rows] if any(widths) else None
         sizes = [len(v) for v in vocabularies]
         parts = torch.tensor(columns).split(sizes)
         self._columns = dict(zip(self.vocabularies, parts))
         self._columns_on = {}  # (dataset, device): its columns there
-        ends = {name: (int(part[0]), int(part[-1]) + 1) for name, part in self._columns.items()}
-        self._scopes = {name: slice(*pair) for name, pair in ends.items()}
+        ends = itertools.accumulate(sizes)
+        scopes = (slice(end - size, end) for size, end in zip(sizes, ends))
+        self._scopes = dict(zip(self.vocabularies, scopes))  # unless names are merged
 
     def __len__(self) -> int:
         return len(self.names)

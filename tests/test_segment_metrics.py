@@ -245,6 +245,7 @@ class Hand:
 
     name, vocabulary, masks = "hand", VOCABULARY, False
     frequency = hierarchy = None
+    trained_on = False
 
     def __init__(self, metric):
         self.metric, self.labels = metric, torch.tensor([2, 1, 1, 3])
@@ -361,6 +362,14 @@ def test_instance_dataset(tmp_path):
     results = evaluate("coco", tmp_path, detector)
     assert results["mask AP"] == results["AP"] == pytest.approx(1)
     assert (tmp_path / "predictions-a-set.jpg").is_file()
+
+
+def test_results_on_training_images_are_said_to_be_so(tmp_path, monkeypatch, caplog):
+    evaluate("coco", tmp_path, detector)
+    assert "TRAINING" not in caplog.text
+    monkeypatch.setattr(Hand, "trained_on", True)
+    evaluate("coco", tmp_path, detector)
+    assert "a set: these are results on its TRAINING images" in caplog.text
 
 
 @pytest.mark.parametrize("metric", ["pq", "miou"])

@@ -95,9 +95,7 @@ def evaluated(root, tmp_path, masks: dict) -> float:
     class Args:
         workers, data_root, score_threshold = 0, str(root), 0.3
 
-    dataset.trained_on = True
     results = evaluate_dataset(predict, dataset, lambda sample: sample, Args, tmp_path)
-    assert results["coco-panoptic"]["training images"] == 1
     return results["coco-panoptic"]["AP things"]
 
 

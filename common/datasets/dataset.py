@@ -43,7 +43,7 @@ class Dataset:
     masks:        `load` decodes the instance masks, where there are any
     maps:         folder of the label maps of a semantic or panoptic dataset
     pixel_labels: (65536,) int16, the label of each value in semantic label maps, see `label_table`
-    trained_on:   its annotations are those of the training, which its results say
+    trained_on:   its annotations are those of the training, which the log says beside its results
     partial:      segments of other classes were taken out of the annotations; their pixels are void
     shards:       the tar files that hold the images, if they are in tar files
     warned:       (1,) bool, shared with the workers: a warning of an image with another size than
