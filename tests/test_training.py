@@ -376,10 +376,15 @@ def _mean_on_rank(rank: int, file: str, results) -> None:
     dist.destroy_process_group()
 
 
-def test_mean_over_ranks(tmp_path):
+def test_mean_over_ranks(tmp_path, forks):
     assert float(mean_over_ranks(torch.tensor(3.0))) == 3.0
     results = mp.Manager().dict()
-    mp.spawn(_mean_on_rank, (str(tmp_path / "store"), results), nprocs=2)
+    mp.start_processes(
+        _mean_on_rank,
+        (str(tmp_path / "store"), results),
+        nprocs=2,
+        start_method=forks.get_start_method(),
+    )
     assert dict(results) == {0: 3.0, 1: 3.0}
 
 
@@ -393,9 +398,14 @@ def _same_on_rank(rank: int, file: str, results) -> None:
     dist.destroy_process_group()
 
 
-def test_ranks_get_the_same_weights_and_statistics(tmp_path):
+def test_ranks_get_the_same_weights_and_statistics(tmp_path, forks):
     results = mp.Manager().dict()
-    mp.spawn(_same_on_rank, (str(tmp_path / "store"), results), nprocs=2)
+    mp.start_processes(
+        _same_on_rank,
+        (str(tmp_path / "store"), results),
+        nprocs=2,
+        start_method=forks.get_start_method(),
+    )
     assert results[0] == results[1] and results[0][4] == [0, 0]
 
 
@@ -407,9 +417,14 @@ def _gather_on_rank(rank: int, file: str, results) -> None:
     dist.destroy_process_group()
 
 
-def test_rows_of_all_ranks_begin_with_the_own_ones(tmp_path):
+def test_rows_of_all_ranks_begin_with_the_own_ones(tmp_path, forks):
     results = mp.Manager().dict()
-    mp.spawn(_gather_on_rank, (str(tmp_path / "store"), results), nprocs=3)
+    mp.start_processes(
+        _gather_on_rank,
+        (str(tmp_path / "store"), results),
+        nprocs=3,
+        start_method=forks.get_start_method(),
+    )
     assert dict(results) == {0: [0, 2, 2, 2], 1: None, 2: [2, 2, 2, 0]}
     assert gather(None) is None
 
