@@ -18,6 +18,8 @@ import torchvision
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.targets import true_rows
+
 MOST_ENTRIES = 2**20  # of bins and cells that are held at once, about 50 bytes each
 
 
@@ -259,8 +261,9 @@ def _backward_cpu(gradient, shapes, strides, boxes, image, level, resolution):
 def _forward_native(features, strides, boxes, image, level, resolution):
     """Returns the pooled regions, level by level."""
     rois = torch.cat([image[:, None].to(boxes), boxes], 1)  # (R, 5)
+    rows = true_rows([level == i for i in range(len(features))])
     out = boxes.new_empty(len(rois), features[0].shape[1], resolution, resolution)
-    for feature, stride, row in zip(features, strides, _rows_of_levels(level, len(features))):
+    for feature, stride, row in zip(features, strides, rows):
         of_level = feature.to(boxes.dtype), rois[row], resolution, 1 / stride
         out[row] = torchvision.ops.roi_align(*of_level, aligned=True)
     return out
@@ -271,23 +274,13 @@ def _backward_native(gradient, shapes, strides, boxes, image, level, resolution)
     rois = torch.cat([image[:, None].to(boxes), boxes], 1)  # (R, 5)
     backward = torch.ops.torchvision._roi_align_backward
     # in an image with image-level labels, only one region in a hundred has a gradient
-    without_gradient = ~gradient.flatten(1).any(1)
-    level = level.masked_fill(without_gradient, len(shapes))
+    with_gradient = gradient.flatten(1).any(1)
+    rows = true_rows([(level == i) & with_gradient for i in range(len(shapes))])
     gradients = []
-    for shape, stride, row in zip(shapes, strides, _rows_of_levels(level, len(shapes))):
+    for shape, stride, row in zip(shapes, strides, rows):
         settings = (1 / stride, resolution, resolution, *shape)
         gradients.append(backward(gradient[row], rois[row], *settings, 0, True))
     return gradients
-
-
-def _rows_of_levels(level: Tensor, count: int) -> list[Tensor]:
-    """Returns the rows of the regions of each level, with a single wait for the device.
-
-    level: (R,), those of regions that no level gets are `count`
-    """
-    of_level = level == torch.arange(count, device=level.device)[:, None]  # (L, R)
-    counts = of_level.sum(1).tolist()
-    return level.argsort(stable=True)[: sum(counts)].split(counts)
 
 
 # -- as an operator --------------------------------------------------------------------------------
