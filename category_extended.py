@@ -109,10 +109,12 @@ from common.visualize import save_image, training_grid
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
-DATASETS = "--datasets coco-base,o365 --tiny"
-DEMO = [  # the demonstration of ./run.sh: two controls, then the method
+DATASETS = (
+    "--datasets coco-odd,coco-even --tiny --classes person,bicycle,car,motorcycle,airplane,bus,train,"
+    "truck,boat,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe"
+)
+DEMO = [  # the demonstration of ./run.sh: the control, then the method
     f"{DATASETS} --stage first --negatives plain --output {{output}}-plain",
-    f"{DATASETS} --stage first --negatives dataset_aware --output {{output}}-dataset-aware",
     DATASETS,
 ]
 
@@ -201,6 +203,12 @@ class Args:
     """confidence above which a pseudo box is trained on"""
     channels: Annotated[int, Range(1, 8192)] = 256  # code
     """feature channels of FPN and head"""
+    tower_convs: Annotated[int, Range(1)] = 4  # code
+    """convolutions of each tower of the head"""
+    norm: Literal["none", "group"] = "none"  # code
+    """GroupNorm in the towers of the head, as FCOS has it: a short training learns far more"""
+    frozen: Literal["stem", "all"] = "stem"  # code
+    """what is not trained of the backbone: stem and first stage of a ResNet, or all"""
 
 
 # the defaults under --tiny: a small model for a CPU
@@ -218,9 +226,12 @@ TINY = {
     "checkpoint_every": 200,
     "workers": 0,
     "channels": 64,
+    "tower_convs": 2,
+    "norm": "group",
+    "frozen": "all",
 }
 # the settings that --weights restores: those that shape the model and its inputs
-MODEL_FIELDS = ["backbone", "test_size", "channels"]
+MODEL_FIELDS = ["backbone", "test_size", "channels", "tower_convs", "norm"]
 OFFICIAL = refuse("is of mmdetection and does not fit: P6 is made of other maps here")
 
 # -- Model -----------------------------------------------------------------------------------------
@@ -240,7 +251,10 @@ class Model(nn.Module):
         self.columns = {name: label_space.columns(name) for name in label_space.datasets}
         self.num_classes = len(label_space)
         self.backbone = Backbone(args.backbone, args.channels, pretrained, freeze_stem=True)
-        self.head = retinanet.RetinaHead(args.channels, self.num_classes)
+        if args.frozen == "all":
+            self.backbone.body.requires_grad_(False)
+        layers = (args.channels, self.num_classes, args.tower_convs, args.norm == "group")
+        self.head = retinanet.RetinaHead(*layers)
         self.register_buffer("normaliser", torch.tensor(100.0))  # N, saved with the weights
 
     def columns_of(self, label_space: LabelSpace) -> Tensor:
@@ -522,7 +536,8 @@ def mine_image(model: Model, batch: Batch, wanted: Tensor, first: int = 0) -> li
         dropped = [[drop(x, 0.2, generator) for x in maps] for maps in towers]
         runs.append(select_detections(*model.detect(features, dropped, size), False, 0.05, 100))
     boxes, scores, labels = (torch.cat(parts) for parts in zip(*runs))
-    boxes = to_original(boxes, batch, 0)
+    kept = (boxes[:, 2:] > boxes[:, :2]).all(1)  # one without an area has no IoU
+    boxes, scores, labels = to_original(boxes[kept], batch, 0), scores[kept], labels[kept]
 
     found = [boxes.new_zeros(0, 8)]
     for label in labels[wanted.to(device)[labels]].unique().tolist():

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from common.backbone import GroupNorm
 from common.boxes import sides
 
 SCALE = 4  # side of the smallest anchor of a level, in strides
@@ -81,15 +82,18 @@ def decode_corners(deltas: Tensor, anchors: Tensor) -> Tensor:
 class RetinaHead(nn.Module):
     """Scores C classes for each anchor, and moves its box. All levels share the weights."""
 
-    def __init__(self, channels: int, num_classes: int, num_convs: int = 4):
+    def __init__(
+        self, channels: int, num_classes: int, num_convs: int = 4, group_norm: bool = False
+    ):
         """Creates the layers. num_convs: of each tower. All scores begin at 0.01.
 
         With the official 256 channels, weights begin with a deviation of 0.01. It grows in narrower
-        towers, whose signal would vanish.
+        towers, whose signal would vanish. group_norm: GroupNorm after each convolution of the
+        towers, as FCOS has it.
         """
         super().__init__()
-        self.cls_tower = self._tower(channels, num_convs)
-        self.box_tower = self._tower(channels, num_convs)
+        self.cls_tower = self._tower(channels, num_convs, group_norm)
+        self.box_tower = self._tower(channels, num_convs, group_norm)
         self.cls_logits = nn.Conv2d(channels, PER_CELL * num_classes, 3, padding=1)
         self.box_deltas = nn.Conv2d(channels, PER_CELL * 4, 3, padding=1)
         for module in self.modules():
@@ -99,10 +103,14 @@ class RetinaHead(nn.Module):
         nn.init.constant_(self.cls_logits.bias, -math.log(99))
 
     @staticmethod
-    def _tower(channels: int, num_convs: int) -> nn.Sequential:
+    def _tower(channels: int, num_convs: int, group_norm: bool) -> nn.Sequential:
         layers = []
         for _ in range(num_convs):
-            layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()]
+            layers.append(nn.Conv2d(channels, channels, 3, padding=1))
+            if group_norm:
+                groups = math.gcd(32, channels)
+                layers.append(GroupNorm(groups, channels))
+            layers.append(nn.ReLU())
         return nn.Sequential(*layers)
 
     def towers(self, features: list[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""Open-vocabulary splits of known datasets: the novel classes have a name, but no training box."""
+"""Splits of known datasets in which some classes, the novel ones, have no training box."""
 
 import json
 import logging
@@ -42,6 +42,21 @@ def coco_base(coco: Dataset, split: str) -> Dataset:
     message = "coco-base: %d of %d %s images without a box are left out"
     log.info(message, (~filled).sum(), len(filled), split)
     return dataset.select(filled)
+
+
+def coco_half(coco: Dataset, split: str, name: str, first: int) -> Dataset:
+    """Returns half of COCO: every second image, in which every second class is annotated.
+
+    The other classes are novel; their boxes are there unless `split` is "train". Images without a
+    box stay.
+    name:  of the half
+    first: 0 for the first, third, ... image and class, in the order of the annotations; 1 for the
+           others
+    """
+    novel_ids = list(coco.vocabulary.ids[1 - first :: 2])
+    rows = np.arange(len(coco)) % 2 == first
+    vocabulary = replace(coco.vocabulary, dataset=name)
+    return _base_split(coco.select(rows), vocabulary, novel_ids, split)
 
 
 def _base_split(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from common.batch import Supervision
-from common.datasets.base_split import coco_base, lvis_base
+from common.datasets.base_split import coco_base, coco_half, lvis_base
 from common.datasets.coarse import oid_top
 from common.datasets.dataset import Dataset
 from common.datasets.lvis_coco import lvis_with_coco
@@ -164,6 +164,8 @@ LVIS = Known(
 KNOWN = {
     "coco": COCO,
     "coco-base": replace(COCO, whole="coco", derive=coco_base),
+    "coco-odd": replace(COCO, whole="coco", derive=partial(coco_half, name="coco-odd", first=0)),
+    "coco-even": replace(COCO, whole="coco", derive=partial(coco_half, name="coco-even", first=1)),
     "lvis": LVIS,
     "lvis-base": replace(LVIS, whole="lvis", derive=lvis_base),
     "lvis+coco": replace(LVIS, whole="lvis", beside="coco", derive=lvis_with_coco),
