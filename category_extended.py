@@ -4,10 +4,8 @@ Claim. On the classes that an image's dataset does not annotate, a negative is o
 one of their objects: an anchor that all but coincides with an annotated box (the conflict-free
 loss). Then the detector mines the missing boxes itself, and Monte Carlo dropout tells how well they
 are placed. A second training has them as positives, and as negatives the anchors near known boxes.
-
-Cross-dataset Training for Class Increasing Object Detection (arXiv 2001.04621) is
---negatives dataset_aware, without mining: every anchor that is assigned to an annotated box is a
-negative of all classes but that of the box, and background only of the dataset's own classes.
+Cross-dataset Training (arXiv 2001.04621) is --negatives dataset_aware, without mining: each anchor
+of an annotated box is a negative of all other classes, background only of the dataset's own ones.
 
 Equation                                             function
 m_ac = 1 if a is positive or c in L_d (2001.04621)   negatives_dataset_aware
@@ -29,17 +27,14 @@ Note: we could not read the papers' typeset text. Equations and numbers are thos
   code of 2012.14115, which has the rule of 2001.04621 as a baseline; that paper has no code.
 Note: a strict positive has IoU >= 0.9, or is the best anchor of its box, as in the official code.
 Note: P6 is made of P5 and not of C5, as in Detic.
-Note: classes are one where their names are equal. Novel classes of a -base dataset are classes that
-  it does not annotate. Its other classes count as annotated in all of its images, also in LVIS.
+Note: classes are one where their names are equal. The novel classes of a dataset are those that it
+  does not annotate. Its other classes count as annotated in all of its images, also in LVIS.
 Note: --compile has no effect here: image sizes change at every step.
 
 diff with unidet.py shows: RetinaNet; one column per name; weights of negatives; mining.
 
-    python category_extended.py --datasets coco-base,o365 --tiny    # minutes on a CPU
+    python category_extended.py --datasets cityscapes-common,cityscapes-rare --tiny  # minutes, CPU
     python category_extended.py --datasets coco,mine=train.json:images/ --data-root DATA
-    python category_extended.py --negatives dataset_aware --stage first --datasets ... # 2001.04621
-    python category_extended.py --stage mine --weights runs/... --datasets ... --data-root DATA
-    python category_extended.py --stage second --pseudo-boxes runs/... --datasets ...
     python category_extended.py --predict photo.jpg --vocabulary coco --weights runs/...
 """
 
@@ -98,6 +93,7 @@ from common.inference import (
 from common.labels import LabelSpace, Vocabulary
 from common.optim import scaled_lr, stepped_learning_rate
 from common.pseudo_boxes import are_complete, mine_boxes, with_pseudo_boxes
+from common.retinanet import drop
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, make_loader, make_sampler
 from common.targets import Targets, match_anchors
@@ -109,10 +105,7 @@ from common.visualize import save_image, training_grid
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
-DATASETS = (
-    "--datasets coco-odd,coco-even --tiny --classes person,bicycle,car,motorcycle,airplane,bus,train,"
-    "truck,boat,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe"
-)
+DATASETS = "--datasets cityscapes-common,cityscapes-rare --tiny --eval-datasets cityscapes-common"
 DEMO = [  # the demonstration of ./run.sh: the control, then the method
     f"{DATASETS} --stage first --negatives plain --output {{output}}-plain",
     DATASETS,
@@ -203,10 +196,10 @@ class Args:
     """confidence above which a pseudo box is trained on"""
     channels: Annotated[int, Range(1, 8192)] = 256  # code
     """feature channels of FPN and head"""
-    tower_convs: Annotated[int, Range(1)] = 4  # code
+    convs: Annotated[int, Range(1)] = 4  # code
     """convolutions of each tower of the head"""
     norm: Literal["none", "group"] = "none"  # code
-    """GroupNorm in the towers of the head, as FCOS has it: a short training learns far more"""
+    """GroupNorm in the towers of the head: a short training learns far more"""
     frozen: Literal["stem", "all"] = "stem"  # code
     """what is not trained of the backbone: stem and first stage of a ResNet, or all"""
 
@@ -218,7 +211,7 @@ TINY = {
     "test_size": 192,
     "batch_size": 4,
     "base_batch_size": 4,
-    "steps": 200,
+    "steps": 500,
     "lr": 1e-3,
     "warmup_steps": 20,
     "optimizer": "adamw",
@@ -226,12 +219,12 @@ TINY = {
     "checkpoint_every": 200,
     "workers": 0,
     "channels": 64,
-    "tower_convs": 2,
+    "convs": 2,
     "norm": "group",
     "frozen": "all",
 }
 # the settings that --weights restores: those that shape the model and its inputs
-MODEL_FIELDS = ["backbone", "test_size", "channels", "tower_convs", "norm"]
+MODEL_FIELDS = ["backbone", "test_size", "channels", "convs", "norm"]
 OFFICIAL = refuse("is of mmdetection and does not fit: P6 is made of other maps here")
 
 # -- Model -----------------------------------------------------------------------------------------
@@ -253,8 +246,7 @@ class Model(nn.Module):
         self.backbone = Backbone(args.backbone, args.channels, pretrained, freeze_stem=True)
         if args.frozen == "all":
             self.backbone.body.requires_grad_(False)
-        layers = (args.channels, self.num_classes, args.tower_convs, args.norm == "group")
-        self.head = retinanet.RetinaHead(*layers)
+        self.head = retinanet.RetinaHead(args.channels, self.num_classes, args.convs, args.norm)
         self.register_buffer("normaliser", torch.tensor(100.0))  # N, saved with the weights
 
     def columns_of(self, label_space: LabelSpace) -> Tensor:
@@ -390,7 +382,6 @@ NEGATIVES = {
 def loss_classes(logits: Tensor, labels: Tensor, weight: Tensor, normaliser: Tensor) -> Tensor:
     """Sec. conflict-free loss: L_cls = 1/N sum_a sum_c w_ac FL(sigmoid(s_ac), y_ac).
 
-    FL is the focal loss, with alpha = 0.25 and gamma = 2.
     logits: (A, C), s
     labels: (A,), -1 on background, where y is all 0; -2 on anchors that have no loss
     weight: (A, C), w; normaliser: N
@@ -550,12 +541,6 @@ def mine_image(model: Model, batch: Batch, wanted: Tensor, first: int = 0) -> li
     mean, facts, labels = torch.cat(found).cpu().split([4, 3, 1], 1)
     record = {"boxes": mean, "facts": facts, "labels": labels.flatten().long()}
     return [record | {"size": batch.samples[0].original_size}]
-
-
-def drop(feature: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Returns dropout of a map, as in training: what remains is divided by 1 - probability."""
-    kept = torch.rand(feature.shape, generator=generator, device=feature.device) >= probability
-    return feature * kept / (1 - probability)
 
 
 # -- Train -----------------------------------------------------------------------------------------

@@ -82,18 +82,16 @@ def decode_corners(deltas: Tensor, anchors: Tensor) -> Tensor:
 class RetinaHead(nn.Module):
     """Scores C classes for each anchor, and moves its box. All levels share the weights."""
 
-    def __init__(
-        self, channels: int, num_classes: int, num_convs: int = 4, group_norm: bool = False
-    ):
+    def __init__(self, channels: int, num_classes: int, num_convs: int = 4, norm: str = "none"):
         """Creates the layers. num_convs: of each tower. All scores begin at 0.01.
 
         With the official 256 channels, weights begin with a deviation of 0.01. It grows in narrower
-        towers, whose signal would vanish. group_norm: GroupNorm after each convolution of the
-        towers, as FCOS has it.
+        towers, whose signal would vanish. With the norm "group" instead of "none", GroupNorm
+        follows each convolution of the towers.
         """
         super().__init__()
-        self.cls_tower = self._tower(channels, num_convs, group_norm)
-        self.box_tower = self._tower(channels, num_convs, group_norm)
+        self.cls_tower = self._tower(channels, num_convs, norm)
+        self.box_tower = self._tower(channels, num_convs, norm)
         self.cls_logits = nn.Conv2d(channels, PER_CELL * num_classes, 3, padding=1)
         self.box_deltas = nn.Conv2d(channels, PER_CELL * 4, 3, padding=1)
         for module in self.modules():
@@ -103,11 +101,11 @@ class RetinaHead(nn.Module):
         nn.init.constant_(self.cls_logits.bias, -math.log(99))
 
     @staticmethod
-    def _tower(channels: int, num_convs: int, group_norm: bool) -> nn.Sequential:
+    def _tower(channels: int, num_convs: int, norm: str) -> nn.Sequential:
         layers = []
         for _ in range(num_convs):
             layers.append(nn.Conv2d(channels, channels, 3, padding=1))
-            if group_norm:
+            if norm == "group":
                 groups = math.gcd(32, channels)
                 layers.append(GroupNorm(groups, channels))
             layers.append(nn.ReLU())
@@ -133,6 +131,12 @@ class RetinaHead(nn.Module):
     def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Returns class logits (B, A, C) and box deltas (B, A, 4) from L maps (B, F, h, w)."""
         return self.outputs(self.towers(features))
+
+
+def drop(feature: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Returns dropout of a map, as in training: what remains is divided by 1 - probability."""
+    kept = torch.rand(feature.shape, generator=generator, device=feature.device) >= probability
+    return feature * kept / (1 - probability)
 
 
 def best_of_levels(scores: Tensor, counts: list[int], most: int) -> Tensor:

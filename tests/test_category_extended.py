@@ -97,6 +97,24 @@ def test_head_orders_anchors_by_level_cell_and_shape():
     assert not head.box_deltas.bias.any()
 
 
+def test_towers_with_and_without_a_norm():
+    """The norm also takes maps of one cell, and channels that 32 groups do not divide."""
+    for norm, count in (("none", 0), ("group", 4)):
+        head = retinanet.RetinaHead(12, 3, num_convs=2, norm=norm)
+        norms = [m for m in head.modules() if isinstance(m, torch.nn.GroupNorm)]
+        assert len(norms) == count and {m.num_groups for m in norms} <= {4}
+        logits, deltas = head([seeded(1, 12, 1, 1)])
+        assert logits.isfinite().all() and deltas.isfinite().all()
+
+
+def test_a_frozen_backbone_still_trains_the_pyramid_and_the_head():
+    args = method.Args(backbone="resnet10t", channels=8, frozen="all", amp="off")
+    model = method.Model(args, SPACE, pretrained=False).train()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not any(name.startswith("backbone.body") for name in trained)
+    assert {"backbone.fpn.layer_blocks.0.0.weight", "head.cls_logits.weight"} <= trained
+
+
 def test_stem_and_first_stage_are_frozen_as_in_the_official_configurations(model):
     model.backbone.frozen_norm.fill_(True)  # as after loading published weights
     model.train()
@@ -410,6 +428,15 @@ def test_clusters_of_low_score_are_not_kept(model, monkeypatch):
     [found] = method.mine_image(model, one_image(), ~SCOPE)
     assert found["facts"].flatten().tolist() == pytest.approx([0.11, 1, 1])
     assert found["boxes"].flatten().tolist() == pytest.approx([60, 15, 78, 19.5])
+
+
+def test_boxes_without_an_area_are_not_mined(model, monkeypatch):
+    """Clipping to the image leaves some; their IoU would be 0 / 0, and the file unreadable."""
+    boxes = torch.tensor([[0.0, 0, 9, 9], [20, 0, 30, 0], [64, 5, 64, 9]])
+    run = (boxes, torch.full((3,), 0.9), torch.full((3,), 2))
+    monkeypatch.setattr(method, "select_detections", lambda *_: run)
+    [found] = method.mine_image(model, one_image(), ~SCOPE)
+    assert found["facts"].flatten().tolist() == pytest.approx([0.9, 1, 1])
 
 
 def test_settings_of_detection_and_mining(model, monkeypatch):

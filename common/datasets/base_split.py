@@ -10,6 +10,7 @@ from common.datasets.dataset import Dataset
 from common.labels import DATA, Vocabulary
 
 log = logging.getLogger("concord")
+RARE = ("truck", "bus", "train", "motorcycle")  # the four with the fewest objects in Cityscapes
 
 
 def lvis_base(lvis: Dataset, split: str) -> Dataset:
@@ -44,19 +45,25 @@ def coco_base(coco: Dataset, split: str) -> Dataset:
     return dataset.select(filled)
 
 
-def coco_half(coco: Dataset, split: str, name: str, first: int) -> Dataset:
-    """Returns half of COCO: every second image, in which every second class is annotated.
+def cityscapes_part(cityscapes: Dataset, split: str, name: str) -> Dataset:
+    """Returns Cityscapes' objects with a part of their eight classes annotated; see RARE.
 
-    The other classes are novel; their boxes are there unless `split` is "train". Images without a
-    box stay.
-    name:  of the half
-    first: 0 for the first, third, ... image and class, in the order of the annotations; 1 for the
-           others
+    It is for experiments on what partial annotation costs. If `split` is "train", every sixth image
+    is of "cityscapes-rare" and has boxes of the rare classes alone. The others are of
+    "cityscapes-common" and lack these. In other splits both have all images and boxes.
+
+    name: of the part
     """
-    novel_ids = list(coco.vocabulary.ids[1 - first :: 2])
-    rows = np.arange(len(coco)) % 2 == first
-    vocabulary = replace(coco.vocabulary, dataset=name)
-    return _base_split(coco.select(rows), vocabulary, novel_ids, split)
+    rare_part = name == "cityscapes-rare"
+    if split == "train":
+        is_sixth = np.arange(len(cityscapes)) % 6 == 5
+        cityscapes = cityscapes.select(is_sixth == rare_part)
+    known = Vocabulary.known("cityscapes")
+    things = [i for i, is_thing in enumerate(known.is_thing) if is_thing]
+    names = tuple(known.names[i] for i in things)
+    ids = tuple(known.ids[i] for i in things)
+    novel_ids = [id for id, label in zip(ids, names) if (label in RARE) != rare_part]
+    return _base_split(cityscapes, Vocabulary(name, names, ids), novel_ids, split)
 
 
 def _base_split(

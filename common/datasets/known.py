@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from common.batch import Supervision
-from common.datasets.base_split import coco_base, coco_half, lvis_base
+from common.datasets.base_split import cityscapes_part, coco_base, lvis_base
 from common.datasets.coarse import oid_top
 from common.datasets.dataset import Dataset
 from common.datasets.lvis_coco import lvis_with_coco
@@ -161,11 +161,14 @@ LVIS = Known(
     metric="lvis",
     federated=True,
 )
+CITYSCAPES_INSTANCES = Known(
+    "what mmdetection's tools/dataset_converters/cityscapes.py makes",
+    _splits((f"{INSTANCES}_{{split}}.json", "cityscapes/leftImg8bit/{split}")),
+    whole="cityscapes",
+)
 KNOWN = {
     "coco": COCO,
     "coco-base": replace(COCO, whole="coco", derive=coco_base),
-    "coco-odd": replace(COCO, whole="coco", derive=partial(coco_half, name="coco-odd", first=0)),
-    "coco-even": replace(COCO, whole="coco", derive=partial(coco_half, name="coco-even", first=1)),
     "lvis": LVIS,
     "lvis-base": replace(LVIS, whole="lvis", derive=lvis_base),
     "lvis+coco": replace(LVIS, whole="lvis", beside="coco", derive=lvis_with_coco),
@@ -222,9 +225,12 @@ KNOWN = {
         _splits((f"{CITYSCAPES}_panoptic_{{split}}.json", "cityscapes/leftImg8bit/{split}")),
         whole="cityscapes",
     ),
-    "cityscapes-instances": Known(
-        "what mmdetection's tools/dataset_converters/cityscapes.py makes",
-        _splits((f"{INSTANCES}_{{split}}.json", "cityscapes/leftImg8bit/{split}")),
+    "cityscapes-instances": CITYSCAPES_INSTANCES,
+    "cityscapes-common": replace(
+        CITYSCAPES_INSTANCES, derive=partial(cityscapes_part, name="cityscapes-common")
+    ),
+    "cityscapes-rare": replace(
+        CITYSCAPES_INSTANCES, derive=partial(cityscapes_part, name="cityscapes-rare")
     ),
     "coco-panoptic": _panoptic(
         "COCO 2017 panoptic (cocodataset.org)",
