@@ -4,10 +4,8 @@ Claim. On the classes that an image's dataset does not annotate, a negative is o
 one of their objects: an anchor that all but coincides with an annotated box (the conflict-free
 loss). Then the detector mines the missing boxes itself, and Monte Carlo dropout tells how well they
 are placed. A second training has them as positives, and as negatives the anchors near known boxes.
-
-Cross-dataset Training for Class Increasing Object Detection (arXiv 2001.04621) is
---negatives dataset_aware, without mining: every anchor that is assigned to an annotated box is a
-negative of all classes but that of the box, and background only of the dataset's own classes.
+Cross-dataset Training (arXiv 2001.04621) is --negatives dataset_aware, without mining: each anchor
+of an annotated box is a negative of all other classes, background only of the dataset's own ones.
 
 Equation                                             function
 m_ac = 1 if a is positive or c in L_d (2001.04621)   negatives_dataset_aware
@@ -26,18 +24,16 @@ u                overlap
 N                normaliser
 
 Note: we could not read the papers' typeset text. Equations and numbers are those of the code of
-  2012.14115, with the rule of 2001.04621 as a baseline; that paper has no code. A strict positive
-  has IoU >= 0.9, or is the best anchor of its box. P6 is made of P5 and not of C5, as in Detic.
-Note: classes are one where their names are equal. A -base dataset does not annotate its novel ones;
-  all others count as annotated in all of its images, also in LVIS. --compile has no effect here.
+  2012.14115, with the rule of 2001.04621 as a baseline; that paper has no code.
+Note: P6 is made of P5 and not of C5, as in Detic. --compile has no effect: image sizes change.
+Note: classes are one where their names are equal. The novel classes of a dataset are those that it
+  does not annotate; all others count as annotated in all of its images, also in LVIS.
 
 diff with unidet.py shows: RetinaNet; one column per name; weights of negatives; mining.
 
-    python category_extended.py --datasets coco-base,o365 --tiny    # minutes on a CPU
+    python category_extended.py --datasets cityscapes-common,cityscapes-rare --tiny  # minutes, CPU
     python category_extended.py --datasets coco,mine=train.json:images/ --data-root DATA
     python category_extended.py --negatives dataset_aware --stage first --datasets ... # 2001.04621
-    python category_extended.py --stage mine --weights runs/... --datasets ... --data-root DATA
-    python category_extended.py --stage second --pseudo-boxes runs/... --datasets ...
     python category_extended.py --predict photo.jpg --vocabulary coco --weights runs/...
 """
 
@@ -109,7 +105,7 @@ from common.visualize import save_image, training_grid
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
-DATASETS = "--datasets coco-base,o365 --tiny"
+DATASETS = "--datasets cityscapes-common,cityscapes-rare --tiny --eval-datasets cityscapes-common"
 DEMO = [  # the demonstration of ./run.sh: two controls, then the method
     f"{DATASETS} --stage first --negatives plain --output {{output}}-plain",
     f"{DATASETS} --stage first --negatives dataset_aware --output {{output}}-dataset-aware",
@@ -201,6 +197,12 @@ class Args:
     """confidence above which a pseudo box is trained on"""
     channels: Annotated[int, Range(1, 8192)] = 256  # code
     """feature channels of FPN and head"""
+    convs: Annotated[int, Range(1)] = 4  # code
+    """convolutions of each tower of the head"""
+    norm: Literal["none", "group"] = "none"  # code
+    """group: GroupNorm in the towers of the head; a short training learns far more"""
+    frozen: Literal["stem", "all"] = "stem"  # code
+    """what is not trained of the backbone: stem and first stage (of a ResNet), or all"""
 
 
 # the defaults under --tiny: a small model for a CPU
@@ -210,7 +212,7 @@ TINY = {
     "test_size": 192,
     "batch_size": 4,
     "base_batch_size": 4,
-    "steps": 200,
+    "steps": 500,
     "lr": 1e-3,
     "warmup_steps": 20,
     "optimizer": "adamw",
@@ -218,9 +220,12 @@ TINY = {
     "checkpoint_every": 200,
     "workers": 0,
     "channels": 64,
+    "convs": 2,
+    "norm": "group",
+    "frozen": "all",
 }
 # the settings that --weights restores: those that shape the model and its inputs
-MODEL_FIELDS = ["backbone", "test_size", "channels"]
+MODEL_FIELDS = ["backbone", "test_size", "channels", "convs", "norm"]
 OFFICIAL = refuse("is of mmdetection and does not fit: P6 is made of other maps here")
 
 # -- Model -----------------------------------------------------------------------------------------
@@ -240,7 +245,9 @@ class Model(nn.Module):
         self.columns = {name: label_space.columns(name) for name in label_space.datasets}
         self.num_classes = len(label_space)
         self.backbone = Backbone(args.backbone, args.channels, pretrained, freeze_stem=True)
-        self.head = retinanet.RetinaHead(args.channels, self.num_classes)
+        if args.frozen == "all":
+            self.backbone.body.requires_grad_(False)
+        self.head = retinanet.RetinaHead(args.channels, self.num_classes, args.convs, args.norm)
         self.register_buffer("normaliser", torch.tensor(100.0))  # N, saved with the weights
 
     def columns_of(self, label_space: LabelSpace) -> Tensor:
@@ -376,7 +383,6 @@ NEGATIVES = {
 def loss_classes(logits: Tensor, labels: Tensor, weight: Tensor, normaliser: Tensor) -> Tensor:
     """Sec. conflict-free loss: L_cls = 1/N sum_a sum_c w_ac FL(sigmoid(s_ac), y_ac).
 
-    FL is the focal loss, with alpha = 0.25 and gamma = 2.
     logits: (A, C), s
     labels: (A,), -1 on background, where y is all 0; -2 on anchors that have no loss
     weight: (A, C), w; normaliser: N
@@ -410,8 +416,7 @@ def compute_losses(
 ) -> dict[str, Tensor]:
     """L = sum over images of (L_cls + L_box), with N of the batch: N <- 0.9 N + 0.1 positives.
 
-    L_cls is `loss_classes`, with the weights that `negatives` names in NEGATIVES. L_box is
-    `loss_boxes`. logits, deltas, anchors, inside: as `Model.forward` returns them
+    negatives: the weights of NEGATIVES; logits, deltas, anchors, inside: of `Model.forward`
     normaliser: N of all ranks, changed in place; an image without a positive counts as one with one
     Returns both terms, and their sum as `loss`.
     """
@@ -519,10 +524,11 @@ def mine_image(model: Model, batch: Batch, wanted: Tensor, first: int = 0) -> li
     towers = model.head.towers(features)
     runs = []
     for _ in range(args.dropout_runs):
-        dropped = [[drop(x, 0.2, generator) for x in maps] for maps in towers]
+        dropped = [[retinanet.drop(x, 0.2, generator) for x in maps] for maps in towers]
         runs.append(select_detections(*model.detect(features, dropped, size), False, 0.05, 100))
     boxes, scores, labels = (torch.cat(parts) for parts in zip(*runs))
-    boxes = to_original(boxes, batch, 0)
+    kept = (boxes[:, 2:] > boxes[:, :2]).all(1)  # one without an area has no IoU
+    boxes, scores, labels = to_original(boxes[kept], batch, 0), scores[kept], labels[kept]
 
     found = [boxes.new_zeros(0, 8)]
     for label in labels[wanted.to(device)[labels]].unique().tolist():
@@ -535,12 +541,6 @@ def mine_image(model: Model, batch: Batch, wanted: Tensor, first: int = 0) -> li
     mean, facts, labels = torch.cat(found).cpu().split([4, 3, 1], 1)
     record = {"boxes": mean, "facts": facts, "labels": labels.flatten().long()}
     return [record | {"size": batch.samples[0].original_size}]
-
-
-def drop(feature: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Returns dropout of a map, as in training: what remains is divided by 1 - probability."""
-    kept = torch.rand(feature.shape, generator=generator, device=feature.device) >= probability
-    return feature * kept / (1 - probability)
 
 
 # -- Train -----------------------------------------------------------------------------------------

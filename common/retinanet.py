@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from common.backbone import GroupNorm
 from common.boxes import sides
 
 SCALE = 4  # side of the smallest anchor of a level, in strides
@@ -81,15 +82,16 @@ def decode_corners(deltas: Tensor, anchors: Tensor) -> Tensor:
 class RetinaHead(nn.Module):
     """Scores C classes for each anchor, and moves its box. All levels share the weights."""
 
-    def __init__(self, channels: int, num_classes: int, num_convs: int = 4):
+    def __init__(self, channels: int, num_classes: int, num_convs: int = 4, norm: str = "none"):
         """Creates the layers. num_convs: of each tower. All scores begin at 0.01.
 
         With the official 256 channels, weights begin with a deviation of 0.01. It grows in narrower
-        towers, whose signal would vanish.
+        towers, whose signal would vanish. With the norm "group" instead of "none", GroupNorm
+        follows each convolution of the towers.
         """
         super().__init__()
-        self.cls_tower = self._tower(channels, num_convs)
-        self.box_tower = self._tower(channels, num_convs)
+        self.cls_tower = self._tower(channels, num_convs, norm)
+        self.box_tower = self._tower(channels, num_convs, norm)
         self.cls_logits = nn.Conv2d(channels, PER_CELL * num_classes, 3, padding=1)
         self.box_deltas = nn.Conv2d(channels, PER_CELL * 4, 3, padding=1)
         for module in self.modules():
@@ -99,10 +101,14 @@ class RetinaHead(nn.Module):
         nn.init.constant_(self.cls_logits.bias, -math.log(99))
 
     @staticmethod
-    def _tower(channels: int, num_convs: int) -> nn.Sequential:
+    def _tower(channels: int, num_convs: int, norm: str) -> nn.Sequential:
         layers = []
         for _ in range(num_convs):
-            layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()]
+            layers.append(nn.Conv2d(channels, channels, 3, padding=1))
+            if norm == "group":
+                groups = math.gcd(32, channels)
+                layers.append(GroupNorm(groups, channels))
+            layers.append(nn.ReLU())
         return nn.Sequential(*layers)
 
     def towers(self, features: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -125,6 +131,12 @@ class RetinaHead(nn.Module):
     def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Returns class logits (B, A, C) and box deltas (B, A, 4) from L maps (B, F, h, w)."""
         return self.outputs(self.towers(features))
+
+
+def drop(feature: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Returns dropout of a map, as in training: what remains is divided by 1 - probability."""
+    kept = torch.rand(feature.shape, generator=generator, device=feature.device) >= probability
+    return feature * kept / (1 - probability)
 
 
 def best_of_levels(scores: Tensor, counts: list[int], most: int) -> Tensor:

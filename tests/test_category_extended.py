@@ -97,6 +97,24 @@ def test_head_orders_anchors_by_level_cell_and_shape():
     assert not head.box_deltas.bias.any()
 
 
+def test_towers_with_and_without_a_norm():
+    """The norm also takes maps of one cell, and channels that 32 groups do not divide."""
+    for norm, count in (("none", 0), ("group", 4)):
+        head = retinanet.RetinaHead(12, 3, num_convs=2, norm=norm)
+        norms = [m for m in head.modules() if isinstance(m, torch.nn.GroupNorm)]
+        assert len(norms) == count and {m.num_groups for m in norms} <= {4}
+        logits, deltas = head([seeded(1, 12, 1, 1)])
+        assert logits.isfinite().all() and deltas.isfinite().all()
+
+
+def test_a_frozen_backbone_still_trains_the_pyramid_and_the_head():
+    args = method.Args(backbone="resnet10t", channels=8, frozen="all", amp="off")
+    model = method.Model(args, SPACE, pretrained=False).train()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not any(name.startswith("backbone.body") for name in trained)
+    assert {"backbone.fpn.layer_blocks.0.0.weight", "head.cls_logits.weight"} <= trained
+
+
 def test_stem_and_first_stage_are_frozen_as_in_the_official_configurations(model):
     model.backbone.frozen_norm.fill_(True)  # as after loading published weights
     model.train()
@@ -352,11 +370,11 @@ def test_confidence_combines_class_and_place():
 
 def test_dropout_keeps_the_mean_and_depends_on_the_seed():
     ones = torch.ones(20_000)
-    dropped = method.drop(ones, 0.2, torch.Generator().manual_seed(0))
+    dropped = retinanet.drop(ones, 0.2, torch.Generator().manual_seed(0))
     assert set(dropped.unique().tolist()) == {0, 1.25}
     assert (dropped == 0).float().mean() == pytest.approx(0.2, abs=0.01)
-    again = method.drop(ones, 0.2, torch.Generator().manual_seed(0))
-    other = method.drop(ones, 0.2, torch.Generator().manual_seed(1))
+    again = retinanet.drop(ones, 0.2, torch.Generator().manual_seed(0))
+    other = retinanet.drop(ones, 0.2, torch.Generator().manual_seed(1))
     assert torch.equal(dropped, again) and not torch.equal(dropped, other)
 
 
@@ -412,10 +430,19 @@ def test_clusters_of_low_score_are_not_kept(model, monkeypatch):
     assert found["boxes"].flatten().tolist() == pytest.approx([60, 15, 78, 19.5])
 
 
+def test_boxes_without_an_area_are_not_mined(model, monkeypatch):
+    """Clipping to the image leaves some; their IoU would be 0 / 0, and the file unreadable."""
+    boxes = torch.tensor([[0.0, 0, 9, 9], [20, 0, 30, 0], [64, 5, 64, 9]])
+    run = (boxes, torch.full((3,), 0.9), torch.full((3,), 2))
+    monkeypatch.setattr(method, "select_detections", lambda *_: run)
+    [found] = method.mine_image(model, one_image(), ~SCOPE)
+    assert found["facts"].flatten().tolist() == pytest.approx([0.9, 1, 1])
+
+
 def test_settings_of_detection_and_mining(model, monkeypatch):
     """Dropout of 0.2 on each map that the last layers read; the test settings otherwise."""
     seen = {"drop": [], "select": [], "best": []}
-    drop, select, best = method.drop, method.select_detections, retinanet.best_of_levels
+    drop, select, best = retinanet.drop, method.select_detections, retinanet.best_of_levels
 
     def spy_drop(feature, probability, generator):
         seen["drop"].append(probability)
@@ -430,7 +457,7 @@ def test_settings_of_detection_and_mining(model, monkeypatch):
         seen["best"].append(most)
         return best(scores, counts, most)
 
-    monkeypatch.setattr(method, "drop", spy_drop)
+    monkeypatch.setattr(retinanet, "drop", spy_drop)
     monkeypatch.setattr(method, "select_detections", spy_select)
     monkeypatch.setattr(retinanet, "best_of_levels", spy_best)
     method.predict(model, one_image(), SPACE.swap("b"))

@@ -239,6 +239,9 @@ def test_defaults_of_the_category_extended_detector():
         "dropout_runs": 20,
         "least_confidence": 0.525,
         "channels": 256,
+        "convs": 4,
+        "norm": "none",
+        "frozen": "stem",
     }
     defaults = vars(category_extended.Args())
     assert {name: defaults[name] for name in expected} == expected

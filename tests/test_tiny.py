@@ -240,6 +240,31 @@ def test_imagenet_has_the_novel_classes_of_coco_and_some_that_coco_lacks():
     assert {label for label in classes if "/" in label} == set()  # they are names of folders
 
 
+def test_instances_of_cityscapes_are_its_things(root):
+    dataset = load_dataset("cityscapes-instances", "val", None, root)
+    assert set(dataset.vocabulary.names) == set(category_ids("cityscapes-instances"))
+    assert {"person", "bus"} <= set(dataset.vocabulary.names)
+    assert not {"traffic light", "building"} & set(dataset.vocabulary.names)
+    assert dataset.supervision == "instances" and len(dataset.index.labels) > LIMIT
+    assert dataset.load(0).image.shape == (3, 192, 192)
+
+
+def test_parts_of_cityscapes_annotate_other_images_and_classes(root):
+    rare = {"truck", "bus", "train", "motorcycle"}
+    whole = load_dataset("cityscapes-instances", "train", None, root)
+    seen = []
+    for name, own in (("common", {"person", "rider", "car", "bicycle"}), ("rare", rare)):
+        train, val = (load_dataset(f"cityscapes-{name}", s, None, root) for s in ("train", "val"))
+        names = train.vocabulary.names
+        assert train.name == train.vocabulary.dataset == f"cityscapes-{name}"
+        assert {names[label] for label in train.novel} == {*names} - own and len(names) == 8
+        assert {names[label] for label in train.index.labels} <= own
+        assert {names[label] for label in val.index.labels} >= rare and len(val) == LIMIT
+        seen.append(list(train.index.image_ids))
+    assert sorted(seen[0] + seen[1]) == list(whole.index.image_ids)
+    assert seen[1] == list(whole.index.image_ids)[5::6]
+
+
 @pytest.mark.parametrize("name", ["coco-base", "lvis-base"])
 def test_open_vocabulary_splits_read_the_files_of_the_whole_dataset(root, name, monkeypatch):
     monkeypatch.setattr(

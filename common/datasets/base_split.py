@@ -1,4 +1,4 @@
-"""Open-vocabulary splits of known datasets: the novel classes have a name, but no training box."""
+"""Splits of known datasets in which some classes, the novel ones, have no training box."""
 
 import json
 import logging
@@ -10,6 +10,7 @@ from common.datasets.dataset import Dataset
 from common.labels import DATA, Vocabulary
 
 log = logging.getLogger("concord")
+RARE = ("truck", "bus", "train", "motorcycle")  # the four with the fewest objects in Cityscapes
 
 
 def lvis_base(lvis: Dataset, split: str) -> Dataset:
@@ -42,6 +43,27 @@ def coco_base(coco: Dataset, split: str) -> Dataset:
     message = "coco-base: %d of %d %s images without a box are left out"
     log.info(message, (~filled).sum(), len(filled), split)
     return dataset.select(filled)
+
+
+def cityscapes_part(cityscapes: Dataset, split: str, name: str) -> Dataset:
+    """Returns Cityscapes' objects with a part of their eight classes annotated; see RARE.
+
+    It is for experiments on what partial annotation costs. If `split` is "train", every sixth image
+    is of "cityscapes-rare" and has boxes of the rare classes alone. The others are of
+    "cityscapes-common" and lack these. In other splits both have all images and boxes.
+
+    name: of the part
+    """
+    rare_part = name == "cityscapes-rare"
+    if split == "train":
+        is_sixth = np.arange(len(cityscapes)) % 6 == 5
+        cityscapes = cityscapes.select(is_sixth == rare_part)
+    known = Vocabulary.known("cityscapes")
+    things = [i for i, is_thing in enumerate(known.is_thing) if is_thing]
+    names = tuple(known.names[i] for i in things)
+    ids = tuple(known.ids[i] for i in things)
+    novel_ids = [id for id, label in zip(ids, names) if (label in RARE) != rare_part]
+    return _base_split(cityscapes, Vocabulary(name, names, ids), novel_ids, split)
 
 
 def _base_split(

@@ -150,6 +150,11 @@ LVIS = Known(
     metric="lvis",
     federated=True,
 )
+CITYSCAPES_INSTANCES = Known(
+    "what mmdetection's tools/dataset_converters/cityscapes.py makes",
+    _splits((f"{INSTANCES}_{{split}}.json", "cityscapes/leftImg8bit/{split}")),
+    whole="cityscapes",
+)
 KNOWN = {
     "coco": COCO,
     "coco-base": replace(COCO, whole="coco"),
@@ -209,10 +214,9 @@ KNOWN = {
         _splits((f"{CITYSCAPES}_panoptic_{{split}}.json", "cityscapes/leftImg8bit/{split}")),
         whole="cityscapes",
     ),
-    "cityscapes-instances": Known(
-        "what mmdetection's tools/dataset_converters/cityscapes.py makes",
-        _splits((f"{INSTANCES}_{{split}}.json", "cityscapes/leftImg8bit/{split}")),
-    ),
+    "cityscapes-instances": CITYSCAPES_INSTANCES,
+    "cityscapes-common": CITYSCAPES_INSTANCES,
+    "cityscapes-rare": CITYSCAPES_INSTANCES,
     "coco-panoptic": _panoptic(
         "COCO 2017 panoptic (cocodataset.org)",
         _splits(("coco/annotations/panoptic_{split}2017.json", "coco/{split}2017")),

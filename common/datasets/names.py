@@ -5,9 +5,10 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from common.datasets.base_split import coco_base, lvis_base
+from common.datasets.base_split import cityscapes_part, coco_base, lvis_base
 from common.datasets.coarse import oid_top
 from common.datasets.dataset import Dataset
 from common.datasets.formats import find_format, has_metric, read_pair, read_place
@@ -55,6 +56,8 @@ DERIVE = {  # make(dataset, split) -> Dataset; it makes these datasets from `Kno
     "lvis-base": lvis_base,
     "lvis+coco": lvis_with_coco,
     "oid-top": oid_top,
+    "cityscapes-common": partial(cityscapes_part, name="cityscapes-common"),
+    "cityscapes-rare": partial(cityscapes_part, name="cityscapes-rare"),
 }
 
 

@@ -23,7 +23,7 @@ from common.files import atomic_path
 from common.labels import DATA, Vocabulary
 
 log = logging.getLogger("concord")
-VERSION = 3  # raise it when images or files change, so that old caches are not used
+VERSION = 4  # raise it when images or files change, so that old caches are not used
 VAL = 900_001  # first image id of a validation split
 DATA_FILES = ("emoji.csv", "oid_tree.csv", "stuff.csv")
 
@@ -115,6 +115,7 @@ FILES = {
     "lvis": "lvis_v1_{}.json",
     "lineart": "annotations/instances_{}.json",
     "o365-instances": "annotations/o365_instance_seg_{}.json",
+    "cityscapes-instances": "annotations/instancesonly_filtered_gtFine_{}.json",
 }
 
 
@@ -196,6 +197,8 @@ def write_annotations(name: str, split: str, folder: Path, scenes: list[Scene]) 
         write_coco(name, split, folder, scenes)
     if name == "o365" and split == "val":
         write_coco("o365-instances", split, folder, scenes)
+    if name == "cityscapes":
+        write_coco("cityscapes-instances", split, folder, scenes)
     if name in LAYOUTS:
         write_panoptic(split, folder, scenes)
 
@@ -227,14 +230,17 @@ def image_path(name: str, split: str, number: int) -> str:
 def category_ids(name: str) -> dict[str, int | str]:
     """Returns {class name: category id}, with the ids and the order of the real dataset.
 
-    The ids of lineart and in21k, which are our own, count from 1.
+    The ids of lineart and in21k, which are our own, count from 1. Instances are of things alone.
     """
     if name in ("lineart", "in21k"):
         return {label: i for i, label in enumerate(emoji(name), 1)}
-    used = set(emoji(name))
+    whole = name.removesuffix("-instances")
+    used = set(emoji(whole))
     if name == "oid":
         used.update(*tree())
-    known = Vocabulary.known(name)
+    known = Vocabulary.known(whole)
+    if known.is_thing and whole != name:
+        used.intersection_update(n for n, is_thing in zip(known.names, known.is_thing) if is_thing)
     return {label: id for label, id in zip(known.names, known.ids) if label in used}
 
 
@@ -257,7 +263,7 @@ def below(label: str) -> set[str]:
 
 def write_coco(name: str, split: str, folder: Path, scenes: list[Scene]) -> None:
     """Writes COCO's json of a split, with the fields that Objects365 and LVIS add or leave out."""
-    ids = category_ids(name.removesuffix("-instances"))
+    ids = category_ids(name)
     record = {
         "images": [],
         "annotations": [],
@@ -265,7 +271,7 @@ def write_coco(name: str, split: str, folder: Path, scenes: list[Scene]) -> None
     }
     for scene in scenes:
         job = scene.job
-        things = scene.things
+        things = [thing for thing in scene.things if thing["label"] in ids]
         image_id = job.recipe.splits[split][1] + job.number
         image = {"id": image_id, "width": job.size, "height": job.size}
         image |= image_name(job)
@@ -282,7 +288,7 @@ def write_coco(name: str, split: str, folder: Path, scenes: list[Scene]) -> None
             }
             if name != "lvis":
                 annotation["iscrowd"] = int(thing["group"])
-            if name in ("coco", "lvis", "o365-instances"):
+            if name in ("coco", "lvis") or name.endswith("-instances"):
                 annotation["segmentation"] = thing["rle"]
             record["annotations"].append(annotation)
     if name == "lvis":
@@ -297,8 +303,8 @@ def image_name(job: Job) -> dict[str, str]:
     parent = job.path.parent.name
     if job.name == "lvis":  # LVIS has the address of a COCO image and no file_name
         return {"coco_url": f"http://images.cocodataset.org/{parent}/{job.path.name}"}
-    prefix = f"images/v2/{parent}/" if job.name == "o365" else ""
-    return {"file_name": prefix + job.path.name}
+    prefix = {"o365": f"images/v2/{parent}/", "cityscapes": f"{parent}/"}
+    return {"file_name": prefix.get(job.name, "") + job.path.name}
 
 
 def federate(image: dict, job: Job, things: list[dict]) -> list[dict]:
