@@ -82,15 +82,16 @@ from common.distributed import amp_context, rank, setup_device, should_compile, 
 from common.inference import evaluate_dataset, predict_each, predict_files
 from common.labels import LabelSpace, Vocabulary
 from common.mask_losses import MaskOutput, loss_dice, loss_mask, mask_cost, masks_per_rank
-from common.masks import rasterise, segment_masks, share_inside
+from common.masks import rasterise, share_inside
 from common.official_mask2former import convert_mask2former_base
 from common.optim import parameter_groups, poly_learning_rate, scaled_lr
 from common.pixel_decoder import PixelDecoder, decoder_inputs
-from common.point_matching import assign_by_depth, sample_pairs
+from common.point_matching import Pairs, assign, sample_pairs
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RatioBatchSampler, make_loader
+from common.segment_map import SegmentMap, merge_rows, padded_masks
 from common.segments import TASKS, FullMasks, instances, on_cpu, panoptic_map, semantic_labels
-from common.targets import Targets
+from common.targets import Targets, sort_by_mask, true_rows
 from common.text import embed
 from common.transformer import DecoderLayer, QueryHead, blocked_pixels
 from common.transforms import LargeScaleJitter, ResizeShortest
@@ -338,34 +339,33 @@ def merged_classes(label_space: LabelSpace, task: str) -> Tensor:
     return ~things if "panoptic" in task else torch.zeros_like(things)
 
 
-def merge_targets(masks: Tensor, labels: Tensor, merged: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns masks and labels in which the masks of each merged class are one, their union.
+def merge_targets(targets: list[Targets], merged: Tensor) -> None:
+    """MERGE: makes the segments of each merged class one, their union, in place.
 
-    masks: (N, H, W) bool; labels: (N,); merged: (K,) bool. The unions come last.
+    merged: (K,) bool. The unions come last.
     """
-    single = ~merged[labels]  # (N,)
-    parts = [(masks[single], labels[single])]
-    for k in labels[~single].unique():
-        union = masks[labels == k].any(0, keepdim=True)
-        parts.append((union, k[None]))
-    return tuple(torch.cat(part) for part in zip(*parts))
+    found = [merge_rows(t.labels, merged) for t in targets]
+    counts = torch.stack([count for _, count in found]).tolist()  # the only wait for the device
+    for t, (new_rows, _), count in zip(targets, found, counts):
+        t.masks = t.masks.merged(new_rows, count)
+        t.labels = t.labels.new_zeros(count).scatter_(0, new_rows, t.labels)
 
 
 def prepare_targets(batch: Batch, merged: Tensor) -> list[Targets]:
-    """Returns labels (N,) and boxes or masks (N, H, W) of each image, padded to the batch's size.
+    """Returns labels (N,), boxes and masks of each image, padded to the size of the batch.
 
     All masks of a class are joined if it is in `merged`, (K,) bool. Labels are indices of
     the dataset's own classes, since the softmax has no other dataset's classes.
     """
-    height, width = batch.images.shape[-2:]
-    targets = []
-    for sample in batch.samples:
-        target = Targets(sample.boxes, sample.labels)
-        if sample.supervision != "boxes":
-            masks = segment_masks(sample)
-            masks = F.pad(masks, (0, width - masks.shape[2], 0, height - masks.shape[1]))
-            target.masks, target.labels = merge_targets(masks, sample.labels, merged)
-        targets.append(target)
+    supervision = batch.samples[0].supervision
+    if supervision == "boxes":
+        return [Targets(s.boxes, s.labels) for s in batch.samples]
+    size = batch.images.shape[-2:]
+    targets = [Targets(s.boxes, s.labels, masks=padded_masks(s, size)) for s in batch.samples]
+    if supervision == "instances":
+        sort_by_mask(targets)  # of some objects only the box is known
+    else:
+        merge_targets(targets, merged)
     return targets
 
 
@@ -397,50 +397,51 @@ def box_costs(output: MaskOutput, image: int, boxes: Tensor) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
-def match(
-    args: Args, output: MaskOutput, targets: list[Targets]
-) -> list[tuple[Tensor, Tensor, Tensor]]:
+def match(args: Args, output: MaskOutput, targets: list[Targets]) -> list[Pairs]:
     """Matches queries to targets by the Hungarian method, in each of the Z predictions by itself.
 
-    The cost is -2 times the class probability plus the other losses, weighted. Returns for each
-    image the indices (z, query, target) of its R pairs, each (R,), sorted by target.
+    The cost is -2 times the class probability plus the other losses, weighted. Returns the pairs
+    of each image.
     """
-    pairs = []
+    costs = []
     for i, t in enumerate(targets):
         cost = -2 * output.logits[:, i].softmax(-1)[..., t.labels]  # (Z, Q, N)
-        masked = t.has_mask  # (N,)
-        if t.masks is not None:
+        masked = t.num_masked  # they come first
+        if masked:
             embed, features = output.mask_embed[:, i], output.mask_features[i]
-            cost[..., masked] += mask_cost(embed, features, t.masks[masked], args.points)
-        if not masked.all():
-            for part in box_costs(output, i, t.boxes[~masked]):
-                cost[..., ~masked] += part
-        pairs.append(assign_by_depth(cost))
-    return pairs
+            cost[..., :masked] += mask_cost(embed, features, t.masks, args.points)
+        if masked < len(t.labels):
+            for part in box_costs(output, i, t.boxes[masked:]):
+                cost[..., masked:] += part
+        costs.append(cost)
+    return assign(costs)
 
 
 @torch.no_grad()
 def join_members(
-    output: MaskOutput, image: int, pairs: tuple, t: Targets, merged: Tensor
-) -> tuple[tuple, Tensor]:
-    """MERGE in training: adds unmatched queries that find a part of a merged target to its pair.
+    output: MaskOutput, pairs: list[Pairs], targets: list[Targets], merged: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """MERGE in training: finds unmatched queries that join the pair of a merged target.
 
-    Such a query predicts the target's class, and more than half of its mask lies in the target.
-    They join in their own prediction z only. Returns (z, query, target) of all pairs, the R matched
-    ones first, and the index of the matched pair to which each belongs. All are (R + members,).
+    Such a query predicts the target's class, and more than half of its mask lies in the target. It
+    joins in its own prediction z only. Returns of each image the pair and the query of its members,
+    (members,) each. merged: (K,) bool. There are two waits for the device.
     """
-    z, query, target = pairs
-    predicted = output.logits[:, image].argmax(-1)  # (Z, Q)
-    predicted[z, query] = -1  # matched queries are not free
-    is_member = predicted[z] == t.labels[target, None]  # (R, Q)
-    is_member &= merged[t.labels[target], None]
-    pair, member = is_member.nonzero(as_tuple=True)
-    found = output.masks(z[pair], image, member) > 0  # (candidates, h, w)
-    inside = share_inside(found, t.masks, target[pair]) > 0.5
-    pair, member = pair[inside], member[inside]
-    members = (z[pair], member, target[pair])
-    all_pairs = tuple(torch.cat(both) for both in zip(pairs, members))
-    return all_pairs, torch.cat([torch.arange(len(z), device=pair.device), pair])
+    flags = []
+    for i, (t, p) in enumerate(zip(targets, pairs)):
+        predicted = output.logits[:, i].argmax(-1)  # (Z, Q)
+        predicted.index_put_((p.z, p.query), predicted.new_full((), -1))  # matched, so not free
+        labels = t.labels[p.target, None]  # (R, 1)
+        is_member = (predicted[p.z] == labels) & merged[labels]  # (R, Q)
+        flags.append(is_member.flatten())
+    queries = output.logits.shape[2]
+    members = [(row // queries, row % queries) for row in true_rows(flags)]
+    inside = []
+    for i, (t, p, (pair, query)) in enumerate(zip(targets, pairs, members)):
+        found = output.masks(p.z[pair], i, query) > 0  # (candidates, h, w)
+        truth = t.masks.areas(found.shape[-2:])
+        inside.append(share_inside(found, truth, p.target[pair]) > 0.5)
+    return [(pair[rows], query[rows]) for (pair, query), rows in zip(members, true_rows(inside))]
 
 
 def loss_class(logits: Tensor, classes: Tensor) -> Tensor:
@@ -451,7 +452,7 @@ def loss_class(logits: Tensor, classes: Tensor) -> Tensor:
     Weighted mean over the B Q queries of each prediction, sum over the Z predictions.
     """
     weight = torch.ones(logits.shape[-1], device=logits.device)
-    weight[-1] = 0.1
+    weight[-1].fill_(0.1)
     each = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight, reduction="none")
     each = each.view(len(logits), -1)  # (Z, B * Q)
     return (each.sum(1) / weight[classes].flatten(1).sum(1)).sum()
@@ -481,8 +482,7 @@ def compute_losses(
     The second form is for objects without a mask (`loss_projection`, `rasterise`).
     `loss_class` is of all queries; those without a target have class K. `loss_mask` and `loss_dice`
     are of the pairs of `match` at args.points points (`sample_pairs`); num_masks: `masks_per_rank`.
-    merged: (K,) bool. Unmatched queries that find a part of a merged class's target join its pair
-    (`join_members`). The pair's mask logits are their maximum.
+    merged: (K,) bool. A pair with members (`join_members`) has the maximum of their mask logits.
     Returns every term, times its weight, and their sum as `loss`.
     """
     num_masks = masks_per_rank(targets, output.logits.device)
@@ -490,24 +490,24 @@ def compute_losses(
     classes = torch.full(output.logits.shape[:-1], background, device=num_masks.device)  # (Z, B, Q)
     sampled = []
     projected = []
-    for i, (t, pairs) in enumerate(zip(targets, match(args, output, targets))):
-        target = pairs[2]  # (R,)
-        owner = torch.arange(len(target), device=classes.device)
-        if args.merge_in_training and t.masks is not None:
-            pairs, owner = join_members(output, i, pairs, t, merged)
-        z, query, target_of_query = pairs  # (R + members,)
-        classes[z, i, query] = t.labels[target_of_query]
-        masks = output.masks(z, i, query)  # (R + members, h, w)
-        masks, members = masks[: len(target)], masks[len(target) :]
-        index = owner[len(target) :, None, None].expand_as(members)
-        masks = masks.scatter_reduce(0, index, members, "amax")  # (R, h, w)
-        masked = t.has_mask[target]  # (R,)
+    pairs = match(args, output, targets)
+    merges = args.merge_in_training and isinstance(targets[0].masks, SegmentMap)
+    members = join_members(output, pairs, targets, merged) if merges else []
+    for i, (t, p) in enumerate(zip(targets, pairs)):
+        classes[p.z, i, p.query] = t.labels[p.target]
+        masks = output.masks(p.z, i, p.query)  # (R, h, w)
+        if members:
+            pair, query = members[i]
+            classes[p.z[pair], i, query] = t.labels[p.target[pair]]
+            others = output.masks(p.z[pair], i, query)  # (members, h, w)
+            masks = masks.scatter_reduce(0, pair[:, None, None].expand_as(others), others, "amax")
+        masked = sum(p.counts[: t.num_masked])  # of the pairs, which are sorted by target
         if t.masks is not None:
-            sampled.append(sample_pairs(masks[masked], t.masks, target[masked], args.points))
-        if t.masks is None or not masked.all():
+            sampled.append(sample_pairs(masks[:masked], t.masks, p.counts, args.points))
+        if t.masks is None or masked < len(masks):
             rows, columns = rasterise(t.boxes, masks.shape[-2:])
-            box = target[~masked]
-            projected.append((masks[~masked], rows[box], columns[box]))
+            box = p.target[masked:]
+            projected.append((masks[masked:], rows[box], columns[box]))
     losses = {"loss_class": 2 * loss_class(output.logits, classes)}
     if sampled:
         logits, truth = (torch.cat(part) for part in zip(*sampled))  # (R, P)

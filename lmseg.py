@@ -82,13 +82,13 @@ from common.distributed import amp_context, rank, setup_device, should_compile, 
 from common.inference import evaluate_dataset, predict_each, predict_files
 from common.labels import LabelSpace, Vocabulary, fold
 from common.mask_losses import MaskOutput, loss_dice, loss_mask, mask_cost, masks_per_rank
-from common.masks import segment_masks
 from common.official_mask2former import convert_mask2former
 from common.optim import parameter_groups, poly_learning_rate, scaled_lr
 from common.pixel_decoder import PixelDecoder, decoder_inputs
-from common.point_matching import assign_by_depth, sample_pairs
+from common.point_matching import Pairs, assign, sample_pairs
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RatioBatchSampler, make_loader
+from common.segment_map import padded_masks
 from common.segments import TASKS, FullMasks, instances, on_cpu, panoptic_map, semantic_labels
 from common.targets import Targets
 from common.text import ContextEncoder, context_encoder, embed, templates
@@ -439,32 +439,24 @@ def prepare_targets(batch: Batch) -> list[Targets]:
     Each class of a semantic map, or segment of a panoptic map, has a mask. Labels are indices of
     the dataset's own classes, since the softmax has no other dataset's classes.
     """
-    height, width = batch.images.shape[-2:]
-    targets = []
-    for sample in batch.samples:
-        target = Targets(sample.boxes, sample.labels)
-        masks = segment_masks(sample)
-        target.masks = F.pad(masks, (0, width - masks.shape[2], 0, height - masks.shape[1]))
-        targets.append(target)
-    return targets
+    size = batch.images.shape[-2:]
+    return [Targets(s.boxes, s.labels, masks=padded_masks(s, size)) for s in batch.samples]
 
 
 @torch.no_grad()
-def match(
-    args: Args, output: MaskOutput, targets: list[Targets]
-) -> list[tuple[Tensor, Tensor, Tensor]]:
+def match(args: Args, output: MaskOutput, targets: list[Targets]) -> list[Pairs]:
     """Matches queries to targets by the Hungarian method, in each of the Z predictions by itself.
 
-    The cost is -2 times the class probability plus the other losses, weighted. Returns for each
-    image the indices (z, query, target) of its R pairs, each (R,), sorted by target.
+    The cost is -2 times the class probability plus the other losses, weighted. Returns the pairs
+    of each image.
     """
-    pairs = []
+    costs = []
     for i, t in enumerate(targets):
         cost = -2 * output.logits[:, i].softmax(-1)[..., t.labels]  # (Z, Q, N)
         embed, features = output.mask_embed[:, i], output.mask_features[i]
         cost += mask_cost(embed, features, t.masks, args.points)
-        pairs.append(assign_by_depth(cost))
-    return pairs
+        costs.append(cost)
+    return assign(costs)
 
 
 def loss_class(logits: Tensor, classes: Tensor) -> Tensor:
@@ -475,7 +467,7 @@ def loss_class(logits: Tensor, classes: Tensor) -> Tensor:
     Weighted mean over the B Q queries of each prediction, sum over the Z predictions.
     """
     weight = torch.ones(logits.shape[-1], device=logits.device)
-    weight[-1] = 0.1
+    weight[-1].fill_(0.1)
     each = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight, reduction="none")
     each = each.view(len(logits), -1)  # (Z, B * Q)
     return (each.sum(1) / weight[classes].flatten(1).sum(1)).sum()
@@ -493,10 +485,10 @@ def compute_losses(args: Args, output: MaskOutput, targets: list[Targets]) -> di
     classes = torch.full(output.logits.shape[:-1], background, device=num_masks.device)  # (Z, B, Q)
     sampled = []
     for i, (t, pairs) in enumerate(zip(targets, match(args, output, targets))):
-        z, query, target = pairs  # (R,)
+        z, query, target, counts = pairs  # (R,)
         classes[z, i, query] = t.labels[target]
         masks = output.masks(z, i, query)  # (R, h, w)
-        sampled.append(sample_pairs(masks, t.masks, target, args.points))
+        sampled.append(sample_pairs(masks, t.masks, counts, args.points))
     losses = {"loss_class": 2 * loss_class(output.logits, classes)}
     logits, truth = (torch.cat(part) for part in zip(*sampled))  # (R, P)
     losses["loss_mask"] = 5 * loss_mask(logits, truth, num_masks)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.distributed import mean_over_ranks
-from common.point_matching import pairwise_bce, pairwise_dice, point_sample
+from common.point_matching import pairwise_bce, pairwise_dice, point_sample, sample_masks
+from common.segment_map import SegmentMap
 from common.targets import Targets
 
 # Shapes: Z predictions, Q queries, N masks of an image, R matched pairs, P points, C channels.
@@ -40,21 +41,23 @@ def masks_per_rank(targets: list[Targets], device: torch.device) -> Tensor:
 
     A ground truth is a mask or, in a dataset of boxes, a box. The result is a scalar tensor.
     """
-    num_masks = torch.tensor(float(sum(len(t.labels) for t in targets)), device=device)
+    num_masks = torch.full((), float(sum(len(t.labels) for t in targets)), device=device)
     return mean_over_ranks(num_masks).clamp(min=1)
 
 
-def mask_cost(mask_embed: Tensor, mask_features: Tensor, masks: Tensor, num_points: int) -> Tensor:
+def mask_cost(
+    mask_embed: Tensor, mask_features: Tensor, masks: Tensor | SegmentMap, num_points: int
+) -> Tensor:
     """Returns the matching cost 5 BCE + 5 dice of each query and each mask of one image: (Z, Q, N).
 
     BCE and dice are computed at `num_points` random points, which all queries and predictions
     share. The mask logits are the product of mask_embed (Z, Q, C) and mask_features (C, h, w).
     masks: (N, H, W)
     """
-    points = torch.rand(1, num_points, 2, device=masks.device)
+    points = torch.rand(1, num_points, 2, device=mask_embed.device)
     # sampling is linear: sampled features give the logits at the points, without a whole mask
     logits = mask_embed @ point_sample(mask_features, points)  # (Z, Q, P)
-    truth = point_sample(masks, points)  # (N, P)
+    truth = sample_masks(masks, points)  # (N, P)
     return torch.stack([5 * pairwise_bce(x, truth) + 5 * pairwise_dice(x, truth) for x in logits])
 
 

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from common.batch import Sample
 from common.errors import InputError
 
 
@@ -37,11 +36,10 @@ def share_inside(masks: Tensor, truth: Tensor, rows: Tensor) -> Tensor:
     """Returns the share of each mask that lies in its ground truth, 0 if it has no pixel: (M,).
 
     masks: (M, h, w) bool
-    truth: (N, H, W) bool, resized to the masks by area
+    truth: (N, h, w) in 0..1, the share of each cell that is in the ground truth
     rows:  (M,), row in `truth` of each mask
     """
-    area = F.interpolate(truth[:, None].float(), masks.shape[-2:], mode="area")
-    area = area.flatten(1)  # (N, h * w)
+    area = truth.flatten(1)  # (N, h * w)
     pixels = masks.flatten(1).float()
     common = pixels @ area.T  # (M, N)
     own = common.gather(1, rows[:, None])
@@ -154,21 +152,6 @@ def encode_masks(masks: Tensor) -> list[dict]:
         counts = rle["counts"].decode()
         encoded.append({"size": size, "counts": counts})
     return encoded
-
-
-def segment_masks(sample: Sample) -> Tensor:
-    """Returns a mask per label of the sample, (N, H, W) bool, from its segments or its masks.
-
-    Raises ValueError if the sample has neither.
-    """
-    segments = sample.segments
-    if segments is not None:
-        rows = torch.arange(len(sample.labels))
-        rows = rows[:, None, None].to(segments)  # its type and device
-        return segments == rows
-    if sample.masks is None:
-        raise ValueError(f"image '{sample.image_id}' of {sample.dataset} has no masks")
-    return sample.masks
 
 
 def drop_unseen(segments: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,12 +5,17 @@ The losses at these points are in `common.mask_losses`.
 Source: facebookresearch/Mask2Former:mask2former/modeling/{matcher.py,criterion.py}
 """
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-# Shapes: N masks, Q queries, T segments of an image, P points.
+from common.segment_map import SegmentMap
+
+# Shapes: N masks, B images, Z decoder outputs, Q queries, T segments of an image, P points.
 
 
 def point_sample(maps: Tensor, points: Tensor) -> Tensor:
@@ -86,58 +91,63 @@ def pairwise_dice(logits: Tensor, targets: Tensor) -> Tensor:
     return 1 - (overlap + 1) / (total + 1)
 
 
-def hungarian(cost: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (rows, columns) of the cheapest one-to-one assignment, (min(Q, T),) each.
+class Pairs(NamedTuple):
+    """The R matched pairs of one image, of all decoder outputs, sorted by target."""
 
-    Rows ascend. columns[i] is assigned to rows[i].
-    cost: (Q, T); infinite and NaN costs, which half precision may give, count as 1e6
+    z: Tensor  # (R,) row of the decoder output
+    query: Tensor  # (R,)
+    target: Tensor  # (R,)
+    counts: list[int]  # T numbers: pairs of each target
+
+
+def assign(costs: list[Tensor]) -> list[Pairs]:
+    """Returns the cheapest one-to-one assignment in each image and decoder output (Hungarian).
+
+    There is one wait for the device.
+    costs: B tensors (Z, Q, T); infinite and NaN costs, which half precision may give, count as 1e6
     """
-    finite = cost.detach().float().nan_to_num(1e6, 1e6, 1e6)
-    rows, columns = linear_sum_assignment(finite.cpu())
-    rows = torch.as_tensor(rows, device=cost.device)
-    columns = torch.as_tensor(columns, device=cost.device)
-    return rows, columns
+    finite = torch.cat(costs, -1).detach().float().nan_to_num(1e6, 1e6, 1e6)
+    targets = [cost.shape[-1] for cost in costs]
+    images = np.split(finite.cpu().numpy(), np.cumsum(targets)[:-1], axis=-1)
+    found = [_assign_image(cost) for cost in images]
+    rows = torch.from_numpy(np.concatenate(found, 1)).to(finite.device)
+    parts = rows.split([pairs.shape[1] for pairs in found], 1)
+    counts = [np.bincount(pairs[2], minlength=t).tolist() for pairs, t in zip(found, targets)]
+    return [Pairs(*part, count) for part, count in zip(parts, counts)]
 
 
-def assign_by_depth(cost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs `hungarian` for each of Z decoder outputs. Returns (depth, query, target), (R,) each.
-
-    R counts the pairs of all outputs, which are sorted by target. depth is the row of the output.
-    cost: (Z, Q, T)
-    """
-    depths = []
-    queries = []
-    targets = []
-    layers = cost.cpu()  # one copy from the device for all
-    for depth, layer in enumerate(layers):
-        rows, columns = hungarian(layer)
-        depths.append(torch.full_like(rows, depth))
-        queries.append(rows)
-        targets.append(columns)
-    depth = torch.cat(depths)
-    query = torch.cat(queries)
-    target = torch.cat(targets)
-    order = target.argsort(stable=True)
-    pairs = torch.stack([depth, query, target])
-    pairs = pairs[:, order].to(cost.device)
-    return tuple(pairs)
+def _assign_image(cost: np.ndarray) -> np.ndarray:
+    """Returns z, query and target of an image's pairs, (3, R). cost: (Z, Q, T)"""
+    layers = []
+    for z, layer in enumerate(cost):
+        query, target = linear_sum_assignment(layer)
+        layers.append(np.stack([np.full_like(query, z), query, target]))
+    pairs = np.concatenate(layers, 1)
+    return pairs[:, pairs[2].argsort(kind="stable")]
 
 
-def sample_pairs(logits: Tensor, masks: Tensor, target: Tensor, num: int) -> tuple[Tensor, Tensor]:
+def sample_masks(masks: Tensor | SegmentMap, points: Tensor) -> Tensor:
+    """Samples all of N masks (N, H, W) at the same points (1, P, 2), as `point_sample`: (N, P)."""
+    if isinstance(masks, SegmentMap):
+        return masks.sample(points[0])
+    return point_sample(masks, points)
+
+
+def sample_pairs(
+    logits: Tensor, masks: Tensor | SegmentMap, counts: list[int], num: int
+) -> tuple[Tensor, Tensor]:
     """Samples R pairs of mask logits and ground truth at `uncertain_points` of the logits.
 
     Returns logits (R, num), with gradient, and truth (R, num) in 0..1.
-    logits: (R, h, w); masks: (T, H, W) bool
-    target: (R,), the row in `masks` of each pair. It must be ascending: the pairs of one mask are
-            sampled together, without a copy of the mask for each.
+    logits: (R, h, w), sorted by mask; masks: (T, H, W) bool
+    counts: T numbers, pairs of each mask. They are sampled together, without copies of the mask
     """
     if not len(logits):
         nothing = logits.flatten(1)[:, :1]
         nothing = nothing.expand(-1, num)  # (0, num)
         return nothing, nothing.detach()
     points = uncertain_points(logits.detach(), num)  # (R, num, 2)
-    counts = target.bincount(minlength=len(masks))
-    points_by_mask = points.split(counts.tolist())
+    points_by_mask = points.split(counts[: len(masks)])
     truth = []
     for mask, own in zip(masks, points_by_mask):  # own: points of the mask's pairs
         if not len(own):

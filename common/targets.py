@@ -8,6 +8,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from common.masks import have_pixels
+from common.segment_map import SegmentMap
 
 PAIRS = 2**24  # ground truth and box, of which the IoU is computed at once: 64 MiB
 
@@ -20,7 +21,9 @@ class Targets:
     labels:       (N,) int64
     scope:        the columns of the label space that this image may train, a slice or (C,) bool;
                   None: all
-    masks:        (N, H, W) bool; one without a pixel says that the object has only a box. Or None
+    masks:        (N, H, W) bool; one without a pixel says that the object has only a box. Or None.
+                  Segmenters have a SegmentMap here, or the masks of the first objects alone, see
+                  `sort_by_mask`
     image_labels: (K,) int64 image-level labels, or None; an image that has them has no boxes
     caption:      of an image with image-level labels; "" without one
     """
@@ -28,7 +31,7 @@ class Targets:
     boxes: Tensor
     labels: Tensor
     scope: slice | Tensor | None = None
-    masks: Tensor | None = None
+    masks: Tensor | SegmentMap | None = None
     image_labels: Tensor | None = None
     caption: str = ""
 
@@ -38,6 +41,11 @@ class Targets:
         if self.masks is None:
             return torch.zeros_like(self.labels, dtype=torch.bool)
         return have_pixels(self.masks)
+
+    @property
+    def num_masked(self) -> int:
+        """The number of `masks`."""
+        return 0 if self.masks is None else len(self.masks)
 
 
 @dataclass
@@ -90,6 +98,18 @@ def true_rows(flags: list[Tensor]) -> list[Tensor]:
     counts = torch.stack([flag.sum() for flag in flags]).tolist()
     orders = [flag.argsort(descending=True, stable=True) for flag in flags]
     return [order[:count] for order, count in zip(orders, counts)]
+
+
+def sort_by_mask(targets: list[Targets]) -> None:
+    """Sorts the objects of each image in place: those with a mask first, and `masks` is of these.
+
+    masks: (N, H, W) bool, without a pixel in the others. There are two waits for the device.
+    """
+    flags = [have_pixels(t.masks) for t in targets]
+    others = true_rows([~flag for flag in flags])
+    for t, masked, boxed in zip(targets, true_rows(flags), others):
+        order = torch.cat([masked, boxed])
+        t.boxes, t.labels, t.masks = t.boxes[order], t.labels[order], t.masks[masked]
 
 
 def sample_fg_bg(matched: list[Tensor], num: int, fg_fraction: float) -> list[Tensor]:

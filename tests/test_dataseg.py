@@ -34,7 +34,8 @@ from common.labels import LabelSpace, Vocabulary
 from common.mask_losses import MaskOutput
 from common.masks import rasterise
 from common.official_mask2former import convert_mask2former_base
-from common.point_matching import point_sample
+from common.point_matching import Pairs, point_sample
+from common.segment_map import SegmentMap
 from common.segments import restore
 from common.targets import Targets
 from common.transformer import sine_position
@@ -114,6 +115,11 @@ def free(masks, logits) -> MaskOutput:
 def blocks(cells):
     """Masks (N, h, w) of cells -> (N, 4 h, 4 w) of pixels."""
     return torch.kron(cells, CELL)
+
+
+def map_of(rows, count) -> SegmentMap:
+    """Segments (h, w) of cells -> a map of pixels."""
+    return SegmentMap(torch.kron(rows.short(), CELL.short()), count)
 
 
 def masks_of(*labels: list[int], size=(6, 8)) -> list[Targets]:
@@ -236,13 +242,13 @@ def test_every_box_has_a_cell(box, rows, columns):
 @pytest.mark.parametrize("kind", TARGETS)
 def test_matching_is_the_cheapest_by_the_costs_of_the_losses(kind, monkeypatch):
     output, targets, costs = random_output(), TARGETS[kind]([2, 0, 2], [1]), []
-    assign = dataseg.assign_by_depth
-    monkeypatch.setattr(dataseg, "assign_by_depth", lambda cost: costs.append(cost) or assign(cost))
+    assign = dataseg.assign
+    monkeypatch.setattr(dataseg, "assign", lambda found: costs.extend(found) or assign(found))
     args, masks = replace(SMALL, points=30), all_masks(output)
     torch.manual_seed(3)
     pairs = dataseg.match(args, output, targets)
     torch.manual_seed(3)
-    for i, (t, cost, (depths, queries, columns)) in enumerate(
+    for i, (t, cost, (depths, queries, columns, counts)) in enumerate(
         zip(targets, costs, pairs, strict=True)
     ):
         points = torch.rand(1, 30, 2)  # the same for all queries and depths
@@ -268,14 +274,16 @@ def test_matching_is_the_cheapest_by_the_costs_of_the_losses(kind, monkeypatch):
                 enumerate(best)
             )
         assert (columns.diff() >= 0).all() and not cost.requires_grad
+        assert counts == columns.bincount(minlength=len(t.labels)).tolist()
 
 
 @pytest.mark.parametrize("kind", TARGETS)
 def test_matching_of_none_and_of_more_than_there_are_queries(kind):
     output = random_output(depths=3, queries=4)
     [one, many] = dataseg.match(SMALL, output, [NOTHING[kind], *TARGETS[kind]([0, 1, 2] * 3)])
-    assert [len(part) for part in one] == [0, 0, 0]
-    depth, query, target = many
+    assert [len(part) for part in one] == [0, 0, 0, 0]
+    depth, query, target, counts = many
+    assert counts == target.bincount(minlength=9).tolist()
     assert sorted(zip(depth.tolist(), query.tolist())) == list(
         itertools.product(range(3), range(4))
     )
@@ -311,7 +319,7 @@ def test_loss_of_all_depths_and_images(kind, cells, monkeypatch):
         dict.fromkeys(("loss_mask", "loss_dice", "loss_projection"), 0.0),
     )
     for i, (t, matched) in enumerate(zip(targets, pairs)):
-        for z, q, n in zip(*(part.tolist() for part in matched)):
+        for z, q, n in zip(*(part.tolist() for part in matched[:3])):
             labels[z, i, q] = t.labels[n]
             if kind == "masks":
                 x, truth = (
@@ -398,16 +406,22 @@ def test_merged_classes_of_the_tasks():
 
 
 def test_merged_targets_are_unions():
-    masks, labels = torch.rand(6, 5, 7) > 0.6, torch.tensor([1, 0, 2, 1, 0, 1])
-    found, classes = dataseg.merge_targets(masks, labels, torch.tensor([False, True, True]))
-    assert classes.tolist() == [0, 0, 1, 2]
-    for mask, members in zip(found.tolist(), ([1], [4], [0, 3, 5], [2])):
+    rows, labels = torch.randint(-1, 6, (5, 7)).short(), torch.tensor([1, 0, 2, 1, 0, 1])
+
+    def merged(rows, labels, classes):
+        target = Targets(torch.zeros(0, 4), labels, masks=SegmentMap(rows, len(labels)))
+        dataseg.merge_targets([target], classes)
+        return target.masks, target.labels
+
+    found, classes = merged(rows, labels, torch.tensor([False, True, True]))
+    assert classes.tolist() == [0, 0, 1, 2] and len(found) == 4
+    for mask, members in zip(found.stack().tolist(), ([1], [4], [0, 3, 5], [2])):
         for y, x in itertools.product(range(5), range(7)):
-            assert mask[y][x] == any(masks[row, y, x].item() for row in members)
-    same = dataseg.merge_targets(masks, labels, ALONE)
-    assert torch.equal(same[0], masks) and torch.equal(same[1], labels)
-    nothing = dataseg.merge_targets(masks[:0], labels[:0], ~ALONE)
-    assert [part.shape for part in nothing] == [(0, 5, 7), (0,)]
+            assert mask[y][x] == (rows[y, x].item() in members)
+    same = merged(rows, labels, ALONE)
+    assert torch.equal(same[0].rows, rows) and torch.equal(same[1], labels)
+    nothing, none = merged(torch.full_like(rows, -1), labels[:0], ~ALONE)
+    assert nothing.stack().shape == (0, 5, 7) and none.shape == (0,)
 
 
 def pixels(size=(20, 24)):
@@ -454,7 +468,8 @@ def test_targets_of_each_supervision():
         )
         wanted = torch.zeros(len(rows), 32, 32, dtype=torch.bool)  # padded as the batch
         wanted[:, :20, :24] = torch.stack([own[parts].any(0) for parts in rows])
-        assert torch.equal(t.masks, wanted)
+        masks = t.masks if sample.segments is None else t.masks.stack()
+        assert torch.equal(masks, wanted)
     assert (
         boxes.masks is None
         and torch.equal(boxes.boxes, samples[3].boxes)
@@ -465,13 +480,12 @@ def test_targets_of_each_supervision():
 def test_free_queries_join_the_target_of_their_class_in_which_they_lie():
     output = random_output(depths=3, queries=12)
     labels, merged = torch.tensor([1, 0, 2]), torch.tensor([False, True, True])
-    cells = torch.rand(3, 6, 8) > 0.5
-    t = Targets(torch.zeros(0, 4), labels, masks=blocks(cells))
-    pairs = dataseg.match(SMALL, output, [t] * 2)[1]
-    (depth, query, target), owner = dataseg.join_members(output, 1, pairs, t, merged)
-    count = len(pairs[0])
-    for part, first in zip((depth, query, target, owner), (*pairs, torch.arange(count))):
-        assert torch.equal(part[:count], first)
+    rows = torch.where(torch.rand(6, 8) > 0.4, 2, torch.randint(-1, 2, (6, 8)))
+    cells = rows == torch.arange(3)[:, None, None]
+    t = Targets(torch.zeros(0, 4), labels, masks=map_of(rows, 3))
+    both = dataseg.match(SMALL, output, [t] * 2)
+    pairs = both[1][:3]
+    _, (owner, query) = dataseg.join_members(output, both, [t] * 2, merged)
     said = output.logits[:, 1].argmax(-1).tolist()
     masks = (all_masks(output)[:, 1] > 0).tolist()
     matched = [set(pairs[1][pairs[0] == z].tolist()) for z in range(3)]
@@ -486,7 +500,8 @@ def test_free_queries_join_the_target_of_their_class_in_which_they_lie():
                 expected.append((z, q, n, row))
             else:
                 elsewhere += 1
-    found = zip(*(part[count:].tolist() for part in (depth, query, target, owner)))
+    members = (pairs[0][owner], query, pairs[2][owner], owner)
+    found = zip(*(part.tolist() for part in members))
     assert sorted(found) == sorted(expected) and len(expected) > 3 and elsewhere > 3
 
 
@@ -497,11 +512,12 @@ def test_joined_queries_are_supervised_as_one_mask(cells, monkeypatch):
     """
     # queries 0 to 2 and 5 predict the second class
     logits = 9 * torch.eye(4)[[1, 1, 1, 0, 3, 1]][None]
-    masks, truth = torch.randn(1, 6, 6, 8), torch.rand(2, 6, 8) > 0.3
+    rows = torch.where(torch.rand(6, 8) > 0.2, 1, torch.randint(-1, 1, (6, 8)))
+    masks, truth = torch.randn(1, 6, 6, 8), rows == torch.arange(2)[:, None, None]
     masks[0, 5] = torch.where(truth[1], -1.0, 1.0)
     masks.requires_grad_()
-    targets = [Targets(torch.zeros(0, 4), torch.tensor([0, 1]), masks=blocks(truth))]
-    pairs = tuple(map(torch.tensor, ([0, 0], [3, 1], [0, 1])))  # depth, query, target
+    targets = [Targets(torch.zeros(0, 4), torch.tensor([0, 1]), masks=map_of(rows, 2))]
+    pairs = Pairs(*map(torch.tensor, ([0, 0], [3, 1], [0, 1])), [1, 1])
     classes, loss_class = [], dataseg.loss_class
     monkeypatch.setattr(dataseg, "match", lambda *_: [pairs])
     monkeypatch.setattr(

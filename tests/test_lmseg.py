@@ -473,10 +473,11 @@ def test_lmseg_targets_are_masks_of_classes_or_segments():
     for sample, targets in zip(batch.samples, lmseg.prepare_targets(batch)):
         count, (height, width) = len(sample.labels), sample.size
         assert targets.labels.tolist() == sample.labels.tolist()  # those of the dataset itself
-        assert targets.masks.shape == (count, 64, 96) and targets.masks.dtype == torch.bool
+        masks = targets.masks.stack()
+        assert masks.shape == (count, 64, 96) and masks.dtype == torch.bool
         for t, y, x in itertools.product(range(count), range(0, 64, 3), range(96)):
             inside = y < height and x < width
-            assert targets.masks[t, y, x].item() == (inside and sample.segments[y, x].item() == t)
+            assert masks[t, y, x].item() == (inside and sample.segments[y, x].item() == t)
 
 
 def make_output(
@@ -508,7 +509,8 @@ def test_lmseg_matching_is_the_cheapest_of_all(labels):
     torch.manual_seed(3)
     pairs = lmseg.match(args, output, targets)
     torch.manual_seed(3)
-    for i, (own, (depth, query, target)) in enumerate(zip(targets, pairs)):
+    for i, (own, (depth, query, target, counts)) in enumerate(zip(targets, pairs)):
+        assert counts == target.bincount(minlength=len(own.labels)).tolist()
         grid = 2 * torch.rand(1, 1, 16, 2) - 1
         count = len(own.labels)
         truth = F.grid_sample(own.masks[None].float(), grid, align_corners=False)[0, :, 0].tolist()
@@ -542,9 +544,9 @@ def test_lmseg_total(monkeypatch, ranks):
     output, targets, given = make_output(), make_targets([1, 3, 0], [2, 2]), []
     sample_pairs = lmseg.sample_pairs
 
-    def spy(logits, masks, target, num):
-        points = sample_pairs(logits, masks, target, num)
-        given.append((logits, masks, target, num, *points))
+    def spy(logits, masks, counts, num):
+        points = sample_pairs(logits, masks, counts, num)
+        given.append((logits, masks, counts, num, *points))
         return points
 
     monkeypatch.setattr(lmseg, "sample_pairs", spy)
@@ -555,10 +557,10 @@ def test_lmseg_total(monkeypatch, ranks):
     torch.manual_seed(3)
     losses = lmseg.compute_losses(SMALL, output, targets)
     bce = dice = 0.0
-    for i, ((depth, query, target), (logits, masks, rows, num, *points)) in enumerate(
+    for i, ((depth, query, _, counts), (logits, masks, passed, num, *points)) in enumerate(
         zip(pairs, given, strict=True)
     ):
-        assert torch.equal(rows, target) and masks is targets[i].masks and num == 64
+        assert passed == counts and masks is targets[i].masks and num == 64
         torch.testing.assert_close(
             logits, torch.stack([output.masks(z, i)[q] for z, q in zip(depth, query)])
         )
@@ -569,7 +571,7 @@ def test_lmseg_total(monkeypatch, ranks):
     entropy = 0.0
     for z in range(3):
         total = weights = 0.0
-        for i, (depth, query, target) in enumerate(pairs):
+        for i, (depth, query, target, _) in enumerate(pairs):
             own = dict(
                 zip(query[depth == z].tolist(), targets[i].labels[target[depth == z]].tolist())
             )

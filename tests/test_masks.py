@@ -114,10 +114,10 @@ def test_one_pixel():
 
 
 def test_share_of_masks_inside_their_truth():
-    """A cell of 2 x 2 pixels counts as much of itself as is in the truth."""
-    truth = torch.zeros(3, 4, 6, dtype=torch.bool)
-    truth[0, :, :3] = True  # one and a half cells of each row
-    truth[1] = True
+    """A cell counts as much of itself as is in the truth."""
+    truth = torch.zeros(3, 2, 3)
+    truth[0, :, :2] = torch.tensor([1, 0.5])
+    truth[1] = 1
     masks = torch.zeros(5, 2, 3, dtype=torch.bool)
     masks[0, 0, 1] = masks[1, 0] = masks[2, 0] = masks[3, :, 2] = True
     shares = share_inside(masks, truth, torch.tensor([0, 0, 1, 0, 1]))

@@ -20,7 +20,8 @@ from common.datasets.tiny import scene
 from common.datasets.tiny.maps import LAYOUTS, stuff
 from common.errors import InputError
 from common.labels import Vocabulary
-from common.masks import drop_unseen, segment_masks
+from common.masks import drop_unseen
+from common.segment_map import padded_masks
 from common.transforms import (
     DetrCrop,
     LargeScaleJitter,
@@ -81,14 +82,14 @@ def segmented(height=4, width=6):
 
 def test_masks_of_segments():
     sample = segmented()
-    masks = segment_masks(sample)
-    assert masks.dtype == torch.bool and masks.shape == (3, 4, 6)
-    assert masks.sum(dim=(1, 2)).tolist() == [8, 8, 4] and not masks[:, :, -1].any()
-    sample.masks, sample.segments = masks, None
-    assert segment_masks(sample) is masks
+    masks = padded_masks(sample, (5, 7)).stack()
+    assert masks.dtype == torch.bool and masks.shape == (3, 5, 7)
+    assert masks.sum(dim=(1, 2)).tolist() == [8, 8, 4] and not masks[:, :, 5:].any()
+    sample.masks, sample.segments = masks[:, :4, :6], None
+    assert torch.equal(padded_masks(sample, (5, 7)), masks)
     sample.masks = None
     with pytest.raises(ValueError, match="image '0' of d has no masks"):
-        segment_masks(sample)
+        padded_masks(sample, (5, 7))
 
 
 def test_rows_without_a_pixel_are_dropped():
@@ -560,7 +561,7 @@ def test_generated_panoptic_maps(tiny_root, name, split):
     unlabelled = 0
     for i in range(len(dataset)):
         sample, rows = dataset.load(i, keep_ignored=True), dataset.index.rows(i)
-        masks = segment_masks(sample)
+        masks = padded_masks(sample, sample.size).stack()
         assert masks.sum(dim=(1, 2)).tolist() == dataset.index.areas[rows].tolist()
         boxes = [scene.tight_box(mask) for mask in masks.numpy()]
         assert [[x, y, x + w, y + h] for x, y, w, h in boxes] == dataset.index.boxes[rows].tolist()
@@ -578,7 +579,7 @@ def test_generated_panoptic_and_instances_agree(tiny_root):
         sample, truth = maps.load(i), objects.load(i)
         assert torch.equal(sample.image, truth.image)
         thing = torch.tensor([maps.vocabulary.is_thing[label] for label in sample.labels])
-        assert torch.equal(segment_masks(sample)[thing], truth.masks)
+        assert torch.equal(padded_masks(sample, sample.size).stack()[thing], truth.masks)
         names = [maps.vocabulary.names[label] for label in sample.labels[thing]]
         assert names == [objects.vocabulary.names[label] for label in truth.labels]
 
@@ -677,7 +678,7 @@ def test_detr_crop_follows_its_settings():
 def test_boxes_and_masks_follow_detr_crop():
     torch.manual_seed(0)
     sample = striped(60, 80)
-    sample.masks, sample.segments = segment_masks(sample), None
+    sample.masks, sample.segments = padded_masks(sample, sample.size).stack(), None
     sample.boxes = torch.tensor(
         [[x1, y1, x1 + w, y1 + h] for x1, y1, w, h in map(scene.tight_box, sample.masks.numpy())]
     )

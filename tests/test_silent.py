@@ -160,7 +160,7 @@ def test_one_image_has_objects_with_a_mask_and_objects_with_a_box():
     merged = torch.zeros(2, dtype=torch.bool)
     terms = []
     for targets in (
-        [Targets(boxes, labels, masks=masks)],
+        [Targets(boxes[[0, 2, 1]], labels[[0, 2, 1]], masks=masks[[0, 2]])],
         [Targets(boxes[[0, 2]], labels[[0, 2]], masks=masks[[0, 2]])],
         [Targets(boxes[[1]], labels[[1]])],
         [Targets(boxes, labels)],
@@ -184,14 +184,13 @@ def test_a_box_without_a_mask_costs_its_projection():
     labels = torch.tensor([0, 1])
     costs = []
 
-    def keep(cost):
-        costs.append(cost)
-        return [torch.zeros(0, dtype=torch.long)] * 3
+    def keep(found):
+        costs.extend(found)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataseg, "assign_by_depth", keep)
+        patch.setattr(dataseg, "assign", keep)
         for rows in ([0, 1], [0], [1]):
-            given = masks[rows] if 0 in rows else None
+            given = masks[[0]] if 0 in rows else None
             torch.manual_seed(0)
             target = Targets(boxes[rows], labels[rows], masks=given)
             output = output_of()
@@ -207,8 +206,9 @@ def test_dataseg_gives_targets_their_boxes():
     sample = sample_of(masks, [[0, 0, 4, 4], [5, 5, 9, 9]])
     sample.supervision = "instances"
     (target,) = dataseg.prepare_targets(collate([sample]), torch.zeros(2, dtype=torch.bool))
-    assert target.has_mask.tolist() == [False, True] and len(target.boxes) == 2
-    assert target.masks.shape == (2, 32, 32)
+    assert target.masks.shape == (1, 32, 32) and target.masks.any()
+    assert target.boxes.tolist() == [[5, 5, 9, 9], [0, 0, 4, 4]]  # the one without a mask is last
+    assert target.labels.tolist() == [1, 0]
 
 
 def detections(boxes, masks, scores):

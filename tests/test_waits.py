@@ -1,11 +1,16 @@
-"""How often a training step of the detectors would make a GPU wait for the host."""
+"""How often a training step would make a GPU wait for the host."""
+
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from waits import count_waits
 
+import dataseg
 import detic
+import lmseg
 import scaledet
 from common.batch import Sample, collate
 from common.labels import LabelSpace, Vocabulary
@@ -63,6 +68,70 @@ def test_detic_with_masks():
 
     found = waits_of_a_step(detic, {}, tables)
     assert found == {"torchvision.nms.default": IMAGES, "Tensor.tolist": 13}
+
+
+SEGMENTER = {"backbone": "resnet18", "channels": 32, "queries": 20, "points": 64}
+SEGMENTER |= {"encoder_layers": 1, "decoder_layers": 2}
+
+
+def segmented(supervision: str, count: int) -> Sample:
+    """A sample with segments, or with masks of which the first has no pixel."""
+    whole = sample("a", count)
+    if supervision == "boxes":
+        return replace(whole, supervision="boxes", masks=None)
+    if supervision == "instances":
+        whole.masks[0] = False
+        return whole
+    segments = torch.randint(-1, count, (SIDE, SIDE)).short()
+    return replace(whole, supervision=supervision, segments=segments, masks=None)
+
+
+def segmenter_batch(supervision: str):
+    torch.manual_seed(0)
+    space = LabelSpace([vocabulary("a", 50)])
+    return collate([segmented(supervision, 3 + i) for i in range(IMAGES)]), space
+
+
+def waits_of_losses(model, compute_losses) -> dict:
+    """The waits of a training step. compute_losses(): forward and losses."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    with count_waits() as found:
+        compute_losses()["loss"].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize(
+    "supervision, waits", [("semantic", 5), ("panoptic", 5), ("instances", 4), ("boxes", 2)]
+)
+def test_dataseg(supervision, waits):
+    """Merging, matching (there and back) and two for the members, or two to sort by masks."""
+    batch, space = segmenter_batch(supervision)
+    args = dataseg.Args(**SEGMENTER)
+    model = dataseg.Model(args, space, pretrained=False).train()
+    merged = torch.arange(50) % 2 == 0
+
+    def compute_losses():
+        targets = dataseg.prepare_targets(batch, merged)
+        output = model(batch.images, batch.sizes, space.text)
+        return dataseg.compute_losses(args, output, targets, merged)
+
+    assert sum(waits_of_losses(model, compute_losses).values()) == waits
+
+
+@pytest.mark.parametrize("supervision", ["semantic", "panoptic"])
+def test_lmseg(supervision):
+    """Matching waits for the batch: there and back."""
+    batch, space = segmenter_batch(supervision)
+    args = lmseg.Args(**SEGMENTER)
+    model = lmseg.Model(args, space, pretrained=False).train()
+
+    def compute_losses():
+        output = model(batch.images, batch.sizes, space)
+        return lmseg.compute_losses(args, output, lmseg.prepare_targets(batch))
+
+    assert sum(waits_of_losses(model, compute_losses).values()) == 2
 
 
 def test_what_waits_is_counted():
