@@ -522,20 +522,20 @@ def compute_losses(
 # -- Inference -------------------------------------------------------------------------------------
 
 
-def merge(mask_logits: Tensor, probabilities: Tensor, merged: Tensor) -> tuple[Tensor, Tensor]:
+def merge(masks: FullMasks, probabilities: Tensor, merged: Tensor) -> tuple[FullMasks, Tensor]:
     """MERGE at test time: replaces the proposals of each class in `merged`, (K,) bool, by a union.
 
-    mask_logits: (Q, H, W); the union has the highest logit at each pixel
+    masks: Q; the union has the highest logit at each pixel
     probabilities: (Q, K + 1); the union has the row of the most probable member
     Returns both with the other proposals first, then the unions.
     """
-    labels = probabilities.argmax(1)  # (Q,), K is background
-    single = ~F.pad(merged, (0, 1))[labels]  # (Q,)
-    parts = [(mask_logits[single], probabilities[single])]
-    for k in labels[~single].unique():
-        masks, rows = mask_logits[labels == k], probabilities[labels == k]
-        parts.append((masks.amax(0, keepdim=True), rows[rows[:, k].argmax()][None]))
-    return tuple(torch.cat(part) for part in zip(*parts))
+    best, labels = probabilities.max(1)  # (Q,), K is background
+    union, _ = merge_rows(labels, F.pad(merged, (0, 1)))
+    order = best.argsort(descending=True, stable=True)
+    order = order[union[order].argsort(stable=True)]  # the most probable of each union is first
+    sizes = union.bincount()
+    first = sizes.cumsum(0) - sizes
+    return masks.united(union), probabilities[order[first]]
 
 
 @torch.no_grad()
@@ -565,16 +565,14 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace, task: str = "")
         elif model.args.merge == "sum":
             result["semantic"] = semantic_labels(p[:, :-1], masks)
         else:  # each class by its union alone
-            every = torch.ones_like(merged)
-            union, rows = masks.through(partial(merge, probabilities=p, merged=every))
-            only_best = rows * (rows == rows.amax(1, keepdim=True))
-            result["semantic"] = semantic_labels(only_best[:, :-1], union)
+            unions, rows = merge(masks, p, torch.ones_like(merged))
+            result["semantic"] = unions.best_labels(rows)
         if "things" in task:
             result["things"] = instances(p[:, :-1], masks, things=label_space.is_thing)
         if "panoptic" in task:
             threshold = model.args.object_threshold
             kept = p.amax(1) > threshold
-            masks, p = masks[kept].through(partial(merge, probabilities=p[kept], merged=merged))
+            masks, p = merge(masks[kept], p[kept], merged)
             result["panoptic"], result["segments_info"] = panoptic_map(
                 p, masks, label_space.is_thing, threshold, 0.8, intersect=True
             )

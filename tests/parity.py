@@ -32,6 +32,13 @@ FOLDER = Path(
 WORST: dict[str, float] = {}
 
 
+def restore(mask_logits, padded, size, original):
+    """Resizes mask logits (Q, h, w) as Mask2Former does: to the input, cut, and to the file."""
+    full = F.interpolate(mask_logits[None].float(), padded, mode="bilinear", align_corners=False)
+    cut = full[..., : size[0], : size[1]]
+    return F.interpolate(cut, original, mode="bilinear", align_corners=False)[0]
+
+
 def case(name: str):
     """(tensors, record) of one recorded case; skips where it is absent."""
     file = FOLDER / f"{name}.safetensors"

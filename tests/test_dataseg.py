@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from parity import case, check, listings, report, without_data  # noqa: F401 (report is a fixture)
+from parity import case, check, listings, report, restore, without_data  # noqa: F401
 from PIL import Image
 from safetensors.torch import load_file
 from test_official_mask2former import BASE_KEYS, official_base
@@ -36,7 +36,7 @@ from common.masks import rasterise
 from common.official_mask2former import convert_mask2former_base
 from common.point_matching import Pairs, point_sample
 from common.segment_map import SegmentMap
-from common.segments import restore
+from common.segments import FullMasks
 from common.targets import Targets
 from common.transformer import sine_position
 
@@ -545,6 +545,13 @@ def test_joined_queries_are_supervised_as_one_mask(cells, monkeypatch):
     assert classes == [[1, 1, 1, 0, 3, 3], [3, 1, 3, 0, 3, 3]]
 
 
+def merged(masks, probabilities, classes):
+    """`dataseg.merge` of masks (Q, H, W) that are not resized."""
+    sizes = [tuple(masks.shape[1:])] * 3
+    found, rows = dataseg.merge(FullMasks(masks, *sizes), probabilities, classes)
+    return torch.cat(list(found.strips()), 1), rows
+
+
 def test_two_halves_are_the_whole():
     whole, noise = torch.where(torch.rand(6, 8) > 0.5, 5.0, -5.0), torch.randn(3, 6, 8)
     left = torch.arange(8) < 4
@@ -557,12 +564,12 @@ def test_two_halves_are_the_whole():
         )
         / 10
     )
-    found, rows = dataseg.merge(masks, p, torch.tensor([False, True, False]))
+    found, rows = merged(masks, p, torch.tensor([False, True, False]))
     assert torch.equal(found, torch.stack([noise[0], noise[1], noise[2], whole, whole]))
     assert torch.equal(rows, p[[0, 2, 4, 5, 3]])  # of the two the surest
-    for part, given in zip(dataseg.merge(masks, p, ALONE), (masks, p)):  # instances
+    for part, given in zip(merged(masks, p, ALONE), (masks, p)):  # instances
         assert torch.equal(part, given)
-    found, rows = dataseg.merge(masks, p, ~ALONE)
+    found, rows = merged(masks, p, ~ALONE)
     assert rows.tolist() == p[[2, 4, 3, 5]].tolist() and torch.equal(
         found[1], torch.maximum(noise[0], noise[2])
     )

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity import case, check, check_gradients, drawn_weights, report  # noqa: F401 (a fixture)
+from parity import case, check, check_gradients, drawn_weights, report, restore  # noqa: F401
 from torch import nn
 
 import common.point_matching
@@ -24,7 +24,7 @@ from common.mask_losses import MaskOutput, mask_cost
 from common.official_mask2former import MASK2FORMER
 from common.pixel_decoder import MSDeformAttn, PixelDecoder, pixel_centres
 from common.point_matching import assign, uncertain_points
-from common.segments import panoptic_map, restore, semantic_map
+from common.segments import panoptic_map, semantic_map
 from common.targets import Targets
 from common.transformer import DecoderLayer, blocked_pixels, sine_position
 
