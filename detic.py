@@ -224,6 +224,7 @@ class Args:
 
 # the defaults under --tiny: a small model for a CPU
 TINY = {
+    "amp": "off",  # on a CPU, bfloat16 slows down this backbone's training
     "backbone": "tf_efficientnet_lite0",
     "text_encoder": "minilm",
     "prompts": "name",
@@ -444,9 +445,7 @@ def class_mask(args: Args, labels: Tensor, frequency: Tensor, federated: Tensor)
 def loss_cls(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """Sec. 3, classification of regions: 1/R sum_r sum_c w_c BCE(sigmoid(s_rc), y_rc).
 
-    logits: (R, C), s
-    labels: (R,), -1 on background, where y is all 0
-    mask:   (C,), w
+    logits: (R, C), s; labels: (R,), -1 on background, where y is all 0; mask: (C,), w
     Sum over classes, mean over the R regions of the batch; 0 without regions.
     """
     fg = (labels >= 0).to(logits)  # (R,)

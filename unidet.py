@@ -224,6 +224,7 @@ class Args:
 
 # the defaults under --tiny: a small model for a CPU
 TINY = {
+    "amp": "off",  # on a CPU, bfloat16 slows down this backbone's training
     "backbone": "tf_efficientnet_lite0",
     "image_size": 192,
     "test_size": 192,
@@ -685,7 +686,6 @@ def evaluate(
     """Evaluates each dataset by its own metric, on its own classes alone. Draws pictures.
 
     The merges of generated datasets are scored, too.
-
     Returns {dataset: {metric: value}} on rank 0, {} on other ranks.
     label_space: the one of the training
     """
