@@ -156,7 +156,7 @@ class Args:
     workers: Annotated[int, COUNT] = 4
     """data loading processes per rank"""
     amp: Literal["auto", "on", "off"] = "auto"
-    """bfloat16 autocast; auto: on CUDA"""
+    """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA"""
     device: str = "auto"
@@ -289,7 +289,8 @@ class Model(nn.Module):
 
         features: L maps (1, F, h, w); towers: L pairs of maps, which the last layers read
         """
-        logits, deltas = self.head.outputs(towers)
+        with amp_context(self.args.amp, features[0].device):
+            logits, deltas = self.head.outputs(towers)
         anchors = retinanet.grid_anchors(features, STRIDES)
         scores = logits[0].sigmoid()  # (A, C)
         rows = retinanet.best_of_levels(scores, [len(level) for level in anchors], 1000)
@@ -311,8 +312,7 @@ def prepare_targets(
     for sample in batch.samples:
         labels = label_space.to_global(sample.dataset, sample.labels)
         scope = scopes[sample.dataset].to(labels.device)
-        target = Targets(sample.boxes, labels, scope=scope)
-        targets.append(target)
+        targets.append(Targets(sample.boxes, labels, scope=scope))
     return targets
 
 
@@ -451,7 +451,9 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace) -> list[dict]:
     detections = []
     for i, size in enumerate(batch.sizes):
         maps = [feature[i : i + 1] for feature in features]
-        boxes, scores = model.detect(maps, model.head.towers(maps), size)
+        with amp_context(model.args.amp, device):
+            towers = model.head.towers(maps)
+        boxes, scores = model.detect(maps, towers, size)
         boxes, scores, labels = select_detections(boxes, scores[:, columns], False, 0.05, 100)
         detection = to_detection(boxes, labels, scores, label_space, batch, i)
         detections.append(detection)
@@ -514,16 +516,16 @@ def mine_image(model: Model, batch: Batch, wanted: Tensor, first: int = 0) -> li
     first:  added to the image's row: with --seed, it decides what is dropped
     """
     model.eval()
-    args = model.args
     device = next(model.parameters()).device
     batch = batch.to(device)
     [size] = batch.sizes
-    seed = args.seed * 1_000_003 + first + batch.samples[0].index
+    seed = model.args.seed * 1_000_003 + first + batch.samples[0].index
     generator = torch.Generator(device).manual_seed(seed)
     features = model.extract(batch.images, batch.sizes)
-    towers = model.head.towers(features)
+    with amp_context(model.args.amp, device):
+        towers = model.head.towers(features)
     runs = []
-    for _ in range(args.dropout_runs):
+    for _ in range(model.args.dropout_runs):
         dropped = [[retinanet.drop(x, 0.2, generator) for x in maps] for maps in towers]
         runs.append(select_detections(*model.detect(features, dropped, size), False, 0.05, 100))
     boxes, scores, labels = (torch.cat(parts) for parts in zip(*runs))
@@ -535,7 +537,7 @@ def mine_image(model: Model, batch: Batch, wanted: Tensor, first: int = 0) -> li
         of_class = (labels == label).nonzero().flatten()  # (P,)
         for rows in cluster(boxes[of_class]):
             members = of_class[rows]
-            row = summarise(boxes[members], scores[members], args.dropout_runs)  # (7,)
+            row = summarise(boxes[members], scores[members], len(runs))  # (7,)
             if row[4] >= 0.1:  # the least score that is kept
                 found.append(F.pad(row, (0, 1), value=label)[None])
     mean, facts, labels = torch.cat(found).cpu().split([4, 3, 1], 1)
@@ -547,10 +549,7 @@ def mine_image(model: Model, batch: Batch, wanted: Tensor, first: int = 0) -> li
 
 
 def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoader:
-    """Returns a loader of endless batches from all datasets as one list, shuffled.
-
-    Skips the first `start` batches.
-    """
+    """Returns a loader of endless shuffled batches of all datasets, after the first `start`."""
     transforms = {d.name: ResizeShortestRange(args.image_size, args.image_size) for d in datasets}
     place = (args.seed, start * args.batch_size, rank(), world_size())
     sampler = make_sampler("random", datasets, *place)
@@ -725,7 +724,7 @@ def load(
 
 def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
-    device = setup_device(args.device, args.seed)
+    device = setup_device(args)
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:

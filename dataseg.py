@@ -152,7 +152,7 @@ class Args:
     workers: Annotated[int, COUNT] = 4
     """data loading processes per rank"""
     amp: Literal["auto", "on", "off"] = "auto"
-    """bfloat16 autocast; auto: on CUDA"""
+    """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA"""
     device: str = "auto"
@@ -241,8 +241,7 @@ TINY = {
 }
 # the settings that --weights restores: those that shape the model and its inputs
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "queries", "channels"]
-MODEL_FIELDS += ["encoder_layers", "decoder_layers", "object_threshold"]
-MODEL_FIELDS += ["test_size"]
+MODEL_FIELDS += ["encoder_layers", "decoder_layers", "object_threshold", "test_size"]
 SUPERVISION = ("boxes", "instances", "semantic", "panoptic")  # what it can learn from
 OFFICIAL = convert_mask2former_base  # a training can start from official weights
 EVALUATION = {"o365": "o365-instances"}  # 1000 images of its validation set, with masks
@@ -297,14 +296,15 @@ class Model(nn.Module):
         """
         memory, position, resized = decoder_inputs(maps, self.level_embed, mask_features)
         q = self.query_feat.expand(len(mask_features), -1, -1)  # (B, Q, C)
-        predictions = [self.head(q)]
-        for i, layer in enumerate(self.layers):
-            level = i % 3
-            blocked = blocked_pixels(predictions[-1][1], resized[level])  # (B, Q, S)
-            q = layer.cross_attend(q, self.query_embed, memory[level], position[level], blocked)
-            q = layer.self_attend(q, self.query_embed)
-            q = layer.feed_forward(q)
-            predictions.append(self.head(q))
+        with amp_context(self.args.amp, q.device):
+            predictions = [self.head(q)]
+            for i, layer in enumerate(self.layers):
+                level = i % 3
+                blocked = blocked_pixels(predictions[-1][1], resized[level])  # (B, Q, S)
+                q = layer.cross_attend(q, self.query_embed, memory[level], position[level], blocked)
+                q = layer.self_attend(q, self.query_embed)
+                q = layer.feed_forward(q)
+                predictions.append(self.head(q))
         z, mask_embed = (torch.stack(part) for part in zip(*predictions))  # (Z, B, Q, C)
         return MaskOutput(self.classify(z, text), mask_embed, mask_features)
 
@@ -721,7 +721,7 @@ def load(
 
 def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
-    device = setup_device(args.device, args.seed)
+    device = setup_device(args)
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:

@@ -151,7 +151,7 @@ class Args:
     workers: Annotated[int, COUNT] = 4
     """data loading processes per rank"""
     amp: Literal["auto", "on", "off"] = "auto"
-    """bfloat16 autocast; auto: on CUDA"""
+    """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA"""
     device: str = "auto"
@@ -224,6 +224,7 @@ class Args:
 
 # the defaults under --tiny: a small model for a CPU
 TINY = {
+    "amp": "off",  # on a CPU, bfloat16 slows down this backbone's training
     "backbone": "tf_efficientnet_lite0",
     "text_encoder": "minilm",
     "prompts": "name",
@@ -314,18 +315,19 @@ class Model(nn.Module):
         The losses are {} for images without boxes. images: (B, 3, H, W) uint8; text: (C, D), the
         classifier of this batch; captions: (M, D), text embeddings of the captions of all ranks
         """
-        features = self.extract(images, sizes)
-        if targets[0].image_labels is not None:  # a batch is of one dataset
-            outputs = self.forward_image_labels(features, sizes, targets, text, captions)
-            return *outputs, {}  # the proposals have no loss
-        proposals, losses = self.centernet(features, [t.boxes for t in targets])
-        boxes = [b for b, _ in proposals]
-        # samples regions, and matches those of each stage to the ground truth
-        stages = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
-        outputs = [classify(s.hidden, text) for classify, s in zip(self.classifiers, stages)]
-        predictions = [Prediction(logits) for _, logits in outputs]
-        if self.mask_head:
-            losses["loss_mask"] = self.mask_head.loss(features, stages[0], targets)
+        with amp_context(self.args.amp, images.device):
+            features = self.extract(images, sizes)
+            if targets[0].image_labels is not None:  # a batch is of one dataset
+                outputs = self.forward_image_labels(features, sizes, targets, text, captions)
+                return *outputs, {}  # the proposals have no loss
+            proposals, losses = self.centernet(features, [t.boxes for t in targets])
+            boxes = [b for b, _ in proposals]
+            # samples regions, and matches those of each stage to the ground truth
+            stages = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
+            outputs = [classify(s.hidden, text) for classify, s in zip(self.classifiers, stages)]
+            predictions = [Prediction(logits) for _, logits in outputs]
+            if self.mask_head:
+                losses["loss_mask"] = self.mask_head.loss(features, stages[0], targets)
         return stages, predictions, losses
 
     def forward_image_labels(
@@ -357,7 +359,7 @@ class Model(nn.Module):
             stage.deltas = stage.deltas.detach()
             prediction = Prediction(classifier(stage.hidden, with_background)[1])
             if self.prop_score:
-                prediction.prop_logits = self.prop_score[k](stage.hidden)
+                prediction.prop_logits = self.prop_score[k](stage.hidden).float()
             if captions is not None:
                 prediction.caption_logits = classifier(stage.hidden, captions.to(text))[1]
             predictions.append(prediction)
@@ -370,10 +372,11 @@ class Model(nn.Module):
 
         As in Detic's code, s = sqrt(p o), p the stages' mean sigmoid(logits), o the objectness.
         """
-        proposals, _ = self.centernet(features)  # of each image: boxes (Q, 4), objectness (Q,)
-        boxes = [b for b, _ in proposals]
-        stages = self.cascade(features, boxes, sizes)
-        logits = [classify(s.hidden, text)[1] for classify, s in zip(self.classifiers, stages)]
+        with amp_context(self.args.amp, features[0].device):
+            proposals, _ = self.centernet(features)  # of each image: boxes (Q, 4), objectness (Q,)
+            boxes = [b for b, _ in proposals]
+            stages = self.cascade(features, boxes, sizes)
+            logits = [classify(s.hidden, text)[1] for classify, s in zip(self.classifiers, stages)]
         mean = torch.stack([x.sigmoid() for x in logits]).mean(0)  # (R, C)
         probabilities = mean.split([len(b) for b in boxes])  # B tensors (Q, C)
         scores = [(p * o[:, None]).sqrt() for p, (_, o) in zip(probabilities, proposals)]
@@ -442,10 +445,7 @@ def class_mask(args: Args, labels: Tensor, frequency: Tensor, federated: Tensor)
 def loss_cls(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """Sec. 3, classification of regions: 1/R sum_r sum_c w_c BCE(sigmoid(s_rc), y_rc).
 
-    logits: (R, C), s
-    labels: (R,), -1 on background, where y is all 0
-    mask:   (C,), w
-
+    logits: (R, C), s; labels: (R,), -1 on background, where y is all 0; mask: (C,), w
     Sum over classes, mean over the R regions of the batch; 0 without regions.
     """
     fg = (labels >= 0).to(logits)  # (R,)
@@ -472,7 +472,6 @@ def loss_captions(logits: list[Tensor], columns: list[int], negative_weight: flo
     y_im = v_im = 1 for the image's own caption. For others, y_im = 0 and v_im = negative_weight.
     logits:  B tensors (n, M), W_M f of n proposals and all M captions; the whole image is last
     columns: column of each image's own caption, -1 without a caption
-
     An image without a caption or without a proposal adds 0.
     """
     terms = [logits[0].sum() * 0]
@@ -553,7 +552,8 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace) -> list[dict]:
         boxes, scores, labels = select_detections(boxes, scores, model.args.one_class_per_proposal)
         detection = to_detection(boxes, labels, scores, label_space, batch, i)
         if model.mask_head:
-            masks = model.mask_head([f[i : i + 1] for f in features], [boxes]).sigmoid().cpu()
+            with amp_context(model.args.amp, device):
+                masks = model.mask_head([f[i : i + 1] for f in features], [boxes]).sigmoid().cpu()
             detection["segmentations"] = paste_rles(masks, detection["boxes"], detection["size"])
         detections.append(detection)
     return detections
@@ -716,7 +716,7 @@ def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
     if args.dynamic_classifier and args.image_label_loss == "wsddn":
         raise InputError("--image-label-loss wsddn needs all classes: drop --dynamic-classifier")
-    device = setup_device(args.device, args.seed)
+    device = setup_device(args)
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     without_boxes = []

@@ -149,7 +149,7 @@ class Args:
     workers: Annotated[int, COUNT] = 4
     """data loading processes per rank"""
     amp: Literal["auto", "on", "off"] = "auto"
-    """bfloat16 autocast; auto: on CUDA"""
+    """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA"""
     device: str = "auto"
@@ -192,6 +192,7 @@ class Args:
 
 # the defaults under --tiny: a small model for a CPU
 TINY = {
+    "amp": "off",  # on a CPU, bfloat16 slows down this backbone's training
     "backbone": "tf_efficientnet_lite0",
     "image_size": 192,
     "test_size": 192,
@@ -348,13 +349,14 @@ class Model(nn.Module):
 
         images: (B, 3, H, W) uint8; a prediction is the logits (R, C + 1)
         """
-        features = self.extract(images, sizes)
-        proposals, anchors = self.rpn(features, sizes, targets)
-        boxes = [b for b, _ in proposals]
-        # samples regions, and matches those of each stage to the ground truth
-        stages = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
-        predictions = [classify(s.hidden) for classify, s in zip(self.classifiers, stages)]
-        return stages, predictions, anchors
+        with amp_context(self.args.amp, images.device):
+            features = self.extract(images, sizes)
+            proposals, anchors = self.rpn(features, sizes, targets)
+            boxes = [b for b, _ in proposals]
+            # samples regions, and matches those of each stage to the ground truth
+            stages = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
+            logits = [classify(s.hidden).float() for classify, s in zip(self.classifiers, stages)]
+        return stages, logits, anchors
 
     def detect(
         self, features: list[Tensor], sizes: list[tuple[int, int]], members: Tensor
@@ -363,10 +365,11 @@ class Model(nn.Module):
 
         The score of a class is P_g, the sum over its members (C, K), of the stages' mean softmax.
         """
-        proposals, _ = self.rpn(features, sizes)  # of each image: boxes (Q, 4), objectness (Q,)
-        boxes = [b for b, _ in proposals]
-        stages = self.cascade(features, boxes, sizes)
-        logits = [classify(s.hidden) for classify, s in zip(self.classifiers, stages)]
+        with amp_context(self.args.amp, features[0].device):
+            proposals, _ = self.rpn(features, sizes)  # of each image: boxes (Q, 4), objectness (Q,)
+            boxes = [b for b, _ in proposals]
+            stages = self.cascade(features, boxes, sizes)
+            logits = [classify(s.hidden).float() for classify, s in zip(self.classifiers, stages)]
         mean = torch.stack([x.softmax(1) for x in logits]).mean(0)  # (R, C + 1)
         scores = mean[:, :-1] @ members  # (R, K)
         return self.cascade.refine(stages[-1], sizes), scores.split([len(b) for b in boxes])
@@ -607,7 +610,7 @@ def load(
 
 def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
-    device = setup_device(args.device, args.seed)
+    device = setup_device(args)
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:

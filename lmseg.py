@@ -149,7 +149,7 @@ class Args:
     workers: Annotated[int, COUNT] = 4
     """data loading processes per rank"""
     amp: Literal["auto", "on", "off"] = "auto"
-    """bfloat16 autocast; auto: on CUDA"""
+    """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA"""
     device: str = "auto"
@@ -391,18 +391,19 @@ class Model(nn.Module):
         if text is not None:
             text = self.adapter(text)  # (K + 1, C)
         q = self.query_feat.expand(len(mask_features), -1, -1)  # (B, Q, C)
-        predictions = [self.head(q)]
-        for i, layer in enumerate(self.layers):
-            level = i % 3
-            blocked = blocked_pixels(predictions[-1][1], resized[level])  # (B, Q, S)
-            if self.guides and self.args.cgd == "text_visual":
-                q = self.guides[i](q, text)
-            q = layer.cross_attend(q, self.query_embed, memory[level], position[level], blocked)
-            if self.guides and self.args.cgd == "visual_text":
-                q = self.guides[i](q, text)
-            q = layer.self_attend(q, self.query_embed)
-            q = layer.feed_forward(q)
-            predictions.append(self.head(q))
+        with amp_context(self.args.amp, q.device):
+            predictions = [self.head(q)]
+            for i, layer in enumerate(self.layers):
+                level = i % 3
+                blocked = blocked_pixels(predictions[-1][1], resized[level])  # (B, Q, S)
+                if self.guides and self.args.cgd == "text_visual":
+                    q = self.guides[i](q, text)
+                q = layer.cross_attend(q, self.query_embed, memory[level], position[level], blocked)
+                if self.guides and self.args.cgd == "visual_text":
+                    q = self.guides[i](q, text)
+                q = layer.self_attend(q, self.query_embed)
+                q = layer.feed_forward(q)
+                predictions.append(self.head(q))
         z, mask_embed = (torch.stack(part) for part in zip(*predictions))  # (Z, B, Q, C)
         logits = self.classify(z, text) if self.heads is None else self.heads(z, label_space)
         return MaskOutput(logits, mask_embed, mask_features)
@@ -716,7 +717,7 @@ def load(
 
 def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
-    device = setup_device(args.device, args.seed)
+    device = setup_device(args)
     size = test_transform(args, "coco-panoptic").size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:

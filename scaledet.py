@@ -154,7 +154,7 @@ class Args:
     workers: Annotated[int, COUNT] = 4
     """data loading processes per rank"""
     amp: Literal["auto", "on", "off"] = "auto"
-    """bfloat16 autocast; auto: on CUDA"""
+    """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA"""
     device: str = "auto"
@@ -213,6 +213,7 @@ class Args:
 
 # the defaults under --tiny: a small model for a CPU
 TINY = {
+    "amp": "off",  # on a CPU, bfloat16 slows down this backbone's training
     "backbone": "tf_efficientnet_lite0",
     "text_encoder": "minilm",
     "image_size": 192,
@@ -310,12 +311,13 @@ class Model(nn.Module):
 
         images: (B, 3, H, W) uint8; text: (C, D)
         """
-        features = self.extract(images, sizes)
-        proposals, losses = self.centernet(features, [t.boxes for t in targets])
-        boxes = [b for b, _ in proposals]
-        # samples regions, and matches those of each stage to the ground truth
-        stages = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
-        outputs = [classify(s.hidden, text) for classify, s in zip(self.classifiers, stages)]
+        with amp_context(self.args.amp, images.device):
+            features = self.extract(images, sizes)
+            proposals, losses = self.centernet(features, [t.boxes for t in targets])
+            boxes = [b for b, _ in proposals]
+            # samples regions, and matches those of each stage to the ground truth
+            stages = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
+            outputs = [classify(s.hidden, text) for classify, s in zip(self.classifiers, stages)]
         predictions = [Prediction(cosine, logits) for cosine, logits in outputs]
         return stages, predictions, losses
 
@@ -326,10 +328,11 @@ class Model(nn.Module):
 
         As in Detic's code, s = sqrt(p o), p the stages' mean sigmoid(logits), o the objectness.
         """
-        proposals, _ = self.centernet(features)  # of each image: boxes (Q, 4), objectness (Q,)
-        boxes = [b for b, _ in proposals]
-        stages = self.cascade(features, boxes, sizes)
-        logits = [classify(s.hidden, text)[1] for classify, s in zip(self.classifiers, stages)]
+        with amp_context(self.args.amp, features[0].device):
+            proposals, _ = self.centernet(features)  # of each image: boxes (Q, 4), objectness (Q,)
+            boxes = [b for b, _ in proposals]
+            stages = self.cascade(features, boxes, sizes)
+            logits = [classify(s.hidden, text)[1] for classify, s in zip(self.classifiers, stages)]
         mean = torch.stack([x.sigmoid() for x in logits]).mean(0)  # (R, C)
         probabilities = mean.split([len(b) for b in boxes])  # B tensors (Q, C)
         scores = [(p * o[:, None]).sqrt() for p, (_, o) in zip(probabilities, proposals)]
@@ -619,7 +622,7 @@ def load(
 
 def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
-    device = setup_device(args.device, args.seed)
+    device = setup_device(args)
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:

@@ -173,7 +173,7 @@ class Args:
     workers: Annotated[int, COUNT] = 4
     """data loading processes per rank"""
     amp: Literal["auto", "on", "off"] = "auto"
-    """bfloat16 autocast; auto: on CUDA"""
+    """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA"""
     device: str = "auto"
@@ -224,6 +224,7 @@ class Args:
 
 # the defaults under --tiny: a small model for a CPU
 TINY = {
+    "amp": "off",  # on a CPU, bfloat16 slows down this backbone's training
     "backbone": "tf_efficientnet_lite0",
     "image_size": 192,
     "test_size": 192,
@@ -241,9 +242,7 @@ TINY = {
 }
 # the settings that --weights restores: those that shape the model and its inputs
 MODEL_FIELDS = ["backbone", "test_size", "channels", "fc_dim"]
-OFFICIAL = refuse(
-    "is a Cascade R-CNN with anchors and does not fit; --label-space reads official label spaces"
-)
+OFFICIAL = refuse("is a Cascade R-CNN, which does not fit; --label-space reads its label space")
 
 # -- Model -----------------------------------------------------------------------------------------
 
@@ -300,13 +299,14 @@ class Model(nn.Module):
 
         images: (B, 3, H, W) uint8; a prediction is the logits (R, U)
         """
-        features = self.extract(images, sizes)
-        proposals, losses = self.centernet(features, [t.boxes for t in targets])
-        boxes = [b for b, _ in proposals]
-        # samples regions, and matches those of each stage to the ground truth
-        stages = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
-        predictions = [classify(s.hidden) for classify, s in zip(self.classifiers, stages)]
-        return stages, predictions, losses
+        with amp_context(self.args.amp, images.device):
+            features = self.extract(images, sizes)
+            proposals, losses = self.centernet(features, [t.boxes for t in targets])
+            boxes = [b for b, _ in proposals]
+            # samples regions, and matches those of each stage to the ground truth
+            stages = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
+            logits = [classify(s.hidden).float() for classify, s in zip(self.classifiers, stages)]
+        return stages, logits, losses
 
     def detect(
         self, features: list[Tensor], sizes: list[tuple[int, int]], columns: Tensor
@@ -315,10 +315,11 @@ class Model(nn.Module):
 
         As in Detic's code, s = sqrt(p o), p the stages' mean sigmoid(logits), o the objectness.
         """
-        proposals, _ = self.centernet(features)  # of each image: boxes (Q, 4), objectness (Q,)
-        boxes = [b for b, _ in proposals]
-        stages = self.cascade(features, boxes, sizes)
-        logits = [classify(s.hidden) for classify, s in zip(self.classifiers, stages)]
+        with amp_context(self.args.amp, features[0].device):
+            proposals, _ = self.centernet(features)  # of each image: boxes (Q, 4), objectness (Q,)
+            boxes = [b for b, _ in proposals]
+            stages = self.cascade(features, boxes, sizes)
+            logits = [classify(s.hidden).float() for classify, s in zip(self.classifiers, stages)]
         mean = torch.stack([x[:, columns].sigmoid() for x in logits]).mean(0)  # (R, C)
         probabilities = mean.split([len(b) for b in boxes])  # B tensors (Q, C)
         scores = [(p * o[:, None]).sqrt() for p, (_, o) in zip(probabilities, proposals)]
@@ -685,7 +686,6 @@ def evaluate(
     """Evaluates each dataset by its own metric, on its own classes alone. Draws pictures.
 
     The merges of generated datasets are scored, too.
-
     Returns {dataset: {metric: value}} on rank 0, {} on other ranks.
     label_space: the one of the training
     """
@@ -722,7 +722,7 @@ def load(
 
 def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
-    device = setup_device(args.device, args.seed)
+    device = setup_device(args)
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:

@@ -164,7 +164,7 @@ class Args:
     workers: Annotated[int, COUNT] = 4
     """data loading processes per rank"""
     amp: Literal["auto", "on", "off"] = "auto"
-    """bfloat16 autocast; auto: on CUDA"""
+    """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA"""
     device: str = "auto"
@@ -231,6 +231,7 @@ class Args:
 
 # the defaults under --tiny: a small model for a CPU
 TINY = {
+    "amp": "off",  # on a CPU, bfloat16 slows down this backbone's training
     "backbone": "tf_efficientnet_lite0",
     "classifier_backbone": "tf_efficientnet_lite0",
     "text_encoder": "minilm",
@@ -714,7 +715,7 @@ def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
     if args.stage == "classifier" and not (args.weights or args.resume):
         raise InputError("--stage classifier needs --weights: the run folder of a localizer")
-    device = setup_device(args.device, args.seed)
+    device = setup_device(args)
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:

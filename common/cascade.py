@@ -62,7 +62,7 @@ class BoxStage(nn.Module):
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled features (R, F, 7, 7) -> hidden (R, fc_dim), box deltas (R, 4)."""
         hidden = self.box_head(pooled)
-        return hidden, self.bbox_pred(hidden)
+        return hidden.float(), self.bbox_pred(hidden).float()
 
 
 class Cascade(nn.Module):
@@ -177,7 +177,7 @@ class MaskHead(nn.Module):
         x = pool_rois(features[: len(strides)], strides, boxes, 14)  # (R, F, 14, 14)
         for n in range(1, self.num_convs + 1):
             x = getattr(self, f"mask_fcn{n}")(x).relu()
-        return self.predictor(self.deconv(x).relu())[:, 0]
+        return self.predictor(self.deconv(x).relu())[:, 0].float()
 
     def loss(self, features: list[Tensor], stage: StageOutput, targets: list[Targets]) -> Tensor:
         """BCE of the masks of foreground regions: mean over these regions and their 28 x 28 cells.

@@ -77,11 +77,11 @@ class CenterNetHead(nn.Module):
         distances = []
         for feature, scale in zip(features, self.scales):
             x = self.bbox_tower(feature)
-            ltrb = self.bbox_pred(x)
+            ltrb = self.bbox_pred(x).float()
             ltrb = scale(ltrb).relu()
             ltrb = ltrb.flatten(2)
             ltrb = ltrb.transpose(1, 2)  # (B, h * w, 4)
-            heat = self.agn_hm(x)
+            heat = self.agn_hm(x).float()
             heat = heat.flatten(1)  # (B, h * w)
             logits.append(heat)
             distances.append(ltrb)

@@ -193,7 +193,7 @@ class CLIPResNetC4(nn.Module):
         """Embeds the boxes, B tensors (Q, 4), of normalised images (B, 3, H, W): (R, out)."""
         features = self.trunk(images).float()
         pooled = pool_rois([features], [self.stride], boxes, self.resolution)  # (R, E / 2, r, r)
-        return self.attnpool(self.layer4(pooled))
+        return self.attnpool(self.layer4(pooled)).float()
 
 
 def architecture(name: str) -> dict:
@@ -321,8 +321,8 @@ class FPNRegions(nn.Module):
     def forward(self, images: Tensor, boxes: list[Tensor]) -> Tensor:
         """Embeds the boxes, B tensors (Q, 4), of normalised images (B, 3, H, W): (R, out)."""
         features = [feature.float() for feature in self.backbone(images)]
-        with torch.autocast(images.device.type, enabled=False):
-            return self.embedding(self.box_head(pool_rois(features, STRIDES, boxes, 7)))
+        hidden = self.box_head(pool_rois(features, STRIDES, boxes, 7))
+        return self.embedding(hidden).float()
 
 
 def region_features(
@@ -358,7 +358,7 @@ class RegionClassifier(nn.Module):
     ):
         """Creates the network.
 
-        amp: autocast of the region encoder, as in `amp_context`
+        amp: autocast of all layers: "on", "off" or "auto", as in `amp_context`
         The other parameters are those of `region_features`, which also raises the InputErrors.
         """
         super().__init__()
@@ -377,5 +377,6 @@ class RegionClassifier(nn.Module):
         boxes:  B tensors (Q, 4), the regions
         """
         with amp_context(self.amp, images.device):
-            x = self.regions(self.regions.normalise(images, sizes), boxes).float()  # (R, D)
-        return F.normalize(x), self.fc_reg(x)
+            x = self.regions(self.regions.normalise(images, sizes), boxes)  # (R, D)
+            deltas = self.fc_reg(x).float()
+        return F.normalize(x), deltas

@@ -224,11 +224,12 @@ def is_of(value, kind) -> bool:
 def saved_args(args_class: type, metadata: dict):
     """Returns an `args_class` with the settings saved in `metadata`, as `read_metadata` returns it.
 
-    A field that was not saved has its default. Raises InputError for a value that does not fit.
+    A field that was not saved has its default, and so has --amp, which fits this machine, not that
+    of the training. Raises InputError for a value that does not fit.
     """
     default = args_class()
     saved = metadata["args"] | metadata.get("own_head", {})
-    return with_saved(default, saved, vars(default).keys(), metadata["file"])
+    return with_saved(default, saved, vars(default).keys() - {"amp"}, metadata["file"])
 
 
 def check_numbers(args) -> None:

@@ -26,4 +26,4 @@ class DatasetHeads(nn.Module):
                 f" {', '.join(self.datasets)}"
             )
         (dataset,) = label_space.datasets
-        return self.layers[self.datasets.index(dataset)](z)
+        return self.layers[self.datasets.index(dataset)](z).float()

@@ -14,19 +14,22 @@ from common.process import environment_number
 
 log = logging.getLogger("concord")
 
+# functions of torch.cpu, where torch has them
+CPU_TESTS = {"AMX": "_is_amx_tile_supported", "AVX512_BF16": "_is_avx512_bf16_supported"}
 WAIT = timedelta(hours=2)  # the other ranks wait while rank 0 scores a large dataset
 
 
-def setup_device(device: str, seed: int) -> torch.device:
-    """Sets up this process and returns its device.
+def setup_device(args) -> torch.device:
+    """Sets up this process as --device, --seed and --amp ask, and returns its device.
 
     Joins the process group under torchrun. Seeds torch with seed + rank. Silences the log on all
-    ranks but 0, except for errors.
+    ranks but 0, except for errors. `args.amp` becomes "on" or "off", for a training to go on with.
 
-    device: a name of torch, or "auto" for CUDA if there is any, else the CPU. Under torchrun "cuda"
-            is the GPU of the local rank. Raises InputError if the device cannot be used, or if the
-            variables of torchrun are damaged.
+    --device is a name of torch, or "auto" for CUDA if there is any, else the CPU. Under torchrun
+    "cuda" is the GPU of the local rank. Raises InputError if the device cannot be used, or if the
+    variables of torchrun are damaged.
     """
+    device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     on_cuda = device.startswith("cuda")
@@ -44,14 +47,16 @@ def setup_device(device: str, seed: int) -> torch.device:
     if on_cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, as convolutions have by default
-    torch.manual_seed(seed + rank())
+    torch.manual_seed(args.seed + rank())
     if rank() > 0:
         log.setLevel(logging.ERROR)
     if world_size() > 1:
         hours = WAIT.total_seconds() / 3600
         message = "%d ranks: one that waits more than %g hours for another ends with an error"
         log.info(message, world_size(), hours)
-    return torch.device(device)
+    device = torch.device(device)
+    args.amp = _tell_precision(args.amp, device)
+    return device
 
 
 def _join(backend: str) -> None:
@@ -170,9 +175,37 @@ def gather(rows: Tensor | None) -> Tensor | None:
 
 
 def amp_context(amp: str, device: torch.device):
-    """Returns the autocast context: bfloat16 for "on", float32 for "off". "auto": "on" for CUDA."""
-    enabled = amp == "on" or (amp == "auto" and device.type == "cuda")
+    """Returns the autocast context: bfloat16 for "on", float32 for "off".
+
+    "auto" is "on" for a device that `built_for_bfloat16`. Convolutions, linear layers and other
+    products of matrices take part. The modules of common/ return float32 all the same, so that
+    losses and boxes are computed in it.
+    """
+    enabled = amp == "on" or (amp == "auto" and bool(built_for_bfloat16(device)))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def built_for_bfloat16(device: torch.device) -> str:
+    """Returns what makes bfloat16 fast on a device, like "this CPU has AMX"; "" for nothing."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "this GPU has it"
+    for name, test in CPU_TESTS.items():
+        if device.type == "cpu" and getattr(torch.cpu, test, bool)():  # bool() is False
+            return f"this CPU has {name}"
+    return ""
+
+
+def _tell_precision(amp: str, device: torch.device) -> str:
+    """Returns "on" or "off" for --amp, the same on every rank, and logs why."""
+    reason = from_main(built_for_bfloat16(device))
+    if amp != "auto":
+        log.info("%s: --amp %s", "bfloat16" if amp == "on" else "float32", amp)
+        return amp
+    if reason:
+        log.info("bfloat16: %s (--amp off for float32)", reason)
+        return "on"
+    log.info("float32: this %s is not built for bfloat16", device.type.upper())
+    return "off"
 
 
 def should_compile(choice: str, device: torch.device) -> bool:

@@ -73,10 +73,10 @@ class RPN(nn.Module):
         logits = []
         for feature in features:
             hidden = self.rpn_conv(feature).relu()
-            hidden = F.normalize(hidden)  # unit length over channels
-            distances = self.rpn_reg(hidden).flatten(2)
-            distances = distances.transpose(1, 2)
-            objectness = self.rpn_obj(hidden)
+            hidden = F.normalize(hidden.float())  # unit length over channels
+            distances = self.rpn_reg(hidden).float()
+            distances = distances.flatten(2).transpose(1, 2)
+            objectness = self.rpn_obj(hidden).float()
             tblr.append(distances)
             logits.append(objectness.flatten(1))
         return tblr, logits
@@ -237,7 +237,7 @@ class OLN(nn.Module):
 
         backbone:       name of a timm model, with ImageNet weights if `pretrained`
         channels:       of FPN and RPN; fc_dim: width of the box head
-        amp:            autocast of the backbone: "on", "off" or "auto", as in `amp_context`
+        amp:            autocast of all layers: "on", "off" or "auto", as in `amp_context`
         rois_per_image: regions sampled in training, at most a quarter of them foreground
         rpn_proposals:  largest number of proposals per level
         """
@@ -264,9 +264,9 @@ class OLN(nn.Module):
         """
         pooled = pool_rois(features[:4], STRIDES[:4], boxes, 7)  # (R, F, 7, 7)
         x = self.box_head(pooled)  # (R, fc_dim)
-        logits = self.fc_cls(x)
-        deltas = self.fc_reg(x)
-        iou = self.fc_iou(x)
+        logits = self.fc_cls(x).float()
+        deltas = self.fc_reg(x).float()
+        iou = self.fc_iou(x).float()
         return logits, deltas, iou.squeeze(1)
 
     def forward(
@@ -280,22 +280,22 @@ class OLN(nn.Module):
         images:  (B, 3, H, W) uint8; sizes: B pairs (height, width) before padding
         targets: of each image; their labels do not change the losses
         """
-        with amp_context(self.amp, images.device):
-            normalised = self.backbone.normalise(images, sizes)
-            features = self.backbone(normalised)
-        features = [feature.float() for feature in features]
         gt_boxes = None
         if targets is not None:
             gt_boxes = [t.boxes for t in targets]
-        proposals, losses = self.rpn(features, sizes, gt_boxes)
-        boxes = [b for b, _ in proposals]
+        with amp_context(self.amp, images.device):
+            normalised = self.backbone.normalise(images, sizes)
+            features = [feature.float() for feature in self.backbone(normalised)]
+            proposals, losses = self.rpn(features, sizes, gt_boxes)
+            boxes = [b for b, _ in proposals]
+            if targets is not None:
+                matched = match_regions(boxes, targets, self.iou, self.rois_per_image)
+                boxes, region_targets = matched
+            logits, deltas, iou = self.head(features, boxes)
         if targets is not None:
-            matched = match_regions(boxes, targets, self.iou, self.rois_per_image)
-            regions, region_targets = matched
-            outputs = self.head(features, regions)
-            return losses | self.losses(outputs, regions, region_targets)
+            outputs = (logits, deltas, iou)
+            return losses | self.losses(outputs, boxes, region_targets)
 
-        logits, deltas, iou = self.head(features, boxes)
         counts = [len(b) for b in boxes]
         moved = decode_boxes(torch.cat(boxes), deltas, BOX_WEIGHTS)
         moved = moved.split(counts)

@@ -63,24 +63,19 @@ class MSDeformAttn(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(
-        self,
-        query: Tensor,
-        value_input: Tensor,
-        shapes: tuple,
-        reference: Tensor,
-        dtype: torch.dtype = torch.float32,
+        self, query: Tensor, value_input: Tensor, shapes: tuple, reference: Tensor
     ) -> Tensor:
         """Attends from query (B, Q, C) to value_input (B, S, C). Returns (B, Q, C).
 
         shapes:    (h, w) of each of the L levels that make up the S tokens
         reference: (Q, 2), (B, Q, 2) or (B, Q, L, 2), reference points as x and y in 0..1
-        dtype:     of the values that are sampled; all else has the dtype of the layers
         """
         value = self.value_proj(value_input)
-        value = value.to(dtype)
         value = value.unflatten(2, (self.heads, -1))  # (B, S, M, C / M)
         samples = (self.heads, self.levels, self.points, 2)
-        offsets = self.sampling_offsets(query)
+        # bfloat16 would round an offset of 10 pixels by up to 0.03
+        with torch.autocast(query.device.type, enabled=False):
+            offsets = self.sampling_offsets(query)
         offsets = offsets.unflatten(2, samples)  # (B, Q, M, L, P, 2)
         logits = self.attention_weights(query)
         logits = logits.unflatten(2, (self.heads, -1))  # (B, Q, M, L * P)
@@ -101,17 +96,15 @@ class EncoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(channels)
         self.norm2 = nn.LayerNorm(channels)
 
-    def forward(
-        self, x: Tensor, position: Tensor, shapes: tuple, reference: Tensor, dtype: torch.dtype
-    ) -> Tensor:
+    def forward(self, x: Tensor, position: Tensor, shapes: tuple, reference: Tensor) -> Tensor:
         """Returns the updated tokens (B, S, C).
 
         x:        (B, S, C), tokens of all levels
         position: (1, S, C), added to the queries, not to the values
-        shapes, reference, dtype: as in `MSDeformAttn.forward`, with reference (S, 2)
+        shapes, reference: as in `MSDeformAttn.forward`, with reference (S, 2)
         """
         query = x + position
-        attended = self.self_attn(query, x, shapes, reference, dtype)
+        attended = self.self_attn(query, x, shapes, reference)
         x = self.norm1(x + attended)
         hidden = self.linear1(x)
         hidden = F.relu(hidden, inplace=True)
@@ -174,42 +167,36 @@ class PixelDecoder(nn.Module):
         mask_features: (B, C, h, w) of stride 4
         maps:          3 tensors (B, C, h, w) of strides 32, 16 and 8, for the transformer decoder
 
-        Under autocast, the values that the attention samples have its dtype. All else is float32,
-        because sampling points need this precision.
+        All are float32. Under autocast too, the tokens are, to which each layer adds a little.
         """
-        device = features[0].device.type
-        dtype = torch.float32
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            res2, *levels = (feature.float() for feature in features)
-            levels.reverse()
-            shapes = []
-            areas = []
-            pixels = []
-            positions = []
-            centres = []
-            for level, project, embed in zip(levels, self.input_proj, self.level_embed):
-                x = project(level)
-                _, channels, height, width = x.shape
-                sine = sine_position(height, width, channels, x.device)
-                shapes.append((height, width))
-                areas.append(height * width)
-                pixels.append(tokens(x))
-                positions.append(tokens(sine) + embed)
-                centres.append(pixel_centres(height, width, x.device))
-            x = torch.cat(pixels, 1)  # (B, S, C)
-            position = torch.cat(positions, 1)  # (1, S, C)
-            reference = torch.cat(centres)  # (S, 2)
-            for layer in self.layers:
-                x = layer(x, position, tuple(shapes), reference, dtype)
-            maps = []
-            for part, shape in zip(x.split(areas, 1), shapes):
-                part = part.transpose(1, 2)
-                maps.append(part.unflatten(2, shape))
-            larger = F.interpolate(maps[-1], res2.shape[-2:], mode="bilinear")
-            fused = self.lateral(res2) + larger
-            return self.mask_features(self.output(fused)), maps
+        res2, *levels = features
+        levels.reverse()
+        shapes = []
+        areas = []
+        pixels = []
+        positions = []
+        centres = []
+        for level, project, embed in zip(levels, self.input_proj, self.level_embed):
+            x = project(level).float()
+            _, channels, height, width = x.shape
+            sine = sine_position(height, width, channels, x.device)
+            shapes.append((height, width))
+            areas.append(height * width)
+            pixels.append(tokens(x))
+            positions.append(tokens(sine) + embed)
+            centres.append(pixel_centres(height, width, x.device))
+        x = torch.cat(pixels, 1)  # (B, S, C)
+        position = torch.cat(positions, 1)  # (1, S, C)
+        reference = torch.cat(centres)  # (S, 2)
+        for layer in self.layers:
+            x = layer(x, position, tuple(shapes), reference)
+        maps = []
+        for part, shape in zip(x.split(areas, 1), shapes):
+            part = part.transpose(1, 2)
+            maps.append(part.unflatten(2, shape))
+        larger = F.interpolate(maps[-1], res2.shape[-2:], mode="bilinear")
+        fused = self.lateral(res2) + larger
+        return self.mask_features(self.output(fused)).float(), maps
 
 
 def tokens(feature: Tensor) -> Tensor:

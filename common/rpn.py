@@ -91,7 +91,8 @@ class RPN(nn.Module):
         for feature in features:
             hidden = self.conv(feature).relu()
             for found, layer in ((logits, self.cls_logits), (deltas, self.bbox_pred)):
-                output = layer(hidden).permute(0, 2, 3, 1)  # (B, h, w, shapes * columns)
+                output = layer(hidden).float()
+                output = output.permute(0, 2, 3, 1)  # (B, h, w, shapes * columns)
                 columns = output.shape[-1] // len(self.ratios)
                 found.append(output.reshape(len(output), -1, columns))
         return logits, deltas

@@ -24,7 +24,10 @@ class TextClassifier(nn.Module):
 
         hidden: (R, fc_dim), region features; text: (C, text_dim), one row of unit norm per label
         """
-        cosine = F.normalize(self.embedding(hidden)) @ text.T  # (R, C)
+        embedded = F.normalize(self.embedding(hidden).float())  # (R, D)
+        # a cosine in bfloat16 has errors of 0.002, which 1 / tau would multiply by 50
+        with torch.autocast(hidden.device.type, enabled=False):
+            cosine = embedded @ text.T  # (R, C)
         logits = cosine / self.tau  # (R, C)
         if self.cls_bias is not None:
             logits = logits + self.cls_bias

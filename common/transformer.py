@@ -155,7 +155,7 @@ class QueryHead(nn.Module):
         mask features are the mask logits.
         """
         z = self.decoder_norm(q)
-        return z, self.mask_embed(z)
+        return z.float(), self.mask_embed(z).float()
 
 
 @torch.no_grad()

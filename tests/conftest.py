@@ -14,11 +14,13 @@ import torch
 import torch.distributed.run as torchrun
 from torch.distributed.launcher.api import elastic_launch
 
+from common import distributed
 from common.command import run_command
 from common.demo import commands
 
 # small tensors: two threads that wait for each other on a busy machine are slower than one
 torch.set_num_threads(1)
+distributed.CPU_TESTS = {}  # --amp auto is float32, whatever the CPU is built for
 
 REPO = Path(__file__).resolve().parent.parent
 METHODS = sorted(p.stem for p in REPO.glob("*.py") if "\nclass Args:" in p.read_text())

@@ -540,7 +540,7 @@ def flags(*argv: str, **environment: str) -> Callable[[Path], dict]:
                 patch.setenv(name, value.replace("DIR", str(folder)))
             try:
                 args = parse_args(scaledet.Args, "scaledet", scaledet.TINY, [], None, values)
-                setup_device(args.device, args.seed)
+                setup_device(args)
             except SystemExit as exit:
                 said = next(word for word in argv if word.startswith("--")) in stderr.getvalue()
                 return {"exit": exit.code, "said": said}

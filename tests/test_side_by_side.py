@@ -52,6 +52,7 @@ ALLOWED = {
     "columns": "UniDet has no text, but a column for each class",
     "text: (C, D)": "UniDet has no text",
     "list[Prediction]": "UniDet's prediction is the logits alone",
+    "return stages, predictions": "the same",
     "classify(s.hidden": "UniDet has no text, and ScaleDet needs the cosine, too",
     "predictions = [Prediction(": "ScaleDet needs the cosine, too",
     "warn_of_overlap(": "UniDet learns its merges on further datasets",
@@ -75,8 +76,8 @@ BUDGETS = {
     "labels & text": 1790,
     "data": 9850,
     "detectors": 4370,
-    "segmenters": 2190,
-    "a run": 3330,
+    "segmenters": 2200,
+    "a run": 3390,
 }
 BUDGETS |= {"faults": 1800}
 GROUPS = {

@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 
+import scaledet
 from common.distributed import setup_device
 from common.errors import InputError
 from common.files import NO_ARRAY
@@ -31,12 +32,13 @@ def test_a_local_rank_without_the_rest_of_torchrun(monkeypatch, missing):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv(missing)
     monkeypatch.setenv("LOCAL_RANK", "0")
+    args = scaledet.Args(device="cpu")
     with pytest.raises(InputError, match=f"LOCAL_RANK is set, but {missing} is not"):
-        setup_device("cpu", 0)
+        setup_device(args)
     monkeypatch.setenv(missing, TORCHRUN[missing])
     monkeypatch.setenv("LOCAL_RANK", "x")
     with pytest.raises(InputError, match="LOCAL_RANK is 'x', no number"):
-        setup_device("cpu", 0)
+        setup_device(args)
 
 
 @pytest.mark.parametrize(

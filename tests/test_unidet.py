@@ -661,4 +661,4 @@ def test_official_weights_are_refused_in_one_line(tmp_path, fails, name):
         arrays = {key: value.numpy() for key, value in tensors.items()}
         (tmp_path / name).write_bytes(pickle.dumps({"model": arrays}, protocol=2))
     line = fails("--predict", "a.jpg", "--weights", tmp_path / name, method="unidet")
-    assert "Cascade R-CNN with anchors and does not fit" in line and name in line
+    assert "Cascade R-CNN, which does not fit" in line and name in line
