@@ -89,9 +89,9 @@ from common.official_detectors import convert_centernet2
 from common.optim import learning_rate, scaled_lr
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RatioBatchSampler, make_loader, repeat_factors
-from common.targets import Targets
+from common.targets import Targets, true_rows
 from common.text import embed, known_vocabularies, sentence_encoder
-from common.text_classifier import TextClassifier
+from common.text_classifier import TextClassifier, TextScores
 from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import save_image, training_grid
 
@@ -267,7 +267,7 @@ def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
 class Prediction:
     """What the classifier of one stage predicts for its R regions."""
 
-    logits: Tensor  # (R, C), or (R, C + 1) with background for images with image-level labels
+    scores: TextScores  # (R, C), or (R, C + 1) with background for images with image-level labels
     prop_logits: Tensor | None = None  # (R, C + 1), WSDDN's second branch
     caption_logits: Tensor | None = None  # (R, M)
 
@@ -324,11 +324,10 @@ class Model(nn.Module):
             boxes = [b for b, _ in proposals]
             # samples regions, and matches those of each stage to the ground truth
             stages = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
-            outputs = [classify(s.hidden, text) for classify, s in zip(self.classifiers, stages)]
-            predictions = [Prediction(logits) for _, logits in outputs]
+            scores = [classify(s.hidden, text) for classify, s in zip(self.classifiers, stages)]
             if self.mask_head:
                 losses["loss_mask"] = self.mask_head.loss(features, stages[0], targets)
-        return stages, predictions, losses
+        return stages, [Prediction(s) for s in scores], losses
 
     def forward_image_labels(
         self,
@@ -357,11 +356,11 @@ class Model(nn.Module):
         for k, (classifier, stage) in enumerate(zip(self.classifiers, stages)):
             # no loss uses the deltas; DistributedDataParallel would wait for their gradient
             stage.deltas = stage.deltas.detach()
-            prediction = Prediction(classifier(stage.hidden, with_background)[1])
+            prediction = Prediction(classifier(stage.hidden, with_background))
             if self.prop_score:
                 prediction.prop_logits = self.prop_score[k](stage.hidden).float()
             if captions is not None:
-                prediction.caption_logits = classifier(stage.hidden, captions.to(text))[1]
+                prediction.caption_logits = classifier(stage.hidden, captions.to(text)).logits()
             predictions.append(prediction)
         return stages, predictions
 
@@ -376,8 +375,8 @@ class Model(nn.Module):
             proposals, _ = self.centernet(features)  # of each image: boxes (Q, 4), objectness (Q,)
             boxes = [b for b, _ in proposals]
             stages = self.cascade(features, boxes, sizes)
-            logits = [classify(s.hidden, text)[1] for classify, s in zip(self.classifiers, stages)]
-        mean = torch.stack([x.sigmoid() for x in logits]).mean(0)  # (R, C)
+            scores = [classify(s.hidden, text) for classify, s in zip(self.classifiers, stages)]
+        mean = torch.stack([x.logits().sigmoid() for x in scores]).mean(0)  # (R, C)
         probabilities = mean.split([len(b) for b in boxes])  # B tensors (Q, C)
         scores = [(p * o[:, None]).sqrt() for p, (_, o) in zip(probabilities, proposals)]
         return self.cascade.refine(stages[-1], sizes), scores
@@ -442,16 +441,16 @@ def class_mask(args: Args, labels: Tensor, frequency: Tensor, federated: Tensor)
     return mask * (frequency > 0) if args.ignore_zero else mask
 
 
-def loss_cls(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+def loss_cls(logits: Tensor, labels: Tensor) -> Tensor:
     """Sec. 3, classification of regions: 1/R sum_r sum_c w_c BCE(sigmoid(s_rc), y_rc).
 
-    logits: (R, C), s; labels: (R,), -1 on background, where y is all 0; mask: (C,), w
+    logits: (R, k), s, of the k classes with w = 1; labels: (R,), places in these, -1 on background
     Sum over classes, mean over the R regions of the batch; 0 without regions.
     """
     fg = (labels >= 0).to(logits)  # (R,)
     target = torch.zeros_like(logits).scatter(1, labels.clamp(min=0)[:, None], fg[:, None])
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return (mask * bce).sum() / max(len(labels), 1)
+    return bce.sum() / max(len(labels), 1)
 
 
 def loss_max_size(bag: Bag, label: Tensor) -> Tensor:
@@ -497,17 +496,19 @@ def compute_losses(
 
     L_cls is `loss_cls` with w of `class_mask` of frequency and federated. L_box is `loss_box_reg`.
     proposal_losses: of `CenterNet.losses`, and L_mask, `MaskHead.loss` of the first stage. A batch
-    with image labels has `compute_image_label_losses`, summed over the stages, instead of these.
-    Returns every term, times its weight, and their sum as `loss`.
+    with image labels has `compute_image_label_losses` of each stage instead. `loss` is the sum.
     """
     losses = dict(proposal_losses)
-    for k, (stage, prediction) in enumerate(zip(stages, predictions)):
-        if targets[0].image_labels is not None:
+    if targets[0].image_labels is not None:
+        for stage, prediction in zip(stages, predictions):
             losses |= compute_image_label_losses(args, stage, prediction, targets)
-            continue
-        mask = class_mask(args, stage.labels, frequency, federated)
-        losses[f"loss_cls_stage{k}"] = loss_cls(prediction.logits, stage.labels, mask)
-        losses[f"loss_box_reg_stage{k}"] = loss_box_reg(stage)
+        return losses | {"loss": sum(losses.values())}
+    masks = [class_mask(args, stage.labels, frequency, federated) > 0 for stage in stages]
+    for k, columns in enumerate(true_rows(masks)):  # (k,) each
+        scores = predictions[k].scores
+        places = scores.places(stages[k].labels, columns)
+        losses[f"loss_cls_stage{k}"] = loss_cls(scores.logits(columns), places)
+        losses[f"loss_box_reg_stage{k}"] = loss_box_reg(stages[k])
     return losses | {"loss": sum(losses.values())}
 
 
@@ -519,7 +520,7 @@ def compute_image_label_losses(
     L_im is `mean_over_bags` of the loss of --image-label-loss, by default `loss_max_size`.
     """
     loss_of_label = (RIVALS | {"max_size": loss_max_size})[args.image_label_loss]
-    bags = Bag.split(stage.boxes, prediction.logits, prediction.prop_logits)
+    bags = Bag.split(stage.boxes, prediction.scores.logits(), prediction.prop_logits)
     loss = mean_over_bags(loss_of_label, bags, [t.image_labels for t in targets])
     losses = {f"loss_image_labels_stage{stage.index}": args.image_label_weight * loss}
     if prediction.caption_logits is not None:

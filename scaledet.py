@@ -97,7 +97,7 @@ from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RepeatFactorSampler, make_loader, repeat_factors
 from common.targets import Targets, true_rows
 from common.text import embed, known_vocabularies
-from common.text_classifier import TextClassifier
+from common.text_classifier import TextClassifier, TextScores
 from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import save_image, training_grid
 
@@ -248,14 +248,6 @@ def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
     return LabelSpace(vocabularies, embed_names)
 
 
-@dataclass
-class Prediction:
-    """What the classifier of one stage predicts for its R regions."""
-
-    cosine: Tensor  # (R, C)
-    logits: Tensor  # (R, C)
-
-
 def label_cosines(text: Tensor, labels: Tensor) -> Tensor:
     """Returns cos(t_l, t_j) (N, C) for labels l (N,) and unit rows text (C, D); 1 where l = j.
 
@@ -306,8 +298,8 @@ class Model(nn.Module):
 
     def forward(
         self, images: Tensor, sizes: list[tuple[int, int]], targets: list[Targets], text: Tensor
-    ) -> tuple[list[StageOutput], list[Prediction], dict[str, Tensor]]:
-        """Returns, for training, each stage's output and prediction, and the proposals' losses.
+    ) -> tuple[list[StageOutput], list[TextScores], dict[str, Tensor]]:
+        """Returns, for training, each stage's output and scores, and the proposals' losses.
 
         images: (B, 3, H, W) uint8; text: (C, D)
         """
@@ -317,9 +309,8 @@ class Model(nn.Module):
             boxes = [b for b, _ in proposals]
             # samples regions, and matches those of each stage to the ground truth
             stages = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
-            outputs = [classify(s.hidden, text) for classify, s in zip(self.classifiers, stages)]
-        predictions = [Prediction(cosine, logits) for cosine, logits in outputs]
-        return stages, predictions, losses
+            scores = [classify(s.hidden, text) for classify, s in zip(self.classifiers, stages)]
+        return stages, scores, losses
 
     def detect(
         self, features: list[Tensor], sizes: list[tuple[int, int]], text: Tensor
@@ -332,8 +323,8 @@ class Model(nn.Module):
             proposals, _ = self.centernet(features)  # of each image: boxes (Q, 4), objectness (Q,)
             boxes = [b for b, _ in proposals]
             stages = self.cascade(features, boxes, sizes)
-            logits = [classify(s.hidden, text)[1] for classify, s in zip(self.classifiers, stages)]
-        mean = torch.stack([x.sigmoid() for x in logits]).mean(0)  # (R, C)
+            scores = [classify(s.hidden, text) for classify, s in zip(self.classifiers, stages)]
+        mean = torch.stack([x.logits().sigmoid() for x in scores]).mean(0)  # (R, C)
         probabilities = mean.split([len(b) for b in boxes])  # B tensors (Q, C)
         scores = [(p * o[:, None]).sqrt() for p, (_, o) in zip(probabilities, proposals)]
         return self.cascade.refine(stages[-1], sizes), scores
@@ -374,39 +365,38 @@ def class_mask(
     args: Args,
     stage: StageOutput,
     targets: list[Targets],
-    federated: Tensor,
+    columns: Tensor | slice,
     fg: Tensor,
     between: Tensor,
 ) -> Tensor:
-    """Returns w (R, C) of Eq. 6: 1 for a class that the region trains, otherwise 0.
+    """Returns w (R, K) of Eq. 6: 1 for a class that the region trains, otherwise 0.
 
-    --neg-scope own leaves out the classes of other datasets. --fed-loss trains, of the classes of a
-    federated dataset, those of `sample_federated` alone. --ignore-dup leaves out the other classes
-    that have the same embedding as the region's label (cosine > 0.99).
+    --neg-scope own leaves out the classes of other datasets. --ignore-dup leaves out the other
+    classes that have the same embedding as the region's label (cosine > 0.99).
 
-    federated: (C,), of `LabelTables`; fg: (R_fg,), rows of the foreground regions
-    between:   (R_fg, C), `label_cosines` of their labels
+    columns: the K classes that the stage trains; fg: (R_fg,), rows of the foreground regions
+    between: (R_fg, C), `label_cosines` of their labels
     """
     labels = stage.labels  # (R,)
-    mask = torch.ones(len(labels), len(federated), device=labels.device)  # (R, C)
+    every = between.new_ones(between.shape[1])  # (C,)
+    mask = every[columns].expand(len(labels), -1)  # (R, K)
     if args.neg_scope == "own":
-        mask.zero_()
-        for rows, t in zip(mask.split([len(boxes) for boxes in stage.boxes]), targets):
-            rows[:, t.scope] = 1  # a view of mask
-    if args.fed_loss:
-        mask = mask * sample_federated(labels, federated)  # (C,), one for the stage
+        own = [torch.zeros_like(every) for _ in targets]
+        for row, t in zip(own, targets):
+            row[t.scope] = 1
+        mask = torch.cat([row[columns].expand(len(b), -1) for row, b in zip(own, stage.boxes)])
     if args.ignore_dup:
         duplicates = (between > 0.99).scatter_(1, labels[fg, None], False)  # (R_fg, C)
-        mask[fg] = mask[fg].masked_fill(duplicates, 0)
+        mask = mask.index_copy(0, fg, mask[fg].masked_fill(duplicates[:, columns], 0))
     return mask
 
 
 def loss_hard_label(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """Eq. 6, hard label assignment: L_hl = 1/R sum_r sum_j w_rj BCE(sigmoid(c_rj / tau), y_rj).
 
-    logits: (R, C), c / tau plus the bias if there is one
-    labels: (R,), -1 on background, where y is all 0
-    mask:   (R, C), w
+    logits: (R, K), c / tau plus the bias if there is one, of the classes that are trained
+    labels: (R,), places in these; -1 on background, where y is all 0
+    mask:   (R, K), w
 
     Sum over classes, mean over the R regions of the batch; 0 without regions.
     """
@@ -431,27 +421,33 @@ def loss_soft_label(cosine: Tensor, similarity: Tensor) -> Tensor:
 def compute_losses(
     args: Args,
     stages: list[StageOutput],
-    predictions: list[Prediction],
+    scores: list[TextScores],
     proposal_losses: dict[str, Tensor],
     targets: list[Targets],
     tables: LabelTables,
 ) -> dict[str, Tensor]:
     """L = sum over stages of (L_hl + lambda L_sl + L_box) + the CenterNet losses.
 
-    L_hl is `loss_hard_label` of the logits, with w of `class_mask`. L_sl is `loss_soft_label` of
+    L_hl is `loss_hard_label` of the logits, with w of `class_mask`. --fed-loss trains, of the
+    classes of a federated dataset, those of `sample_federated` alone. L_sl is `loss_soft_label` of
     the cosine. L_box is `loss_box_reg`. proposal_losses are those of `CenterNet.losses`.
     Returns every term, times its weight, and their sum as `loss`.
     """
     losses = dict(proposal_losses)
     foreground = true_rows([stage.labels >= 0 for stage in stages])  # (R_fg,) each
+    trained = [slice(None)] * len(stages)  # the classes of each stage, here all
+    if args.fed_loss:
+        trained = true_rows([sample_federated(s.labels, tables.federated) > 0 for s in stages])
     labels = [stage.labels[rows] for stage, rows in zip(stages, foreground)]
     # one product for all stages
     cosines = label_cosines(tables.text, torch.cat(labels)).split([len(x) for x in labels])
-    for k, (stage, prediction) in enumerate(zip(stages, predictions)):
-        fg, between = foreground[k], cosines[k]
-        mask = class_mask(args, stage, targets, tables.federated, fg, between)
-        soft = loss_soft_label(prediction.cosine[fg], label_similarity(between, tables.lowest))
-        losses[f"loss_hard_stage{k}"] = loss_hard_label(prediction.logits, stage.labels, mask)
+    for k, stage in enumerate(stages):
+        fg, columns, between = foreground[k], trained[k], cosines[k]
+        mask = class_mask(args, stage, targets, columns, fg, between)
+        places = scores[k].places(stage.labels, columns)
+        hard = loss_hard_label(scores[k].logits(columns), places, mask)
+        soft = loss_soft_label(scores[k].cosine(fg), label_similarity(between, tables.lowest))
+        losses[f"loss_hard_stage{k}"] = hard
         losses[f"loss_soft_stage{k}"] = args.lam * soft
         losses[f"loss_box_reg_stage{k}"] = loss_box_reg(stage)
     return losses | {"loss": sum(losses.values())}

@@ -1,8 +1,44 @@
 """The classifier of detectors with an open vocabulary: its weights are text embeddings."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+ALL = slice(None)
+
+
+@dataclass
+class TextScores:
+    """The scores of R regions for C texts. Only the rows and columns that are read are computed."""
+
+    embedding: Tensor  # (R, D), of unit norm
+    text: Tensor  # (C, D), of unit norm
+    tau: float = 1.0
+    bias: Tensor | None = None
+
+    def cosine(self, rows: Tensor | slice = ALL, columns: Tensor | slice = ALL) -> Tensor:
+        """Returns the cosines in [-1, 1] of some regions and texts, (R, C) if all are chosen."""
+        # a cosine in bfloat16 has errors of 0.002, which 1 / tau would multiply by 50
+        with torch.autocast(self.text.device.type, enabled=False):
+            return self.embedding[rows] @ self.text[columns].T
+
+    def logits(self, columns: Tensor | slice = ALL) -> Tensor:
+        """Returns cosine / tau + bias of some texts, (R, C) if all are chosen."""
+        logits = self.cosine(columns=columns) / self.tau
+        return logits if self.bias is None else logits + self.bias
+
+    def places(self, labels: Tensor, columns: Tensor | slice = ALL) -> Tensor:
+        """Returns the places in columns (K,) of labels (R,); -1 for -1 and for all others.
+
+        If columns is a slice, it is ALL.
+        """
+        if isinstance(columns, slice):
+            return labels
+        place = labels.new_full((len(self.text) + 1,), -1)  # the last one is of -1
+        place.scatter_(0, columns, torch.arange(len(columns), device=columns.device))
+        return place[labels]
 
 
 class TextClassifier(nn.Module):
@@ -19,16 +55,10 @@ class TextClassifier(nn.Module):
         self.embedding = nn.Linear(fc_dim, text_dim)
         self.cls_bias = nn.Parameter(torch.tensor([cls_bias])) if cls_bias else None
 
-    def forward(self, hidden: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns cosine (R, C) in [-1, 1] and logits (R, C) = cosine / tau + cls_bias.
+    def forward(self, hidden: Tensor, text: Tensor) -> TextScores:
+        """Returns the scores of region features (R, fc_dim) for text (C, text_dim).
 
-        hidden: (R, fc_dim), region features; text: (C, text_dim), one row of unit norm per label
+        text: one row of unit norm per label
         """
-        embedded = F.normalize(self.embedding(hidden).float())  # (R, D)
-        # a cosine in bfloat16 has errors of 0.002, which 1 / tau would multiply by 50
-        with torch.autocast(hidden.device.type, enabled=False):
-            cosine = embedded @ text.T  # (R, C)
-        logits = cosine / self.tau  # (R, C)
-        if self.cls_bias is not None:
-            logits = logits + self.cls_bias
-        return cosine, logits
+        embedding = F.normalize(self.embedding(hidden).float())  # (R, D)
+        return TextScores(embedding, text, self.tau, self.cls_bias)

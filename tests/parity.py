@@ -359,7 +359,7 @@ def check_inference(monkeypatch, method, variant: str) -> None:
         proposals, _ = model.centernet()
         stages = model.cascade(model.features, [boxes for boxes, _ in proposals], model.sizes)
         for k, stage in enumerate(stages):
-            _, logits = model.classifiers[k](stage.hidden, label_space.text)
+            logits = model.classifiers[k](stage.hidden, label_space.text).logits()
             check_stage(variant, k, stage, logits, tensors)
     for i, ((boxes, scores), detections) in enumerate(zip(given, found, strict=True)):
         official = {

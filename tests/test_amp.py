@@ -80,7 +80,7 @@ HEADS = {
     "MaskHead": lambda: cascade.MaskHead(32, 2)(maps(P), BOXES),
     "TextClassifier": lambda: TextClassifier(16, 8, 0.02, -4.6)(
         torch.randn(3, 16), torch.eye(2, 8)
-    ),
+    ).logits(),
     "DatasetHeads": lambda: DatasetHeads(16, space())(torch.randn(2, 3, 16), space()),
     "RPN of classes": lambda: rpn.RPN(32, torch.tensor([0, 1]), (9, 9), (9, 9)).head(maps(P)),
     "RPN of OLN": lambda: oln.RPN(32).head(maps(oln.STRIDES)),
@@ -114,7 +114,7 @@ def test_a_temperature_does_not_multiply_a_rounding_error():
     hidden, text = torch.randn(50, 16), nn.functional.normalize(torch.randn(30, 8))
     with torch.autocast("cpu", torch.bfloat16):
         embedded = classifier.embedding(hidden).float()
-        _, logits = classifier(hidden, text)
+        logits = classifier(hidden, text).logits()
     expected = nn.functional.normalize(embedded) @ text.T / 0.02
     assert torch.equal(logits, expected)
 

@@ -42,6 +42,7 @@ from common.labels import LabelSpace, Vocabulary, fold
 from common.sampling import RatioBatchSampler, repeat_factors
 from common.targets import RegionTargets, Targets
 from common.text import read_table
+from common.text_classifier import TextScores
 from detic import Prediction
 
 SMALL = detic.Args(
@@ -109,6 +110,17 @@ def used_rows(one: Bag, loss) -> list[int]:
 # -- boxes -----------------------------------------------------------------------------------------
 
 
+def scores_of(logits):
+    """What a classifier predicts whose logits these are."""
+    return TextScores(logits, torch.eye(logits.shape[1]))
+
+
+def loss_of_columns(scores, labels, mask):
+    """`loss_cls` of the columns that the mask (C,) keeps."""
+    columns = mask.nonzero().flatten()
+    return detic.loss_cls(scores.logits(columns), scores.places(labels, columns))
+
+
 def test_detic_sec3_classification():
     logits, labels = torch.randn(7, 5), torch.tensor([0, 3, -1, 4, -1, 0, 2])
     mask = torch.tensor([1.0, 0, 1, 1, 0])
@@ -116,8 +128,9 @@ def test_detic_sec3_classification():
     for row, label in zip(logits.tolist(), labels.tolist()):
         for c, logit in enumerate(row):
             expected += mask[c].item() * bce(logit, c == label)
-    assert detic.loss_cls(logits, labels, mask).item() == pytest.approx(expected / 7, rel=1e-5)
-    assert detic.loss_cls(logits[:0], labels[:0], mask) == 0
+    loss = loss_of_columns(scores_of(logits), labels, mask)
+    assert loss.item() == pytest.approx(expected / 7, rel=1e-5)
+    assert loss_of_columns(scores_of(logits[:0]), labels[:0], mask) == 0
 
 
 def test_detic_sec3_class_mask():
@@ -224,7 +237,7 @@ def test_detic_every_choice_of_image_label_loss_has_its_own():
     for name, loss in LOSSES.items():
         one = bag()
         stage = StageOutput(2, [one.boxes], torch.randn(6, 8), torch.randn(6, 4), [])
-        prediction = Prediction(one.logits, one.prop_logits)
+        prediction = Prediction(scores_of(one.logits), one.prop_logits)
         chosen = replace(args, image_label_loss=name)
         losses = detic.compute_image_label_losses(chosen, stage, prediction, targets)
         expected = 0.3 * loss(one, labels[0]).item()
@@ -290,11 +303,15 @@ def test_detic_total_of_image_labels():
     args.negative_caption_weight = 0.25
     targets = [Targets(*NOTHING, image_labels=torch.tensor(own)) for own in ([1], [0, 2])]
     targets[0].caption = "a dog"
-    predictions = [Prediction(torch.randn(7, 6), caption_logits=torch.randn(7, 4)) for _ in stages]
+    predictions = [
+        Prediction(scores_of(torch.randn(7, 6)), caption_logits=torch.randn(7, 4)) for _ in stages
+    ]
     ones = torch.ones(5)
     losses = detic.compute_losses(args, stages, predictions, {}, targets, ones, ones)
     for k, (stage, prediction) in enumerate(zip(stages, predictions)):
-        bags = [Bag(b, rows) for b, rows in zip(stage.boxes, prediction.logits.split([4, 3]))]
+        bags = [
+            Bag(b, rows) for b, rows in zip(stage.boxes, prediction.scores.logits().split([4, 3]))
+        ]
         image = sum(
             sum(detic.loss_max_size(one, label) for label in t.image_labels) / len(t.image_labels)
             for one, t in zip(bags, targets)
@@ -320,13 +337,13 @@ def test_detic_total_of_boxes():
             RegionTargets(random_boxes(n), torch.randint(-1, 5, (n,)), torch.zeros(n).long())
             for n in map(len, stage.boxes)
         ]
-    predictions = [Prediction(torch.randn(7, 5)) for _ in stages]
+    predictions = [Prediction(scores_of(torch.randn(7, 5))) for _ in stages]
     targets = [Targets(random_boxes(2), torch.tensor([1, 2]))] * 2
     given = {"loss_mask": torch.tensor(2.0), "loss_centernet_pos": torch.tensor(3.0)}
     args = replace(SMALL, fed_loss=False)
     losses = detic.compute_losses(args, stages, predictions, given, targets, frequency, frequency)
     for k, (stage, prediction) in enumerate(zip(stages, predictions)):
-        expected = detic.loss_cls(prediction.logits, stage.labels, frequency)
+        expected = loss_of_columns(prediction.scores, stage.labels, frequency)
         assert losses[f"loss_cls_stage{k}"].item() == pytest.approx(expected.item(), rel=1e-6)
         expected = loss_box_reg(stage)
         assert losses[f"loss_box_reg_stage{k}"].item() == pytest.approx(expected.item(), rel=1e-6)
@@ -340,7 +357,10 @@ def test_detic_total_of_boxes():
 
 
 def test_detic_each_stage_samples_its_own_classes(monkeypatch):
-    stages, predictions = three_stages(), [Prediction(torch.randn(7, 5)) for _ in range(3)]
+    stages, predictions = (
+        three_stages(),
+        [Prediction(scores_of(torch.randn(7, 5))) for _ in range(3)],
+    )
     for stage in stages:
         none = [torch.full((n,), -1) for n in map(len, stage.boxes)]
         stage.targets = [RegionTargets(random_boxes(len(x)), x, 0 * x) for x in none]
@@ -358,7 +378,7 @@ def test_detic_each_stage_samples_its_own_classes(monkeypatch):
     )
     assert len(drawn) == 3
     for k, (stage, prediction, mask) in enumerate(zip(stages, predictions, drawn)):
-        expected = detic.loss_cls(prediction.logits, stage.labels, mask)
+        expected = loss_of_columns(prediction.scores, stage.labels, mask)
         torch.testing.assert_close(losses[f"loss_cls_stage{k}"], expected)
 
 
@@ -706,7 +726,7 @@ def test_detic_trains_with_captions_and_a_dynamic_classifier(
         labelled = targets[0].image_labels is not None
         kinds.add(labelled)
         assert 0 < len(classes) <= 30 < len(frequency)
-        assert all(p.logits.shape[1] == len(classes) + labelled for p in predictions)
+        assert all(p.scores.logits().shape[1] == len(classes) + labelled for p in predictions)
         if not labelled:
             assert captions is None and not any("captions" in name for name in losses)
             continue
@@ -768,8 +788,8 @@ def test_detic_image_labels_teach_the_classifier_alone(name):
     stages, predictions, losses = model(*images(), targets, TEXT)
     assert losses == {}
     for stage, prediction in zip(stages, predictions, strict=True):
-        assert prediction.logits.shape == (len(stage.hidden), 6)
-        assert not prediction.logits[:, -1].any()  # background is 0
+        assert prediction.scores.logits().shape == (len(stage.hidden), 6)
+        assert not prediction.scores.logits()[:, -1].any()  # background is 0
         assert (prediction.prop_logits is not None) == (name == "wsddn")
         assert prediction.caption_logits is None and stage.targets == []
         assert not stage.deltas.requires_grad  # several ranks would wait for their loss
@@ -793,7 +813,7 @@ def test_detic_boxes_teach_everything():
     targets = [Targets(boxes, torch.tensor([1, 2]), masks=masks) for _ in range(2)]
     stages, predictions, losses = model(*images(), targets, TEXT)
     # without background
-    assert all(p.logits.shape == (len(s.hidden), 5) for s, p in zip(stages, predictions))
+    assert all(p.scores.logits().shape == (len(s.hidden), 5) for s, p in zip(stages, predictions))
     train_losses(model, stages, predictions, targets, losses)["loss"].backward()
     assert parts_with_gradient(model) == SEEN | {"centernet", "cascade.bbox_pred", "mask_head"}
     # without masks the head has nothing to learn, and takes part all the same

@@ -122,7 +122,7 @@ def test_full_size_training_step(space, changes):
     stages, predictions, losses = model(batch.images, batch.sizes, truth, space.text)
     assert len(stages[0].hidden) == 128
     for stage, prediction in zip(stages, predictions, strict=True):
-        cosine, logits = prediction.cosine, prediction.logits
+        cosine, logits = prediction.cosine(), prediction.logits()
         assert cosine.shape == logits.shape == (len(stage.deltas), 2148)
     losses = scaledet.compute_losses(args, stages, predictions, losses, truth, tables)
     assert len(losses) == 3 * 3 + 3 + 1 and all(value.isfinite() for value in losses.values())

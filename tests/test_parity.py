@@ -201,7 +201,7 @@ def test_parity_cascade_training(variant, monkeypatch):
     outputs = model.train()(model.images, model.sizes, truth, label_space.text)
     stages, predictions, losses = outputs
     for k, (stage, prediction) in enumerate(zip(stages, predictions, strict=True)):
-        logits = prediction.logits
+        logits = prediction.logits()
         check_stage(variant, k, stage, logits, tensors)
     check_targets(variant, stages, truth, tensors, num_classes, torch.arange(num_classes + 1))
     tables = scaledet.LabelTables.of(model.args, label_space.text, tensors["freq_image_count"])

@@ -189,7 +189,7 @@ def test_parity_box_supervision(variant, monkeypatch):
 
     stages, predictions, losses = model.train()(model.images, model.sizes, truth, text)
     for k, (stage, prediction) in enumerate(zip(stages, predictions, strict=True)):
-        check_stage(variant, k, stage, prediction.logits, tensors)
+        check_stage(variant, k, stage, prediction.scores.logits(), tensors)
     check_targets(variant, stages, truth, tensors, len(text), places)
     given = (losses, truth, frequency, frequency)
     losses = detic.compute_losses(model.args, stages, predictions, *given)
@@ -225,7 +225,7 @@ def test_parity_image_label_supervision(variant, monkeypatch):
             check(f"cascade {variant}: boxes", boxes, tensors[f"{variant}.stage{k}.image{i}.boxes"])
         # with the column of background, whose logit is the bias
         official = tensors[f"{variant}.stage{k}.cls_logits"]
-        check(f"cascade {variant}: logits", prediction.logits, official)
+        check(f"cascade {variant}: logits", prediction.scores.logits(), official)
     frequency = torch.ones(len(label_space))
     given = (losses, truth, frequency, frequency)
     losses = detic.compute_losses(model.args, stages, predictions, *given)

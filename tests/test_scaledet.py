@@ -29,9 +29,9 @@ from common.labels import LabelSpace, Vocabulary
 from common.sampling import RepeatFactorSampler, repeat_factors
 from common.targets import RegionTargets, Targets, match_regions, sample_fg_bg, true_rows
 from common.text import embed
-from common.text_classifier import TextClassifier
+from common.text_classifier import TextClassifier, TextScores
 from common.transforms import LargeScaleJitter
-from scaledet import Args, LabelTables, Model, Prediction
+from scaledet import Args, LabelTables, Model
 
 SMALL = Args(
     backbone="resnet18",
@@ -210,8 +210,10 @@ def test_scaledet_class_mask():
         args = replace(SMALL, neg_scope="own" if own else "all", ignore_dup=ignore_dup)
         fg = (labels >= 0).nonzero()[:, 0]
         between = scaledet.label_cosines(text, labels[fg])
-        mask = scaledet.class_mask(args, stage, targets, torch.ones(5), fg, between)
+        mask = scaledet.class_mask(args, stage, targets, slice(None), fg, between)
         assert mask.shape == (7, 5)
+        some = scaledet.class_mask(args, stage, targets, torch.tensor([3, 0]), fg, between)
+        assert torch.equal(some, mask[:, [3, 0]])
         for r, j in itertools.product(range(len(labels)), range(5)):
             scope = scopes[0 if r < 3 else 1]
             expected = scope.start <= j < scope.stop or not own
@@ -226,7 +228,7 @@ def test_scaledet_duplicates_are_judged_before_the_rescaling():
     stage = StageOutput(0, [boxes], None, None, [region_targets(boxes, labels)])
     between = all_cosines(text)
     truth = whole_scope(text)[:1]
-    mask = scaledet.class_mask(Args(), stage, truth, torch.full((4,), -1), labels, between)
+    mask = scaledet.class_mask(Args(), stage, truth, slice(None), labels, between)
     expected = [[i != j and float(text[i] @ text[j]) > 0.99 for j in range(4)] for i in range(4)]
     assert (mask == 0).tolist() == expected
     assert any(map(any, expected)) and not expected[1][3]
@@ -268,7 +270,7 @@ def test_scaledet_fed_loss_acts_on_the_hard_loss_alone():
     losses = scaledet.compute_losses(args, stages, predictions, {}, whole_scope(text), tables)
     own = torch.zeros(60)
     own[:30] = own[40] = 1  # 30 classes have images: all are sampled
-    cosine, logits = predictions[1].cosine, predictions[1].logits
+    cosine, logits = predictions[1].cosine(), predictions[1].logits()
     expected = scaledet.loss_hard_label(logits, labels, own.expand(3, 60))
     torch.testing.assert_close(losses["loss_hard_stage1"], expected)
     similarity = whole_similarity(text, args.sim_norm)[labels[[0, 2]]]
@@ -348,7 +350,7 @@ def three_stages(text, labels) -> tuple[list[StageOutput], list]:
         targets = [region_targets(random_boxes(len(x)), x) for x in labels.split(split)]
         hidden, deltas = stage(torch.randn(len(labels), 2, 7, 7) * (k + 1))
         stages.append(StageOutput(len(stages), list(boxes), hidden, deltas, targets))
-        predictions.append(Prediction(*classifier(hidden, text)))
+        predictions.append(classifier(hidden, text))
     return stages, predictions
 
 
@@ -373,7 +375,7 @@ def test_scaledet_total_is_the_weighted_sum_of_every_stage(sim_norm):
     weights = [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
     expected = dict(proposal_losses)
     for k, (stage, prediction) in enumerate(zip(stages, predictions)):
-        cosine, logits = prediction.cosine, prediction.logits
+        cosine, logits = prediction.cosine(), prediction.logits()
         hard = scaledet.loss_hard_label(logits, labels, torch.ones(4, 6))
         soft = scaledet.loss_soft_label(cosine[[0, 2, 3]], similarity)
         expected[f"loss_hard_stage{k}"] = hard
@@ -401,7 +403,7 @@ def test_scaledet_each_stage_samples_its_own_classes(monkeypatch):
     losses = scaledet.compute_losses(args, stages, predictions, {}, whole_scope(text), tables)
     assert len(drawn) == 3
     for k, (prediction, mask) in enumerate(zip(predictions, drawn)):
-        expected = scaledet.loss_hard_label(prediction.logits, labels, mask.expand(4, 6))
+        expected = scaledet.loss_hard_label(prediction.logits(), labels, mask.expand(4, 6))
         torch.testing.assert_close(losses[f"loss_hard_stage{k}"], expected)
 
 
@@ -429,16 +431,29 @@ def test_scaledet_without_soft_loss_is_detic_without_federated_mask():
     targets = [region_targets(torch.ones(4, 4), labels)]
     output = StageOutput(0, [random_boxes(4)], hidden, deltas, targets)
     tables = LabelTables.of(args, text, torch.ones(7))
-    predictions = [Prediction(*classifier(hidden, text))]
+    predictions = [classifier(hidden, text)]
     truth = whole_scope(text)[:1]
     losses = scaledet.compute_losses(args, [output], predictions, {}, truth, tables)
     assert losses["loss_hard_stage0"].item() == pytest.approx(expected, rel=1e-5)
     assert losses["loss_soft_stage0"] == 0
 
 
+def test_scaledet_scores_of_some_rows_and_columns_are_those_of_all():
+    text, hidden = unit_rows(6), torch.randn(4, 8)
+    scores = TextClassifier(8, text.shape[1], 0.05, -4.6)(hidden, text)
+    columns = torch.tensor([5, 0, 3])
+    torch.testing.assert_close(scores.logits(columns), scores.logits()[:, columns])
+    rows = torch.tensor([3, 1])
+    torch.testing.assert_close(scores.cosine(rows), scores.cosine()[rows])
+    labels = torch.tensor([3, -1, 1, 5])
+    assert scores.places(labels, columns).tolist() == [2, -1, -1, 0]
+    assert scores.places(labels) is labels
+
+
 def test_scaledet_class_bias_moves_the_logits_and_not_the_cosine():
     classifier, hidden, text = TextClassifier(8, 6, 0.05, -4.6), torch.randn(3, 8), unit_rows(4)
-    cosine, logits = classifier(hidden, text)
+    scores = classifier(hidden, text)
+    cosine, logits = scores.cosine(), scores.logits()
     torch.testing.assert_close(
         cosine, F.normalize(F.linear(hidden, *classifier.embedding.parameters())) @ text.T
     )
@@ -489,7 +504,7 @@ def test_scaledet_shared_label_of_two_datasets_can_be_confident(ignore_dup):
     boxes = torch.zeros(1, 4)
     stage = StageOutput(0, [boxes], None, None, [region_targets(boxes, labels)])
     targets, between = [Targets(boxes, labels, slice(2, 4))], scaledet.label_cosines(text, labels)
-    mask = scaledet.class_mask(args, stage, targets, torch.ones(4), torch.tensor([0]), between)
+    mask = scaledet.class_mask(args, stage, targets, slice(None), torch.tensor([0]), between)
     embedding = nn.Parameter(torch.randn(1, text.shape[1]))
     optimizer = torch.optim.Adam([embedding], lr=0.05)
     for _ in range(200):
@@ -604,10 +619,10 @@ class TwoStages(Model):
         self.args, self.weight = SMALL, nn.Parameter(torch.zeros(()))
         self.centernet = lambda features: ([(boxes, objectness)], {})
         self.cascade = FoundRegions([SimpleNamespace(hidden=x) for x in logits], boxes)
-        self.classifiers = [lambda hidden, text: (None, hidden)] * 2
+        self.classifiers = [lambda hidden, text: TextScores(hidden, torch.eye(2))] * 2
 
     def extract(self, images, sizes):
-        return []
+        return [images]
 
 
 class FoundRegions:
@@ -761,7 +776,7 @@ def train_losses(model, samples, space) -> tuple[list[StageOutput], dict]:
     outputs = model.train()(batch.images, batch.sizes, targets, space.text)
     stages, predictions, losses = outputs
     for stage, prediction in zip(stages, predictions):
-        assert prediction.cosine.shape == prediction.logits.shape == (len(stage.hidden), 5)
+        assert prediction.cosine().shape == prediction.logits().shape == (len(stage.hidden), 5)
     tables = LabelTables.of(model.args, space.text, torch.ones(len(space)))
     return stages, scaledet.compute_losses(model.args, stages, predictions, losses, targets, tables)
 
@@ -881,11 +896,11 @@ def test_scaledet_stages_share_the_gradient_of_the_features(space):
     boxes = [torch.tensor([[3.0, 3, 40, 50]])]
     weight = torch.randn(1, len(space))
     (first, *_) = model.cascade(features, boxes, [(64, 64)], None, 16)
-    (model.classifiers[0](first.hidden, space.text)[0] * weight).sum().backward()
+    (model.classifiers[0](first.hidden, space.text).cosine() * weight).sum().backward()
     pooled = pool_rois([f.detach().requires_grad_() for f in features], [8, 16, 32], boxes, 7)
     hidden, _ = model.cascade.stages[0](pooled)
     (gradient,) = torch.autograd.grad(
-        (model.classifiers[0](hidden, space.text)[0] * weight).sum(), pooled
+        (model.classifiers[0](hidden, space.text).cosine() * weight).sum(), pooled
     )
     assert float(features[0].grad.sum()) == pytest.approx(
         float(gradient.sum()) / 3, rel=1e-3, abs=1e-5
