@@ -299,7 +299,7 @@ class Model(nn.Module):
     def forward(
         self, images: Tensor, sizes: list[tuple[int, int]], targets: list[Targets], text: Tensor
     ) -> tuple[list[StageOutput], list[TextScores], dict[str, Tensor]]:
-        """Returns, for training, each stage's output and scores, and the proposals' losses.
+        """Returns, for training, each stage's output and prediction, and the proposals' losses.
 
         images: (B, 3, H, W) uint8; text: (C, D)
         """
@@ -309,8 +309,10 @@ class Model(nn.Module):
             boxes = [b for b, _ in proposals]
             # samples regions, and matches those of each stage to the ground truth
             stages = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
-            scores = [classify(s.hidden, text) for classify, s in zip(self.classifiers, stages)]
-        return stages, scores, losses
+            predictions = [
+                classify(s.hidden, text) for classify, s in zip(self.classifiers, stages)
+            ]
+        return stages, predictions, losses
 
     def detect(
         self, features: list[Tensor], sizes: list[tuple[int, int]], text: Tensor
@@ -421,7 +423,7 @@ def loss_soft_label(cosine: Tensor, similarity: Tensor) -> Tensor:
 def compute_losses(
     args: Args,
     stages: list[StageOutput],
-    scores: list[TextScores],
+    predictions: list[TextScores],
     proposal_losses: dict[str, Tensor],
     targets: list[Targets],
     tables: LabelTables,
@@ -441,12 +443,12 @@ def compute_losses(
     labels = [stage.labels[rows] for stage, rows in zip(stages, foreground)]
     # one product for all stages
     cosines = label_cosines(tables.text, torch.cat(labels)).split([len(x) for x in labels])
-    for k, stage in enumerate(stages):
+    for k, (stage, prediction) in enumerate(zip(stages, predictions)):
         fg, columns, between = foreground[k], trained[k], cosines[k]
         mask = class_mask(args, stage, targets, columns, fg, between)
-        places = scores[k].places(stage.labels, columns)
-        hard = loss_hard_label(scores[k].logits(columns), places, mask)
-        soft = loss_soft_label(scores[k].cosine(fg), label_similarity(between, tables.lowest))
+        places = prediction.places(stage.labels, columns)
+        hard = loss_hard_label(prediction.logits(columns), places, mask)
+        soft = loss_soft_label(prediction.cosine(fg), label_similarity(between, tables.lowest))
         losses[f"loss_hard_stage{k}"] = hard
         losses[f"loss_soft_stage{k}"] = args.lam * soft
         losses[f"loss_box_reg_stage{k}"] = loss_box_reg(stage)
