@@ -22,7 +22,7 @@ from common.batch import Batch, Sample, collate
 from common.boxes import select_detections
 from common.labels import LabelSpace, Vocabulary
 
-BOXES, CANDIDATES, MOST = 8, 1000, 300
+BOXES, CANDIDATES, MOST = 8, 2000, 300
 NAME = "lvis"
 CLIP = (nn.utils.clip_grad_value_, 1.0)
 

@@ -27,7 +27,7 @@ from common.sampling import Mixture, make_loader
 from common.transforms import LargeScaleJitter, jitter_colors
 
 WIDTH, HEIGHT, BOXES = 584, 472, 7
-OCTAVES, FINEST, QUALITY = 7, 10.0, 90  # of about 160 kB a photograph
+OCTAVES, FINEST, QUALITY = 7, 12.0, 93  # of about 160 kB a photograph
 BATCH = 16
 SCALE = (0.1, 2.0)
 

@@ -21,7 +21,7 @@ from common.segment_metrics import confusion, match_segments
 CLASSES, BOXES, DETECTIONS = 80, 7, 100
 SEGMENTED, SEGMENTS = 150, 40
 SIZE = (512, 683)
-CALLS = 20  # of a count in one round
+CALLS = 5  # of a count in one round
 
 
 def draw(images: int) -> tuple[np.ndarray, np.ndarray]:
@@ -183,7 +183,7 @@ def repeated(function: Callable) -> Callable:
 
 def rows(options: Options) -> Iterator[Row]:
     """Yields a row for each peer of box AP, whose result must equal ours, and those of counts."""
-    images = 20 if options.quick else 1000
+    images = 10 if options.quick else 1000
     truth, found = draw(images)
     functions = {"concord": concord_ap(images, truth, found)}
     for package in ("pycocotools", "faster-coco-eval"):
