@@ -124,7 +124,8 @@ def main() -> None:
         docs = None
     default = [name for name in SECTIONS if options.on_gpu or name not in ON_GPU]
     names = args.sections or default
-    print(f"about {sum(SECTIONS.get(name, 1) for name in names):.0f} minutes in all")
+    minutes = sum(SECTIONS.get(name, 1) for name in names)
+    print(f"about {minutes:.0f} minutes on two quiet CPU cores; a GPU needs less")
     record = {"sections": {}}
     if docs and path.exists():
         record = json.loads(path.read_text())

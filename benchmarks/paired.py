@@ -82,6 +82,11 @@ class Options:
         """Tells if the device is a GPU."""
         return torch.device(self.device).type == "cuda"
 
+    def modes_of(self, side: int) -> tuple[str, ...]:
+        """Returns the modes of a size. Only models for the smallest one are compiled."""
+        smallest = side == self.sides[0]
+        return tuple(mode for mode in self.modes if smallest or mode != "compiled")
+
     def setting(self, side: int, classes: int, mode: str = "eager") -> Setting:
         """Returns the setting of a comparison."""
         return Setting(side, 8 if self.on_gpu else 2, classes, mode, self.device)

@@ -98,23 +98,23 @@ def build_peer(setting: Setting) -> nn.Module:
     return prepare(model, setting, "model.pixel_level_module")
 
 
-def normalised(images: Tensor) -> Tensor:
-    """Returns images (B, 3, H, W) uint8 as Hugging Face's model wants them."""
-    mean, scale = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, SCALE))
-    return (images - mean) / scale
+def normaliser(device: str) -> Callable[[Tensor], Tensor]:
+    """Returns what makes inputs of Hugging Face's model of images (B, 3, H, W) uint8."""
+    mean, scale = (torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, SCALE))
+    return lambda images: (images - mean) / scale
 
 
 def transformers_step(setting: Setting) -> Callable[[], float]:
     """Returns the same of Hugging Face's model."""
     model, batch = build_peer(setting), labelled_batch(setting)
-    optimizer = optimizer_of(model, LR)
+    optimizer, normalise = optimizer_of(model, LR), normaliser(setting.device)
     rows = torch.arange(SEGMENTS, device=setting.device)[:, None, None]
     masks = [(sample.segments == rows).float() for sample in batch.samples]
     classes = [sample.labels for sample in batch.samples]
 
     def step() -> float:
         with setting.autocast():
-            inputs = normalised(batch.images)
+            inputs = normalise(batch.images)
             loss = model(pixel_values=inputs, mask_labels=masks, class_labels=classes).loss
         return update(model, optimizer, loss.float(), *CLIP)
 
@@ -151,13 +151,13 @@ def transformers_predictor(setting: Setting, task: str) -> Callable:
     from transformers import Mask2FormerImageProcessor
 
     model, batch = build_peer(setting).eval(), labelled_batch(setting)
-    processor = Mask2FormerImageProcessor()
+    processor, normalise = Mask2FormerImageProcessor(), normaliser(setting.device)
     sizes = [(setting.side, setting.side)] * setting.batch
 
     @torch.no_grad()
     def predict():
         with setting.autocast():
-            outputs = model(pixel_values=normalised(batch.images))
+            outputs = model(pixel_values=normalise(batch.images))
         if task == "semantic":
             return processor.post_process_semantic_segmentation(outputs, sizes)
         if task == "panoptic":

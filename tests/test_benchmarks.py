@@ -157,7 +157,7 @@ def test_peers_of_the_counts_count_the_same():
     classes = evaluation.SEGMENTS
     void = np.where(truth < 0, classes, truth)
     theirs = evaluation.bincount_confusion(void, found, classes)[:classes, :classes]
-    assert (theirs.T == confusion(truth, found, classes)).all() and theirs.any()
+    assert (confusion(truth, found, classes) == theirs.T).all() and theirs.any()
     labels, crowd = np.arange(classes), np.zeros(classes, bool)
     counts = match_segments(truth, labels, crowd, found, labels, classes)
     matched = evaluation.unique_pairs(truth, found, labels)
@@ -183,6 +183,12 @@ def test_the_threshold_passes_the_best_scores():
     scores = torch.tensor([[0.1, 0.5], [0.4, 0.2]])
     assert (scores >= lowest_of_best(scores, 3)).sum() == 3
     assert lowest_of_best(scores, 9) == pytest.approx(0.1)
+
+
+def test_only_the_smallest_size_is_compiled():
+    options = Options(modes=("eager", "compiled"))
+    assert options.modes_of(320) == ("eager", "compiled") and options.modes_of(640) == ("eager",)
+    assert Options(device="cuda").sides == (512, 1024) and Options(device="cuda").on_gpu
 
 
 def test_settings_of_both_sides():

@@ -13,14 +13,15 @@ PEER = "transformers"
 
 
 def rows(options: Options) -> Iterator[Row]:
-    """Yields a row for each method, size, task and mode."""
+    """Yields a row for each method, size, task and mode. A prediction is never compiled."""
+    modes = [mode for mode in options.modes if mode != "compiled"]
     for side in options.sides:
-        for mode in options.modes:
+        for mode in modes:
             yield from detector_rows(options, side, mode)
     if not has_peer(PEER):
         return
     for side in options.sides if options.on_gpu else options.sides[:1]:
-        for mode in options.modes:
+        for mode in modes:
             for task in segmenters.TASKS:
                 yield from segmenter_rows(options, side, mode, task)
 

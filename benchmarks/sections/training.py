@@ -16,7 +16,7 @@ PEER = "transformers"
 def rows(options: Options) -> Iterator[Row]:
     """Yields a row for each method, size and mode."""
     for side in options.sides:
-        for mode in options.modes:
+        for mode in options.modes_of(side):
             setting = options.setting(side, CLASSES, mode)
             for ours, make, peer, make_peer in PAIRS:
                 what = f"{ours}, {side} px, batch {setting.batch}"
@@ -26,7 +26,7 @@ def rows(options: Options) -> Iterator[Row]:
     if not has_peer(PEER):
         return
     for side in options.sides if options.on_gpu else options.sides[:1]:
-        for mode in options.modes:
+        for mode in options.modes_of(side):
             yield from segmenter_rows(options, side, mode)
 
 
