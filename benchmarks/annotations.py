@@ -207,12 +207,12 @@ def main() -> None:
             record["first start on that part"] = alone("concord", part, name)
         record["pycocotools"] = alone("pycocotools", part, name)
     print(json.dumps(record, indent=1))
-    from mask2former_step import cpu_name, record_path
+    from benchmarks.paired import cpu_name, record_path, write_json
 
     path = record_path("annotations", cpu_name())
     runs = json.loads(path.read_text()) if path.exists() else {}
     runs[f"{args.images} images, {args.boxes} boxes{' with masks' if args.masks else ''}"] = record
-    path.write_text(json.dumps(runs, indent=1) + "\n")
+    write_json(path, runs)
 
 
 if __name__ == "__main__":

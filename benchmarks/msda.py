@@ -12,8 +12,6 @@ copy on this device. A peer that cannot run is skipped with a printed line.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
@@ -25,6 +23,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.paired import device_name, record_path, write_json
 from common.msda import formula, msda, triton
 
 HEADS, CHANNELS, POINTS = 8, 32, 4
@@ -192,7 +191,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device("cuda" if cuda else "cpu")
-    name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+    name = device_name(device)
     flush = torch.zeros(2**30 if cuda else 2**28, dtype=torch.uint8, device=device)
     report = {
         "device": name,
@@ -202,8 +201,8 @@ def main() -> None:
         "threads": None if cuda else torch.get_num_threads(),
     }
     report["results"] = {side: measure(side, args, device, flush) for side in args.sizes}
-    path = Path(__file__).parent / f"msda-{name.replace(' ', '-')}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path = record_path("msda", name)
+    write_json(path, report)
     print(f"wrote {path}")
 
 

@@ -205,8 +205,7 @@ def measure(method: str, changes: dict, root: Path, folder: Path, context) -> di
 
 
 def main() -> None:
-    from mask2former_step import cpu_name, record_path
-
+    from benchmarks.paired import cpu_name, record_path, write_json
     from common.datasets.tiny import generate
 
     context = multiprocessing.get_context("forkserver")
@@ -221,7 +220,7 @@ def main() -> None:
             found[case] = measure(method, changes, root, Path(folder) / case, context)
     record = {"device": cpu_name(), "torch": torch.__version__, "relative differences": found}
     print(json.dumps(record, indent=1))
-    record_path("ranks", record["device"]).write_text(json.dumps(record, indent=1) + "\n")
+    write_json(record_path("ranks", record["device"]), record)
 
 
 if __name__ == "__main__":

@@ -13,29 +13,26 @@ less. `load` is the machine's load average before and after.
 
 import argparse
 import json
-import os
+import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from mask2former_step import cpu_name, embed_at_random, record_path
-
 import common.boxes
-import scaledet
-from common.batch import Sample, collate
+from benchmarks.detectors import random_boxes, scaledet_step
+from benchmarks.paired import Setting, compare, cpu_name, load, record_path, write_json
 from common.boxes import pool_rois
-from common.labels import LabelSpace, Vocabulary
 from common.roi_align import roi_align
 
 STRIDES = [8, 16, 32]
-CHANNELS, REGIONS, BOXES = 256, 512, 8
+CHANNELS, REGIONS = 256, 512
 
 
 def native(
@@ -60,14 +57,6 @@ def native(
 KERNELS = {"concord": roi_align, "torchvision": native}
 
 
-def random_boxes(count: int, side: int) -> Tensor:
-    """Returns boxes (count, 4) inside an image of side x side pixels."""
-    logarithm = torch.rand(count, 2) * torch.tensor(side / 16).log()
-    half = 8 * logarithm.exp()
-    centre = torch.rand(count, 2) * side
-    return torch.cat([centre - half, centre + half], 1).clamp(0, side)
-
-
 def pooling(side: int, batch: int) -> Callable[[], float]:
     """Returns a function that pools forward and backward, and returns a gradient's norm."""
     features = [torch.randn(batch, CHANNELS, side // s, side // s) for s in STRIDES]
@@ -83,57 +72,27 @@ def pooling(side: int, batch: int) -> Callable[[], float]:
     return step
 
 
-def training(side: int, batch: int, classes: int) -> Callable[[], float]:
-    """Returns a function that takes one training step and returns the loss."""
-    args = scaledet.Args(amp="off")
-    vocabulary = Vocabulary("lvis", tuple(f"class {i}" for i in range(classes)))
-    label_space = LabelSpace([vocabulary], embed_at_random)
-    federated = torch.full((classes,), -1.0)
-    tables = scaledet.LabelTables.of(args, label_space.text, federated)
-    model = scaledet.Model(args, label_space, pretrained=False)
-    model.train()
-    samples = []
-    for i in range(batch):
-        image = torch.randint(0, 256, (3, side, side), dtype=torch.uint8)
-        sample = Sample.unlabelled(image, "lvis", i, i)
-        sample.boxes = random_boxes(BOXES, side)
-        sample.labels = torch.randperm(classes)[:BOXES]
-        samples.append(sample)
-    inputs = collate(samples)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=1e-4)  # all steps are the same
+def with_kernel(name: str, step: Callable[[], float], results: dict) -> Callable[[], None]:
+    """Returns a function that takes `step` with a kernel and keeps its result."""
 
-    def step() -> float:
-        targets = scaledet.prepare_targets(inputs, label_space)
-        outputs = model(inputs.images, inputs.sizes, targets, label_space.text)
-        losses = scaledet.compute_losses(args, *outputs, targets, tables)
-        optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        nn.utils.clip_grad_value_(model.parameters(), 1.0)
-        optimizer.step()
-        return losses["loss"].item()
-
-    return step
-
-
-def compare(step: Callable[[], float], repeats: int) -> dict:
-    """Times `step` with each kernel in turn. The first round warms up and is not counted."""
-    clocks = {"seconds": time.perf_counter, "CPU seconds": time.process_time}
-    times = {clock: {name: [] for name in KERNELS} for clock in clocks}
-    results = {}
-    load = os.getloadavg()[0]
-    for repeat in range(repeats + 1):
-        for name, kernel in KERNELS.items():
-            common.boxes.roi_align = kernel
-            torch.manual_seed(0)  # the same regions are sampled
-            start = {clock: read() for clock, read in clocks.items()}
+    def run() -> None:
+        with patch.object(common.boxes, "roi_align", KERNELS[name]):
             results[name] = step()
-            if repeat:
-                for clock, read in clocks.items():
-                    times[clock][name].append(round(read() - start[clock], 4))
-    record = {"result": results, "load": [round(load, 1), round(os.getloadavg()[0], 1)]}
-    for clock, of_kernels in times.items():
-        medians = {name: statistics.median(taken) for name, taken in of_kernels.items()}
+
+    return run
+
+
+def measure(step: Callable[[], float], repeats: int) -> dict:
+    """Times `step` with each kernel in turn."""
+    results = {}
+    before = load()
+    functions = {name: with_kernel(name, step, results) for name in KERNELS}
+    taken = compare(functions, repeats, limit=math.inf)
+    record = {"result": results, "load": [before, load()]}
+    times = {}
+    for clock in ("seconds", "CPU seconds"):
+        times[clock] = {name: [round(x, 4) for x in taken[name][clock]] for name in KERNELS}
+        medians = {name: statistics.median(values) for name, values in times[clock].items()}
         ratio = medians["torchvision"] / medians["concord"]
         record[f"median {clock}"] = medians
         record[f"ratio of {clock}"] = round(ratio, 2)
@@ -163,12 +122,12 @@ def main() -> None:
         "results": {},
     }
     for side in args.sizes:
-        alone = compare(pooling(side, args.batch), args.repeats)
-        step = compare(training(side, args.batch, args.classes), args.steps)
+        alone = measure(pooling(side, args.batch), args.repeats)
+        step = measure(scaledet_step(Setting(side, args.batch, args.classes)), args.steps)
         record["results"][side] = {"alone": alone, "training step": step}
         print(side, json.dumps(record["results"][side], indent=1), flush=True)
     path = record_path("roi_align", device)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(path, record)
     print(f"wrote {path}")
 
 
