@@ -309,10 +309,8 @@ class Model(nn.Module):
             boxes = [b for b, _ in proposals]
             # samples regions, and matches those of each stage to the ground truth
             stages = self.cascade(features, boxes, sizes, targets, self.args.rois_per_image)
-            predictions = [
-                classify(s.hidden, text) for classify, s in zip(self.classifiers, stages)
-            ]
-        return stages, predictions, losses
+            outputs = [classify(s.hidden, text) for classify, s in zip(self.classifiers, stages)]
+        return stages, outputs, losses
 
     def detect(
         self, features: list[Tensor], sizes: list[tuple[int, int]], text: Tensor

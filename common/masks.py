@@ -29,7 +29,8 @@ def mask_of(annotation: dict) -> list | dict | None:
 
 def have_pixels(masks: Tensor) -> Tensor:
     """Tells which masks (N, H, W) bool have a pixel: (N,) bool."""
-    return masks.flatten(1).any(1)
+    values = masks.flatten(1).view(torch.uint8)
+    return values.amax(1).bool()  # torch's any of bool takes 30 times as long on a CPU
 
 
 def share_inside(masks: Tensor, truth: Tensor, rows: Tensor) -> Tensor:
@@ -111,15 +112,16 @@ def decode_masks(segmentations: list, size: tuple[int, int], relative: bool = Fa
     None, a box without a mask, has no pixel. relative: as in `to_rle`
     Raises ValueError as `to_rle` does.
     """
-    masks = torch.zeros(len(segmentations), *size, dtype=torch.bool)
+    masks = np.zeros((len(segmentations), *size), bool)
     for mask, segmentation in zip(masks, segmentations):
         if segmentation is None:
             continue
         rle = to_rle(segmentation, size, relative)
-        pixels = hotcoco.mask.decode(rle)
-        pixels = pixels.view(bool)
-        mask.copy_(torch.from_numpy(pixels))
-    return masks
+        left, top, width, height = map(int, hotcoco.mask.toBbox(rle))
+        # most masks fill a small part of the image
+        part = (slice(top, top + height), slice(left, left + width))
+        mask[part] = hotcoco.mask.decode(rle)[part]
+    return torch.from_numpy(masks)
 
 
 def annotated_rles(index, sizes: list[tuple[int, int]]) -> list[dict]:

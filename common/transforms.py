@@ -12,6 +12,7 @@ from torchvision.transforms.v2 import functional as F
 
 from common.batch import Sample
 from common.boxes import sides
+from common.colors import change_colors
 from common.masks import drop_unseen, have_pixels
 
 WHOLE = (slice(None), slice(None))  # all rows and columns
@@ -244,8 +245,8 @@ def move(
     part = (rows, columns)
     labels = sample.labels
     if sample.segments is not None:
-        segments = resize_masks(sample.segments[None], size, part, flip)
-        segments, labels = drop_unseen(segments[0], labels)
+        segments = resize_map(sample.segments, size, part, flip)
+        segments, labels = drop_unseen(segments, labels)
         return replace(sample, segments=segments, labels=labels)
     proposals = sample.proposals
     if proposals is not None:
@@ -253,9 +254,10 @@ def move(
     kept = not_empty(sample.boxes)
     masks = sample.masks
     if masks is not None:
-        only_box = ~have_pixels(masks[kept])
-        masks = resize_masks(masks[kept], size, part, flip)
+        old_masks = masks[kept]
+        masks = resize_masks(old_masks, size, part, flip)
         if by_mask:
+            only_box = ~have_pixels(old_masks)
             seen = have_pixels(masks) | only_box
             masks = masks[seen]
             kept[kept.clone()] = seen
@@ -264,22 +266,43 @@ def move(
     return replace(sample, boxes=boxes, labels=labels, masks=masks, proposals=proposals)
 
 
+def resize_map(
+    pixels: Tensor, size: tuple[int, int], window: tuple[slice, slice] = WHOLE, flip: bool = False
+) -> Tensor:
+    """Resizes a map (H, W) to `size` by nearest pixels, crops rows and columns, mirrors."""
+    rows, columns = _sources(pixels.shape, size, window, flip)
+    # numpy's take is several times as fast as indexing in torch
+    resized = pixels.numpy().take(columns, 1)
+    resized = resized.take(rows, 0)
+    return torch.from_numpy(resized)
+
+
 def resize_masks(
     masks: Tensor, size: tuple[int, int], window: tuple[slice, slice] = WHOLE, flip: bool = False
 ) -> Tensor:
-    """Resizes masks (N, H, W) to `size` by nearest pixels, crops rows and columns, mirrors."""
-    _, height, width = masks.shape
-    rows = nearest_pixels(height, size[0])
-    columns = nearest_pixels(width, size[1])
-    rows = rows[window[0]]
-    columns = columns[window[1]]
-    if flip:
-        columns = columns[::-1]
-    # numpy's take is several times as fast as indexing in torch
-    pixels = masks.numpy()
-    pixels = pixels.take(columns, 2)
-    pixels = pixels.take(rows, 1)
-    return torch.from_numpy(pixels)
+    """Resizes masks (N, H, W) bool as `resize_map`. Most fill a small part, and only it is read."""
+    rows, columns = _sources(masks.shape[1:], size, window, flip)
+    resized = np.zeros((len(masks), len(rows), len(columns)), bool)
+    for old, new in zip(masks.numpy(), resized):
+        high = np.flatnonzero(old.any(1)[rows])  # the new rows that may have a pixel
+        wide = np.flatnonzero(old.any(0)[columns])
+        if not len(high) or not len(wide):
+            continue
+        part = (slice(high[0], high[-1] + 1), slice(wide[0], wide[-1] + 1))
+        first = rows[high[0]]
+        last = rows[high[-1]]
+        read = old[first : last + 1].take(columns[part[1]], 1)
+        new[part] = read.take(rows[part[0]] - first, 0)
+    return torch.from_numpy(resized)
+
+
+def _sources(
+    old: tuple[int, int], new: tuple[int, int], window: tuple[slice, slice], flip: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the old row of each new row, and the same of the columns. See `resize_map`."""
+    rows = nearest_pixels(old[0], new[0])[window[0]]
+    columns = nearest_pixels(old[1], new[1])[window[1]]
+    return rows, columns[::-1] if flip else columns
 
 
 def nearest_pixels(old: int, new: int) -> np.ndarray:
@@ -298,31 +321,9 @@ def jitter_colors(image: Tensor) -> Tensor:
 
     Source: facebookresearch/detectron2:projects/PointRend/point_rend/color_augmentation.py (SSD's).
     """
-    image = image.float()
-    if coin(0.5):
-        image = image + uniform(-32, 32)
-        image = image.clamp(0, 255)
-    contrast = 1.0
-    if coin(0.5):
-        contrast = uniform(0.5, 1.5)
+    brightness = uniform(-32, 32) if coin(0.5) else 0.0
+    contrast = uniform(0.5, 1.5) if coin(0.5) else 1.0
     contrast_last = coin(0.5)
-    if not contrast_last:
-        image = image * contrast
-        image = image.clamp(max=255)
-    if coin(0.5):  # saturation of HSV: the distance of the channels to the largest one
-        most = image.amax(0)
-        least = image.amin(0)
-        spread = most - least
-        limit = most / spread.clamp(min=1e-3)
-        factor = uniform(0.5, 1.5)
-        factor = limit.clamp(max=factor)
-        distance = most - image
-        image = most - distance * factor
-    if coin(0.5):
-        turn = uniform(-0.1, 0.1)  # 18 of 180 degrees, as OpenCV counts them
-        image = F.adjust_hue(image / 255, turn)
-        image = image * 255
-    if contrast_last:
-        image = image * contrast
-    image = image.clamp(0, 255)
-    return image.round().byte()
+    saturation = uniform(0.5, 1.5) if coin(0.5) else 1.0
+    turn = uniform(-0.1, 0.1) if coin(0.5) else 0.0  # 18 of 180 degrees, as OpenCV counts them
+    return change_colors(image, brightness, contrast, contrast_last, saturation, turn)

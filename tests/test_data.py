@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import REAL
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from common.batch import Sample, collate
 from common.datasets import load_datasets, names
@@ -32,7 +34,13 @@ from common.sampling import (
     make_loader,
     repeat_factors,
 )
-from common.transforms import LargeScaleJitter, ResizeShortest, SegmentationCrop, resize_masks
+from common.transforms import (
+    LargeScaleJitter,
+    ResizeShortest,
+    SegmentationCrop,
+    resize_map,
+    resize_masks,
+)
 
 ALL = ("boxes", "instances", "image_labels")
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real samples at {REAL}")
@@ -133,6 +141,11 @@ def test_masks_are_resized_to_the_nearest_pixel(size):
     window = slice(1, 3), slice(1, 2)
     assert torch.equal(resize_masks(masks, size, window, flip=True), expected[:, 1:3, 1:2].flip(2))
     assert resize_masks(masks[:0], size).shape == (0, *size)
+    small = torch.zeros(3, 7, 9, dtype=torch.bool)
+    small[0, 2:4, 5:8] = small[2, 6, 0] = True  # and one without a pixel
+    for flip in (False, True):
+        moved = [resize_map(mask, size, window, flip) for mask in small]
+        assert torch.equal(resize_masks(small, size, window, flip), torch.stack(moved))
 
 
 @pytest.mark.parametrize("size, expected", [((480, 640), (800, 1067)), ((300, 1000), (400, 1333))])
@@ -154,6 +167,60 @@ def test_a_pinned_batch_moves_with_one_copy_for_each_field(monkeypatch):
         assert one.masks is other.masks is None or torch.equal(one.masks, other.masks)
     start = pinned.samples[0].boxes.untyped_storage().data_ptr()
     assert all(s.boxes.untyped_storage().data_ptr() == start for s in pinned.samples)
+
+
+def samples_of_a_batch():
+    few, many = sample(8, 8, boxes=((1.0, 1.0, 4.0, 5.0),)), sample(9, 8)
+    few.masks = torch.rand(1, 8, 8) > 0.5
+    many.captions = ("a cat",)
+    return [few, many, few]
+
+
+def test_a_worker_sends_one_tensor_for_each_field():
+    sent = collate(samples_of_a_batch())
+    got = pickle.loads(pickle.dumps(sent))
+    assert set(got.joined) == {"boxes", "labels", "masks"}
+    assert torch.equal(got.images, sent.images) and got.sizes == sent.sizes
+    for one, other in zip(got.samples, sent.samples, strict=True):
+        assert torch.equal(one.image, other.image) and one.captions == other.captions
+        assert torch.equal(one.boxes, other.boxes) and torch.equal(one.labels, other.labels)
+        assert one.masks is other.masks is None or torch.equal(one.masks, other.masks)
+    images, boxes = got.images.data_ptr(), got.joined["boxes"].data_ptr()
+    assert got.samples[0].image.data_ptr() == images and got.samples[0].boxes.data_ptr() == boxes
+    assert all(one.masks is not None for one in sent.samples[::2])  # what was sent is as it was
+    assert torch.equal(got.to(torch.device("cpu")).samples[2].boxes, sent.samples[2].boxes)
+
+
+def test_a_worker_collates_into_memory_that_it_shares(monkeypatch):
+    assert not collate(samples_of_a_batch()).images.is_shared()
+    monkeypatch.setattr("common.batch.get_worker_info", lambda: 1)
+    batch = collate(samples_of_a_batch())
+    state = batch.__getstate__()
+    assert batch.images.is_shared() and state["joined"]["masks"].is_shared()
+    assert torch.equal(state["joined"]["masks"].view(2, 8, 8)[1:], batch.samples[2].masks)
+    monkeypatch.undo()
+    assert torch.equal(batch.images, collate(samples_of_a_batch()).images)
+
+
+def test_batches_of_a_worker_are_those_without_one():
+    samples = samples_of_a_batch()
+    here = collate(samples)
+    [sent] = DataLoader(samples, 3, num_workers=1, collate_fn=collate)
+    assert torch.equal(sent.images, here.images) and sent.images.is_shared()
+    for ours, theirs in zip(sent.samples, here.samples, strict=True):
+        assert torch.equal(ours.boxes, theirs.boxes) and torch.equal(ours.image, theirs.image)
+    assert torch.equal(sent.samples[2].masks, samples[2].masks)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_collate_copies_images_of_either_layout(interleaved):
+    one = sample(33, 20)
+    one.image = torch.randint(0, 256, (3, 33, 20), dtype=torch.uint8)
+    expected = one.image.clone()
+    if interleaved:
+        one.image = one.image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    batch = collate([one, sample(40, 60)])
+    assert torch.equal(batch.samples[0].image, expected) and batch.images.is_contiguous()
 
 
 def test_collate_pads_and_remembers_sizes():
@@ -220,12 +287,14 @@ def test_crowds_are_not_trained_on(tmp_path):
     assert dataset.image_counts().tolist() == [1] and dataset.vocabulary.ids == (3,)
 
 
-def test_augmentation_depends_on_the_draw_alone(tiny_root):
+def test_augmentation_depends_on_the_draw_alone(tiny_root, monkeypatch):
     (dataset,) = load_datasets("coco", "train", str(tiny_root))
+    # it would seed all GPUs, whose numbers nobody restores
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", None)
     mixture = Mixture([dataset], {"coco": LargeScaleJitter(64)}, seed=3)
-    torch.manual_seed(5)
+    torch.default_generator.manual_seed(5)
     before = torch.rand(1)
-    torch.manual_seed(5)
+    torch.default_generator.manual_seed(5)
     one = mixture[4, 17]
     assert torch.equal(torch.rand(1), before)  # the caller's random numbers are untouched
     assert torch.equal(mixture[4, 17].image, one.image)

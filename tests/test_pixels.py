@@ -4,13 +4,14 @@ import json
 import os
 import struct
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from common.datasets import load_datasets
+from common.datasets import load_datasets, pixels
 from common.datasets.files import decode_image, read_image, read_size
 from common.datasets.pixels import FORMATS, GREY, to_8_bits
 from common.errors import InputError
@@ -140,6 +141,95 @@ def test_a_dataset_tells_of_its_kinds_of_pixels_once(tmp_path, caplog):
     assert "my: image 'deep-1.png' has 12 bits" in lines[0] and "clear-1.png" in lines[1]
 
 
+# -- JPEG
+
+
+def in_kind(kind: str, path) -> None:
+    """Writes a JPEG of 41 x 30 pixels that are smooth and noisy in parts."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8))
+    image = image.resize((41, 30))
+    exif = Image.Exif()
+    options = {"quality": 80}
+    if kind.startswith("4:"):
+        options["subsampling"] = kind
+    elif kind in ("L", "CMYK"):
+        image = image.convert(kind)
+    elif kind.startswith("tag"):
+        exif[0x0112] = int(kind[-1])
+    elif kind in ("progressive", "keep_rgb"):
+        options[kind] = True
+    form = "JPEG"
+    if kind == "MPO":
+        form, options["save_all"], options["append_images"] = kind, True, [image]
+    image.save(path, form, exif=exif, **options)
+
+
+def both_ways(path, monkeypatch, **more):
+    """Decodes by simplejpeg where that is possible, then by Pillow; tells who decoded the first."""
+    seen = []
+    simplejpeg = pixels.simplejpeg
+
+    class Counted:
+        @staticmethod
+        def decode_jpeg(data, **options):
+            seen.append(simplejpeg.decode_jpeg(data, **options))
+            return seen[-1]
+
+    found = []
+    for decoder in (Counted, None):
+        monkeypatch.setattr(pixels, "simplejpeg", decoder)
+        try:
+            found.append(decode_image(path, **more))
+        except InputError as error:
+            found.append(str(error))
+    monkeypatch.setattr(pixels, "simplejpeg", simplejpeg)
+    return *found, bool(seen)
+
+
+PLAIN = ("4:4:4", "4:2:2", "4:2:0", "L", "progressive", "keep_rgb", "tag0", "tag1", "tag9")
+FOR_PILLOW = ("CMYK", "MPO", "tag2", "tag3", "tag4", "tag5", "tag6", "tag7", "tag8")
+
+
+@pytest.mark.parametrize("kind", PLAIN + FOR_PILLOW)
+def test_jpegs_have_the_pixels_of_pillow(tmp_path, monkeypatch, kind):
+    in_kind(kind, tmp_path / "a.jpg")
+    ours, pillows, by_simplejpeg = both_ways(tmp_path / "a.jpg", monkeypatch)
+    assert by_simplejpeg == (kind in PLAIN)
+    assert torch.equal(ours.image, pillows.image) and ours.image.float().std() > 10
+    assert ours.size == pillows.size == tuple(ours.image.shape[1:])
+    assert ours.notes == pillows.notes
+
+
+@pytest.mark.parametrize("end", [0.3, 0.6, 0.99, -1, -2])
+def test_jpegs_that_are_cut_off_are_errors(tmp_path, monkeypatch, end):
+    in_kind("4:2:0", tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    end = int(end * len(content)) if 0 < end < 1 else end
+    (tmp_path / "a.jpg").write_bytes(content[:end])
+    ours, pillows, by_simplejpeg = both_ways(tmp_path / "a.jpg", monkeypatch)
+    assert ours == pillows and "a.jpg cannot be decoded (" in ours
+    assert not by_simplejpeg
+
+
+def test_damage_that_pillow_bears_is_borne(tmp_path, monkeypatch, capfd):
+    """Pillow shows what is left of the pixels; the decoder writes nothing past the log."""
+    in_kind("4:2:0", tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    half = content[: len(content) * 3 // 4] + b"\xff\xd9"
+    for damaged in (half, content[:-2] + 20 * b"more" + content[-2:]):
+        (tmp_path / "a.jpg").write_bytes(damaged)
+        ours, pillows, by_simplejpeg = both_ways(tmp_path / "a.jpg", monkeypatch)
+        assert torch.equal(ours.image, pillows.image) and not by_simplejpeg
+    assert capfd.readouterr() == ("", "")
+
+
+def test_jpegs_of_a_tar_file_are_decoded_alike(tmp_path, monkeypatch):
+    in_kind("4:2:0", tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    ours, pillows, by_simplejpeg = both_ways(Path("in a.tar"), monkeypatch, data=data)
+    assert by_simplejpeg and torch.equal(ours.image, pillows.image)
+
+
 # -- large images
 
 
@@ -154,7 +244,7 @@ def noise(height, width):
     return Image.fromarray(pixels)
 
 
-def test_a_large_jpeg_is_decoded_at_half_its_size(tmp_path, small_limit):
+def test_a_large_jpeg_is_decoded_at_half_its_size(tmp_path, small_limit, monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     noise(20, 41).save(tmp_path / "a.jpg", exif=exif)
@@ -162,6 +252,8 @@ def test_a_large_jpeg_is_decoded_at_half_its_size(tmp_path, small_limit):
     assert decoded.image.shape == (3, 21, 10) and decoded.size == (41, 20)
     assert read_size(tmp_path / "a.jpg") == (41, 20)
     assert read_image(tmp_path / "a.jpg").shape == (3, 41, 20)  # annotations fit this size
+    ours, pillows, by_simplejpeg = both_ways(tmp_path / "a.jpg", monkeypatch, reduce=True)
+    assert torch.equal(ours.image, pillows.image) and not by_simplejpeg
     noise(20, 30).save(tmp_path / "b.jpg")
     assert decode_image(tmp_path / "b.jpg", reduce=True).image.shape == (3, 20, 30)
 

@@ -53,7 +53,7 @@ ALLOWED = {
     "text: (C, D)": "UniDet has no text",
     "list[Prediction]": "UniDet's prediction is the logits alone",
     "list[TextScores]": "ScaleDet's is the scores by text",
-    "return stages, predictions": "the same",
+    "return stages,": "the same",
     "classify(s.hidden": "UniDet has no text, and ScaleDet needs the cosine, too",
     "predictions = [Prediction(": "ScaleDet needs the cosine, too",
     "warn_of_overlap(": "UniDet learns its merges on further datasets",

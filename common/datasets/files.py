@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from common.datasets.pixels import Decoded, halve_large, readable_formats, to_rgb
+from common.datasets.pixels import Decoded, decode_jpeg, halve_large, readable_formats, to_rgb
 from common.datasets.store import write_json
 from common.errors import InputError
 from common.files import IMAGES, refuse_pipe
@@ -93,6 +93,9 @@ def decode_image(path: Path, data: bytes | None = None, reduce: bool = False) ->
     """
     with open_image(path, data) as image:
         size = _upright_size(image)
+        decoded = decode_jpeg(image)
+        if decoded:
+            return decoded
         if reduce:
             halve_large(image)
         return replace(to_rgb(image), size=size)
