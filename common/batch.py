@@ -181,7 +181,7 @@ def collate(
     shape = (len(samples), 3, height, width)
     images = shared_zeros(shape, torch.uint8)
     if images is None:
-        images = torch.zeros(shape, dtype=torch.uint8)
+        images = torch.from_numpy(np.zeros(shape, np.uint8))  # torch's zeros fill the padding, too
     views = unpadded(images, sizes)
     for sample, view in zip(samples, views):
         # numpy takes half the time of torch if the channels of a pixel are neighbours
