@@ -307,7 +307,7 @@ def test_score_is_the_root_of_mean_probability_and_objectness(monkeypatch):
     monkeypatch.setattr(model.cascade, "forward", lambda *given: stages)
     columns = model.columns_of(LabelSpace([B]))
     assert columns.tolist() == [4, 5, 6]
-    _, scores = model.detect([], [(64, 64)] * 2, columns)
+    _, scores = model.detect([torch.zeros(1)], [(64, 64)] * 2, columns)
     rows = [(0, 0, 0.9), (0, 1, 0.4), (1, 0, 0.6)]
     for region, (image, row, o) in enumerate(rows):
         for column, c in enumerate((4, 5, 6)):

@@ -607,7 +607,7 @@ class TwoStages(Model):
         self.classifiers = [lambda hidden, text: (None, hidden)] * 2
 
     def extract(self, images, sizes):
-        return []
+        return [images]
 
 
 class FoundRegions:
