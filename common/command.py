@@ -229,7 +229,8 @@ def saved_args(args_class: type, metadata: dict):
     """
     default = args_class()
     saved = metadata["args"] | metadata.get("own_head", {})
-    return with_saved(default, saved, vars(default).keys() - {"amp"}, metadata["file"])
+    args = with_saved(default, saved, vars(default).keys(), metadata["file"])
+    return dataclasses.replace(args, amp=default.amp)
 
 
 def check_numbers(args) -> None:
