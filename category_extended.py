@@ -207,6 +207,7 @@ class Args:
 
 # the defaults under --tiny: a small model for a CPU
 TINY = {
+    "amp": "off",  # the figures of docs/ are of float32
     "backbone": "tf_efficientnet_lite0",
     "image_size": 192,
     "test_size": 192,

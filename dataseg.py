@@ -217,6 +217,7 @@ class Args:
 
 # the defaults under --tiny: a small model for a CPU
 TINY = {
+    "amp": "off",  # the figures of docs/ are of float32
     "backbone": "tf_efficientnet_lite0",
     "text_encoder": "minilm",
     "image_size": 160,

@@ -224,7 +224,7 @@ class Args:
 
 # the defaults under --tiny: a small model for a CPU
 TINY = {
-    "amp": "off",  # on a CPU, bfloat16 slows down this backbone's training
+    "amp": "off",  # on a CPU, bfloat16 slows down the depthwise convolutions of this backbone
     "backbone": "tf_efficientnet_lite0",
     "text_encoder": "minilm",
     "prompts": "name",

@@ -238,6 +238,7 @@ DAA |= {"mapillary-panoptic": DAA["mapillary"], "cityscapes-instances": DAA["cit
 DAA |= {"coco": DAA["coco-panoptic"], "ade20k-instances": Pipeline(640, test_max=2560)}
 # the defaults under --tiny: a small model for a CPU
 TINY = {
+    "amp": "off",  # the figures of docs/ are of float32
     "backbone": "tf_efficientnet_lite0",
     "text_encoder": "minilm",
     "prompts": "name",

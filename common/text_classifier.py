@@ -61,4 +61,6 @@ class TextClassifier(nn.Module):
         text: one row of unit norm per label
         """
         embedding = F.normalize(self.embedding(hidden).float())  # (R, D)
-        return TextScores(embedding, text, self.tau, self.cls_bias)
+        # a copy: DistributedDataParallel takes a parameter in the output for one without a gradient
+        bias = None if self.cls_bias is None else self.cls_bias.clone()
+        return TextScores(embedding, text, self.tau, bias)

@@ -855,7 +855,8 @@ def test_detic_score_is_the_root_of_class_times_objectness():
     found, scores = model.detect(features, sizes, TEXT)
     proposals = model.centernet(features)[0]
     stages = model.cascade(features, [b for b, _ in proposals], sizes)
-    logits = [classify(s.hidden, TEXT)[1] for classify, s in zip(model.classifiers, stages)]
+    outputs = [classify(s.hidden, TEXT) for classify, s in zip(model.classifiers, stages)]
+    logits = [output.logits() for output in outputs]
     first = 0
     for image, (boxes, objectness) in enumerate(proposals):
         assert found[image].shape == (len(boxes), 4) and scores[image].shape == (len(boxes), 5)

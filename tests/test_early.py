@@ -98,9 +98,9 @@ def test_the_list_of_datasets_needs_no_torch():
 
 
 def test_a_demonstration_tells_a_wrong_flag_before_torch():
-    code, output, errors, imported = run("common.demo", "category_extended", "--foo")
+    code, output, errors, imported = run("common.demo", "category_extended", "--quux")
     assert (code, imported) == (2, []) and output.startswith("python category_extended.py ")
-    assert errors == "error: unknown argument '--foo'; --help lists all flags\n"
+    assert errors == "error: unknown argument '--quux'; --help lists all flags\n"
 
 
 def test_a_method_that_is_imported_reads_no_flags(tmp_path):

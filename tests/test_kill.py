@@ -219,7 +219,7 @@ def differences(training: Training, reference: Training) -> list[str]:
 
 @pytest.fixture(scope="session")
 def few_images(tmp_path_factory) -> Path:
-    return generated(tmp_path_factory.mktemp("few"), 4)
+    return generated(tmp_path_factory.mktemp("few"), 8)  # the fewest of which all parts have some
 
 
 @dataclass
