@@ -11,9 +11,9 @@ Equation                                             function
 m_ac = 1 if a is positive or c in L_d (2001.04621)   negatives_dataset_aware
 m_ac = 1 if a is strictly positive or c in L_d       negatives_conflict_free
 w_ac = exp(-10000 exp(-25 u_a)) on the other entries negatives_weighted
-L_cls, focal loss of these entries                   loss_classes
+L_cls, focal loss of the entries, times m or w       loss_classes
 L_box, L1 of corner deltas                           loss_boxes
-N, mean number of positives                          compute_losses
+N, running mean of the number of positives           compute_losses
 clusters of the boxes of 20 dropout runs             cluster, summarise
 confidence of a pseudo box                           confidence
 
@@ -25,9 +25,9 @@ N                normaliser
 
 Note: we could not read the papers' typeset text. Equations and numbers are those of the code of
   2012.14115, with the rule of 2001.04621 as a baseline; that paper has no code.
-Note: P6 is made of P5 and not of C5, as in Detic. --compile has no effect: image sizes change.
-Note: classes are one where their names are equal. The novel classes of a dataset are those that it
-  does not annotate; all others count as annotated in all of its images, also in LVIS.
+Note: P6 is made of P5, as in Detic, and not of C5. --compile has no effect: image sizes change.
+Note: classes are one where their names are equal. A dataset annotates the classes of its list but
+  its novel ones, and counts as annotating them in all of its images; so does LVIS.
 
 diff with unidet.py shows: RetinaNet; one column per name; weights of negatives; mining.
 
@@ -186,11 +186,11 @@ class Args:
     stage: Literal["all", "first", "mine", "second"] = "all"  # ours
     """first: one training; mine: the boxes that --weights find; second: trains on --pseudo-boxes"""
     negatives: Literal["plain", "dataset_aware", "conflict_free"] = "conflict_free"  # code
-    """of classes that a dataset does not annotate: all, those of arXiv 2001.04621, of this paper"""
+    """anchors that are negatives of unannotated classes: all, as arXiv 2001.04621, as this paper"""
     pseudo_boxes: str = ""  # ours
-    """run folder whose pseudo boxes the second training takes; empty: its own"""
+    """run folder of pseudo boxes; the second training is then all; empty: those of this run"""
     pseudo_negatives: Literal["weighted", "conflict_free", "plain"] = "weighted"  # code
-    """the same beside pseudo boxes: by overlap; the official pos_only; the official as_full"""
+    """the same in the second training: by overlap; the official pos_only; the official as_full"""
     dropout_runs: Annotated[int, Range(1)] = 20  # code
     """runs with Monte Carlo dropout per image, whose boxes are clustered"""
     least_confidence: Annotated[float, Range(0, 1)] = 0.525  # code
@@ -252,7 +252,7 @@ class Model(nn.Module):
         self.register_buffer("normaliser", torch.tensor(100.0))  # N, saved with the weights
 
     def columns_of(self, label_space: LabelSpace) -> Tensor:
-        """Returns (C,) the columns of a dataset of the training, or of all. Raises InputError."""
+        """Returns the columns (C,) of one dataset of the training, or of all; else InputError."""
         if label_space.datasets == list(self.columns):
             return torch.arange(self.num_classes)
         if len(label_space.datasets) == 1 and label_space.datasets[0] in self.columns:
@@ -307,7 +307,7 @@ def prepare_targets(
 ) -> list[Targets]:
     """Returns the ground truth of each image, with labels as columns of the label space.
 
-    scopes: `own_columns`. Anchors are matched to it in `assign`.
+    scopes: of `own_columns`. `assign` matches the anchors to the ground truth.
     """
     targets = []
     for sample in batch.samples:
@@ -321,7 +321,7 @@ def prepare_targets(
 class Assignment:
     """What the A anchors of one image are assigned to."""
 
-    labels: Tensor  # (A,) -1 on background, -2 on anchors that are neither
+    labels: Tensor  # (A,) of the ground truth; -1: background; -2: between, not trained
     boxes: Tensor  # (A, 4) of the ground truth; not read where there is none
     strict: Tensor  # (A,) bool: IoU >= 0.9 with the ground truth, or its best anchor
     overlap: Tensor  # (A,) u, largest IoU with any ground truth
@@ -365,7 +365,7 @@ def negatives_conflict_free(found: Assignment, scope: Tensor) -> Tensor:
 def negatives_weighted(found: Assignment, scope: Tensor) -> Tensor:
     """Returns w_ac (A, C): exp(-10000 exp(-25 u_a)) where m_ac of `negatives_conflict_free` is 0.
 
-    It is 1 elsewhere. Background is trusted near known boxes: w is 0.00 at u = 0.3, 1.00 at 0.6.
+    It is 1 elsewhere. Background is trusted near known boxes: w is 0.00 at u = 0.3, 0.64 at 0.4.
     scope: (C,) bool, L_d
     """
     trust = torch.exp(-10_000 * torch.exp(-25 * found.overlap))  # (A,)
@@ -470,7 +470,7 @@ def predict_images(
 
 
 def cluster(boxes: Tensor, least_iou: float = 0.5) -> list[list[int]]:
-    """Returns the clusters of boxes (P, 4), as lists of their rows, in the order of their firsts.
+    """Returns the clusters of boxes (P, 4), lists of rows, in the order of their first members.
 
     Box after box joins the cluster with the largest IoU, that is the smallest with any of its
     members. If that is at most `least_iou`, it opens a cluster.
@@ -631,11 +631,11 @@ def train_stage(
 ) -> Model:
     """Trains a detector in the given steps of the run, and writes its weights.
 
-    The learning rate begins anew. --weights starts the first stage alone.
+    The learning rate begins anew. --weights starts the first training of the run alone.
     negatives: the weights of NEGATIVES
     """
     # set up: data, model, optimizer
-    all_labels = build_label_space(args, [d.vocabulary for d in datasets])  # with pseudo boxes
+    all_labels = build_label_space(args, [d.vocabulary for d in datasets])  # the same columns
     scopes = own_columns(datasets, label_space)
     torch.manual_seed(args.seed + rank())  # a stage begins alike in a resumed run
     checkpoint = last_checkpoint(folder, args.replay)

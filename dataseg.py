@@ -26,7 +26,7 @@ Gu et al., arXiv 2306.01736.
 
 Note: no model code was released. What we could not check in the paper has Mask2Former's value:
   pixel decoder, 100 queries, losses and their weights, AdamW, learning rate, clipping, batch size,
-  thresholds. The projection loss has the weight of mask and dice together, background that of 0.1.
+  thresholds. The projection loss has the weight of mask and dice together, background 0.1.
 Note: ViTDet-L is --backbone vit_large_patch16_224.mae. All datasets are tested at one size, 800.
 Note: MERGE is the union, the largest logit at each pixel (we could not check the paper's operator).
   In training, a merged target is matched to one proposal. Unmatched ones join it that predict its

@@ -3,7 +3,7 @@
 Claim. Nothing supervises the columns that an image's dataset does not annotate: a region trains the
 classifier of its own dataset alone (partitioned). How well the classifier of one dataset finds the
 boxes of a class of another tells which classes are one: an integer program merges them so that the
-least AP is lost. The unified detector is trained on these, again on the image's dataset's columns.
+least AP is lost. The unified detector is trained on the merged classes, again of its own dataset.
 
 Equation                                          function
 loss_k, on the classes of dataset k               Supervision, loss_classes
@@ -11,20 +11,20 @@ hierarchy of OpenImages                           Supervision.of
 sampling of datasets and images                   common.sampling.image_weights
 c_t, AP that is lost by merging t                 merge_cost
 candidate merges                                  find_candidates
-min_x sum_t x_t (c_t + lambda)                    choose_merges
+min_x sum_t x_t (|t| c_t + lambda)                choose_merges
 mean of the members' scores, without retraining   merge_heads
 
 Symbol           variable
 |L|              U, classes after merging
 t                members
-T_k              label_space.columns(dataset)
 tau, lambda      tau, lam
 
 Note: the base is CenterNet2, as in scaledet.py, so that `diff` shows classifiers and label space.
   The official one is a Cascade R-CNN with anchors, trained by SGD. Its checkpoints do not fit.
 Note: K linear classifiers of C_k classes are one of C classes, of which a batch trains C_k.
 Note: the official code takes the 0-1 program's relaxation, whose solution can be fractional.
-Note: tau is the notebook's (we could not check the paper's). Matching by names (GloVe) is left out.
+Note: tau bounds the AP that a merge may lose; it is the official notebook's (we could not check the
+  paper's). Matching by names (GloVe) is left out.
 
     python unidet.py --datasets coco,oid --tiny             # minutes on a CPU
     python unidet.py --datasets coco,o365,oid500 --data-root DATA

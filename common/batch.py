@@ -72,7 +72,7 @@ class Batch:
 
     images:  (B, 3, H, W) uint8
     sizes:   B pairs (height, width), before padding
-    samples: B samples; their images are views of `images` without the padding
+    samples: B samples; as collated, their images are views of `images` without the padding
     joined:  {field of TENSORS: the numbers of all samples}, of which the samples have views. It is
              there after a transport from a worker, and in pinned memory
     """
@@ -93,7 +93,7 @@ class Batch:
         return self
 
     def to(self, device: torch.device) -> "Batch":
-        """Moves the images and the tensors of all samples to a device, in place.
+        """Moves `images` and the TENSORS of all samples to a device, in place; not their `image`.
 
         From pinned memory there is one copy for each field, and the host does not wait for it.
         """
@@ -153,7 +153,7 @@ class Batch:
 
 
 def shared_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-    """Makes zeros that a worker can send to the main process without a copy. None in the latter."""
+    """Makes zeros that a worker can send without a copy. Returns None in the main process."""
     if get_worker_info() is None:
         return None
     size = math.prod(shape) * dtype.itemsize

@@ -112,7 +112,7 @@ def seen_and_unseen(
 
 
 def own_and_elsewhere(dataset: Dataset, label_space: LabelSpace) -> dict[str, np.ndarray]:
-    """Returns {group: (C_d,) bool}: the classes that a dataset annotates, and that only others do.
+    """Returns {group: (C_d,) bool}: the classes that a dataset annotates, and those of others.
 
     If it annotates all of its classes, the result is {}.
     """

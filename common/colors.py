@@ -18,9 +18,9 @@ def change_colors(
     """Changes the colours of (3, H, W) uint8. All limits are those of 0..255.
 
     brightness:    is added to each channel
-    contrast:      factor of each channel, in front of the others or, if `contrast_last`, after them
+    contrast:      factor of each channel, after brightness or, if `contrast_last`, after all
     saturation:    factor of the distance to the largest channel (of HSV)
-    turn:          is added to the hue; 1 is a whole turn
+    turn:          is added to the hue; 1 is a whole turn; from -1/6 to 1/2
     """
     factor = 1.0 if contrast_last else contrast
     last_factor = contrast if contrast_last else 1.0

@@ -59,7 +59,8 @@ def read_record(path: Path, dataset: Dataset, names: tuple[str, ...]) -> dict:
             " file to mine them again"
         ) from None
     own = [dataset.index.image_ids[row] for row in range(min(len(found), len(dataset)))]
-    if found != own or known != list(names):
+    of_boxes = {box["image_id"] for box in record["annotations"]}
+    if found != own or known != list(names) or not of_boxes <= set(own):
         raise InputError(
             f"pseudo boxes {path} are of other images or classes than those of '{dataset.name}';"
             " delete the file to mine them again, or name the --datasets that they were mined in"
@@ -132,9 +133,9 @@ def _add_image(record: dict, dataset: Dataset, row: int, found: dict) -> None:
     name = dataset.index.file_name(row)
     image = {"id": image_id, "file_name": name, "height": int(height), "width": int(width)}
     record["images"].append(image)
-    columns = (found[name].tolist() for name in ("boxes", "labels", "facts"))
+    columns = (found[field].tolist() for field in ("boxes", "labels", "facts"))
     for box, label, values in zip(*columns):
-        left, top, right, bottom = (round(side, 2) for side in box)
+        left, top, right, bottom = (round(edge, 2) for edge in box)
         entry = {
             "id": len(record["annotations"]) + 1,
             "image_id": image_id,
@@ -163,7 +164,7 @@ class PseudoBoxes:
         """Reads the file of a dataset; labels are rows of `names`. Raises as `read_record` does."""
         record = read_record(pseudo_file(folder, dataset.name), dataset, names)
         row_of = {image["id"]: row for row, image in enumerate(record["images"])}
-        found = record["annotations"]
+        found = sorted(record["annotations"], key=lambda box: row_of[box["image_id"]])
         boxes = np.array([box["bbox"] for box in found], np.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         images = np.array([row_of[box["image_id"]] for box in found], np.int64)
@@ -197,7 +198,7 @@ class WithPseudoBoxes(Dataset):
 
 
 def extended(vocabulary: Vocabulary, names: tuple[str, ...]) -> Vocabulary:
-    """Returns the vocabulary of a dataset with those of `names` that it lacks after its own."""
+    """Returns a dataset's vocabulary, followed by those of `names` that it lacks."""
     own = {fold(name) for name in vocabulary.names}
     others = tuple(name for name in names if fold(name) not in own)
     return Vocabulary(vocabulary.dataset, (*vocabulary.names, *others))

@@ -16,14 +16,15 @@ from common.backbone import GroupNorm
 from common.boxes import sides
 
 SCALE = 4  # side of the smallest anchor of a level, in strides
-OCTAVE = 3  # sides up to the double of the smallest
+SCALES_PER_OCTAVE = 3  # 1, 2^(1/3) and 2^(2/3) of the smallest side
 RATIOS = (0.5, 1.0, 2.0)  # height / width
-PER_CELL = OCTAVE * len(RATIOS)
+PER_CELL = SCALES_PER_OCTAVE * len(RATIOS)
 
 
 def base_anchors(stride: int) -> Tensor:
     """Returns the anchors of a cell at the image's top left corner: (9, 4) xyxy, ratio by ratio."""
-    scales = torch.tensor([SCALE * 2 ** (i / OCTAVE) for i in range(OCTAVE)])
+    octave = range(SCALES_PER_OCTAVE)
+    scales = torch.tensor([SCALE * 2 ** (i / SCALES_PER_OCTAVE) for i in octave])
     heights = torch.tensor(RATIOS).sqrt()[:, None]  # (3, 1), of an area of 1
     widths = 1 / heights
     # in this order, as one rounding error decides which of two anchors is the best one

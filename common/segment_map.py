@@ -1,4 +1,4 @@
-"""The masks of segments that do not overlap, as one map of their rows.
+"""The masks of segments that do not overlap, as one map: at each pixel the row of its segment.
 
 A stack of masks needs a byte a pixel for each segment, and four where points are sampled.
 """

@@ -20,9 +20,8 @@ TASKS = {  # what a segmenter predicts for a dataset, by its supervision
     "instances": "instance",
     "boxes": "instance",
 }
-IN_CACHE = (
-    2**19
-)  # mask logits that are made at once on a CPU: 2 MiB, so that they stay in its caches
+# mask logits that are made at once on a CPU: 2 MiB, so that they stay in its caches
+IN_CACHE = 2**19
 AT_ONCE = 2**27  # on other devices: 512 MiB
 MASKS = 2**30  # pixels of all instance masks of an image, a byte each
 
@@ -51,7 +50,8 @@ class FullMasks:
     logits: (Q, h, w), of the network
     padded, size, original: (height, width) of the input with its padding, of the input without it,
             and of the file
-    union:  (Q,), ascending: the mask that has the maximum of these logits. None: each its own
+    union:  (Q,), ascending: which of the U unions, 0..U-1 without gaps, a mask belongs to. A union
+            has the highest logit of its masks. None: there are none
     """
 
     logits: Tensor
@@ -66,7 +66,7 @@ class FullMasks:
         return (len(self.logits), *self.original)
 
     def __getitem__(self, chosen: Tensor) -> "FullMasks":
-        """Returns some of the masks. chosen: a mask of bool, or rows if there is no union."""
+        """Returns some of the masks. chosen: (Q,) or (U,) bool, or rows if there are no unions."""
         if self.union is None:
             return replace(self, logits=self.logits[chosen])
         rows = chosen[self.union]
@@ -79,7 +79,7 @@ class FullMasks:
         return replace(self, logits=self.logits[order], union=union)
 
     def strips(self) -> Iterator[Tensor]:
-        """Yields the masks in strips (Q, rows, W) float32 from top to bottom."""
+        """Yields the logits in float32 strips (Q, rows, W), or (U, rows, W), from top to bottom."""
         logits = self.logits.float()
         sizes = zip(logits.shape[1:], self.padded, self.size, self.original)
         rows, columns = (resize_matrix(*lengths).to(logits) for lengths in sizes)

@@ -19,8 +19,8 @@ class Targets:
 
     boxes:        (N, 4) xyxy in pixels
     labels:       (N,) int64
-    scope:        the columns of the label space that this image may train, a slice or (C,) bool;
-                  None: all
+    scope:        the columns of the classes that the image's dataset annotates, a slice or (C,)
+                  bool; None: all
     masks:        (N, H, W) bool; one without a pixel says that the object has only a box. Or None.
                   Segmenters have a SegmentMap here, or the masks of the first objects alone, see
                   `sort_by_mask`

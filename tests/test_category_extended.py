@@ -534,6 +534,9 @@ def test_pseudo_boxes_are_written_read_and_loaded(tmp_path):
     read = PseudoBoxes.read(tmp_path, dataset, SPACE.names)
     assert read.images.tolist() == [1, 3] and read.labels.tolist() == [2, 2]
     assert read.boxes.tolist() == squares((1, 1, 4), (3, 1, 4)).tolist()
+    record["annotations"].reverse()  # as another tool may order them
+    (tmp_path / "pseudo-a.json").write_text(json.dumps(record))
+    assert PseudoBoxes.read(tmp_path, dataset, SPACE.names).images.tolist() == [1, 3]
 
     extended = with_pseudo_boxes(dataset, tmp_path, SPACE, method.confidence, 0.7)
     assert extended.vocabulary.names == ("cat", "dog", "bird")
@@ -597,6 +600,7 @@ def test_an_unreadable_image_that_may_be_skipped_has_no_pseudo_boxes(tmp_path):
         (lambda record: record | {"categories": []}, "cannot be read"),
         (lambda record: record | {"images": record["images"] * 2}, "of other images or classes"),
         (lambda record: record["annotations"][0].update(score=math.nan) or record, "no sound"),
+        (lambda record: record["annotations"][0].update(image_id="x") or record, "of other images"),
     ],
 )
 def test_bad_files_of_pseudo_boxes_are_refused(tmp_path, damage, words):

@@ -63,7 +63,7 @@ def recorded_retinanet(monkeypatch):
 
 def test_anchors_and_head(monkeypatch):
     model, _, tensors, config = recorded_retinanet(monkeypatch)
-    assert config["scales_per_octave"] == retinanet.OCTAVE
+    assert config["scales_per_octave"] == retinanet.SCALES_PER_OCTAVE
     assert config["octave_base_scale"] == retinanet.SCALE
     assert config["ratios"] == list(retinanet.RATIOS)
     levels = [key.partition(".")[2] for key in sorted(tensors) if key.startswith("anchors.")]
