@@ -2,7 +2,7 @@
 
 # minutes that a section takes on two quiet CPU cores
 SECTIONS = {
-    "training": 4.5,
+    "training": 7.5,
     "inference": 3.0,
     "memory": 1.2,
     "classes": 1.5,

@@ -34,7 +34,7 @@ def detector_rows(options: Options, side: int, mode: str) -> Iterator[Row]:
         "scaledet": predictor(scaledet, setting),
         "fasterrcnn_v2": peer_predictor("fasterrcnn_resnet50_fpn_v2", setting),
     }
-    row = Row("inference", f"scaledet, {size}", *functions, mode, goal=1.2)
+    row = Row("inference", f"scaledet, {size}", *functions, mode, goal=3)
     yield from fill([row], functions, options)
     functions = {
         "detic": predictor(detic, setting),

@@ -11,6 +11,9 @@ PAIRS = [
     ("detic", detectors.detic_step, "maskrcnn_v2", detectors.maskrcnn_step),
 ]
 PEER = "transformers"
+# least ratios
+DETECTORS = {"eager": 1.5, "compiled": 1.5, "bf16": 1.8}
+SEGMENTERS = {"eager": 1.7, "compiled": 1.7, "bf16": 1.5}
 
 
 def rows(options: Options) -> Iterator[Row]:
@@ -20,7 +23,7 @@ def rows(options: Options) -> Iterator[Row]:
             setting = options.setting(side, CLASSES, mode)
             for ours, make, peer, make_peer in PAIRS:
                 what = f"{ours}, {side} px, batch {setting.batch}"
-                row = Row("training", what, ours, peer, mode, goal=1.2)
+                row = Row("training", what, ours, peer, mode, goal=DETECTORS[mode])
                 functions = {ours: make(setting), peer: make_peer(setting)}
                 yield from fill([row], functions, options)
     if not has_peer(PEER):
@@ -41,5 +44,5 @@ def segmenter_rows(options: Options, side: int, mode: str) -> list[Row]:
     found = []
     for ours in ("dataseg", "lmseg"):
         what = f"{ours}, {side} px, batch {setting.batch}"
-        found.append(Row("training", what, ours, PEER, mode, goal=2))
+        found.append(Row("training", what, ours, PEER, mode, goal=SEGMENTERS[mode]))
     return fill(found, functions, options)
