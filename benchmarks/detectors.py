@@ -106,11 +106,15 @@ def update(
     return loss.item()  # waits for the device
 
 
-def scaledet_step(setting: Setting) -> Callable[[], float]:
-    """Returns a function that takes a training step of scaledet.py and returns the loss."""
-    args = scaledet.Args(amp=setting.amp)
+def scaledet_step(setting: Setting, fed_loss: bool = False) -> Callable[[], float]:
+    """Returns a function that takes a training step of scaledet.py and returns the loss.
+
+    fed_loss: a step trains 50 of the classes, as for LVIS
+    """
+    args = scaledet.Args(amp=setting.amp, fed_loss=fed_loss)
     space = label_space_of(setting)
-    federated = torch.full((setting.classes,), -1.0, device=setting.device)
+    count = 1.0 if fed_loss else -1.0
+    federated = torch.full((setting.classes,), count, device=setting.device)
     tables = scaledet.LabelTables.of(args, space.text, federated)
     model = prepare(scaledet.Model(args, space, pretrained=False), setting, "backbone")
     batch, optimizer = labelled_batch(setting), optimizer_of(model)
@@ -124,21 +128,26 @@ def scaledet_step(setting: Setting) -> Callable[[], float]:
     return step
 
 
-def detic_step(setting: Setting) -> Callable[[], float]:
+def detic_step(setting: Setting, fed_loss: bool = False) -> Callable[[], float]:
     """Returns the same of detic.py, with masks."""
     args = detic.Args(amp=setting.amp)
     space = label_space_of(setting, merge=True)
     frequency = torch.ones(setting.classes, device=setting.device)
+    federated = frequency if fed_loss else -frequency
     model = prepare(detic.Model(args, space, pretrained=False), setting, "backbone")
     batch, optimizer = labelled_batch(setting), optimizer_of(model)
 
     def step() -> float:
         targets = detic.prepare_targets(batch, space)
         outputs = model(batch.images, batch.sizes, targets, space.text)
-        losses = detic.compute_losses(args, *outputs, targets, frequency, -frequency)
+        losses = detic.compute_losses(args, *outputs, targets, frequency, federated)
         return update(model, optimizer, losses["loss"], *CLIP)
 
     return step
+
+
+federated_scaledet_step = partial(scaledet_step, fed_loss=True)
+federated_detic_step = partial(detic_step, fed_loss=True)
 
 
 def build_peer(name: str, setting: Setting) -> nn.Module:
