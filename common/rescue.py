@@ -24,6 +24,7 @@ LOWER = "lower --batch-size, --image-size or --workers"
 # about the connection of ranks.
 MEMORY = (
     r"can(no|')t allocate memory|out of memory|not enough memory|bad_alloc|can't start new thread"
+    r"|unable to allocate shared memory"
 )
 WORKER = r"DataLoader worker .*(killed by signal|exited unexpectedly)|insufficient shared memory"
 DEVICE = r"CUDA error: (?!device-side assert)|CUDNN_STATUS|CUBLAS_STATUS"

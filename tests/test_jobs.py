@@ -363,6 +363,7 @@ ERRORS = [
     (MemoryError(), 1, LOWER),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 1, LOWER),
     (OSError(12, "Cannot allocate memory"), 1, LOWER),
+    (RuntimeError("unable to allocate shared memory(shm) for file </t>: No space"), 1, LOWER),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 1, LOWER),
     (RuntimeError("CUDA error: unspecified launch failure"), 1, "see nvidia-smi"),
     (RuntimeError("CUDA error: device-side assert triggered"), 1, ""),  # a bug, not the device
