@@ -112,7 +112,7 @@ class Batch:
 
         Each tensor that is sent costs a file descriptor and a map of memory.
         """
-        joined = self._join()
+        joined = self.joined or self._join()
         shapes = {name: self._shapes(name) for name in joined}
         nothing = dict.fromkeys(("image", *TENSORS))
         samples = [replace(sample, **nothing) for sample in self.samples]
@@ -184,7 +184,10 @@ def collate(
         images = torch.from_numpy(np.zeros(shape, np.uint8))  # torch's zeros fill the padding, too
     views = unpadded(images, sizes)
     for sample, view in zip(samples, views):
-        # numpy takes half the time of torch if the channels of a pixel are neighbours
+        # numpy is faster than torch if the channels of a pixel are neighbours
         np.copyto(view.numpy(), sample.image.numpy())
     samples = [replace(sample, image=view) for sample, view in zip(samples, views)]
-    return Batch(images, sizes, samples)
+    batch = Batch(images, sizes, samples)
+    if get_worker_info():
+        batch.joined = batch._join()  # an error of the thread that sends it would be a hang
+    return batch

@@ -24,6 +24,7 @@ LOWER = "lower --batch-size, --image-size or --workers"
 # about the connection of ranks.
 MEMORY = (
     r"can(no|')t allocate memory|out of memory|not enough memory|bad_alloc|can't start new thread"
+    r"|unable to allocate shared memory"
 )
 WORKER = r"DataLoader worker .*(killed by signal|exited unexpectedly)|insufficient shared memory"
 DEVICE = r"CUDA error: (?!device-side assert)|CUDNN_STATUS|CUBLAS_STATUS"
@@ -193,7 +194,7 @@ def _says(pattern: str, text: str) -> bool:
 def first_line(error: BaseException) -> str:
     """Returns up to 150 letters of the first telling line of an error's message, or its type."""
     lines = [line.strip() for line in str(error).splitlines()]
-    lines = [line for line in lines if line and not line.startswith(("Caught", "Original Trace"))]
-    if lines and lines[0].startswith("Traceback"):  # of a data loading process
-        lines = lines[-1:]
+    lines = [line for line in lines if line]
+    if any(line.startswith(("Traceback", "Original Traceback")) for line in lines[:2]):
+        lines = lines[-1:]  # of a data loading process
     return lines[0][:150] if lines else type(error).__name__

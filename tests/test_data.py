@@ -195,9 +195,8 @@ def test_a_worker_collates_into_memory_that_it_shares(monkeypatch):
     assert not collate(samples_of_a_batch()).images.is_shared()
     monkeypatch.setattr("common.batch.get_worker_info", lambda: 1)
     batch = collate(samples_of_a_batch())
-    state = batch.__getstate__()
-    assert batch.images.is_shared() and state["joined"]["masks"].is_shared()
-    assert torch.equal(state["joined"]["masks"].view(2, 8, 8)[1:], batch.samples[2].masks)
+    assert batch.images.is_shared() and batch.joined["masks"].is_shared()
+    assert torch.equal(batch.joined["masks"].view(2, 8, 8)[1:], batch.samples[2].masks)
     monkeypatch.undo()
     assert torch.equal(batch.images, collate(samples_of_a_batch()).images)
 
@@ -210,6 +209,30 @@ def test_batches_of_a_worker_are_those_without_one():
     for ours, theirs in zip(sent.samples, here.samples, strict=True):
         assert torch.equal(ours.boxes, theirs.boxes) and torch.equal(ours.image, theirs.image)
     assert torch.equal(sent.samples[2].masks, samples[2].masks)
+
+
+@pytest.mark.parametrize("of_masks", [False, True])
+def test_a_lack_of_shared_memory_is_an_error_and_no_hang(monkeypatch, of_masks):
+    """The thread of a worker that sends a batch prints its errors, and the main process waits."""
+    new_shared = torch.UntypedStorage._new_shared
+
+    def lack(size):
+        if of_masks and size != 2 * 8 * 8:
+            return new_shared(size)
+        raise RuntimeError("unable to allocate shared memory")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", lack)
+    samples = samples_of_a_batch()
+    loader = DataLoader(samples, 3, num_workers=1, collate_fn=collate, timeout=10)
+    with pytest.raises(RuntimeError, match="unable to allocate shared memory"):
+        list(loader)
+
+
+def test_a_worker_sends_images_without_boxes():
+    samples = [sample(9, 8, boxes=()), sample(8, 8, boxes=())]
+    [sent] = DataLoader(samples, 2, num_workers=1, collate_fn=collate)
+    assert [one.boxes.shape for one in sent.samples] == [(0, 4), (0, 4)]
+    assert sent.samples[0].labels.dtype == torch.int64 and sent.samples[0].masks is None
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

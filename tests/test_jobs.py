@@ -21,6 +21,7 @@ from corpus import DROP
 from safetensors.torch import load_file
 from test_cli import small_runs
 from torch import distributed as dist
+from torch._utils import ExceptionWrapper
 from torch.utils.data import get_worker_info
 
 import scaledet
@@ -363,6 +364,7 @@ ERRORS = [
     (MemoryError(), 1, LOWER),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 1, LOWER),
     (OSError(12, "Cannot allocate memory"), 1, LOWER),
+    (RuntimeError("unable to allocate shared memory(shm) for file </t>: No space"), 1, LOWER),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 1, LOWER),
     (RuntimeError("CUDA error: unspecified launch failure"), 1, "see nvidia-smi"),
     (RuntimeError("CUDA error: device-side assert triggered"), 1, ""),  # a bug, not the device
@@ -376,6 +378,17 @@ def test_an_error_is_explained_in_a_line(error, code, words):
     """An unknown one has no line, and so its traceback."""
     line, found = explain(error)
     assert found == code and words in line and "\n" not in line and bool(line) == bool(words)
+
+
+def test_the_line_of_a_data_loading_process_is_its_error():
+    try:
+        raise RuntimeError("unable to allocate shared memory")
+    except RuntimeError:
+        sent = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(RuntimeError) as error:
+        sent.reraise()
+    line, _ = explain(error.value)
+    assert "not enough (RuntimeError: unable to allocate shared memory)" in line
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), torch.OutOfMemoryError("CUDA memory")])
