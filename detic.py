@@ -91,7 +91,7 @@ from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RatioBatchSampler, make_loader, repeat_factors
 from common.targets import Targets, true_rows
 from common.text import embed, known_vocabularies, sentence_encoder
-from common.text_classifier import TextClassifier, TextScores
+from common.text_classifier import TextClassifier, TextScores, places_in
 from common.transforms import LargeScaleJitter, ResizeShortest
 from common.visualize import save_image, training_grid
 
@@ -418,12 +418,11 @@ def sample_classifier(
     if targets[0].image_labels is not None:
         frequency = torch.ones_like(frequency)
     classes = sample_federated(torch.cat(labels), frequency, num).nonzero().squeeze(1)
-    position = torch.full_like(frequency, -1, dtype=torch.long)  # (C,)
-    position[classes] = torch.arange(len(classes), device=classes.device)
+    place = partial(places_in, classes, num_classes=len(frequency))
     sampled = []
     for t in targets:
-        image_labels = None if t.image_labels is None else position[t.image_labels]
-        sampled.append(replace(t, labels=position[t.labels], image_labels=image_labels))
+        image_labels = None if t.image_labels is None else place(t.image_labels)
+        sampled.append(replace(t, labels=place(t.labels), image_labels=image_labels))
     return classes, sampled
 
 

@@ -103,12 +103,11 @@ def true_rows(flags: list[Tensor]) -> list[Tensor]:
 def sort_by_mask(targets: list[Targets]) -> None:
     """Sorts the objects of each image in place: those with a mask first, and `masks` is of these.
 
-    masks: (N, H, W) bool, without a pixel in the others. There are two waits for the device.
+    masks: (N, H, W) bool, without a pixel in the others. There is one wait for the device.
     """
     flags = [have_pixels(t.masks) for t in targets]
-    others = true_rows([~flag for flag in flags])
-    for t, masked, boxed in zip(targets, true_rows(flags), others):
-        order = torch.cat([masked, boxed])
+    for t, flag, masked in zip(targets, flags, true_rows(flags)):
+        order = flag.argsort(descending=True, stable=True)  # it begins with `masked`
         t.boxes, t.labels, t.masks = t.boxes[order], t.labels[order], t.masks[masked]
 
 

@@ -9,6 +9,13 @@ from torch.nn import functional as F
 ALL = slice(None)
 
 
+def places_in(columns: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Returns the places in columns (K,) of labels (R,) < num_classes; -1 for -1 and all others."""
+    place = labels.new_full((num_classes + 1,), -1)  # the last one is of -1
+    place.scatter_(0, columns, torch.arange(len(columns), device=columns.device))
+    return place[labels]
+
+
 @dataclass
 class TextScores:
     """The scores of R regions for C texts. Only the rows and columns that are read are computed."""
@@ -30,15 +37,10 @@ class TextScores:
         return logits if self.bias is None else logits + self.bias
 
     def places(self, labels: Tensor, columns: Tensor | slice = ALL) -> Tensor:
-        """Returns the places in columns (K,) of labels (R,); -1 for -1 and for all others.
-
-        If columns is a slice, it is ALL.
-        """
+        """Returns `places_in` of labels (R,). If columns is a slice, it is ALL."""
         if isinstance(columns, slice):
             return labels
-        place = labels.new_full((len(self.text) + 1,), -1)  # the last one is of -1
-        place.scatter_(0, columns, torch.arange(len(columns), device=columns.device))
-        return place[labels]
+        return places_in(columns, labels, len(self.text))
 
 
 class TextClassifier(nn.Module):

@@ -3,11 +3,11 @@
 # minutes that a section takes on two quiet CPU cores
 SECTIONS = {
     "training": 7.5,
-    "inference": 3.0,
+    "inference": 5.5,
     "memory": 1.2,
-    "classes": 1.5,
+    "classes": 3.0,
     "data": 1.0,
-    "evaluation": 0.7,
+    "evaluation": 1.0,
     "startup": 0.8,
     "attention": 0.5,
 }
