@@ -25,7 +25,6 @@ N                normaliser
 
 Note: we could not read the papers' typeset text. Equations and numbers are those of the code of
   2012.14115, with the rule of 2001.04621 as a baseline; that paper has no code.
-Note: P6 is made of P5, as in Detic, and not of C5. --compile has no effect: image sizes change.
 Note: classes are one where their names are equal. A dataset annotates the classes of its list but
   its novel ones, and counts as annotating them in all of its images; so does LVIS.
 
@@ -78,6 +77,7 @@ from common.checkpoint import (
 )
 from common.class_counts import own_and_elsewhere, own_columns
 from common.command import COUNT, SIDE, Range, given, parse_args, run_command, saved_args
+from common.compiling import compilable
 from common.convert import convert_if_official, refuse
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.datasets.subset import drop_empty
@@ -158,7 +158,7 @@ class Args:
     amp: Literal["auto", "on", "off"] = "auto"
     """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on CUDA"""
+    """torch.compile; auto: on CUDA, but not with --tiny"""
     device: str = "auto"
     """cuda, cpu, cuda:1, ...; auto: CUDA if there is one"""
     seed: Annotated[int, COUNT] = 0
@@ -381,6 +381,7 @@ NEGATIVES = {
 }
 
 
+@compilable
 def loss_classes(logits: Tensor, labels: Tensor, weight: Tensor, normaliser: Tensor) -> Tensor:
     """Sec. conflict-free loss: L_cls = 1/N sum_a sum_c w_ac FL(sigmoid(s_ac), y_ac).
 
@@ -388,9 +389,8 @@ def loss_classes(logits: Tensor, labels: Tensor, weight: Tensor, normaliser: Ten
     labels: (A,), -1 on background, where y is all 0; -2 on anchors that have no loss
     weight: (A, C), w; normaliser: N
     """
-    target = torch.zeros_like(logits)  # (A, C)
-    fg = labels >= 0
-    target[fg, labels[fg]] = 1
+    fg = (labels >= 0).to(logits)  # (A,)
+    target = torch.zeros_like(logits).scatter(1, labels.clamp(min=0)[:, None], fg[:, None])
     focal = sigmoid_focal_loss(logits, target, alpha=0.25, gamma=2)
     trained = (labels > -2)[:, None]
     return (trained * weight * focal).sum() / normaliser

@@ -76,9 +76,10 @@ from common.backbone import Backbone
 from common.batch import Batch
 from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
+from common.compiling import compilable
 from common.convert import convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
-from common.distributed import amp_context, rank, setup_device, should_compile, world_size
+from common.distributed import amp_context, rank, setup_device, world_size
 from common.inference import evaluate_dataset, predict_each, predict_files
 from common.labels import LabelSpace, Vocabulary
 from common.mask_losses import MaskOutput, loss_dice, loss_mask, mask_cost, masks_per_rank
@@ -154,7 +155,7 @@ class Args:
     amp: Literal["auto", "on", "off"] = "auto"
     """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on CUDA"""
+    """torch.compile; auto: on CUDA, but not with --tiny"""
     device: str = "auto"
     """cuda, cpu, cuda:1, ...; auto: CUDA if there is one"""
     seed: Annotated[int, COUNT] = 0
@@ -445,6 +446,7 @@ def join_members(
     return [(pair[rows], query[rows]) for (pair, query), rows in zip(members, true_rows(inside))]
 
 
+@compilable
 def loss_class(logits: Tensor, classes: Tensor) -> Tensor:
     """Sec. 3, classification: cross-entropy, in which background has weight 0.1.
 
@@ -459,6 +461,7 @@ def loss_class(logits: Tensor, classes: Tensor) -> Tensor:
     return (each.sum(1) / weight[classes].flatten(1).sum(1)).sum()
 
 
+@compilable
 def loss_projection(
     mask_logits: Tensor, rows: Tensor, columns: Tensor, num_masks: Tensor
 ) -> Tensor:
@@ -610,7 +613,8 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     place = (args.seed, start, rank(), world_size())
     sampler = RatioBatchSampler(factors, [*ratios.values()], [*batches.values()], *place)
     mixture = Mixture(datasets, transforms, args.seed)
-    return make_loader(mixture, args, sides, batch_sampler=sampler)
+    least = {name: (side, side) for name, side in sides.items()}
+    return make_loader(mixture, args, least, batch_sampler=sampler)
 
 
 def train(
@@ -647,9 +651,6 @@ def train(
     groups = parameter_groups(model, 0.05, args.backbone_factor)
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
-    if should_compile(args.compile, device):
-        model.backbone.compile()
-        model.pixel_decoder.compile()
     parallel = model
     if world_size() > 1:
         parallel = DistributedDataParallel(model)

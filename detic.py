@@ -76,10 +76,11 @@ from common.centernet import CenterNet
 from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
 from common.class_counts import boxed_names, federated_counts, images_per_class, seen_and_unseen
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
+from common.compiling import Compiling, compilable
 from common.convert import convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.datasets.subset import drop_empty
-from common.distributed import amp_context, gather, rank, setup_device, should_compile, world_size
+from common.distributed import amp_context, gather, rank, setup_device, world_size
 from common.errors import InputError
 from common.image_label_losses import RIVALS, Bag, label_bce, mean_over_bags
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
@@ -153,7 +154,7 @@ class Args:
     amp: Literal["auto", "on", "off"] = "auto"
     """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on CUDA"""
+    """torch.compile; auto: on CUDA, but not with --tiny"""
     device: str = "auto"
     """cuda, cpu, cuda:1, ...; auto: CUDA if there is one"""
     seed: Annotated[int, COUNT] = 0
@@ -440,6 +441,7 @@ def class_mask(args: Args, labels: Tensor, frequency: Tensor, federated: Tensor)
     return mask * (frequency > 0) if args.ignore_zero else mask
 
 
+@compilable
 def loss_cls(logits: Tensor, labels: Tensor) -> Tensor:
     """Sec. 3, classification of regions: 1/R sum_r sum_c w_c BCE(sigmoid(s_rc), y_rc).
 
@@ -570,9 +572,7 @@ def predict_images(
 # -- Train -----------------------------------------------------------------------------------------
 
 
-def build_dataloader(
-    args: Args, datasets: list[Dataset], start: int, device: torch.device
-) -> DataLoader:
+def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoader:
     """Returns a loader of endless batches, each from one dataset and so with one supervision.
 
     Each dataset has its own ratio, image size and batch size. Each rank draws its own dataset.
@@ -592,9 +592,9 @@ def build_dataloader(
         transforms[d.name] = LargeScaleJitter(sides[d.name], jitter)
     place = (args.seed, start, rank(), world_size(), world_size() > 1)
     sampler = RatioBatchSampler(factors, [*ratios.values()], [*batches.values()], *place)
-    square = sides if should_compile(args.compile, device) else None
+    least = {name: (side, side) for name, side in sides.items()} if Compiling.on else None
     mixture = Mixture(datasets, transforms, args.seed)
-    return make_loader(mixture, args, square, batch_sampler=sampler)
+    return make_loader(mixture, args, least, batch_sampler=sampler)
 
 
 def train(
@@ -635,13 +635,11 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
-    if should_compile(args.compile, device):
-        model.backbone.compile()
     parallel = model
     if world_size() > 1:
         # image-level labels train neither the mask head nor the box regression
         parallel = DistributedDataParallel(model, find_unused_parameters=True)
-    loader = build_dataloader(args, datasets, start, device)
+    loader = build_dataloader(args, datasets, start)
     run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)
     run_log.evaluate_with(evaluate, evaluated)
 

@@ -84,10 +84,11 @@ from common.command import (
     run_command,
     saved_args,
 )
+from common.compiling import Compiling, compilable
 from common.convert import convert_if_official, refuse
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.datasets.subset import drop_empty
-from common.distributed import amp_context, rank, setup_device, should_compile, world_size
+from common.distributed import amp_context, rank, setup_device, world_size
 from common.errors import InputError
 from common.evaluation import ancestors
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
@@ -156,7 +157,7 @@ class Args:
     amp: Literal["auto", "on", "off"] = "auto"
     """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on CUDA"""
+    """torch.compile; auto: on CUDA, but not with --tiny"""
     device: str = "auto"
     """cuda, cpu, cuda:1, ...; auto: CUDA if there is one"""
     seed: Annotated[int, COUNT] = 0
@@ -433,6 +434,7 @@ class Supervision:
         return cls(*(table.to(device) for table in tables))
 
 
+@compilable
 def loss_classes(logits: Tensor, labels: Tensor, supervision: Supervision) -> Tensor:
     """Sec. partitioned detector: loss_k = 1/R sum_r sum_{c in L_k} w_rc BCE(sigmoid(s_rc), y_rc).
 
@@ -499,9 +501,7 @@ def predict_images(
 # -- Train -----------------------------------------------------------------------------------------
 
 
-def build_dataloader(
-    args: Args, datasets: list[Dataset], start: int, device: torch.device
-) -> DataLoader:
+def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoader:
     """Returns a loader of endless batches. A batch is of one dataset, another one on each rank.
 
     Images are sampled by `image_weights`, with replacement. Skips the first `start` batches.
@@ -515,9 +515,9 @@ def build_dataloader(
     batch_size = args.batch_size // world_size()
     place = (args.seed, start, rank(), world_size())
     sampler = BucketBatchSampler(weights, buckets, batch_size, *place)
-    square = sides if should_compile(args.compile, device) else None
+    least = {name: (side, side) for name, side in sides.items()} if Compiling.on else None
     mixture = Mixture(datasets, transforms, args.seed)
-    return make_loader(mixture, args, square, batch_sampler=sampler)
+    return make_loader(mixture, args, least, batch_sampler=sampler)
 
 
 def train(
@@ -552,12 +552,10 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
-    if should_compile(args.compile, device):
-        model.backbone.compile()
     parallel = model
     if world_size() > 1:
         parallel = DistributedDataParallel(model)
-    loader = build_dataloader(args, datasets, start, device)
+    loader = build_dataloader(args, datasets, start)
     run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)
     run_log.evaluate_with(evaluate, evaluated)
 

@@ -31,7 +31,7 @@ Note: prompts are "a photo of {name}". For panoptic data the released code has t
   (--prompts name). As there, a name is read as it is listed (wall-other-merged), the first of its
   synonyms. Longer ones than its ten tokens stay whole. The adapter undoes the text's unit length.
 Note: 160,000 steps are those of the released configs. The script for four datasets has 320,000.
-Note: training images are padded as far as their batch needs, not to the size of the crop.
+Note: training images are padded as far as their batch needs; with --compile to the crop's size.
 Note: in a step, every rank samples its own dataset. So the text of a batch needs no padding.
 Note: segments that a crop leaves empty are dropped, also those of panoptic maps.
 
@@ -75,10 +75,11 @@ from common.backbone import Backbone
 from common.batch import Batch
 from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
+from common.compiling import Compiling, compilable
 from common.convert import convert_if_official
 from common.dataset_heads import DatasetHeads
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
-from common.distributed import amp_context, rank, setup_device, should_compile, world_size
+from common.distributed import amp_context, rank, setup_device, world_size
 from common.inference import evaluate_dataset, predict_each, predict_files
 from common.labels import LabelSpace, Vocabulary, fold
 from common.mask_losses import MaskOutput, loss_dice, loss_mask, mask_cost, masks_per_rank
@@ -151,7 +152,7 @@ class Args:
     amp: Literal["auto", "on", "off"] = "auto"
     """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on CUDA"""
+    """torch.compile; auto: on CUDA, but not with --tiny"""
     device: str = "auto"
     """cuda, cpu, cuda:1, ...; auto: CUDA if there is one"""
     seed: Annotated[int, COUNT] = 0
@@ -461,6 +462,7 @@ def match(args: Args, output: MaskOutput, targets: list[Targets]) -> list[Pairs]
     return assign(costs)
 
 
+@compilable
 def loss_class(logits: Tensor, classes: Tensor) -> Tensor:
     """Sec. 3, classification: cross-entropy, in which background has weight 0.1.
 
@@ -573,7 +575,8 @@ def test_transform(args: Args, dataset: str) -> ResizeShortest:
 def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoader:
     """Returns a loader of endless batches, each from one dataset, which each rank draws for itself.
 
-    Each dataset has its own augmentation. Skips the first `start` batches.
+    Each dataset has its own augmentation. Skips the first `start` batches. Compiled models get
+    images of the size of the crop, unless a dataset has none (DETR's augmentation).
     """
     ratios = per_dataset(args, "dataset_ratios", datasets, 1)
     if args.sampling == "size":
@@ -583,8 +586,10 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     batches = [args.batch_size] * len(datasets)
     place = (args.seed, start, rank(), world_size())
     sampler = RatioBatchSampler(factors, [*ratios.values()], batches, *place, apart=True)
+    crops = {name: getattr(transform, "crop", None) for name, transform in transforms.items()}
+    least = crops if Compiling.on and all(crops.values()) else None
     mixture = Mixture(datasets, transforms, args.seed)
-    return make_loader(mixture, args, batch_sampler=sampler)
+    return make_loader(mixture, args, least, batch_sampler=sampler)
 
 
 def train(
@@ -623,9 +628,6 @@ def train(
     groups = parameter_groups(model, 1e-4, args.backbone_factor)
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
-    if should_compile(args.compile, device):
-        model.backbone.compile()
-        model.pixel_decoder.compile()
     parallel = model
     if world_size() > 1:
         # a step of the multi-head baseline trains one dataset's head

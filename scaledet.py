@@ -84,10 +84,11 @@ from common.centernet import CenterNet
 from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
 from common.class_counts import federated_counts
 from common.command import COUNT, SIDE, Range, given, parse_args, run_command, saved_args
+from common.compiling import Compiling, compilable
 from common.convert import convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.datasets.subset import drop_empty
-from common.distributed import amp_context, rank, setup_device, should_compile, world_size
+from common.distributed import amp_context, rank, setup_device, world_size
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
 from common.label_report import cosine_rows, report_label_space
 from common.labels import LabelSpace, Vocabulary
@@ -156,7 +157,7 @@ class Args:
     amp: Literal["auto", "on", "off"] = "auto"
     """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on CUDA"""
+    """torch.compile; auto: on CUDA, but not with --tiny"""
     device: str = "auto"
     """cuda, cpu, cuda:1, ...; auto: CUDA if there is one"""
     seed: Annotated[int, COUNT] = 0
@@ -391,6 +392,7 @@ def class_mask(
     return mask
 
 
+@compilable
 def loss_hard_label(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """Eq. 6, hard label assignment: L_hl = 1/R sum_r sum_j w_rj BCE(sigmoid(c_rj / tau), y_rj).
 
@@ -406,6 +408,7 @@ def loss_hard_label(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     return (mask * bce).sum() / max(len(labels), 1)
 
 
+@compilable
 def loss_soft_label(cosine: Tensor, similarity: Tensor) -> Tensor:
     """Eq. 7, soft label assignment: L_sl = 1/R_fg sum_{r in fg} 1/C sum_j (c_rj - S_{l(r) j})^2.
 
@@ -487,9 +490,7 @@ def predict_images(
 # -- Train -----------------------------------------------------------------------------------------
 
 
-def build_dataloader(
-    args: Args, datasets: list[Dataset], start: int, device: torch.device
-) -> DataLoader:
+def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoader:
     """Returns a loader of endless batches from all datasets as one list, with joint repeat factors.
 
     A batch may mix datasets. Skips the first `start` batches. Compiled models get images of one
@@ -500,10 +501,10 @@ def build_dataloader(
     factors = repeat_factors(datasets, args.repeat_threshold)
     place = (args.seed, start * args.batch_size, rank(), world_size())
     sampler = RepeatFactorSampler(factors, *place)
-    square = sides if should_compile(args.compile, device) else None
+    least = {name: (side, side) for name, side in sides.items()} if Compiling.on else None
     mixture = Mixture(datasets, transforms, args.seed)
     batch_size = args.batch_size // world_size()
-    return make_loader(mixture, args, square, sampler=sampler, batch_size=batch_size)
+    return make_loader(mixture, args, least, sampler=sampler, batch_size=batch_size)
 
 
 def train(
@@ -542,12 +543,10 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
-    if should_compile(args.compile, device):
-        model.backbone.compile()
     parallel = model
     if world_size() > 1:
         parallel = DistributedDataParallel(model)
-    loader = build_dataloader(args, datasets, start, device)
+    loader = build_dataloader(args, datasets, start)
     run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)
     run_log.evaluate_with(evaluate, evaluated)
 

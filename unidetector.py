@@ -32,7 +32,6 @@ Note: text is the mean over CLIP's 80 prompts, each normalised before. The offic
 Note: test images keep the localizer's own pixel statistics. An official config feeds it CLIP's.
 Note: all BatchNorm of the localizer is frozen, and box deltas may shrink a box without limit.
 Note: we left out the end-to-end baseline and the metrics for Visual Genome and ImageNetBoxes.
-Note: --compile has no effect here: image sizes and the number of regions change at every step.
 Note: a timm model with FPN as --classifier-backbone is ours, for small runs.
 
 diff with scaledet.py shows: two networks trained one after the other; no cascade, no soft loss;
@@ -166,7 +165,7 @@ class Args:
     amp: Literal["auto", "on", "off"] = "auto"
     """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on CUDA"""
+    """torch.compile; auto: on CUDA, but not with --tiny"""
     device: str = "auto"
     """cuda, cpu, cuda:1, ...; auto: CUDA if there is one"""
     seed: Annotated[int, COUNT] = 0

@@ -20,6 +20,7 @@ import scaledet
 from benchmarks.paired import Setting
 from common.batch import Batch, Sample, collate
 from common.boxes import select_detections
+from common.compiling import Compiling
 from common.labels import LabelSpace, Vocabulary
 
 BOXES, CANDIDATES, MOST = 8, 2000, 300
@@ -78,12 +79,14 @@ def label_space_of(setting: Setting, merge: bool = False) -> LabelSpace:
 
 
 def prepare(model: nn.Module, setting: Setting, *compiled: str) -> nn.Module:
-    """Moves a model to the device, freezes BatchNorm, and compiles parts of it if asked.
+    """Moves a model to the device, freezes BatchNorm, and lets it be compiled if asked.
 
-    compiled: names of the modules that a training with --compile on compiles
+    compiled: names of the peer's modules that are compiled; ours know their `compilable` parts
     """
     model.to(setting.device).train()
     freeze_norms(model)
+    Compiling.on = setting.mode == "compiled"
+    Compiling.few_shapes = True
     for name in compiled if setting.mode == "compiled" else ():
         model.get_submodule(name).compile()
     return model
@@ -116,7 +119,7 @@ def scaledet_step(setting: Setting, fed_loss: bool = False) -> Callable[[], floa
     count = 1.0 if fed_loss else -1.0
     federated = torch.full((setting.classes,), count, device=setting.device)
     tables = scaledet.LabelTables.of(args, space.text, federated)
-    model = prepare(scaledet.Model(args, space, pretrained=False), setting, "backbone")
+    model = prepare(scaledet.Model(args, space, pretrained=False), setting)
     batch, optimizer = labelled_batch(setting), optimizer_of(model)
 
     def step() -> float:
@@ -134,7 +137,7 @@ def detic_step(setting: Setting, fed_loss: bool = False) -> Callable[[], float]:
     space = label_space_of(setting, merge=True)
     frequency = torch.ones(setting.classes, device=setting.device)
     federated = frequency if fed_loss else -frequency
-    model = prepare(detic.Model(args, space, pretrained=False), setting, "backbone")
+    model = prepare(detic.Model(args, space, pretrained=False), setting)
     batch, optimizer = labelled_batch(setting), optimizer_of(model)
 
     def step() -> float:
@@ -156,7 +159,7 @@ def build_peer(name: str, setting: Setting) -> nn.Module:
     build = getattr(detection, name)
     classes = setting.classes + 1  # and background
     model = build(weights=None, weights_backbone=None, num_classes=classes, **sizes)
-    return prepare(model, setting, "backbone")
+    return prepare(model, setting, "backbone", "rpn.head", "roi_heads.box_head")
 
 
 def peer_step(name: str, setting: Setting) -> Callable[[], float]:
@@ -184,7 +187,7 @@ def predictor(method: ModuleType, setting: Setting, limit: int = MOST) -> Callab
     """Returns a function that predicts with scaledet.py or detic.py, at most `limit` detections."""
     args = method.Args(amp=setting.amp)
     space = label_space_of(setting, merge=method is detic)
-    model = prepare(method.Model(args, space, pretrained=False), setting, "backbone").eval()
+    model = prepare(method.Model(args, space, pretrained=False), setting).eval()
     batch = labelled_batch(setting)
     with torch.no_grad():
         features = model.extract(batch.images, batch.sizes)

@@ -133,9 +133,9 @@ def first_step(method: str, changes: dict, root: Path, folder: Path, launch: dic
         return device
 
     module.setup_device = setup_alike
-    collate, square = sampling.collate, defaultdict(lambda: PADDED)
+    collate, least = sampling.collate, defaultdict(lambda: (PADDED, PADDED))
     # images are padded alike, whatever else is in their batch
-    sampling.collate = lambda samples, **others: collate(samples, square=square)
+    sampling.collate = lambda samples, **others: collate(samples, least=least)
     for name in ("rand", "randperm", "randint", "multinomial"):
         setattr(torch, name, by_shape(getattr(torch, name)))
     torch.Tensor.bernoulli_ = lambda tensor, *given, **others: tensor.fill_(1)  # no layer drops out

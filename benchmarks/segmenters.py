@@ -20,7 +20,6 @@ from common.labels import LabelSpace, Vocabulary
 SEGMENTS, NAME = 8, "ade20k"
 TASKS = ("forward", "semantic", "panoptic")
 CLIP, LR = (nn.utils.clip_grad_norm_, 0.01), 1e-5
-COMPILED = ("backbone", "pixel_decoder")
 MEAN, SCALE = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)
 
 
@@ -53,7 +52,7 @@ def dataseg_step(setting: Setting) -> Callable[[], float]:
     """
     args = dataseg.Args(amp=setting.amp, merge_in_training=False)
     space = label_space_of(setting)
-    model = prepare(dataseg.Model(args, space, pretrained=False), setting, *COMPILED)
+    model = prepare(dataseg.Model(args, space, pretrained=False), setting)
     batch, optimizer = labelled_batch(setting), optimizer_of(model, LR)
     merged = torch.ones(setting.classes, dtype=torch.bool, device=setting.device)
 
@@ -70,7 +69,7 @@ def lmseg_step(setting: Setting) -> Callable[[], float]:
     """Returns the same of lmseg.py, with fixed text."""
     args = lmseg.Args(amp=setting.amp, context_tokens=0)
     space = label_space_of(setting)
-    model = prepare(lmseg.Model(args, space, pretrained=False), setting, *COMPILED)
+    model = prepare(lmseg.Model(args, space, pretrained=False), setting)
     batch, optimizer = labelled_batch(setting), optimizer_of(model, LR)
 
     def step() -> float:
@@ -128,7 +127,7 @@ def dataseg_predictor(setting: Setting, task: str) -> Callable:
     """
     args = dataseg.Args(amp=setting.amp, object_threshold=0.0)
     space = label_space_of(setting)
-    model = prepare(dataseg.Model(args, space, pretrained=False), setting, *COMPILED).eval()
+    model = prepare(dataseg.Model(args, space, pretrained=False), setting).eval()
     batch = labelled_batch(setting)
     if task == "forward":
         return torch.no_grad()(lambda: model(batch.images, batch.sizes, space.text))
@@ -139,7 +138,7 @@ def lmseg_predictor(setting: Setting, task: str) -> Callable:
     """Returns the same of lmseg.py."""
     args = lmseg.Args(amp=setting.amp, context_tokens=0, object_threshold=0.0)
     space = label_space_of(setting)
-    model = prepare(lmseg.Model(args, space, pretrained=False), setting, *COMPILED).eval()
+    model = prepare(lmseg.Model(args, space, pretrained=False), setting).eval()
     batch = labelled_batch(setting)
     if task == "forward":
         return torch.no_grad()(lambda: model(batch.images, batch.sizes, space))

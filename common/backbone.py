@@ -13,6 +13,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from common import swin, vit
+from common.compiling import compilable
 from common.distributed import from_main, world_size
 from common.errors import InputError
 from common.hub import hub
@@ -138,6 +139,7 @@ class Backbone(nn.Module):
         """Applies the function `normalise` with the timm model's mean and standard deviation."""
         return normalise(images, sizes, self.mean, self.std)
 
+    @compilable(of_images=True)
     def forward(self, images: Tensor) -> list[Tensor]:
         """Encodes normalised RGB images (B, 3, H, W). Returns one map per stride, finest first."""
         if self.pyramid:

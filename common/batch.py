@@ -167,17 +167,16 @@ def unpadded(images: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
 
 
 def collate(
-    samples: list[Sample], divisor: int = 32, square: dict[str, int] | None = None
+    samples: list[Sample], divisor: int = 32, least: dict[str, tuple[int, int]] | None = None
 ) -> Batch:
     """Pads samples to one size, whose height and width are multiples of `divisor`.
 
-    square: {dataset: side}; pads to at least side x side, so that batches have one shape
+    least: {dataset: (height, width)}; pads to at least this size, so that batches have one shape
     """
     sizes = [sample.size for sample in samples]
-    heights, widths = zip(*sizes)
-    least = max(square[sample.dataset] for sample in samples) if square else 0
-    height = divisor * math.ceil(max(*heights, least) / divisor)
-    width = divisor * math.ceil(max(*widths, least) / divisor)
+    heights, widths = zip(*sizes, *(least[sample.dataset] for sample in samples if least))
+    height = divisor * math.ceil(max(heights) / divisor)
+    width = divisor * math.ceil(max(widths) / divisor)
     shape = (len(samples), 3, height, width)
     images = shared_zeros(shape, torch.uint8)
     if images is None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou
 
+from common.compiling import compilable
 from common.roi_align import roi_align
 
 MAX_LOG_SCALE = math.log(1000 / 16)  # largest dw or dh: a side grows at most 62.5 times
@@ -73,6 +74,7 @@ def decode_boxes(boxes: Tensor, deltas: Tensor, weights: tuple[float, ...]) -> T
     return torch.cat([low, high], 1)  # (N, 4)
 
 
+@compilable
 def box_delta_loss(
     deltas: Tensor, labels: Tensor, boxes: Tensor, gt_boxes: Tensor, weights: tuple[float, ...]
 ) -> Tensor:

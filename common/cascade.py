@@ -18,6 +18,7 @@ from torchvision.ops import clip_boxes_to_image
 
 from common.backbone import STRIDES
 from common.boxes import box_delta_loss, decode_boxes, have_area, pool_rois, two_layers
+from common.compiling import compilable
 from common.masks import crop_masks
 from common.targets import RegionTargets, Targets, match_regions, true_rows
 
@@ -59,6 +60,7 @@ class BoxStage(nn.Module):
         self.box_head = two_layers(channels, fc_dim, c2_xavier_fill)
         self.bbox_pred = mlp(fc_dim, 4)
 
+    @compilable
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled features (R, F, 7, 7) -> hidden (R, fc_dim), box deltas (R, 4)."""
         hidden = self.box_head(pooled)
@@ -174,7 +176,11 @@ class MaskHead(nn.Module):
     def forward(self, features: list[Tensor], boxes: list[Tensor]) -> Tensor:
         """P3, P4, ... (B, F, h, w), boxes B tensors (Q, 4) -> mask logits (R, 28, 28)."""
         strides = Cascade.strides
-        x = pool_rois(features[: len(strides)], strides, boxes, 14)  # (R, F, 14, 14)
+        return self.predict(pool_rois(features[: len(strides)], strides, boxes, 14))
+
+    @compilable
+    def predict(self, x: Tensor) -> Tensor:
+        """Pooled features (R, F, 14, 14) -> mask logits (R, 28, 28)."""
         for n in range(1, self.num_convs + 1):
             x = getattr(self, f"mask_fcn{n}")(x).relu()
         return self.predictor(self.deconv(x).relu())[:, 0].float()

@@ -15,6 +15,7 @@ from torchvision.ops import nms
 
 from common.backbone import GroupNorm
 from common.boxes import centres, sides
+from common.compiling import compilable
 from common.distributed import mean_over_ranks
 from common.errors import InputError
 
@@ -67,6 +68,7 @@ class CenterNetHead(nn.Module):
         nn.init.constant_(self.agn_hm.bias, prior)
         nn.init.constant_(self.bbox_pred.bias, 8.0)
 
+    @compilable(of_images=True)
     def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Predicts from L maps (B, F, h, w) the objectness logits (B, M) and distances (B, M, 4).
 
@@ -167,6 +169,7 @@ class CenterNet(nn.Module):
             proposals = self.proposals(grid, logits.sigmoid(), ltrb)
         return proposals, losses
 
+    @compilable
     def targets(self, grid: Grid, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the targets (heatmap, ltrb, centred) of one image with boxes (N, 4).
 
@@ -256,20 +259,10 @@ class CenterNet(nn.Module):
         """
         targets = [self.targets(grid, boxes) for boxes in gt_boxes]
         heatmap, gt_ltrb, centred = map(torch.stack, zip(*targets))  # (B, M), (B, M, 4), (B, M)
-        p = logits.sigmoid()  # (B, M)
-        p = p.clamp(1e-4, 1 - 1e-4)
         count = mean_over_ranks(centred.sum()).clamp(min=1)
-        hard = (1 - p) ** self.gamma
-        pos = -torch.log(p) * hard * centred
-        pos = pos.sum()
-        far = (1 - heatmap) ** self.beta
-        confident = p**self.gamma
-        neg = -torch.log(1 - p) * confident * far
-        ignored = p >= self.ignore_high_fp
-        neg = neg.masked_fill(ignored, 0)
-        neg = neg.sum()
+        pos, neg = self.focal_sums(logits, heatmap, centred)
         regressed = gt_ltrb.amin(-1) >= 0  # (B, M)
-        count_reg = regressed.sum().to(p)
+        count_reg = regressed.sum().to(logits)
         count_reg = mean_over_ranks(count_reg).clamp(min=1)
         # where nothing is regressed, two equal boxes: their loss is 0, and so is its gradient
         others = ~regressed[..., None]
@@ -283,6 +276,20 @@ class CenterNet(nn.Module):
             "loss_centernet_neg": neg_weight * neg / count,
             "loss_centernet_loc": loc / count_reg,
         }
+
+    @compilable(of_images=True)
+    def focal_sums(self, logits: Tensor, heatmap: Tensor, centred: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the two sums of the heat map's losses, see `losses`. All are (B, M)."""
+        p = logits.sigmoid()
+        p = p.clamp(1e-4, 1 - 1e-4)
+        hard = (1 - p) ** self.gamma
+        pos = -torch.log(p) * hard * centred
+        far = (1 - heatmap) ** self.beta
+        confident = p**self.gamma
+        neg = -torch.log(1 - p) * confident * far
+        ignored = p >= self.ignore_high_fp
+        neg = neg.masked_fill(ignored, 0)
+        return pos.sum(), neg.sum()
 
     def proposals(self, grid: Grid, p: Tensor, ltrb: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Selects the proposals of each image: the best of each level, then NMS over all levels.
@@ -322,6 +329,7 @@ class CenterNet(nn.Module):
         return proposals
 
 
+@compilable
 def loss_ltrb_giou(pred: Tensor, target: Tensor) -> Tensor:
     """Sum over P pairs of boxes of 1 - GIoU, where GIoU = (I + 1) / (U + 1) - (H - U) / H.
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from common.backbone import Backbone, normalise
 from common.boxes import pool_rois, two_layers
+from common.compiling import compilable
 from common.distributed import amp_context, from_main
 from common.errors import InputError
 from common.hub import hub
@@ -182,6 +183,7 @@ class CLIPResNetC4(nn.Module):
         """Applies the function `normalise` with CLIP's mean and standard deviation."""
         return normalise(images, sizes, self.mean, self.std)
 
+    @compilable(of_images=True)
     def trunk(self, x: Tensor) -> Tensor:
         """Runs stem and stages 1 to 3: images (B, 3, H, W) -> (B, E / 2, H / 16, W / 16)."""
         x = self.bn1(self.conv1(x)).relu()
@@ -193,6 +195,11 @@ class CLIPResNetC4(nn.Module):
         """Embeds the boxes, B tensors (Q, 4), of normalised images (B, 3, H, W): (R, out)."""
         features = self.trunk(images).float()
         pooled = pool_rois([features], [self.stride], boxes, self.resolution)  # (R, E / 2, r, r)
+        return self.embed(pooled)
+
+    @compilable
+    def embed(self, pooled: Tensor) -> Tensor:
+        """Runs stage 4 and the attention pool: regions (R, E / 2, r, r) -> (R, out)."""
         return self.attnpool(self.layer4(pooled)).float()
 
 

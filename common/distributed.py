@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from common.compiling import Compiling
 from common.errors import InputError
 from common.process import environment_number
 
@@ -20,7 +21,7 @@ WAIT = timedelta(hours=2)  # the other ranks wait while rank 0 scores a large da
 
 
 def setup_device(args) -> torch.device:
-    """Sets up this process as --device, --seed and --amp ask, and returns its device.
+    """Sets up this process as --device, --seed, --amp and --compile ask. Returns its device.
 
     Joins the process group under torchrun. Seeds torch with seed + rank. Silences the log on all
     ranks but 0, except for errors. `args.amp` becomes "on" or "off", for a training to go on with.
@@ -56,6 +57,10 @@ def setup_device(args) -> torch.device:
         log.info(message, world_size(), hours)
     device = torch.device(device)
     args.amp = _tell_precision(args.amp, device)
+    # compiling takes minutes, which short runs and a CPU do not win back
+    Compiling.on = args.compile == "on" or (args.compile == "auto" and on_cuda and not args.tiny)
+    if Compiling.on:
+        log.info("--compile on: the first steps are slow, since parts of the step are compiled")
     return device
 
 
@@ -206,8 +211,3 @@ def _tell_precision(amp: str, device: torch.device) -> str:
         return "on"
     log.info("float32: this %s is not built for bfloat16", device.type.upper())
     return "off"
-
-
-def should_compile(choice: str, device: torch.device) -> bool:
-    """Returns whether to compile. "auto" is for CUDA only: on a CPU, short runs are not faster."""
-    return choice == "on" or (choice == "auto" and device.type == "cuda")

@@ -72,8 +72,7 @@ def evaluate_dataset(
     title = title or dataset.name
     of_segments = dataset.metric in ("miou", "pq")
     run = _predict_segments if of_segments else predict_dataset
-    with torch.compiler.set_stance("force_eager"):  # test images come in many sizes
-        predicted = run(predict, dataset, transform, args.workers, title)
+    predicted = run(predict, dataset, transform, args.workers, title)
     if rank() > 0:
         return {}
     if of_segments:

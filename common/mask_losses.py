@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.compiling import compilable
 from common.distributed import mean_over_ranks
 from common.point_matching import pairwise_bce, pairwise_dice, point_sample, sample_masks
 from common.segment_map import SegmentMap
@@ -61,6 +62,7 @@ def mask_cost(
     return torch.stack([5 * pairwise_bce(x, truth) + 5 * pairwise_dice(x, truth) for x in logits])
 
 
+@compilable
 def loss_mask(logits: Tensor, truth: Tensor, num_masks: Tensor) -> Tensor:
     """1/num_masks sum_r 1/P sum_p BCE(sigmoid(x_rp), t_rp): BCE at P points of R matched pairs.
 
@@ -70,6 +72,7 @@ def loss_mask(logits: Tensor, truth: Tensor, num_masks: Tensor) -> Tensor:
     return bce.mean(1).sum() / num_masks
 
 
+@compilable
 def loss_dice(logits: Tensor, truth: Tensor, num_masks: Tensor) -> Tensor:
     """1/num_masks sum_r (1 - (2 sum_p s t + 1) / (sum_p s + sum_p t + 1)), with s = sigmoid(x).
 

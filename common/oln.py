@@ -24,6 +24,7 @@ from common.boxes import (
     sides,
     two_layers,
 )
+from common.compiling import compilable
 from common.distributed import amp_context
 from common.targets import (
     RegionTargets,
@@ -64,6 +65,7 @@ class RPN(nn.Module):
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(conv.bias)
 
+    @compilable(of_images=True)
     def head(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Predicts distances for `decode_tblr`, and objectness logits, from L maps (B, F, h, w).
 

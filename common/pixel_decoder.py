@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.backbone import GroupNorm
+from common.compiling import compilable
 from common.errors import InputError
 from common.msda import msda
 from common.transformer import sine_position
@@ -160,6 +161,7 @@ class PixelDecoder(nn.Module):
             nn.init.xavier_uniform_(conv.weight)
             nn.init.zeros_(conv.bias)
 
+    @compilable(of_images=True)
     def forward(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Computes (mask_features, maps).
 
@@ -204,6 +206,7 @@ def tokens(feature: Tensor) -> Tensor:
     return feature.flatten(2).transpose(1, 2)
 
 
+@compilable(of_images=True)
 def decoder_inputs(
     maps: list[Tensor], level_embed: Tensor, mask_features: Tensor
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from common.backbone import GroupNorm
 from common.boxes import sides
+from common.compiling import compilable
 
 SCALE = 4  # side of the smallest anchor of a level, in strides
 SCALES_PER_OCTAVE = 3  # 1, 2^(1/3) and 2^(2/3) of the smallest side
@@ -129,6 +130,7 @@ class RetinaHead(nn.Module):
                 found.append(anchors_last.reshape(len(maps), -1, maps.shape[1] // PER_CELL))
         return torch.cat(logits, 1).float(), torch.cat(deltas, 1).float()
 
+    @compilable(of_images=True)
     def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Returns class logits (B, A, C) and box deltas (B, A, 4) from L maps (B, F, h, w)."""
         return self.outputs(self.towers(features))

@@ -18,6 +18,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from common.backbone import STRIDES
 from common.boxes import decode_boxes, encode_boxes, have_area
+from common.compiling import compilable
 from common.targets import Targets, match_anchors, match_by_iou, sample_anchors, wholly_inside
 
 WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the box deltas
@@ -84,6 +85,7 @@ class RPN(nn.Module):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
 
+    @compilable(of_images=True)
     def head(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Predicts logits (B, a, P + 1) and deltas (B, a, 4) of the a anchors of each map."""
         logits = []

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from common.batch import Sample, collate
+from common.compiling import Compiling
 from common.datasets.dataset import Dataset
 from common.errors import InputError
 from common.replay import read_record, recorded_rows
@@ -385,18 +386,21 @@ def refuse_huge_batch(batch_size: int, transforms: Iterable[Callable]) -> None:
 
 
 def make_loader(
-    mixture: Mixture, args, square: dict[str, int] | None = None, **sampling
+    mixture: Mixture, args, least: dict[str, tuple[int, int]] | None = None, **sampling
 ) -> DataLoader:
     """Returns the DataLoader of a training, which makes batches with `collate`.
 
     args:     --workers, --skip-bad, --replay, and --output, the run folder
-    square:   {dataset: side}; batches are padded to at least side x side; None for no such padding
+    least:    {dataset: (height, width)} that batches are padded to; None: as far as they need
     sampling: DataLoader's arguments sampler and batch_size, or batch_sampler
     With --replay it has one batch, that of the record. Raises InputError if a batch cannot fit into
     memory.
     """
-    batch_size = sampling.get("batch_size") or max(sampling["batch_sampler"].sizes)
-    refuse_huge_batch(int(batch_size), mixture.transforms.values())
+    batches = sampling.get("batch_sampler")
+    sizes = batches.sizes if batches else [sampling["batch_size"]]
+    refuse_huge_batch(int(max(sizes)), mixture.transforms.values())
+    if least:
+        Compiling.few_shapes = len({*zip(least.values(), cycle(sizes))}) <= 2
     mixture.skips = Skips(args.skip_bad, Path(args.output))
     if args.replay:
         record = read_record(Path(args.output), args.replay)
@@ -404,7 +408,7 @@ def make_loader(
         sampling = {"batch_sampler": [rows]}
     return DataLoader(
         mixture,
-        collate_fn=partial(collate, square=square),
+        collate_fn=partial(collate, least=least),
         num_workers=args.workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own: it must not disturb the run's random numbers

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.compiling import compilable
+
 # Shapes: B images, Q queries, C channels, M heads, S = h w pixels of one feature level.
 
 
@@ -99,6 +101,7 @@ class DecoderLayer(nn.Module):
         for linear in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(linear.weight)
 
+    @compilable
     def cross_attend(
         self, q: Tensor, query_pos: Tensor, memory: Tensor, key_pos: Tensor, blocked: Tensor | None
     ) -> Tensor:
@@ -114,6 +117,7 @@ class DecoderLayer(nn.Module):
         attended = self.cross_attn(placed, keys, memory, blocked)
         return self.cross_norm(q + attended)
 
+    @compilable
     def self_attend(self, q: Tensor, query_pos: Tensor) -> Tensor:
         """Lets the queries attend to each other, with residual and norm: q (B, Q, C) -> (B, Q, C).
 
@@ -123,6 +127,7 @@ class DecoderLayer(nn.Module):
         attended = self.self_attn(placed, placed, q)
         return self.self_norm(q + attended)
 
+    @compilable
     def feed_forward(self, q: Tensor) -> Tensor:
         """Applies the feed-forward network, with residual and norm: q (B, Q, C) -> (B, Q, C)."""
         hidden = self.linear1(q)
@@ -148,6 +153,7 @@ class QueryHead(nn.Module):
             nn.Linear(channels, channels),
         )
 
+    @compilable
     def forward(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (z, mask_embed), each (B, Q, C), of queries q (B, Q, C).
 
@@ -158,6 +164,7 @@ class QueryHead(nn.Module):
         return z.float(), self.mask_embed(z).float()
 
 
+@compilable
 @torch.no_grad()
 def blocked_pixels(mask_embed: Tensor, level_features: Tensor) -> Tensor:
     """Returns the mask of masked attention, (B, Q, h w) bool: True outside the query's mask.

@@ -250,7 +250,7 @@ def test_collate_pads_and_remembers_sizes():
     batch = collate([sample(40, 60), sample(33, 20, boxes=((1.0, 1.0, 9.0, 9.0),))])
     assert batch.images.shape == (2, 3, 64, 64) and batch.sizes == [(40, 60), (33, 20)]
     assert batch.images[1, :, 33:].sum() == 0 and batch.images[1, :, :, 20:].sum() == 0
-    assert collate([sample(40, 60)], square={"d": 96}).images.shape[-2:] == (96, 96)
+    assert collate([sample(40, 60)], least={"d": (96, 96)}).images.shape[-2:] == (96, 96)
 
 
 def test_label_space_keeps_datasets_apart():

@@ -541,7 +541,7 @@ def test_detic_counts_of_a_dataset_with_one_class():
 
 def test_detic_batches_are_of_one_dataset_each(datasets):
     args = replace(SMALL, image_size=64, batch_size=2, workers=0, device="cpu", compile="off")
-    loader = detic.build_dataloader(args, datasets, 0, CPU)
+    loader = detic.build_dataloader(args, datasets, 0)
     kinds = set()
     for batch in islice(loader, 12):
         (supervision,) = {sample.supervision for sample in batch.samples}
@@ -556,7 +556,7 @@ def test_detic_batches_are_of_one_dataset_each(datasets):
     first = [sample.image_id for batch in islice(loader, 3) for sample in batch.samples]
     later = [
         sample.image_id
-        for batch in islice(detic.build_dataloader(args, datasets, 1, CPU), 2)
+        for batch in islice(detic.build_dataloader(args, datasets, 1), 2)
         for sample in batch.samples
     ]
     assert later == first[-len(later) :]
@@ -567,7 +567,7 @@ def test_detic_batches_are_of_one_dataset_each(datasets):
 )
 def test_detic_jitter_of_image_labels_has_limits(datasets, given, of_labels):
     args = replace(SMALL, jitter=given, workers=0)
-    mixture = detic.build_dataloader(args, datasets, 0, CPU).dataset
+    mixture = detic.build_dataloader(args, datasets, 0).dataset
     assert {name: transform.scale for name, transform in mixture.transforms.items()} == {
         "coco-base": given,
         "in21k": of_labels,
@@ -578,14 +578,14 @@ def test_detic_ranks_draw_datasets_of_their_own(datasets, monkeypatch):
     def sampler(ranks: int):
         monkeypatch.setattr(detic, "world_size", lambda: ranks)
         args = replace(SMALL, batch_size=2, workers=0)
-        return detic.build_dataloader(args, datasets, 0, CPU).batch_sampler
+        return detic.build_dataloader(args, datasets, 0).batch_sampler
 
     assert sampler(2).apart and not sampler(1).apart
 
 
 def test_detic_repeats_images_with_rare_boxes_alone(datasets):
     args = replace(SMALL, repeat_threshold=0.5, workers=0)
-    boxed, labelled = detic.build_dataloader(args, datasets, 0, CPU).batch_sampler.factors
+    boxed, labelled = detic.build_dataloader(args, datasets, 0).batch_sampler.factors
     assert np.array_equal(boxed, repeat_factors(datasets[:1], 0.5)) and boxed.max() > 1
     assert np.array_equal(labelled, np.ones(len(datasets[1])))
     assert repeat_factors(datasets[1:], 0.5).max() > 1  # they would be repeated, too

@@ -170,14 +170,14 @@ def test_loader_of_groupsoftmax(tmp_path, monkeypatch):
     """Repeat factors over all images, Detic's jitter, and a start after the images seen so far."""
     seen = {}
 
-    def spy(mixture, args, square=None, **sampling):
+    def spy(mixture, args, least=None, **sampling):
         seen.update(sampling, transforms=mixture.transforms)
 
     monkeypatch.setattr(groupsoftmax, "make_loader", spy)
     datasets = [labelled("a", [[0]] * 3, 1), labelled("b", [[0]], 1)]
     settings = {"repeat_threshold": 1.0, "jitter": (0.5, 1.5), "image_size": 320}
     args = groupsoftmax.Args(output=str(tmp_path), batch_size=2, seed=7, **settings)
-    groupsoftmax.build_dataloader(args, datasets, 5, CPU)
+    groupsoftmax.build_dataloader(args, datasets, 5)
     sampler = seen["sampler"]
     assert sampler.factors == pytest.approx([np.sqrt(4 / 3)] * 3 + [2])
     assert (sampler.seed, sampler.start, seen["batch_size"]) == (7, 10, 2)

@@ -105,7 +105,7 @@ def test_rows_without_a_pixel_are_dropped():
 
 
 def test_batches_keep_segments():
-    batch = collate([segmented(), segmented(6, 9)], divisor=4, square={"d": 20})
+    batch = collate([segmented(), segmented(6, 9)], divisor=4, least={"d": (20, 20)})
     assert batch.images.shape == (2, 3, 20, 20) and [s.segments.shape for s in batch.samples] == [
         (4, 6),
         (6, 9),
