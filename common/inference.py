@@ -5,13 +5,18 @@ Detections are `boxes` (N, 4), `labels` (N,), `scores` (N,), and `masks` (N, H, 
 of each pixel, and `panoptic` (H, W), whose values are 0 or the `id` of an entry of `segments_info`,
 a dictionary with `label`, `isthing` and `score`. All are at the original size of the image, which
 is in `size` (height, width).
+
+In an evaluation, a second thread does for an image what needs no model, while the device predicts
+the next one.
 """
 
 import copy
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +51,30 @@ log = logging.getLogger("concord")
 
 Predict = Callable[[Batch], list[dict]]
 PICTURED = 8  # images of a dataset that the picture of its predictions shows
+
+
+@contextmanager
+def second_thread() -> Iterator[Callable[..., None]]:
+    """Yields hand_over(function, *given), which has a second thread call functions, in their order.
+
+    It waits until the call before has ended, so that no more than two images are in memory. An
+    error of that call is raised from it, with its own traceback, and an error of the last call at
+    the end of the block. However the block ends, what was handed over is done, and the thread ends.
+    """
+    before: Future | None = None
+
+    def hand_over(function: Callable, *given) -> None:
+        nonlocal before
+        ended, before = before, pool.submit(function, *given)
+        if ended:
+            ended.result()
+
+    # its thread begins at the first call: then a loader has forked its processes already
+    with ThreadPoolExecutor(1) as pool:
+        yield hand_over
+        if before:
+            before.result()
+
 
 # -- a dataset -------------------------------------------------------------------------------------
 
@@ -116,16 +145,19 @@ def _predict_segments(
     counts: Counts = {}
     things = {}
     pictured = {}
-    with progress_bar(f"evaluate {title}", len(rows)) as bar:
+
+    def compare(row: int, truth: Sample, prediction: dict) -> None:
+        crowd = index.ignore[index.rows(row)] if dataset.metric == "pq" else None
+        _add(counts, segment_counts(prediction, truth, crowd, len(dataset.vocabulary)))
+        if found := prediction.pop("things", None):
+            found = with_rles(found) | {"size": prediction["size"]}
+            things[row] = found, thing_masks(truth, dataset.vocabulary.is_thing)
+        if row < PICTURED:
+            pictured[row] = with_rles(prediction)
+
+    with progress_bar(f"evaluate {title}", len(rows)) as bar, second_thread() as hand_over:
         for row, (sample, truth) in zip(rows, loader):
-            prediction = predict(collate([sample]))[0]
-            crowd = index.ignore[index.rows(row)] if dataset.metric == "pq" else None
-            _add(counts, segment_counts(prediction, truth, crowd, len(dataset.vocabulary)))
-            if found := prediction.pop("things", None):
-                found = with_rles(found) | {"size": prediction["size"]}
-                things[row] = found, thing_masks(truth, dataset.vocabulary.is_thing)
-            if row < PICTURED:
-                pictured[row] = with_rles(prediction)
+            hand_over(compare, row, truth, predict(collate([sample]))[0])
             bar.update()
     total: Counts = {}
     predictions = {}
@@ -158,9 +190,13 @@ def predict_dataset(
     transformed = Transformed(dataset, transform, rows)
     loader = DataLoader(transformed, batch_size=1, collate_fn=collate, num_workers=workers)
     predictions = {}
-    with progress_bar(f"evaluate {title}", len(rows)) as bar:
+
+    def keep(row: int, prediction: dict) -> None:
+        predictions[row] = with_rles(prediction)
+
+    with progress_bar(f"evaluate {title}", len(rows)) as bar, second_thread() as hand_over:
         for row, batch in zip(rows, loader):
-            predictions[row] = with_rles(predict(batch)[0])
+            hand_over(keep, row, predict(batch)[0])
             bar.update()
     gathered = {}
     for part in gather_on_main(predictions):
