@@ -92,7 +92,7 @@ from common.inference import (
     to_original,
 )
 from common.labels import LabelSpace, Vocabulary
-from common.optim import scaled_lr, stepped_learning_rate
+from common.optim import scaled_lr, sgd, stepped_learning_rate
 from common.pseudo_boxes import are_complete, mine_boxes, with_pseudo_boxes
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, make_loader, make_sampler
@@ -650,7 +650,7 @@ def train_stage(
 
     lr = scaled_lr(args.lr, args)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    kinds = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
+    kinds = {"sgd": sgd, "adamw": partial(torch.optim.AdamW, fused=True)}
     optimizer = kinds[args.optimizer](parameters, lr=lr, weight_decay=1e-4)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else steps.start
     parallel = model

@@ -100,7 +100,7 @@ from common.inference import (
 from common.labels import LabelSpace, Vocabulary
 from common.official_detectors import convert_two_stages
 from common.oln import BOX_WEIGHTS, OLN, loss_roi_box
-from common.optim import scaled_lr, stepped_learning_rate
+from common.optim import scaled_lr, sgd, stepped_learning_rate
 from common.proposals import fingerprint, with_proposals
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, make_loader, make_sampler
@@ -603,7 +603,7 @@ def train_stage(
 
     lr = scaled_lr(args.classifier_lr if classifying else args.lr, args)
     parameters = [p for p in network.parameters() if p.requires_grad]
-    kinds = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
+    kinds = {"sgd": sgd, "adamw": partial(torch.optim.AdamW, fused=True)}
     optimizer = kinds[args.optimizer](parameters, lr=lr, weight_decay=1e-4)
     torch.manual_seed(args.seed + rank())  # a stage begins alike in a resumed run
     checkpoint = last_checkpoint(folder, args.replay)

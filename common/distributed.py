@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -145,13 +146,30 @@ def on_main(function: Callable, *given):
     return result
 
 
-def largest_of_ranks(numbers: list[int], device: torch.device) -> list[int]:
-    """Returns the largest of each number over all ranks, the same list on every rank."""
+def rows_of_ranks(row: Tensor) -> Tensor:
+    """Returns the rows (R, N) of all ranks in rank order. `row` (N,) is as long on every rank.
+
+    The host does not wait for a GPU. Every rank must call it.
+    """
     if world_size() == 1:
-        return numbers
-    row = torch.tensor(numbers, device=device)
-    dist.all_reduce(row, dist.ReduceOp.MAX)
-    return row.tolist()
+        return row[None]
+    rows = [torch.empty_like(row) for _ in range(world_size())]
+    dist.all_gather(rows, row)
+    return torch.stack(rows)
+
+
+@contextmanager
+def leaving_together(device: torch.device) -> Iterator[None]:
+    """Context manager: an error in it, which every rank raises, leaves it when all have raised it.
+
+    The others may still wait for the gradients of a rank that ends before.
+    """
+    try:
+        yield
+    except BaseException:
+        if world_size() > 1:
+            mean_over_ranks(torch.zeros((), device=device)).item()  # waits for all ranks
+        raise
 
 
 def gather_on_main(value) -> list:

@@ -3,7 +3,9 @@
 import logging
 import math
 
+import torch
 from torch import nn
+from torch.optim import Optimizer
 
 log = logging.getLogger("concord")
 
@@ -64,6 +66,27 @@ def warmup_ramp(step: int, warmup: int, factor: float) -> float:
         return 1.0
     progress = min(1.0, step / warmup)
     return factor + (1 - factor) * progress
+
+
+def sgd(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> Optimizer:
+    """Returns SGD with momentum 0.9, with fused=True, so that it heeds `found_inf`.
+
+    PyTorch's own needs the first gradients of all parameters in the same step. Here a parameter,
+    such as one of a head that not every batch trains, may get its first one in any step.
+    """
+    settings = {"momentum": 0.9, "weight_decay": weight_decay, "fused": True}
+    optimizer = torch.optim.SGD(parameters, lr=lr, **settings)
+    optimizer.register_step_pre_hook(_start_momentum)
+    return optimizer
+
+
+def _start_momentum(optimizer: Optimizer, *_) -> None:
+    """Starts the momentum of parameters at zero, with which the first step is as without."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state
+            if parameter.grad is not None and parameter not in state:
+                state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def parameter_groups(

@@ -32,14 +32,18 @@ FIELDS = {
 FIELDS_OF_RECORD = {"seed": int, "losses": dict, "samples": list}
 
 
-def write_record(
-    folder: Path, step: int, seed: int, losses: dict[str, Tensor], batch: Batch
-) -> None:
-    """Writes the samples of `batch` and the losses of this rank to a file in the run folder.
+def described(batch: Batch) -> list[dict]:
+    """Returns the FIELDS of each sample, without pixels."""
+    return [{name: getattr(sample, name) for name in FIELDS} for sample in batch.samples]
 
-    A sample is written as its FIELDS, without pixels. Logs the flags that compute the step again.
+
+def write_record(
+    folder: Path, step: int, seed: int, losses: dict[str, Tensor], samples: list[dict]
+) -> None:
+    """Writes the samples, as `described`, and the losses of this rank to a file in the run folder.
+
+    Logs the flags that compute the step again.
     """
-    samples = [{name: getattr(sample, name) for name in FIELDS} for sample in batch.samples]
     values = {name: float(value) for name, value in losses.items()}
     record = {"step": step, "seed": seed, "losses": values, "samples": samples}
     path = _record_file(folder, step)

@@ -5,16 +5,18 @@ import logging
 import re
 import signal
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common.checkpoint import rng_states, save_checkpoint
-from common.distributed import gather_on_main, rank, world_size
+from common.checkpoint import save_checkpoint
+from common.distributed import rank, world_size
 from common.errors import InputError, SomeFailed
 from common.labels import LabelSpace
 from common.process import Process, Stop, asked
+from common.verdict import Verdict
 
 log = logging.getLogger("concord")
 
@@ -34,6 +36,14 @@ PEERS = r"closed by peer|reset by peer|Broken pipe|Timed out waiting|gloo|NCCL|P
 # -- The last whole step ---------------------------------------------------------------------------
 
 
+class MadeStep(NamedTuple):
+    """A step whose update is done: its number, what the ranks tell of it, copies of the buffers."""
+
+    number: int
+    verdict: Verdict | None  # None: an earlier process made the step
+    buffers: list[Tensor]
+
+
 class LastStep:
     """The last whole step of a training. A step is whole when its update of the weights is done.
 
@@ -42,8 +52,12 @@ class LastStep:
     step: number of steps that are done; if it is above 0, a checkpoint holds them
 
     The model keeps the weights of the last whole step until the next update begins. A forward pass
-    already changes the random states and the statistics of BatchNorm, so both are copied in each
-    step. Rank 0 has the random states of all ranks, since another rank may be killed.
+    already changes the random states and the buffers, such as the statistics of BatchNorm, so both
+    are copied in each step. Rank 0 has the random states of all ranks, since another rank may be
+    killed.
+
+    The update of a step whose loss is not finite is left out, on the device. The host learns that
+    one step late. Until `settle` the step is only made, and the one before is the last whole one.
     """
 
     def __init__(
@@ -62,11 +76,10 @@ class LastStep:
         self.keep = keep
         self.in_update = False  # True while the weights change
         self.in_loop = True  # False during an evaluation and after the last step
-        self.rng = []  # random states of the ranks; nothing is saved before the first update
         # a frozen BatchNorm is in eval mode, and its statistics do not change
-        norms = [m for m in model.modules() if isinstance(m, NORM) and m.training]
-        self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
-        self.note(step)
+        modules = [m for m in model.modules() if m.training or not isinstance(m, NORM)]
+        self.buffers = [buffer for m in modules for buffer in m.buffers(recurse=False)]
+        self.whole = self.made = MadeStep(step, None, [])  # which is saved already
         Process.training = self
 
     @property
@@ -74,41 +87,63 @@ class LastStep:
         """Whether a signal has to wait: in an update, and in the loop if there are other ranks."""
         return self.in_update or (self.in_loop and world_size() > 1)
 
-    def begin_update(self) -> None:
-        """Notes that the weights are about to change. Every rank calls it.
+    def begin_update(self, verdict: Verdict) -> None:
+        """Notes that the weights are about to change, unless a loss of the step is not finite.
 
-        It also gathers the random states of the ranks. The update does not change them, since it
-        uses no random numbers.
+        The update changes no random states, since it uses no random numbers.
         """
-        self.rng = gather_on_main(rng_states())
         self.in_update = True
+        self.verdict = verdict
+        optimizer = self.content[2]
+        optimizer.found_inf = verdict.found_inf
         if Process.heeding:
             # PyTorch's handler raises as soon as a data loading process dies, even in an update.
             # Without it the loader notices that within five seconds, between two steps.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def note(self, step: int) -> None:
-        """Notes that `step` is whole, with its random states and a copy of its statistics."""
-        self.state = step, self.rng, [buffer.clone() for buffer in self.statistics]
+        """Notes that `step` is made, with a copy of its buffers."""
+        self.made = MadeStep(step, self.verdict, [buffer.clone() for buffer in self.buffers])
+
+    def settle(self) -> None:
+        """Waits until it is known whether the step that is made is whole.
+
+        If a loss of it is not finite, it writes failed-step-<step>.json and raises InputError, on
+        every rank.
+        """
+        made = self.made
+        if made is self.whole or made.verdict.is_finite():
+            self.whole = made
+            return
+        self.made = self.whole  # the weights are those of this step
+        made.verdict.write_record(self.folder)
+        raise made.verdict.error()
+
+    def check_asked(self) -> None:
+        """Raises `Stop` on every rank if a signal had asked one to end in the last whole step."""
+        verdict = self.whole.verdict
+        if verdict and verdict.signal():
+            raise Stop(verdict.signal())
 
     def is_finite(self) -> bool:
         """Returns whether all weights are finite numbers."""
         model, *_ = self.content
         return all(bool(weight.isfinite().all()) for weight in model.parameters())
 
-    def save(self, rng: list, spare: int = 0) -> None:
+    def save(self, spare: int = 0) -> None:
         """Writes a checkpoint of the last whole step. Only rank 0 calls it.
 
-        rng: the random states of the ranks; spare: how many checkpoints to keep beyond `keep`
+        spare: how many checkpoints to keep beyond `keep`
         """
-        step, _, statistics = self.state
+        step, verdict, buffers = self.whole
         with torch.no_grad():
-            for buffer, noted in zip(self.statistics, statistics):
+            for buffer, noted in zip(self.buffers, buffers):
                 buffer.copy_(noted)
         model, label_space, *others = self.content
         if callable(label_space):
             label_space = label_space()
-        save_checkpoint(self.folder, step, rng, model, label_space, *others, keep=self.keep + spare)
+        content = (verdict.rng_states(), model, label_space, *others)
+        save_checkpoint(self.folder, step, *content, keep=self.keep + spare)
         self.saved = step
 
 
@@ -123,19 +158,24 @@ def rescue() -> str:
     if training is None:
         return ""
     folder = training.folder
-    step, rng, _ = training.state
     again = f"the same command, or --resume {folder},"
     trouble = ""
+    if rank() == 0 and not training.in_update:
+        try:
+            training.settle()
+        except Exception as error:  # a loss that is not finite, or a lost GPU
+            trouble = f"{first_line(error)}; "
+    step = training.whole.number
     if training.in_update:
         trouble = f"step {step + 1} was half done, so no more can be saved; "
     elif step > training.saved and rank() == 0:
         try:
             if training.is_finite():
-                training.save(rng, spare=1)
+                training.save(spare=1)
             else:
-                trouble = f"the weights of step {step} are not finite, so they are not saved; "
+                trouble += f"the weights of step {step} are not finite, so they are not saved; "
         except Exception as error:  # a full disk, a lost GPU: the line that follows matters more
-            trouble = f"step {step} cannot be saved ({first_line(error)}); "
+            trouble += f"step {step} cannot be saved ({first_line(error)}); "
     if not training.saved:
         return f"{trouble}no step is saved; {again} starts from nothing"
     checkpoint = folder / f"checkpoint-{training.saved:07d}"

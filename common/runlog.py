@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import math
 import os
 import platform
 import subprocess
@@ -11,36 +10,23 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.batch import Batch
-from common.checkpoint import (
-    checkpoint_step,
-    checkpoints,
-    copy_weights,
-    rng_states,
-    save_weights,
-    stored_names,
-)
+from common.checkpoint import checkpoint_step, checkpoints, copy_weights, save_weights, stored_names
 from common.console import progress_bar
 from common.datasets.dataset import Dataset
-from common.distributed import (
-    from_main,
-    gather_on_main,
-    largest_of_ranks,
-    on_main,
-    rank,
-    world_size,
-)
+from common.distributed import from_main, leaving_together, on_main, rank, world_size
 from common.errors import InputError
 from common.evaluation import format_table
 from common.files import atomic_path, sweep
 from common.labels import LabelSpace
-from common.process import Stop, asked, check_asked, lock
-from common.replay import compare, read_record, write_record
+from common.process import check_asked, lock
+from common.replay import compare, read_record
 from common.rescue import LastStep
 from common.settings import go_on
 from common.validation import (
@@ -51,6 +37,7 @@ from common.validation import (
     undisturbed,
     without_nan,
 )
+from common.verdict import Verdict
 
 log = logging.getLogger("concord")
 
@@ -197,36 +184,34 @@ class RunLog:
         log.info(message, replay, self.start, exact)
 
     def check_finite(self, losses: dict[str, Tensor], step: int, batch: Batch) -> dict[str, Tensor]:
-        """Returns the losses without gradients, if the sum "loss" of every rank is finite.
+        """Returns the losses without gradients. Then the weights may change.
 
-        Raises InputError on every rank otherwise. It names the losses that are not finite, and
-        writes what `batch` holds to failed-step-<step>.json. Raises `Stop` if a signal has asked a
-        rank to end. No rank returns before all have called it; then the weights may change.
+        Every rank calls it. If the sum "loss" of a rank is not finite, the update that follows
+        changes nothing. The host does not wait for the losses of `step`, and raises for the step
+        before: InputError on every rank if a loss was not finite, `Stop` if a signal has asked a
+        rank to end. The error names these losses; what the batch held is in
+        failed-step-<step>.json.
+
         With --replay it compares the losses with the recorded ones, and ends the process.
         """
         losses = {name: value.detach() for name, value in losses.items()}
-        replay = self.args.replay
-        if replay:
-            compare(read_record(self.folder, replay), losses)
-        failed = not math.isfinite(losses["loss"])
-        state = [int(failed), asked()]
-        any_failed, number = largest_of_ranks(state, losses["loss"].device)
-        if number:
-            raise Stop(number)
-        if any_failed and not replay:
-            write_record(self.folder, step, self.args.seed, losses, batch)
-        step = replay or step
-        if failed:
-            bad = [name for name, value in losses.items() if not math.isfinite(value)]
-            named = ", ".join(name for name in bad if name != "loss") or "loss"
-            raise InputError(f"step {step}: {named} is not finite; lower --lr or turn --amp off")
-        if any_failed:
-            raise InputError(f"step {step}: the loss of another rank is not finite; it says which")
-        if replay:
-            log.info("step %d: all losses are finite this time", step)
-            raise SystemExit(0)
-        self.last.begin_update()
+        if self.args.replay:
+            self._end_replay(losses, batch)
+        with leaving_together(losses["loss"].device):
+            self.last.settle()
+            self.last.check_asked()
+        self.last.begin_update(Verdict(step, losses, batch, self.args.seed))
         return losses
+
+    def _end_replay(self, losses: dict[str, Tensor], batch: Batch) -> NoReturn:
+        """Says how the losses of the failed step are now. Raises InputError as it did then."""
+        step = self.args.replay
+        compare(read_record(self.folder, step), losses)
+        verdict = Verdict(step, losses, batch, self.args.seed)
+        if not verdict.is_finite():
+            raise verdict.error()
+        log.info("step %d: all losses are finite this time", step)
+        raise SystemExit(0)
 
     def step(
         self, step: int, losses: dict[str, Tensor], lr: float, images: int, dataset: str = ""
@@ -234,7 +219,8 @@ class RunLog:
         """Counts one step, whose update is done. Writes a line every `EVERY` steps and at the end.
 
         Saves a checkpoint every --checkpoint-every steps and at the end, and evaluates every
-        --eval-every steps but the last. Raises `Stop` if a signal has asked this process to end.
+        --eval-every steps but the last. Before any of these it raises InputError on every rank if
+        the loss of a rank is not finite. Raises `Stop` if a signal has asked this process to end.
 
         losses:  scalars, with their sum "loss"
         lr:      learning rate
@@ -243,19 +229,28 @@ class RunLog:
         """
         self.last.note(step)
         try:
+            if self._is_due(step):
+                with leaving_together(losses["loss"].device):
+                    self.last.settle()
             if self.active:
                 self._write(step, losses, lr, images, dataset)
-        finally:  # the step is whole, also if the disk is full
+        finally:  # the step is made, also if the disk is full
             self.last.in_update = False
         if world_size() == 1:
             check_asked()
+        with leaving_together(losses["loss"].device):
+            self.last.check_asked()
         if step == self.steps or step % self.args.checkpoint_every == 0:
-            states = gather_on_main(rng_states())
             if self.active:
-                self.last.save(states)
+                self.last.save()
             self.last.saved = step  # on the other ranks, too
         self._evaluate(step)
         self.last.in_loop = step < self.steps
+
+    def _is_due(self, step: int) -> bool:
+        """Returns whether a line, a checkpoint or an evaluation follows `step`."""
+        periods = (EVERY, self.args.checkpoint_every, self.args.eval_every)
+        return step == self.steps or any(every and step % every == 0 for every in periods)
 
     def _write(
         self, step: int, losses: dict[str, Tensor], lr: float, images: int, dataset: str

@@ -508,15 +508,19 @@ run_command(scaledet.main)
 
 @pytest.fixture
 def on_two_ranks(tiny_root, tmp_path):
-    """on_two_ranks(event, *flags, more=""): the training on two ranks.
+    """on_two_ranks(event, *flags, more="", every=1, output="run"): the training on two ranks.
 
-    Rank 1 runs the Python code `event` in its third step. Returns the finished process.
+    Rank 1 runs the Python code `event` in its third step, in the first training of a test. every:
+    --checkpoint-every. Returns the finished process.
     """
 
-    def start(event: str, *torchrun: str, more: str = "") -> subprocess.CompletedProcess:
+    def start(
+        event: str, *torchrun: str, more: str = "", every: int = 1, output: str = "run"
+    ) -> subprocess.CompletedProcess:
         script, marker = tmp_path / "job.py", str(tmp_path / "marker")
         script.write_text(SCRIPT.format(marker=marker, event=event, more=more))
-        flags = [*flags_of(tiny_root), "--checkpoint-every", 1, "--output", tmp_path / "run"]
+        flags = [*flags_of(tiny_root), "--checkpoint-every", every, "--output", tmp_path / output]
+        flags += ["--batch-size", 4]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *torchrun]
         return subprocess.run(
             [sys.executable, *map(str, [*launcher, script, *flags])],
@@ -538,6 +542,23 @@ def test_torchrun_restarts_a_killed_rank(on_two_ranks, tmp_path):
     assert f"resumed from {folder}/checkpoint-000000" in done.stdout
     assert checkpoints(folder)[-1].name == "checkpoint-0000004"
     assert (folder / "weights.safetensors").exists()
+
+
+def test_the_nan_of_one_rank_ends_all_and_the_same_command_goes_on(on_two_ranks, tmp_path):
+    """With the same bits as without it."""
+    event = "return {name: value * float('nan') for name, value in losses(*given).items()}"
+    done = on_two_ranks(event, every=99)
+    assert done.returncode == 1
+    assert re.search("error: step 3: loss_.* is not finite; lower --lr", done.stderr)
+    assert "error: step 3: the loss of another rank is not finite" in done.stderr
+    folder = tmp_path / "run"
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-0000002"]
+    records = sorted(path.name for path in folder.glob("failed-step-*"))
+    assert records == [f"failed-step-0000003-rank{rank}.json" for rank in (0, 1)]
+    for output in ("run", "whole"):
+        done = on_two_ranks("", every=99, output=output)
+        assert done.returncode == 0, done.stderr
+    assert same(weights_of(folder), weights_of(tmp_path / "whole"))
 
 
 def test_a_restart_does_not_read_the_addresses_of_the_ranks_before(monkeypatch):
@@ -613,6 +634,18 @@ def test_every_method_replays_a_failed_step(method, tiny_root, tmp_path, call, m
     assert other == {term for term, cells in rows.items() if cells[0] == "nan"} and len(other) == 2
     after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     assert {name for name in before if before[name] != after[name]} <= {"label_space.png"}
+
+
+def test_after_a_loss_that_was_not_finite_it_goes_on_to_the_same_bits(
+    flags, whole, tmp_path, command, monkeypatch, caplog
+):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO, "concord"):
+        at_step(patch, 3, not_finite)
+        code, [*_, line] = command(*flags, "--output", folder, "--checkpoint-every", 99)
+    assert code == 2 and "step 3: loss_" in line and kept(folder, 2) in caplog.text
+    assert command("--resume", folder) == (0, [])
+    assert same(weights_of(folder), whole)
 
 
 @pytest.fixture(scope="module")

@@ -216,7 +216,7 @@ def test_recipe_of_the_category_extended_detector(two, tmp_path, monkeypatch):
     with pytest.raises(Enough):
         method.train(args, two, label_space(method, args, two), tmp_path, CPU)
     assert seen == {
-        "settings": {"lr": 5e-4, "momentum": 0.9, "weight_decay": 1e-4},
+        "settings": {"lr": 5e-4, "momentum": 0.9, "weight_decay": 1e-4, "fused": True},
         "clip": 35.0,
         "schedule": (5e-4, 900, 500, 1e-3),
     }

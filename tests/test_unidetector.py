@@ -462,7 +462,7 @@ def test_recipe_of_unidetector(tiny_root, tmp_path, monkeypatch):
     given = ([dataset], label_space, tmp_path, torch.device("cpu"))
     once = replace(args, steps=1, classifier_steps=1)
     unidetector.train(once, *given)
-    settings = {"momentum": 0.9, "weight_decay": 1e-4}
+    settings = {"momentum": 0.9, "weight_decay": 1e-4, "fused": True}
     localizer, classifier = ([(lr, settings), (0, lr, 1, 500, 1e-3)] for lr in (0.01, 0.001))
     assert seen == [*localizer, *classifier, ("clip", 35.0)]
     # 12 epochs of each network

@@ -1,6 +1,9 @@
 """How often a training step would make a GPU wait for the host."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +15,10 @@ import dataseg
 import detic
 import lmseg
 import scaledet
-from common.batch import Sample, collate
+from common.batch import Batch, Sample, collate
 from common.labels import LabelSpace, Vocabulary
+from common.runlog import RunLog
+from common.verdict import Verdict
 
 SIDE, IMAGES = 320, 8
 SMALL = {"backbone": "resnet18", "channels": 64, "fc_dim": 64, "rois_per_image": 64}
@@ -33,40 +38,62 @@ def sample(dataset: str, count: int) -> Sample:
     return Sample(image, dataset, "instances", 0, 0, (SIDE, SIDE), boxes, labels, masks)
 
 
-def waits_of_a_step(method, settings: dict, tables) -> dict:
-    """The waits of a training step. tables(args, space): what `compute_losses` takes last."""
+def waits_of_a_step(
+    model: nn.Module, clip: Callable, batch: Batch, folder: Path, compute_losses: Callable
+) -> Counter:
+    """The waits of the second training step, as the loops write it, with its run log.
+
+    compute_losses(): targets, forward and losses
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    run_log = RunLog(model.args, folder, 9, 0, model, LabelSpace([]), optimizer, {})
+    for step in (1, 2):
+        with count_waits() as found:
+            losses = compute_losses()
+            optimizer.zero_grad(set_to_none=True)
+            losses["loss"].backward()
+            losses = run_log.check_finite(losses, step, batch)
+            clip(model.parameters(), 0.01)
+            optimizer.step()
+            run_log.step(step, losses, 1e-4, len(batch))
+    run_log.close()
+    return +found
+
+
+def waits_of_a_detector(method, settings: dict, tables, folder: Path) -> Counter:
+    """tables(args, space): what `compute_losses` takes last."""
     torch.manual_seed(0)
     space = LabelSpace([vocabulary("a", 200), vocabulary("b", 100)])
     model = method.Model(method.Args(**SMALL, **settings), space, pretrained=False).train()
     batch = collate([sample("ab"[i % 2], 3 + i) for i in range(IMAGES)])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     captions = [None] if method is detic else []
     last = tables(model.args, space)
-    with count_waits() as found:
+
+    def compute_losses():
         targets = method.prepare_targets(batch, space)
         outputs = model(batch.images, batch.sizes, targets, space.text, *captions)
-        method.compute_losses(model.args, *outputs, targets, *last)["loss"].backward()
-        optimizer.step()
-    return found
+        return method.compute_losses(model.args, *outputs, targets, *last)
+
+    return waits_of_a_step(model, nn.utils.clip_grad_value_, batch, folder, compute_losses)
 
 
 @pytest.mark.parametrize("fed_loss", [False, True])
-def test_scaledet(fed_loss):
+def test_scaledet(fed_loss, tmp_path):
     def tables(args, space):
         frequency = torch.full((len(space),), 5.0 if fed_loss else -1.0)
         return [scaledet.LabelTables.of(args, space.text, frequency)]
 
-    found = waits_of_a_step(scaledet, {"fed_loss": fed_loss}, tables)
+    found = waits_of_a_detector(scaledet, {"fed_loss": fed_loss}, tables, tmp_path)
     # NMS of each image; RoIAlign forward and backward, of each stage; five others
     assert found == {"torchvision.nms.default": IMAGES, "Tensor.tolist": 11 + fed_loss}
 
 
-def test_detic_with_masks():
+def test_detic_with_masks(tmp_path):
     def tables(args, space):
         frequency = torch.full((len(space),), 5.0)
         return frequency, frequency
 
-    found = waits_of_a_step(detic, {}, tables)
+    found = waits_of_a_detector(detic, {}, tables, tmp_path)
     assert found == {"torchvision.nms.default": IMAGES, "Tensor.tolist": 14}
 
 
@@ -92,20 +119,10 @@ def segmenter_batch(supervision: str):
     return collate([segmented(supervision, 3 + i) for i in range(IMAGES)]), space
 
 
-def waits_of_losses(model, compute_losses) -> dict:
-    """The waits of a training step. compute_losses(): forward and losses."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    with count_waits() as found:
-        compute_losses()["loss"].backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
-        optimizer.step()
-    return found
-
-
 @pytest.mark.parametrize(
     "supervision, waits", [("semantic", 5), ("panoptic", 5), ("instances", 3), ("boxes", 2)]
 )
-def test_dataseg(supervision, waits):
+def test_dataseg(supervision, waits, tmp_path):
     """Merging, matching (there and back) and two for the members, or one to sort by masks."""
     batch, space = segmenter_batch(supervision)
     args = dataseg.Args(**SEGMENTER)
@@ -117,11 +134,12 @@ def test_dataseg(supervision, waits):
         output = model(batch.images, batch.sizes, space.text)
         return dataseg.compute_losses(args, output, targets, merged)
 
-    assert sum(waits_of_losses(model, compute_losses).values()) == waits
+    found = waits_of_a_step(model, nn.utils.clip_grad_norm_, batch, tmp_path, compute_losses)
+    assert found.total() == waits
 
 
 @pytest.mark.parametrize("supervision", ["semantic", "panoptic"])
-def test_lmseg(supervision):
+def test_lmseg(supervision, tmp_path):
     """Matching waits for the batch: there and back."""
     batch, space = segmenter_batch(supervision)
     args = lmseg.Args(**SEGMENTER)
@@ -131,7 +149,8 @@ def test_lmseg(supervision):
         output = model(batch.images, batch.sizes, space)
         return lmseg.compute_losses(args, output, lmseg.prepare_targets(batch))
 
-    assert sum(waits_of_losses(model, compute_losses).values()) == 2
+    found = waits_of_a_step(model, nn.utils.clip_grad_norm_, batch, tmp_path, compute_losses)
+    assert found.total() == 2
 
 
 def test_what_waits_is_counted():
@@ -144,3 +163,14 @@ def test_what_waits_is_counted():
         torch.repeat_interleave(torch.ones(3).long())
         x.cpu()
     assert sum(found.values()) == 6
+
+
+def test_a_verdict_waits_only_in_its_own_step():
+    losses, nothing = {"loss": torch.zeros(())}, Batch(torch.zeros(0), [], [])
+    earlier = Verdict(1, losses, nothing, 0)
+    with count_waits() as found:
+        verdict = Verdict(2, losses, nothing, 0)
+        assert earlier.is_finite()
+        assert not +found
+        assert verdict.is_finite()
+    assert +found == {"Verdict.read": 1}
