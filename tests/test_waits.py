@@ -11,6 +11,7 @@ from waits import count_waits
 import dataseg
 import detic
 import lmseg
+import oneformer
 import scaledet
 from common.batch import Sample, collate
 from common.labels import LabelSpace, Vocabulary
@@ -132,6 +133,22 @@ def test_lmseg(supervision):
         return lmseg.compute_losses(args, output, lmseg.prepare_targets(batch))
 
     assert sum(waits_of_losses(model, compute_losses).values()) == 2
+
+
+@pytest.mark.parametrize("supervision", ["semantic", "panoptic"])
+def test_oneformer(supervision):
+    """Matching waits there and back, and tokens and rows of the texts are moved to the device."""
+    batch, space = segmenter_batch(supervision)
+    args = oneformer.Args(**SEGMENTER, context=4)
+    model = oneformer.Model(args, space, pretrained=False).train()
+    tasks = [oneformer.task_of(sample) for sample in batch.samples]
+    texts = [oneformer.text_list(args, sample, space.names) for sample in batch.samples]
+
+    def compute_losses():
+        output = model(batch.images, batch.sizes, space, tasks, texts)
+        return oneformer.compute_losses(args, output, oneformer.prepare_targets(batch))
+
+    assert sum(waits_of_losses(model, compute_losses).values()) <= 10
 
 
 def test_what_waits_is_counted():
