@@ -217,7 +217,7 @@ TINY = {
     "test_size": 160,
     "batch_size": 4,
     "base_batch_size": 4,
-    "steps": 1800,
+    "steps": 1000,
     "lr": 4e-4,
     "backbone_factor": 0.0,
     "checkpoint_every": 200,
