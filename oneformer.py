@@ -354,12 +354,11 @@ class Model(nn.Module):
         z, mask_embed = (torch.stack(part) for part in zip(*predictions))  # (Z, B, Q, C)
         return Output(self.heads(z, label_space), mask_embed, mask_features, queries)
 
-    def encode_text(self, lists: list[list[str]]) -> Tensor:
+    def encode_text(self, ids: Tensor, rows: Tensor) -> Tensor:
         """Returns Q_text (B, Q, C): the texts of each image, encoded, and the learned context.
 
-        lists: B lists of equal length, of `text_list`
+        ids: (U, T); rows: (B, N); both of `tokenize_lists`, of the text lists
         """
-        ids, rows = (x.to(self.context.device) for x in tokenize_lists(lists))  # (U, T), (B, N)
         with amp_context(self.args.amp, ids.device):
             encoded = self.text_projector(self.text_encoder(ids)).float()  # (U, C)
         context = self.context.expand(len(rows), -1, -1)
@@ -371,15 +370,15 @@ class Model(nn.Module):
         sizes: list[tuple[int, int]],
         label_space: LabelSpace,
         tasks: list[str],
-        texts: list[list[str]],
+        texts: tuple[Tensor, Tensor],
     ) -> Output:
         """Returns all predictions for images (B, 3, H, W) uint8 of one dataset, for training.
 
-        tasks: B of WORDS; texts: a `text_list` of each image
+        tasks: B of WORDS; texts: ids and rows of `encode_text`
         """
         output = self.decode(*self.extract(images, sizes), label_space, self.task_embedding(tasks))
         if self.args.contrastive:
-            output.text = self.encode_text(texts)
+            output.text = self.encode_text(*texts)
             output.scale = self.logit_scale.exp().clamp(max=100)
         return output
 
@@ -661,7 +660,8 @@ def train(
             save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         name = batch.samples[0].dataset
         tasks = [task_of(sample) for sample in batch.samples]
-        texts = [text_list(args, sample, parts[name].names) for sample in batch.samples]
+        lists = [text_list(args, sample, parts[name].names) for sample in batch.samples]
+        texts = [x.to(device) for x in tokenize_lists(lists)]
         batch = batch.to(device)
         rate = poly_learning_rate(step - 1, lr, steps)
         for group in optimizer.param_groups:

@@ -232,7 +232,8 @@ def test_parity_contrastive_loss(monkeypatch):
     output = oneformer.Output(None, None, None, queries)
     monkeypatch.setattr(model, "extract", lambda *_: ())
     monkeypatch.setattr(model, "decode", lambda *_: output)
-    output = model(None, None, None, ["panoptic"] * config["batch"], record["texts"])
+    texts = common.text_encoder.tokenize_lists(record["texts"])
+    output = model(None, None, None, ["panoptic"] * config["batch"], texts)
     output.text.retain_grad()
     check("text: queries", output.text, tensors["out.text_queries"])
     check("text: scale", output.scale, record["scale_used"])
@@ -379,7 +380,8 @@ def test_parity_training_step(monkeypatch):
     texts = [oneformer.text_list(recorded.args, sample, names) for sample in batch.samples]
     assert tasks == [facts["task"] for facts in record["train"]["images"]]
     assert texts == [facts["texts"] for facts in record["train"]["images"]]
-    output = model(batch.images, batch.sizes, recorded.label_space, tasks, texts)
+    tokens = common.text_encoder.tokenize_lists(texts)
+    output = model(batch.images, batch.sizes, recorded.label_space, tasks, tokens)
     check("step: mask features", output.mask_features, tensors["mask_features"])
     check("step: queries", output.queries, tensors["queries"])
     check("step: text queries", output.text, tensors["text_queries"])
