@@ -19,10 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataseg
 import detic
 import lmseg
+import oneformer
 import scaledet
 import unidet
 import unidetector
-from benchmarks import mask2former_layouts
+from benchmarks import mask2former_layouts, oneformer_layouts
 from benchmarks import official_layouts as layouts
 from benchmarks.official_layouts import Layout, tensors
 from common.clip_resnet import CLIPResNetC4, load_by_prefix
@@ -103,9 +104,9 @@ def is_base(name: str, metadata: dict) -> bool:
     return "base" not in metadata or name.partition(".")[0] in metadata["base"]
 
 
-def segments(files: Files) -> str:
-    """Says which classes a Mask2Former has, and with which backbone."""
-    _, metadata = convert(lmseg, files)
+def segments(method: ModuleType, files: Files) -> str:
+    """Says which classes a segmenter has, and with which backbone."""
+    _, metadata = convert(method, files)
     if not metadata["vocabularies"]:
         return "trains"
     record = next(iter(metadata["vocabularies"].values()))
@@ -289,8 +290,31 @@ def mask2former_rows() -> dict[str, list[Callable[[], Layout]]]:
 FAMILIES["Mask2Former"] = Family(
     "facebookresearch/Mask2Former:MODEL_ZOO.md, with the published PQ, mask AP or mIoU (one scale);"
     " [lmseg.md](lmseg.md) says how it is evaluated",
-    {"lmseg.py --weights FILE": segments, "dataseg.py --weights FILE": partial(starts, dataseg)},
+    {
+        "lmseg.py --weights FILE": partial(segments, lmseg),
+        "dataseg.py --weights FILE": partial(starts, dataseg),
+    },
     mask2former_rows(),
+)
+
+
+def oneformer_rows() -> dict[str, list[Callable[[], Layout]]]:
+    """Returns the rows of OneFormer's zoo, with their published figures, and of a ResNet-50."""
+    build = oneformer_layouts.layout
+    rows = {"ade20k: a ResNet-50": [partial(build, "R50", 150)]}
+    for dataset, backbones in oneformer_layouts.ZOO.items():
+        for backbone, files in backbones.items():
+            for file, figure in files.items():
+                given = oneformer_layouts.settings(dataset, file)
+                rows[f"{dataset} {figure}: {file}.pth"] = [partial(build, backbone, **given)]
+    return rows
+
+
+FAMILIES["OneFormer"] = Family(
+    "SHI-Labs/OneFormer:README.md, with the published PQ; [oneformer.md](oneformer.md) says how it"
+    " is evaluated. Files with a ConvNeXt or a DiNAT are refused",
+    {"oneformer.py --weights FILE": partial(segments, oneformer)},
+    oneformer_rows(),
 )
 
 # -- Page ------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ CASES = [
     ("dataseg", "panoptic maps", {"datasets": "coco-panoptic"}),
     ("dataseg", "semantic maps", {"datasets": "ade20k"}),
     ("dataseg", "boxes", {"datasets": "o365"}),
+    ("oneformer", "panoptic maps", {"datasets": "coco-panoptic"}),
 ]
 
 

@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 
 from common.compiling import Compiling
 from common.errors import InputError
@@ -195,6 +196,14 @@ def gather(rows: Tensor | None) -> Tensor | None:
     del parts[rank()]
     others = [part for part in parts if part is not None]
     return torch.cat([rows, *others])
+
+
+def all_rows(rows: Tensor) -> Tensor:
+    """Returns rows (B, ...) of all ranks, in rank order and with their gradients.
+
+    All ranks have as many rows. Every rank must call it.
+    """
+    return rows if world_size() == 1 else torch.cat(all_gather(rows.contiguous()))
 
 
 def amp_context(amp: str, device: torch.device):

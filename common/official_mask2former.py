@@ -6,6 +6,7 @@ Source: facebookresearch/Mask2Former:MODEL_ZOO.md, configs, mask2former/modeling
 """
 
 import logging
+import re
 
 import torch
 
@@ -20,6 +21,8 @@ QUERIES = r"sem_seg_head\.(?:predictor\.)?"
 CROSS = QUERIES + r"transformer_cross_attention_layers\.(\d+)\."
 SELF = QUERIES + r"transformer_self_attention_layers\.(\d+)\."
 FFN = QUERIES + r"transformer_ffn_layers\.(\d+)\."
+LAYER = r"layers\.\d+\.cross_norm\.weight"  # ours, one in each layer of the decoder
+Rules = dict[str, str | None]
 MASK2FORMER = {
     r"pixel_(mean|std)": None,  # the same as timm's
     r"criterion\.empty_weight": None,  # the weight of "no object", a constant of the loss
@@ -75,7 +78,9 @@ HEADS = {
 }
 
 
-def convert_mask2former(official: Tensors, _: str = "") -> tuple[Tensors, dict]:
+def convert_mask2former(
+    official: Tensors, _: str = "", rules: Rules = MASK2FORMER, queries: str = "query_feat"
+) -> tuple[Tensors, dict]:
     """Converts a state dict of Mask2Former. Returns our tensors and the model's metadata.
 
     The number of classes tells the datasets, see HEADS. Each of them gets a copy of the class head.
@@ -83,20 +88,22 @@ def convert_mask2former(official: Tensors, _: str = "") -> tuple[Tensors, dict]:
 
     The metadata are `args`, the settings of the model; `base`, its modules but the class heads;
     `vocabularies`, the classes of each dataset; and `own_head`, the settings for their inference.
+    rules:   of another model that stands on Mask2Former
+    queries: our name of a tensor with a row for each query
     Raises InputError for an unknown backbone, and for a tensor without a rule.
     """
-    tensors = renamed(official, MASK2FORMER)
-    queries, channels = tensors["query_feat"].shape
+    tensors = renamed(official, rules)
+    rows, channels = tensors[queries].shape
     class_head = {kind: tensors.pop(f"heads.layers.0.{kind}") for kind in ("weight", "bias")}
     # frozen BatchNorm has no such counter
     trained_norm = any(key.endswith("num_batches_tracked") for key in official)
     tensors["backbone.frozen_norm"] = torch.tensor(not trained_norm)
     args = {
         "backbone": timm_name(tensors, "backbone.body."),
-        "queries": queries,
+        "queries": rows,
         "channels": channels,
         "encoder_layers": sum(key.endswith(".self_attn.value_proj.bias") for key in tensors),
-        "decoder_layers": sum(key.endswith(".cross_norm.weight") for key in tensors),
+        "decoder_layers": sum(bool(re.match(LAYER, key)) for key in tensors),
     }
     metadata = {"args": args, "base": sorted({key.partition(".")[0] for key in tensors})}
     classes = len(class_head["bias"]) - 1  # the last column is "no object"
@@ -114,7 +121,7 @@ def convert_mask2former(official: Tensors, _: str = "") -> tuple[Tensors, dict]:
         "object_threshold": 0.0 if source == "mapillary" else 0.8,
     }
     larger = ("swin_base", "swin_large")
-    if classes == 150 and queries == 100 and args["backbone"].startswith(larger):
+    if classes == 150 and rows == 100 and args["backbone"].startswith(larger):
         own_head["image_size"] = 640  # a semantic model: the panoptic Swin-L has 200 queries
     return tensors, metadata | {"vocabularies": vocabularies, "own_head": own_head}
 

@@ -105,7 +105,7 @@ def test_a_dataset_beside_another_is_evaluated_if_it_is_there(tmp_path, caplog):
             ],
         ),
         ("image_labels", ["detic"]),
-        ("semantic", ["dataseg", "lmseg"]),
+        ("semantic", ["dataseg", "lmseg", "oneformer"]),
     ],
 )
 def test_the_methods_that_can_learn_from_a_dataset(supervision, methods):

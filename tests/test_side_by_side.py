@@ -39,6 +39,9 @@ ALLOWED = {
     "parameter_groups(": "the papers' weight decay",
     "parallel(batch.images": "the models have other inputs",
     "predict_files(partial(": "UniDetector's predictions are calibrated",
+    "contrastive": "OneFormer's loss is that of Mask2Former and one more",
+    "output.text": "the same",
+    "model.args.test_longest": "OneFormer's official models have their own sizes",
     "evaluate_dataset(": "ScaleDet evaluates a control, too, and Detic groups of classes",
     "run_metadata(args)": "UniDetector's two stages write the same metadata",
     "find_unused_parameters=": "which steps leave out parameters",
@@ -77,8 +80,8 @@ BUDGETS = {
     "labels & text": 1790,
     "data": 10000,
     "detectors": 4450,
-    "segmenters": 2200,
-    "a run": 3520,
+    "segmenters": 2260,
+    "a run": 3620,
 }
 BUDGETS |= {"faults": 1930}
 GROUPS = {
@@ -88,7 +91,7 @@ GROUPS = {
     " clip_resnet proposals image_label_losses text_classifier official_detectors class_ap"
     " retinanet pseudo_boxes rpn roi_align",
     "segmenters": "msda msda_triton pixel_decoder transformer point_matching mask_losses"
-    " dataset_heads segments segment_metrics segment_map",
+    " dataset_heads segments segment_metrics segment_map text_encoder",
     "faults": "checkpoint files process replay rescue runlog saved settings unreadable validation"
     " verdict",
 }

@@ -14,10 +14,12 @@ from waits import count_waits
 import dataseg
 import detic
 import lmseg
+import oneformer
 import scaledet
 from common.batch import Batch, Sample, collate
 from common.labels import LabelSpace, Vocabulary
 from common.runlog import RunLog
+from common.text_encoder import tokenize_lists
 from common.verdict import Verdict
 
 SIDE, IMAGES = 320, 8
@@ -148,6 +150,24 @@ def test_lmseg(supervision, tmp_path):
     def compute_losses():
         output = model(batch.images, batch.sizes, space)
         return lmseg.compute_losses(args, output, lmseg.prepare_targets(batch))
+
+    found = waits_of_a_step(model, nn.utils.clip_grad_norm_, batch, tmp_path, compute_losses)
+    assert found.total() == 2
+
+
+@pytest.mark.parametrize("supervision", ["semantic", "panoptic"])
+def test_oneformer(supervision, tmp_path):
+    """Matching waits there and back. Two copies of the texts, before the step, are not counted."""
+    batch, space = segmenter_batch(supervision)
+    args = oneformer.Args(**SEGMENTER, context=4)
+    model = oneformer.Model(args, space, pretrained=False).train()
+    tasks = [oneformer.task_of(sample) for sample in batch.samples]
+    lists = [oneformer.text_list(args, sample, space.names) for sample in batch.samples]
+    texts = tokenize_lists(lists)
+
+    def compute_losses():
+        output = model(batch.images, batch.sizes, space, tasks, texts)
+        return oneformer.compute_losses(args, output, oneformer.prepare_targets(batch))
 
     found = waits_of_a_step(model, nn.utils.clip_grad_norm_, batch, tmp_path, compute_losses)
     assert found.total() == 2

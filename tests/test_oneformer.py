@@ -1,0 +1,269 @@
+"""OneFormer: the drawn task and its targets, the text list, the contrastive loss, one per task.
+
+Equations are compared with loops over floats. The tensors of the official code are in
+test_parity_oneformer.py.
+"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import oneformer
+from common.batch import Sample, collate
+from common.errors import InputError
+from common.labels import LabelSpace, Vocabulary
+from common.text_encoder import TextEncoder, tokenize, tokenize_lists
+
+SMALL = oneformer.Args(
+    backbone="resnet18",
+    channels=32,
+    queries=8,
+    context=3,
+    points=64,
+    encoder_layers=1,
+    decoder_layers=3,
+    object_threshold=0.0,
+    amp="off",
+)
+NAMES = ("cat", "sky", "dog", "road")
+THINGS = (True, False, True, False)
+SPACE = LabelSpace([Vocabulary("a", NAMES, is_thing=THINGS), Vocabulary("b", ("car", "tree"))])
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def panoptic(labels: list[int], height: int = 40, width: int = 50) -> Sample:
+    """A sample whose segments are columns of equal width; the last column is unlabelled."""
+    image = torch.randint(256, (3, height, width), dtype=torch.uint8)
+    rows = torch.arange(width) * (len(labels) + 1) // width
+    rows = torch.where(rows == len(labels), -1, rows)
+    segments = rows.expand(height, -1).to(torch.int16).contiguous()
+    sample = Sample.unlabelled(image, "a", 0, 0)
+    labels = torch.tensor(labels, dtype=torch.long)
+    return replace(sample, supervision="panoptic", labels=labels, segments=segments)
+
+
+def model_of(args=SMALL) -> oneformer.Model:
+    return oneformer.Model(args, SPACE, pretrained=False)
+
+
+def step(model, samples: list[Sample]):
+    """Output and losses of a training step."""
+    batch = collate(samples)
+    tasks = [oneformer.task_of(sample) for sample in samples]
+    lists = [oneformer.text_list(model.args, sample, NAMES) for sample in samples]
+    texts = tokenize_lists(lists)
+    output = model(batch.images, batch.sizes, SPACE.part("a"), tasks, texts)
+    return output, oneformer.compute_losses(model.args, output, oneformer.prepare_targets(batch))
+
+
+# -- the task of an image --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["semantic", "instances"])
+def test_oneformer_targets_of_a_task_are_made_of_the_panoptic_map(kind):
+    labels = [2, 1, 0, 2, 1]
+    given = panoptic(labels)
+    made = oneformer.derive(given, kind, THINGS)
+    wanted = {}  # {target: its pixels}
+    for row, label in enumerate(labels):
+        pixels = {(y, x) for y, x in zip(*torch.where(given.segments == row))}
+        pixels = {(int(y), int(x)) for y, x in pixels}
+        if kind == "semantic":
+            wanted[label] = wanted.get(label, set()) | pixels
+        elif THINGS[label]:
+            wanted[row] = pixels
+    found = []
+    for row, label in enumerate(made.labels.tolist()):
+        pixels = {(int(y), int(x)) for y, x in zip(*torch.where(made.segments == row))}
+        found.append((label, pixels))
+    owner = {key: key if kind == "semantic" else labels[key] for key in wanted}
+    assert len(found) == len(wanted)
+    assert all((owner[key], pixels) in found for key, pixels in wanted.items())
+    assert made.segments.max() < len(made.labels) and made.supervision == kind
+    assert given.labels.tolist() == labels  # left as it was
+
+
+@pytest.mark.parametrize(
+    "number, task",
+    [
+        (0, "semantic"),
+        (0.329, "semantic"),
+        (0.331, "instance"),
+        (0.659, "instance"),
+        (0.661, "panoptic"),
+    ],
+)
+def test_oneformer_a_third_of_the_images_has_each_task(number, task, monkeypatch):
+    monkeypatch.setattr(oneformer, "uniform", lambda low, high: number)
+    draw = oneformer.DrawTask(64, (1.0, 1.0), is_thing=THINGS)
+    assert oneformer.task_of(draw(panoptic([0, 1, 2]))) == task
+    semantic = replace(panoptic([0, 1, 2]), supervision="semantic")
+    assert oneformer.task_of(draw(semantic)) == "semantic"  # it has no instances
+
+
+def test_oneformer_an_image_without_a_thing_has_no_instance():
+    made = oneformer.derive(panoptic([1, 3]), "instances", THINGS)
+    assert not len(made.labels) and (made.segments == -1).all()
+    assert oneformer.text_list(SMALL, made, NAMES) == ["an instance photo"] * 5
+    model = model_of()
+    _, losses = step(model, [made, made])
+    losses["loss"].backward()
+    assert losses["loss"].isfinite() and losses["loss_mask"] == losses["loss_dice"] == 0
+
+
+# -- text ------------------------------------------------------------------------------------------
+
+
+def test_oneformer_text_list_has_each_target_and_then_the_task():
+    sample = panoptic([2, 1, 0, 2])
+    texts = [f"a photo with a {name}" for name in ("cat", "sky", "dog", "dog")]
+    assert oneformer.text_list(SMALL, sample, NAMES) == [*texts, "a panoptic photo"]
+    many = panoptic([0] * 9)
+    assert oneformer.text_list(SMALL, many, NAMES) == ["a photo with a cat"] * 5  # 8 - 3
+
+
+def test_oneformer_texts_are_encoded_once_and_as_far_as_they_are_long():
+    """The result is that of the whole lists, each padded to 77 tokens."""
+    encoder = TextEncoder(64, 2).eval()
+    lists = [["a cat", "a big dog", "a cat"], ["a sky", "a cat", "a cat"]]
+    ids, rows = tokenize_lists(lists)
+    assert len(ids) == 3 and ids.shape[1] == 5  # start, three words, end
+    found = encoder(ids)[rows]
+    for texts, encoded in zip(lists, found):
+        torch.testing.assert_close(encoded, encoder(tokenize(texts)), rtol=1e-4, atol=1e-5)
+
+
+def test_oneformer_context_must_leave_room_for_text():
+    with pytest.raises(InputError, match="--context 8 must be below --queries 8"):
+        model_of(replace(SMALL, context=8))
+
+
+# -- losses ----------------------------------------------------------------------------------------
+
+
+def test_oneformer_sec3_contrastive_loss():
+    queries, text = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    scale = torch.tensor(7.0)
+
+    def unit(rows):
+        values = [x for row in rows.tolist() for x in row]
+        length = math.sqrt(sum(x * x for x in values))
+        return [x / length for x in values]
+
+    q, t = [unit(x) for x in queries], [unit(x) for x in text]
+    similar = [[7.0 * sum(a * b for a, b in zip(x, y)) for y in t] for x in q]
+    wanted = 0.0
+    for i in range(3):
+        across = sum(math.exp(similar[i][j]) for j in range(3))
+        down = sum(math.exp(similar[j][i]) for j in range(3))
+        own = math.exp(similar[i][i])
+        wanted -= (math.log(own / across) + math.log(own / down)) / 3
+    loss = oneformer.loss_contrastive(queries, text, scale)
+    assert loss.item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_oneformer_contrastive_loss_of_ranks(monkeypatch):
+    """The mean over the ranks is the loss of all images at once."""
+    queries, text, scale = torch.randn(4, 2, 3), torch.randn(4, 2, 3), torch.tensor(3.0)
+    whole = oneformer.loss_contrastive(queries, text, scale)
+    parts = []
+    everything = [F.normalize(x.flatten(1), dim=-1) for x in (text, queries)]
+    for number in range(2):
+        rows = slice(2 * number, 2 * number + 2)
+        of_all = iter(everything)
+        monkeypatch.setattr(oneformer, "rank", lambda number=number: number)
+        monkeypatch.setattr(oneformer, "all_rows", lambda _, of_all=of_all: next(of_all))
+        parts.append(oneformer.loss_contrastive(queries[rows], text[rows], scale))
+    torch.testing.assert_close(sum(parts) / 2, whole)
+
+
+@pytest.mark.parametrize("contrastive", [True, False])
+def test_oneformer_total_and_what_learns(contrastive):
+    model = model_of(replace(SMALL, contrastive=contrastive)).train()
+    samples = [panoptic([2, 1, 0]), oneformer.derive(panoptic([0, 1, 1]), "semantic", THINGS)]
+    output, losses = step(model, samples)
+    terms = {"loss_class", "loss_mask", "loss_dice"}
+    terms |= {"loss_contrastive"} if contrastive else set()
+    assert losses.keys() == terms | {"loss"}
+    assert losses["loss"].item() == pytest.approx(sum(losses[term].item() for term in terms))
+    if contrastive:
+        compared = oneformer.loss_contrastive(output.queries, output.text, output.scale)
+        assert losses["loss_contrastive"].item() == pytest.approx(0.5 * compared.item())
+        assert output.scale.item() == pytest.approx(1 / 0.07)
+    losses["loss"].backward()
+    learning = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    frozen = {name for name, _ in model.named_parameters()} - learning
+    # timm's residual branches, and the offsets and weights of deformable attention, start at 0
+    others = ("heads.layers.1.", "class_input_proj.bias", "backbone.", "pixel_decoder.level_embed")
+    still = {name for name in frozen if not name.startswith(others)}
+    assert not still
+    assert any(name.startswith("text_encoder.") for name in learning) == contrastive
+
+
+# -- sentences -------------------------------------------------------------------------------------
+
+
+def test_oneformer_the_sentence_changes_the_prediction_and_nothing_else_does():
+    model = model_of().eval()
+    batch = collate([panoptic([0, 1]), panoptic([2, 1])])
+    with torch.no_grad():
+        features = model.extract(batch.images, batch.sizes)
+        outputs = []
+        for word in (*oneformer.WORDS, "semantic"):
+            told = model.task_embedding([word, word])
+            outputs.append(model.decode(*features, SPACE.part("a"), told).logits)
+    assert torch.equal(outputs[0], outputs[3])
+    assert all((outputs[0] - other).abs().max() > 1e-3 for other in outputs[1:3])
+
+
+def test_oneformer_images_of_a_batch_have_their_own_sentences():
+    model = model_of().eval()
+    image = panoptic([0, 1])
+    batch = collate([image, image])
+    with torch.no_grad():
+        features = model.extract(batch.images, batch.sizes)
+        told = model.task_embedding(["semantic", "instance"])
+        both = model.decode(*features, SPACE.part("a"), told)
+        for row, word in enumerate(("semantic", "instance")):
+            alone = model.decode(*features, SPACE.part("a"), model.task_embedding([word, word]))
+            torch.testing.assert_close(both.logits[:, row], alone.logits[:, row])
+
+
+@pytest.mark.parametrize("task", ["semantic", "panoptic", "instance", "panoptic, things"])
+def test_oneformer_each_result_is_decoded_with_its_own_sentence(task, monkeypatch):
+    model = model_of().eval()
+    told = []
+    embed = model.task_embedding
+    monkeypatch.setattr(model, "task_embedding", lambda tasks: told.append(tasks) or embed(tasks))
+    batch = collate([panoptic([0, 1])])
+    (found,) = oneformer.predict(model, batch, SPACE.part("a"), task)
+    assert sorted(told) == sorted([word] for word in oneformer.RESULTS[task])
+    kinds = {"semantic": "semantic", "panoptic": "panoptic"}
+    kinds["instance"] = "things" if "things" in task else "masks"
+    assert {kinds[word] for word in oneformer.RESULTS[task]} <= found.keys()
+    told.clear()
+    oneformer.predict(model, batch, SPACE.part("a"), task, "instance")
+    assert told == [["instance"]]
+
+
+def test_oneformer_instances_are_things_alone(monkeypatch):
+    """Of eight sure queries, two a class, the stuff is dropped."""
+    model = model_of().eval()
+    decode = model.decode
+
+    def sure(*given):
+        output = decode(*given)
+        output.logits[-1, 0] = 9 * F.one_hot(torch.arange(8) % 4, 5).float()
+        return output
+
+    monkeypatch.setattr(model, "decode", sure)
+    (found,) = oneformer.predict(model, collate([panoptic([0, 1])]), SPACE.part("a"), "instance")
+    assert sorted(found["labels"].tolist()) == [0, 0, 2, 2]
+    assert found["class_names"] == [NAMES[label] for label in found["labels"].tolist()]
