@@ -76,7 +76,7 @@ ALLOWED = {
 BUDGETS = {
     "labels & text": 1790,
     "data": 10000,
-    "detectors": 4410,
+    "detectors": 4910,
     "segmenters": 2200,
     "a run": 3390,
 }
@@ -86,7 +86,7 @@ GROUPS = {
     "data": "batch colors transforms sampling",
     "detectors": "backbone swin vit weight_files boxes targets centernet cascade masks oln"
     " clip_resnet proposals image_label_losses text_classifier official_detectors class_ap"
-    " retinanet pseudo_boxes rpn roi_align",
+    " retinanet pseudo_boxes rpn roi_align deformable set_losses",
     "segmenters": "msda msda_triton pixel_decoder transformer point_matching mask_losses"
     " dataset_heads segments segment_metrics segment_map",
     "faults": "checkpoint files process replay rescue runlog saved settings unreadable validation",
