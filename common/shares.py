@@ -1,0 +1,57 @@
+"""Batches of single datasets, which are drawn by probabilities that change during a training."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from common.sampling import first_rows
+
+# Shapes: K datasets, I_s images of dataset s.
+
+
+@dataclass
+class ShareBatchSampler:
+    """Yields batches endlessly: lists of (row, draw). A batch is of one dataset.
+
+    Each rank draws a dataset, and its images with replacement. A batch depends on the seed, the
+    rank, the number of its step and the shares alone, so that a resumed run continues the stream.
+    weights: per dataset (I_s,), how often each image is sampled, relative to the others of it
+    period:  steps for which the shares stay the same
+    start:   number of steps that are skipped; a resumed run has made them
+    shares:  {period: (K,) probability of each dataset}. Periods without an entry have that of the
+             last one before. A batch may be drawn some steps ahead: add entries a period before
+    """
+
+    weights: list[np.ndarray]
+    batch_size: int
+    period: int
+    seed: int
+    start: int = 0
+    rank: int = 0
+    world_size: int = 1
+    shares: dict[int, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> list[int]:
+        """The largest size of a batch, as `RatioBatchSampler` has those of its datasets."""
+        return [self.batch_size]
+
+    def shares_at(self, step: int) -> np.ndarray:
+        """Returns the probability of each dataset (K,) in a step, counted from 0."""
+        period = step // self.period
+        newest = max(p for p in self.shares if p <= period)
+        return self.shares[newest]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        ends = [np.cumsum(weights) for weights in self.weights]
+        starts = first_rows(self.weights)
+        step = self.start
+        while True:
+            rng = np.random.default_rng([self.seed, step, self.rank])
+            d = rng.choice(len(ends), p=self.shares_at(step))
+            places = rng.random(self.batch_size) * ends[d][-1]
+            rows = starts[d] + np.searchsorted(ends[d], places, side="right")
+            draw = (step * self.world_size + self.rank) * self.batch_size
+            yield [(int(row), draw + i) for i, row in enumerate(rows)]
+            step += 1
