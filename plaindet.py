@@ -8,7 +8,6 @@ so that they suit the dataset. A dataset whose boxes are hard to find is sampled
 Section                                           function
 semantic space calibration: t(c) - t(NULL)        calibrated_text
 class-aware query compositor                      QueryCompositor
-class scores E_s normalize(W h)                   common.text_classifier.TextClassifier
 losses per dataset                                Supervision, loss_class
 hardness-indicated sampling                       Hardness, dataset_factors
 Detection Hub: q + MHA(q, [E_d; g_d])             common.adapted_queries
@@ -27,20 +26,15 @@ Note: the official attention gives an image the weights p of another one of the 
   tiled in the wrong order). Here each image has its own.
 Note: the first stage scores objects by a column for each dataset. The official one has a column for
   each class, of which all but the first are only ever negatives.
-Note: a query at the edge of the padding looks at nothing there. At test time the official code does
-  not mask the padding.
-Note: there is no dropout (officially 0.1; common/deformable.py).
-Note: images of all datasets have the repeat factors of LVIS. Officially, OpenImages has factors
-  from a file.
+Note: there is no dropout (officially 0.1), and padding is masked at test time, too.
+Note: images of all datasets have the repeat factors of LVIS. Those of OpenImages are not public.
 Note: the losses of a period decide the sampling of the one after the next, so that a resumed run
   samples alike. Officially they wait for the end of a pass over the images.
 Note: classes of no dataset of the training use the projection of the dataset whose class
   embeddings have the nearest mean.
-Note: Detection Hub (Meng et al., CVPR 2023, arXiv 2206.03484) is --queries text_dataset: a learned
-  token g_d for each dataset and its class embeddings adapt the queries. Its equations were not
-  available; these follow the abstract. Its dynamic kernels, layers of the heads that are computed
-  from the query and g_d, belong to Sparse R-CNN. A deformable decoder has none; but points and
-  weights of its attention are computed from the adapted query. They are left out.
+Note: Detection Hub (Meng et al., CVPR 2023, arXiv 2206.03484) is --queries-from text_dataset: a
+  token of the dataset and its class embeddings adapt the queries, after the abstract. Its dynamic
+  kernels are left out: see docs/plaindet.md.
 
     python plaindet.py --datasets coco,lvis,oid --tiny      # minutes on a CPU
     python plaindet.py --datasets coco,lvis,o365,oid --data-root DATA                    # one GPU
@@ -109,7 +103,7 @@ from common.mask_losses import masks_per_rank
 from common.optim import parameter_groups, scaled_lr, stepped_learning_rate
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, make_loader, repeat_factors
-from common.set_losses import loss_focal, loss_giou, loss_l1, match
+from common.set_losses import loss_focal, loss_giou, loss_l1, match, proposal_losses
 from common.shares import ShareBatchSampler
 from common.targets import Targets
 from common.text import embed, known_vocabularies
@@ -193,8 +187,8 @@ class Args:
     negatives"""
     queries_from: Literal["classes", "text_dataset", "boxes"] = "classes"  # code
     """classes: the compositor; text_dataset: Detection Hub; boxes: Deformable DETR, the control"""
-    sampling: Literal["hardness", "size", "equal"] = "hardness"  # code
-    """of the datasets; controls: by their numbers of images, or all alike"""
+    sampling: Literal["hardness", "size"] = "hardness"  # code
+    """of the datasets, by the losses of their boxes; control: by their numbers of images"""
     period: Annotated[int, Range(1)] = 2000  # code
     """steps between two measurements of the hardness"""
     image_size: Annotated[int, SIDE] = 800  # code
@@ -335,13 +329,11 @@ class Model(nn.Module):
         self.encoder = Encoder(channels, args.encoder_layers, *sizes)
         self.proposals = Proposals(channels)
         self.decoder = Decoder(channels, args.decoder_layers, *sizes, eps=1e-3)
-        given = (args.queries, channels, width, count)
-        if args.queries_from == "classes":
-            self.composer = QueryCompositor(*given)
-        elif args.queries_from == "text_dataset":
-            self.composer = AdaptedQueries(*given, HEADS)
-        else:
+        if args.queries_from == "boxes":
             self.composer = BoxQueries(channels)
+        else:
+            compose = QueryCompositor if args.queries_from == "classes" else AdaptedQueries
+            self.composer = compose(args.queries, channels, width, count)
         if args.classifier == "text":
             self.classifier = TextClassifier(channels, width, args.tau, args.cls_bias)
         else:
@@ -385,38 +377,6 @@ class Model(nn.Module):
             columns = self.scopes[dataset]
         return self.classifier(hidden)[..., columns].float()
 
-    def extract(self, images: Tensor) -> list[Tensor]:
-        """Returns the four maps (B, d, h, w) of strides 8 to 64 of normalised images."""
-        with amp_context(self.args.amp, images.device):
-            return self.neck(self.backbone(images))
-
-    def detect(
-        self,
-        maps: list[Tensor],
-        sizes: list[tuple[int, int]],
-        padded: tuple[int, int],
-        dataset: int,
-        classes: LabelSpace,
-    ) -> Output:
-        """Predicts from the maps of `extract`. padded: (height, width) of the images."""
-        with amp_context(self.args.amp, maps[0].device):
-            memory = self.encoder(Memory.of(maps, sizes, padded))
-            cells, proposals = self.proposals(memory)
-            embedding = F.normalize(self.object_embed(cells).float(), dim=-1)  # (B, S, D)
-            objectness = self.object_heads[dataset](embedding).float()  # (B, S, 1)
-            boxes = select_boxes(proposals, objectness[..., 0], self.args.queries)
-            position = 0.0  # only queries made of boxes have one
-            if self.args.queries_from == "classes":
-                q = self.composer(maps[-1], classes.text, dataset)
-            elif self.args.queries_from == "text_dataset":
-                q = self.composer(len(boxes), classes.text, dataset)
-            else:
-                q, position = self.composer(boxes)
-            q = q[:, : boxes.shape[1]]  # a small image has fewer cells than there are queries
-            hidden, refined = self.decoder(q, position, boxes, memory)
-            logits = self.classify(hidden, classes)
-        return Output(logits, refined, objectness, proposals)
-
     def forward(
         self, images: Tensor, sizes: list[tuple[int, int]], dataset: int, classes: LabelSpace
     ) -> Output:
@@ -424,10 +384,23 @@ class Model(nn.Module):
 
         sizes:   (height, width) before padding
         dataset: row of the dataset that the images are of
-        classes: the classes to score
+        classes: the C classes to score
         """
-        maps = self.extract(self.backbone.normalise(images, sizes))
-        return self.detect(maps, sizes, tuple(images.shape[-2:]), dataset, classes)
+        with amp_context(self.args.amp, images.device):
+            maps = self.neck(self.backbone(self.backbone.normalise(images, sizes)))
+            memory = self.encoder(Memory.of(maps, sizes, tuple(images.shape[-2:])))
+            cells, proposals = self.proposals(memory)
+            embedding = F.normalize(self.object_embed(cells).float(), dim=-1)  # (B, S, D)
+            objectness = self.object_heads[dataset](embedding).float()  # (B, S, 1)
+            boxes = select_boxes(proposals, objectness[..., 0], self.args.queries)
+            if self.args.queries_from == "boxes":
+                q, position = self.composer(boxes)
+            else:
+                q, position = self.composer(maps[-1], classes.text, dataset), 0.0
+                q = q[:, : boxes.shape[1]]  # a small image has fewer cells than queries
+            hidden, refined = self.decoder(q, position, boxes, memory)
+            logits = self.classify(hidden, classes)
+        return Output(logits, refined, objectness, proposals)
 
 
 # -- Losses ----------------------------------------------------------------------------------------
@@ -493,9 +466,9 @@ def compute_losses(
 ) -> dict[str, Tensor]:
     """L = sum over layers of (L_class + 5 L_1 + 2 L_GIoU), and the same of the first stage.
 
-    The queries of each layer are matched to the objects (`match`), and so are the cells of the
-    first stage, for which all objects are of one class. num_boxes: `masks_per_rank`. L_class is
-    `loss_class`; `sample_federated` draws its classes for each layer anew.
+    The queries of each layer are matched to the objects (`match`). num_boxes: `masks_per_rank`.
+    L_class is `loss_class`; `sample_federated` draws its classes for each layer anew. The losses
+    of the first stage are `proposal_losses`.
     Returns every term, times its weight, their sum as `loss`, and 5 L_1 of the last layer as
     `hardness`.
     """
@@ -506,23 +479,12 @@ def compute_losses(
     labels = found.classes(output.logits.shape[:-1], output.logits.shape[-1])  # (Z, B, Q)
     boxes = output.boxes[found.z, found.image, found.query]  # (R, 4)
     distance = 5 * loss_l1(boxes, found.boxes, num_boxes)  # (R,)
-    losses = {
-        "loss_class": loss_class(
-            output.logits, labels, supervision, torch.stack(samples), num_boxes
-        ),
-        "loss_bbox": distance.sum(),
-        "loss_giou": 2 * loss_giou(boxes, found.boxes, num_boxes).sum(),
-    }
     last = found.z == len(output.logits) - 1
-
-    objects = [Targets(t.boxes, torch.zeros_like(t.labels)) for t in targets]
-    scores, proposals = output.objectness[None], output.proposals[None]
-    found = match(scores, proposals, objects, sizes)
-    truth = F.one_hot(found.classes(scores.shape[:-1], scores.shape[-1]), scores.shape[-1] + 1)
-    boxes = proposals[found.z, found.image, found.query]
-    losses["loss_class_enc"] = loss_focal(scores, truth[..., :-1].to(scores), num_boxes)
-    losses["loss_bbox_enc"] = 5 * loss_l1(boxes, found.boxes, num_boxes).sum()
-    losses["loss_giou_enc"] = 2 * loss_giou(boxes, found.boxes, num_boxes).sum()
+    trained = torch.stack(samples)  # (Z, C)
+    losses = {"loss_class": loss_class(output.logits, labels, supervision, trained, num_boxes)}
+    losses["loss_bbox"] = distance.sum()
+    losses["loss_giou"] = 2 * loss_giou(boxes, found.boxes, num_boxes).sum()
+    losses |= proposal_losses(output.objectness, output.proposals, targets, sizes, num_boxes)
     return losses | {"loss": sum(losses.values()), "hardness": (distance * last).sum()}
 
 
@@ -610,8 +572,6 @@ def dataset_shares(args: Args, losses: np.ndarray, sizes: np.ndarray) -> np.ndar
 
     The weights w_i of its images have the mean 1, so that it is proportional to n_s x_s.
     """
-    if args.sampling == "equal":
-        return np.full(len(sizes), 1 / len(sizes))
     factors = dataset_factors(losses, sizes) if args.sampling == "hardness" else 1
     shares = sizes * factors
     return shares / shares.sum()
@@ -621,14 +581,9 @@ def build_sampler(
     args: Args, datasets: list[Dataset], start: int, hardness: Hardness
 ) -> ShareBatchSampler:
     """Returns the sampler of all datasets, with the shares of this period and of the next one."""
-    batch_size = args.batch_size // world_size()
-    if batch_size < 1:
-        raise InputError(
-            f"--batch-size {args.batch_size} is too small for {world_size()} processes"
-        )
     weights = [repeat_factors([d], args.repeat_threshold) for d in datasets]
     place = (args.seed, start, rank(), world_size())
-    sampler = ShareBatchSampler(weights, batch_size, args.period, *place)
+    sampler = ShareBatchSampler(weights, args.batch_size, args.period, *place)
     sizes = np.array([len(d) for d in datasets])
     for later, losses in enumerate(hardness.means.cpu().numpy()):
         sampler.shares[start // args.period + later] = dataset_shares(args, losses, sizes)

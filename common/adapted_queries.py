@@ -32,10 +32,10 @@ class AdaptedQueries(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, images: int, text: Tensor, dataset: int) -> Tensor:
-        """Returns the queries (B, Q, d), the same for each of B images.
+    def forward(self, maps: Tensor, text: Tensor, dataset: int) -> Tensor:
+        """Returns the queries (B, Q, d), the same for all images.
 
-        text: (C, D), E_s; dataset: its row s
+        maps: (B, d, h, w), of which only the number matters; text: (C, D), E_s; dataset: its row s
         """
         classes = self.projection(text).float()  # (C, d)
         token = self.tokens[dataset : dataset + 1]
@@ -43,4 +43,4 @@ class AdaptedQueries(nn.Module):
         attended, _ = self.attention(self.initial, keys, keys, need_weights=False)
         q = self.norm(self.initial + attended)
         q = self.ffn_norm(q + self.ffn(q))  # (Q, d)
-        return q.float().expand(images, -1, -1)
+        return q.float().expand(len(maps), -1, -1)

@@ -20,7 +20,7 @@ from common.targets import Targets
 # R matched pairs of all images and predictions.
 
 ALPHA = 0.25  # of the focal loss: weight of positives; that of negatives is 1 - ALPHA
-CLASS, L1, GIOU = 2.0, 5.0, 2.0  # weights of the terms, in the cost and in the losses
+CLASS, L1, GIOU = 2.0, 5.0, 2.0  # weights of the terms of the cost
 
 
 def focal_cost(logits: Tensor, labels: Tensor) -> Tensor:
@@ -108,3 +108,29 @@ def loss_giou(boxes: Tensor, gt_boxes: Tensor, num_boxes: Tensor) -> Tensor:
     """1/num_boxes (1 - GIoU(b_r, g_r)) of each of R pairs of boxes_cxcywh, (R, 4) each: (R,)."""
     corners = [box_convert(b, "cxcywh", "xyxy") for b in (boxes, gt_boxes)]
     return generalized_box_iou_loss(*corners) / num_boxes
+
+
+def proposal_losses(
+    scores: Tensor,
+    boxes: Tensor,
+    targets: list[Targets],
+    sizes: list[tuple[int, int]],
+    num_boxes: Tensor,
+) -> dict[str, Tensor]:
+    """Returns the weighted losses of the first stage, for which all objects are of one class.
+
+    scores: (B, S, C), logits of all cells, whose first column is that of objects
+    boxes:  (B, S, 4) boxes_cxcywh; sizes: as in `match`; num_boxes: a scalar
+    """
+    objects = [Targets(t.boxes, torch.zeros_like(t.labels)) for t in targets]
+    scores, boxes = scores[None], boxes[None]  # (1, B, S, .)
+    found = match(scores, boxes, objects, sizes)
+    columns = scores.shape[-1]
+    classes = found.classes(scores.shape[:-1], columns)  # (1, B, S)
+    truth = F.one_hot(classes, columns + 1)[..., :-1]
+    near = boxes[found.z, found.image, found.query]  # (R, 4)
+    return {
+        "loss_class_enc": loss_focal(scores, truth.to(scores), num_boxes),
+        "loss_bbox_enc": L1 * loss_l1(near, found.boxes, num_boxes).sum(),
+        "loss_giou_enc": GIOU * loss_giou(near, found.boxes, num_boxes).sum(),
+    }

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from common.errors import InputError
 from common.sampling import first_rows
 
 # Shapes: K datasets, I_s images of dataset s.
@@ -16,11 +17,14 @@ class ShareBatchSampler:
 
     Each rank draws a dataset, and its images with replacement. A batch depends on the seed, the
     rank, the number of its step and the shares alone, so that a resumed run continues the stream.
-    weights: per dataset (I_s,), how often each image is sampled, relative to the others of it
-    period:  steps for which the shares stay the same
-    start:   number of steps that are skipped; a resumed run has made them
-    shares:  {period: (K,) probability of each dataset}. Periods without an entry have that of the
-             last one before. A batch may be drawn some steps ahead: add entries a period before
+    weights:    per dataset (I_s,), how often each image is sampled, relative to the others of it
+    batch_size: images per step over all ranks
+    period:     steps for which the shares stay the same
+    start:      number of steps that are skipped; a resumed run has made them
+    shares:     {period: (K,) probability of each dataset}. Periods without an entry have that of
+                the last one before. A batch may be drawn some steps ahead: add entries in time
+
+    Raises InputError for a batch size below `world_size`.
     """
 
     weights: list[np.ndarray]
@@ -32,10 +36,17 @@ class ShareBatchSampler:
     world_size: int = 1
     shares: dict[int, np.ndarray] = field(default_factory=dict)
 
+    def __post_init__(self):
+        self.size = self.batch_size // self.world_size  # images per rank
+        if self.size < 1:
+            raise InputError(
+                f"a batch of {self.batch_size} images is too small for {self.world_size} processes"
+            )
+
     @property
     def sizes(self) -> list[int]:
-        """The largest size of a batch, as `RatioBatchSampler` has those of its datasets."""
-        return [self.batch_size]
+        """The size of a batch on this rank, as `RatioBatchSampler` has those of its datasets."""
+        return [self.size]
 
     def shares_at(self, step: int) -> np.ndarray:
         """Returns the probability of each dataset (K,) in a step, counted from 0."""
@@ -50,8 +61,8 @@ class ShareBatchSampler:
         while True:
             rng = np.random.default_rng([self.seed, step, self.rank])
             d = rng.choice(len(ends), p=self.shares_at(step))
-            places = rng.random(self.batch_size) * ends[d][-1]
+            places = rng.random(self.size) * ends[d][-1]
             rows = starts[d] + np.searchsorted(ends[d], places, side="right")
-            draw = (step * self.world_size + self.rank) * self.batch_size
+            draw = (step * self.world_size + self.rank) * self.size
             yield [(int(row), draw + i) for i, row in enumerate(rows)]
             step += 1
