@@ -18,7 +18,7 @@ M_s              keys
 g, p, Q_0        context, weights, initial
 L_s, x_s, w_i    mean losses, factors, image weights
 
-Note: the paper's text was not available to us; all numbers are those of its authors' code.
+Note: we could not read the paper; all numbers are those of its authors' code.
 Note: the norm of a row of E_s is the official scale of its logits. The files are not public, so
   that rows have norm 1 here and share the scale 1 / tau. Official .npy files are read with
   --null "", but lose their norms, too.
@@ -30,8 +30,7 @@ Note: there is no dropout (officially 0.1), and padding is masked at test time, 
 Note: images of all datasets have the repeat factors of LVIS. Those of OpenImages are not public.
 Note: the losses of a period decide the sampling of the one after the next, so that a resumed run
   samples alike. Officially they wait for the end of a pass over the images.
-Note: classes of no dataset of the training use the projection of the dataset whose class
-  embeddings have the nearest mean.
+Note: classes of no dataset of the training use the queries of the one with the nearest mean text.
 Note: Detection Hub (Meng et al., CVPR 2023, arXiv 2206.03484) is --queries-from text_dataset: a
   token of the dataset and its class embeddings adapt the queries, after the abstract. Its dynamic
   kernels are left out: see docs/plaindet.md.
@@ -469,8 +468,8 @@ def compute_losses(
     The queries of each layer are matched to the objects (`match`). num_boxes: `masks_per_rank`.
     L_class is `loss_class`; `sample_federated` draws its classes for each layer anew. The losses
     of the first stage are `proposal_losses`.
-    Returns every term, times its weight, their sum as `loss`, and 5 L_1 of the last layer as
-    `hardness`.
+    Returns every term, times its weight, and their sum as `loss`. `loss_bbox` is of the last layer,
+    which tells how hard the dataset is, and `loss_bbox_aux` of the others.
     """
     num_boxes = masks_per_rank(targets, output.logits.device)
     present = torch.cat([t.labels for t in targets])
@@ -482,10 +481,11 @@ def compute_losses(
     last = found.z == len(output.logits) - 1
     trained = torch.stack(samples)  # (Z, C)
     losses = {"loss_class": loss_class(output.logits, labels, supervision, trained, num_boxes)}
-    losses["loss_bbox"] = distance.sum()
+    losses["loss_bbox"] = (distance * last).sum()
+    losses["loss_bbox_aux"] = (distance * ~last).sum()
     losses["loss_giou"] = 2 * loss_giou(boxes, found.boxes, num_boxes).sum()
     losses |= proposal_losses(output.objectness, output.proposals, targets, sizes, num_boxes)
-    return losses | {"loss": sum(losses.values()), "hardness": (distance * last).sum()}
+    return losses | {"loss": sum(losses.values())}
 
 
 # -- Inference -------------------------------------------------------------------------------------
@@ -627,7 +627,7 @@ def train(
     model.train()
     metadata = {"method": METHOD, "args": asdict(args)}
 
-    lr = scaled_lr(args.lr, args)
+    steps, lr = args.steps, scaled_lr(args.lr, args)
     groups = parameter_groups(model, weight_decay=1e-4, backbone_factor=args.backbone_factor)
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
@@ -640,19 +640,20 @@ def train(
     sizes = np.array([len(d) for d in datasets])
     sampler = build_sampler(args, datasets, start, model.hardness)
     loader = build_dataloader(args, datasets, sampler)
-    run_log = RunLog(args, folder, args.steps, start, model, label_space, optimizer, metadata)
+    run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)
     run_log.evaluate_with(evaluate, evaluated)
 
-    for step, batch in zip(range(start + 1, args.steps + 1), loader):
+    for step, batch in zip(range(start + 1, steps + 1), loader):
         # step: forward, backward, update
         if step == 1 and rank() == 0:
             save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         batch = batch.to(device)
-        rate = stepped_learning_rate(step - 1, lr, args.steps, args.warmup_steps, 1e-2, DECAYS)
+        rate = stepped_learning_rate(step - 1, lr, steps, args.warmup_steps, 1e-2, DECAYS)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
 
-        dataset = names.index(batch.samples[0].dataset)
+        name = batch.samples[0].dataset
+        dataset = names.index(name)
         own = supervision[dataset]
         targets = prepare_targets(batch, own.classes)
         output = parallel(batch.images, batch.sizes, dataset, own.classes)
@@ -662,16 +663,16 @@ def train(
         losses = run_log.check_finite(losses, step, batch)
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
-        model.hardness.add(dataset, losses["hardness"])
+        model.hardness.add(dataset, losses["loss_bbox"])
         if step % args.period == 0:
             later = step // args.period + 1
             measured = model.hardness.end_period()
             sampler.shares[later] = dataset_shares(args, measured, sizes)
         shares = zip(names, sampler.shares_at(step - 1))
-        losses |= {f"share_{name}": share for name, share in shares}
-        run_log.step(step, losses, rate, len(batch) * world_size(), names[dataset])
+        losses |= {f"share_{d}": share for d, share in shares}
+        run_log.step(step, losses, rate, len(batch) * world_size(), name)
     if rank() == 0:
-        shares = {f"share_{name}": name for name in names}
+        shares = {f"share_{d}": d for d in names}
         title = "probability of a batch"
         draw_curves(folder / "metrics.jsonl", shares, title, folder / "sampling.png")
     return model, run_log.finish()

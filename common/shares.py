@@ -16,7 +16,7 @@ class ShareBatchSampler:
     """Yields batches endlessly: lists of (row, draw). A batch is of one dataset.
 
     Each rank draws a dataset, and its images with replacement. A batch depends on the seed, the
-    rank, the number of its step and the shares alone, so that a resumed run continues the stream.
+    ranks, the number of its step and the shares alone, so that a resumed run continues the stream.
     weights:    per dataset (I_s,), how often each image is sampled, relative to the others of it
     batch_size: images per step over all ranks
     period:     steps for which the shares stay the same
@@ -59,10 +59,13 @@ class ShareBatchSampler:
         starts = first_rows(self.weights)
         step = self.start
         while True:
-            rng = np.random.default_rng([self.seed, step, self.rank])
-            d = rng.choice(len(ends), p=self.shares_at(step))
-            places = rng.random(self.size) * ends[d][-1]
-            rows = starts[d] + np.searchsorted(ends[d], places, side="right")
+            rng = np.random.default_rng([self.seed, step])
+            # the images of all ranks first, so that their number does not change them
+            places = rng.random((self.world_size, self.size))[self.rank]
+            chosen = rng.random(self.world_size)[self.rank]
+            edges = np.cumsum(self.shares_at(step))
+            d = int(np.searchsorted(edges[:-1], chosen * edges[-1], side="right"))
+            rows = np.searchsorted(ends[d], places * ends[d][-1], side="right")
             draw = (step * self.world_size + self.rank) * self.size
-            yield [(int(row), draw + i) for i, row in enumerate(rows)]
+            yield [(int(starts[d] + row), draw + i) for i, row in enumerate(rows)]
             step += 1
