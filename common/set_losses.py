@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss
+from torchvision.ops import box_convert, generalized_box_iou
 
-from common.boxes import to_cxcywh
+from common.boxes import sides, to_cxcywh
 from common.point_matching import assign
 from common.targets import Targets
 
@@ -104,10 +104,25 @@ def loss_l1(boxes: Tensor, gt_boxes: Tensor, num_boxes: Tensor) -> Tensor:
     return (boxes - gt_boxes).abs().sum(-1) / num_boxes
 
 
+def paired_giou(boxes: Tensor, others: Tensor, eps: float = 1e-7) -> Tensor:
+    """Returns the GIoU of the xyxy boxes in the same row: (R, 4), (R, 4) -> (R,).
+
+    eps is added to both denominators. torchvision's form would wait for the device.
+    """
+    low, high = boxes.chunk(2, 1)
+    other_low, other_high = others.chunk(2, 1)
+    overlap = torch.minimum(high, other_high) - torch.maximum(low, other_low)
+    shared = overlap.clamp(min=0).prod(1)
+    union = sides(boxes).prod(1) + sides(others).prod(1) - shared
+    extent = torch.maximum(high, other_high) - torch.minimum(low, other_low)
+    hull = extent.prod(1)
+    return shared / (union + eps) - (hull - union) / (hull + eps)
+
+
 def loss_giou(boxes: Tensor, gt_boxes: Tensor, num_boxes: Tensor) -> Tensor:
     """1/num_boxes (1 - GIoU(b_r, g_r)) of each of R pairs of boxes_cxcywh, (R, 4) each: (R,)."""
     corners = [box_convert(b, "cxcywh", "xyxy") for b in (boxes, gt_boxes)]
-    return generalized_box_iou_loss(*corners) / num_boxes
+    return (1 - paired_giou(*corners)) / num_boxes
 
 
 def proposal_losses(
@@ -125,9 +140,9 @@ def proposal_losses(
     objects = [Targets(t.boxes, torch.zeros_like(t.labels)) for t in targets]
     scores, boxes = scores[None], boxes[None]  # (1, B, S, .)
     found = match(scores, boxes, objects, sizes)
-    columns = scores.shape[-1]
-    classes = found.classes(scores.shape[:-1], columns)  # (1, B, S)
-    truth = F.one_hot(classes, columns + 1)[..., :-1]
+    classes = found.classes(scores.shape[:-1], background=-1)  # (1, B, S)
+    columns = torch.arange(scores.shape[-1], device=scores.device)
+    truth = classes[..., None] == columns  # (1, B, S, C)
     near = boxes[found.z, found.image, found.query]  # (R, 4)
     return {
         "loss_class_enc": loss_focal(scores, truth.to(scores), num_boxes),

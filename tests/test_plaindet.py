@@ -62,7 +62,7 @@ def test_composed_queries_by_the_formula():
     composer = plaindet.QueryCompositor(6, 32, 16, 2)
     text, coarsest = torch.randn(4, 16), torch.randn(2, 32, 3, 5)
     found = composer(coarsest, text, 1)
-    keys = composer.projections[1](text)
+    keys = composer.projections[1](text).detach()
     attention = composer.attention
     weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
     query, key, value = (
