@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import batched_nms, box_convert, box_iou
 
 from common.compiling import compilable
 from common.roi_align import roi_align
@@ -29,6 +29,26 @@ def have_area(boxes: Tensor) -> Tensor:
     """Returns which boxes (N, 4) have a positive width and height: (N,) bool."""
     low, high = boxes.chunk(2, 1)
     return (high > low).all(1)
+
+
+def to_cxcywh(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Returns boxes (N, 4), in pixels of an image of (height, width), as boxes_cxcywh.
+
+    These are the centre, the width and the height in 0..1 of the image.
+    """
+    height, width = size
+    columns = box_convert(boxes, "xyxy", "cxcywh").unbind(-1)
+    return torch.stack([x / s for x, s in zip(columns, (width, height) * 2)], -1)
+
+
+def to_pixels(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Returns boxes_cxcywh (N, 4) in pixels of an image of (height, width), which are not clipped.
+
+    It is the inverse of `to_cxcywh`.
+    """
+    height, width = size
+    columns = box_convert(boxes, "cxcywh", "xyxy").unbind(-1)
+    return torch.stack([x * s for x, s in zip(columns, (width, height) * 2)], -1)
 
 
 def encode_boxes(boxes: Tensor, targets: Tensor, weights: tuple[float, ...]) -> Tensor:

@@ -38,16 +38,21 @@ def learning_rate(step: int, base: float, steps: int, warmup: int, warmup_factor
 
 
 def stepped_learning_rate(
-    step: int, base: float, steps: int, warmup: int, warmup_factor: float
+    step: int,
+    base: float,
+    steps: int,
+    warmup: int,
+    warmup_factor: float,
+    ends: tuple[float, ...] = (8 / 12, 11 / 12),
 ) -> float:
-    """Returns `base`, a tenth of it from 8/12 of the steps on, a hundredth from 11/12 on.
+    """Returns `base`, a tenth of it from ends[0] of the steps on, a hundredth from ends[1] on.
 
     The result is multiplied by `warmup_ramp`, whose warmup takes at most a tenth of the steps.
-    Source: mmdetection's schedule_1x.
+    Source: mmdetection's schedule_1x has the default ends.
     """
     decays = 0
-    for epoch in (8, 11):
-        if step >= steps * epoch / 12:
+    for end in ends:
+        if step >= steps * end:
             decays += 1
     warmup = min(warmup, steps // 10)
     ramp = warmup_ramp(step, warmup, warmup_factor)

@@ -64,20 +64,33 @@ class MSDeformAttn(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(
-        self, query: Tensor, value_input: Tensor, shapes: tuple, reference: Tensor
+        self,
+        query: Tensor,
+        value_input: Tensor,
+        shapes: tuple,
+        reference: Tensor,
+        padding: Tensor | None = None,
+        spread: Tensor | None = None,
     ) -> Tensor:
         """Attends from query (B, Q, C) to value_input (B, S, C). Returns (B, Q, C).
 
         shapes:    (h, w) of each of the L levels that make up the S tokens
         reference: (Q, 2), (B, Q, 2) or (B, Q, L, 2), reference points as x and y in 0..1
+        padding:   (B, S) bool, True for tokens whose value counts as 0; None: there are none
+        spread:    (B, Q, L, 2), half the width and height of each reference box, in pixels of the
+                   level; an offset of P points to its edge. None: offsets are pixels
         """
         value = self.value_proj(value_input)
+        if padding is not None:
+            value = value.masked_fill(padding[..., None], 0)
         value = value.unflatten(2, (self.heads, -1))  # (B, S, M, C / M)
         samples = (self.heads, self.levels, self.points, 2)
         # bfloat16 would round an offset of 10 pixels by up to 0.03
         with torch.autocast(query.device.type, enabled=False):
             offsets = self.sampling_offsets(query)
         offsets = offsets.unflatten(2, samples)  # (B, Q, M, L, P, 2)
+        if spread is not None:
+            offsets = offsets * spread[:, :, None, :, None] / self.points
         logits = self.attention_weights(query)
         logits = logits.unflatten(2, (self.heads, -1))  # (B, Q, M, L * P)
         attended = msda(value, shapes, offsets, logits, reference)
@@ -97,15 +110,22 @@ class EncoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(channels)
         self.norm2 = nn.LayerNorm(channels)
 
-    def forward(self, x: Tensor, position: Tensor, shapes: tuple, reference: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor,
+        shapes: tuple,
+        reference: Tensor,
+        padding: Tensor | None = None,
+    ) -> Tensor:
         """Returns the updated tokens (B, S, C).
 
         x:        (B, S, C), tokens of all levels
-        position: (1, S, C), added to the queries, not to the values
-        shapes, reference: as in `MSDeformAttn.forward`, with reference (S, 2)
+        position: (1, S, C) or (B, S, C), added to the queries, not to the values
+        shapes, reference, padding: as in `MSDeformAttn.forward`, with a query for each token
         """
         query = x + position
-        attended = self.self_attn(query, x, shapes, reference)
+        attended = self.self_attn(query, x, shapes, reference, padding)
         x = self.norm1(x + attended)
         hidden = self.linear1(x)
         hidden = F.relu(hidden, inplace=True)

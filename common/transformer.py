@@ -17,6 +17,18 @@ from common.compiling import compilable
 # Shapes: B images, Q queries, C channels, M heads, S = h w pixels of one feature level.
 
 
+def sine_code(position: Tensor, channels: int) -> Tensor:
+    """Returns sines and cosines of positions (...) in 0..1, in turn: (..., channels).
+
+    The wavelengths grow from 1 to almost 10000.
+    """
+    exponent = torch.arange(0, channels, 2, device=position.device) / channels
+    frequency = 10_000**-exponent
+    angle = (position * (2 * math.pi))[..., None] * frequency
+    waves = torch.stack([angle.sin(), angle.cos()], -1)
+    return waves.flatten(-2)
+
+
 def sine_position(
     height: int, width: int, channels: int, device: torch.device | str = "cpu"
 ) -> Tensor:
@@ -25,16 +37,10 @@ def sine_position(
     The first half of the channels encodes y, the second half x. Each half interleaves sine and
     cosine. The wavelengths grow from the map's side to almost 10000 times the map's side.
     """
-    half = channels // 2
-    exponent = torch.arange(0, half, 2, device=device) / half
-    frequency = 10_000**-exponent
 
     def code(length: int) -> Tensor:
         pixel = torch.arange(1, length + 1, device=device)
-        position = pixel / (length + 1e-6) * (2 * math.pi)
-        angle = position[:, None] * frequency
-        waves = torch.stack([angle.sin(), angle.cos()], -1)
-        return waves.flatten(1)  # (length, channels / 2)
+        return sine_code(pixel / (length + 1e-6), channels // 2)  # (length, channels / 2)
 
     y = code(height).unsqueeze(1)
     y = y.expand(-1, width, -1)

@@ -1,6 +1,7 @@
 """Functions that draw boxes, masks, segments and image grids."""
 
 import colorsys
+import json
 import math
 import zlib
 from collections.abc import Sequence
@@ -278,3 +279,25 @@ def _best_boxes(prediction: dict, min_score: float, size: tuple[int, int]) -> di
         rles = [prediction["segmentations"][i] for i in best.tolist()]
         shown["masks"] = decode_masks(rles, size)
     return shown
+
+
+def draw_curves(metrics: Path, keys: dict[str, str], ylabel: str, path: Path) -> None:
+    """Draws metrics over the steps of a training to `path`.
+
+    metrics: metrics.jsonl of a run folder
+    keys:    {metric: its name in the legend}
+    """
+    from matplotlib.figure import Figure  # here, since it takes half a second
+
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    steps = [record["step"] for record in records]
+    for key, name in keys.items():
+        values = [record[key] for record in records]
+        axes.plot(steps, values, label=name)
+    axes.set_xlabel("step")
+    axes.set_ylabel(ylabel)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.savefig(path, dpi=120)

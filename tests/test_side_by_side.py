@@ -71,6 +71,7 @@ ALLOWED = {
     "Anchors]": "the same",
     "prepare_targets(batch, groups)": "GroupSoftmax's labels depend on its groups",
     "a prediction is the logits": "GroupSoftmax has a column for the background",
+    "nn.utils.clip_grad_norm_(": "the bases' clipping",
     "if rank() == 0:": "GroupSoftmax writes its table where another file reads one",
     "Each dataset is classified by its own part": "ScaleDet says what a further dataset changes",
 }
@@ -78,18 +79,19 @@ ALLOWED = {
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
 BUDGETS = {
     "labels & text": 1790,
-    "data": 10000,
-    "detectors": 4450,
+    "data": 10060,
+    "detectors": 5040,
     "segmenters": 2260,
-    "a run": 3620,
+    "a run": 3640,
 }
 BUDGETS |= {"faults": 1930}
 GROUPS = {
     "labels & text": "labels text class_counts merges merge_scores fine_classes label_report",
-    "data": "batch colors transforms sampling",
+    "data": "batch colors transforms sampling shares",
     "detectors": "backbone swin vit weight_files boxes targets centernet cascade masks oln"
     " clip_resnet proposals image_label_losses text_classifier official_detectors class_ap"
-    " retinanet pseudo_boxes rpn roi_align",
+    " retinanet pseudo_boxes rpn roi_align deformable set_losses"
+    " adapted_queries",
     "segmenters": "msda msda_triton pixel_decoder transformer point_matching mask_losses"
     " dataset_heads segments segment_metrics segment_map text_encoder",
     "faults": "checkpoint files process replay rescue runlog saved settings unreadable validation"

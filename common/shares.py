@@ -1,0 +1,71 @@
+"""Batches of single datasets, which are drawn by probabilities that change during a training."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from common.errors import InputError
+from common.sampling import first_rows
+
+# Shapes: K datasets, I_s images of dataset s.
+
+
+@dataclass
+class ShareBatchSampler:
+    """Yields batches endlessly: lists of (row, draw). A batch is of one dataset.
+
+    Each rank draws a dataset, and its images with replacement. A batch depends on the seed, the
+    ranks, the number of its step and the shares alone, so that a resumed run continues the stream.
+    weights:    per dataset (I_s,), how often each image is sampled, relative to the others of it
+    batch_size: images per step over all ranks
+    period:     steps for which the shares stay the same
+    start:      number of steps that are skipped; a resumed run has made them
+    shares:     {period: (K,) probability of each dataset}. Periods without an entry have that of
+                the last one before. A batch may be drawn some steps ahead: add entries in time
+
+    Raises InputError for a batch size below `world_size`.
+    """
+
+    weights: list[np.ndarray]
+    batch_size: int
+    period: int
+    seed: int
+    start: int = 0
+    rank: int = 0
+    world_size: int = 1
+    shares: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.size = self.batch_size // self.world_size  # images per rank
+        if self.size < 1:
+            raise InputError(
+                f"a batch of {self.batch_size} images is too small for {self.world_size} processes"
+            )
+
+    @property
+    def sizes(self) -> list[int]:
+        """The size of a batch on this rank, as `RatioBatchSampler` has those of its datasets."""
+        return [self.size]
+
+    def shares_at(self, step: int) -> np.ndarray:
+        """Returns the probability of each dataset (K,) in a step, counted from 0."""
+        period = step // self.period
+        newest = max(p for p in self.shares if p <= period)
+        return self.shares[newest]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        ends = [np.cumsum(weights) for weights in self.weights]
+        starts = first_rows(self.weights)
+        step = self.start
+        while True:
+            rng = np.random.default_rng([self.seed, step])
+            # the images of all ranks first, so that their number does not change them
+            places = rng.random((self.world_size, self.size))[self.rank]
+            chosen = rng.random(self.world_size)[self.rank]
+            edges = np.cumsum(self.shares_at(step))
+            d = int(np.searchsorted(edges[:-1], chosen * edges[-1], side="right"))
+            rows = np.searchsorted(ends[d], places * ends[d][-1], side="right")
+            draw = (step * self.world_size + self.rank) * self.size
+            yield [(int(starts[d] + row), draw + i) for i, row in enumerate(rows)]
+            step += 1
