@@ -52,6 +52,7 @@ ALLOWED = {
     "compute_losses(args": "the losses have other inputs",
     "raise InputError(": "other errors",
     "text: Tensor": "UniDet has no text",
+    "calibrated_text": "OneFormer has no text, Plain-Det centres it",
     "columns": "UniDet has no text, but a column for each class",
     "text: (C, D)": "UniDet has no text",
     "list[Prediction]": "UniDet's prediction is the logits alone",
