@@ -19,9 +19,8 @@ g, p, Q_0        context, weights, initial
 L_s, x_s, w_i    mean losses, factors, image weights
 
 Note: we could not read the paper; all numbers are those of its authors' code.
-Note: the norm of a row of E_s is the official scale of its logits. The files are not public, so
-  that rows have norm 1 here and share the scale 1 / tau. Official .npy files are read with
-  --null "", but lose their norms, too.
+Note: the norm of a row of E_s is the official scale of its logits. The files are not public: rows
+  have norm 1 here and share the scale 1 / tau, as the first stage does. Files need --null "".
 Note: the official attention gives an image the weights p of another one of the batch (its mask is
   tiled in the wrong order). Here each image has its own.
 Note: the first stage scores objects by a column for each dataset. The official one has a column for
@@ -238,6 +237,7 @@ TINY = {
     "channels": 64,
     "encoder_layers": 1,
     "decoder_layers": 2,
+    "tau": 0.02,
     "cls_bias": -4.6,
 }
 # the settings that --weights restores: those that shape the model and its inputs
@@ -382,7 +382,7 @@ class Model(nn.Module):
             maps = self.neck(self.backbone(self.backbone.normalise(images, sizes)))
             memory = self.encoder(Memory.of(maps, sizes, tuple(images.shape[-2:])))
             cells, proposals = self.proposals(memory)
-            embedding = F.normalize(self.object_embed(cells).float(), dim=-1)  # (B, S, D)
+            embedding = F.normalize(self.object_embed(cells).float(), dim=-1) / self.args.tau
             objectness = self.object_heads[dataset](embedding).float()  # (B, S, 1)
             boxes = select_boxes(proposals, objectness[..., 0], self.args.queries)
             if self.args.queries_from == "boxes":
