@@ -174,7 +174,8 @@ def collate(
     least: {dataset: (height, width)}; pads to at least this size, so that batches have one shape
     """
     sizes = [sample.size for sample in samples]
-    heights, widths = zip(*sizes, *(least[sample.dataset] for sample in samples if least))
+    shapes = sizes + [least[sample.dataset] for sample in samples] if least else sizes
+    heights, widths = zip(*shapes)
     height = divisor * math.ceil(max(heights) / divisor)
     width = divisor * math.ceil(max(widths) / divisor)
     shape = (len(samples), 3, height, width)

@@ -336,7 +336,7 @@ def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
         state = load_plain(checkpoint / "state.pt")
         step = int(state["step"])
         for group in state["optimizer"]["param_groups"]:
-            group["fused"] = optimizer.defaults["fused"]  # an older checkpoint may have another
+            group["fused"] = optimizer.defaults.get("fused")  # an older checkpoint may have another
         optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in optimizer.state.items():
             if any(

@@ -15,17 +15,18 @@ class Compiling:
     """What this process compiles, and how."""
 
     on = False  # `setup_device` sets it
-    few_shapes = False  # whether the batches of the training have two shapes at most; `make_loader`
-    backend: str | Callable = "inductor"  # the tests count the graphs with another
+    few_shapes = False  # whether batches have two shapes at most; `make_loader` sets it
+    backend: str | Callable = "inductor"  # a test takes one that fails
 
 
 def compilable(function: Callable | None = None, *, of_images: bool = False) -> Callable:
     """Decorator of a function or method that a training step runs compiled, with --compile.
 
     All sizes are symbols in its graph, so that one graph serves any number of regions, boxes or
-    masks. With fewer than two rows in its first tensor the function runs as it is, for torch would
-    make another graph for 0 and for 1. It does so without gradients, too: predictions are of images
-    of many sizes; and if it cannot be compiled, and the log says so.
+    masks. The function runs as it is in three cases. Its first tensor has fewer than two rows:
+    torch would make another graph for 0 and for 1. A decoder with one image a rank is such a case.
+    Gradients are off: predictions are of images of many sizes. It cannot be compiled: the log says
+    so. An error in the compilation of the backward pass ends the training; --compile off helps.
 
     of_images: the sizes are those of a batch of images. They are constants, with a graph for each
                shape, if the batches of the training have two shapes at most.
@@ -67,6 +68,7 @@ _refused: set[Callable] = set()  # functions that cannot be compiled here
 
 @functools.cache
 def _compiled(function: Callable, dynamic: bool, backend: str | Callable) -> Callable:
-    # two sizes that are equal once are two symbols all the same
+    # otherwise torch takes sizes that are equal in the first call for one symbol, and compiles
+    # again when they differ; this holds for the whole process
     torch.fx.experimental._config.use_duck_shape = False
     return torch.compile(function, dynamic=dynamic, backend=backend)

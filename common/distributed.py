@@ -13,7 +13,7 @@ from torch.distributed.nn.functional import all_gather
 
 from common.compiling import Compiling
 from common.errors import InputError
-from common.process import environment_number
+from common.process import Stop, environment_number
 
 log = logging.getLogger("concord")
 
@@ -161,13 +161,13 @@ def rows_of_ranks(row: Tensor) -> Tensor:
 
 @contextmanager
 def leaving_together(device: torch.device) -> Iterator[None]:
-    """Context manager: an error in it, which every rank raises, leaves it when all have raised it.
+    """Context manager. If every rank raises an error in it, none leaves before all have raised it.
 
-    The others may still wait for the gradients of a rank that ends before.
+    A rank that ended at once would leave others waiting for its gradients.
     """
     try:
         yield
-    except BaseException:
+    except (InputError, OSError, Stop):  # any other error may be of one rank alone
         if world_size() > 1:
             mean_over_ranks(torch.zeros((), device=device)).item()  # waits for all ranks
         raise

@@ -57,9 +57,9 @@ PICTURED = 8  # images of a dataset that the picture of its predictions shows
 def second_thread() -> Iterator[Callable[..., None]]:
     """Yields hand_over(function, *given), which has a second thread call functions, in their order.
 
-    It waits until the call before has ended, so that no more than two images are in memory. An
-    error of that call is raised from it, with its own traceback, and an error of the last call at
-    the end of the block. However the block ends, what was handed over is done, and the thread ends.
+    hand_over waits until the call before has ended. So no more than two predictions are in memory.
+    It raises the error of that call, with its own traceback; that of the last call is raised at the
+    end of the block. However the block ends, what was handed over is done, and the thread ends.
     """
     before: Future | None = None
 
@@ -134,7 +134,7 @@ def _predict_segments(
     workers: int,
     title: str,
 ) -> tuple[Counts, dict, dict]:
-    """Predicts and compares each image at once, since 5000 maps would take some GB.
+    """Predicts each image and compares it before the next but one: 5000 maps would take some GB.
 
     Returns the counts of all images, {row: (instances of things, true masks)} if they are
     predicted, and {row: prediction} of the first images; three empty ones on ranks other than 0.

@@ -37,7 +37,7 @@ PEERS = r"closed by peer|reset by peer|Broken pipe|Timed out waiting|gloo|NCCL|P
 
 
 class MadeStep(NamedTuple):
-    """A step whose update is done: its number, what the ranks tell of it, copies of the buffers."""
+    """A step whose update has run: its number, what the ranks tell of it, copies of the buffers."""
 
     number: int
     verdict: Verdict | None  # None: an earlier process made the step
@@ -45,7 +45,9 @@ class MadeStep(NamedTuple):
 
 
 class LastStep:
-    """The last whole step of a training. A step is whole when its update of the weights is done.
+    """The last whole step of a training.
+
+    A step is made when its update has run. It is whole when `settle` has found its losses finite.
 
     folder, model, optimizer, metadata, keep: as in `save_checkpoint`
     label_space: as there, or a function that returns it, if training changes its text
@@ -57,7 +59,7 @@ class LastStep:
     killed.
 
     The update of a step whose loss is not finite is left out, on the device. The host learns that
-    one step late. Until `settle` the step is only made, and the one before is the last whole one.
+    one step late. Until then the step before is the last whole one.
     """
 
     def __init__(
@@ -125,7 +127,7 @@ class LastStep:
         if verdict and verdict.signal():
             raise Stop(verdict.signal())
 
-    def is_finite(self) -> bool:
+    def has_finite_weights(self) -> bool:
         """Returns whether all weights are finite numbers."""
         model, *_ = self.content
         return all(bool(weight.isfinite().all()) for weight in model.parameters())
@@ -150,9 +152,9 @@ class LastStep:
 def rescue() -> str:
     """Saves the last whole step of this process's training, unless it is saved already.
 
-    Rank 0 writes it, and waits for no other rank. Nothing is written during an update, and no
-    weights that are not finite. Returns a line that says which step is kept and how to go on; "" if
-    there is no training.
+    Rank 0 writes it. It calls no other rank, but waits until its device has done the last step.
+    Nothing is written during an update, and no weights that are not finite. Returns a line that
+    says which step is kept and how to go on; "" if there is no training.
     """
     training = Process.training
     if training is None:
@@ -160,7 +162,7 @@ def rescue() -> str:
     folder = training.folder
     again = f"the same command, or --resume {folder},"
     trouble = ""
-    if rank() == 0 and not training.in_update:
+    if not training.in_update:
         try:
             training.settle()
         except Exception as error:  # a loss that is not finite, or a lost GPU
@@ -168,9 +170,9 @@ def rescue() -> str:
     step = training.whole.number
     if training.in_update:
         trouble = f"step {step + 1} was half done, so no more can be saved; "
-    elif step > training.saved and rank() == 0:
+    elif step > training.saved and rank() == 0 and training.made is training.whole:
         try:
-            if training.is_finite():
+            if training.has_finite_weights():
                 training.save(spare=1)
             else:
                 trouble += f"the weights of step {step} are not finite, so they are not saved; "

@@ -184,13 +184,12 @@ class RunLog:
         log.info(message, replay, self.start, exact)
 
     def check_finite(self, losses: dict[str, Tensor], step: int, batch: Batch) -> dict[str, Tensor]:
-        """Returns the losses without gradients. Then the weights may change.
+        """Returns the losses without gradients. Every rank calls it before the update.
 
-        Every rank calls it. If the sum "loss" of a rank is not finite, the update that follows
-        changes nothing. The host does not wait for the losses of `step`, and raises for the step
-        before: InputError on every rank if a loss was not finite, `Stop` if a signal has asked a
-        rank to end. The error names these losses; what the batch held is in
-        failed-step-<step>.json.
+        If the sum "loss" of a rank is not finite, the update that follows changes nothing. The host
+        does not wait for the losses of `step`, and raises for the step before: InputError on every
+        rank if a loss was not finite, `Stop` if a signal has asked a rank to end. The error names
+        the losses that are not finite. The images of that step are in failed-step-<step>.json.
 
         With --replay it compares the losses with the recorded ones, and ends the process.
         """
@@ -204,7 +203,10 @@ class RunLog:
         return losses
 
     def _end_replay(self, losses: dict[str, Tensor], batch: Batch) -> NoReturn:
-        """Says how the losses of the failed step are now. Raises InputError as it did then."""
+        """Logs each loss as it was recorded and as it is now, and ends the process.
+
+        It ends with InputError if a loss is not finite again, else with code 0.
+        """
         step = self.args.replay
         compare(read_record(self.folder, step), losses)
         verdict = Verdict(step, losses, batch, self.args.seed)
@@ -220,7 +222,8 @@ class RunLog:
 
         Saves a checkpoint every --checkpoint-every steps and at the end, and evaluates every
         --eval-every steps but the last. Before any of these it raises InputError on every rank if
-        the loss of a rank is not finite. Raises `Stop` if a signal has asked this process to end.
+        the loss of a rank is not finite. Raises `Stop` if a signal has asked this process to end,
+        or a rank in the last whole step.
 
         losses:  scalars, with their sum "loss"
         lr:      learning rate

@@ -391,7 +391,7 @@ def make_loader(
     """Returns the DataLoader of a training, which makes batches with `collate`.
 
     args:     --workers, --skip-bad, --replay, and --output, the run folder
-    least:    {dataset: (height, width)} that batches are padded to; None: as far as they need
+    least:    {dataset: (height, width)}, the least size of its batches; None: as large as they need
     sampling: DataLoader's arguments sampler and batch_size, or batch_sampler
     With --replay it has one batch, that of the record. Raises InputError if a batch cannot fit into
     memory.
@@ -399,8 +399,9 @@ def make_loader(
     batches = sampling.get("batch_sampler")
     sizes = batches.sizes if batches else [sampling["batch_size"]]
     refuse_huge_batch(int(max(sizes)), mixture.transforms.values())
-    if least:
-        Compiling.few_shapes = len({*zip(least.values(), cycle(sizes))}) <= 2
+    # the shapes of batches: a size of the images, and how many; one number may stand for all
+    shapes = {*zip(least.values(), cycle(sizes))} if least else {}
+    Compiling.few_shapes = 0 < len(shapes) <= 2
     mixture.skips = Skips(args.skip_bad, Path(args.output))
     if args.replay:
         record = read_record(Path(args.output), args.replay)

@@ -14,7 +14,7 @@ from common import compiling
 from common.compiling import Compiling, compilable
 from common.process import Process
 
-# the others compile the same parts of common/, but for their own losses
+# the long runs alone compile retinanet.py, rpn.py, oln.py and clip_resnet.py
 QUICK = {"scaledet", "detic", "dataseg", "lmseg"}
 # the symbolic sizes of this test's backbone take minutes, so batches have few shapes
 DATASETS = {"lmseg": "ade20k,cityscapes", "detic": "coco-base"}
