@@ -244,7 +244,7 @@ TINY = {
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "null", "test_size", "tau", "cls_bias"]
 MODEL_FIELDS += ["classifier", "queries_from", "queries", "channels"]
 MODEL_FIELDS += ["encoder_layers", "decoder_layers"]
-OFFICIAL = refuse("has class embeddings that were not published with it")
+OFFICIAL = refuse("needs the class embeddings of its training, which it does not hold")
 HEADS, LEVELS, POINTS = 8, 4, 4  # of the deformable attention
 DECAYS = (37 / 40, 79 / 80)  # of the steps, at which the learning rate falls to a tenth
 

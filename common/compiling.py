@@ -16,7 +16,6 @@ class Compiling:
 
     on = False  # `setup_device` sets it
     few_shapes = False  # whether batches have two shapes at most; `make_loader` sets it
-    backend: str | Callable = "inductor"  # a test takes one that fails
 
 
 def compilable(function: Callable | None = None, *, of_images: bool = False) -> Callable:
@@ -55,7 +54,7 @@ def _run(function: Callable, dynamic: bool, args: tuple, kwargs: dict):
     if function in _refused:
         return function(*args, **kwargs)
     try:
-        return _compiled(function, dynamic, Compiling.backend)(*args, **kwargs)
+        return _compiled(function, dynamic)(*args, **kwargs)
     except TorchDynamoException as error:
         _refused.add(function)
         reason = " ".join(str(error).split()[:20])
@@ -67,8 +66,8 @@ _refused: set[Callable] = set()  # functions that cannot be compiled here
 
 
 @functools.cache
-def _compiled(function: Callable, dynamic: bool, backend: str | Callable) -> Callable:
+def _compiled(function: Callable, dynamic: bool) -> Callable:
     # otherwise torch takes sizes that are equal in the first call for one symbol, and compiles
     # again when they differ; this holds for the whole process
     torch.fx.experimental._config.use_duck_shape = False
-    return torch.compile(function, dynamic=dynamic, backend=backend)
+    return torch.compile(function, dynamic=dynamic)

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.ops import clip_boxes_to_image
 
 from common.backbone import GroupNorm
 from common.boxes import to_pixels
 from common.errors import InputError
 from common.pixel_decoder import EncoderLayer, MSDeformAttn, tokens
-from common.transformer import Attention, sine_code
+from common.transformer import DecoderLayer, sine_code
 
 # Shapes: B images, L levels, S tokens (cells) of all levels, Q queries, C channels, Z decoder
 # layers, h w height and width of a level.
@@ -251,29 +250,15 @@ class BoxQueries(nn.Module):
 # -- decoder ---------------------------------------------------------------------------------------
 
 
-class DeformableDecoderLayer(nn.Module):
-    """Applies self-attention, deformable cross-attention and feed-forward by separate methods.
+class DeformableDecoderLayer(DecoderLayer):
+    """Is a `DecoderLayer` whose cross-attention is deformable.
 
-    Each has its residual and LayerNorm. position is a tensor (B, Q, C), or 0 for queries without.
+    position is a tensor (B, Q, C), or 0 for queries without.
     """
 
     def __init__(self, channels: int, ffn: int, levels: int, heads: int, points: int):
-        super().__init__()
-        self.self_attn = Attention(channels, heads)
-        self.self_norm = nn.LayerNorm(channels)
+        super().__init__(channels, heads, ffn)
         self.cross_attn = MSDeformAttn(channels, heads, levels, points)
-        self.cross_norm = nn.LayerNorm(channels)
-        self.linear1 = nn.Linear(channels, ffn)
-        self.linear2 = nn.Linear(ffn, channels)
-        self.ffn_norm = nn.LayerNorm(channels)
-        for linear in (self.linear1, self.linear2):
-            nn.init.xavier_uniform_(linear.weight)
-
-    def self_attend(self, q: Tensor, position: Tensor | float) -> Tensor:
-        """Lets queries q (B, Q, C) attend to each other. position is not in the values."""
-        placed = q + position
-        attended = self.self_attn(placed, placed, q)
-        return self.self_norm(q + attended)
 
     def cross_attend(
         self, q: Tensor, position: Tensor | float, boxes: Tensor, memory: Memory
@@ -287,13 +272,6 @@ class DeformableDecoderLayer(nn.Module):
             placed, memory.tokens, memory.shapes, reference, memory.padding, spread
         )
         return self.cross_norm(q + attended)
-
-    def feed_forward(self, q: Tensor) -> Tensor:
-        """Applies the feed-forward network to q (B, Q, C)."""
-        hidden = self.linear1(q)
-        hidden = F.relu(hidden, inplace=True)
-        change = self.linear2(hidden)
-        return self.ffn_norm(q + change)
 
 
 class Decoder(nn.Module):

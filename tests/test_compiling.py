@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def graphs(monkeypatch):
     found = Counter()
     compile_function = torch.compile
 
-    def counting(function, dynamic, backend):
+    def counting(function, dynamic):
         def count(graph, inputs):
             found[function.__qualname__] += 1
             return graph.forward
@@ -122,13 +123,15 @@ def test_what_cannot_be_compiled_runs_and_says_so(monkeypatch, caplog):
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(Compiling, "on", True)
-    monkeypatch.setattr(Compiling, "backend", broken)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    compiling._compiled.cache_clear()
     monkeypatch.setattr(compiling, "_refused", set())
     with caplog.at_level(logging.WARNING, "concord"):
         for _ in range(2):
             assert torch.equal(square(torch.full((3,), 3.0)), torch.full((3,), 9.0))
     (line,) = caplog.messages
     assert "square runs uncompiled" in line and "no compiler here" in line
+    compiling._compiled.cache_clear()
 
 
 def test_inductor_gives_the_same_loss(monkeypatch):
