@@ -5,7 +5,7 @@ classified by the frozen text embeddings of its own classes, without what all te
 queries of one shared decoder are composed of these embeddings, weighted by what the image shows,
 so that they suit the dataset. A dataset whose boxes are hard to find is sampled more often.
 
-Section                                           function
+Part                                              function
 semantic space calibration: t(c) - t(NULL)        calibrated_text
 class-aware query compositor                      QueryCompositor
 losses per dataset                                Supervision, loss_class
@@ -16,19 +16,21 @@ Symbol           variable
 E_s              label_space.text
 M_s              keys
 g, p, Q_0        context, weights, initial
-L_s, x_s, w_i    mean losses, factors, image weights
+L_s, x_s         losses, factors
 
-Note: we could not read the paper; all numbers are those of its authors' code.
-Note: the norm of a row of E_s is the official scale of its logits. The files are not public: rows
-  have norm 1 here and share the scale 1 / tau, as the first stage does. Files need --null "".
+Note: we could not read the paper. All numbers are those of its authors' code. Where that has
+  several (batches of 16 or 64, other exponents than 0.7), the one that its configuration runs.
+Note: which CLIP, and whether t(c) - t(NULL) is normalised, is not said. Here rows have norm 1 and
+  share the scale 1 / tau; officially their norm is the scale. --text-encoder FILE normalises, too.
 Note: the official attention gives an image the weights p of another one of the batch (its mask is
   tiled in the wrong order). Here each image has its own.
 Note: the first stage scores objects by a column for each dataset. The official one has a column for
-  each class, of which all but the first are only ever negatives.
-Note: there is no dropout (officially 0.1), and padding is masked at test time, too.
+  each class, of which the first alone decides.
+Note: there is no dropout (officially 0.1), and padding is masked at test time, too. The stem of the
+  backbone is trained (officially frozen), from weights of ImageNet-1k (officially 21k).
 Note: images of all datasets have the repeat factors of LVIS. Those of OpenImages are not public.
-Note: the losses of a period decide the sampling of the one after the next, so that a resumed run
-  samples alike. Officially they wait for the end of a pass over the images.
+Note: the losses of period k decide the sampling of period k + 2, so that a resumed run samples
+  alike. Officially they wait for the end of a pass over the images.
 Note: classes of no dataset of the training use the queries of the one with the nearest mean text.
 Note: Detection Hub (Meng et al., CVPR 2023, arXiv 2206.03484) is --queries-from text_dataset: a
   token of the dataset and its class embeddings adapt the queries, after the abstract. Its dynamic
@@ -69,12 +71,18 @@ from common.adapted_queries import AdaptedQueries
 from common.backbone import Backbone
 from common.batch import Batch
 from common.cascade import sample_federated
-from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
+from common.checkpoint import (
+    check_datasets,
+    last_checkpoint,
+    load_checkpoint,
+    load_weights,
+    read_model,
+)
 from common.class_counts import federated_counts
 from common.command import COUNT, SIDE, Range, parse_args, run_command, saved_args
+from common.compiling import compilable
 from common.convert import convert_if_official, refuse
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
-from common.datasets.subset import drop_empty
 from common.deformable import (
     BoxQueries,
     Decoder,
@@ -85,7 +93,7 @@ from common.deformable import (
     best_detections,
     select_boxes,
 )
-from common.distributed import amp_context, rank, same_on_ranks, setup_device, world_size
+from common.distributed import amp_context, rank, setup_device, world_size
 from common.errors import InputError
 from common.evaluation import ancestors
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
@@ -94,8 +102,8 @@ from common.mask_losses import masks_per_rank
 from common.optim import parameter_groups, scaled_lr, stepped_learning_rate
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, make_loader, repeat_factors
-from common.set_losses import loss_focal, loss_giou, loss_l1, match, proposal_losses
-from common.shares import ShareBatchSampler
+from common.set_losses import GIOU, L1, loss_focal, loss_giou, loss_l1, match, proposal_losses
+from common.shares import Hardness, ShareBatchSampler
 from common.targets import Targets
 from common.text import embed, known_vocabularies
 from common.text_classifier import TextClassifier
@@ -103,8 +111,8 @@ from common.transforms import DetrCrop, ResizeShortest
 from common.visualize import draw_curves, save_image, training_grid
 
 # Shapes: B images, Z decoder layers, Q queries, S cells of all levels, N ground truths of an image,
-# C classes of the dataset, D width of the text embeddings, d channels, H W pixels, I images and K
-# datasets of the training.
+# C classes of the dataset, D width of the text embeddings, d channels, H W pixels, h w cells of a
+# map, R matched queries of all images and layers, K datasets of the training.
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
@@ -164,7 +172,7 @@ class Args:
     seed: Annotated[int, COUNT] = 0
     """seed of initial weights, order of images and augmentation"""
 
-    # paper settings; defaults: code (its authors'), base (Deformable DETR), ours
+    # paper settings; defaults: code (its authors'), ours
     backbone: str = "resnet50.tv_in1k"  # ours
     """timm model with maps of strides 8 to 32, with its published weights; or MODEL/FILE of them"""
     text_encoder: str = "ViT-B-32/openai"  # ours
@@ -174,14 +182,15 @@ class Args:
     null: str = "none"  # code
     """NULL, the name whose embedding is taken from all others; empty: none is"""
     classifier: Literal["text", "heads", "joint"] = "text"  # code
-    """text; controls: a linear layer per dataset, or one, for which other datasets' classes are
-    negatives"""
+    """text; controls, which need --queries-from boxes: heads: a linear layer per dataset; joint:
+    one for all, which takes the classes of other datasets as negatives"""
     queries_from: Literal["classes", "text_dataset", "boxes"] = "classes"  # code
     """classes: the compositor; text_dataset: Detection Hub; boxes: Deformable DETR, the control"""
     sampling: Literal["hardness", "size"] = "hardness"  # code
     """of the datasets, by the losses of their boxes; control: by their numbers of images"""
     period: Annotated[int, Range(1)] = 2000  # code
-    """steps between two measurements of the hardness"""
+    """steps between two measurements of the hardness; above the batches that are drawn ahead, two
+    for each of --workers"""
     image_size: Annotated[int, SIDE] = 800  # code
     """largest short side of training images, pixels (DETR's augmentation: 0.6 to 1 of it)"""
     test_size: Annotated[int, SIDE] = 800  # code
@@ -197,17 +206,17 @@ class Args:
     backbone_factor: Annotated[float, Range(0, 100)] = 0.1  # code
     """learning rate of the backbone / --lr; 0 freezes it"""
     warmup_steps: Annotated[int, COUNT] = 0  # code
-    """steps of warmup from 1e-2 of --lr"""
+    """steps of warmup from 1e-2 of --lr, at most a tenth of the steps"""
     tau: Annotated[float, Range(above=0)] = 0.05  # ours
     """temperature of the classifier"""
     cls_bias: float = 0.0  # code
-    """initial bias of all class logits, learned; 0: none; -4.6 starts short runs from a low loss"""
+    """initial bias of all logits, learned; 0: text has none; -4.6 lowers the first losses"""
     fed_loss: bool = True  # code
-    """federated loss of LVIS: trains 50 of its classes per step, sampled by root of frequency"""
+    """federated loss of LVIS: each layer trains 50 of its classes, sampled by root of frequency"""
     repeat_threshold: Annotated[float, Range(0)] = 0.001  # code
     """t of repeat-factor sampling in each dataset (LVIS)"""
     queries: Annotated[int, Range(1, 10_000)] = 300  # code
-    """boxes per image"""
+    """queries per image"""
     channels: Annotated[int, Range(1, 8192)] = 256  # code
     """d of encoder and decoder"""
     encoder_layers: Annotated[int, Range(1, 100)] = 6  # code
@@ -222,14 +231,15 @@ TINY = {
     "backbone": "tf_efficientnet_lite0",
     "text_encoder": "minilm",
     "prompts": "name",
-    "null": "background",  # the table that ships has no "none"
+    "null": "",  # MiniLM's texts share too little: without a name's text they would share more
     "period": 20,
     "image_size": 192,
     "test_size": 192,
-    "batch_size": 8,
-    "base_batch_size": 8,
-    "steps": 600,
+    "batch_size": 4,
+    "base_batch_size": 4,
+    "steps": 900,
     "lr": 1e-3,
+    "backbone_factor": 0.0,
     "warmup_steps": 50,
     "checkpoint_every": 200,
     "workers": 0,
@@ -237,7 +247,6 @@ TINY = {
     "channels": 64,
     "encoder_layers": 1,
     "decoder_layers": 2,
-    "tau": 0.02,
     "cls_bias": -4.6,
 }
 # the settings that --weights restores: those that shape the model and its inputs
@@ -245,7 +254,7 @@ MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "null", "test_size", "tau
 MODEL_FIELDS += ["classifier", "queries_from", "queries", "channels"]
 MODEL_FIELDS += ["encoder_layers", "decoder_layers"]
 OFFICIAL = refuse("needs the class embeddings of its training, which it does not hold")
-HEADS, LEVELS, POINTS = 8, 4, 4  # of the deformable attention
+HEADS, LEVELS, POINTS = 8, 4, 4  # of the attention; the last two of the deformable one
 DECAYS = (37 / 40, 79 / 80)  # of the steps, at which the learning rate falls to a tenth
 
 # -- Model -----------------------------------------------------------------------------------------
@@ -255,7 +264,10 @@ def calibrated_text(names: Sequence[str], dataset: str, args: Args) -> Tensor:
     """Sec. semantic space calibration: E[c] = t(c) - t(NULL), then of unit norm: (C, D).
 
     t: text embeddings of norm 1. With --null "", E is t. A class that is NULL itself keeps its t.
+    Raises InputError for NULL and a --text-encoder FILE, which holds no text of it.
     """
+    if args.null and "=" in args.text_encoder:
+        raise InputError(f'--text-encoder FILE holds no text of "{args.null}"; add --null ""')
     text = embed(names, args.text_encoder, args.prompts, dataset)
     if not args.null:
         return text
@@ -265,35 +277,47 @@ def calibrated_text(names: Sequence[str], dataset: str, args: Args) -> Tensor:
 
 
 def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
-    """Concatenates the label spaces. Each dataset is classified by its own part."""
-    return LabelSpace(vocabularies, partial(calibrated_text, args=args))
+    """Concatenates the label spaces. Each dataset is classified by its own part.
+
+    The controls have no text. Raises InputError if their queries are to be made of it.
+    """
+    if args.classifier == "text":
+        return LabelSpace(vocabularies, partial(calibrated_text, args=args))
+    if args.queries_from != "boxes":
+        raise InputError(f"--classifier {args.classifier} has no text: add --queries-from boxes")
+    return LabelSpace(vocabularies)
 
 
 class QueryCompositor(nn.Module):
     """Sec. class-aware query compositor: q = LN(Q_0 + MHA(Q_0, M_s, M_s, bias p)).
 
     M_s = MLP_s(E_s) has a row for each class of dataset s. p = softmax_c(100 cos(g, M_s[c])) is
-    added to the logits of the attention, where g is the mean of the coarsest map.
+    added to the logits of the attention, where g is the mean of the coarsest map, with its padding.
     """
 
     def __init__(self, queries: int, channels: int, text_dim: int, datasets: int):
         super().__init__()
         self.initial = nn.Parameter(torch.randn(queries, channels))
+        width = 2 * text_dim
         self.projections = nn.ModuleList(
-            nn.Sequential(nn.Linear(text_dim, 1024), nn.ReLU(), nn.Linear(1024, channels))
+            nn.Sequential(nn.Linear(text_dim, width), nn.ReLU(), nn.Linear(width, channels))
             for _ in range(datasets)
         )
         self.attention = nn.MultiheadAttention(channels, HEADS, batch_first=True)
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, coarsest: Tensor, text: Tensor, dataset: int) -> Tensor:
-        """Returns the queries (B, Q, d). coarsest: (B, d, h, w); text: (C, D); dataset: its row."""
+        """Returns the queries (B, Q, d). dataset: row of it
+
+        coarsest: (B, d, h, w); text: (C, D), of the dataset's classes
+        """
         keys = self.projections[dataset](text).float()  # (C, d)
         context = F.normalize(coarsest.float().mean((2, 3)))  # (B, d)
         weights = (100 * context @ F.normalize(keys).T).softmax(-1)  # (B, C)
         initial = self.initial.expand(len(context), -1, -1)  # (B, Q, d)
         keys = keys.expand(len(context), -1, -1)  # (B, C, d)
-        bias = weights.repeat_interleave(HEADS, 0)[:, None].expand(-1, initial.shape[1], -1)
+        bias = weights.repeat_interleave(HEADS, 0)[:, None]  # (8 B, 1, C)
+        bias = bias.expand(-1, initial.shape[1], -1)  # (8 B, Q, C)
         attended, _ = self.attention(initial, keys, keys, attn_mask=bias, need_weights=False)
         return self.norm(initial + attended)
 
@@ -314,7 +338,8 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.scopes = {name: label_space.scope(name) for name in label_space.datasets}
-        channels, width, count = args.channels, label_space.width, len(self.scopes)
+        channels, count = args.channels, len(self.scopes)
+        width = label_space.width or channels  # the controls have no text
         sizes = (4 * channels, LEVELS, HEADS, POINTS)
         self.backbone = Backbone(args.backbone, 0, pretrained, [8, 16, 32])
         self.neck = Neck(self.backbone.channels, channels, LEVELS)
@@ -335,9 +360,11 @@ class Model(nn.Module):
         self.object_heads = nn.ModuleList(nn.Linear(width, 1) for _ in self.scopes)
         for head in self.object_heads:
             nn.init.constant_(head.bias, args.cls_bias)
-        means = [v.text.mean(0) for v in label_space.vocabularies.values()]
-        self.register_buffer("text_means", F.normalize(torch.stack(means)).cpu())  # (K, D)
         self.hardness = Hardness(count)
+        means = torch.zeros(count, width)
+        if args.classifier == "text":
+            means = torch.stack([v.text.mean(0) for v in label_space.vocabularies.values()])
+        self.register_buffer("text_means", F.normalize(means).cpu(), persistent=False)  # (K, D)
 
     def dataset_of(self, classes: LabelSpace) -> int:
         """Returns the row of the dataset whose queries suit the classes: their own, or the nearest.
@@ -351,23 +378,15 @@ class Model(nn.Module):
         return int((self.text_means @ mean).argmax())
 
     def classify(self, hidden: Tensor, classes: LabelSpace) -> Tensor:
-        """Returns logits (..., C) of queries (..., d).
-
-        Raises InputError for classes that a linear layer does not know.
-        """
+        """Returns logits (..., C) of queries (..., d). Without text, of the training's classes."""
         if self.args.classifier == "text":
             scores = self.classifier(hidden.flatten(0, -2), classes.text)
             return scores.logits().unflatten(0, hidden.shape[:-1])
-        columns = slice(None)
-        if classes.datasets != list(self.scopes):
-            dataset = classes.datasets[0]
-            if dataset not in self.scopes:
-                raise InputError(
-                    f"this model has linear classifiers of {', '.join(self.scopes)}, not of"
-                    f" {dataset}; name one of its datasets as --vocabulary"
-                )
-            columns = self.scopes[dataset]
-        return self.classifier(hidden)[..., columns].float()
+        logits = self.classifier(hidden).float()  # of all datasets
+        if classes.datasets == list(self.scopes):
+            return logits
+        (dataset,) = classes.datasets
+        return logits[..., self.scopes[dataset]]
 
     def forward(
         self, images: Tensor, sizes: list[tuple[int, int]], dataset: int, classes: LabelSpace
@@ -382,7 +401,7 @@ class Model(nn.Module):
             maps = self.neck(self.backbone(self.backbone.normalise(images, sizes)))
             memory = self.encoder(Memory.of(maps, sizes, tuple(images.shape[-2:])))
             cells, proposals = self.proposals(memory)
-            embedding = F.normalize(self.object_embed(cells).float(), dim=-1) / self.args.tau
+            embedding = F.normalize(self.object_embed(cells).float(), dim=-1)
             objectness = self.object_heads[dataset](embedding).float()  # (B, S, 1)
             boxes = select_boxes(proposals, objectness[..., 0], self.args.queries)
             if self.args.queries_from == "boxes":
@@ -409,7 +428,7 @@ def prepare_targets(batch: Batch, classes: LabelSpace) -> list[Targets]:
 
 @dataclass
 class Supervision:
-    """What the queries in one dataset's images train. The last row is that of the background."""
+    """What a query in an image of one dataset trains. The last row is that of the background."""
 
     classes: LabelSpace  # the C classes that are scored: the dataset's own, or with "joint" all
     positive: Tensor  # (C + 1, C) 1 for the classes that a query with the row's label shows
@@ -418,7 +437,7 @@ class Supervision:
 
     @classmethod
     def of(cls, args: Args, dataset: Dataset, classes: LabelSpace) -> "Supervision":
-        """Computes the tables of a dataset.
+        """Computes y, w and the class counts of a dataset.
 
         With a class tree, the ancestors of a label are positive too. Its descendants have weight 0:
         the object may be one of them.
@@ -439,10 +458,11 @@ class Supervision:
         return cls(classes, *(table.to(device) for table in (positive, weight, federated)))
 
 
+@compilable
 def loss_class(
     logits: Tensor, labels: Tensor, supervision: Supervision, trained: Tensor, num_boxes: Tensor
 ) -> Tensor:
-    """Sec. losses per dataset: 1/num_boxes sum_q sum_c s_c w_qc FL(x_qc, y_qc).
+    """Losses per dataset: 1/num_boxes sum_q sum_c s_c w_qc FL(x_qc, y_qc).
 
     logits:  (Z, B, Q, C), x; labels: (Z, B, Q), C on background; supervision: y and w
     trained: (Z, C), s, 1 for the classes that the federated loss samples, or for all
@@ -456,11 +476,11 @@ def loss_class(
 def compute_losses(
     output: Output, targets: list[Targets], sizes: list[tuple[int, int]], supervision: Supervision
 ) -> dict[str, Tensor]:
-    """L = sum over layers of (L_class + 5 L_1 + 2 L_GIoU), and the same of the first stage.
+    """L = sum over layers of (L_class + 5 L_1 + 2 L_GIoU), and the same sum of the first stage.
 
     The queries of each layer are matched to the objects (`match`). num_boxes: `masks_per_rank`.
     L_class is `loss_class`; `sample_federated` draws its classes for each layer anew. The losses
-    of the first stage are `proposal_losses`.
+    of the first stage are `proposal_losses`, for which all objects are of one class.
     Returns every term, times its weight, and their sum as `loss`. `loss_bbox` is of the last layer,
     which tells how hard the dataset is, and `loss_bbox_aux` of the others.
     """
@@ -470,13 +490,13 @@ def compute_losses(
     found = match(output.logits, output.boxes, targets, sizes)
     labels = found.classes(output.logits.shape[:-1], output.logits.shape[-1])  # (Z, B, Q)
     boxes = output.boxes[found.z, found.image, found.query]  # (R, 4)
-    distance = 5 * loss_l1(boxes, found.boxes, num_boxes)  # (R,)
+    l1 = L1 * loss_l1(boxes, found.boxes, num_boxes)  # (R,)
     last = found.z == len(output.logits) - 1
     trained = torch.stack(samples)  # (Z, C)
     losses = {"loss_class": loss_class(output.logits, labels, supervision, trained, num_boxes)}
-    losses["loss_bbox"] = (distance * last).sum()
-    losses["loss_bbox_aux"] = (distance * ~last).sum()
-    losses["loss_giou"] = 2 * loss_giou(boxes, found.boxes, num_boxes).sum()
+    losses["loss_bbox"] = (l1 * last).sum()
+    losses["loss_bbox_aux"] = (l1 * ~last).sum()
+    losses["loss_giou"] = GIOU * loss_giou(boxes, found.boxes, num_boxes).sum()
     losses |= proposal_losses(output.objectness, output.proposals, targets, sizes, num_boxes)
     return losses | {"loss": sum(losses.values())}
 
@@ -515,36 +535,6 @@ def predict_images(
 # -- Train -----------------------------------------------------------------------------------------
 
 
-class Hardness(nn.Module):
-    """Keeps the box losses of each dataset, as buffers that the weights bring along.
-
-    means: (2, K), the mean losses that decide the sampling of this period and of the next one;
-           0 where nothing is known
-    """
-
-    def __init__(self, datasets: int):
-        super().__init__()
-        self.register_buffer("sums", torch.zeros(2, datasets))  # losses and their number
-        self.register_buffer("means", torch.zeros(2, datasets))
-
-    def add(self, dataset: int, loss: Tensor) -> None:
-        """Counts the box loss of a batch."""
-        self.sums[0, dataset] += loss
-        self.sums[1, dataset] += 1
-
-    def end_period(self) -> np.ndarray:
-        """Returns the mean losses (K,) that decide the period after the next. Counts anew.
-
-        A dataset without a batch keeps its mean. On all ranks they are those of rank 0.
-        """
-        same_on_ranks(self)
-        total, count = self.sums
-        newest = torch.where(count > 0, total / count.clamp(min=1), self.means[1])
-        self.means.copy_(torch.stack([self.means[1], newest]))
-        self.sums.zero_()
-        return newest.cpu().numpy()
-
-
 def dataset_factors(losses: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Sec. hardness-indicated sampling: x_s = (L_s / min L) (max n / n_s)^0.7, (K,).
 
@@ -573,13 +563,21 @@ def dataset_shares(args: Args, losses: np.ndarray, sizes: np.ndarray) -> np.ndar
 def build_sampler(
     args: Args, datasets: list[Dataset], start: int, hardness: Hardness
 ) -> ShareBatchSampler:
-    """Returns the sampler of all datasets, with the shares of this period and of the next one."""
-    weights = [repeat_factors([d], args.repeat_threshold) for d in datasets]
+    """Returns the sampler of all datasets, with the shares of this period and of the next one.
+
+    Raises InputError if more batches may be drawn ahead than a period has.
+    """
+    if args.period < 2 * args.workers:
+        raise InputError(
+            f"--workers {args.workers} draw {2 * args.workers} batches ahead: a --period of"
+            f" {args.period} steps is too short"
+        )
+    image_weights = [repeat_factors([d], args.repeat_threshold) for d in datasets]
     place = (args.seed, start, rank(), world_size())
-    sampler = ShareBatchSampler(weights, args.batch_size, args.period, *place)
+    sampler = ShareBatchSampler(image_weights, args.batch_size, args.period, *place)
     sizes = np.array([len(d) for d in datasets])
-    for later, losses in enumerate(hardness.means.cpu().numpy()):
-        sampler.shares[start // args.period + later] = dataset_shares(args, losses, sizes)
+    for period, losses in enumerate(hardness.means.cpu().numpy(), start // args.period):
+        sampler.shares[period] = dataset_shares(args, losses, sizes)
     return sampler
 
 
@@ -614,20 +612,25 @@ def train(
 
     checkpoint = last_checkpoint(folder, args.replay)
     weights = checkpoint or args.weights
+    names = label_space.datasets
+    if weights:
+        check_datasets(weights, METHOD, names)
     model = Model(args, label_space, pretrained=not weights).to(device)
     if weights:
         load_weights(weights, model)
+    if not checkpoint:  # the losses of another training say nothing about this one
+        model.hardness = Hardness(len(datasets)).to(device)
     model.train()
     metadata = {"method": METHOD, "args": asdict(args)}
 
-    steps, lr = args.steps, scaled_lr(args.lr, args)
+    steps = args.steps
+    lr = scaled_lr(args.lr, args)
     groups = parameter_groups(model, weight_decay=1e-4, backbone_factor=args.backbone_factor)
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
     parallel = model
     if world_size() > 1:
         parallel = DistributedDataParallel(model, find_unused_parameters=True)
-    names = [d.name for d in datasets]
     sizes = np.array([len(d) for d in datasets])
     sampler = build_sampler(args, datasets, start, model.hardness)
     loader = build_dataloader(args, datasets, sampler)
@@ -656,9 +659,9 @@ def train(
         optimizer.step()
         model.hardness.add(dataset, losses["loss_bbox"])
         if step % args.period == 0:
-            later = step // args.period + 1
+            period = step // args.period + 1  # the next one may be drawn already
             measured = model.hardness.end_period()
-            sampler.shares[later] = dataset_shares(args, measured, sizes)
+            sampler.shares[period] = dataset_shares(args, measured, sizes)
         shares = zip(names, sampler.shares_at(step - 1))
         losses |= {f"share_{d}": share for d, share in shares}
         run_log.step(step, losses, rate, len(batch) * world_size(), name)
@@ -720,7 +723,7 @@ def main() -> None:
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
-        datasets = [drop_empty(d) for d in training_datasets(args, size)]
+        datasets = training_datasets(args, size)
         label_space = build_label_space(args, known_vocabularies(args, METHOD, datasets))
     else:
         model, label_space = load(args.weights, args, device)

@@ -125,6 +125,17 @@ def read_model(path: str | Path, method: str) -> tuple[dict, list[Vocabulary]]:
     return metadata, vocabularies
 
 
+def check_datasets(weights: str | Path, method: str, names: list[str]) -> None:
+    """Raises InputError unless weights have the layers of these datasets, in this order."""
+    _, stored = read_model(weights, method)
+    known = [vocabulary.dataset for vocabulary in stored]
+    if known != names:
+        raise InputError(
+            f"weights {weights} have layers of their own for {','.join(known)}, in this order; they"
+            f" cannot go on with --datasets {','.join(names)}"
+        )
+
+
 def load_weights(
     path: str | Path, model: nn.Module, fresh: str = "", only: str = "", base: bool = False
 ) -> None:

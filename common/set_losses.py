@@ -20,7 +20,7 @@ from common.targets import Targets
 # R matched pairs of all images and predictions.
 
 ALPHA = 0.25  # of the focal loss: weight of positives; that of negatives is 1 - ALPHA
-CLASS, L1, GIOU = 2.0, 5.0, 2.0  # weights of the terms of the cost
+CLASS, L1, GIOU = 2.0, 5.0, 2.0  # weights of the terms of the cost; of the losses, class has 1
 
 
 def focal_cost(logits: Tensor, labels: Tensor) -> Tensor:
@@ -104,10 +104,11 @@ def loss_l1(boxes: Tensor, gt_boxes: Tensor, num_boxes: Tensor) -> Tensor:
     return (boxes - gt_boxes).abs().sum(-1) / num_boxes
 
 
-def paired_giou(boxes: Tensor, others: Tensor, eps: float = 1e-7) -> Tensor:
+def paired_giou(boxes: Tensor, others: Tensor, eps: float = 1e-6) -> Tensor:
     """Returns the GIoU of the xyxy boxes in the same row: (R, 4), (R, 4) -> (R,).
 
-    eps is added to both denominators. torchvision's form would wait for the device.
+    eps is added to both denominators, as in SooLab/Plain-Det:detrex/layers/box_ops.py: boxes of a
+    pixel are as small. torchvision's form would wait for the device.
     """
     low, high = boxes.chunk(2, 1)
     other_low, other_high = others.chunk(2, 1)

@@ -1,10 +1,13 @@
-"""Batches of single datasets, which are drawn by probabilities that change during a training."""
+"""Batches of single datasets, drawn by probabilities that follow the losses of a training."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
+from common.distributed import same_on_ranks
 from common.errors import InputError
 from common.sampling import first_rows
 
@@ -69,3 +72,33 @@ class ShareBatchSampler:
             draw = (step * self.world_size + self.rank) * self.size
             yield [(int(starts[d] + row), draw + i) for i, row in enumerate(rows)]
             step += 1
+
+
+class Hardness(nn.Module):
+    """Keeps the box losses of each dataset, as buffers that the weights bring along.
+
+    means: (2, K), the mean losses that decide the sampling of this period and of the next one;
+           0 where nothing is known
+    """
+
+    def __init__(self, datasets: int):
+        super().__init__()
+        self.register_buffer("sums", torch.zeros(2, datasets))  # losses and their number
+        self.register_buffer("means", torch.zeros(2, datasets))
+
+    def add(self, dataset: int, loss: Tensor) -> None:
+        """Counts the box loss of a batch."""
+        self.sums[0, dataset] += loss
+        self.sums[1, dataset] += 1
+
+    def end_period(self) -> np.ndarray:
+        """Returns the mean losses (K,) that decide the period after the next. Counts anew.
+
+        A dataset without a batch keeps its mean. On all ranks they are those of rank 0.
+        """
+        same_on_ranks(self)
+        total, count = self.sums
+        newest = torch.where(count > 0, total / count.clamp(min=1), self.means[1])
+        self.means.copy_(torch.stack([self.means[1], newest]))
+        self.sums.zero_()
+        return newest.cpu().numpy()

@@ -418,8 +418,9 @@ def known_vocabularies(args, method: str, datasets: list) -> list[Vocabulary]:
     if not path:
         return vocabularies
     metadata, stored = read_model(path, method)
-    of_text = ("text_encoder", "prompts")
-    same_text = all(metadata["args"].get(name) == getattr(args, name) for name in of_text)
+    of_text = ("text_encoder", "prompts", "null")
+    given = [name for name in of_text if hasattr(args, name)]
+    same_text = all(metadata["args"].get(name) == getattr(args, name) for name in given)
     if not same_text or stored[0].text is None:
         return vocabularies
     known = LabelSpace(stored)

@@ -6,13 +6,17 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import small_runs
+from torch import nn
 from torch.nn import functional as F
 from waits import count_waits
 
 import plaindet
+from common.adapted_queries import AdaptedQueries
 from common.batch import Sample, collate
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
+from common.process import Process
 from common.shares import ShareBatchSampler
 
 SMALL = {"backbone": "resnet18", "channels": 32, "queries": 6, "amp": "off"}
@@ -93,6 +97,25 @@ def test_permuted_classes_permute_the_logits_alone(queries):
     torch.testing.assert_close(one.boxes, other.boxes, rtol=1e-4, atol=1e-4)
 
 
+def test_adapted_queries_by_the_formula():
+    composer = AdaptedQueries(6, 32, 16, 2)
+    for parameter in composer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    text = torch.randn(4, 16)
+    found = composer(torch.zeros(2, 32, 1, 1), text, 1)
+    keys = torch.cat([composer.projection(text), composer.tokens[1:]])
+    attention = composer.attention
+    weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+    query, key, value = (
+        F.linear(x, w, b).view(-1, 8, 4)
+        for x, w, b in zip((composer.initial, keys, keys), weights, biases)
+    )
+    heads = [(query[:, head] @ key[:, head].T / 2).softmax(1) @ value[:, head] for head in range(8)]
+    q = composer.norm(composer.initial + attention.out_proj(torch.cat(heads, 1)))
+    wanted = composer.ffn_norm(q + composer.ffn[2](composer.ffn[0](q).clamp(min=0)))
+    torch.testing.assert_close(found, wanted.expand(2, -1, -1), rtol=1e-4, atol=1e-5)
+
+
 def test_adapted_queries_begin_as_those_of_all_datasets():
     model = model_of(space(a=5, b=3), queries_from="text_dataset")
     composer = model.composer
@@ -114,13 +137,67 @@ def test_unknown_classes_have_the_nearest_dataset():
         assert model.dataset_of(other) == nearest, row
 
 
-def test_linear_classifiers_know_their_datasets_alone():
-    classes = space(a=5, b=3)
-    model, hidden = model_of(classes, classifier="heads"), torch.randn(2, 32)
+def test_linear_classifiers_know_their_classes_alone():
+    names = {"a": ("cat", "dog", "bus"), "b": ("Dog", "tree")}
+    vocabularies = [Vocabulary(name, classes) for name, classes in names.items()]
+    args = plaindet.Args(**SMALL, classifier="heads", queries_from="boxes")
+    classes = plaindet.build_label_space(args, vocabularies)
+    model, hidden = model_of(classes, classifier="heads", queries_from="boxes"), torch.randn(2, 32)
     whole = model.classify(hidden, classes)
-    assert torch.equal(model.classify(hidden, classes.part("b")), whole[:, 5:])
-    with pytest.raises(InputError, match="linear classifiers of a, b"):
-        model.classify(hidden, space(c=2))
+    assert whole.shape == (2, 5)
+    for other in (classes.part("b"), classes.swap("b"), classes.swap(vocabularies[1])):
+        assert torch.equal(model.classify(hidden, other), whole[:, 3:])
+        assert model.dataset_of(other) == 1
+    turned = Vocabulary("a", names["a"][::-1])
+    for unknown in ("cat, dog", turned, Vocabulary("a", names["a"][:2])):
+        with pytest.raises(InputError, match="without text"):
+            classes.swap(unknown)
+
+
+def test_queries_of_text_need_a_classifier_of_text():
+    args = plaindet.Args(classifier="joint")
+    with pytest.raises(InputError, match="--queries-from boxes"):
+        plaindet.build_label_space(args, [Vocabulary("a", ("cat",))])
+
+
+def test_files_of_text_have_no_null():
+    args = plaindet.Args(text_encoder="a=a.npy")
+    vocabularies = [vocabulary("a", 2)]
+    plaindet.build_label_space(args, vocabularies)  # with their text
+    with pytest.raises(InputError, match='--null ""'):
+        plaindet.build_label_space(args, [Vocabulary("a", ("cat",))])
+
+
+def test_a_small_image_has_fewer_queries():
+    classes = space(a=5)
+    model = model_of(classes, queries=50)
+    pixels = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8)
+    cells = 4 * 4 + 2 * 2 + 1 + 1
+    assert model(pixels, [(32, 32)], 0, classes).logits.shape == (2, 1, cells, 5)
+
+
+def test_settings_of_the_released_code():
+    args = plaindet.Args()
+    assert (plaindet.HEADS, plaindet.LEVELS, plaindet.POINTS) == (8, 4, 4)
+    assert plaindet.DECAYS == (740 / 800, 790 / 800)
+    layers = (args.channels, args.encoder_layers, args.decoder_layers, args.queries)
+    assert layers == (256, 6, 6, 300)
+    schedule = (args.lr, args.backbone_factor, args.batch_size, args.steps, args.period)
+    assert schedule == (1e-4, 0.1, 16, 800_000, 2000)
+    composer = plaindet.QueryCompositor(2, 8, 512, 1)
+    assert composer.projections[0][0].out_features == 1024
+
+
+def test_detections_are_of_the_last_layer(monkeypatch):
+    classes = space(a=60)
+    model = model_of(classes)
+    logits, boxes = torch.randn(2, 1, 6, 60), torch.rand(2, 1, 6, 4)
+    output = plaindet.Output(logits, boxes, torch.zeros(1, 1, 1), torch.zeros(1, 1, 4))
+    monkeypatch.setattr(model, "forward", lambda *_: output)
+    [found] = plaindet.predict(model, collate([sample(2)]), classes)
+    assert len(found["scores"]) == 300
+    wanted = logits[-1].sigmoid().flatten().sort(descending=True).values[:300]
+    torch.testing.assert_close(found["scores"], wanted)
 
 
 def test_text_is_frozen_and_other_datasets_are_not_trained():
@@ -240,6 +317,63 @@ def test_hardness_is_the_mean_of_a_period():
     hardness.add(1, torch.tensor(1.0))
     assert hardness.end_period().tolist() == [3, 1, 0]  # the first one keeps its mean
     assert hardness.means.tolist() == [[3, 5, 0], [3, 1, 0]] and not hardness.sums.any()
+
+
+class Sized(Boxed):
+    """A dataset of ten images for each class."""
+
+    def __len__(self) -> int:
+        return 10 * len(self.vocabulary)
+
+
+def test_a_resumed_run_has_the_shares_of_this_period_and_the_next(monkeypatch):
+    monkeypatch.setattr(plaindet, "repeat_factors", lambda d, t: np.full(len(d[0]), 1 + t))
+    datasets, hardness = [Sized("a", 4), Sized("b", 1)], plaindet.Hardness(2)
+    hardness.means = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    args = plaindet.Args(period=5, workers=0)
+    sampler = plaindet.build_sampler(args, datasets, 7, hardness)
+    sizes = np.array([40, 10])
+    wanted = [plaindet.dataset_shares(args, m, sizes) for m in hardness.means.numpy()]
+    assert list(sampler.shares) == [1, 2]
+    assert np.array_equal(np.stack(list(sampler.shares.values())), np.stack(wanted))
+    assert [w.tolist() for w in sampler.weights] == [[1.001] * 40, [1.001] * 10]
+    with pytest.raises(InputError, match="a --period of 5 steps is too short"):
+        plaindet.build_sampler(plaindet.Args(period=5, workers=4), datasets, 0, hardness)
+
+
+def test_losses_of_a_period_decide_the_sampling_two_later(tiny_root, tmp_path, monkeypatch):
+    measured = [np.array([1.0, 4.0]), np.array([3.0, 1.0]), np.array([1.0, 1.0])]
+    added, logged, left = [], [], iter(measured)
+    monkeypatch.setattr(plaindet.Hardness, "add", lambda self, d, loss: added.append((d, loss)))
+    monkeypatch.setattr(plaindet.Hardness, "end_period", lambda self: next(left))
+    write = plaindet.RunLog.step
+
+    def step(self, number, losses, *rest):
+        logged.append(losses)
+        return write(self, number, losses, *rest)
+
+    clip, norms = nn.utils.clip_grad_norm_, []
+
+    def clipped(parameters, norm):
+        norms.append(norm)
+        return clip(parameters, norm)
+
+    monkeypatch.setattr(plaindet.nn.utils, "clip_grad_norm_", clipped)
+    monkeypatch.setattr(plaindet.RunLog, "step", step)
+    monkeypatch.setattr(plaindet, "evaluate", lambda *_: {})
+    monkeypatch.setattr(plaindet, "evaluation_datasets", lambda *_, **__: [])
+    flags = small_runs("plaindet", tmp_path / "run", tiny_root, 6)[0]
+    flags += ["--datasets", "coco,oid", "--period", "2", "--batch-size", "2"]
+    monkeypatch.setattr("sys.argv", ["plaindet.py", *flags])
+    monkeypatch.setattr(Process, "training", None)
+    plaindet.main()
+    assert norms == [0.1] * 6
+    hardness = [losses["loss_bbox"] for losses in logged]
+    assert [float(loss) for _, loss in added] == pytest.approx([float(h) for h in hardness])
+    ratio = [losses["share_oid"] / losses["share_coco"] for losses in logged]
+    assert ratio[0] == ratio[1] == ratio[2] == ratio[3]
+    size = ratio[4] / 4  # of the losses of the first period
+    assert size > 0 and ratio[4] == ratio[5]
 
 
 def batches(start: int, number: int, shares: dict, **place) -> list:
