@@ -5,7 +5,7 @@ classified by the frozen text embeddings of its own classes, without what all te
 queries of one shared decoder are composed of these embeddings, weighted by what the image shows,
 so that they suit the dataset. A dataset whose boxes are hard to find is sampled more often.
 
-Part                                              function
+Section                                           function
 semantic space calibration: t(c) - t(NULL)        calibrated_text
 class-aware query compositor                      QueryCompositor
 losses per dataset                                Supervision, loss_class
@@ -462,7 +462,7 @@ class Supervision:
 def loss_class(
     logits: Tensor, labels: Tensor, supervision: Supervision, trained: Tensor, num_boxes: Tensor
 ) -> Tensor:
-    """Losses per dataset: 1/num_boxes sum_q sum_c s_c w_qc FL(x_qc, y_qc).
+    """Sec. losses per dataset: 1/num_boxes sum_q sum_c s_c w_qc FL(x_qc, y_qc).
 
     logits:  (Z, B, Q, C), x; labels: (Z, B, Q), C on background; supervision: y and w
     trained: (Z, C), s, 1 for the classes that the federated loss samples, or for all
