@@ -116,8 +116,11 @@ from common.visualize import draw_curves, save_image, training_grid
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
-DEMO = [  # the demonstration of ./run.sh
-    "--datasets coco,lvis,oid --tiny"
+CONTROL = "--datasets coco,lvis,oid --tiny --queries-from boxes --sampling size"
+DEMO = [  # the demonstration of ./run.sh: two controls without text, then the method
+    f"{CONTROL} --classifier heads --output {{output}}-heads",
+    f"{CONTROL} --classifier joint --output {{output}}-joint",
+    "--datasets coco,lvis,oid --tiny",
 ]
 
 # -- Args ------------------------------------------------------------------------------------------

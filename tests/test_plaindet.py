@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -60,6 +61,19 @@ def test_calibration_takes_the_null_text_out(monkeypatch):
     assert none == rows["none"]  # it has no direction of its own
     plain = plaindet.calibrated_text(["cat"], "a", plaindet.Args(null=""))
     assert plain.tolist() == [pytest.approx(rows["cat"])]
+
+
+def test_calibration_would_make_the_texts_of_minilm_more_alike():
+    """On average: two names come apart only if their cosine with NULL is above 1/2."""
+    names, (one, two) = Vocabulary.known("coco").names, torch.triu_indices(80, 80, 1)
+    args = plaindet.Args(text_encoder="minilm", prompts="name", null="")
+    plain = plaindet.calibrated_text(names, "", args)
+    for null in ("object", "thing", "background"):
+        with_null = plain @ plaindet.calibrated_text([null], "", args)[0]
+        assert with_null.mean() < 0.5
+        calibrated = plaindet.calibrated_text(names, "", replace(args, null=null))
+        before, after = ((x[one] * x[two]).sum(1).mean() for x in (plain, calibrated))
+        assert after > before
 
 
 def test_composed_queries_by_the_formula():
