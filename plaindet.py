@@ -25,7 +25,8 @@ Note: which CLIP, and whether t(c) - t(NULL) is normalised, is not said. Here ro
 Note: the official attention gives an image the weights p of another one of the batch (its mask is
   tiled in the wrong order). Here each image has its own.
 Note: the first stage scores objects by a column for each dataset. The official one has a column for
-  each class, of which the first alone decides.
+  each class, of which the first alone decides. Its logits are divided by tau, too, which they are
+  not officially: short runs learn faster.
 Note: there is no dropout (officially 0.1), and padding is masked at test time, too. The stem of the
   backbone is trained (officially frozen), from weights of ImageNet-1k (officially 21k).
 Note: images of all datasets have the repeat factors of LVIS. Those of OpenImages are not public.
@@ -404,7 +405,7 @@ class Model(nn.Module):
             maps = self.neck(self.backbone(self.backbone.normalise(images, sizes)))
             memory = self.encoder(Memory.of(maps, sizes, tuple(images.shape[-2:])))
             cells, proposals = self.proposals(memory)
-            embedding = F.normalize(self.object_embed(cells).float(), dim=-1)
+            embedding = F.normalize(self.object_embed(cells).float(), dim=-1) / self.args.tau
             objectness = self.object_heads[dataset](embedding).float()  # (B, S, 1)
             boxes = select_boxes(proposals, objectness[..., 0], self.args.queries)
             if self.args.queries_from == "boxes":

@@ -182,6 +182,18 @@ def test_files_of_text_have_no_null():
         plaindet.build_label_space(args, [Vocabulary("a", ("cat",))])
 
 
+def test_the_first_stage_has_the_temperature():
+    classes = space(a=5)
+    model, (pixels, sizes) = model_of(classes), images()
+    for head in model.object_heads:
+        nn.init.zeros_(head.bias)
+    logits = {}
+    for tau in (0.1, 0.2):
+        model.args.tau = tau
+        logits[tau] = model(pixels, sizes, 0, classes).objectness
+    torch.testing.assert_close(logits[0.1], 2 * logits[0.2])
+
+
 def test_a_small_image_has_fewer_queries():
     classes = space(a=5)
     model = model_of(classes, queries=50)
