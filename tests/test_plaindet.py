@@ -388,7 +388,7 @@ def test_losses_of_a_period_decide_the_sampling_two_later(tiny_root, tmp_path, m
     monkeypatch.setattr(plaindet.RunLog, "step", step)
     monkeypatch.setattr(plaindet, "evaluate", lambda *_: {})
     monkeypatch.setattr(plaindet, "evaluation_datasets", lambda *_, **__: [])
-    flags = small_runs("plaindet", tmp_path / "run", tiny_root, 6)[0]
+    flags = small_runs("plaindet", tmp_path / "run", tiny_root, 6)[-1]
     flags += ["--datasets", "coco,oid", "--period", "2", "--batch-size", "2"]
     monkeypatch.setattr("sys.argv", ["plaindet.py", *flags])
     monkeypatch.setattr(Process, "training", None)
