@@ -440,7 +440,9 @@ class Supervision:
     federated: Tensor  # (C,) images with a box of the class, -1 where the dataset is not federated
 
     @classmethod
-    def of(cls, args: Args, dataset: Dataset, classes: LabelSpace) -> "Supervision":
+    def of(
+        cls, args: Args, dataset: Dataset, classes: LabelSpace, device: torch.device
+    ) -> "Supervision":
         """Computes y, w and the class counts of a dataset.
 
         With a class tree, the ancestors of a label are positive too. Its descendants have weight 0:
@@ -458,7 +460,6 @@ class Supervision:
         if args.fed_loss and dataset.federated:
             own = LabelSpace([dataset.vocabulary])
             federated[columns] = federated_counts([dataset], own)
-        device = classes.text.device
         return cls(classes, *(table.to(device) for table in (positive, weight, federated)))
 
 
@@ -612,7 +613,7 @@ def train(
     for dataset in datasets:
         joint = args.classifier == "joint"
         classes = label_space if joint else label_space.part(dataset.name)
-        supervision.append(Supervision.of(args, dataset, classes))
+        supervision.append(Supervision.of(args, dataset, classes, device))
 
     checkpoint = last_checkpoint(folder, args.replay)
     weights = checkpoint or args.weights

@@ -20,6 +20,7 @@ from common.labels import LabelSpace, Vocabulary
 from common.process import Process
 from common.shares import ShareBatchSampler
 
+CPU = torch.device("cpu")
 SMALL = {"backbone": "resnet18", "channels": 32, "queries": 6, "amp": "off"}
 SMALL |= {"encoder_layers": 1, "decoder_layers": 2}
 
@@ -274,7 +275,7 @@ def test_supervision_with_a_tree():
     tree = {"Subcategory": [{"LabelName": 2, "Subcategory": [{"LabelName": 1}]}]}
     dataset = Boxed("b", 3, tree)  # ids 1, 2, 3: class 1 is above class 0
     joint = LabelSpace([vocabulary("a", 2), dataset.vocabulary])
-    found = plaindet.Supervision.of(plaindet.Args(), dataset, joint)
+    found = plaindet.Supervision.of(plaindet.Args(), dataset, joint, CPU)
     positive, weight = torch.zeros(6, 5), torch.ones(6, 5)
     positive[:5] = torch.eye(5)
     positive[2, 3] = 1  # the ancestor of the first class of b
@@ -287,7 +288,7 @@ def test_supervision_with_a_tree():
 def test_supervision_of_a_federated_dataset(fed_loss):
     dataset = Boxed("b", 3, federated=True)
     joint = LabelSpace([vocabulary("a", 2), dataset.vocabulary])
-    found = plaindet.Supervision.of(plaindet.Args(fed_loss=fed_loss), dataset, joint)
+    found = plaindet.Supervision.of(plaindet.Args(fed_loss=fed_loss), dataset, joint, CPU)
     counts = [1.0, 2.0, 3.0] if fed_loss else [-1.0] * 3
     assert found.federated.tolist() == [-1.0, -1.0, *counts]
 
@@ -304,7 +305,7 @@ def test_a_training_step_waits_six_times():
     dataset = Boxed("a", 5)
     classes = LabelSpace([dataset.vocabulary])
     model = model_of(classes).train()
-    supervision = plaindet.Supervision.of(model.args, dataset, classes)
+    supervision = plaindet.Supervision.of(model.args, dataset, classes, CPU)
     batch = collate([sample(3), sample(0)])
     with count_waits() as found:
         targets = plaindet.prepare_targets(batch, classes)
