@@ -594,7 +594,7 @@ def train(
     for dataset in datasets:
         log.info(dataset.summary())
     label_space = label_space.to(device)
-    texts = {d.name: label_space.part(d.name).text for d in datasets}
+    parts = {d.name: label_space.part(d.name) for d in datasets}
     trees = {}
     for d in datasets:
         upward = ancestors(d.vocabulary, d.hierarchy)
@@ -628,13 +628,14 @@ def train(
         name = batch.samples[0].dataset
         # a step that is computed again (--replay) has the same task
         rng = np.random.default_rng([args.seed, batch.samples[0].draw])
-        columns = sample_task(shown, len(texts[name]), args.task_size, rng)
+        columns = sample_task(shown, len(parts[name]), args.task_size, rng)
         batch = batch.to(device)
         rate = learning_rate(step - 1, lr, steps, warmup, 1e-2)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
 
-        task = Task.of(columns.to(device, non_blocking=True), texts[name], trees[name])
+        columns = columns.to(device, non_blocking=True)
+        task = Task.of(columns, parts[name].text, trees[name])
         targets = prepare_targets(batch, task)
         output = parallel(batch.images, batch.sizes, task.text)
         losses = compute_losses(output, targets, batch.sizes, task)
