@@ -417,7 +417,7 @@ def test_22_000_names_are_asked_for_in_bounded_memory(monkeypatch):
     kept = 275 * 300 * 4  # boxes of all tasks of an image
     assert many.elements <= max(few.elements, kept)
     for one in found:
-        assert 0 < len(one["labels"]) <= 300
+        assert 100 < len(one["labels"]) <= 300  # of the best 300, without those that overlap
         assert one["class_names"] == [names[label] for label in one["labels"].tolist()]
         assert (one["scores"].diff() <= 0).all()
     # the best name of all is the best one of its own group, and has its own column
@@ -519,9 +519,9 @@ def test_recipe(tiny_root, tmp_path, monkeypatch):
 
 
 def test_a_large_vocabulary_is_trained_in_tasks(tiny_root, tmp_path, monkeypatch):
-    """Each step asks for at most 20 of 289 classes, or for all that it shows; a step has its own.
+    """Each step asks for at most 20 of 289 classes, or for all that it shows.
 
-    The same step of a resumed run has the same task.
+    The others are drawn anew in each step. The same step of a resumed run has the same task.
     """
     tasks, compute = [], omdet.compute_losses
 
@@ -530,9 +530,10 @@ def test_a_large_vocabulary_is_trained_in_tasks(tiny_root, tmp_path, monkeypatch
         asked = task.place[task.place >= 0]
         assert torch.equal(asked, torch.arange(len(task.text)))
         assert all((t.labels >= 0).all() and (t.labels < len(asked)).all() for t in targets)
-        shown = len(torch.cat([t.labels for t in targets]).unique())
-        assert len(task.text) == max(20, shown)
-        tasks.append((task.place >= 0).nonzero().flatten().tolist())
+        shown = {place for t in targets for place in t.labels.tolist()}
+        assert len(task.text) == max(20, len(shown))
+        columns = (task.place >= 0).nonzero().flatten().tolist()
+        tasks.append({column for place, column in enumerate(columns) if place not in shown})
         return compute(output, targets, sizes, task)
 
     monkeypatch.setattr(omdet, "compute_losses", computing)
@@ -543,7 +544,8 @@ def test_a_large_vocabulary_is_trained_in_tasks(tiny_root, tmp_path, monkeypatch
         (tmp_path / folder).mkdir()
         torch.manual_seed(len(tasks))
         omdet.train(args, datasets, label_space, tmp_path / folder, torch.device("cpu"))
-    assert len(tasks) == 8 and tasks[:4] == tasks[4:] and tasks[0] != tasks[1]
+    assert len(tasks) == 8 and tasks[:4] == tasks[4:]
+    assert len(tasks[0] & tasks[1]) < min(len(tasks[0]), len(tasks[1])) / 2
 
 
 def test_datasets_are_drawn_by_their_sizes(tiny_root):
