@@ -643,7 +643,7 @@ def train(
 
     steps = args.steps
     lr = scaled_lr(args.lr, args)
-    groups = parameter_groups(model, 0.05, args.backbone_factor)
+    groups = parameter_groups(model, 0.05, args.backbone_factor, decayed=("logit_scale",))
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
     parallel = model

@@ -9,10 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+import common.backbone
+import common.rescue
 import oneformer
 from common.batch import Sample, collate
+from common.datasets import load_datasets
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
 from common.text_encoder import TextEncoder, tokenize, tokenize_lists
@@ -27,6 +31,11 @@ SMALL = oneformer.Args(
     decoder_layers=3,
     object_threshold=0.0,
     amp="off",
+    image_size=64,
+    batch_size=2,
+    base_batch_size=2,
+    workers=0,
+    steps=1,
 )
 NAMES = ("cat", "sky", "dog", "road")
 THINGS = (True, False, True, False)
@@ -267,3 +276,47 @@ def test_oneformer_instances_are_things_alone(monkeypatch):
     (found,) = oneformer.predict(model, collate([panoptic([0, 1])]), SPACE.part("a"), "instance")
     assert sorted(found["labels"].tolist()) == [0, 0, 2, 2]
     assert found["class_names"] == [NAMES[label] for label in found["labels"].tolist()]
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def datasets(tiny_root):
+    known = "coco-panoptic,ade20k"
+    return load_datasets(known, "train", str(tiny_root), accepts=oneformer.SUPERVISION)
+
+
+def train(args, datasets, folder, monkeypatch) -> oneformer.Model:
+    monkeypatch.setattr(common.rescue, "save_checkpoint", lambda *_, **__: None)
+    monkeypatch.setattr(common.backbone, "load_pretrained", lambda *_: False)
+    (folder / "args.json").touch()  # of the run folder
+    space = oneformer.build_label_space(args, [d.vocabulary for d in datasets])
+    model, _ = oneformer.train(args, datasets, space, folder, torch.device("cpu"))
+    return model
+
+
+def test_oneformer_recipe(datasets, tmp_path, monkeypatch):
+    """Clipping and weight decay. As in the code, embeddings and norms do not decay, but a scale."""
+    adamw, clip = torch.optim.AdamW, nn.utils.clip_grad_norm_
+    optimizers, clipped = [], []
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda *a, **k: optimizers.append(adamw(*a, **k)) or optimizers[-1]
+    )
+    monkeypatch.setattr(
+        nn.utils, "clip_grad_norm_", lambda p, norm: clipped.append(norm) or clip(p, norm)
+    )
+    model = train(SMALL, datasets[:1], tmp_path, monkeypatch)
+    assert clipped == [0.01]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decay = {
+        names[id(parameter)]: group["weight_decay"]
+        for group in optimizers[0].param_groups
+        for parameter in group["params"]
+    }
+    # embeddings in the code, and norms
+    free = ["query_embed", "level_embed", "context", "text_encoder.token_embedding.weight"]
+    free += ["text_encoder.ln_final.weight", "class_norm.bias", "head.decoder_norm.weight"]
+    decayed = ["logit_scale", "text_encoder.positional_embedding", "pixel_decoder.level_embed"]
+    decayed += ["task_mlp.0.weight", "class_input_proj.bias", "heads.layers.0.bias"]
+    assert {decay[name] for name in free} == {0} and {decay[name] for name in decayed} == {0.05}
