@@ -4,15 +4,20 @@ Equations are compared with loops over floats. The tensors of the official code 
 test_parity_oneformer.py.
 """
 
+import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+import common.backbone
+import common.rescue
 import oneformer
 from common.batch import Sample, collate
+from common.datasets import load_datasets
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
 from common.text_encoder import TextEncoder, tokenize, tokenize_lists
@@ -27,6 +32,11 @@ SMALL = oneformer.Args(
     decoder_layers=3,
     object_threshold=0.0,
     amp="off",
+    image_size=64,
+    batch_size=2,
+    base_batch_size=2,
+    workers=0,
+    steps=1,
 )
 NAMES = ("cat", "sky", "dog", "road")
 THINGS = (True, False, True, False)
@@ -36,6 +46,12 @@ SPACE = LabelSpace([Vocabulary("a", NAMES, is_thing=THINGS), Vocabulary("b", ("c
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def datasets(tiny_root):
+    known = "coco-panoptic,ade20k"
+    return load_datasets(known, "train", str(tiny_root), accepts=oneformer.SUPERVISION)
 
 
 def panoptic(labels: list[int], height: int = 40, width: int = 50) -> Sample:
@@ -58,7 +74,7 @@ def step(model, samples: list[Sample]):
     batch = collate(samples)
     tasks = [oneformer.task_of(sample) for sample in samples]
     lists = [oneformer.text_list(model.args, sample, NAMES) for sample in samples]
-    texts = tokenize_lists(lists)
+    texts = tokenize_lists(lists) if model.args.contrastive else None
     output = model(batch.images, batch.sizes, SPACE.part("a"), tasks, texts)
     return output, oneformer.compute_losses(model.args, output, oneformer.prepare_targets(batch))
 
@@ -207,7 +223,19 @@ def test_oneformer_total_and_what_learns(contrastive):
     assert any(name.startswith("text_encoder.") for name in learning) == contrastive
 
 
+def test_oneformer_projection_of_the_image_starts_as_in_the_code():
+    """Kaiming's uniform numbers, of the square root of 3 / C at most; PyTorch's have 1 / C."""
+    weight = model_of().class_input_proj.weight
+    limit = math.sqrt(3 / SMALL.channels)
+    assert math.sqrt(1 / SMALL.channels) < weight.abs().max() <= limit
+
+
 # -- sentences -------------------------------------------------------------------------------------
+
+
+def test_oneformer_another_task_is_refused():
+    with pytest.raises(ValueError):
+        model_of().task_embedding(["panoptic, things"])
 
 
 def test_oneformer_the_sentence_changes_the_prediction_and_nothing_else_does():
@@ -216,9 +244,9 @@ def test_oneformer_the_sentence_changes_the_prediction_and_nothing_else_does():
     with torch.no_grad():
         features = model.extract(batch.images, batch.sizes)
         outputs = []
-        for word in (*oneformer.WORDS, "semantic"):
-            told = model.task_embedding([word, word])
-            outputs.append(model.decode(*features, SPACE.part("a"), told).logits)
+        for name in (*oneformer.TASK_NAMES, "semantic"):
+            embedding = model.task_embedding([name, name])
+            outputs.append(model.decode(*features, SPACE.part("a"), embedding).logits)
     assert torch.equal(outputs[0], outputs[3])
     assert all((outputs[0] - other).abs().max() > 1e-3 for other in outputs[1:3])
 
@@ -229,10 +257,10 @@ def test_oneformer_images_of_a_batch_have_their_own_sentences():
     batch = collate([image, image])
     with torch.no_grad():
         features = model.extract(batch.images, batch.sizes)
-        told = model.task_embedding(["semantic", "instance"])
-        both = model.decode(*features, SPACE.part("a"), told)
-        for row, word in enumerate(("semantic", "instance")):
-            alone = model.decode(*features, SPACE.part("a"), model.task_embedding([word, word]))
+        embedding = model.task_embedding(["semantic", "instance"])
+        both = model.decode(*features, SPACE.part("a"), embedding)
+        for row, name in enumerate(("semantic", "instance")):
+            alone = model.decode(*features, SPACE.part("a"), model.task_embedding([name, name]))
             torch.testing.assert_close(both.logits[:, row], alone.logits[:, row])
 
 
@@ -244,10 +272,10 @@ def test_oneformer_each_result_is_decoded_with_its_own_sentence(task, monkeypatc
     monkeypatch.setattr(model, "task_embedding", lambda tasks: told.append(tasks) or embed(tasks))
     batch = collate([panoptic([0, 1])])
     (found,) = oneformer.predict(model, batch, SPACE.part("a"), task)
-    assert sorted(told) == sorted([word] for word in oneformer.RESULTS[task])
-    kinds = {"semantic": "semantic", "panoptic": "panoptic"}
-    kinds["instance"] = "things" if "things" in task else "masks"
-    assert {kinds[word] for word in oneformer.RESULTS[task]} <= found.keys()
+    assert sorted(told) == sorted([name] for name in oneformer.RESULTS[task])
+    results = {"semantic": "semantic", "panoptic": "panoptic"}
+    results["instance"] = "things" if "things" in task else "masks"
+    assert {results[name] for name in oneformer.RESULTS[task]} <= found.keys()
     told.clear()
     oneformer.predict(model, batch, SPACE.part("a"), task, "instance")
     assert told == [["instance"]]
@@ -267,3 +295,128 @@ def test_oneformer_instances_are_things_alone(monkeypatch):
     (found,) = oneformer.predict(model, collate([panoptic([0, 1])]), SPACE.part("a"), "instance")
     assert sorted(found["labels"].tolist()) == [0, 0, 2, 2]
     assert found["class_names"] == [NAMES[label] for label in found["labels"].tolist()]
+
+
+def test_oneformer_thresholds_of_panoptic_maps(monkeypatch):
+    """A query wins 0.8 of its mask. At an --object-threshold of 1 no query is a segment."""
+    given = []
+    rule = oneformer.panoptic_map
+    monkeypatch.setattr(
+        oneformer, "panoptic_map", lambda *a, **k: given.append((*a[2:], k)) or rule(*a, **k)
+    )
+    batch = collate([panoptic([0, 1])])
+    for threshold in (0.0, 1.0):
+        model = model_of(replace(SMALL, object_threshold=threshold)).eval()
+        model.heads.layers[0].bias.data[-1] = -9  # all queries have a class
+        (found,) = oneformer.predict(model, batch, SPACE.part("a"), "panoptic")
+        assert given.pop() == (THINGS, threshold, 0.8, {"intersect": True})
+        assert bool(found["segments_info"]) == bool(found["panoptic"].any()) == (threshold == 0)
+
+
+@pytest.mark.parametrize("sentences", ["own", "each"])
+def test_oneformer_evaluates_the_task_of_a_dataset(sentences, datasets, tmp_path, monkeypatch):
+    """With --sentences each, panoptic datasets are evaluated with each of the sentences, too."""
+    given = []
+
+    def evaluate_dataset(predictor, dataset, transform, args, folder, title=""):
+        predictor(None)  # a batch
+        return {title or dataset.name: {}}
+
+    def predict(model, batch, label_space, task="", sentence=""):
+        given.append((label_space.datasets, task, sentence))
+
+    monkeypatch.setattr(oneformer, "evaluate_dataset", evaluate_dataset)
+    monkeypatch.setattr(oneformer, "predict", predict)
+    args = replace(SMALL, sentences=sentences)
+    space = oneformer.build_label_space(args, [d.vocabulary for d in datasets])
+    found = oneformer.evaluate(args, None, space, datasets, tmp_path)
+    words = ["", "semantic", "instance", "panoptic"][: 4 if sentences == "each" else 1]
+    wanted = [(["coco-panoptic"], "panoptic, things", word) for word in words]
+    assert given == [*wanted, (["ade20k"], "semantic", "")]
+    titles = [f"coco-panoptic (the task is {word})" for word in words[1:]]
+    assert list(found) == ["coco-panoptic", *titles, "ade20k"]
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def train(args, datasets, folder, monkeypatch) -> oneformer.Model:
+    monkeypatch.setattr(common.rescue, "save_checkpoint", lambda *_, **__: None)
+    monkeypatch.setattr(common.backbone, "load_pretrained", lambda *_: False)
+    (folder / "args.json").touch()  # of the run folder
+    space = oneformer.build_label_space(args, [d.vocabulary for d in datasets])
+    model, _ = oneformer.train(args, datasets, space, folder, torch.device("cpu"))
+    return model
+
+
+@pytest.mark.parametrize("context", [8, 10])
+def test_oneformer_without_the_contrastive_loss_there_is_no_text(
+    context, datasets, tmp_path, monkeypatch
+):
+    """Then --context may leave no row of the 8 queries."""
+    monkeypatch.setattr(oneformer, "tokenize_lists", None)
+    args = replace(SMALL, contrastive=False, context=context)
+    model = train(args, datasets[:1], tmp_path, monkeypatch)
+    assert not hasattr(model, "text_encoder")
+
+
+def test_oneformer_images_of_the_loader_have_drawn_tasks(datasets, tiny_root):
+    """Those of a panoptic dataset. Their instances are the things of their own dataset."""
+    cityscapes = load_datasets(
+        "cityscapes-panoptic", "train", str(tiny_root), accepts=oneformer.SUPERVISION
+    )
+    known = [*datasets, *cityscapes]
+    is_thing = {d.name: LabelSpace([d.vocabulary]).is_thing for d in known}
+    tasks = {name: set() for name in is_thing}
+    loader = oneformer.build_dataloader(replace(SMALL, batch_size=16), known, 0)
+    for batch in itertools.islice(loader, 8):
+        for sample in batch.samples:
+            task = oneformer.task_of(sample)
+            tasks[sample.dataset].add(task)
+            if task == "instance":
+                assert all(is_thing[sample.dataset][label] for label in sample.labels.tolist())
+    panoptic = {*oneformer.TASK_NAMES}
+    wanted = {"coco-panoptic": panoptic, "ade20k": {"semantic"}, "cityscapes-panoptic": panoptic}
+    assert tasks == wanted
+
+
+def test_oneformer_texts_of_a_step_are_those_of_its_images(datasets, tmp_path, monkeypatch):
+    args = replace(SMALL, queries=20)
+    loader = oneformer.build_dataloader(args, datasets[:1], 0)
+    batch = next(iter(loader))
+    names = datasets[0].vocabulary.names
+    wanted = [oneformer.text_list(args, sample, names) for sample in batch.samples]
+    assert wanted[0] != wanted[1]
+    lists = []
+    monkeypatch.setattr(oneformer, "build_dataloader", lambda *_: [batch])
+    monkeypatch.setattr(
+        oneformer, "tokenize_lists", lambda given: lists.append(given) or tokenize_lists(given)
+    )
+    train(args, datasets[:1], tmp_path, monkeypatch)
+    assert lists == [wanted]
+
+
+def test_oneformer_recipe(datasets, tmp_path, monkeypatch):
+    """Clipping and weight decay. As in the code, embeddings and norms do not decay, but a scale."""
+    adamw, clip = torch.optim.AdamW, nn.utils.clip_grad_norm_
+    optimizers, clipped = [], []
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda *a, **k: optimizers.append(adamw(*a, **k)) or optimizers[-1]
+    )
+    monkeypatch.setattr(
+        nn.utils, "clip_grad_norm_", lambda p, norm: clipped.append(norm) or clip(p, norm)
+    )
+    model = train(SMALL, datasets[:1], tmp_path, monkeypatch)
+    assert clipped == [0.01]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decay = {
+        names[id(parameter)]: group["weight_decay"]
+        for group in optimizers[0].param_groups
+        for parameter in group["params"]
+    }
+    # embeddings in the code, and norms
+    free = ["query_embed", "level_embed", "context", "text_encoder.token_embedding.weight"]
+    free += ["text_encoder.ln_final.weight", "class_norm.bias", "head.decoder_norm.weight"]
+    decayed = ["logit_scale", "text_encoder.positional_embedding", "pixel_decoder.level_embed"]
+    decayed += ["task_mlp.0.weight", "class_input_proj.bias", "heads.layers.0.bias"]
+    assert {decay[name] for name in free} == {0} and {decay[name] for name in decayed} == {0.05}

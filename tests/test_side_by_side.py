@@ -41,6 +41,7 @@ ALLOWED = {
     "predict_files(partial(": "UniDetector's predictions are calibrated",
     "contrastive": "OneFormer's loss is that of Mask2Former and one more",
     "output.text": "the same",
+    "texts = None": "OneFormer's texts are those of the images, LMSeg's text is of the classes",
     "model.args.test_longest": "OneFormer's official models have their own sizes",
     "evaluate_dataset(": "ScaleDet evaluates a control, too, and Detic groups of classes",
     "run_metadata(args)": "UniDetector's two stages write the same metadata",
