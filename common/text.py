@@ -250,19 +250,20 @@ def _minilm_encoder() -> Encode:
     return encode
 
 
-def load_clip(encoder: str) -> tuple:
+def load_clip(
+    encoder: str, flag: str = "--text-encoder", others: str = "minilm, FILE.npy"
+) -> tuple:
     """Loads open_clip's model `encoder`, "MODEL/PRETRAINED". Returns the model and its tokenizer.
 
-    The model is on CUDA if there is any.
+    The model is on CUDA if there is any. Messages name `flag` and its other values, by commas; the
+    first works offline.
     Raises InputError for an unknown model and for weights that cannot be loaded.
     """
     import open_clip
 
     name, _, weights = encoder.partition("/")
     if not weights:  # open_clip would start from random weights
-        raise InputError(
-            f"--text-encoder {encoder}: use minilm, FILE.npy, or MODEL/PRETRAINED of open_clip"
-        )
+        raise InputError(f"{flag} {encoder}: use {others}, or MODEL/PRETRAINED of open_clip")
     # OpenAI's weights need QuickGELU. open_clip's plain 'ViT-B-32' has GELU and would only warn.
     quick_gelu = bool(open_clip.get_pretrained_cfg(name, weights).get("quick_gelu"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -274,7 +275,7 @@ def load_clip(encoder: str) -> tuple:
             return model.eval(), open_clip.get_tokenizer(name)
     except Exception as error:  # the hub, torch and open_clip each raise their own kinds
         raise InputError(
-            f"--text-encoder {encoder}: {_reason(error)}; use --text-encoder minilm, which works "
+            f"{flag} {encoder}: {_reason(error)}; use {flag} {others.split(',')[0]}, which works "
             "offline, or a file: MODEL/path/to/weights (ViT-B-32-quickgelu/... for OpenAI's)"
         ) from error
 
