@@ -291,12 +291,18 @@ def _reason(error: Exception) -> str:
     return message.splitlines()[0].split(". ")[0][:160]
 
 
-def _read_npy(encoder: str, dataset: str | None, count: int) -> Tensor:
-    """Reads the dataset's .npy file and normalises its rows: (count, D) float32 of norm 1."""
+def tables(encoder: str) -> dict[str, str]:
+    """Returns {dataset: .npy file} of --text-encoder; a file for all datasets has the key ""."""
     files = {}
     for entry in encoder.split(","):
         key, _, file = entry.strip().rpartition("=")
-        files[key] = file  # a file for all datasets has the key ""
+        files[key] = file
+    return files
+
+
+def _read_npy(encoder: str, dataset: str | None, count: int) -> Tensor:
+    """Reads the dataset's .npy file and normalises its rows: (count, D) float32 of norm 1."""
+    files = tables(encoder)
     if "" not in files and dataset not in files:
         raise InputError(
             f"--text-encoder has no .npy file for '{dataset}', only for {', '.join(files)}; add one"
