@@ -90,7 +90,7 @@ class Args:
 def choose(args: Args) -> tuple[Vocabulary, list[list[Picture]]]:
     """Returns the classes of the table and the pictures of each.
 
-    Raises InputError if a class has no picture, and as `load_datasets`.
+    Raises InputError as `load_datasets`, and for a class without a picture; --train leaves it out.
     """
     entries = args.pictures
     if os.path.isdir(os.path.expanduser(entries)):
@@ -106,7 +106,9 @@ def choose(args: Args) -> tuple[Vocabulary, list[list[Picture]]]:
         vocabulary = Vocabulary("pictures", tuple(names.values()))
     count = TRAINED_ON if args.train else args.per_class
     chosen = [draw(pools, name, count, args.seed) for name in vocabulary.names]
-    if bare := [name for name, found in zip(vocabulary.names, chosen) if not found]:
+    if args.train:
+        chosen = list(filter(None, chosen))
+    elif bare := [name for name, found in zip(vocabulary.names, chosen) if not found]:
         raise InputError(
             f"{args.pictures} has no picture of {quoted(bare)}; add pictures, or name the classes "
             "that have some with --classes"

@@ -26,6 +26,7 @@ from common.labels import fold
 from common.text import load_clip
 
 WHOLE = 100.0 * 100.0  # area that counts for a picture without a box when pictures are drawn
+USUAL = 640.0 * 480.0  # pixels of an image whose size is not known; its boxes are fractions of it
 
 
 @dataclass
@@ -37,8 +38,11 @@ class Picture:
     label: int
     box: np.ndarray | None
 
-    def crop(self, context: float) -> Image.Image | None:
-        """Returns its pixels, with `context` around a box; None if its box is not in the image."""
+    def crop(self, context: float) -> Image.Image:
+        """Returns its pixels, with `context` around a box, see `square_around`.
+
+        Raises InputError for an image that cannot be read, or that its box does not touch.
+        """
         sample = self.dataset.load(self.image)
         image = to_pil_image(sample.image)
         if self.box is None:
@@ -48,27 +52,34 @@ class Picture:
             stored = stored * stored.new_tensor([*image.size, *image.size])
         boxes = sample.boxes[sample.labels == self.label]  # upright and clipped
         if not len(boxes):
-            return None
+            name = self.dataset.vocabulary.names[self.label]
+            index = self.dataset.index
+            raise InputError(
+                f"{index.source}: a box of '{name}' is outside its image "
+                f"'{index.file_name(self.image)}'; mend or remove the annotation"
+            )
         nearest = (boxes - stored).abs().sum(1).argmin()
         return image.crop(square_around(boxes[nearest].tolist(), image.size, context))
 
 
 class Pool:
-    """The pictures of one dataset, by class. Crowds and boxes without an area are left out."""
+    """The pictures of one dataset, by class. Only boxes that can be trained on are among them."""
 
     def __init__(self, dataset: Dataset):
         index = dataset.index
         self.dataset = dataset
         self.label_of = {fold(name): i for i, name in enumerate(dataset.vocabulary.names)}
-        self.images, self.labels = index.positives()
-        self.boxes = None
-        self.areas = np.full(len(self.labels), WHOLE)
-        if index.image_labels is None:
-            self.boxes = index.boxes[~index.ignore]
-            sides = (self.boxes[:, 2:] - self.boxes[:, :2]).clip(0)
-            self.areas = sides.prod(1).astype(np.float64)
-        rows = np.flatnonzero(self.areas)
-        self.order = rows[np.argsort(self.labels[rows], kind="stable")]
+        if index.image_labels is not None:
+            self.images, self.labels = index.positives()
+            self.boxes = None
+            self.areas = np.full(len(self.labels), WHOLE)
+        else:
+            kept = ~(index.ignore | index.empty() | index.outside())
+            self.images, self.labels = index.image_of[kept], index.labels[kept]
+            self.boxes = index.boxes[kept]
+            scale = USUAL if index.relative else 1.0
+            self.areas = scale * (self.boxes[:, 2:] - self.boxes[:, :2]).prod(1, dtype=np.float64)
+        self.order = np.argsort(self.labels, kind="stable")
         labels = np.arange(len(dataset.vocabulary) + 1)
         self.starts = np.searchsorted(self.labels[self.order], labels)
 
@@ -197,13 +208,9 @@ class Views(torch.utils.data.Dataset):
         found = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed + row)
-            for crop in filter(None, crops):
+            for crop in crops:
                 views = [augment(crop) for _ in range(self.views)] or [crop]
                 found.append(torch.stack(list(map(self.tower.preprocess, views))))
-        if not found:
-            first = self.chosen[row][0]
-            name = first.dataset.vocabulary.names[first.label]
-            raise InputError(f"no box of '{name}' lies in its image; mend the annotations")
         return torch.stack(found)  # (P, V, 3, S, S)
 
 

@@ -108,12 +108,17 @@ def test_square_with_context(box, context, square):
 
 def test_pool_has_each_class_its_pictures():
     boxes = [[0, 0, 9, 9], [0, 0, 5, 5], [1, 1, 1, 8], [0, 0, 20, 10], [0, 0, 50, 50]]
-    pool = Pool(boxed(boxes, [2, 0, 2, 2, 0], [False, False, False, False, True]))
+    boxes.append([120, 0, 130, 10])  # outside the image
+    dataset = boxed(boxes, [2, 0, 2, 2, 0, 0], [False, False, False, False, True, False])
+    pool = Pool(dataset)
     kept = {name: [pool.picture(row).box.tolist() for row in pool.rows(name)] for name in COLOURS}
-    # neither the box without a width nor the crowd
+    # neither the box without a width, nor the crowd, nor the box outside
     assert kept == {"ant": [boxes[1]], "bee": [], "cat": [boxes[0], boxes[3]]}
     assert [pool.areas[row] for row in pool.rows("Cat")] == [81, 200]
     assert not len(pool.rows("dog"))
+    dataset.index.relative = True
+    dataset.index.boxes = dataset.index.boxes / 120
+    assert Pool(dataset).areas[0] == pytest.approx(9 * 9 / 120**2 * 640 * 480)
 
 
 def test_pictures_are_drawn_by_area_without_repetition():
@@ -150,7 +155,8 @@ def test_a_crop_is_of_the_box_nearest_to_the_annotated_one(tmp_path):
         crop = Picture(dataset, 0, 0, np.array(box, np.float32)).crop(0.0)
         assert crop.size == (21, 21)
         assert (np.array(crop)[..., colour] == 255).all()
-    assert Picture(dataset, 0, 1, np.array(box, np.float32)).crop(0.0) is None
+    with pytest.raises(InputError, match=r"a box of 'bee' is outside its image '0\.png'"):
+        Picture(dataset, 0, 1, np.array(box, np.float32)).crop(0.0)
     assert Picture(dataset, 0, 0, None).crop(0.4).size == (120, 100)
     # as fractions of the image
     dataset.index.relative = True
@@ -478,6 +484,7 @@ def test_a_row_is_the_feature_of_clip(folder, small_clip, tmp_path):
 def test_an_aggregator_is_trained_and_makes_the_rows(folder, small_clip, tmp_path):
     flags = [folder, "--encoder", small_clip, "--views", 2]
     out = tmp_path / "a.safetensors"
+    (folder / "empty").mkdir()
     command(*flags, "--train", "--steps", 2, "--out", out)
     assert set(load_file(out)) == set(Aggregator(24).state_dict())
     command(*flags, "--aggregator", out, "--out", tmp_path / "t.npy")
