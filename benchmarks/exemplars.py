@@ -26,7 +26,7 @@ from common.labels import derangement
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = "-m common.exemplars in21k --tiny --classes coco-base --encoder lite0 --out {five}"
 TRAIN = "detic.py --datasets coco-base --tiny"
-EVALUATE = "detic.py --eval-only --weights {folder}/pictures --text-encoder {exchanged}"
+EVALUATE = "detic.py --eval-only --tiny --weights {folder}/pictures --text-encoder {exchanged}"
 ROWS = {  # run folder -> what the table says
     "names": "their names",
     "pictures": "five pictures each",
