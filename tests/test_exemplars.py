@@ -178,6 +178,7 @@ def test_views_are_the_same_in_any_process_and_differ_from_each_other(folder, st
     assert torch.equal(torch.get_rng_state(), state)
     assert [images.shape for images in found] == [(n, 3, 3, 4, 4) for n in (1, 2, 3)]
     assert all(torch.equal(images, views[row]) for row, images in enumerate(found))
+    assert not torch.equal(found[0][0], found[1][0])  # of one picture, in two classes
     flat = found[2].flatten(0, 1)
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(flat, 2))
     plain = Views(chosen, stub, 0.4, 0, 7)[1]  # the pictures themselves
