@@ -1,6 +1,4 @@
-"""METR: equations from the abstract of Hao et al. (arXiv 2304.03580), who published no code.
-
-Language-aware Multiple Datasets Detection Pretraining for DETRs. We could not read the paper.
+"""METR: Language-aware Multiple Datasets Detection Pretraining for DETRs (arXiv 2304.03580).
 
 Claim. Nothing supervises the columns that an image's dataset does not annotate: nobody asks for
 them. A category extraction picks, among the classes of the image's own dataset, those that the
@@ -9,31 +7,32 @@ binary question: where is an object of my class? An object is matched to the que
 alone. So there are no label spaces to merge and no conflicts between them.
 
 Section                                           function
-category extraction: m_c = w h_c + b              CategoryExtraction
+category extraction: h_c = layers(u_c, memory)    CategoryExtraction
+score of a class: s(x, w) = <f(x), w> / sqrt(d)   ClassScore
+presence: m_c = s(h_c, u_c) + b, asymmetric loss  loss_presence
 kept classes: top K of m                          Model.keep
-class-specific queries: q_cr = LN(P E_c + o_r)    ClassQueries
+first stage: the n cells of best max_c s(x, h_c)  Model.select
+class-specific queries: q_cr = o_r + h_c          Model.forward
 group bipartite matching                          match_groups
-binary classification                             loss_class
-presence of classes                               loss_presence
+binary classification: s(q_cr, h_c) + b           loss_class
 
 Symbol           variable
-E, m             text, presence
-K, n             classes_kept, queries_per_class
-P, o             projection, offsets
+u, h, m          projected, vectors, presence
+K, n, o          classes_kept, queries_per_class, offsets
 
-Each choice below is ours. The abstract has the parts and what they are for.
-Note: the base is two-stage Deformable DETR. Theirs is DINO, whose denoising is left out.
-Note: the extraction has two layers in which the text of each class attends to all cells. Classes do
-  not attend to each other, so that m_c depends on c and the image alone.
-Note: m learns by the focal loss of the queries. The published form is not known.
-Note: the queries of all kept classes begin at the same n boxes, those of the highest objectness, a
-  score that all datasets share. They all attend to each other.
-Note: in training the classes that an image shows are kept first, however many they are.
-Note: a detection's score is sigmoid(logit) sigmoid(m_c).
+Note: we could not read the paper, of which we have the abstract. Equations and numbers are those of
+  its authors' code (isbrycee/METR), which trains on COCO alone.
+Note: the base is two-stage Deformable DETR. Theirs is DINO: denoising, the decoder's last norm,
+  heads that layers share, and positions of the refined boxes are left out.
+Note: their text embeddings are learned further. Here they are frozen, so that any name has one.
+Note: their joint training has a table of 808 classes of four datasets. The code does not tell which
+  of them an image is asked for. Here these are the classes of its own dataset.
+Note: in training the classes that an image shows are kept first. Theirs drops those beyond K; here
+  K grows. And it gives queries the boxes of another image where a GPU has several.
 Note: with a class tree, an object is one of its class and of each class above it. The classes below
   it are not asked for: the object may be one of them.
 Note: of a federated dataset (LVIS) a step asks for 50 classes, as its federated loss.
-Note: text embeddings are frozen. DETR's augmentation, AdamW and the learning rate are the base's.
+Note: cells that propose nothing are never selected. An image has 300 detections, as LVIS wants.
 
     python metr.py --datasets coco,lvis,oid --tiny      # minutes on a CPU
     python metr.py --datasets coco,o365,oid --data-root DATA                             # one GPU
@@ -62,6 +61,7 @@ import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.ops import clip_boxes_to_image
@@ -76,36 +76,27 @@ from common.command import COUNT, SIDE, Range, parse_args, run_command, saved_ar
 from common.compiling import compilable
 from common.convert import convert_if_official, refuse
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
-from common.deformable import Decoder, Encoder, Memory, Neck, Proposals, select_boxes
+from common.deformable import Decoder, Encoder, Memory, Neck, Proposals
 from common.distributed import amp_context, rank, setup_device, world_size
 from common.evaluation import ancestors
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
 from common.labels import LabelSpace, Vocabulary
 from common.mask_losses import masks_per_rank
-from common.optim import learning_rate, parameter_groups, scaled_lr
+from common.optim import parameter_groups, scaled_lr, stepped_learning_rate
 from common.point_matching import assign
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, make_loader
-from common.set_losses import (
-    GIOU,
-    L1,
-    Matches,
-    loss_focal,
-    loss_giou,
-    loss_l1,
-    match_cost,
-    proposal_losses,
-)
+from common.set_losses import GIOU, L1, Matches, loss_focal, loss_giou, loss_l1, match, match_cost
 from common.shares import ShareBatchSampler
 from common.targets import Targets
 from common.text import embed, known_vocabularies
-from common.transformer import Attention, sine_code
+from common.transformer import CrossAttentionLayer, sine_code
 from common.transforms import DetrCrop, ResizeShortest
 from common.visualize import save_image, training_grid
 
-# Shapes: B images, Z decoder layers, C classes of the dataset, K kept classes, n queries of a
-# class, Q = K n queries, S cells of all levels, N ground truths of an image, R matched queries of
-# all images and layers, D width of the text embeddings, d channels, H W pixels.
+# Shapes: B images, Z decoder layers, E extraction layers, C classes of the dataset, K kept classes,
+# n queries of a class, Q = K n queries, S cells of all levels, N ground truths of an image, R
+# matched queries of all images and layers, D width of the text embeddings, d channels, H W pixels.
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
@@ -167,44 +158,44 @@ class Args:
     seed: Annotated[int, COUNT] = 0
     """seed of initial weights, order of images and augmentation"""
 
-    # paper settings; defaults: abstract, base (Deformable DETR), ours
-    backbone: str = "resnet50.tv_in1k"  # ours
+    # paper settings; defaults: code (its authors'), ours
+    backbone: str = "resnet50.tv_in1k"  # code
     """timm model with maps of strides 8 to 32, with its published weights; or MODEL/FILE of them"""
     text_encoder: str = "ViT-B-32/openai"  # ours
     """open_clip MODEL/PRETRAINED, minilm (ships with Concord), or coco=FILE.npy,lvis=FILE.npy"""
     prompts: Literal["auto", "imagenet", "a", "name"] = "auto"  # ours
     """CLIP's 80 templates, "a {name}", the name, or auto: the templates for CLIP, else the name"""
-    classes_kept: Annotated[int, Range(1)] = 20  # ours
+    classes_kept: Annotated[int, Range(1)] = 20  # code
     """K, classes of an image that have queries; in training more if the image shows more"""
-    queries_per_class: Annotated[int, Range(1, 10_000)] = 30  # ours
+    queries_per_class: Annotated[int, Range(1, 10_000)] = 100  # code
     """n, queries of a kept class: the most objects of a class that an image can have"""
-    matching: Literal["group", "any"] = "group"  # abstract
+    matching: Literal["group", "any"] = "group"  # code
     """of an object, to the queries of its class; control: to any query, whatever its class"""
     fed_loss: bool = True  # ours
     """a step asks for 50 classes of a federated dataset, sampled by root of frequency"""
-    image_size: Annotated[int, SIDE] = 800  # base
+    image_size: Annotated[int, SIDE] = 800  # code
     """largest short side of training images, pixels (DETR's augmentation: 0.6 to 1 of it)"""
-    test_size: Annotated[int, SIDE] = 800  # base
+    test_size: Annotated[int, SIDE] = 800  # code
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 16  # base
+    batch_size: Annotated[int, Range(1)] = 8  # code
     """images per step over all ranks"""
     steps: Annotated[int, COUNT] = 400_000  # ours
-    """optimiser steps; --lr falls to 0 like half a cosine"""
-    lr: Annotated[float, Range(above=0)] = 1e-4  # base
+    """optimiser steps; --lr falls to a tenth at 11/12 of them"""
+    lr: Annotated[float, Range(above=0)] = 1e-4  # code
     """learning rate for --base-batch-size images per step; scaled linearly to --batch-size"""
-    base_batch_size: Annotated[int, Range(1)] = 16  # base
+    base_batch_size: Annotated[int, Range(1)] = 8  # code
     """batch size that --lr is meant for"""
-    backbone_factor: Annotated[float, Range(0, 100)] = 0.1  # base
+    backbone_factor: Annotated[float, Range(0, 100)] = 0.1  # code
     """learning rate of the backbone / --lr; 0 freezes it"""
-    warmup_steps: Annotated[int, COUNT] = 1000  # ours
-    """steps of warmup from 1e-2 of --lr, at most steps / 9"""
-    cls_bias: float = 0.0  # base
-    """initial bias of all logits, learned; -4.6 lowers the first losses of short runs"""
-    channels: Annotated[int, Range(1, 8192)] = 256  # base
+    warmup_steps: Annotated[int, COUNT] = 0  # code
+    """steps of warmup from 1e-2 of --lr"""
+    prior: Annotated[float, Range(0, 0.99, above=0)] = 0.1  # code
+    """probability of presence and objects at first, by the bias of the logits"""
+    channels: Annotated[int, Range(1, 8192)] = 256  # code
     """d of encoder and decoder"""
-    encoder_layers: Annotated[int, Range(1, 100)] = 6  # base
+    encoder_layers: Annotated[int, Range(1, 100)] = 6  # code
     """layers of deformable self-attention"""
-    decoder_layers: Annotated[int, Range(1, 100)] = 6  # base
+    decoder_layers: Annotated[int, Range(1, 100)] = 6  # code
     """layers of the decoder; the boxes and scores of each are supervised"""
 
 
@@ -224,19 +215,23 @@ TINY = {
     "warmup_steps": 50,
     "checkpoint_every": 200,
     "workers": 0,
-    "classes_kept": 8,
-    "queries_per_class": 12,
+    "classes_kept": 6,
+    "queries_per_class": 30,
     "channels": 64,
     "encoder_layers": 1,
     "decoder_layers": 2,
-    "cls_bias": -4.6,
+    "prior": 0.01,
 }
 # the settings that --weights restores: those that shape the model and its inputs
-MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "cls_bias", "classes_kept"]
+MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "prior", "classes_kept"]
 MODEL_FIELDS += ["queries_per_class", "channels", "encoder_layers", "decoder_layers"]
 OFFICIAL = refuse("is of another model: METR has no published weights")
 HEADS, LEVELS, POINTS = 8, 4, 4  # of the attention; the last two of the deformable one
+FFN = 8  # width of the feed-forward networks / channels
 EXTRACTION_LAYERS = 2
+FIRST_PRIOR = 0.01  # probability of an object in a cell at first
+DECAYS = (11 / 12,)  # of the steps, at which the learning rate falls to a tenth
+CLASS = 2.0  # weight of the focal losses; those of the boxes are L1 and GIOU
 
 # -- Model -----------------------------------------------------------------------------------------
 
@@ -246,60 +241,51 @@ def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
     return LabelSpace(vocabularies, partial(embed, encoder=args.text_encoder, prompts=args.prompts))
 
 
-class ExtractionLayer(nn.Module):
-    """Lets classes look at the image: cross-attention and a feed-forward network, each with LN."""
+class ClassScore(nn.Module):
+    """Scores a vector x for a class w: s = <f(x), w> / sqrt(d) + b, f two linear layers."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, prior: float):
         super().__init__()
-        self.attention = Attention(channels, HEADS)
-        self.norm = nn.LayerNorm(channels)
-        hidden = nn.Linear(channels, 4 * channels)
-        self.ffn = nn.Sequential(hidden, nn.ReLU(), nn.Linear(4 * channels, channels))
-        self.ffn_norm = nn.LayerNorm(channels)
+        self.f = nn.Sequential(
+            nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels)
+        )
+        self.bias = nn.Parameter(torch.tensor(prior).logit())
 
-    @compilable
-    def forward(self, h: Tensor, memory: Memory) -> Tensor:
-        """Returns the classes (B, C, d) after the layer. Cells in the padding are not looked at."""
-        outside = memory.padding[:, None]  # (B, 1, S)
-        attended = self.attention(h, memory.tokens, memory.tokens, outside)
-        h = self.norm(h + attended)
-        return self.ffn_norm(h + self.ffn(h))
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        """Returns the logits (...) of x and w, (..., d) each."""
+        return (self.f(x) * w).sum(-1).float() * w.shape[-1] ** -0.5 + self.bias
 
 
 class CategoryExtraction(nn.Module):
-    """Sec. category extraction: m_c = w h_c + b, h = layers of attention of P E to the memory."""
+    """Sec. category extraction: u_c = LN(P E_c), h_c = layers(u_c, memory), m_c = s(h_c, u_c).
 
-    def __init__(self, text_dim: int, channels: int, bias: float):
+    E is the text. Every layer is scored by the same s. Classes do not attend to each other.
+    """
+
+    def __init__(self, text_dim: int, channels: int, prior: float):
         super().__init__()
-        self.projection = nn.Linear(text_dim, channels)
-        self.layers = nn.ModuleList(ExtractionLayer(channels) for _ in range(EXTRACTION_LAYERS))
-        self.head = nn.Linear(channels, 1)
-        nn.init.constant_(self.head.bias, bias)
+        self.projection = nn.Sequential(nn.Linear(text_dim, channels), nn.LayerNorm(channels))
+        self.layers = nn.ModuleList(
+            CrossAttentionLayer(channels, HEADS, FFN * channels) for _ in range(EXTRACTION_LAYERS)
+        )
+        self.score = ClassScore(channels, prior)
 
-    def forward(self, text: Tensor, memory: Memory) -> Tensor:
-        """Returns the logits (B, C) that an image shows a class. text: (C, D)"""
-        parts = []
-        for rows in text.split(1000):  # the weights of more classes and all cells fill the memory
-            h = self.projection(rows).expand(len(memory.tokens), -1, -1)  # (B, c, d)
+    def forward(self, text: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Returns the presence after each layer, (E, B, C) logits, and the vectors h (B, C, d).
+
+        text: (C, D)
+        """
+        presence, vectors = [], []
+        for part in text.split(1000):  # the attention of more classes to all cells is too large
+            projected = self.projection(part).expand(len(memory.tokens), -1, -1)  # (B, c, d)
+            h = projected
+            logits = []
             for layer in self.layers:
-                h = layer(h, memory)
-            parts.append(self.head(h)[..., 0].float())
-        return torch.cat(parts, 1)
-
-
-class ClassQueries(nn.Module):
-    """Sec. class-specific queries: q_cr = LN(P E_c + o_r), for the n queries r of class c."""
-
-    def __init__(self, number: int, text_dim: int, channels: int):
-        super().__init__()
-        self.offsets = nn.Parameter(torch.randn(number, channels))
-        self.projection = nn.Linear(text_dim, channels)
-        self.norm = nn.LayerNorm(channels)
-
-    def forward(self, text: Tensor) -> Tensor:
-        """Returns the queries (B, K, n, d) of kept classes (B, K, D)."""
-        content = self.projection(text)[:, :, None]  # (B, K, 1, d)
-        return self.norm(content + self.offsets)
+                h = layer(h, memory.tokens, memory.padding)
+                logits.append(self.score(h, projected))
+            presence.append(torch.stack(logits))
+            vectors.append(h)
+        return torch.cat(presence, 2), torch.cat(vectors, 1)
 
 
 class Asked(NamedTuple):
@@ -315,14 +301,19 @@ class Output(NamedTuple):
     logits: Tensor  # (Z, B, Q)
     boxes: Tensor  # (Z, B, Q, 4) boxes_cxcywh
     kept: Tensor  # (B, K) classes
-    presence: Tensor  # (B, C) logits
-    objectness: Tensor  # (B, S, 1) logits
-    proposals: Tensor  # (B, S, 4) boxes_cxcywh
+    presence: Tensor  # (E, B, C) logits
+    cell_logits: Tensor  # (B, n, C) of the selected cells
+    cell_boxes: Tensor  # (B, n, 4) boxes_cxcywh
 
     def classes(self) -> Tensor:
         """Returns the class of each query, (B, Q)."""
         number = self.logits.shape[-1] // self.kept.shape[1]  # n
         return self.kept.repeat_interleave(number, 1)
+
+
+def rows_of(x: Tensor, rows: Tensor) -> Tensor:
+    """Returns some rows of each image's matrix: x (B, S, d), rows (B, n) -> (B, n, d)."""
+    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
 
 
 class Model(nn.Module):
@@ -332,20 +323,19 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         channels, width = args.channels, label_space.width
-        sizes = (4 * channels, LEVELS, HEADS, POINTS)
+        sizes = (FFN * channels, LEVELS, HEADS, POINTS)
         self.backbone = Backbone(args.backbone, 0, pretrained, [8, 16, 32])
         self.neck = Neck(self.backbone.channels, channels, LEVELS)
         self.encoder = Encoder(channels, args.encoder_layers, *sizes)
+        self.extraction = CategoryExtraction(width, channels, args.prior)
         self.proposals = Proposals(channels)
-        self.object_head = nn.Linear(channels, 1)
-        self.extraction = CategoryExtraction(width, channels, args.cls_bias)
-        self.class_queries = ClassQueries(args.queries_per_class, width, channels)
-        code = nn.Linear(2 * channels, channels)
-        self.position = nn.Sequential(code, nn.LayerNorm(channels))
+        self.cell_linear = nn.Linear(channels, channels)
+        self.cell_bias = nn.Parameter(torch.tensor(FIRST_PRIOR).logit())
+        self.offsets = nn.Parameter(torch.randn(args.queries_per_class, channels))
+        hidden = nn.Linear(2 * channels, channels)
+        self.position = nn.Sequential(hidden, nn.ReLU(), nn.Linear(channels, channels))
         self.decoder = Decoder(channels, args.decoder_layers, *sizes)
-        self.classifier = nn.Linear(channels, 1)
-        for head in (self.object_head, self.classifier):
-            nn.init.constant_(head.bias, args.cls_bias)
+        self.score = ClassScore(channels, args.prior)
 
     def keep(self, presence: Tensor, asked: Asked | None = None) -> Tensor:
         """Returns the K kept classes of each image, (B, K): those of the highest presence (B, C).
@@ -361,6 +351,19 @@ class Model(nn.Module):
             number = max(number, int(asked.shown.sum(1).max()))
         return scores.topk(min(number, scores.shape[1]), 1).indices
 
+    @torch.no_grad()
+    def select(self, scored: Tensor, boxes: Tensor, vectors: Tensor) -> Tensor:
+        """Sec. first stage: the n cells of the best score max_c <W x, h_c>, (B, n), best first.
+
+        scored: (B, S, d), W x of the cells; boxes: (B, S, 4), their proposals; vectors: (B, C, d)
+        n is all cells of an image if it has fewer.
+        """
+        parts = [(scored @ h.mT).amax(2) for h in vectors.split(100, 1)]  # of (B, S) each
+        best = torch.stack(parts).amax(0)
+        nothing = (boxes == 1).all(-1)
+        best = best.masked_fill(nothing, -torch.inf)
+        return best.topk(min(self.args.queries_per_class, best.shape[1]), 1).indices
+
     def forward(
         self, images: Tensor, sizes: list[tuple[int, int]], text: Tensor, asked: Asked | None = None
     ) -> Output:
@@ -371,18 +374,24 @@ class Model(nn.Module):
         with amp_context(self.args.amp, images.device):
             maps = self.neck(self.backbone(self.backbone.normalise(images, sizes)))
             memory = self.encoder(Memory.of(maps, sizes, tuple(images.shape[-2:])))
+            presence, vectors = self.extraction(text, memory)
+            kept = self.keep(presence[-1], asked)
+            groups = kept.shape[1]
+
             cells, proposals = self.proposals(memory)
-            objectness = self.object_head(cells).float()  # (B, S, 1)
-            boxes = select_boxes(proposals, objectness[..., 0], self.args.queries_per_class)
-            presence = self.extraction(text, memory)
-            kept = self.keep(presence, asked)
-            q = self.class_queries(text[kept])[:, :, : boxes.shape[1]]  # or there are fewer cells
-            boxes = boxes.repeat(1, kept.shape[1], 1)  # (B, Q, 4)
+            scored = self.cell_linear(cells) * cells.shape[2] ** -0.5
+            rows = self.select(scored, proposals, vectors)
+            cell_logits = (rows_of(scored, rows) @ vectors.mT).float() + self.cell_bias
+            cell_boxes = rows_of(proposals, rows)
+
+            h = rows_of(vectors, kept)[:, :, None]  # (B, K, 1, d)
+            q = h + self.offsets[: rows.shape[1]]  # (B, K, n, d)
+            boxes = cell_boxes.detach().repeat(1, groups, 1)  # (B, Q, 4)
             codes = sine_code(boxes, self.args.channels // 2)  # (B, Q, 4, d / 2)
             position = self.position(codes.flatten(2))
-            hidden, refined = self.decoder(q.flatten(1, 2), position, boxes, memory)
-            logits = self.classifier(hidden)[..., 0].float()
-        return Output(logits, refined, kept, presence, objectness, proposals)
+            hidden, refined = self.decoder(q.flatten(1, 2), position, boxes, memory, groups)
+            logits = self.score(hidden.unflatten(2, (groups, -1)), h).flatten(2)
+        return Output(logits, refined, kept, presence, cell_logits, cell_boxes)
 
 
 # -- Losses ----------------------------------------------------------------------------------------
@@ -479,22 +488,54 @@ def loss_class(logits: Tensor, target: Tensor, weight: Tensor, num_boxes: Tensor
 
 
 @compilable
-def loss_presence(presence: Tensor, asked: Asked, num_boxes: Tensor) -> Tensor:
-    """Sec. presence: 1/num_boxes sum_c w_c FL(m_c, y_c), over the classes that are asked for.
+def loss_presence(presence: Tensor, shown: Tensor, trained: Tensor) -> Tensor:
+    """Sec. presence: 1/B sum_c a_c BCE(sigmoid(m_c), y_c), a_c = 1 if y_c = 1, else sigmoid(m_c)^2.
 
-    presence: (B, C), m; y is asked.shown and w asked.trained. Sum over images and classes.
+    An asymmetric loss (arXiv 2009.14119), gamma 0 and 2, whose weight a has no gradient. Sum over
+    layers and over the classes that are asked for.
+    presence: (E, B, C), m; shown: (B, C) bool, y; trained: (B, C) bool
     """
-    target, weight = asked.shown.to(presence), asked.trained.to(presence)
-    return loss_focal(presence, target, num_boxes, weight)
+    target = shown.to(presence).expand_as(presence)
+    p = presence.detach().sigmoid()
+    weight = torch.where(shown, 1, p**2) * trained
+    bce = F.binary_cross_entropy_with_logits(presence, target, weight, reduction="sum")
+    return bce / presence.shape[1]
+
+
+def first_losses(
+    output: Output, batch: Batch, asked: Asked, supervision: Supervision, num_boxes: Tensor
+) -> dict[str, Tensor]:
+    """Returns the weighted losses of the selected cells, which all classes of the dataset score.
+
+    A cell is matched to an object by the object's own class (`match`). Then the classes above it
+    are positive, too.
+    """
+    objects = [Targets(sample.boxes, sample.labels) for sample in batch.samples]
+    logits = output.cell_logits[None]  # (1, B, n, C)
+    found = match(logits, output.cell_boxes[None], objects, batch.sizes)
+    place = (found.z, found.image, found.query)
+    target = torch.zeros_like(logits).index_put(place, supervision.upward[found.labels].to(logits))
+    weight = asked.trained[:, None].expand_as(logits).to(logits)
+    boxes = output.cell_boxes[found.image, found.query]
+    return {
+        "loss_class_enc": CLASS * loss_focal(logits, target, num_boxes, weight),
+        "loss_bbox_enc": L1 * loss_l1(boxes, found.boxes, num_boxes).sum(),
+        "loss_giou_enc": GIOU * loss_giou(boxes, found.boxes, num_boxes).sum(),
+    }
 
 
 def compute_losses(
-    args: Args, output: Output, batch: Batch, targets: list[Targets], asked: Asked
+    args: Args,
+    output: Output,
+    batch: Batch,
+    targets: list[Targets],
+    asked: Asked,
+    supervision: Supervision,
 ) -> dict[str, Tensor]:
-    """L = sum over layers of (L_class + 5 L_1 + 2 L_GIoU) + L_presence + the first stage's.
+    """L = sum over layers of (2 L_class + 5 L_1 + 2 L_GIoU) + L_presence + the first stage's.
 
     The queries of each layer are matched to the objects (`match_groups`). num_boxes:
-    `masks_per_rank`. The losses of the first stage are `proposal_losses` of the objects.
+    `masks_per_rank`. The first stage has the same three losses (`first_losses`).
     Returns every term, times its weight, and their sum as `loss`.
     """
     num_boxes = masks_per_rank(targets, output.logits.device)
@@ -504,14 +545,12 @@ def compute_losses(
     weight = asked.trained.gather(1, output.classes()).to(output.logits)  # (B, Q)
     boxes = output.boxes[place]  # (R, 4)
     losses = {
-        "loss_class": loss_class(output.logits, target, weight, num_boxes),
+        "loss_class": CLASS * loss_class(output.logits, target, weight, num_boxes),
         "loss_bbox": L1 * (own * loss_l1(boxes, found.boxes, num_boxes)).sum(),
         "loss_giou": GIOU * (own * loss_giou(boxes, found.boxes, num_boxes)).sum(),
-        "loss_presence": loss_presence(output.presence, asked, num_boxes),
+        "loss_presence": loss_presence(output.presence, *asked),
     }
-    objects = [Targets(s.boxes, s.labels) for s in batch.samples]
-    first = (output.objectness, output.proposals, objects, batch.sizes, num_boxes)
-    losses |= proposal_losses(*first)
+    losses |= first_losses(output, batch, asked, supervision, num_boxes)
     return losses | {"loss": sum(losses.values())}
 
 
@@ -524,15 +563,13 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace) -> list[dict]:
 
     Each image has a dictionary like torchvision's: boxes (N, 4), scores (N,), and labels (N,), as
     columns of label_space. It also has N class_names and size (height, width).
-    The score is the probability of the query's logit times that of its class in the image.
     """
     model.eval()
     device = next(model.parameters()).device
     batch = batch.to(device)
     output = model(batch.images, batch.sizes, label_space.text.to(device))
     classes = output.classes()  # (B, Q)
-    shown = output.presence.sigmoid().gather(1, classes)
-    scores = output.logits[-1].sigmoid() * shown  # (B, Q)
+    scores = output.logits[-1].sigmoid()  # (B, Q)
     detections = []
     for i, size in enumerate(batch.sizes):
         best, rows = scores[i].topk(min(300, classes.shape[1]))
@@ -600,7 +637,6 @@ def train(
 
     steps = args.steps
     lr = scaled_lr(args.lr, args)
-    warmup = min(args.warmup_steps, steps // 9)
     groups = parameter_groups(model, weight_decay=1e-4, backbone_factor=args.backbone_factor)
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
@@ -616,7 +652,7 @@ def train(
         if step == 1 and rank() == 0:
             save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         batch = batch.to(device)
-        rate = learning_rate(step - 1, lr, steps, warmup, 1e-2)
+        rate = stepped_learning_rate(step - 1, lr, steps, args.warmup_steps, 1e-2, DECAYS)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
 
@@ -625,7 +661,7 @@ def train(
         targets = prepare_targets(batch, own)
         asked = ask(batch, targets, own)
         output = parallel(batch.images, batch.sizes, own.text, asked)
-        losses = compute_losses(args, output, batch, targets, asked)
+        losses = compute_losses(args, output, batch, targets, asked, own)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         losses = run_log.check_finite(losses, step, batch)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from common.boxes import to_cxcywh
 from common.deformable import Memory
 from common.labels import LabelSpace, Vocabulary
 from common.targets import Targets
+from common.transformer import CrossAttentionLayer, sine_code
 
 CPU = torch.device("cpu")
 SMALL = {"backbone": "resnet18", "channels": 32, "classes_kept": 3, "queries_per_class": 4}
@@ -71,38 +73,88 @@ def memory_of(*sizes: tuple[int, int]) -> Memory:
     return Memory.of(maps, list(sizes), (64, 64))
 
 
-def test_presence_depends_on_the_class_and_the_image_alone():
-    extraction = metr.CategoryExtraction(16, 32, -2.0)
+def test_what_is_extracted_of_a_class_depends_on_it_and_the_image_alone():
+    extraction = metr.CategoryExtraction(16, 32, 0.1)
     text, memory = torch.randn(5, 16), memory_of((64, 64), (32, 64))
-    whole = extraction(text, memory)
+    presence, vectors = extraction(text, memory)
+    assert presence.shape == (2, 2, 5) and vectors.shape == (2, 5, 32)
     for rows in ([3], [4, 0], [2, 1, 0]):
-        torch.testing.assert_close(extraction(text[rows], memory), whole[:, rows])
-    alone = memory_of((64, 64), (32, 64))
-    alone.tokens = memory.tokens.clone()
-    alone.tokens[1, memory.padding[1]] = 100
-    torch.testing.assert_close(extraction(text, alone), whole)
-    alone.tokens[1, 0] += 1
-    assert not torch.allclose(extraction(text, alone)[1], whole[1])
-    torch.testing.assert_close(extraction(text, alone)[0], whole[0])
+        some = extraction(text[rows], memory)
+        torch.testing.assert_close(some[0], presence[:, :, rows])
+        torch.testing.assert_close(some[1], vectors[:, rows])
+    other = memory_of((64, 64), (32, 64))
+    other.tokens = memory.tokens.clone()
+    other.tokens[1, memory.padding[1]] = 100
+    torch.testing.assert_close(extraction(text, other), (presence, vectors))
+    other.tokens[1, 0] += 1
+    found, _ = extraction(text, other)
+    assert not torch.allclose(found[:, 1], presence[:, 1])
+    torch.testing.assert_close(found[:, 0], presence[:, 0])
 
 
 def test_many_classes_are_read_in_parts():
-    extraction = metr.CategoryExtraction(16, 32, -2.0)
+    extraction = metr.CategoryExtraction(16, 32, 0.1)
     text, memory = torch.randn(2100, 16), memory_of((64, 64))
-    whole = extraction(text, memory)
-    assert whole.shape == (1, 2100)
-    torch.testing.assert_close(extraction(text[[0, 1500, 2099]], memory), whole[:, [0, 1500, 2099]])
+    presence, vectors = extraction(text, memory)
+    assert presence.shape == (2, 1, 2100)
+    some = [0, 1500, 2099]
+    torch.testing.assert_close(
+        extraction(text[some], memory), (presence[:, :, some], vectors[:, some])
+    )
 
 
-def test_class_queries_by_the_formula():
-    queries = metr.ClassQueries(3, 16, 32)
-    text = torch.randn(2, 4, 16)
-    found = queries(text)
-    assert found.shape == (2, 4, 3, 32)
-    for b, c, r in itertools.product(range(2), range(4), range(3)):
-        content = queries.projection.weight @ text[b, c] + queries.projection.bias
-        wanted = F.layer_norm(content + queries.offsets[r], (32,))
-        torch.testing.assert_close(found[b, c, r], wanted, rtol=1e-4, atol=1e-5)
+def two_layers(f: torch.nn.Sequential, x: torch.Tensor) -> list[float]:
+    hidden = [
+        max(0.0, sum(float(w) * float(v) for w, v in zip(row, x)) + float(b))
+        for row, b in zip(f[0].weight, f[0].bias)
+    ]
+    return [
+        sum(float(w) * v for w, v in zip(row, hidden)) + float(b)
+        for row, b in zip(f[2].weight, f[2].bias)
+    ]
+
+
+def test_the_score_of_a_class_by_a_loop():
+    score = metr.ClassScore(8, 0.1)
+    x, w = torch.randn(3, 8), torch.randn(3, 8)
+    assert score.bias.item() == pytest.approx(math.log(0.1 / 0.9))
+    score.bias.data.fill_(0.7)
+    for one, row, vector in zip(score(x, w), x, w):
+        product = sum(a * float(b) for a, b in zip(two_layers(score.f, row), vector))
+        assert float(one) == pytest.approx(product / math.sqrt(8) + 0.7, abs=1e-5)
+
+
+def test_the_extraction_by_its_formula():
+    """Every layer is scored by the same function, for the class before it saw the image."""
+    extraction = metr.CategoryExtraction(16, 32, 0.1)
+    text, memory = torch.randn(4, 16), memory_of((64, 64))
+    linear, norm = extraction.projection
+    u = norm(text @ linear.weight.T + linear.bias)[None]
+    first = extraction.layers[0](u, memory.tokens, memory.padding)
+    second = extraction.layers[1](first, memory.tokens, memory.padding)
+    wanted = torch.stack([extraction.score(h, u) for h in (first, second)])
+    torch.testing.assert_close(extraction(text, memory), (wanted, second))
+
+
+def test_an_extraction_layer_by_loops():
+    layer = CrossAttentionLayer(4, 2, 8)
+    q, tokens = torch.randn(1, 1, 4), torch.randn(1, 3, 4)
+    padding = torch.tensor([[False, True, False]])
+    attention = layer.attention
+    wq, wk, wv = attention.in_proj_weight.chunk(3)
+    heads = []
+    for head in (slice(0, 2), slice(2, 4)):
+        query = (wq @ q[0, 0])[head]
+        weights, values = [], []
+        for s in (0, 2):
+            key = (wk @ tokens[0, s])[head]
+            weights.append(math.exp(float((query * key).sum()) / math.sqrt(2)))
+            values.append((wv @ tokens[0, s])[head])
+        heads.append(sum(w * v for w, v in zip(weights, values)) / sum(weights))
+    attended = attention.out_proj(torch.cat(heads))
+    h = F.layer_norm(q[0, 0] + attended, (4,))
+    wanted = F.layer_norm(h + layer.ffn(h), (4,))
+    torch.testing.assert_close(layer(q, tokens, padding)[0, 0], wanted)
 
 
 def test_kept_classes():
@@ -128,27 +180,82 @@ def test_the_order_of_the_classes_does_not_matter():
     order = torch.randperm(7)
     one = model(pixels, sizes, classes.text)
     other = model(pixels, sizes, classes.text[order])
-    torch.testing.assert_close(one.presence[:, order], other.presence, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one.presence[..., order], other.presence, rtol=1e-4, atol=1e-5)
     assert torch.equal(order[other.kept], one.kept)
+    torch.testing.assert_close(one.cell_logits[..., order], other.cell_logits)
     torch.testing.assert_close(one.logits, other.logits, rtol=1e-4, atol=1e-5)
     assert one.classes().tolist() == [[c for c in row for _ in range(4)] for row in one.kept]
 
 
-def test_queries_of_a_class_begin_at_the_best_boxes(monkeypatch):
-    classes = LabelSpace([vocabulary("a", 5)])
-    model, (pixels, sizes) = model_of(classes), images(1)
-    starts = []
-    decode = model.decoder.forward
+def test_the_selected_cells_are_best_for_any_class_of_the_dataset():
+    classes = LabelSpace([vocabulary("a", 250)])
+    model = model_of(classes)
+    scored, vectors = torch.randn(2, 30, 8), torch.randn(2, 250, 8)
+    boxes = torch.rand(2, 30, 4)
+    best = [[], []]
+    for b in range(2):
+        for s in range(30):
+            best[b].append(max(float(scored[b, s] @ v) for v in vectors[b]))
+    first = best[1].index(max(best[1]))
+    boxes[1, first] = 1  # this cell proposes nothing
+    best[1][first] = -math.inf
+    wanted = [sorted(range(30), key=lambda s: -row[s])[:4] for row in best]
+    assert model.select(scored, boxes, vectors).tolist() == wanted
 
-    def watched(q, position, boxes, memory):
-        starts.append(boxes)
-        return decode(q, position, boxes, memory)
+
+def test_queries_by_the_formula(monkeypatch):
+    """Content o_r + h_c; each class begins at the boxes of the same selected cells."""
+    classes = LabelSpace([vocabulary("a", 5)])
+    model, (pixels, sizes) = model_of(classes), images(2)
+    given, vectors = [], []
+    decode, extract = model.decoder.forward, model.extraction.forward
+
+    def watched(*args):
+        given.append(args)
+        return decode(*args)
+
+    def extracted(*args):
+        vectors.append(extract(*args))
+        return vectors[-1]
 
     monkeypatch.setattr(model.decoder, "forward", watched)
+    monkeypatch.setattr(model.extraction, "forward", extracted)
     output = model(pixels, sizes, classes.text)
-    best = output.objectness[0, :, 0].masked_fill((output.proposals[0] == 1).all(1), -100).topk(4)
-    wanted = output.proposals[0, best.indices].repeat(3, 1)
-    torch.testing.assert_close(starts[0][0], wanted)
+    [(content, position, boxes, memory, groups)] = given
+    assert groups == 3
+    h = vectors[0][1]
+    for b, k, r in itertools.product(range(2), range(3), range(4)):
+        wanted = model.offsets[r] + h[b, output.kept[b, k]]
+        torch.testing.assert_close(content[b, 4 * k + r], wanted)
+        torch.testing.assert_close(boxes[b, 4 * k + r], output.cell_boxes[b, r])
+        codes = sine_code(output.cell_boxes[b, r], 16).flatten()
+        torch.testing.assert_close(position[b, 4 * k + r], model.position(codes))
+    hidden, refined = decode(content, position, boxes, memory, groups)
+    torch.testing.assert_close(output.boxes, refined)
+    for z, b, k, r in itertools.product(range(2), range(2), range(3), range(4)):
+        q = 4 * k + r
+        wanted = model.score(hidden[z, b, q], h[b, output.kept[b, k]])
+        torch.testing.assert_close(output.logits[z, b, q], wanted, rtol=1e-4, atol=1e-5)
+    cells, proposals = model.proposals(memory)
+    rows = [(proposals[0] == box).all(-1).nonzero()[0, 0] for box in output.cell_boxes[0]]
+    for row, logits in zip(rows, output.cell_logits[0]):
+        x = model.cell_linear(cells[0, row])
+        wanted = h[0] @ x / math.sqrt(32) + model.cell_bias
+        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_queries_of_a_class_do_not_depend_on_the_other_kept_classes():
+    classes = LabelSpace([vocabulary("a", 6)])
+    model, (pixels, sizes) = model_of(classes), images()
+    few = model(pixels, sizes, classes.text)
+    model.args = replace(model.args, classes_kept=6)
+    all_of_them = model(pixels, sizes, classes.text)
+    for b, (k, c) in itertools.product(range(2), enumerate(few.kept[0].tolist())):
+        c = few.kept[b, k]
+        place = int((all_of_them.kept[b] == c).nonzero())
+        one = few.logits[:, b, 4 * k : 4 * k + 4]
+        other = all_of_them.logits[:, b, 4 * place : 4 * place + 4]
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_small_image_has_fewer_queries():
@@ -194,8 +301,9 @@ def output_of(kept: list[list[int]], queries: int, classes: int, layers: int = 2
     boxes = torch.rand(layers, b, k * queries, 4) * 0.4 + 0.1
     logits = torch.randn(layers, b, k * queries)
     cells = torch.rand(b, 9, 4) * 0.4 + 0.1
-    presence = torch.randn(b, classes)
-    return metr.Output(logits, boxes, torch.tensor(kept), presence, torch.randn(b, 9, 1), cells)
+    presence = torch.randn(2, b, classes)
+    scores = torch.randn(b, 9, classes)
+    return metr.Output(logits, boxes, torch.tensor(kept), presence, scores, cells)
 
 
 def cost(logit: float, box: torch.Tensor, target: torch.Tensor) -> float:
@@ -258,18 +366,48 @@ def test_class_loss_by_a_loop():
 
 
 def test_presence_loss_by_a_loop():
-    presence = torch.randn(2, 3)
+    presence = torch.randn(2, 2, 3, requires_grad=True)
     shown = torch.tensor([[True, False, False], [False, True, False]])
     trained = torch.tensor([[True, True, False], [True, True, True]])
-    found = metr.loss_presence(presence, metr.Asked(shown, trained), torch.tensor(4.0))
+    found = metr.loss_presence(presence, shown, trained)
+    found.backward()
     total = 0.0
-    for b, c in itertools.product(range(2), range(3)):
-        p = 1 / (1 + math.exp(-float(presence[b, c])))
-        focal = -0.25 * (1 - p) ** 2 * math.log(p)
+    for e, b, c in itertools.product(range(2), range(2), range(3)):
+        p = 1 / (1 + math.exp(-float(presence[e, b, c])))
+        loss, slope = -math.log(p), p - 1
         if not shown[b, c]:
-            focal = -0.75 * p**2 * math.log(1 - p)
-        total += focal if trained[b, c] else 0
-    assert float(found) == pytest.approx(total / 4, rel=1e-5)
+            loss, slope = -(p**2) * math.log(1 - p), p**2 * p  # the weight p^2 has no gradient
+        total += loss if trained[b, c] else 0
+        slope = slope / 2 if trained[b, c] else 0
+        assert float(presence.grad[e, b, c]) == pytest.approx(slope, rel=1e-4)
+    assert float(found) == pytest.approx(total / 2, rel=1e-5)
+
+
+def test_first_losses_by_a_loop():
+    """A cell is matched by the object's own class. The class above it is positive, too."""
+    supervision = supervision_of(Boxed("a", 4, TREE))
+    batch = collate([sample(1), sample(0)])
+    batch.samples[0].labels = torch.tensor([0])  # class 1 is above it
+    targets = metr.prepare_targets(batch, supervision)
+    asked = metr.ask(batch, targets, supervision)
+    asked.trained[1, 3] = False
+    output = output_of([[0, 1], [2, 3]], 2, 4)
+    target = to_cxcywh(batch.samples[0].boxes, (64, 96))[0]
+    costs = [
+        cost(float(output.cell_logits[0, s, 0]), output.cell_boxes[0, s], target) for s in range(9)
+    ]
+    best = costs.index(min(costs))
+    found = metr.first_losses(output, batch, asked, supervision, torch.tensor(3.0))
+    total = 0.0
+    for b, s, c in itertools.product(range(2), range(9), range(4)):
+        p = 1 / (1 + math.exp(-float(output.cell_logits[b, s, c])))
+        loss = -0.75 * p**2 * math.log(1 - p)
+        if (b, s) == (0, best) and c in (0, 1):
+            loss = -0.25 * (1 - p) ** 2 * math.log(p)
+        total += 0 if (b, c) == (1, 3) else loss
+    assert float(found["loss_class_enc"]) == pytest.approx(2 * total / 3, rel=1e-4)
+    distance = float((output.cell_boxes[0, best] - target).abs().sum())
+    assert float(found["loss_bbox_enc"]) == pytest.approx(5 * distance / 3, rel=1e-4)
 
 
 def test_losses_of_a_batch():
@@ -285,7 +423,7 @@ def test_losses_of_a_batch():
     asked = metr.Asked(shown, trained)
     output = output_of([[4, 1], [2, 3]], 2, 5)
     leaves = [part.requires_grad_() for part in (output.logits, output.boxes, output.presence)]
-    losses = metr.compute_losses(metr.Args(), output, batch, targets, asked)
+    losses = metr.compute_losses(metr.Args(), output, batch, targets, asked, supervision)
     losses["loss"].backward()
     of_logits, of_boxes, _ = (leaf.grad for leaf in leaves)
     assert (of_logits[:, 0] != 0).all() and (of_logits[:, 1, 2:] != 0).all()
@@ -296,6 +434,12 @@ def test_losses_of_a_batch():
     chosen = output.boxes[found.z, found.image, found.query][own]
     l1 = 5 * (chosen - found.boxes[own]).abs().sum() / 4
     torch.testing.assert_close(losses["loss_bbox"], l1)
+    target = torch.zeros(2, 2, 4)
+    target[found.z[own], found.image[own], found.query[own]] = 1
+    weight = torch.ones(2, 4)
+    weight[1, :2] = 0
+    wanted = 2 * metr.loss_class(output.logits, target, weight, torch.tensor(4.0))
+    torch.testing.assert_close(losses["loss_class"], wanted)
     total = sum(value for name, value in losses.items() if name != "loss")
     torch.testing.assert_close(losses["loss"], total)
 
@@ -311,7 +455,8 @@ def test_a_training_step_waits_eight_times():
         targets = metr.prepare_targets(batch, supervision)
         asked = metr.ask(batch, targets, supervision)
         output = model(batch.images, batch.sizes, supervision.text, asked)
-        metr.compute_losses(model.args, output, batch, targets, asked)["loss"].backward()
+        losses = metr.compute_losses(model.args, output, batch, targets, asked, supervision)
+        losses["loss"].backward()
     assert sum(found.values()) <= 8
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
@@ -319,7 +464,7 @@ def test_a_training_step_waits_eight_times():
 # -- inference -------------------------------------------------------------------------------------
 
 
-def test_detections_are_of_the_last_layer_and_of_shown_classes(monkeypatch):
+def test_detections_are_of_the_last_layer(monkeypatch):
     classes = LabelSpace([vocabulary("a", 300)])
     model = model_of(classes)
     kept = [torch.randperm(300)[:200].tolist()]
@@ -327,11 +472,13 @@ def test_detections_are_of_the_last_layer_and_of_shown_classes(monkeypatch):
     monkeypatch.setattr(model, "forward", lambda *_: output)
     [found] = metr.predict(model, collate([sample(2)]), classes)
     assert len(found["scores"]) == 300
-    presence = output.presence[0, kept[0]].sigmoid().repeat_interleave(2)
-    scores = output.logits[-1, 0].sigmoid() * presence
-    wanted, rows = scores.sort(descending=True)
+    wanted, rows = output.logits[-1, 0].sigmoid().sort(descending=True)
     torch.testing.assert_close(found["scores"], wanted[:300])
     assert found["labels"].tolist() == [kept[0][row // 2] for row in rows[:300].tolist()]
+    boxes = to_cxcywh(found["boxes"], (64, 96))
+    inside = output.boxes[-1, 0, rows[:300]]
+    whole = ((inside[:, :2] > inside[:, 2:] / 2) & (inside[:, :2] + inside[:, 2:] / 2 < 1)).all(1)
+    torch.testing.assert_close(boxes[whole], inside[whole], rtol=1e-4, atol=1e-5)
 
 
 def test_any_vocabulary():
@@ -343,7 +490,10 @@ def test_any_vocabulary():
 
 
 def test_settings():
+    """Those of the authors' code."""
     args = metr.Args()
     assert (metr.HEADS, metr.LEVELS, metr.POINTS, metr.EXTRACTION_LAYERS) == (8, 4, 4, 2)
-    assert (args.classes_kept, args.queries_per_class) == (20, 30)
+    assert (args.classes_kept, args.queries_per_class, args.prior) == (20, 100, 0.1)
     assert (args.channels, args.encoder_layers, args.decoder_layers) == (256, 6, 6)
+    assert (metr.FFN * args.channels, metr.FIRST_PRIOR, metr.CLASS) == (2048, 0.01, 2.0)
+    assert metr.DECAYS == (11 / 12,) and (args.lr, args.backbone_factor) == (1e-4, 0.1)
