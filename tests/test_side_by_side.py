@@ -71,6 +71,7 @@ ALLOWED = {
     "anchors": "GroupSoftmax's proposals come from anchors",
     "Anchors]": "the same",
     "prepare_targets(batch, groups)": "GroupSoftmax's labels depend on its groups",
+    "prepare_targets(batch, own)": "METR's objects are of several classes of a tree",
     "a prediction is the logits": "GroupSoftmax has a column for the background",
     "nn.utils.clip_grad_norm_(": "the bases' clipping",
     "if rank() == 0:": "GroupSoftmax writes its table where another file reads one",
