@@ -37,6 +37,7 @@ CASES = [
     ("unidet", "boxes of a dataset", {"datasets": "oid"}),
     ("domain_attention", "boxes of a dataset", {"datasets": "oid", "adapters": 3}),
     ("plaindet", "boxes of a dataset", {"datasets": "oid"}),
+    ("metr", "boxes of a dataset", {"datasets": "oid"}),
     ("category_extended", "boxes", {"datasets": "coco,o365"}),
     ("groupsoftmax", "boxes", {"datasets": "coco,oid"}),
     ("unidetector", "localizer", {"datasets": "coco,o365", "stage": "localizer"}),
