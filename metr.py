@@ -167,7 +167,7 @@ class Args:
     seed: Annotated[int, COUNT] = 0
     """seed of initial weights, order of images and augmentation"""
 
-    # paper settings; defaults: abstract, base (Deformable DETR), ours
+    # paper settings; defaults: paper (its abstract), base (Deformable DETR), ours
     backbone: str = "resnet50.tv_in1k"  # ours
     """timm model with maps of strides 8 to 32, with its published weights; or MODEL/FILE of them"""
     text_encoder: str = "ViT-B-32/openai"  # ours
@@ -178,7 +178,7 @@ class Args:
     """K, classes of an image that have queries; in training more if the image shows more"""
     queries_per_class: Annotated[int, Range(1, 10_000)] = 30  # ours
     """n, queries of a kept class: the most objects of a class that an image can have"""
-    matching: Literal["group", "any"] = "group"  # abstract
+    matching: Literal["group", "any"] = "group"  # paper
     """of an object, to the queries of its class; control: to any query, whatever its class"""
     fed_loss: bool = True  # ours
     """a step asks for 50 classes of a federated dataset, sampled by root of frequency"""
