@@ -76,7 +76,7 @@ from common.command import COUNT, SIDE, Range, parse_args, run_command, saved_ar
 from common.compiling import compilable
 from common.convert import convert_if_official, refuse
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
-from common.deformable import Decoder, Encoder, Memory, Neck, Proposals
+from common.deformable import Decoder, Encoder, Memory, Neck, Proposals, at_cells, best_cells
 from common.distributed import amp_context, rank, setup_device, world_size
 from common.evaluation import ancestors
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
@@ -311,11 +311,6 @@ class Output(NamedTuple):
         return self.kept.repeat_interleave(number, 1)
 
 
-def rows_of(x: Tensor, rows: Tensor) -> Tensor:
-    """Returns some rows of each image's matrix: x (B, S, d), rows (B, n) -> (B, n, d)."""
-    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
-
-
 class Model(nn.Module):
     """Two-stage Deformable DETR (arXiv 2010.04159) whose queries are of single classes."""
 
@@ -360,9 +355,7 @@ class Model(nn.Module):
         """
         parts = [(scored @ h.mT).amax(2) for h in vectors.split(100, 1)]  # of (B, S) each
         best = torch.stack(parts).amax(0)
-        nothing = (boxes == 1).all(-1)
-        best = best.masked_fill(nothing, -torch.inf)
-        return best.topk(min(self.args.queries_per_class, best.shape[1]), 1).indices
+        return best_cells(boxes, best, self.args.queries_per_class)
 
     def forward(
         self, images: Tensor, sizes: list[tuple[int, int]], text: Tensor, asked: Asked | None = None
@@ -381,10 +374,10 @@ class Model(nn.Module):
             cells, proposals = self.proposals(memory)
             scored = self.cell_linear(cells) * cells.shape[2] ** -0.5
             rows = self.select(scored, proposals, vectors)
-            cell_logits = (rows_of(scored, rows) @ vectors.mT).float() + self.cell_bias
-            cell_boxes = rows_of(proposals, rows)
+            cell_logits = (at_cells(scored, rows) @ vectors.mT).float() + self.cell_bias
+            cell_boxes = at_cells(proposals, rows)
 
-            h = rows_of(vectors, kept)[:, :, None]  # (B, K, 1, d)
+            h = at_cells(vectors, kept)[:, :, None]  # (B, K, 1, d)
             q = h + self.offsets[: rows.shape[1]]  # (B, K, n, d)
             boxes = cell_boxes.detach().repeat(1, groups, 1)  # (B, Q, 4)
             codes = sine_code(boxes, self.args.channels // 2)  # (B, Q, 4, d / 2)

@@ -38,6 +38,7 @@ CASES = [
     ("domain_attention", "boxes of a dataset", {"datasets": "oid", "adapters": 3}),
     ("plaindet", "boxes of a dataset", {"datasets": "oid"}),
     ("metr", "boxes of a dataset", {"datasets": "oid"}),
+    ("omdet", "boxes of a dataset", {"datasets": "oid", "task_size": 300}),
     ("category_extended", "boxes", {"datasets": "coco,o365"}),
     ("groupsoftmax", "boxes", {"datasets": "coco,oid"}),
     ("unidetector", "localizer", {"datasets": "coco,o365", "stage": "localizer"}),

@@ -215,18 +215,29 @@ class Proposals(nn.Module):
         return hidden, moved.sigmoid()
 
 
-def select_boxes(boxes: Tensor, scores: Tensor, number: int) -> Tensor:
-    """Returns the boxes (B, S, 4) of the highest scores (B, S), without a gradient: (B, Q, 4).
+def best_cells(boxes: Tensor, scores: Tensor, number: int) -> Tensor:
+    """Returns the rows of the cells with the highest scores (B, S): (B, Q), the best first.
 
+    boxes: (B, S, 4) of the cells
     Q is `number`, or S if that is less. Officially, cells that propose nothing may be among them,
     so that the padding matters; here they come last.
     """
     number = min(number, scores.shape[1])
     nothing = (boxes == 1).all(-1)
     scores = scores.masked_fill(nothing, -torch.inf)
-    rows = scores.topk(number, 1).indices  # (B, Q)
-    rows = rows[..., None].expand(-1, -1, 4)
-    return boxes.detach().gather(1, rows)
+    return scores.topk(number, 1).indices
+
+
+def at_cells(values: Tensor, rows: Tensor) -> Tensor:
+    """Returns the values (B, S, X) of the cells at `rows` (B, Q): (B, Q, X)."""
+    rows = rows[..., None].expand(-1, -1, values.shape[-1])
+    return values.gather(1, rows)
+
+
+def select_boxes(boxes: Tensor, scores: Tensor, number: int) -> Tensor:
+    """Returns the boxes (B, S, 4) of the `best_cells`, without a gradient: (B, Q, 4)."""
+    rows = best_cells(boxes, scores, number)
+    return at_cells(boxes.detach(), rows)
 
 
 class BoxQueries(nn.Module):

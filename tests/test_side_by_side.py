@@ -71,22 +71,24 @@ ALLOWED = {
     "anchors": "GroupSoftmax's proposals come from anchors",
     "Anchors]": "the same",
     "prepare_targets(batch, groups)": "GroupSoftmax's labels depend on its groups",
-    "prepare_targets(batch, own)": "METR's objects are of several classes of a tree",
     "a prediction is the logits": "GroupSoftmax has a column for the background",
     "nn.utils.clip_grad_norm_(": "the bases' clipping",
     "if rank() == 0:": "GroupSoftmax writes its table where another file reads one",
+    "(batch, task)": "OmDet's labels are places in the task of the batch",
+    "batch.sizes, task)": "the same",
+    "(batch, own)": "METR repeats an object for each class above its own",
     "Each dataset is classified by its own part": "ScaleDet says what a further dataset changes",
 }
 
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
 BUDGETS = {
     "labels & text": 1790,
-    "data": 10080,
+    "data": 10110,
     "detectors": 5040,
-    "segmenters": 2260,
+    "segmenters": 2280,
     "a run": 3640,
 }
-BUDGETS |= {"faults": 1930}
+BUDGETS |= {"faults": 1940}
 GROUPS = {
     "labels & text": "labels text class_counts merges merge_scores fine_classes label_report",
     "data": "batch colors transforms sampling shares",
