@@ -77,18 +77,19 @@ ALLOWED = {
     "if rank() == 0:": "GroupSoftmax writes its table where another file reads one",
     "(batch, task)": "OmDet's labels are places in the task of the batch",
     "batch.sizes, task)": "the same",
+    "(batch, own)": "METR repeats an object for each class above its own",
     "Each dataset is classified by its own part": "ScaleDet says what a further dataset changes",
 }
 
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
 BUDGETS = {
     "labels & text": 2460,
-    "data": 10100,
+    "data": 10130,
     "detectors": 5040,
-    "segmenters": 2260,
+    "segmenters": 2280,
     "a run": 3640,
 }
-BUDGETS |= {"faults": 1930}
+BUDGETS |= {"faults": 1940}
 GROUPS = {
     "labels & text": "labels text class_counts merges merge_scores fine_classes label_report"
     " exemplars pictures aggregator",
