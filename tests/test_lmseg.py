@@ -930,6 +930,7 @@ def test_parameter_groups():
     )
     model.head = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GroupNorm(2, 4))
     model.head.queries = nn.Parameter(torch.zeros(3))
+    model.head.table = nn.Embedding(5, 4)
     model.queries, model.frozen = (
         nn.Parameter(torch.zeros(2)),
         nn.Parameter(torch.zeros(2), requires_grad=False),
@@ -944,7 +945,7 @@ def test_parameter_groups():
         (0.2, 0.0): {"backbone.1.weight", "backbone.1.bias"},
         (1.0, 0.3): {"head.0.weight", "head.0.bias", "head.queries"},
         (1.0, 0.0): {f"head.{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
-        | {"queries"},
+        | {"head.table.weight", "queries"},
     }
 
 
