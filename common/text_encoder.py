@@ -17,7 +17,7 @@ from common.transformer import Attention
 # Shapes: U texts, T tokens, C channels.
 
 TOKENS = 77  # of a text, as CLIP's
-WORDS = 49_408  # of the tokenizer's vocabulary
+VOCABULARY = 49_408  # ids of the tokenizer
 
 
 @lru_cache(maxsize=1)
@@ -66,9 +66,9 @@ class TextBlock(nn.Module):
 class TextEncoder(nn.Module):
     """CLIP's text transformer, small and trained from random weights."""
 
-    def __init__(self, width: int, layers: int, length: int = TOKENS, words: int = WORDS):
+    def __init__(self, width: int, layers: int, length: int = TOKENS):
         super().__init__()
-        self.token_embedding = nn.Embedding(words, width)
+        self.token_embedding = nn.Embedding(VOCABULARY, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(length, width))
         self.blocks = nn.ModuleList(TextBlock(width) for _ in range(layers))
         self.ln_final = nn.LayerNorm(width)

@@ -115,7 +115,7 @@ class DecoderLayer(nn.Module):
 
         q:         (B, Q, C), queries; memory: (B, S, C), pixels
         query_pos: (Q, C) or (B, Q, C), added to the queries
-        key_pos:   (1, S, C), added to the keys, not to the values
+        key_pos:   (1 or B, S, C), added to the keys, not to the values
         blocked:   as in `Attention.forward`
         """
         placed = q + query_pos

@@ -4,15 +4,20 @@ Equations are compared with loops over floats. The tensors of the official code 
 test_parity_oneformer.py.
 """
 
+import inspect
+import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import common.backbone
 import oneformer
 from common.batch import Sample, collate
+from common.datasets import load_datasets
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
 from common.text_encoder import TextEncoder, tokenize, tokenize_lists
@@ -57,8 +62,9 @@ def step(model, samples: list[Sample]):
     """Output and losses of a training step."""
     batch = collate(samples)
     tasks = [oneformer.task_of(sample) for sample in samples]
-    lists = [oneformer.text_list(model.args, sample, NAMES) for sample in samples]
-    texts = tokenize_lists(lists)
+    texts = None
+    if model.args.contrastive:
+        texts = tokenize_lists([oneformer.text_list(model.args, s, NAMES) for s in samples])
     output = model(batch.images, batch.sizes, SPACE.part("a"), tasks, texts)
     return output, oneformer.compute_losses(model.args, output, oneformer.prepare_targets(batch))
 
@@ -216,9 +222,9 @@ def test_oneformer_the_sentence_changes_the_prediction_and_nothing_else_does():
     with torch.no_grad():
         features = model.extract(batch.images, batch.sizes)
         outputs = []
-        for word in (*oneformer.WORDS, "semantic"):
-            told = model.task_embedding([word, word])
-            outputs.append(model.decode(*features, SPACE.part("a"), told).logits)
+        for name in (*oneformer.TASK_NAMES, "semantic"):
+            embedded = model.task_embedding([name, name])
+            outputs.append(model.decode(*features, SPACE.part("a"), embedded).logits)
     assert torch.equal(outputs[0], outputs[3])
     assert all((outputs[0] - other).abs().max() > 1e-3 for other in outputs[1:3])
 
@@ -229,10 +235,10 @@ def test_oneformer_images_of_a_batch_have_their_own_sentences():
     batch = collate([image, image])
     with torch.no_grad():
         features = model.extract(batch.images, batch.sizes)
-        told = model.task_embedding(["semantic", "instance"])
-        both = model.decode(*features, SPACE.part("a"), told)
-        for row, word in enumerate(("semantic", "instance")):
-            alone = model.decode(*features, SPACE.part("a"), model.task_embedding([word, word]))
+        embedded = model.task_embedding(["semantic", "instance"])
+        both = model.decode(*features, SPACE.part("a"), embedded)
+        for row, name in enumerate(("semantic", "instance")):
+            alone = model.decode(*features, SPACE.part("a"), model.task_embedding([name, name]))
             torch.testing.assert_close(both.logits[:, row], alone.logits[:, row])
 
 
@@ -244,26 +250,179 @@ def test_oneformer_each_result_is_decoded_with_its_own_sentence(task, monkeypatc
     monkeypatch.setattr(model, "task_embedding", lambda tasks: told.append(tasks) or embed(tasks))
     batch = collate([panoptic([0, 1])])
     (found,) = oneformer.predict(model, batch, SPACE.part("a"), task)
-    assert sorted(told) == sorted([word] for word in oneformer.RESULTS[task])
+    assert sorted(told) == sorted([name] for name in oneformer.RESULTS[task])
     kinds = {"semantic": "semantic", "panoptic": "panoptic"}
     kinds["instance"] = "things" if "things" in task else "masks"
-    assert {kinds[word] for word in oneformer.RESULTS[task]} <= found.keys()
+    assert {kinds[name] for name in oneformer.RESULTS[task]} <= found.keys()
     told.clear()
     oneformer.predict(model, batch, SPACE.part("a"), task, "instance")
     assert told == [["instance"]]
 
 
-def test_oneformer_instances_are_things_alone(monkeypatch):
-    """Of eight sure queries, two a class, the stuff is dropped."""
-    model = model_of().eval()
+def sure_model(labels: list[int], monkeypatch, args=SMALL) -> oneformer.Model:
+    """A model whose eight queries are sure of these classes, 4 for none."""
+    model = model_of(args).eval()
     decode = model.decode
 
     def sure(*given):
         output = decode(*given)
-        output.logits[-1, 0] = 9 * F.one_hot(torch.arange(8) % 4, 5).float()
+        output.logits[-1, 0] = 9 * F.one_hot(torch.tensor(labels), 5).float()
         return output
 
     monkeypatch.setattr(model, "decode", sure)
+    return model
+
+
+def test_oneformer_instances_are_things_alone(monkeypatch):
+    """Of eight sure queries, two a class, the stuff is dropped."""
+    model = sure_model([0, 1, 2, 3] * 2, monkeypatch)
     (found,) = oneformer.predict(model, collate([panoptic([0, 1])]), SPACE.part("a"), "instance")
     assert sorted(found["labels"].tolist()) == [0, 0, 2, 2]
     assert found["class_names"] == [NAMES[label] for label in found["labels"].tolist()]
+
+
+@pytest.mark.parametrize("threshold, segments", [(0.5, 1), (1.0, 0)])
+def test_oneformer_a_segment_needs_the_probability_of_the_setting(threshold, segments, monkeypatch):
+    args = replace(SMALL, object_threshold=threshold)
+    model = sure_model([0] + [4] * 7, monkeypatch, args)
+    (found,) = oneformer.predict(model, collate([panoptic([0, 1])]), SPACE.part("a"), "panoptic")
+    assert len(found["segments_info"]) == segments
+    assert found["panoptic"].unique().tolist() == ([0, 1] if segments else [0])
+
+
+def test_oneformer_panoptic_maps_are_made_by_the_rule_of_the_code(monkeypatch):
+    seen = []
+    rule = oneformer.panoptic_map
+
+    def spy(*given, **more):
+        bound = inspect.signature(rule).bind(*given, **more).arguments
+        seen.append([bound[name] for name in ("overlap_threshold", "intersect")])
+        return rule(*given, **more)
+
+    monkeypatch.setattr(oneformer, "panoptic_map", spy)
+    oneformer.predict(model_of(), collate([panoptic([0, 1])]), SPACE.part("a"))
+    assert seen == [[0.8, True]]
+
+
+@pytest.mark.parametrize("sentences", ["own", "each"])
+def test_oneformer_what_an_evaluation_tells_the_model(sentences, monkeypatch, tmp_path):
+    """The task is that of the dataset. With "each", panoptic datasets are evaluated four times."""
+    told = []
+
+    def spy(predictor, dataset, transform, args, folder, title=""):
+        predictor("batch")
+        told[-1]["title"] = title
+        return {}
+
+    monkeypatch.setattr(oneformer, "evaluate_dataset", spy)
+    monkeypatch.setattr(oneformer, "predict", lambda model, batch, **given: told.append(given))
+    datasets = []
+    for name, kind in (("b", "semantic"), ("a", "panoptic")):
+        vocabulary = SPACE.vocabularies[name]
+        datasets.append(SimpleNamespace(name=name, supervision=kind, vocabulary=vocabulary))
+    args = replace(SMALL, sentences=sentences)
+    oneformer.evaluate(args, None, SPACE, datasets, tmp_path)
+    assert [given["label_space"].datasets for given in told[:2]] == [["b"], ["a"]]
+    found = [(given["task"], given.get("sentence", ""), given["title"]) for given in told]
+    wanted = [("semantic", "", ""), ("panoptic, things", "", "")]
+    if sentences == "each":
+        for name in ("semantic", "instance", "panoptic"):
+            wanted.append(("panoptic, things", name, f"a (the task is {name})"))
+    assert found == wanted
+
+
+# -- layers ----------------------------------------------------------------------------------------
+
+
+def test_oneformer_image_keys_start_as_in_the_code():
+    """Kaiming's uniform weights (a = 1) have the variance 1 / C; the bias is zero."""
+    layer = model_of().class_input_proj
+    assert layer.weight.std().item() == pytest.approx(32**-0.5, rel=0.1)
+    assert layer.weight.abs().max() <= (3 / 32) ** 0.5 and not layer.bias.any()
+
+
+def test_oneformer_the_task_is_embedded_in_float32():
+    """bfloat16 would round the ids of tokens, which go up to 49407."""
+    model = model_of(replace(SMALL, amp="on"))
+    seen = []
+    for layer in (model.task_mlp, model.class_layers[0].linear1):
+        layer.register_forward_hook(lambda layer, given, output: seen.append(output.dtype))
+    output, _ = step(model, [panoptic([0, 1])])
+    assert seen == [torch.float32, torch.bfloat16] and output.queries.dtype == torch.float32
+
+
+# -- training --------------------------------------------------------------------------------------
+
+TRAINED = "cityscapes-panoptic,ade20k-panoptic"
+
+
+@pytest.fixture(scope="module")
+def datasets(tiny_root):
+    return load_datasets(
+        TRAINED, "train", str(tiny_root), masks=True, accepts=oneformer.SUPERVISION
+    )
+
+
+def train_one_step(datasets, folder, **given) -> oneformer.Model:
+    args = replace(SMALL, image_size=64, batch_size=4, steps=1, workers=0, **given)
+    label_space = oneformer.build_label_space(args, [d.vocabulary for d in datasets])
+    (folder / "args.json").touch()  # of the run folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.backbone, "load_pretrained", lambda *_: False)
+        model, _ = oneformer.train(args, datasets, label_space, folder, torch.device("cpu"))
+    return model
+
+
+def test_oneformer_images_draw_tasks_by_the_things_of_their_dataset(datasets):
+    args = replace(SMALL, image_size=64, batch_size=8, workers=0)
+    found = {}
+    for batch in itertools.islice(oneformer.build_dataloader(args, datasets, 0), 6):
+        assert len({oneformer.task_of(sample) for sample in batch.samples}) > 1
+        for sample in batch.samples:
+            if sample.supervision == "instances":
+                found.setdefault(sample.dataset, set()).update(sample.labels.tolist())
+    assert found.keys() == {d.name for d in datasets}
+    for dataset in datasets:
+        assert all(dataset.vocabulary.is_thing[label] for label in found[dataset.name])
+        assert found[dataset.name]
+
+
+@pytest.mark.parametrize("context", [8, 10])
+def test_oneformer_without_the_loss_no_text_is_needed(context, datasets, monkeypatch, tmp_path):
+    """Then --context does not matter, even where it leaves no row of 8 for text."""
+    monkeypatch.setattr(oneformer, "tokenize_lists", None)
+    model = train_one_step(datasets, tmp_path, contrastive=False, context=context)
+    assert not hasattr(model, "text_encoder")
+
+
+def test_oneformer_recipe(datasets, monkeypatch, tmp_path):
+    """Each image has its own text. Clipping is the code's, and so is weight decay but for tau."""
+    lists, batches, norms, groups = [], [], [], []
+    spy_on = {"tokenize_lists": lists, "prepare_targets": batches}
+    for name, seen in spy_on.items():
+        own = getattr(oneformer, name)
+        spy = lambda given, own=own, seen=seen: seen.append(given) or own(given)  # noqa: E731
+        monkeypatch.setattr(oneformer, name, spy)
+    clip, adamw = torch.nn.utils.clip_grad_norm_, torch.optim.AdamW
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda p, norm: norms.append(norm) or clip(p, norm)
+    )
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda given, **more: groups.extend(given) or adamw(given, **more)
+    )
+    model = train_one_step(datasets, tmp_path)
+
+    names = {d.name: d.vocabulary.names for d in datasets}
+    wanted = []
+    for sample in batches[0].samples:
+        wanted.append(oneformer.text_list(model.args, sample, names[sample.dataset]))
+    assert lists == [wanted] and wanted != wanted[::-1]
+    assert norms == [0.01]
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    found = {name: decay[id(p)] for name, p in model.named_parameters()}
+    undecayed = ("query_embed", "level_embed", "context", "logit_scale", "class_norm.weight")
+    undecayed += ("text_encoder.token_embedding.weight", "text_encoder.ln_final.weight")
+    decayed = ("text_encoder.positional_embedding", "pixel_decoder.level_embed", "task_mlp.0.bias")
+    decayed += ("heads.layers.0.weight", "text_projector.0.weight", "backbone.body.conv1.weight")
+    wanted = dict.fromkeys(undecayed, 0.0) | dict.fromkeys(decayed, 0.05)
+    assert wanted.items() <= found.items()

@@ -55,7 +55,7 @@ def weights(tensors: dict) -> dict:
     official = {key: t for key, t in official.items() if not changes_width(key)}
     found = own_names(official)
     if rows is not None:
-        table = torch.zeros(common.text_encoder.WORDS, rows.shape[1])
+        table = torch.zeros(common.text_encoder.VOCABULARY, rows.shape[1])
         table[ids] = rows
         found["text_encoder.token_embedding.weight"] = table
     return found
@@ -173,7 +173,7 @@ def test_parity_targets_and_texts_of_each_task():
     is_thing = [i in config["thing_ids"] for i in range(len(names))]
     for e, example in enumerate(record["examples"]):
         given = panoptic_sample(tensors[f"example{e}.panoptic_map"], example["segments_info"])
-        for task in oneformer.WORDS:
+        for task in oneformer.TASK_NAMES:
             official = example[task]
             sample = given
             if task != "panoptic":
@@ -200,7 +200,7 @@ def test_parity_queries(monkeypatch):
     model = build(monkeypatch, config, space(config["num_classes"]))
     unused = ("layers.", "heads.", "head.mask_embed", "level_embed")
     load(model, tensors, unused)
-    words = [oneformer.WORDS.index(task) for task in config["tasks"]]
+    words = [oneformer.TASK_NAMES.index(task) for task in config["tasks"]]
     assert torch.equal(model.sentences[words], tensors["in.task_tokens"].float())
     task = model.task_embedding(config["tasks"])
     task.retain_grad()
@@ -411,16 +411,8 @@ def test_parity_training_step(monkeypatch):
     check_all_norms("step: gradient norms", record["grad_norms"], model, ours)
 
 
-@pytest.mark.parametrize("word", oneformer.WORDS)
-def test_parity_inference(word, monkeypatch):
-    """All results under each sentence, as `--sentences each` evaluates them."""
-    recorded = WholeCase(monkeypatch)
-    config, tensors = recorded.config, stored(recorded.all, f"infer.{word}.")
-    decode, outputs = recorded.model.decode, []
-
-    def spy(*given):
-        outputs.append(decode(*given))
-        return outputs[-1]
+def use_recorded_rules(config: dict, monkeypatch) -> None:
+    """Sets the overlap and the number of instances of a recording."""
 
     def official_rule(p, masks, is_thing, threshold, *_, **__):
         return panoptic_map(p, masks, is_thing, threshold, config["overlap_threshold"], True)
@@ -428,43 +420,56 @@ def test_parity_inference(word, monkeypatch):
     def official_instances(p, masks, _, *others):
         return instances(p, masks, config["test_topk_per_image"], *others)
 
-    monkeypatch.setattr(recorded.model, "decode", spy)
     monkeypatch.setattr(oneformer, "panoptic_map", official_rule)
     monkeypatch.setattr(oneformer, "instances", official_instances)
+
+
+def check_instances(quantity: str, found: dict, official: dict) -> None:
+    """Compares all instances of an image. official: tensors by the names of a recorded image"""
+    check(f"{quantity}: scores of instances", found["scores"], official["instance.scores"])
+    assert torch.equal(found["labels"], official["instance.classes"])
+    check_pixels(f"{quantity}: instances", found["masks"], official["instance.masks"].bool())
+
+
+@pytest.mark.parametrize("task_name", oneformer.TASK_NAMES)
+def test_parity_inference(task_name, monkeypatch):
+    """All results under each sentence, as `--sentences each` evaluates them."""
+    recorded = WholeCase(monkeypatch)
+    tensors = stored(recorded.all, f"infer.{task_name}.")
+    decode, outputs = recorded.model.decode, []
+
+    def spy(*given):
+        outputs.append(decode(*given))
+        return outputs[-1]
+
+    monkeypatch.setattr(recorded.model, "decode", spy)
+    use_recorded_rules(recorded.config, monkeypatch)
     given = recorded.model, recorded.batch(), recorded.label_space, "panoptic, things"
-    predictions = oneformer.predict(*given, word)
+    predictions = oneformer.predict(*given, task_name)
     (output,) = outputs
     check("inference: logits", output.logits[-1], tensors["pred_logits"])
     check("inference: masks", output_masks(output, -1), tensors["pred_masks"])
-    segments = recorded.record["infer"]["panoptic_segments"][word]
+    segments = recorded.record["infer"]["panoptic_segments"][task_name]
     for i, found in enumerate(predictions):
         official = stored(tensors, f"image{i}.")
         check_pixels("inference: semantic map", found["semantic"], official["semantic_argmax"])
         check_pixels("inference: panoptic map", found["panoptic"], official["panoptic"])
         theirs = [(s["id"], s["category_id"], s["isthing"]) for s in segments[i]]
         assert [(s["id"], s["label"], s["isthing"]) for s in found["segments_info"]] == theirs
-        things = found["things"]
-        check("inference: scores of instances", things["scores"], official["instance.scores"])
-        assert torch.equal(things["labels"], official["instance.classes"])
-        check_pixels("inference: instances", things["masks"], official["instance.masks"].bool())
+        check_instances("inference", found["things"], official)
 
 
 def test_parity_own_sentences(monkeypatch):
     """Without a sentence, each result is that of the sentence of its own task."""
     recorded = WholeCase(monkeypatch)
-    overlap = recorded.config["overlap_threshold"]
-    rule = lambda p, masks, things, least, *_, **__: panoptic_map(  # noqa: E731
-        p, masks, things, least, overlap, True
-    )
-    monkeypatch.setattr(oneformer, "panoptic_map", rule)
+    use_recorded_rules(recorded.config, monkeypatch)
     batch = recorded.batch()
     found = oneformer.predict(recorded.model, batch, recorded.label_space, "panoptic, things")
     for i, result in enumerate(found):
-        theirs = {word: stored(recorded.all, f"infer.{word}.image{i}.") for word in oneformer.WORDS}
+        theirs = {
+            name: stored(recorded.all, f"infer.{name}.image{i}.") for name in oneformer.TASK_NAMES
+        }
         semantic, panoptic = theirs["semantic"]["semantic_argmax"], theirs["panoptic"]["panoptic"]
         check_pixels("own sentences: semantic map", result["semantic"], semantic)
         check_pixels("own sentences: panoptic map", result["panoptic"], panoptic)
-        scores = theirs["instance"]["instance.scores"]
-        count = min(len(scores), len(result["things"]["scores"]))
-        ours = result["things"]["scores"][:count]
-        check("own sentences: best instance", ours[:1], scores[:1])
+        check_instances("own sentences", result["things"], theirs["instance"])
