@@ -657,7 +657,7 @@ def train(
             save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         name = batch.samples[0].dataset
         tasks = [task_of(sample) for sample in batch.samples]
-        texts = None
+        texts = None  # without --contrastive
         if args.contrastive:
             lists = [text_list(args, sample, parts[name].names) for sample in batch.samples]
             texts = tuple(x.to(device) for x in tokenize_lists(lists))
