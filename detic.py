@@ -22,6 +22,7 @@ b_j              Bag.boxes
 lambda, tau      image_label_weight, tau
 
 arXiv 2201.02605. Rivals of max-size, which Table 1 compares: common/image_label_losses.py.
+W of pictures, or of pictures and text (mm-ovod, arXiv 2306.05493): common/exemplars.py.
 
 Note: where the paper and its code (facebookresearch/Detic) differ, we follow the code, but for two
   things. Classes are merged by name alone, not by WordNet synset first. A parameter without a loss

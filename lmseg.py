@@ -439,7 +439,8 @@ class Model(nn.Module):
 def prepare_targets(batch: Batch) -> list[Targets]:
     """Returns the labels (N,) and masks (N, H, W) of each image, padded to the size of the batch.
 
-    Each segment has a mask. Labels are indices of the dataset's own classes, as the softmax's are.
+    Each class of a semantic map, or segment of a panoptic map, has a mask. Labels are indices of
+    the dataset's own classes, since the softmax has no other dataset's classes.
     """
     size = batch.images.shape[-2:]
     return [Targets(s.boxes, s.labels, masks=padded_masks(s, size)) for s in batch.samples]

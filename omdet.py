@@ -98,7 +98,7 @@ from common.mask_losses import masks_per_rank
 from common.optim import learning_rate, parameter_groups, scaled_lr
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, make_loader
-from common.set_losses import loss_focal, loss_giou, loss_l1, match
+from common.set_losses import GIOU, L1, loss_focal, loss_giou, loss_l1, match
 from common.shares import ShareBatchSampler
 from common.targets import Targets
 from common.text import embed, known_vocabularies
@@ -491,17 +491,17 @@ def compute_losses(
     found = match(logits, output.boxes, targets, sizes)
     labels = found.classes(logits.shape[:-1], logits.shape[-1])  # (Z + 1, B, Q)
     boxes = output.boxes[found.z, found.image, found.query]  # (R, 4)
-    distance = 5 * loss_l1(boxes, found.boxes, num_boxes)  # (R,)
-    overlap = 2 * loss_giou(boxes, found.boxes, num_boxes)  # (R,)
+    l1 = L1 * loss_l1(boxes, found.boxes, num_boxes)  # (R,)
+    giou = GIOU * loss_giou(boxes, found.boxes, num_boxes)  # (R,)
     first = found.z == 0
     tables = (task.positive, task.weight, num_boxes)
     losses = {
         "loss_class": loss_class(logits[1:], labels[1:], *tables),
-        "loss_bbox": (distance * ~first).sum(),
-        "loss_giou": (overlap * ~first).sum(),
+        "loss_bbox": (l1 * ~first).sum(),
+        "loss_giou": (giou * ~first).sum(),
         "loss_class_enc": loss_class(logits[:1], labels[:1], *tables),
-        "loss_bbox_enc": (distance * first).sum(),
-        "loss_giou_enc": (overlap * first).sum(),
+        "loss_bbox_enc": (l1 * first).sum(),
+        "loss_giou_enc": (giou * first).sum(),
     }
     return losses | {"loss": sum(losses.values())}
 

@@ -8,7 +8,7 @@ queries of an image with text that lists its targets.
 
 Equation                                          function
 task of an image, and its targets                 DrawTask, derive
-Q_task = norm(MLP("the task is {task}"))          Model.task_embedding, make_queries
+Q_task = norm(MLP("the task is {task}"))          Model.task_embedding, Model.make_queries
 Q = [class transformer(Q_task, image), Q_task]    Model.make_queries
 T_pad: "a photo with a {class}", "a {task} photo" text_list
 Q_text = [MLP(encoder(T_pad)), Q_ctx]             TextEncoder, Model.encode_text
@@ -24,19 +24,19 @@ Q_text, Q_ctx    text, context
 
 Jain et al., arXiv 2211.06220. The code is SHI-Labs/OneFormer.
 
-Note: the paper trains on one dataset at a time. With several datasets, each has its own classifier
-  here, as in the baseline of lmseg.py. A semantic dataset may be among them.
+Note: the paper trains on one dataset at a time. With several datasets, each has its own classifier,
+  as in the baseline of lmseg.py. A semantic dataset may be among them, for the semantic task alone.
 Note: the MLP of the task reads the ids of CLIP's tokens, as numbers. So does the code's.
 Note: the code has dropout 0.1 in the class transformer and in the pixel decoder. Here is none, as
   in Mask2Former. The code's gradient clipping is set to 0.01 but never acts. Here it does.
-Note: unlike the code's, logit_scale has no decay, and the weights file keeps the text encoder.
 Note: augmentation and poly schedule are those of dataseg.py. The code's for COCO is the same but
   for a schedule of steps. The code's for ADE20K differs: short side 256 to 1024, crop 512, colour
   jitter, 160k steps, tested at 512 with threshold 0.5. --dataset-sizes sets the crop alone.
-Note: --sentences each evaluates with the wrong sentences, too. Results should be worse.
+Note: the weights file keeps the text encoder, which the code drops at inference.
+Note: --sentences each evaluates with the wrong sentences too. Results should be worse.
 
 diff with dataseg.py shows: the drawn task; queries made of task and image; the text encoder and its
-loss; a linear classifier per dataset; masks alone, unmerged; --test-longest, for official files.
+loss; a linear classifier per dataset; masks alone, unmerged; official files with a --test-longest.
 
     python oneformer.py --datasets coco-panoptic,ade20k-panoptic --tiny   # minutes on a CPU
     python oneformer.py --datasets coco-panoptic --data-root DATA              # one GPU
@@ -162,8 +162,8 @@ class Args:
     seed: Annotated[int, COUNT] = 0
     """seed of initial weights, order of images and augmentation"""
 
-    # paper settings; defaults: code (its authors', for COCO), base (Mask2Former), ours
-    backbone: str = "resnet50.tv_in1k"  # code
+    # paper settings; defaults: code (its authors'), base (Mask2Former), ours
+    backbone: str = "resnet50.tv_in1k"  # base
     """timm model with maps of strides 4 to 32, or a plain ViT, as in ViTDet; or MODEL/FILE"""
     contrastive: bool = True  # code
     """compare queries and text in training; without it there is no text encoder"""
@@ -197,14 +197,14 @@ class Args:
     """what --predict writes: semantic maps, panoptic maps, or instances"""
     sentences: Literal["own", "each"] = "own"  # ours
     """evaluate tasks with their own sentence; or all tasks with each sentence, too (a control)"""
-    object_threshold: Annotated[float, Range(0, 1)] = 0.8  # code
-    """panoptic: lowest class probability of a segment; the code's for ADE20K is 0.5"""
+    object_threshold: Annotated[float, Range(0, 1)] = 0.8  # base
+    """panoptic: lowest class probability of a segment (the code's, too; for ADE20K it has 0.5)"""
     queries: Annotated[int, Range(2, 10_000)] = 150  # code
     """mask proposals per image; the last one starts as the task"""
     points: Annotated[int, Range(1, 1_000_000)] = 12_544  # base
     """points at which masks are matched and compared (112 x 112)"""
     channels: Annotated[int, Range(1, 8192)] = 256  # base
-    """C of both decoders, the class transformer and the text encoder"""
+    """C of all parts but the backbone"""
     encoder_layers: Annotated[int, Range(1, 100)] = 6  # base
     """layers of deformable attention in the pixel decoder"""
     decoder_layers: Annotated[int, Range(1, 100)] = 9  # base
@@ -279,8 +279,9 @@ class Model(nn.Module):
         self.class_input_proj = nn.Conv2d(channels, channels, 1)
         nn.init.kaiming_uniform_(self.class_input_proj.weight, a=1)
         nn.init.zeros_(self.class_input_proj.bias)
-        layers = (DecoderLayer(channels, 8, 8 * channels) for _ in range(CLASS_LAYERS))
-        self.class_layers = nn.ModuleList(layers)
+        self.class_layers = nn.ModuleList(
+            DecoderLayer(channels, 8, 8 * channels) for _ in range(CLASS_LAYERS)
+        )
         self.class_norm = nn.LayerNorm(channels)
         sentences = [f"The task is {name}" for name in TASK_NAMES]
         self.register_buffer("sentences", tokenize(sentences).float(), persistent=False)  # (3, 77)
@@ -305,43 +306,43 @@ class Model(nn.Module):
     def task_embedding(self, tasks: list[str]) -> Tensor:
         """Q_task before its norm: returns the MLP of each image's task sentence, (B, C).
 
-        tasks: B of TASK_NAMES. Raises ValueError for another name.
+        tasks: B of TASK_NAMES. Raises ValueError for any other.
         """
         embedded = self.task_mlp(self.sentences)  # (3, C)
         return torch.stack([embedded[TASK_NAMES.index(task)] for task in tasks])
 
-    def make_queries(self, mask_features: Tensor, embedded: Tensor) -> Tensor:
+    def make_queries(self, mask_features: Tensor, task: Tensor) -> Tensor:
         """Returns the queries (B, Q, C): object queries, and the task token as the last one.
 
-        The class transformer makes the object queries. All start as the task token and differ by
-        their positions. mask_features: (B, C, h, w); embedded: (B, C), of `task_embedding`
+        The class transformer makes object queries of the task token. They differ by position.
+        mask_features: (B, C, h, w); task: (B, C), of `task_embedding`
         """
-        token = self.head.decoder_norm(embedded)[:, None]  # (B, 1, C)
+        token = self.head.decoder_norm(task)[:, None]  # (B, 1, C)
         position = self.query_embed[:-1]
         q = token.expand(-1, len(position), -1)  # (B, Q - 1, C)
         size = mask_features.shape[-2:]
+        # as in the code: the image enters the keys alone
         values = tokens(sine_position(*size, q.shape[2], q.device))  # (1, S, C)
         values = values.expand(len(q), -1, -1)
         image_keys = tokens(self.class_input_proj(mask_features))  # (B, S, C)
         for layer in self.class_layers:
             q = layer.self_attend(q, position)
-            # as in the code: the image enters the keys alone
             q = layer.cross_attend(q, position, values, image_keys, None)
             q = layer.feed_forward(q)
         return torch.cat([self.class_norm(q), token], 1)
 
     def decode(
-        self, mask_features: Tensor, maps: list[Tensor], label_space: LabelSpace, embedded: Tensor
+        self, mask_features: Tensor, maps: list[Tensor], label_space: LabelSpace, task: Tensor
     ) -> Output:
         """Runs Mask2Former's decoder on the output of `extract`, with the queries of a task.
 
         Each layer has masked cross-attention to one feature level (the levels take turns),
         self-attention and a feed-forward network. Returns the predictions before the first layer
-        and after each, for the auxiliary losses. label_space: of one dataset; embedded: (B, C)
+        and after each, for the auxiliary losses. label_space: of one dataset; task: (B, C)
         """
         memory, position, resized = decoder_inputs(maps, self.level_embed, mask_features)
         with amp_context(self.args.amp, mask_features.device):
-            queries = q = self.make_queries(mask_features, embedded)  # (B, Q, C)
+            queries = q = self.make_queries(mask_features, task)  # (B, Q, C)
             predictions = [self.head(q)]
             for i, layer in enumerate(self.layers):
                 level = i % 3
@@ -376,7 +377,7 @@ class Model(nn.Module):
         tasks: B of TASK_NAMES; texts: ids and rows of `encode_text`, None without --contrastive
         """
         output = self.decode(*self.extract(images, sizes), label_space, self.task_embedding(tasks))
-        if self.args.contrastive:
+        if texts is not None:
             output.text = self.encode_text(*texts)
             output.scale = self.logit_scale.exp().clamp(max=100)
         return output
@@ -393,7 +394,7 @@ def mlp(width: int, channels: int) -> nn.Sequential:
 def prepare_targets(batch: Batch) -> list[Targets]:
     """Returns the labels (N,) and masks (N, H, W) of each image, padded to the size of the batch.
 
-    Each segment has a mask. Labels are indices of the dataset's own classes, as the softmax's are.
+    Each segment has a mask. Labels are indices of the dataset's own classes.
     """
     size = batch.images.shape[-2:]
     return [Targets(s.boxes, s.labels, masks=padded_masks(s, size)) for s in batch.samples]
@@ -433,8 +434,8 @@ def loss_class(logits: Tensor, classes: Tensor) -> Tensor:
 def loss_contrastive(queries: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """Sec. 3, query-text contrastive loss: L_Q->Qtext + L_Qtext->Q, each a cross-entropy.
 
-    queries, text: (B, Q, C). The rows of an image become one vector of unit norm. Similarities are
-    products times `scale`. An image must find its text among those of all ranks, a text its image.
+    queries, text: (B, Q, C). All rows of an image make one vector of unit norm. The similarity of
+    an image with the texts of all images, on all ranks, is their product times `scale`.
 
     Mean over the B images of this rank, sum of both directions.
     """
@@ -451,14 +452,13 @@ def compute_losses(args: Args, output: Output, targets: list[Targets]) -> dict[s
 
     `loss_class` is of all queries; those without a target have class K. `loss_mask` and `loss_dice`
     are of the pairs of `match` at args.points points (`sample_pairs`); num_masks: `masks_per_rank`.
-    `loss_contrastive`: with --contrastive only. Returns every weighted term and their sum, `loss`.
+    `loss_contrastive` only with --contrastive. Returns every term, weighted, and their sum, `loss`.
     """
     num_masks = masks_per_rank(targets, output.logits.device)
     background = output.logits.shape[-1] - 1
     classes = torch.full(output.logits.shape[:-1], background, device=num_masks.device)  # (Z, B, Q)
     sampled = []
-    pairs = match(args, output, targets)
-    for i, (t, p) in enumerate(zip(targets, pairs)):
+    for i, (t, p) in enumerate(zip(targets, match(args, output, targets))):
         classes[p.z, i, p.query] = t.labels[p.target]
         masks = output.masks(p.z, i, p.query)  # (R, h, w)
         sampled.append(sample_pairs(masks, t.masks, p.counts, args.points))
@@ -475,7 +475,7 @@ def compute_losses(args: Args, output: Output, targets: list[Targets]) -> dict[s
 # -- Inference -------------------------------------------------------------------------------------
 
 
-RESULTS = {  # of each task of `predict`; each result has a sentence of its own, by TASK_NAMES
+RESULTS = {  # what `predict` decodes for each of its tasks, all of TASK_NAMES
     "semantic": ["semantic"],
     "panoptic": ["semantic", "panoptic"],
     "panoptic, things": ["semantic", "panoptic", "instance"],
@@ -492,10 +492,10 @@ def predict(
     semantic: `semantic` (H, W), the label of each pixel
     panoptic: `semantic`, and `panoptic` (H, W) with `segments_info`
     panoptic, things: also `things`, as with instance
-    instance: things alone: `boxes` (N, 4), `labels`, `scores` (N,) and `masks` (N, H, W), of at
-        most Q pairs of a query and a class
+    instance: things alone: `boxes` (N, 4), `labels`, `scores` (N,), `masks` (N, H, W); N at most Q
     All have `size` (height, width) and `class_names`: all K names, or with instance N of `labels`.
-    sentence: the one of TASK_NAMES that the model is told for all results; "": each has its own
+
+    sentence: of TASK_NAMES, the task that the model is told for all results; "": for each its own
     """
     model.eval()
     task = task or model.args.task
@@ -503,20 +503,20 @@ def predict(
     batch = batch.to(device)
     features = model.extract(batch.images, batch.sizes)
     outputs = {}
-    for task_name in dict.fromkeys(sentence or name for name in RESULTS[task]):
-        embedded = model.task_embedding([task_name] * len(batch))
-        outputs[task_name] = model.decode(*features, label_space, embedded)
+    for name in dict.fromkeys(sentence or name for name in RESULTS[task]):
+        embedding = model.task_embedding([name] * len(batch))
+        outputs[name] = model.decode(*features, label_space, embedding)
     predictions = []
     for i, sample in enumerate(batch.samples):
         padded, size = batch.images.shape[-2:], sample.original_size
         result = {"class_names": label_space.names, "size": size}
-        for task_name in RESULTS[task]:
-            output = outputs[sentence or task_name]
+        for name in RESULTS[task]:
+            output = outputs[sentence or name]
             masks = FullMasks(output.masks(-1, i), padded, batch.sizes[i], size)  # (Q, H, W)
             p = output.logits[-1, i].softmax(-1)  # (Q, K + 1)
-            if task_name == "semantic":
+            if name == "semantic":
                 result["semantic"] = semantic_labels(p[:, :-1], masks)
-            elif task_name == "panoptic":
+            elif name == "panoptic":
                 threshold = model.args.object_threshold
                 result["panoptic"], result["segments_info"] = panoptic_map(
                     p, masks, label_space.is_thing, threshold, 0.8, intersect=True
@@ -544,7 +544,7 @@ def predict_images(
 class DrawTask(LargeScaleJitter):
     """Sec. 3, task-conditioned joint training: augments a sample, then draws its task.
 
-    Of a panoptic map: semantic 0.33, instance 0.33, panoptic 0.34 (code). Semantic datasets have
+    Panoptic datasets: semantic 0.33, instance 0.33, panoptic 0.34 (code). Semantic datasets have
     the semantic task. is_thing: K bools
     """
 
@@ -583,10 +583,10 @@ def task_of(sample: Sample) -> str:
     return "instance" if sample.supervision == "instances" else sample.supervision
 
 
-def text_list(args: Args, sample: Sample, names: Sequence[str]) -> list[str]:
-    """Returns Q - context texts: of targets, by class, then of the task. names: K class names"""
+def text_list(args: Args, sample: Sample, class_names: Sequence[str]) -> list[str]:
+    """Returns Q - context texts: "a photo with a {class}" per target, then "a {task} photo"."""
     task = task_of(sample)
-    texts = [f"a photo with a {names[label]}" for label in sorted(sample.labels.tolist())]
+    texts = [f"a photo with a {class_names[label]}" for label in sorted(sample.labels.tolist())]
     rest = f"an {task} photo" if task == "instance" else f"a {task} photo"
     return [*texts, *[rest] * args.queries][: args.queries - args.context]
 
@@ -640,7 +640,7 @@ def train(
 
     steps = args.steps
     lr = scaled_lr(args.lr, args)
-    groups = parameter_groups(model, 0.05, args.backbone_factor)
+    groups = parameter_groups(model, 0.05, args.backbone_factor, decayed=("logit_scale",))
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
     parallel = model
@@ -657,7 +657,7 @@ def train(
             save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         name = batch.samples[0].dataset
         tasks = [task_of(sample) for sample in batch.samples]
-        texts = None  # without --contrastive
+        texts = None
         if args.contrastive:
             lists = [text_list(args, sample, parts[name].names) for sample in batch.samples]
             texts = tuple(x.to(device) for x in tokenize_lists(lists))
@@ -696,9 +696,9 @@ def evaluate(
         predictor = partial(predict, model, label_space=classes, task=TASKS[dataset.supervision])
         results |= evaluate_dataset(predictor, dataset, transform, args, folder)
         controls = args.sentences == "each" and dataset.supervision == "panoptic"
-        for task_name in TASK_NAMES if controls else ():
-            control = partial(predictor, sentence=task_name)
-            title = f"{dataset.name} (the task is {task_name})"
+        for name in TASK_NAMES if controls else ():
+            control = partial(predictor, sentence=name)
+            title = f"{dataset.name} (the task is {name})"
             results |= evaluate_dataset(control, dataset, transform, args, folder, title)
     return results
 

@@ -37,6 +37,7 @@ CASES = [
     ("unidet", "boxes of a dataset", {"datasets": "oid"}),
     ("domain_attention", "boxes of a dataset", {"datasets": "oid", "adapters": 3}),
     ("plaindet", "boxes of a dataset", {"datasets": "oid"}),
+    ("metr", "boxes of a dataset", {"datasets": "oid"}),
     ("omdet", "boxes of a dataset", {"datasets": "oid", "task_size": 300}),
     ("category_extended", "boxes", {"datasets": "coco,o365"}),
     ("groupsoftmax", "boxes", {"datasets": "coco,oid"}),

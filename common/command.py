@@ -234,10 +234,19 @@ def saved_args(args_class: type, metadata: dict):
 
 
 def check_numbers(args) -> None:
+    """Raises InputError as `check_ranges`, and for a --batch-size that the ranks cannot share."""
+    check_ranges(args)
+    ranks = max(1, environment_number("WORLD_SIZE", 1))
+    if args.batch_size % ranks:
+        raise InputError(
+            f"--batch-size {args.batch_size} is not a multiple of the {ranks} ranks; make it one"
+        )
+
+
+def check_ranges(args) -> None:
     """Raises InputError unless all numbers are finite and in the `Range` of their flag's type.
 
-    It also raises for a pair (low, high) with low > high, and for a --batch-size that is not a
-    multiple of the number of ranks.
+    It also raises for a pair (low, high) with low > high.
     """
     hints = get_type_hints(type(args), include_extras=True)
     for name, value in vars(args).items():
@@ -245,11 +254,6 @@ def check_numbers(args) -> None:
             numbers = value if isinstance(value, tuple) else (value,)
             flag = f"--{name.replace('_', '-')} {' '.join(map(str, numbers))}"
             raise InputError(f"{flag} {fault}")
-    ranks = max(1, environment_number("WORLD_SIZE", 1))
-    if args.batch_size % ranks:
-        raise InputError(
-            f"--batch-size {args.batch_size} is not a multiple of the {ranks} ranks; make it one"
-        )
 
 
 def number_fault(value, kind) -> str:
@@ -261,7 +265,7 @@ def number_fault(value, kind) -> str:
     numbers = value if isinstance(value, tuple) else (value,)
     if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
         return "must be a finite number"
-    if value is None or get_origin(kind) is not Annotated:
+    if value is None or isinstance(value, str) or get_origin(kind) is not Annotated:
         return ""
     (allowed,) = kind.__metadata__
     if not all(number in allowed for number in numbers):

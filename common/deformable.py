@@ -309,17 +309,20 @@ class Decoder(nn.Module):
         self.box_heads = nn.ModuleList(box_head(channels) for _ in range(layers))
 
     def forward(
-        self, q: Tensor, position: Tensor | float, boxes: Tensor, memory: Memory
+        self, q: Tensor, position: Tensor | float, boxes: Tensor, memory: Memory, groups: int = 1
     ) -> tuple[Tensor, Tensor]:
         """Returns hidden (Z, B, Q, C) and boxes_cxcywh (Z, B, Q, 4) after each layer.
 
         q: (B, Q, C), content of the queries; position: (B, Q, C), or 0 for queries without
         boxes: (B, Q, 4) boxes_cxcywh, where the queries look first
+        groups: equal runs of queries of an image. A query attends to its own group alone
         """
         hidden = []
         refined = []
+        grouped = (len(q) * groups, -1, q.shape[2])
+        placed = position.reshape(grouped) if groups > 1 else position
         for layer, head in zip(self.layers, self.box_heads):
-            q = layer.self_attend(q, position)
+            q = layer.self_attend(q.reshape(grouped), placed).view_as(q)
             q = layer.cross_attend(q, position, boxes, memory)
             q = layer.feed_forward(q)
             start = inverse_sigmoid(boxes, self.eps)

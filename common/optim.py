@@ -11,7 +11,6 @@ log = logging.getLogger("concord")
 
 # position codes, by the last part of the parameter's name
 POSITIONS = ("relative_position_bias_table", "pos_embed")
-# modules whose parameters do not decay
 UNDECAYED = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.Embedding)
 
 
@@ -96,32 +95,37 @@ def _start_momentum(optimizer: Optimizer, *_) -> None:
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, backbone_factor: float | None
+    model: nn.Module,
+    weight_decay: float,
+    backbone_factor: float | None,
+    decayed: tuple[str, ...] = (),
 ) -> list[dict]:
     """Returns AdamW's parameter groups, dicts of `params`, `lr_factor` and `weight_decay`.
 
     `lr_factor` is `backbone_factor` in the backbone and 1 elsewhere. The training multiplies the
     learning rate by it. A `backbone_factor` of None takes the factors of `Backbone.lr_factor`. One
     of 0 freezes `model.backbone` in place, so that it needs no gradients. Frozen parameters are in
-    no group. `weight_decay` is 0 for the modules UNDECAYED, for POSITIONS, and for the parameters
-    that `model` itself owns, such as queries, codes and temperatures.
+    no group. `weight_decay` is 0 for normalisation layers and embeddings, for POSITIONS, and for
+    the parameters that `model` itself owns, such as queries, codes and temperatures, but for those
+    named in `decayed`.
 
     Source: facebookresearch/Mask2Former:train_net.py (build_optimizer). Its queries are embeddings.
     """
     if backbone_factor == 0:
         model.backbone.requires_grad_(False).eval()
-    of_undecayed = set()
+    of_layers = set()
     for module in model.modules():
         if isinstance(module, UNDECAYED):
             own = module.parameters(recurse=False)
-            of_undecayed.update(id(parameter) for parameter in own)
+            of_layers.update(id(parameter) for parameter in own)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        of_model_itself = "." not in name  # a parameter of a submodule is called module.parameter
+        # a parameter of a submodule is called module.parameter
+        of_model_itself = "." not in name and name not in decayed
         is_position = name.rpartition(".")[2] in POSITIONS
-        undecayed = of_model_itself or is_position or id(parameter) in of_undecayed
+        undecayed = of_model_itself or is_position or id(parameter) in of_layers
         module, _, rest = name.partition(".")
         factor = 1.0
         if module == "backbone":

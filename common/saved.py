@@ -67,10 +67,10 @@ def own_weights(path: str | Path) -> Path | None:
     return first if first.suffix == ".safetensors" and not others else None
 
 
-def read_metadata(path: str | Path, method: str) -> dict:
+def read_metadata(path: str | Path, method: str = "") -> dict:
     """Reads the metadata of a weights file: method, args, vocabularies, and the method's own keys.
 
-    "file" is the path of the file.
+    "file" is the path of the file. Without a `method`, the weights may be of any.
     Raises InputError if the file is missing or cannot be read, or if another method, an older
     version or another program wrote it.
     """
@@ -88,7 +88,7 @@ def read_metadata(path: str | Path, method: str) -> dict:
             f"weights {file} were not saved by this project: their metadata lacks the settings of"
             " the model"
         )
-    if metadata["method"] != method:
+    if metadata["method"] != (method or metadata["method"]):
         raise InputError(
             f"weights {file} are not of {method}.py but of {metadata['method']!s:.60}.py; use that"
         )

@@ -250,19 +250,20 @@ def _minilm_encoder() -> Encode:
     return encode
 
 
-def load_clip(encoder: str) -> tuple:
+def load_clip(
+    encoder: str, flag: str = "--text-encoder", others: str = "minilm, FILE.npy"
+) -> tuple:
     """Loads open_clip's model `encoder`, "MODEL/PRETRAINED". Returns the model and its tokenizer.
 
-    The model is on CUDA if there is any.
+    The model is on CUDA if there is any. Messages name `flag` and its other values, by commas; the
+    first works offline.
     Raises InputError for an unknown model and for weights that cannot be loaded.
     """
     import open_clip
 
     name, _, weights = encoder.partition("/")
     if not weights:  # open_clip would start from random weights
-        raise InputError(
-            f"--text-encoder {encoder}: use minilm, FILE.npy, or MODEL/PRETRAINED of open_clip"
-        )
+        raise InputError(f"{flag} {encoder}: use {others}, or MODEL/PRETRAINED of open_clip")
     # OpenAI's weights need QuickGELU. open_clip's plain 'ViT-B-32' has GELU and would only warn.
     quick_gelu = bool(open_clip.get_pretrained_cfg(name, weights).get("quick_gelu"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -274,7 +275,7 @@ def load_clip(encoder: str) -> tuple:
             return model.eval(), open_clip.get_tokenizer(name)
     except Exception as error:  # the hub, torch and open_clip each raise their own kinds
         raise InputError(
-            f"--text-encoder {encoder}: {_reason(error)}; use --text-encoder minilm, which works "
+            f"{flag} {encoder}: {_reason(error)}; use {flag} {others.split(',')[0]}, which works "
             "offline, or a file: MODEL/path/to/weights (ViT-B-32-quickgelu/... for OpenAI's)"
         ) from error
 
@@ -290,12 +291,18 @@ def _reason(error: Exception) -> str:
     return message.splitlines()[0].split(". ")[0][:160]
 
 
-def _read_npy(encoder: str, dataset: str | None, count: int) -> Tensor:
-    """Reads the dataset's .npy file and normalises its rows: (count, D) float32 of norm 1."""
+def tables(encoder: str) -> dict[str, str]:
+    """Returns {dataset: .npy file} of --text-encoder; a file for all datasets has the key ""."""
     files = {}
     for entry in encoder.split(","):
         key, _, file = entry.strip().rpartition("=")
-        files[key] = file  # a file for all datasets has the key ""
+        files[key] = file
+    return files
+
+
+def _read_npy(encoder: str, dataset: str | None, count: int) -> Tensor:
+    """Reads the dataset's .npy file and normalises its rows: (count, D) float32 of norm 1."""
+    files = tables(encoder)
     if "" not in files and dataset not in files:
         raise InputError(
             f"--text-encoder has no .npy file for '{dataset}', only for {', '.join(files)}; add one"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from common.transformer import Attention
 
-# Shapes: U texts, T tokens, C channels.
+# Shapes: B lists of N texts, U different texts, T tokens, C channels.
 
 TOKENS = 77  # of a text, as CLIP's
 VOCABULARY = 49_408  # ids of the tokenizer

@@ -142,6 +142,27 @@ class DecoderLayer(nn.Module):
         return self.ffn_norm(q + change)
 
 
+class CrossAttentionLayer(nn.Module):
+    """Lets queries look at the image, not at each other: cross-attention, feed-forward, LN each."""
+
+    def __init__(self, channels: int, heads: int, ffn: int):
+        super().__init__()
+        self.attention = Attention(channels, heads)
+        self.norm = nn.LayerNorm(channels)
+        self.ffn = nn.Sequential(nn.Linear(channels, ffn), nn.ReLU(), nn.Linear(ffn, channels))
+        self.ffn_norm = nn.LayerNorm(channels)
+
+    @compilable
+    def forward(self, q: Tensor, memory: Tensor, padding: Tensor) -> Tensor:
+        """Returns the queries q (B, Q, C) after the layer.
+
+        memory: (B, S, C), pixels; padding: (B, S) bool, pixels that are not looked at
+        """
+        attended = self.attention(q, memory, memory, padding[:, None])
+        q = self.norm(q + attended)
+        return self.ffn_norm(q + self.ffn(q))
+
+
 class QueryHead(nn.Module):
     """Normalises queries and computes their mask embeddings.
 

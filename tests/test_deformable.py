@@ -265,6 +265,19 @@ def test_permuted_queries_give_permuted_outputs():
         torch.testing.assert_close(ours[:, :, order], theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_groups_of_queries_attend_to_themselves_alone():
+    parts = detector_parts()
+    memory = parts[0](Memory.of(random_maps(), SIZES, PADDED))
+    q, position, boxes = torch.randn(2, 6, 32), torch.randn(2, 6, 32), torch.rand(2, 6, 4)
+    whole = parts[-1](q, position, boxes, memory, groups=2)
+    for rows in (slice(0, 3), slice(3, 6)):
+        alone = parts[-1](q[:, rows], position[:, rows], boxes[:, rows], memory)
+        for ours, theirs in zip(alone, whole):
+            torch.testing.assert_close(ours, theirs[:, :, rows], rtol=1e-4, atol=1e-4)
+    together, _ = parts[-1](q, position, boxes, memory)
+    assert not torch.allclose(together, whole[0], atol=1e-2)
+
+
 def test_best_detections():
     logits = torch.tensor([[2.0, -1.0], [0.0, 3.0]])
     boxes = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.1, 0.5, 0.6, 0.2]])

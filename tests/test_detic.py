@@ -15,7 +15,8 @@ import pytest
 import torch
 from conftest import FAST, REAL
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import common.text
@@ -957,6 +958,47 @@ def test_detic_first_stage_leaves_base_and_novel(boxes_alone):
     assert {"first_batch.jpg", "predictions-coco-base.jpg"} <= {
         path.name for path in boxes_alone.iterdir()
     }
+
+
+def test_detic_is_evaluated_with_the_table_that_is_named(boxes_alone, tiny_root, tmp_path, call):
+    """--eval-only with a .npy table of other rows: they are the classifier, not those of training.
+
+    A table of another dataset changes nothing, nor does the one that the training had.
+    """
+    _, [stored] = detic.read_model(boxes_alone, "detic")
+    np.save(tmp_path / "same.npy", stored.text.numpy())
+    np.save(tmp_path / "turned.npy", stored.text.roll(1, 0).numpy())
+    given = ["--eval-only", "--weights", boxes_alone, "--data-root", tiny_root, "--device", "cpu"]
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def spy(args, model, label_space, datasets, folder):
+            seen.append([label_space.swap(d.vocabulary).text.cpu() for d in datasets])
+            return {}
+
+        patch.setattr(detic, "evaluate", spy)
+        patch.setattr(detic, "report", lambda *_: None)
+        tables = ("minilm", "same.npy", "turned.npy", "coco-base=turned.npy", "voc=turned.npy")
+        for i, table in enumerate(tables):
+            table = table.replace("same", f"{tmp_path}/same").replace(
+                "turned", f"{tmp_path}/turned"
+            )
+            call(*given, "--text-encoder", table, "--output", tmp_path / str(i), method="detic")
+    for [text], shift in zip(seen, (0, 0, 1, 1, 0)):
+        torch.testing.assert_close(text, stored.text.roll(shift, 0))
+
+
+def test_detic_trained_with_a_table_needs_it_no_more(boxes_alone, tiny_root, tmp_path, call):
+    """The weights keep the rows, so that the file may be gone, or hold other rows."""
+    folder = shutil.copytree(boxes_alone, tmp_path / "run")
+    with safe_open(folder / "weights.safetensors", "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    args = json.loads(metadata["args"]) | {"text_encoder": str(tmp_path / "gone.npy")}
+    save_file(tensors, folder / "weights.safetensors", metadata | {"args": json.dumps(args)})
+    given = ["--eval-only", "--weights", folder, "--data-root", tiny_root, "--device", "cpu"]
+    call(*given, "--output", tmp_path / "out", method="detic")
+    assert (tmp_path / "out/results.json").read_text() == (folder / "results.json").read_text()
 
 
 def test_detic_second_stage_is_evaluated_like_the_first(joint):

@@ -928,24 +928,26 @@ def test_parameter_groups():
     model.backbone = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 4).requires_grad_(False)
     )
-    model.head = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GroupNorm(2, 4))
+    model.head = nn.Sequential(
+        nn.Linear(4, 4), nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.Embedding(5, 4)
+    )
     model.head.queries = nn.Parameter(torch.zeros(3))
-    model.head.table = nn.Embedding(5, 4)
     model.queries, model.frozen = (
         nn.Parameter(torch.zeros(2)),
         nn.Parameter(torch.zeros(2), requires_grad=False),
     )
+    model.scale = nn.Parameter(torch.zeros(()))
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = {
         (group["lr_factor"], group["weight_decay"]): {names[p] for p in group["params"]}
-        for group in parameter_groups(model, weight_decay=0.3, backbone_factor=0.2)
+        for group in parameter_groups(model, 0.3, backbone_factor=0.2, decayed=("scale",))
     }
     assert found == {
         (0.2, 0.3): {"backbone.0.weight", "backbone.0.bias"},
         (0.2, 0.0): {"backbone.1.weight", "backbone.1.bias"},
-        (1.0, 0.3): {"head.0.weight", "head.0.bias", "head.queries"},
+        (1.0, 0.3): {"head.0.weight", "head.0.bias", "head.queries", "scale"},
         (1.0, 0.0): {f"head.{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
-        | {"head.table.weight", "queries"},
+        | {"head.3.weight", "queries"},
     }
 
 

@@ -5,6 +5,7 @@ The tensors have the official names and shapes and random values.
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,9 +88,9 @@ def test_settings_of_the_official_configuration(listing):
     assert args.batch_size == args.base_batch_size == sizes["solver"]["ims_per_batch"]
     assert sizes["class_dec_layers"] == oneformer.CLASS_LAYERS
     assert sizes["text_encoder"]["num_layers"] == oneformer.TEXT_LAYERS
+    space = LabelSpace([Vocabulary("any", ("a", "b"))])
     with torch.device("meta"):
-        label_space = LabelSpace([Vocabulary("a", ("cat",))])
-        model = oneformer.Model(args, label_space, pretrained=False)
+        model = oneformer.Model(replace(args, backbone="resnet18"), space, pretrained=False)
     for layer in (*model.layers, *model.class_layers):
         assert layer.cross_attn.heads == layer.self_attn.heads == sizes["nheads"]
         assert layer.linear1.out_features == sizes["dim_feedforward"]
@@ -174,7 +175,7 @@ def test_the_command_evaluates(text, tmp_path, call):
     given += ["--device", "cpu", "--test-size", 64, "--sentences", "each"]
     call(*given, method="oneformer")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    told = [f"coco-panoptic (the task is {name})" for name in oneformer.TASK_NAMES]
+    told = [f"coco-panoptic (the task is {word})" for word in oneformer.TASK_NAMES]
     assert list(results) == ["coco-panoptic", *told]
     own, *others = results.values()
     assert own.keys() == {"PQ", "SQ", "RQ", "PQ things", "PQ stuff", "mIoU", "AP things"}

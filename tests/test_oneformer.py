@@ -4,17 +4,17 @@ Equations are compared with loops over floats. The tensors of the official code 
 test_parity_oneformer.py.
 """
 
-import inspect
 import itertools
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import common.backbone
+import common.rescue
 import oneformer
 from common.batch import Sample, collate
 from common.datasets import load_datasets
@@ -32,6 +32,11 @@ SMALL = oneformer.Args(
     decoder_layers=3,
     object_threshold=0.0,
     amp="off",
+    image_size=64,
+    batch_size=2,
+    base_batch_size=2,
+    workers=0,
+    steps=1,
 )
 NAMES = ("cat", "sky", "dog", "road")
 THINGS = (True, False, True, False)
@@ -41,6 +46,12 @@ SPACE = LabelSpace([Vocabulary("a", NAMES, is_thing=THINGS), Vocabulary("b", ("c
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def datasets(tiny_root):
+    known = "coco-panoptic,ade20k"
+    return load_datasets(known, "train", str(tiny_root), accepts=oneformer.SUPERVISION)
 
 
 def panoptic(labels: list[int], height: int = 40, width: int = 50) -> Sample:
@@ -62,9 +73,8 @@ def step(model, samples: list[Sample]):
     """Output and losses of a training step."""
     batch = collate(samples)
     tasks = [oneformer.task_of(sample) for sample in samples]
-    texts = None
-    if model.args.contrastive:
-        texts = tokenize_lists([oneformer.text_list(model.args, s, NAMES) for s in samples])
+    lists = [oneformer.text_list(model.args, sample, NAMES) for sample in samples]
+    texts = tokenize_lists(lists) if model.args.contrastive else None
     output = model(batch.images, batch.sizes, SPACE.part("a"), tasks, texts)
     return output, oneformer.compute_losses(model.args, output, oneformer.prepare_targets(batch))
 
@@ -213,7 +223,29 @@ def test_oneformer_total_and_what_learns(contrastive):
     assert any(name.startswith("text_encoder.") for name in learning) == contrastive
 
 
+def test_oneformer_projection_of_the_image_starts_as_in_the_code():
+    """Kaiming's uniform numbers, of the square root of 3 / C at most; PyTorch's have 1 / C."""
+    weight = model_of().class_input_proj.weight
+    limit = math.sqrt(3 / SMALL.channels)
+    assert math.sqrt(1 / SMALL.channels) < weight.abs().max() <= limit
+
+
 # -- sentences -------------------------------------------------------------------------------------
+
+
+def test_oneformer_another_task_is_refused():
+    with pytest.raises(ValueError):
+        model_of().task_embedding(["panoptic, things"])
+
+
+def test_oneformer_the_task_is_embedded_in_float32():
+    """bfloat16 would round the ids of tokens, which go up to 49407."""
+    model = model_of(replace(SMALL, amp="on"))
+    seen = []
+    for layer in (model.task_mlp, model.class_layers[0].linear1):
+        layer.register_forward_hook(lambda layer, given, output: seen.append(output.dtype))
+    output, _ = step(model, [panoptic([0, 1])])
+    assert seen == [torch.float32, torch.bfloat16] and output.queries.dtype == torch.float32
 
 
 def test_oneformer_the_sentence_changes_the_prediction_and_nothing_else_does():
@@ -223,8 +255,8 @@ def test_oneformer_the_sentence_changes_the_prediction_and_nothing_else_does():
         features = model.extract(batch.images, batch.sizes)
         outputs = []
         for name in (*oneformer.TASK_NAMES, "semantic"):
-            embedded = model.task_embedding([name, name])
-            outputs.append(model.decode(*features, SPACE.part("a"), embedded).logits)
+            embedding = model.task_embedding([name, name])
+            outputs.append(model.decode(*features, SPACE.part("a"), embedding).logits)
     assert torch.equal(outputs[0], outputs[3])
     assert all((outputs[0] - other).abs().max() > 1e-3 for other in outputs[1:3])
 
@@ -235,8 +267,8 @@ def test_oneformer_images_of_a_batch_have_their_own_sentences():
     batch = collate([image, image])
     with torch.no_grad():
         features = model.extract(batch.images, batch.sizes)
-        embedded = model.task_embedding(["semantic", "instance"])
-        both = model.decode(*features, SPACE.part("a"), embedded)
+        embedding = model.task_embedding(["semantic", "instance"])
+        both = model.decode(*features, SPACE.part("a"), embedding)
         for row, name in enumerate(("semantic", "instance")):
             alone = model.decode(*features, SPACE.part("a"), model.task_embedding([name, name]))
             torch.testing.assert_close(both.logits[:, row], alone.logits[:, row])
@@ -251,178 +283,150 @@ def test_oneformer_each_result_is_decoded_with_its_own_sentence(task, monkeypatc
     batch = collate([panoptic([0, 1])])
     (found,) = oneformer.predict(model, batch, SPACE.part("a"), task)
     assert sorted(told) == sorted([name] for name in oneformer.RESULTS[task])
-    kinds = {"semantic": "semantic", "panoptic": "panoptic"}
-    kinds["instance"] = "things" if "things" in task else "masks"
-    assert {kinds[name] for name in oneformer.RESULTS[task]} <= found.keys()
+    results = {"semantic": "semantic", "panoptic": "panoptic"}
+    results["instance"] = "things" if "things" in task else "masks"
+    assert {results[name] for name in oneformer.RESULTS[task]} <= found.keys()
     told.clear()
     oneformer.predict(model, batch, SPACE.part("a"), task, "instance")
     assert told == [["instance"]]
 
 
-def sure_model(labels: list[int], monkeypatch, args=SMALL) -> oneformer.Model:
-    """A model whose eight queries are sure of these classes, 4 for none."""
-    model = model_of(args).eval()
+def test_oneformer_instances_are_things_alone(monkeypatch):
+    """Of eight sure queries, two a class, the stuff is dropped."""
+    model = model_of().eval()
     decode = model.decode
 
     def sure(*given):
         output = decode(*given)
-        output.logits[-1, 0] = 9 * F.one_hot(torch.tensor(labels), 5).float()
+        output.logits[-1, 0] = 9 * F.one_hot(torch.arange(8) % 4, 5).float()
         return output
 
     monkeypatch.setattr(model, "decode", sure)
-    return model
-
-
-def test_oneformer_instances_are_things_alone(monkeypatch):
-    """Of eight sure queries, two a class, the stuff is dropped."""
-    model = sure_model([0, 1, 2, 3] * 2, monkeypatch)
     (found,) = oneformer.predict(model, collate([panoptic([0, 1])]), SPACE.part("a"), "instance")
     assert sorted(found["labels"].tolist()) == [0, 0, 2, 2]
     assert found["class_names"] == [NAMES[label] for label in found["labels"].tolist()]
 
 
-@pytest.mark.parametrize("threshold, segments", [(0.5, 1), (1.0, 0)])
-def test_oneformer_a_segment_needs_the_probability_of_the_setting(threshold, segments, monkeypatch):
-    args = replace(SMALL, object_threshold=threshold)
-    model = sure_model([0] + [4] * 7, monkeypatch, args)
-    (found,) = oneformer.predict(model, collate([panoptic([0, 1])]), SPACE.part("a"), "panoptic")
-    assert len(found["segments_info"]) == segments
-    assert found["panoptic"].unique().tolist() == ([0, 1] if segments else [0])
-
-
-def test_oneformer_panoptic_maps_are_made_by_the_rule_of_the_code(monkeypatch):
-    seen = []
+def test_oneformer_thresholds_of_panoptic_maps(monkeypatch):
+    """A query wins 0.8 of its mask. At an --object-threshold of 1 no query is a segment."""
+    given = []
     rule = oneformer.panoptic_map
-
-    def spy(*given, **more):
-        bound = inspect.signature(rule).bind(*given, **more).arguments
-        seen.append([bound[name] for name in ("overlap_threshold", "intersect")])
-        return rule(*given, **more)
-
-    monkeypatch.setattr(oneformer, "panoptic_map", spy)
-    oneformer.predict(model_of(), collate([panoptic([0, 1])]), SPACE.part("a"))
-    assert seen == [[0.8, True]]
+    monkeypatch.setattr(
+        oneformer, "panoptic_map", lambda *a, **k: given.append((*a[2:], k)) or rule(*a, **k)
+    )
+    batch = collate([panoptic([0, 1])])
+    for threshold in (0.0, 1.0):
+        model = model_of(replace(SMALL, object_threshold=threshold)).eval()
+        model.heads.layers[0].bias.data[-1] = -9  # all queries have a class
+        (found,) = oneformer.predict(model, batch, SPACE.part("a"), "panoptic")
+        assert given.pop() == (THINGS, threshold, 0.8, {"intersect": True})
+        assert bool(found["segments_info"]) == bool(found["panoptic"].any()) == (threshold == 0)
 
 
 @pytest.mark.parametrize("sentences", ["own", "each"])
-def test_oneformer_what_an_evaluation_tells_the_model(sentences, monkeypatch, tmp_path):
-    """The task is that of the dataset. With "each", panoptic datasets are evaluated four times."""
-    told = []
+def test_oneformer_evaluates_the_task_of_a_dataset(sentences, datasets, tmp_path, monkeypatch):
+    """With --sentences each, panoptic datasets are evaluated with each of the sentences, too."""
+    given = []
 
-    def spy(predictor, dataset, transform, args, folder, title=""):
-        predictor("batch")
-        told[-1]["title"] = title
-        return {}
+    def evaluate_dataset(predictor, dataset, transform, args, folder, title=""):
+        predictor(None)  # a batch
+        return {title or dataset.name: {}}
 
-    monkeypatch.setattr(oneformer, "evaluate_dataset", spy)
-    monkeypatch.setattr(oneformer, "predict", lambda model, batch, **given: told.append(given))
-    datasets = []
-    for name, kind in (("b", "semantic"), ("a", "panoptic")):
-        vocabulary = SPACE.vocabularies[name]
-        datasets.append(SimpleNamespace(name=name, supervision=kind, vocabulary=vocabulary))
+    def predict(model, batch, label_space, task="", sentence=""):
+        given.append((label_space.datasets, task, sentence))
+
+    monkeypatch.setattr(oneformer, "evaluate_dataset", evaluate_dataset)
+    monkeypatch.setattr(oneformer, "predict", predict)
     args = replace(SMALL, sentences=sentences)
-    oneformer.evaluate(args, None, SPACE, datasets, tmp_path)
-    assert [given["label_space"].datasets for given in told[:2]] == [["b"], ["a"]]
-    found = [(given["task"], given.get("sentence", ""), given["title"]) for given in told]
-    wanted = [("semantic", "", ""), ("panoptic, things", "", "")]
-    if sentences == "each":
-        for name in ("semantic", "instance", "panoptic"):
-            wanted.append(("panoptic, things", name, f"a (the task is {name})"))
-    assert found == wanted
-
-
-# -- layers ----------------------------------------------------------------------------------------
-
-
-def test_oneformer_image_keys_start_as_in_the_code():
-    """Kaiming's uniform weights (a = 1) have the variance 1 / C; the bias is zero."""
-    layer = model_of().class_input_proj
-    assert layer.weight.std().item() == pytest.approx(32**-0.5, rel=0.1)
-    assert layer.weight.abs().max() <= (3 / 32) ** 0.5 and not layer.bias.any()
-
-
-def test_oneformer_the_task_is_embedded_in_float32():
-    """bfloat16 would round the ids of tokens, which go up to 49407."""
-    model = model_of(replace(SMALL, amp="on"))
-    seen = []
-    for layer in (model.task_mlp, model.class_layers[0].linear1):
-        layer.register_forward_hook(lambda layer, given, output: seen.append(output.dtype))
-    output, _ = step(model, [panoptic([0, 1])])
-    assert seen == [torch.float32, torch.bfloat16] and output.queries.dtype == torch.float32
+    space = oneformer.build_label_space(args, [d.vocabulary for d in datasets])
+    found = oneformer.evaluate(args, None, space, datasets, tmp_path)
+    words = ["", "semantic", "instance", "panoptic"][: 4 if sentences == "each" else 1]
+    wanted = [(["coco-panoptic"], "panoptic, things", word) for word in words]
+    assert given == [*wanted, (["ade20k"], "semantic", "")]
+    titles = [f"coco-panoptic (the task is {word})" for word in words[1:]]
+    assert list(found) == ["coco-panoptic", *titles, "ade20k"]
 
 
 # -- training --------------------------------------------------------------------------------------
 
-TRAINED = "cityscapes-panoptic,ade20k-panoptic"
 
-
-@pytest.fixture(scope="module")
-def datasets(tiny_root):
-    return load_datasets(
-        TRAINED, "train", str(tiny_root), masks=True, accepts=oneformer.SUPERVISION
-    )
-
-
-def train_one_step(datasets, folder, **given) -> oneformer.Model:
-    args = replace(SMALL, image_size=64, batch_size=4, steps=1, workers=0, **given)
-    label_space = oneformer.build_label_space(args, [d.vocabulary for d in datasets])
+def train(args, datasets, folder, monkeypatch) -> oneformer.Model:
+    monkeypatch.setattr(common.rescue, "save_checkpoint", lambda *_, **__: None)
+    monkeypatch.setattr(common.backbone, "load_pretrained", lambda *_: False)
     (folder / "args.json").touch()  # of the run folder
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.backbone, "load_pretrained", lambda *_: False)
-        model, _ = oneformer.train(args, datasets, label_space, folder, torch.device("cpu"))
+    space = oneformer.build_label_space(args, [d.vocabulary for d in datasets])
+    model, _ = oneformer.train(args, datasets, space, folder, torch.device("cpu"))
     return model
 
 
-def test_oneformer_images_draw_tasks_by_the_things_of_their_dataset(datasets):
-    args = replace(SMALL, image_size=64, batch_size=8, workers=0)
-    found = {}
-    for batch in itertools.islice(oneformer.build_dataloader(args, datasets, 0), 6):
-        assert len({oneformer.task_of(sample) for sample in batch.samples}) > 1
-        for sample in batch.samples:
-            if sample.supervision == "instances":
-                found.setdefault(sample.dataset, set()).update(sample.labels.tolist())
-    assert found.keys() == {d.name for d in datasets}
-    for dataset in datasets:
-        assert all(dataset.vocabulary.is_thing[label] for label in found[dataset.name])
-        assert found[dataset.name]
-
-
 @pytest.mark.parametrize("context", [8, 10])
-def test_oneformer_without_the_loss_no_text_is_needed(context, datasets, monkeypatch, tmp_path):
-    """Then --context does not matter, even where it leaves no row of 8 for text."""
+def test_oneformer_without_the_contrastive_loss_there_is_no_text(
+    context, datasets, tmp_path, monkeypatch
+):
+    """Then --context may leave no row of the 8 queries."""
     monkeypatch.setattr(oneformer, "tokenize_lists", None)
-    model = train_one_step(datasets, tmp_path, contrastive=False, context=context)
+    args = replace(SMALL, contrastive=False, context=context)
+    model = train(args, datasets[:1], tmp_path, monkeypatch)
     assert not hasattr(model, "text_encoder")
 
 
-def test_oneformer_recipe(datasets, monkeypatch, tmp_path):
-    """Each image has its own text. Clipping is the code's, and so is weight decay but for tau."""
-    lists, batches, norms, groups = [], [], [], []
-    spy_on = {"tokenize_lists": lists, "prepare_targets": batches}
-    for name, seen in spy_on.items():
-        own = getattr(oneformer, name)
-        spy = lambda given, own=own, seen=seen: seen.append(given) or own(given)  # noqa: E731
-        monkeypatch.setattr(oneformer, name, spy)
-    clip, adamw = torch.nn.utils.clip_grad_norm_, torch.optim.AdamW
-    monkeypatch.setattr(
-        torch.nn.utils, "clip_grad_norm_", lambda p, norm: norms.append(norm) or clip(p, norm)
+def test_oneformer_images_of_the_loader_have_drawn_tasks(datasets, tiny_root):
+    """Those of a panoptic dataset. Their instances are the things of their own dataset."""
+    cityscapes = load_datasets(
+        "cityscapes-panoptic", "train", str(tiny_root), accepts=oneformer.SUPERVISION
     )
-    monkeypatch.setattr(
-        torch.optim, "AdamW", lambda given, **more: groups.extend(given) or adamw(given, **more)
-    )
-    model = train_one_step(datasets, tmp_path)
+    known = [*datasets, *cityscapes]
+    is_thing = {d.name: LabelSpace([d.vocabulary]).is_thing for d in known}
+    tasks = {name: set() for name in is_thing}
+    loader = oneformer.build_dataloader(replace(SMALL, batch_size=16), known, 0)
+    for batch in itertools.islice(loader, 8):
+        for sample in batch.samples:
+            task = oneformer.task_of(sample)
+            tasks[sample.dataset].add(task)
+            if task == "instance":
+                assert all(is_thing[sample.dataset][label] for label in sample.labels.tolist())
+    panoptic = {*oneformer.TASK_NAMES}
+    wanted = {"coco-panoptic": panoptic, "ade20k": {"semantic"}, "cityscapes-panoptic": panoptic}
+    assert tasks == wanted
 
-    names = {d.name: d.vocabulary.names for d in datasets}
-    wanted = []
-    for sample in batches[0].samples:
-        wanted.append(oneformer.text_list(model.args, sample, names[sample.dataset]))
-    assert lists == [wanted] and wanted != wanted[::-1]
-    assert norms == [0.01]
-    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    found = {name: decay[id(p)] for name, p in model.named_parameters()}
-    undecayed = ("query_embed", "level_embed", "context", "logit_scale", "class_norm.weight")
-    undecayed += ("text_encoder.token_embedding.weight", "text_encoder.ln_final.weight")
-    decayed = ("text_encoder.positional_embedding", "pixel_decoder.level_embed", "task_mlp.0.bias")
-    decayed += ("heads.layers.0.weight", "text_projector.0.weight", "backbone.body.conv1.weight")
-    wanted = dict.fromkeys(undecayed, 0.0) | dict.fromkeys(decayed, 0.05)
-    assert wanted.items() <= found.items()
+
+def test_oneformer_texts_of_a_step_are_those_of_its_images(datasets, tmp_path, monkeypatch):
+    args = replace(SMALL, queries=20)
+    loader = oneformer.build_dataloader(args, datasets[:1], 0)
+    batch = next(iter(loader))
+    names = datasets[0].vocabulary.names
+    wanted = [oneformer.text_list(args, sample, names) for sample in batch.samples]
+    assert wanted[0] != wanted[1]
+    lists = []
+    monkeypatch.setattr(oneformer, "build_dataloader", lambda *_: [batch])
+    monkeypatch.setattr(
+        oneformer, "tokenize_lists", lambda given: lists.append(given) or tokenize_lists(given)
+    )
+    train(args, datasets[:1], tmp_path, monkeypatch)
+    assert lists == [wanted]
+
+
+def test_oneformer_recipe(datasets, tmp_path, monkeypatch):
+    """Clipping and weight decay. As in the code, embeddings and norms do not decay, but a scale."""
+    adamw, clip = torch.optim.AdamW, nn.utils.clip_grad_norm_
+    optimizers, clipped = [], []
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda *a, **k: optimizers.append(adamw(*a, **k)) or optimizers[-1]
+    )
+    monkeypatch.setattr(
+        nn.utils, "clip_grad_norm_", lambda p, norm: clipped.append(norm) or clip(p, norm)
+    )
+    model = train(SMALL, datasets[:1], tmp_path, monkeypatch)
+    assert clipped == [0.01]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decay = {
+        names[id(parameter)]: group["weight_decay"]
+        for group in optimizers[0].param_groups
+        for parameter in group["params"]
+    }
+    # embeddings in the code, and norms
+    free = ["query_embed", "level_embed", "context", "text_encoder.token_embedding.weight"]
+    free += ["text_encoder.ln_final.weight", "class_norm.bias", "head.decoder_norm.weight"]
+    decayed = ["logit_scale", "text_encoder.positional_embedding", "pixel_decoder.level_embed"]
+    decayed += ["task_mlp.0.weight", "class_input_proj.bias", "heads.layers.0.bias"]
+    assert {decay[name] for name in free} == {0} and {decay[name] for name in decayed} == {0.05}

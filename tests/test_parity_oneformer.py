@@ -200,8 +200,8 @@ def test_parity_queries(monkeypatch):
     model = build(monkeypatch, config, space(config["num_classes"]))
     unused = ("layers.", "heads.", "head.mask_embed", "level_embed")
     load(model, tensors, unused)
-    words = [oneformer.TASK_NAMES.index(task) for task in config["tasks"]]
-    assert torch.equal(model.sentences[words], tensors["in.task_tokens"].float())
+    rows = [oneformer.TASK_NAMES.index(task) for task in config["tasks"]]
+    assert torch.equal(model.sentences[rows], tensors["in.task_tokens"].float())
     task = model.task_embedding(config["tasks"])
     task.retain_grad()
     check("queries: task embedding", task, tensors["out.task_embedding"])
@@ -331,6 +331,19 @@ class WholeCase(LossCase):
         load(self.model, tensors)
         self.args = self.model.args
 
+    def use_official_limits(self, monkeypatch) -> None:
+        """The recorded overlap of segments and number of instances, in place of our constants."""
+        config = self.record["config"]
+
+        def official_rule(p, masks, is_thing, threshold, *_, **__):
+            return panoptic_map(p, masks, is_thing, threshold, config["overlap_threshold"], True)
+
+        def official_instances(p, masks, _, *others):
+            return instances(p, masks, config["test_topk_per_image"], *others)
+
+        monkeypatch.setattr(oneformer, "panoptic_map", official_rule)
+        monkeypatch.setattr(oneformer, "instances", official_instances)
+
     @property
     def config(self) -> dict:
         return self.record["config"]
@@ -411,31 +424,18 @@ def test_parity_training_step(monkeypatch):
     check_all_norms("step: gradient norms", record["grad_norms"], model, ours)
 
 
-def use_recorded_rules(config: dict, monkeypatch) -> None:
-    """Sets the overlap and the number of instances of a recording."""
-
-    def official_rule(p, masks, is_thing, threshold, *_, **__):
-        return panoptic_map(p, masks, is_thing, threshold, config["overlap_threshold"], True)
-
-    def official_instances(p, masks, _, *others):
-        return instances(p, masks, config["test_topk_per_image"], *others)
-
-    monkeypatch.setattr(oneformer, "panoptic_map", official_rule)
-    monkeypatch.setattr(oneformer, "instances", official_instances)
+def check_instances(things: dict, official: dict) -> None:
+    check("inference: scores of instances", things["scores"], official["instance.scores"])
+    assert torch.equal(things["labels"], official["instance.classes"])
+    check_pixels("inference: instances", things["masks"], official["instance.masks"].bool())
 
 
-def check_instances(quantity: str, found: dict, official: dict) -> None:
-    """Compares all instances of an image. official: tensors by the names of a recorded image"""
-    check(f"{quantity}: scores of instances", found["scores"], official["instance.scores"])
-    assert torch.equal(found["labels"], official["instance.classes"])
-    check_pixels(f"{quantity}: instances", found["masks"], official["instance.masks"].bool())
-
-
-@pytest.mark.parametrize("task_name", oneformer.TASK_NAMES)
-def test_parity_inference(task_name, monkeypatch):
+@pytest.mark.parametrize("name", oneformer.TASK_NAMES)
+def test_parity_inference(name, monkeypatch):
     """All results under each sentence, as `--sentences each` evaluates them."""
     recorded = WholeCase(monkeypatch)
-    tensors = stored(recorded.all, f"infer.{task_name}.")
+    recorded.use_official_limits(monkeypatch)
+    tensors = stored(recorded.all, f"infer.{name}.")
     decode, outputs = recorded.model.decode, []
 
     def spy(*given):
@@ -443,33 +443,32 @@ def test_parity_inference(task_name, monkeypatch):
         return outputs[-1]
 
     monkeypatch.setattr(recorded.model, "decode", spy)
-    use_recorded_rules(recorded.config, monkeypatch)
     given = recorded.model, recorded.batch(), recorded.label_space, "panoptic, things"
-    predictions = oneformer.predict(*given, task_name)
+    predictions = oneformer.predict(*given, name)
     (output,) = outputs
     check("inference: logits", output.logits[-1], tensors["pred_logits"])
     check("inference: masks", output_masks(output, -1), tensors["pred_masks"])
-    segments = recorded.record["infer"]["panoptic_segments"][task_name]
+    segments = recorded.record["infer"]["panoptic_segments"][name]
     for i, found in enumerate(predictions):
         official = stored(tensors, f"image{i}.")
         check_pixels("inference: semantic map", found["semantic"], official["semantic_argmax"])
         check_pixels("inference: panoptic map", found["panoptic"], official["panoptic"])
         theirs = [(s["id"], s["category_id"], s["isthing"]) for s in segments[i]]
         assert [(s["id"], s["label"], s["isthing"]) for s in found["segments_info"]] == theirs
-        check_instances("inference", found["things"], official)
+        check_instances(found["things"], official)
 
 
 def test_parity_own_sentences(monkeypatch):
     """Without a sentence, each result is that of the sentence of its own task."""
     recorded = WholeCase(monkeypatch)
-    use_recorded_rules(recorded.config, monkeypatch)
+    recorded.use_official_limits(monkeypatch)
     batch = recorded.batch()
     found = oneformer.predict(recorded.model, batch, recorded.label_space, "panoptic, things")
     for i, result in enumerate(found):
-        theirs = {
+        of = {
             name: stored(recorded.all, f"infer.{name}.image{i}.") for name in oneformer.TASK_NAMES
         }
-        semantic, panoptic = theirs["semantic"]["semantic_argmax"], theirs["panoptic"]["panoptic"]
+        semantic, panoptic = of["semantic"]["semantic_argmax"], of["panoptic"]["panoptic"]
         check_pixels("own sentences: semantic map", result["semantic"], semantic)
         check_pixels("own sentences: panoptic map", result["panoptic"], panoptic)
-        check_instances("own sentences", result["things"], theirs["instance"])
+        check_instances(result["things"], of["instance"])

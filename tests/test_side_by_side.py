@@ -41,6 +41,7 @@ ALLOWED = {
     "predict_files(partial(": "UniDetector's predictions are calibrated",
     "contrastive": "OneFormer's loss is that of Mask2Former and one more",
     "output.text": "the same",
+    "texts = None": "OneFormer's texts are those of the images, LMSeg's text is of the classes",
     "model.args.test_longest": "OneFormer's official models have their own sizes",
     "evaluate_dataset(": "ScaleDet evaluates a control, too, and Detic groups of classes",
     "run_metadata(args)": "UniDetector's two stages write the same metadata",
@@ -76,20 +77,22 @@ ALLOWED = {
     "if rank() == 0:": "GroupSoftmax writes its table where another file reads one",
     "(batch, task)": "OmDet's labels are places in the task of the batch",
     "batch.sizes, task)": "the same",
+    "(batch, own)": "METR repeats an object for each class above its own",
     "Each dataset is classified by its own part": "ScaleDet says what a further dataset changes",
 }
 
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
 BUDGETS = {
-    "labels & text": 1790,
-    "data": 10080,
+    "labels & text": 2480,
+    "data": 10130,
     "detectors": 5040,
-    "segmenters": 2260,
+    "segmenters": 2280,
     "a run": 3640,
 }
-BUDGETS |= {"faults": 1930}
+BUDGETS |= {"faults": 1940}
 GROUPS = {
-    "labels & text": "labels text class_counts merges merge_scores fine_classes label_report",
+    "labels & text": "labels text class_counts merges merge_scores fine_classes label_report"
+    " exemplars pictures aggregator",
     "data": "batch colors transforms sampling shares",
     "detectors": "backbone swin vit weight_files boxes targets centernet cascade masks oln"
     " clip_resnet proposals image_label_losses text_classifier official_detectors class_ap"

@@ -41,30 +41,6 @@ def empty_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-@pytest.fixture(scope="session")
-def small_clip(tmp_path_factory):
-    """A CLIP with random weights in a file, as an encoder string."""
-    import open_clip
-
-    folder = tmp_path_factory.mktemp("clip")
-    config = {
-        "embed_dim": 24,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-        "text_cfg": {
-            "context_length": 77,
-            "vocab_size": 49408,
-            "width": 64,
-            "heads": 2,
-            "layers": 2,
-        },
-    }
-    (folder / "concord-small.json").write_text(json.dumps(config))
-    open_clip.add_model_config(folder)
-    torch.manual_seed(0)
-    torch.save(open_clip.create_model("concord-small").state_dict(), folder / "weights.pt")
-    return f"concord-small/{folder / 'weights.pt'}"
-
-
 @pytest.fixture
 def fake_clip(monkeypatch):
     """Replaces open_clip by an encoder of character counts. Returns the list of loads."""

@@ -11,6 +11,8 @@ from common.datasets.names import eval_entries, load_datasets, with_beside
 from common.datasets.subset import edit_classes
 from common.errors import InputError
 from common.labels import LabelSpace, fold, quoted
+from common.saved import read_metadata
+from common.text import tables
 
 log = logging.getLogger("concord")
 
@@ -64,10 +66,28 @@ def evaluation_datasets(
         text = with_beside(text, beside, None if size else data_folder(args.data_root))
     datasets = load_datasets(text, "val", args.data_root, size, False, accepts)
     datasets = edit_classes(datasets, args.classes, args.rename, "val")
-    for dataset in datasets:
+    for i, dataset in enumerate(datasets):
         check_same_dataset(dataset, label_space)
-        label_space.swap(dataset.vocabulary)
+        datasets[i] = with_table(args, dataset, label_space)
+        label_space.swap(datasets[i].vocabulary)
     return datasets
+
+
+def with_table(args, dataset: Dataset, label_space: LabelSpace) -> Dataset:
+    """Returns the dataset with the text of the .npy file that --eval-only names for it, if any.
+
+    Without it, classes of the training keep the text that they had there. So they do if the
+    training had that file. Raises InputError for a file that cannot be read or has other rows.
+    """
+    encoder = getattr(args, "text_encoder", "")
+    if not args.eval_only or not encoder.endswith(".npy"):
+        return dataset
+    if {dataset.name, ""}.isdisjoint(tables(encoder)):
+        return dataset
+    if read_metadata(args.weights)["args"].get("text_encoder") == encoder:
+        return dataset
+    log.info("%s: its classes have the rows of --text-encoder %s", dataset.name, encoder)
+    return replace(dataset, vocabulary=dataset.vocabulary.with_text(label_space.embed))
 
 
 def check_same_dataset(dataset: Dataset, label_space: LabelSpace) -> None:

