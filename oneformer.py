@@ -10,8 +10,8 @@ Equation                                          function
 task of an image, and its targets                 DrawTask, derive
 Q_task = norm(MLP("the task is {task}"))          Model.task_embedding, Model.make_queries
 Q = [class transformer(Q_task, image), Q_task]    Model.make_queries
-T, "a photo with a {class}", then "a {task} photo" text_list
-Q_text = [MLP(encoder(T)), Q_ctx]                 TextEncoder, Model.encode_text
+T_pad: "a photo with a {class}", "a {task} photo" text_list
+Q_text = [MLP(encoder(T_pad)), Q_ctx]             TextEncoder, Model.encode_text
 L_Q<->Qtext, contrastive                          loss_contrastive
 class: cross-entropy over K_d + 1 columns         loss_class
 masks: BCE and dice at points                     loss_mask, loss_dice

@@ -36,8 +36,9 @@ from common.errors import InputError
 def unseen_dataset(method: str) -> str:
     """A generated dataset of the method's kind, boxes or maps, that its DEMO does not name."""
     (first, *_) = re.findall(r"--datasets ([\w-]+)", importlib.import_module(method).DEMO[0])
-    maps = KNOWN[first].supervision in ("semantic", "panoptic")
-    return "cityscapes" if maps else "lineart"
+    if KNOWN[first].supervision not in ("semantic", "panoptic"):
+        return "lineart"
+    return "ade20k" if first.startswith("cityscapes") else "cityscapes"
 
 
 @dataclasses.dataclass

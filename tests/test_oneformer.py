@@ -238,6 +238,16 @@ def test_oneformer_another_task_is_refused():
         model_of().task_embedding(["panoptic, things"])
 
 
+def test_oneformer_the_task_is_embedded_in_float32():
+    """bfloat16 would round the ids of tokens, which go up to 49407."""
+    model = model_of(replace(SMALL, amp="on"))
+    seen = []
+    for layer in (model.task_mlp, model.class_layers[0].linear1):
+        layer.register_forward_hook(lambda layer, given, output: seen.append(output.dtype))
+    output, _ = step(model, [panoptic([0, 1])])
+    assert seen == [torch.float32, torch.bfloat16] and output.queries.dtype == torch.float32
+
+
 def test_oneformer_the_sentence_changes_the_prediction_and_nothing_else_does():
     model = model_of().eval()
     batch = collate([panoptic([0, 1]), panoptic([2, 1])])
