@@ -320,8 +320,7 @@ class QueryCompositor(nn.Module):
         weights = (100 * context @ F.normalize(keys).T).softmax(-1)  # (B, C)
         initial = self.initial.expand(len(context), -1, -1)  # (B, Q, d)
         keys = keys.expand(len(context), -1, -1)  # (B, C, d)
-        bias = weights.repeat_interleave(HEADS, 0)[:, None]  # (8 B, 1, C)
-        bias = bias.expand(-1, initial.shape[1], -1)  # (8 B, Q, C)
+        bias = weights.repeat_interleave(HEADS, 0)[:, None].expand(-1, initial.shape[1], -1)
         attended, _ = self.attention(initial, keys, keys, attn_mask=bias, need_weights=False)
         return self.norm(initial + attended)
 
@@ -373,11 +372,13 @@ class Model(nn.Module):
     def dataset_of(self, classes: LabelSpace) -> int:
         """Returns the row of the dataset whose queries suit the classes: their own, or the nearest.
 
-        The nearest has the mean class embedding of the highest cosine with theirs.
+        The nearest has the mean text of the highest cosine with theirs; without text, the first.
         """
         names = list(self.scopes)
         if len(classes.datasets) == 1 and classes.datasets[0] in names:
             return names.index(classes.datasets[0])
+        if classes.text is None:
+            return 0
         mean = classes.text.mean(0).to(self.text_means)
         return int((self.text_means @ mean).argmax())
 

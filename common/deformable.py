@@ -254,7 +254,7 @@ class BoxQueries(nn.Module):
         half = self.linear.in_features // 4  # of the C channels
         codes = sine_code(boxes, half)  # (B, Q, 4, C / 2)
         both = self.linear(codes.flatten(2))
-        position, content = self.norm(both).chunk(2, -1)
+        position, content = self.norm(both).float().chunk(2, -1)
         return content, position
 
 

@@ -215,15 +215,18 @@ def test_queries_by_the_formula(monkeypatch):
         return decode(*args)
 
     def extracted(*args):
-        vectors.append(extract(*args))
-        return vectors[-1]
+        presence, h = extract(*args)
+        vectors.append(h)
+        return torch.stack([-presence[1], presence[1]]), h  # the last layer decides
 
     monkeypatch.setattr(model.decoder, "forward", watched)
     monkeypatch.setattr(model.extraction, "forward", extracted)
     output = model(pixels, sizes, classes.text)
+    assert not torch.equal(model.keep(output.presence[0]), output.kept)
+    assert torch.equal(model.keep(output.presence[1]), output.kept)
     [(content, position, boxes, memory, groups)] = given
     assert groups == 3
-    h = vectors[0][1]
+    [h] = vectors
     for b, k, r in itertools.product(range(2), range(3), range(4)):
         wanted = model.offsets[r] + h[b, output.kept[b, k]]
         torch.testing.assert_close(content[b, 4 * k + r], wanted)

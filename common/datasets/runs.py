@@ -80,7 +80,7 @@ def with_table(args, dataset: Dataset, label_space: LabelSpace) -> Dataset:
     training had that file. Raises InputError for a file that cannot be read or has other rows.
     """
     encoder = getattr(args, "text_encoder", "")
-    if not args.eval_only or not encoder.endswith(".npy"):
+    if not encoder.endswith(".npy") or not args.eval_only:
         return dataset
     if {dataset.name, ""}.isdisjoint(tables(encoder)):
         return dataset
