@@ -83,10 +83,19 @@ from common.inference import evaluate_dataset, predict_each, predict_files, to_d
 from common.labels import LabelSpace, Vocabulary
 from common.mask_losses import masks_per_rank
 from common.optim import parameter_groups, scaled_lr, stepped_learning_rate
-from common.point_matching import assign
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, make_loader
-from common.set_losses import GIOU, L1, Matches, loss_focal, loss_giou, loss_l1, match, match_cost
+from common.set_losses import (
+    GIOU,
+    L1,
+    Matches,
+    loss_focal,
+    loss_giou,
+    loss_l1,
+    match,
+    match_cost,
+    matched,
+)
 from common.shares import ShareBatchSampler
 from common.targets import Targets
 from common.text import embed, known_vocabularies
@@ -225,7 +234,7 @@ TINY = {
 # the settings that --weights restores: those that shape the model and its inputs
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "prior", "classes_kept"]
 MODEL_FIELDS += ["queries_per_class", "channels", "encoder_layers", "decoder_layers"]
-OFFICIAL = refuse("is of another model: METR has no published weights")
+OFFICIAL = refuse("is of another method: the code of METR comes without weights")
 HEADS, LEVELS, POINTS = 8, 4, 4  # of the attention; the last two of the deformable one
 FFN = 8  # width of the feed-forward networks / channels
 EXTRACTION_LAYERS = 2
@@ -460,11 +469,7 @@ def match_groups(
         if args.matching == "group":
             cost = cost.masked_fill(classes[i][:, None] != t.labels, torch.inf)
         costs.append(cost)
-    parts = []
-    for i, (pairs, t, rows) in enumerate(zip(assign(costs), targets, objects)):
-        image = torch.full_like(pairs.query, i)
-        parts.append((pairs.z, image, pairs.query, t.labels[pairs.target], rows[pairs.target]))
-    found = Matches(*(torch.cat(part) for part in zip(*parts)))
+    found = matched(costs, targets, objects)
     own = classes[found.image, found.query] == found.labels
     return found, own if args.matching == "group" else torch.ones_like(own)
 

@@ -1,8 +1,8 @@
 """The visual aggregator: a transformer that makes one vector per class of its pictures' features.
 
 Source: prannaykaul/mm-ovod:tools/generate_vision_classifier_agg.py (the network; its published
-weights load as they are). Its training was not published: the loss here is InfoNCE, as the paper
-says; settings without a source are marked "ours".
+weights load as they are). Its training is not in that code, and we could not read the paper: the
+loss here, InfoNCE, and the settings marked "ours" are our choice.
 
 Shapes: N classes, K features of a class, D their width.
 """

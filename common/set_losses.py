@@ -75,6 +75,14 @@ def match(
     logits, boxes = logits.float(), boxes.float()
     of_images = zip(logits.unbind(1), boxes.unbind(1), targets, objects)
     costs = [match_cost(x, b, t.labels, rows) for x, b, t, rows in of_images]
+    return matched(costs, targets, objects)
+
+
+def matched(costs: list[Tensor], targets: list[Targets], objects: list[Tensor]) -> Matches:
+    """Returns the cheapest pairs of all images, by costs (Z, Q, N).
+
+    objects: (N, 4) boxes_cxcywh of the targets of each image. There are two waits for the device.
+    """
     parts = []
     for i, (pairs, t, rows) in enumerate(zip(assign(costs), targets, objects)):
         image = torch.full_like(pairs.query, i)
