@@ -9,6 +9,7 @@ import timm
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
@@ -87,6 +88,8 @@ class Backbone(nn.Module):
             top = None
             if 128 in strides:
                 top = LastLevelP6P7(channels, channels)
+                with_second_column(top.p6)
+                with_second_column(top.p7)
             elif 64 in strides:
                 top = LastLevelMaxPool()
             self.fpn = FeaturePyramidNetwork(self.channels, channels, extra_blocks=top)
@@ -153,6 +156,22 @@ class Backbone(nn.Module):
             return features
         named = {str(i): feature for i, feature in enumerate(features)}
         return list(self.fpn(named).values())
+
+
+def with_second_column(convolution: nn.Conv2d) -> nn.Conv2d:
+    """Gives a map of one column a second one of zeros, before `convolution` of stride 2.
+
+    It is the convolution's own padding, so the result is the same. Without it, oneDNN's bfloat16
+    kernel computes gradients of the weights from memory that was never written: some are NaN.
+    Returns the convolution.
+    """
+
+    def add_column(_, given: tuple[Tensor]) -> Tensor:
+        [x] = given
+        return F.pad(x, (0, 1)) if x.shape[-1] == 1 else x
+
+    convolution.register_forward_pre_hook(add_column)
+    return convolution
 
 
 class GroupNorm(nn.GroupNorm):

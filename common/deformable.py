@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
-from common.backbone import GroupNorm
+from common.backbone import GroupNorm, with_second_column
 from common.boxes import to_pixels
 from common.errors import InputError
 from common.pixel_decoder import EncoderLayer, MSDeformAttn, tokens
@@ -49,7 +49,7 @@ class Neck(nn.Module):
         width = in_channels[-1]
         for _ in range(len(in_channels), levels):
             conv = nn.Conv2d(width, channels, 3, stride=2, padding=1)
-            self.levels.append(nn.Sequential(conv, GroupNorm(32, channels)))
+            self.levels.append(nn.Sequential(with_second_column(conv), GroupNorm(32, channels)))
             width = channels
         for conv, _ in self.levels:
             nn.init.xavier_uniform_(conv.weight)

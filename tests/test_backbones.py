@@ -1,5 +1,6 @@
 """Backbones against small implementations of their papers, and the weights that they start from."""
 
+import math
 import pickle
 import re
 from dataclasses import replace
@@ -27,6 +28,7 @@ from common.backbone import Backbone
 from common.clip_resnet import CLIPResNetC4
 from common.command import parse_args
 from common.datasets import load_datasets
+from common.deformable import Neck
 from common.errors import InputError
 from common.labels import Vocabulary
 from common.optim import parameter_groups
@@ -538,3 +540,36 @@ def test_the_file_is_not_needed_again(tiny_root, tmp_path):
     model, _ = scaledet.load(folder)
     assert model.args.backbone == args.backbone
     assert model.backbone.frozen_norm
+
+
+# -- maps of one column ----------------------------------------------------------------------------
+
+
+def bfloat16_gradients(convolution: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The result of a convolution in bfloat16 and the gradient of its weights.
+
+    Memory that was freed is full of NaN.
+    """
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = convolution(x)
+    junk = [torch.full((size,), math.nan) for size in range(16, 30000, 173)]
+    del junk
+    [gradient] = torch.autograd.grad(result.float().sum(), [convolution.weight])
+    return result, gradient
+
+
+@pytest.mark.parametrize("top", ["p6", "p7", "neck"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 3), (4, 2)])
+def test_the_gradients_of_coarse_maps_come_from_the_map_alone(top, shape):
+    """A CPU with AVX512_BF16 has them from memory that nothing was written to otherwise."""
+    if top == "neck":
+        convolution = Neck([64], 64, 2).levels[1][0]
+    else:
+        extra = Backbone(common.backbone.LITE0, 64, pretrained=False).fpn.extra_blocks
+        convolution = getattr(extra, top)
+    x = torch.randn(2, 64, *shape)
+    expected = F.conv2d(x, convolution.weight, convolution.bias, stride=2, padding=1)
+    [gradient] = torch.autograd.grad(expected.sum(), [convolution.weight])
+    got = bfloat16_gradients(convolution, x)
+    torch.testing.assert_close(got[0].float(), expected, rtol=0.02, atol=0.05)
+    torch.testing.assert_close(got[1], gradient, rtol=0.02, atol=0.1)
