@@ -18,7 +18,7 @@ binary classification: s(q_cr, h_c) + b           loss_class
 
 Symbol           variable
 u, h, m          projected, vectors, presence
-K, n, o          classes_kept, queries_per_class, offsets
+K, n, o, w       classes_kept, queries_per_class, offsets, presence_weight
 
 Note: we could not read the paper, of which we have the abstract. Equations and numbers are those of
   its authors' code (isbrycee/METR), which trains on COCO alone.
@@ -27,6 +27,7 @@ Note: the base is two-stage Deformable DETR. Theirs is DINO: denoising, the deco
 Note: their text embeddings are learned further. Here they are frozen, so that any name has one.
 Note: their joint training has a table of 808 classes of four datasets. The code does not tell which
   of them an image is asked for. Here these are the classes of its own dataset.
+Note: the layers of the extraction begin as the identity, h_c = u_c. Theirs begin at random.
 Note: in training the classes that an image shows are kept first. Theirs drops those beyond K; here
   K grows. And it gives queries the boxes of another image where a GPU has several.
 Note: with a class tree, an object is one of its class and of each class above it. The classes below
@@ -200,8 +201,12 @@ class Args:
     """steps of warmup from 1e-2 of --lr"""
     prior: Annotated[float, Range(0, 0.99, above=0)] = 0.1  # code
     """probability of presence and objects at first, by the bias of the logits"""
+    presence_weight: Annotated[float, Range(0)] = 1.0  # code
+    """weight of loss_presence"""
     channels: Annotated[int, Range(1, 8192)] = 256  # code
     """d of encoder and decoder"""
+    ffn: Annotated[int, Range(1, 65_536)] = 2048  # code
+    """width of the feed-forward networks"""
     encoder_layers: Annotated[int, Range(1, 100)] = 6  # code
     """layers of deformable self-attention"""
     decoder_layers: Annotated[int, Range(1, 100)] = 6  # code
@@ -226,17 +231,18 @@ TINY = {
     "workers": 0,
     "classes_kept": 20,
     "queries_per_class": 12,
-    "channels": 64,
+    "presence_weight": 0.1,
+    "channels": 128,
+    "ffn": 256,
     "encoder_layers": 1,
     "decoder_layers": 2,
     "prior": 0.01,
 }
 # the settings that --weights restores: those that shape the model and its inputs
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "prior", "classes_kept"]
-MODEL_FIELDS += ["queries_per_class", "channels", "encoder_layers", "decoder_layers"]
+MODEL_FIELDS += ["queries_per_class", "channels", "ffn", "encoder_layers", "decoder_layers"]
 OFFICIAL = refuse("is of another method: the code of METR comes without weights")
 HEADS, LEVELS, POINTS = 8, 4, 4  # of the attention; the last two of the deformable one
-FFN = 8  # width of the feed-forward networks / channels
 EXTRACTION_LAYERS = 2
 FIRST_PRIOR = 0.01  # probability of an object in a cell at first
 DECAYS = (11 / 12,)  # of the steps, at which the learning rate falls to a tenth
@@ -271,12 +277,15 @@ class CategoryExtraction(nn.Module):
     E is the text. Every layer is scored by the same s. Classes do not attend to each other.
     """
 
-    def __init__(self, text_dim: int, channels: int, prior: float):
+    def __init__(self, text_dim: int, channels: int, ffn: int, prior: float):
         super().__init__()
         self.projection = nn.Sequential(nn.Linear(text_dim, channels), nn.LayerNorm(channels))
-        self.layers = nn.ModuleList(
-            CrossAttentionLayer(channels, HEADS, FFN * channels) for _ in range(EXTRACTION_LAYERS)
-        )
+        layers = [CrossAttentionLayer(channels, HEADS, ffn) for _ in range(EXTRACTION_LAYERS)]
+        self.layers = nn.ModuleList(layers)
+        for layer in layers:
+            nn.init.zeros_(layer.attention.out_proj.weight)
+            nn.init.zeros_(layer.ffn[-1].weight)
+            nn.init.zeros_(layer.ffn[-1].bias)
         self.score = ClassScore(channels, prior)
 
     def forward(self, text: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
@@ -327,11 +336,11 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         channels, width = args.channels, label_space.width
-        sizes = (FFN * channels, LEVELS, HEADS, POINTS)
+        sizes = (args.ffn, LEVELS, HEADS, POINTS)
         self.backbone = Backbone(args.backbone, 0, pretrained, [8, 16, 32])
         self.neck = Neck(self.backbone.channels, channels, LEVELS)
         self.encoder = Encoder(channels, args.encoder_layers, *sizes)
-        self.extraction = CategoryExtraction(width, channels, args.prior)
+        self.extraction = CategoryExtraction(width, channels, args.ffn, args.prior)
         self.proposals = Proposals(channels)
         self.cell_linear = nn.Linear(channels, channels)
         self.cell_bias = nn.Parameter(torch.tensor(FIRST_PRIOR).logit())
@@ -530,7 +539,7 @@ def compute_losses(
     asked: Asked,
     supervision: Supervision,
 ) -> dict[str, Tensor]:
-    """L = sum over layers of (2 L_class + 5 L_1 + 2 L_GIoU) + L_presence + the first stage's.
+    """L = sum over layers of (2 L_class + 5 L_1 + 2 L_GIoU) + w L_presence + L_first.
 
     The queries of each layer are matched to the objects (`match_groups`). num_boxes:
     `masks_per_rank`. The first stage has the same three losses (`first_losses`).
@@ -546,7 +555,7 @@ def compute_losses(
         "loss_class": CLASS * loss_class(output.logits, target, weight, num_boxes),
         "loss_bbox": L1 * (own * loss_l1(boxes, found.boxes, num_boxes)).sum(),
         "loss_giou": GIOU * (own * loss_giou(boxes, found.boxes, num_boxes)).sum(),
-        "loss_presence": loss_presence(output.presence, *asked),
+        "loss_presence": args.presence_weight * loss_presence(output.presence, *asked),
     }
     losses |= first_losses(output, batch, asked, supervision, num_boxes)
     return losses | {"loss": sum(losses.values())}

@@ -22,7 +22,7 @@ from common.transformer import CrossAttentionLayer, sine_code
 
 CPU = torch.device("cpu")
 SMALL = {"backbone": "resnet18", "channels": 32, "classes_kept": 3, "queries_per_class": 4}
-SMALL |= {"encoder_layers": 1, "decoder_layers": 2, "amp": "off"}
+SMALL |= {"ffn": 64, "encoder_layers": 1, "decoder_layers": 2, "amp": "off"}
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,9 @@ def vocabulary(name: str, count: int) -> Vocabulary:
 
 
 def model_of(classes: LabelSpace, **settings) -> metr.Model:
-    return metr.Model(metr.Args(**SMALL | settings), classes, pretrained=False).eval()
+    model = metr.Model(metr.Args(**SMALL | settings), classes, pretrained=False).eval()
+    trained(model.extraction)
+    return model
 
 
 def images(count: int = 2) -> tuple:
@@ -73,8 +75,29 @@ def memory_of(*sizes: tuple[int, int]) -> Memory:
     return Memory.of(maps, list(sizes), (64, 64))
 
 
+def extraction_of(text_dim: int, channels: int) -> metr.CategoryExtraction:
+    """An extraction that was trained for a while: its layers are not the identity."""
+    extraction = metr.CategoryExtraction(text_dim, channels, 64, 0.1)
+    trained(extraction)
+    return extraction
+
+
+def trained(extraction: metr.CategoryExtraction) -> None:
+    for layer in extraction.layers:
+        for linear in (layer.attention.out_proj, layer.ffn[-1]):
+            linear.reset_parameters()
+
+
+def test_at_first_the_vector_of_a_class_is_its_text_whatever_the_image_shows():
+    extraction = metr.CategoryExtraction(16, 32, 64, 0.1)
+    text = torch.randn(5, 16)
+    _, vectors = extraction(text, memory_of((64, 64), (32, 64)))
+    u = extraction.projection(text).expand(2, -1, -1)
+    torch.testing.assert_close(vectors, u, rtol=1e-3, atol=1e-3)  # but for the eps of LN
+
+
 def test_what_is_extracted_of_a_class_depends_on_it_and_the_image_alone():
-    extraction = metr.CategoryExtraction(16, 32, 0.1)
+    extraction = extraction_of(16, 32)
     text, memory = torch.randn(5, 16), memory_of((64, 64), (32, 64))
     presence, vectors = extraction(text, memory)
     assert presence.shape == (2, 2, 5) and vectors.shape == (2, 5, 32)
@@ -93,7 +116,7 @@ def test_what_is_extracted_of_a_class_depends_on_it_and_the_image_alone():
 
 
 def test_many_classes_are_read_in_parts():
-    extraction = metr.CategoryExtraction(16, 32, 0.1)
+    extraction = extraction_of(16, 32)
     text, memory = torch.randn(2100, 16), memory_of((64, 64))
     presence, vectors = extraction(text, memory)
     assert presence.shape == (2, 1, 2100)
@@ -126,7 +149,7 @@ def test_the_score_of_a_class_by_a_loop():
 
 def test_the_extraction_by_its_formula():
     """Every layer is scored by the same function, for the class before it saw the image."""
-    extraction = metr.CategoryExtraction(16, 32, 0.1)
+    extraction = extraction_of(16, 32)
     text, memory = torch.randn(4, 16), memory_of((64, 64))
     linear, norm = extraction.projection
     u = norm(text @ linear.weight.T + linear.bias)[None]
@@ -445,6 +468,11 @@ def test_losses_of_a_batch():
     torch.testing.assert_close(losses["loss_class"], wanted)
     total = sum(value for name, value in losses.items() if name != "loss")
     torch.testing.assert_close(losses["loss"], total)
+    args = metr.Args(presence_weight=0.3)
+    fewer = metr.compute_losses(args, output, batch, targets, asked, supervision)
+    torch.testing.assert_close(fewer["loss_presence"], 0.3 * losses["loss_presence"])
+    wanted = metr.loss_presence(output.presence, *asked)
+    torch.testing.assert_close(losses["loss_presence"], wanted)
 
 
 def test_a_training_step_waits_eight_times():
@@ -498,5 +526,6 @@ def test_settings():
     assert (metr.HEADS, metr.LEVELS, metr.POINTS, metr.EXTRACTION_LAYERS) == (8, 4, 4, 2)
     assert (args.classes_kept, args.queries_per_class, args.prior) == (20, 100, 0.1)
     assert (args.channels, args.encoder_layers, args.decoder_layers) == (256, 6, 6)
-    assert (metr.FFN * args.channels, metr.FIRST_PRIOR, metr.CLASS) == (2048, 0.01, 2.0)
+    assert (args.ffn, metr.FIRST_PRIOR, metr.CLASS) == (2048, 0.01, 2.0)
+    assert args.presence_weight == 1
     assert metr.DECAYS == (11 / 12,) and (args.lr, args.backbone_factor) == (1e-4, 0.1)
