@@ -561,6 +561,22 @@ def test_the_nan_of_one_rank_ends_all_and_the_same_command_goes_on(on_two_ranks,
     assert same(weights_of(folder), weights_of(tmp_path / "whole"))
 
 
+@pytest.mark.long  # tracing takes half a minute
+def test_a_compiled_training_on_two_ranks_has_the_same_losses(on_two_ranks, tmp_path):
+    """The graphs are traced, and run without a compiler."""
+    traced = (
+        "import functools, torch; torch.compile = functools.partial(torch.compile, backend='eager')"
+    )
+    losses = []
+    for choice in ("on", "off"):
+        flags = f"sys.argv += ['--compile', '{choice}', '--amp', 'off']"
+        done = on_two_ranks("", every=99, output=choice, more=f"{traced}\n{flags}")
+        assert done.returncode == 0 and "uncompiled" not in done.stdout, done.stderr
+        [line] = (tmp_path / choice / "metrics.jsonl").read_text().splitlines()
+        losses.append(json.loads(line)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_a_restart_does_not_read_the_addresses_of_the_ranks_before(monkeypatch):
     """The store of torchrun outlives a restart."""
     store, joined = dist.HashStore(), []
