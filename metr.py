@@ -35,7 +35,7 @@ Note: with a class tree, an object is one of its class and of each class above i
 Note: of a federated dataset (LVIS) a step asks for 50 classes, as its federated loss.
 Note: cells that propose nothing are never selected. An image has 300 detections, as LVIS wants.
 
-    python metr.py --datasets coco,lvis,oid --tiny      # minutes on a CPU
+    python metr.py --datasets coco,cityscapes-instances --tiny                 # minutes on a CPU
     python metr.py --datasets coco,o365,oid --data-root DATA                             # one GPU
     torchrun --nproc-per-node 8 metr.py --datasets coco,o365,oid --data-root DATA
     python metr.py --predict photo.jpg --vocabulary "cat, traffic cone" --weights runs/...
@@ -110,7 +110,7 @@ from common.visualize import save_image, training_grid
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
-DATASETS = "--datasets coco,lvis,oid --tiny"
+DATASETS = "--datasets coco,cityscapes-instances --tiny"
 DEMO = [  # the demonstration of ./run.sh
     f"{DATASETS} --matching any --output {{output}}-any",
     DATASETS,
@@ -223,14 +223,13 @@ TINY = {
     "test_size": 192,
     "batch_size": 4,
     "base_batch_size": 4,
-    "steps": 900,
+    "steps": 1100,
     "lr": 1e-3,
     "backbone_factor": 0,
     "warmup_steps": 50,
     "checkpoint_every": 200,
     "workers": 0,
-    "classes_kept": 20,
-    "queries_per_class": 12,
+    "queries_per_class": 20,
     "presence_weight": 0.1,
     "channels": 128,
     "ffn": 256,
