@@ -77,7 +77,6 @@ from common.command import COUNT, SIDE, Range, parse_args, run_command, saved_ar
 from common.compiling import compilable
 from common.convert import convert_if_official, refuse
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
-from common.datasets.subset import drop_empty
 from common.deformable import (
     DeformableDecoderLayer,
     Encoder,
@@ -97,9 +96,8 @@ from common.labels import LabelSpace, Vocabulary
 from common.mask_losses import masks_per_rank
 from common.optim import learning_rate, parameter_groups, scaled_lr
 from common.runlog import RunLog, make_run_folder, report
-from common.sampling import Mixture, make_loader
-from common.set_losses import GIOU, L1, loss_focal, loss_giou, loss_l1, match
-from common.shares import ShareBatchSampler
+from common.sampling import Mixture, RatioBatchSampler, make_loader
+from common.set_losses import CLASS, GIOU, L1, loss_focal, loss_giou, loss_l1, match
 from common.targets import Targets
 from common.text import embed, known_vocabularies
 from common.transforms import DetrCrop, ResizeShortest
@@ -237,6 +235,7 @@ MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_
 MODEL_FIELDS += ["task_size", "queries", "channels", "encoder_layers", "decoder_layers"]
 OFFICIAL = refuse("has a hybrid encoder and reads its task from a prompt; neither is here")
 HEADS, LEVELS, POINTS = 8, 4, 4  # of the deformable attention
+CANDIDATES = 900  # detections of an image that NMS sees
 NMS = 0.5  # IoU above which the better one of two detections of a class is kept
 
 # -- Model -----------------------------------------------------------------------------------------
@@ -291,9 +290,10 @@ class TaskDecoder(nn.Module):
     """Layers in which queries and task tokens attend to each other, and which refine the boxes.
 
     Merged attention: [q; P] = LN([q; P] + MHA([q + e(b); P], [q + e(b); P], [q; P])), where e(b) is
-    an MLP of the box of the query. Then the queries alone look at the image. The box of a layer is
-    a change of the box before it: its gradient reaches that layer, too ("look forward twice"), but
-    the next layer looks where it lies without a gradient.
+    an MLP of the box of the query. Then the queries alone look at the image.
+
+    Each layer refines the box of the layer before. The loss of the new box trains both heads ("look
+    forward twice"), but no earlier ones. The next layer looks around it without a gradient.
     Source: om-ai-lab/OmDet:omdet/omdet_v2_turbo/ela_decoder.py
     """
 
@@ -321,7 +321,7 @@ class TaskDecoder(nn.Module):
         count = [q.shape[1], len(tokens)]  # Q, P
         unplaced = (0, 0, 0, len(tokens))
         tokens = tokens.expand(len(q), -1, -1)  # (B, P, d)
-        before = boxes  # with its gradient
+        before = boxes
         logits = []
         refined = []
         for layer, head, classify in zip(self.layers, self.box_heads, self.class_layers):
@@ -331,11 +331,11 @@ class TaskDecoder(nn.Module):
             q, tokens = both.split(count, 1)
             q = layer.cross_attend(q, position, boxes, memory)
             q = layer.feed_forward(q)
-            moved = head(q).float() + inverse_sigmoid(before)
-            before = moved.sigmoid()
+            change = head(q).float()
+            refined.append((change + inverse_sigmoid(before)).sigmoid())
+            before = (change + inverse_sigmoid(boxes)).sigmoid()  # trains this head and the next
             boxes = before.detach()
             logits.append(classify(q, text))
-            refined.append(before)
         return torch.stack(logits), torch.stack(refined)
 
 
@@ -479,7 +479,7 @@ def loss_class(
 def compute_losses(
     output: Output, targets: list[Targets], sizes: list[tuple[int, int]], task: Task
 ) -> dict[str, Tensor]:
-    """L = sum over first stage and layers of (L_class + 5 L_1 + 2 L_GIoU).
+    """L = sum over first stage and layers of (2 L_class + 5 L_1 + 2 L_GIoU).
 
     The queries of each prediction are matched to the objects (`match`), and so are the cells that
     the first stage has selected. num_boxes: `masks_per_rank`. L_class is `loss_class`.
@@ -496,10 +496,10 @@ def compute_losses(
     first = found.z == 0
     tables = (task.positive, task.weight, num_boxes)
     losses = {
-        "loss_class": loss_class(logits[1:], labels[1:], *tables),
+        "loss_class": CLASS * loss_class(logits[1:], labels[1:], *tables),
         "loss_bbox": (l1 * ~first).sum(),
         "loss_giou": (giou * ~first).sum(),
-        "loss_class_enc": loss_class(logits[:1], labels[:1], *tables),
+        "loss_class_enc": CLASS * loss_class(logits[:1], labels[:1], *tables),
         "loss_bbox_enc": (l1 * first).sum(),
         "loss_giou_enc": (giou * first).sum(),
     }
@@ -514,12 +514,12 @@ def join_tasks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Joins the boxes (N, 4), scores (N,) and labels (N,) of an image's tasks, best first.
 
-    The best `limit` stay, without those that NMS per class removes.
+    Of the best CANDIDATES, NMS per class keeps some. The best `limit` of them stay.
     """
     boxes, scores, labels = (torch.cat(values) for values in zip(*parts))
-    scores, best = scores.topk(min(limit, len(scores)))
+    scores, best = scores.topk(min(CANDIDATES, len(scores)))
     boxes, labels = boxes[best], labels[best]
-    kept = batched_nms(boxes, scores, labels, NMS)
+    kept = batched_nms(boxes, scores, labels, NMS)[:limit]
     return boxes[kept], scores[kept], labels[kept]
 
 
@@ -540,7 +540,7 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace) -> list[dict]:
     for group in task_groups(len(text), model.args.task_size):
         output = model.detect(encoded, text[group])
         for i, (logits, boxes) in enumerate(zip(output.logits[-1], output.boxes[-1])):
-            boxes, scores, labels = best_detections(logits, boxes, batch.sizes[i])
+            boxes, scores, labels = best_detections(logits, boxes, batch.sizes[i], CANDIDATES)
             parts[i].append((boxes, scores, labels + group.start))
     detections = []
     for i, part in enumerate(parts):
@@ -562,17 +562,17 @@ def predict_images(
 
 
 def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoader:
-    """Returns a loader of endless batches, each of one dataset, with DETR's augmentation.
+    """Returns a loader of endless batches, each of one dataset, which each rank draws for itself.
 
-    A dataset is drawn with a probability proportional to its number of images.
+    The probability of a dataset is proportional to its number of images. The augmentation is that
+    of DETR.
     start: number of steps that a resumed run has made
     """
-    sizes = np.array([len(d) for d in datasets])
-    weights = [np.ones(size) for size in sizes]
+    sizes = [len(d) for d in datasets]
+    factors = [np.ones(size) for size in sizes]
+    batches = [args.batch_size] * len(datasets)
     place = (args.seed, start, rank(), world_size())
-    period = max(args.steps, 1)  # the shares never change
-    sampler = ShareBatchSampler(weights, args.batch_size, period, *place)
-    sampler.shares[0] = sizes / sizes.sum()
+    sampler = RatioBatchSampler(factors, sizes, batches, *place, apart=True)
     transforms = {d.name: DetrCrop(args.image_size) for d in datasets}
     mixture = Mixture(datasets, transforms, args.seed)
     return make_loader(mixture, args, batch_sampler=sampler)
@@ -699,7 +699,7 @@ def main() -> None:
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
-        datasets = [drop_empty(d) for d in training_datasets(args, size)]
+        datasets = training_datasets(args, size)
         label_space = build_label_space(args, known_vocabularies(args, METHOD, datasets))
     else:
         model, label_space = load(args.weights, args, device)

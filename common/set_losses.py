@@ -20,7 +20,7 @@ from common.targets import Targets
 # R matched pairs of all images and predictions.
 
 ALPHA = 0.25  # of the focal loss: weight of positives; that of negatives is 1 - ALPHA
-CLASS, L1, GIOU = 2.0, 5.0, 2.0  # weights of the terms of the cost; of the losses, class has 1
+CLASS, L1, GIOU = 2.0, 5.0, 2.0  # weights of cost and losses; in Plain-Det's losses, class has 1
 
 
 def focal_cost(logits: Tensor, labels: Tensor) -> Tensor:
