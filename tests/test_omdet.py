@@ -69,6 +69,9 @@ def test_constants_and_defaults():
     assert (omdet.HEADS, omdet.LEVELS, omdet.POINTS) == (8, 4, 4)
     assert (omdet.NMS, omdet.CANDIDATES) == (0.5, 900)
     args = omdet.Args()
+    assert (args.lr, args.batch_size, args.base_batch_size) == (1e-4, 16, 16)
+    assert (args.backbone_factor, args.warmup_steps, args.encoder_layers) == (0.1, 1000, 6)
+    assert (args.text_encoder, args.image_size, args.test_size) == ("ViT-B-16/openai", 640, 640)
     assert (args.queries, args.channels, args.decoder_layers, args.tau) == (900, 256, 6, 0.07)
     assert (args.fusion, args.task_size, args.cls_bias, args.prompts) == ("merged", 80, 0, "name")
     model = omdet.Model(omdet.Args(**SMALL | {"channels": 64}), space(5), pretrained=False)
@@ -77,6 +80,10 @@ def test_constants_and_defaults():
     assert model.task_encoder.mlp[0].out_features == 1024
     for classify in (model.proposal_classes, *model.decoder.class_layers):
         assert classify.bias is None and not classify.linear.bias.any()
+    hidden, _, last = model.decoder.position
+    for layer, fans in ((hidden, 4 + 128), (last, 128 + 64)):  # Xavier's uniform start
+        largest = float(layer.weight.detach().abs().max())
+        assert largest == pytest.approx(math.sqrt(6 / fans), rel=0.05)
 
 
 # -- equations -------------------------------------------------------------------------------------
@@ -233,17 +240,40 @@ def test_the_task_reaches_the_boxes_through_its_tokens_alone(fusion, monkeypatch
     assert torch.equal(one, other) == (fusion == "none")
 
 
-def test_an_image_does_not_depend_on_the_others_of_its_batch():
-    model, text = model_of(), text_of(5)
+def padded_images() -> tuple:
+    """Two images of 96 x 96 pixels. The second ends after 64 rows and 80 columns."""
     pixels = torch.randint(256, (2, 3, 96, 96), dtype=torch.uint8)
-    sizes = [(96, 96), (64, 80)]
     pixels[1, :, 64:] = pixels[1, :, :, 80:] = 0
+    return pixels, [(96, 96), (64, 80)]
+
+
+def test_an_image_does_not_depend_on_the_others_of_its_batch():
+    model, text, (pixels, sizes) = model_of(), text_of(5), padded_images()
     both, alone = model(pixels, sizes, text), model(pixels[1:], sizes[1:], text)
     torch.testing.assert_close(both.logits[:, 1:], alone.logits, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(both.boxes[:, 1:], alone.boxes, rtol=1e-3, atol=1e-4)
 
 
-def test_text_is_frozen_and_all_else_is_trained():
+def test_the_padding_does_not_matter(monkeypatch):
+    """In the encoder, the selection and the decoder, noise in it has no effect."""
+    model, text, (pixels, sizes) = model_of(), text_of(5), padded_images()
+    memory = model.encode(pixels, sizes).memory
+    assert memory.padding[1].any() and not memory.padding[0].any()
+    clean, neck = model(pixels, sizes, text), model.neck.forward
+    outside = memory.padding.split([height * width for height, width in memory.shapes], 1)
+
+    def noisy(maps):
+        for m, cells in zip(neck(maps), outside):
+            noise = 9 * torch.randn_like(m) * cells.view(2, 1, *m.shape[-2:])
+            yield m + noise
+
+    monkeypatch.setattr(model.neck, "forward", lambda maps: list(noisy(maps)))
+    found = model(pixels, sizes, text)
+    torch.testing.assert_close(found.logits, clean.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.boxes, clean.boxes, rtol=1e-4, atol=1e-5)
+
+
+def test_all_parameters_are_trained():
     model, (pixels, sizes) = model_of(cls_bias=-4.6), images()
     output = model(pixels, sizes, text_of(5))
     (output.logits.sum() + output.boxes.sum()).backward()
@@ -292,7 +322,7 @@ def test_a_task_with_a_tree_by_a_loop():
     columns, text = torch.tensor([0, 2, 3]), text_of(5)
     task = omdet.Task.of(columns, text, upward)
     assert torch.equal(task.text, text[columns])
-    assert task.place.tolist() == [0, -1, 1, 2, -1]
+    assert task.index.tolist() == [0, -1, 1, 2, -1]
     for (i, label), (j, other) in itertools.product(enumerate([0, 2, 3]), enumerate([0, 2, 3])):
         is_above = other in above.get(label, ())
         assert task.positive[i, j] == (label == other or is_above)
@@ -300,7 +330,7 @@ def test_a_task_with_a_tree_by_a_loop():
     assert not task.positive[3].any() and (task.weight[3] == 1).all()
 
 
-def test_targets_are_places_in_the_task():
+def test_targets_are_indices_in_the_task():
     batch = batch_of(6, 0)
     batch.samples[0].labels = torch.tensor([4, 1, 1, 4, 3, 1])
     task = omdet.Task.of(torch.tensor([1, 3, 4]), text_of(5), torch.eye(5, dtype=torch.bool))
@@ -560,13 +590,13 @@ def test_a_large_vocabulary_is_trained_in_tasks(tiny_root, tmp_path, monkeypatch
 
     def computing(output, targets, sizes, task):
         assert output.logits.shape[-1] == len(task.text)
-        asked = task.place[task.place >= 0]
+        asked = task.index[task.index >= 0]
         assert torch.equal(asked, torch.arange(len(task.text)))
         assert all((t.labels >= 0).all() and (t.labels < len(asked)).all() for t in targets)
-        shown = {place for t in targets for place in t.labels.tolist()}
+        shown = {label for t in targets for label in t.labels.tolist()}
         assert len(task.text) == max(20, len(shown))
-        columns = (task.place >= 0).nonzero().flatten().tolist()
-        tasks.append({column for place, column in enumerate(columns) if place not in shown})
+        columns = (task.index >= 0).nonzero().flatten().tolist()
+        tasks.append({column for i, column in enumerate(columns) if i not in shown})
         return compute(output, targets, sizes, task)
 
     monkeypatch.setattr(omdet, "compute_losses", computing)
