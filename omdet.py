@@ -17,24 +17,36 @@ Symbol           variable
 t, P             text, tokens
 q, b             queries, boxes
 
-Note: we could not read the paper, and its code is not public. Fusion, selection, boxes and logits
-  are those of OmDet-Turbo (arXiv 2403.06892), whose inference is. Its training is not: the losses
-  and the recipe are Deformable DETR's.
-Note: the base is Deformable DETR's encoder on four levels. Turbo has RT-DETR's hybrid encoder.
+Note: we could not read the paper, and we know no public code of it. Fusion, selection, boxes and
+  logits are those of OmDet-Turbo (arXiv 2403.06892), whose inference code is public. OmDet's own
+  decoder, which is like Sparse R-CNN's as far as we know, is not here.
+Note: we know no public training code of OmDet-Turbo. The losses are Deformable DETR's. So are
+  AdamW, its weight decay, the clipping and --lr per image (officially 2e-4 for 32); the half cosine
+  and the warmup are ours, norms do not decay, and sampling offsets have the full learning rate,
+  officially a tenth.
+Note: the base is Deformable DETR's encoder on four levels. Turbo has RT-DETR's hybrid encoder, and
+  its images are squares of 640 pixels.
 Note: a task token is the text embedding of a class name. Officially the tokens are CLIP's last
   states of the prompt "Detect a, b, c.", which CLIP cuts after 77 tokens, some 25 names, and which
   a text encoder must read for each task. Embeddings of names are all that a label space holds.
 Note: a batch is of one dataset and has one task, so that no task is padded. Officially a batch
-  pads tasks with zeros, which take part in the selection of queries.
-Note: a dataset of more than --task-size classes shares a task out of the classes that the batch
-  shows and of random others. Their number is not known. A federated dataset (LVIS) has no loss of
-  its own: classes of the task that an image's annotators did not look for are negatives.
+  pads tasks with zeros, which take part in the selection of queries. That larger datasets are drawn
+  more often, in proportion to their images, is ours.
+Note: of a dataset with more than --task-size classes, a task holds those that the batch shows and
+  random others. OmDet's number of classes is not known to us; 80 is ours. A federated dataset
+  (LVIS) has no loss of its own: classes of the task that an image's annotators did not look for are
+  negatives.
+Note: the treatment of a class tree is Plain-Det's.
 Note: more than --task-size names at test time are several tasks of equal size. Each selects its
   own queries. The image is encoded once.
-Note: contrastive denoising is left out: noised boxes and labels as 100 further queries in
-  training. It is in the official code, but the losses that would use it are not.
+Note: NMS per class sees the best 900 detections of an image, officially as many as there are
+  queries, 900. Its threshold is that of the official demonstration; a caller that names none has no
+  NMS. The best 300 of what it leaves are given, as LVIS counts them; officially all.
+Note: contrastive denoising is left out: in training, about 100 further queries are noised boxes and
+  labels. The official code makes them, but we know no public code of the losses that would use
+  them.
 Note: text embeddings are frozen and of unit norm. The biases of the class layers begin as 0, so
-  that the norm does not matter at first.
+  that the norm does not matter for the logits at first. It does for the task tokens.
 
     python omdet.py --datasets coco,o365 --tiny      # minutes on a CPU
     python omdet.py --datasets coco,lvis,o365 --data-root DATA                           # one GPU
@@ -77,7 +89,6 @@ from common.command import COUNT, SIDE, Range, parse_args, run_command, saved_ar
 from common.compiling import compilable
 from common.convert import convert_if_official, refuse
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
-from common.datasets.subset import drop_empty
 from common.deformable import (
     DeformableDecoderLayer,
     Encoder,
@@ -97,17 +108,17 @@ from common.labels import LabelSpace, Vocabulary
 from common.mask_losses import masks_per_rank
 from common.optim import learning_rate, parameter_groups, scaled_lr
 from common.runlog import RunLog, make_run_folder, report
-from common.sampling import Mixture, make_loader
-from common.set_losses import GIOU, L1, loss_focal, loss_giou, loss_l1, match
-from common.shares import ShareBatchSampler
+from common.sampling import Mixture, RatioBatchSampler, make_loader
+from common.set_losses import CLASS, GIOU, L1, loss_focal, loss_giou, loss_l1, match
 from common.targets import Targets
 from common.text import embed, known_vocabularies
 from common.transforms import DetrCrop, ResizeShortest
 from common.visualize import save_image, training_grid
 
 # Shapes: B images, Z decoder layers, Q queries, S cells of all levels, N ground truths of an image,
-# C classes of the dataset, T classes of the task, D width of the text embeddings, d channels, H W
-# pixels, K datasets of the training. The first stage is the first of Z + 1 predictions.
+# C classes of the dataset, T classes of the task, P task tokens (T, or 0 without fusion), D width
+# of the text embeddings, d channels, H W pixels, R matched queries of all images and predictions.
+# The first stage is the first of Z + 1 predictions.
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
@@ -184,7 +195,7 @@ class Args:
     """largest short side of training images, pixels (DETR's augmentation: 0.6 to 1 of it)"""
     test_size: Annotated[int, SIDE] = 640  # code
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 16  # base
+    batch_size: Annotated[int, Range(1)] = 16  # ours
     """images per step over all ranks"""
     steps: Annotated[int, COUNT] = 400_000  # ours
     """optimiser steps; --lr falls to 0 like half a cosine"""
@@ -222,7 +233,7 @@ TINY = {
     "base_batch_size": 4,
     "steps": 900,
     "lr": 1e-3,
-    "backbone_factor": 0,
+    "backbone_factor": 0.0,
     "warmup_steps": 50,
     "checkpoint_every": 200,
     "workers": 0,
@@ -236,8 +247,9 @@ TINY = {
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias", "fusion"]
 MODEL_FIELDS += ["task_size", "queries", "channels", "encoder_layers", "decoder_layers"]
 OFFICIAL = refuse("has a hybrid encoder and reads its task from a prompt; neither is here")
-HEADS, LEVELS, POINTS = 8, 4, 4  # of the deformable attention
-NMS = 0.5  # IoU above which the better one of two detections of a class is kept
+HEADS, LEVELS, POINTS = 8, 4, 4  # of the attention; the last two of the deformable one
+CANDIDATES = 900  # detections of an image that NMS sees
+NMS = 0.5  # IoU above which only the better one of two detections of a class is kept
 
 # -- Model -----------------------------------------------------------------------------------------
 
@@ -248,7 +260,10 @@ def build_label_space(args: Args, vocabularies: list[Vocabulary]) -> LabelSpace:
 
 
 class TaskEncoder(nn.Module):
-    """Task tokens: P = W LN(t + MLP(t)), a token for each class of the task."""
+    """Task tokens: P = W LN(t + MLP(t)), a token for each class of the task.
+
+    Source: om-ai-lab/OmDet:omdet/modeling/common.py (ResidualMLP)
+    """
 
     def __init__(self, text_dim: int, channels: int, hidden: int = 1024):
         super().__init__()
@@ -265,9 +280,10 @@ class TaskEncoder(nn.Module):
 
 
 class ClassLayer(nn.Module):
-    """Logits: x_qc = cos(q, W t(c)) / tau. W has a bias; with --cls-bias, the logits have one too.
+    """Logits: x_qc = cos(q, W_l t(c)) / tau. W_l has a bias; with --cls-bias, the logits have one.
 
-    The queries are not projected.
+    The first stage and each decoder layer l have their own W_l. The queries are not projected.
+    Source: om-ai-lab/OmDet:omdet/omdet_v2_turbo/ela_decoder.py (logit_scale)
     """
 
     def __init__(self, text_dim: int, args: Args):
@@ -291,9 +307,10 @@ class TaskDecoder(nn.Module):
     """Layers in which queries and task tokens attend to each other, and which refine the boxes.
 
     Merged attention: [q; P] = LN([q; P] + MHA([q + e(b); P], [q + e(b); P], [q; P])), where e(b) is
-    an MLP of the box of the query. Then the queries alone look at the image. The box of a layer is
-    a change of the box before it: its gradient reaches that layer, too ("look forward twice"), but
-    the next layer looks where it lies without a gradient.
+    an MLP of the box of the query. Then the queries alone look at the image.
+
+    Each layer refines the box of the layer before. The loss of the new box trains both heads ("look
+    forward twice"), but no earlier ones. The next layer looks around it without a gradient.
     Source: om-ai-lab/OmDet:omdet/omdet_v2_turbo/ela_decoder.py
     """
 
@@ -316,26 +333,26 @@ class TaskDecoder(nn.Module):
         """Returns logits (Z, B, Q, T) and boxes_cxcywh (Z, B, Q, 4) after each layer.
 
         q:      (B, Q, d), content of the queries; boxes: (B, Q, 4) boxes_cxcywh
-        text:   (T, D); tokens: (P, d), task tokens, the same for all images. There may be none
+        text:   (T, D); tokens: (P, d), the same for all images
         """
-        count = [q.shape[1], len(tokens)]  # Q, P
-        unplaced = (0, 0, 0, len(tokens))
+        parts = [q.shape[1], len(tokens)]  # Q, P
+        no_position = (0, 0, 0, len(tokens))  # padding: the tokens have none
         tokens = tokens.expand(len(q), -1, -1)  # (B, P, d)
-        before = boxes  # with its gradient
+        last_boxes = boxes
         logits = []
         refined = []
         for layer, head, classify in zip(self.layers, self.box_heads, self.class_layers):
-            position = self.position(boxes)
+            embedded = self.position(boxes)  # (B, Q, d)
             both = torch.cat([q, tokens], 1)  # (B, Q + P, d)
-            both = layer.self_attend(both, F.pad(position, unplaced))
-            q, tokens = both.split(count, 1)
-            q = layer.cross_attend(q, position, boxes, memory)
+            both = layer.self_attend(both, F.pad(embedded, no_position))
+            q, tokens = both.split(parts, 1)
+            q = layer.cross_attend(q, embedded, boxes, memory)
             q = layer.feed_forward(q)
-            moved = head(q).float() + inverse_sigmoid(before)
-            before = moved.sigmoid()
-            boxes = before.detach()
+            change = head(q).float()
+            refined.append((change + inverse_sigmoid(last_boxes)).sigmoid())
+            last_boxes = (change + inverse_sigmoid(boxes)).sigmoid()  # trains this head alone
+            boxes = last_boxes.detach()
             logits.append(classify(q, text))
-            refined.append(before)
         return torch.stack(logits), torch.stack(refined)
 
 
@@ -367,11 +384,14 @@ class Model(nn.Module):
         self.encoder = Encoder(channels, args.encoder_layers, 4 * channels, *sizes)
         self.proposals = Proposals(channels)
         self.proposal_classes = ClassLayer(width, args)
-        self.decoder = TaskDecoder(args, width, *sizes, ffn=8 * channels)
+        self.decoder = TaskDecoder(args, width, *sizes, ffn=8 * channels)  # 2048 in OmDet-Turbo
         self.task_encoder = TaskEncoder(width, channels) if args.fusion == "merged" else None
 
     def encode(self, images: Tensor, sizes: list[tuple[int, int]]) -> Encoded:
-        """Returns what no task changes. images: (B, 3, H, W) uint8; sizes: before padding"""
+        """Returns the encoded image, which all tasks share.
+
+        images: (B, 3, H, W) uint8; sizes: (height, width) before padding
+        """
         with amp_context(self.args.amp, images.device):
             maps = self.neck(self.backbone(self.backbone.normalise(images, sizes)))
             memory = self.encoder(Memory.of(maps, sizes, tuple(images.shape[-2:])))
@@ -382,6 +402,7 @@ class Model(nn.Module):
 
         Query selection: the queries are the Q cells with the highest logit of any class of the
         task. Their contents and boxes enter the decoder without a gradient.
+        Source: om-ai-lab/OmDet:omdet/omdet_v2_turbo/ela_decoder.py (_get_decoder_input)
         """
         memory, hidden, proposals = encoded
         with amp_context(self.args.amp, text.device):
@@ -390,7 +411,7 @@ class Model(nn.Module):
             boxes = at_cells(proposals, rows)
             q = at_cells(hidden, rows).float()
             tokens = q.new_zeros(0, q.shape[-1])
-            if self.task_encoder:
+            if self.task_encoder is not None:
                 tokens = self.task_encoder(text)
             logits, refined = self.decoder(q.detach(), boxes.detach(), memory, text, tokens)
         first = at_cells(scores, rows)
@@ -407,40 +428,46 @@ class Model(nn.Module):
 # -- Losses ----------------------------------------------------------------------------------------
 
 
-def sample_task(labels: Tensor, count: int, size: int, rng: np.random.Generator) -> Tensor:
+def sample_task(
+    labels: Tensor, num_classes: int, max_classes: int, rng: np.random.Generator
+) -> Tensor:
     """Returns the classes of a batch's task, rising: (T,). It is drawn on the CPU.
 
-    They are all `count` classes, if these are `size` at most. Otherwise they are the classes that
-    the batch shows, however many, and random others, until they are `size`.
+    They are all `num_classes` classes, if these are `max_classes` at most. Otherwise they are those
+    that the batch shows, however many, and random others, until they are `max_classes`.
     labels: (N,), classes of all objects of the batch
     """
-    if count <= size:
-        return torch.arange(count)
-    order = rng.random(count)
+    if num_classes <= max_classes:
+        return torch.arange(num_classes)
+    order = rng.random(num_classes)
     order[labels.numpy()] = -1  # those that are shown come first
     shown = int((order < 0).sum())
-    chosen = np.argsort(order)[: max(size, shown)]
+    chosen = np.argsort(order)[: max(max_classes, shown)]
     return torch.from_numpy(np.sort(chosen))
 
 
-def task_groups(count: int, size: int) -> list[slice]:
-    """Returns the tasks that ask for `count` classes at test time, in order, each of one group.
+def task_groups(num_classes: int, max_classes: int) -> list[slice]:
+    """Returns the classes of each task at test time, in order.
 
-    They are as few as tasks of at most `size` classes can be, and differ by one class at most.
+    There are as few tasks as possible with at most `max_classes` classes each. Their sizes differ
+    by at most one.
     """
-    number = math.ceil(count / size)
-    ends = [count * i // number for i in range(number + 1)]
+    number = math.ceil(num_classes / max_classes)
+    ends = [num_classes * i // number for i in range(number + 1)]
     return [slice(*group) for group in itertools.pairwise(ends)]
 
 
 @dataclass
 class Task:
-    """What the images of a batch are asked for, and what their queries train."""
+    """What the images of a batch are asked for, and what their queries train.
+
+    A row of `positive` and `weight` is for a label of a query. The last one is background.
+    """
 
     text: Tensor  # (T, D)
-    place: Tensor  # (C,) place of each class of the dataset among the T, -1 of all others
-    positive: Tensor  # (T + 1, T) 1 for the classes that a query with the row's label shows
-    weight: Tensor  # (T + 1, T) 0 for the classes that it does not train; the last is background
+    index: Tensor  # (C,) index of each class of the dataset among the T, -1 of all others
+    positive: Tensor  # (T + 1, T) 1 for the classes that the query shows
+    weight: Tensor  # (T + 1, T) 0 for the classes that it does not train
 
     @classmethod
     def of(cls, columns: Tensor, text: Tensor, upward: Tensor) -> "Task":
@@ -450,18 +477,18 @@ class Task:
         the object may be one of them.
         text: (C, D) of the dataset; upward: (C, C) bool, [a, b]: b is a or above it
         """
-        place = columns.new_full((len(upward),), -1)
-        place[columns] = torch.arange(len(columns), device=columns.device)
+        index = columns.new_full((len(upward),), -1)
+        index[columns] = torch.arange(len(columns), device=columns.device)
         above = upward[columns][:, columns]  # (T, T)
         below = above.T & ~torch.eye(len(columns), dtype=torch.bool, device=above.device)
         positive = F.pad(above.float(), (0, 0, 0, 1))
         weight = F.pad((~below).float(), (0, 0, 0, 1), value=1.0)
-        return cls(text[columns], place, positive, weight)
+        return cls(text[columns], index, positive, weight)
 
 
 def prepare_targets(batch: Batch, task: Task) -> list[Targets]:
-    """Returns the ground truth of each image, with labels as places in the task."""
-    return [Targets(s.boxes, task.place[s.labels]) for s in batch.samples]
+    """Returns the ground truth of each image, with labels as indices in the task."""
+    return [Targets(s.boxes, task.index[s.labels]) for s in batch.samples]
 
 
 @compilable
@@ -479,7 +506,7 @@ def loss_class(
 def compute_losses(
     output: Output, targets: list[Targets], sizes: list[tuple[int, int]], task: Task
 ) -> dict[str, Tensor]:
-    """L = sum over first stage and layers of (L_class + 5 L_1 + 2 L_GIoU).
+    """L = sum over first stage and layers of (2 L_class + 5 L_1 + 2 L_GIoU).
 
     The queries of each prediction are matched to the objects (`match`), and so are the cells that
     the first stage has selected. num_boxes: `masks_per_rank`. L_class is `loss_class`.
@@ -496,10 +523,10 @@ def compute_losses(
     first = found.z == 0
     tables = (task.positive, task.weight, num_boxes)
     losses = {
-        "loss_class": loss_class(logits[1:], labels[1:], *tables),
+        "loss_class": CLASS * loss_class(logits[1:], labels[1:], *tables),
         "loss_bbox": (l1 * ~first).sum(),
         "loss_giou": (giou * ~first).sum(),
-        "loss_class_enc": loss_class(logits[:1], labels[:1], *tables),
+        "loss_class_enc": CLASS * loss_class(logits[:1], labels[:1], *tables),
         "loss_bbox_enc": (l1 * first).sum(),
         "loss_giou_enc": (giou * first).sum(),
     }
@@ -514,12 +541,12 @@ def join_tasks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Joins the boxes (N, 4), scores (N,) and labels (N,) of an image's tasks, best first.
 
-    The best `limit` stay, without those that NMS per class removes.
+    Of the best CANDIDATES, NMS per class keeps some. The best `limit` of them stay.
     """
     boxes, scores, labels = (torch.cat(values) for values in zip(*parts))
-    scores, best = scores.topk(min(limit, len(scores)))
+    scores, best = scores.topk(min(CANDIDATES, len(scores)))
     boxes, labels = boxes[best], labels[best]
-    kept = batched_nms(boxes, scores, labels, NMS)
+    kept = batched_nms(boxes, scores, labels, NMS)[:limit]
     return boxes[kept], scores[kept], labels[kept]
 
 
@@ -529,7 +556,7 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace) -> list[dict]:
 
     Each image has a dictionary like torchvision's: boxes (N, 4), scores (N,), and labels (N,), as
     columns of label_space. It also has N class_names and size (height, width).
-    The classes may be thousands. Memory grows with --task-size alone.
+    The decoder's memory depends on --task-size, not on the number of classes.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -540,7 +567,7 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace) -> list[dict]:
     for group in task_groups(len(text), model.args.task_size):
         output = model.detect(encoded, text[group])
         for i, (logits, boxes) in enumerate(zip(output.logits[-1], output.boxes[-1])):
-            boxes, scores, labels = best_detections(logits, boxes, batch.sizes[i])
+            boxes, scores, labels = best_detections(logits, boxes, batch.sizes[i], CANDIDATES)
             parts[i].append((boxes, scores, labels + group.start))
     detections = []
     for i, part in enumerate(parts):
@@ -562,17 +589,16 @@ def predict_images(
 
 
 def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoader:
-    """Returns a loader of endless batches, each of one dataset, with DETR's augmentation.
+    """Returns a loader of endless batches, each from one dataset, which each rank draws for itself.
 
-    A dataset is drawn with a probability proportional to its number of images.
-    start: number of steps that a resumed run has made
+    The probability of a dataset is proportional to its number of images. The augmentation is that
+    of DETR. Skips the first `start` batches.
     """
-    sizes = np.array([len(d) for d in datasets])
-    weights = [np.ones(size) for size in sizes]
+    sizes = [len(d) for d in datasets]
+    factors = [np.ones(size) for size in sizes]
+    batches = [args.batch_size] * len(datasets)
     place = (args.seed, start, rank(), world_size())
-    period = max(args.steps, 1)  # the shares never change
-    sampler = ShareBatchSampler(weights, args.batch_size, period, *place)
-    sampler.shares[0] = sizes / sizes.sum()
+    sampler = RatioBatchSampler(factors, sizes, batches, *place, apart=True)
     transforms = {d.name: DetrCrop(args.image_size) for d in datasets}
     mixture = Mixture(datasets, transforms, args.seed)
     return make_loader(mixture, args, batch_sampler=sampler)
@@ -699,7 +725,7 @@ def main() -> None:
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
-        datasets = [drop_empty(d) for d in training_datasets(args, size)]
+        datasets = training_datasets(args, size)
         label_space = build_label_space(args, known_vocabularies(args, METHOD, datasets))
     else:
         model, label_space = load(args.weights, args, device)

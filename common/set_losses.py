@@ -20,7 +20,7 @@ from common.targets import Targets
 # R matched pairs of all images and predictions.
 
 ALPHA = 0.25  # of the focal loss: weight of positives; that of negatives is 1 - ALPHA
-CLASS, L1, GIOU = 2.0, 5.0, 2.0  # weights of the terms of the cost; of the losses, class has 1
+CLASS, L1, GIOU = 2.0, 5.0, 2.0  # weights of cost and losses; Plain-Det's class losses have 1
 
 
 def focal_cost(logits: Tensor, labels: Tensor) -> Tensor:
@@ -143,6 +143,7 @@ def proposal_losses(
 ) -> dict[str, Tensor]:
     """Returns the weighted losses of the first stage, for which all objects are of one class.
 
+    The focal loss has weight 1, as in Plain-Det.
     scores: (B, S, C), logits of all cells, whose first column is that of objects
     boxes:  (B, S, 4) boxes_cxcywh; sizes: as in `match`; num_boxes: a scalar
     """

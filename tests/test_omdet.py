@@ -66,8 +66,12 @@ def sample(count: int) -> Sample:
 
 
 def test_constants_and_defaults():
-    assert (omdet.HEADS, omdet.LEVELS, omdet.POINTS, omdet.NMS) == (8, 4, 4, 0.5)
+    assert (omdet.HEADS, omdet.LEVELS, omdet.POINTS) == (8, 4, 4)
+    assert (omdet.NMS, omdet.CANDIDATES) == (0.5, 900)
     args = omdet.Args()
+    assert (args.lr, args.batch_size, args.base_batch_size) == (1e-4, 16, 16)
+    assert (args.backbone_factor, args.warmup_steps, args.encoder_layers) == (0.1, 1000, 6)
+    assert (args.text_encoder, args.image_size, args.test_size) == ("ViT-B-16/openai", 640, 640)
     assert (args.queries, args.channels, args.decoder_layers, args.tau) == (900, 256, 6, 0.07)
     assert (args.fusion, args.task_size, args.cls_bias, args.prompts) == ("merged", 80, 0, "name")
     model = omdet.Model(omdet.Args(**SMALL | {"channels": 64}), space(5), pretrained=False)
@@ -76,6 +80,10 @@ def test_constants_and_defaults():
     assert model.task_encoder.mlp[0].out_features == 1024
     for classify in (model.proposal_classes, *model.decoder.class_layers):
         assert classify.bias is None and not classify.linear.bias.any()
+    hidden, _, last = model.decoder.position
+    for layer, fans in ((hidden, 4 + 128), (last, 128 + 64)):  # Xavier's uniform start
+        largest = float(layer.weight.detach().abs().max())
+        assert largest == pytest.approx(math.sqrt(6 / fans), rel=0.05)
 
 
 # -- equations -------------------------------------------------------------------------------------
@@ -166,14 +174,20 @@ def test_merged_attention_by_a_loop(tokens, monkeypatch):
 
 
 def test_boxes_look_forward_twice():
-    """The second box trains the first head, but where the second layer looks does not."""
-    decoder = model_of().decoder
+    """A box trains the heads of its layer and of the one before, where a layer looks none."""
+    decoder = model_of(decoder_layers=3).decoder
     inputs = decoder_inputs(decoder, 4)
     first = decoder.box_heads[0][-1].bias
     logits, boxes = decoder(*inputs)
     (trained,) = torch.autograd.grad(boxes[1].sum(), first, retain_graph=True)
-    looked = torch.autograd.grad(logits[1].sum(), first, allow_unused=True)
-    assert trained.abs().min() > 0 and looked == (None,)
+    others = (logits[1].sum(), logits[2].sum(), boxes[2].sum())
+    for value in others:
+        (none,) = torch.autograd.grad(value, first, retain_graph=True, materialize_grads=True)
+        assert not none.any()
+    assert trained.abs().min() > 0
+    own = [head[-1].bias for head in decoder.box_heads]
+    for z, box in enumerate(boxes):
+        assert torch.autograd.grad(box.sum(), own[z], retain_graph=True)[0].abs().min() > 0
     # the gradient is that of the sum of two changes of a logit: b (1 - b) of the second box
     with torch.no_grad():
         wanted = (boxes[1] * (1 - boxes[1])).sum((0, 1))
@@ -226,17 +240,40 @@ def test_the_task_reaches_the_boxes_through_its_tokens_alone(fusion, monkeypatch
     assert torch.equal(one, other) == (fusion == "none")
 
 
-def test_an_image_does_not_depend_on_the_others_of_its_batch():
-    model, text = model_of(), text_of(5)
+def padded_images() -> tuple:
+    """Two images of 96 x 96 pixels. The second ends after 64 rows and 80 columns."""
     pixels = torch.randint(256, (2, 3, 96, 96), dtype=torch.uint8)
-    sizes = [(96, 96), (64, 80)]
     pixels[1, :, 64:] = pixels[1, :, :, 80:] = 0
+    return pixels, [(96, 96), (64, 80)]
+
+
+def test_an_image_does_not_depend_on_the_others_of_its_batch():
+    model, text, (pixels, sizes) = model_of(), text_of(5), padded_images()
     both, alone = model(pixels, sizes, text), model(pixels[1:], sizes[1:], text)
     torch.testing.assert_close(both.logits[:, 1:], alone.logits, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(both.boxes[:, 1:], alone.boxes, rtol=1e-3, atol=1e-4)
 
 
-def test_text_is_frozen_and_all_else_is_trained():
+def test_the_padding_does_not_matter(monkeypatch):
+    """In the encoder, the selection and the decoder, noise in it has no effect."""
+    model, text, (pixels, sizes) = model_of(), text_of(5), padded_images()
+    memory = model.encode(pixels, sizes).memory
+    assert memory.padding[1].any() and not memory.padding[0].any()
+    clean, neck = model(pixels, sizes, text), model.neck.forward
+    outside = memory.padding.split([height * width for height, width in memory.shapes], 1)
+
+    def noisy(maps):
+        for m, cells in zip(neck(maps), outside):
+            noise = 9 * torch.randn_like(m) * cells.view(2, 1, *m.shape[-2:])
+            yield m + noise
+
+    monkeypatch.setattr(model.neck, "forward", lambda maps: list(noisy(maps)))
+    found = model(pixels, sizes, text)
+    torch.testing.assert_close(found.logits, clean.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.boxes, clean.boxes, rtol=1e-4, atol=1e-5)
+
+
+def test_all_parameters_are_trained():
     model, (pixels, sizes) = model_of(cls_bias=-4.6), images()
     output = model(pixels, sizes, text_of(5))
     (output.logits.sum() + output.boxes.sum()).backward()
@@ -285,7 +322,7 @@ def test_a_task_with_a_tree_by_a_loop():
     columns, text = torch.tensor([0, 2, 3]), text_of(5)
     task = omdet.Task.of(columns, text, upward)
     assert torch.equal(task.text, text[columns])
-    assert task.place.tolist() == [0, -1, 1, 2, -1]
+    assert task.index.tolist() == [0, -1, 1, 2, -1]
     for (i, label), (j, other) in itertools.product(enumerate([0, 2, 3]), enumerate([0, 2, 3])):
         is_above = other in above.get(label, ())
         assert task.positive[i, j] == (label == other or is_above)
@@ -293,7 +330,7 @@ def test_a_task_with_a_tree_by_a_loop():
     assert not task.positive[3].any() and (task.weight[3] == 1).all()
 
 
-def test_targets_are_places_in_the_task():
+def test_targets_are_indices_in_the_task():
     batch = batch_of(6, 0)
     batch.samples[0].labels = torch.tensor([4, 1, 1, 4, 3, 1])
     task = omdet.Task.of(torch.tensor([1, 3, 4]), text_of(5), torch.eye(5, dtype=torch.bool))
@@ -343,19 +380,42 @@ def test_losses_are_those_of_each_prediction():
         assert (torch.stack([first, *layers]) > 0).all()
 
 
-def test_box_losses_by_a_loop():
-    """One query and one object, both in the middle: 5 |b - g|_1 and 2 (1 - IoU)."""
-    sides, side = (0.2, 0.4), 48.0
-    boxes = torch.tensor([[0.5, 0.5, s, s] for s in sides]).view(2, 1, 1, 4)
-    output = omdet.Output(torch.zeros(2, 1, 1, 1), boxes)
-    truth = omdet.Targets(torch.tensor([[24.0, 24, 72, 72]]), torch.tensor([0]))
+def test_losses_by_a_loop():
+    """2 focal loss, 5 |b - g|_1 and 2 (1 - IoU), over the two objects of two queries.
+
+    All boxes are squares around the same point, of which the larger ones are a pair.
+    """
+    near, far = 0.25, 0.6  # sides of the objects, of 96 pixels
+    sides = [[0.2, 0.7], [0.3, 0.55]]  # of the queries, in the first stage and in the layer
+    boxes = torch.tensor([[[[0.5, 0.5, s, s] for s in row]] for row in sides])
+    logits = torch.tensor([[[[0.3], [-0.4]]], [[[-0.2], [0.6]]]])
+    corners = [[48 - 48 * s] * 2 + [48 + 48 * s] * 2 for s in (far, near)]
+    truth = omdet.Targets(torch.tensor(corners), torch.tensor([0, 0]))
     task = omdet.Task.of(torch.arange(1), text_of(1), torch.ones(1, 1, dtype=torch.bool))
-    losses = omdet.compute_losses(output, [truth], [(96, 96)], task)
-    for s, ending in zip(sides, ("_enc", "")):
-        own = side / 96
-        assert float(losses[f"loss_bbox{ending}"]) == pytest.approx(5 * 2 * (own - s))
-        iou = s**2 / own**2
-        assert float(losses[f"loss_giou{ending}"]) == pytest.approx(2 * (1 - iou), rel=1e-4)
+    losses = omdet.compute_losses(omdet.Output(logits, boxes), [truth], [(96, 96)], task)
+    for z, ending in enumerate(("_enc", "")):
+        pairs = list(zip(sides[z], (near, far)))
+        l1 = sum(5 * 2 * abs(s - g) for s, g in pairs) / 2
+        assert float(losses[f"loss_bbox{ending}"]) == pytest.approx(l1, rel=1e-4)
+        giou = sum(2 * (1 - min(s, g) ** 2 / max(s, g) ** 2) for s, g in pairs) / 2
+        assert float(losses[f"loss_giou{ending}"]) == pytest.approx(giou, rel=1e-4)
+        shown = [1 / (1 + math.exp(-x)) for x in logits[z].flatten().tolist()]
+        focal = sum(2 * -0.25 * (1 - p) ** 2 * math.log(p) for p in shown) / 2
+        assert float(losses[f"loss_class{ending}"]) == pytest.approx(focal, rel=1e-4)
+
+
+def test_images_without_objects_train_the_classes():
+    model, batch = model_of(), batch_of(0, 0)
+    task = omdet.Task.of(torch.arange(5), text_of(5), torch.eye(5, dtype=torch.bool))
+    output = model(batch.images, batch.sizes, task.text)
+    targets = omdet.prepare_targets(batch, task)
+    losses = omdet.compute_losses(output, targets, batch.sizes, task)
+    p = output.logits.sigmoid()
+    focal = -0.75 * p**2 * (1 - p).log()
+    torch.testing.assert_close(losses["loss_class_enc"], 2 * focal[0].sum(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses["loss_class"], 2 * focal[1:].sum(), rtol=1e-4, atol=0)
+    assert losses["loss_bbox"] == losses["loss_giou_enc"] == 0
+    losses["loss"].backward()
 
 
 @pytest.mark.parametrize("asked", [5, 3])
@@ -414,10 +474,10 @@ def test_22_000_names_are_asked_for_in_bounded_memory(monkeypatch):
     with Largest() as many:
         found = omdet.predict(model, batch, classes)
     assert len(asked) == 275 and set(asked) == {80} and len(batch.sizes) == 2
-    kept = 275 * 300 * 4  # boxes of all tasks of an image
+    kept = 275 * 900 * 4  # boxes of all tasks of an image
     assert many.elements <= max(few.elements, kept)
     for one in found:
-        assert 100 < len(one["labels"]) <= 300  # of the best 300, without those that overlap
+        assert 100 < len(one["labels"]) <= 300
         assert one["class_names"] == [names[label] for label in one["labels"].tolist()]
         assert (one["scores"].diff() <= 0).all()
     # the best name of all is the best one of its own group, and has its own column
@@ -433,15 +493,16 @@ def test_predictions_are_those_of_the_last_layer():
     model, batch, classes = model_of(), batch_of(0), space(5)
     output = model(batch.images, batch.sizes, classes.text)
     (found,) = omdet.predict(model, batch, classes)
-    parts = best_detections(output.logits[-1, 0], output.boxes[-1, 0], batch.sizes[0])
+    parts = best_detections(output.logits[-1, 0], output.boxes[-1, 0], batch.sizes[0], 900)
     boxes, scores, labels = omdet.join_tasks([parts])
     torch.testing.assert_close(found["boxes"], boxes)
     torch.testing.assert_close(found["scores"], scores)
     assert torch.equal(found["labels"], labels)
 
 
-@pytest.mark.parametrize("limit", [7, 300])
-def test_tasks_are_joined_by_a_loop(limit):
+@pytest.mark.parametrize("candidates, limit", [(900, 300), (15, 300), (900, 7)])
+def test_tasks_are_joined_by_a_loop(candidates, limit, monkeypatch):
+    monkeypatch.setattr(omdet, "CANDIDATES", candidates)
     parts = []
     for task in range(3):
         corner = torch.rand(8, 2) * 20
@@ -449,13 +510,15 @@ def test_tasks_are_joined_by_a_loop(limit):
         parts.append((boxes, torch.rand(8), torch.randint(2, (8,)) + 2 * (task // 2)))
     boxes, scores, labels = (torch.cat(values) for values in zip(*parts))
     kept = []
-    for row in sorted(range(24), key=lambda r: -float(scores[r]))[:limit]:
+    for row in sorted(range(24), key=lambda r: -float(scores[r]))[:candidates]:
         same = [k for k in kept if labels[k] == labels[row]]
         overlaps = [float(box_iou(boxes[k : k + 1], boxes[row : row + 1])) for k in same]
         if not any(overlap > 0.5 for overlap in overlaps):
             kept.append(row)
     found = omdet.join_tasks(parts, limit)
-    assert len(kept) < min(limit, 24) and torch.equal(found[0], boxes[kept])
+    assert len(kept) < min(candidates, 24) and (len(kept) > limit) == (limit == 7)
+    kept = kept[:limit]
+    assert torch.equal(found[0], boxes[kept])
     assert torch.equal(found[1], scores[kept]) and torch.equal(found[2], labels[kept])
 
 
@@ -527,13 +590,13 @@ def test_a_large_vocabulary_is_trained_in_tasks(tiny_root, tmp_path, monkeypatch
 
     def computing(output, targets, sizes, task):
         assert output.logits.shape[-1] == len(task.text)
-        asked = task.place[task.place >= 0]
+        asked = task.index[task.index >= 0]
         assert torch.equal(asked, torch.arange(len(task.text)))
         assert all((t.labels >= 0).all() and (t.labels < len(asked)).all() for t in targets)
-        shown = {place for t in targets for place in t.labels.tolist()}
+        shown = {label for t in targets for label in t.labels.tolist()}
         assert len(task.text) == max(20, len(shown))
-        columns = (task.place >= 0).nonzero().flatten().tolist()
-        tasks.append({column for place, column in enumerate(columns) if place not in shown})
+        columns = (task.index >= 0).nonzero().flatten().tolist()
+        tasks.append({column for i, column in enumerate(columns) if i not in shown})
         return compute(output, targets, sizes, task)
 
     monkeypatch.setattr(omdet, "compute_losses", computing)
@@ -552,9 +615,9 @@ def test_datasets_are_drawn_by_their_sizes(tiny_root):
     datasets = load_datasets("coco@6,o365", "train", str(tiny_root))
     loader = omdet.build_dataloader(trained_args(), datasets, start=0)
     sampler = loader.batch_sampler
-    sizes = [len(d) for d in datasets]
-    assert sizes == [6, 12]
-    for step in (0, 3, 10**6):
-        assert sampler.shares_at(step).tolist() == [size / sum(sizes) for size in sizes]
-    assert [len(weights) for weights in sampler.weights] == sizes
-    assert all((weights == 1).all() for weights in sampler.weights)
+    assert [len(d) for d in datasets] == [6, 12]
+    assert sampler.edges == pytest.approx([1 / 3]) and sampler.apart
+    assert all((factors == 1).all() for factors in sampler.factors)
+    batches = list(itertools.islice(sampler, 9))
+    resumed = omdet.build_dataloader(trained_args(), datasets, start=5).batch_sampler
+    assert list(itertools.islice(resumed, 4)) == batches[5:]

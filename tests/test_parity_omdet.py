@@ -115,7 +115,8 @@ class Recording:
         return self.tensors[f"{self.variant}.{name}"]
 
     def encoded(self, image: int) -> omdet.Encoded:
-        # in torch 2.14, BatchNorm of one image has wrong gradients where its result is transposed
+        # all images are projected together, then one is taken: in torch 2.14, BatchNorm of one
+        # image has wrong gradients where its result is transposed
         maps = [
             project(self.inputs[f"vision.{i}"])[image : image + 1]
             for i, project in enumerate(self.projections)

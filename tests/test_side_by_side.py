@@ -75,7 +75,7 @@ ALLOWED = {
     "a prediction is the logits": "GroupSoftmax has a column for the background",
     "nn.utils.clip_grad_norm_(": "the bases' clipping",
     "if rank() == 0:": "GroupSoftmax writes its table where another file reads one",
-    "(batch, task)": "OmDet's labels are places in the task of the batch",
+    "(batch, task)": "OmDet's labels are indices in the task of the batch",
     "batch.sizes, task)": "the same",
     "(batch, own)": "METR repeats an object for each class above its own",
     "Each dataset is classified by its own part": "ScaleDet says what a further dataset changes",
