@@ -85,7 +85,7 @@ from common.labels import LabelSpace, Vocabulary
 from common.mask_losses import masks_per_rank
 from common.optim import parameter_groups, scaled_lr, stepped_learning_rate
 from common.runlog import RunLog, make_run_folder, report
-from common.sampling import Mixture, make_loader
+from common.sampling import Mixture, RatioBatchSampler, make_loader
 from common.set_losses import (
     GIOU,
     L1,
@@ -97,7 +97,6 @@ from common.set_losses import (
     match_cost,
     matched,
 )
-from common.shares import ShareBatchSampler
 from common.targets import Targets
 from common.text import embed, known_vocabularies
 from common.transformer import CrossAttentionLayer, sine_code
@@ -598,17 +597,16 @@ def predict_images(
 
 
 def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoader:
-    """Returns a loader of endless batches, each of one dataset, with DETR's augmentation.
+    """Returns a loader of endless batches, each from one dataset, which each rank draws for itself.
 
-    A dataset is drawn with a probability proportional to its number of images.
-    start: number of steps that a resumed run has made
+    The probability of a dataset is proportional to its number of images. The augmentation is that
+    of DETR. Skips the first `start` batches.
     """
-    sizes = np.array([len(d) for d in datasets])
-    weights = [np.ones(size) for size in sizes]
+    sizes = [len(d) for d in datasets]
+    factors = [np.ones(size) for size in sizes]
+    batches = [args.batch_size] * len(datasets)
     place = (args.seed, start, rank(), world_size())
-    period = max(args.steps, 1)  # the shares never change
-    sampler = ShareBatchSampler(weights, args.batch_size, period, *place)
-    sampler.shares[0] = sizes / sizes.sum()
+    sampler = RatioBatchSampler(factors, sizes, batches, *place, apart=True)
     transforms = {d.name: DetrCrop(args.image_size) for d in datasets}
     mixture = Mixture(datasets, transforms, args.seed)
     return make_loader(mixture, args, batch_sampler=sampler)

@@ -15,6 +15,7 @@ from waits import count_waits
 import metr
 from common.batch import Sample, collate
 from common.boxes import to_cxcywh
+from common.datasets import load_datasets
 from common.deformable import Memory
 from common.labels import LabelSpace, Vocabulary
 from common.targets import Targets
@@ -518,6 +519,18 @@ def test_any_vocabulary():
     other = LabelSpace([vocabulary("new", 22_000)])
     [found] = metr.predict(model, collate([sample(2)]), other)
     assert len(found["scores"]) == 12 and len(set(found["labels"].tolist())) == 3
+
+
+def test_datasets_are_drawn_by_their_sizes(tiny_root):
+    datasets = load_datasets("coco@6,o365", "train", str(tiny_root))
+    settings = {"batch_size": 4, "image_size": 96, "workers": 0}
+    sampler = metr.build_dataloader(metr.Args(**settings), datasets, start=0).batch_sampler
+    assert [len(d) for d in datasets] == [6, 12]
+    assert sampler.edges == pytest.approx([1 / 3]) and sampler.apart
+    assert all((factors == 1).all() for factors in sampler.factors)
+    batches = list(itertools.islice(sampler, 9))
+    resumed = metr.build_dataloader(metr.Args(**settings), datasets, start=5).batch_sampler
+    assert list(itertools.islice(resumed, 4)) == batches[5:]
 
 
 def test_settings():
