@@ -27,7 +27,6 @@ Note: the base is two-stage Deformable DETR. Theirs is DINO: denoising, the deco
 Note: their text embeddings are learned further. Here they are frozen, so that any name has one.
 Note: their joint training has a table of 808 classes of four datasets. The code does not tell which
   of them an image is asked for. Here these are the classes of its own dataset.
-Note: the layers of the extraction begin as the identity, h_c = u_c. Theirs begin at random.
 Note: in training the classes that an image shows are kept first. Theirs drops those beyond K; here
   K grows. And it gives queries the boxes of another image where a GPU has several.
 Note: with a class tree, an object is one of its class and of each class above it. The classes below
@@ -222,7 +221,7 @@ TINY = {
     "test_size": 192,
     "batch_size": 4,
     "base_batch_size": 4,
-    "steps": 1100,
+    "steps": 1200,
     "lr": 1e-3,
     "backbone_factor": 0,
     "warmup_steps": 50,
@@ -278,12 +277,9 @@ class CategoryExtraction(nn.Module):
     def __init__(self, text_dim: int, channels: int, ffn: int, prior: float):
         super().__init__()
         self.projection = nn.Sequential(nn.Linear(text_dim, channels), nn.LayerNorm(channels))
-        layers = [CrossAttentionLayer(channels, HEADS, ffn) for _ in range(EXTRACTION_LAYERS)]
-        self.layers = nn.ModuleList(layers)
-        for layer in layers:
-            nn.init.zeros_(layer.attention.out_proj.weight)
-            nn.init.zeros_(layer.ffn[-1].weight)
-            nn.init.zeros_(layer.ffn[-1].bias)
+        self.layers = nn.ModuleList(
+            CrossAttentionLayer(channels, HEADS, ffn) for _ in range(EXTRACTION_LAYERS)
+        )
         self.score = ClassScore(channels, prior)
 
     def forward(self, text: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
@@ -342,11 +338,15 @@ class Model(nn.Module):
         self.proposals = Proposals(channels)
         self.cell_linear = nn.Linear(channels, channels)
         self.cell_bias = nn.Parameter(torch.tensor(FIRST_PRIOR).logit())
-        self.offsets = nn.Parameter(torch.randn(args.queries_per_class, channels))
+        self.offsets = nn.Parameter(torch.empty(args.queries_per_class, channels))
         hidden = nn.Linear(2 * channels, channels)
         self.position = nn.Sequential(hidden, nn.ReLU(), nn.Linear(channels, channels))
-        self.decoder = Decoder(channels, args.decoder_layers, *sizes)
+        self.decoder = Decoder(channels, args.decoder_layers, *sizes, eps=1e-3)
         self.score = ClassScore(channels, args.prior)
+        own = nn.ModuleList([self.extraction, self.cell_linear, self.position, self.score])
+        for parameter in (self.offsets, *own.parameters()):
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
 
     def keep(self, presence: Tensor, asked: Asked | None = None) -> Tensor:
         """Returns the K kept classes of each image, (B, K): those of the highest presence (B, C).

@@ -37,9 +37,7 @@ def vocabulary(name: str, count: int) -> Vocabulary:
 
 
 def model_of(classes: LabelSpace, **settings) -> metr.Model:
-    model = metr.Model(metr.Args(**SMALL | settings), classes, pretrained=False).eval()
-    trained(model.extraction)
-    return model
+    return metr.Model(metr.Args(**SMALL | settings), classes, pretrained=False).eval()
 
 
 def images(count: int = 2) -> tuple:
@@ -76,29 +74,8 @@ def memory_of(*sizes: tuple[int, int]) -> Memory:
     return Memory.of(maps, list(sizes), (64, 64))
 
 
-def extraction_of(text_dim: int, channels: int) -> metr.CategoryExtraction:
-    """An extraction that was trained for a while: its layers are not the identity."""
-    extraction = metr.CategoryExtraction(text_dim, channels, 64, 0.1)
-    trained(extraction)
-    return extraction
-
-
-def trained(extraction: metr.CategoryExtraction) -> None:
-    for layer in extraction.layers:
-        for linear in (layer.attention.out_proj, layer.ffn[-1]):
-            linear.reset_parameters()
-
-
-def test_at_first_the_vector_of_a_class_is_its_text_whatever_the_image_shows():
-    extraction = metr.CategoryExtraction(16, 32, 64, 0.1)
-    text = torch.randn(5, 16)
-    _, vectors = extraction(text, memory_of((64, 64), (32, 64)))
-    u = extraction.projection(text).expand(2, -1, -1)
-    torch.testing.assert_close(vectors, u, rtol=1e-3, atol=1e-3)  # but for the eps of LN
-
-
 def test_what_is_extracted_of_a_class_depends_on_it_and_the_image_alone():
-    extraction = extraction_of(16, 32)
+    extraction = metr.CategoryExtraction(16, 32, 64, 0.1)
     text, memory = torch.randn(5, 16), memory_of((64, 64), (32, 64))
     presence, vectors = extraction(text, memory)
     assert presence.shape == (2, 2, 5) and vectors.shape == (2, 5, 32)
@@ -117,7 +94,7 @@ def test_what_is_extracted_of_a_class_depends_on_it_and_the_image_alone():
 
 
 def test_many_classes_are_read_in_parts():
-    extraction = extraction_of(16, 32)
+    extraction = metr.CategoryExtraction(16, 32, 64, 0.1)
     text, memory = torch.randn(2100, 16), memory_of((64, 64))
     presence, vectors = extraction(text, memory)
     assert presence.shape == (2, 1, 2100)
@@ -150,7 +127,7 @@ def test_the_score_of_a_class_by_a_loop():
 
 def test_the_extraction_by_its_formula():
     """Every layer is scored by the same function, for the class before it saw the image."""
-    extraction = extraction_of(16, 32)
+    extraction = metr.CategoryExtraction(16, 32, 64, 0.1)
     text, memory = torch.randn(4, 16), memory_of((64, 64))
     linear, norm = extraction.projection
     u = norm(text @ linear.weight.T + linear.bias)[None]
@@ -519,6 +496,19 @@ def test_any_vocabulary():
     other = LabelSpace([vocabulary("new", 22_000)])
     [found] = metr.predict(model, collate([sample(2)]), other)
     assert len(found["scores"]) == 12 and len(set(found["labels"].tolist())) == 3
+
+
+def test_weights_begin_as_in_the_code_of_the_authors():
+    """All matrices by Xavier, the offsets of the queries among them."""
+    torch.manual_seed(0)
+    model = model_of(LabelSpace([vocabulary("a", 5)]), channels=64, queries_per_class=100)
+    layer = model.extraction.layers[0]
+    matrices = [model.offsets, model.cell_linear.weight, model.position[0].weight]
+    matrices += [model.extraction.projection[0].weight, layer.attention.in_proj_weight]
+    matrices += [layer.ffn[0].weight, model.score.f[0].weight, model.extraction.score.f[2].weight]
+    for matrix in matrices:
+        bound = math.sqrt(6 / sum(matrix.shape))
+        assert float(matrix.detach().abs().max()) == pytest.approx(bound, rel=0.02)
 
 
 def test_datasets_are_drawn_by_their_sizes(tiny_root):
