@@ -90,12 +90,15 @@ def measure(name: str, options: Options) -> dict:
 
 def write_profiles(options: Options, docs: Path | None) -> None:
     """Prints the top operations and writes them to the page in `docs`."""
-    from benchmarks.operations import profiles
+    from benchmarks.operations import profiles, small_profiles
 
-    text = profiles(options)
-    print(text)
-    if docs:
-        report.write_between(docs / "speed.md", f"profiles on {kind(options)}", text)
+    tables = {f"profiles on {kind(options)}": profiles(options)}
+    if not options.on_gpu:
+        tables["profiles of small models"] = small_profiles()
+    for place, table in tables.items():
+        print(table)
+        if docs:
+            report.write_between(docs / "speed.md", place, table)
 
 
 def kind(options: Options) -> str:

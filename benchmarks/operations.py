@@ -1,11 +1,15 @@
 """The operations that take most time in a training step of each method, by torch.profiler."""
 
+import json
+import sys
+
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import detectors, segmenters
-from benchmarks.paired import Options, wait
+from benchmarks.paired import HERE, Options, run, wait
 
 TOP = 10
+SMALL_TOP = 5
 STEPS = {
     "scaledet": (detectors.scaledet_step, 446),
     "detic": (detectors.detic_step, 446),
@@ -24,19 +28,40 @@ def top_operations(name: str, options: Options) -> list[tuple[str, int, float]]:
         step()
         wait(options.device)
     field = "self_device_time_total" if options.on_gpu else "self_cpu_time_total"
+    return longest(profiler, field, TOP)
+
+
+def longest(profiler: profile, field: str, count: int) -> list[tuple[str, int, float]]:
+    """Returns (operation, calls, share of all time) of the longest. field: of profiler events"""
     events = sorted(profiler.key_averages(), key=lambda e: getattr(e, field), reverse=True)
     total = sum(getattr(event, field) for event in events)
-    return [(event.key, event.count, getattr(event, field) / total) for event in events[:TOP]]
+    return [(event.key, event.count, getattr(event, field) / total) for event in events[:count]]
+
+
+def cell(key: str, calls: float, share: float) -> str:
+    """Returns what a table says of an operation."""
+    key = key.removeprefix("aten::")[:48].replace("|", "/")
+    return f"{key} ({calls:g}) {share:.1%}"
 
 
 def profiles(options: Options) -> str:
-    """Returns a markdown table of the top operations of all methods, side by side."""
+    """Returns a markdown table of the top operations of four methods, side by side."""
     columns = {name: top_operations(name, options) for name in STEPS}
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for of_methods in zip(*columns.values()):
-        cells = []
-        for key, count, share in of_methods:
-            key = key.removeprefix("aten::")[:48].replace("|", "/")
-            cells.append(f"{key} ({count}) {share:.1%}")
+        cells = [cell(*operation) for operation in of_methods]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def small_profiles() -> str:
+    """Returns a markdown table of the top operations of all methods with --tiny, a row each."""
+    lines = ["| method | operations |", "|---|---|"]
+    for path in sorted(HERE.parent.glob("*.py")):
+        if "\nDEMO = " in path.read_text():
+            module = "benchmarks.small_step"
+            command = [sys.executable, "-m", module, path.stem, str(SMALL_TOP)]
+            output = run(command).splitlines()[-1]
+            cells = [cell(*operation) for operation in json.loads(output)]
+            lines.append(f"| {path.stem} | {', '.join(cells)} |")
     return "\n".join(lines)

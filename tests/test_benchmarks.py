@@ -131,7 +131,8 @@ def test_the_page_is_rewritten_between_its_markers(tmp_path):
 def test_the_page_has_the_markers_that_the_command_needs(tmp_path):
     page = tmp_path / "speed.md"
     shutil.copy(REPO / "docs/speed.md", page)
-    for name in ("results on CPU", "profiles on CPU", "results on GPU", "profiles on GPU"):
+    names = ["results on CPU", "profiles on CPU", "results on GPU", "profiles on GPU"]
+    for name in (*names, "profiles of small models"):
         report.write_between(page, name, f"figures: {name}")
         assert f"figures: {name}" in page.read_text()
 
