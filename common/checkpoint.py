@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -72,7 +73,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict) -> None
             raise OSError(errno.ENOSPC, str(error), str(path)) from None
 
 
-def load_plain(path: Path):
+def load_plain(path: Path) -> Any:
     """Loads a torch file of tensors and plain Python data to the CPU. No code in it runs.
 
     Raises ValueError, with the reason in one line, for a damaged file and for other objects in it.

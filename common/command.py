@@ -12,10 +12,10 @@ import os
 import resource
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from tqdm import tqdm
@@ -60,17 +60,18 @@ DATA_FIELDS = ["datasets", "eval_datasets", "data_root", "tiny"]  # if it names 
 PATH_FIELDS = ["data_root", "weights", "resume", "output"]
 COUNT = Range(0, 2**31 - 1)  # steps, seeds, numbers of processes
 SIDE = Range(16, 16384)  # pixels
+T = TypeVar("T")
 
 
 def parse_args(
-    args_class: type,
+    args_class: type[T],
     method: str,
     tiny: dict,
     model_fields: list[str],
     convert: Callable | None = None,
     argv: list[str] | None = None,
     early: bool = False,
-):
+) -> T:
     """Parses the command line and returns it as an `args_class`.
 
     A value is that of the first source that has it: the flags, the saved settings, --tiny, the
@@ -93,7 +94,7 @@ def parse_args(
     """
     argv = sys.argv[1:] if argv is None else argv
 
-    def parse(default):
+    def parse(default: T) -> tuple[T, list[str]]:
         return tyro.cli(args_class, args=argv, default=default, return_unknown_args=True)
 
     default = args_class(tiny=True, **tiny) if "--tiny" in argv else args_class()
@@ -134,7 +135,7 @@ def parse_args(
     return args
 
 
-def refuse_conflicts(args) -> None:
+def refuse_conflicts(args: Any) -> None:
     """Raises InputError for a flag that has no effect beside another one, or needs it."""
     if args.replay and not args.resume:
         raise InputError(f"--replay {args.replay} needs --resume: the run folder of that training")
@@ -161,7 +162,7 @@ def find_weights(path: str, method: str, convert: Callable | None) -> str:
     return str(convert_if_official(path, method, convert))
 
 
-def tell_of_classes(args, typed) -> None:
+def tell_of_classes(args: Any, typed: Any) -> None:
     """Logs in a line which of CLASS_FIELDS `args` has from the training. typed: the flags alone"""
     added = {name: getattr(args, name) for name in CLASS_FIELDS if not getattr(typed, name)}
     told = [(f"--{name} {value}", f'--{name} ""') for name, value in added.items() if value]
@@ -170,13 +171,13 @@ def tell_of_classes(args, typed) -> None:
         log.info("evaluates with %s, as it was trained; for all classes give %s", flags, remedies)
 
 
-def expand_paths(args) -> None:
+def expand_paths(args: Any) -> None:
     """Replaces a leading ~ in the paths of `args` by the home folder, in place."""
     for name in PATH_FIELDS:
         setattr(args, name, os.path.expanduser(getattr(args, name)))
 
 
-def with_saved(default, saved: dict, names, source: str | Path):
+def with_saved(default: T, saved: dict, names: Iterable[str], source: str | Path) -> T:
     """Returns a copy of `default` with the saved values of the fields `names`, where there are any.
 
     JSON lists become tuples. source: the file of the values, for messages
@@ -199,7 +200,7 @@ def with_saved(default, saved: dict, names, source: str | Path):
     return dataclasses.replace(default, **values)
 
 
-def is_of(value, kind) -> bool:
+def is_of(value: object, kind: Any) -> bool:
     """Returns whether a JSON value, with tuples in place of lists, is of a flag's type.
 
     A whole number is a float, too. A bool is no number.
@@ -221,7 +222,7 @@ def is_of(value, kind) -> bool:
     return type(value) is kind
 
 
-def saved_args(args_class: type, metadata: dict):
+def saved_args(args_class: type[T], metadata: dict) -> T:
     """Returns an `args_class` with the settings saved in `metadata`, as `read_metadata` returns it.
 
     A field that was not saved has its default, and so has --amp, which fits this machine, not that
@@ -233,7 +234,7 @@ def saved_args(args_class: type, metadata: dict):
     return dataclasses.replace(args, amp=default.amp)
 
 
-def check_numbers(args) -> None:
+def check_numbers(args: Any) -> None:
     """Raises InputError as `check_ranges`, and for a --batch-size that the ranks cannot share."""
     check_ranges(args)
     ranks = max(1, environment_number("WORLD_SIZE", 1))
@@ -243,7 +244,7 @@ def check_numbers(args) -> None:
         )
 
 
-def check_ranges(args) -> None:
+def check_ranges(args: Any) -> None:
     """Raises InputError unless all numbers are finite and in the `Range` of their flag's type.
 
     It also raises for a pair (low, high) with low > high.
@@ -256,7 +257,7 @@ def check_ranges(args) -> None:
             raise InputError(f"{flag} {fault}")
 
 
-def number_fault(value, kind) -> str:
+def number_fault(value: object, kind: Any) -> str:
     """Returns what is wrong with the numbers of a flag, like "must be at least 1"; "" for nothing.
 
     kind: the flag's type, with its `Range` if it has one. None is right: the default depends on
@@ -275,12 +276,14 @@ def number_fault(value, kind) -> str:
     return ""
 
 
-def given(value, default):
+def given(value: T | None, default: T) -> T:
     """Returns the value of a flag, or `default` if it was not given (None)."""
     return default if value is None else value
 
 
-def per_dataset(args, name: str, datasets: list, default: int, **special: int) -> dict[str, int]:
+def per_dataset(
+    args: Any, name: str, datasets: list, default: int, **special: int
+) -> dict[str, int]:
     """Parses the flag `name` of `args`, such as "coco=1,in21k=4", into {dataset: value}.
 
     datasets: the `Dataset`s that get a value

@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.fx.experimental._config
@@ -34,7 +35,7 @@ def compilable(function: Callable | None = None, *, of_images: bool = False) -> 
         return functools.partial(compilable, of_images=of_images)
 
     @functools.wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: Any, **kwargs: Any) -> Any:
         runs_compiled = Compiling.on and torch.is_grad_enabled()
         if not runs_compiled or torch.compiler.is_compiling():
             return function(*args, **kwargs)
@@ -48,7 +49,7 @@ def compilable(function: Callable | None = None, *, of_images: bool = False) -> 
     return call
 
 
-def _run(function: Callable, dynamic: bool, args: tuple, kwargs: dict):
+def _run(function: Callable, dynamic: bool, args: tuple, kwargs: dict) -> Any:
     from torch._dynamo.exc import TorchDynamoException  # late: it takes seconds to import
 
     if function in _refused:

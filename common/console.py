@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -40,7 +41,7 @@ class ConsoleHandler(logging.StreamHandler):
             super().handleError(record)
 
 
-def _escaped(value):
+def _escaped(value: object) -> object:
     """Returns text and paths with control characters as escapes, and other values as they are."""
     return str(value).translate(ESCAPES) if isinstance(value, (str, Path, Exception)) else value
 
@@ -73,7 +74,9 @@ class Lines:
         sys.stderr.flush()
 
 
-def progress_bar(title: str, total: int, initial: int = 0, unit: str = "img", **options) -> tqdm:
+def progress_bar(
+    title: str, total: int, initial: int = 0, unit: str = "img", **options: Any
+) -> tqdm:
     """Returns a bar of `total` units, of which `initial` are done. Only rank 0 shows it.
 
     It has the rate and the time left. In a log file it is a line, at most every 30 seconds.

@@ -172,7 +172,7 @@ for package in ("numpy.core", "numpy._core"):
 class ArrayUnpickler(pickle.Unpickler):
     """Unpickles dicts and lists of arrays. The pickle can call nothing but what is in ALLOWED."""
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Callable:
         """Returns the entry of ALLOWED; raises UnpicklingError if there is none."""
         if (module, name) not in ALLOWED:
             raise pickle.UnpicklingError(f"{module}.{name} is no part of an array")

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,9 +21,10 @@ log = logging.getLogger("concord")
 # functions of torch.cpu, where torch has them
 CPU_TESTS = {"AMX": "_is_amx_tile_supported", "AVX512_BF16": "_is_avx512_bf16_supported"}
 WAIT = timedelta(hours=2)  # the other ranks wait while rank 0 scores a large dataset
+T = TypeVar("T")
 
 
-def setup_device(args) -> torch.device:
+def setup_device(args: Any) -> torch.device:
     """Sets up this process as --device, --seed, --amp and --compile ask. Returns its device.
 
     Joins the process group under torchrun. Seeds torch with seed + rank. Silences the log on all
@@ -115,7 +117,7 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return value / world_size()
 
 
-def from_main(value):
+def from_main(value: T) -> T:
     """Returns rank 0's `value`, any object that can be pickled, on every rank."""
     box = [value]
     if world_size() > 1:
@@ -130,7 +132,7 @@ def same_on_ranks(module: nn.Module) -> None:
             dist.broadcast(tensor, 0)
 
 
-def on_main(function: Callable, *given):
+def on_main(function: Callable[..., T], *given: object) -> T:
     """Returns, on every rank, what `function` returns on rank 0, the only one that calls it.
 
     An InputError that it raises is raised on every rank, so that none waits for the others.
@@ -173,7 +175,7 @@ def leaving_together(device: torch.device) -> Iterator[None]:
         raise
 
 
-def gather_on_main(value) -> list:
+def gather_on_main(value: T) -> list[T]:
     """Returns the values of all ranks in rank order on rank 0, and [] on the other ranks."""
     if world_size() == 1:
         return [value]
@@ -206,7 +208,7 @@ def all_rows(rows: Tensor) -> Tensor:
     return rows if world_size() == 1 else torch.cat(all_gather(rows.contiguous()))
 
 
-def amp_context(amp: str, device: torch.device):
+def amp_context(amp: str, device: torch.device) -> torch.autocast:
     """Returns the autocast context: bfloat16 for "on", float32 for "off".
 
     "auto" is "on" for a device that `built_for_bfloat16`. Convolutions, linear layers and other

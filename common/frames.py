@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def video_frames(path: str) -> Iterator[tuple[int, Decoded]]:
         raise InputError(f"video {path} has no frame that can be decoded; replace it")
 
 
-def _upright(frame) -> Decoded:
+def _upright(frame: Any) -> Decoded:
     """Converts a frame of PyAV, turned as its video says."""
     pixels = frame.to_ndarray(format="rgb24")
     quarters = round(frame.rotation / 90)

@@ -5,6 +5,7 @@ and one of its labels, a scalar tensor, and returns the loss of that label, a sc
 Source: facebookresearch/Detic:detic/modeling/roi_heads/detic_fast_rcnn.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -99,7 +100,9 @@ RIVALS = {
 }
 
 
-def mean_over_bags(loss, bags: list[Bag], image_labels: list[Tensor]) -> Tensor:
+def mean_over_bags(
+    loss: Callable[[Bag, Tensor], Tensor], bags: list[Bag], image_labels: list[Tensor]
+) -> Tensor:
     """L_im = 1/B sum_i 1/|Y_i| sum_{y in Y_i} loss(bag_i, y) of B images with labels Y_i (K,).
 
     An image without a label or without a proposal adds 0.

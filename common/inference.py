@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ def second_thread() -> Iterator[Callable[..., None]]:
     """
     before: Future | None = None
 
-    def hand_over(function: Callable, *given) -> None:
+    def hand_over(function: Callable, *given: object) -> None:
         nonlocal before
         ended, before = before, pool.submit(function, *given)
         if ended:
@@ -83,7 +84,7 @@ def evaluate_dataset(
     predict: Predict,
     dataset: Dataset,
     transform: Callable[[Sample], Sample],
-    args,
+    args: Any,
     folder: Path,
     title: str = "",
     groups: dict[str, np.ndarray] | None = None,
@@ -312,7 +313,7 @@ def predict_each(
 
 def predict_files(
     predict: Callable[..., list[dict]],
-    args,
+    args: Any,
     label_space: LabelSpace,
     transform: Callable[[Sample], Sample],
     folder: Path,

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ def similarity_heatmap(
         figure.savefig(temporary, dpi=130)
 
 
-def _mark_datasets(axes, dataset_of_row: Tensor, datasets: list[str]) -> None:
+def _mark_datasets(axes: Any, dataset_of_row: Tensor, datasets: list[str]) -> None:
     """Writes the names of the datasets at the top and the right, and draws lines between them."""
     end = len(dataset_of_row) - 0.5
     style = {"textcoords": "offset points", "weight": "bold", "parse_math": False}

@@ -1,5 +1,7 @@
 """Instance masks: COCO's segmentations to pixels and back, and the square masks of mask heads."""
 
+from typing import TYPE_CHECKING
+
 import hotcoco
 import numpy as np
 import torch
@@ -8,6 +10,9 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from common.errors import InputError
+
+if TYPE_CHECKING:
+    from common.datasets.index import Index
 
 
 def mask_of(annotation: dict) -> list | dict | None:
@@ -124,7 +129,7 @@ def decode_masks(segmentations: list, size: tuple[int, int], relative: bool = Fa
     return torch.from_numpy(masks)
 
 
-def annotated_rles(index, sizes: list[tuple[int, int]]) -> list[dict]:
+def annotated_rles(index: "Index", sizes: list[tuple[int, int]]) -> list[dict]:
     """Returns the masks of all boxes of an `Index` as RLEs. Without a mask it is the box.
 
     sizes: (height, width) of each image

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ POSITIONS = ("relative_position_bias_table", "pos_embed")
 UNDECAYED = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.Embedding)
 
 
-def scaled_lr(lr: float, args) -> float:
+def scaled_lr(lr: float, args: Any) -> float:
     """Scales `lr` linearly from --base-batch-size, for which it is meant, to --batch-size."""
     base = args.base_batch_size
     size = args.batch_size

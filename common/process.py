@@ -49,7 +49,7 @@ def heed_signals() -> Iterator[None]:
     """
     owner = os.getpid()
 
-    def on_signal(number: int, frame) -> None:
+    def on_signal(number: int, frame: object) -> None:
         if os.getpid() != owner or Process.asked or Process.ending:
             return
         Process.asked = number

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def block_file(folder: Path, block: int) -> Path:
     return folder / f"block-{block:06d}.npy"
 
 
-def fingerprint(localizer: nn.Module, *settings) -> str:
+def fingerprint(localizer: nn.Module, *settings: object) -> str:
     """Returns a hash (12 hex digits) of the localizer's weights and of `settings`.
 
     The hash is part of the name of the folder of proposals, so that other weights do not read it.
@@ -97,7 +98,7 @@ def with_proposals(
     resize: Callable[[Sample], Sample],
     folder: Path,
     key: str,
-    args,
+    args: Any,
 ) -> list[WithProposals]:
     """Returns copies of the datasets, in order, that load proposals. Computes those missing.
 

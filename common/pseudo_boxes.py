@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ def mine_boxes(
     label_space: LabelSpace,
     resize: Callable[[Sample], Sample],
     folder: Path,
-    args,
+    args: Any,
 ) -> None:
     """Writes the pseudo boxes of all images of a dataset, or of those that the file lacks.
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ EVERY = 20  # steps between two lines of metrics.jsonl
 # -- Run folder ------------------------------------------------------------------------------------
 
 
-def make_run_folder(args, method: str, label_space: LabelSpace) -> Path:
+def make_run_folder(args: Any, method: str, label_space: LabelSpace) -> Path:
     """Creates the run folder with its args.json. Returns the path, the same on all ranks.
 
     The folder is --resume, else --output, else runs/<method>-<time>-<process id>. `args.output`
@@ -65,7 +65,7 @@ def make_run_folder(args, method: str, label_space: LabelSpace) -> Path:
     return folder
 
 
-def _prepare(folder: Path, args, method: str, label_space: LabelSpace) -> None:
+def _prepare(folder: Path, args: Any, method: str, label_space: LabelSpace) -> None:
     record = dataclasses.asdict(args) | {"method": method, "environment": environment()}
     file = folder / "args.json"
     try:
@@ -144,7 +144,7 @@ class RunLog:
 
     def __init__(
         self,
-        args,
+        args: Any,
         folder: Path,
         steps: int,
         start: int,
@@ -332,7 +332,7 @@ class RunLog:
                 self.board.close()
 
 
-def report(results: Results, folder: Path, args, run: Path | None = None) -> None:
+def report(results: Results, folder: Path, args: Any, run: Path | None = None) -> None:
     """Writes results.json to `folder`, and the table to the log. Does nothing without results.
 
     After a training with --eval-every it also does what `record_evaluation` says.
@@ -353,7 +353,7 @@ def report(results: Results, folder: Path, args, run: Path | None = None) -> Non
     log.info("results and pictures: %s/", folder)
 
 
-def tensorboard_writer(folder: Path):
+def tensorboard_writer(folder: Path) -> Any | None:
     """Returns a TensorBoard writer, or None if TensorBoard is not installed or refuses the path."""
     try:
         from torch.utils.tensorboard import SummaryWriter

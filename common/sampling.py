@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -386,7 +387,7 @@ def refuse_huge_batch(batch_size: int, transforms: Iterable[Callable]) -> None:
 
 
 def make_loader(
-    mixture: Mixture, args, least: dict[str, tuple[int, int]] | None = None, **sampling
+    mixture: Mixture, args: Any, least: dict[str, tuple[int, int]] | None = None, **sampling: Any
 ) -> DataLoader:
     """Returns the DataLoader of a training, which makes batches with `collate`.
 

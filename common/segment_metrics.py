@@ -125,7 +125,7 @@ def match_segments(
     in_crowds = (both * own_crowd).sum(axis=0)
     forgiven = void + in_crowds > 0.5 * area
 
-    def count(labels, weights=None):
+    def count(labels: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
         return np.bincount(labels, weights, minlength=num_classes)
 
     hit = match.any(axis=1)  # (T,)

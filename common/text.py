@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -413,7 +414,7 @@ def context_encoder(name: str, device: torch.device) -> ContextEncoder:
     return ContextEncoder(name, device)
 
 
-def known_vocabularies(args, method: str, datasets: list) -> list[Vocabulary]:
+def known_vocabularies(args: Any, method: str, datasets: list) -> list[Vocabulary]:
     """Returns the vocabularies of `datasets`, with the text that the weights have for the names.
 
     The weights are those of --weights, or of the last checkpoint of --resume. A vocabulary has no

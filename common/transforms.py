@@ -1,7 +1,7 @@
 """Augmentations of samples, made of torchvision.transforms.v2 and its tv_tensors."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -201,7 +201,7 @@ def shortest_size(
     return max(1, height), max(1, width)
 
 
-def apply(sample: Sample, transform) -> Sample:
+def apply(sample: Sample, transform: Callable[[Tensor], Tensor]) -> Sample:
     """Applies one torchvision v2 functional to the image, the boxes and the proposals."""
 
     def apply_to_boxes(boxes: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class MapAttention(vision_transformer_sam.Attention):
         self.k_norm = attention.k_norm
         self.proj = attention.proj
 
-    def forward(self, x: Tensor, **unused) -> Tensor:
+    def forward(self, x: Tensor, **unused: object) -> Tensor:
         """Maps (B, h, w, C) to the same shape. `unused`: timm's masks, which no ViT here sets."""
         if not self.window:
             return super().forward(x)

@@ -84,10 +84,10 @@ ALLOWED = {
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
 BUDGETS = {
     "labels & text": 2480,
-    "data": 10130,
-    "detectors": 5040,
+    "data": 10140,
+    "detectors": 5050,
     "segmenters": 2280,
-    "a run": 3640,
+    "a run": 3650,
 }
 BUDGETS |= {"faults": 1940}
 GROUPS = {

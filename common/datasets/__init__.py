@@ -12,7 +12,7 @@ MODULES = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     """Imports one of these names when it is asked for: the table of datasets needs no torch."""
     if name not in MODULES:
         raise AttributeError(f"module {__name__} has no {name}")

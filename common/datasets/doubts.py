@@ -3,8 +3,12 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from common.datasets.index import Index
 
 MANY = 0.2  # share of boxes beyond their image from which on they are doubted
 ALMOST_ALL = 0.95  # share of boxes that must fit the other convention
@@ -12,7 +16,7 @@ LITTLE = 0.01  # by which a fraction may leave 0..1
 SLACK = 1  # pixels by which a box may end outside: annotators round
 
 
-def box_doubts(index) -> list[str]:
+def box_doubts(index: "Index") -> list[str]:
     """Returns lines about boxes of an `Index` that look like fractions, or like two corners.
 
     Each line has a count and an example. Boxes that are fractions by their format, and those of
@@ -24,7 +28,7 @@ def box_doubts(index) -> list[str]:
     return [line for line in found if line]
 
 
-def _like_fractions(index) -> str:
+def _like_fractions(index: "Index") -> str:
     """Tells if no number of a bbox is above 1, and some are no whole numbers."""
     boxes = index.boxes
     starts, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
@@ -40,7 +44,7 @@ def _like_fractions(index) -> str:
     )
 
 
-def _like_corners(index) -> str:
+def _like_corners(index: "Index") -> str:
     """Tells if many boxes reach beyond their image, and almost all would fit as x1, y1, x2, y2."""
     starts, ends = index.boxes[:, :2], index.boxes[:, 2:]
     sizes = index.sizes[index.image_of]
@@ -64,7 +68,7 @@ def _like_corners(index) -> str:
     )
 
 
-def _example(index, row: int) -> str:
+def _example(index: "Index", row: int) -> str:
     """Describes a box as it is in a COCO json."""
     x1, y1, x2, y2 = index.boxes[row].tolist()
     box = ", ".join(f"{value:.4g}" for value in (x1, y1, x2 - x1, y2 - y1))

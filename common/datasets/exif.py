@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,6 +11,9 @@ from PIL import ExifTags, Image
 
 from common.datasets.files import open_image
 from common.masks import decode_masks, encode_masks
+
+if TYPE_CHECKING:
+    from common.datasets.dataset import Dataset
 
 UPRIGHT = 1
 TURNS = (5, 6, 7, 8)  # tags that swap height and width
@@ -54,7 +58,7 @@ def is_swapped(annotated: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return swapped & (annotated != sizes).any(axis=-1)
 
 
-def upright(dataset, sizes: list[tuple[int, int]]):
+def upright(dataset: "Dataset", sizes: list[tuple[int, int]]) -> "Dataset":
     """Returns the dataset with the boxes of photographs annotated as stored turned upright.
 
     Only the headers of images of swapped size are read.
@@ -87,7 +91,7 @@ def _turn_segmentations(segmentations: list, size: tuple[int, int], tag: int) ->
     return [rle if given is not None else None for given, rle in zip(segmentations, turned)]
 
 
-def turned_tags(dataset, sizes: list[tuple[int, int]]) -> dict[int, int]:
+def turned_tags(dataset: "Dataset", sizes: list[tuple[int, int]]) -> dict[int, int]:
     """Returns {image: tag} of the photographs that are annotated as stored. sizes: as `upright`."""
     found = {}
     if not len(dataset.index) or dataset.index.relative:

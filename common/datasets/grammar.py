@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from common.datasets.known import ALIASES, GROUPS, KNOWN
 from common.datasets.splits import SPLITS
@@ -224,7 +225,7 @@ def known_files(name: str, split: str, root: Path) -> tuple[Path, Path]:
     )
 
 
-def check_entries(args, accepts: Collection[str]) -> None:
+def check_entries(args: Any, accepts: Collection[str]) -> None:
     """Raises InputError for a dataset that is unknown or not there, without reading any file.
 
     `load_datasets` checks the same again, one dataset after the other.

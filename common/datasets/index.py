@@ -5,9 +5,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
+from numpy.typing import ArrayLike
 
 from common.datasets.doubts import box_doubts
 from common.errors import InputError
@@ -97,7 +99,7 @@ class Parts:
     types: of each column, np.int32 or, for rows of four, (np.float32, 4)
     """
 
-    def __init__(self, **types):
+    def __init__(self, **types: Any):
         self.parts = {name: [np.zeros(0, type)] for name, type in types.items()}
 
     def add(self, **chunks: Sequence) -> None:
@@ -282,17 +284,17 @@ class Index:
     @classmethod
     def build(
         cls,
-        source,
-        file_names,
-        image_ids,
-        sizes,
-        image_of=(),
-        boxes=(),
-        labels=(),
+        source: str,
+        file_names: Sequence[str],
+        image_ids: Sequence[int | str],
+        sizes: ArrayLike,
+        image_of: ArrayLike = (),
+        boxes: ArrayLike = (),
+        labels: ArrayLike = (),
         *,
-        areas=None,
-        ignore=None,
-        **extra,
+        areas: ArrayLike | None = None,
+        ignore: ArrayLike | None = None,
+        **extra: Any,
     ) -> "Index":
         """Returns the Index of A annotations, sorted by `image_of` (A,); by default there are none.
 

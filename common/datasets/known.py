@@ -42,7 +42,9 @@ class Known:
     instances: str = ""
 
 
-def _splits(*places: tuple[str, str], train: str = "train", val: str = "val", **others) -> Splits:
+def _splits(
+    *places: tuple[str, str], train: str = "train", val: str = "val", **others: str
+) -> Splits:
     """Returns the splits train, val and `others`, each with all `places` (annotations, images).
 
     In the paths, {split} becomes the split's name. {part} becomes the value of the argument of that

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 from common.datasets.dataset import Dataset
 from common.datasets.grammar import data_folder, entries, name_of
@@ -28,7 +29,10 @@ def warn_of_overlap(trained: list[Dataset], evaluated: list[Dataset]) -> None:
 
 
 def training_datasets(
-    args, size: int, masks: bool = False, accepts: tuple[Supervision, ...] = ("boxes", "instances")
+    args: Any,
+    size: int,
+    masks: bool = False,
+    accepts: tuple[Supervision, ...] = ("boxes", "instances"),
 ) -> list[Dataset]:
     """Loads the datasets of --datasets, with the classes of --classes and --rename.
 
@@ -40,7 +44,7 @@ def training_datasets(
 
 
 def evaluation_datasets(
-    args,
+    args: Any,
     label_space: LabelSpace,
     size: int,
     accepts: tuple[Supervision, ...] = ("boxes", "instances"),
@@ -73,7 +77,7 @@ def evaluation_datasets(
     return datasets
 
 
-def with_table(args, dataset: Dataset, label_space: LabelSpace) -> Dataset:
+def with_table(args: Any, dataset: Dataset, label_space: LabelSpace) -> Dataset:
     """Returns the dataset with the text of the .npy file that --eval-only names for it, if any.
 
     Without it, classes of the training keep the text that they had there. So they do if the
@@ -110,7 +114,7 @@ def check_same_dataset(dataset: Dataset, label_space: LabelSpace) -> None:
 
 
 def validation_datasets(
-    args, label_space: LabelSpace, size: int, evaluated: list[Dataset]
+    args: Any, label_space: LabelSpace, size: int, evaluated: list[Dataset]
 ) -> list[Dataset]:
     """Returns each dataset of `label_space`, as it is `evaluated`, or else by default."""
     by_name = {dataset.name: dataset for dataset in evaluated}

@@ -6,6 +6,7 @@ from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, getincrementaldecoder
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import orjson
 
@@ -19,6 +20,7 @@ KEY = re.compile(rb'("(?:[^"\\]|\\.)*")[ \t\r\n]*:', re.DOTALL)
 COMMA = re.compile(rb"[ \t\r\n]*,")
 # a quote alone opens a string that is cut off
 TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|["\[\]{},]', re.DOTALL)
+T = TypeVar("T")
 
 
 def read_json(path: Path) -> dict:
@@ -168,7 +170,7 @@ class Window:
         self.used += len(self.held) - len(rest)
         self.held = rest
 
-    def find(self, scan: Callable[[bytes], object]):
+    def find(self, scan: Callable[[bytes], T | None]) -> T:
         """Reads on until `scan(held)` is not None, and returns it. JSONDecodeError at the end."""
         while (found := scan(self.held)) is None:
             if not self.more():

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 from xml.etree import ElementTree
 
 import numpy as np
@@ -125,7 +125,7 @@ class Target:
         self.wanted = False  # the open image is of the subset
         self.ended = False  # `meta` is read, and no more is wanted
 
-    def doctype(self, *declaration):
+    def doctype(self, *declaration: str | None) -> NoReturn:
         """Raises ValueError."""
         raise ValueError("it has a DOCTYPE")
 

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 from xml.etree import ElementTree
 
 import numpy as np
@@ -169,7 +170,7 @@ def find_pairs(name: str, annotations: Path, images: Path) -> dict[str, tuple[Pa
 class NoDoctype(ElementTree.TreeBuilder):
     """Refuses a DOCTYPE, which can define entities that grow without bound when expanded."""
 
-    def doctype(self, *declaration):
+    def doctype(self, *declaration: str | None) -> NoReturn:
         """Raises ValueError."""
         raise ValueError("it has a DOCTYPE")
 
