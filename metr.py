@@ -508,15 +508,16 @@ def loss_presence(presence: Tensor, shown: Tensor, trained: Tensor) -> Tensor:
 
 
 def first_losses(
-    output: Output, batch: Batch, asked: Asked, supervision: Supervision, num_boxes: Tensor
+    output: Output, batch: Batch, asked: Asked, supervision: Supervision
 ) -> dict[str, Tensor]:
     """Returns the weighted losses of the selected cells, which all classes of the dataset score.
 
     A cell is matched to an object by the object's own class (`match`). Then the classes above it
-    are positive, too.
+    are positive, too. num_boxes: `masks_per_rank` of the objects
     """
     objects = [Targets(sample.boxes, sample.labels) for sample in batch.samples]
     logits = output.cell_logits[None]  # (1, B, n, C)
+    num_boxes = masks_per_rank(objects, logits.device)
     found = match(logits, output.cell_boxes[None], objects, batch.sizes)
     place = (found.z, found.image, found.query)
     target = torch.zeros_like(logits).index_put(place, supervision.upward[found.labels].to(logits))
@@ -555,7 +556,7 @@ def compute_losses(
         "loss_giou": GIOU * (own * loss_giou(boxes, found.boxes, num_boxes)).sum(),
         "loss_presence": args.presence_weight * loss_presence(output.presence, *asked),
     }
-    losses |= first_losses(output, batch, asked, supervision, num_boxes)
+    losses |= first_losses(output, batch, asked, supervision)
     return losses | {"loss": sum(losses.values())}
 
 

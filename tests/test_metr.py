@@ -310,12 +310,15 @@ def output_of(kept: list[list[int]], queries: int, classes: int, layers: int = 2
     return metr.Output(logits, boxes, torch.tensor(kept), presence, scores, cells)
 
 
+def giou(box: torch.Tensor, target: torch.Tensor) -> float:
+    corners = [torch.cat([b[:2] - b[2:] / 2, b[:2] + b[2:] / 2])[None] for b in (box, target)]
+    return float(generalized_box_iou(*corners))
+
+
 def cost(logit: float, box: torch.Tensor, target: torch.Tensor) -> float:
     p = 1 / (1 + math.exp(-logit))
     focal = -0.25 * (1 - p) ** 2 * math.log(p + 1e-8) + 0.75 * p**2 * math.log(1 - p + 1e-8)
-    corners = [torch.cat([b[:2] - b[2:] / 2, b[:2] + b[2:] / 2])[None] for b in (box, target)]
-    giou = float(generalized_box_iou(*corners))
-    return 2 * focal + 5 * float((box - target).abs().sum()) - 2 * giou
+    return 2 * focal + 5 * float((box - target).abs().sum()) - 2 * giou(box, target)
 
 
 def test_matching_is_that_of_each_class_alone():
@@ -390,28 +393,32 @@ def test_presence_loss_by_a_loop():
 def test_first_losses_by_a_loop():
     """A cell is matched by the object's own class. The class above it is positive, too."""
     supervision = supervision_of(Boxed("a", 4, TREE))
-    batch = collate([sample(1), sample(0)])
-    batch.samples[0].labels = torch.tensor([0])  # class 1 is above it
+    batch = collate([sample(2), sample(0)])
+    batch.samples[0].labels = torch.tensor([0, 3])  # class 1 is above class 0
     targets = metr.prepare_targets(batch, supervision)
     asked = metr.ask(batch, targets, supervision)
     asked.trained[1, 3] = False
     output = output_of([[0, 1], [2, 3]], 2, 4)
-    target = to_cxcywh(batch.samples[0].boxes, (64, 96))[0]
+    rows = to_cxcywh(batch.samples[0].boxes, (64, 96))
+    logits, boxes = output.cell_logits[0], output.cell_boxes[0]
     costs = [
-        cost(float(output.cell_logits[0, s, 0]), output.cell_boxes[0, s], target) for s in range(9)
+        [cost(float(logits[s, c]), boxes[s], row) for c, row in zip((0, 3), rows)] for s in range(9)
     ]
-    best = costs.index(min(costs))
-    found = metr.first_losses(output, batch, asked, supervision, torch.tensor(3.0))
+    cells = dict(zip(*linear_sum_assignment(np.array(costs))))
+    found = metr.first_losses(output, batch, asked, supervision)
     total = 0.0
     for b, s, c in itertools.product(range(2), range(9), range(4)):
         p = 1 / (1 + math.exp(-float(output.cell_logits[b, s, c])))
         loss = -0.75 * p**2 * math.log(1 - p)
-        if (b, s) == (0, best) and c in (0, 1):
+        if b == 0 and s in cells and c in ((0, 1), (3,))[cells[s]]:
             loss = -0.25 * (1 - p) ** 2 * math.log(p)
         total += 0 if (b, c) == (1, 3) else loss
-    assert float(found["loss_class_enc"]) == pytest.approx(2 * total / 3, rel=1e-4)
-    distance = float((output.cell_boxes[0, best] - target).abs().sum())
-    assert float(found["loss_bbox_enc"]) == pytest.approx(5 * distance / 3, rel=1e-4)
+    # by two objects, which have three rows of targets
+    assert float(found["loss_class_enc"]) == pytest.approx(2 * total / 2, rel=1e-4)
+    distance = sum(float((boxes[s] - rows[i]).abs().sum()) for s, i in cells.items())
+    assert float(found["loss_bbox_enc"]) == pytest.approx(5 * distance / 2, rel=1e-4)
+    overlap = sum(giou(boxes[s], rows[i]) for s, i in cells.items())
+    assert float(found["loss_giou_enc"]) == pytest.approx(2 * (2 - overlap) / 2, rel=1e-4)
 
 
 def test_losses_of_a_batch():
