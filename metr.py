@@ -176,31 +176,31 @@ class Args:
     classes_kept: Annotated[int, Range(1)] = 20  # code
     """K, classes of an image that have queries; in training more if the image shows more"""
     queries_per_class: Annotated[int, Range(1, 10_000)] = 100  # code
-    """n, queries of a kept class: the most objects of a class that an image can have"""
+    """n, queries of a kept class: the most objects of a class that can be found in an image"""
     matching: Literal["group", "any"] = "group"  # code
     """of an object, to the queries of its class; control: to any query, whatever its class"""
-    fed_loss: bool = True  # ours
-    """a step asks for 50 classes of a federated dataset, sampled by root of frequency"""
     image_size: Annotated[int, SIDE] = 800  # code
     """largest short side of training images, pixels (DETR's augmentation: 0.6 to 1 of it)"""
     test_size: Annotated[int, SIDE] = 800  # code
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 8  # code
+    batch_size: Annotated[int, Range(1)] = 8  # ours
     """images per step over all ranks"""
     steps: Annotated[int, COUNT] = 400_000  # ours
     """optimiser steps; --lr falls to a tenth at 11/12 of them"""
     lr: Annotated[float, Range(above=0)] = 1e-4  # code
     """learning rate for --base-batch-size images per step; scaled linearly to --batch-size"""
-    base_batch_size: Annotated[int, Range(1)] = 8  # code
+    base_batch_size: Annotated[int, Range(1)] = 8  # ours
     """batch size that --lr is meant for"""
     backbone_factor: Annotated[float, Range(0, 100)] = 0.1  # code
     """learning rate of the backbone / --lr; 0 freezes it"""
     warmup_steps: Annotated[int, COUNT] = 0  # code
-    """steps of warmup from 1e-2 of --lr"""
+    """steps of warmup from 1e-2 of --lr, at most a tenth of the steps"""
     prior: Annotated[float, Range(0, 0.99, above=0)] = 0.1  # code
     """probability of presence and objects at first, by the bias of the logits"""
     presence_weight: Annotated[float, Range(0)] = 1.0  # code
-    """weight of loss_presence"""
+    """lambda, weight of loss_presence"""
+    fed_loss: bool = True  # ours
+    """federated loss of LVIS: a step asks for 50 of its classes, sampled by root of frequency"""
     channels: Annotated[int, Range(1, 8192)] = 256  # code
     """d of encoder and decoder"""
     ffn: Annotated[int, Range(1, 65_536)] = 2048  # code
@@ -223,7 +223,7 @@ TINY = {
     "base_batch_size": 4,
     "steps": 1200,
     "lr": 1e-3,
-    "backbone_factor": 0,
+    "backbone_factor": 0.0,
     "warmup_steps": 50,
     "checkpoint_every": 200,
     "workers": 0,
@@ -331,7 +331,7 @@ class Model(nn.Module):
         self.args = args
         channels, width = args.channels, label_space.width
         sizes = (args.ffn, LEVELS, HEADS, POINTS)
-        self.backbone = Backbone(args.backbone, 0, pretrained, [8, 16, 32])
+        self.backbone = Backbone(args.backbone, 0, pretrained, [8, 16, 32], freeze_stem=True)
         self.neck = Neck(self.backbone.channels, channels, LEVELS)
         self.encoder = Encoder(channels, args.encoder_layers, *sizes)
         self.extraction = CategoryExtraction(width, channels, args.ffn, args.prior)
@@ -418,9 +418,7 @@ class Supervision:
     def of(cls, args: Args, dataset: Dataset, classes: LabelSpace) -> "Supervision":
         """Computes the class tree and the class counts of a dataset. classes: its own"""
         upward = torch.from_numpy(ancestors(dataset.vocabulary, dataset.hierarchy))
-        federated = torch.full((len(classes),), -1.0)
-        if args.fed_loss:
-            federated = federated_counts([dataset], classes)
+        federated = federated_counts([dataset] if args.fed_loss else [], classes)
         device = classes.text.device
         return cls(classes.text, upward.to(device), federated.to(device))
 

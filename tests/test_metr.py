@@ -518,6 +518,14 @@ def test_weights_begin_as_in_the_code_of_the_authors():
         assert float(matrix.detach().abs().max()) == pytest.approx(bound, rel=0.02)
 
 
+def test_stem_and_first_stage_are_frozen_as_in_the_code_of_the_authors():
+    model = model_of(LabelSpace([vocabulary("a", 5)]))
+    model.backbone.frozen_norm.fill_(True)  # as after loading published weights
+    model.train()
+    trained = {name for name, p in model.backbone.body.named_parameters() if p.requires_grad}
+    assert trained and {name.split(".")[0] for name in trained} == {"layer2", "layer3", "layer4"}
+
+
 def test_datasets_are_drawn_by_their_sizes(tiny_root):
     datasets = load_datasets("coco@6,o365", "train", str(tiny_root))
     settings = {"batch_size": 4, "image_size": 96, "workers": 0}
@@ -538,4 +546,5 @@ def test_settings():
     assert (args.channels, args.encoder_layers, args.decoder_layers) == (256, 6, 6)
     assert (args.ffn, metr.FIRST_PRIOR, metr.CLASS) == (2048, 0.01, 2.0)
     assert args.presence_weight == 1
+    assert (args.batch_size, args.base_batch_size) == (8, 8)  # ours
     assert metr.DECAYS == (11 / 12,) and (args.lr, args.backbone_factor) == (1e-4, 0.1)
