@@ -26,7 +26,7 @@ Note: their joint training has one file of boxes with merged classes (751 or 808
   asks each image for all of them, so classes of other datasets are negatives. After the abstract,
   which merges no label spaces, an image here is asked for the classes of its own dataset.
 Note: the base is two-stage Deformable DETR, theirs DINO. Left out: denoising, look forward twice,
-  the decoder's last norm, heads that layers share, positions of the refined boxes, and temperature
+  the decoder's last norm, box heads that layers share, positions of refined boxes, and temperature
   20 of the position codes. Box heads begin at 0, theirs at -2 for width and height. The cells'
   linear layer has no bias of -4.6. Norms and what the model itself owns have no weight decay.
 Note: their script starts 2 processes of one image; the scripts left for larger trainings start 8
