@@ -1,38 +1,45 @@
 """METR: Language-aware Multiple Datasets Detection Pretraining for DETRs (arXiv 2304.03580).
 
-Claim. Nothing supervises the columns that an image's dataset does not annotate: nobody asks for
-them. A category extraction picks, among the classes of the image's own dataset, those that the
-image may show. Each of these has queries of its own, made of its text, and a query answers one
-binary question: where is an object of my class? An object is matched to the queries of its class
-alone. So there are no label spaces to merge and no conflicts between them.
+Claim. Nothing supervises the columns that an image's dataset does not annotate: the model is never
+asked for them. A category extraction picks, among the classes of the image's own dataset, those
+that the image may show. Each of these has queries of its own, made of its text, and a query answers
+yes or no: is there an object of my class in my box? An object is matched to the queries of its
+class alone. So there are no label spaces to merge and no conflicts between them.
 
-Section                                           function
+Part                                              function
 category extraction: h_c = layers(u_c, memory)    CategoryExtraction
-score of a class: s(x, w) = <f(x), w> / sqrt(d)   ClassScore
-presence: m_c = s(h_c, u_c) + b, asymmetric loss  loss_presence
+score of a class: s(x, w) = <f(x), w>/sqrt(d) + b ClassScore
+presence: m_c = s(h_c, u_c), asymmetric loss      loss_presence
 kept classes: top K of m                          Model.keep
-first stage: the n cells of best max_c s(x, h_c)  Model.select
+first stage: n cells of best max_c <W x, h_c>     Model.select
 class-specific queries: q_cr = o_r + h_c          Model.forward
 group bipartite matching                          match_groups
-binary classification: s(q_cr, h_c) + b           loss_class
+binary classification: s(q_cr, h_c)               loss_class
 
 Symbol           variable
 u, h, m          projected, vectors, presence
-K, n, o, w       classes_kept, queries_per_class, offsets, presence_weight
+K, n, o, lambda  classes_kept, queries_per_class, offsets, presence_weight
 
 Note: we could not read the paper, of which we have the abstract. Equations and numbers are those of
-  its authors' code (isbrycee/METR), which trains on COCO alone.
-Note: the base is two-stage Deformable DETR. Theirs is DINO: denoising, the decoder's last norm,
-  heads that layers share, and positions of the refined boxes are left out.
+  its authors' code (isbrycee/METR), of its configuration for COCO.
+Note: their joint training has one file of boxes with merged classes (751 or 808). Its public reader
+  asks each image for all of them, so classes of other datasets are negatives. After the abstract,
+  which merges no label spaces, an image here is asked for the classes of its own dataset.
+Note: the base is two-stage Deformable DETR, theirs DINO. Left out: denoising, look forward twice,
+  the decoder's last norm, box heads that layers share, positions of refined boxes, and temperature
+  20 of the position codes. Box heads begin at 0, theirs at -2 for width and height. The cells'
+  linear layer has no bias of -4.6. Norms and what the model itself owns have no weight decay.
+Note: their script starts 2 processes of one image; the scripts left for larger trainings start 8
+  and 32. Here a step has 8.
 Note: their text embeddings are learned further. Here they are frozen, so that any name has one.
-Note: their joint training has a table of 808 classes of four datasets. The code does not tell which
-  of them an image is asked for. Here these are the classes of its own dataset.
 Note: in training the classes that an image shows are kept first. Theirs drops those beyond K; here
-  K grows. And it gives queries the boxes of another image where a GPU has several.
+  K grows. With several images on a GPU, their queries of one image begin at boxes of another.
 Note: with a class tree, an object is one of its class and of each class above it. The classes below
   it are not asked for: the object may be one of them.
-Note: of a federated dataset (LVIS) a step asks for 50 classes, as its federated loss.
-Note: cells that propose nothing are never selected. An image has 300 detections, as LVIS wants.
+Note: of a federated dataset (LVIS) a step asks for 50 classes, as LVIS's federated loss does;
+  theirs has no such loss. It would multiply the presence loss by classes / classes asked for.
+Note: a class that an image shows only as a crowd is a negative of the presence, theirs a positive.
+Note: cells that propose nothing are never selected. 300 detections (theirs 100), as LVIS wants.
 
     python metr.py --datasets coco,cityscapes-instances --tiny                 # minutes on a CPU
     python metr.py --datasets coco,o365,oid --data-root DATA                             # one GPU
@@ -108,10 +115,9 @@ from common.visualize import save_image, training_grid
 
 log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
-DATASETS = "--datasets coco,cityscapes-instances --tiny"
 DEMO = [  # the demonstration of ./run.sh
-    f"{DATASETS} --matching any --output {{output}}-any",
-    DATASETS,
+    "--datasets coco,cityscapes-instances --tiny --matching any --output {output}-any",
+    "--datasets coco,cityscapes-instances --tiny",
 ]
 
 # -- Args ------------------------------------------------------------------------------------------
@@ -176,31 +182,31 @@ class Args:
     classes_kept: Annotated[int, Range(1)] = 20  # code
     """K, classes of an image that have queries; in training more if the image shows more"""
     queries_per_class: Annotated[int, Range(1, 10_000)] = 100  # code
-    """n, queries of a kept class: the most objects of a class that an image can have"""
+    """n, queries of a kept class: the most objects of a class that can be found in an image"""
     matching: Literal["group", "any"] = "group"  # code
     """of an object, to the queries of its class; control: to any query, whatever its class"""
-    fed_loss: bool = True  # ours
-    """a step asks for 50 classes of a federated dataset, sampled by root of frequency"""
     image_size: Annotated[int, SIDE] = 800  # code
     """largest short side of training images, pixels (DETR's augmentation: 0.6 to 1 of it)"""
     test_size: Annotated[int, SIDE] = 800  # code
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 8  # code
+    batch_size: Annotated[int, Range(1)] = 8  # ours
     """images per step over all ranks"""
     steps: Annotated[int, COUNT] = 400_000  # ours
     """optimiser steps; --lr falls to a tenth at 11/12 of them"""
     lr: Annotated[float, Range(above=0)] = 1e-4  # code
     """learning rate for --base-batch-size images per step; scaled linearly to --batch-size"""
-    base_batch_size: Annotated[int, Range(1)] = 8  # code
+    base_batch_size: Annotated[int, Range(1)] = 8  # ours
     """batch size that --lr is meant for"""
     backbone_factor: Annotated[float, Range(0, 100)] = 0.1  # code
     """learning rate of the backbone / --lr; 0 freezes it"""
     warmup_steps: Annotated[int, COUNT] = 0  # code
-    """steps of warmup from 1e-2 of --lr"""
+    """steps of warmup from 1e-2 of --lr, at most a tenth of the steps"""
     prior: Annotated[float, Range(0, 0.99, above=0)] = 0.1  # code
     """probability of presence and objects at first, by the bias of the logits"""
     presence_weight: Annotated[float, Range(0)] = 1.0  # code
-    """weight of loss_presence"""
+    """lambda, weight of loss_presence"""
+    fed_loss: bool = True  # ours
+    """federated loss of LVIS: a step asks for 50 of its classes, sampled by root of frequency"""
     channels: Annotated[int, Range(1, 8192)] = 256  # code
     """d of encoder and decoder"""
     ffn: Annotated[int, Range(1, 65_536)] = 2048  # code
@@ -223,7 +229,7 @@ TINY = {
     "base_batch_size": 4,
     "steps": 1200,
     "lr": 1e-3,
-    "backbone_factor": 0,
+    "backbone_factor": 0.0,
     "warmup_steps": 50,
     "checkpoint_every": 200,
     "workers": 0,
@@ -269,9 +275,10 @@ class ClassScore(nn.Module):
 
 
 class CategoryExtraction(nn.Module):
-    """Sec. category extraction: u_c = LN(P E_c), h_c = layers(u_c, memory), m_c = s(h_c, u_c).
+    """Category extraction: u_c = LN(P E_c), h_c = layers(u_c, memory), m_c = s(h_c, u_c).
 
     E is the text. Every layer is scored by the same s. Classes do not attend to each other.
+    Source: isbrycee/METR:models/metr/{prompt_indicator.py,prompt_classifier.py}
     """
 
     def __init__(self, text_dim: int, channels: int, ffn: int, prior: float):
@@ -283,10 +290,7 @@ class CategoryExtraction(nn.Module):
         self.score = ClassScore(channels, prior)
 
     def forward(self, text: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        """Returns the presence after each layer, (E, B, C) logits, and the vectors h (B, C, d).
-
-        text: (C, D)
-        """
+        """Returns the presence after each layer, (E, B, C) logits, and h (B, C, d). text: (C, D)"""
         presence, vectors = [], []
         for part in text.split(1000):  # the attention of more classes to all cells is too large
             projected = self.projection(part).expand(len(memory.tokens), -1, -1)  # (B, c, d)
@@ -301,10 +305,10 @@ class CategoryExtraction(nn.Module):
 
 
 class Asked(NamedTuple):
-    """What the dataset of a batch knows of its images."""
+    """Multi-label targets of the extraction."""
 
-    shown: Tensor  # (B, C) bool, classes that the image shows
-    trained: Tensor  # (B, C) bool, classes that it may be asked for
+    positive: Tensor  # (B, C) bool, classes that the image shows
+    mask: Tensor  # (B, C) bool, classes that it may be asked for
 
 
 class Output(NamedTuple):
@@ -317,7 +321,7 @@ class Output(NamedTuple):
     cell_logits: Tensor  # (B, n, C) of the selected cells
     cell_boxes: Tensor  # (B, n, 4) boxes_cxcywh
 
-    def classes(self) -> Tensor:
+    def query_classes(self) -> Tensor:
         """Returns the class of each query, (B, Q)."""
         number = self.logits.shape[-1] // self.kept.shape[1]  # n
         return self.kept.repeat_interleave(number, 1)
@@ -331,7 +335,7 @@ class Model(nn.Module):
         self.args = args
         channels, width = args.channels, label_space.width
         sizes = (args.ffn, LEVELS, HEADS, POINTS)
-        self.backbone = Backbone(args.backbone, 0, pretrained, [8, 16, 32])
+        self.backbone = Backbone(args.backbone, 0, pretrained, [8, 16, 32], freeze_stem=True)
         self.neck = Neck(self.backbone.channels, channels, LEVELS)
         self.encoder = Encoder(channels, args.encoder_layers, *sizes)
         self.extraction = CategoryExtraction(width, channels, args.ffn, args.prior)
@@ -353,23 +357,25 @@ class Model(nn.Module):
 
         In training (`asked`), those that the image shows come first, and those that it must not be
         asked for come last. K grows to the most classes that an image shows.
+        Source: isbrycee/METR:models/metr/prompt_indicator.py (RetentionPolicy)
         """
         number = self.args.classes_kept
         scores = presence.detach()
         if asked:
-            scores = scores.masked_fill(~asked.trained, -torch.inf)
-            scores = scores.masked_fill(asked.shown, torch.inf)
-            number = max(number, int(asked.shown.sum(1).max()))
+            scores = scores.masked_fill(~asked.mask, -torch.inf)
+            scores = scores.masked_fill(asked.positive, torch.inf)
+            number = max(number, int(asked.positive.sum(1).max()))
         return scores.topk(min(number, scores.shape[1]), 1).indices
 
     @torch.no_grad()
-    def select(self, scored: Tensor, boxes: Tensor, vectors: Tensor) -> Tensor:
-        """Sec. first stage: the n cells of the best score max_c <W x, h_c>, (B, n), best first.
+    def select(self, cells: Tensor, boxes: Tensor, vectors: Tensor) -> Tensor:
+        """First stage: the n cells of the best score max_c <W x, h_c>, (B, n), best first.
 
-        scored: (B, S, d), W x of the cells; boxes: (B, S, 4), their proposals; vectors: (B, C, d)
+        cells: (B, S, d), W x of each; boxes: (B, S, 4), their proposals; vectors: (B, C, d)
         n is all cells of an image if it has fewer.
+        Source: isbrycee/METR:models/metr/deformable_transformer.py
         """
-        parts = [(scored @ h.mT).amax(2) for h in vectors.split(100, 1)]  # of (B, S) each
+        parts = [(cells @ h.mT).amax(2) for h in vectors.split(100, 1)]  # of (B, S) each
         best = torch.stack(parts).amax(0)
         return best_cells(boxes, best, self.args.queries_per_class)
 
@@ -388,9 +394,9 @@ class Model(nn.Module):
             groups = kept.shape[1]
 
             cells, proposals = self.proposals(memory)
-            scored = self.cell_linear(cells) * cells.shape[2] ** -0.5
-            rows = self.select(scored, proposals, vectors)
-            cell_logits = (at_cells(scored, rows) @ vectors.mT).float() + self.cell_bias
+            cells = self.cell_linear(cells) * cells.shape[2] ** -0.5
+            rows = self.select(cells, proposals, vectors)
+            cell_logits = (at_cells(cells, rows) @ vectors.mT).float() + self.cell_bias
             cell_boxes = at_cells(proposals, rows)
 
             h = at_cells(vectors, kept)[:, :, None]  # (B, K, 1, d)
@@ -418,9 +424,7 @@ class Supervision:
     def of(cls, args: Args, dataset: Dataset, classes: LabelSpace) -> "Supervision":
         """Computes the class tree and the class counts of a dataset. classes: its own"""
         upward = torch.from_numpy(ancestors(dataset.vocabulary, dataset.hierarchy))
-        federated = torch.full((len(classes),), -1.0)
-        if args.fed_loss:
-            federated = federated_counts([dataset], classes)
+        federated = federated_counts([dataset] if args.fed_loss else [], classes)
         device = classes.text.device
         return cls(classes.text, upward.to(device), federated.to(device))
 
@@ -428,8 +432,7 @@ class Supervision:
 def prepare_targets(batch: Batch, supervision: Supervision) -> list[Targets]:
     """Returns the ground truth of each image, with labels of its own dataset.
 
-    An object has a row for its class and one for each class above it. There are two waits for the
-    device.
+    An object has a row for its class and one for each class above it. Two waits for the device.
     """
     above = [supervision.upward[s.labels] for s in batch.samples]  # B tensors (N, C)
     counts = torch.stack([rows.sum() for rows in above]).tolist()
@@ -438,89 +441,92 @@ def prepare_targets(batch: Batch, supervision: Supervision) -> list[Targets]:
     return [Targets(*rows) for rows in zip(boxes.split(counts), labels.split(counts))]
 
 
-def ask(batch: Batch, targets: list[Targets], supervision: Supervision) -> Asked:
+def presence_targets(batch: Batch, targets: list[Targets], supervision: Supervision) -> Asked:
     """Returns which classes the images show, and which they may be asked for.
 
-    These are the classes that `sample_federated` draws, or all if the dataset is not federated, but
-    for those below an object's class: it may be one of them.
+    An image may be asked for all classes, or those that `sample_federated` draws. Classes below the
+    class of one of its objects are left out: the object may be one of them.
     """
     upward = supervision.upward
-    shown = torch.zeros(len(targets), len(upward), dtype=torch.bool, device=upward.device)
-    below = torch.zeros_like(shown)
+    positive = torch.zeros(len(targets), len(upward), dtype=torch.bool, device=upward.device)
+    below = torch.zeros_like(positive)
     for i, (sample, t) in enumerate(zip(batch.samples, targets)):
-        shown[i].index_fill_(0, t.labels, True)
+        positive[i].index_fill_(0, t.labels, True)
         below[i] = upward[:, sample.labels].any(1)
     present = torch.cat([t.labels for t in targets])
     sampled = sample_federated(present, supervision.federated).bool()  # (C,)
-    return Asked(shown, shown | (sampled & ~below))
+    return Asked(positive, positive | (sampled & ~below))
 
 
 @torch.no_grad()
 def match_groups(
     args: Args, output: Output, targets: list[Targets], sizes: list[tuple[int, int]]
 ) -> tuple[Matches, Tensor]:
-    """Sec. group bipartite matching: the Hungarian method with an infinite cost between groups.
+    """Group bipartite matching: the Hungarian method with an infinite cost between groups.
 
     A group is a class: its queries, and its objects. Within it the cost is that of `match_cost`.
-    Returns the pairs, and (R,) bool: whether the query is of the object's class. Otherwise the
-    class has more objects than queries, and the pair trains nothing. With --matching any, the cost
-    between groups is that within them, and all pairs train. There are two waits for the device.
+    Returns the pairs, and (R,) bool: whether the query is of the object's class. It is not where a
+    class has more objects than queries, as infinite costs count as 1e6 (`assign`); such a pair
+    trains nothing. With --matching any, the cost between groups is that within them, and all pairs
+    train. There are two waits for the device.
+    Source: isbrycee/METR:models/metr/unified_matcher.py
     """
-    classes = output.classes()  # (B, Q)
+    classes = output.query_classes()  # (B, Q)
     logits, boxes = output.logits[..., None], output.boxes
     objects = [to_cxcywh(t.boxes, size) for t, size in zip(targets, sizes)]
     costs = []
     for i, (t, rows) in enumerate(zip(targets, objects)):
-        same = torch.zeros_like(t.labels)  # the only column
-        cost = match_cost(logits[:, i], boxes[:, i], same, rows)  # (Z, Q, N)
+        only = torch.zeros_like(t.labels)  # column of the logits
+        cost = match_cost(logits[:, i], boxes[:, i], only, rows)  # (Z, Q, N)
         if args.matching == "group":
             cost = cost.masked_fill(classes[i][:, None] != t.labels, torch.inf)
         costs.append(cost)
     found = matched(costs, targets, objects)
-    own = classes[found.image, found.query] == found.labels
-    return found, own if args.matching == "group" else torch.ones_like(own)
+    fits = classes[found.image, found.query] == found.labels
+    return found, fits if args.matching == "group" else torch.ones_like(fits)
 
 
 @compilable
 def loss_class(logits: Tensor, target: Tensor, weight: Tensor, num_boxes: Tensor) -> Tensor:
-    """Sec. binary classification: 1/num_boxes sum_q w_q FL(x_q, y_q), FL the one of `loss_focal`.
+    """Part binary classification: 1/num_boxes sum_q v_q FL(x_q, y_q), FL the one of `loss_focal`.
 
     logits: (Z, B, Q), x: "this is an object of the query's class"; target: (Z, B, Q), y
-    weight: (B, Q), w, 0 for queries of classes that the image is not asked for
+    weight: (B, Q), v, 0 for queries of classes that the image is not asked for
     Sum over layers, images and queries.
     """
     return loss_focal(logits, target, num_boxes, weight.expand_as(logits))
 
 
 @compilable
-def loss_presence(presence: Tensor, shown: Tensor, trained: Tensor) -> Tensor:
-    """Sec. presence: 1/B sum_c a_c BCE(sigmoid(m_c), y_c), a_c = 1 if y_c = 1, else sigmoid(m_c)^2.
+def loss_presence(presence: Tensor, positive: Tensor, mask: Tensor) -> Tensor:
+    """Part presence: 1/B sum_b sum_c a_bc BCE(sigmoid(m_bc), y_bc), a = y + (1 - y) sigmoid(m)^2.
 
-    An asymmetric loss (arXiv 2009.14119), gamma 0 and 2, whose weight a has no gradient. Sum over
-    layers and over the classes that are asked for.
-    presence: (E, B, C), m; shown: (B, C) bool, y; trained: (B, C) bool
+    An asymmetric loss (arXiv 2009.14119), gamma 0 and 2, a without gradient. Sum over layers, too.
+    presence: (E, B, C), m; positive: (B, C) bool, y; mask: (B, C) bool, the c that are asked for
+    Source: isbrycee/METR:models/metr/asl_losses.py
     """
-    target = shown.to(presence).expand_as(presence)
+    target = positive.to(presence).expand_as(presence)
     p = presence.detach().sigmoid()
-    weight = torch.where(shown, 1, p**2) * trained
+    weight = torch.where(positive, 1, p**2) * mask
     bce = F.binary_cross_entropy_with_logits(presence, target, weight, reduction="sum")
     return bce / presence.shape[1]
 
 
 def first_losses(
-    output: Output, batch: Batch, asked: Asked, supervision: Supervision, num_boxes: Tensor
+    output: Output, batch: Batch, asked: Asked, supervision: Supervision
 ) -> dict[str, Tensor]:
     """Returns the weighted losses of the selected cells, which all classes of the dataset score.
 
     A cell is matched to an object by the object's own class (`match`). Then the classes above it
-    are positive, too.
+    are positive, too. num_boxes: `masks_per_rank` of the objects
     """
     objects = [Targets(sample.boxes, sample.labels) for sample in batch.samples]
     logits = output.cell_logits[None]  # (1, B, n, C)
+    num_boxes = masks_per_rank(objects, logits.device)
     found = match(logits, output.cell_boxes[None], objects, batch.sizes)
     place = (found.z, found.image, found.query)
     target = torch.zeros_like(logits).index_put(place, supervision.upward[found.labels].to(logits))
-    weight = asked.trained[:, None].expand_as(logits).to(logits)
+    weight = asked.mask[:, None].expand_as(logits).to(logits)
     boxes = output.cell_boxes[found.image, found.query]
     return {
         "loss_class_enc": CLASS * loss_focal(logits, target, num_boxes, weight),
@@ -530,32 +536,27 @@ def first_losses(
 
 
 def compute_losses(
-    args: Args,
-    output: Output,
-    batch: Batch,
-    targets: list[Targets],
-    asked: Asked,
-    supervision: Supervision,
+    args: Args, output: Output, batch: Batch, targets: list[Targets], asked: Asked, own: Supervision
 ) -> dict[str, Tensor]:
-    """L = sum over layers of (2 L_class + 5 L_1 + 2 L_GIoU) + w L_presence + L_first.
+    """L = sum over layers of (2 L_class + 5 L_1 + 2 L_GIoU) + lambda L_presence + L_first.
 
     The queries of each layer are matched to the objects (`match_groups`). num_boxes:
     `masks_per_rank`. The first stage has the same three losses (`first_losses`).
     Returns every term, times its weight, and their sum as `loss`.
     """
     num_boxes = masks_per_rank(targets, output.logits.device)
-    found, own = match_groups(args, output, targets, batch.sizes)
+    found, fits = match_groups(args, output, targets, batch.sizes)
     place = (found.z, found.image, found.query)
-    target = torch.zeros_like(output.logits).index_put(place, own.to(output.logits))
-    weight = asked.trained.gather(1, output.classes()).to(output.logits)  # (B, Q)
+    target = torch.zeros_like(output.logits).index_put(place, fits.to(output.logits))
+    weight = asked.mask.gather(1, output.query_classes()).to(output.logits)  # (B, Q)
     boxes = output.boxes[place]  # (R, 4)
     losses = {
         "loss_class": CLASS * loss_class(output.logits, target, weight, num_boxes),
-        "loss_bbox": L1 * (own * loss_l1(boxes, found.boxes, num_boxes)).sum(),
-        "loss_giou": GIOU * (own * loss_giou(boxes, found.boxes, num_boxes)).sum(),
+        "loss_bbox": L1 * (fits * loss_l1(boxes, found.boxes, num_boxes)).sum(),
+        "loss_giou": GIOU * (fits * loss_giou(boxes, found.boxes, num_boxes)).sum(),
         "loss_presence": args.presence_weight * loss_presence(output.presence, *asked),
     }
-    losses |= first_losses(output, batch, asked, supervision, num_boxes)
+    losses |= first_losses(output, batch, asked, own)
     return losses | {"loss": sum(losses.values())}
 
 
@@ -573,14 +574,14 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace) -> list[dict]:
     device = next(model.parameters()).device
     batch = batch.to(device)
     output = model(batch.images, batch.sizes, label_space.text.to(device))
-    classes = output.classes()  # (B, Q)
-    scores = output.logits[-1].sigmoid()  # (B, Q)
+    classes = output.query_classes()  # (B, Q)
+    probabilities = output.logits[-1].sigmoid()  # (B, Q)
     detections = []
     for i, size in enumerate(batch.sizes):
-        best, rows = scores[i].topk(min(300, classes.shape[1]))
+        scores, rows = probabilities[i].topk(min(300, classes.shape[1]))
         boxes = to_pixels(output.boxes[-1, i, rows], size)
         boxes = clip_boxes_to_image(boxes, size)
-        detection = to_detection(boxes, classes[i, rows], best, label_space, batch, i)
+        detection = to_detection(boxes, classes[i, rows], scores, label_space, batch, i)
         detections.append(detection)
     return detections
 
@@ -663,7 +664,7 @@ def train(
         name = batch.samples[0].dataset
         own = supervision[name]
         targets = prepare_targets(batch, own)
-        asked = ask(batch, targets, own)
+        asked = presence_targets(batch, targets, own)
         output = parallel(batch.images, batch.sizes, own.text, asked)
         losses = compute_losses(args, output, batch, targets, asked, own)
         optimizer.zero_grad(set_to_none=True)

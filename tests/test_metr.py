@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import small_flags
 from scipy.optimize import linear_sum_assignment
 from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou
@@ -15,6 +16,7 @@ from waits import count_waits
 import metr
 from common.batch import Sample, collate
 from common.boxes import to_cxcywh
+from common.command import parse_args
 from common.datasets import load_datasets
 from common.deformable import Memory
 from common.labels import LabelSpace, Vocabulary
@@ -185,7 +187,7 @@ def test_the_order_of_the_classes_does_not_matter():
     assert torch.equal(order[other.kept], one.kept)
     torch.testing.assert_close(one.cell_logits[..., order], other.cell_logits)
     torch.testing.assert_close(one.logits, other.logits, rtol=1e-4, atol=1e-5)
-    assert one.classes().tolist() == [[c for c in row for _ in range(4)] for row in one.kept]
+    assert one.query_classes().tolist() == [[c for c in row for _ in range(4)] for row in one.kept]
 
 
 def test_the_selected_cells_are_best_for_any_class_of_the_dataset():
@@ -248,6 +250,17 @@ def test_queries_by_the_formula(monkeypatch):
         torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_the_boxes_of_the_decoder_do_not_train_those_of_the_cells():
+    classes = LabelSpace([vocabulary("a", 5)])
+    model, (pixels, sizes) = model_of(classes), images()
+    output = model(pixels, sizes, classes.text)
+    parts = list(model.proposals.box_head.parameters())
+    (output.boxes.sum() + output.logits.sum()).backward(retain_graph=True)
+    assert all(part.grad is None for part in parts)
+    output.cell_boxes.sum().backward()
+    assert parts[-1].grad.abs().sum() > 0
+
+
 def test_the_queries_of_a_class_do_not_depend_on_the_other_kept_classes():
     classes = LabelSpace([vocabulary("a", 6)])
     model, (pixels, sizes) = model_of(classes), images()
@@ -285,9 +298,9 @@ def test_an_object_is_one_of_the_classes_above_it():
     assert [t.labels.tolist() for t in targets] == [[0, 1, 3], [1], []]
     assert torch.equal(targets[0].boxes, one.boxes[[0, 0, 1]])
     assert torch.equal(targets[1].boxes, two.boxes)
-    asked = metr.ask(batch, targets, supervision)
-    assert asked.shown.int().tolist() == [[1, 1, 0, 1], [0, 1, 0, 0], [0] * 4]
-    assert asked.trained.int().tolist() == [[1] * 4, [0, 1, 1, 1], [1] * 4]
+    asked = metr.presence_targets(batch, targets, supervision)
+    assert asked.positive.int().tolist() == [[1, 1, 0, 1], [0, 1, 0, 0], [0] * 4]
+    assert asked.mask.int().tolist() == [[1] * 4, [0, 1, 1, 1], [1] * 4]
 
 
 @pytest.mark.parametrize("fed_loss", [True, False])
@@ -295,9 +308,9 @@ def test_a_federated_dataset_asks_for_a_sample(fed_loss):
     supervision = supervision_of(Boxed("a", 200, federated=True), fed_loss=fed_loss)
     batch = collate([sample(3, 200), sample(2, 200)])
     targets = metr.prepare_targets(batch, supervision)
-    asked = metr.ask(batch, targets, supervision)
-    assert (asked.trained >= asked.shown).all() and torch.equal(*asked.trained)
-    assert asked.trained[0].sum() == (50 if fed_loss else 200)
+    asked = metr.presence_targets(batch, targets, supervision)
+    assert (asked.mask >= asked.positive).all() and torch.equal(*asked.mask)
+    assert asked.mask[0].sum() == (50 if fed_loss else 200)
 
 
 def output_of(kept: list[list[int]], queries: int, classes: int, layers: int = 2) -> metr.Output:
@@ -310,12 +323,15 @@ def output_of(kept: list[list[int]], queries: int, classes: int, layers: int = 2
     return metr.Output(logits, boxes, torch.tensor(kept), presence, scores, cells)
 
 
+def giou(box: torch.Tensor, target: torch.Tensor) -> float:
+    corners = [torch.cat([b[:2] - b[2:] / 2, b[:2] + b[2:] / 2])[None] for b in (box, target)]
+    return float(generalized_box_iou(*corners))
+
+
 def cost(logit: float, box: torch.Tensor, target: torch.Tensor) -> float:
     p = 1 / (1 + math.exp(-logit))
     focal = -0.25 * (1 - p) ** 2 * math.log(p + 1e-8) + 0.75 * p**2 * math.log(1 - p + 1e-8)
-    corners = [torch.cat([b[:2] - b[2:] / 2, b[:2] + b[2:] / 2])[None] for b in (box, target)]
-    giou = float(generalized_box_iou(*corners))
-    return 2 * focal + 5 * float((box - target).abs().sum()) - 2 * giou
+    return 2 * focal + 5 * float((box - target).abs().sum()) - 2 * giou(box, target)
 
 
 def test_matching_is_that_of_each_class_alone():
@@ -370,48 +386,52 @@ def test_class_loss_by_a_loop():
 
 
 def test_presence_loss_by_a_loop():
-    presence = torch.randn(2, 2, 3, requires_grad=True)
-    shown = torch.tensor([[True, False, False], [False, True, False]])
-    trained = torch.tensor([[True, True, False], [True, True, True]])
+    presence = torch.randn(2, 3, 3, requires_grad=True)
+    shown = torch.tensor([[True, False, False], [False, True, False], [False] * 3])
+    trained = torch.tensor([[True, True, False], [True] * 3, [True] * 3])
     found = metr.loss_presence(presence, shown, trained)
     found.backward()
     total = 0.0
-    for e, b, c in itertools.product(range(2), range(2), range(3)):
+    for e, b, c in itertools.product(range(2), range(3), range(3)):
         p = 1 / (1 + math.exp(-float(presence[e, b, c])))
         loss, slope = -math.log(p), p - 1
         if not shown[b, c]:
             loss, slope = -(p**2) * math.log(1 - p), p**2 * p  # the weight p^2 has no gradient
         total += loss if trained[b, c] else 0
-        slope = slope / 2 if trained[b, c] else 0
+        slope = slope / 3 if trained[b, c] else 0
         assert float(presence.grad[e, b, c]) == pytest.approx(slope, rel=1e-4)
-    assert float(found) == pytest.approx(total / 2, rel=1e-5)
+    assert float(found) == pytest.approx(total / 3, rel=1e-5)
 
 
 def test_first_losses_by_a_loop():
     """A cell is matched by the object's own class. The class above it is positive, too."""
     supervision = supervision_of(Boxed("a", 4, TREE))
-    batch = collate([sample(1), sample(0)])
-    batch.samples[0].labels = torch.tensor([0])  # class 1 is above it
+    batch = collate([sample(2), sample(0)])
+    batch.samples[0].labels = torch.tensor([0, 3])  # class 1 is above class 0
     targets = metr.prepare_targets(batch, supervision)
-    asked = metr.ask(batch, targets, supervision)
-    asked.trained[1, 3] = False
+    asked = metr.presence_targets(batch, targets, supervision)
+    asked.mask[1, 3] = False
     output = output_of([[0, 1], [2, 3]], 2, 4)
-    target = to_cxcywh(batch.samples[0].boxes, (64, 96))[0]
+    rows = to_cxcywh(batch.samples[0].boxes, (64, 96))
+    logits, boxes = output.cell_logits[0], output.cell_boxes[0]
     costs = [
-        cost(float(output.cell_logits[0, s, 0]), output.cell_boxes[0, s], target) for s in range(9)
+        [cost(float(logits[s, c]), boxes[s], row) for c, row in zip((0, 3), rows)] for s in range(9)
     ]
-    best = costs.index(min(costs))
-    found = metr.first_losses(output, batch, asked, supervision, torch.tensor(3.0))
+    cells = dict(zip(*linear_sum_assignment(np.array(costs))))
+    found = metr.first_losses(output, batch, asked, supervision)
     total = 0.0
     for b, s, c in itertools.product(range(2), range(9), range(4)):
         p = 1 / (1 + math.exp(-float(output.cell_logits[b, s, c])))
         loss = -0.75 * p**2 * math.log(1 - p)
-        if (b, s) == (0, best) and c in (0, 1):
+        if b == 0 and s in cells and c in ((0, 1), (3,))[cells[s]]:
             loss = -0.25 * (1 - p) ** 2 * math.log(p)
         total += 0 if (b, c) == (1, 3) else loss
-    assert float(found["loss_class_enc"]) == pytest.approx(2 * total / 3, rel=1e-4)
-    distance = float((output.cell_boxes[0, best] - target).abs().sum())
-    assert float(found["loss_bbox_enc"]) == pytest.approx(5 * distance / 3, rel=1e-4)
+    # by two objects, which have three rows of targets
+    assert float(found["loss_class_enc"]) == pytest.approx(2 * total / 2, rel=1e-4)
+    distance = sum(float((boxes[s] - rows[i]).abs().sum()) for s, i in cells.items())
+    assert float(found["loss_bbox_enc"]) == pytest.approx(5 * distance / 2, rel=1e-4)
+    overlap = sum(giou(boxes[s], rows[i]) for s, i in cells.items())
+    assert float(found["loss_giou_enc"]) == pytest.approx(2 * (2 - overlap) / 2, rel=1e-4)
 
 
 def test_losses_of_a_batch():
@@ -438,6 +458,9 @@ def test_losses_of_a_batch():
     chosen = output.boxes[found.z, found.image, found.query][own]
     l1 = 5 * (chosen - found.boxes[own]).abs().sum() / 4
     torch.testing.assert_close(losses["loss_bbox"], l1)
+    pairs = zip(chosen.detach(), found.boxes[own])
+    loss = 2 * sum(1 - giou(box, row) for box, row in pairs) / 4
+    assert float(losses["loss_giou"]) == pytest.approx(loss, rel=1e-4)
     target = torch.zeros(2, 2, 4)
     target[found.z[own], found.image[own], found.query[own]] = 1
     weight = torch.ones(2, 4)
@@ -462,7 +485,7 @@ def test_a_training_step_waits_eight_times():
     batch = collate([sample(3), sample(0)])
     with count_waits() as found:
         targets = metr.prepare_targets(batch, supervision)
-        asked = metr.ask(batch, targets, supervision)
+        asked = metr.presence_targets(batch, targets, supervision)
         output = model(batch.images, batch.sizes, supervision.text, asked)
         losses = metr.compute_losses(model.args, output, batch, targets, asked, supervision)
         losses["loss"].backward()
@@ -511,6 +534,56 @@ def test_weights_begin_as_in_the_code_of_the_authors():
         assert float(matrix.detach().abs().max()) == pytest.approx(bound, rel=0.02)
 
 
+class Enough(Exception):
+    """The test has seen what it wants."""
+
+
+def test_recipe(tiny_root, tmp_path, monkeypatch):
+    """A step keeps what its images show, and clips the norm of the gradients at 0.1."""
+    seen = {}
+    keep, adamw = metr.Model.keep, torch.optim.AdamW
+
+    def spy_keep(model, presence, asked=None):
+        assert model.training and presence.shape == asked.positive.shape == asked.mask.shape
+        seen["shown"] = asked.positive.any(1).tolist()
+        return keep(model, presence, asked)
+
+    def spy_adamw(groups, **settings):
+        factors = {(group["lr_factor"], group["weight_decay"]) for group in groups}
+        seen.update(settings, factors=factors)
+        return adamw(groups, **settings)
+
+    def spy_clip(parameters, norm):
+        seen["clip"] = norm
+        raise Enough
+
+    monkeypatch.setattr(metr.Model, "keep", spy_keep)
+    monkeypatch.setattr(torch.optim, "AdamW", spy_adamw)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy_clip)
+    flags = small_flags("metr", 9)
+    args = parse_args(metr.Args, metr.METHOD, metr.TINY, metr.MODEL_FIELDS, argv=flags)
+    args = replace(args, batch_size=2, base_batch_size=4, lr=2e-3, backbone_factor=0.1)
+    datasets = load_datasets("coco,o365", "train", str(tiny_root))
+    label_space = metr.build_label_space(args, [d.vocabulary for d in datasets])
+    with pytest.raises(Enough):
+        metr.train(args, datasets, label_space, tmp_path, CPU)
+    assert seen == {
+        "shown": [True, True],
+        "lr": 1e-3,
+        "fused": True,
+        "factors": {(1, 1e-4), (1, 0), (0.1, 1e-4)},  # the backbone's norms are frozen
+        "clip": 0.1,
+    }
+
+
+def test_stem_and_first_stage_are_frozen_as_in_the_code_of_the_authors():
+    model = model_of(LabelSpace([vocabulary("a", 5)]))
+    model.backbone.frozen_norm.fill_(True)  # as after loading published weights
+    model.train()
+    trained = {name for name, p in model.backbone.body.named_parameters() if p.requires_grad}
+    assert trained and {name.split(".")[0] for name in trained} == {"layer2", "layer3", "layer4"}
+
+
 def test_datasets_are_drawn_by_their_sizes(tiny_root):
     datasets = load_datasets("coco@6,o365", "train", str(tiny_root))
     settings = {"batch_size": 4, "image_size": 96, "workers": 0}
@@ -531,4 +604,5 @@ def test_settings():
     assert (args.channels, args.encoder_layers, args.decoder_layers) == (256, 6, 6)
     assert (args.ffn, metr.FIRST_PRIOR, metr.CLASS) == (2048, 0.01, 2.0)
     assert args.presence_weight == 1
+    assert (args.batch_size, args.base_batch_size) == (8, 8)  # ours
     assert metr.DECAYS == (11 / 12,) and (args.lr, args.backbone_factor) == (1e-4, 0.1)

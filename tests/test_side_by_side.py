@@ -198,7 +198,7 @@ def test_losses_name_their_equation(path):
     losses = [node for node in definitions(path) if node.name.startswith("loss_")]
     assert losses
     for node in losses:
-        assert (ast.get_docstring(node) or "").startswith(("Eq. ", "Sec. ")), node.name
+        assert (ast.get_docstring(node) or "").startswith(("Eq. ", "Sec. ", "Part ")), node.name
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
