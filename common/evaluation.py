@@ -20,13 +20,14 @@ from common.datasets.index import BEYOND, Index
 from common.errors import InputError
 from common.labels import Vocabulary
 from common.masks import annotated_rles
+from common.tables import Columns, Scores
 
 _COCO = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 METRICS = {"coco": _COCO, "lvis": (*_COCO, "APr", "APc", "APf"), "oid": ("AP50",)}
 MASK_METRICS = {"coco": ("AP", "AP50"), "lvis": ("AP", "AP50", "APr", "APc", "APf"), "oid": ()}
 Predictions = dict[int, dict[str, Any]]  # row of the index -> fields, see evaluate_detections
 Results = dict[str, float]  # metric -> value
-Table = dict[str, np.ndarray]  # columns of length A
+Table = Columns  # of length A
 
 
 class Evaluated(Protocol):
@@ -42,7 +43,7 @@ class Evaluated(Protocol):
 
 def evaluate_detections(
     dataset: Evaluated, predictions: Predictions, groups: dict[str, np.ndarray] | None = None
-) -> Results:
+) -> Scores:
     """Computes the metrics of `dataset.metric` over all images of the dataset, in 0..1.
 
     predictions: for each row of `dataset.index` a dict with `boxes` (N, 4) xyxy in pixels of the
@@ -55,6 +56,10 @@ def evaluate_detections(
     detections in it are ignored. Each group adds "AP50 <name>", the mean box AP50 of its classes. A
     metric without ground truth is NaN, where pycocotools has -1.
 
+    Its `classes` have AP, AP50 and AR (the recall with the most detections of the metric, averaged
+    over the IoU thresholds), for masks too, but AP50 alone for "oid"; and "images" and "boxes", the
+    numbers of the ground truth without crowds. AP and AP50 are the means of their columns.
+
     Raises InputError if an image has no prediction (zero boxes are one) or if an annotated
     segmentation is broken, ValueError for a label outside the vocabulary.
     """
@@ -63,13 +68,13 @@ def evaluate_detections(
     truth = truth_table(dataset.index, predictions)
     found = _prediction_table(dataset, predictions)
     if dataset.metric == "oid":
-        class_ap50 = _open_images(dataset, truth, found)
-        results = {"AP50": _mean(class_ap50)}
+        classes = _open_images(dataset, truth, found)
+        results = {"AP50": _mean(classes["AP50"])}
     else:
-        results, class_ap50 = _hotcoco(dataset, truth, found, predictions)
+        results, classes = _hotcoco(dataset, truth, found, predictions)
     for name, members in (groups or {}).items():
-        results[f"AP50 {name}"] = _mean(class_ap50[np.asarray(members)])
-    return results
+        results[f"AP50 {name}"] = _mean(classes["AP50"][np.asarray(members)])
+    return Scores(results, {"class": dataset.vocabulary.names} | classes)
 
 
 def recall(
@@ -163,6 +168,14 @@ def _prediction_table(dataset: Evaluated, predictions: Predictions) -> Table:
     }
 
 
+def _count(truth: Table, num_classes: int) -> Table:
+    """Returns for each class how many images have a box of it (C,), and how many boxes (C,)."""
+    label = truth["label"].astype(np.int64)
+    pairs = np.unique(truth["image"].astype(np.int64) * num_classes + label)
+    images = np.bincount(pairs % num_classes, minlength=num_classes)
+    return {"images": images, "boxes": np.bincount(label, minlength=num_classes)}
+
+
 def _take(table: Table, rows: np.ndarray) -> Table:
     """Returns the table with the given rows."""
     return {name: column[rows] for name, column in table.items()}
@@ -175,19 +188,21 @@ def xywh(boxes: np.ndarray) -> np.ndarray:
 
 def _hotcoco(
     dataset: Evaluated, truth: Table, found: Table, predictions: Predictions
-) -> tuple[Results, np.ndarray]:
-    """Returns the metrics, and the box AP50 (C,) of each class; -1 if it has no ground truth.
+) -> tuple[Results, Table]:
+    """Returns the metrics, and the columns of the classes; NaN for a class without ground truth.
 
     hotcoco makes 24,000 numbers for each class and limit of detections. So limits that METRICS does
     not have are left out, and classes without ground truth, but for LVIS, whose limit is of images.
     """
     lvis_style = dataset.metric == "lvis"
-    labels = np.arange(len(dataset.vocabulary))
+    count = len(dataset.vocabulary)
+    labels = np.arange(count)
     if len(truth["label"]) and not lvis_style:
         labels = np.unique(truth["label"])
+    counts = _count(_take(truth, ~truth["ignore"]), count)
     tables = _hotcoco_tables(dataset, truth, found, predictions, labels)
 
-    def run(kind: str) -> tuple[Results, np.ndarray]:
+    def run(kind: str) -> tuple[Results, Table]:
         evaluator = hotcoco.COCOeval(*tables, kind, lvis_style=lvis_style)
         evaluator.params.max_dets = evaluator.params.max_dets[-1:]
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -196,22 +211,30 @@ def _hotcoco(
         values = {}
         for name, value in evaluator.get_results().items():
             values[name] = value if value >= 0 else math.nan
-        # IoU 0.5, all recall points and classes, all sizes, most detections
-        precision = evaluator.eval["precision"][0, :, :, 0, -1]
-        of_class = np.full(len(dataset.vocabulary), -1.0)
-        of_class[labels] = precision.mean(axis=0)
-        return values, of_class
+        # all sizes, most detections: (10, 101, C) IoU thresholds, recall points, classes; (10, C)
+        arrays = evaluator.eval
+        precision = arrays["precision"][:, :, :, 0, -1]
+        recalls = arrays["recall"][:, :, 0, -1]
+        means = {"AP": precision.mean(axis=(0, 1))}
+        means["AP50"] = precision[0].mean(axis=0)
+        means["AR"] = recalls.mean(axis=0)
+        columns = {}
+        for name, mean in means.items():
+            columns[name] = np.full(count, math.nan)
+            columns[name][labels] = np.where(mean < 0, math.nan, mean)
+        return values, columns
 
-    values, class_ap50 = run("bbox")
+    values, classes = run("bbox")
     results = {name: values[name] for name in METRICS[dataset.metric]}
     if _have_masks(dataset, predictions):
         maskless = ~dataset.index.has_mask
         if maskless.any():  # each is an ignored region: its box, of which all detections may be
             truth = truth | {"ignore": truth["ignore"] | maskless}
             tables = _hotcoco_tables(dataset, truth, found, predictions, labels)
-        values, _ = run("segm")
+        values, of_masks = run("segm")
         results |= {f"mask {name}": values[name] for name in MASK_METRICS[dataset.metric]}
-    return results, class_ap50
+        classes |= {f"mask {name}": column for name, column in of_masks.items()}
+    return results, classes | counts
 
 
 def _have_masks(dataset: Evaluated, predictions: Predictions) -> bool:
@@ -266,10 +289,10 @@ def _hotcoco_tables(
     return gt, gt.load_res(np.stack(columns, axis=1), segmentation=detected)
 
 
-def _open_images(dataset: Evaluated, truth: Table, found: Table) -> np.ndarray:
-    """Computes the AP (C,) of each class at IoU 0.5 as the OpenImages Challenge does.
+def _open_images(dataset: Evaluated, truth: Table, found: Table) -> Table:
+    """Computes the AP (C,) of each class at IoU 0.5 as the OpenImages Challenge does, as "AP50".
 
-    It is NaN for a class without a box.
+    It is NaN for a class without a box. Boxes and their images are counted as rule 1 has them.
     https://storage.googleapis.com/openimages/web/evaluation.html
     1. A box of a class is also a box of the class's ancestors, in ground truth and predictions.
     2. In an image, only verified classes count: those with a box in the image, and those of its
@@ -297,7 +320,7 @@ def _open_images(dataset: Evaluated, truth: Table, found: Table) -> np.ndarray:
         truth_of_class = _take(truth, truth["label"] == label)
         found_of_class = _take(found, found["label"] == label)
         precisions[label] = _class_ap(truth_of_class, found_of_class)
-    return precisions
+    return {"AP50": precisions} | _count(truth, len(upward))
 
 
 def ancestors(vocabulary: Vocabulary, tree: dict | None) -> np.ndarray:
@@ -386,43 +409,6 @@ def _match(
             ignored[row] = group[box] and not hit[row]
             taken.add(box)
     return hit, ignored
-
-
-def format_table(results: dict[str, Results], width: int = 120) -> str:
-    """Formats one row per dataset and one column per metric; '-' for a missing value or NaN.
-
-    Metrics are in the order of their first appearance. Datasets that share no metric get separate
-    tables. A table wider than `width` characters is split into several.
-    """
-    tables: list[dict] = []
-    for name, values in results.items():
-        for table in tables:
-            if any(row.keys() & values for row in table.values()):
-                table[name] = values
-                break
-        else:
-            tables.append({name: values})
-    return "\n\n".join(_format_table(table, width) for table in tables)
-
-
-def _format_table(results: dict[str, Results], width: int) -> str:
-    """Formats a table of datasets that share metrics; see `format_table`."""
-    metrics = dict.fromkeys(name for values in results.values() for name in values)
-    names = ["dataset", *results]
-    letters = max(map(len, names))
-    first = [name.ljust(letters) for name in names]
-    blocks = [[first]]  # each a list of columns
-    used = letters
-    for metric in metrics:
-        values = [row.get(metric, math.nan) for row in results.values()]
-        cells = [metric, *("-" if math.isnan(x) else f"{x:.3f}" for x in values)]
-        letters = max(map(len, cells))
-        used += 2 + letters
-        if used > width and len(blocks[-1]) > 1:
-            blocks.append([first])
-            used = len(first[0]) + 2 + letters
-        blocks[-1].append([cell.rjust(letters) for cell in cells])
-    return "\n\n".join("\n".join(map("  ".join, zip(*block))) for block in blocks)
 
 
 def to_coco_json(ids: Sequence, predictions: Predictions, image_ids: Sequence) -> list[dict]:

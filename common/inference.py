@@ -108,9 +108,11 @@ def evaluate_dataset(
     if of_segments:
         counts, things, predictions = predicted
         warn_of_absent(title, counts, dataset.vocabulary.names)
-        results = segment_results(counts, dataset.vocabulary.is_thing)
+        results = segment_results(counts, dataset.vocabulary)
         if things:
-            results |= thing_results(dataset, things, args.data_root)
+            of_things = thing_results(dataset, things, args.data_root)
+            results |= of_things
+            results.classes |= of_things.classes
     else:
         predictions = predicted
         results = evaluate_detections(dataset, predictions, groups)

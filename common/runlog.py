@@ -19,16 +19,17 @@ from torch.optim import Optimizer
 from common.batch import Batch
 from common.checkpoint import checkpoint_step, checkpoints, copy_weights, save_weights, stored_names
 from common.console import progress_bar
+from common.curves import draw_training
 from common.datasets.dataset import Dataset
 from common.distributed import from_main, leaving_together, on_main, rank, world_size
 from common.errors import InputError
-from common.evaluation import format_table
 from common.files import atomic_path, sweep
 from common.labels import LabelSpace
 from common.process import check_asked, lock
 from common.replay import compare, read_record
 from common.rescue import LastStep
 from common.settings import go_on
+from common.tables import format_table, write_class_tables
 from common.validation import (
     Results,
     is_recorded,
@@ -315,7 +316,7 @@ class RunLog:
         self.last.in_loop = True
 
     def finish(self) -> LabelSpace:
-        """Closes the files, writes weights.safetensors, and returns the trained label space."""
+        """Does what `close` does, writes weights.safetensors, returns the trained label space."""
         self.close()
         model, label_space, _, metadata = self.content
         label_space = label_space() if callable(label_space) else label_space
@@ -323,25 +324,28 @@ class RunLog:
         return label_space
 
     def close(self) -> None:
-        """Closes the files."""
+        """Closes the files, and draws curves.png of them."""
         self.last.in_loop = False
         if self.active:
             self.bar.close()
             self.file.close()
             if self.board:
                 self.board.close()
+            draw_training(self.folder)
 
 
 def report(results: Results, folder: Path, args: Any, run: Path | None = None) -> None:
-    """Writes results.json to `folder`, and the table to the log. Does nothing without results.
+    """Writes results.json and the tables of classes to `folder`, and the results to the log.
 
-    After a training with --eval-every it also does what `record_evaluation` says.
+    Does nothing without results. After a training with --eval-every it also does what
+    `record_evaluation` says, and draws curves.png again with this evaluation.
     run: the run folder, if `folder` is only a part of it
     """
     if not results:
         return
     with atomic_path(folder / "results.json") as path:
         path.write_text(json.dumps(without_nan(results), indent=1))
+    write_class_tables(results, folder)
     log.info("\n" + format_table(results))
     if args.eval_every and not args.eval_only:
         weights = folder / "weights.safetensors"
@@ -350,6 +354,7 @@ def report(results: Results, folder: Path, args: Any, run: Path | None = None) -
         done = [checkpoint_step(path) for path in checkpoints(run)]
         save = partial(copy_weights, weights)
         record_evaluation(run, max(done, default=0), results, trained, save)
+        draw_training(run)
     log.info("results and pictures: %s/", folder)
 
 

@@ -7,8 +7,9 @@ import numpy as np
 from torch import Tensor
 
 from common.batch import Sample
-from common.labels import quoted
+from common.labels import Vocabulary, quoted
 from common.segments import segment_rows
+from common.tables import Columns, Scores
 
 log = logging.getLogger("concord")
 Counts = dict[str, np.ndarray]
@@ -140,20 +141,22 @@ def match_segments(
     return np.stack([tp, fp, fn, sums])
 
 
-def segment_results(counts: Counts, is_thing: tuple[bool, ...] | None) -> dict[str, float]:
+def segment_results(counts: Counts, vocabulary: Vocabulary) -> Scores:
     """Computes the metrics from summed counts, in 0..1. A mean over no class is NaN.
 
     "semantic" counts alone give `semantic_results`. "panoptic" counts give `panoptic_results`; if
-    there are also "semantic" counts, mIoU is added.
-    is_thing: as in `panoptic_results`
+    there are also "semantic" counts, mIoU is added. The classes have the columns of both.
     """
-    semantic = semantic_results(counts["semantic"]) if "semantic" in counts else {}
-    if "panoptic" not in counts:
-        return semantic
-    results = panoptic_results(counts["panoptic"], is_thing)
-    if semantic:
-        results["mIoU"] = semantic["mIoU"]
-    return results
+    results = {}
+    classes = {"class": vocabulary.names}
+    if "panoptic" in counts:
+        results |= panoptic_results(counts["panoptic"], vocabulary.is_thing)
+        classes |= panoptic_classes(counts["panoptic"])
+    if "semantic" in counts:
+        semantic = semantic_results(counts["semantic"])
+        results |= {"mIoU": semantic["mIoU"]} if results else semantic
+        classes |= semantic_classes(counts["semantic"])
+    return Scores(results, classes)
 
 
 def warn_of_absent(title: str, counts: Counts, names: tuple[str, ...]) -> None:
@@ -175,6 +178,22 @@ def warn_of_absent(title: str, counts: Counts, names: tuple[str, ...]) -> None:
     log.warning(message, title, *counts_of, quoted(absent))
 
 
+def semantic_classes(matrix: np.ndarray) -> Columns:
+    """Computes IoU and "recall" (K,) from the matrix (K, K) of `confusion`, in 0..1.
+
+    They are NaN for a class without a true pixel, even if it was predicted. "share" (K,) is that of
+    the class in all true pixels.
+    """
+    true = matrix.sum(axis=1)
+    predicted = matrix.sum(axis=0)
+    right = matrix.diagonal()
+    union = true + predicted - right
+    present = true > 0
+    iou = np.where(present, right / np.maximum(union, 1), math.nan)
+    recall = np.where(present, right / np.maximum(true, 1), math.nan)
+    return {"IoU": iou, "recall": recall, "share": true / max(true.sum(), 1)}
+
+
 def semantic_results(matrix: np.ndarray) -> dict[str, float]:
     """Computes mIoU, fwIoU, mACC and pACC from the matrix (K, K) of `confusion`, in 0..1.
 
@@ -182,22 +201,11 @@ def semantic_results(matrix: np.ndarray) -> dict[str, float]:
     share of right pixels. Classes without a true pixel are left out, even if they were predicted.
     Source: facebookresearch/detectron2:detectron2/evaluation/sem_seg_evaluation.py.
     """
-    true = matrix.sum(axis=1)
-    predicted = matrix.sum(axis=0)
-    right = matrix.diagonal()
-    present = true > 0
-    true = true[present]
-    predicted = predicted[present]
-    right = right[present]
-    union = true + predicted - right
-    iou = right / union
-    recall = right / true
-    weights = true / max(true.sum(), 1)
+    iou, recall, share = semantic_classes(matrix).values()
 
     def weighted(values: np.ndarray) -> float:
-        if not len(values):
-            return math.nan
-        return float((weights * values).sum())
+        present = share > 0
+        return float((share * values)[present].sum()) if present.any() else math.nan
 
     return {
         "mIoU": _mean(iou),
@@ -207,6 +215,18 @@ def semantic_results(matrix: np.ndarray) -> dict[str, float]:
     }
 
 
+def panoptic_classes(counts: np.ndarray) -> Columns:
+    """Computes PQ, SQ and RQ (K,) in 0..1, and the number of true "segments" without crowds (K,).
+
+    counts: (4, K) of `match_segments`; a class without a true or predicted segment is NaN
+    """
+    tp, fp, fn, iou = counts
+    objects = np.where(tp + fp + fn > 0, tp + fp / 2 + fn / 2, math.nan)
+    pq = iou / objects
+    sq = np.where(np.isnan(objects), math.nan, iou / np.maximum(tp, 1))
+    return {"PQ": pq, "SQ": sq, "RQ": tp / objects, "segments": (tp + fn).astype(np.int64)}
+
+
 def panoptic_results(counts: np.ndarray, is_thing: tuple[bool, ...] | None) -> dict[str, float]:
     """Computes PQ, SQ and RQ in 0..1, means over classes.
 
@@ -214,23 +234,16 @@ def panoptic_results(counts: np.ndarray, is_thing: tuple[bool, ...] | None) -> d
     is_thing: (K,), True for a thing, False for stuff. If it is given, the result also has
               "PQ things" and "PQ stuff".
     """
-    tp, fp, fn, iou = counts
-    objects = np.maximum(tp + fp / 2 + fn / 2, 0.5)
-    pq = iou / objects
-    sq = iou / np.maximum(tp, 1)
-    rq = tp / objects
-    present = tp + fp + fn > 0
-    results = {}
-    results["PQ"] = _mean(pq[present])
-    results["SQ"] = _mean(sq[present])
-    results["RQ"] = _mean(rq[present])
+    classes = panoptic_classes(counts)
+    results = {name: _mean(classes[name]) for name in ("PQ", "SQ", "RQ")}
     if is_thing is not None:
         thing = np.array(is_thing)
-        results["PQ things"] = _mean(pq[present & thing])
-        results["PQ stuff"] = _mean(pq[present & ~thing])
+        results["PQ things"] = _mean(classes["PQ"][thing])
+        results["PQ stuff"] = _mean(classes["PQ"][~thing])
     return results
 
 
 def _mean(values: np.ndarray) -> float:
-    """Returns the mean of the values, or NaN if there are none."""
-    return float(values.mean()) if len(values) else math.nan
+    """Returns the mean of the values that are not NaN, or NaN if there are none."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan

@@ -4,6 +4,7 @@ Source: facebookresearch/Mask2Former:train_net.py, mask2former/evaluation/instan
 """
 
 import logging
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from common.datasets.names import load_dataset
 from common.evaluation import evaluate_detections
 from common.labels import Vocabulary
 from common.masks import encode_masks
+from common.tables import Scores
 
 log = logging.getLogger("concord")
 
@@ -63,10 +65,10 @@ def thing_masks(truth: Sample, is_thing: tuple[bool, ...]) -> list[dict | None]:
     return masks
 
 
-def thing_results(
-    dataset: Dataset, things: dict[int, tuple[dict, list]], data_root: str
-) -> dict[str, float]:
+def thing_results(dataset: Dataset, things: dict[int, tuple[dict, list]], data_root: str) -> Scores:
     """Returns {"AP things": COCO's mask AP}, {} for a dataset without things.
+
+    Of each class of the dataset it gives the mask AP, NaN for stuff.
 
     things:    for each row its predicted instances of things, with `segmentations` and `size`, and
                its `thing_masks`, which are the truth where there are no `instances_of` the dataset
@@ -74,7 +76,7 @@ def thing_results(
     """
     is_thing = np.array(dataset.vocabulary.is_thing)
     if not is_thing.any():
-        return {}
+        return Scores({}, {})
     new_label = np.cumsum(is_thing) - 1  # of each class among the things
     rows = range(len(dataset))
     truth = instances_of(dataset, data_root)
@@ -90,7 +92,10 @@ def thing_results(
         found, _ = things[row]
         labels = torch.from_numpy(new_label[found["labels"].numpy()])
         predictions[position] = found | {"labels": labels}
-    return {"AP things": evaluate_detections(truth, predictions)["mask AP"]}
+    scores = evaluate_detections(truth, predictions)
+    column = np.full(len(is_thing), math.nan)
+    column[is_thing] = scores.classes["mask AP"]
+    return Scores({"AP things": scores["mask AP"]}, {"mask AP": column})
 
 
 def own_instances(

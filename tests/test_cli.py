@@ -79,11 +79,25 @@ def test_every_method_trains_and_evaluates(finished):
     results = json.loads((finished.folder / "results.json").read_text())
     assert results and all(metrics for metrics in results.values())
     assert next(iter(results)) in finished.output
+    per_class = json.loads((finished.folder / "per_class.json").read_text())
+    check_classes(results, per_class)
+    text = (finished.folder / "per_class.txt").read_text()
+    assert all(f"{title}: {len(rows)} classes by " in text for title, rows in per_class.items())
     assert [name for name in names if name.startswith("predictions-") and name.endswith(".jpg")]
     log = [
         json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()
     ]
     assert log[-1]["step"] >= 2 and math.isfinite(log[-1]["loss"])
+
+
+def check_classes(results: dict, per_class: dict) -> None:
+    """Each title has a row per class, but the proposals. The first metric is the mean of rows."""
+    assert list(per_class) == [title for title in results if "(proposals)" not in title]
+    for title, rows in per_class.items():
+        name, value = next(iter(results[title].items()))
+        column = {"mIoU": "IoU"}.get(name, name)
+        known = [row[column] for row in rows if row[column] is not None]
+        assert math.fsum(known) / len(known) == pytest.approx(value, abs=1e-9)
 
 
 def test_every_method_resumes(finished, tmp_path, call, caplog):

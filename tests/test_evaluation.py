@@ -25,12 +25,12 @@ from common.evaluation import (
     METRICS,
     _match,
     evaluate_detections,
-    format_table,
     recall,
     to_coco_json,
 )
 from common.labels import Vocabulary
 from common.masks import decode_masks, encode_masks
+from common.tables import format_table, write_class_tables
 
 PER_IMAGE = ("negatives", "not_exhaustive", "verified")
 REAL_COCO = REAL / "coco/annotations/instances_val2017.json"
@@ -880,6 +880,104 @@ def test_wide_table():
     assert blocks[0][0] == "dataset      metric 0  metric 1  metric 2"
     assert blocks[3] == ["dataset      metric 9", "a               0.900", "longer name         -"]
     assert format_table(results, 5).count("dataset") == 10
+
+
+# -- per class -------------------------------------------------------------------------------------
+
+
+def mean_of(column) -> float:
+    """The mean without NaN."""
+    known = column[~np.isnan(column)]
+    return known.mean() if len(known) else math.nan
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_classes_average_to_the_metric(seed):
+    """Also those of masks, and the recall, which pycocotools has for each class."""
+    dataset, predictions = with_masks(*random_dataset(seed))
+    scores = evaluate_detections(dataset, predictions)
+    for name in ("AP", "AP50", "mask AP", "mask AP50"):
+        assert mean_of(scores.classes[name]) == pytest.approx(scores[name])
+    results = to_coco_json(dataset.vocabulary.ids, predictions, dataset.index.image_ids)
+    for kind, prefix in (("bbox", ""), ("segm", "mask ")):
+        evaluated = pycocotools_evaluator(dataset, results, kind).eval
+        precision = evaluated["precision"][:, :, :, 0, -1]
+        of_class = {"AP": precision.mean((0, 1)), "AP50": precision[0].mean(0)}
+        of_class["AR"] = evaluated["recall"][:, :, 0, -1].mean(0)
+        for name, expected in of_class.items():
+            ours = scores.classes[prefix + name]
+            assert math.isnan(ours[-1]) and expected[-1] == -1
+            assert ours[:-1] == pytest.approx(expected[:-1], abs=1e-6)
+
+
+def test_classes_count_their_images_and_boxes():
+    """A crowd is no box, and a class that has crowds alone is absent."""
+    boxes = [(0, 0, 0, 0, 20, 20), (0, 0, 40, 40, 60, 60), (2, 0, 0, 0, 20, 20)]
+    boxes += [(1, 0, 0, 0, 20, 20, 1), (1, 1, 0, 0, 20, 20, 1), (1, 3, 5, 5, 9, 9)]
+    dataset = make_dataset("coco", ("cat", "dog", "cow", "ant"), boxes, images=3)
+    found = predict((0, 0, 0, 20, 20, 0.5))
+    classes = evaluate_detections(dataset, dict.fromkeys(range(3), found)).classes
+    assert list(classes) == ["class", "AP", "AP50", "AR", "images", "boxes"]
+    assert classes["class"] == ("cat", "dog", "cow", "ant")
+    assert classes["images"].tolist() == [2, 0, 0, 1]
+    assert classes["boxes"].tolist() == [3, 0, 0, 1]
+    assert classes["AR"] == pytest.approx([2 / 3, math.nan, math.nan, 0], nan_ok=True)
+    assert np.isnan(classes["AP"]).tolist() == [False, True, True, False]
+
+
+def test_classes_of_lvis_average_to_their_frequencies():
+    dataset, predictions = random_lvis(0)
+    scores = evaluate_detections(dataset, predictions)
+    for letter in "rcf":
+        own = np.array(list(dataset.frequency)) == letter
+        assert mean_of(scores.classes["AP"][own]) == pytest.approx(scores[f"AP{letter}"])
+    assert 0 < mean_of(scores.classes["AR"]) < 1
+
+
+def test_classes_of_open_images():
+    """A box counts for the classes above its own, too, and so does a group-of box."""
+    dataset = make_dataset("oid", NAMES, [(0, 0, 0, 0, 20, 20, 1), (1, 0, 0, 0, 20, 20)], 2)
+    labels = [{"LabelName": id} for id in dataset.vocabulary.ids[:2]]
+    dataset.hierarchy = labels[1] | {"Subcategory": [labels[0]]}
+    scores = evaluate_detections(dataset, {0: predict((0, 0, 0, 20, 20, 0.9)), 1: predict()})
+    classes = scores.classes
+    assert list(classes) == ["class", "AP50", "images", "boxes"]
+    assert classes["boxes"].tolist()[:3] == classes["images"].tolist()[:3] == [2, 2, 0]
+    assert mean_of(classes["AP50"]) == scores["AP50"] == 0.5 and math.isnan(classes["AP50"][2])
+
+
+def test_class_tables(tmp_path):
+    """The best class comes first, and one without a box last, with a note, whatever its name is."""
+    names = ("cat", "two\nlines", "größe 汉字", "no crowd")
+    boxes = [(0, 0, 0, 0, 20, 20), (0, 0, 30, 30, 50, 50), (0, 2, 50, 50, 70, 70)]
+    boxes += [(0, 3, 0, 0, 9, 9, 1)]
+    dataset = make_dataset("coco", names, boxes)
+    found = predict((0, 0, 0, 20, 20, 0.9), (2, 50, 50, 70, 70, 0.9))
+    scores = evaluate_detections(dataset, {0: found})
+    write_class_tables({"coco": scores, "coco (proposals)": {"AR@10": 0.5}}, tmp_path)
+    assert (tmp_path / "per_class.txt").read_text().splitlines() == [
+        "coco: 4 classes by AP, 2 of them with no box",
+        "   AP   AP50     AR  images  boxes  class",
+        "1.000  1.000  1.000       1      1  größe 汉字",
+        "0.505  0.505  0.500       1      2  cat",
+        "    -      -      -       0      0  two lines  (no box)",
+        "    -      -      -       0      0  no crowd  (no box)",
+    ]
+    record = json.loads((tmp_path / "per_class.json").read_text())
+    assert list(record) == ["coco"] and [row["class"] for row in record["coco"]] == list(names)
+    values = {"AP": None, "AP50": None, "AR": None, "images": 0, "boxes": 0}
+    assert record["coco"][1] == {"class": "two\nlines"} | values
+    best = record["coco"][2]
+    assert [best.pop("class"), *best] == ["größe 汉字", *values]
+    assert best == pytest.approx(dict.fromkeys(values, 1))
+
+
+def test_no_class_table_of_results_without_classes(tmp_path):
+    write_class_tables({"coco (proposals)": {"AR@10": 0.5}}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# -- results as json -------------------------------------------------------------------------------
 
 
 def test_coco_json():

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import FAST, METHODS, REPO
 from corpus import DROP
+from PIL import Image
 from safetensors.torch import load_file
 from test_cli import small_runs
 from torch import distributed as dist
@@ -27,6 +28,7 @@ from torch.utils.data import get_worker_info
 import scaledet
 from common.checkpoint import checkpoints
 from common.command import run_command
+from common.curves import draw_panels
 from common.distributed import _join
 from common.errors import InputError
 from common.process import unlock
@@ -487,6 +489,7 @@ SCRIPT = """
 import datetime, os, sys, time
 import common.distributed, scaledet
 from common.command import run_command
+from common.curves import draw_panels
 
 scaledet.METHOD = "scaledet"
 scaledet.evaluate = lambda *given: {{}}
@@ -819,8 +822,16 @@ def scores(monkeypatch) -> list[float]:
     return values
 
 
-def test_the_best_weights_are_kept(flags, whole, tmp_path, command, scores, caplog):
-    """The best of three evaluations; the last one is that of the end."""
+def test_the_best_weights_are_kept(flags, whole, tmp_path, command, scores, caplog, monkeypatch):
+    """The best of three evaluations; the last one is that of the end. Their curves are drawn."""
+    drawn = []
+
+    def draw(panels):
+        drawn.append(panels)
+        return draw_panels(panels)
+
+    monkeypatch.setattr("common.curves.draw_panels", draw)
+    monkeypatch.setattr("common.runlog.EVERY", 2)
     folder = tmp_path / "run"
     scores += [0.25, 0.5, 0.375, 0.125]
     with caplog.at_level(logging.INFO, "concord"):
@@ -844,6 +855,14 @@ def test_the_best_weights_are_kept(flags, whole, tmp_path, command, scores, capl
     assert same(weights_of(folder), whole)
     model, _ = scaledet.load(folder / "best.safetensors")
     assert all(torch.equal(best[key], tensor) for key, tensor in model.state_dict().items())
+    # once at the end of the training, and once more with its evaluation
+    assert [list(panels) for panels in drawn] == [["losses", "learning rate", "metrics"]] * 2
+    [[before, *_], [main, *_]] = [panels["metrics"] for panels in drawn]
+    assert main.label == "coco AP" and main.steps.tolist() == [1, 2, 3, 4]
+    assert main.values.tolist() == [0.25, 0.5, 0.375, 0.125] and len(before.values) == 3
+    assert drawn[0]["losses"][0].steps.tolist() == [2, 4]
+    with Image.open(folder / "curves.png") as picture:
+        assert picture.size == (1200, 950)
 
 
 def test_the_last_weights_may_be_the_best(flags, tmp_path, command, scores):

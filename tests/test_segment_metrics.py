@@ -24,9 +24,12 @@ from common.segment_metrics import (
     match_segments,
     panoptic_results,
     segment_counts,
+    segment_results,
+    semantic_classes,
     semantic_results,
 )
 from common.segments import instances
+from common.tables import format_classes
 from common.visualize import save_image
 
 NAMES = ("cat", "dog", "sky", "sea")
@@ -69,6 +72,62 @@ def test_miou_by_hand():
     assert all(
         math.isnan(value) for value in semantic_results(np.zeros((4, 4), dtype=np.int64)).values()
     )
+
+
+def test_iou_of_each_class():
+    """A class that is never true has none, also if it is predicted, and says so."""
+    truth = np.array([[0, 0, 0, 1], [1, 1, -1, -1]])
+    predicted = np.array([[0, 0, 2, 1], [1, 0, 1, 2]])
+    counts = {"semantic": confusion(truth, predicted, 4)}
+    scores = segment_results(counts, VOCABULARY)
+    nan = math.nan
+    classes = scores.classes
+    assert classes["IoU"] == pytest.approx([2 / 4, 2 / 3, nan, nan], nan_ok=True)
+    assert classes["recall"] == pytest.approx([2 / 3, 2 / 3, nan, nan], nan_ok=True)
+    assert classes["share"].tolist() == [0.5, 0.5, 0, 0]
+    assert np.nanmean(classes["IoU"]) == scores["mIoU"]
+    assert np.nansum(classes["IoU"] * classes["share"]) == pytest.approx(scores["fwIoU"])
+    assert format_classes("hand", classes).splitlines() == [
+        "hand: 4 classes by IoU, 2 of them with no pixel",
+        "  IoU  recall  share  class",
+        "0.667   0.667  0.500  dog",
+        "0.500   0.667  0.500  cat",
+        "    -       -  0.000  sky  (no pixel)",
+        "    -       -  0.000  sea  (no pixel)",
+    ]
+
+
+def test_no_class_has_a_pixel():
+    classes = semantic_classes(np.zeros((4, 4), dtype=np.int64))
+    assert np.isnan(classes["IoU"]).all() and not classes["share"].any()
+
+
+def test_pq_of_each_class():
+    """A class that is predicted and never true has the PQ 0, and counts."""
+    truth = np.array([[0, 0, 1, 1]])
+    found = np.array([[0, 0, 1, 1]])
+    counts = match_segments(
+        truth=truth,
+        truth_labels=np.array([0, 1]),
+        crowd=np.array([False, False]),
+        found=found,
+        found_labels=np.array([0, 2]),
+        num_classes=4,
+    )
+    scores = segment_results({"panoptic": counts}, VOCABULARY)
+    classes = scores.classes
+    expected = [1, 0, 0, math.nan]
+    for name in ("PQ", "SQ", "RQ"):
+        assert classes[name] == pytest.approx(expected, nan_ok=True)
+        assert np.nanmean(classes[name]) == pytest.approx(scores[name]) == pytest.approx(1 / 3)
+    assert classes["segments"].tolist() == [1, 1, 0, 0]
+    assert scores["PQ things"] == 0.5 and scores["PQ stuff"] == 0
+    lines = format_classes("hand", classes).splitlines()
+    assert lines[0] == "hand: 4 classes by PQ, 2 of them with no segment"
+    assert lines[-2:] == [
+        "0.000  0.000  0.000         0  sky  (no segment)",
+        "    -      -      -         0  sea  (no segment)",
+    ]
 
 
 # -- PQ --------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from PIL import Image
 
 from common.datasets import load_datasets
 from common.inference import evaluate_dataset
+from common.tables import Scores
 from common.thing_ap import instances_of, thing_masks, things_of
 
 CATEGORIES = [
@@ -75,8 +76,8 @@ def load(root):
     return load_datasets("coco-panoptic", "val", str(root), accepts=("panoptic",))[0]
 
 
-def evaluated(root, tmp_path, masks: dict) -> float:
-    """AP things of predictions. masks: {(image, label): (20, 40) mask}, of score 0.9"""
+def scores_of(root, tmp_path, masks: dict) -> Scores:
+    """The scores of predictions. masks: {(image, label): (20, 40) mask}, of score 0.9"""
     dataset = load(root)
 
     def predict(batch):
@@ -96,7 +97,12 @@ def evaluated(root, tmp_path, masks: dict) -> float:
         workers, data_root, score_threshold = 0, str(root), 0.3
 
     results = evaluate_dataset(predict, dataset, lambda sample: sample, Args, tmp_path)
-    return results["coco-panoptic"]["AP things"]
+    return results["coco-panoptic"]
+
+
+def evaluated(root, tmp_path, masks: dict) -> float:
+    """AP things of the predictions of `scores_of`."""
+    return scores_of(root, tmp_path, masks)["AP things"]
 
 
 BEHIND = box_of(0, 12)  # the person without the hole that the bicycle makes
@@ -111,6 +117,14 @@ def test_against_the_segments_themselves(root, tmp_path):
     whole = perfect | {(1, 0): BEHIND}  # IoU 1/3 with the segment
     # it comes before the other person: half the precision at half the recall
     assert evaluated(root, tmp_path, whole) == pytest.approx((0.5 * 51 / 101 + 1) / 2)
+
+
+def test_each_thing_has_its_ap(root, tmp_path):
+    """The bicycle is not found; stuff has none."""
+    scores = scores_of(root, tmp_path, {(1, 0): HOLE, (2, 0): SECOND})
+    column = scores.classes["mask AP"]
+    assert column == pytest.approx([1, 0, np.nan], nan_ok=True)
+    assert np.nanmean(column) == pytest.approx(scores["AP things"])
 
 
 def test_against_the_published_instances(root, tmp_path, caplog):
