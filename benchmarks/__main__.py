@@ -13,6 +13,7 @@ A section that was not measured keeps its last figures. Needs `pip install conco
 import argparse
 import importlib
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -96,9 +97,10 @@ def write_profiles(options: Options, docs: Path | None) -> None:
     if not options.on_gpu:
         tables["profiles of small models"] = small_profiles()
     for place, table in tables.items():
-        print(table)
+        text = f"{device_name(options.device)}:\n\n{table}"
+        print(text)
         if docs:
-            report.write_between(docs / "speed.md", place, table)
+            report.write_between(docs / "speed.md", place, text)
 
 
 def kind(options: Options) -> str:
@@ -123,6 +125,9 @@ def main() -> None:
     docs = DOCS
     if args.output:
         path, docs = args.output / path.name, args.output
+        docs.mkdir(parents=True, exist_ok=True)
+        if not (docs / "speed.md").exists():
+            shutil.copy(DOCS / "speed.md", docs)
     elif args.quick:
         docs = None
     default = [name for name in SECTIONS if options.on_gpu or name not in ON_GPU]

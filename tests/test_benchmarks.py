@@ -212,7 +212,6 @@ def run_main(monkeypatch, *flags):
 
 
 def test_a_section_end_to_end(monkeypatch, tmp_path, capsys):
-    shutil.copy(REPO / "docs/speed.md", tmp_path)
     kept = record_by_hand()["sections"]["startup"]
     file = tmp_path / paired.record_path("results", paired.cpu_name()).name
     file.write_text(json.dumps({"sections": {"startup": kept}}))

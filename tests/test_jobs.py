@@ -247,9 +247,9 @@ def test_a_second_run_in_the_same_folder_is_refused(begun, run, command):
 # -- signals and errors ----------------------------------------------------------------------------
 
 
-# a shell's job in the background ignores SIGINT, and so do its tests
-HEEDS_SIGINT = (
+HEEDS_SIGNALS = (
     "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
+    " signal.signal(signal.SIGHUP, signal.SIG_DFL);"
     " os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
@@ -262,8 +262,9 @@ def kept(folder: Path, step: int) -> str:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_the_last_whole_step(flags, whole, tmp_path, command, monkeypatch, number):
     folder = tmp_path / "run"
-    if number == signal.SIGINT:  # a shell's job in the background ignores it, and so do its tests
-        signal.signal(number, signal.default_int_handler)
+    # a job in the background ignores SIGINT, one of nohup SIGHUP, and so do their tests
+    default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    signal.signal(number, default)
     with monkeypatch.context() as patch:
         at_step(patch, 4, lambda losses: os.kill(os.getpid(), number))
         code, [line] = command(*flags, "--output", folder, "--checkpoint-every", 99)
@@ -282,7 +283,7 @@ def test_a_signal_amid_the_imports_has_no_traceback(tmp_path, method, number):
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{REPO}"}
     for script, quiet in ((REPO / f"{method}.py", True), (tmp_path / "other.py", False)):
         done = subprocess.run(
-            [sys.executable, "-c", HEEDS_SIGINT, script, "--datasets", "coco", "--tiny"],
+            [sys.executable, "-c", HEEDS_SIGNALS, script, "--datasets", "coco", "--tiny"],
             env=environment,
             capture_output=True,
             text=True,
