@@ -10,7 +10,6 @@ import json
 import sys
 import tempfile
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.operations import longest
@@ -49,5 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()
