@@ -77,9 +77,10 @@ def parse_args(
     A value is that of the first source that has it: the flags, the saved settings, --tiny, the
     defaults. --resume loads all settings that its run saved. --weights loads only the saved
     settings `model_fields`, which shape the model. With --eval-only, it also loads --classes and
-    --rename of the training, and its datasets, unless others are named; --eval-datasets may name
-    one that the training defined. Unless a training starts from them, converted weights also bring
-    the settings of their own class head.
+    --rename of the training, and its datasets, unless others are named. With the datasets come
+    --tiny and the size of the generated images. --eval-datasets may name a dataset that the
+    training defined. Unless a training starts from them, converted weights also bring the settings
+    of their own class head.
 
     method:  the run or the weights must be of this method
     tiny:    {field: default under --tiny}
@@ -125,6 +126,9 @@ def parse_args(
         elif args.eval_only and not args.datasets:
             repeated += DATA_FIELDS
             log.info("evaluates on the datasets of the training: %s", saved.get("datasets"))
+            if saved.get("tiny"):  # the generated images, of the size that the training had
+                default = args_class(tiny=True, **tiny)
+                repeated.append("image_size")
         typed = args
         args, _ = parse(with_saved(default, saved, repeated, weights))
         tell_of_classes(args, typed)

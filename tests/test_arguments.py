@@ -173,8 +173,18 @@ def test_eval_only_takes_the_datasets_of_the_training(run_of):
     argv = ["--eval-only", "--weights", run_of("--datasets", "coco")]
     found = parse_args(Args, METHOD, TINY, MODEL_FIELDS, argv=argv)
     assert (found.datasets, found.tiny) == ("coco", True)
+    # otherwise other images would be generated
+    assert (found.image_size, found.amp) == (TINY["image_size"], TINY["amp"])
     found = parse_args(Args, METHOD, TINY, MODEL_FIELDS, argv=[*argv, "--datasets", "o365"])
     assert (found.datasets, found.tiny) == ("o365", False)
+
+
+def test_eval_only_takes_the_size_of_the_generated_images(run_of):
+    argv = ["--eval-only", "--weights", run_of("--datasets", "coco", "--image-size", "96")]
+    found = parse_args(Args, METHOD, TINY, MODEL_FIELDS, argv=argv)
+    assert found.image_size == 96
+    found = parse_args(Args, METHOD, TINY, MODEL_FIELDS, argv=[*argv, "--image-size", "64"])
+    assert found.image_size == 64
 
 
 def test_eval_only_knows_the_names_that_the_training_defined(run_of):
