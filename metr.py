@@ -93,6 +93,7 @@ from common.optim import parameter_groups, scaled_lr, stepped_learning_rate
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RatioBatchSampler, make_loader
 from common.set_losses import (
+    CLASS,
     GIOU,
     L1,
     Matches,
@@ -249,7 +250,6 @@ HEADS, LEVELS, POINTS = 8, 4, 4  # of the attention; the last two of the deforma
 EXTRACTION_LAYERS = 2
 FIRST_PRIOR = 0.01  # probability of an object in a cell at first
 DECAYS = (11 / 12,)  # of the steps, at which the learning rate falls to a tenth
-CLASS = 2.0  # weight of the focal losses; those of the boxes are L1 and GIOU
 
 # -- Model -----------------------------------------------------------------------------------------
 

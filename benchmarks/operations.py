@@ -7,6 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import detectors, segmenters
 from benchmarks.paired import HERE, Options, run, wait
+from benchmarks.small_step import longest
 
 TOP = 10
 SMALL_TOP = 5
@@ -29,13 +30,6 @@ def top_operations(name: str, options: Options) -> list[tuple[str, int, float]]:
         wait(options.device)
     field = "self_device_time_total" if options.on_gpu else "self_cpu_time_total"
     return longest(profiler, field, TOP)
-
-
-def longest(profiler: profile, field: str, count: int) -> list[tuple[str, int, float]]:
-    """Returns (operation, calls, share of all time) of the longest. field: of profiler events"""
-    events = sorted(profiler.key_averages(), key=lambda e: getattr(e, field), reverse=True)
-    total = sum(getattr(event, field) for event in events)
-    return [(event.key, event.count, getattr(event, field) / total) for event in events[:count]]
 
 
 def cell(key: str, calls: float, share: float) -> str:

@@ -12,12 +12,18 @@ import tempfile
 
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.operations import longest
 from common.command import run_command
 from common.demo import commands
 from common.runlog import RunLog
 
 FIRST, LAST = 3, 7  # steps between whose ends is measured
+
+
+def longest(profiler: profile, field: str, count: int) -> list[tuple[str, int, float]]:
+    """Returns (operation, calls, share of all time) of the longest. field: of profiler events"""
+    events = sorted(profiler.key_averages(), key=lambda e: getattr(e, field), reverse=True)
+    total = sum(getattr(event, field) for event in events)
+    return [(event.key, event.count, getattr(event, field) / total) for event in events[:count]]
 
 
 def main() -> None:

@@ -98,7 +98,8 @@ def parse_args(
     def parse(default: T) -> tuple[T, list[str]]:
         return tyro.cli(args_class, args=argv, default=default, return_unknown_args=True)
 
-    default = args_class(tiny=True, **tiny) if "--tiny" in argv else args_class()
+    small = args_class(tiny=True, **tiny)
+    default = small if "--tiny" in argv else args_class()
     args, unknown = parse(default)
     if unknown:
         flags = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(args_class)]
@@ -127,7 +128,7 @@ def parse_args(
             repeated += DATA_FIELDS
             log.info("evaluates on the datasets of the training: %s", saved.get("datasets"))
             if saved.get("tiny"):  # the generated images, of the size that the training had
-                default = args_class(tiny=True, **tiny)
+                default = small
                 repeated.append("image_size")
         typed = args
         args, _ = parse(with_saved(default, saved, repeated, weights))

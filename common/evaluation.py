@@ -20,7 +20,7 @@ from common.datasets.index import BEYOND, Index
 from common.errors import InputError
 from common.labels import Vocabulary
 from common.masks import annotated_rles
-from common.tables import Columns, Scores
+from common.tables import Columns, Scores, mean_of_known
 
 _COCO = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 METRICS = {"coco": _COCO, "lvis": (*_COCO, "APr", "APc", "APf"), "oid": ("AP50",)}
@@ -69,11 +69,11 @@ def evaluate_detections(
     found = _prediction_table(dataset, predictions)
     if dataset.metric == "oid":
         classes = _open_images(dataset, truth, found)
-        results = {"AP50": _mean(classes["AP50"])}
+        results = {"AP50": mean_of_known(classes["AP50"])}
     else:
         results, classes = _hotcoco(dataset, truth, found, predictions)
     for name, members in (groups or {}).items():
-        results[f"AP50 {name}"] = _mean(classes["AP50"][np.asarray(members)])
+        results[f"AP50 {name}"] = mean_of_known(classes["AP50"][np.asarray(members)])
     return Scores(results, {"class": dataset.vocabulary.names} | classes)
 
 
@@ -103,7 +103,7 @@ def recall(
     evaluator.evaluate()
     evaluator.accumulate()
     shares = evaluator.eval["recall"][:, 0, 0]  # (10, limits): the one class, objects of all sizes
-    return {f"AR@{limit}": _mean(share) for limit, share in zip(limits, shares.T)}
+    return {f"AR@{limit}": mean_of_known(share) for limit, share in zip(limits, shares.T)}
 
 
 def _check_complete(dataset: Evaluated, predictions: Predictions) -> None:
@@ -119,12 +119,6 @@ def _check_complete(dataset: Evaluated, predictions: Predictions) -> None:
 def _upright(dataset: Evaluated, predictions: Predictions) -> Evaluated:
     """Turns the annotations of photographs that were made before their EXIF tag turned them."""
     return upright(dataset, [tuple(predictions[row]["size"]) for row in range(len(dataset.index))])
-
-
-def _mean(values: np.ndarray) -> float:
-    """Returns the mean of the values, without NaN and -1 (no ground truth); NaN if none is left."""
-    valid = values[values >= 0]
-    return float(valid.mean()) if len(valid) else math.nan
 
 
 def truth_table(index: Index, predictions: Predictions) -> Table:

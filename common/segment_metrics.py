@@ -9,7 +9,7 @@ from torch import Tensor
 from common.batch import Sample
 from common.labels import Vocabulary, quoted
 from common.segments import segment_rows
-from common.tables import Columns, Scores
+from common.tables import Columns, Scores, mean_of_known
 
 log = logging.getLogger("concord")
 Counts = dict[str, np.ndarray]
@@ -208,9 +208,9 @@ def semantic_results(matrix: np.ndarray) -> dict[str, float]:
         return float((share * values)[present].sum()) if present.any() else math.nan
 
     return {
-        "mIoU": _mean(iou),
+        "mIoU": mean_of_known(iou),
         "fwIoU": weighted(iou),
-        "mACC": _mean(recall),
+        "mACC": mean_of_known(recall),
         "pACC": weighted(recall),
     }
 
@@ -235,15 +235,9 @@ def panoptic_results(counts: np.ndarray, is_thing: tuple[bool, ...] | None) -> d
               "PQ things" and "PQ stuff".
     """
     classes = panoptic_classes(counts)
-    results = {name: _mean(classes[name]) for name in ("PQ", "SQ", "RQ")}
+    results = {name: mean_of_known(classes[name]) for name in ("PQ", "SQ", "RQ")}
     if is_thing is not None:
         thing = np.array(is_thing)
-        results["PQ things"] = _mean(classes["PQ"][thing])
-        results["PQ stuff"] = _mean(classes["PQ"][~thing])
+        results["PQ things"] = mean_of_known(classes["PQ"][thing])
+        results["PQ stuff"] = mean_of_known(classes["PQ"][~thing])
     return results
-
-
-def _mean(values: np.ndarray) -> float:
-    """Returns the mean of the values that are not NaN, or NaN if there are none."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else math.nan

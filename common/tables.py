@@ -26,6 +26,12 @@ class Scores(dict):
         self.classes = classes
 
 
+def mean_of_known(values: np.ndarray) -> float:
+    """Returns the mean of the values, without NaN and -1 (no ground truth); NaN if none is left."""
+    known = values[values >= 0]
+    return float(known.mean()) if len(known) else math.nan
+
+
 def write_class_tables(results: dict[str, dict[str, float]], folder: Path) -> None:
     """Writes per_class.json and per_class.txt to `folder`, of the results that are `Scores`.
 

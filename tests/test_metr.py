@@ -584,18 +584,6 @@ def test_stem_and_first_stage_are_frozen_as_in_the_code_of_the_authors():
     assert trained and {name.split(".")[0] for name in trained} == {"layer2", "layer3", "layer4"}
 
 
-def test_datasets_are_drawn_by_their_sizes(tiny_root):
-    datasets = load_datasets("coco@6,o365", "train", str(tiny_root))
-    settings = {"batch_size": 4, "image_size": 96, "workers": 0}
-    sampler = metr.build_dataloader(metr.Args(**settings), datasets, start=0).batch_sampler
-    assert [len(d) for d in datasets] == [6, 12]
-    assert sampler.edges == pytest.approx([1 / 3]) and sampler.apart
-    assert all((factors == 1).all() for factors in sampler.factors)
-    batches = list(itertools.islice(sampler, 9))
-    resumed = metr.build_dataloader(metr.Args(**settings), datasets, start=5).batch_sampler
-    assert list(itertools.islice(resumed, 4)) == batches[5:]
-
-
 def test_settings():
     """Those of the authors' code."""
     args = metr.Args()

@@ -609,15 +609,3 @@ def test_a_large_vocabulary_is_trained_in_tasks(tiny_root, tmp_path, monkeypatch
         omdet.train(args, datasets, label_space, tmp_path / folder, torch.device("cpu"))
     assert len(tasks) == 8 and tasks[:4] == tasks[4:]
     assert len(tasks[0] & tasks[1]) < min(len(tasks[0]), len(tasks[1])) / 2
-
-
-def test_datasets_are_drawn_by_their_sizes(tiny_root):
-    datasets = load_datasets("coco@6,o365", "train", str(tiny_root))
-    loader = omdet.build_dataloader(trained_args(), datasets, start=0)
-    sampler = loader.batch_sampler
-    assert [len(d) for d in datasets] == [6, 12]
-    assert sampler.edges == pytest.approx([1 / 3]) and sampler.apart
-    assert all((factors == 1).all() for factors in sampler.factors)
-    batches = list(itertools.islice(sampler, 9))
-    resumed = omdet.build_dataloader(trained_args(), datasets, start=5).batch_sampler
-    assert list(itertools.islice(resumed, 4)) == batches[5:]

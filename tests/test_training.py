@@ -1,5 +1,7 @@
 """The recipe of `train` and the mechanics around it, on which every number depends."""
 
+import importlib
+import itertools
 import json
 import math
 import os
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import FAST
+from conftest import FAST, small_flags
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import distributed as dist
@@ -431,3 +433,18 @@ def test_rows_of_all_ranks_begin_with_the_own_ones(tmp_path, forks):
 
 def test_rng_states_are_tensors():
     assert all(isinstance(state, torch.Tensor) for state in rng_states())
+
+
+@pytest.mark.parametrize("method", ["metr", "omdet"])
+def test_datasets_are_drawn_by_their_sizes(method, tiny_root):
+    module = importlib.import_module(method)
+    settings = (module.Args, method, module.TINY, module.MODEL_FIELDS)
+    args = parse_args(*settings, argv=small_flags(method, 4))
+    datasets = load_datasets("coco@6,o365", "train", str(tiny_root))
+    sampler = module.build_dataloader(args, datasets, start=0).batch_sampler
+    assert [len(d) for d in datasets] == [6, 12]
+    assert sampler.edges == pytest.approx([1 / 3]) and sampler.apart
+    assert all((factors == 1).all() for factors in sampler.factors)
+    batches = list(itertools.islice(sampler, 9))
+    resumed = module.build_dataloader(args, datasets, start=5).batch_sampler
+    assert list(itertools.islice(resumed, 4)) == batches[5:]
