@@ -58,7 +58,6 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.ops import box_iou, clip_boxes_to_image, sigmoid_focal_loss
 
@@ -66,24 +65,23 @@ from common import retinanet
 from common.backbone import STRIDES, Backbone
 from common.batch import Batch
 from common.boxes import select_detections
-from common.checkpoint import (
-    checkpoint_step,
-    checkpoints,
-    last_checkpoint,
-    load_checkpoint,
-    load_weights,
-    read_model,
-    save_weights,
-)
+from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
 from common.class_counts import own_and_elsewhere, own_columns
 from common.command import COUNT, SIDE, Range, given, parse_args, run_command, saved_args
 from common.compiling import compilable
 from common.convert import convert_if_official, refuse
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.datasets.subset import drop_empty
-from common.distributed import amp_context, mean_over_ranks, on_main, rank, setup_device, world_size
+from common.distributed import (
+    amp_context,
+    in_parallel,
+    mean_over_ranks,
+    on_main,
+    rank,
+    setup_device,
+    world_size,
+)
 from common.errors import InputError
-from common.files import sweep
 from common.inference import (
     evaluate_dataset,
     predict_each,
@@ -92,13 +90,13 @@ from common.inference import (
     to_original,
 )
 from common.labels import LabelSpace, Vocabulary
-from common.optim import scaled_lr, sgd, stepped_learning_rate
+from common.optim import scaled_lr, set_learning_rate, sgd, stepped_learning_rate
+from common.parts import in_parts
 from common.pseudo_boxes import are_complete, mine_boxes, with_pseudo_boxes
-from common.runlog import RunLog, make_run_folder, report
-from common.sampling import Mixture, make_loader, make_sampler
+from common.runlog import RunLog, keep_stage, make_run_folder, report
+from common.sampling import Mixture, image_ratios, make_loader, make_sampler
 from common.targets import Targets, match_anchors
 from common.transforms import ResizeShortest, ResizeShortestRange
-from common.visualize import save_image, training_grid
 
 # Shapes: B images, L levels, A anchors of an image, N ground truths of an image, C classes of the
 # label space, P detections of all dropout runs, H W pixels.
@@ -129,6 +127,8 @@ class Args:
     """folder of the datasets; empty: $DETECTRON2_DATASETS, else ./data, see data/README.md"""
     tiny: bool = False
     """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
+    dataset_ratios: str = ""
+    """images sampled per dataset, as a=1,b=4; auto: root of their numbers; empty: as the paper"""
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
@@ -151,6 +151,10 @@ class Args:
     """checkpoints that are kept, the newest ones"""
     eval_every: Annotated[int, COUNT] = 0
     """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
+    ema: Annotated[float, Range(0, 1)] = 0.0
+    """decay of a running mean of the weights, which is evaluated and saved; 0: the weights are"""
+    track: Literal["", "trackio", "wandb", "mlflow"] = ""
+    """where metrics also go, beside metrics.jsonl and TensorBoard"""
     skip_bad: Annotated[int, COUNT] = 0
     """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
@@ -159,6 +163,10 @@ class Args:
     """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA, but not with --tiny"""
+    fsdp: bool = False
+    """FSDP2 in place of DDP: each rank keeps a share of the weights, for large backbones"""
+    accumulate: Annotated[int, Range(1)] = 1
+    """parts in which a batch is computed: the same step with less memory, a third slower"""
     device: str = "auto"
     """cuda, cpu, cuda:1, ...; auto: CUDA if there is one"""
     seed: Annotated[int, COUNT] = 0
@@ -171,8 +179,8 @@ class Args:
     """short side of training images, pixels; the long side is at most 1333/800 of it"""
     test_size: Annotated[int, SIDE] = 800  # code
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 16  # code
-    """images per step over all ranks"""
+    batch_size: Annotated[int | Literal["auto"], Range(1)] = 16  # code
+    """images per step over all ranks; auto: as many as fit into memory"""
     steps: Annotated[int | None, COUNT] = None  # code
     """optimiser steps of each of the two trainings; None: 12 epochs"""
     lr: Annotated[float, Range(above=0)] = 0.01  # code
@@ -262,6 +270,7 @@ class Model(nn.Module):
             f" {', '.join(label_space.datasets)}; name one of its datasets as --vocabulary"
         )
 
+    @in_parts
     def extract(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
         """Returns P3 .. P7 of images (B, 3, H, W) uint8. sizes: (height, width) before padding."""
         with amp_context(self.args.amp, images.device):
@@ -553,7 +562,7 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     """Returns a loader of endless shuffled batches of all datasets, after the first `start`."""
     transforms = {d.name: ResizeShortestRange(args.image_size, args.image_size) for d in datasets}
     place = (args.seed, start * args.batch_size, rank(), world_size())
-    sampler = make_sampler("random", datasets, *place)
+    sampler = make_sampler("random", datasets, image_ratios(args, datasets), *place)
     mixture = Mixture(datasets, transforms, args.seed)
     batch_size = args.batch_size // world_size()
     return make_loader(mixture, args, sampler=sampler, batch_size=batch_size)
@@ -574,15 +583,13 @@ def train(
     """
     if args.stage == "mine" and not args.weights:
         raise InputError("--stage mine needs --weights: the run folder of a first training")
-    for dataset in datasets:
-        log.info(dataset.summary())
     epochs = max(1, 12 * sum(map(len, datasets)) // args.batch_size)
     steps = given(args.steps, epochs)
     switch = 0 if args.stage in ("mine", "second") else steps
     given_data = (label_space, folder, device, evaluated)
     source = Path(args.pseudo_boxes or folder)
     is_mined = on_main(are_complete, source, datasets, label_space)
-    begun = args.stage == "all" and any(checkpoint_step(p) > switch for p in checkpoints(folder))
+    begun = args.stage == "all" and last_checkpoint(folder, after=switch)
     if not is_mined and (args.pseudo_boxes or args.stage == "second" or begun):
         raise InputError(
             f"{source} lacks pseudo boxes of {', '.join(label_space.datasets)}; make them with"
@@ -593,7 +600,8 @@ def train(
         if args.stage == "first":
             return model, label_space
         if args.stage == "all":
-            keep_first(args, model, label_space, evaluated, folder / "first")
+            about = {"method": METHOD, "args": asdict(args)}
+            keep_stage(folder / "first", args, model, label_space, about, evaluate, evaluated)
         resize = ResizeShortest(args.test_size)
         scopes = own_columns(datasets, label_space)
         for dataset in datasets:
@@ -606,17 +614,6 @@ def train(
     rest = range(switch, switch + steps)
     model = train_stage(args, args.pseudo_negatives, rest, datasets, *given_data)
     return model, label_space
-
-
-def keep_first(
-    args: Args, model: Model, label_space: LabelSpace, datasets: list[Dataset], folder: Path
-) -> None:
-    """Writes the first model and its results to a folder of their own."""
-    on_main(sweep, folder)
-    metadata = {"method": METHOD, "args": asdict(args)}
-    save_weights(folder / "weights.safetensors", model, label_space, metadata)
-    log.info("after the first training:")
-    report(evaluate(args, model, label_space, datasets, folder), folder, args, run=folder.parent)
 
 
 def train_stage(
@@ -638,14 +635,13 @@ def train_stage(
     all_labels = build_label_space(args, [d.vocabulary for d in datasets])  # the same columns
     scopes = own_columns(datasets, label_space)
     torch.manual_seed(args.seed + rank())  # a stage begins alike in a resumed run
-    checkpoint = last_checkpoint(folder, args.replay)
-    if checkpoint and checkpoint_step(checkpoint) <= steps.start:  # of the stage before
-        checkpoint = None
+    checkpoint = last_checkpoint(folder, args.replay, after=steps.start)
     weights = checkpoint or (args.weights if steps.start == 0 else "")
     model = Model(args, label_space, pretrained=not weights).to(device)
     if weights:
         load_weights(weights, model)
     model.train()
+    parallel = in_parallel(model)
     metadata = {"method": METHOD, "args": asdict(args)}
 
     lr = scaled_lr(args.lr, args)
@@ -653,21 +649,15 @@ def train_stage(
     kinds = {"sgd": sgd, "adamw": partial(torch.optim.AdamW, fused=True)}
     optimizer = kinds[args.optimizer](parameters, lr=lr, weight_decay=1e-4)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else steps.start
-    parallel = model
-    if world_size() > 1:
-        parallel = DistributedDataParallel(model)
     loader = build_dataloader(args, datasets, start - steps.start)
     run_log = RunLog(args, folder, steps.stop, start, model, label_space, optimizer, metadata)
-    run_log.evaluate_with(evaluate, evaluated)
 
-    for step, batch in zip(range(start + 1, steps.stop + 1), loader):
+    for step, batch in run_log.batches(loader, evaluate, evaluated):
         # step: forward, backward, update
-        if step == 1 and rank() == 0:
-            save_image(training_grid(batch, all_labels.vocabularies), folder / "first_batch.jpg")
         batch = batch.to(device)
-        for group in optimizer.param_groups:
-            done = step - 1 - steps.start
-            group["lr"] = stepped_learning_rate(done, lr, len(steps), args.warmup_steps, 1e-3)
+        done = step - 1 - steps.start
+        rate = stepped_learning_rate(done, lr, len(steps), args.warmup_steps, 1e-3)
+        set_learning_rate(optimizer, rate)
 
         targets = prepare_targets(batch, all_labels, scopes)
         outputs = parallel(batch.images, batch.sizes)
@@ -677,7 +667,7 @@ def train_stage(
         losses = run_log.check_finite(losses, step, batch)
         nn.utils.clip_grad_norm_(parameters, 35.0)
         optimizer.step()
-        run_log.step(step, losses, optimizer.param_groups[0]["lr"], len(batch) * world_size())
+        run_log.step(step, losses, rate, len(batch))
     run_log.finish()
     return model
 

@@ -69,7 +69,6 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from common.backbone import Backbone
@@ -79,24 +78,24 @@ from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_comm
 from common.compiling import compilable
 from common.convert import convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
-from common.distributed import amp_context, rank, setup_device, world_size
+from common.distributed import amp_context, in_parallel, rank, setup_device, world_size
 from common.inference import evaluate_dataset, predict_each, predict_files
 from common.labels import LabelSpace, Vocabulary
 from common.mask_losses import MaskOutput, loss_dice, loss_mask, mask_cost, masks_per_rank
 from common.masks import rasterise, share_inside
 from common.official_mask2former import convert_mask2former_base
-from common.optim import parameter_groups, poly_learning_rate, scaled_lr
+from common.optim import parameter_groups, poly_learning_rate, scaled_lr, set_learning_rate
+from common.parts import in_parts
 from common.pixel_decoder import PixelDecoder, decoder_inputs
 from common.point_matching import Pairs, assign, sample_pairs
 from common.runlog import RunLog, make_run_folder, report
-from common.sampling import Mixture, RatioBatchSampler, make_loader
+from common.sampling import Mixture, RatioBatchSampler, image_ratios, make_loader
 from common.segment_map import SegmentMap, merge_rows, padded_masks
 from common.segments import TASKS, FullMasks, instances, on_cpu, panoptic_map, semantic_labels
 from common.targets import Targets, sort_by_mask, true_rows
 from common.text import embed
 from common.transformer import DecoderLayer, QueryHead, blocked_pixels
 from common.transforms import LargeScaleJitter, ResizeShortest
-from common.visualize import save_image, training_grid
 
 # Shapes: B images, Q queries, C channels, Z predictions (of the initial queries and after each
 # layer), K classes of the dataset, D width of the text embeddings, N segments or boxes of an image,
@@ -126,6 +125,8 @@ class Args:
     """folder of the datasets; empty: $DETECTRON2_DATASETS, else ./data, see data/README.md"""
     tiny: bool = False
     """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
+    dataset_ratios: str = ""
+    """images sampled per dataset, as a=1,b=4; auto: root of their numbers; empty: as the paper"""
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
@@ -148,6 +149,10 @@ class Args:
     """checkpoints that are kept, the newest ones"""
     eval_every: Annotated[int, COUNT] = 0
     """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
+    ema: Annotated[float, Range(0, 1)] = 0.0
+    """decay of a running mean of the weights, which is evaluated and saved; 0: the weights are"""
+    track: Literal["", "trackio", "wandb", "mlflow"] = ""
+    """where metrics also go, beside metrics.jsonl and TensorBoard"""
     skip_bad: Annotated[int, COUNT] = 0
     """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
@@ -156,6 +161,10 @@ class Args:
     """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA, but not with --tiny"""
+    fsdp: bool = False
+    """FSDP2 in place of DDP: each rank keeps a share of the weights, for large backbones"""
+    accumulate: Annotated[int, Range(1)] = 1
+    """parts in which a batch is computed: the same step with less memory, a third slower"""
     device: str = "auto"
     """cuda, cpu, cuda:1, ...; auto: CUDA if there is one"""
     seed: Annotated[int, COUNT] = 0
@@ -176,12 +185,10 @@ class Args:
     """crop sides of single datasets, as o365=640"""
     test_size: Annotated[int, SIDE] = 800  # base
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 16  # base
-    """images per step over all ranks"""
+    batch_size: Annotated[int | Literal["auto"], Range(1)] = 16  # base
+    """images per step over all ranks; auto: as many as fit into memory"""
     dataset_batches: str = ""  # ours
     """--batch-size per dataset, as o365=32"""
-    dataset_ratios: str = ""  # ours
-    """images sampled per dataset, as ade20k=1,o365=4; empty: semantic datasets 1, others 4"""
     steps: Annotated[int, COUNT] = 368_750  # base
     """optimiser steps (Mask2Former's on COCO)"""
     lr: Annotated[float, Range(above=0)] = 1e-4  # base
@@ -266,6 +273,7 @@ class Model(nn.Module):
         self.args = args
         channels = args.channels
         self.backbone = Backbone(args.backbone, 0, pretrained, [4, 8, 16, 32], drop_path=(0.3, 0.3))
+        self.backbone.factor = args.backbone_factor
         self.pixel_decoder = PixelDecoder(
             self.backbone.channels, channels, args.encoder_layers, 4 * channels
         )
@@ -280,6 +288,7 @@ class Model(nn.Module):
         self.background = nn.Parameter(0.02 * torch.randn(label_space.width))
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(args.tau)))
 
+    @in_parts
     def extract(self, images: Tensor, sizes: list[tuple[int, int]]) -> tuple[Tensor, list[Tensor]]:
         """Returns the mask features (B, C, h, w) and the maps (B, C, ., .) of strides 32, 16, 8.
 
@@ -604,7 +613,8 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     size, semantic = args.image_size, args.semantic_size
     sides = per_dataset(args, "dataset_sizes", datasets, size, semantic=semantic)
     batches = per_dataset(args, "dataset_batches", datasets, args.batch_size)
-    ratios = per_dataset(args, "dataset_ratios", datasets, 4, semantic=1)
+    own = {d.name: 1 if d.supervision == "semantic" else 4 for d in datasets}  # ours
+    ratios = image_ratios(args, datasets, own)
     transforms = {}
     for d in datasets:
         jitter = args.semantic_jitter if d.supervision == "semantic" else args.jitter
@@ -630,13 +640,10 @@ def train(
     Returns the model, and the label space on `device`. Every rank calls it. Rank 0 writes.
     """
     # set up: data, model, optimizer
-    for dataset in datasets:
-        log.info(dataset.summary())
     label_space = label_space.to(device)
     parts = {d.name: label_space.part(d.name) for d in datasets}
-    merged = {}
-    for d in datasets:
-        merged[d.name] = merged_classes(parts[d.name], TASKS[d.supervision]).to(device)  # (K,)
+    tasks = {d.name: TASKS[d.supervision] for d in datasets}
+    merged = {name: merged_classes(parts[name], task).to(device) for name, task in tasks.items()}
 
     checkpoint = last_checkpoint(folder, args.replay)
     weights = checkpoint or args.weights
@@ -644,28 +651,21 @@ def train(
     if weights:
         load_weights(weights, model, base=True)
     model.train()
+    parallel = in_parallel(model)
     metadata = {"method": METHOD, "args": asdict(args)}
 
-    steps = args.steps
     lr = scaled_lr(args.lr, args)
-    groups = parameter_groups(model, 0.05, args.backbone_factor)
+    groups = parameter_groups(model, 0.05)
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
-    parallel = model
-    if world_size() > 1:
-        parallel = DistributedDataParallel(model)
     loader = build_dataloader(args, datasets, start)
-    run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)
-    run_log.evaluate_with(evaluate, evaluated)
+    run_log = RunLog(args, folder, args.steps, start, model, label_space, optimizer, metadata)
 
-    for step, batch in zip(range(start + 1, steps + 1), loader):
+    for step, batch in run_log.batches(loader, evaluate, evaluated):
         # step: forward, backward, update
-        if step == 1 and rank() == 0:
-            save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         batch = batch.to(device)
-        rate = poly_learning_rate(step - 1, lr, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr_factor"] * rate
+        rate = poly_learning_rate(step - 1, lr, args.steps)
+        set_learning_rate(optimizer, rate)
 
         name = batch.samples[0].dataset
         targets = prepare_targets(batch, merged[name])
@@ -677,7 +677,7 @@ def train(
         nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
         model.logit_scale.data.clamp_(max=math.log(100))
-        run_log.step(step, losses, rate, len(batch) * world_size(), name)
+        run_log.step(step, losses, rate, len(batch), name)
     return model, run_log.finish()
 
 

@@ -65,7 +65,6 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.ops import clip_boxes_to_image
 
@@ -81,21 +80,21 @@ from common.compiling import Compiling, compilable
 from common.convert import convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.datasets.subset import drop_empty
-from common.distributed import amp_context, gather, rank, setup_device, world_size
+from common.distributed import amp_context, gather, in_parallel, rank, setup_device, world_size
 from common.errors import InputError
 from common.image_label_losses import RIVALS, Bag, label_bce, mean_over_bags
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
 from common.labels import LabelSpace, Vocabulary
 from common.masks import paste_rles
 from common.official_detectors import convert_centernet2
-from common.optim import learning_rate, scaled_lr
+from common.optim import learning_rate, scaled_lr, set_learning_rate
+from common.parts import in_parts
 from common.runlog import RunLog, make_run_folder, report
-from common.sampling import Mixture, RatioBatchSampler, make_loader, repeat_factors
+from common.sampling import Mixture, RatioBatchSampler, image_ratios, make_loader, repeat_factors
 from common.targets import Targets, true_rows
 from common.text import embed, known_vocabularies, sentence_encoder
 from common.text_classifier import TextClassifier, TextScores, places_in
 from common.transforms import LargeScaleJitter, ResizeShortest
-from common.visualize import save_image, training_grid
 
 # Shapes: B images, Q proposals of an image, R regions (RoIs) of all images, N ground truths of an
 # image, C classes of the label space, D width of the text embeddings, H W pixels.
@@ -126,6 +125,8 @@ class Args:
     """folder of the datasets; empty: $DETECTRON2_DATASETS, else ./data, see data/README.md"""
     tiny: bool = False
     """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
+    dataset_ratios: str = ""
+    """images sampled per dataset, as a=1,b=4; auto: root of their numbers; empty: as the paper"""
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
@@ -148,6 +149,10 @@ class Args:
     """checkpoints that are kept, the newest ones"""
     eval_every: Annotated[int, COUNT] = 0
     """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
+    ema: Annotated[float, Range(0, 1)] = 0.0
+    """decay of a running mean of the weights, which is evaluated and saved; 0: the weights are"""
+    track: Literal["", "trackio", "wandb", "mlflow"] = ""
+    """where metrics also go, beside metrics.jsonl and TensorBoard"""
     skip_bad: Annotated[int, COUNT] = 0
     """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
@@ -156,6 +161,10 @@ class Args:
     """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA, but not with --tiny"""
+    fsdp: bool = False
+    """FSDP2 in place of DDP: each rank keeps a share of the weights, for large backbones"""
+    accumulate: Annotated[int, Range(1)] = 1
+    """parts in which a batch is computed: the same step with less memory, a third slower"""
     device: str = "auto"
     """cuda, cpu, cuda:1, ...; auto: CUDA if there is one"""
     seed: Annotated[int, COUNT] = 0
@@ -170,10 +179,8 @@ class Args:
     """side of the square that training crops fit in, pixels (paper: ResNet-50 640, Swin 896)"""
     test_size: Annotated[int, SIDE] = 800  # code
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 64  # code
-    """images with boxes per step over all ranks"""
-    dataset_ratios: str = ""  # code
-    """images sampled per dataset, as lvis=1,in21k=16; empty: boxes 1, image-level labels 4"""
+    batch_size: Annotated[int | Literal["auto"], Range(1)] = 64  # code
+    """images with boxes per step over all ranks; auto: as many as fit into memory"""
     dataset_sizes: str = ""  # code
     """--image-size per dataset, as in21k=320 (default without boxes: half of --image-size)"""
     dataset_batches: str = ""  # code
@@ -298,6 +305,7 @@ class Model(nn.Module):
         if args.image_label_loss == "wsddn":
             self.prop_score.extend(mlp(args.fc_dim, len(label_space) + 1) for _ in self.classifiers)
 
+    @in_parts
     def extract(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
         """Returns P3 .. P7 of images (B, 3, H, W) uint8. sizes: (height, width) before padding."""
         with amp_context(self.args.amp, images.device):
@@ -582,7 +590,8 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     size, batch = args.image_size, args.batch_size
     sides = per_dataset(args, "dataset_sizes", datasets, size, image_labels=size // 2)
     batches = per_dataset(args, "dataset_batches", datasets, batch, image_labels=4 * batch)
-    ratios = per_dataset(args, "dataset_ratios", datasets, 1, image_labels=4)
+    own = {d.name: 4 if d.supervision == "image_labels" else 1 for d in datasets}  # code
+    ratios = image_ratios(args, datasets, own)
     transforms, factors = {}, []
     for d in datasets:
         jitter, threshold = args.jitter, args.repeat_threshold
@@ -611,8 +620,6 @@ def train(
     Returns the model, and the label space on `device`. Every rank calls it. Rank 0 writes.
     """
     # set up: data, model, optimizer
-    for dataset in datasets:
-        log.info(dataset.summary())
     label_space = label_space.to(device)
     frequency = images_per_class(datasets, label_space, args.novel).to(device)  # (C,)
     federated = {d.name: federated_counts(datasets, label_space, d.name) for d in datasets}
@@ -626,6 +633,8 @@ def train(
     if weights:
         load_weights(weights, model, fresh="" if checkpoint else "prop_score.")  # stage 1 lacks it
     model.train()
+    # image-level labels train neither the mask head nor the box regression
+    parallel = in_parallel(model, unused=True)
     metadata = {"method": METHOD, "args": asdict(args)}
     model.boxed = metadata["boxed"] = boxed_names(frequency, label_space)
 
@@ -636,21 +645,14 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
-    parallel = model
-    if world_size() > 1:
-        # image-level labels train neither the mask head nor the box regression
-        parallel = DistributedDataParallel(model, find_unused_parameters=True)
     loader = build_dataloader(args, datasets, start)
     run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)
-    run_log.evaluate_with(evaluate, evaluated)
 
-    for step, batch in zip(range(start + 1, steps + 1), loader):
+    for step, batch in run_log.batches(loader, evaluate, evaluated):
         # step: forward, backward, update
-        if step == 1 and rank() == 0:
-            save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         batch = batch.to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, lr, steps, warmup, warmup_factor)
+        rate = learning_rate(step - 1, lr, steps, warmup, warmup_factor)
+        set_learning_rate(optimizer, rate)
 
         targets = prepare_targets(batch, label_space)
         classes, targets = sample_classifier(targets, frequency, args.dynamic_classifier)
@@ -665,7 +667,7 @@ def train(
         losses = run_log.check_finite(losses, step, batch)
         nn.utils.clip_grad_value_(model.parameters(), 1.0)
         optimizer.step()
-        run_log.step(step, losses, optimizer.param_groups[0]["lr"], len(batch) * world_size())
+        run_log.step(step, losses, rate, len(batch))
     return model, run_log.finish()
 
 

@@ -65,7 +65,6 @@ from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from common.backbone import STRIDES, Backbone
@@ -74,31 +73,22 @@ from common.boxes import select_detections
 from common.cascade import Cascade, StageOutput, loss_box_reg
 from common.centernet import CenterNet
 from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
-from common.command import (
-    COUNT,
-    SIDE,
-    Range,
-    given,
-    parse_args,
-    per_dataset,
-    run_command,
-    saved_args,
-)
+from common.command import COUNT, SIDE, Range, given, parse_args, run_command, saved_args
 from common.compiling import Compiling, compilable
 from common.convert import convert_if_official, refuse
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.datasets.subset import drop_empty
-from common.distributed import amp_context, rank, setup_device, world_size
+from common.distributed import amp_context, in_parallel, rank, setup_device, world_size
 from common.errors import InputError
 from common.evaluation import ancestors
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
 from common.labels import LabelSpace, Vocabulary
-from common.optim import learning_rate, scaled_lr
+from common.optim import learning_rate, scaled_lr, set_learning_rate
+from common.parts import in_parts
 from common.runlog import RunLog, make_run_folder, report
-from common.sampling import BucketBatchSampler, Mixture, image_weights, make_loader
+from common.sampling import BucketBatchSampler, Mixture, image_ratios, image_weights, make_loader
 from common.targets import Targets
 from common.transforms import LargeScaleJitter, ResizeShortest
-from common.visualize import save_image, training_grid
 
 # Shapes: B images, Q proposals of an image, R regions (RoIs) of all images, N ground truths of an
 # image or adapters of a block, U classes of the model, C of the datasets asked for, C_k of dataset
@@ -128,6 +118,8 @@ class Args:
     """folder of the datasets; empty: $DETECTRON2_DATASETS, else ./data, see data/README.md"""
     tiny: bool = False
     """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
+    dataset_ratios: str = ""
+    """images sampled per dataset, as a=1,b=4; auto: root of their numbers; empty: as the paper"""
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
@@ -150,6 +142,10 @@ class Args:
     """checkpoints that are kept, the newest ones"""
     eval_every: Annotated[int, COUNT] = 0
     """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
+    ema: Annotated[float, Range(0, 1)] = 0.0
+    """decay of a running mean of the weights, which is evaluated and saved; 0: the weights are"""
+    track: Literal["", "trackio", "wandb", "mlflow"] = ""
+    """where metrics also go, beside metrics.jsonl and TensorBoard"""
     skip_bad: Annotated[int, COUNT] = 0
     """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
@@ -158,6 +154,10 @@ class Args:
     """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA, but not with --tiny"""
+    fsdp: bool = False
+    """FSDP2 in place of DDP: each rank keeps a share of the weights, for large backbones"""
+    accumulate: Annotated[int, Range(1)] = 1
+    """parts in which a batch is computed: the same step with less memory, a third slower"""
     device: str = "auto"
     """cuda, cpu, cuda:1, ...; auto: CUDA if there is one"""
     seed: Annotated[int, COUNT] = 0
@@ -170,8 +170,8 @@ class Args:
     """side of the square that training crops fit in, pixels (paper: ResNet-50 640, Swin 896)"""
     test_size: Annotated[int, SIDE] = 800  # base
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 64  # base
-    """images per step over all ranks"""
+    batch_size: Annotated[int | Literal["auto"], Range(1)] = 64  # base
+    """images per step over all ranks; auto: as many as fit into memory"""
     steps: Annotated[int | None, COUNT] = None  # ours
     """optimiser steps; None: 90000 per training dataset"""
     lr: Annotated[float, Range(above=0)] = 2e-4  # base
@@ -186,8 +186,6 @@ class Args:
     """N, adapters of a block; 0: as many as datasets"""
     less_blocks: bool = False  # code
     """half of the blocks have a single adapter, which nothing mixes"""
-    ratios: str = ""  # code
-    """images sampled from each dataset relative to the others, "coco=1,o365=2"; empty: equal"""
     jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)  # base
     """scale range of large-scale jitter (EfficientDet); 1 fits the image into the square"""
     one_class_per_proposal: bool = False  # base
@@ -358,6 +356,7 @@ class Model(nn.Module):
             f" {', '.join(label_space.datasets)}; name one of its datasets as --vocabulary"
         )
 
+    @in_parts
     def extract(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
         """Returns P3 .. P7 of images (B, 3, H, W) uint8. sizes: (height, width) before padding."""
         with amp_context(self.args.amp, images.device):
@@ -509,7 +508,7 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     """
     sides = {d.name: args.image_size for d in datasets}
     transforms = {name: LargeScaleJitter(side, args.jitter) for name, side in sides.items()}
-    ratios = per_dataset(args, "ratios", datasets, default=1)
+    ratios = image_ratios(args, datasets, {d.name: 1 for d in datasets})
     weights = image_weights(datasets, ratios, class_aware=())
     buckets = np.repeat(np.arange(len(datasets)), [len(d) for d in datasets])
     batch_size = args.batch_size // world_size()
@@ -533,8 +532,6 @@ def train(
     Returns the model, and the label space on `device`. Every rank calls it. Rank 0 writes.
     """
     # set up: data, model, optimizer
-    for dataset in datasets:
-        log.info(dataset.summary())
     supervision = {d.name: Supervision.of(d, label_space, device) for d in datasets}
 
     checkpoint = last_checkpoint(folder, args.replay)
@@ -543,6 +540,7 @@ def train(
     if weights:
         load_weights(weights, model)
     model.train()
+    parallel = in_parallel(model)
     metadata = {"method": METHOD, "args": asdict(args)}
 
     steps = given(args.steps, 90_000 * len(datasets))
@@ -552,20 +550,14 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
-    parallel = model
-    if world_size() > 1:
-        parallel = DistributedDataParallel(model)
     loader = build_dataloader(args, datasets, start)
     run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)
-    run_log.evaluate_with(evaluate, evaluated)
 
-    for step, batch in zip(range(start + 1, steps + 1), loader):
+    for step, batch in run_log.batches(loader, evaluate, evaluated):
         # step: forward, backward, update
-        if step == 1 and rank() == 0:
-            save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         batch = batch.to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, lr, steps, warmup, warmup_factor)
+        rate = learning_rate(step - 1, lr, steps, warmup, warmup_factor)
+        set_learning_rate(optimizer, rate)
 
         targets = prepare_targets(batch)
         outputs = parallel(batch.images, batch.sizes, targets)
@@ -575,7 +567,7 @@ def train(
         losses = run_log.check_finite(losses, step, batch)
         nn.utils.clip_grad_value_(model.parameters(), 1.0)
         optimizer.step()
-        run_log.step(step, losses, optimizer.param_groups[0]["lr"], len(batch) * world_size())
+        run_log.step(step, losses, rate, len(batch))
     return model, run_log.finish()
 
 

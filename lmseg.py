@@ -67,35 +67,34 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.ops import StochasticDepth
 
 from common.backbone import Backbone
 from common.batch import Batch
 from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
-from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
+from common.command import COUNT, SIDE, Range, parse_args, run_command, saved_args
 from common.compiling import Compiling, compilable
 from common.convert import convert_if_official
 from common.dataset_heads import DatasetHeads
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
-from common.distributed import amp_context, rank, setup_device, world_size
+from common.distributed import amp_context, in_parallel, rank, setup_device, world_size
 from common.inference import evaluate_dataset, predict_each, predict_files
 from common.labels import LabelSpace, Vocabulary, fold
 from common.mask_losses import MaskOutput, loss_dice, loss_mask, mask_cost, masks_per_rank
 from common.official_mask2former import convert_mask2former
-from common.optim import parameter_groups, poly_learning_rate, scaled_lr
+from common.optim import parameter_groups, poly_learning_rate, scaled_lr, set_learning_rate
+from common.parts import in_parts
 from common.pixel_decoder import PixelDecoder, decoder_inputs
 from common.point_matching import Pairs, assign, sample_pairs
 from common.runlog import RunLog, make_run_folder, report
-from common.sampling import Mixture, RatioBatchSampler, make_loader
+from common.sampling import Mixture, RatioBatchSampler, image_ratios, make_loader
 from common.segment_map import padded_masks
 from common.segments import TASKS, FullMasks, instances, on_cpu, panoptic_map, semantic_labels
 from common.targets import Targets
 from common.text import ContextEncoder, context_encoder, embed, templates
 from common.transformer import DecoderLayer, QueryHead, blocked_pixels
 from common.transforms import DetrCrop, ResizeShortest, SegmentationCrop
-from common.visualize import save_image, training_grid
 
 # Shapes: B images, Q queries, C channels, Z predictions (of the initial queries and after each
 # layer), K classes of the dataset, D width of the text embeddings, N segments of an image,
@@ -123,6 +122,8 @@ class Args:
     """folder of the datasets; empty: $DETECTRON2_DATASETS, else ./data, see data/README.md"""
     tiny: bool = False
     """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
+    dataset_ratios: str = ""
+    """images sampled per dataset, as a=1,b=4; auto: root of their numbers; empty: as the paper"""
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
@@ -145,6 +146,10 @@ class Args:
     """checkpoints that are kept, the newest ones"""
     eval_every: Annotated[int, COUNT] = 0
     """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
+    ema: Annotated[float, Range(0, 1)] = 0.0
+    """decay of a running mean of the weights, which is evaluated and saved; 0: the weights are"""
+    track: Literal["", "trackio", "wandb", "mlflow"] = ""
+    """where metrics also go, beside metrics.jsonl and TensorBoard"""
     skip_bad: Annotated[int, COUNT] = 0
     """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
@@ -153,6 +158,10 @@ class Args:
     """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA, but not with --tiny"""
+    fsdp: bool = False
+    """FSDP2 in place of DDP: each rank keeps a share of the weights, for large backbones"""
+    accumulate: Annotated[int, Range(1)] = 1
+    """parts in which a batch is computed: the same step with less memory, a third slower"""
     device: str = "auto"
     """cuda, cpu, cuda:1, ...; auto: CUDA if there is one"""
     seed: Annotated[int, COUNT] = 0
@@ -177,10 +186,8 @@ class Args:
     """how often a dataset is sampled: all alike, or in proportion to its images"""
     image_size: Annotated[int, SIDE] = 512  # code
     """crop side of ADE20K, pixels; the sizes of other pipelines (DAA) are in proportion to it"""
-    batch_size: Annotated[int, Range(1)] = 16  # code
-    """images per step over all ranks"""
-    dataset_ratios: str = ""  # code
-    """factors to --sampling, as ade20k=1,cityscapes=2"""
+    batch_size: Annotated[int | Literal["auto"], Range(1)] = 16  # code
+    """images per step over all ranks; auto: as many as fit into memory"""
     steps: Annotated[int, COUNT] = 160_000  # code
     """optimiser steps"""
     lr: Annotated[float, Range(above=0)] = 1e-4  # code
@@ -341,6 +348,7 @@ class Model(nn.Module):
         self.args = args
         channels = args.channels
         self.backbone = Backbone(args.backbone, 0, pretrained, [4, 8, 16, 32], drop_path=(0.3, 0.3))
+        self.backbone.factor = args.backbone_factor
         self.pixel_decoder = PixelDecoder(
             self.backbone.channels, channels, args.encoder_layers, 4 * channels
         )
@@ -366,6 +374,7 @@ class Model(nn.Module):
             context = torch.empty(args.context_tokens, width)
             self.context = nn.Parameter(nn.init.trunc_normal_(context, std=1.0))
 
+    @in_parts
     def extract(self, images: Tensor, sizes: list[tuple[int, int]]) -> tuple[Tensor, list[Tensor]]:
         """Returns the mask features (B, C, h, w) and the maps (B, C, ., .) of strides 32, 16, 8.
 
@@ -578,9 +587,8 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     Each dataset has its own augmentation. Skips the first `start` batches. Compiled models get
     images of the size of the crop, unless a dataset has none (DETR's augmentation).
     """
-    ratios = per_dataset(args, "dataset_ratios", datasets, 1)
-    if args.sampling == "size":
-        ratios = {d.name: len(d) * ratios[d.name] for d in datasets}
+    own = {d.name: len(d) if args.sampling == "size" else 1 for d in datasets}
+    ratios = image_ratios(args, datasets, own)
     transforms = {d.name: augmentation(args, d.name) for d in datasets}
     factors = [np.ones(len(d)) for d in datasets]
     batches = [args.batch_size] * len(datasets)
@@ -605,8 +613,6 @@ def train(
     Returns the model, and the label space on `device`. Every rank calls it. Rank 0 writes.
     """
     # set up: data, model, optimizer
-    for dataset in datasets:
-        log.info(dataset.summary())
     label_space = label_space.to(device)
     parts = {d.name: label_space.part(d.name) for d in datasets}
     learned = args.context_tokens and args.classifier == "text"
@@ -621,30 +627,23 @@ def train(
     if weights:
         load_weights(weights, model, base=True)
     model.train()
+    # a step of the multi-head baseline trains one dataset's head
+    parallel = in_parallel(model, unused=model.heads is not None)
     metadata = {"method": METHOD, "args": asdict(args), "width": width}
 
-    steps = args.steps
     lr = scaled_lr(args.lr, args)
-    groups = parameter_groups(model, 1e-4, args.backbone_factor)
+    groups = parameter_groups(model, 1e-4)
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
-    parallel = model
-    if world_size() > 1:
-        # a step of the multi-head baseline trains one dataset's head
-        parallel = DistributedDataParallel(model, find_unused_parameters=model.heads is not None)
     loader = build_dataloader(args, datasets, start)
     trained = partial(trained_label_space, args, model, label_space)
-    run_log = RunLog(args, folder, steps, start, model, trained, optimizer, metadata)
-    run_log.evaluate_with(evaluate, evaluated)
+    run_log = RunLog(args, folder, args.steps, start, model, trained, optimizer, metadata)
 
-    for step, batch in zip(range(start + 1, steps + 1), loader):
+    for step, batch in run_log.batches(loader, evaluate, evaluated):
         # step: forward, backward, update
-        if step == 1 and rank() == 0:
-            save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         batch = batch.to(device)
-        rate = poly_learning_rate(step - 1, lr, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr_factor"] * rate
+        rate = poly_learning_rate(step - 1, lr, args.steps)
+        set_learning_rate(optimizer, rate)
 
         name = batch.samples[0].dataset
         text = None
@@ -658,7 +657,7 @@ def train(
         losses = run_log.check_finite(losses, step, batch)
         nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
-        run_log.step(step, losses, rate, len(batch) * world_size(), name)
+        run_log.step(step, losses, rate, len(batch), name)
     return model, run_log.finish()
 
 

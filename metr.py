@@ -69,7 +69,6 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.ops import clip_boxes_to_image
 
@@ -83,15 +82,15 @@ from common.command import COUNT, SIDE, Range, parse_args, run_command, saved_ar
 from common.compiling import compilable
 from common.convert import convert_if_official, refuse
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
-from common.deformable import Decoder, Encoder, Memory, Neck, Proposals, at_cells, best_cells
-from common.distributed import amp_context, rank, setup_device, world_size
+from common.deformable import Decoder, Encoder, Neck, Proposals, at_cells, best_cells, encode
+from common.distributed import amp_context, in_parallel, rank, setup_device, world_size
 from common.evaluation import ancestors
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
 from common.labels import LabelSpace, Vocabulary
 from common.mask_losses import masks_per_rank
-from common.optim import parameter_groups, scaled_lr, stepped_learning_rate
+from common.optim import parameter_groups, scaled_lr, set_learning_rate, stepped_learning_rate
 from common.runlog import RunLog, make_run_folder, report
-from common.sampling import Mixture, RatioBatchSampler, make_loader
+from common.sampling import Mixture, RatioBatchSampler, image_ratios, make_loader
 from common.set_losses import (
     CLASS,
     GIOU,
@@ -108,7 +107,6 @@ from common.targets import Targets
 from common.text import embed, known_vocabularies
 from common.transformer import CrossAttentionLayer, sine_code
 from common.transforms import DetrCrop, ResizeShortest
-from common.visualize import save_image, training_grid
 
 # Shapes: B images, Z decoder layers, E extraction layers, C classes of the dataset, K kept classes,
 # n queries of a class, Q = K n queries, S cells of all levels, N ground truths of an image, R
@@ -138,6 +136,8 @@ class Args:
     """folder of the datasets; empty: $DETECTRON2_DATASETS, else ./data, see data/README.md"""
     tiny: bool = False
     """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
+    dataset_ratios: str = ""
+    """images sampled per dataset, as a=1,b=4; auto: root of their numbers; empty: as the paper"""
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
@@ -160,6 +160,10 @@ class Args:
     """checkpoints that are kept, the newest ones"""
     eval_every: Annotated[int, COUNT] = 0
     """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
+    ema: Annotated[float, Range(0, 1)] = 0.0
+    """decay of a running mean of the weights, which is evaluated and saved; 0: the weights are"""
+    track: Literal["", "trackio", "wandb", "mlflow"] = ""
+    """where metrics also go, beside metrics.jsonl and TensorBoard"""
     skip_bad: Annotated[int, COUNT] = 0
     """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
@@ -168,6 +172,10 @@ class Args:
     """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA, but not with --tiny"""
+    fsdp: bool = False
+    """FSDP2 in place of DDP: each rank keeps a share of the weights, for large backbones"""
+    accumulate: Annotated[int, Range(1)] = 1
+    """parts in which a batch is computed: the same step with less memory, a third slower"""
     device: str = "auto"
     """cuda, cpu, cuda:1, ...; auto: CUDA if there is one"""
     seed: Annotated[int, COUNT] = 0
@@ -190,8 +198,8 @@ class Args:
     """largest short side of training images, pixels (DETR's augmentation: 0.6 to 1 of it)"""
     test_size: Annotated[int, SIDE] = 800  # code
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 8  # ours
-    """images per step over all ranks"""
+    batch_size: Annotated[int | Literal["auto"], Range(1)] = 8  # ours
+    """images per step over all ranks; auto: as many as fit into memory"""
     steps: Annotated[int, COUNT] = 400_000  # ours
     """optimiser steps; --lr falls to a tenth at 11/12 of them"""
     lr: Annotated[float, Range(above=0)] = 1e-4  # code
@@ -264,9 +272,8 @@ class ClassScore(nn.Module):
 
     def __init__(self, channels: int, prior: float):
         super().__init__()
-        self.f = nn.Sequential(
-            nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels)
-        )
+        hidden = nn.Linear(channels, channels)
+        self.f = nn.Sequential(hidden, nn.ReLU(), nn.Linear(channels, channels))
         self.bias = nn.Parameter(torch.tensor(prior).logit())
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
@@ -289,15 +296,18 @@ class CategoryExtraction(nn.Module):
         )
         self.score = ClassScore(channels, prior)
 
-    def forward(self, text: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        """Returns the presence after each layer, (E, B, C) logits, and h (B, C, d). text: (C, D)"""
+    def forward(self, text: Tensor, tokens: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the presence after each layer, (E, B, C) logits, and h (B, C, d).
+
+        text: (C, D); tokens: (B, S, d), the encoded cells; padding: (B, S) bool
+        """
         presence, vectors = [], []
         for part in text.split(1000):  # the attention of more classes to all cells is too large
-            projected = self.projection(part).expand(len(memory.tokens), -1, -1)  # (B, c, d)
+            projected = self.projection(part).expand(len(tokens), -1, -1)  # (B, c, d)
             h = projected
             logits = []
             for layer in self.layers:
-                h = layer(h, memory.tokens, memory.padding)
+                h = layer(h, tokens, padding)
                 logits.append(self.score(h, projected))
             presence.append(torch.stack(logits))
             vectors.append(h)
@@ -336,6 +346,7 @@ class Model(nn.Module):
         channels, width = args.channels, label_space.width
         sizes = (args.ffn, LEVELS, HEADS, POINTS)
         self.backbone = Backbone(args.backbone, 0, pretrained, [8, 16, 32], freeze_stem=True)
+        self.backbone.factor = args.backbone_factor
         self.neck = Neck(self.backbone.channels, channels, LEVELS)
         self.encoder = Encoder(channels, args.encoder_layers, *sizes)
         self.extraction = CategoryExtraction(width, channels, args.ffn, args.prior)
@@ -387,9 +398,8 @@ class Model(nn.Module):
         sizes: (height, width) before padding; text: (C, D), of the classes; asked: in training
         """
         with amp_context(self.args.amp, images.device):
-            maps = self.neck(self.backbone(self.backbone.normalise(images, sizes)))
-            memory = self.encoder(Memory.of(maps, sizes, tuple(images.shape[-2:])))
-            presence, vectors = self.extraction(text, memory)
+            _, memory = encode(self, images, sizes)
+            presence, vectors = self.extraction(text, memory.tokens, memory.padding)
             kept = self.keep(presence[-1], asked)
             groups = kept.shape[1]
 
@@ -603,11 +613,11 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     The probability of a dataset is proportional to its number of images. The augmentation is that
     of DETR. Skips the first `start` batches.
     """
-    sizes = [len(d) for d in datasets]
-    factors = [np.ones(size) for size in sizes]
+    factors = [np.ones(len(d)) for d in datasets]
+    ratios = image_ratios(args, datasets, {d.name: len(d) for d in datasets})
     batches = [args.batch_size] * len(datasets)
     place = (args.seed, start, rank(), world_size())
-    sampler = RatioBatchSampler(factors, sizes, batches, *place, apart=True)
+    sampler = RatioBatchSampler(factors, [*ratios.values()], batches, *place, apart=True)
     transforms = {d.name: DetrCrop(args.image_size) for d in datasets}
     mixture = Mixture(datasets, transforms, args.seed)
     return make_loader(mixture, args, batch_sampler=sampler)
@@ -626,8 +636,6 @@ def train(
     Returns the model, and the label space on `device`. Every rank calls it. Rank 0 writes.
     """
     # set up: data, model, optimizer
-    for dataset in datasets:
-        log.info(dataset.summary())
     label_space = label_space.to(device)
     parts = {d.name: label_space.part(d.name) for d in datasets}
     supervision = {d.name: Supervision.of(args, d, parts[d.name]) for d in datasets}
@@ -638,28 +646,22 @@ def train(
     if weights:
         load_weights(weights, model)
     model.train()
+    parallel = in_parallel(model)
     metadata = {"method": METHOD, "args": asdict(args)}
 
     steps = args.steps
     lr = scaled_lr(args.lr, args)
-    groups = parameter_groups(model, weight_decay=1e-4, backbone_factor=args.backbone_factor)
+    groups = parameter_groups(model, weight_decay=1e-4)
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
-    parallel = model
-    if world_size() > 1:
-        parallel = DistributedDataParallel(model)
     loader = build_dataloader(args, datasets, start)
     run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)
-    run_log.evaluate_with(evaluate, evaluated)
 
-    for step, batch in zip(range(start + 1, steps + 1), loader):
+    for step, batch in run_log.batches(loader, evaluate, evaluated):
         # step: forward, backward, update
-        if step == 1 and rank() == 0:
-            save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         batch = batch.to(device)
         rate = stepped_learning_rate(step - 1, lr, steps, args.warmup_steps, 1e-2, DECAYS)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["lr_factor"]
+        set_learning_rate(optimizer, rate)
 
         name = batch.samples[0].dataset
         own = supervision[name]
@@ -672,7 +674,7 @@ def train(
         losses = run_log.check_finite(losses, step, batch)
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
-        run_log.step(step, losses, rate, len(batch) * world_size(), name)
+        run_log.step(step, losses, rate, len(batch), name)
     return model, run_log.finish()
 
 

@@ -78,7 +78,6 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.ops import batched_nms
 
@@ -99,21 +98,21 @@ from common.deformable import (
     best_cells,
     best_detections,
     box_head,
+    encode,
     inverse_sigmoid,
 )
-from common.distributed import amp_context, rank, setup_device, world_size
+from common.distributed import amp_context, in_parallel, rank, setup_device, world_size
 from common.evaluation import ancestors
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
 from common.labels import LabelSpace, Vocabulary
 from common.mask_losses import masks_per_rank
-from common.optim import learning_rate, parameter_groups, scaled_lr
+from common.optim import learning_rate, parameter_groups, scaled_lr, set_learning_rate
 from common.runlog import RunLog, make_run_folder, report
-from common.sampling import Mixture, RatioBatchSampler, make_loader
+from common.sampling import Mixture, RatioBatchSampler, image_ratios, make_loader
 from common.set_losses import CLASS, GIOU, L1, loss_focal, loss_giou, loss_l1, match
 from common.targets import Targets
 from common.text import embed, known_vocabularies
 from common.transforms import DetrCrop, ResizeShortest
-from common.visualize import save_image, training_grid
 
 # Shapes: B images, Z decoder layers, Q queries, S cells of all levels, N ground truths of an image,
 # C classes of the dataset, T classes of the task, P task tokens (T, or 0 without fusion), D width
@@ -145,6 +144,8 @@ class Args:
     """folder of the datasets; empty: $DETECTRON2_DATASETS, else ./data, see data/README.md"""
     tiny: bool = False
     """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
+    dataset_ratios: str = ""
+    """images sampled per dataset, as a=1,b=4; auto: root of their numbers; empty: as the paper"""
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
@@ -167,6 +168,10 @@ class Args:
     """checkpoints that are kept, the newest ones"""
     eval_every: Annotated[int, COUNT] = 0
     """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
+    ema: Annotated[float, Range(0, 1)] = 0.0
+    """decay of a running mean of the weights, which is evaluated and saved; 0: the weights are"""
+    track: Literal["", "trackio", "wandb", "mlflow"] = ""
+    """where metrics also go, beside metrics.jsonl and TensorBoard"""
     skip_bad: Annotated[int, COUNT] = 0
     """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
@@ -175,6 +180,10 @@ class Args:
     """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA, but not with --tiny"""
+    fsdp: bool = False
+    """FSDP2 in place of DDP: each rank keeps a share of the weights, for large backbones"""
+    accumulate: Annotated[int, Range(1)] = 1
+    """parts in which a batch is computed: the same step with less memory, a third slower"""
     device: str = "auto"
     """cuda, cpu, cuda:1, ...; auto: CUDA if there is one"""
     seed: Annotated[int, COUNT] = 0
@@ -195,8 +204,8 @@ class Args:
     """largest short side of training images, pixels (DETR's augmentation: 0.6 to 1 of it)"""
     test_size: Annotated[int, SIDE] = 640  # code
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 16  # ours
-    """images per step over all ranks"""
+    batch_size: Annotated[int | Literal["auto"], Range(1)] = 16  # ours
+    """images per step over all ranks; auto: as many as fit into memory"""
     steps: Annotated[int, COUNT] = 400_000  # ours
     """optimiser steps; --lr falls to 0 like half a cosine"""
     lr: Annotated[float, Range(above=0)] = 1e-4  # base
@@ -380,6 +389,7 @@ class Model(nn.Module):
         channels, width = args.channels, label_space.width
         sizes = (LEVELS, HEADS, POINTS)
         self.backbone = Backbone(args.backbone, 0, pretrained, [8, 16, 32])
+        self.backbone.factor = args.backbone_factor
         self.neck = Neck(self.backbone.channels, channels, LEVELS)
         self.encoder = Encoder(channels, args.encoder_layers, 4 * channels, *sizes)
         self.proposals = Proposals(channels)
@@ -393,8 +403,7 @@ class Model(nn.Module):
         images: (B, 3, H, W) uint8; sizes: (height, width) before padding
         """
         with amp_context(self.args.amp, images.device):
-            maps = self.neck(self.backbone(self.backbone.normalise(images, sizes)))
-            memory = self.encoder(Memory.of(maps, sizes, tuple(images.shape[-2:])))
+            _, memory = encode(self, images, sizes)
             return Encoded(memory, *self.proposals(memory))
 
     def detect(self, encoded: Encoded, text: Tensor) -> Output:
@@ -594,11 +603,11 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     The probability of a dataset is proportional to its number of images. The augmentation is that
     of DETR. Skips the first `start` batches.
     """
-    sizes = [len(d) for d in datasets]
-    factors = [np.ones(size) for size in sizes]
+    factors = [np.ones(len(d)) for d in datasets]
+    ratios = image_ratios(args, datasets, {d.name: len(d) for d in datasets})
     batches = [args.batch_size] * len(datasets)
     place = (args.seed, start, rank(), world_size())
-    sampler = RatioBatchSampler(factors, sizes, batches, *place, apart=True)
+    sampler = RatioBatchSampler(factors, [*ratios.values()], batches, *place, apart=True)
     transforms = {d.name: DetrCrop(args.image_size) for d in datasets}
     mixture = Mixture(datasets, transforms, args.seed)
     return make_loader(mixture, args, batch_sampler=sampler)
@@ -617,8 +626,6 @@ def train(
     Returns the model, and the label space on `device`. Every rank calls it. Rank 0 writes.
     """
     # set up: data, model, optimizer
-    for dataset in datasets:
-        log.info(dataset.summary())
     label_space = label_space.to(device)
     parts = {d.name: label_space.part(d.name) for d in datasets}
     trees = {}
@@ -632,24 +639,19 @@ def train(
     if weights:
         load_weights(weights, model)
     model.train()
+    parallel = in_parallel(model)
     metadata = {"method": METHOD, "args": asdict(args)}
 
     steps, lr = args.steps, scaled_lr(args.lr, args)
     warmup = min(args.warmup_steps, steps // 9)
-    groups = parameter_groups(model, weight_decay=1e-4, backbone_factor=args.backbone_factor)
+    groups = parameter_groups(model, weight_decay=1e-4)
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
-    parallel = model
-    if world_size() > 1:
-        parallel = DistributedDataParallel(model)
     loader = build_dataloader(args, datasets, start)
     run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)
-    run_log.evaluate_with(evaluate, evaluated)
 
-    for step, batch in zip(range(start + 1, steps + 1), loader):
+    for step, batch in run_log.batches(loader, evaluate, evaluated):
         # step: forward, backward, update
-        if step == 1 and rank() == 0:
-            save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         shown = torch.cat([s.labels for s in batch.samples])
         name = batch.samples[0].dataset
         # a step that is computed again (--replay) has the same task
@@ -657,8 +659,7 @@ def train(
         columns = sample_task(shown, len(parts[name]), args.task_size, rng)
         batch = batch.to(device)
         rate = learning_rate(step - 1, lr, steps, warmup, 1e-2)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["lr_factor"]
+        set_learning_rate(optimizer, rate)
 
         columns = columns.to(device, non_blocking=True)
         task = Task.of(columns, parts[name].text, trees[name])
@@ -670,7 +671,7 @@ def train(
         losses = run_log.check_finite(losses, step, batch)
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
-        run_log.step(step, losses, rate, len(batch) * world_size(), name)
+        run_log.step(step, losses, rate, len(batch), name)
     return model, run_log.finish()
 
 

@@ -67,7 +67,6 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from common.backbone import Backbone
@@ -78,24 +77,24 @@ from common.compiling import compilable
 from common.convert import convert_if_official
 from common.dataset_heads import DatasetHeads
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
-from common.distributed import all_rows, amp_context, rank, setup_device, world_size
+from common.distributed import all_rows, amp_context, in_parallel, rank, setup_device, world_size
 from common.errors import InputError
 from common.inference import evaluate_dataset, predict_each, predict_files
 from common.labels import LabelSpace, Vocabulary
 from common.mask_losses import MaskOutput, loss_dice, loss_mask, mask_cost, masks_per_rank
 from common.official_oneformer import convert_oneformer
-from common.optim import parameter_groups, poly_learning_rate, scaled_lr
+from common.optim import parameter_groups, poly_learning_rate, scaled_lr, set_learning_rate
+from common.parts import in_parts
 from common.pixel_decoder import PixelDecoder, decoder_inputs, tokens
 from common.point_matching import Pairs, assign, sample_pairs
 from common.runlog import RunLog, make_run_folder, report
-from common.sampling import Mixture, RatioBatchSampler, make_loader
+from common.sampling import Mixture, RatioBatchSampler, image_ratios, make_loader
 from common.segment_map import padded_masks
 from common.segments import TASKS, FullMasks, instances, on_cpu, panoptic_map, semantic_labels
 from common.targets import Targets
 from common.text_encoder import TOKENS, TextEncoder, tokenize, tokenize_lists
 from common.transformer import DecoderLayer, QueryHead, blocked_pixels, sine_position
 from common.transforms import LargeScaleJitter, ResizeShortest, uniform
-from common.visualize import save_image, training_grid
 
 # Shapes: B images, Q queries, C channels, Z predictions (of the initial queries and after each
 # layer), K classes of the dataset, N segments of an image, R matched pairs of query and target,
@@ -127,6 +126,8 @@ class Args:
     """folder of the datasets; empty: $DETECTRON2_DATASETS, else ./data, see data/README.md"""
     tiny: bool = False
     """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
+    dataset_ratios: str = ""
+    """images sampled per dataset, as a=1,b=4; auto: root of their numbers; empty: as the paper"""
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
@@ -149,6 +150,10 @@ class Args:
     """checkpoints that are kept, the newest ones"""
     eval_every: Annotated[int, COUNT] = 0
     """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
+    ema: Annotated[float, Range(0, 1)] = 0.0
+    """decay of a running mean of the weights, which is evaluated and saved; 0: the weights are"""
+    track: Literal["", "trackio", "wandb", "mlflow"] = ""
+    """where metrics also go, beside metrics.jsonl and TensorBoard"""
     skip_bad: Annotated[int, COUNT] = 0
     """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
@@ -157,6 +162,10 @@ class Args:
     """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA, but not with --tiny"""
+    fsdp: bool = False
+    """FSDP2 in place of DDP: each rank keeps a share of the weights, for large backbones"""
+    accumulate: Annotated[int, Range(1)] = 1
+    """parts in which a batch is computed: the same step with less memory, a third slower"""
     device: str = "auto"
     """cuda, cpu, cuda:1, ...; auto: CUDA if there is one"""
     seed: Annotated[int, COUNT] = 0
@@ -177,12 +186,10 @@ class Args:
     """short side of test images, pixels"""
     test_longest: Annotated[int, COUNT] = 0  # base
     """the most that the long side of test images has; 0: 1333/800 of --test-size"""
-    batch_size: Annotated[int, Range(1)] = 16  # base
-    """images per step over all ranks"""
+    batch_size: Annotated[int | Literal["auto"], Range(1)] = 16  # base
+    """images per step over all ranks; auto: as many as fit into memory"""
     dataset_batches: str = ""  # ours
     """--batch-size per dataset, as ade20k-panoptic=32"""
-    dataset_ratios: str = ""  # ours
-    """images sampled per dataset, as ade20k-panoptic=1,coco-panoptic=4; empty: all alike"""
     steps: Annotated[int, COUNT] = 368_750  # base
     """optimiser steps (Mask2Former's on COCO)"""
     lr: Annotated[float, Range(above=0)] = 1e-4  # base
@@ -265,6 +272,7 @@ class Model(nn.Module):
         self.args = args
         channels = args.channels
         self.backbone = Backbone(args.backbone, 0, pretrained, [4, 8, 16, 32], drop_path=(0.3, 0.3))
+        self.backbone.factor = args.backbone_factor
         self.pixel_decoder = PixelDecoder(
             self.backbone.channels, channels, args.encoder_layers, 4 * channels
         )
@@ -294,6 +302,7 @@ class Model(nn.Module):
         self.context = nn.Parameter(torch.randn(args.context, channels))
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(0.07)))
 
+    @in_parts
     def extract(self, images: Tensor, sizes: list[tuple[int, int]]) -> tuple[Tensor, list[Tensor]]:
         """Returns the mask features (B, C, h, w) and the maps (B, C, ., .) of strides 32, 16, 8.
 
@@ -599,7 +608,7 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     """
     sides = per_dataset(args, "dataset_sizes", datasets, args.image_size)
     batches = per_dataset(args, "dataset_batches", datasets, args.batch_size)
-    ratios = per_dataset(args, "dataset_ratios", datasets, 1)
+    ratios = image_ratios(args, datasets, {d.name: 1 for d in datasets})
     transforms = {}
     for d in datasets:
         things = LabelSpace([d.vocabulary]).is_thing
@@ -625,8 +634,6 @@ def train(
     Returns the model, and the label space on `device`. Every rank calls it. Rank 0 writes.
     """
     # set up: data, model, optimizer
-    for dataset in datasets:
-        log.info(dataset.summary())
     label_space = label_space.to(device)
     parts = {d.name: label_space.part(d.name) for d in datasets}
 
@@ -636,25 +643,19 @@ def train(
     if weights:
         load_weights(weights, model, base=True)
     model.train()
+    # a step trains one dataset's classifier
+    parallel = in_parallel(model, unused=len(datasets) > 1)
     metadata = {"method": METHOD, "args": asdict(args)}
 
-    steps = args.steps
     lr = scaled_lr(args.lr, args)
-    groups = parameter_groups(model, 0.05, args.backbone_factor, decayed=("logit_scale",))
+    groups = parameter_groups(model, 0.05, decayed=("logit_scale",))
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
-    parallel = model
-    if world_size() > 1:
-        # a step trains one dataset's classifier
-        parallel = DistributedDataParallel(model, find_unused_parameters=len(datasets) > 1)
     loader = build_dataloader(args, datasets, start)
-    run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)
-    run_log.evaluate_with(evaluate, evaluated)
+    run_log = RunLog(args, folder, args.steps, start, model, label_space, optimizer, metadata)
 
-    for step, batch in zip(range(start + 1, steps + 1), loader):
+    for step, batch in run_log.batches(loader, evaluate, evaluated):
         # step: forward, backward, update
-        if step == 1 and rank() == 0:
-            save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         name = batch.samples[0].dataset
         tasks = [task_of(sample) for sample in batch.samples]
         texts = None
@@ -662,9 +663,8 @@ def train(
             lists = [text_list(args, sample, parts[name].names) for sample in batch.samples]
             texts = tuple(x.to(device) for x in tokenize_lists(lists))
         batch = batch.to(device)
-        rate = poly_learning_rate(step - 1, lr, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr_factor"] * rate
+        rate = poly_learning_rate(step - 1, lr, args.steps)
+        set_learning_rate(optimizer, rate)
 
         targets = prepare_targets(batch)
         output = parallel(batch.images, batch.sizes, parts[name], tasks, texts)
@@ -674,7 +674,7 @@ def train(
         losses = run_log.check_finite(losses, step, batch)
         nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
-        run_log.step(step, losses, rate, len(batch) * world_size(), name)
+        run_log.step(step, losses, rate, len(batch), name)
     return model, run_log.finish()
 
 

@@ -65,7 +65,6 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from common.adapted_queries import AdaptedQueries
@@ -88,28 +87,28 @@ from common.deformable import (
     BoxQueries,
     Decoder,
     Encoder,
-    Memory,
     Neck,
     Proposals,
     best_detections,
+    encode,
     select_boxes,
 )
-from common.distributed import amp_context, rank, setup_device, world_size
+from common.distributed import amp_context, in_parallel, rank, setup_device, world_size
 from common.errors import InputError
 from common.evaluation import ancestors
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
 from common.labels import LabelSpace, Vocabulary
 from common.mask_losses import masks_per_rank
-from common.optim import parameter_groups, scaled_lr, stepped_learning_rate
+from common.optim import parameter_groups, scaled_lr, set_learning_rate, stepped_learning_rate
 from common.runlog import RunLog, make_run_folder, report
-from common.sampling import Mixture, make_loader, repeat_factors
+from common.sampling import Mixture, image_ratios, make_loader, repeat_factors
 from common.set_losses import GIOU, L1, loss_focal, loss_giou, loss_l1, match, proposal_losses
 from common.shares import Hardness, ShareBatchSampler
 from common.targets import Targets
 from common.text import embed, known_vocabularies
 from common.text_classifier import TextClassifier
 from common.transforms import DetrCrop, ResizeShortest
-from common.visualize import draw_curves, save_image, training_grid
+from common.visualize import draw_curves
 
 # Shapes: B images, Z decoder layers, Q queries, S cells of all levels, N ground truths of an image,
 # C classes of the dataset, D width of the text embeddings, d channels, H W pixels, h w cells of a
@@ -141,6 +140,8 @@ class Args:
     """folder of the datasets; empty: $DETECTRON2_DATASETS, else ./data, see data/README.md"""
     tiny: bool = False
     """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
+    dataset_ratios: str = ""
+    """images sampled per dataset, as a=1,b=4; auto: root of their numbers; empty: as the paper"""
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
@@ -163,6 +164,10 @@ class Args:
     """checkpoints that are kept, the newest ones"""
     eval_every: Annotated[int, COUNT] = 0
     """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
+    ema: Annotated[float, Range(0, 1)] = 0.0
+    """decay of a running mean of the weights, which is evaluated and saved; 0: the weights are"""
+    track: Literal["", "trackio", "wandb", "mlflow"] = ""
+    """where metrics also go, beside metrics.jsonl and TensorBoard"""
     skip_bad: Annotated[int, COUNT] = 0
     """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
@@ -171,6 +176,10 @@ class Args:
     """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA, but not with --tiny"""
+    fsdp: bool = False
+    """FSDP2 in place of DDP: each rank keeps a share of the weights, for large backbones"""
+    accumulate: Annotated[int, Range(1)] = 1
+    """parts in which a batch is computed: the same step with less memory, a third slower"""
     device: str = "auto"
     """cuda, cpu, cuda:1, ...; auto: CUDA if there is one"""
     seed: Annotated[int, COUNT] = 0
@@ -199,8 +208,8 @@ class Args:
     """largest short side of training images, pixels (DETR's augmentation: 0.6 to 1 of it)"""
     test_size: Annotated[int, SIDE] = 800  # code
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 16  # code
-    """images per step over all ranks"""
+    batch_size: Annotated[int | Literal["auto"], Range(1)] = 16  # code
+    """images per step over all ranks; auto: as many as fit into memory"""
     steps: Annotated[int, COUNT] = 800_000  # code
     """optimiser steps; --lr falls to a tenth at 37/40 and again at 79/80 of them"""
     lr: Annotated[float, Range(above=0)] = 1e-4  # code
@@ -345,6 +354,7 @@ class Model(nn.Module):
         width = label_space.width or channels  # the controls have no text
         sizes = (4 * channels, LEVELS, HEADS, POINTS)
         self.backbone = Backbone(args.backbone, 0, pretrained, [8, 16, 32])
+        self.backbone.factor = args.backbone_factor
         self.neck = Neck(self.backbone.channels, channels, LEVELS)
         self.encoder = Encoder(channels, args.encoder_layers, *sizes)
         self.proposals = Proposals(channels)
@@ -403,8 +413,7 @@ class Model(nn.Module):
         classes: the C classes to score
         """
         with amp_context(self.args.amp, images.device):
-            maps = self.neck(self.backbone(self.backbone.normalise(images, sizes)))
-            memory = self.encoder(Memory.of(maps, sizes, tuple(images.shape[-2:])))
+            maps, memory = encode(self, images, sizes)
             cells, proposals = self.proposals(memory)
             embedding = F.normalize(self.object_embed(cells).float(), dim=-1) / self.args.tau
             objectness = self.object_heads[dataset](embedding).float()  # (B, S, 1)
@@ -556,13 +565,15 @@ def dataset_factors(losses: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return np.where(known, losses / lowest, 1) * ratio**0.7
 
 
-def dataset_shares(args: Args, losses: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def dataset_shares(args: Args, losses: np.ndarray, datasets: list[Dataset]) -> np.ndarray:
     """Returns the probability of each dataset, (K,), by --sampling. See `dataset_factors`.
 
     The weights w_i of its images have the mean 1, so that it is proportional to n_s x_s.
     """
+    sizes = np.array([len(d) for d in datasets])
     factors = dataset_factors(losses, sizes) if args.sampling == "hardness" else 1
-    shares = sizes * factors
+    own = dict(zip([d.name for d in datasets], sizes * factors))
+    shares = np.array([*image_ratios(args, datasets, own).values()])
     return shares / shares.sum()
 
 
@@ -581,9 +592,8 @@ def build_sampler(
     image_weights = [repeat_factors([d], args.repeat_threshold) for d in datasets]
     place = (args.seed, start, rank(), world_size())
     sampler = ShareBatchSampler(image_weights, args.batch_size, args.period, *place)
-    sizes = np.array([len(d) for d in datasets])
     for period, losses in enumerate(hardness.means.cpu().numpy(), start // args.period):
-        sampler.shares[period] = dataset_shares(args, losses, sizes)
+        sampler.shares[period] = dataset_shares(args, losses, datasets)
     return sampler
 
 
@@ -607,8 +617,6 @@ def train(
     Returns the model, and the label space on `device`. Every rank calls it. Rank 0 writes.
     """
     # set up: data, model, optimizer
-    for dataset in datasets:
-        log.info(dataset.summary())
     label_space = label_space.to(device)
     supervision = []
     for dataset in datasets:
@@ -619,38 +627,30 @@ def train(
     checkpoint = last_checkpoint(folder, args.replay)
     weights = checkpoint or args.weights
     names = label_space.datasets
-    if weights:
-        check_datasets(weights, METHOD, names)
     model = Model(args, label_space, pretrained=not weights).to(device)
     if weights:
+        check_datasets(weights, METHOD, names)
         load_weights(weights, model)
     if not checkpoint:  # the losses of another training say nothing about this one
         model.hardness = Hardness(len(datasets)).to(device)
     model.train()
+    parallel = in_parallel(model, unused=True)
     metadata = {"method": METHOD, "args": asdict(args)}
 
     steps = args.steps
     lr = scaled_lr(args.lr, args)
-    groups = parameter_groups(model, weight_decay=1e-4, backbone_factor=args.backbone_factor)
+    groups = parameter_groups(model, weight_decay=1e-4)
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
-    parallel = model
-    if world_size() > 1:
-        parallel = DistributedDataParallel(model, find_unused_parameters=True)
-    sizes = np.array([len(d) for d in datasets])
     sampler = build_sampler(args, datasets, start, model.hardness)
     loader = build_dataloader(args, datasets, sampler)
     run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)
-    run_log.evaluate_with(evaluate, evaluated)
 
-    for step, batch in zip(range(start + 1, steps + 1), loader):
+    for step, batch in run_log.batches(loader, evaluate, evaluated):
         # step: forward, backward, update
-        if step == 1 and rank() == 0:
-            save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         batch = batch.to(device)
         rate = stepped_learning_rate(step - 1, lr, steps, args.warmup_steps, 1e-2, DECAYS)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["lr_factor"]
+        set_learning_rate(optimizer, rate)
 
         name = batch.samples[0].dataset
         dataset = names.index(name)
@@ -667,10 +667,10 @@ def train(
         if step % args.period == 0:
             period = step // args.period + 1  # the next one may be drawn already
             measured = model.hardness.end_period()
-            sampler.shares[period] = dataset_shares(args, measured, sizes)
+            sampler.shares[period] = dataset_shares(args, measured, datasets)
         shares = zip(names, sampler.shares_at(step - 1))
         losses |= {f"share_{d}": share for d, share in shares}
-        run_log.step(step, losses, rate, len(batch) * world_size(), name)
+        run_log.step(step, losses, rate, len(batch), name)
     if rank() == 0:
         shares = {f"share_{d}": d for d in names}
         title = "probability of a batch"

@@ -57,7 +57,6 @@ from PIL.Image import Image
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from common.backbone import STRIDES, Backbone
@@ -66,7 +65,6 @@ from common.boxes import select_detections
 from common.cascade import Cascade, StageOutput, loss_box_reg
 from common.centernet import CenterNet
 from common.checkpoint import (
-    checkpoint_step,
     last_checkpoint,
     load_checkpoint,
     load_weights,
@@ -74,16 +72,7 @@ from common.checkpoint import (
     save_weights,
 )
 from common.class_ap import CrossAP50
-from common.command import (
-    COUNT,
-    SIDE,
-    Range,
-    given,
-    parse_args,
-    per_dataset,
-    run_command,
-    saved_args,
-)
+from common.command import COUNT, SIDE, Range, given, parse_args, run_command, saved_args
 from common.compiling import Compiling, compilable
 from common.convert import convert_if_official, refuse
 from common.datasets import (
@@ -94,10 +83,17 @@ from common.datasets import (
     warn_of_overlap,
 )
 from common.datasets.subset import drop_empty
-from common.distributed import amp_context, from_main, on_main, rank, setup_device, world_size
+from common.distributed import (
+    amp_context,
+    from_main,
+    in_parallel,
+    on_main,
+    rank,
+    setup_device,
+    world_size,
+)
 from common.errors import InputError
 from common.evaluation import ancestors
-from common.files import sweep
 from common.inference import (
     evaluate_dataset,
     predict_dataset,
@@ -108,12 +104,12 @@ from common.inference import (
 from common.labels import LabelSpace, Vocabulary
 from common.merge_scores import merge_scores
 from common.merges import Group, read_groups, write_groups
-from common.optim import learning_rate, scaled_lr
-from common.runlog import RunLog, make_run_folder, report
-from common.sampling import BucketBatchSampler, Mixture, image_weights, make_loader
+from common.optim import learning_rate, scaled_lr, set_learning_rate
+from common.parts import in_parts
+from common.runlog import RunLog, keep_stage, make_run_folder, report
+from common.sampling import BucketBatchSampler, Mixture, image_ratios, image_weights, make_loader
 from common.targets import Targets
 from common.transforms import LargeScaleJitter, ResizeShortest
-from common.visualize import save_image, training_grid
 
 # Shapes: B images, Q proposals of an image, R regions (RoIs) of all images, N ground truths of an
 # image, U classes of the model, C of the datasets asked for, C_k of dataset k, H W pixels.
@@ -139,6 +135,8 @@ class Args:
     """folder of the datasets; empty: $DETECTRON2_DATASETS, else ./data, see data/README.md"""
     tiny: bool = False
     """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
+    dataset_ratios: str = ""
+    """images sampled per dataset, as a=1,b=4; auto: root of their numbers; empty: as the paper"""
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
@@ -161,6 +159,10 @@ class Args:
     """checkpoints that are kept, the newest ones"""
     eval_every: Annotated[int, COUNT] = 0
     """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
+    ema: Annotated[float, Range(0, 1)] = 0.0
+    """decay of a running mean of the weights, which is evaluated and saved; 0: the weights are"""
+    track: Literal["", "trackio", "wandb", "mlflow"] = ""
+    """where metrics also go, beside metrics.jsonl and TensorBoard"""
     skip_bad: Annotated[int, COUNT] = 0
     """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
@@ -169,6 +171,10 @@ class Args:
     """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA, but not with --tiny"""
+    fsdp: bool = False
+    """FSDP2 in place of DDP: each rank keeps a share of the weights, for large backbones"""
+    accumulate: Annotated[int, Range(1)] = 1
+    """parts in which a batch is computed: the same step with less memory, a third slower"""
     device: str = "auto"
     """cuda, cpu, cuda:1, ...; auto: CUDA if there is one"""
     seed: Annotated[int, COUNT] = 0
@@ -181,8 +187,8 @@ class Args:
     """side of the square that training crops fit in, pixels (paper: ResNet-50 640, Swin 896)"""
     test_size: Annotated[int, SIDE] = 800  # base
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 64  # base
-    """images per step over all ranks"""
+    batch_size: Annotated[int | Literal["auto"], Range(1)] = 64  # base
+    """images per step over all ranks; auto: as many as fit into memory"""
     steps: Annotated[int | None, COUNT] = None  # ours
     """optimiser steps; None: 90000 per training dataset"""
     lr: Annotated[float, Range(above=0)] = 2e-4  # base
@@ -195,8 +201,6 @@ class Args:
     """learn: merges the classes of --weights; unified: trains on the classes of --label-space"""
     label_space: str = ""  # ours
     """merged classes: a table of a run (.csv), an official one (.json), or names (equal ones)"""
-    ratios: str = ""  # code
-    """images sampled from each dataset relative to the others, "coco=1,o365=2"; empty: equal"""
     class_aware: str = "o365,oid,oid500"  # code
     """datasets whose images are sampled by their classes, rare ones as often as frequent ones"""
     tau: Annotated[float, Range(0, 1)] = 0.2  # code
@@ -279,6 +283,7 @@ class Model(nn.Module):
             f" {', '.join(label_space.datasets)}; name one of its datasets as --vocabulary"
         )
 
+    @in_parts
     def extract(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
         """Returns P3 .. P7 of images (B, 3, H, W) uint8. sizes: (height, width) before padding."""
         with amp_context(self.args.amp, images.device):
@@ -526,7 +531,7 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     """
     sides = {d.name: args.image_size for d in datasets}
     transforms = {name: LargeScaleJitter(side, args.jitter) for name, side in sides.items()}
-    ratios = per_dataset(args, "ratios", datasets, default=1)
+    ratios = image_ratios(args, datasets, {d.name: 1 for d in datasets})
     weights = image_weights(datasets, ratios, args.class_aware.split(","))
     buckets = np.repeat(np.arange(len(datasets)), [len(d) for d in datasets])
     batch_size = args.batch_size // world_size()
@@ -552,8 +557,6 @@ def train(
     partitioned/ and merged/, which are evaluated here, label_space.csv, and the last weights.
     compared: images of each dataset, on which the merges are learned
     """
-    for dataset in datasets:
-        log.info(dataset.summary())
     steps = given(args.steps, 90_000 * len(datasets))
     first = steps if args.stage in ("all", "partitioned") else 0
     vocabularies = list(label_space.vocabularies.values())
@@ -563,7 +566,8 @@ def train(
         model = train_stage(args, datasets, label_space, range(first), folder, device, evaluated)
         if args.stage == "partitioned":
             return model, label_space
-        keep_stage(args, model, label_space, evaluated, folder / "partitioned")
+        about = run_metadata(args, label_space)
+        keep_stage(folder / "partitioned", args, model, label_space, about, evaluate, evaluated)
         groups, costs = learn_label_space(args, model, label_space, compared)
         merged = build_label_space(args, vocabularies, groups)
         model = merge_heads(model, merged)
@@ -571,7 +575,8 @@ def train(
             on_main(write_groups, table, label_space.datasets, groups, costs)
             save_weights(folder / "weights.safetensors", model, merged, run_metadata(args, merged))
             return model, merged
-        keep_stage(args, model, merged, evaluated, folder / "merged")
+        about = run_metadata(args, merged)
+        keep_stage(folder / "merged", args, model, merged, about, evaluate, evaluated)
         on_main(write_groups, table, label_space.datasets, groups, costs)
     # True merges classes of equal names
     groups = args.label_space == "names" or on_main(read_groups, table, vocabularies)
@@ -595,17 +600,6 @@ def run_metadata(args: Args, label_space: LabelSpace) -> dict:
     return {"method": METHOD, "args": asdict(args), "groups": label_space.merge}
 
 
-def keep_stage(
-    args: Args, model: Model, label_space: LabelSpace, datasets: Sequence[Dataset], folder: Path
-) -> None:
-    """Writes the weights of a model that is not the last, and its results, to a folder."""
-    on_main(sweep, folder)
-    metadata = run_metadata(args, label_space)
-    save_weights(folder / "weights.safetensors", model, label_space, metadata)
-    log.info("%s:", folder.name)
-    report(evaluate(args, model, label_space, datasets, folder), folder, args, run=folder.parent)
-
-
 def train_stage(
     args: Args,
     datasets: list[Dataset],
@@ -622,14 +616,13 @@ def train_stage(
     # set up: data, model, optimizer
     supervision = {d.name: Supervision.of(d, label_space, device) for d in datasets}
     torch.manual_seed(args.seed + rank())  # a stage begins alike in a resumed run
-    checkpoint = last_checkpoint(folder, args.replay)
-    if checkpoint and checkpoint_step(checkpoint) <= steps.start:  # of the stage before
-        checkpoint = None
+    checkpoint = last_checkpoint(folder, args.replay, after=steps.start)
     weights = checkpoint or (args.weights if steps.start == 0 else "")
     model = Model(args, label_space, pretrained=not weights).to(device)
     if weights:
         load_weights(weights, model)
     model.train()
+    parallel = in_parallel(model)
     metadata = run_metadata(args, label_space)
 
     warmup = min(args.warmup_steps, len(steps) // 9)
@@ -638,21 +631,15 @@ def train_stage(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else steps.start
-    parallel = model
-    if world_size() > 1:
-        parallel = DistributedDataParallel(model)
     loader = build_dataloader(args, datasets, start - steps.start)
     run_log = RunLog(args, folder, steps.stop, start, model, label_space, optimizer, metadata)
-    run_log.evaluate_with(evaluate, evaluated)
 
-    for step, batch in zip(range(start + 1, steps.stop + 1), loader):
+    for step, batch in run_log.batches(loader, evaluate, evaluated):
         # step: forward, backward, update
-        if step == 1 and rank() == 0:
-            save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         batch = batch.to(device)
-        for group in optimizer.param_groups:
-            done = step - 1 - steps.start
-            group["lr"] = learning_rate(done, lr, len(steps), warmup, warmup_factor)
+        done = step - 1 - steps.start
+        rate = learning_rate(done, lr, len(steps), warmup, warmup_factor)
+        set_learning_rate(optimizer, rate)
 
         targets = prepare_targets(batch)
         outputs = parallel(batch.images, batch.sizes, targets)
@@ -662,7 +649,7 @@ def train_stage(
         losses = run_log.check_finite(losses, step, batch)
         nn.utils.clip_grad_value_(model.parameters(), 1.0)
         optimizer.step()
-        run_log.step(step, losses, optimizer.param_groups[0]["lr"], len(batch) * world_size())
+        run_log.step(step, losses, rate, len(batch))
     run_log.finish()
     return model
 

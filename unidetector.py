@@ -65,7 +65,6 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.ops import clip_boxes_to_image, nms
 
@@ -86,7 +85,7 @@ from common.command import COUNT, SIDE, Range, given, parse_args, run_command, s
 from common.convert import convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.datasets.subset import drop_empty
-from common.distributed import rank, same_on_ranks, setup_device, world_size
+from common.distributed import in_parallel, rank, same_on_ranks, setup_device, world_size
 from common.errors import InputError
 from common.evaluation import evaluate_detections, recall
 from common.inference import (
@@ -100,14 +99,13 @@ from common.inference import (
 from common.labels import LabelSpace, Vocabulary
 from common.official_detectors import convert_two_stages
 from common.oln import BOX_WEIGHTS, OLN, loss_roi_box
-from common.optim import scaled_lr, sgd, stepped_learning_rate
+from common.optim import scaled_lr, set_learning_rate, sgd, stepped_learning_rate
 from common.proposals import fingerprint, with_proposals
 from common.runlog import RunLog, make_run_folder, report
-from common.sampling import Mixture, make_loader, make_sampler
+from common.sampling import Mixture, image_ratios, make_loader, make_sampler
 from common.targets import Targets, match_regions
 from common.text import embed, known_vocabularies
 from common.transforms import ResizeShortest, ResizeShortestRange
-from common.visualize import save_image, training_grid
 
 # Shapes: B images, Q proposals of an image, R regions (RoIs) of all images, N ground truths of an
 # image, C classes of the label space, D width of the text embeddings, F feature channels,
@@ -136,6 +134,8 @@ class Args:
     """folder of the datasets; empty: $DETECTRON2_DATASETS, else ./data, see data/README.md"""
     tiny: bool = False
     """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
+    dataset_ratios: str = ""
+    """images sampled per dataset, as a=1,b=4; auto: root of their numbers; empty: as the paper"""
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
@@ -158,6 +158,10 @@ class Args:
     """checkpoints that are kept, the newest ones"""
     eval_every: Annotated[int, COUNT] = 0
     """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
+    ema: Annotated[float, Range(0, 1)] = 0.0
+    """decay of a running mean of the weights, which is evaluated and saved; 0: the weights are"""
+    track: Literal["", "trackio", "wandb", "mlflow"] = ""
+    """where metrics also go, beside metrics.jsonl and TensorBoard"""
     skip_bad: Annotated[int, COUNT] = 0
     """unreadable training images that others may replace, each with a line; above: an error"""
     workers: Annotated[int, COUNT] = 4
@@ -166,6 +170,10 @@ class Args:
     """bfloat16 in the network's layers; auto: on GPUs and CPUs that are built for it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA, but not with --tiny"""
+    fsdp: bool = False
+    """FSDP2 in place of DDP: each rank keeps a share of the weights, for large backbones"""
+    accumulate: Annotated[int, Range(1)] = 1
+    """parts in which a batch is computed: the same step with less memory, a third slower"""
     device: str = "auto"
     """cuda, cpu, cuda:1, ...; auto: CUDA if there is one"""
     seed: Annotated[int, COUNT] = 0
@@ -190,8 +198,8 @@ class Args:
     """largest short side of training images, pixels; the smallest is half of it"""
     test_size: Annotated[int, SIDE] = 800  # code
     """short side of test images, pixels; the long side is at most 1333/800 of it"""
-    batch_size: Annotated[int, Range(1)] = 16  # code
-    """images per step over all ranks"""
+    batch_size: Annotated[int | Literal["auto"], Range(1)] = 16  # code
+    """images per step over all ranks; auto: as many as fit into memory"""
     steps: Annotated[int | None, COUNT] = None  # code
     """steps of the localizer; None: 12 epochs; the rate falls to a tenth at 8/12 and 11/12"""
     classifier_steps: Annotated[int | None, COUNT] = None  # code
@@ -524,7 +532,7 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     """
     resize = ResizeShortestRange(args.image_size // 2, args.image_size)
     place = (args.seed, start * args.batch_size, rank(), world_size())
-    sampler = make_sampler(args.sampler, datasets, *place)
+    sampler = make_sampler(args.sampler, datasets, image_ratios(args, datasets), *place)
     mixture = Mixture(datasets, {d.name: resize for d in datasets}, args.seed)
     batch_size = args.batch_size // world_size()
     return make_loader(mixture, args, sampler=sampler, batch_size=batch_size)
@@ -543,8 +551,6 @@ def train(
     Writes metrics, checkpoints, proposals and weights to the run folder. Returns the model and its
     label space. Every rank calls it. Rank 0 writes.
     """
-    for dataset in datasets:
-        log.info(dataset.summary())
     label_space = label_space.to(device)
 
     checkpoint = last_checkpoint(folder, args.replay)
@@ -606,27 +612,20 @@ def train_stage(
     kinds = {"sgd": sgd, "adamw": partial(torch.optim.AdamW, fused=True)}
     optimizer = kinds[args.optimizer](parameters, lr=lr, weight_decay=1e-4)
     torch.manual_seed(args.seed + rank())  # a stage begins alike in a resumed run
-    checkpoint = last_checkpoint(folder, args.replay)
-    start = steps.start
-    if checkpoint and checkpoint_step(checkpoint) > start:
-        start = load_checkpoint(checkpoint, optimizer)
+    checkpoint = last_checkpoint(folder, args.replay, after=steps.start)
+    start = load_checkpoint(checkpoint, optimizer) if checkpoint else steps.start
     separate = len(model.classifiers) > 1  # a batch may lack images of a classifier
-    parallel = model
-    if world_size() > 1:
-        parallel = DistributedDataParallel(model, find_unused_parameters=separate)
+    parallel = in_parallel(model, unused=separate)
     loader = build_dataloader(args, datasets, start - steps.start)
     metadata = run_metadata(args)
     run_log = RunLog(args, folder, steps.stop, start, model, label_space, optimizer, metadata)
-    run_log.evaluate_with(evaluate, evaluated)
 
-    for step, batch in zip(range(start + 1, steps.stop + 1), loader):
+    for step, batch in run_log.batches(loader, evaluate, evaluated):
         # step: forward, backward, update
-        if step == 1 and rank() == 0:
-            save_image(training_grid(batch, label_space.vocabularies), folder / "first_batch.jpg")
         batch = batch.to(device)
         done = step - 1 - steps.start
-        for group in optimizer.param_groups:
-            group["lr"] = stepped_learning_rate(done, lr, len(steps), args.warmup_steps, 1e-3)
+        rate = stepped_learning_rate(done, lr, len(steps), args.warmup_steps, 1e-3)
+        set_learning_rate(optimizer, rate)
 
         targets = prepare_targets(batch, label_space)
         proposals = [s.proposals for s in batch.samples] if classifying else None
@@ -640,7 +639,7 @@ def train_stage(
         if classifying:
             nn.utils.clip_grad_norm_(parameters, 35.0)
         optimizer.step()
-        run_log.step(step, losses, optimizer.param_groups[0]["lr"], len(batch) * world_size())
+        run_log.step(step, losses, rate, len(batch))
     run_log.close()
 
 

@@ -35,6 +35,8 @@ class Backbone(nn.Module):
     of stride 2 on P5. A stride of 64 without 128 adds P6, which is P5 subsampled.
     If `channels` is 0, the maps are the timm model's own. A plain ViT gets a `SimplePyramid`.
     BatchNorm is frozen if pretrained weights are loaded, as in detectron2. Otherwise it is trained.
+    `factor` is the learning rate of the timm model, in units of that of other modules. With 0 the
+    next `train()` freezes it. None: 1 with an FPN, a tenth without, ViTDet's for a plain ViT.
     Source: facebookresearch/Detic:detic/modeling/backbone/timm.py (P6 and P7).
     """
 
@@ -64,6 +66,7 @@ class Backbone(nn.Module):
         wanted = [stride for stride in strides if stride <= 32]
         build = partial(build_body, name, plain, wanted, drop_path)
         self.freeze_stem = freeze_stem
+        self.factor: float | None = None
         self.body = create_body(name, flag, build)
         info = self.body.feature_info
         available = info.reduction()
@@ -107,7 +110,7 @@ class Backbone(nn.Module):
         self.register_buffer("frozen_norm", torch.tensor(frozen))  # saved with the weights
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Sets the mode, but keeps pretrained BatchNorm and, if `freeze_stem`, the stem frozen.
+        """Sets the mode, but keeps frozen what is: pretrained BatchNorm, the stem, the timm model.
 
         BatchNorm that is trained on several GPUs has the statistics of all: detectron2's SyncBN.
         """
@@ -123,20 +126,24 @@ class Backbone(nn.Module):
                 for name, parameter in self.body.named_parameters():
                     if name.startswith(("conv1.", "bn1.", "layer1.")):
                         parameter.requires_grad_(False)
+        if self.factor == 0:
+            self.body.requires_grad_(False).eval()
         return self
 
     def lr_factor(self, name: str) -> float:
         """Returns the learning rate of the parameter `name`, in units of that of other modules.
 
-        It is a tenth, as Mask2Former's. In a plain ViT it falls from layer to layer towards the
-        image, as ViTDet's.
+        It is `factor`. If that is None, it is a tenth in a model without an FPN, as Mask2Former's,
+        and in a plain ViT it falls from layer to layer towards the image, as ViTDet's.
         """
-        if not self.pyramid:
-            return 0.1
         module, _, parameter = name.partition(".")
         if module != "body":
             return 1.0
-        return self.layer_decay ** self.body.layers_behind(parameter)
+        if self.factor is not None:
+            return self.factor
+        if self.pyramid:
+            return self.layer_decay ** self.body.layers_behind(parameter)
+        return 1.0 if self.fpn else 0.1
 
     def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
         """Applies the function `normalise` with the timm model's mean and standard deviation."""

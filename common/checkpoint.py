@@ -263,19 +263,21 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path, step in found.items() if step.isascii() and step.isdigit())
 
 
-def last_checkpoint(folder: Path, before: int = 0) -> Path | None:
+def last_checkpoint(folder: Path, before: int = 0, after: int = 0) -> Path | None:
     """Returns the newest sound checkpoint of a run folder; its weights load with `load_weights`.
 
     Newer ones that are damaged are renamed to damaged-<name>, each with a line. Every rank calls
     it. Raises InputError if there are checkpoints and none is sound.
 
     before: a step; only checkpoints of earlier ones count. 0: all
+    after:  a step; only checkpoints of later ones count
     """
-    return on_main(_last_sound, folder, before)
+    return on_main(_last_sound, folder, before, after)
 
 
-def _last_sound(folder: Path, before: int) -> Path | None:
-    paths = [path for path in checkpoints(folder) if not before or checkpoint_step(path) < before]
+def _last_sound(folder: Path, before: int, after: int) -> Path | None:
+    paths = [path for path in checkpoints(folder) if checkpoint_step(path) > after]
+    paths = [path for path in paths if not before or checkpoint_step(path) < before]
     damaged = {}
     for path in reversed(paths):
         damaged[path] = damage(path)

@@ -23,6 +23,7 @@ from common.compiling import compilable
 from common.distributed import amp_context, from_main
 from common.errors import InputError
 from common.hub import hub
+from common.parts import in_parts
 from common.targets import RegionTargets
 from common.weight_files import read_tensors
 
@@ -375,6 +376,7 @@ class RegionClassifier(nn.Module):
         nn.init.normal_(self.fc_reg.weight, std=0.001)
         nn.init.zeros_(self.fc_reg.bias)
 
+    @in_parts
     def forward(
         self, images: Tensor, sizes: list[tuple[int, int]], boxes: list[Tensor]
     ) -> tuple[Tensor, Tensor]:

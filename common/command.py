@@ -15,7 +15,17 @@ import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import tyro
 from tqdm import tqdm
@@ -215,7 +225,7 @@ def is_of(value: object, kind: Any) -> bool:
         return is_of(value, parts[0])
     if origin is Literal:
         return value in parts
-    if origin is UnionType:
+    if origin in (Union, UnionType):
         return any(is_of(value, part) for part in parts)
     if origin is tuple:
         if not isinstance(value, tuple):
@@ -243,7 +253,7 @@ def check_numbers(args: Any) -> None:
     """Raises InputError as `check_ranges`, and for a --batch-size that the ranks cannot share."""
     check_ranges(args)
     ranks = max(1, environment_number("WORLD_SIZE", 1))
-    if args.batch_size % ranks:
+    if args.batch_size != "auto" and args.batch_size % ranks:
         raise InputError(
             f"--batch-size {args.batch_size} is not a multiple of the {ranks} ranks; make it one"
         )

@@ -17,6 +17,7 @@ from torchvision.ops import clip_boxes_to_image
 from common.backbone import GroupNorm, with_second_column
 from common.boxes import to_pixels
 from common.errors import InputError
+from common.parts import in_parts
 from common.pixel_decoder import EncoderLayer, MSDeformAttn, tokens
 from common.transformer import DecoderLayer, sine_code
 
@@ -160,6 +161,19 @@ class Encoder(nn.Module):
         for layer in self.layers:
             memory.tokens = layer(memory.tokens, position, memory.shapes, reference, memory.padding)
         return memory
+
+
+@in_parts
+def encode(
+    model: nn.Module, images: Tensor, sizes: list[tuple[int, int]]
+) -> tuple[list[Tensor], Memory]:
+    """Returns the maps of the model's neck, L tensors (B, C, h, w), and the encoded memory.
+
+    model:  has a backbone, a neck and an encoder
+    images: (B, 3, H, W) uint8; sizes: (height, width) before padding
+    """
+    maps = model.neck(model.backbone(model.backbone.normalise(images, sizes)))
+    return maps, model.encoder(Memory.of(maps, sizes, tuple(images.shape[-2:])))
 
 
 # -- boxes -----------------------------------------------------------------------------------------

@@ -11,9 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
+from torch.nn.parallel import DistributedDataParallel
 
 from common.compiling import Compiling
 from common.errors import InputError
+from common.memory import find_batch_size
+from common.parts import Parts
 from common.process import Stop, environment_number
 
 log = logging.getLogger("concord")
@@ -25,10 +28,11 @@ T = TypeVar("T")
 
 
 def setup_device(args: Any) -> torch.device:
-    """Sets up this process as --device, --seed, --amp and --compile ask. Returns its device.
+    """Sets up this process as --device, --seed, --amp, --compile and --accumulate ask.
 
-    Joins the process group under torchrun. Seeds torch with seed + rank. Silences the log on all
-    ranks but 0, except for errors. `args.amp` becomes "on" or "off", for a training to go on with.
+    Returns its device. Joins the process group under torchrun. Seeds torch with seed + rank.
+    Silences the log on all ranks but 0, except for errors. `args.amp` becomes "on" or "off", for a
+    training to go on with, and an `args.batch_size` of "auto" a number.
 
     --device is a name of torch, or "auto" for CUDA if there is any, else the CPU. Under torchrun
     "cuda" is the GPU of the local rank. Raises InputError if the device cannot be used, or if the
@@ -63,6 +67,9 @@ def setup_device(args: Any) -> torch.device:
     args.amp = _tell_precision(args.amp, device)
     # compiling takes minutes, which short runs and a CPU do not win back
     Compiling.on = args.compile == "on" or (args.compile == "auto" and on_cuda and not args.tiny)
+    Parts.number = args.accumulate
+    if args.batch_size == "auto" and not (args.predict or args.eval_only):
+        args.batch_size = on_main(find_batch_size, args, device, world_size())
     if Compiling.on:
         log.info("--compile on: the first steps are slow, since parts of the step are compiled")
     return device
@@ -107,6 +114,16 @@ def rank() -> int:
 def world_size() -> int:
     """Returns the number of processes, 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def in_parallel(model: nn.Module, unused: bool = False) -> nn.Module:
+    """Returns the model for a training's forward passes, whose gradients are means over the ranks.
+
+    unused: steps may leave out parameters
+    """
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(model, find_unused_parameters=unused)
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

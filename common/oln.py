@@ -26,6 +26,7 @@ from common.boxes import (
 )
 from common.compiling import compilable
 from common.distributed import amp_context
+from common.parts import in_parts
 from common.targets import (
     RegionTargets,
     Targets,
@@ -258,6 +259,12 @@ class OLN(nn.Module):
         for layer in (self.fc_cls, self.fc_reg, self.fc_iou):
             nn.init.zeros_(layer.bias)
 
+    @in_parts
+    def extract(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
+        """Returns P2 to P6 of images (B, 3, H, W) uint8. sizes: (height, width) before padding."""
+        normalised = self.backbone.normalise(images, sizes)
+        return [feature.float() for feature in self.backbone(normalised)]
+
     def head(self, features: list[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Returns class logits (R, 2), box deltas (R, 4) and IoU logits (R,) of all regions.
 
@@ -286,8 +293,7 @@ class OLN(nn.Module):
         if targets is not None:
             gt_boxes = [t.boxes for t in targets]
         with amp_context(self.amp, images.device):
-            normalised = self.backbone.normalise(images, sizes)
-            features = [feature.float() for feature in self.backbone(normalised)]
+            features = self.extract(images, sizes)
             proposals, losses = self.rpn(features, sizes, gt_boxes)
             boxes = [b for b, _ in proposals]
             if targets is not None:

@@ -74,6 +74,12 @@ def warmup_ramp(step: int, warmup: int, factor: float) -> float:
     return factor + (1 - factor) * progress
 
 
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Gives each group of parameters `rate` times its `lr_factor`, which is 1 if it has none."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_factor", 1.0)
+
+
 def sgd(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> Optimizer:
     """Returns SGD with momentum 0.9, with fused=True, so that it heeds `found_inf`.
 
@@ -96,24 +102,17 @@ def _start_momentum(optimizer: Optimizer, *_) -> None:
 
 
 def parameter_groups(
-    model: nn.Module,
-    weight_decay: float,
-    backbone_factor: float | None,
-    decayed: tuple[str, ...] = (),
+    model: nn.Module, weight_decay: float, decayed: tuple[str, ...] = ()
 ) -> list[dict]:
     """Returns AdamW's parameter groups, dicts of `params`, `lr_factor` and `weight_decay`.
 
-    `lr_factor` is `backbone_factor` in the backbone and 1 elsewhere. The training multiplies the
-    learning rate by it. A `backbone_factor` of None takes the factors of `Backbone.lr_factor`. One
-    of 0 freezes `model.backbone` in place, so that it needs no gradients. Frozen parameters are in
-    no group. `weight_decay` is 0 for normalisation layers and embeddings, for POSITIONS, and for
-    the parameters that `model` itself owns, such as queries, codes and temperatures, but for those
-    named in `decayed`.
+    `lr_factor` is that of `Backbone.lr_factor` in `model.backbone`, and 1 elsewhere. The training
+    multiplies the learning rate by it. Frozen parameters are in no group. `weight_decay` is 0 for
+    normalisation layers and embeddings, for POSITIONS, and for the parameters that `model` itself
+    owns, such as queries, codes and temperatures, but for those named in `decayed`.
 
     Source: facebookresearch/Mask2Former:train_net.py (build_optimizer). Its queries are embeddings.
     """
-    if backbone_factor == 0:
-        model.backbone.requires_grad_(False).eval()
     of_layers = set()
     for module in model.modules():
         if isinstance(module, UNDECAYED):
@@ -128,9 +127,7 @@ def parameter_groups(
         is_position = name.rpartition(".")[2] in POSITIONS
         undecayed = of_model_itself or is_position or id(parameter) in of_layers
         module, _, rest = name.partition(".")
-        factor = 1.0
-        if module == "backbone":
-            factor = model.backbone.lr_factor(rest) if backbone_factor is None else backbone_factor
+        factor = model.backbone.lr_factor(rest) if module == "backbone" else 1.0
         decay = 0.0 if undecayed else weight_decay
         group = groups.setdefault((factor, decay), [])
         group.append(parameter)

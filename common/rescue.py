@@ -4,6 +4,8 @@ import errno
 import logging
 import re
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from common.averaging import swap
 from common.checkpoint import save_checkpoint
 from common.distributed import rank, world_size
 from common.errors import InputError, SomeFailed
@@ -21,7 +24,7 @@ from common.verdict import Verdict
 log = logging.getLogger("concord")
 
 NORM = nn.modules.batchnorm._BatchNorm
-LOWER = "lower --batch-size, --image-size or --workers"
+LOWER = "raise --accumulate, or lower --batch-size, --image-size or --workers"
 # Patterns of the messages of torch and the system. WORKER is about a data loading process, PEERS
 # about the connection of ranks.
 MEMORY = (
@@ -126,6 +129,20 @@ class LastStep:
         verdict = self.whole.verdict
         if verdict and verdict.signal():
             raise Stop(verdict.signal())
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Context manager in which the model has the means of --ema as its weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        self.in_update = True  # a signal waits
+        swap(self.content[2])
+        self.in_update = False
 
     def has_finite_weights(self) -> bool:
         """Returns whether all weights are finite numbers."""

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +15,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
+from common.averaging import keep_mean, swap
 from common.batch import Batch
 from common.checkpoint import checkpoint_step, checkpoints, copy_weights, save_weights, stored_names
 from common.console import progress_bar
@@ -25,6 +27,8 @@ from common.distributed import from_main, leaving_together, on_main, rank, world
 from common.errors import InputError
 from common.files import atomic_path, sweep
 from common.labels import LabelSpace
+from common.memory import end_if_measured, tell_memory
+from common.preview import draw_first_images, items_of_datasets, tell_mixture
 from common.process import check_asked, lock
 from common.replay import compare, read_record
 from common.rescue import LastStep
@@ -137,7 +141,7 @@ class RunLog:
     writes them again. If the process ends early, `common.rescue` saves the last whole step. With
     --replay nothing is written, and `check_finite` ends the process.
 
-    args:  --checkpoint-every, --keep, --eval-every, --replay and --seed
+    args:  --checkpoint-every, --keep, --eval-every, --ema, --replay and --seed
     steps: number of steps of the whole training
     start: number of steps that are done already
     model, label_space, optimizer, metadata: the content of a checkpoint, see `LastStep`
@@ -162,6 +166,9 @@ class RunLog:
         if args.replay:
             self._begin_replay()
             return
+        if args.ema:
+            log.info("--ema %g, as in no paper: a running mean of the weights is saved", args.ema)
+            keep_mean(optimizer, args.ema)
         self.last = LastStep(folder, start, *self.content, keep=args.keep)
         self.active = rank() == 0
         if not self.active:
@@ -183,6 +190,33 @@ class RunLog:
         exact = "as it was" if self.start == replay - 1 else f"though step {replay - 1} was before"
         message = "step %d is computed with the weights of step %d, %s"
         log.info(message, replay, self.start, exact)
+
+    def batches(
+        self, loader: DataLoader, evaluate: Callable[..., Results], evaluated: Sequence[Dataset]
+    ) -> Iterator[tuple[int, Batch]]:
+        """Yields (step, batch) for all steps that are left, with the batches of `loader`.
+
+        First it logs what is seen of each dataset, and draws first_batch.jpg if there is none. If
+        the run goes on from a step whose evaluation was cut off, it evaluates at once. Every rank
+        calls it.
+
+        evaluate:  called as evaluate(args, model, label_space, evaluated, folder), every
+                   --eval-every steps
+        evaluated: datasets; none for a training that is not evaluated on the way
+        """
+        self.evaluate = evaluate
+        self.evaluated = evaluated
+        stage_goes_on = bool(self.content[2].state)  # of the optimizer
+        if stage_goes_on and not from_main(is_recorded(self.folder, self.start)):
+            self._evaluate(self.start)
+        if rank() == 0 and not self.args.replay:
+            mixture = loader.dataset
+            items, count = items_of_datasets(loader.batch_sampler, mixture.starts)
+            tell_mixture(mixture.datasets, items, count, world_size())
+            picture = self.folder / "first_batch.jpg"
+            if not picture.exists():
+                draw_first_images(mixture.__getitem__, mixture.datasets, items, picture)
+        yield from zip(range(self.start + 1, self.steps + 1), loader)
 
     def check_finite(self, losses: dict[str, Tensor], step: int, batch: Batch) -> dict[str, Tensor]:
         """Returns the losses without gradients. Every rank calls it before the update.
@@ -228,7 +262,7 @@ class RunLog:
 
         losses:  scalars, with their sum "loss"
         lr:      learning rate
-        images:  number of images in this step, over all ranks
+        images:  number of images in this step, on this rank
         dataset: name of the step's dataset, which has its own curves in TensorBoard; "": several
         """
         self.last.note(step)
@@ -238,8 +272,11 @@ class RunLog:
                     self.last.settle()
             if self.active:
                 self._write(step, losses, lr, images, dataset)
+                if step == self.start + 1:
+                    tell_memory(images, self.args.accumulate, losses["loss"].device)
         finally:  # the step is made, also if the disk is full
             self.last.in_update = False
+        end_if_measured(step, self.steps, losses["loss"].device)
         if world_size() == 1:
             check_asked()
         with leaving_together(losses["loss"].device):
@@ -260,7 +297,7 @@ class RunLog:
         self, step: int, losses: dict[str, Tensor], lr: float, images: int, dataset: str
     ) -> None:
         self.bar.update()
-        self.images += images
+        self.images += images * world_size()
         if step % EVERY and step != self.steps:
             return
         now = time.perf_counter()
@@ -278,20 +315,6 @@ class RunLog:
             for name, value in values.items():
                 self.board.add_scalar(f"{dataset}/{name}" if dataset else name, value, step)
 
-    def evaluate_with(self, evaluate: Callable[..., Results], datasets: Sequence[Dataset]) -> None:
-        """Evaluates `datasets` every --eval-every steps. Every rank calls it.
-
-        It does so at once if this run goes on from such a step whose evaluation was cut off.
-
-        evaluate: called as evaluate(args, model, label_space, datasets, folder)
-        datasets: none for a training that is not evaluated on the way
-        """
-        self.evaluate = evaluate
-        self.evaluated = datasets
-        stage_goes_on = bool(self.content[2].state)  # of the optimizer
-        if stage_goes_on and not from_main(is_recorded(self.folder, self.start)):
-            self._evaluate(self.start)
-
     def _evaluate(self, step: int) -> None:
         """Evaluates the model of `step` if it is due, and keeps the best weights.
 
@@ -303,16 +326,16 @@ class RunLog:
         began = time.perf_counter()
         self.last.in_loop = False
         model, label_space, _, metadata = self.content
-        with undisturbed(model):
+        with undisturbed(model), self.last.averaged():
             label_space = label_space() if callable(label_space) else label_space
             results = self.evaluate(self.args, model, label_space, self.evaluated, self.folder)
-        if self.active:
+            if self.active:
 
-            def save(path: Path, about: dict) -> None:
-                save_weights(path, model, label_space, metadata | about)
+                def save(path: Path, about: dict) -> None:
+                    save_weights(path, model, label_space, metadata | about)
 
-            record_evaluation(self.folder, step, results, label_space.datasets, save)
-            self.since += time.perf_counter() - began
+                record_evaluation(self.folder, step, results, label_space.datasets, save)
+                self.since += time.perf_counter() - began
         self.last.in_loop = True
 
     def finish(self) -> LabelSpace:
@@ -324,14 +347,34 @@ class RunLog:
         return label_space
 
     def close(self) -> None:
-        """Closes the files, and draws curves.png of them."""
+        """Closes the files, and draws curves.png of them. With --ema the model gets the means."""
         self.last.in_loop = False
+        swap(self.content[2])
         if self.active:
             self.bar.close()
             self.file.close()
             if self.board:
                 self.board.close()
             draw_training(self.folder)
+
+
+def keep_stage(
+    folder: Path,
+    args: Any,
+    model: nn.Module,
+    label_space: LabelSpace,
+    metadata: dict,
+    evaluate: Callable[..., Results],
+    datasets: Sequence[Dataset],
+) -> None:
+    """Writes the weights of a stage that is not the last, and its results, to a folder of its own.
+
+    The folder is in the run folder. The other arguments are as in `RunLog`. Every rank calls it.
+    """
+    on_main(sweep, folder)
+    save_weights(folder / "weights.safetensors", model, label_space, metadata)
+    log.info("%s:", folder.name)
+    report(evaluate(args, model, label_space, datasets, folder), folder, args, run=folder.parent)
 
 
 def report(results: Results, folder: Path, args: Any, run: Path | None = None) -> None:

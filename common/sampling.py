@@ -5,7 +5,6 @@ end. `draw` differs for each element of the stream. The stream depends on the se
 resumed run continues it.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,9 +17,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from common.batch import Sample, collate
+from common.command import per_dataset
 from common.compiling import Compiling
 from common.datasets.dataset import Dataset
 from common.errors import InputError
+from common.memory import refuse_huge_batch
 from common.replay import read_record, recorded_rows
 from common.unreadable import NONE, Skips, load_patiently
 
@@ -99,12 +100,30 @@ def first_rows(parts: Sequence) -> np.ndarray:
     return np.cumsum([0, *lengths])
 
 
-def repeat_factors(datasets: list[Dataset], threshold: float) -> np.ndarray:
+def image_ratios(
+    args: Any, datasets: list[Dataset], own: dict[str, float] | None = None
+) -> dict[str, float] | None:
+    """Returns {dataset: images sampled, relative to the others}, by --dataset-ratios, else `own`.
+
+    A dataset that the flag does not name has the ratio 1. With "auto" it has the root of its number
+    of images. Raises InputError as `per_dataset` does.
+    """
+    if args.dataset_ratios == "auto":
+        return {d.name: len(d) ** 0.5 for d in datasets}
+    return per_dataset(args, "dataset_ratios", datasets, 1) if args.dataset_ratios else own
+
+
+def repeat_factors(
+    datasets: list[Dataset], threshold: float, ratios: dict[str, float] | None = None
+) -> np.ndarray:
     """Returns (I,): how often each of the I images of all datasets is to be seen per epoch.
 
     The factor of an image is the maximum over its classes c of max(1, sqrt(threshold / f_c)), where
     f_c is the fraction of the I images that contain c. An image without a class has the factor 1.
     Equal names in two datasets are two classes.
+
+    ratios: {dataset: images sampled, relative to the others}. The factors of each dataset are
+            multiplied by a number to follow them, so that the epoch stays as long
     Source: LVIS (arXiv 1908.03195, Sec. B); detectron2's RepeatFactorTrainingSampler.
     """
     total = sum(len(dataset) for dataset in datasets)
@@ -121,6 +140,10 @@ def repeat_factors(datasets: list[Dataset], threshold: float) -> np.ndarray:
         for rows, factor in zip(images_of_class, of_class):
             of_image[rows] = np.maximum(of_image[rows], factor)
         factors.append(of_image)
+    if ratios:
+        length = sum(own.sum() for own in factors)
+        shares = [ratios[d.name] / sum(ratios.values()) for d in datasets]
+        factors = [own * share * length / own.sum() for own, share in zip(factors, shares)]
     return np.concatenate(factors)
 
 
@@ -174,11 +197,19 @@ class ClassAwareSampler:
     """Yields (row, draw) endlessly. Samples a class of any dataset, then an image of this class.
 
     Both are sampled uniformly. Classes without an image and images without a class are left out.
+    ratios: {dataset: images sampled, relative to the others}; the classes of a dataset share them.
+            None: all classes are alike
     start, rank, world_size: as in `endless`. Raises InputError if no image has a class.
     """
 
     def __init__(
-        self, datasets: list[Dataset], seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        datasets: list[Dataset],
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        ratios: dict[str, float] | None = None,
     ):
         self.seed = seed
         self.position = (start, rank, world_size)
@@ -187,8 +218,14 @@ class ClassAwareSampler:
         by_label = [dataset.index.by_label for dataset in datasets]
         self.images, counts = zip(*by_label)
         self.ends = first_rows(self.images)
+        shares = []  # of each class
+        for dataset, own in zip(datasets, counts):
+            seen = own > 0
+            number = max(1, seen.sum())
+            shares.append(seen * (ratios[dataset.name] if ratios else number) / number)
         counts = np.concatenate(counts)
         self.counts = counts[counts > 0]  # (C,)
+        self.class_ends = np.cumsum(np.concatenate(shares)[counts > 0])  # (C,)
         self.firsts = np.cumsum(self.counts) - self.counts  # (C,)
         if not len(self.counts):
             names = ", ".join(dataset.name for dataset in datasets)
@@ -198,7 +235,8 @@ class ClassAwareSampler:
         """Samples the rows of epoch `number` with replacement, as many as there are images."""
         rng = np.random.default_rng([self.seed, number])
         size = int(self.first_row[-1])
-        classes = rng.integers(len(self.counts), size=size)
+        places = rng.random(size) * self.class_ends[-1]
+        classes = np.searchsorted(self.class_ends, places, side="right")
         within = rng.integers(self.counts[classes])
         picked = self.firsts[classes] + within
         rows = np.empty(size, np.int64)
@@ -214,17 +252,24 @@ class ClassAwareSampler:
 
 
 def make_sampler(
-    kind: str, datasets: list[Dataset], seed: int, start: int, rank: int, world_size: int
+    kind: str,
+    datasets: list[Dataset],
+    ratios: dict[str, float] | None,
+    seed: int,
+    start: int,
+    rank: int,
+    world_size: int,
 ) -> RepeatFactorSampler | ClassAwareSampler:
     """Returns the sampler `kind` of the images of all datasets.
 
     kind: "random" (a plain shuffle), "class-aware", or "repeat-factor" with the threshold of LVIS
+    ratios: {dataset: images sampled, relative to the others}, or None
     start, rank, world_size: as in `endless`
     """
     if kind == "class-aware":
-        return ClassAwareSampler(datasets, seed, start, rank, world_size)
+        return ClassAwareSampler(datasets, seed, start, rank, world_size, ratios)
     threshold = 0.001 if kind == "repeat-factor" else 0.0  # 0: all factors are 1
-    factors = repeat_factors(datasets, threshold)
+    factors = repeat_factors(datasets, threshold, ratios)
     return RepeatFactorSampler(factors, seed, start, rank, world_size)
 
 
@@ -297,7 +342,7 @@ class RatioBatchSampler:
 
 
 def image_weights(
-    datasets: list[Dataset], ratios: dict[str, int], class_aware: Sequence[str]
+    datasets: list[Dataset], ratios: dict[str, float], class_aware: Sequence[str]
 ) -> np.ndarray:
     """Returns (I,): how often each image of all datasets is sampled, relative to the others.
 
@@ -366,24 +411,6 @@ class BucketBatchSampler:
 def shard(length: int, rank: int, world_size: int) -> range:
     """Returns the rows that this rank evaluates. Each of `length` rows belongs to one rank."""
     return range(rank, length, world_size)
-
-
-def refuse_huge_batch(batch_size: int, transforms: Iterable[Callable]) -> None:
-    """Raises InputError if the images of one batch alone need more memory than the machine has.
-
-    transforms: augmentations; an image counts as a square of its `size`, `low` or `crop`
-    """
-    side = 32  # to its multiples images are padded
-    for transform in transforms:
-        lengths = [getattr(transform, name, 0) for name in ("size", "low")]
-        side = max(side, *lengths, *getattr(transform, "crop", ()))
-    needed = 3 * side * side * batch_size
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise InputError(
-            f"a batch of {batch_size} images of {side} x {side} pixels takes {needed / 1e9:,.0f} "
-            f"GB, but this machine has {memory / 1e9:,.0f} GB; lower --batch-size or --image-size"
-        )
 
 
 def make_loader(

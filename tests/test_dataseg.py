@@ -1042,7 +1042,7 @@ def test_a_step_knows_the_classes_of_its_dataset(datasets, tmp_path, monkeypatch
 def test_each_step_has_one_dataset_on_all_ranks(datasets, monkeypatch):
     own = {
         "dataset_batches": "o365=8",
-        "dataset_ratios": "coco-panoptic=2",
+        "dataset_ratios": "coco-panoptic=2,o365=4",
         "dataset_sizes": "o365=32",
     }
     args = replace(SMALL, batch_size=4, image_size=96, semantic_size=64, **own)

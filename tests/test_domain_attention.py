@@ -395,7 +395,7 @@ def test_batches_are_of_one_dataset_and_datasets_are_sampled_by_ratio(monkeypatc
 
     monkeypatch.setattr(domain_attention, "BucketBatchSampler", spy)
     for ratios, share in (("", 1), ("second=3", 3)):
-        args = replace(SMALL, ratios=ratios, batch_size=2, compile="off")
+        args = replace(SMALL, dataset_ratios=ratios, batch_size=2, compile="off")
         domain_attention.build_dataloader(args, datasets, 0)
         assert seen["weights"] == pytest.approx([1 / 3] * 3 + [share / 5] * 5)
         assert seen["buckets"].tolist() == [0] * 3 + [1] * 5

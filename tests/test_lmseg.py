@@ -23,6 +23,7 @@ import common.backbone
 import common.text
 import lmseg
 from common import mask_losses
+from common.backbone import Backbone
 from common.batch import Sample, collate
 from common.checkpoint import last_checkpoint, save_weights
 from common.command import parse_args
@@ -698,7 +699,7 @@ class Counted:
         ({"sampling": "size"}, 3 / 4),
         ({"dataset_ratios": "b=3"}, 3 / 4),
         ({"dataset_ratios": "a=3"}, 1 / 4),
-        ({"sampling": "size", "dataset_ratios": "a=3"}, 1 / 2),
+        ({"sampling": "size", "dataset_ratios": "a=3"}, 1 / 4),
     ],
 )
 def test_lmseg_sampling(flags, share):
@@ -928,6 +929,7 @@ def test_parameter_groups():
     model.backbone = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 4).requires_grad_(False)
     )
+    model.backbone.lr_factor = lambda name: 0.2
     model.head = nn.Sequential(
         nn.Linear(4, 4), nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.Embedding(5, 4)
     )
@@ -940,7 +942,7 @@ def test_parameter_groups():
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = {
         (group["lr_factor"], group["weight_decay"]): {names[p] for p in group["params"]}
-        for group in parameter_groups(model, 0.3, backbone_factor=0.2, decayed=("scale",))
+        for group in parameter_groups(model, 0.3, decayed=("scale",))
     }
     assert found == {
         (0.2, 0.3): {"backbone.0.weight", "backbone.0.bias"},
@@ -951,16 +953,31 @@ def test_parameter_groups():
     }
 
 
-def test_a_factor_of_0_freezes_the_backbone():
+@pytest.mark.parametrize("name, channels", [("resnet18", 64), ("vit_tiny_patch16_224", 0)])
+def test_a_factor_of_0_freezes_the_timm_model_alone(name, channels):
+    """Its running statistics stay, too. What stands on it is trained."""
     model = nn.Module()
-    model.backbone, model.head = (
-        nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)),
-        nn.Linear(4, 4),
-    )
-    (group,) = parameter_groups(model.train(), weight_decay=0.3, backbone_factor=0)
-    assert set(group["params"]) == set(model.head.parameters()) and group["lr_factor"] == 1
-    assert not any(p.requires_grad for p in model.backbone.parameters())
-    assert not model.backbone[1].training and model.head.training  # running statistics stay, too
+    model.backbone = Backbone(name, channels, pretrained=False, strides=[8, 16, 32])
+    model.backbone.factor = 0.0
+    model.head = nn.Linear(4, 4)
+    model.train()
+    body, backbone = (list(m.parameters()) for m in (model.backbone.body, model.backbone))
+    assert not any(p.requires_grad for p in body) and not model.backbone.body.training
+    groups = parameter_groups(model, weight_decay=0.3)
+    trained = {p for group in groups for p in group["params"]}
+    assert trained == {*backbone, *model.head.parameters()} - {*body} and len(trained) > 2
+    assert {group["lr_factor"] for group in groups} == {1}
+
+
+@pytest.mark.parametrize(
+    "name, channels, factor, expected",
+    [("resnet18", 64, None, 1), ("resnet18", 0, None, 0.1), ("resnet18", 0, 0.3, 0.3)],
+)
+def test_the_rate_of_a_backbone(name, channels, factor, expected):
+    backbone = Backbone(name, channels, pretrained=False, strides=[8, 16, 32])
+    backbone.factor = factor
+    factors = {n.split(".")[0]: backbone.lr_factor(n) for n, _ in backbone.named_parameters()}
+    assert factors == {"body": expected} | ({"fpn": 1} if channels else {})
 
 
 def test_lmseg_full_size():

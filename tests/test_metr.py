@@ -79,18 +79,18 @@ def memory_of(*sizes: tuple[int, int]) -> Memory:
 def test_what_is_extracted_of_a_class_depends_on_it_and_the_image_alone():
     extraction = metr.CategoryExtraction(16, 32, 64, 0.1)
     text, memory = torch.randn(5, 16), memory_of((64, 64), (32, 64))
-    presence, vectors = extraction(text, memory)
+    presence, vectors = extraction(text, memory.tokens, memory.padding)
     assert presence.shape == (2, 2, 5) and vectors.shape == (2, 5, 32)
     for rows in ([3], [4, 0], [2, 1, 0]):
-        some = extraction(text[rows], memory)
+        some = extraction(text[rows], memory.tokens, memory.padding)
         torch.testing.assert_close(some[0], presence[:, :, rows])
         torch.testing.assert_close(some[1], vectors[:, rows])
     other = memory_of((64, 64), (32, 64))
     other.tokens = memory.tokens.clone()
     other.tokens[1, memory.padding[1]] = 100
-    torch.testing.assert_close(extraction(text, other), (presence, vectors))
+    torch.testing.assert_close(extraction(text, other.tokens, other.padding), (presence, vectors))
     other.tokens[1, 0] += 1
-    found, _ = extraction(text, other)
+    found, _ = extraction(text, other.tokens, other.padding)
     assert not torch.allclose(found[:, 1], presence[:, 1])
     torch.testing.assert_close(found[:, 0], presence[:, 0])
 
@@ -98,11 +98,12 @@ def test_what_is_extracted_of_a_class_depends_on_it_and_the_image_alone():
 def test_many_classes_are_read_in_parts():
     extraction = metr.CategoryExtraction(16, 32, 64, 0.1)
     text, memory = torch.randn(2100, 16), memory_of((64, 64))
-    presence, vectors = extraction(text, memory)
+    presence, vectors = extraction(text, memory.tokens, memory.padding)
     assert presence.shape == (2, 1, 2100)
     some = [0, 1500, 2099]
     torch.testing.assert_close(
-        extraction(text[some], memory), (presence[:, :, some], vectors[:, some])
+        extraction(text[some], memory.tokens, memory.padding),
+        (presence[:, :, some], vectors[:, some]),
     )
 
 
@@ -136,7 +137,7 @@ def test_the_extraction_by_its_formula():
     first = extraction.layers[0](u, memory.tokens, memory.padding)
     second = extraction.layers[1](first, memory.tokens, memory.padding)
     wanted = torch.stack([extraction.score(h, u) for h in (first, second)])
-    torch.testing.assert_close(extraction(text, memory), (wanted, second))
+    torch.testing.assert_close(extraction(text, memory.tokens, memory.padding), (wanted, second))
 
 
 def test_an_extraction_layer_by_loops():

@@ -20,6 +20,7 @@ from common.batch import Sample, collate
 from common.datasets import load_datasets
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
+from common.runlog import RunLog
 from common.text_encoder import TextEncoder, tokenize, tokenize_lists
 
 SMALL = oneformer.Args(
@@ -398,7 +399,7 @@ def test_oneformer_texts_of_a_step_are_those_of_its_images(datasets, tmp_path, m
     wanted = [oneformer.text_list(args, sample, names) for sample in batch.samples]
     assert wanted[0] != wanted[1]
     lists = []
-    monkeypatch.setattr(oneformer, "build_dataloader", lambda *_: [batch])
+    monkeypatch.setattr(RunLog, "batches", lambda log, *_: iter([(1, batch)]))
     monkeypatch.setattr(
         oneformer, "tokenize_lists", lambda given: lists.append(given) or tokenize_lists(given)
     )

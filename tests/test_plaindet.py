@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_runs
+from test_data import labelled
 from torch import nn
 from torch.nn import functional as F
 from waits import count_waits
@@ -331,9 +332,13 @@ def test_factors_of_datasets():
     unknown = plaindet.dataset_factors(np.array([6.0, 0.0, 3.0]), np.array([5, 5, 5]))
     assert unknown.tolist() == [2, 1, 1]
     args, losses = plaindet.Args(), np.array([3.0, 1.0])
-    assert plaindet.dataset_shares(args, losses, sizes).tolist() == [0.75, 0.25]
-    by_size = plaindet.dataset_shares(plaindet.Args(sampling="size"), losses, np.array([30, 10]))
+    alike = [labelled(name, [[0]] * 100, 1) for name in "ab"]
+    assert plaindet.dataset_shares(args, losses, alike).tolist() == [0.75, 0.25]
+    sized = [labelled(name, [[0]] * size, 1) for name, size in (("a", 30), ("b", 10))]
+    by_size = plaindet.dataset_shares(plaindet.Args(sampling="size"), losses, sized)
     assert by_size.tolist() == [0.75, 0.25]
+    given = plaindet.dataset_shares(plaindet.Args(dataset_ratios="b=4"), losses, sized)
+    assert given.tolist() == [0.2, 0.8]
 
 
 def test_hardness_is_the_mean_of_a_period():
@@ -359,8 +364,7 @@ def test_a_resumed_run_has_the_shares_of_this_period_and_the_next(monkeypatch):
     hardness.means = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
     args = plaindet.Args(period=5, workers=0)
     sampler = plaindet.build_sampler(args, datasets, 7, hardness)
-    sizes = np.array([40, 10])
-    wanted = [plaindet.dataset_shares(args, m, sizes) for m in hardness.means.numpy()]
+    wanted = [plaindet.dataset_shares(args, m, datasets) for m in hardness.means.numpy()]
     assert list(sampler.shares) == [1, 2]
     assert np.array_equal(np.stack(list(sampler.shares.values())), np.stack(wanted))
     assert [w.tolist() for w in sampler.weights] == [[1.001] * 40, [1.001] * 10]

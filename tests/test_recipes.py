@@ -124,13 +124,12 @@ OWN = {
     unidet: {
         "stage": "all",
         "label_space": "",
-        "ratios": "",
         "class_aware": "o365,oid,oid500",
         "tau": 0.2,
         "lam": 0.5,
     },
     groupsoftmax: {"groups": "", "repeat_threshold": 0.001},
-    domain_attention: {"attention": True, "adapters": 0, "less_blocks": False, "ratios": ""},
+    domain_attention: {"attention": True, "adapters": 0, "less_blocks": False},
 }
 
 
@@ -260,7 +259,7 @@ class Stage:
             "build_dataloader": self.loader,
             "load_weights": lambda path, model: self.loaded.append(str(path)),
             "load_checkpoint": lambda path, optimizer: int(path.name[-7:]),
-            "last_checkpoint": lambda *given: self.checkpoint,
+            "last_checkpoint": self.sound,
             "training_grid": lambda *given: None,
             "save_image": lambda *given: None,
             "learning_rate": self.schedule,
@@ -273,7 +272,11 @@ class Stage:
     def run_log(self, args, folder, last, start, model, *rest) -> SimpleNamespace:
         self.last, self.start = last, start
         self.models.append(model)
-        return SimpleNamespace(evaluate_with=lambda *given: None)
+        return SimpleNamespace(batches=lambda loader, *given: enumerate(loader, start + 1))
+
+    def sound(self, folder, replay, after) -> Path | None:
+        is_later = self.checkpoint and int(self.checkpoint.name[-7:]) > after
+        return self.checkpoint if is_later else None
 
     def loader(self, args, datasets, start, *device) -> list:
         self.skipped = start

@@ -32,11 +32,15 @@ ALLOWED = {
     "training_datasets(args": "methods differ in the masks and the supervision that they read",
     "evaluation_datasets(args": "methods differ in the supervision that they read",
     "predictor = partial(": "segmenters predict for a task",
-    '"dataset_ratios"': "the papers sample the datasets by other ratios",
+    "make_sampler(": "UniDetector has a choice of samplers",
+    "run_log.step(": "batches of several datasets have no curves of their own",
     "make_loader(": "some models are compiled for one shape, and the samplers differ",
     "build_dataloader(args, datasets, start": "LMSeg's crops have several shapes",
     "test_transform(model.args": "LMSeg has a test size for each dataset",
     "parameter_groups(": "the papers' weight decay",
+    "image_ratios(args": "the papers sample the datasets by other ratios",
+    "keep_stage(": "the stages of the papers",
+    "for dataset in datasets:": "what is prepared for each dataset",
     "parallel(batch.images": "the models have other inputs",
     "predict_files(partial(": "UniDetector's predictions are calibrated",
     "contrastive": "OneFormer's loss is that of Mask2Former and one more",
@@ -84,16 +88,16 @@ ALLOWED = {
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
 BUDGETS = {
     "labels & text": 2480,
-    "data": 10140,
-    "detectors": 5050,
+    "data": 10260,
+    "detectors": 5100,
     "segmenters": 2310,
-    "a run": 3980,
+    "a run": 4300,
 }
-BUDGETS |= {"faults": 1945}
+BUDGETS |= {"faults": 2015}
 GROUPS = {
     "labels & text": "labels text class_counts merges merge_scores fine_classes label_report"
     " exemplars pictures aggregator",
-    "data": "batch colors transforms sampling shares",
+    "data": "batch colors transforms sampling shares preview",
     "detectors": "backbone swin vit weight_files boxes targets centernet cascade masks oln"
     " clip_resnet proposals image_label_losses text_classifier official_detectors class_ap"
     " retinanet pseudo_boxes rpn roi_align deformable set_losses"
@@ -315,7 +319,7 @@ def test_shared_args_do_not_drift():
         for line, twin in zip(shared_args(one), shared_args(other), strict=True):
             assert line == twin, f"{one.name} and {other.name} drift at: {line!r} / {twin!r}"
     fields = [line for line in shared_args(METHODS[0]) if re.match(r"    \w+: ", line)]
-    assert len(fields) <= 24
+    assert len(fields) <= 29
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)

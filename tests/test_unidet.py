@@ -193,7 +193,7 @@ def test_datasets_are_sampled_by_ratio_and_images_by_class():
 
 def test_loader_samples_classes_of_some_datasets_and_batches_of_one(tmp_path):
     first, second = labelled("first", [[0], [0, 1], [0]], 2), labelled("o365", [[0], [0, 1]], 2)
-    args = unidet.Args(output=str(tmp_path), ratios="first=3", batch_size=2, workers=0)
+    args = unidet.Args(output=str(tmp_path), dataset_ratios="first=3", batch_size=2, workers=0)
     loader = unidet.build_dataloader(args, [first, second], 5)
     sampler = loader.batch_sampler
     assert sampler.weights == pytest.approx([1, 1, 1, 0.25, 0.75])

@@ -1,0 +1,131 @@
+"""Memory of a training: how much a step takes, and the largest batch that fits (--batch-size auto).
+
+A resident page or a byte that torch has allocated on a GPU counts, at its peak.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import InputError
+from common.saved import read_args
+
+log = logging.getLogger("concord")
+
+MEASURE = "CONCORD_MEASURE"  # set: a training ends after PROBE_STEPS steps and prints its peak
+PROBE_STEPS = 4
+SHARE = 0.8  # of the memory may be taken: later images are larger, or have more objects
+# variables of torchrun, which a process of its own must not have
+OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Returns the most bytes that this process has had on `device`; None if they are not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # ru_maxrss would begin with the parent's memory
+    if device.type != "cpu" or not status.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return 1024 * int(fields["VmHWM"].split()[0])
+
+
+def total_memory(device: torch.device) -> int:
+    """Returns the bytes of memory of a GPU, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def refuse_huge_batch(batch_size: int, transforms: Iterable[Callable]) -> None:
+    """Raises InputError if the images of one batch alone need more memory than the machine has.
+
+    transforms: augmentations; an image counts as a square of its `size`, `low` or `crop`
+    """
+    side = 32  # to its multiples images are padded
+    for transform in transforms:
+        lengths = [getattr(transform, name, 0) for name in ("size", "low")]
+        side = max(side, *lengths, *getattr(transform, "crop", ()))
+    needed = 3 * side * side * batch_size
+    memory = total_memory(torch.device("cpu"))
+    if needed > memory:
+        raise InputError(
+            f"a batch of {batch_size} images of {side} x {side} pixels takes {needed / 1e9:,.0f} "
+            f"GB, but this machine has {memory / 1e9:,.0f} GB; lower --batch-size or --image-size"
+        )
+
+
+def tell_memory(images: int, parts: int, device: torch.device) -> None:
+    """Logs how much memory the first step took, with --accumulate `parts`, of how much there is.
+
+    images: of the step on this rank
+    """
+    peak = peak_memory(device)
+    if peak is None:
+        return
+    total = total_memory(device)
+    message = "a step of %d images in %s takes %.1f of %.1f GB"
+    one = "one part (--accumulate 2 takes less)" if parts == 1 else f"{min(parts, images)} parts"
+    log.info(message, images, one, peak / 1e9, total / 1e9)
+
+
+def find_batch_size(args: Any, device: torch.device, ranks: int) -> int:
+    """Returns the images per step, over all ranks, that fill the memory of `device`.
+
+    Short trainings with two sizes of batches, as processes of their own, say what an image takes. A
+    last one shows that the result fits; if it does not, fewer are tried. A run that goes on keeps
+    its size. Raises InputError if not even two images fit.
+    """
+    folder = Path(args.resume or args.output)
+    if (args.resume or args.output) and (folder / "args.json").exists():
+        return read_args(folder, Path(sys.argv[0]).stem)["batch_size"]
+    few, more = measured(2), measured(8)
+    if few is None:
+        raise InputError("--batch-size auto: not even 2 images fit; lower --image-size")
+    size = 2
+    if more is not None:
+        per_image = max((more - few) / 6, 1e6)
+        fixed = few - 2 * per_image
+        size = max(2, int((SHARE * total_memory(device) - fixed) / per_image))
+        while size > 2 and measured(size) is None:
+            size = max(2, int(0.8 * size))
+    log.info("--batch-size auto: %d images on each of %d ranks", size, ranks)
+    return size * ranks
+
+
+def measured(size: int) -> int | None:
+    """Returns the peak bytes of a training of this command with `size` images per step.
+
+    None: the memory was not enough. Raises InputError if the training fails otherwise.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--batch-size", size, "--output", folder, "--eval-every", 0, "--workers", 0]
+        command = [sys.executable, *sys.argv, *map(str, flags)]
+        done = subprocess.run(
+            command, env=environment | {MEASURE: "1"}, capture_output=True, text=True
+        )
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])["peak"]
+    line = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+    if "memory" in line[0] or done.returncode < 0:  # a negative code: killed, as for its memory
+        return None
+    raise InputError(f"--batch-size auto: a training of {size} images failed: {line[0]}")
+
+
+def end_if_measured(step: int, last: int, device: torch.device) -> None:
+    """Prints the peak memory and ends the process, if `measured` has started this training.
+
+    It does so after PROBE_STEPS steps, or after the last one.
+    """
+    if MEASURE in os.environ and step >= min(PROBE_STEPS, last):
+        print(json.dumps({"peak": peak_memory(device)}), flush=True)
+        raise SystemExit(0)
