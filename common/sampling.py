@@ -100,6 +100,18 @@ def first_rows(parts: Sequence) -> np.ndarray:
     return np.cumsum([0, *lengths])
 
 
+def refuse_empty(parts: Sequence) -> None:
+    """Raises InputError if a dataset has no image, where each image trains its own classes alone.
+
+    parts: of each dataset something of the length of its images
+    """
+    if not all(map(len, parts)):
+        raise InputError(
+            "a dataset of the training has no images (@0), so that its classes would be negatives of"
+            " other datasets; but here an image trains the classes of its own; leave it out"
+        )
+
+
 def image_ratios(
     args: Any, datasets: list[Dataset], own: dict[str, float] | None = None
 ) -> dict[str, float] | None:
@@ -130,7 +142,7 @@ def repeat_factors(
     factors = []
     for dataset in datasets:
         image_counts = np.maximum(dataset.image_counts(), 1)  # (C_d,)
-        frequency = image_counts / total
+        frequency = image_counts / max(total, 1)
         of_class = np.sqrt(threshold / frequency)
         of_class = np.maximum(1, of_class)
         of_image = np.ones(len(dataset))
@@ -302,6 +314,7 @@ class RatioBatchSampler:
     apart: bool = False
 
     def __post_init__(self):
+        refuse_empty(self.factors)
         count = len(self.factors)
         for what, values in (("ratios", self.ratios), ("batch sizes", self.batch_sizes)):
             if len(values) != count or min(values) <= 0:
@@ -351,6 +364,7 @@ def image_weights(
     classes are seen equally often; an image without a class is never sampled.
     Source: xingyizhou/UniDet:unidet/data/multi_dataset_dataloader.py
     """
+    refuse_empty(datasets)
     weights = []
     for dataset in datasets:
         own = np.ones(len(dataset))

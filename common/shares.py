@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from common.distributed import same_on_ranks
 from common.errors import InputError
-from common.sampling import first_rows
+from common.sampling import first_rows, refuse_empty
 
 # Shapes: K datasets, I_s images of dataset s.
 
@@ -40,6 +40,7 @@ class ShareBatchSampler:
     shares: dict[int, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self):
+        refuse_empty(self.weights)
         self.size = self.batch_size // self.world_size  # images per rank
         if self.size < 1:
             raise InputError(

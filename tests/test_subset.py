@@ -181,7 +181,7 @@ def test_a_part_is_not_larger_than_the_whole(boxes, caplog):
     caplog.set_level("INFO", "concord")
     (one,) = load_datasets(boxes.replace("=", "@1="), "train")
     assert len(one) == 1 and "mine: 1 of 2 images, drawn at random" in caplog.text
-    for limit, count in (("3", 3), ("0", 0), ("1%", 0)):
+    for limit, count in (("3", 3), ("0%", 0), ("1%", 0)):
         with pytest.raises(InputError, match=f"mine@{limit} are {count} images of 2; write 1 to 2"):
             load_datasets(boxes.replace("=", f"@{limit}="), "train")
 

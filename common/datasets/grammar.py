@@ -8,7 +8,8 @@ An entry is one of
     NAME=FOLDER/:IMAGES/           xml files, label maps, YOLO's txt files or labelme's json files
     NAME=FOLDER/                   what another tool exported, or a folder of images per class
     NAME:SPLIT=FOLDER/             its split train, val or test
-NAME@35000 or NAME@3.5% in place of NAME stands for so many of its images, drawn at random.
+NAME@35000 or NAME@3.5% in place of NAME stands for so many of its images, drawn at random. In a
+training, NAME@0 stands for its classes alone.
 
 No module that it imports needs torch, whose import takes seconds.
 """

@@ -164,7 +164,7 @@ def load_datasets(
             check_training(dataset)
         _, limit = without_limit(entry)
         if limit:
-            dataset = draw_images(dataset, limit)
+            dataset = draw_images(dataset, limit, split)
         datasets.append(replace(dataset, masks=masks))
     return datasets
 

@@ -58,16 +58,20 @@ def _can_teach(dataset: Dataset) -> bool:
     return dataset.pixel_labels is not None or len(index.labels) > 0 or labelled
 
 
-def draw_images(dataset: Dataset, limit: str) -> Dataset:
+def draw_images(dataset: Dataset, limit: str, split: str) -> Dataset:
     """Returns the dataset with a part of its images, drawn at random; logs how many.
 
-    limit: a number, "35000", or a percentage of the images, "3.5%", rounded down
+    limit: a number, "35000", or a percentage of the images, "3.5%", rounded down. To train, "0"
+           leaves the classes alone, as negatives for the images of other datasets
     The draw depends on the numbers of images alone, so that each run has the same images.
     Raises InputError if the dataset has fewer images, and for none at all.
     Source: zhenyuw16/UniDetector:scripts/extract_random_images.py, with its seed 1.
     """
     total = len(dataset)
     count = int(float(limit[:-1]) / 100 * total) if limit.endswith("%") else int(limit)
+    if limit == "0" and split == "train":
+        log.info("%s: none of its images, but its classes, as negatives", dataset.name)
+        return dataset.select(np.zeros(total, bool))
     if not 0 < count <= total:
         raise InputError(
             f"--datasets {dataset.name}@{limit} are {count} images of {total}; write 1 to {total}"
