@@ -3,8 +3,8 @@
     python benchmarks/finetuning.py [--seeds 0 1 2] [--output runs/finetuning]
 
 Trains scaledet.py on the generated coco and o365, and from its weights on the generated oid, in
-four ways. Each run is evaluated on the datasets of both trainings, and on lineart, which no training
-has seen. Runs that have ended are not repeated. Writes results.json and table.md.
+four ways. Each run is evaluated on the datasets of both trainings, and on lineart, which none has
+seen. Runs that have ended are not repeated. Writes results.json and table.md.
 """
 
 import argparse

@@ -107,8 +107,8 @@ def refuse_empty(parts: Sequence) -> None:
     """
     if not all(map(len, parts)):
         raise InputError(
-            "a dataset of the training has no images (@0), so that its classes would be negatives of"
-            " other datasets; but here an image trains the classes of its own; leave it out"
+            "a dataset of the training has no images (@0), so that its classes are negatives of"
+            " others; but here an image trains the classes of its own dataset alone; leave it out"
         )
 
 

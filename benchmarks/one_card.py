@@ -1,0 +1,128 @@
+"""Memory of each method's training at its default size, and the parts that one card needs.
+
+    python benchmarks/one_card.py [METHOD...] [--card 24] [--output FOLDER]
+
+Measures three short trainings of a method on generated images of the default size, in float32 and
+on the CPU: one image, two, and two in two parts. From these it computes
+
+    memory = fixed + in_part * images of a part + in_batch * images of the batch
+
+and for the default batch size the least --accumulate with which that is below 85 % of the card. On
+a GPU the layers run in bfloat16, which takes less. Weights are random, since none can be downloaded
+here; the text is MiniLM's. Writes one_card-<machine>.json.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common.memory import MEASURE
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# settings of TINY that are not of its size
+KEPT = {"text_encoder", "prompts", "null", "amp", "workers", "steps", "classifier_steps", "tau"}
+KEPT |= {"warmup_steps", "period", "checkpoint_every", "lr", "base_batch_size", "cls_bias"}
+DATASETS = {
+    "detic": "coco-base",
+    "category_extended": "cityscapes-common,cityscapes-rare",
+    "domain_attention": "coco,oid",
+    "metr": "coco,cityscapes-instances",
+    "lmseg": "ade20k,cityscapes",
+    "dataseg": "ade20k,coco-panoptic",
+    "oneformer": "coco-panoptic",
+    "groupsoftmax": "coco,oid",
+}
+BACKBONE = {"unidetector": ["--classifier-backbone", "resnet50"]}  # RN50/openai is not here
+
+
+def flags_of(method: str) -> list[str]:
+    """Returns the flags that undo --tiny, but for what is KEPT of it."""
+    module = importlib.import_module(method)
+    defaults = {field.name: field.default for field in fields(module.Args)}
+    flags = ["--tiny", "--datasets", DATASETS.get(method, "coco,o365"), "--workers", "0"]
+    for name in module.TINY.keys() - KEPT - {"batch_size"}:
+        value = defaults[name]
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            flags += [flag, *map(str, value if isinstance(value, tuple) else [value])]
+    return [*flags, *BACKBONE.get(method, [])]
+
+
+def peak(method: str, images: int, parts: int) -> float:
+    """Returns the peak GB of a training of two steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, f"{method}.py", *flags_of(method), "--steps", "2"]
+        command += ["--batch-size", str(images), "--accumulate", str(parts), "--output", folder]
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | {MEASURE: "1"}, capture_output=True, text=True
+        )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])["peak"] / 1e9
+
+
+def measure(method: str, card: float) -> dict:
+    """Returns the record of a method: what was measured, and what follows from it."""
+    one, two, parted = peak(method, 1, 1), peak(method, 2, 1), peak(method, 2, 2)
+    in_batch = max(parted - one, 0.0)
+    in_part = max(two - parted, 0.0)
+    fixed = one - in_batch - in_part
+    batch = importlib.import_module(method).Args().batch_size
+    needed = {n: fixed + in_part * math.ceil(batch / n) + in_batch * batch for n in divisors(batch)}
+    fits = [n for n, memory in needed.items() if memory <= 0.85 * card]
+    chosen = fits[0] if fits else batch
+    return {
+        "measured": {"1 image": one, "2 images": two, "2 images in 2 parts": parted},
+        "batch_size": batch,
+        "whole": round(needed[1], 1),
+        "accumulate": chosen,
+        "in_parts": round(needed[chosen], 1),
+        "fits": bool(fits),
+    }
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def table(records: dict[str, dict]) -> str:
+    """Returns a row per method."""
+    lines = ["| method | batch | GB whole | --accumulate | GB in parts |", "|---|---|---|---|---|"]
+    for method, r in records.items():
+        cells = (method, r["batch_size"], r["whole"], r["accumulate"], r["in_parts"])
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    methods = sorted(p.stem for p in ROOT.glob("*.py") if "\nclass Args:" in p.read_text())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("methods", nargs="*", default=methods)
+    parser.add_argument("--card", type=float, default=24.0, help="GB of the card")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    args = parser.parse_args()
+    machine = "-".join((platform.processor() or platform.machine()).split())
+    file = args.output / f"one_card-{machine}.json"
+    records = json.loads(file.read_text()) if file.exists() else {}
+    for method in args.methods:
+        if method not in records:
+            records[method] = measure(method, args.card)
+            print(method, records[method], flush=True)
+            file.write_text(json.dumps(records, indent=1))
+    print(table(records))
+
+
+if __name__ == "__main__":
+    main()
