@@ -631,7 +631,7 @@ def train(
     weights = checkpoint or args.weights
     model = Model(args, label_space, pretrained=not weights).to(device)
     if weights:
-        load_weights(weights, model, fresh="" if checkpoint else "prop_score.")  # stage 1 lacks it
+        load_weights(weights, model, fresh=() if checkpoint else ("prop_score.", "mask_head."))
     model.train()
     # image-level labels train neither the mask head nor the box regression
     parallel = in_parallel(model, unused=True)
@@ -708,8 +708,8 @@ def load(
     args = args or saved_args(Args, metadata)
     label_space = build_label_space(args, vocabularies)
     model = Model(args, label_space, pretrained=False).to(device)
-    load_weights(path, model, fresh="prop_score.")  # predictions do not need it
-    model.boxed = metadata["boxed"]
+    load_weights(path, model, fresh=("prop_score.",))  # predictions do not need it
+    model.boxed = metadata.get("boxed", label_space.names)  # all of ScaleDet's have boxes
     return model.eval(), label_space.to(device)
 
 

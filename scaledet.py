@@ -245,6 +245,7 @@ TINY = {
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias"]
 MODEL_FIELDS += ["channels", "fc_dim"]
 OFFICIAL = convert_centernet2_boxes  # there are none of ScaleDet, but of the same detector
+SAME = {"fits": ["detic"], "own_head": {"masks": False}}  # Detic's network without its mask head
 
 # -- Model -----------------------------------------------------------------------------------------
 
@@ -543,7 +544,7 @@ def train(
         load_weights(weights, model)
     model.train()
     parallel = in_parallel(model)
-    metadata = {"method": METHOD, "args": asdict(args)}
+    metadata = {"method": METHOD, "args": asdict(args)} | SAME
 
     steps = given(args.steps, 90_000 * len(datasets))
     warmup = min(args.warmup_steps, steps // 9)

@@ -138,11 +138,15 @@ def check_datasets(weights: str | Path, method: str, names: list[str]) -> None:
 
 
 def load_weights(
-    path: str | Path, model: nn.Module, fresh: str = "", only: str = "", base: bool = False
+    path: str | Path,
+    model: nn.Module,
+    fresh: tuple[str, ...] = (),
+    only: str = "",
+    base: bool = False,
 ) -> None:
     """Loads the tensors of a weights file into `model`, in place. Leaves out its label space.
 
-    fresh: prefix of tensors that the file may lack; the log says that they keep initial values
+    fresh: prefixes of tensors that the file may lack; the log says that they keep initial values
     only:  prefix of the tensors to load; all others keep their initial values
     base:  of converted weights, only the submodules that their metadata lists as `base` are loaded;
            the log says which others keep their initial values
@@ -172,7 +176,7 @@ def load_weights(
     new = set()
     for key in own.keys() - tensors.keys():
         in_base = not modules or key.partition(".")[0] in modules
-        if (fresh and key.startswith(fresh)) or not in_base:
+        if key.startswith(fresh) or not in_base:
             new.add(key)
             tensors[key] = own[key]
     if new:

@@ -70,7 +70,8 @@ def own_weights(path: str | Path) -> Path | None:
 def read_metadata(path: str | Path, method: str = "") -> dict:
     """Reads the metadata of a weights file: method, args, vocabularies, and the method's own keys.
 
-    "file" is the path of the file. Without a `method`, the weights may be of any.
+    "file" is the path of the file. Without a `method`, the weights may be of any. The key "fits"
+    lists further methods whose network is the same.
     Raises InputError if the file is missing or cannot be read, or if another method, an older
     version or another program wrote it.
     """
@@ -88,7 +89,7 @@ def read_metadata(path: str | Path, method: str = "") -> dict:
             f"weights {file} were not saved by this project: their metadata lacks the settings of"
             " the model"
         )
-    if metadata["method"] != (method or metadata["method"]):
+    if method and method not in (metadata["method"], *metadata.get("fits", ())):
         raise InputError(
             f"weights {file} are not of {method}.py but of {metadata['method']!s:.60}.py; use that"
         )

@@ -3,9 +3,11 @@
 The loops are written from the paper.
 """
 
+import importlib
 import json
 import math
 import shutil
+import sys
 from dataclasses import replace
 from itertools import islice
 from typing import get_args
@@ -13,7 +15,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from conftest import FAST, REAL
+from conftest import FAST, REAL, small_flags
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,6 +23,7 @@ from torch.nn import functional as F
 
 import common.text
 import detic
+import scaledet
 from common.batch import Sample, collate
 from common.cascade import StageOutput, loss_box_reg
 from common.class_counts import federated_counts, images_per_class, seen_and_unseen
@@ -40,6 +43,7 @@ from common.image_label_losses import (
     mean_over_bags,
 )
 from common.labels import LabelSpace, Vocabulary, fold
+from common.process import Process
 from common.sampling import RatioBatchSampler, repeat_factors
 from common.targets import RegionTargets, Targets
 from common.text import read_table
@@ -1222,3 +1226,28 @@ def test_detic_weights_of_another_text_encoder(fails, second_stage, tiny_root, t
         assert ".embedding." in line and "--text-encoder" in line
         shapes = ("[384]", "[24]") if ".bias" in line else ("[384, 32]", "[24, 32]")
         assert all(shape in line for shape in shapes)
+
+
+def test_weights_of_scaledet_are_those_of_the_boxes(tiny_root, tmp_path, monkeypatch, caplog):
+    """They predict the same boxes, and a training starts from them with a new mask head."""
+    caplog.set_level("INFO", logger="concord")
+    flags = [*small_flags("scaledet", 1), "--data-root", str(tiny_root), "--eval-datasets", "coco"]
+    run = tmp_path / "scaledet"
+    train = ["--datasets", "coco,o365", "--output", str(run)]
+    for name, command in (("scaledet", train), ("detic", ["--datasets", "coco"])):
+        if name == "detic":
+            flags = [*small_flags("detic", 1), "--data-root", str(tiny_root)]
+            command += ["--weights", str(run), "--output", str(tmp_path / "detic"), "--masks"]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags, *command])
+        monkeypatch.setattr(Process, "training", None)
+        importlib.import_module(name).main()
+    assert "12 tensors of 'mask_head.' are not in it and start anew" in caplog.text
+    photo = torch.randint(256, (3, 96, 96), dtype=torch.uint8)
+    (ours, space), (theirs, _) = (module.load(run) for module in (detic, scaledet))
+    assert ours.boxed == space.names and not ours.args.masks
+    (found,), (expected,) = (
+        module.predict_images(model, [photo], space)
+        for module, model in ((detic, ours), (scaledet, theirs))
+    )
+    for key in ("boxes", "labels"):
+        assert torch.equal(found[key], expected[key])

@@ -39,6 +39,7 @@ ALLOWED = {
     "test_transform(model.args": "LMSeg has a test size for each dataset",
     "parameter_groups(": "the papers' weight decay",
     "image_ratios(args": "the papers sample the datasets by other ratios",
+    'metadata = {"method"': "ScaleDet's weights are those of Detic, too",
     "keep_stage(": "the stages of the papers",
     "for dataset in datasets:": "what is prepared for each dataset",
     "parallel(batch.images": "the models have other inputs",
@@ -91,7 +92,7 @@ BUDGETS = {
     "data": 10260,
     "detectors": 5100,
     "segmenters": 2310,
-    "a run": 4300,
+    "a run": 4420,
 }
 BUDGETS |= {"faults": 2015}
 GROUPS = {
