@@ -86,7 +86,8 @@ from common.labels import LabelSpace, Vocabulary
 from common.optim import learning_rate, scaled_lr, set_learning_rate
 from common.parts import in_parts
 from common.runlog import RunLog, make_run_folder, report
-from common.sampling import BucketBatchSampler, Mixture, image_ratios, image_weights, make_loader
+from common.sampling import Mixture, image_ratios, make_loader
+from common.shares import BucketBatchSampler, image_weights
 from common.targets import Targets
 from common.transforms import LargeScaleJitter, ResizeShortest
 

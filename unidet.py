@@ -8,7 +8,7 @@ least AP is lost. The unified detector is trained on the merged classes, again o
 Equation                                          function
 loss_k, on the classes of dataset k               Supervision, loss_classes
 hierarchy of OpenImages                           Supervision.of
-sampling of datasets and images                   common.sampling.image_weights
+sampling of datasets and images                   common.shares.image_weights
 c_t, AP that is lost by merging t                 merge_cost
 candidate merges                                  find_candidates
 min_x sum_t x_t (|t| c_t + lambda)                choose_merges
@@ -107,7 +107,8 @@ from common.merges import Group, read_groups, write_groups
 from common.optim import learning_rate, scaled_lr, set_learning_rate
 from common.parts import in_parts
 from common.runlog import RunLog, keep_stage, make_run_folder, report
-from common.sampling import BucketBatchSampler, Mixture, image_ratios, image_weights, make_loader
+from common.sampling import Mixture, image_ratios, make_loader
+from common.shares import BucketBatchSampler, image_weights
 from common.targets import Targets
 from common.transforms import LargeScaleJitter, ResizeShortest
 

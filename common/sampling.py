@@ -5,7 +5,7 @@ end. `draw` differs for each element of the stream. The stream depends on the se
 resumed run continues it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
@@ -352,74 +352,6 @@ class RatioBatchSampler:
             images = islice(streams[d], int(self.sizes[d]))
             # `draw` decides the augmentation, so it must differ between the datasets
             yield [(int(starts[d]) + row, draw * count + d) for row, draw in images]
-
-
-def image_weights(
-    datasets: list[Dataset], ratios: dict[str, float], class_aware: Sequence[str]
-) -> np.ndarray:
-    """Returns (I,): how often each image of all datasets is sampled, relative to the others.
-
-    The datasets are sampled by `ratios`. Within one, images are alike, or, if `class_aware` names
-    it, proportional to the sum over their classes of 1 / (images with the class), so that all
-    classes are seen equally often; an image without a class is never sampled.
-    Source: xingyizhou/UniDet:unidet/data/multi_dataset_dataloader.py
-    """
-    refuse_empty(datasets)
-    weights = []
-    for dataset in datasets:
-        own = np.ones(len(dataset))
-        if dataset.name in class_aware:
-            images, counts = dataset.index.by_label
-            shares = np.repeat(1 / np.maximum(counts, 1), counts)
-            own = np.bincount(images, shares, minlength=len(dataset))
-        weights.append(own / own.sum() * ratios[dataset.name])
-    return np.concatenate(weights)
-
-
-@dataclass
-class BucketBatchSampler:
-    """Yields batches endlessly: lists of (row, draw). All images of a batch are of one bucket.
-
-    Images are sampled with replacement. A bucket that is full becomes a batch at once.
-    weights:    (I,) probability of each image, relative to the others
-    buckets:    (I,) bucket of each image, such as its dataset
-    batch_size: images of a batch on this rank
-    start:      number of steps that are skipped; a resumed run has made them
-    Source: xingyizhou/UniDet:unidet/data/multi_dataset_dataloader.py
-    """
-
-    weights: np.ndarray
-    buckets: np.ndarray
-    batch_size: int
-    seed: int
-    start: int = 0
-    rank: int = 0
-    world_size: int = 1
-
-    @property
-    def sizes(self) -> list[int]:
-        """The largest size of a batch, as `RatioBatchSampler` has those of its datasets."""
-        return [self.batch_size]
-
-    def epoch(self, number: int) -> np.ndarray:
-        """Samples 65536 rows."""
-        rng = np.random.default_rng([self.seed, number])
-        ends = np.cumsum(self.weights)
-        return np.searchsorted(ends, rng.random(65536) * ends[-1], side="right")
-
-    def batches(self, items: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-        """Yields the batches of a stream of (row, draw)."""
-        waiting: dict[int, list] = {}
-        for row, draw in items:
-            bucket = waiting.setdefault(int(self.buckets[row]), [])
-            bucket.append((row, draw))
-            if len(bucket) == self.batch_size:
-                yield bucket.copy()
-                bucket.clear()
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        items = endless(self.epoch, 0, self.rank, self.world_size)
-        return islice(self.batches(items), self.start, None)
 
 
 def shard(length: int, rank: int, world_size: int) -> range:

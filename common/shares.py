@@ -1,17 +1,87 @@
-"""Batches of single datasets, drawn by probabilities that follow the losses of a training."""
+"""Batches of single datasets: by weights of the images, or by shares that follow the losses."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.datasets.dataset import Dataset
 from common.distributed import same_on_ranks
 from common.errors import InputError
-from common.sampling import first_rows, refuse_empty
+from common.sampling import endless, first_rows, refuse_empty
 
 # Shapes: K datasets, I_s images of dataset s.
+
+
+def image_weights(
+    datasets: list[Dataset], ratios: dict[str, float], class_aware: Sequence[str]
+) -> np.ndarray:
+    """Returns (I,): how often each image of all datasets is sampled, relative to the others.
+
+    The datasets are sampled by `ratios`. Within one, images are alike, or, if `class_aware` names
+    it, proportional to the sum over their classes of 1 / (images with the class), so that all
+    classes are seen equally often; an image without a class is never sampled.
+    Source: xingyizhou/UniDet:unidet/data/multi_dataset_dataloader.py
+    """
+    refuse_empty(datasets)
+    weights = []
+    for dataset in datasets:
+        own = np.ones(len(dataset))
+        if dataset.name in class_aware:
+            images, counts = dataset.index.by_label
+            shares = np.repeat(1 / np.maximum(counts, 1), counts)
+            own = np.bincount(images, shares, minlength=len(dataset))
+        weights.append(own / own.sum() * ratios[dataset.name])
+    return np.concatenate(weights)
+
+
+@dataclass
+class BucketBatchSampler:
+    """Yields batches endlessly: lists of (row, draw). All images of a batch are of one bucket.
+
+    Images are sampled with replacement. A bucket that is full becomes a batch at once.
+    weights:    (I,) probability of each image, relative to the others
+    buckets:    (I,) bucket of each image, such as its dataset
+    batch_size: images of a batch on this rank
+    start:      number of steps that are skipped; a resumed run has made them
+    Source: xingyizhou/UniDet:unidet/data/multi_dataset_dataloader.py
+    """
+
+    weights: np.ndarray
+    buckets: np.ndarray
+    batch_size: int
+    seed: int
+    start: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def sizes(self) -> list[int]:
+        """The largest size of a batch, as `RatioBatchSampler` has those of its datasets."""
+        return [self.batch_size]
+
+    def epoch(self, number: int) -> np.ndarray:
+        """Samples 65536 rows."""
+        rng = np.random.default_rng([self.seed, number])
+        ends = np.cumsum(self.weights)
+        return np.searchsorted(ends, rng.random(65536) * ends[-1], side="right")
+
+    def batches(self, items: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+        """Yields the batches of a stream of (row, draw)."""
+        waiting: dict[int, list] = {}
+        for row, draw in items:
+            bucket = waiting.setdefault(int(self.buckets[row]), [])
+            bucket.append((row, draw))
+            if len(bucket) == self.batch_size:
+                yield bucket.copy()
+                bucket.clear()
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        items = endless(self.epoch, 0, self.rank, self.world_size)
+        return islice(self.batches(items), self.start, None)
 
 
 @dataclass

@@ -21,7 +21,7 @@ import unidet
 from common.class_ap import CrossAP50, Detections, Truth
 from common.evaluation import ancestors
 from common.labels import LabelSpace, Vocabulary
-from common.sampling import BucketBatchSampler, image_weights
+from common.shares import BucketBatchSampler, image_weights
 
 SMALL = unidet.Args(backbone="resnet10t", channels=32, fc_dim=24)
 

@@ -23,7 +23,7 @@ from common.errors import InputError
 from common.evaluation import ancestors
 from common.labels import LabelSpace, Vocabulary
 from common.merges import read_groups, write_groups
-from common.sampling import BucketBatchSampler, image_weights
+from common.shares import BucketBatchSampler, image_weights
 from common.targets import RegionTargets
 
 TREE = {  # b is below a; d is below b and c
