@@ -8,7 +8,8 @@ on the CPU: one image, two, and two in two parts. From these it computes
     memory = fixed + in_part * images of a part + in_batch * images of the batch
 
 and for the default batch size the least --accumulate with which that is below 85 % of the card. On
-a GPU the layers run in bfloat16, which takes less. Weights are random, since none can be downloaded
+a GPU the layers run in bfloat16, which takes less. The rate is that of two images a step, on as
+many threads as OMP_NUM_THREADS says. Weights are random, since none can be downloaded
 here; the text is MiniLM's. Writes one_card-<machine>.json.
 """
 
@@ -45,6 +46,9 @@ DATASETS = {
 BACKBONE = {"unidetector": ["--classifier-backbone", "resnet50"]}  # RN50/openai is not here
 
 
+COLUMNS = ("batch_size", "whole", "accumulate", "in_parts", "img_per_s")
+
+
 def flags_of(method: str) -> list[str]:
     """Returns the flags that undo --tiny, but for what is KEPT of it."""
     module = importlib.import_module(method)
@@ -60,8 +64,8 @@ def flags_of(method: str) -> list[str]:
     return [*flags, *BACKBONE.get(method, [])]
 
 
-def peak(method: str, images: int, parts: int) -> float:
-    """Returns the peak GB of a training of two steps."""
+def peak(method: str, images: int, parts: int) -> tuple[float, float]:
+    """Returns the peak GB of a training of two steps, and the seconds of the second step."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, f"{method}.py", *flags_of(method), "--steps", "2"]
         command += ["--batch-size", str(images), "--accumulate", str(parts), "--output", folder]
@@ -70,12 +74,13 @@ def peak(method: str, images: int, parts: int) -> float:
         )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])["peak"] / 1e9
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found["peak"] / 1e9, found["seconds"]
 
 
 def measure(method: str, card: float) -> dict:
     """Returns the record of a method: what was measured, and what follows from it."""
-    one, two, parted = peak(method, 1, 1), peak(method, 2, 1), peak(method, 2, 2)
+    (one, _), (two, seconds), (parted, _) = (peak(method, *p) for p in ((1, 1), (2, 1), (2, 2)))
     in_batch = max(parted - one, 0.0)
     in_part = max(two - parted, 0.0)
     fixed = one - in_batch - in_part
@@ -84,6 +89,7 @@ def measure(method: str, card: float) -> dict:
     fits = [n for n, memory in needed.items() if memory <= 0.85 * card]
     chosen = fits[0] if fits else batch
     return {
+        "img_per_s": round(2 / seconds, 3),
         "measured": {"1 image": one, "2 images": two, "2 images in 2 parts": parted},
         "batch_size": batch,
         "whole": round(needed[1], 1),
@@ -99,9 +105,10 @@ def divisors(number: int) -> list[int]:
 
 def table(records: dict[str, dict]) -> str:
     """Returns a row per method."""
-    lines = ["| method | batch | GB whole | --accumulate | GB in parts |", "|---|---|---|---|---|"]
+    names = ["method", "images a step", "GB whole", "--accumulate", "GB in parts", "img/s"]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for method, r in records.items():
-        cells = (method, r["batch_size"], r["whole"], r["accumulate"], r["in_parts"])
+        cells = (method, *(r[key] for key in COLUMNS))
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 

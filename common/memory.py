@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,16 @@ def measured(size: int) -> int | None:
 def end_if_measured(step: int, last: int, device: torch.device) -> None:
     """Prints the peak memory and ends the process, if `measured` has started this training.
 
-    It does so after PROBE_STEPS steps, or after the last one.
+    It does so after PROBE_STEPS steps, or after the last one. It also prints the seconds of that
+    step, 0 if it is the only one.
     """
-    if MEASURE in os.environ and step >= min(PROBE_STEPS, last):
-        print(json.dumps({"peak": peak_memory(device)}), flush=True)
+    if MEASURE not in os.environ:
+        return
+    _ends.append(time.perf_counter())
+    if step >= min(PROBE_STEPS, last):
+        seconds = _ends[-1] - _ends[max(0, len(_ends) - 2)]
+        print(json.dumps({"peak": peak_memory(device), "seconds": seconds}), flush=True)
         raise SystemExit(0)
+
+
+_ends: list[float] = []  # when each step of a measured training has ended
