@@ -18,6 +18,7 @@ import torch
 from common.datasets.exif import upright
 from common.datasets.index import BEYOND, Index
 from common.errors import InputError
+from common.label_accuracy import label_accuracy
 from common.labels import Vocabulary
 from common.masks import annotated_rles
 from common.tables import Columns, Evidence, Scores, mean_of_known
@@ -60,10 +61,14 @@ def evaluate_detections(
     over the IoU thresholds), for masks too, but AP50 alone for "oid"; and "images" and "boxes", the
     numbers of the ground truth without crowds. AP and AP50 are the means of their columns.
 
+    A dataset of image-level labels has `label_accuracy` instead.
+
     Raises InputError if an image has no prediction (zero boxes are one) or if an annotated
     segmentation is broken, ValueError for a label outside the vocabulary.
     """
     _check_complete(dataset, predictions)
+    if dataset.index.image_labels is not None:
+        return label_accuracy(dataset.index, dataset.vocabulary, predictions, groups)
     evidence = Evidence(dataset, dict(predictions))  # a copy: a caller may fill its own again
     dataset = as_predicted(dataset, predictions)
     truth = truth_table(dataset.index, predictions)
@@ -91,6 +96,8 @@ def recall(
     Raises InputError if an image has no proposals (zero boxes are allowed).
     """
     _check_complete(dataset, proposals)
+    if not len(dataset.index.labels):
+        return {f"AR@{limit}": math.nan for limit in limits}
     dataset = as_predicted(dataset, proposals)
     records = {}
     for row, proposal in proposals.items():

@@ -266,20 +266,24 @@ def picture_rows(
 ) -> Tensor:
     """Draws images of a dataset, rows of its index, with ground truth and prediction.
 
-    captions: of the ground truth of each image, after these words
+    captions: of the ground truth of each image; its image-level labels follow
     Returns (3, h, w) uint8.
     """
     dataset = copy.copy(dataset)
     dataset.masks = "segmentations" in predictions[rows[0]]
     truth = [dataset.load(row) for row in rows]
     shown = []
-    for sample in truth:
+    titles = list(captions)
+    names = dataset.vocabulary.names
+    for i, sample in enumerate(truth):
+        if sample.image_labels is not None:
+            labels = ", ".join(names[label] for label in sample.image_labels.tolist())
+            titles[i] = f"{titles[i]} {labels}".strip()
         prediction = predictions[sample.index]
         shown.append(prediction if sample.segments is None else segment_rows(prediction))
     images = [sample.image for sample in truth]
-    names = dataset.vocabulary.names
     tell_of_squares(names)
-    return prediction_grid(images, [*map(vars, truth)], shown, names, captions, min_score)
+    return prediction_grid(images, [*map(vars, truth)], shown, names, titles, min_score)
 
 
 def to_detection(

@@ -13,7 +13,7 @@ from common.fonts import plain
 
 Columns = dict[str, np.ndarray]  # columns of one length
 # what tells that the ground truth has nothing of a class, by the column that is 0
-NOTHING = {"boxes": "no box", "segments": "no segment", "share": "no pixel"}
+NOTHING = {"boxes": "no box", "segments": "no segment", "share": "no pixel", "images": "no image"}
 
 
 @dataclass
@@ -89,7 +89,7 @@ def format_classes(title: str, columns: Columns) -> str:
     """
     names, *metrics = columns
     order = np.argsort(-columns[metrics[0]], kind="stable")  # NaN last
-    amount = next(name for name in metrics if name in NOTHING)
+    amount = next(name for name in NOTHING if name in metrics)
     cells = []
     for name in metrics:
         values = columns[name][order].tolist()
