@@ -1,6 +1,7 @@
 """Confusion matrix, TIDE's errors and the worst images, against cases by hand."""
 
 import json
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,14 +10,25 @@ import torch
 from PIL import Image
 from test_evaluation import make_dataset, predict
 
-from common import mistakes
+from common import class_colors, mistakes
 from common.datasets import load_datasets
 from common.evaluation import evaluate_detections
+from common.labels import LabelSpace, Vocabulary
 from common.mistakes import BACKGROUND, Mistakes, box_mistakes, most_confused, shares
-from common.runlog import report
+from common.runlog import make_run_folder, report
 from common.tables import Evidence
 
 NAMES = ("cat", "dog", "cow")
+
+
+@dataclass
+class Flags:
+    output: str
+    resume: str = ""
+    eval_only: bool = True
+    predict: tuple = ()
+
+
 # image, label, x1, y1, x2, y2, is a crowd
 TRUTH = [
     (0, 0, 0, 0, 20, 20),
@@ -172,6 +184,15 @@ def test_files_of_a_report(tmp_path):
     assert record["mine"]["worst"][0] == {"file": "1.jpg", "score": 0.0}
     with Image.open(folder / "worst_mine.jpg") as picture:
         assert picture.size == (2 * 484, 2 * (484 + 28))  # two images, beside their truth
+
+
+def test_a_run_gives_its_classes_colors(tmp_path, monkeypatch):
+    monkeypatch.setattr(class_colors, "_places", {})
+    parts = [Vocabulary("a", ("Cat", "dog")), Vocabulary("b", ("cat", "cow"))]
+    args = Flags(output=str(tmp_path / "run"))
+    make_run_folder(args, "a_method", LabelSpace(parts, merge=True))
+    assert class_colors._places == {"cat": 0, "dog": 1, "cow": 2}
+    assert class_colors.color_of("cow") == class_colors.palette()[2]
 
 
 def test_pixels_and_worst_maps():

@@ -554,6 +554,20 @@ def test_files_are_read_back(tmp_path):
     assert panoptic.pq_compute(path, path)["All"] == {"pq": 1, "sq": 1, "rq": 1, "n": 3}
 
 
+def test_few_boxes_of_a_place_are_drawn(tmp_path, caplog):
+    caplog.set_level("INFO", "concord")
+    save_image(torch.zeros(3, 20, 50, dtype=torch.uint8), tmp_path / "in.png")
+
+    def predict(_):
+        found = {"boxes": torch.tensor([[0.0, 0, 9, 9]] * 4), "labels": torch.arange(4)}
+        scores = torch.tensor([0.9, 0.8, 0.7, 0.1])
+        return [found | {"scores": scores, "class_names": ["a"] * 4, "size": (20, 50)}]
+
+    write_predictions(predict, [tmp_path / "in.png"], Vocabulary("v", tuple("abcd")), tmp_path)
+    assert "3 objects with a score of 0.5 or more (2 of them shown), drawn in" in caplog.text
+    assert "all 4 detections" in caplog.text
+
+
 @pytest.mark.parametrize("classes, mode", [(255, "P"), (256, "I;16"), (1000, "I;16")])
 def test_label_maps_of_many_classes(tmp_path, classes, mode):
     save_image(torch.zeros(3, 20, 50, dtype=torch.uint8), tmp_path / "in.png")
