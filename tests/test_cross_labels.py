@@ -47,8 +47,8 @@ def truth_of(labels, **fields):
 
 def test_boxes_name_objects():
     found = found_of(
-        # IoU 0.9 and 1 with the first; 0.5 and 0.4 with the second
-        [[0, 0, 10, 9], [0, 0, 10, 10], [20, 0, 30, 5], [20, 0, 30, 4]],
+        # IoU 0.9 and 1 with the first; 0.5 and 0.48 with the second
+        [[0, 0, 10, 9], [0, 0, 10, 10], [20, 0, 30, 5], [20, 0, 30, 4.8]],
         [7, 8, 5, 6],
         [0.9, 0.8, 0.3, 0.95],
     )

@@ -138,6 +138,9 @@ def test_the_most_confused_classes_are_shown(monkeypatch, tmp_path):
     assert most_confused(many(counts)) == [0, 1, 3]
     counts[0][3] = 0  # c0 is mixed up with the background alone, but more often than c3
     assert most_confused(many(counts)) == [0, 1, 2]
+    monkeypatch.setattr(mistakes, "SHOWN", 2)
+    assert most_confused(many(counts)) == [1, 2]
+    monkeypatch.setattr(mistakes, "SHOWN", 3)
     drawn = []
     monkeypatch.setattr(mistakes, "draw_heat_map", lambda heat_map, path: drawn.append(heat_map))
     mistakes.draw_confusion("a set", many(counts), tmp_path)
