@@ -47,7 +47,7 @@ class FirstBatch:
         known = set(self.kinds)
         for i, sample in enumerate(batch.samples):
             kind = sample.dataset, sample.supervision
-            if kind not in known and self.kinds[kind] < EACH:
+            if self.kinds[kind] < EACH:
                 self.kinds[kind] += 1
                 self.kept.append(on_cpu(batch, i))
         self.missing -= {dataset for dataset, _ in self.kinds}
