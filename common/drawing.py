@@ -1,7 +1,6 @@
 """Parts of `common.visualize`: colours, placement of names, conversion between tensors and PIL."""
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,26 +9,12 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from torch import Tensor
 
+from common.class_colors import Color
 from common.fonts import font_for, plain
 
-Color = tuple[int, int, int]
 BLACK = (0, 0, 0)
 WHITE = (255, 255, 255)
-
-
-def shades(colors: list[Color]) -> list[Color]:
-    """Mixes repeated colours with white and black in turns, more with each repetition."""
-    seen = Counter()
-    mixed = []
-    for color in colors:
-        count = seen[color]
-        seen[color] += 1
-        exponent = math.ceil(count / 2)
-        share = 0.7 - 0.7 * 0.6**exponent
-        target = 255 * (count % 2)
-        shade = [round(channel + share * (target - channel)) for channel in color]
-        mixed.append(tuple(shade))
-    return mixed
+PLATE_COST = 10  # of a covered plate, in covered objects
 
 
 def edges(rows: np.ndarray) -> np.ndarray:
@@ -96,14 +81,19 @@ def to_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def enlarged(image: Tensor) -> tuple[Image.Image, int]:
-    """Enlarges a small image to a short side of about 480 pixels, and returns the factor too."""
+def enlarged(image: Tensor, wanted: bool = True) -> tuple[Image.Image, int]:
+    """Enlarges a small image to a short side of about 480 pixels, and returns the factor too.
+
+    If it is not `wanted`, the factor is 1.
+    """
     picture = to_picture(image)
+    if not wanted:
+        return picture, 1
     short_side = min(picture.size)
     long_side = max(picture.size)
-    wanted = round(480 / short_side)
+    needed = round(480 / short_side)
     largest = 2000 // long_side
-    factor = max(1, min(wanted, largest))
+    factor = max(1, min(needed, largest))
     size = (picture.width * factor, picture.height * factor)
     return picture.resize(size, Image.Resampling.NEAREST), factor
 
@@ -146,11 +136,18 @@ class Plates:
         return math.ceil(self.font(text).getlength(text)) + 6
 
     def write(
-        self, text: str, color: Color, left: int, tops: Sequence[int], cover: bool = True
+        self,
+        text: str,
+        color: Color,
+        spots: Sequence[tuple[int, int]],
+        boxes: np.ndarray | None = None,
+        cover: bool = True,
     ) -> None:
-        """Writes `text` at the first of `tops` where its plate overlaps no other plate.
+        """Writes `text` at the first of `spots` where its plate covers least.
 
-        If there is none, writes it at the first of `tops`, or nowhere if `cover` is False.
+        spots: left and top of a plate of the width of `text`, moved into the picture
+        boxes: (N, 4) xyxy, objects that it should not cover; a small one is soon covered as a whole
+        cover: if False, nothing is written where each spot overlaps another plate
         """
         text = plain(text)
         font = self.font(text)
@@ -158,31 +155,35 @@ class Plates:
         width = self.width(text)
         rightmost = self.size[0] - width
         lowest = self.size[1] - self.height
-        x = max(0, min(left, rightmost))
         plates = []
-        for top in tops:
+        for left, top in spots:
+            x = max(0, min(left, rightmost))
             y = max(0, min(top, lowest))
-            right = x + width - 1
-            bottom = y + self.height - 1
-            plates.append((x, y, right, bottom))
-        free = [plate for plate in plates if not self._overlaps(plate)]
-        if not free and not cover:
+            plates.append((x, y, x + width - 1, y + self.height - 1))
+        on_plates = covered(plates, self.taken).sum(axis=1)
+        if not cover and on_plates.min() > 0:
             return
-        plate = free[0] if free else plates[0]
+        costs = PLATE_COST * on_plates
+        if boxes is not None:
+            costs = costs + covered(plates, boxes).sum(axis=1)
+        plate = plates[int(costs.argmin())]
         self.taken.append(plate)
         self.draw.rectangle(plate, fill=color)
         red, green, blue = color
         luminance = 0.299 * red + 0.587 * green + 0.114 * blue
         fill = BLACK if luminance > 130 else WHITE
-        baseline = (x + 3, plate[1] + 1 + self.ascent)
+        baseline = (plate[0] + 3, plate[1] + 1 + self.ascent)
         self.draw.text(baseline, text, font=font, fill=fill, anchor="ls")
 
-    def _overlaps(self, plate: tuple[int, int, int, int]) -> bool:
-        left, top, right, bottom = plate
-        for x0, y0, x1, y1 in self.taken:
-            if left <= x1 and x0 <= right and top <= y1 and y0 <= bottom:
-                return True
-        return False
+
+def covered(plates: Sequence, boxes: Sequence) -> np.ndarray:
+    """Returns (P, N): the share of each box that each plate covers. Both are xyxy, ends count."""
+    plates = np.asarray(plates).reshape(-1, 1, 4)
+    boxes = np.asarray(boxes).reshape(1, -1, 4)
+    first = np.maximum(plates[..., :2], boxes[..., :2])
+    last = np.minimum(plates[..., 2:], boxes[..., 2:])
+    common = (last - first + 1).clip(min=0).prod(axis=-1)
+    return common / (boxes[..., 2:] - boxes[..., :2] + 1).prod(axis=-1)
 
 
 def shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

@@ -18,9 +18,10 @@ import torch
 from common.datasets.exif import upright
 from common.datasets.index import BEYOND, Index
 from common.errors import InputError
+from common.label_accuracy import label_accuracy
 from common.labels import Vocabulary
 from common.masks import annotated_rles
-from common.tables import Columns, Scores, mean_of_known
+from common.tables import Columns, Evidence, Scores, mean_of_known
 
 _COCO = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 METRICS = {"coco": _COCO, "lvis": (*_COCO, "APr", "APc", "APf"), "oid": ("AP50",)}
@@ -60,13 +61,18 @@ def evaluate_detections(
     over the IoU thresholds), for masks too, but AP50 alone for "oid"; and "images" and "boxes", the
     numbers of the ground truth without crowds. AP and AP50 are the means of their columns.
 
+    A dataset of image-level labels has `label_accuracy` instead.
+
     Raises InputError if an image has no prediction (zero boxes are one) or if an annotated
     segmentation is broken, ValueError for a label outside the vocabulary.
     """
     _check_complete(dataset, predictions)
-    dataset = _upright(dataset, predictions)
+    if dataset.index.image_labels is not None:
+        return label_accuracy(dataset.index, dataset.vocabulary, predictions, groups)
+    evidence = Evidence(dataset, dict(predictions))  # a copy: a caller may fill its own again
+    dataset = as_predicted(dataset, predictions)
     truth = truth_table(dataset.index, predictions)
-    found = _prediction_table(dataset, predictions)
+    found = prediction_table(dataset, predictions)
     if dataset.metric == "oid":
         classes = _open_images(dataset, truth, found)
         results = {"AP50": mean_of_known(classes["AP50"])}
@@ -74,7 +80,7 @@ def evaluate_detections(
         results, classes = _hotcoco(dataset, truth, found, predictions)
     for name, members in (groups or {}).items():
         results[f"AP50 {name}"] = mean_of_known(classes["AP50"][np.asarray(members)])
-    return Scores(results, {"class": dataset.vocabulary.names} | classes)
+    return Scores(results, {"class": dataset.vocabulary.names} | classes, evidence)
 
 
 def recall(
@@ -90,13 +96,15 @@ def recall(
     Raises InputError if an image has no proposals (zero boxes are allowed).
     """
     _check_complete(dataset, proposals)
-    dataset = _upright(dataset, proposals)
+    if not len(dataset.index.labels):
+        return {f"AR@{limit}": math.nan for limit in limits}
+    dataset = as_predicted(dataset, proposals)
     records = {}
     for row, proposal in proposals.items():
         records[row] = proposal | {"labels": torch.zeros(len(proposal["scores"]))}
     truth = truth_table(dataset.index, records)
-    found = _prediction_table(dataset, records)
-    tables = _hotcoco_tables(dataset, truth, found, records, np.arange(len(dataset.vocabulary)))
+    found = prediction_table(dataset, records)
+    tables = hotcoco_tables(dataset, truth, found, records, np.arange(len(dataset.vocabulary)))
     evaluator = hotcoco.COCOeval(*tables, "bbox")
     evaluator.params.use_cats = False
     evaluator.params.max_dets = list(limits)
@@ -116,7 +124,7 @@ def _check_complete(dataset: Evaluated, predictions: Predictions) -> None:
         raise InputError(f"{dataset.name}: {lack}; predict every image, if with zero boxes")
 
 
-def _upright(dataset: Evaluated, predictions: Predictions) -> Evaluated:
+def as_predicted(dataset: Evaluated, predictions: Predictions) -> Evaluated:
     """Turns the annotations of photographs that were made before their EXIF tag turned them."""
     return upright(dataset, [tuple(predictions[row]["size"]) for row in range(len(dataset.index))])
 
@@ -135,7 +143,7 @@ def truth_table(index: Index, predictions: Predictions) -> Table:
     return table | {"boxes": boxes, "area": area}
 
 
-def _prediction_table(dataset: Evaluated, predictions: Predictions) -> Table:
+def prediction_table(dataset: Evaluated, predictions: Predictions) -> Table:
     """Returns the detections: image (index row), label, score, boxes (A, 4) xyxy.
 
     Raises ValueError for a label outside the vocabulary.
@@ -170,7 +178,7 @@ def _count(truth: Table, num_classes: int) -> Table:
     return {"images": images, "boxes": np.bincount(label, minlength=num_classes)}
 
 
-def _take(table: Table, rows: np.ndarray) -> Table:
+def take(table: Table, rows: np.ndarray) -> Table:
     """Returns the table with the given rows."""
     return {name: column[rows] for name, column in table.items()}
 
@@ -193,8 +201,8 @@ def _hotcoco(
     labels = np.arange(count)
     if len(truth["label"]) and not lvis_style:
         labels = np.unique(truth["label"])
-    counts = _count(_take(truth, ~truth["ignore"]), count)
-    tables = _hotcoco_tables(dataset, truth, found, predictions, labels)
+    counts = _count(take(truth, ~truth["ignore"]), count)
+    tables = hotcoco_tables(dataset, truth, found, predictions, labels)
 
     def run(kind: str) -> tuple[Results, Table]:
         evaluator = hotcoco.COCOeval(*tables, kind, lvis_style=lvis_style)
@@ -224,7 +232,7 @@ def _hotcoco(
         maskless = ~dataset.index.has_mask
         if maskless.any():  # each is an ignored region: its box, of which all detections may be
             truth = truth | {"ignore": truth["ignore"] | maskless}
-            tables = _hotcoco_tables(dataset, truth, found, predictions, labels)
+            tables = hotcoco_tables(dataset, truth, found, predictions, labels)
         values, of_masks = run("segm")
         results |= {f"mask {name}": values[name] for name in MASK_METRICS[dataset.metric]}
         classes |= {f"mask {name}": column for name, column in of_masks.items()}
@@ -238,7 +246,7 @@ def _have_masks(dataset: Evaluated, predictions: Predictions) -> bool:
     return all("segmentations" in record for record in predictions.values())
 
 
-def _hotcoco_tables(
+def hotcoco_tables(
     dataset: Evaluated, truth: Table, found: Table, predictions: Predictions, labels: np.ndarray
 ) -> tuple[hotcoco.COCO, hotcoco.COCO]:
     """Returns ground truth and detections of the classes `labels`, with masks if both have them."""
@@ -261,7 +269,7 @@ def _hotcoco_tables(
     for label in labels.tolist():
         categories.append({"id": label, "name": names[label], "frequency": letters[label]})
     kept = np.isin(found["label"], labels)
-    found = _take(found, kept)
+    found = take(found, kept)
     annotated = detected = None
     if _have_masks(dataset, predictions):
         sizes = [tuple(predictions[row]["size"]) for row in range(len(index))]
@@ -308,11 +316,11 @@ def _open_images(dataset: Evaluated, truth: Table, found: Table) -> Table:
         verified[row] |= upward[labels].any(axis=0)
     verified[truth["image"], truth["label"]] = True
     found = _expand(found, upward, verified)
-    found = _take(found, np.argsort(-found["score"], kind="stable"))
+    found = take(found, np.argsort(-found["score"], kind="stable"))
     precisions = np.full(len(upward), math.nan)
     for label in np.unique(truth["label"]):
-        truth_of_class = _take(truth, truth["label"] == label)
-        found_of_class = _take(found, found["label"] == label)
+        truth_of_class = take(truth, truth["label"] == label)
+        found_of_class = take(found, found["label"] == label)
         precisions[label] = _class_ap(truth_of_class, found_of_class)
     return {"AP50": precisions} | _count(truth, len(upward))
 
@@ -354,18 +362,18 @@ def _expand(table: Table, upward: np.ndarray, verified: np.ndarray) -> Table:
             labels.append(np.full(len(kept), ancestor))
     rows = np.concatenate(rows)
     order = np.argsort(rows, kind="stable")
-    return _take(table, rows[order]) | {"label": np.concatenate(labels)[order]}
+    return take(table, rows[order]) | {"label": np.concatenate(labels)[order]}
 
 
 def _class_ap(truth: Table, found: Table) -> float:
     """Computes the all-point AP of one class over all images. found: sorted by falling score"""
     hit = np.zeros_like(found["score"], dtype=bool)
     ignored = np.zeros_like(hit)
-    found_rows = _rows_by_image(found)
-    truth_rows = _rows_by_image(truth)
+    found_rows = rows_by_image(found)
+    truth_rows = rows_by_image(truth)
     for image in found_rows.keys() & truth_rows.keys():
         rows = found_rows[image]
-        own = _take(truth, truth_rows[image])
+        own = take(truth, truth_rows[image])
         hit[rows], ignored[rows] = _match(found["boxes"][rows], own["boxes"], own["ignore"])
     hit = hit[~ignored]
     rank = np.arange(1, len(hit) + 1)
@@ -374,7 +382,7 @@ def _class_ap(truth: Table, found: Table) -> float:
     return float(envelope[hit].sum() / len(truth["label"]))
 
 
-def _rows_by_image(table: Table) -> dict[int, np.ndarray]:
+def rows_by_image(table: Table) -> dict[int, np.ndarray]:
     """Returns {image: the rows of its entries in the table, in rising order}."""
     order = np.argsort(table["image"], kind="stable")
     images, starts = np.unique(table["image"][order], return_index=True)

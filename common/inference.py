@@ -12,6 +12,7 @@ the next one.
 
 import copy
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -42,8 +43,15 @@ from common.labels import LabelSpace
 from common.masks import encode_masks
 from common.predictions import PredictionWriter
 from common.sampling import Transformed, shard
-from common.segment_metrics import Counts, segment_counts, segment_results, warn_of_absent
+from common.segment_metrics import (
+    Counts,
+    image_score,
+    segment_counts,
+    segment_results,
+    warn_of_absent,
+)
 from common.segments import segment_rows
+from common.tables import Evidence
 from common.thing_ap import thing_masks, thing_results
 from common.unreadable import load_patiently
 from common.visualize import prediction_grid, save_image
@@ -51,6 +59,7 @@ from common.visualize import prediction_grid, save_image
 log = logging.getLogger("concord")
 
 Predict = Callable[[Batch], list[dict]]
+Worst = dict[int, tuple[float, dict]]  # row of an image -> its score and its prediction
 PICTURED = 8  # images of a dataset that the picture of its predictions shows
 
 
@@ -106,9 +115,12 @@ def evaluate_dataset(
     if rank() > 0:
         return {}
     if of_segments:
-        counts, things, predictions = predicted
+        counts, things, predictions, worst = predicted
         warn_of_absent(title, counts, dataset.vocabulary.names)
         results = segment_results(counts, dataset.vocabulary)
+        scores = {row: score for row, (score, _) in worst.items()}
+        shown = {row: prediction for row, (_, prediction) in worst.items()}
+        results.evidence = Evidence(dataset, shown, scores, counts.get("semantic"))
         if things:
             of_things = thing_results(dataset, things, args.data_root)
             results |= of_things
@@ -119,6 +131,8 @@ def evaluate_dataset(
     if dataset.trained_on:
         log.warning("%s: these are results on its TRAINING images", title)
     draw_predictions(dataset, predictions, folder, title, args.score_threshold)
+    if title != dataset.name:
+        results.evidence = None  # a control
     return {title: results}
 
 
@@ -136,11 +150,12 @@ def _predict_segments(
     transform: Callable[[Sample], Sample],
     workers: int,
     title: str,
-) -> tuple[Counts, dict, dict]:
+) -> tuple[Counts, dict, dict, Worst]:
     """Predicts each image and compares it before the next but one: 5000 maps would take some GB.
 
     Returns the counts of all images, {row: (instances of things, true masks)} if they are
-    predicted, and {row: prediction} of the first images; three empty ones on ranks other than 0.
+    predicted, {row: prediction} of the first images, and the worst images; four empty ones on ranks
+    other than 0.
     """
     index = dataset.index
     rows = shard(len(dataset), rank(), world_size())
@@ -148,15 +163,18 @@ def _predict_segments(
     counts: Counts = {}
     things = {}
     pictured = {}
+    worst: Worst = {}
 
     def compare(row: int, truth: Sample, prediction: dict) -> None:
         crowd = index.ignore[index.rows(row)] if dataset.metric == "pq" else None
-        _add(counts, segment_counts(prediction, truth, crowd, len(dataset.vocabulary)))
+        of_image = segment_counts(prediction, truth, crowd, len(dataset.vocabulary))
+        _add(counts, of_image)
         if found := prediction.pop("things", None):
             found = with_rles(found) | {"size": prediction["size"]}
             things[row] = found, thing_masks(truth, dataset.vocabulary.is_thing)
         if row < PICTURED:
             pictured[row] = with_rles(prediction)
+        _keep_worst(worst, row, image_score(of_image), prediction)
 
     with progress_bar(f"evaluate {title}", len(rows)) as bar, second_thread() as hand_over:
         for row, (sample, truth) in zip(rows, loader):
@@ -165,11 +183,23 @@ def _predict_segments(
     total: Counts = {}
     predictions = {}
     every = {}
-    for part, of_things, shown in gather_on_main((counts, things, pictured)):
+    worst_of_all: Worst = {}
+    for part, of_things, shown, lowest in gather_on_main((counts, things, pictured, worst)):
         _add(total, part)
         every |= of_things
         predictions |= shown
-    return total, every, predictions
+        for row, (score, prediction) in lowest.items():
+            _keep_worst(worst_of_all, row, score, prediction)
+    return total, every, predictions, worst_of_all
+
+
+def _keep_worst(worst: Worst, row: int, score: float, prediction: dict) -> None:
+    """Adds an image, and drops the best one of more than PICTURED; of equal ones the last row."""
+    if math.isnan(score):  # nothing to find in it
+        return
+    worst[row] = score, with_rles(prediction)
+    if len(worst) > PICTURED:
+        del worst[max(worst, key=lambda row: (worst[row][0], row))]
 
 
 def _add(total: Counts, counts: Counts) -> None:
@@ -220,19 +250,40 @@ def draw_predictions(
     dataset: Dataset, predictions: dict[int, dict], folder: Path, title: str, min_score: float
 ) -> None:
     """Writes predictions-<title>.jpg: the first images with ground truth and predictions."""
+    rows = range(min(PICTURED, len(dataset)))
+    name = re.sub(r"[^a-zA-Z0-9_.]+", "-", title).strip("-")
+    captions = [""] * len(rows)
+    path = folder / f"predictions-{name}.jpg"
+    save_image(picture_rows(dataset, predictions, rows, captions, min_score), path)
+
+
+def picture_rows(
+    dataset: Dataset,
+    predictions: dict[int, dict],
+    rows: Sequence[int],
+    captions: Sequence[str],
+    min_score: float,
+) -> Tensor:
+    """Draws images of a dataset, rows of its index, with ground truth and prediction.
+
+    captions: of the ground truth of each image; its image-level labels follow
+    Returns (3, h, w) uint8.
+    """
     dataset = copy.copy(dataset)
-    dataset.masks = "segmentations" in predictions[0]
-    truth = [dataset.load(row) for row in range(min(PICTURED, len(dataset)))]
+    dataset.masks = "segmentations" in predictions[rows[0]]
+    truth = [dataset.load(row) for row in rows]
     shown = []
-    for sample in truth:
+    titles = list(captions)
+    names = dataset.vocabulary.names
+    for i, sample in enumerate(truth):
+        if sample.image_labels is not None:
+            labels = ", ".join(names[label] for label in sample.image_labels.tolist())
+            titles[i] = f"{titles[i]} {labels}".strip()
         prediction = predictions[sample.index]
         shown.append(prediction if sample.segments is None else segment_rows(prediction))
     images = [sample.image for sample in truth]
-    names = dataset.vocabulary.names
     tell_of_squares(names)
-    picture = prediction_grid(images, [*map(vars, truth)], shown, names, PICTURED, min_score)
-    name = re.sub(r"[^a-zA-Z0-9_.]+", "-", title).strip("-")
-    save_image(picture, folder / f"predictions-{name}.jpg")
+    return prediction_grid(images, [*map(vars, truth)], shown, names, titles, min_score)
 
 
 def to_detection(

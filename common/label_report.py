@@ -6,17 +6,15 @@ take gigabytes.
 
 import logging
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.files import atomic_path
-from common.fonts import families, plain, tell_of_squares
+from common.fonts import tell_of_squares
+from common.heat_map import HeatMap, draw_heat_map
 from common.labels import COMPARED, EQUAL, LabelSpace
 
 log = logging.getLogger("concord")
@@ -72,10 +70,8 @@ def similarity_heatmap(
     Rows and columns are grouped by dataset. Up to 80 labels are all shown. Of more labels, about
     `limit` are shown, the same number from each dataset: those closest to labels of other datasets.
     If there is only one dataset, they are those closest to its other labels.
+    Each cell of few labels has its number.
     """
-    # Imported here because it takes half a second. Without pyplot, matplotlib draws with Agg.
-    from matplotlib.figure import Figure
-
     count = len(label_space)
     if count <= 80:
         shown = list(range(count))
@@ -87,44 +83,13 @@ def similarity_heatmap(
         which = f"{len(shown)} of {count} labels, closest to {others}"
     text = label_space.text[shown]
     part = (text @ text.T).float().cpu()
-    side = 4.5 + 0.16 * len(shown)
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
-    axes = figure.add_subplot()
-    darkest = float(part.quantile(0.02))
-    cosines = axes.imshow(part.numpy(), cmap="viridis", vmin=darkest, vmax=1)
-    figure.colorbar(cosines, ax=axes, label="cosine", shrink=0.6, pad=0.06)
-    names = [plain(label_space.names[label])[:60] for label in shown]
+    names = [label_space.names[label] for label in shown]
     tell_of_squares(label_space.names)
-    style = {"fontsize": 7, "fontfamily": families(names), "parse_math": False}  # $ is a letter
-    ticks = range(len(shown))
-    axes.set_xticks(ticks, labels=names, rotation=90, **style)
-    axes.set_yticks(ticks, labels=names, **style)
-    dataset_of_row = label_space.dataset_of_label[shown]
-    _mark_datasets(axes, dataset_of_row, label_space.datasets)
+    owners = [label_space.datasets[i] for i in label_space.dataset_of_label[shown].tolist()]
+    low = float(part.quantile(0.02))
     title = f"Similarity of class names: {which}"
-    axes.set_title(title, pad=24)
-    with atomic_path(path) as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of each square, and of tight places
-        figure.savefig(temporary, dpi=130)
-
-
-def _mark_datasets(axes: Any, dataset_of_row: Tensor, datasets: list[str]) -> None:
-    """Writes the names of the datasets at the top and the right, and draws lines between them."""
-    end = len(dataset_of_row) - 0.5
-    style = {"textcoords": "offset points", "weight": "bold", "parse_math": False}
-    for position in dataset_of_row.unique().tolist():
-        member = dataset_of_row == position
-        rows = member.nonzero().flatten().tolist()
-        first = rows[0]
-        last = rows[-1]
-        middle = (first + last) / 2
-        name = datasets[position]
-        axes.annotate(name, (middle, -0.5), (0, 6), ha="center", **style)
-        axes.annotate(name, (end, middle), (6, 0), va="center", rotation=270, **style)
-        if first > 0:
-            border = first - 0.5
-            axes.axhline(border, color="white", linewidth=1.5)
-            axes.axvline(border, color="white", linewidth=1.5)
+    heat_map = HeatMap(part.numpy(), names, names, title, "cosine", low, owners, owners)
+    draw_heat_map(heat_map, path)
 
 
 def _choose(closest: Closest, label_space: LabelSpace, limit: int) -> list[int]:

@@ -15,13 +15,14 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from common.batch import Sample
+from common.class_colors import assign_colors, color_of
 from common.evaluation import to_coco_json
 from common.files import atomic_path
 from common.fonts import tell_of_squares
 from common.labels import LabelSpace
 from common.masks import area_of, decode_masks
 from common.segments import segment_rows
-from common.visualize import draw_boxes, draw_segments, save_image
+from common.visualize import best_boxes, draw_boxes, draw_segments, save_image
 
 log = logging.getLogger("concord")
 
@@ -34,7 +35,8 @@ class PredictionWriter:
 
     Detections go to predictions.json in the COCO format, with scores and masks. Panoptic maps go to
     panoptic/ and panoptic.json, COCO's format. Semantic maps go to semantic/: PNGs with the class
-    of each pixel (16 bits with more than 255 classes) and classes.txt, whose first line is class 0.
+    of each pixel, which are shown in the colours of the classes (with more than 255 classes they
+    have 16 bits and are grey), and classes.txt, whose first line is class 0.
     An image of a video has its number in the video as "frame", from 0.
 
     label_space: the classes that were looked for, with `is_thing`
@@ -52,6 +54,7 @@ class PredictionWriter:
         named = zip(self.ids, label_space.names)
         self.categories = [{"id": id, "name": name} for id, name in named]
         tell_of_squares(label_space.names)
+        assign_colors(label_space.names)
         self.kinds = set()  # fields of the predictions
         self.notes = Counter()  # `Decoded.notes` of the images
         self.images = []
@@ -80,14 +83,13 @@ class PredictionWriter:
             self._add_boxes(number, prediction)
         if "panoptic" in prediction:
             path = self.folder / "panoptic" / f"{name}.png"
-            _save_png(id_colors(prediction["panoptic"]), path)
+            _save_png(id_colors(prediction["panoptic"]), path, ())
             info = segments_info(prediction, self.ids)
             entry = {"image_id": number, "file_name": path.name, "segments_info": info}
             self.segments.append(entry)
         if "semantic" in prediction:
-            dtype = np.uint8 if len(self.label_space) <= 255 else np.uint16
-            semantic = prediction["semantic"].cpu().numpy().astype(dtype)
-            _save_png(semantic, self.folder / "semantic" / f"{name}.png")
+            path = self.folder / "semantic" / f"{name}.png"
+            _save_png(prediction["semantic"].cpu().numpy(), path, self.label_space.names)
 
     def _add_boxes(self, number: int, prediction: dict) -> None:
         """Keeps the detections of an image as COCO's annotations."""
@@ -119,18 +121,20 @@ class PredictionWriter:
         return f"{summary}, drawn in {path}{at}"
 
     def _draw_boxes(self, image: Tensor, prediction: dict, step: int) -> tuple[Tensor, str]:
-        """Draws the detections with a score of min_score or more. Also returns a summary."""
+        """Draws the `best_boxes` with a score of min_score or more. Also returns a summary."""
         scores = prediction["scores"]
-        passing = scores >= self.min_score
-        rows = passing.nonzero().flatten()
+        passing = int((scores >= self.min_score).sum())
+        rows = best_boxes(prediction["boxes"], scores, self.min_score)
         names = [prediction["class_names"][row] for row in rows.tolist()]
         masks = None
         if "segmentations" in prediction:
             rles = [prediction["segmentations"][row] for row in rows.tolist()]
             masks = decode_some(rles, prediction["size"], step)
-        summary = f"{len(names)} objects with a score of {self.min_score:g} or more"
+        summary = f"{passing} objects with a score of {self.min_score:g} or more"
         if len(scores) and not names:
             summary += f" (the highest is {scores.max():.2f})"
+        if passing > len(names):
+            summary += f" ({len(names)} of them shown)"
         boxes = prediction["boxes"][rows] / step
         return draw_boxes(image, boxes, names, scores[rows], masks=masks), summary
 
@@ -229,6 +233,15 @@ def id_colors(panoptic: Tensor) -> np.ndarray:
     return colors
 
 
-def _save_png(pixels: np.ndarray, path: Path) -> None:
+def _save_png(pixels: np.ndarray, path: Path, names: Sequence[str]) -> None:
+    """Writes colours (H, W, 3) uint8, or the class of each pixel (H, W) in the colours of `names`.
+
+    The palette changes how the file is shown, not its numbers. It has room for 256 colours.
+    """
+    if names and len(names) <= 255:
+        picture = Image.fromarray(pixels.astype(np.uint8)).convert("P")
+        picture.putpalette([channel for name in names for channel in color_of(name)])
+    else:
+        picture = Image.fromarray(pixels.astype(np.uint16) if names else pixels)
     with atomic_path(path) as temporary:
-        Image.fromarray(pixels).save(temporary)
+        picture.save(temporary)

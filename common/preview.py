@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.batch import Sample, collate
+from common.batch import Sample
 from common.datasets.dataset import Dataset
-from common.visualize import save_image, training_grid
+from common.visualize import sample_grid, save_image
 
 log = logging.getLogger("concord")
 
@@ -67,4 +67,4 @@ def draw_first_images(
     each = max(1, LIMIT // len(datasets))
     samples = [load(item) for own in items for item in own[:each]]
     vocabularies = {dataset.name: dataset.vocabulary for dataset in datasets}
-    save_image(training_grid(collate(samples), vocabularies), path)
+    save_image(sample_grid(samples, vocabularies), path)

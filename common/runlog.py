@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from common.averaging import keep_mean, swap
 from common.batch import Batch
 from common.checkpoint import checkpoint_step, checkpoints, copy_weights, save_weights, stored_names
+from common.class_colors import assign_colors
 from common.console import progress_bar
 from common.curves import draw_training
 from common.datasets.dataset import Dataset
@@ -28,6 +29,7 @@ from common.errors import InputError
 from common.files import atomic_path, sweep
 from common.labels import LabelSpace
 from common.memory import end_if_measured, tell_memory
+from common.mistakes import write_mistakes
 from common.preview import draw_first_images, items_of_datasets, tell_mixture
 from common.process import check_asked, lock
 from common.replay import compare, read_record
@@ -56,12 +58,16 @@ EVERY = 20  # steps between two lines of metrics.jsonl
 def make_run_folder(args: Any, method: str, label_space: LabelSpace) -> Path:
     """Creates the run folder with its args.json. Returns the path, the same on all ranks.
 
+    Gives each class of `label_space`, that of the training, its colour in pictures.
+
     The folder is --resume, else --output, else runs/<method>-<time>-<process id>. `args.output`
     becomes its path. A training locks it until the command ends, and goes on from what it holds.
     Settings that changed since are written to args.json, whose "history" keeps the old ones.
     Raises InputError on every rank if the folder cannot be used, if another run is training in it,
     if a setting changed that must not, and if `label_space` is another.
     """
+    for vocabulary in label_space.vocabularies.values():
+        assign_colors(vocabulary.names)
     default = f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = Path(from_main(args.resume or args.output or default))
     on_main(_prepare, folder, args, method, label_space)
@@ -378,7 +384,7 @@ def keep_stage(
 
 
 def report(results: Results, folder: Path, args: Any, run: Path | None = None) -> None:
-    """Writes results.json and the tables of classes to `folder`, and the results to the log.
+    """Writes results.json, tables of classes and the mistakes to `folder`, the results to the log.
 
     Does nothing without results. After a training with --eval-every it also does what
     `record_evaluation` says, and draws curves.png again with this evaluation.
@@ -389,6 +395,7 @@ def report(results: Results, folder: Path, args: Any, run: Path | None = None) -
     with atomic_path(folder / "results.json") as path:
         path.write_text(json.dumps(without_nan(results), indent=1))
     write_class_tables(results, folder)
+    write_mistakes(results, folder, args.score_threshold)
     log.info("\n" + format_table(results))
     if args.eval_every and not args.eval_only:
         weights = folder / "weights.safetensors"

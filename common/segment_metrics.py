@@ -159,6 +159,16 @@ def segment_results(counts: Counts, vocabulary: Vocabulary) -> Scores:
     return Scores(results, classes)
 
 
+def image_score(counts: Counts) -> float:
+    """Returns the mIoU of one image from its counts, or PQ without a semantic map.
+
+    It is a mean over the classes of the image; NaN if it has none.
+    """
+    if "semantic" in counts:
+        return semantic_results(counts["semantic"])["mIoU"]
+    return panoptic_results(counts["panoptic"], None)["PQ"]
+
+
 def warn_of_absent(title: str, counts: Counts, names: tuple[str, ...]) -> None:
     """Logs which classes have no pixel in the ground truth: the metrics are means over the others.
 

@@ -2,7 +2,9 @@
 
 import json
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,19 +13,39 @@ from common.fonts import plain
 
 Columns = dict[str, np.ndarray]  # columns of one length
 # what tells that the ground truth has nothing of a class, by the column that is 0
-NOTHING = {"boxes": "no box", "segments": "no segment", "share": "no pixel"}
+NOTHING = {"boxes": "no box", "segments": "no segment", "share": "no pixel", "images": "no image"}
+
+
+@dataclass
+class Evidence:
+    """What an evaluation predicted, from which `common.mistakes` draws at the end of a run.
+
+    dataset:     the evaluated one
+    predictions: {row: prediction}; of boxes all images, of segments the worst
+    scores:      {row: score of the image}, of segments alone, for the rows of `predictions`
+    pixels:      (K, K) counts of pixels of each true and predicted class; None without any
+    """
+
+    dataset: Any
+    predictions: dict[int, dict]
+    scores: dict[int, float] = field(default_factory=dict)
+    pixels: np.ndarray | None = None
 
 
 class Scores(dict):
     """{metric: value} of one dataset, with the values of each class in `classes`.
 
-    classes: columns (C,): "class", the names; then metrics, NaN where the ground truth has nothing;
-             then how much of each class it has. {}: not known
+    classes:  columns (C,): "class", the names; then metrics, NaN where the ground truth has
+              nothing; then how much of each class it has. {}: not known
+    evidence: of what the mistakes are drawn; None: nothing
     """
 
-    def __init__(self, values: dict[str, float], classes: Columns):
+    def __init__(
+        self, values: dict[str, float], classes: Columns, evidence: Evidence | None = None
+    ):
         super().__init__(values)
         self.classes = classes
+        self.evidence = evidence
 
 
 def mean_of_known(values: np.ndarray) -> float:
@@ -67,7 +89,7 @@ def format_classes(title: str, columns: Columns) -> str:
     """
     names, *metrics = columns
     order = np.argsort(-columns[metrics[0]], kind="stable")  # NaN last
-    amount = next(name for name in metrics if name in NOTHING)
+    amount = next(name for name in NOTHING if name in metrics)
     cells = []
     for name in metrics:
         values = columns[name][order].tolist()

@@ -260,8 +260,6 @@ class Stage:
             "load_weights": lambda path, model: self.loaded.append(str(path)),
             "load_checkpoint": lambda path, optimizer: int(path.name[-7:]),
             "last_checkpoint": self.sound,
-            "training_grid": lambda *given: None,
-            "save_image": lambda *given: None,
             "learning_rate": self.schedule,
             "stepped_learning_rate": self.schedule,
         }

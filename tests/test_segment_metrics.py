@@ -30,7 +30,7 @@ from common.segment_metrics import (
 )
 from common.segments import instances
 from common.tables import format_classes
-from common.visualize import save_image
+from common.visualize import color_of, save_image
 
 NAMES = ("cat", "dog", "sky", "sea")
 VOCABULARY = Vocabulary("hand", NAMES, (7, 3, 20, 300), is_thing=(True, True, False, False))
@@ -417,6 +417,17 @@ def test_semantic_dataset(tmp_path):
     assert (tmp_path / "predictions-a-set.jpg").is_file()
 
 
+@pytest.mark.parametrize("metric", ["miou", "pq"])
+def test_evidence_of_segments(metric, tmp_path):
+    args = SimpleNamespace(workers=0, score_threshold=0.5, data_root="")
+    evidence = evaluate_dataset(segmenter, Hand(metric), keep, args, tmp_path)["hand"].evidence
+    sky = 920 / (920 + 1320)  # of an image that is predicted as sky; 920 pixels are
+    assert evidence.scores == {row: pytest.approx(sky / 3 if row % 2 else 1) for row in range(5)}
+    assert evidence.predictions.keys() == evidence.scores.keys()
+    assert evidence.pixels.sum() == 5 * 2240 and evidence.pixels[1, 2] == 2 * 720
+    assert evaluate(metric, tmp_path, segmenter).evidence is None  # of a control
+
+
 def test_instance_dataset(tmp_path):
     results = evaluate("coco", tmp_path, detector)
     assert results["mask AP"] == results["AP"] == pytest.approx(1)
@@ -543,7 +554,21 @@ def test_files_are_read_back(tmp_path):
     assert panoptic.pq_compute(path, path)["All"] == {"pq": 1, "sq": 1, "rq": 1, "n": 3}
 
 
-@pytest.mark.parametrize("classes, mode", [(255, "L"), (256, "I;16"), (1000, "I;16")])
+def test_few_boxes_of_a_place_are_drawn(tmp_path, caplog):
+    caplog.set_level("INFO", "concord")
+    save_image(torch.zeros(3, 20, 50, dtype=torch.uint8), tmp_path / "in.png")
+
+    def predict(_):
+        found = {"boxes": torch.tensor([[0.0, 0, 9, 9]] * 4), "labels": torch.arange(4)}
+        scores = torch.tensor([0.9, 0.8, 0.7, 0.1])
+        return [found | {"scores": scores, "class_names": ["a"] * 4, "size": (20, 50)}]
+
+    write_predictions(predict, [tmp_path / "in.png"], Vocabulary("v", tuple("abcd")), tmp_path)
+    assert "3 objects with a score of 0.5 or more (2 of them shown), drawn in" in caplog.text
+    assert "all 4 detections" in caplog.text
+
+
+@pytest.mark.parametrize("classes, mode", [(255, "P"), (256, "I;16"), (1000, "I;16")])
 def test_label_maps_of_many_classes(tmp_path, classes, mode):
     save_image(torch.zeros(3, 20, 50, dtype=torch.uint8), tmp_path / "in.png")
     labels = (torch.arange(1000) % classes).view(20, 50).short()
@@ -555,6 +580,8 @@ def test_label_maps_of_many_classes(tmp_path, classes, mode):
     write_predictions(predict, [tmp_path / "in.png"], vocabulary, tmp_path)
     with Image.open(tmp_path / "semantic/in-0.png") as picture:
         assert picture.mode == mode and np.array_equal(np.asarray(picture), labels)
+        shown = picture.convert("RGB").getpixel((7, 0))
+        assert mode != "P" or shown == color_of("class 7")
     assert (
         not (tmp_path / "predictions.json").exists() and not (tmp_path / "panoptic.json").exists()
     )

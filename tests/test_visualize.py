@@ -5,11 +5,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from common.batch import Sample, collate
+from common.batch import Sample
+from common.class_colors import to_oklab
+from common.drawing import covered
+from common.heat_map import FEW, HeatMap, figure_of
 from common.label_report import (
     BLOCK,
     _choose,
@@ -20,7 +24,17 @@ from common.label_report import (
 )
 from common.labels import COMPARED, LabelSpace, Vocabulary
 from common.masks import encode_masks
-from common.visualize import color_of, draw_boxes, grid, prediction_grid, save_image, training_grid
+from common.visualize import (
+    best_boxes,
+    cell_size,
+    color_of,
+    draw_boxes,
+    grid,
+    prediction_grid,
+    sample_grid,
+    save_image,
+    spread,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -115,15 +129,107 @@ def test_given_colors_and_overlapping_plates():
     assert len(where(drawn[:, 200:], (0, 0, 250))) > 200
 
 
-def test_colors_are_stable_across_processes():
-    names = ["person", "traffic light", "Sneakers"]
-    code = f"from common.visualize import color_of; print([color_of(n) for n in {names}])"
+def run_python(code: str) -> str:
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
-    assert run.stdout.strip() == str([color_of(name) for name in names])
-    assert color_of("Person") == color_of("person")
-    assert len({color_of(name) for name in Vocabulary.known("coco").names}) > 30
+    return run.stdout
+
+
+def test_colors_are_stable_across_processes():
+    code = "from common.class_colors import *\n"
+    shown = "print([color_of(n) for n in ('person', 'Person', 'traffic light', 'Sneakers')])\n"
+    assert run_python(code + shown) == run_python(code + shown)  # outside a run, by the letters
+    first = run_python(f"{code}assign_colors(['Sneakers', 'person'])\n{shown}")
+    again = run_python(f"{code}assign_colors(['sneakers', 'Person', 'traffic light'])\n{shown}")
+    assert again == run_python(f"{code}print([palette()[i] for i in (1, 1, 2, 0)])")
+    assert again.split("), (")[:2] == first.split("), (")[:2]  # others that follow change nothing
+
+
+def test_classes_of_a_run_have_colors_that_differ():
+    code = "from common.class_colors import *\nimport numpy as np\n"
+    code += "assign_colors(map(str, range(40)))\n"
+    code += "lab = to_oklab(np.array([color_of(str(i)) for i in range(40)]))\n"
+    code += "apart = np.linalg.norm(lab[:, None] - lab, axis=-1)\n"
+    code += "print(apart[np.triu_indices(40, 1)].min() > 0.08, len(set(palette())) == COUNT)"
+    assert run_python(code).split() == ["True", "True"]
+
+
+def test_oklab_of_known_colours():
+    # white and red as the definition of OKLab gives them
+    found = to_oklab(np.array([[255.0, 255, 255], [255, 0, 0]]))
+    expected = [[1, 0, 0], [0.627955, 0.224863, 0.125846]]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_plates_leave_small_objects_free():
+    boxes = torch.tensor([[100.0, 200.0, 300.0, 400.0], [105.0, 180.0, 150.0, 195.0]])
+    drawn = draw_boxes(gray(), boxes, ["a large one", "x"], colors=[(250, 0, 0), (0, 0, 250)])
+    small = drawn[:, 183:193, 108:148]
+    assert (small == 128).all()  # the plate of the large one would be there
+    assert len(where(drawn, (250, 0, 0))) > 1000
+
+
+def test_a_plate_is_not_on_its_own_small_object():
+    box = torch.tensor([[20.0, 2.0, 40.0, 12.0]])  # no room above
+    drawn = draw_boxes(gray(), box, ["name"], colors=[(250, 0, 0)])
+    assert (drawn[:, 5:10, 23:37] == 128).all()
+
+
+def test_shares_that_plates_cover():
+    found = covered([(0, 0, 9, 9), (5, 0, 14, 9)], [(0, 0, 9, 19), (10, 0, 10, 0)])
+    np.testing.assert_allclose(found, [[0.5, 0], [0.25, 1]])
+
+
+def test_few_boxes_of_an_object_are_drawn():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [1, 0, 10, 10], [50, 50, 60, 60]])
+    scores = torch.tensor([0.5, 0.9, 0.7, 0.3])
+    assert best_boxes(boxes, scores, 0.3).tolist() == [1, 2, 3]  # the third of a place is left out
+    assert best_boxes(boxes, scores, 0.4).tolist() == [1, 2]
+    apart = torch.arange(30.0)[:, None] * 20 + torch.tensor([0.0, 0, 10, 10])
+    kept = best_boxes(apart, torch.linspace(0, 1, 30), 0.0).tolist()
+    assert kept == list(range(29, 9, -1))
+
+
+@pytest.mark.parametrize(
+    "sizes, columns, cell",
+    [
+        ([(192, 192)] * 3, 4, (480, 480)),  # small ones are enlarged
+        ([(3000, 4000), (3000, 4000), (400, 300)], 4, (372, 496)),  # at most 2000 pixels
+        ([(480, 640)], 2, (480, 640)),
+        ([(100, 2000)], 1, (798, 1996)),  # a panorama leaves room for a name
+    ],
+)
+def test_cells_of_a_grid(sizes, columns, cell):
+    found = cell_size(sizes, columns)
+    assert found == cell
+    drawn = grid([torch.zeros(3, *found, dtype=torch.uint8)] * columns, columns)
+    assert drawn.shape[2] <= 2000
+
+
+def test_each_kind_has_its_share_of_a_grid():
+    box = torch.zeros(0, 4)
+    labels = torch.zeros(0, dtype=torch.long)
+    kinds = [("one", "boxes")] * 20 + [("two", "boxes")] + [("two", "image_labels")] * 2
+    samples = [
+        Sample(gray(9, 9), name, kind, i, i, (9, 9), box, labels)
+        for i, (name, kind) in enumerate(kinds)
+    ]
+    assert spread(samples, 6) == [0, 1, 2, 20, 21, 22]
+    assert spread(samples, 2) == [0, 20]
+
+
+def test_small_heat_maps_have_numbers():
+    names = ["a", "b"]
+    values = np.array([[1.0, 0.25], [-0.5, 0.0]])
+    texts = figure_of(HeatMap(values, names, names, "title", "cosine", -0.5)).axes[0].texts
+    assert [text.get_text() for text in texts] == ["1.00", ".25", "-.50", ".00"]
+    assert [text.get_color() for text in texts] == ["black", "white", "white", "white"]
+    sparse = figure_of(HeatMap(values, names, names, "title", "share", blank=True)).axes[0].texts
+    assert [text.get_text() for text in sparse] == ["1.00", ".25", "-.50"]
+    many = [str(i) for i in range(FEW + 1)]
+    heat_map = HeatMap(np.eye(FEW + 1), many, many, "title", "share")
+    assert not figure_of(heat_map).axes[0].texts
 
 
 def test_masks_are_half_transparent():
@@ -180,7 +286,8 @@ def test_grid_pads():
     captioned = grid(images, 2, ["first", "second " * 20, ""])
     assert captioned.shape == (3, 2 * 82, 2 * 64)
     assert torch.equal(captioned[:, 28:68, :60], images[0])
-    assert len(where(captioned[:, :28, :60], (255, 255, 255))) > 5
+    assert len(where(captioned[:, :28, :60], (20, 20, 20))) > 5  # letters
+    assert (captioned[:, 82 + 28 + 20 :, :] == 255).all()  # paper, where a cell is not filled
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "b.png", "new/folder/c.png"])
@@ -197,7 +304,7 @@ def test_save_image_refuses_other_suffixes(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_training_grid():
+def test_sample_grid():
     vocabularies = {
         name: Vocabulary(name, (f"{name} cat", f"{name} dog")) for name in ("one", "two")
     }
@@ -217,19 +324,21 @@ def test_training_grid():
             image_labels=label,
         ),
     ]
-    drawn = training_grid(collate(samples), vocabularies)
-    assert drawn.shape == (3, 2 * (500 + 32), 2 * 644)  # the padding of the batch is not shown
-    for name, columns in (("one dog", slice(0, 644)), ("two dog", slice(644, None))):
-        assert len(where(drawn[:, :532, columns], color_of(name))) > 500
-    assert training_grid(collate(samples), vocabularies, limit=1).shape == (3, 480 + 32, 644)
+    drawn = sample_grid(samples, vocabularies)
+    assert drawn.shape == (3, 2 * (480 + 32), 2 * 484)
+    for name, columns in (("one dog", slice(0, 484)), ("two dog", slice(484, None))):
+        assert len(where(drawn[:, :512, columns], color_of(name))) > 500
+    assert (drawn[:, 28:388, :480] != 255).any(0).all()  # 480 x 640 pixels fill the cell's width
+    assert (drawn[:, 388:512, :484] == 255).all()  # below it is paper
+    assert sample_grid(samples[:1], vocabularies).shape == (3, 480 + 32, 644)
 
 
-def test_training_grid_shows_masks():
+def test_sample_grid_shows_masks():
     masks = torch.zeros(1, 480, 480, dtype=torch.bool)
     masks[0, 100:200, 50:150] = True
     box, label = torch.tensor([[20.0, 30.0, 200.0, 300.0]]), torch.tensor([0])
     sample = Sample(gray(480, 480), "one", "instances", 7, 0, (480, 480), box, label, masks)
-    drawn = training_grid(collate([sample]), {"one": Vocabulary("one", ("cat",))})
+    drawn = sample_grid([sample], {"one": Vocabulary("one", ("cat",))})
     expected = [64 + channel // 2 for channel in color_of("cat")]
     assert drawn[:, 32 - 4 + 150, 100].tolist() == expected  # below the caption
 
@@ -249,7 +358,11 @@ def test_prediction_grid_shows_masks():
         "scores": torch.tensor([0.1, 0.9]),
     }
     drawn = prediction_grid(
-        [gray(480, 480)], [target], [found | {"segmentations": encode_masks(masks[1:])}], "abc"
+        [gray(480, 480)],
+        [target],
+        [found | {"segmentations": encode_masks(masks[1:])}],
+        "abc",
+        [""],
     )
     colors = [[64 + channel // 2 for channel in color_of(name)] for name in "abc"]
     left, right = drawn[:, 28:, :484], drawn[:, 28:, 484:]
@@ -272,10 +385,9 @@ def test_prediction_grid():
         "labels": torch.tensor([1, 2]),
         "scores": torch.tensor([0.9, 0.1]),
     }
-    drawn = prediction_grid(
-        images, [target] * 3, [found, none, found], ("cat", "dog", "cow"), limit=2
-    )
-    assert drawn.shape == (3, 2 * (480 + 32), 2 * 484)
+    names = ("cat", "dog", "cow")
+    drawn = prediction_grid(images, [target] * 3, [found, none, found], names, ["F1 .5", "", ""])
+    assert drawn.shape == (3, 3 * (480 + 32), 2 * 484)
     left, right = drawn[:, :512, :484], drawn[:, :512, 484:]
     assert len(where(left, color_of("cat"))) > 500 and not len(where(left, color_of("dog")))
     assert len(where(right, color_of("dog"))) > 500 and not len(

@@ -50,7 +50,7 @@ class Format:
     find:       find(path) -> {split: place}. Without splits the key is "". The dict is empty if
                 `path` has another format
     read:       read(name, place) -> Dataset; `place` is a value that `find` returned
-    has_metric: a dataset in this format can be evaluated. False for image labels
+    has_metric: a dataset in this format is evaluated by default. False for image labels
     """
 
     title: str
@@ -160,8 +160,18 @@ def read_place(name: str, path: Path, split: str) -> Dataset:
     return dataset
 
 
+def has_validation(path: Path) -> bool:
+    """Returns whether a folder has image labels, and a split val or test of them."""
+    try:
+        kind, found = find_format(path)
+    except InputError:
+        return False  # reading it raises the error again
+    of_labels = kind is not None and not kind.has_metric
+    return of_labels and not found.keys().isdisjoint(("val", "test"))
+
+
 def has_metric(path: Path) -> bool:
-    """Returns whether the dataset in a folder or file can be evaluated; image labels cannot."""
+    """Returns whether a folder or file has more than image labels: it is evaluated by default."""
     try:
         kind, _ = find_format(path)
     except InputError:

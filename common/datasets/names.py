@@ -11,7 +11,7 @@ from pathlib import Path
 from common.datasets.base_split import cityscapes_part, coco_base, lvis_base
 from common.datasets.coarse import oid_top
 from common.datasets.dataset import Dataset
-from common.datasets.formats import find_format, has_metric, read_pair, read_place
+from common.datasets.formats import find_format, has_metric, has_validation, read_pair, read_place
 from common.datasets.grammar import (
     chosen_entries,
     data_folder,
@@ -87,7 +87,7 @@ def eval_entries(
     The default, for an empty `chosen`, is all of `trained`, without limits. A known dataset
     contributes its name alone, which stands for its default split. A custom dataset contributes its
     entry without a split. Datasets with image-level labels only (in21k, folders of classes) are
-    left out. Returns "" if none is left.
+    left out, unless their folder has a split for validation. Returns "" if none is left.
     """
     if chosen:
         return chosen_entries(chosen, trained)
@@ -95,10 +95,14 @@ def eval_entries(
     for entry in entries(trained):
         _, custom, paths = entry.partition("=")
         name = name_of(entry)
+        place = Path(os.path.expanduser(paths))
+        if custom and ":" not in paths and has_validation(place):
+            kept.append(f"{name}={paths}")
+            continue
         if name in without:
             continue
         if custom:
-            if ":" in paths or has_metric(Path(os.path.expanduser(paths))):
+            if ":" in paths or has_metric(place):
                 kept.append(f"{name}={paths}")
             continue
         name = ALIASES.get(name, name)

@@ -47,7 +47,7 @@ def evaluation_datasets(
     args: Any,
     label_space: LabelSpace,
     size: int,
-    accepts: tuple[Supervision, ...] = ("boxes", "instances"),
+    accepts: tuple[Supervision, ...] = ("boxes", "instances", "image_labels"),
     without: Collection[str] = (),
     instead: Mapping[str, str] = {},
     beside: Mapping[str, str] = {},
@@ -55,7 +55,7 @@ def evaluation_datasets(
     """Loads the datasets to evaluate, with the classes of --classes and --rename; [] to predict.
 
     label_space:      of the training; it must have or make a text for each class name
-    size, accepts:    as in `training_datasets`
+    size, accepts:    as in `training_datasets`; image labels can be evaluated by any detector
     without, instead: as in `eval_entries`
     beside:           {dataset: a known one that the default has beside it, if its files are there}
 
@@ -68,6 +68,7 @@ def evaluation_datasets(
     text = eval_entries(args.eval_datasets, args.datasets, without, instead)
     if not args.eval_datasets:
         text = with_beside(text, beside, None if size else data_folder(args.data_root))
+        _tell_of_others(without, text)
     datasets = load_datasets(text, "val", args.data_root, size, False, accepts)
     datasets = edit_classes(datasets, args.classes, args.rename, "val")
     for i, dataset in enumerate(datasets):
@@ -75,6 +76,19 @@ def evaluation_datasets(
         datasets[i] = with_table(args, dataset, label_space)
         label_space.swap(datasets[i].vocabulary)
     return datasets
+
+
+def _tell_of_others(without: Collection[str], text: str) -> None:
+    """Logs which datasets of image labels are not among the entries `text`, and how they can be."""
+    evaluated = [name_of(entry) for entry in entries(text)]
+    for name in without:
+        if name not in evaluated:
+            entry = f"{name}@200:train" if name in KNOWN else f"{name}@200"
+            message = (
+                "%s is not evaluated, as it has image labels and no split for validation; "
+                "--eval-datasets %s gives top-1 and top-5 accuracy on 200 images of the training"
+            )
+            log.info(message, name, ",".join([*evaluated, entry]))
 
 
 def with_table(args: Any, dataset: Dataset, label_space: LabelSpace) -> Dataset:
