@@ -92,7 +92,7 @@ BUDGETS = {
     "data": 10300,
     "detectors": 5100,
     "segmenters": 2310,
-    "a run": 4480,
+    "a run": 4500,
 }
 BUDGETS |= {"faults": 2015, "seeing": 980}
 GROUPS = {

@@ -33,7 +33,6 @@ from common.visualize import (
     prediction_grid,
     sample_grid,
     save_image,
-    spread,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,18 +204,6 @@ def test_cells_of_a_grid(sizes, columns, cell):
     assert found == cell
     drawn = grid([torch.zeros(3, *found, dtype=torch.uint8)] * columns, columns)
     assert drawn.shape[2] <= 2000
-
-
-def test_each_kind_has_its_share_of_a_grid():
-    box = torch.zeros(0, 4)
-    labels = torch.zeros(0, dtype=torch.long)
-    kinds = [("one", "boxes")] * 20 + [("two", "boxes")] + [("two", "image_labels")] * 2
-    samples = [
-        Sample(gray(9, 9), name, kind, i, i, (9, 9), box, labels)
-        for i, (name, kind) in enumerate(kinds)
-    ]
-    assert spread(samples, 6) == [0, 1, 2, 20, 21, 22]
-    assert spread(samples, 2) == [0, 20]
 
 
 def test_small_heat_maps_have_numbers():
