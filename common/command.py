@@ -9,7 +9,6 @@ import logging
 import math
 import multiprocessing
 import os
-import resource
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -348,6 +347,21 @@ def fail(error: BaseException) -> NoReturn:
     sys.exit(code)
 
 
+def allow_open_files() -> None:
+    """Raises the limit of open files as far as the system lets it.
+
+    Every tensor from a data loading process needs an open file.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows, which passes tensors in another way
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # macOS names no limit as the hard one, and then refuses more than OPEN_MAX
+    most = max(soft, min(hard, 10_240)) if sys.platform == "darwin" else hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Calls `main()` as a command. What it has trained when it ends early is saved.
 
@@ -356,9 +370,7 @@ def run_command(main: Callable[[], None]) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[open_console()])
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # every tensor from a data loading process needs an open file
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    allow_open_files()
     if sys.platform == "linux":
         # Python 3.14's default would give every worker a copy of the mapped annotations
         multiprocessing.set_start_method("fork", force=True)

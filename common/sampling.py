@@ -5,6 +5,7 @@ end. `draw` differs for each element of the stream. The stream depends on the se
 resumed run continues it.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from common.datasets.dataset import Dataset
 from common.errors import InputError
 from common.replay import read_record, recorded_rows
 from common.unreadable import NONE, Skips, load_patiently
+
+log = logging.getLogger("concord")
 
 
 @dataclass
@@ -378,12 +381,22 @@ def refuse_huge_batch(batch_size: int, transforms: Iterable[Callable]) -> None:
         lengths = [getattr(transform, name, 0) for name in ("size", "low")]
         side = max(side, *lengths, *getattr(transform, "crop", ()))
     needed = 3 * side * side * batch_size
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
+    memory = _memory()
+    if not memory:
+        log.info("this system does not tell its memory: that a batch fits into it is not checked")
+    elif needed > memory:
         raise InputError(
             f"a batch of {batch_size} images of {side} x {side} pixels takes {needed / 1e9:,.0f} "
             f"GB, but this machine has {memory / 1e9:,.0f} GB; lower --batch-size or --image-size"
         )
+
+
+def _memory() -> int:
+    """Returns the memory of this machine in bytes, or 0 where the system has no `sysconf`."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 0
 
 
 def make_loader(

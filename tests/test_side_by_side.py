@@ -84,12 +84,12 @@ ALLOWED = {
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
 BUDGETS = {
     "labels & text": 2480,
-    "data": 10140,
+    "data": 10160,
     "detectors": 5050,
     "segmenters": 2310,
-    "a run": 3980,
+    "a run": 4040,
 }
-BUDGETS |= {"faults": 1945}
+BUDGETS |= {"faults": 1990}
 GROUPS = {
     "labels & text": "labels text class_counts merges merge_scores fine_classes label_report"
     " exemplars pictures aggregator",
