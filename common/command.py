@@ -22,7 +22,7 @@ from tqdm import tqdm
 from common.console import open_console
 from common.errors import InputError, one_line, tell
 from common.process import Stop, environment_number, heed_no_more, heed_signals, is_in_group, unlock
-from common.saved import OF_A_START, own_weights, read_args, read_metadata
+from common.saved import OF_A_START, hub_address, is_on_hub, own_weights, read_args, read_metadata
 
 log = logging.getLogger("concord")
 
@@ -86,7 +86,8 @@ def parse_args(
     convert: converts official weights (`common.convert`), which --weights may name; or None.
              `weights` of the result is then the converted file.
     argv:    the flags; by default sys.argv[1:]
-    early:   leaves out what official weights bring, since their conversion needs torch
+    early:   leaves out what official weights bring, since their conversion needs torch, and
+             weights on the hub, since their download needs a network
 
     Raises InputError for an unknown flag, with the nearest one, for a number out of its range, and
     for saved settings that cannot be read or do not fit. tyro itself reports a value of another
@@ -112,7 +113,7 @@ def parse_args(
         saved = read_args(Path(args.resume), method)
         source = Path(args.resume) / "args.json"
         args, _ = parse(with_saved(default, saved, repeated, source))
-    elif args.weights and not (early and own_weights(args.weights) is None):
+    elif args.weights and not (early and needs_more(args.weights)):
         weights = find_weights(args.weights, method, convert)
         metadata = read_metadata(weights, method)
         saved = metadata["args"]
@@ -155,6 +156,16 @@ def refuse_conflicts(args: Any) -> None:
                     f"--{name.replace('_', '-')} has no effect beside --resume {args.resume}, which"
                     " goes on with that training; leave one of them out"
                 )
+
+
+def needs_more(path: str) -> bool:
+    """Returns whether weights cannot be read before torch is imported, or without a network.
+
+    Raises InputError for a file that is missing, and for a wrong address.
+    """
+    if is_on_hub(path):
+        return bool(hub_address(path))
+    return own_weights(path) is None
 
 
 def find_weights(path: str, method: str, convert: Callable | None) -> str:
