@@ -89,7 +89,7 @@ BUDGETS = {
     "segmenters": 2310,
     "a run": 4040,
 }
-BUDGETS |= {"faults": 2010, "hub": 335}
+BUDGETS |= {"faults": 2010, "hub": 530}
 GROUPS = {
     "labels & text": "labels text class_counts merges merge_scores fine_classes label_report"
     " exemplars pictures aggregator",
@@ -102,7 +102,7 @@ GROUPS = {
     " dataset_heads segments segment_metrics segment_map text_encoder",
     "faults": "checkpoint files process replay rescue runlog saved settings unreadable validation"
     " verdict",
-    "hub": "hub model_card",
+    "hub": "hub model_card track",
 }
 
 
