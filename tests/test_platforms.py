@@ -49,7 +49,7 @@ def start(text: str, *flags, folder) -> subprocess.CompletedProcess:
     command = [sys.executable, script, *map(str, flags)]
     environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=200
+        command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=600
     )
 
 
