@@ -71,7 +71,10 @@ def test_fiftyone(folder, monkeypatch):
     monkeypatch.setattr(fiftyone, "launch_app", lambda dataset: None)
     (code,) = blocks("FiftyOne")
     known = {}
-    exec(code, known)
+    try:
+        exec(code, known)
+    except fiftyone.core.config.FiftyOneConfigError as error:  # it keeps its data in MongoDB
+        pytest.skip(str(error))
     (sample,) = known["dataset"]
     predicted = json.loads((folder / "runs/predicted/predictions.json").read_text())
     scores = [entry["score"] for entry in predicted["annotations"]]
