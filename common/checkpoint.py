@@ -255,10 +255,23 @@ def save_checkpoint(
 
 
 def rng_states() -> list[Tensor]:
-    """Returns the random states of this process: of the CPU and, if it is used, of CUDA."""
-    return [torch.get_rng_state()] + (
-        [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
-    )
+    """Returns the random states of this process: of the CPU and of the GPU that it uses, if any."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        states.append(torch.cuda.get_rng_state())
+    elif torch.backends.mps.is_available():
+        states.append(torch.mps.get_rng_state())
+    return states
+
+
+def set_rng_states(states: list[Tensor]) -> None:
+    """Restores `rng_states` as far as this process has the devices that they are of."""
+    cpu, *gpu = states
+    torch.set_rng_state(cpu)
+    if gpu and torch.cuda.is_available():
+        torch.cuda.set_rng_state(gpu[0])
+    elif gpu and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(gpu[0])
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -379,10 +392,7 @@ def _restore_rng(checkpoint: Path, state: dict) -> None:
         message = "%s is of %d ranks, now there are %d: their random numbers start anew"
         log.info(message, checkpoint, state["ranks"], world_size())
         return
-    cpu, *cuda = state["rng"][rank()]
-    torch.set_rng_state(cpu)
-    if cuda and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda[0])
+    set_rng_states(state["rng"][rank()])
 
 
 def cached_rows(folder: str, key: list, count: int, compute: Callable[[], Tensor]) -> Tensor:

@@ -9,7 +9,6 @@ import logging
 import math
 import multiprocessing
 import os
-import resource
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -33,7 +32,7 @@ from tqdm import tqdm
 from common.console import open_console
 from common.errors import InputError, one_line, tell
 from common.process import Stop, environment_number, heed_no_more, heed_signals, is_in_group, unlock
-from common.saved import OF_A_START, own_weights, read_args, read_metadata
+from common.saved import OF_A_START, hub_address, is_on_hub, own_weights, read_args, read_metadata
 
 log = logging.getLogger("concord")
 
@@ -97,7 +96,8 @@ def parse_args(
     convert: converts official weights (`common.convert`), which --weights may name; or None.
              `weights` of the result is then the converted file.
     argv:    the flags; by default sys.argv[1:]
-    early:   leaves out what official weights bring, since their conversion needs torch
+    early:   leaves out what official weights bring, since their conversion needs torch, and
+             weights on the hub, since their download needs a network
 
     Raises InputError for an unknown flag, with the nearest one, for a number out of its range, and
     for saved settings that cannot be read or do not fit. tyro itself reports a value of another
@@ -123,7 +123,7 @@ def parse_args(
         saved = read_args(Path(args.resume), method)
         source = Path(args.resume) / "args.json"
         args, _ = parse(with_saved(default, saved, repeated, source))
-    elif args.weights and not (early and own_weights(args.weights) is None):
+    elif args.weights and not (early and needs_more(args.weights)):
         weights = find_weights(args.weights, method, convert)
         metadata = read_metadata(weights, method)
         saved = metadata["args"]
@@ -166,6 +166,16 @@ def refuse_conflicts(args: Any) -> None:
                     f"--{name.replace('_', '-')} has no effect beside --resume {args.resume}, which"
                     " goes on with that training; leave one of them out"
                 )
+
+
+def needs_more(path: str) -> bool:
+    """Returns whether weights cannot be read before torch is imported, or without a network.
+
+    Raises InputError for a file that is missing, and for a wrong address.
+    """
+    if is_on_hub(path):
+        return bool(hub_address(path))
+    return own_weights(path) is None
 
 
 def find_weights(path: str, method: str, convert: Callable | None) -> str:
@@ -358,6 +368,21 @@ def fail(error: BaseException) -> NoReturn:
     sys.exit(code)
 
 
+def allow_open_files() -> None:
+    """Raises the limit of open files as far as the system lets it.
+
+    Every tensor from a data loading process needs an open file.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows, which passes tensors in another way
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # macOS names no limit as the hard one, and then refuses more than OPEN_MAX
+    most = max(soft, min(hard, 10_240)) if sys.platform == "darwin" else hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Calls `main()` as a command. What it has trained when it ends early is saved.
 
@@ -366,9 +391,7 @@ def run_command(main: Callable[[], None]) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[open_console()])
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # every tensor from a data loading process needs an open file
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    allow_open_files()
     if sys.platform == "linux":
         # Python 3.14's default would give every worker a copy of the mapped annotations
         multiprocessing.set_start_method("fork", force=True)

@@ -34,16 +34,16 @@ def setup_device(args: Any) -> torch.device:
     Silences the log on all ranks but 0, except for errors. `args.amp` becomes "on" or "off", for a
     training to go on with, and an `args.batch_size` of "auto" a number.
 
-    --device is a name of torch, or "auto" for CUDA if there is any, else the CPU. Under torchrun
-    "cuda" is the GPU of the local rank. Raises InputError if the device cannot be used, or if the
-    variables of torchrun are damaged.
+    --device is a name of torch, or "auto", see `best_device`. Under torchrun "cuda" is the GPU of
+    the local rank. Raises InputError if the device cannot be used, or if the variables of torchrun
+    are damaged.
     """
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device() if args.device == "auto" else args.device
     on_cuda = device.startswith("cuda")
     if on_cuda and not torch.cuda.is_available():
         raise InputError(f"--device {device}: no CUDA device here; use --device cpu")
+    if device.startswith("mps"):
+        _check_mps(device)
     if "LOCAL_RANK" in os.environ:
         _check_launch()
         if device == "cuda":
@@ -52,7 +52,7 @@ def setup_device(args: Any) -> torch.device:
     try:
         torch.zeros((), device=device).item()
     except RuntimeError:
-        raise InputError(f"--device {device} cannot be used here; use cpu or cuda") from None
+        raise InputError(f"--device {device} cannot be used here; use cpu, cuda or mps") from None
     if on_cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, as convolutions have by default
@@ -73,6 +73,24 @@ def setup_device(args: Any) -> torch.device:
     if Compiling.on:
         log.info("--compile on: the first steps are slow, since parts of the step are compiled")
     return device
+
+
+def best_device() -> str:
+    """Returns "cuda" if there is any, else "mps", the GPU of a Mac, for one process, else "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    alone = "LOCAL_RANK" not in os.environ
+    return "mps" if alone and torch.backends.mps.is_available() else "cpu"
+
+
+def _check_mps(device: str) -> None:
+    """Raises InputError if there is no GPU of a Mac here, or if several ranks would share it."""
+    if not torch.backends.mps.is_available():
+        raise InputError(f"--device {device}: no GPU of a Mac here; use --device cpu")
+    if "LOCAL_RANK" in os.environ:
+        raise InputError(
+            f"--device {device} is for one process; start it without torchrun, or use --device cpu"
+        )
 
 
 def _join(backend: str) -> None:
@@ -255,5 +273,8 @@ def _tell_precision(amp: str, device: torch.device) -> str:
     if reason:
         log.info("bfloat16: %s (--amp off for float32)", reason)
         return "on"
-    log.info("float32: this %s is not built for bfloat16", device.type.upper())
+    if device.type == "mps":
+        log.info("float32: whether this GPU is fast in bfloat16 is not known (try --amp on)")
+    else:
+        log.info("float32: this %s is not built for bfloat16", device.type.upper())
     return "off"

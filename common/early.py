@@ -4,8 +4,13 @@ Wrong flags are told, and --help is answered. Ctrl-C ends the imports without a 
 `common.process` takes over when the command begins. SIGTERM and SIGHUP do so by themselves.
 """
 
+import os
 import signal
 import sys
+
+# torch reads it when it is imported: what the GPU of a Mac lacks is computed on the CPU, with a
+# warning that names the operation
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 # a job in the background of a script ignores the signal
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

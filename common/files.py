@@ -84,7 +84,10 @@ def atomic_path(path: Path | str, durable: bool = False) -> Iterator[Path]:
 
 def _sync(path: Path) -> None:
     """Writes a file, or the list of names of a folder, to the disk itself."""
-    number = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
+    if folder and os.name == "nt":
+        return  # Windows opens no folders
+    number = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows wants to write, too
     try:
         os.fsync(number)
     finally:

@@ -11,7 +11,7 @@ from common.console import open_console
 from common.datasets.grammar import check_entries
 from common.errors import InputError, tell
 from common.inputs import check_names
-from common.saved import weights_files
+from common.saved import is_on_hub, weights_files
 
 BOXES = ("boxes", "instances")  # what a method without SUPERVISION can learn from
 
@@ -42,7 +42,7 @@ def check(file: str) -> None:
     found = read_names(file, "Args", "TINY", "MODEL_FIELDS", "SUPERVISION")
     method = Path(file).stem
     args = parse_args(found["Args"], method, found["TINY"], found["MODEL_FIELDS"], early=True)
-    if args.predict or args.eval_only:
+    if (args.predict or args.eval_only) and not is_on_hub(args.weights):
         weights_files(args.weights)
     if args.predict:
         check_names(args.predict)

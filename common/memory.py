@@ -28,22 +28,25 @@ SHARE = 0.8  # of the memory may be taken: later images are larger, or have more
 OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def peak_memory(device: torch.device) -> int | None:
-    """Returns the most bytes that this process has had on `device`; None if they are not known."""
+def peak_memory(device: torch.device) -> int:
+    """Returns the most bytes that this process has had on `device`; 0 if they are not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")  # ru_maxrss would begin with the parent's memory
     if device.type != "cpu" or not status.exists():
-        return None
+        return 0
     fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
     return 1024 * int(fields["VmHWM"].split()[0])
 
 
 def total_memory(device: torch.device) -> int:
-    """Returns the bytes of memory of a GPU, or of this machine."""
+    """Returns the bytes of memory of a GPU, or of this machine; 0 if they are not known."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 0
 
 
 def refuse_huge_batch(batch_size: int, transforms: Iterable[Callable]) -> None:
@@ -57,7 +60,9 @@ def refuse_huge_batch(batch_size: int, transforms: Iterable[Callable]) -> None:
         side = max(side, *lengths, *getattr(transform, "crop", ()))
     needed = 3 * side * side * batch_size
     memory = total_memory(torch.device("cpu"))
-    if needed > memory:
+    if not memory:
+        log.info("this system does not tell its memory: that a batch fits into it is not checked")
+    elif needed > memory:
         raise InputError(
             f"a batch of {batch_size} images of {side} x {side} pixels takes {needed / 1e9:,.0f} "
             f"GB, but this machine has {memory / 1e9:,.0f} GB; lower --batch-size or --image-size"
@@ -69,10 +74,9 @@ def tell_memory(images: int, parts: int, device: torch.device) -> None:
 
     images: of the step on this rank
     """
-    peak = peak_memory(device)
-    if peak is None:
+    peak, total = peak_memory(device), total_memory(device)
+    if not (peak and total):
         return
-    total = total_memory(device)
     message = "a step of %d images in %s takes %.1f of %.1f GB"
     one = "one part (--accumulate 2 takes less)" if parts == 1 else f"{min(parts, images)} parts"
     log.info(message, images, one, peak / 1e9, total / 1e9)
@@ -83,11 +87,13 @@ def find_batch_size(args: Any, device: torch.device, ranks: int) -> int:
 
     Short trainings with two sizes of batches, as processes of their own, say what an image takes. A
     last one shows that the result fits; if it does not, fewer are tried. A run that goes on keeps
-    its size. Raises InputError if not even two images fit.
+    its size. Raises InputError if not even two images fit, and where memory cannot be measured.
     """
     folder = Path(args.resume or args.output)
     if (args.resume or args.output) and (folder / "args.json").exists():
         return read_args(folder, Path(sys.argv[0]).stem)["batch_size"]
+    if not (peak_memory(device) or device.type == "cuda"):
+        raise InputError("--batch-size auto: this system does not tell its memory; give a number")
     few, more = measured(2), measured(8)
     if few is None:
         raise InputError("--batch-size auto: not even 2 images fit; lower --image-size")

@@ -3,23 +3,24 @@
 No module that it imports needs torch, whose import takes seconds.
 """
 
-import fcntl
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from common.errors import InputError
 
 if TYPE_CHECKING:
     from common.rescue import LastStep
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-LOCKS: dict[Path, TextIO] = {}  # of the run folders that this process has locked
+# Windows has no SIGHUP
+ENDING = [name for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ENDING]
+LOCKS: dict[Path, Callable[[], None]] = {}  # what unlocks the run folders of this process
 
 
 class Stop(BaseException):
@@ -110,15 +111,28 @@ def lock(folder: Path) -> None:
     path = (folder / "run.lock").resolve()
     if path in LOCKS:
         return
-    file = path.open("a")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        LOCKS[path] = _lock_file(path)
+    except (BlockingIOError, TimeoutError):
         raise InputError(f"another run is training in {folder}; choose another --output") from None
-    LOCKS[path] = file  # closing it, or another file object of it, would unlock it
+
+
+def _lock_file(path: Path) -> Callable[[], None]:
+    """Locks a file, and returns what unlocks it. Raises BlockingIOError or TimeoutError."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where no data loading process is forked
+        from filelock import FileLock
+
+        held = FileLock(path, timeout=0)
+        held.acquire()
+        return held.release
+    file = path.open("a")
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file.close  # of this file object, and of any other of the same file
 
 
 def unlock() -> None:
     """Unlocks all run folders that this process has locked."""
     for path in list(LOCKS):
-        LOCKS.pop(path).close()
+        LOCKS.pop(path)()

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from common.verdict import Verdict
 
 log = logging.getLogger("concord")
 
+# devices whose fused optimizers heed `found_inf`; that for the GPU of a Mac takes and forgets it
+HEEDING = ("cpu", "cuda")
 NORM = nn.modules.batchnorm._BatchNorm
 LOWER = "raise --accumulate, or lower --batch-size, --image-size or --workers"
 # Patterns of the messages of torch and the system. WORKER is about a data loading process, PEERS
@@ -95,13 +97,16 @@ class LastStep:
     def begin_update(self, verdict: Verdict) -> None:
         """Notes that the weights are about to change, unless a loss of the step is not finite.
 
-        The update changes no random states, since it uses no random numbers.
+        The update changes no random states, since it uses no random numbers. Where it cannot be
+        left out on the device, the host waits, and this raises InputError for the step itself.
         """
+        if verdict.found_inf.device.type not in HEEDING and not verdict.is_finite():
+            self._refuse(verdict)
         self.in_update = True
         self.verdict = verdict
         optimizer = self.content[2]
         optimizer.found_inf = verdict.found_inf
-        if Process.heeding:
+        if Process.heeding and hasattr(signal, "SIGCHLD"):  # Windows has none
             # PyTorch's handler raises as soon as a data loading process dies, even in an update.
             # Without it the loader notices that within five seconds, between two steps.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -121,8 +126,12 @@ class LastStep:
             self.whole = made
             return
         self.made = self.whole  # the weights are those of this step
-        made.verdict.write_record(self.folder)
-        raise made.verdict.error()
+        self._refuse(made.verdict)
+
+    def _refuse(self, verdict: Verdict) -> NoReturn:
+        """Writes failed-step-<step>.json, and raises InputError."""
+        verdict.write_record(self.folder)
+        raise verdict.error()
 
     def check_asked(self) -> None:
         """Raises `Stop` on every rank if a signal had asked one to end in the last whole step."""

@@ -35,7 +35,8 @@ from common.process import check_asked, lock
 from common.replay import compare, read_record
 from common.rescue import LastStep
 from common.settings import go_on
-from common.tables import format_table, write_class_tables
+from common.tables import flat, format_table, write_class_tables
+from common.track import tracker
 from common.validation import (
     Results,
     is_recorded,
@@ -184,6 +185,7 @@ class RunLog:
         keep_lines(folder / "evaluations.jsonl", start)
         self.file = path.open("a")
         self.board = tensorboard_writer(folder)
+        self.tracker = tracker(args.track, folder, metadata.get("args", {}))
         self.bar = progress_bar("train", steps, start, "step")
         self.images = 0  # since the last line
         self.since = time.perf_counter()
@@ -317,9 +319,12 @@ class RunLog:
         place = {"step": step, "dataset": dataset} if dataset else {"step": step}
         self.file.write(json.dumps(place | values) + "\n")
         self.file.flush()
+        named = {f"{dataset}/{name}" if dataset else name: x for name, x in values.items()}
         if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(f"{dataset}/{name}" if dataset else name, value, step)
+            for name, value in named.items():
+                self.board.add_scalar(name, value, step)
+        if self.tracker:
+            self.tracker.log(named, step)
 
     def _evaluate(self, step: int) -> None:
         """Evaluates the model of `step` if it is due, and keeps the best weights.
@@ -341,6 +346,8 @@ class RunLog:
                     save_weights(path, model, label_space, metadata | about)
 
                 record_evaluation(self.folder, step, results, label_space.datasets, save)
+                if self.tracker:
+                    self.tracker.log(flat(results), step)
                 self.since += time.perf_counter() - began
         self.last.in_loop = True
 
@@ -361,6 +368,8 @@ class RunLog:
             self.file.close()
             if self.board:
                 self.board.close()
+            if self.tracker:
+                self.tracker.finish()
             draw_training(self.folder)
 
 
@@ -387,7 +396,8 @@ def report(results: Results, folder: Path, args: Any, run: Path | None = None) -
     """Writes results.json, tables of classes and the mistakes to `folder`, the results to the log.
 
     Does nothing without results. After a training with --eval-every it also does what
-    `record_evaluation` says, and draws curves.png again with this evaluation.
+    `record_evaluation` says, and draws curves.png again with this evaluation. After one with
+    --track it sends the results there.
     run: the run folder, if `folder` is only a part of it
     """
     if not results:
@@ -397,14 +407,18 @@ def report(results: Results, folder: Path, args: Any, run: Path | None = None) -
     write_class_tables(results, folder)
     write_mistakes(results, folder, args.score_threshold)
     log.info("\n" + format_table(results))
+    run = run or folder
+    step = max(map(checkpoint_step, checkpoints(run)), default=0)
     if args.eval_every and not args.eval_only:
         weights = folder / "weights.safetensors"
         trained = stored_names(weights) or {}
-        run = run or folder
-        done = [checkpoint_step(path) for path in checkpoints(run)]
         save = partial(copy_weights, weights)
-        record_evaluation(run, max(done, default=0), results, trained, save)
+        record_evaluation(run, step, results, trained, save)
         draw_training(run)
+    if args.track and not args.eval_only:
+        sent = tracker(args.track, run, vars(args))
+        sent.log(flat(results), step)
+        sent.finish()
     log.info("results and pictures: %s/", folder)
 
 

@@ -5,6 +5,7 @@ No module that it imports needs torch, whose import takes seconds.
 
 import json
 import os
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -13,6 +14,7 @@ from common.errors import InputError
 from common.files import refuse_pipe
 
 # settings of one start alone: the next start neither repeats nor compares them
+WEIGHTS = "weights.safetensors"  # in a run folder, and in a repository of the hub
 OF_A_START = {"resume", "output", "eval_only", "predict", "replay"}
 
 
@@ -34,13 +36,26 @@ def read_args(folder: Path, method: str) -> dict:
     return saved
 
 
+def is_on_hub(path: str | Path) -> bool:
+    """Returns whether weights are those of hf://owner/name, on the Hugging Face hub."""
+    return str(path).startswith("hf://")
+
+
+def hub_address(address: str) -> tuple[str, str | None]:
+    """Splits hf://owner/name[@revision] into owner/name and revision. Raises InputError."""
+    found = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", address, re.ASCII)
+    if not found:
+        raise InputError(f"--weights {address}: write hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
+    return found[1], found[2]
+
+
 def weights_file(path: str | Path) -> Path:
     """Returns `path`, or weights.safetensors in a run folder. Raises InputError without one."""
     if not str(path):
         raise InputError(
             "--predict and --eval-only need --weights: a .safetensors file or a run folder"
         )
-    file = Path(path) / "weights.safetensors" if os.path.isdir(path) else Path(path)
+    file = Path(path) / WEIGHTS if os.path.isdir(path) else Path(path)
     if not os.path.isfile(file):
         raise InputError(
             f"weights {file} do not exist; give a .safetensors file or a run folder that holds one"
@@ -60,9 +75,13 @@ def weights_files(path: str | Path) -> list[Path]:
 def own_weights(path: str | Path) -> Path | None:
     """Returns the safetensors file of these weights, or None for official checkpoints.
 
-    path: as in `weights_files`
+    path: as in `weights_files`, or hf://owner/name[@revision], which is downloaded
     Raises InputError for a file that is missing.
     """
+    if is_on_hub(path):
+        from common.hub import download
+
+        return download(str(path))
     first, *others = weights_files(path)
     return first if first.suffix == ".safetensors" and not others else None
 

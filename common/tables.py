@@ -54,6 +54,16 @@ def mean_of_known(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else math.nan
 
 
+def flat(results: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Returns {"dataset/metric": value} of all metrics that are numbers."""
+    found = {}
+    for title, row in results.items():
+        for metric, value in row.items():
+            if not math.isnan(value):
+                found[f"{title}/{metric}"] = value
+    return found
+
+
 def write_class_tables(results: dict[str, dict[str, float]], folder: Path) -> None:
     """Writes per_class.json and per_class.txt to `folder`, of the results that are `Scores`.
 

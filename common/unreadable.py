@@ -1,13 +1,13 @@
 """Images that cannot be read: tried again, and skipped as far as --skip-bad allows."""
 
 import errno
-import fcntl
 import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from common.batch import Sample
 from common.datasets.dataset import Dataset
@@ -34,8 +34,9 @@ class Skips:
         """Returns whether image `name` may be skipped. Lists it and logs `error` if it is new."""
         if not self.limit:
             return False
-        with (self.folder / "skipped-images.txt").open("a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # other processes read and write it, too
+        path = self.folder / "skipped-images.txt"
+        # other processes read and write it, too
+        with FileLock(path.with_suffix(".lock")), path.open("a+", encoding="utf-8") as file:
             file.seek(0)
             listed = file.read().splitlines()
             if name in listed:

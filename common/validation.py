@@ -7,11 +7,10 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from common.checkpoint import BROKEN
+from common.checkpoint import BROKEN, rng_states, set_rng_states
 from common.files import atomic_path
 
 log = logging.getLogger("concord")
@@ -26,11 +25,11 @@ Results = dict[str, dict[str, float]]
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Context manager that restores the random states and the mode of each module at its end."""
     modes = {module: module.training for module in model.modules()}
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    states = rng_states()
     try:
-        with torch.random.fork_rng(devices):
-            yield
+        yield
     finally:
+        set_rng_states(states)
         for module, mode in modes.items():
             module.training = mode  # train() would not: frozen layers stay in eval mode
 

@@ -92,9 +92,9 @@ BUDGETS = {
     "data": 10300,
     "detectors": 5100,
     "segmenters": 2310,
-    "a run": 4500,
+    "a run": 4600,
 }
-BUDGETS |= {"faults": 2015, "seeing": 980}
+BUDGETS |= {"faults": 2100, "seeing": 980, "hub": 540}
 GROUPS = {
     "labels & text": "labels text class_counts merges merge_scores fine_classes label_report"
     " exemplars pictures aggregator",
@@ -108,6 +108,7 @@ GROUPS = {
     "faults": "checkpoint files process replay rescue runlog saved settings unreadable validation"
     " verdict",
     "seeing": "class_colors cross_labels heat_map label_accuracy mistakes",
+    "hub": "hub model_card track",
 }
 
 

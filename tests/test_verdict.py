@@ -41,7 +41,7 @@ from common.runlog import RunLog
 from common.verdict import Verdict
 
 SETTINGS = {"checkpoint_every": 99, "keep": 2, "eval_every": 0, "replay": 0, "seed": 7}
-SETTINGS |= {"ema": 0.0, "accumulate": 1}
+SETTINGS |= {"ema": 0.0, "accumulate": 1, "track": ""}
 SPACE = LabelSpace([Vocabulary("a", ("cat", "dog"))])
 KINDS = {"sgd": sgd, "adamw": partial(torch.optim.AdamW, fused=True)}
 
