@@ -163,7 +163,7 @@ class Args:
     accumulate: Annotated[int, Range(1)] = 1
     """parts in which a batch is computed: the same step with less memory, a third slower"""
     device: str = "auto"
-    """cuda, cpu, cuda:1, ...; auto: CUDA if there is one"""
+    """cuda, cuda:1, mps, cpu, ...; auto: CUDA, else MPS (a Mac), else the CPU"""
     seed: Annotated[int, COUNT] = 0
     """seed of initial weights, order of images and augmentation"""
 
