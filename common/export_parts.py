@@ -17,13 +17,13 @@ from unittest import mock
 
 import torch
 import torchvision
-import timm.layers.conv2d_same
-from torch import Tensor, nn
+from torch import Tensor
+from torch._higher_order_ops.while_loop import while_loop
 from torch.nn import functional as F
 from torchvision.ops import clip_boxes_to_image
 
 from common import boxes as box_functions
-from common import deformable, pixel_decoder
+from common import deformable, oln, pixel_decoder
 from common.backbone import Backbone
 from common.boxes import decode_boxes
 from common.centernet import CenterNet, Grid
@@ -45,7 +45,7 @@ def greedy_nms(boxes: Tensor, scores: Tensor, iou: float, least: float) -> Tenso
     It is one NMS of all images and classes, which lie apart from each other. In float64, this shift
     does not round the boxes.
     """
-    images, classes, number = scores.shape
+    _, classes, number = scores.shape
     flat = scores.flatten(1)  # (B, C Q)
     if not isinstance(classes, int) or classes * number > MOST_PAIRS:
         flat, pairs = F.pad(flat, (0, MOST_PAIRS)).topk(MOST_PAIRS)
@@ -136,6 +136,37 @@ def select(
     return chosen, scores, labels
 
 
+def soft_nms(boxes: Tensor, scores: Tensor, sigma: float = 0.5, min_score: float = 1e-3) -> Tensor:
+    """Is `common.boxes.soft_nms` of a batch, as a loop in the graph: scores (B, Q, C) -> the same.
+
+    boxes: (B, Q, 4)
+    """
+    low, high = boxes.chunk(2, 2)
+    area = (high - low).prod(2)  # (B, Q)
+    overlap = torch.minimum(high[:, :, None], high[:, None])
+    overlap = (overlap - torch.maximum(low[:, :, None], low[:, None])).clamp(min=0)
+    shared = overlap.prod(3)  # (B, Q, Q)
+    union = area[:, :, None] + area[:, None] - shared
+    decay = torch.exp(-((shared / union.clamp(min=1e-9)) ** 2) / sigma)
+    remaining = scores.mT.contiguous()  # (B, C, Q)
+    state = (remaining, torch.zeros_like(remaining), decay)
+
+    def goes_on(remaining: Tensor, final: Tensor, decay: Tensor) -> Tensor:
+        return remaining.amax() >= min_score
+
+    def lower(remaining: Tensor, final: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
+        best, row = remaining.max(2, keepdim=True)  # (B, C, 1)
+        chosen = torch.arange(decay.shape[2]) == row  # (B, C, Q)
+        kept = best * (best >= min_score)
+        final = torch.maximum(final, chosen * kept)
+        rows = row.expand(-1, -1, decay.shape[2])
+        remaining = remaining * decay.gather(1, rows) * ~chosen
+        return remaining, final, decay.clone()
+
+    _, final, _ = while_loop(goes_on, lower, state)
+    return final.mT
+
+
 # -- parts of detectors ----------------------------------------------------------------------------
 
 
@@ -202,6 +233,23 @@ def rpn_forward(
     scores, rows = best_rows(torch.cat(found, 1), most)
     boxes = at_rows(torch.cat(boxes, 1), rows)
     return [(boxes.flatten(0, 1), scores.flatten())], None
+
+
+def anchor_proposals(
+    self: oln.RPN, features: list[Tensor], sizes: list[tuple[int, int]], gt_boxes: None = None
+) -> tuple[list[tuple[Tensor, Tensor]], dict]:
+    """Is `oln.RPN.forward` at test time, with a fixed number of proposals as `centre_proposals`."""
+    tblr, logits = self.head(features)
+    found, boxes = [], []
+    for anchors, distances, level in zip(self.anchors(features), tblr, logits):
+        scores, rows = best_rows(level.sigmoid(), self.pre_nms)
+        of_level = anchors[rows].flatten(0, 1)
+        moved = oln.decode_tblr(of_level, at_rows(distances, rows).flatten(0, 1))
+        moved = clip_boxes_to_image(moved, sizes[0]).view(-1, self.pre_nms, 4)
+        low, high = moved.chunk(2, 2)
+        found.append(scores * (high > low).all(2))
+        boxes.append(moved)
+    return [(torch.cat(boxes, 1).flatten(0, 1), torch.cat(found, 1).flatten())], {}
 
 
 def roi_align(
@@ -296,6 +344,7 @@ SUBSTITUTES = (
     (CLIPResNetC4, "normalise", normalise),
     (CenterNet, "proposals", centre_proposals),
     (RPN, "forward", rpn_forward),
+    (oln.RPN, "forward", anchor_proposals),
     (sys.modules["timm.layers.conv2d_same"], "pad_same", pad_same),
     (box_functions, "roi_align", roi_align),
     (pixel_decoder, "msda", msda),
@@ -312,8 +361,8 @@ original_len = builtins.len
 
 
 @contextlib.contextmanager
-def exportable(model: nn.Module, operator: bool) -> Iterator[None]:
-    """Context manager in which the model is made of the parts above, for the time of a trace.
+def exportable(operator: bool) -> Iterator[None]:
+    """Context manager in which models are made of the parts above, for the time of a trace.
 
     operator: NMS is an operator of ONNX, instead of torchvision's
     """
