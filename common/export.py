@@ -44,7 +44,7 @@ log = logging.getLogger("concord")
 ROOT = Path(__file__).resolve().parents[1]
 ENDINGS = {"onnx": ".onnx", "torch": ".pt2"}
 OPSET = 18
-SIDES = {"min": 129, "max": 16384}  # of images; a smaller one has a level of a single cell
+LARGEST = 16384  # side of an image
 # the largest differences from the model that are allowed
 TOLERANCES = {"boxes": 0.1, "scores": 1e-3, "labels": 0.02, "semantic": 1e-3}
 TOLERANCES |= {"probabilities": 1e-3, "masks": 1e-2}
@@ -94,7 +94,7 @@ def load_model(args: Args) -> tuple[ModuleType, nn.Module, LabelSpace]:
     return module, model, space.swap(args.vocabulary)
 
 
-def example_image(args: Args, model: nn.Module) -> Tensor:
+def example_image(args: Args, transform: ResizeShortest) -> Tensor:
     """Returns the image of --check, or a generated one, in the size of --size: (3, H, W) uint8."""
     if args.check:
         sample = to_sample(args.check)
@@ -104,10 +104,19 @@ def example_image(args: Args, model: nn.Module) -> Tensor:
         picture = F.interpolate(coarse, (480, 640), mode="bilinear")[0]
         picture[:, 100:300, 200:420] = coarse[0, :, 0, 0, None, None]
         sample = Sample.unlabelled(picture.byte(), "", 0, 0)
-    size = args.size or (model.args.test_size,)
-    if len(size) == 1 and not args.static:
-        return ResizeShortest(size[0])(sample).image
-    return move(sample, (size[0], size[-1])).image
+    if len(args.size) == 2 or args.static:
+        size = args.size or (transform.size,)
+        return move(sample, (size[0], size[-1])).image
+    return transform(sample).image
+
+
+def transform_of(args: Args, module: ModuleType, model: nn.Module) -> ResizeShortest:
+    """Returns what images are resized by: --size, else as the method does at test time."""
+    if args.size:
+        return ResizeShortest(args.size[0])
+    if hasattr(module, "test_transform"):  # it has several sizes
+        return module.test_transform(model.args, "")
+    return ResizeShortest(model.args.test_size, getattr(model.args, "test_longest", 0))
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -121,9 +130,12 @@ def trace(exported: Exported, image: Tensor, args: Args) -> torch.export.Exporte
     inputs = [image[None]]
     shapes: list[dict | None] = [None]
     if not args.static:
+        least = exported.kind.least_side
+        missing = [max(0, least - side) for side in image.shape[1:]]
+        image = F.pad(image, (0, missing[1], 0, missing[0]))
         inputs = [image[None].repeat(2, 1, 1, 1)]
-        any_number, any_side = torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC(**SIDES)
-        shapes = [{0: any_number, 2: any_side, 3: any_side}]
+        any_side = torch.export.Dim.DYNAMIC(min=least, max=LARGEST)
+        shapes = [{0: torch.export.Dim.DYNAMIC, 2: any_side, 3: any_side}]
     if args.text_input:
         least, most = text_rows(exported.model)
         number = min(max(len(exported.text), least), most)
@@ -161,24 +173,32 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def metadata_of(method: str, exported: Exported, image: Tensor, args: Args) -> dict[str, str]:
-    """Returns what the file says of itself."""
+def metadata_of(
+    method: str, exported: Exported, transform: ResizeShortest, size: tuple[int, int] | None
+) -> dict[str, str]:
+    """Returns what the file says of itself. size: the only (height, width) of images, or None."""
     kind = exported.kind
+    longest = transform.longest or round(transform.size * 1333 / 800)
+    resize = {"short": transform.size, "longest": longest}
+    if size:
+        resize = dict(zip(("height", "width"), size))
     return {
         "method": method,
         "class_names": json.dumps(exported.space.names),
         "input": "images: uint8 RGB (B, 3, H, W), 0..255; the file normalises them itself",
         "outputs": json.dumps(kind.outputs),
         "score": kind.score,
-        "size": json.dumps(list(image.shape[1:]) if args.static else [min(image.shape[1:])]),
+        "resize": json.dumps(resize),
         "project": "Concord",
     }
 
 
-def write(exported: Exported, method: str, image: Tensor, path: Path, args: Args) -> None:
-    """Writes the file. Raises InputError if the model cannot be written in this format."""
+def write(exported: Exported, about: dict[str, str], image: Tensor, path: Path, args: Args) -> None:
+    """Writes the file. Raises InputError if the model cannot be written in this format.
+
+    about: its metadata; image: (3, H, W), which is traced
+    """
     inputs = ["images", "text"] if args.text_input else ["images"]
-    about = metadata_of(method, exported, image, args)
     try:
         program = trace(exported, image, args)
         if args.format == "torch":
@@ -199,8 +219,8 @@ def write(exported: Exported, method: str, image: Tensor, path: Path, args: Args
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"--format {args.format}: {method} cannot be written ({reason}); try --static, or the"
-            " other format"
+            f"--format {args.format}: {about['method']} cannot be written ({reason}); try --static,"
+            " or the other format"
         ) from error
 
 
@@ -329,7 +349,7 @@ def export(args: Args) -> None:
     path = Path(args.output).expanduser()
     if path.suffix != ENDINGS[args.format]:
         raise InputError(
-            f"--output '{args.output}': --format {args.format} writes a file *{ENDINGS[args.format]}"
+            f"--output '{args.output}': --format {args.format} writes *{ENDINGS[args.format]}"
         )
     if len(args.size) > 2:
         raise InputError(f"--size {' '.join(map(str, args.size))}: give one or two numbers")
@@ -338,9 +358,12 @@ def export(args: Args) -> None:
             need(package)
     module, model, space = load_model(args)
     exported = Exported(model, space).eval()
-    image = example_image(args, model)
+    transform = transform_of(args, module, model)
+    image = example_image(args, transform)
+    size = tuple(image.shape[1:]) if args.static else None
+    about = metadata_of(module.__name__, exported, transform, size)
     with atomic_path(path) as temporary:
-        write(exported, module.__name__, image, temporary, args)
+        write(exported, about, image, temporary, args)
         check(temporary, module, exported, image, args)
     log.info("%s: %d classes, %.0f MB", path, len(space), path.stat().st_size / 1e6)
 

@@ -47,12 +47,14 @@ class Kind:
     outputs: {name of an output: what it is}
     least:   a detection is only there if its score is above
     score:   what a score means
+    least_side: pixels; of a smaller image, the coarsest map is a single cell
     """
 
     run: Callable[..., tuple[Tensor, ...]]
     outputs: dict[str, str]
     least: float = 0.0
     score: str = ""
+    least_side: int = 129
 
 
 class Exported(nn.Module):
@@ -80,7 +82,7 @@ def kind_of(model: nn.Module) -> Kind:
         if model.args.task == "semantic":
             outputs = SEMANTIC
         score = "probability of the class of a query"
-        return Kind(run_segmenter, outputs, score=score)
+        return Kind(run_segmenter, outputs, 0.0, score, 33)
     if isinstance(getattr(model, "cascade", None), Cascade):
         masks = {"masks": "(B, N, 28, 28) mask probabilities on a grid over each box"}
         outputs = DETECTIONS | (masks if getattr(model, "mask_head", None) else {})
@@ -91,7 +93,7 @@ def kind_of(model: nn.Module) -> Kind:
         return Kind(run_regions, DETECTIONS, 0.0, "p^beta eta^(1 - beta), before calibration")
     if isinstance(getattr(model, "encoder", None), Encoder):
         run = next(run for part, run in QUERY_KINDS.items() if hasattr(model, part))
-        return Kind(run, DETECTIONS, 0.0, "sigmoid of the query's class")
+        return Kind(run, DETECTIONS, 0.0, "sigmoid of the query's class", 65)
     raise InputError(f"{type(model).__module__} cannot be exported: it has no detector")
 
 

@@ -43,26 +43,32 @@ def greedy_nms(boxes: Tensor, scores: Tensor, iou: float, least: float) -> Tenso
     boxes: (B, Q, 4); scores: (B, C, Q); least: only scores above it take part
 
     It is one NMS of all images and classes, which lie apart from each other. In float64, this shift
-    does not round the boxes.
+    does not round the boxes. What takes no part lies below the first of two boxes that are added,
+    so that at least two are kept: a graph of torch cannot hold a result of fewer.
     """
-    _, classes, number = scores.shape
+    images, classes, number = scores.shape
     flat = scores.flatten(1)  # (B, C Q)
     if not isinstance(classes, int) or classes * number > MOST_PAIRS:
-        flat, pairs = F.pad(flat, (0, MOST_PAIRS)).topk(MOST_PAIRS)
-        pairs = pairs.where(flat > 0, 0)  # the padding has no place
+        flat, pairs = best_rows(flat, MOST_PAIRS)
     else:
         pairs = torch.arange(classes * number).expand_as(flat)
-    image, row = (flat > least).nonzero(as_tuple=True)  # (K,)
-    score = flat[image, row].double()
-    pair = pairs[image, row]
-    chosen = boxes[image, pair % number].double()
-    group = image * classes + pair // number
-    apart = boxes.amax() - boxes.amin() + 1
-    kept = torchvision.ops.nms(chosen + (group * apart.double())[:, None], score, iou)
-    mask = torch.zeros_like(scores, dtype=torch.bool).flatten(1)
-    true = torch.ones_like(kept, dtype=torch.bool)
-    mask = mask.index_put((image[kept], pair[kept]), true)
-    return mask.view_as(scores)
+    image = torch.arange(images)[:, None]
+    passing = flat > least  # (B, K)
+    group = torch.where(passing, image * classes + pairs // number, -1).flatten()
+    place = (image * (classes * number) + pairs).flatten()
+    chosen = at_rows(boxes, pairs % number) * passing[..., None]
+    apart = (boxes.amax() - boxes.amin()).double() + 2
+    group = torch.cat([torch.tensor([-1, -2]), group])
+    chosen = torch.cat([boxes.new_zeros(2, 4), chosen.flatten(0, 1)]).double()
+    corner = torch.tensor([0.0, 0.0, 1.0, 1.0])  # gives the added boxes a size
+    chosen = chosen + (group < 0)[:, None] * corner + (group * apart)[:, None]
+    flat = torch.cat([flat.amax().expand(2) + 1, flat.flatten()])
+    kept = torchvision.ops.nms(chosen, flat.double(), iou)
+    total = images * classes * number
+    mask = scores.new_zeros(total + 1, dtype=torch.bool)
+    place = torch.cat([torch.full((2,), total), place])
+    mask = mask.index_fill(0, place[kept], True)
+    return mask[:total].view_as(scores)
 
 
 @torch.library.custom_op("concord::nms", mutates_args=())
