@@ -267,7 +267,9 @@ def reference(module: ModuleType, exported: Exported, image: Tensor) -> dict[str
     found = queries(model, batch.images, batch.sizes, space, exported.text)
     result = {"probabilities": found[0][0], "masks": found[1][0]}
     if "semantic" in exported.kind.outputs:
-        result["semantic"] = module.predict(model, batch, space)[0]["semantic"]
+        # one task makes the queries of all outputs
+        told = {"sentence": model.args.task} if hasattr(model, "task_embedding") else {}
+        result["semantic"] = module.predict(model, batch, space, **told)[0]["semantic"]
     return result
 
 

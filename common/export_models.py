@@ -10,6 +10,7 @@ h w pixels of a mask.
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -67,7 +68,7 @@ class Exported(nn.Module):
         super().__init__()
         self.model = model
         self.space = space
-        self.kind = kind_of(model)
+        self.kind = kind_of(model, space)
         self.register_buffer("text", space.text, persistent=False)
 
     def forward(self, images: Tensor, text: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -75,8 +76,8 @@ class Exported(nn.Module):
         return self.kind.run(self.model, images, self.space, self.text if text is None else text)
 
 
-def kind_of(model: nn.Module) -> Kind:
-    """Returns the kind of a model. Raises InputError if there is none for it."""
+def kind_of(model: nn.Module, space: LabelSpace) -> Kind:
+    """Returns the kind of a model with its classes. Raises InputError if there is none for it."""
     if isinstance(getattr(model, "pixel_decoder", None), PixelDecoder):
         outputs = QUERIES if model.args.task == "instance" else SEMANTIC | QUERIES
         if model.args.task == "semantic":
@@ -93,6 +94,8 @@ def kind_of(model: nn.Module) -> Kind:
         return Kind(run_regions, DETECTIONS, 0.0, "p^beta eta^(1 - beta), before calibration")
     if isinstance(getattr(model, "encoder", None), Encoder):
         run = next(run for part, run in QUERY_KINDS.items() if hasattr(model, part))
+        if run is run_one_task:
+            run = partial(run, dataset=model.dataset_of(space))
         return Kind(run, DETECTIONS, 0.0, "sigmoid of the query's class", 65)
     raise InputError(f"{type(model).__module__} cannot be exported: it has no detector")
 
@@ -217,12 +220,12 @@ def best_pairs(
 
 
 def run_one_task(
-    model: nn.Module, images: Tensor, space: LabelSpace, text: Tensor | None
+    model: nn.Module, images: Tensor, space: LabelSpace, text: Tensor | None, dataset: int
 ) -> tuple[Tensor, ...]:
-    """Returns the detections of a model that is called with a label space."""
+    """Returns the detections of a model whose queries are those of a dataset, a row of it."""
     classes = SimpleNamespace(text=text, datasets=space.datasets)
     sizes = size_of(images)
-    output = model(images, sizes, model.dataset_of(space), classes)
+    output = model(images, sizes, dataset, classes)
     return best_pairs(output.logits[-1], output.boxes[-1], sizes[0])
 
 

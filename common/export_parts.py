@@ -176,10 +176,15 @@ def soft_nms(boxes: Tensor, scores: Tensor, sigma: float = 0.5, min_score: float
 # -- parts of detectors ----------------------------------------------------------------------------
 
 
+def padded_side(side: int) -> int:
+    """Returns the side of an image after its padding to the DIVISOR."""
+    return (side + DIVISOR - 1) // DIVISOR * DIVISOR
+
+
 def normalise(self: Any, images: Tensor, sizes: list) -> Tensor:
     """Is `Backbone.normalise` of images (B, 3, H, W) of one size, which it pads to the DIVISOR."""
     images = (images - self.mean) / self.std
-    height, width = ((side + DIVISOR - 1) // DIVISOR * DIVISOR for side in images.shape[-2:])
+    height, width = map(padded_side, images.shape[-2:])
     return F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
 
 
@@ -313,10 +318,10 @@ def msda(
     return out.view(batch, heads * width, queries).transpose(1, 2)
 
 
-def memory_of(maps: list[Tensor], sizes: list, padded: tuple[int, int]) -> deformable.Memory:
-    """Is `Memory.of` for a batch of images of one size, before it was padded."""
-    [(height, width)] = sizes
-    tall, wide = padded
+def memory_of(maps: list[Tensor], sizes: list, size: tuple[int, int]) -> deformable.Memory:
+    """Is `Memory.of` for a batch of images of one size, which `normalise` pads."""
+    height, width = size
+    tall, wide = map(padded_side, size)
     images = maps[0].shape[0]
     cells, whole, centres, padding = [], [], [], []
     for level in maps:

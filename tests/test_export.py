@@ -363,9 +363,9 @@ def test_deformable_attention_is_the_formula(form):
 
 
 def test_memory_of_padded_images():
-    maps = [torch.randn(2, 4, 8, 10), torch.randn(2, 4, 4, 5), torch.randn(2, 4, 2, 3)]
-    wanted = deformable.Memory.of(maps, [(50, 66)] * 2, (64, 80))
-    found = export_parts.memory_of(maps, [(50, 66)], (64, 80))
+    maps = [torch.randn(2, 4, 8, 12), torch.randn(2, 4, 4, 6), torch.randn(2, 4, 2, 3)]
+    wanted = deformable.Memory.of(maps, [(50, 66)] * 2, (64, 96))
+    found = export_parts.memory_of(maps, [(50, 66)], (50, 66))  # padded by the file
     assert found.shapes == wanted.shapes
     for name in ("tokens", "cells", "ratios", "centres", "padding"):
         torch.testing.assert_close(getattr(found, name), getattr(wanted, name))
