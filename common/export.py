@@ -31,7 +31,7 @@ from common.batch import Sample, collate
 from common.command import SIDE, check_ranges, run_command
 from common.errors import InputError
 from common.export_models import Exported, queries, text_rows
-from common.export_parts import exportable, nms_operator, onnx_nms
+from common.export_parts import exportable, onnx_nms
 from common.files import atomic_path
 from common.inference import to_sample
 from common.labels import LabelSpace
@@ -211,13 +211,13 @@ def write(exported: Exported, about: dict[str, str], image: Tensor, path: Path, 
                 opset_version=OPSET,
                 input_names=inputs,
                 output_names=list(exported.kind.outputs),
-                custom_translation_table={nms_operator: onnx_nms()},
+                custom_translation_table={torch.ops.concord.nms.default: onnx_nms()},
                 verbose=False,
             )
         written.model.metadata_props.update(about)
         written.save(path, external_data=False)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise InputError(
             f"--format {args.format}: {about['method']} cannot be written ({reason}); try --static,"
             " or the other format"

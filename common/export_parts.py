@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 from torch.nn import functional as F
 from torchvision.ops import clip_boxes_to_image
@@ -158,7 +158,7 @@ def soft_nms(boxes: Tensor, scores: Tensor, sigma: float = 0.5, min_score: float
     state = (remaining, torch.zeros_like(remaining), decay)
 
     def goes_on(remaining: Tensor, final: Tensor, decay: Tensor) -> Tensor:
-        return remaining.amax() >= min_score
+        return remaining.max() >= min_score
 
     def lower(remaining: Tensor, final: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
         best, row = remaining.max(2, keepdim=True)  # (B, C, 1)
@@ -286,7 +286,7 @@ def roi_align(
     return pooled
 
 
-# -- deformable attention --------------------------------------------------------------------------
+# -- attention -------------------------------------------------------------------------------------
 
 
 def msda(
@@ -318,6 +318,16 @@ def msda(
     return out.view(batch, heads * width, queries).transpose(1, 2)
 
 
+def attend(
+    self: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, **settings: Any
+) -> tuple[Tensor, Tensor]:
+    """Is torch's attention by products of matrices: the exporter cannot lay out the fused one."""
+    return plain_attention(self, query, key, value, **(settings | {"need_weights": True}))
+
+
+plain_attention = nn.MultiheadAttention.forward
+
+
 def memory_of(maps: list[Tensor], sizes: list, size: tuple[int, int]) -> deformable.Memory:
     """Is `Memory.of` for a batch of images of one size, which `normalise` pads."""
     height, width = size
@@ -331,7 +341,7 @@ def memory_of(maps: list[Tensor], sizes: list, size: tuple[int, int]) -> deforma
         inside = torch.stack([(columns * wide < width * w).sum(), (rows * tall < height * h).sum()])
         ends = inside.float()  # (2,)
         cells.append(ends)
-        whole.append(torch.stack([columns.amax(), rows.amax()]) + 1.0)
+        whole.append(torch.stack([columns.max(), rows.max()]) + 1.0)
         grid = torch.meshgrid(columns + 0.5, rows + 0.5, indexing="xy")
         grid = torch.stack(grid, -1).flatten(0, 1)  # (h w, 2)
         centres.append(grid / ends)
@@ -359,6 +369,7 @@ SUBSTITUTES = (
     (sys.modules["timm.layers.conv2d_same"], "pad_same", pad_same),
     (box_functions, "roi_align", roi_align),
     (pixel_decoder, "msda", msda),
+    (nn.MultiheadAttention, "forward", attend),
     (deformable.Memory, "of", staticmethod(memory_of)),
 )
 
