@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from common.batch import Sample, collate
 from common.command import SIDE, check_ranges, run_command
 from common.errors import InputError
-from common.export_models import Exported, queries, text_rows
+from common.export_models import Exported, constants, queries, text_rows
 from common.export_parts import exportable, onnx_nms
 from common.files import atomic_path
 from common.inference import to_sample
@@ -142,7 +142,8 @@ def trace(exported: Exported, image: Tensor, args: Args) -> torch.export.Exporte
         inputs.append(exported.text[torch.arange(number) % len(exported.text)])
         shapes.append({0: torch.export.Dim.DYNAMIC(min=least, max=most)})
     onnx = args.format == "onnx"
-    with torch.no_grad(), quiet(), without_hooks(exported), exportable(operator=onnx):
+    parts = exportable(onnx, constants(exported.model))
+    with torch.no_grad(), quiet(), without_hooks(exported), parts:
         program = torch.export.export(exported, tuple(inputs), dynamic_shapes=tuple(shapes))
     return program
 

@@ -7,6 +7,7 @@ Shapes: B images, Q queries or boxes of an image, C classes, N detections of an 
 h w pixels of a mask.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Kind:
     outputs: {name of an output: what it is}
     least:   a detection is only there if its score is above
     score:   what a score means
-    least_side: pixels; of a smaller image, the coarsest map is a single cell
+    least_side: pixels; a smaller image has a map of a single cell, or fewer cells than queries
     """
 
     run: Callable[..., tuple[Tensor, ...]]
@@ -96,7 +97,9 @@ def kind_of(model: nn.Module, space: LabelSpace) -> Kind:
         run = next(run for part, run in QUERY_KINDS.items() if hasattr(model, part))
         if run is run_one_task:
             run = partial(run, dataset=model.dataset_of(space))
-        return Kind(run, DETECTIONS, 0.0, "sigmoid of the query's class", 65)
+        number = getattr(model.args, "queries_per_class", None) or model.args.queries
+        least_side = max(65, 8 * math.ceil(math.sqrt(number)) + 1)  # so many cells of 8 x 8 pixels
+        return Kind(run, DETECTIONS, 0.0, "sigmoid of the query's class", least_side)
     raise InputError(f"{type(model).__module__} cannot be exported: it has no detector")
 
 

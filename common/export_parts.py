@@ -12,6 +12,7 @@ import builtins
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -286,6 +287,12 @@ def roi_align(
     return pooled
 
 
+def best_cells(boxes: Tensor, scores: Tensor, number: int) -> Tensor:
+    """Is `deformable.best_cells` of images that have at least `number` cells."""
+    nothing = (boxes == 1).all(-1)
+    return scores.masked_fill(nothing, -torch.inf).topk(number, 1).indices
+
+
 # -- attention -------------------------------------------------------------------------------------
 
 
@@ -371,6 +378,7 @@ SUBSTITUTES = (
     (pixel_decoder, "msda", msda),
     (nn.MultiheadAttention, "forward", attend),
     (deformable.Memory, "of", staticmethod(memory_of)),
+    (deformable, "best_cells", best_cells),
 )
 
 
@@ -383,12 +391,15 @@ original_len = builtins.len
 
 
 @contextlib.contextmanager
-def exportable(operator: bool) -> Iterator[None]:
+def exportable(operator: bool, module: ModuleType | None = None) -> Iterator[None]:
     """Context manager in which models are made of the parts above, for the time of a trace.
 
     operator: NMS is an operator of ONNX, instead of torchvision's
+    module:   of the model; a function of common/ that it has imported is replaced there, too
     """
     with contextlib.ExitStack() as stack:
+        if hasattr(module, "best_cells"):
+            stack.enter_context(mock.patch.object(module, "best_cells", best_cells))
         for owner, name, part in SUBSTITUTES:
             stack.enter_context(mock.patch.object(owner, name, part))
         form = nms_operator if operator else greedy_nms
