@@ -106,7 +106,13 @@ class Form:
 
 
 def nms(boxes: Tensor, scores: Tensor, iou: float, least: float) -> Tensor:
-    """Returns which scores NMS keeps, as `greedy_nms`, in the form of the graph."""
+    """Returns which scores NMS keeps, as `greedy_nms`, in the form of the graph.
+
+    A box whose corners have changed places overlaps no other: ONNX would turn it round.
+    """
+    low, high = boxes.chunk(2, 2)
+    inverted = (high < low).any(2, keepdim=True)
+    boxes = torch.cat([low, torch.where(inverted, low, high)], 2)
     return Form.nms(boxes, scores, iou, least)
 
 

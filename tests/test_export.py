@@ -329,6 +329,34 @@ def test_greedy_nms_against_a_loop():
         assert sorted(chosen) == kept[b, c].nonzero().flatten().tolist()
 
 
+class Nms(torch.nn.Module):
+    """NMS alone, as it is exported."""
+
+    def forward(self, every, scores):
+        return export_parts.nms(every, scores, 0.3, 0.25)
+
+
+def test_nms_of_onnx_is_that_of_torch(tmp_path):
+    from onnxruntime import InferenceSession
+
+    every = torch.stack([some_boxes(30, seed) for seed in (1, 2)])
+    every[0, 3:9] = every[0, 3:9].roll(2, 1)  # corners that have changed places
+    every[1, 5:9, 2:] = every[1, 5:9, :2]  # without a size
+    scores = torch.rand(2, 3, 30, generator=torch.Generator().manual_seed(0))
+    with export_parts.exportable(operator=True):
+        program = torch.export.export(Nms(), (every, scores))
+    table = {torch.ops.concord.nms.default: export_parts.onnx_nms()}
+    file = torch.onnx.export(program, dynamo=True, custom_translation_table=table, verbose=False)
+    file.save(tmp_path / "nms.onnx")
+    session = InferenceSession(tmp_path / "nms.onnx")
+    names = [entry.name for entry in session.get_inputs()]
+    [kept] = session.run(None, dict(zip(names, (every.numpy(), scores.numpy()))))
+    wanted = export_parts.greedy_nms(every, scores, 0.3, 0.25)
+    assert torch.equal(torch.from_numpy(kept), wanted)
+    assert 20 < wanted.sum() < (scores > 0.25).sum()
+    assert wanted[0, :, 3:9].equal(scores[0, :, 3:9] > 0.25)
+
+
 def test_soft_nms_is_that_of_each_image():
     every = torch.stack([some_boxes(20, seed) for seed in (1, 2)])
     scores = torch.rand(2, 20, 3, generator=torch.Generator().manual_seed(0)) ** 3

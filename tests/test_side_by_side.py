@@ -89,7 +89,7 @@ BUDGETS = {
     "segmenters": 2310,
     "a run": 3980,
 }
-BUDGETS |= {"faults": 1945}
+BUDGETS |= {"faults": 1945, "export": 1150}
 GROUPS = {
     "labels & text": "labels text class_counts merges merge_scores fine_classes label_report"
     " exemplars pictures aggregator",
@@ -102,6 +102,7 @@ GROUPS = {
     " dataset_heads segments segment_metrics segment_map text_encoder",
     "faults": "checkpoint files process replay rescue runlog saved settings unreadable validation"
     " verdict",
+    "export": "export export_models export_parts",
 }
 
 
