@@ -8,7 +8,6 @@ import builtins
 import dataclasses
 import importlib
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -25,7 +24,6 @@ from torchvision.ops import box_iou
 
 import dataseg
 from common import boxes, deformable, export, export_parts, msda, roi_align
-from common.batch import Sample, collate
 from common.boxes import select_detections
 from common.centernet import CenterNet
 from common.checkpoint import save_weights
@@ -45,10 +43,11 @@ pytest.importorskip("onnxruntime")
 NAMES = {"coco": ("person", "dog", "sports ball"), "o365": ("Person", "Chair", "Sheep", "Boat")}
 PHOTOS = sorted((REAL / "coco" / "val2017").glob("*.jpg"))[:3]
 SCORES = ("classif", "cls_", "agn_hm", "rpn_obj", "objectness", "class_layers")
+DETECTION = ("scores", "class_names", "boxes")
 ONE_DATASET = ["oneformer"]  # their model classifies for one dataset at a time
 TEXTLESS = ["category_extended", "domain_attention", "groupsoftmax", "oneformer", "unidet"]
 # the others take minutes
-QUICK = [("scaledet", "onnx"), ("scaledet", "torch"), ("dataseg", "onnx"), ("dataseg", "torch")]
+QUICK = [("scaledet", "onnx"), ("dataseg", "onnx"), ("dataseg", "torch")]
 EVERY = [
     pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.long)
     for pair in product(METHODS, ("onnx", "torch"))
@@ -122,11 +121,23 @@ def check_images(path, module, exported, images: torch.Tensor, **more) -> None:
             assert set(apart) == {"boxes", "scores", "labels"}
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """shared(method, form): `exported_file`, made once."""
+    folder = tmp_path_factory.mktemp("files")
+    made = {}
+
+    def of(method: str, form: str):
+        if (method, form) not in made:
+            made[method, form] = exported_file(method, form, folder)
+        return made[method, form]
+
+    return of
+
+
 @pytest.mark.parametrize("method, form", EVERY)
-def test_a_file_gives_what_the_model_predicts(method, form, tmp_path, caplog):
-    caplog.set_level(logging.INFO, "concord")
-    path, module, exported = exported_file(method, form, tmp_path)
-    assert "largest differences from the model" in caplog.text
+def test_a_file_gives_what_the_model_predicts(method, form, shared):
+    path, module, exported = shared(method, form)
     # another size than that of the trace, no multiple of 32, and another number of images
     check_images(path, module, exported, torch.stack([photo(i, (170, 231)) for i in range(3)]))
     check_images(path, module, exported, photo(1, (256, 192))[None])
@@ -181,31 +192,32 @@ def test_segmenters_have_the_outputs_of_their_task(method, task, tmp_path):
     check_images(path, module, exported, photo(1, (160, 192))[None])
 
 
-def test_example_runs_without_the_project(tmp_path):
-    path, module, exported = exported_file("scaledet", "onnx", tmp_path)
+def test_example_runs_without_the_project(shared, tmp_path):
+    path, module, exported = shared("scaledet", "onnx")
     picture = tmp_path / "photo.png"
     Image.fromarray(photo(0, (240, 320)).permute(1, 2, 0).numpy()).save(picture)
     script = (REPO / "examples" / "run_onnx.py").read_text()
-    (tmp_path / "run.py").write_text(script)
+    assert "if score > 0.3:" in script
+    [wanted] = module.predict_images(exported.model, [picture], exported.space)
+    least = float(wanted["scores"][4] + wanted["scores"][5]) / 2  # those of random weights are low
+    (tmp_path / "run.py").write_text(script.replace("> 0.3", f"> {least}"))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "run.py", path.name, picture.name]
+    command = [sys.executable, "run.py", path, picture.name]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    [wanted] = module.predict_images(exported.model, [picture], exported.space)
     lines = done.stdout.splitlines()
-    strong = [i for i, score in enumerate(wanted["scores"].tolist()) if score > 0.3]
-    assert len(strong) == len(lines) > 0
-    first = f"{wanted['scores'][0]:.3f}"
-    assert lines[0].startswith(first) and wanted["class_names"][0] in lines[0]
-    box = [float(x) for x in lines[0].rpartition("[")[2].rstrip("]").split()]
-    torch.testing.assert_close(torch.tensor(box), wanted["boxes"][0], atol=0.5, rtol=0)
+    assert len(lines) == 5
+    for line, score, name, box in zip(lines, *(wanted[key] for key in DETECTION)):
+        assert line.startswith(f"{score:.3f} {name} [")
+        printed = [float(x) for x in line.rpartition("[")[2].rstrip("]").split()]
+        torch.testing.assert_close(torch.tensor(printed), box, atol=0.6, rtol=0)
 
 
 def test_example_is_short():
     code = (REPO / "examples" / "run_onnx.py").read_text().split('"""')[2]
-    assert len([line for line in code.splitlines() if line.strip()]) <= 24  # 20 and four imports
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
 
 
 # -- bad input -------------------------------------------------------------------------------------
@@ -253,17 +265,27 @@ def test_missing_package_names_the_command(tmp_path, refused, monkeypatch):
 
 
 def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
-    path, module, exported = exported_file("dataseg", "torch", tmp_path)
-    path.unlink()
-    args = export.Args(output=str(path), format="torch")
-    wrong = export.reference(module, exported, photo(0, (160, 200)))
-    wrong["masks"] = wrong["masks"] * 1.1
-    monkeypatch.setattr(export, "reference", lambda *_: wrong)
-    monkeypatch.setattr(export, "write", lambda *_: None)
-    found = {name: value[None] for name, value in (wrong | {"masks": wrong["masks"] / 1.1}).items()}
-    monkeypatch.setattr(export, "run_file", lambda *_: found)
-    with pytest.raises(InputError, match=r"is not written: .* masks 0.09"):
-        export.check(path, module, exported, photo(0, (160, 200)), args)
+    weights = make_weights("dataseg", tmp_path)
+    args = export.Args(str(weights), str(tmp_path / "x.pt2"), "torch")
+    module, model, space = export.load_model(args)
+    exported = export.Exported(model, space).eval()
+
+    def write(exported, about, image, path, args) -> None:
+        path.write_text("a file")
+
+    def run_file(path, inputs, outputs) -> dict:
+        wrong = export.reference(module, exported, inputs["images"][0])
+        wrong["masks"] = wrong["masks"] * 1.1
+        return {name: value[None] for name, value in wrong.items()}
+
+    monkeypatch.setattr(export, "write", write)
+    monkeypatch.setattr(export, "run_file", run_file)
+    with pytest.raises(InputError, match=r"is not written: .* masks 0.1 \(at most 0.01\)"):
+        export.export(args)
+    assert [file.name for file in tmp_path.iterdir()] == ["dataseg.safetensors"]
+    monkeypatch.setattr(export, "TOLERANCES", export.TOLERANCES | {"masks": 0.2})
+    export.export(args)
+    assert (tmp_path / "x.pt2").read_text() == "a file"
 
 
 def test_differences_of_detections():
@@ -430,10 +452,10 @@ def test_substitutes_are_there_for_a_trace_alone():
     assert (CenterNet.proposals, boxes.roi_align, deformable.Memory.of, len) == before
 
 
-def test_metadata_names_the_classes(tmp_path):
+def test_metadata_names_the_classes(shared):
     import onnx
 
-    path, *_ = exported_file("dataseg", "onnx", tmp_path)
+    path, *_ = shared("dataseg", "onnx")
     about = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     assert json.loads(about["class_names"]) == [
         "person",
@@ -445,4 +467,3 @@ def test_metadata_names_the_classes(tmp_path):
     ]
     assert json.loads(about["resize"]) == {"short": 160, "longest": 267}
     assert about["method"] == "dataseg" and "uint8 RGB" in about["input"]
-    assert collate([Sample.unlabelled(photo(0, (160, 200)), "", 0, 0)]).images.shape[-1] == 224
