@@ -23,6 +23,4 @@ for label, pixels in zip(*np.unique(found.get("semantic", []), return_counts=Tru
     print(f"{pixels / found['semantic'].size:.3f} of the pixels: {names[int(label)]}")
 for box, score, label in zip(*(found.get(key, [[]])[0] for key in ("boxes", "scores", "labels"))):
     if score > 0.3:
-        print(
-            f"{score:.3f} {names[label]}", (box * np.tile(np.divide(photo.size, size), 2)).round()
-        )
+        print(f"{score:.3f} {names[label]}", (box * (photo.size * 2) / (size * 2)).round())
