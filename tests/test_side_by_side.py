@@ -94,7 +94,7 @@ BUDGETS = {
     "segmenters": 2310,
     "a run": 4600,
 }
-BUDGETS |= {"faults": 2100, "seeing": 980, "hub": 540}
+BUDGETS |= {"faults": 2100, "seeing": 980, "hub": 540, "export": 1150}
 GROUPS = {
     "labels & text": "labels text class_counts merges merge_scores fine_classes label_report"
     " exemplars pictures aggregator",
@@ -109,6 +109,7 @@ GROUPS = {
     " verdict",
     "seeing": "class_colors cross_labels heat_map label_accuracy mistakes",
     "hub": "hub model_card track",
+    "export": "export export_models export_parts",
 }
 
 
