@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.compiling import Compiling
 from common.errors import InputError
+from common.fsdp import Sharding, set_sharding, shard
 from common.memory import find_batch_size
 from common.parts import Parts
 from common.process import Stop, environment_number
@@ -28,7 +29,7 @@ T = TypeVar("T")
 
 
 def setup_device(args: Any) -> torch.device:
-    """Sets up this process as --device, --seed, --amp, --compile and --accumulate ask.
+    """Sets up this process as --device, --seed, --amp, --compile, --fsdp and --accumulate ask.
 
     Returns its device. Joins the process group under torchrun. Seeds torch with seed + rank.
     Silences the log on all ranks but 0, except for errors. `args.amp` becomes "on" or "off", for a
@@ -68,6 +69,7 @@ def setup_device(args: Any) -> torch.device:
     # compiling takes minutes, which short runs and a CPU do not win back
     Compiling.on = args.compile == "on" or (args.compile == "auto" and on_cuda and not args.tiny)
     Parts.number = args.accumulate
+    set_sharding(args.fsdp, world_size())
     if args.batch_size == "auto" and not (args.predict or args.eval_only):
         args.batch_size = on_main(find_batch_size, args, device, world_size())
     if Compiling.on:
@@ -119,10 +121,14 @@ def world_size() -> int:
 def in_parallel(model: nn.Module, unused: bool = False) -> nn.Module:
     """Returns the model for a training's forward passes, whose gradients are means over the ranks.
 
+    With --fsdp it is the model itself, with other parameters: an optimizer is made afterwards.
     unused: steps may leave out parameters
     """
     if world_size() == 1:
         return model
+    if Sharding.on:
+        same_on_ranks(model)
+        return shard(model, unused)
     return DistributedDataParallel(model, find_unused_parameters=unused)
 
 

@@ -26,6 +26,7 @@ from common.datasets.dataset import Dataset
 from common.distributed import from_main, leaving_together, on_main, rank, world_size
 from common.errors import InputError
 from common.files import atomic_path, sweep
+from common.fsdp import Sharding, leave_out_unused, make_whole, whole
 from common.labels import LabelSpace
 from common.memory import end_if_measured, tell_memory
 from common.preview import draw_first_images, items_of_datasets, tell_mixture
@@ -169,6 +170,7 @@ class RunLog:
         if args.ema:
             log.info("--ema %g, as in no paper: a running mean of the weights is saved", args.ema)
             keep_mean(optimizer, args.ema)
+        leave_out_unused(model, optimizer)
         self.last = LastStep(folder, start, *self.content, keep=args.keep)
         self.active = rank() == 0
         if not self.active:
@@ -231,7 +233,7 @@ class RunLog:
         losses = {name: value.detach() for name, value in losses.items()}
         if self.args.replay:
             self._end_replay(losses, batch)
-        with leaving_together(losses["loss"].device):
+        with leaving_together(losses["loss"].device), self.last.saving_together():
             self.last.settle()
             self.last.check_asked()
         self.last.begin_update(Verdict(step, losses, batch, self.args.seed))
@@ -268,7 +270,7 @@ class RunLog:
         self.last.note(step)
         try:
             if self._is_due(step):
-                with leaving_together(losses["loss"].device):
+                with leaving_together(losses["loss"].device), self.last.saving_together():
                     self.last.settle()
             if self.active:
                 self._write(step, losses, lr, images, dataset)
@@ -279,10 +281,10 @@ class RunLog:
         end_if_measured(step, self.steps, losses["loss"].device)
         if world_size() == 1:
             check_asked()
-        with leaving_together(losses["loss"].device):
+        with leaving_together(losses["loss"].device), self.last.saving_together():
             self.last.check_asked()
         if step == self.steps or step % self.args.checkpoint_every == 0:
-            if self.active:
+            if self.active or Sharding.on:
                 self.last.save()
             self.last.saved = step  # on the other ranks, too
         self._evaluate(step)
@@ -326,7 +328,7 @@ class RunLog:
         began = time.perf_counter()
         self.last.in_loop = False
         model, label_space, _, metadata = self.content
-        with undisturbed(model), self.last.averaged():
+        with undisturbed(model), self.last.averaged(), whole(model):
             label_space = label_space() if callable(label_space) else label_space
             results = self.evaluate(self.args, model, label_space, self.evaluated, self.folder)
             if self.active:
@@ -350,6 +352,7 @@ class RunLog:
         """Closes the files, and draws curves.png of them. With --ema the model gets the means."""
         self.last.in_loop = False
         swap(self.content[2])
+        make_whole(self.content[0])
         if self.active:
             self.bar.close()
             self.file.close()
