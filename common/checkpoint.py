@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common.distributed import from_main, on_main, rank, world_size
+from common.distributed import from_main, on_main, rank, ranks_without, world_size
 from common.errors import InputError
 from common.files import atomic_path, cache_dir, file_digest, temporary_path
 from common.fsdp import join_state, split_state, write_shards
@@ -289,7 +289,13 @@ def last_checkpoint(folder: Path, before: int = 0, after: int = 0) -> Path | Non
     before: a step; only checkpoints of earlier ones count. 0: all
     after:  a step; only checkpoints of later ones count
     """
-    return on_main(_last_sound, folder, before, after)
+    checkpoint = on_main(_last_sound, folder, before, after)
+    if checkpoint and (blind := ranks_without(checkpoint / SUMS)):
+        raise InputError(
+            f"the ranks {', '.join(map(str, blind))} have no {checkpoint}, from which rank 0 goes"
+            " on; copy the run folder to their machines, or share its disk"
+        )
+    return checkpoint
 
 
 def _last_sound(folder: Path, before: int, after: int) -> Path | None:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -170,6 +171,19 @@ def on_main(function: Callable[..., T], *given: object) -> T:
     if error:
         raise error
     return result
+
+
+def ranks_without(path: Path) -> list[int]:
+    """Returns the ranks that do not see the file or folder `path` of rank 0.
+
+    They may be on other machines. Every rank calls it.
+    """
+    path = from_main(path)
+    seen = [True]
+    if world_size() > 1:
+        seen = [None] * world_size()
+        dist.all_gather_object(seen, path.exists())
+    return [number for number, sees in enumerate(seen) if not sees]
 
 
 def rows_of_ranks(row: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from common.checkpoint import checkpoint_step, checkpoints, copy_weights, save_w
 from common.console import progress_bar
 from common.curves import draw_training
 from common.datasets.dataset import Dataset
-from common.distributed import from_main, leaving_together, on_main, rank, world_size
+from common.distributed import from_main, leaving_together, on_main, rank, ranks_without, world_size
 from common.errors import InputError
-from common.files import atomic_path, sweep
+from common.files import atomic_path, sweep, temporary_path
 from common.fsdp import Sharding, leave_out_unused, make_whole, whole
 from common.labels import LabelSpace
 from common.memory import end_if_measured, tell_memory
@@ -65,13 +65,33 @@ def make_run_folder(args: Any, method: str, label_space: LabelSpace) -> Path:
     """
     default = f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = Path(from_main(args.resume or args.output or default))
-    on_main(_prepare, folder, args, method, label_space)
-    if not (args.eval_only or args.predict):
+    mark = on_main(_prepare, folder, args, method, label_space)
+    if mark:
         args.output = str(folder)
+        _tell_of_machines(folder, mark)
     return folder
 
 
-def _prepare(folder: Path, args: Any, method: str, label_space: LabelSpace) -> None:
+def _tell_of_machines(folder: Path, mark: Path) -> None:
+    """Logs which ranks do not see the run folder of rank 0, in which `mark` is. Removes the mark.
+
+    Raises InputError on every rank if there are such ranks, with --fsdp.
+    """
+    blind = ", ".join(map(str, ranks_without(mark)))
+    if rank() == 0:
+        mark.unlink()
+    if blind and Sharding.on:
+        raise InputError(
+            f"the ranks {blind} do not see {folder} of rank 0, where with --fsdp each rank writes"
+            " its part of a checkpoint; put --output on a disk that all machines share"
+        )
+    if blind:
+        message = "the ranks %s do not see %s: before a later start, copy it to their machines"
+        log.info(message, blind, folder)
+
+
+def _prepare(folder: Path, args: Any, method: str, label_space: LabelSpace) -> Path | None:
+    """Prepares the run folder. Returns a new file in it, None if nothing is trained."""
     record = dataclasses.asdict(args) | {"method": method, "environment": environment()}
     file = folder / "args.json"
     try:
@@ -80,7 +100,7 @@ def _prepare(folder: Path, args: Any, method: str, label_space: LabelSpace) -> N
         if args.eval_only or args.predict:
             if not file.exists():
                 _write_record(file, record)
-            return
+            return None
         lock(folder)
         sweep(folder)
         if checkpoints(folder) or (folder / "metrics.jsonl").exists():
@@ -89,6 +109,9 @@ def _prepare(folder: Path, args: Any, method: str, label_space: LabelSpace) -> N
             raise InputError(f"--replay {args.replay}: no training began in {folder}")
         if record:
             _write_record(file, record)
+        mark = temporary_path(folder / "mark")
+        mark.touch()
+        return mark
     except OSError as error:
         raise InputError(
             f"run folder {folder} cannot be written ({error.strerror}); choose another --output"
