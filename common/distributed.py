@@ -122,7 +122,7 @@ def world_size() -> int:
 def in_parallel(model: nn.Module, unused: bool = False) -> nn.Module:
     """Returns the model for a training's forward passes, whose gradients are means over the ranks.
 
-    With --fsdp it is the model itself, with other parameters: an optimizer is made afterwards.
+    With --fsdp the model gets other parameters, so an optimizer is made afterwards.
     unused: steps may leave out parameters
     """
     if world_size() == 1:

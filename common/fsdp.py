@@ -65,11 +65,30 @@ def set_sharding(wanted: bool, ranks: int) -> None:
 # -- A step ----------------------------------------------------------------------------------------
 
 
-def shard(model: nn.Module, unused: bool) -> nn.Module:
-    """Shards the parameters of a model over all ranks, in place, and returns it.
+class Root(nn.Module):
+    """What FSDP2 sees of a model: a forward pass that returns all tensors of the output in a list.
 
-    The ranks have the same weights. Gradients become means over the ranks. At each training step
-    all get the buffers of rank 0, as with DistributedDataParallel.
+    FSDP2 does something before the backward pass of each, and finds none in a dataclass.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.outputs = []
+
+    def forward(self, *given: Any) -> list[Tensor]:
+        """Keeps the output of the model, and returns its tensors."""
+        output = self.model(*given)
+        self.outputs.append(output)
+        return list(tensors_in(output))
+
+
+def shard(model: nn.Module, unused: bool) -> nn.Module:
+    """Shards the parameters of a model over all ranks, in place.
+
+    The ranks have the same weights. Returns the module for the forward passes of the training,
+    whose gradients become means over the ranks. In each step all ranks get the buffers of rank 0,
+    as with DistributedDataParallel.
     unused: steps may leave out parameters outside the timm models
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -83,20 +102,12 @@ def shard(model: nn.Module, unused: bool) -> nn.Module:
                 setattr(module, name, row)
     device = next(model.parameters()).device
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-
-    # FSDP2 needs a look at the output's tensors, and does not see those in a dataclass
-    outputs = []
-
-    def show_tensors(model: nn.Module, given: tuple, output: Any) -> list[Tensor]:
-        outputs.append(output)
-        return list(tensors_in(output))
-
-    model.register_forward_hook(show_tensors)
-    for block in [*blocks(model), model]:
-        fully_shard(block, mesh=mesh)
-    model.register_forward_hook(lambda *_: outputs.pop())
-    model.register_forward_pre_hook(lambda model, _: _begin_step(model, sharded, unused))
-    return model
+    root = Root(model)
+    for module in [*blocks(model), root]:
+        fully_shard(module, mesh=mesh)
+    root.register_forward_pre_hook(lambda *_: _begin_step(model, sharded, unused))
+    root.register_forward_hook(lambda *_: root.outputs.pop())
+    return root
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -156,24 +167,18 @@ def _begin_step(model: nn.Module, sharded: Sharded, unused: bool) -> None:
         parameter.grad = torch.zeros_like(parameter)
 
 
-def leave_out_unused(model: nn.Module, optimizer: Optimizer) -> None:
-    """Makes updates leave out the parameters that no rank has used, as without --fsdp."""
-    if model not in Sharding.models:
+def leave_out_unused(model: nn.Module) -> None:
+    """Removes the gradients of parameters that no rank has used in this step, as without --fsdp."""
+    used = Sharding.models[model].used if model in Sharding.models else {}
+    if not used:
         return
-    used = Sharding.models[model].used
-
-    def remove(*_: Any) -> None:
-        if not used:
-            return
-        parameters = dict(model.named_parameters())
-        flags = torch.tensor([used[name] for name in used], dtype=torch.uint8)
-        flags = flags.to(next(model.parameters()).device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        for name, flag in zip(used, flags.tolist()):
-            if not flag:
-                parameters[name].grad = None
-
-    optimizer.register_step_pre_hook(remove)
+    parameters = dict(model.named_parameters())
+    flags = torch.tensor(list(used.values()), dtype=torch.uint8)
+    flags = flags.to(next(model.parameters()).device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    for name, flag in zip(used, flags.tolist()):
+        if not flag:
+            parameters[name].grad = None
 
 
 # -- The whole model -------------------------------------------------------------------------------
@@ -206,21 +211,19 @@ def make_whole(model: nn.Module) -> None:
     plain = copy.deepcopy(sharded.plain, memo)
     attributes = {key: value for key, value in vars(model).items() if not key.startswith("_")}
     object.__setattr__(model, "__dict__", vars(plain) | attributes)
-    model.__class__ = plain.__class__
 
 
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
     """Context manager in which the model is as `make_whole` makes it. Every rank enters it."""
     sharded = Sharding.models.get(model)
-    kind, content = model.__class__, model.__dict__
+    content = vars(model)
     make_whole(model)
     try:
         yield
     finally:
         if sharded:
             object.__setattr__(model, "__dict__", content)
-            model.__class__ = kind
             Sharding.models[model] = sharded
 
 

@@ -193,7 +193,6 @@ class RunLog:
         if args.ema:
             log.info("--ema %g, as in no paper: a running mean of the weights is saved", args.ema)
             keep_mean(optimizer, args.ema)
-        leave_out_unused(model, optimizer)
         self.last = LastStep(folder, start, *self.content, keep=args.keep)
         self.active = rank() == 0
         if not self.active:
@@ -256,6 +255,7 @@ class RunLog:
         losses = {name: value.detach() for name, value in losses.items()}
         if self.args.replay:
             self._end_replay(losses, batch)
+        leave_out_unused(self.content[0])
         with leaving_together(losses["loss"].device), self.last.saving_together():
             self.last.settle()
             self.last.check_asked()
