@@ -172,7 +172,7 @@ def read_checkpoint(folder: Path) -> None:
             save_checkpoint(folder / "plain", 4, *content, optimizer, {}, keep=1)
         distributed.barrier()
         Sharding.on = True
-        model = in_parallel(model)
+        in_parallel(model)
         again = adamw([p for p in model.parameters() if p.requires_grad])
         load_checkpoint(folder / "plain" / "checkpoint-0000004", again)
         moment = again.state[model.scale]["exp_avg"]
