@@ -606,6 +606,8 @@ def train_stage(
     network = getattr(model, part)
     model.eval().requires_grad_(False)
     network.requires_grad_(True).train()  # which freezes what stays frozen
+    separate = len(model.classifiers) > 1  # a batch may lack images of a classifier
+    parallel = in_parallel(model, unused=separate)
 
     lr = scaled_lr(args.classifier_lr if classifying else args.lr, args)
     parameters = [p for p in network.parameters() if p.requires_grad]
@@ -614,8 +616,6 @@ def train_stage(
     torch.manual_seed(args.seed + rank())  # a stage begins alike in a resumed run
     checkpoint = last_checkpoint(folder, args.replay, after=steps.start)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else steps.start
-    separate = len(model.classifiers) > 1  # a batch may lack images of a classifier
-    parallel = in_parallel(model, unused=separate)
     loader = build_dataloader(args, datasets, start - steps.start)
     metadata = run_metadata(args)
     run_log = RunLog(args, folder, steps.stop, start, model, label_space, optimizer, metadata)

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common.distributed import on_main, rank, world_size
+from common.distributed import from_main, on_main, rank, ranks_without, world_size
 from common.errors import InputError
-from common.files import atomic_path, cache_dir, file_digest
+from common.files import atomic_path, cache_dir, file_digest, temporary_path
+from common.fsdp import join_state, split_state, write_shards
 from common.labels import LabelSpace, Vocabulary
 from common.saved import read_metadata, weights_file
 
@@ -34,6 +35,7 @@ BROKEN = (ValueError, KeyError, TypeError, AttributeError, OverflowError, Recurs
 FULL_DISK = re.compile("inline_container|PytorchStreamWriter")  # what torch makes of it
 SUMS = "checksums.json"  # of a checkpoint: its step, and the SHA-256 of its files
 PARTS = ("weights.safetensors", "state.pt")  # these files
+SHARDS = "optimizer"  # and, with --fsdp, the files of this folder
 
 
 def save_weights(path: Path, model: nn.Module, label_space: LabelSpace, metadata: dict) -> None:
@@ -232,14 +234,28 @@ def save_checkpoint(
     """Writes checkpoint-<step>/ whole or not at all, then removes all but the last `keep`.
 
     The folder has the weights, the state of the optimizer, `rng` (the random states of the ranks)
-    and a checksum of each file. Only rank 0 calls it. Raises OSError if the disk is full.
+    and a checksum of each file. Only rank 0 calls it. With --fsdp every rank does, within `whole`:
+    what is sharded of the optimizer's state is written by all, before rank 0 writes the rest.
+    Raises OSError if the disk is full.
     """
     path = folder / f"checkpoint-{step:07d}"
+    moments, sharded = split_state(optimizer.state_dict())
+    if sharded:
+        shards = from_main(temporary_path(folder / SHARDS))
+        try:
+            write_shards(shards, sharded)
+        except OSError:
+            shutil.rmtree(shards, ignore_errors=True)
+            raise
+        if rank() > 0:
+            return
     with atomic_path(path, durable=True) as temporary:
         temporary.mkdir()
+        if sharded:
+            shards.rename(temporary / SHARDS)
         weights = temporary / "weights.safetensors"
         save_weights(weights, model, label_space, metadata | {"step": step})
-        state = {"step": step, "optimizer": optimizer.state_dict(), "rng": rng}
+        state = {"step": step, "optimizer": moments, "rng": rng}
         try:
             torch.save(state | {"ranks": world_size()}, temporary / "state.pt")
         except RuntimeError as error:
@@ -247,7 +263,8 @@ def save_checkpoint(
                 raise
             reason = "a checkpoint cannot be written, as on a full disk"
             raise OSError(errno.ENOSPC, reason, str(folder)) from None
-        digests = {file.name: file_digest(file) for file in temporary.iterdir()}
+        files = [file for file in temporary.rglob("*") if file.is_file()]
+        digests = {str(file.relative_to(temporary)): file_digest(file) for file in files}
         (temporary / SUMS).write_text(json.dumps({"step": step, "files": digests}))
         shutil.rmtree(path, ignore_errors=True)  # a rename does not replace a folder
     for old in checkpoints(folder)[:-keep]:
@@ -289,7 +306,13 @@ def last_checkpoint(folder: Path, before: int = 0, after: int = 0) -> Path | Non
     before: a step; only checkpoints of earlier ones count. 0: all
     after:  a step; only checkpoints of later ones count
     """
-    return on_main(_last_sound, folder, before, after)
+    checkpoint = on_main(_last_sound, folder, before, after)
+    if checkpoint and (blind := ranks_without(checkpoint / SUMS)):
+        raise InputError(
+            f"the ranks {', '.join(map(str, blind))} have no {checkpoint}, from which rank 0 goes"
+            " on; copy the run folder to their machines, or share its disk"
+        )
+    return checkpoint
 
 
 def _last_sound(folder: Path, before: int, after: int) -> Path | None:
@@ -338,7 +361,7 @@ def damage(checkpoint: Path) -> str:
     try:
         record = json.loads((checkpoint / SUMS).read_text())
         steps = {int(record["step"]), checkpoint_step(checkpoint)}
-        for name in PARTS:
+        for name in {*PARTS, *record["files"]}:
             if file_digest(checkpoint / name) != record["files"][name]:
                 return f"{name} is not as it was written"
         with safe_open(checkpoint / "weights.safetensors", framework="pt") as opened:
@@ -368,7 +391,7 @@ def load_checkpoint(checkpoint: Path, optimizer: Optimizer) -> int:
         step = int(state["step"])
         for group in state["optimizer"]["param_groups"]:
             group["fused"] = optimizer.defaults.get("fused")  # an older checkpoint may have another
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(join_state(state["optimizer"], checkpoint / SHARDS, optimizer))
         for parameter, moments in optimizer.state.items():
             if any(
                 isinstance(m, Tensor) and m.dim() and m.shape != parameter.shape

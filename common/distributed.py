@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.compiling import Compiling
 from common.errors import InputError
+from common.fsdp import Sharding, set_sharding, shard
 from common.memory import find_batch_size
 from common.parts import Parts
 from common.process import Stop, environment_number
@@ -28,7 +30,7 @@ T = TypeVar("T")
 
 
 def setup_device(args: Any) -> torch.device:
-    """Sets up this process as --device, --seed, --amp, --compile and --accumulate ask.
+    """Sets up this process as --device, --seed, --amp, --compile, --fsdp and --accumulate ask.
 
     Returns its device. Joins the process group under torchrun. Seeds torch with seed + rank.
     Silences the log on all ranks but 0, except for errors. `args.amp` becomes "on" or "off", for a
@@ -68,6 +70,7 @@ def setup_device(args: Any) -> torch.device:
     # compiling takes minutes, which short runs and a CPU do not win back
     Compiling.on = args.compile == "on" or (args.compile == "auto" and on_cuda and not args.tiny)
     Parts.number = args.accumulate
+    set_sharding(args.fsdp, world_size())
     if args.batch_size == "auto" and not (args.predict or args.eval_only):
         args.batch_size = on_main(find_batch_size, args, device, world_size())
     if Compiling.on:
@@ -137,10 +140,14 @@ def world_size() -> int:
 def in_parallel(model: nn.Module, unused: bool = False) -> nn.Module:
     """Returns the model for a training's forward passes, whose gradients are means over the ranks.
 
+    With --fsdp the model gets other parameters, so an optimizer is made afterwards.
     unused: steps may leave out parameters
     """
     if world_size() == 1:
         return model
+    if Sharding.on:
+        same_on_ranks(model)
+        return shard(model, unused)
     return DistributedDataParallel(model, find_unused_parameters=unused)
 
 
@@ -182,6 +189,19 @@ def on_main(function: Callable[..., T], *given: object) -> T:
     if error:
         raise error
     return result
+
+
+def ranks_without(path: Path) -> list[int]:
+    """Returns the ranks that do not see the file or folder `path` of rank 0.
+
+    They may be on other machines. Every rank calls it.
+    """
+    path = from_main(path)
+    seen = [True]
+    if world_size() > 1:
+        seen = [None] * world_size()
+        dist.all_gather_object(seen, path.exists())
+    return [number for number, sees in enumerate(seen) if not sees]
 
 
 def rows_of_ranks(row: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ NO_ARRAY = (
 )
 
 
-# the names that `atomic_path` makes, and those of safetensors, which writes to such a file first
+# the names that `temporary_path` makes, and those of safetensors, which writes to such a file first
 TEMPORARY = re.compile(r"\..+-\d+-[0-9a-f]{8}(\.\w+)?|\.tmp\w{6}")
 
 
@@ -63,10 +63,7 @@ def atomic_path(path: Path | str, durable: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last, for writers that look at it (np.save, PIL). The stem is cut, since a
-    # name has at most 255 bytes.
-    start = f".{path.stem[:40]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    temporary = path.with_name(start + path.suffix)
+    temporary = temporary_path(path)
     try:
         yield temporary
         if durable:
@@ -80,6 +77,14 @@ def atomic_path(path: Path | str, durable: bool = False) -> Iterator[Path]:
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def temporary_path(path: Path) -> Path:
+    """Returns a new name beside `path`. `sweep` finds what it names."""
+    # The suffix stays last, for writers that look at it (np.save, PIL). The stem is cut, since a
+    # name has at most 255 bytes.
+    start = f".{path.stem[:40]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return path.with_name(start + path.suffix)
 
 
 def _sync(path: Path) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from common.fsdp import Sharding
+
 log = logging.getLogger("concord")
 
 # position codes, by the last part of the parameter's name
@@ -85,11 +87,29 @@ def sgd(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> Optim
 
     PyTorch's own needs the first gradients of all parameters in the same step. Here a parameter,
     such as one of a head that not every batch trains, may get its first one in any step.
+    With --fsdp it is not fused, since torch has no such kernel for shards, and the host waits to
+    read `found_inf`.
     """
-    settings = {"momentum": 0.9, "weight_decay": weight_decay, "fused": True}
+    fused = not Sharding.on
+    settings = {"momentum": 0.9, "weight_decay": weight_decay, "fused": fused}
     optimizer = torch.optim.SGD(parameters, lr=lr, **settings)
+    if not fused:
+        optimizer.register_step_pre_hook(_heed_found_inf)
+        optimizer.register_step_post_hook(_return_found_inf)
     optimizer.register_step_pre_hook(_start_momentum)
     return optimizer
+
+
+def _heed_found_inf(optimizer: Optimizer, *_) -> None:
+    """Removes the gradients, so that nothing changes, if `found_inf` says so. Sets it aside."""
+    optimizer.aside = optimizer.__dict__.pop("found_inf", None)
+    if optimizer.aside is not None and optimizer.aside.item():
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _return_found_inf(optimizer: Optimizer, *_) -> None:
+    """Returns what was set aside, as what follows the update needs it (--ema)."""
+    optimizer.found_inf = optimizer.__dict__.pop("aside")
 
 
 def _start_momentum(optimizer: Optimizer, *_) -> None:

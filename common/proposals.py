@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader
 from common.batch import Batch, Sample, collate
 from common.console import progress_bar
 from common.datasets.dataset import Dataset
-from common.distributed import from_main, gather_on_main, on_main, rank, world_size
+from common.distributed import from_main, gather_on_main, on_main, rank, ranks_without, world_size
+from common.errors import InputError
 from common.files import NO_ARRAY, atomic_path, sweep
 from common.sampling import Transformed
 from common.unreadable import Readable, Skips
@@ -116,6 +117,11 @@ def with_proposals(
         images = hashlib.sha256(dataset.index.file_names.tobytes()).hexdigest()[:6]
         blocks = folder / f"proposals-{dataset.name}-{key}{images}"
         missing = on_main(missing_blocks, blocks, len(dataset))
+        if blind := ranks_without(folder / "run.lock"):
+            raise InputError(
+                f"the ranks {', '.join(map(str, blind))} do not see {folder} of rank 0, where all"
+                " write proposals and read them; put --output on a disk that all machines share"
+            )
         readable = Readable(**vars(dataset), skips=Skips(args.skip_bad, folder))
         own = missing[rank() :: world_size()]
         write_blocks(locate, readable, resize, blocks, own, args.workers)

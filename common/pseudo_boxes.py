@@ -214,10 +214,11 @@ def with_pseudo_boxes(
 ) -> WithPseudoBoxes:
     """Returns a copy of the dataset that loads the confident boxes of its file in `folder`.
 
+    Rank 0 reads the file. Every rank calls it.
     confidence: called with all FACTS of P boxes, (P,) each, by name; returns (P,)
     least:      the boxes whose confidence is above it are loaded; the log says how many
     """
-    found = PseudoBoxes.read(folder, dataset, label_space.names)
+    found = on_main(PseudoBoxes.read, folder, dataset, label_space.names)
     kept = confidence(**found.facts) > least
     message = "%s: trains on %d of %d pseudo boxes"
     log.info(message, dataset.name, kept.sum(), len(kept))

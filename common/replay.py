@@ -47,8 +47,12 @@ def write_record(
     values = {name: float(value) for name, value in losses.items()}
     record = {"step": step, "seed": seed, "losses": values, "samples": samples}
     path = _record_file(folder, step)
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1, default=str))
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(record, indent=1, default=str))
+    except OSError as error:  # the ranks have to go on together
+        log.error("step %d: %s cannot be written (%s)", step, path, error)
+        return
     message = "step %d: %s lists its images; --resume %s --replay %d computes it again"
     log.error(message, step, path, folder, step)
 

@@ -17,6 +17,7 @@ from common.averaging import swap
 from common.checkpoint import save_checkpoint
 from common.distributed import rank, world_size
 from common.errors import InputError, SomeFailed
+from common.fsdp import Sharding, whole
 from common.labels import LabelSpace
 from common.process import Process, Stop, asked
 from common.verdict import Verdict
@@ -159,7 +160,7 @@ class LastStep:
         return all(bool(weight.isfinite().all()) for weight in model.parameters())
 
     def save(self, spare: int = 0) -> None:
-        """Writes a checkpoint of the last whole step. Only rank 0 calls it.
+        """Writes a checkpoint of the last whole step. Rank 0 calls it; with --fsdp every rank.
 
         spare: how many checkpoints to keep beyond `keep`
         """
@@ -168,11 +169,25 @@ class LastStep:
             for buffer, noted in zip(self.buffers, buffers):
                 buffer.copy_(noted)
         model, label_space, *others = self.content
-        if callable(label_space):
-            label_space = label_space()
-        content = (verdict.rng_states(), model, label_space, *others)
-        save_checkpoint(self.folder, step, *content, keep=self.keep + spare)
+        with whole(model):
+            if callable(label_space):
+                label_space = label_space()
+            content = (verdict.rng_states(), model, label_space, *others)
+            save_checkpoint(self.folder, step, *content, keep=self.keep + spare)
         self.saved = step
+
+    @contextmanager
+    def saving_together(self) -> Iterator[None]:
+        """Context manager for an error that all ranks raise: with --fsdp they save before it ends.
+
+        A rank that fails alone has a share of the weights, and `rescue` can save nothing.
+        """
+        try:
+            yield
+        except (InputError, Stop):
+            if Sharding.on and self.whole.number > self.saved and self.has_finite_weights():
+                self.save(spare=1)
+            raise
 
 
 def rescue() -> str:
@@ -196,6 +211,8 @@ def rescue() -> str:
     step = training.whole.number
     if training.in_update:
         trouble = f"step {step + 1} was half done, so no more can be saved; "
+    elif step > training.saved and Sharding.on:
+        trouble += f"with --fsdp one rank cannot save step {step} alone; "
     elif step > training.saved and rank() == 0 and training.made is training.whole:
         try:
             if training.has_finite_weights():

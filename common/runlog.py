@@ -24,9 +24,10 @@ from common.class_colors import assign_colors
 from common.console import progress_bar
 from common.curves import draw_training
 from common.datasets.dataset import Dataset
-from common.distributed import from_main, leaving_together, on_main, rank, world_size
+from common.distributed import from_main, leaving_together, on_main, rank, ranks_without, world_size
 from common.errors import InputError
-from common.files import atomic_path, sweep
+from common.files import atomic_path, sweep, temporary_path
+from common.fsdp import Sharding, leave_out_unused, make_whole, whole
 from common.labels import LabelSpace
 from common.memory import end_if_measured, tell_memory
 from common.mistakes import write_mistakes
@@ -71,13 +72,33 @@ def make_run_folder(args: Any, method: str, label_space: LabelSpace) -> Path:
         assign_colors(vocabulary.names)
     default = f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = Path(from_main(args.resume or args.output or default))
-    on_main(_prepare, folder, args, method, label_space)
-    if not (args.eval_only or args.predict):
+    mark = on_main(_prepare, folder, args, method, label_space)
+    if mark:
         args.output = str(folder)
+        _tell_of_machines(folder, mark)
     return folder
 
 
-def _prepare(folder: Path, args: Any, method: str, label_space: LabelSpace) -> None:
+def _tell_of_machines(folder: Path, mark: Path) -> None:
+    """Logs which ranks do not see the run folder of rank 0, in which `mark` is. Removes the mark.
+
+    Raises InputError on every rank if there are such ranks, with --fsdp.
+    """
+    blind = ", ".join(map(str, ranks_without(mark)))
+    if rank() == 0:
+        mark.unlink()
+    if blind and Sharding.on:
+        raise InputError(
+            f"the ranks {blind} do not see {folder} of rank 0, where with --fsdp each rank writes"
+            " its part of a checkpoint; put --output on a disk that all machines share"
+        )
+    if blind:
+        message = "the ranks %s do not see %s: before a later start, copy it to their machines"
+        log.info(message, blind, folder)
+
+
+def _prepare(folder: Path, args: Any, method: str, label_space: LabelSpace) -> Path | None:
+    """Prepares the run folder. Returns a new file in it, None if nothing is trained."""
     record = dataclasses.asdict(args) | {"method": method, "environment": environment()}
     file = folder / "args.json"
     try:
@@ -86,7 +107,7 @@ def _prepare(folder: Path, args: Any, method: str, label_space: LabelSpace) -> N
         if args.eval_only or args.predict:
             if not file.exists():
                 _write_record(file, record)
-            return
+            return None
         lock(folder)
         sweep(folder)
         if checkpoints(folder) or (folder / "metrics.jsonl").exists():
@@ -95,6 +116,9 @@ def _prepare(folder: Path, args: Any, method: str, label_space: LabelSpace) -> N
             raise InputError(f"--replay {args.replay}: no training began in {folder}")
         if record:
             _write_record(file, record)
+        mark = temporary_path(folder / "mark")
+        mark.touch()
+        return mark
     except OSError as error:
         raise InputError(
             f"run folder {folder} cannot be written ({error.strerror}); choose another --output"
@@ -239,7 +263,8 @@ class RunLog:
         losses = {name: value.detach() for name, value in losses.items()}
         if self.args.replay:
             self._end_replay(losses, batch)
-        with leaving_together(losses["loss"].device):
+        leave_out_unused(self.content[0])
+        with leaving_together(losses["loss"].device), self.last.saving_together():
             self.last.settle()
             self.last.check_asked()
         self.last.begin_update(Verdict(step, losses, batch, self.args.seed))
@@ -276,7 +301,7 @@ class RunLog:
         self.last.note(step)
         try:
             if self._is_due(step):
-                with leaving_together(losses["loss"].device):
+                with leaving_together(losses["loss"].device), self.last.saving_together():
                     self.last.settle()
             if self.active:
                 self._write(step, losses, lr, images, dataset)
@@ -287,10 +312,10 @@ class RunLog:
         end_if_measured(step, self.steps, losses["loss"].device)
         if world_size() == 1:
             check_asked()
-        with leaving_together(losses["loss"].device):
+        with leaving_together(losses["loss"].device), self.last.saving_together():
             self.last.check_asked()
         if step == self.steps or step % self.args.checkpoint_every == 0:
-            if self.active:
+            if self.active or Sharding.on:
                 self.last.save()
             self.last.saved = step  # on the other ranks, too
         self._evaluate(step)
@@ -337,7 +362,7 @@ class RunLog:
         began = time.perf_counter()
         self.last.in_loop = False
         model, label_space, _, metadata = self.content
-        with undisturbed(model), self.last.averaged():
+        with undisturbed(model), self.last.averaged(), whole(model):
             label_space = label_space() if callable(label_space) else label_space
             results = self.evaluate(self.args, model, label_space, self.evaluated, self.folder)
             if self.active:
@@ -363,6 +388,7 @@ class RunLog:
         """Closes the files, and draws curves.png of them. With --ema the model gets the means."""
         self.last.in_loop = False
         swap(self.content[2])
+        make_whole(self.content[0])
         if self.active:
             self.bar.close()
             self.file.close()

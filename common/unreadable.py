@@ -25,6 +25,7 @@ class Skips:
     """The unreadable images that a training does without: at most `limit` different ones.
 
     They are listed in skipped-images.txt of the run folder, for all processes and for later starts.
+    Machines that do not share the run folder have a list each.
     """
 
     limit: int
@@ -34,6 +35,7 @@ class Skips:
         """Returns whether image `name` may be skipped. Lists it and logs `error` if it is new."""
         if not self.limit:
             return False
+        self.folder.mkdir(parents=True, exist_ok=True)  # another machine may lack it
         path = self.folder / "skipped-images.txt"
         # other processes read and write it, too
         with FileLock(path.with_suffix(".lock")), path.open("a+", encoding="utf-8") as file:

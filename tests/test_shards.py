@@ -16,6 +16,7 @@ from conftest import REAL
 from PIL import Image
 
 from common.datasets import load_datasets, shards
+from common.datasets.check import check_names
 from common.errors import InputError
 from common.files import cache_dir
 from common.sampling import Transformed
@@ -336,3 +337,109 @@ def test_real_images_are_the_same_in_folders_and_tars(tmp_path):
     assert len(tars) == 200 and tars.vocabulary == folders.vocabulary
     assert np.array_equal(tars.index.image_labels, folders.index.image_labels)
     assert all(torch.equal(tars.load(i).image, folders.load(i).image) for i in range(0, 200, 20))
+
+
+# -- images of datasets with boxes -----------------------------------------------------------------
+
+
+def boxed(tmp_path, names=("a.png", "b.png", "sub/c.png")):
+    """A COCO json of images with these names, a box each. Their red is 10, 11, 12."""
+    images = [{"id": i, "file_name": n, "height": 4, "width": 5} for i, n in enumerate(names)]
+    boxes = [{"id": i, "image_id": i, "category_id": 1, "bbox": [0, 0, 2, 2]} for i in range(3)]
+    record = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "boxes.json").write_text(json.dumps(record))
+    return {name: picture(10 + i) for i, name in enumerate(names)}
+
+
+def reds(folder, place) -> list[int]:
+    """The red of each image of that COCO json, with its images at `place`."""
+    [dataset] = load_datasets(f"mine={folder}/boxes.json:{folder}/{place}", "val")
+    loaded = [dataset.load(i) for i in range(len(dataset))]
+    assert all(sample.boxes.tolist() == [[0, 0, 2, 2]] for sample in loaded)
+    return [int(sample.image[0, 0, 0]) for sample in loaded]
+
+
+def test_images_of_boxes_in_one_tar_in_a_folder_and_in_braces(tmp_path, caplog):
+    """The tars of a dataset with boxes may have numbers for names, and all kinds of members."""
+    images = boxed(tmp_path)
+    first = {"other.png": picture(1), "a.json": b'[{"label": [3]}]', "a.png": images["a.png"]}
+    rest = {"sub/c.png": images["sub/c.png"], "b.png": images["b.png"]}
+    pack(tmp_path / "whole.tar", first | rest)
+    pack(tmp_path / "parts/007.tar", first)
+    pack(tmp_path / "parts/008.tar", rest)
+    (tmp_path / "parts/notes.txt").touch()
+    for place in ("whole.tar", "parts", "parts/{007..008}.tar"):
+        with caplog.at_level(logging.INFO, "concord"):
+            assert reds(tmp_path, place) == [10, 11, 12]
+        tars = 1 if place == "whole.tar" else 2
+        line = f"mine: its images are read from {tars} tar files, in which 1 images are not listed"
+        assert line in caplog.messages
+        caplog.clear()
+
+
+def test_members_are_found_by_their_last_part_if_it_is_clear(tmp_path):
+    images = boxed(tmp_path, ("train/a.png", "b.png", "val/c.png"))
+    images = {"a.png": images["train/a.png"], "x/b.png": images["b.png"], **images}
+    del images["train/a.png"], images["b.png"]
+    pack(tmp_path / "whole.tar", images)
+    assert reds(tmp_path, "whole.tar") == [10, 11, 12]
+    pack(tmp_path / "twice.tar", images | {"y/b.png": picture(1)})
+    with pytest.raises(InputError, match=r"b.png is missing \(1 of 3"):
+        reds(tmp_path, "twice.tar")
+    boxed(tmp_path, ("train/a.png", "test/a.png", "val/c.png"))
+    with pytest.raises(InputError, match=r"train/a.png is missing \(2 of 3"):
+        reds(tmp_path, "whole.tar")
+
+
+def test_no_image_is_read_but_those_asked_for(tmp_path, monkeypatch):
+    """The headers are read once; then one image at a time, by its place."""
+    pack(tmp_path / "whole.tar", boxed(tmp_path))
+    assert reds(tmp_path, "whole.tar") == [10, 11, 12]
+    text = f"mine={tmp_path}/boxes.json:{tmp_path}/whole.tar"
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_read_headers", None)
+        [dataset] = load_datasets(text, "val")
+    spans, size = [], (tmp_path / "whole.tar").stat().st_size
+    read = shards.Shards.read
+
+    def spy(self, i):
+        spans.append(self.sizes[i])
+        return read(self, i)
+
+    monkeypatch.setattr(shards.Shards, "read", spy)
+    part = dataset.select(np.array([False, True, False]))
+    assert int(part.load(0).image[0, 0, 0]) == 11
+    assert spans == [len(picture(11))] and spans[0] < size / 10
+
+
+def test_tars_that_do_not_fit_are_one_line(tmp_path):
+    images = boxed(tmp_path)
+    pack(tmp_path / "none.tar", {"notes.txt": b"?"})
+    pack(tmp_path / "a/0.tar", images)
+    pack(tmp_path / "a/1.tar", {"a.png": picture(1)})
+    for place, words in [
+        ("none.tar", "none.tar/a.png is missing .3 of 3"),
+        ("gone.tar", "gone.tar does not exist"),
+        ("a/{0..2}.tar", "2.tar does not exist"),
+        ("a", "two members are 'a.png'"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            reds(tmp_path, place)
+    (tmp_path / "maps").mkdir()
+    with pytest.raises(InputError, match="need a COCO json"):
+        load_datasets(f"mine={tmp_path}/maps:{tmp_path}/none.tar", "val")
+
+
+def test_images_beside_a_tar_are_the_images(tmp_path):
+    pack(tmp_path / "images/0.tar", {"a.png": picture(1)})
+    for name, data in boxed(tmp_path, ("a.png", "b.png", "c.png")).items():
+        (tmp_path / "images" / name).write_bytes(data)
+    assert reds(tmp_path, "images") == [10, 11, 12]
+
+
+def test_a_check_lists_the_images_that_no_tar_has(tmp_path, capsys):
+    pack(tmp_path / "whole.tar", {"a.png": boxed(tmp_path)["a.png"]})
+    [dataset] = load_datasets(
+        f"mine={tmp_path}/boxes.json:{tmp_path}/whole.tar", "val", check=False
+    )
+    assert check_names(dataset)["missing images"] == ["b.png", "sub/c.png"]

@@ -66,8 +66,6 @@ def check_names(dataset: Dataset) -> dict[str, list[str]]:
         "image ids given twice": repeated(index.image_ids),
         "class names alike but for case or spaces": alike(dataset.vocabulary.names),
     }
-    if dataset.shards:  # the tar files were found when they were listed
-        return problems
     for kind, _, found in dataset.find_files():
         problems[f"missing {kind}s"] = found.missing
         pairs = [f"{name}: {file}" for name, file in found.respelt.items()]

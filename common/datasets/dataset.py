@@ -292,10 +292,13 @@ class Dataset:
 
         A name that fits one file in another spelling is replaced by it in the index.
         """
-        kinds = [("image", self.images, "file_names")]
+        kinds = [] if self.shards else [("image", self.images, "file_names")]
         if self.maps is not None:
             kinds.append(("label map", self.maps, "map_names"))
         found = []
+        if self.shards:
+            missing = map(self.index.file_name, np.flatnonzero(self.shards.tar_of < 0))
+            found.append(("image", self.images, Lookup({}, list(missing))))
         for kind, root, column in kinds:
             memo = None
             if self.index.folder:

@@ -33,6 +33,7 @@ from common.datasets.readers.panoptic import read_panoptic
 from common.datasets.readers.semantic import read_semantic
 from common.datasets.readers.visual_genome import read_visual_genome
 from common.datasets.readers.voc import read_voc
+from common.datasets.shards import find_tars, images_in_tars
 from common.datasets.start import check_training
 from common.datasets.subset import draw_images
 from common.datasets.tiny.generate import generate
@@ -190,6 +191,11 @@ def load_dataset(
             if dataset.supervision == "image_labels":
                 return dataset  # it lists files that exist: none can be missing
         else:
+            if find_tars(images) and annotations.suffix != ".json":
+                raise InputError(
+                    f"dataset '{name}': images in tar files, {images}, need a COCO json, not"
+                    f" {annotations}; unpack them, or write {name}=FILE.json:{images}"
+                )
             dataset = read_pair(name, annotations, images, split)
     else:
         known = KNOWN[name]
@@ -201,6 +207,11 @@ def load_dataset(
         if name in DERIVE:
             dataset = DERIVE[name](dataset, split)
         dataset = replace(dataset, federated=known.federated)
+    if dataset.shards is None and (tars := find_tars(dataset.images)):
+        shards, others = images_in_tars(dataset.index.file_names, tars)
+        message = "%s: its images are read from %d tar files, in which %d images are not listed"
+        log.info(message, name, len(tars), others)
+        dataset = replace(dataset, shards=shards)
     if len(dataset) == 0:
         raise InputError(f"{dataset.index.source} lists no images; name another file")
     if check:

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Sequence
@@ -14,8 +15,12 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import orjson
+from filelock import FileLock
+from tqdm import tqdm
 
 from common.datasets.files import IMAGES
+from common.datasets.index import encoded
+from common.datasets.store import waiting
 from common.errors import InputError
 from common.files import NO_ARRAY, atomic_path, cache_dir
 
@@ -33,7 +38,7 @@ class Shards:
     """Reads I images that are members of tar files.
 
     tars:    the paths of the tar files
-    tar_of:  (I,) int32, for each image the index of its tar file
+    tar_of:  (I,) int32, for each image the index of its tar file; -1: it is in none
     offsets: (I,) int64, the byte of the tar file at which the image begins
     sizes:   (I,) int64, the number of bytes of the image
     """
@@ -49,10 +54,12 @@ class Shards:
         Some files of ImageNet-21K are gzip files that are named .JPEG: they are unzipped.
         The tar file is opened for each image. That takes 20 microseconds (decoding a small image
         takes 700), and no open file has to be shared between processes.
-        Raises InputError for a tar file that cannot be read, and for an image that has more than
-        LARGEST_IMAGE bytes unzipped.
+        Raises InputError for a tar file that cannot be read, for an image that is in none, and for
+        one that has more than LARGEST_IMAGE bytes unzipped.
         Source: facebookresearch/Detic:detic/data/tar_dataset.py (gzip).
         """
+        if self.tar_of[i] < 0:
+            raise InputError(f"image {i} is in none of the tar files {self.tars[0]}, ...; add it")
         path = self.tars[self.tar_of[i]]
         try:
             with path.open("rb") as file:
@@ -66,7 +73,7 @@ class Shards:
             ) from None
 
     def select(self, images: np.ndarray) -> "Shards":
-        """Returns only the images where `images` (I,) bool is true."""
+        """Returns only the images where `images` (I,) bool is true, or those with these numbers."""
         columns = (self.tar_of, self.offsets, self.sizes)
         return Shards(self.tars, *(column[images] for column in columns))
 
@@ -80,23 +87,127 @@ def _unzipped(data: bytes) -> bytes:
     return image
 
 
-def index_tar(path: Path) -> np.ndarray:
-    """Lists the images as `read_members`, but from a cache until the tar's size or time changes."""
+def find_tars(place: Path) -> list[Path]:
+    """Returns the tar files at `place`: it is one, or the folder that holds them, or has braces.
+
+    In shards-{000..012}.tar the braces stand for each number. A folder counts if it holds tar files
+    and neither folders nor images. Returns [] for any other place.
+    """
+    if braces := re.search(r"\{(\d+)\.\.(\d+)\}", str(place)):
+        first, last = braces.groups()
+        numbers = range(int(first), int(last) + 1)
+        start, end = str(place)[: braces.start()], str(place)[braces.end() :]
+        return [Path(f"{start}{number:0{len(first)}d}{end}") for number in numbers]
+    if place.suffix == ".tar":
+        return [place]
+    if not os.path.isdir(place):
+        return []
+    tars = []
+    with os.scandir(place) as inside:
+        for entry in inside:
+            if entry.name.lower().endswith(IMAGES) or entry.is_dir():
+                return []
+            if entry.name.endswith(".tar") and not entry.name.startswith("."):
+                tars.append(place / entry.name)
+    return sorted(tars)
+
+
+def images_in_tars(names: np.ndarray, tars: Sequence[Path]) -> tuple[Shards, int]:
+    """Finds the images `names` (I,) bytes in tar files; also returns how many others are there.
+
+    A name is the path of a member. One that is none is looked for by its last part, if no other
+    name and no other member has that. Raises InputError for a tar file that is missing or damaged,
+    and for a path that two members have.
+    """
+    for path in tars:
+        if not path.is_file():
+            raise InputError(
+                f"shard {path} does not exist; check the path, or the numbers in braces"
+            )
+    bar = tqdm(tars, "headers of tar files", unit="tar", delay=2, leave=False, disable=None)
+    members = [index_tar(path, labelled=False) for path in bar]
+    paths = encoded([name for each in members for name in each["name"].tolist()])
+    unique, counts = np.unique(paths, return_counts=True)
+    if (counts > 1).any():
+        twice = os.fsdecode(unique[counts > 1][0])
+        raise InputError(f"shards {tars[0]}, ...: two members are '{twice}'; keep one of them")
+    found = _places(names, paths)
+    left = np.flatnonzero(found < 0)
+    if len(left) and len(paths):
+        last_parts = encoded([name.rpartition(b"/")[2] for name in paths.tolist()])
+        wanted = encoded([name.rpartition(b"/")[2] for name in names[left].tolist()])
+        known, counts = np.unique(last_parts, return_counts=True)
+        asked, times = np.unique(wanted, return_counts=True)
+        clear = np.isin(wanted, known[counts == 1]) & np.isin(wanted, asked[times == 1])
+        rows = _places(wanted, last_parts)
+        clear &= ~np.isin(rows, found)
+        found[left[clear]] = rows[clear]
+    shards = Shards(
+        tars,
+        np.repeat(np.arange(len(tars), dtype=np.int32), [len(each) for each in members]),
+        np.concatenate([each["offset"] for each in members]),
+        np.concatenate([each["size"] for each in members]),
+    )
+    if not len(paths):
+        none = np.full(len(names), -1, np.int32)
+        return Shards(tars, none, none.astype(np.int64), none.astype(np.int64)), 0
+    shards = shards.select(found)
+    shards.tar_of[found < 0] = -1
+    return shards, len(paths) - int((found >= 0).sum())
+
+
+def _places(names: np.ndarray, paths: np.ndarray) -> np.ndarray:
+    """Returns (I,) the place of each of `names` (I,) in `paths` (M,), -1 if it is not there."""
+    if not len(paths):
+        return np.full(len(names), -1)
+    order = np.argsort(paths)
+    place = np.searchsorted(paths, names, sorter=order).clip(max=len(paths) - 1)
+    return np.where(paths[order[place]] == names, order[place], -1)
+
+
+def index_tar(path: Path, labelled: bool = True) -> np.ndarray:
+    """Lists the images of a tar file, from a cache until its size or time changes.
+
+    One process reads the headers, others wait.
+    labelled: as `read_members`; else as `read_images`
+    """
     stat = path.stat()
-    key = json.dumps(["members", str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    kind = "members" if labelled else "images"
+    key = json.dumps([kind, str(path.resolve()), stat.st_size, stat.st_mtime_ns])
     digest = hashlib.sha256(key.encode()).hexdigest()
     cached = cache_dir() / "shards" / f"{digest[:32]}.npy"
+    read = read_members if labelled else read_images
     try:
         return np.load(cached, allow_pickle=False)
     except NO_ARRAY:
-        members = read_members(path)
+        pass
     try:
-        with atomic_path(cached) as temporary:
-            np.save(temporary, members)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with waiting(FileLock(cached.with_suffix(".lock")), path):
+            try:
+                return np.load(cached, allow_pickle=False)
+            except NO_ARRAY:
+                members = read(path)
+            with atomic_path(cached) as temporary:
+                np.save(temporary, members)
+            return members
     except OSError as error:
         message = "%s cannot be written, so the headers of %s are read at each start (%s)"
         log.warning(message, cached, path, error)
-    return members
+    return read(path)
+
+
+def read_images(path: Path) -> np.ndarray:
+    """Returns an array (M,) of records name, offset, size: the images in a tar file.
+
+    A name is the path of the member, in bytes. Raises InputError as `read_members`, but for labels.
+    """
+    images, _, num_others = _read_headers(path, labelled=False)
+    if num_others:
+        log.info("%s: %d members that are no images are left out", path, num_others)
+    rows = [(os.fsencode(name), offset, size) for _, name, offset, size in images]
+    width = max((len(name) for name, *_ in rows), default=1)
+    return np.array(rows, dtype=[("name", f"S{width}"), ("offset", "i8"), ("size", "i8")])
 
 
 def read_members(path: Path) -> np.ndarray:
@@ -134,9 +245,10 @@ def read_members(path: Path) -> np.ndarray:
     return np.array(rows, dtype=[*columns, ("offset", "i8"), ("size", "i8")])
 
 
-def _read_headers(path: Path) -> tuple[list[tuple], dict[str, bytes], int]:
+def _read_headers(path: Path, labelled: bool = True) -> tuple[list[tuple], dict[str, bytes], int]:
     """Returns the images and the labels in a tar file, and the number of its other files.
 
+    If not `labelled`, no label is read.
     images: (key, path of the member, offset, size); the key is the path without all its endings
     labels: {key: label}
     """
@@ -152,7 +264,7 @@ def _read_headers(path: Path) -> tuple[list[tuple], dict[str, bytes], int]:
                 key = str(place.with_name(place.name.partition(".")[0]))
                 if place.suffix.lower() in IMAGES:
                     images.append((key, str(place), member.offset_data, member.size))
-                elif place.suffix in LABELS:
+                elif labelled and place.suffix in LABELS:
                     label = _read_label(path, member.name, tar.extractfile(member).read())
                     if label and (place.suffix == ".cls" or key not in labels):
                         labels[key] = label
