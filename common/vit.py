@@ -57,7 +57,7 @@ def is_standard(model: nn.Module) -> bool:
     blocks = {type(block) for block in model.blocks}
     attention = {type(getattr(block, "attn", None)) for block in model.blocks}
     standard = blocks == {vision_transformer.Block} and attention == {Attention}
-    return standard and getattr(model, "reg_token", None) is None
+    return standard and isinstance(model, VisionTransformer) and model.reg_token is None
 
 
 def layer_factor(name: str, depth: int) -> float:
