@@ -90,7 +90,7 @@ from common.inference import (
     to_original,
 )
 from common.labels import LabelSpace, Vocabulary
-from common.optim import scaled_lr, set_learning_rate, sgd, stepped_learning_rate
+from common.optim import scaled_lr, set_learning_rate, sgd, stepped_learning_rate, trained_groups
 from common.parts import in_parts
 from common.pseudo_boxes import are_complete, mine_boxes, with_pseudo_boxes
 from common.runlog import RunLog, keep_stage, make_run_folder, report
@@ -187,6 +187,8 @@ class Args:
     """learning rate for --base-batch-size images, scaled linearly; a tenth after 8 and 11 of 12"""
     base_batch_size: Annotated[int, Range(1)] = 16  # code
     """batch size that --lr is meant for"""
+    backbone_factor: Annotated[float | None, Range(0, 100)] = None  # ours
+    """learning rate of the timm model / --lr; 0 freezes it; None: 1, and ViTDet's decay in a ViT"""
     warmup_steps: Annotated[int, COUNT] = 500  # code
     """steps of warmup from 1e-3 of --lr, at most a tenth of the steps"""
     optimizer: Literal["sgd", "adamw"] = "sgd"  # code
@@ -254,8 +256,7 @@ class Model(nn.Module):
         self.columns = {name: label_space.columns(name) for name in label_space.datasets}
         self.num_classes = len(label_space)
         self.backbone = Backbone(args.backbone, args.channels, pretrained, freeze_stem=True)
-        if args.frozen == "all":
-            self.backbone.body.requires_grad_(False)
+        self.backbone.factor = given(args.backbone_factor, 0.0 if args.frozen == "all" else None)
         self.head = retinanet.RetinaHead(args.channels, self.num_classes, args.convs, args.norm)
         self.register_buffer("normaliser", torch.tensor(100.0))  # N, saved with the weights
 
@@ -645,9 +646,8 @@ def train_stage(
     metadata = {"method": METHOD, "args": asdict(args)}
 
     lr = scaled_lr(args.lr, args)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     kinds = {"sgd": sgd, "adamw": partial(torch.optim.AdamW, fused=True)}
-    optimizer = kinds[args.optimizer](parameters, lr=lr, weight_decay=1e-4)
+    optimizer = kinds[args.optimizer](trained_groups(model), lr=lr, weight_decay=1e-4)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else steps.start
     loader = build_dataloader(args, datasets, start - steps.start)
     run_log = RunLog(args, folder, steps.stop, start, model, label_space, optimizer, metadata)
@@ -665,7 +665,7 @@ def train_stage(
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         losses = run_log.check_finite(losses, step, batch)
-        nn.utils.clip_grad_norm_(parameters, 35.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 35.0)
         optimizer.step()
         run_log.step(step, losses, rate, len(batch))
     run_log.finish()

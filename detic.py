@@ -31,8 +31,7 @@ Note: novel classes are no negatives of images with boxes (--ignore-zero), as in
   split. The official LVIS-base run differs there: it uses the class frequencies of all of LVIS.
 Note: the paper starts from ImageNet-21k: --backbone resnet50/resnet50_miil_21k.pth, MIIL's file, or
   a Swin tagged ms_in22k. The default has ImageNet-1k: 26.1 for 30.2 mask AP in its Table 6.
-Note: the image-label losses have the official background column, whose text is zero and whose logit
-  is the bias. The box losses have no such column, as in the code.
+Note: only the image-label losses have the official background column, whose logit is the bias.
 Note: the paper's COCO split has Faster R-CNN C4. Here coco-base has the same detector as LVIS.
 
 diff with scaledet.py shows: labels merged, not concatenated; a mask head; image-label losses, no
@@ -87,7 +86,7 @@ from common.inference import evaluate_dataset, predict_each, predict_files, to_d
 from common.labels import LabelSpace, Vocabulary
 from common.masks import paste_rles
 from common.official_detectors import convert_centernet2
-from common.optim import learning_rate, scaled_lr, set_learning_rate
+from common.optim import learning_rate, scaled_lr, set_learning_rate, trained_groups
 from common.parts import in_parts
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RatioBatchSampler, image_ratios, make_loader, repeat_factors
@@ -191,6 +190,8 @@ class Args:
     """learning rate for --base-batch-size images, scaled linearly; falls by half a cosine to 0"""
     base_batch_size: Annotated[int, Range(1)] = 64  # code
     """batch size that --lr is meant for (Detic, R50: 64)"""
+    backbone_factor: Annotated[float | None, Range(0, 100)] = None  # base
+    """learning rate of the timm model / --lr; 0 freezes it; None: 1, and ViTDet's decay in a ViT"""
     warmup_steps: Annotated[int, COUNT] = 10_000  # code
     """steps of warmup from 1e-4 of --lr, at most steps / 9; image labels: <= 1000, from 1e-3"""
     image_label_loss: ImageLabelLoss = "max_size"  # paper
@@ -293,6 +294,7 @@ class Model(nn.Module):
         self.args = args
         self.boxed: list[str] = []  # names of the classes that had boxes in training
         self.backbone = Backbone(args.backbone, args.channels, pretrained)
+        self.backbone.factor = args.backbone_factor
         # (training, test): most proposals of a level before NMS, then of an image after NMS
         self.centernet = CenterNet(args.channels, STRIDES, (4000, 1000), (2000, 256))
         self.cascade = Cascade(args.channels, args.fc_dim)
@@ -534,8 +536,7 @@ def compute_image_label_losses(
     loss = mean_over_bags(loss_of_label, bags, [t.image_labels for t in targets])
     losses = {f"loss_image_labels_stage{stage.index}": args.image_label_weight * loss}
     if prediction.caption_logits is not None:
-        # the columns of other ranks follow
-        columns = [i if t.caption else -1 for i, t in enumerate(targets)]
+        columns = [i if t.caption else -1 for i, t in enumerate(targets)]  # other ranks' follow
         logits = prediction.caption_logits.split([len(boxes) for boxes in stage.boxes])
         loss = loss_captions(logits, columns, args.negative_caption_weight)
         losses[f"loss_captions_stage{stage.index}"] = args.image_label_weight * loss
@@ -642,8 +643,7 @@ def train(
     warmup = min(args.warmup_steps, steps // 9, 1000 if joint else steps)
     warmup_factor = 1e-3 if joint else 1e-4  # as in the official configs of the two stages
     lr = scaled_lr(args.lr, args)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(trained_groups(model), lr=lr, weight_decay=1e-4, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
     loader = build_dataloader(args, datasets, start)
     run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)

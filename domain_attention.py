@@ -83,7 +83,7 @@ from common.errors import InputError
 from common.evaluation import ancestors
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
 from common.labels import LabelSpace, Vocabulary
-from common.optim import learning_rate, scaled_lr, set_learning_rate
+from common.optim import learning_rate, scaled_lr, set_learning_rate, trained_groups
 from common.parts import in_parts
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, image_ratios, make_loader
@@ -179,6 +179,8 @@ class Args:
     """learning rate for --base-batch-size images, scaled linearly; falls by half a cosine to 0"""
     base_batch_size: Annotated[int, Range(1)] = 64  # base
     """batch size that --lr is meant for (Detic, R50: 64)"""
+    backbone_factor: Annotated[float | None, Range(0, 100)] = None  # base
+    """learning rate of the timm model / --lr; 0 freezes it; None: 1, and ViTDet's decay in a ViT"""
     warmup_steps: Annotated[int, COUNT] = 10_000  # base
     """steps of warmup from 1e-4 of --lr, at most steps / 9"""
     attention: bool = True  # paper
@@ -333,6 +335,12 @@ class Model(nn.Module):
         self.args = args
         self.columns = {name: label_space.columns(name) for name in label_space.datasets}
         self.backbone = Backbone(args.backbone, args.channels, pretrained)
+        self.backbone.factor = args.backbone_factor
+        if args.attention and args.backbone_factor == 0:
+            raise InputError(
+                "--backbone-factor 0 freezes the adapters, which are in the backbone, too; give it"
+                " another value, or add --no-attention"
+            )
         if args.attention:
             adapters = args.adapters or len(self.columns)
             insert_attention(args, self.backbone.body, adapters)
@@ -548,8 +556,7 @@ def train(
     warmup = min(args.warmup_steps, steps // 9)
     warmup_factor = 1e-4
     lr = scaled_lr(args.lr, args)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(trained_groups(model), lr=lr, weight_decay=1e-4, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
     loader = build_dataloader(args, datasets, start)
     run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)

@@ -86,7 +86,7 @@ from common.fine_classes import (
 )
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
 from common.labels import LabelSpace, Vocabulary
-from common.optim import learning_rate, scaled_lr, set_learning_rate
+from common.optim import learning_rate, scaled_lr, set_learning_rate, trained_groups
 from common.parts import in_parts
 from common.rpn import RPN, Anchors
 from common.runlog import RunLog, make_run_folder, report
@@ -182,6 +182,8 @@ class Args:
     """learning rate for --base-batch-size images, scaled linearly; falls by half a cosine to 0"""
     base_batch_size: Annotated[int, Range(1)] = 64  # base
     """batch size that --lr is meant for (Detic, R50: 64)"""
+    backbone_factor: Annotated[float | None, Range(0, 100)] = None  # base
+    """learning rate of the timm model / --lr; 0 freezes it; None: 1, and ViTDet's decay in a ViT"""
     warmup_steps: Annotated[int, COUNT] = 10_000  # base
     """steps of warmup from 1e-4 of --lr, at most steps / 9"""
     groups: str = ""  # ours
@@ -323,6 +325,7 @@ class Model(nn.Module):
         self.args = args
         self.table = label_space.table
         self.backbone = Backbone(args.backbone, args.channels, pretrained)
+        self.backbone.factor = args.backbone_factor
         class_of = proposal_classes(self.table)
         # (training, test): most proposals of a level before NMS, then of an image after NMS
         self.rpn = RPN(args.channels, class_of, (2000, 1000), (2000, 256))
@@ -537,8 +540,7 @@ def train(
     warmup = min(args.warmup_steps, steps // 9)
     warmup_factor = 1e-4
     lr = scaled_lr(args.lr, args)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(trained_groups(model), lr=lr, weight_decay=1e-4, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
     loader = build_dataloader(args, datasets, start)
     run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)

@@ -92,7 +92,7 @@ from common.inference import evaluate_dataset, predict_each, predict_files, to_d
 from common.label_report import cosine_rows, report_label_space
 from common.labels import LabelSpace, Vocabulary
 from common.official_detectors import convert_centernet2_boxes
-from common.optim import learning_rate, scaled_lr, set_learning_rate
+from common.optim import learning_rate, scaled_lr, set_learning_rate, trained_groups
 from common.parts import in_parts
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, RepeatFactorSampler, image_ratios, make_loader, repeat_factors
@@ -189,6 +189,8 @@ class Args:
     """learning rate for --base-batch-size images, scaled linearly; falls by half a cosine to 0"""
     base_batch_size: Annotated[int, Range(1)] = 64  # base
     """batch size that --lr is meant for (Detic, R50: 64)"""
+    backbone_factor: Annotated[float | None, Range(0, 100)] = None  # base
+    """learning rate of the timm model / --lr; 0 freezes it; None: 1, and ViTDet's decay in a ViT"""
     warmup_steps: Annotated[int, COUNT] = 10_000  # base
     """steps of warmup from 1e-4 of --lr, at most steps / 9"""
     lam: Annotated[float, Range(0)] = 1.0  # ours
@@ -293,6 +295,7 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.backbone = Backbone(args.backbone, args.channels, pretrained)
+        self.backbone.factor = args.backbone_factor
         # (training, test): most proposals of a level before NMS, then of an image after NMS
         self.centernet = CenterNet(args.channels, STRIDES, (4000, 1000), (2000, 256))
         self.cascade = Cascade(args.channels, args.fc_dim)
@@ -550,8 +553,7 @@ def train(
     warmup = min(args.warmup_steps, steps // 9)
     warmup_factor = 1e-4
     lr = scaled_lr(args.lr, args)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(trained_groups(model), lr=lr, weight_decay=1e-4, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else 0
     loader = build_dataloader(args, datasets, start)
     run_log = RunLog(args, folder, steps, start, model, label_space, optimizer, metadata)

@@ -104,7 +104,7 @@ from common.inference import (
 from common.labels import LabelSpace, Vocabulary
 from common.merge_scores import merge_scores
 from common.merges import Group, read_groups, write_groups
-from common.optim import learning_rate, scaled_lr, set_learning_rate
+from common.optim import learning_rate, scaled_lr, set_learning_rate, trained_groups
 from common.parts import in_parts
 from common.runlog import RunLog, keep_stage, make_run_folder, report
 from common.sampling import Mixture, image_ratios, make_loader
@@ -196,6 +196,8 @@ class Args:
     """learning rate for --base-batch-size images, scaled linearly; falls by half a cosine to 0"""
     base_batch_size: Annotated[int, Range(1)] = 64  # base
     """batch size that --lr is meant for (Detic, R50: 64)"""
+    backbone_factor: Annotated[float | None, Range(0, 100)] = None  # base
+    """learning rate of the timm model / --lr; 0 freezes it; None: 1, and ViTDet's decay in a ViT"""
     warmup_steps: Annotated[int, COUNT] = 10_000  # base
     """steps of warmup from 1e-4 of --lr, at most steps / 9"""
     stage: Literal["all", "partitioned", "learn", "unified"] = "all"  # paper
@@ -263,6 +265,7 @@ class Model(nn.Module):
         self.args = args
         self.columns = {name: label_space.columns(name) for name in label_space.datasets}
         self.backbone = Backbone(args.backbone, args.channels, pretrained)
+        self.backbone.factor = args.backbone_factor
         # (training, test): most proposals of a level before NMS, then of an image after NMS
         self.centernet = CenterNet(args.channels, STRIDES, (4000, 1000), (2000, 256))
         self.cascade = Cascade(args.channels, args.fc_dim)
@@ -629,8 +632,7 @@ def train_stage(
     warmup = min(args.warmup_steps, len(steps) // 9)
     warmup_factor = 1e-4
     lr = scaled_lr(args.lr, args)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(trained_groups(model), lr=lr, weight_decay=1e-4, fused=True)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else steps.start
     loader = build_dataloader(args, datasets, start - steps.start)
     run_log = RunLog(args, folder, steps.stop, start, model, label_space, optimizer, metadata)

@@ -68,6 +68,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.ops import clip_boxes_to_image, nms
 
+from common.backbone import set_factor
 from common.batch import Batch
 from common.boxes import decode_boxes, soft_nms
 from common.cascade import sample_federated
@@ -99,7 +100,7 @@ from common.inference import (
 from common.labels import LabelSpace, Vocabulary
 from common.official_detectors import convert_two_stages
 from common.oln import BOX_WEIGHTS, OLN, loss_roi_box
-from common.optim import scaled_lr, set_learning_rate, sgd, stepped_learning_rate
+from common.optim import scaled_lr, set_learning_rate, sgd, stepped_learning_rate, trained_groups
 from common.proposals import fingerprint, with_proposals
 from common.runlog import RunLog, make_run_folder, report
 from common.sampling import Mixture, image_ratios, make_loader, make_sampler
@@ -212,6 +213,8 @@ class Args:
     """learning rate of the classifier, likewise"""
     base_batch_size: Annotated[int, Range(1)] = 16  # code
     """batch size that the learning rates are meant for"""
+    backbone_factor: Annotated[float | None, Range(0, 100)] = None  # ours
+    """learning rate of the timm model / --lr; 0 freezes it; None: 1, and ViTDet's decay in a ViT"""
     warmup_steps: Annotated[int, COUNT] = 500  # code
     """steps of linear warmup from 1e-3 of the learning rate; at most a tenth of a stage's steps"""
     alpha: Annotated[float, Range(0)] = 0.3  # paper
@@ -309,6 +312,7 @@ class Model(nn.Module):
         self.classifiers = nn.ModuleList(
             RegionClassifier(*settings, pretrained, args.amp) for _ in range(num_classifiers)
         )
+        set_factor(self, args.backbone_factor)
 
     def forward(
         self,
@@ -383,9 +387,8 @@ def loss_classification(logits: Tensor, labels: Tensor, sampled: Tensor) -> Tens
     target = torch.zeros_like(logits)  # (Q, C)
     fg = (labels >= 0).to(logits)  # (R,)
     target.scatter_(1, labels.clamp(min=0)[:, None], fg[:, None])
-    bce = F.binary_cross_entropy_with_logits(
-        logits[:, sampled], target[:, sampled], reduction="none"
-    )
+    x, y = logits[:, sampled], target[:, sampled]
+    bce = F.binary_cross_entropy_with_logits(x, y, reduction="none")
     return bce.sum() / max(len(labels), 1)
 
 
@@ -610,9 +613,8 @@ def train_stage(
     parallel = in_parallel(model, unused=separate)
 
     lr = scaled_lr(args.classifier_lr if classifying else args.lr, args)
-    parameters = [p for p in network.parameters() if p.requires_grad]
     kinds = {"sgd": sgd, "adamw": partial(torch.optim.AdamW, fused=True)}
-    optimizer = kinds[args.optimizer](parameters, lr=lr, weight_decay=1e-4)
+    optimizer = kinds[args.optimizer](trained_groups(network), lr=lr, weight_decay=1e-4)
     torch.manual_seed(args.seed + rank())  # a stage begins alike in a resumed run
     checkpoint = last_checkpoint(folder, args.replay, after=steps.start)
     start = load_checkpoint(checkpoint, optimizer) if checkpoint else steps.start
@@ -637,7 +639,7 @@ def train_stage(
         losses["loss"].backward()
         losses = run_log.check_finite(losses, step, batch)
         if classifying:
-            nn.utils.clip_grad_norm_(parameters, 35.0)
+            nn.utils.clip_grad_norm_(network.parameters(), 35.0)
         optimizer.step()
         run_log.step(step, losses, rate, len(batch))
     run_log.close()

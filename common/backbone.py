@@ -14,6 +14,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from common import swin, vit
+from common.command import given
 from common.compiling import compilable
 from common.distributed import from_main, world_size
 from common.errors import InputError
@@ -25,7 +26,6 @@ log = logging.getLogger("concord")
 STRIDES = [8, 16, 32, 64, 128]  # P3 to P7
 LITE0 = "tf_efficientnet_lite0"
 DROP_PATH = (0.2, 0.3)  # of Swin's and ConvNeXt's models below and from the size "base" on
-PLAIN = ("vit_", "deit")  # ViTs with a single feature map; only the segmenters use them
 
 
 class Backbone(nn.Module):
@@ -33,10 +33,13 @@ class Backbone(nn.Module):
 
     If `channels` is not 0, the maps are an FPN's. A stride of 128 adds P6 and P7, two convolutions
     of stride 2 on P5. A stride of 64 without 128 adds P6, which is P5 subsampled.
-    If `channels` is 0, the maps are the timm model's own. A plain ViT gets a `SimplePyramid`.
+    If `channels` is 0, the maps are the timm model's own.
+    A plain ViT, whose blocks have maps of one stride, has a `SimplePyramid` in place of the FPN. If
+    `channels` is 0, its maps have 256 channels.
     BatchNorm is frozen if pretrained weights are loaded, as in detectron2. Otherwise it is trained.
     `factor` is the learning rate of the timm model, in units of that of other modules. With 0 the
-    next `train()` freezes it. None: 1 with an FPN, a tenth without, ViTDet's for a plain ViT.
+    next `train()` freezes it. None: 1 with an FPN and for a plain ViT, else a tenth. A plain ViT
+    has ViTDet's decay from layer to layer, too.
     Source: facebookresearch/Detic:detic/modeling/backbone/timm.py (P6 and P7).
     """
 
@@ -62,7 +65,7 @@ class Backbone(nn.Module):
         """
         super().__init__()
         name, _, file = name.partition("/")
-        plain = channels == 0 and name.startswith(PLAIN)
+        plain = vit.is_plain(name)
         wanted = [stride for stride in strides if stride <= 32]
         build = partial(build_body, name, plain, wanted, drop_path)
         self.freeze_stem = freeze_stem
@@ -83,18 +86,13 @@ class Backbone(nn.Module):
         self.channels = [info.channels()[i] for i in self.used]
         self.fpn = None
         self.pyramid = None
+        top = coarse_maps(channels, strides) if channels else None
         if plain:
-            _, self.layer_decay = vit.size_settings(name)
-            self.pyramid = vit.SimplePyramid(self.channels[0], available[0], strides)
+            log.info("backbone %s: %s", name, self.body.describe())
+            width = self.channels[0]
+            self.pyramid = vit.SimplePyramid(width, available[0], strides, channels or 256, top)
             self.channels = [self.pyramid.channels] * len(strides)
         elif channels:
-            top = None
-            if 128 in strides:
-                top = LastLevelP6P7(channels, channels)
-                with_second_column(top.p6)
-                with_second_column(top.p7)
-            elif 64 in strides:
-                top = LastLevelMaxPool()
             self.fpn = FeaturePyramidNetwork(self.channels, channels, extra_blocks=top)
             self.channels = [channels] * len(strides)
 
@@ -133,17 +131,15 @@ class Backbone(nn.Module):
     def lr_factor(self, name: str) -> float:
         """Returns the learning rate of the parameter `name`, in units of that of other modules.
 
-        It is `factor`. If that is None, it is a tenth in a model without an FPN, as Mask2Former's,
-        and in a plain ViT it falls from layer to layer towards the image, as ViTDet's.
+        It is `factor`. If that is None, it is a tenth in a model without an FPN, as Mask2Former's.
+        In a plain ViT it also falls from layer to layer towards the image, as ViTDet's.
         """
         module, _, parameter = name.partition(".")
         if module != "body":
             return 1.0
-        if self.factor is not None:
-            return self.factor
         if self.pyramid:
-            return self.layer_decay ** self.body.layers_behind(parameter)
-        return 1.0 if self.fpn else 0.1
+            return given(self.factor, 1.0) * self.body.layer_factor(parameter)
+        return given(self.factor, 1.0 if self.fpn else 0.1)
 
     def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
         """Applies the function `normalise` with the timm model's mean and standard deviation."""
@@ -163,6 +159,26 @@ class Backbone(nn.Module):
             return features
         named = {str(i): feature for i, feature in enumerate(features)}
         return list(self.fpn(named).values())
+
+
+def set_factor(model: nn.Module, factor: float | None) -> None:
+    """Sets the `factor` of all backbones in a model that has several."""
+    for module in model.modules():
+        if isinstance(module, Backbone):
+            module.factor = factor
+
+
+def coarse_maps(channels: int, strides: list[int]) -> nn.Module | None:
+    """Creates what makes the maps of strides above 32 of those below, as `Backbone` says.
+
+    channels: of all maps
+    """
+    if 128 in strides:
+        top = LastLevelP6P7(channels, channels)
+        with_second_column(top.p6)
+        with_second_column(top.p7)
+        return top
+    return LastLevelMaxPool() if 64 in strides else None
 
 
 def with_second_column(convolution: nn.Conv2d) -> nn.Conv2d:
@@ -215,10 +231,12 @@ def build_body(
 ) -> nn.Module:
     """Creates the timm model `name` as a feature extractor.
 
-    plain:     it is a ViT with a single map
+    plain:     it is a plain ViT
     strides:   of the maps of a Swin; other models give all that they have
     drop_path: as in `Backbone`
     """
+    if plain:
+        return vit.create(name, pretrained)
     options = {"pretrained": pretrained}
     if name.startswith(("swin", "convnext")):
         is_large = any(size in name for size in ("base", "large", "huge"))
@@ -227,9 +245,6 @@ def build_body(
         return swin.Swin(timm.create_model(name, **swin.SETTINGS, **options), strides)
     if name.startswith("swin"):
         options["strict_img_size"] = False
-    if plain:
-        options["drop_path_rate"], _ = vit.size_settings(name)
-        return vit.ViTDet(timm.create_model(name, **vit.SETTINGS, **options))
     return timm.create_model(name, features_only=True, **options)
 
 

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from common.backbone import Backbone
 from common.fsdp import Sharding
 
 log = logging.getLogger("concord")
 
-# position codes, by the last part of the parameter's name
-POSITIONS = ("relative_position_bias_table", "pos_embed")
+# position codes, and tokens of a ViT, by the last part of the parameter's name
+POSITIONS = ("relative_position_bias_table", "pos_embed", "cls_token", "reg_token")
 UNDECAYED = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.Embedding)
 
 
@@ -82,7 +83,7 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get("lr_factor", 1.0)
 
 
-def sgd(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> Optimizer:
+def sgd(parameters: list[nn.Parameter] | list[dict], lr: float, weight_decay: float) -> Optimizer:
     """Returns SGD with momentum 0.9, with fused=True, so that it heeds `found_inf`.
 
     PyTorch's own needs the first gradients of all parameters in the same step. Here a parameter,
@@ -119,6 +120,26 @@ def _start_momentum(optimizer: Optimizer, *_) -> None:
             state = optimizer.state
             if parameter.grad is not None and parameter not in state:
                 state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def trained_groups(model: nn.Module) -> list[dict]:
+    """Returns an optimizer's parameter groups, dicts of `params` and `lr_factor`.
+
+    `lr_factor` is that of `Backbone.lr_factor` in each backbone of the model, and 1 elsewhere. The
+    training multiplies the learning rate by it. Frozen parameters are in no group. A model whose
+    factors are all 1 has one group, with its parameters in their order.
+    """
+    factors = {}
+    for module in model.modules():
+        if isinstance(module, Backbone):
+            for name, parameter in module.named_parameters():
+                factors[id(parameter)] = module.lr_factor(name)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            group = groups.setdefault(factors.get(id(parameter), 1.0), [])
+            group.append(parameter)
+    return [{"params": params, "lr_factor": factor} for factor, params in groups.items()]
 
 
 def parameter_groups(

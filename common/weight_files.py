@@ -20,6 +20,7 @@ log = logging.getLogger("concord")
 
 READERS = {".safetensors": load_file, ".pkl": load_arrays, ".pth": load_plain, ".pt": load_plain}
 CLASSIFIERS = ("fc", "head", "classifier")
+WRAPPED = ("model.", "body.")  # where a feature extractor may hold the whole timm model
 CONSTANTS = ("num_batches_tracked", "relative_position_index", "attn_mask")  # not needed
 
 
@@ -77,7 +78,12 @@ def timm_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def plain(key: str) -> str:
-    """Returns a tensor's name as it is compared: timm's feature extractors turn some "." to "_"."""
+    """Returns a tensor's name as it is compared.
+
+    Some of timm's feature extractors turn "." to "_", others put a name of WRAPPED before it.
+    """
+    for prefix in WRAPPED:
+        key = key.removeprefix(prefix)
     return key.replace("_", ".")
 
 

@@ -169,7 +169,7 @@ def test_drop_path_grows_linearly_to_its_rate(name, rates, expected):
 def decayed(model: nn.Module) -> set[str]:
     """The names of the parameters with weight decay."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = parameter_groups(model, 0.05, 0.1)
+    groups = parameter_groups(model, 0.05)
     decaying = [group["params"] for group in groups if group["weight_decay"]]
     return {names[id(parameter)] for parameters in decaying for parameter in parameters}
 
@@ -274,7 +274,7 @@ def test_vit_settings_are_vitdet_s(name, depth, drop_path, decay):
     rates = [m.drop_prob for m in body.modules() if type(m).__name__ == "DropPath"]
     assert rates[-1] == pytest.approx(drop_path)
     names = {id(parameter): key for key, parameter in model.named_parameters()}
-    for group in parameter_groups(model, 0.05, None):
+    for group in parameter_groups(model, 0.05):
         for parameter in group["params"]:
             layer = depth + 1
             parts = names[id(parameter)].split(".")
@@ -299,14 +299,9 @@ def test_positions_and_norms_of_a_vit_do_not_decay():
 def test_the_backbone_learns_at_a_tenth():
     with torch.device("meta"):
         model = Holder(Backbone("resnet18", 0, pretrained=False, strides=ALL))
-    assert {group["lr_factor"] for group in parameter_groups(model, 0.05, None)} == {0.1}
-    assert {group["lr_factor"] for group in parameter_groups(model, 0.05, 0.3)} == {0.3}
-
-
-@pytest.mark.parametrize("name", ["vit_small_patch16_rope_224", "vit_relpos_small_patch16_224"])
-def test_a_vit_of_another_kind_is_refused(name):
-    with pytest.raises(InputError, match=rf"^--backbone {name} cannot be used"):
-        Backbone(name, 0, pretrained=False, strides=ALL)
+    assert {group["lr_factor"] for group in parameter_groups(model, 0.05)} == {0.1}
+    model.backbone.factor = 0.3
+    assert {group["lr_factor"] for group in parameter_groups(model, 0.05)} == {0.3}
 
 
 # -- CLIP's ResNet, with which the released LMSeg starts -------------------------------------------

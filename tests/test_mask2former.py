@@ -12,7 +12,6 @@ import common.pixel_decoder
 import dataseg
 import lmseg
 from common.backbone import Backbone
-from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
 from common.msda import formula, msda
 from common.pixel_decoder import EncoderLayer, MSDeformAttn, PixelDecoder, pixel_centres
@@ -426,12 +425,3 @@ def test_plain_vit_keeps_places():
                 abs((y + 0.5) * stride - 80) <= 16 + stride / 2
                 and abs((x + 0.5) * stride - 144) <= 16 + stride / 2
             )
-
-
-def test_plain_vit_is_for_segmenters_alone():
-    with pytest.raises(
-        InputError, match=r"^--backbone vit_tiny_patch16_224 cannot be used for images of any size"
-    ):
-        Backbone("vit_tiny_patch16_224", 64, pretrained=False)
-    with pytest.raises(InputError, match=r"^--backbone beit_base_patch16_224 .*images of any size"):
-        Backbone("beit_base_patch16_224", 0, pretrained=False, strides=ALL)
