@@ -89,12 +89,12 @@ ALLOWED = {
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
 BUDGETS = {
     "labels & text": 2480,
-    "data": 10300,
-    "detectors": 5100,
+    "data": 10480,
+    "detectors": 5260,
     "segmenters": 2310,
-    "a run": 4600,
+    "a run": 5000,
 }
-BUDGETS |= {"faults": 2100, "seeing": 980, "hub": 540, "export": 1150}
+BUDGETS |= {"faults": 2160, "seeing": 980, "hub": 540, "export": 1150}
 GROUPS = {
     "labels & text": "labels text class_counts merges merge_scores fine_classes label_report"
     " exemplars pictures aggregator",
