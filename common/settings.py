@@ -16,17 +16,8 @@ log = logging.getLogger("concord")
 # CHANGEABLE_ENDS, the numbers of steps and the learning rates
 CHANGEABLE = {"datasets", "eval_datasets", "data_root", "vocabulary", "score_threshold"}
 CHANGEABLE |= {"checkpoint_every", "keep", "eval_every", "skip_bad"}
-CHANGEABLE |= {
-    "workers",
-    "amp",
-    "compile",
-    "device",
-    "fsdp",
-    "accumulate",
-    "track",
-    "dataset_ratios",
-}
-CHANGEABLE |= {"batch_size", "image_size", "ranks"}
+CHANGEABLE |= {"workers", "amp", "compile", "device", "fsdp", "accumulate", "track"}
+CHANGEABLE |= {"batch_size", "image_size", "ranks", "dataset_ratios"}
 CHANGEABLE_ENDS = ("steps", "lr")
 
 
