@@ -37,7 +37,7 @@ from common.replay import compare, read_record
 from common.rescue import LastStep
 from common.settings import go_on
 from common.tables import flat, format_table, write_class_tables
-from common.track import tracker
+from common.track import tensorboard_writer, tracker
 from common.validation import (
     Results,
     is_recorded,
@@ -446,19 +446,3 @@ def report(results: Results, folder: Path, args: Any, run: Path | None = None) -
         sent.log(flat(results), step)
         sent.finish()
     log.info("results and pictures: %s/", folder)
-
-
-def tensorboard_writer(folder: Path) -> Any | None:
-    """Returns a TensorBoard writer, or None if TensorBoard is not installed or refuses the path."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        log.info(
-            "TensorBoard is not installed (pip install tensorboard); see metrics.jsonl instead"
-        )
-        return None
-    try:
-        return SummaryWriter(folder)
-    except UnicodeEncodeError:
-        log.info("TensorBoard needs a path in UTF-8, which %s is not; see metrics.jsonl", folder)
-        return None

@@ -1,4 +1,4 @@
-"""Sends the numbers of a training to an experiment tracker: wandb, trackio or mlflow.
+"""Sends the numbers of a training to TensorBoard, wandb, trackio or mlflow.
 
 Where a tracker sends its data, and whether it is offline, its own environment variables say.
 """
@@ -138,6 +138,22 @@ class Tracker:
             self.failed = True
             message = "%s failed (%s): nothing more goes there; the run folder has all numbers"
             log.warning(message, self.kind, _reason(error))
+
+
+def tensorboard_writer(folder: Path) -> Any | None:
+    """Returns a TensorBoard writer, or None if TensorBoard is not installed or refuses the path."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log.info(
+            "TensorBoard is not installed (pip install tensorboard); see metrics.jsonl instead"
+        )
+        return None
+    try:
+        return SummaryWriter(folder)
+    except UnicodeEncodeError:
+        log.info("TensorBoard needs a path in UTF-8, which %s is not; see metrics.jsonl", folder)
+        return None
 
 
 def tracker(kind: str, folder: Path, settings: dict) -> Tracker | None:
