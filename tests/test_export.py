@@ -24,6 +24,7 @@ from torchvision.ops import box_iou
 
 import dataseg
 from common import boxes, deformable, export, export_parts, msda, roi_align
+from common.batch import Sample, collate
 from common.boxes import select_detections
 from common.centernet import CenterNet
 from common.checkpoint import save_weights
@@ -194,6 +195,23 @@ def test_segmenters_have_the_outputs_of_their_task(method, task, tmp_path):
     wanted = {"semantic": ["semantic"], "instance": ["probabilities", "masks"]}
     assert list(exported.kind.outputs) == wanted[task]
     check_images(path, module, exported, photo(1, (160, 192))[None])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("form", ["onnx", "torch"])
+def test_masks_are_those_of_the_boxes(form, shared):
+    path, _, exported = shared("detic", form)
+    model = exported.model
+    batch = collate([Sample.unlabelled(photo(i, (170, 231)), "", i, i) for i in range(2)])
+    images = batch.images[:, :, :170, :231].contiguous()
+    found = export.run_file(path, {"images": images}, list(exported.kind.outputs))
+    with torch.no_grad():
+        features = model.extract(batch.images, batch.sizes)
+        wanted = model.mask_head(features, list(found["boxes"])).sigmoid()
+    masks = found["masks"].flatten(0, 1)
+    there = found["scores"].flatten() > 0
+    assert there.sum() > 10 and wanted.std() > 1e-4
+    torch.testing.assert_close(masks[there], wanted[there], atol=1e-4, rtol=0)
 
 
 def test_example_runs_without_the_project(shared, tmp_path):
