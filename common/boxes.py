@@ -196,7 +196,7 @@ def soft_nms(boxes: Tensor, scores: Tensor, sigma: float = 0.5, min_score: float
     A score that falls below `min_score` becomes 0.
     Source: arXiv 1704.04503, and mmcv's soft_nms.
     """
-    iou = box_iou(boxes, boxes)  # (Q, Q)
+    iou = box_iou(boxes, boxes).nan_to_num(0)  # (Q, Q); that of two empty boxes is 0 / 0
     squared = iou**2
     exponent = -squared / sigma
     decay = torch.exp(exponent)

@@ -77,7 +77,7 @@ class Args:
 def load_model(args: Args) -> tuple[ModuleType, nn.Module, LabelSpace]:
     """Returns the method file of the weights, the model in float32, and the classes.
 
-    Raises InputError for weights that are none, and for a vocabulary that does not suit them.
+    Raises InputError for weights that are none, and for classes that do not suit them.
     """
     method = read_metadata(args.weights)["method"]
     file = ROOT / f"{method}.py"
@@ -91,7 +91,14 @@ def load_model(args: Args) -> tuple[ModuleType, nn.Module, LabelSpace]:
     model.args.amp = "off"
     if args.text_input and space.text is None:
         raise InputError(f"--text-input: {method} classifies without text; leave it out")
-    return module, model, space.swap(args.vocabulary)
+    space = space.swap(args.vocabulary)
+    least, most = text_rows(model)
+    if args.text_input and not least <= len(space) <= most:
+        raise InputError(
+            f"--text-input: the text of {least} to {most} classes can be an input, and --vocabulary"
+            f" has {len(space)}; name others"
+        )
+    return module, model, space
 
 
 def example_image(args: Args, transform: ResizeShortest) -> Tensor:
@@ -138,8 +145,7 @@ def trace(exported: Exported, image: Tensor, args: Args) -> torch.export.Exporte
         shapes = [{0: torch.export.Dim.DYNAMIC, 2: any_side, 3: any_side}]
     if args.text_input:
         least, most = text_rows(exported.model)
-        number = min(max(len(exported.text), least), most)
-        inputs.append(exported.text[torch.arange(number) % len(exported.text)])
+        inputs.append(exported.text)
         shapes.append({0: torch.export.Dim.DYNAMIC(min=least, max=most)})
     onnx = args.format == "onnx"
     parts = exportable(onnx, constants(exported.model))

@@ -25,7 +25,7 @@ from common.boxes import decode_boxes, to_pixels
 from common.cascade import Cascade
 from common.deformable import Encoder
 from common.errors import InputError
-from common.export_parts import at_rows, best_rows, nms, select, soft_nms
+from common.export_parts import at_rows, best_rows, nms, select, soft_nms, split_pairs
 from common.labels import LabelSpace
 from common.pixel_decoder import PixelDecoder
 
@@ -201,8 +201,8 @@ def run_regions(
     scores = soft_nms(boxes, scores)  # (B, Q, C)
     classes = scores.shape[2]
     scores, pairs = best_rows(scores.flatten(1), 100)
-    boxes = at_rows(boxes, pairs // classes) * (scores > 0)[..., None]
-    return boxes, scores, pairs % classes
+    rows, labels = split_pairs(pairs, classes)
+    return at_rows(boxes, rows) * (scores > 0)[..., None], scores, labels
 
 
 # -- detectors of queries --------------------------------------------------------------------------
@@ -216,10 +216,10 @@ def best_pairs(
     logits: (B, Q, C); boxes: (B, Q, 4) boxes_cxcywh
     """
     scores, pairs = best_rows(logits.sigmoid().flatten(1), limit)
-    classes = logits.shape[2]
-    chosen = at_rows(boxes, pairs // classes)
+    rows, labels = split_pairs(pairs, logits.shape[2])
+    chosen = at_rows(boxes, rows)
     pixels = clip_boxes_to_image(to_pixels(chosen.flatten(0, 1), size), size)
-    return pixels.view(-1, limit, 4) * (scores > 0)[..., None], scores, pairs % classes
+    return pixels.view(-1, limit, 4) * (scores > 0)[..., None], scores, labels
 
 
 def run_one_task(

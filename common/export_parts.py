@@ -125,6 +125,12 @@ def best_rows(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
     return best, rows.where(best > 0, 0)
 
 
+def split_pairs(pairs: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Returns quotient and remainder of indices by a number, which may be a symbol of the graph."""
+    quotient = pairs // number
+    return quotient, pairs - quotient * number
+
+
 def at_rows(values: Tensor, rows: Tensor) -> Tensor:
     """Returns the values (B, S, X) at `rows` (B, Q): (B, Q, X)."""
     return values.gather(1, rows[..., None].expand(-1, -1, values.shape[-1]))
@@ -144,8 +150,8 @@ def select(
     kept = nms(boxes, scores, 0.5, threshold)
     number = boxes.shape[1]
     scores, pairs = best_rows((scores * kept).flatten(1), limit)
-    labels = pairs // number
-    chosen = at_rows(boxes, pairs % number) * (scores > 0)[..., None]
+    labels, rows = split_pairs(pairs, number)
+    chosen = at_rows(boxes, rows) * (scores > 0)[..., None]
     return chosen, scores, labels
 
 

@@ -24,6 +24,7 @@ from torchvision.ops import box_iou
 
 import dataseg
 from common import boxes, deformable, export, export_parts, msda, roi_align
+from common.batch import Sample, collate
 from common.boxes import select_detections
 from common.centernet import CenterNet
 from common.checkpoint import save_weights
@@ -156,8 +157,12 @@ def test_text_is_an_input(form, tmp_path):
 @pytest.mark.parametrize("method", sorted({*METHODS} - {*TEXTLESS, "scaledet"}))
 @pytest.mark.parametrize("form", ["onnx", "torch"])
 def test_text_is_an_input_of_every_method_with_text(method, form, tmp_path):
-    path, module, exported = exported_file(method, form, tmp_path, text_input=True)
-    exported.space = exported.space.swap(", ".join(f"thing {i}" for i in range(23)))
+    things = ", ".join(f"thing {i}" for i in range(23))
+    # so near to the first that the queries of one dataset suit both
+    others = ", ".join(f"thing {i}" for i in reversed(range(24)))
+    given = {"text_input": True, "vocabulary": things}
+    path, module, exported = exported_file(method, form, tmp_path, **given)
+    exported.space = exported.space.swap(others)
     exported.text = exported.space.text
     check_images(path, module, exported, photo(1, (160, 224))[None], text=exported.text)
 
@@ -190,6 +195,23 @@ def test_segmenters_have_the_outputs_of_their_task(method, task, tmp_path):
     wanted = {"semantic": ["semantic"], "instance": ["probabilities", "masks"]}
     assert list(exported.kind.outputs) == wanted[task]
     check_images(path, module, exported, photo(1, (160, 192))[None])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("form", ["onnx", "torch"])
+def test_masks_are_those_of_the_boxes(form, shared):
+    path, _, exported = shared("detic", form)
+    model = exported.model
+    batch = collate([Sample.unlabelled(photo(i, (170, 231)), "", i, i) for i in range(2)])
+    images = batch.images[:, :, :170, :231].contiguous()
+    found = export.run_file(path, {"images": images}, list(exported.kind.outputs))
+    with torch.no_grad():
+        features = model.extract(batch.images, batch.sizes)
+        wanted = model.mask_head(features, list(found["boxes"])).sigmoid()
+    masks = found["masks"].flatten(0, 1)
+    there = found["scores"].flatten() > 0
+    assert there.sum() > 10 and wanted.std() > 1e-4
+    torch.testing.assert_close(masks[there], wanted[there], atol=1e-4, rtol=0)
 
 
 def test_example_runs_without_the_project(shared, tmp_path):
@@ -255,6 +277,12 @@ def test_weights_of_an_unknown_method(tmp_path, refused):
     about = {"method": '"os"', "args": "{}", "vocabularies": "{}"}
     save_file({"x": torch.zeros(1)}, path, metadata=about)
     assert "unknown method os" in refused("--weights", path, "--output", tmp_path / "x.onnx")
+
+
+def test_number_of_classes_whose_text_may_be_an_input(tmp_path, refused):
+    weights = make_weights("metr", tmp_path)
+    flags = ["--weights", weights, "--output", tmp_path / "x.onnx", "--text-input"]
+    assert "20 to 100 classes can be an input, and --vocabulary has 6" in refused(*flags)
 
 
 def test_missing_package_names_the_command(tmp_path, refused, monkeypatch):
@@ -377,6 +405,15 @@ def test_nms_of_onnx_is_that_of_torch(tmp_path):
     assert torch.equal(torch.from_numpy(kept), wanted)
     assert 20 < wanted.sum() < (scores > 0.25).sum()
     assert wanted[0, :, 3:9].equal(scores[0, :, 3:9] > 0.25)
+
+
+def test_soft_nms_of_empty_boxes():
+    every = some_boxes(5)
+    every[1:3, 2:] = every[1:3, :2]
+    scores = torch.rand(5, 2, generator=torch.Generator().manual_seed(0)) + 0.1
+    wanted = boxes.soft_nms(every, scores)
+    assert wanted.isfinite().all() and wanted[1:3].equal(scores[1:3])
+    torch.testing.assert_close(export_parts.soft_nms(every[None], scores[None])[0], wanted)
 
 
 def test_soft_nms_is_that_of_each_image():
