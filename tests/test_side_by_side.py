@@ -88,12 +88,12 @@ ALLOWED = {
 # the budget of each group of modules, in lines; a module that is not listed belongs to "a run"
 BUDGETS = {
     "labels & text": 2480,
-    "data": 10260,
+    "data": 10380,
     "detectors": 5100,
     "segmenters": 2310,
-    "a run": 4300,
+    "a run": 4620,
 }
-BUDGETS |= {"faults": 2015}
+BUDGETS |= {"faults": 2090}
 GROUPS = {
     "labels & text": "labels text class_counts merges merge_scores fine_classes label_report"
     " exemplars pictures aggregator",
