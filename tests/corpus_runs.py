@@ -58,6 +58,11 @@ class Args:
     lr: float = 0.1
     seed: int = 0
     checkpoint_every: int = 1
+    ema: float = 0.0
+    accumulate: int = 1
+    track: str = ""
+    fsdp: bool = False
+    score_threshold: float = 0.3
 
 
 class Model(nn.Linear):

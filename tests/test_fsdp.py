@@ -271,9 +271,12 @@ def in_a_process(method, flags, ranks, event, folder) -> None:
 
     def spy(*given):
         calls.append(1)
+        losses = compute(*given)
         if event and len(calls) == event[0] and os.environ["RANK"] == "1":
+            if event[1] is None:
+                return {name: value * float("nan") for name, value in losses.items()}
             os.kill(os.getpid(), event[1])
-        return compute(*given)
+        return losses
 
     module.compute_losses = spy
     run_method(method, flags, ranks)
@@ -283,7 +286,7 @@ def in_a_process(method, flags, ranks, event, folder) -> None:
 def train(forks, tiny_root, tmp_path_factory):
     """train(method, *flags, event=None, ranks=2): three steps. Returns the run folder and output.
 
-    event: (step, signal that rank 1 sends itself in this step)
+    event: (step, signal that rank 1 sends itself in this step; None: its losses are NaN)
     """
 
     def start(method: str, *flags, event=None, ranks: int = 2, output=None, code=0):
@@ -344,6 +347,15 @@ def test_a_signal_saves_and_the_training_goes_on_to_the_same_bits(train, sharded
     assert f"resumed from {folder}/checkpoint-0000002" in said
     one, other = (load_file(each / "weights.safetensors") for each in (folder, whole_run))
     assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+@pytest.mark.long  # the signal's test has the same way out
+def test_a_loss_that_is_not_finite_saves_the_step_before(train, tmp_path):
+    flags = ["--fsdp", "--checkpoint-every", 99]
+    folder, said = train("scaledet", *flags, event=(3, None), output=tmp_path / "a", code=1)
+    assert "error: step 3: the loss of another rank is not finite" in said
+    assert f"step 2 is kept in {folder}/checkpoint-0000002" in said
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-0000002"]
 
 
 @pytest.mark.long  # half a minute

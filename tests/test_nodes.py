@@ -10,11 +10,21 @@ import socket
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import REPO, small_runs, stand_alone
 
 from common.checkpoint import checkpoints
 from common.command import run_command
+from common.datasets.dataset import Dataset
+from common.datasets.index import Index
+from common.errors import InputError
+from common.labels import LabelSpace, Vocabulary
+from common.proposals import with_proposals
+from common.pseudo_boxes import FACTS, PseudoBoxes, with_pseudo_boxes
+from common.replay import write_record
+from common.unreadable import Skips
 
 
 def on_a_machine(number: int, port: int, flags: list[str], place: Path) -> None:
@@ -93,3 +103,39 @@ def test_a_training_on_two_machines(machines, train, monkeypatch):
 def test_fsdp_needs_a_shared_run_folder(train):
     line = "error: the ranks 1 do not see shards of rank 0, where with --fsdp each rank writes"
     assert all(line in each for each in train("--fsdp", "--output", "shards", code=1))
+
+
+# -- what a rank does whose machine lacks the run folder -------------------------------------------
+
+
+def test_it_lists_skipped_images_in_a_folder_of_its_own(tmp_path):
+    skips = Skips(1, tmp_path / "run")
+    assert skips.admits("a.jpg", InputError("broken")) and not skips.admits("b", InputError("?"))
+    assert (tmp_path / "run/skipped-images.txt").read_text() == "a.jpg\n"
+
+
+def test_a_record_that_cannot_be_written_does_not_part_the_ranks(tmp_path, caplog):
+    (tmp_path / "run").touch()
+    write_record(tmp_path / "run", 3, 0, {"loss": torch.tensor(float("nan"))}, [])
+    assert "step 3: " in caplog.text and "cannot be written" in caplog.text
+
+
+def test_it_has_the_pseudo_boxes_of_rank_0(tmp_path, monkeypatch):
+    facts = {name: np.array([0.9]) for name in FACTS}
+    mined = PseudoBoxes(np.array([0]), np.ones((1, 4), np.float32), np.array([0]), facts)
+    monkeypatch.setattr("common.distributed.rank", lambda: 1)
+    monkeypatch.setattr("common.distributed.from_main", lambda _: (mined, None))
+    vocabulary = Vocabulary("d", ("cat",))
+    index = Index.build("json", ["a.jpg"], [1], np.ones((1, 2)))
+    dataset = Dataset("d", vocabulary, index, tmp_path)
+    space = LabelSpace([vocabulary])
+    kept = with_pseudo_boxes(dataset, tmp_path / "none", space, lambda score, **_: score, 0.5)
+    assert kept.found.boxes.tolist() == mined.boxes.tolist()
+
+
+def test_it_cannot_have_proposals(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.proposals.ranks_without", lambda path: [1, 3])
+    index = Index.build("json", ["a.jpg"], [1], np.ones((1, 2)))
+    dataset = Dataset("d", Vocabulary("d", ("cat",)), index, tmp_path)
+    with pytest.raises(InputError, match=r"the ranks 1, 3 do not see .*proposals"):
+        with_proposals(None, [dataset], None, tmp_path, "key", None)
