@@ -247,10 +247,12 @@ def rpn_forward(
     for anchors, level, moves in zip(self.anchors(features), logits, deltas):
         scores, rows = best_rows(object_score(level), limit)
         of_level = anchors[rows].flatten(0, 1)
-        moved = decode_boxes(of_level, at_rows(moves, rows).flatten(0, 1), WEIGHTS)
+        of_rows = at_rows(moves, rows).flatten(0, 1)
+        moved = decode_boxes(of_level, of_rows, WEIGHTS)
         moved = clip_boxes_to_image(moved, sizes[0]).view(-1, limit, 4)
         low, high = moved.chunk(2, 2)
-        scores = scores * (high > low).all(2)
+        has_area = (high > low).all(2)
+        scores = scores * has_area
         kept = nms(moved, scores[:, None], self.nms_threshold, 0.0)
         found.append(scores * kept[:, 0])
         boxes.append(moved)
@@ -268,12 +270,16 @@ def anchor_proposals(
     for anchors, distances, level in zip(self.anchors(features), tblr, logits):
         scores, rows = best_rows(level.sigmoid(), self.pre_nms)
         of_level = anchors[rows].flatten(0, 1)
-        moved = oln.decode_tblr(of_level, at_rows(distances, rows).flatten(0, 1))
+        of_rows = at_rows(distances, rows).flatten(0, 1)
+        moved = oln.decode_tblr(of_level, of_rows)
         moved = clip_boxes_to_image(moved, sizes[0]).view(-1, self.pre_nms, 4)
         low, high = moved.chunk(2, 2)
-        found.append(scores * (high > low).all(2))
+        has_area = (high > low).all(2)
+        found.append(scores * has_area)
         boxes.append(moved)
-    return [(torch.cat(boxes, 1).flatten(0, 1), torch.cat(found, 1).flatten())], {}
+    boxes = torch.cat(boxes, 1)
+    scores = torch.cat(found, 1)
+    return [(boxes.flatten(0, 1), scores.flatten())], {}
 
 
 def roi_align(
@@ -330,10 +336,13 @@ def msda(
         level = level.permute(0, 2, 3, 1).reshape(batch * heads, width, h, w)
         x, y = offsets[:, :, :, i].unbind(-1)  # (B, Q, M, P)
         centre = reference[:, :, None, i]  # (B, Q, 1, 2)
-        place = torch.stack([centre[..., :1] + x / w, centre[..., 1:] + y / h], -1) * 2 - 1
+        x = centre[..., :1] + x / w
+        y = centre[..., 1:] + y / h
+        place = torch.stack([x, y], -1) * 2 - 1
         place = place.transpose(1, 2).reshape(batch * heads, queries, points, 2)
         sampled.append(F.grid_sample(level, place, align_corners=False))  # (B M, d, Q, P)
-    out = (torch.cat(sampled, -1) * weights).sum(-1)  # (B M, d, Q)
+    sampled = torch.cat(sampled, -1)
+    out = (sampled * weights).sum(-1)  # (B M, d, Q)
     return out.view(batch, heads * width, queries).transpose(1, 2)
 
 
@@ -357,21 +366,27 @@ def memory_of(maps: list[Tensor], sizes: list, size: tuple[int, int]) -> deforma
         h, w = level.shape[-2:]
         columns = torch.arange(w, device=level.device)
         rows = torch.arange(h, device=level.device)
-        inside = torch.stack([(columns * wide < width * w).sum(), (rows * tall < height * h).sum()])
-        ends = inside.float()  # (2,)
+        columns_inside = (columns * wide < width * w).sum()
+        rows_inside = (rows * tall < height * h).sum()
+        ends = torch.stack([columns_inside, rows_inside]).float()  # (2,)
         cells.append(ends)
-        whole.append(torch.stack([columns.max(), rows.max()]) + 1.0)
-        grid = torch.meshgrid(columns + 0.5, rows + 0.5, indexing="xy")
+        last = torch.stack([columns.max(), rows.max()])
+        whole.append(last + 1.0)
+        x = columns + 0.5
+        y = rows + 0.5
+        grid = torch.meshgrid(x, y, indexing="xy")
         grid = torch.stack(grid, -1).flatten(0, 1)  # (h w, 2)
         centres.append(grid / ends)
-        padding.append((grid > ends).any(-1))
+        outside = grid > ends
+        padding.append(outside.any(-1))
     cells = torch.stack(cells)  # (L, 2)
+    ratios = cells / torch.stack(whole)
     flat = [deformable.tokens(level).float() for level in maps]
     return deformable.Memory(
         tokens=torch.cat(flat, 1),
         shapes=tuple(tuple(level.shape[-2:]) for level in maps),
         cells=cells.expand(images, -1, -1),
-        ratios=(cells / torch.stack(whole)).expand(images, -1, -1),
+        ratios=ratios.expand(images, -1, -1),
         centres=torch.cat(centres).expand(images, -1, -1),
         padding=torch.cat(padding).expand(images, -1),
     )

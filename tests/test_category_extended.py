@@ -616,9 +616,10 @@ def test_bad_files_of_pseudo_boxes_are_refused(tmp_path, damage, words):
 # -- Stages ----------------------------------------------------------------------------------------
 
 
-def test_a_second_training_whose_pseudo_boxes_are_gone_is_refused(tmp_path):
+def test_a_second_training_whose_pseudo_boxes_are_gone_is_refused(tmp_path, monkeypatch):
     datasets = [photos(tmp_path, "a", A), photos(tmp_path, "b", B)]
-    (tmp_path / "checkpoint-0000003").mkdir()  # of a first training of two steps
+    begun = tmp_path / "checkpoint-0000003"  # of a first training of two steps
+    monkeypatch.setattr(method, "last_checkpoint", lambda folder, after: after < 3 and begun)
     with pytest.raises(InputError, match="lacks pseudo boxes of a, b"):
         method.train(method.Args(steps=2), datasets, SPACE, tmp_path, torch.device("cpu"))
 

@@ -1169,10 +1169,7 @@ def test_detic_bad_vocabulary(fails, boxes_alone, tmp_path, vocabulary, words):
         (["--novel", "griffin"], ["novel classes: 'griffin'", "no class"]),
         (["--novel", "gone.txt"], ["novel classes: gone.txt does not exist"]),
         (["--novel", "zebra,"], ["vocabulary of 'novel classes' has an empty class name"]),
-        (
-            ["--backbone", "vit_tiny_patch16_224"],
-            ["--backbone vit_tiny_patch16_224", "images of any size"],
-        ),
+        (["--backbone", "mixer_b16_224"], ["--backbone mixer_b16_224", "images of any size"]),
         (["--dataset-ratios", "imagenet=4"], ["--dataset-ratios imagenet=4", "coco-base, in21k"]),
         (["--dataset-ratios", "coco-base=0"], ["--dataset-ratios coco-base=0", "NAME=NUMBER"]),
         (["--dataset-sizes", "in21k=-3"], ["--dataset-sizes in21k=-3"]),
@@ -1205,8 +1202,8 @@ def test_detic_bad_flags(fails, tiny_root, tmp_path, flags, words):
     [
         ("nosuch", "is not a timm model; timm"),
         ("resnet_51", "is not a timm model; near it: "),
-        ("vit_tiny_patch16_224", r"cannot be used for images of any size \(Input height"),
-        ("vit_small_patch16_dinov3", r"strides \[16, 16, 16\]; 8, 16 and 32 are needed"),
+        ("mixer_b16_224", r"cannot be used for images of any size \(Input height"),
+        ("sequencer2d_s", r"strides \[7, 14, 14\]; 8, 16 and 32 are needed"),
     ],
 )
 def test_bad_region_backbones(name, words):

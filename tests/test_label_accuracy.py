@@ -71,7 +71,7 @@ def test_accuracy_by_hand(tmp_path):
 
 def test_files_of_an_evaluation(tmp_path):
     dataset = labelled(tmp_path)
-    args = SimpleNamespace(workers=0, score_threshold=0.3, eval_every=0, eval_only=True)
+    args = SimpleNamespace(workers=0, score_threshold=0.3, eval_every=0, eval_only=True, track="")
 
     def detector(batch):
         return [predict((2, 0.5))]

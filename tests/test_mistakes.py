@@ -175,7 +175,7 @@ def test_files_of_a_report(tmp_path):
     dataset = load_mine(tmp_path)
     results = {"mine": evaluate_detections(dataset, FOUND), "mine (shuffled text)": {"AP": 0.0}}
     folder = tmp_path / "run"
-    args = SimpleNamespace(score_threshold=0.3, eval_every=0, eval_only=True)
+    args = SimpleNamespace(score_threshold=0.3, eval_every=0, eval_only=True, track="")
     report(results, folder, args)
     written = {path.name for path in folder.iterdir()}
     assert {"confusion_mine.png", "worst_mine.jpg", "errors.json", "errors.txt"} <= written

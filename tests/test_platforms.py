@@ -160,7 +160,7 @@ def test_auto_is_cuda_then_mps_then_cpu(mac, monkeypatch):
 
 def settings(**given) -> SimpleNamespace:
     defaults = {"device": "mps", "seed": 0, "amp": "auto", "compile": "auto", "tiny": False}
-    defaults |= {"accumulate": 1, "batch_size": 2}
+    defaults |= {"accumulate": 1, "batch_size": 2, "fsdp": False}
     return SimpleNamespace(**defaults | given)
 
 

@@ -315,7 +315,8 @@ def test_sample_grid():
     assert drawn.shape == (3, 2 * (480 + 32), 2 * 484)
     for name, columns in (("one dog", slice(0, 484)), ("two dog", slice(484, None))):
         assert len(where(drawn[:, :512, columns], color_of(name))) > 500
-    assert (drawn[:, 28:388, :480] != 255).any(0).all()  # 480 x 640 pixels fill the cell's width
+    photo = (drawn[:, 28:388, :480] != 255).any(0)  # 480 x 640 pixels fill the cell's width
+    assert photo[:, :8].all() and photo.float().mean() > 0.99  # but for the letters of a plate
     assert (drawn[:, 388:512, :484] == 255).all()  # below it is paper
     assert sample_grid(samples[:1], vocabularies).shape == (3, 480 + 32, 644)
 
