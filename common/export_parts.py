@@ -370,7 +370,8 @@ def memory_of(maps: list[Tensor], sizes: list, size: tuple[int, int]) -> deforma
         rows_inside = (rows * tall < height * h).sum()
         ends = torch.stack([columns_inside, rows_inside]).float()  # (2,)
         cells.append(ends)
-        last = torch.stack([columns.max(), rows.max()])
+        column, row = columns.max(), rows.max()
+        last = torch.stack([column, row])
         whole.append(last + 1.0)
         x = columns + 0.5
         y = rows + 0.5

@@ -316,7 +316,7 @@ def sharded(train):
     return train("scaledet", "--fsdp", "--ema", 0.9)
 
 
-@pytest.mark.parametrize("method", ["scaledet", "dataseg"])
+@pytest.mark.parametrize("method", ["scaledet", pytest.param("dataseg", marks=pytest.mark.long)])
 def test_losses_and_weights_are_those_of_ddp(method, train, request):
     ema = ["--ema", 0.9] if method == "scaledet" else []
     expected, _ = train(method, *ema)

@@ -201,6 +201,7 @@ def test_what_the_hub_does_not_have(repos, python):
     assert "the hub does not answer, and the weights were never downloaded" in errors
 
 
+@pytest.mark.long  # the library tries again and again
 def test_a_push_that_the_hub_does_not_take(run_folder, python, tmp_path):
     push = ("-m", "common.hub", "push", run_folder)
     for repo, token, said in (
