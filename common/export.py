@@ -145,7 +145,7 @@ def trace(exported: Exported, image: Tensor, args: Args) -> torch.export.Exporte
         shapes = [{0: torch.export.Dim.DYNAMIC, 2: any_side, 3: any_side}]
     if args.text_input:
         least, most = text_rows(exported.model)
-        inputs.append(exported.text)
+        inputs.append(exported.text.clone())  # the buffer itself would be a constant
         shapes.append({0: torch.export.Dim.DYNAMIC(min=least, max=most)})
     onnx = args.format == "onnx"
     parts = exportable(onnx, constants(exported.model))
