@@ -89,7 +89,7 @@ ALLOWED = {
 BUDGETS = {
     "labels & text": 2480,
     "data": 10260,
-    "detectors": 5100,
+    "detectors": 5200,
     "segmenters": 2310,
     "a run": 4300,
 }
