@@ -11,11 +11,13 @@ from conftest import METHODS, small_runs
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import category_extended
 import common.backbone
 import domain_attention
 from common import vit
 from common.backbone import Backbone
 from common.errors import InputError
+from common.labels import Vocabulary
 from common.optim import parameter_groups, set_learning_rate, trained_groups
 from common.parts import Parts, in_parts
 from common.process import Process
@@ -293,6 +295,17 @@ def test_the_parts_of_a_batch_have_the_gradients_of_the_whole(factor, monkeypatc
     assert found[0].keys() == found[1].keys()
     for key, gradient in found[0].items():
         torch.testing.assert_close(found[1][key], gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "frozen, given, factor", [("all", None, 0), ("all", 0.5, 0.5), ("stem", None, None)]
+)
+def test_frozen_all_is_a_factor_of_0(frozen, given, factor):
+    """A factor that is given counts more."""
+    settings = {"backbone": "test_resnet", "channels": 8}
+    args = category_extended.Args(frozen=frozen, backbone_factor=given, **settings)
+    space = category_extended.build_label_space(args, [Vocabulary("a", ("cat",))])
+    assert category_extended.Model(args, space, pretrained=False).backbone.factor == factor
 
 
 def test_frozen_adapters_are_refused():
