@@ -150,7 +150,7 @@ class Args:
     """checkpoints that are kept, the newest ones"""
     eval_every: Annotated[int, COUNT] = 0
     """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
-    ema: Annotated[float, Range(0, 1)] = 0.0
+    ema: Annotated[float, Range(0, 0.999999)] = 0.0
     """decay of a running mean of the weights, which is evaluated and saved; 0: the weights are"""
     track: Literal["", "trackio", "wandb", "mlflow"] = ""
     """where metrics also go, beside metrics.jsonl and TensorBoard"""
@@ -165,7 +165,7 @@ class Args:
     fsdp: bool = False
     """FSDP2 in place of DDP: each rank keeps a share of the weights, for large backbones"""
     accumulate: Annotated[int, Range(1)] = 1
-    """parts in which a batch is computed: the same step with less memory, a third slower"""
+    """parts in which the backbone computes a batch: the same step, less memory, more time"""
     device: str = "auto"
     """cuda, cuda:1, mps, cpu, ...; auto: CUDA, else MPS (a Mac), else the CPU"""
     seed: Annotated[int, COUNT] = 0

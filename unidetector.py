@@ -56,7 +56,7 @@ if __name__ == "__main__":
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -159,7 +159,7 @@ class Args:
     """checkpoints that are kept, the newest ones"""
     eval_every: Annotated[int, COUNT] = 0
     """steps between evaluations; the best weights are kept, best.safetensors; 0: only at the end"""
-    ema: Annotated[float, Range(0, 1)] = 0.0
+    ema: Annotated[float, Range(0, 0.999999)] = 0.0
     """decay of a running mean of the weights, which is evaluated and saved; 0: the weights are"""
     track: Literal["", "trackio", "wandb", "mlflow"] = ""
     """where metrics also go, beside metrics.jsonl and TensorBoard"""
@@ -174,7 +174,7 @@ class Args:
     fsdp: bool = False
     """FSDP2 in place of DDP: each rank keeps a share of the weights, for large backbones"""
     accumulate: Annotated[int, Range(1)] = 1
-    """parts in which a batch is computed: the same step with less memory, a third slower"""
+    """parts in which the backbone computes a batch: the same step, less memory, more time"""
     device: str = "auto"
     """cuda, cuda:1, mps, cpu, ...; auto: CUDA, else MPS (a Mac), else the CPU"""
     seed: Annotated[int, COUNT] = 0
@@ -551,8 +551,7 @@ def train(
 ) -> tuple[Model, LabelSpace]:
     """Trains the localizer and then, on its proposals, the classifiers (`train_stage`).
 
-    Writes metrics, checkpoints, proposals and weights to the run folder. Returns the model and its
-    label space. Every rank calls it. Rank 0 writes.
+    Writes to the run folder. Returns the model and its label space. Every rank calls it.
     """
     label_space = label_space.to(device)
 
@@ -570,7 +569,8 @@ def train(
     steps = switch if args.stage == "localizer" else switch + given(args.classifier_steps, epochs)
     start = checkpoint_step(checkpoint) if checkpoint else 0
     if start < switch:
-        train_stage(args, model, "localizer", range(switch), datasets, label_space, folder)
+        settings = args if steps == switch else replace(args, ema=0.0)  # of the last stage alone
+        train_stage(settings, model, "localizer", range(switch), datasets, label_space, folder)
     if max(start, switch) < steps:
         key = fingerprint(model.localizer, args.test_size, args.rpn_proposals, args.alpha)
         locate = partial(embed_regions, model, limit=0)

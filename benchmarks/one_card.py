@@ -26,7 +26,7 @@ from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.memory import MEASURE
+from common.memory import MEASURE, RECORD
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,9 +72,9 @@ def peak(method: str, images: int, parts: int) -> tuple[float, float]:
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | {MEASURE: "1"}, capture_output=True, text=True
         )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
+        found = json.loads((Path(folder) / RECORD).read_text())
     return found["peak"] / 1e9, found["seconds"]
 
 

@@ -10,23 +10,25 @@ MEAN = "mean"  # name of the mean in the state of a parameter
 
 
 def keep_mean(optimizer: Optimizer, decay: float) -> None:
-    """Makes each update also move the means: mean <- decay mean + (1 - decay) weights.
+    """Makes each update also move the means: mean <- d mean + (1 - d) weights.
 
-    The mean of a parameter begins with its first update. An update that `found_inf` leaves out
-    moves nothing.
+    In update t, d is min(decay, (1 + t) / (10 + t)), so that the first weights do not last. The
+    mean of a parameter begins with its first update. An update that `found_inf` leaves out moves
+    nothing. Buffers, such as the statistics of BatchNorm, have no mean.
     """
 
     @torch.no_grad()
     def move(optimizer: Optimizer, *_) -> None:
+        first = optimizer.param_groups[0]
+        updates = first["updates"] = first.get("updates", 0) + 1  # kept in a checkpoint
+        share = 1 - min(decay, (1 + updates) / (10 + updates))
         for weight, state in trained(optimizer):
             if MEAN not in state:
                 state[MEAN] = weight.clone()
                 continue
-            share = 1 - decay
             left_out = getattr(optimizer, "found_inf", None)
-            if left_out is not None:
-                share = share * (1 - left_out)
-            state[MEAN].lerp_(weight, share)
+            step = share if left_out is None else share * (1 - left_out)
+            state[MEAN].lerp_(weight, step)
 
     optimizer.register_step_post_hook(move)
 

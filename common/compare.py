@@ -66,6 +66,7 @@ def rows(runs: list[Results], metrics: tuple[str, ...]) -> list[list[str]]:
 
 def differences(settings: list[dict]) -> list[str]:
     """Returns a line for each setting in which the runs differ."""
+    settings = [args for args in settings if args]  # a results.json alone has none
     names = dict.fromkeys(name for args in settings for name in args if name not in NOT_COMPARED)
     lines = []
     for name in names:
@@ -82,14 +83,17 @@ def main() -> None:
             raise InputError("name the run folders to compare: runs/before runs/after")
         results, settings = zip(*map(read_run, args.runs))
         table = rows(list(results), args.metrics)
-        if not table:
-            raise InputError(f"no run has the metrics {', '.join(args.metrics)}")
+        if not table and not args.metrics:
+            raise InputError("no run has results of a dataset")
+        for metric in args.metrics:
+            if metric not in {row[1] for row in table}:
+                raise InputError(f"no run has the metric {metric}")
     except InputError as error:
         tell(str(error))
         sys.exit(2)
     for line in differences(list(settings)):
         print(line)
-    heading = ["dataset", "metric", *(path.name for path in args.runs), "change"]
+    heading = ["dataset", "metric", *map(str, args.runs), "change"]
     columns = list(zip(heading, *table))
     widths = [max(map(len, column)) for column in columns]
     for row in [heading, *table]:

@@ -38,7 +38,7 @@ from common.fonts import tell_of_squares
 from common.heat_map import HeatMap, draw_heat_map
 from common.label_accuracy import best_classes
 from common.labels import LabelSpace
-from common.saved import read_metadata
+from common.saved import own_weights, read_metadata
 from common.segments import segment_rows
 
 # Shapes: N objects of an image, M of its predictions, K classes of a dataset, L labels of another.
@@ -312,12 +312,13 @@ def main() -> None:
     check_ranges(args)
     if not args.weights:
         raise InputError("name --weights: the run folder of a training on several datasets")
-    method, settings = load_method(args.weights)
+    weights = str(own_weights(args.weights) or args.weights)
+    method, settings = load_method(weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, label_space = method.load(args.weights, device=device)
+    model, label_space = method.load(weights, device=device)
     settings = replace(
         settings,
-        weights=args.weights,
+        weights=weights,
         eval_only=True,
         eval_datasets=args.datasets or settings.eval_datasets,
         data_root=args.data_root or settings.data_root,
@@ -329,7 +330,7 @@ def main() -> None:
             f"--weights {args.weights}: it was trained on {', '.join(label_space.datasets)} alone;"
             " name --datasets others, or weights of several"
         )
-    folder = Path(args.output or args.weights)
+    folder = Path(args.output or weights)
     folder = folder.parent if folder.is_file() else folder
     counts = {}
     datasets = [choose(dataset, args.images, args.seed) for dataset in datasets]

@@ -35,7 +35,7 @@ from common.export_parts import exportable, onnx_nms
 from common.files import atomic_path
 from common.inference import to_sample
 from common.labels import LabelSpace
-from common.saved import read_metadata
+from common.saved import own_weights, read_metadata
 from common.transforms import ResizeShortest, move
 
 # Shapes: B images, N detections of an image, C classes, Q queries, H W pixels.
@@ -79,6 +79,9 @@ def load_model(args: Args) -> tuple[ModuleType, nn.Module, LabelSpace]:
 
     Raises InputError for weights that are none, and for classes that do not suit them.
     """
+    if not args.weights:
+        raise InputError("name --weights: a run folder, a weights file, or hf://OWNER/NAME")
+    args.weights = str(own_weights(args.weights) or args.weights)
     method = read_metadata(args.weights)["method"]
     file = ROOT / f"{method}.py"
     if not str(method).isidentifier() or not file.is_file():
@@ -120,7 +123,7 @@ def example_image(args: Args, transform: ResizeShortest) -> Tensor:
 def transform_of(args: Args, module: ModuleType, model: nn.Module) -> ResizeShortest:
     """Returns what images are resized by: --size, else as the method does at test time."""
     if args.size:
-        return ResizeShortest(args.size[0])
+        return ResizeShortest(min(args.size))
     if hasattr(module, "test_transform"):  # it has several sizes
         return module.test_transform(model.args, "")
     return ResizeShortest(model.args.test_size, getattr(model.args, "test_longest", 0))

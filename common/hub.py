@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -78,6 +79,8 @@ def download(address: str) -> Path:
     try:
         with hub():
             return Path(package.hf_hub_download(repo, WEIGHTS, revision=revision))
+    except errors.GatedRepoError:
+        reason = "its owner gives access on request: accept the terms on its page, then log in"
     except errors.RepositoryNotFoundError:
         reason = f"the hub has no such repository, or it is private, and needs a token: {LOGIN}"
     except errors.RevisionNotFoundError:
@@ -105,7 +108,8 @@ def push(path: str, repo: str, private: bool = False) -> None:
     """
     from common.model_card import model_card
 
-    repo, _ = hub_address(f"hf://{repo}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise InputError(f"push to '{repo:.80}': write OWNER/NAME, without a revision")
     metadata = read_metadata(os.path.expanduser(path))
     folder = Path(metadata["file"]).parent if os.path.isdir(os.path.expanduser(path)) else None
     extras = [folder / name for name in EXTRAS if (folder / name).is_file()] if folder else []

@@ -57,7 +57,8 @@ def _tell_of_batch_norm(model: nn.Module) -> None:
     """Logs once that a step is another one, if statistics of BatchNorm are those of the batch."""
     kind = nn.modules.batchnorm._BatchNorm
     if not Parts.told and any(isinstance(m, kind) and m.training for m in model.modules()):
-        log.warning("--accumulate: BatchNorm is trained, and its statistics are of one part alone")
+        message = "--accumulate: BatchNorm is trained: its statistics are of one part, moved twice"
+        log.warning(message)
         Parts.told = True
 
 

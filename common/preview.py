@@ -47,7 +47,8 @@ def tell_mixture(datasets: list[Dataset], items: list[list], batches: int, ranks
         line = dataset.summary()
         if own:
             steps = max(1, round(len(dataset) * batches / (len(own) * ranks)))
-            line += f"; {len(own) / total:.0%} of all that is seen, an image once in {steps} steps"
+            line += f"; {len(own) / total:.0%} of all that is seen"
+            line += f", each image about once in {steps} steps"
         else:
             line += f"; NONE of it is seen in the first {batches} steps"
         log.info("%s", line)

@@ -27,7 +27,7 @@ log = logging.getLogger("concord")
 # devices whose fused optimizers heed `found_inf`; that for the GPU of a Mac takes and forgets it
 HEEDING = ("cpu", "cuda")
 NORM = nn.modules.batchnorm._BatchNorm
-LOWER = "raise --accumulate, or lower --batch-size, --image-size or --workers"
+LOWER = "lower --batch-size, --image-size or --workers, in a training also raise --accumulate"
 # Patterns of the messages of torch and the system. WORKER is about a data loading process, PEERS
 # about the connection of ranks.
 MEMORY = (

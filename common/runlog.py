@@ -241,7 +241,7 @@ class RunLog:
         stage_goes_on = bool(self.content[2].state)  # of the optimizer
         if stage_goes_on and not from_main(is_recorded(self.folder, self.start)):
             self._evaluate(self.start)
-        if rank() == 0 and not self.args.replay:
+        if rank() == 0 and not self.args.replay and self.start < self.steps:
             mixture = loader.dataset
             items, count = items_of_datasets(loader.batch_sampler, mixture.starts)
             tell_mixture(mixture.datasets, items, count, world_size())
@@ -309,7 +309,7 @@ class RunLog:
                     tell_memory(images, self.args.accumulate, losses["loss"].device)
         finally:  # the step is made, also if the disk is full
             self.last.in_update = False
-        end_if_measured(step, self.steps, losses["loss"].device)
+        end_if_measured(step, self.steps, losses["loss"].device, self.folder)
         if world_size() == 1:
             check_asked()
         with leaving_together(losses["loss"].device), self.last.saving_together():
@@ -441,8 +441,8 @@ def report(results: Results, folder: Path, args: Any, run: Path | None = None) -
         save = partial(copy_weights, weights)
         record_evaluation(run, step, results, trained, save)
         draw_training(run)
-    if args.track and not args.eval_only:
-        sent = tracker(args.track, run, vars(args))
+    sent = None if args.eval_only else tracker(args.track, run, vars(args))
+    if sent:
         sent.log(flat(results), step)
         sent.finish()
     log.info("results and pictures: %s/", folder)

@@ -162,7 +162,8 @@ def tracker(kind: str, folder: Path, settings: dict) -> Tracker | None:
     kind:     "wandb", "trackio", "mlflow" or ""
     settings: of the training, sent along
 
-    Which run it is, is kept in tracker.json of the run folder. Raises InputError for a tracker that
+    Which run it is, is kept in tracker.json of the run folder. If that cannot be gone on with, the
+    log says so, and there is none. Raises InputError for a tracker that
     is unknown, is not installed or cannot begin.
     """
     if not kind:
@@ -175,9 +176,13 @@ def tracker(kind: str, folder: Path, settings: dict) -> Tracker | None:
             raise ImportError(f"no module named '{kind}'")
     except ImportError as error:
         raise InputError(f"{kind} is not installed ({error}): pip install {kind}") from None
+    id = _saved_id(folder / FILE, kind)
     try:
-        run = KINDS[kind](package, folder, settings, _saved_id(folder / FILE, kind))
+        run = KINDS[kind](package, folder, settings, id)
     except Exception as error:
+        if id:  # a training that has begun goes on without it
+            log.warning("%s does not go on (%s): nothing more goes there", kind, _reason(error))
+            return None
         raise InputError(f"{kind} cannot begin a run ({_reason(error)}); see its manual") from None
     with atomic_path(folder / FILE) as path:
         path.write_text(json.dumps({"kind": kind, "id": run.id}), encoding="utf-8")

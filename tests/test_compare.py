@@ -53,7 +53,8 @@ def test_the_command_prints_a_table(runs):
     assert done.returncode == 0, done.stderr
     settings, heading, row = done.stdout.splitlines()
     assert settings == "--lr: 0.5 | 0.75"
-    assert heading.split() == ["dataset", "metric", "before", "results.json", "change"]
+    names = [str(runs / "before"), str(runs / "after/results.json")]
+    assert heading.split() == ["dataset", "metric", *names, "change"]
     assert row.split() == ["coco", "AP", "0.500", "0.750", "+0.250"]
 
 
@@ -63,7 +64,7 @@ def test_the_command_prints_a_table(runs):
         (None, [], "results.json cannot be read"),
         ("[1]", [], "is not a json object"),
         ('{"lr": 1}', [], "has no metrics of datasets"),
-        ('{"coco": {"AP": 1}}', ["--metrics", "PQ"], "no run has the metrics PQ"),
+        ('{"coco": {"AP": 1}}', ["--metrics", "PQ"], "no run has the metric PQ"),
     ],
 )
 def test_what_cannot_be_compared(content, flags, words, tmp_path):

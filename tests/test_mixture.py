@@ -91,7 +91,7 @@ def test_every_method_follows_the_ratios_and_says_so(
     monkeypatch.setattr(sys, "argv", [f"{method}.py", *flags, "--dataset-ratios", ratios])
     module.main()
     told = [
-        re.match(r"(\S+): .*; (\d+)% of all that is seen, an image once in", line)
+        re.match(r"(\S+): .*; (\d+)% of all that is seen, each image about once in", line)
         for line in caplog.messages
     ]
     shares = {line[1]: int(line[2]) for line in told if line}
@@ -115,7 +115,7 @@ def test_how_often_an_image_is_seen(caplog):
     caplog.set_level(logging.INFO, logger="concord")
     tell_mixture([SMALL, LARGE], [[(0, 0)] * 6, [(5, 0)] * 2], batches=2, ranks=2)
     first, second = caplog.messages
-    assert first.endswith("; 75% of all that is seen, an image once in 1 steps")
-    assert second.endswith("; 25% of all that is seen, an image once in 18 steps")
+    assert first.endswith("; 75% of all that is seen, each image about once in 1 steps")
+    assert second.endswith("; 25% of all that is seen, each image about once in 18 steps")
     tell_mixture([SMALL], [[]], batches=2, ranks=1)
     assert caplog.messages[-1].endswith("; NONE of it is seen in the first 2 steps")
