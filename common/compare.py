@@ -31,6 +31,8 @@ class Args:
 
 def read_json(path: Path) -> dict:
     """Reads a json object. Raises InputError if it is missing or broken."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist; name a run that has ended")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -374,6 +374,7 @@ def export(args: Args) -> None:
     image = example_image(args, transform)
     size = tuple(image.shape[1:]) if args.static else None
     about = metadata_of(module.__name__, exported, transform, size)
+    log.info("writes %s: that takes a minute or two", path)
     with atomic_path(path) as temporary:
         write(exported, about, image, temporary, args)
         check(temporary, module, exported, image, args)

@@ -198,7 +198,7 @@ class RunLog:
             self._begin_replay()
             return
         if args.ema:
-            log.info("--ema %g, as in no paper: a running mean of the weights is saved", args.ema)
+            log.info("--ema %g: a running mean of the weights is saved (no paper has it)", args.ema)
             keep_mean(optimizer, args.ema)
         self.last = LastStep(folder, start, *self.content, keep=args.keep)
         self.active = rank() == 0

@@ -18,6 +18,7 @@ from torch.distributed.launcher.api import elastic_launch
 from common import distributed
 from common.command import run_command
 from common.demo import commands
+from common.parts import Parts
 
 # small tensors: two threads that wait for each other on a busy machine are slower than one
 torch.set_num_threads(1)
@@ -63,6 +64,13 @@ def small_runs(method: str, folder, tiny_root, steps: int = 2) -> list[list[str]
     flags = ["--data-root", str(tiny_root), "--output", str(folder), *small_flags(method, steps)]
     runs = commands(method, flags)
     return [[part for part in run if part != "--tiny"] for run in runs]
+
+
+@pytest.fixture(autouse=True)
+def settings_of_a_process():
+    """What a command sets for its process does not reach the next test."""
+    yield
+    Parts.number, Parts.told = 1, False
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,8 @@ def test_the_command_prints_a_table(runs):
 @pytest.mark.parametrize(
     "content, flags, words",
     [
-        (None, [], "results.json cannot be read"),
+        (None, [], "results.json does not exist; name a run that has ended"),
+        ("{", [], "results.json cannot be read"),
         ("[1]", [], "is not a json object"),
         ('{"lr": 1}', [], "has no metrics of datasets"),
         ('{"coco": {"AP": 1}}', ["--metrics", "PQ"], "no run has the metric PQ"),

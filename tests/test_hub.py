@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 import yaml
 from conftest import REPO
 from PIL import Image
@@ -111,8 +112,9 @@ def repos():
 def run_folder(tmp_path_factory):
     """A run folder with untrained weights and results."""
     folder = tmp_path_factory.mktemp("runs") / "x"
-    vocabularies = [Vocabulary("coco", tuple(f"thing {i}" for i in range(9)))]
-    vocabularies.append(Vocabulary("mine", ("a|b",)))
+    vocabularies = [Vocabulary("coco", Vocabulary.known("coco").names[:9])]
+    text = torch.full((1, 384), 384**-0.5)  # of a name that the table lacks
+    vocabularies.append(Vocabulary("mine", ("a|b",), text=text))
     args = replace(
         ARGS, datasets="coco,mine=/home/me/a.json:/home/me/im/", data_root="/home/me/data", lam=0.5
     )
@@ -231,7 +233,7 @@ def test_the_card(run_folder):
     assert head["pipeline_tag"] == "object-detection" and "license" not in head
     assert head["library_name"] == "concord" and "scaledet" in head["tags"]
     assert "# scaledet trained on coco, mine\n" in text
-    assert "| coco | 9 | thing 0, thing 1" in text and "thing 7, ... |" in text
+    assert "| coco | 9 | person, bicycle" in text and "truck, ... |" in text
     assert r"| mine | 1 | a\|b |" in text
     assert "coco     0.250  0.500    -" in text
     assert "python scaledet.py --datasets coco,mine=... --backbone tf_efficientnet_lite0" in text
