@@ -334,6 +334,7 @@ def test_losses_and_weights_are_those_of_ddp(method, train, request):
         close(model.state_dict(), scaledet.load(expected)[0].state_dict())
 
 
+@pytest.mark.long
 def test_a_signal_saves_and_the_training_goes_on_to_the_same_bits(train, sharded, tmp_path):
     whole_run, _ = sharded
     flags = ["--fsdp", "--ema", 0.9]

@@ -185,6 +185,7 @@ def test_a_run_is_pushed_and_its_weights_are_used(run_folder, repos, python, tmp
         assert file.read() == weights
 
 
+@pytest.mark.long  # the library tries again and again
 def test_what_the_hub_does_not_have(repos, python):
     repos["me/empty"] = {"private": False, "files": {"model.bin": b"0"}}
     repos["me/hidden"] = {"private": True, "files": {"weights.safetensors": b"0"}}
