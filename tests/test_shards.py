@@ -362,7 +362,7 @@ def reds(folder, place) -> list[int]:
 def test_images_of_boxes_in_one_tar_in_a_folder_and_in_braces(tmp_path, caplog):
     """The tars of a dataset with boxes may have numbers for names, and all kinds of members."""
     images = boxed(tmp_path)
-    first = {"other.png": picture(1), "a.json": b'[{"label": [3]}]', "a.png": images["a.png"]}
+    first = {"other.png": picture(1), "a.json": b'{"label": [3]}', "a.png": images["a.png"]}
     rest = {"sub/c.png": images["sub/c.png"], "b.png": images["b.png"]}
     pack(tmp_path / "whole.tar", first | rest)
     pack(tmp_path / "parts/007.tar", first)
