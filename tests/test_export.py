@@ -43,7 +43,7 @@ pytest.importorskip("onnxruntime")
 
 NAMES = {"coco": ("person", "dog", "sports ball"), "o365": ("Person", "Chair", "Sheep", "Boat")}
 PHOTOS = sorted((REAL / "coco" / "val2017").glob("*.jpg"))[:3]
-SCORES = ("classif", "cls_", "agn_hm", "rpn_obj", "objectness", "class_layers")
+SCORES = ("classif", "cls_", "agn_hm", "rpn_obj", "objectness", "class_layers", "predictor")
 DETECTION = ("scores", "class_names", "boxes")
 ONE_DATASET = ["oneformer"]  # their model classifies for one dataset at a time
 TEXTLESS = ["category_extended", "domain_attention", "groupsoftmax", "oneformer", "unidet"]
