@@ -17,7 +17,7 @@ from common.averaging import swap
 from common.checkpoint import save_checkpoint
 from common.distributed import rank, world_size
 from common.errors import InputError, SomeFailed
-from common.fsdp import Sharding, whole
+from common.fsdp import NORM, Sharding, whole
 from common.labels import LabelSpace
 from common.process import Process, Stop, asked
 from common.verdict import Verdict
@@ -26,7 +26,6 @@ log = logging.getLogger("concord")
 
 # devices whose fused optimizers heed `found_inf`; that for the GPU of a Mac takes and forgets it
 HEEDING = ("cpu", "cuda")
-NORM = nn.modules.batchnorm._BatchNorm
 LOWER = "lower --batch-size, --image-size or --workers, in a training also raise --accumulate"
 # Patterns of the messages of torch and the system. WORKER is about a data loading process, PEERS
 # about the connection of ranks.
