@@ -10,7 +10,7 @@ on the CPU: one image, two, and two in two parts. From these it computes
 and for the default batch size the least --accumulate with which that is below 85 % of the card. On
 a GPU the layers run in bfloat16, which takes less. The rate is that of two images a step, on as
 many threads as OMP_NUM_THREADS says. Weights are random, since none can be downloaded
-here; the text is MiniLM's. Writes one_card-<machine>.json.
+here; the text is MiniLM's. Writes one_card-<machine>.json. What it holds already is kept.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import importlib
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.paired import cpu_name, machine, record_path, write_json
 from common.memory import MEASURE, RECORD
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,15 +120,16 @@ def main() -> None:
     parser.add_argument("--card", type=float, default=24.0, help="GB of the card")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
-    machine = "-".join((platform.processor() or platform.machine()).split())
-    file = args.output / f"one_card-{machine}.json"
-    records = json.loads(file.read_text()) if file.exists() else {}
+    file = args.output / record_path("one_card", cpu_name()).name
+    record = {"machine": machine("cpu"), "card": args.card, "methods": {}}
+    if file.exists():
+        record = json.loads(file.read_text())
     for method in args.methods:
-        if method not in records:
-            records[method] = measure(method, args.card)
-            print(method, records[method], flush=True)
-            file.write_text(json.dumps(records, indent=1))
-    print(table(records))
+        if method not in record["methods"]:
+            record["methods"][method] = measure(method, args.card)
+            print(method, record["methods"][method], flush=True)
+            write_json(file, record)
+    print(table(record["methods"]))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ of its segment, and each image label that of the best box of its image. So a row
 that of the cars of coco .62 are Car of o365, .1 are Van, and .2 nothing. It shows classes that two
 datasets call by different names, and those that they divide in different ways.
 
-It writes cross_labels.txt, the strongest pairs of different datasets; cross_labels.png, their
-matrix; and cross_labels.json, all numbers.
+It writes cross_labels.txt, the pairs of different datasets with the largest shares;
+cross_labels.png, their matrix; and cross_labels.json, all numbers. A pair is what the model says,
+right or wrong. So cross_labels.txt also has the share of the class's objects that get their own
+class, with the labels of their own dataset: where that is low, the model does not know the class.
 """
 
 import importlib
@@ -180,13 +182,20 @@ def entries_of(
 
 
 def format_entries(entries: list[Entry], least: int) -> str:
-    """Formats the strongest pairs of different datasets, of classes with `least` objects."""
+    """Formats the largest shares between datasets, of classes with `least` objects.
+
+    "own" is the share that gets its own class; "-" for datasets that were not trained.
+    """
     between = [e for e in entries if e.dataset != e.other and e.label]
     shown = [entry for entry in between if entry.of >= least]
-    lines = ["share  of objects  dataset: class -> dataset: label"]
+    trained = {entry.other for entry in entries}
+    own = {(e.dataset, e.true): e.share for e in entries if (e.other, e.label) == (e.dataset, e.true)}
+    lines = ["share   own  of objects  dataset: class -> dataset: label"]
     for entry in shown[:LINES]:
         pair = f"{entry.dataset}: {entry.true} -> {entry.other}: {entry.label}"
-        lines.append(f"{entry.share:5.2f}  {entry.of:>10}  {pair}")
+        known = f"{own.get((entry.dataset, entry.true), 0.0):.2f}"
+        known = known if entry.dataset in trained else "-"
+        lines.append(f"{entry.share:5.2f}  {known:>4}  {entry.of:>10}  {pair}")
     if len(shown) > LINES:
         lines.append(f"and {len(shown) - LINES} more, see cross_labels.json")
     if few := len(between) - len(shown):

@@ -229,16 +229,21 @@ def draw_confusion(title: str, found: Mistakes, path: Path) -> None:
     count = len(found.names)
     last = [count - 1] if found.names[-1] == BACKGROUND else []
     left_out = count - len(last) - len(rows)
-    which = f"all {len(rows)} classes"
+    which = f"all {len(rows)} classes that occur"
     if left_out:
         which = f"the {len(rows)} most confused classes, {left_out} others left out"
     kept = rows + last
     values = shares(found.counts)[np.ix_(kept, kept)]
     names = [found.names[row] for row in kept]
+    predicted = true = names
+    if last:
+        without = found.counts[-1].sum()
+        true = [*names[:-1], f"(no object): {without} boxes" if without else "(no object)"]
+        predicted = [*names[:-1], "(no box)"]
     heat_map = HeatMap(
         values,
-        names,
-        names,
+        true,
+        predicted,
         title=f"{title}: confusion of {found.of}\n{which}",
         scale="share of the true class",
         row_axis="true class",
@@ -262,6 +267,8 @@ def _format_pairs(title: str, found: Mistakes) -> str:
         pair for pair in _wrong_pairs(found) if BACKGROUND not in map(found.names.__getitem__, pair)
     ]
     lines = [f"{title}: {found.of}; true class -> predicted class, number, share of the true class"]
+    if found.names[-1] == BACKGROUND:
+        lines.append(_recall(found.counts))
     for true, predicted in pairs[:PAIRS]:
         number = f"{found.counts[true, predicted]:>10}  {of_true[true, predicted]:.3f}"
         lines.append(f"{number}  {found.names[true]} -> {found.names[predicted]}")
@@ -270,6 +277,15 @@ def _format_pairs(title: str, found: Mistakes) -> str:
     if not pairs:
         lines.append("no class is taken for another")
     return "\n".join(lines)
+
+
+def _recall(counts: np.ndarray) -> str:
+    """Says how many objects have a box of their class; counts (K, K), the last is BACKGROUND."""
+    objects, without = counts[:-1], int(counts[-1].sum())
+    total, right, missed = int(objects.sum()), int(objects.trace()), int(objects[:, -1].sum())
+    words = f"of {total} objects {right} have a box of their class, "
+    words += f"{total - right - missed} one of another class, {missed} none"
+    return f"{words}; {without} boxes have no object" if without else words
 
 
 def _record(dataset: Dataset, found: Mistakes) -> dict:

@@ -285,7 +285,7 @@ def prediction_grid(
     predictions: the same with `scores` (N,), and with `segmentations` (N RLEs) instead of `masks`
     titles:      the caption of each image's ground truth, or ""
 
-    Of an image's boxes, shows the `best_boxes`. Shows all segments.
+    Of an image's boxes, shows the `best_boxes`, and says how many there are. Shows all segments.
     Returns (3, h, w) uint8.
     """
     pictures = []
@@ -297,8 +297,11 @@ def prediction_grid(
         caption = "prediction"
         if "segments" not in found:
             _, height, width = image.shape
+            likely = int((found["scores"] >= min_score).sum())
             found = _shown_boxes(found, min_score, (height, width))
             caption = f"prediction, score >= {min_score:g}"
+            if len(found["boxes"]) < likely:
+                caption += f", {len(found['boxes'])} of {likely} boxes"
         pictures.append(_draw(image, target, names, cell))
         pictures.append(_draw(image, found, names, cell))
         captions.append(title or "ground truth")

@@ -99,13 +99,16 @@ def test_strongest_pairs():
     assert Entry("a", "car", "b", "Van", 6, 10) in entries
     lines = format_entries(entries, 5).splitlines()
     assert lines[1:3] == [
-        " 0.60          10  a: car -> b: Van",
-        " 0.20          10  a: car -> b: Kitty",
+        " 0.60  0.80          10  a: car -> b: Van",
+        " 0.20  0.80          10  a: car -> b: Kitty",
     ]
     assert (
         lines[3] == "1 pairs of classes with less than 5 objects are left out" and len(lines) == 4
     )
-    assert format_entries(entries, 1).splitlines()[1] == " 1.00           1  a: cat -> b: Kitty"
+    line = format_entries(entries, 1).splitlines()[1]
+    assert line == " 1.00  1.00           1  a: cat -> b: Kitty"
+    unknown = entries_of({("a", "b"): COUNTS["a", "b"]}, {"a": NAMES["a"]}, NAMES)
+    assert format_entries(unknown, 5).splitlines()[1].split()[:3] == ["0.60", "-", "10"]
     assert strongest(entries, 5) == ([("a", "car")], [("b", "Van"), ("b", "Kitty")])
 
 

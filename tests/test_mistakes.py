@@ -144,7 +144,8 @@ def test_the_most_confused_classes_are_shown(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(mistakes, "draw_heat_map", lambda heat_map, path: drawn.append(heat_map))
     mistakes.draw_confusion("a set", many(counts), tmp_path)
-    assert list(drawn[0].rows) == list(drawn[0].columns) == ["c0", "c1", "c2", BACKGROUND]
+    assert list(drawn[0].rows) == ["c0", "c1", "c2", "(no object): 7 boxes"]
+    assert list(drawn[0].columns) == ["c0", "c1", "c2", "(no box)"]
     assert drawn[0].title.endswith("the 3 most confused classes, 1 others left out")
     # shares of the whole row, though a column is left out
     np.testing.assert_allclose(drawn[0].values[1], [0, 0.25, 0.75, 0])
@@ -181,6 +182,7 @@ def test_files_of_a_report(tmp_path):
     assert {"confusion_mine.png", "worst_mine.jpg", "errors.json", "errors.txt"} <= written
     text = (folder / "errors.txt").read_text()
     assert "         1  0.500  cat -> dog\n" in text and "Cls" in text and "-> cow" not in text
+    assert "of 4 objects" in text
     record = json.loads((folder / "errors.json").read_text())
     assert list(record) == ["mine"]
     assert {"true": "cat", "predicted": "dog", "count": 1} in record["mine"]["confusion"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common import visualize
 from common.batch import Sample
 from common.class_colors import to_oklab
 from common.drawing import covered
@@ -381,6 +382,20 @@ def test_prediction_grid():
     assert len(where(right, color_of("dog"))) > 500 and not len(
         where(right, color_of("cow"))
     )  # below the score
+
+
+def test_a_caption_says_that_boxes_are_left_out(monkeypatch):
+    captions = []
+    monkeypatch.setattr(visualize, "grid", lambda images, columns, words: captions.extend(words))
+    boxes = torch.tensor([[0.0, 0, 10, 10]]).repeat(3, 1)
+    found = {"boxes": boxes, "labels": torch.arange(3), "scores": torch.tensor([0.9, 0.8, 0.4])}
+    truth = {"boxes": boxes[:1], "labels": torch.tensor([0])}
+    for score in (0.3, 0.5):
+        prediction_grid([gray(40, 40)], [truth], [found], ("a", "b", "c"), [""], score)
+    assert captions[1::2] == [
+        "prediction, score >= 0.3, 2 of 3 boxes",
+        "prediction, score >= 0.5",
+    ]
 
 
 @pytest.mark.parametrize(
