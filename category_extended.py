@@ -174,7 +174,7 @@ class Args:
 
     # paper settings; defaults: code (its authors'), ours
     backbone: str = "resnet50.tv_in1k"  # code
-    """timm model with maps of strides 8 to 32, with its published weights; or MODEL/FILE of them"""
+    """timm model with maps of strides 8 to 32, or a plain ViT; published weights, or MODEL/FILE"""
     image_size: Annotated[int, SIDE] = 800  # code
     """short side of training images, pixels; the long side is at most 1333/800 of it"""
     test_size: Annotated[int, SIDE] = 800  # code

@@ -196,7 +196,7 @@ class Args:
     base_batch_size: Annotated[int, Range(1)] = 16  # base
     """batch size that --lr is meant for"""
     backbone_factor: Annotated[float | None, Range(0, 100)] = None  # base
-    """learning rate of the backbone / --lr; 0 freezes it; None: 0.1; a ViT's as in ViTDet"""
+    """learning rate of the backbone / --lr; 0 freezes it; None: 0.1, and ViTDet's decay in a ViT"""
     jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)  # base
     """scale range of large-scale jitter; 1 fits the image into the square"""
     semantic_jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.5, 2.0)  # ours

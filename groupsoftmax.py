@@ -169,7 +169,7 @@ class Args:
 
     # paper settings; defaults: base (Detic), ours
     backbone: str = "resnet50.tv_in1k"  # ours
-    """timm model with maps of strides 8 to 32, with its published weights; or MODEL/FILE of them"""
+    """timm model with maps of strides 8 to 32, or a plain ViT; published weights, or MODEL/FILE"""
     image_size: Annotated[int, SIDE] = 640  # base
     """side of the square that training crops fit in, pixels (paper: ResNet-50 640, Swin 896)"""
     test_size: Annotated[int, SIDE] = 800  # base

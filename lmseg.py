@@ -195,7 +195,7 @@ class Args:
     base_batch_size: Annotated[int, Range(1)] = 16  # code
     """batch size that --lr is meant for"""
     backbone_factor: Annotated[float | None, Range(0, 100)] = None  # code
-    """learning rate of the backbone / --lr; 0 freezes it; None: 0.1; a ViT's as in ViTDet"""
+    """learning rate of the backbone / --lr; 0 freezes it; None: 0.1, and ViTDet's decay in a ViT"""
     task: Literal["semantic", "panoptic", "instance"] = "panoptic"  # ours
     """what --predict writes: semantic maps, panoptic maps, or instances"""
     object_threshold: Annotated[float | None, Range(0, 1)] = None  # code

@@ -183,7 +183,7 @@ class Args:
 
     # paper settings; defaults: code (its authors'), ours
     backbone: str = "resnet50.tv_in1k"  # code
-    """timm model with maps of strides 8 to 32, with its published weights; or MODEL/FILE of them"""
+    """timm model with maps of strides 8 to 32, or a plain ViT; published weights, or MODEL/FILE"""
     text_encoder: str = "ViT-B-32/openai"  # ours
     """open_clip MODEL/PRETRAINED, minilm (ships with Concord), or coco=FILE.npy,lvis=FILE.npy"""
     prompts: Literal["auto", "imagenet", "a", "name"] = "auto"  # ours

@@ -191,7 +191,7 @@ class Args:
 
     # paper settings; defaults: code (OmDet-Turbo), base (Deformable DETR), ours
     backbone: str = "resnet50.tv_in1k"  # ours
-    """timm model with maps of strides 8 to 32, with its published weights; or MODEL/FILE of them"""
+    """timm model with maps of strides 8 to 32, or a plain ViT; published weights, or MODEL/FILE"""
     text_encoder: str = "ViT-B-16/openai"  # code
     """open_clip MODEL/PRETRAINED, minilm (ships with Concord), or coco=FILE.npy,lvis=FILE.npy"""
     prompts: Literal["auto", "imagenet", "a", "name"] = "name"  # code

@@ -174,7 +174,7 @@ class Args:
 
     # paper settings; defaults: paper (as far as we could read it), base (Detic), ours
     backbone: str = "resnet50.tv_in1k"  # ours
-    """timm model with maps of strides 8 to 32, with its published weights; or MODEL/FILE of them"""
+    """timm model with maps of strides 8 to 32, or a plain ViT; published weights, or MODEL/FILE"""
     text_encoder: str = "ViT-B-32/openai"  # base
     """open_clip MODEL/PRETRAINED, minilm (ships with Concord), or coco=FILE.npy,lvis=FILE.npy"""
     image_size: Annotated[int, SIDE] = 640  # paper

@@ -188,7 +188,7 @@ class Args:
     sampler: Literal["random", "class-aware", "repeat-factor"] = "random"  # paper
     """order of the training images (paper: a classifier made of text needs no balancing)"""
     backbone: str = "resnet50.tv_in1k"  # code
-    """localizer: timm model with maps of strides 4 to 32, with published weights; or MODEL/FILE"""
+    """localizer: timm model with maps of strides 4 to 32, or a plain ViT; or MODEL/FILE"""
     classifier_backbone: str = "RN50/openai"  # ours
     """CLIP ResNet, MODEL/PRETRAINED or MODEL/FILE (paper: RegionCLIP's file), or a timm model"""
     text_encoder: str = "RN50/openai"  # code
