@@ -189,7 +189,8 @@ def format_entries(entries: list[Entry], least: int) -> str:
     between = [e for e in entries if e.dataset != e.other and e.label]
     shown = [entry for entry in between if entry.of >= least]
     trained = {entry.other for entry in entries}
-    own = {(e.dataset, e.true): e.share for e in entries if (e.other, e.label) == (e.dataset, e.true)}
+    same = [e for e in entries if (e.other, e.label) == (e.dataset, e.true)]
+    own = {(entry.dataset, entry.true): entry.share for entry in same}
     lines = ["share   own  of objects  dataset: class -> dataset: label"]
     for entry in shown[:LINES]:
         pair = f"{entry.dataset}: {entry.true} -> {entry.other}: {entry.label}"

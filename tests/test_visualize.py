@@ -392,10 +392,7 @@ def test_a_caption_says_that_boxes_are_left_out(monkeypatch):
     truth = {"boxes": boxes[:1], "labels": torch.tensor([0])}
     for score in (0.3, 0.5):
         prediction_grid([gray(40, 40)], [truth], [found], ("a", "b", "c"), [""], score)
-    assert captions[1::2] == [
-        "prediction, score >= 0.3, 2 of 3 boxes",
-        "prediction, score >= 0.5",
-    ]
+    assert captions[1::2] == ["prediction, score >= 0.3, 2 of 3 boxes", "prediction, score >= 0.5"]
 
 
 @pytest.mark.parametrize(
