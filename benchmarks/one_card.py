@@ -26,7 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.paired import cpu_name, machine, record_path, write_json
-from common.memory import MEASURE, RECORD
+from common.memory import MEASURE, PROBE_STEPS, RECORD
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,9 +65,9 @@ def flags_of(method: str) -> list[str]:
 
 
 def peak(method: str, images: int, parts: int) -> tuple[float, float]:
-    """Returns the peak GB of a training of two steps, and the seconds of the second step."""
+    """Returns the peak GB of a training of PROBE_STEPS steps, and the seconds of the last step."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, f"{method}.py", *flags_of(method), "--steps", "2"]
+        command = [sys.executable, f"{method}.py", *flags_of(method), "--steps", str(PROBE_STEPS)]
         command += ["--batch-size", str(images), "--accumulate", str(parts), "--output", folder]
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | {MEASURE: "1"}, capture_output=True, text=True

@@ -20,6 +20,15 @@ def one_line(message: str) -> str:
     return f"{line[:half]} ... {line[-half:]}"
 
 
+def first_line(error: BaseException) -> str:
+    """Returns up to 150 letters of the first telling line of an error's message, or its type."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line]
+    if any(line.startswith(("Traceback", "Original Traceback")) for line in lines[:2]):
+        lines = lines[-1:]  # of a data loading process
+    return lines[0][:150] if lines else type(error).__name__
+
+
 def tell(message: str) -> None:
     """Prints the line of an error on the standard error."""
     print(f"error: {one_line(message)}", file=sys.stderr)

@@ -7,6 +7,7 @@ weights are gathered for the whole step.
 import copy
 import errno
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
@@ -20,10 +21,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.errors import InputError
+from common.parts import NORM
 
 log = logging.getLogger("concord")
-
-NORM = nn.modules.batchnorm._BatchNorm
 
 
 @dataclass
@@ -285,9 +285,11 @@ def join_state(state: dict, folder: Path, optimizer: Optimizer) -> dict:
                 loaded[key] = torch.empty_like(parameter, dtype=kind)
             else:
                 loaded[key] = torch.empty(stored.size, dtype=kind)
+        alone = not dist.is_initialized()
         try:
-            alone = not dist.is_initialized()
-            checkpoint.load(loaded, storage_reader=reader, no_dist=alone)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # says that there is one process
+                checkpoint.load(loaded, storage_reader=reader, no_dist=alone)
         except checkpoint.CheckpointException as error:
             raise ValueError(str(error)) from None
         for key, value in loaded.items():

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError
+from common.errors import InputError, first_line
 from common.saved import WEIGHTS, hub_address, read_metadata
 
 log = logging.getLogger("concord")
@@ -92,7 +92,7 @@ def download(address: str) -> Path:
             f"it has no {WEIGHTS}; `python -m common.hub push RUN_FOLDER OWNER/NAME` puts one there"
         )
     except Exception as error:  # of httpx or requests, as the version of the client has it
-        reason = f"the download failed ({_first_line(error)}); try again"
+        reason = f"the download failed ({first_line(error)}); try again"
     raise InputError(f"--weights {address}: {reason}")
 
 
@@ -157,12 +157,7 @@ def _refusal(error: Exception) -> str:
         return f"the hub does not know the token: {LOGIN}"
     if status == 403:
         return "the token may not write there; give one with the right to write to this owner"
-    return f"the hub did not take it ({_first_line(error)}); try again"
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return f"the hub did not take it ({first_line(error)}); try again"
 
 
 def main() -> None:

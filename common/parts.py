@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 log = logging.getLogger("concord")
 
+NORM = nn.modules.batchnorm._BatchNorm  # moves its buffers in training
 T = TypeVar("T")
 
 
@@ -55,8 +56,7 @@ def in_parts(extract: Callable[..., T]) -> Callable[..., T]:
 
 def _tell_of_batch_norm(model: nn.Module) -> None:
     """Logs once that a step is another one, if statistics of BatchNorm are those of the batch."""
-    kind = nn.modules.batchnorm._BatchNorm
-    if not Parts.told and any(isinstance(m, kind) and m.training for m in model.modules()):
+    if not Parts.told and any(isinstance(m, NORM) and m.training for m in model.modules()):
         message = "--accumulate: BatchNorm is trained: its statistics are of one part, moved twice"
         log.warning(message)
         Parts.told = True

@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 from common.averaging import swap
 from common.checkpoint import save_checkpoint
 from common.distributed import rank, world_size
-from common.errors import InputError, SomeFailed
-from common.fsdp import NORM, Sharding, whole
+from common.errors import InputError, SomeFailed, first_line
+from common.fsdp import Sharding, whole
 from common.labels import LabelSpace
+from common.parts import NORM
 from common.process import Process, Stop, asked
 from common.verdict import Verdict
 
@@ -273,12 +274,3 @@ def _explain_machine(error: BaseException, text: str) -> str:
 
 def _says(pattern: str, text: str) -> bool:
     return re.search(pattern, text, re.IGNORECASE) is not None
-
-
-def first_line(error: BaseException) -> str:
-    """Returns up to 150 letters of the first telling line of an error's message, or its type."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    lines = [line for line in lines if line]
-    if any(line.startswith(("Traceback", "Original Traceback")) for line in lines[:2]):
-        lines = lines[-1:]  # of a data loading process
-    return lines[0][:150] if lines else type(error).__name__

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common.checkpoint import cached_rows, last_checkpoint, read_model
-from common.errors import InputError
+from common.errors import InputError, first_line
 from common.files import NO_ARRAY
 from common.hub import hub
 from common.labels import DATA, LabelSpace, Vocabulary, fold
@@ -287,9 +287,8 @@ def _clip_encoder(encoder: str) -> Encode:
 
 
 def _reason(error: Exception) -> str:
-    """Returns the first sentence of an error, in one line."""
-    message = str(error).strip() or type(error).__name__
-    return message.splitlines()[0].split(". ")[0][:160]
+    """Returns the first sentence of an error's message."""
+    return first_line(error).split(". ")[0]
 
 
 def tables(encoder: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from common.errors import InputError
+from common.errors import InputError, first_line
 from common.files import atomic_path
 
 log = logging.getLogger("concord")
@@ -137,7 +137,7 @@ class Tracker:
         except Exception as error:  # of the network, a full disk, or the tracker itself
             self.failed = True
             message = "%s failed (%s): nothing more goes there; the run folder has all numbers"
-            log.warning(message, self.kind, _reason(error))
+            log.warning(message, self.kind, first_line(error))
 
 
 def tensorboard_writer(folder: Path) -> Any | None:
@@ -181,9 +181,10 @@ def tracker(kind: str, folder: Path, settings: dict) -> Tracker | None:
         run = KINDS[kind](package, folder, settings, id)
     except Exception as error:
         if id:  # a training that has begun goes on without it
-            log.warning("%s does not go on (%s): nothing more goes there", kind, _reason(error))
+            log.warning("%s does not go on (%s): nothing more goes there", kind, first_line(error))
             return None
-        raise InputError(f"{kind} cannot begin a run ({_reason(error)}); see its manual") from None
+        reason = first_line(error)
+        raise InputError(f"{kind} cannot begin a run ({reason}); see its manual") from None
     with atomic_path(folder / FILE) as path:
         path.write_text(json.dumps({"kind": kind, "id": run.id}), encoding="utf-8")
     return Tracker(kind, run)
@@ -203,9 +204,3 @@ def _saved_id(file: Path, kind: str) -> str:
         log.info("%s names a run of %s: a new run of %s begins", file, saved_kind, kind)
         return ""
     return id
-
-
-def _reason(error: Exception) -> str:
-    """Returns the first line of an error's message, or its type."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

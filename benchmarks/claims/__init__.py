@@ -1,0 +1,1 @@
+"""The papers' claims, tried on the generated datasets: python -m benchmarks.claims."""

@@ -1,0 +1,181 @@
+"""Tables and plots of the records: means over seeds, and paired differences of two variants."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from scipy.stats import ttest_1samp
+
+from benchmarks.claims.study import Effect, Study
+from common.files import atomic_path
+
+Records = dict[tuple[str, int], dict]  # of a study: {(variant, seed): record}
+
+
+def value_of(study: Study, record: dict, column: str) -> float:
+    """Returns a metric of a record; NaN if the run has no such metric."""
+    title, metric = study.columns[column]
+    value = record["metrics"].get(title, {}).get(metric)
+    return math.nan if value is None else value
+
+
+def values_of(study: Study, records: Records, variant: str, column: str) -> dict[int, float]:
+    """Returns {seed: value} of a variant, without those that have no value."""
+    values = {}
+    for (name, seed), record in sorted(records.items(), key=lambda item: item[0][1]):
+        value = value_of(study, record, column)
+        if name == variant and not math.isnan(value):
+            values[seed] = value
+    return values
+
+
+# -- Effects ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The differences of two variants, seed by seed."""
+
+    values: list[float]
+
+    @property
+    def mean(self) -> float:
+        return mean(self.values)
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean; NaN for one seed."""
+        if len(self.values) < 2:
+            return math.nan
+        return stdev(self.values) / math.sqrt(len(self.values))
+
+    @property
+    def p(self) -> float:
+        """Of the paired t-test, two-sided; NaN for one seed."""
+        if len(self.values) < 2:
+            return math.nan
+        return float(ttest_1samp(self.values, 0).pvalue)
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the mean is more than two standard errors from 0."""
+        return abs(self.mean) > 2 * self.error
+
+    @property
+    def verdict(self) -> str:
+        """What becomes of the claim."""
+        if len(self.values) < 3:
+            return f"{len(self.values)} of 3 seeds"
+        if not self.is_clear:
+            return "not clear"
+        return "shown" if self.mean > 0 else "the opposite"
+
+
+def difference(study: Study, records: Records, effect: Effect) -> Difference | None:
+    """Returns the differences of the seeds that both variants have; None without one."""
+    better = values_of(study, records, effect.better, effect.column)
+    worse = values_of(study, records, effect.worse, effect.column)
+    seeds = sorted(better.keys() & worse.keys())
+    return Difference([better[seed] - worse[seed] for seed in seeds]) if seeds else None
+
+
+# -- Tables ----------------------------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+    """Formats a metric as papers do: .123."""
+    return f"{value:.3f}".replace("0.", ".", 1)
+
+
+def variant_table(study: Study, records: Records) -> str:
+    """Returns a row per variant: mean and standard deviation over its seeds."""
+    headings = ["variant", *study.columns, "seeds"]
+    if study.costs:
+        headings += ["img/s", "GB"]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    for variant in study.variants:
+        own = [record for (name, _), record in records.items() if name == variant]
+        if not own:
+            continue
+        cells = [study.words(variant)]
+        for column in study.columns:
+            values = list(values_of(study, records, variant, column).values())
+            spread = f" ± {number(stdev(values))}" if len(values) > 1 else ""
+            cells.append(f"{number(mean(values))}{spread}" if values else "")
+        cells.append(str(len(own)))
+        if study.costs:
+            cells.append(f"{mean(record['img_per_s'] for record in own):.1f}")
+            cells.append(f"{max(record['peak_gb'] for record in own):.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def effect_rows(study: Study, records: Records) -> list[str]:
+    """Returns a row per effect that was measured: its mean, standard error, p and verdict."""
+    rows = []
+    for effect in study.effects:
+        found = difference(study, records, effect)
+        if found is None:
+            continue
+        pair = f"{study.words(effect.better)} − {study.words(effect.worse)}"
+        size = f"{found.mean:+.3f}"
+        if len(found.values) > 1:
+            size += f" ± {found.error:.3f} (p {found.p:.2f})"
+        cells = [effect.claim, pair, effect.column, size, str(len(found.values)), found.verdict]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+EFFECTS = ["claim", "difference of", "in", "mean ± standard error", "seeds", "shown?"]
+
+
+def effect_table(rows: list[str], headings: list[str] = EFFECTS) -> str:
+    """Returns the table of rows of effects."""
+    return "\n".join([f"| {' | '.join(headings)} |", "|---" * len(headings) + "|", *rows])
+
+
+def text_of(study: Study, records: Records) -> str:
+    """Returns what a page says of a study: its question, tables and note."""
+    revisions = {record["args"]["environment"]["revision"] for record in records.values()}
+    parts = [study.question, variant_table(study, records)]
+    if rows := effect_rows(study, records):
+        parts.append(effect_table(rows))
+    if study.note:
+        parts.append(study.note)
+    parts.append(
+        f"`python -m benchmarks.claims --study {study.name}` repeats it; each run stands in "
+        f"`benchmarks/claims/{study.name}.json`, with its settings and commit "
+        f"({', '.join(sorted(revisions))})."
+    )
+    return "\n\n".join(parts)
+
+
+# -- Plot ------------------------------------------------------------------------------------------
+
+
+def draw(study: Study, records: Records, path: Path) -> None:
+    """Draws a panel per metric: a bar per variant, and a dot per seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    variants = [v for v in study.variants if any(name == v for name, _ in records)]
+    columns = len(study.columns)
+    size = (2.2 + 2.6 * columns, 0.9 + 0.34 * len(variants))
+    figure, panels = pyplot.subplots(1, columns, figsize=size, sharey=True, squeeze=False)
+    for axes, column in zip(panels[0], study.columns):
+        for row, variant in enumerate(variants):
+            values = list(values_of(study, records, variant, column).values())
+            if values:
+                axes.barh(row, mean(values), color="#9db8d2", height=0.7)
+                axes.plot(values, [row] * len(values), "o", color="#1f4e79", ms=3)
+        axes.set_title(column, size=9)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_yticks(range(len(variants)), [study.words(v) for v in variants], size=8)
+    panels[0][0].invert_yaxis()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, bbox_inches="tight")
+    pyplot.close(figure)
