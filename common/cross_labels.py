@@ -78,9 +78,12 @@ class Args:
 
 
 def count_labels(truth: Sample, found: dict, size: tuple[int, int], min_score: float) -> np.ndarray:
-    """Counts the labels that the objects of one image get: (K, L + 1), the last is "nothing".
+    """Counts which labels the objects of one image get. Returns (K, L + 1); the last is "nothing".
 
-    truth: its labels are of K classes; found: a prediction of L labels; size: (K, L)
+    truth:     objects of the K classes of their own dataset
+    found:     what the model predicts for the image with the L labels of another dataset
+    size:      (K, L)
+    min_score: boxes below it give no label
     """
     num_classes, num_labels = size
     if truth.segments is not None:

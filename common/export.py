@@ -266,9 +266,10 @@ def run_file(path: Path, inputs: dict[str, Tensor], outputs: list[str]) -> dict[
 
 @torch.no_grad()
 def reference(module: ModuleType, exported: Exported, image: Tensor) -> dict[str, Any]:
-    """Returns what the model itself predicts for an image (3, H, W), without the export's parts.
+    """Returns what the model predicts for an image (3, H, W): the export is compared with it.
 
-    Detections are those of `predict`. Queries are those before it.
+    An export of detections is compared with those of `predict`. An export of queries is compared
+    with the probabilities and masks of which `predict` makes a map.
     """
     model, space = exported.model, exported.space
     batch = collate([Sample.unlabelled(image, "", 0, 0)])

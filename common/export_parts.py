@@ -39,13 +39,15 @@ MOST_PAIRS = 10_000  # pairs of a box and a class that NMS sees, as in `select_d
 
 
 def greedy_nms(boxes: Tensor, scores: Tensor, iou: float, least: float) -> Tensor:
-    """Returns which pairs of a box and a class greedy NMS per class keeps: (B, C, Q) bool.
+    """Says for each class which of the boxes greedy NMS keeps. Returns (B, C, Q) bool.
 
     boxes: (B, Q, 4); scores: (B, C, Q); least: only scores above it take part
 
-    It is one NMS of all images and classes, which lie apart from each other. In float64, this shift
-    does not round the boxes. What takes no part lies below the first of two boxes that are added,
-    so that at least two are kept: a graph of torch cannot hold a result of fewer.
+    One call of NMS serves all images and classes: the boxes of each are shifted to a place of their
+    own. The shift is in float64, which does not round the boxes.
+
+    A graph of torch cannot hold a result of fewer than two boxes. So two boxes with the highest
+    score are added, at two more places. Boxes that take no part lie under the first of these.
     """
     images, classes, number = scores.shape
     flat = scores.flatten(1)  # (B, C Q)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from benchmarks.claims import summary
 from benchmarks.claims.across import ACROSS
 from benchmarks.claims.detectors import DETECTORS
+from benchmarks.claims.finetuning import FINETUNING
 from benchmarks.claims.runs import Run, execute, is_whole, read_records, write_records
 from benchmarks.claims.segmenters import SEGMENTERS
 from benchmarks.claims.study import Study
@@ -31,7 +32,7 @@ from benchmarks.report import write_between
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
-STUDIES = {study.name: study for study in (*DETECTORS, *SEGMENTERS, *ACROSS)}
+STUDIES = {study.name: study for study in (*DETECTORS, *SEGMENTERS, FINETUNING, *ACROSS)}
 MOST_SEEDS = 5  # of the two variants of an effect that is not clear
 
 
@@ -55,7 +56,7 @@ def parse() -> argparse.Namespace:
 def missing(study: Study, seeds: int, records: summary.Records) -> list[Run]:
     """Returns the runs that a study lacks; if none, those of effects that are not clear."""
     runs = [Run(study, variant, seed) for seed in range(seeds) for variant in study.variants]
-    if all(run.key in records for run in runs):
+    if seeds >= summary.LEAST_SEEDS and all(run.key in records for run in runs):
         for effect in study.effects:
             found = summary.difference(study, records, effect)
             if found is not None and not found.is_clear:

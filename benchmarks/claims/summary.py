@@ -10,6 +10,7 @@ from scipy.stats import ttest_1samp
 from benchmarks.claims.study import Effect, Study
 from common.files import atomic_path
 
+LEAST_SEEDS = 3  # that say whether an effect is clear
 Records = dict[tuple[str, int], dict]  # of a study: {(variant, seed): record}
 
 
@@ -65,8 +66,8 @@ class Difference:
     @property
     def verdict(self) -> str:
         """What becomes of the claim."""
-        if len(self.values) < 3:
-            return f"{len(self.values)} of 3 seeds"
+        if len(self.values) < LEAST_SEEDS:
+            return f"{len(self.values)} of {LEAST_SEEDS} seeds"
         if not self.is_clear:
             return "not clear"
         return "shown" if self.mean > 0 else "the opposite"
