@@ -73,7 +73,7 @@ from common.boxes import select_detections
 from common.cascade import Cascade, MaskHead, StageOutput, loss_box_reg, mlp, sample_federated
 from common.centernet import CenterNet
 from common.checkpoint import last_checkpoint, load_checkpoint, load_weights, read_model
-from common.class_counts import boxed_names, federated_counts, images_per_class, seen_and_unseen
+from common.class_counts import base_and_novel, boxed_names, federated_counts, images_per_class
 from common.command import COUNT, SIDE, Range, parse_args, per_dataset, run_command, saved_args
 from common.compiling import Compiling, compilable
 from common.convert import convert_if_official
@@ -686,7 +686,7 @@ def evaluate(
     transform = ResizeShortest(args.test_size)
     for dataset in datasets:
         classes = label_space.swap(dataset.vocabulary)
-        groups = seen_and_unseen(dataset.vocabulary, model.boxed, ("base", "novel"))
+        groups = base_and_novel(dataset, model.boxed)
         predictor = partial(predict, model, label_space=classes)
         results |= evaluate_dataset(predictor, dataset, transform, args, folder, groups=groups)
     return results

@@ -9,14 +9,18 @@ on the CPU: one image, two, and two in two parts. From these it computes
 
 and for the default batch size the least --accumulate with which that is below 85 % of the card. On
 a GPU the layers run in bfloat16, which takes less. The rate is that of two images a step, on as
-many threads as OMP_NUM_THREADS says. Weights are random, since none can be downloaded
-here; the text is MiniLM's. Writes one_card-<machine>.json. What it holds already is kept.
+many threads as OMP_NUM_THREADS says.
+
+Backbones have random weights where none can be downloaded, and the text is MiniLM's. The classifier
+of unidetector.py is measured with torchvision's ResNet-50 in place of CLIP's.
+
+Writes one_card-<machine>.json, and the table of the README. A method that the file holds already is
+not measured again.
 """
 
 import argparse
 import importlib
 import json
-import math
 import os
 import subprocess
 import sys
@@ -25,7 +29,8 @@ from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.paired import cpu_name, machine, record_path, write_json
+from benchmarks.paired import HERE, cpu_name, machine, record_path, write_json
+from benchmarks.report import write_between
 from common.memory import MEASURE, PROBE_STEPS, RECORD
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,14 +48,13 @@ DATASETS = {
     "oneformer": "coco-panoptic",
     "groupsoftmax": "coco,oid",
 }
-BACKBONE = {"unidetector": ["--classifier-backbone", "resnet50"]}  # RN50/openai is not here
+STAGE = "unidetector classifier"  # measured beside the localizer
+SHARE = 0.85  # of the card may be taken
 
 
-COLUMNS = ("batch_size", "whole", "accumulate", "in_parts", "img_per_s")
-
-
-def flags_of(method: str) -> list[str]:
+def flags_of(row: str) -> list[str]:
     """Returns the flags that undo --tiny, but for what is KEPT of it."""
+    method = row.split()[0]
     module = importlib.import_module(method)
     defaults = {field.name: field.default for field in fields(module.Args)}
     flags = ["--tiny", "--datasets", DATASETS.get(method, "coco,o365"), "--workers", "0"]
@@ -61,13 +65,16 @@ def flags_of(method: str) -> list[str]:
             flags.append(flag if value else flag.replace("--", "--no-", 1))
         else:
             flags += [flag, *map(str, value if isinstance(value, tuple) else [value])]
-    return [*flags, *BACKBONE.get(method, [])]
+    if method == "unidetector":
+        flags += ["--classifier-backbone", "resnet50"]
+    steps = "--steps 0 --classifier-steps" if row == STAGE else "--steps"
+    return [*flags, *steps.split(), str(PROBE_STEPS)]
 
 
-def peak(method: str, images: int, parts: int) -> tuple[float, float]:
+def peak(row: str, images: int, parts: int) -> tuple[float, float]:
     """Returns the peak GB of a training of PROBE_STEPS steps, and the seconds of the last step."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, f"{method}.py", *flags_of(method), "--steps", str(PROBE_STEPS)]
+        command = [sys.executable, f"{row.split()[0]}.py", *flags_of(row)]
         command += ["--batch-size", str(images), "--accumulate", str(parts), "--output", folder]
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | {MEASURE: "1"}, capture_output=True, text=True
@@ -78,58 +85,73 @@ def peak(method: str, images: int, parts: int) -> tuple[float, float]:
     return found["peak"] / 1e9, found["seconds"]
 
 
-def measure(method: str, card: float) -> dict:
-    """Returns the record of a method: what was measured, and what follows from it."""
-    (one, _), (two, seconds), (parted, _) = (peak(method, *p) for p in ((1, 1), (2, 1), (2, 2)))
-    in_batch = max(parted - one, 0.0)
-    in_part = max(two - parted, 0.0)
-    fixed = one - in_batch - in_part
-    batch = importlib.import_module(method).Args().batch_size
-    needed = {n: fixed + in_part * math.ceil(batch / n) + in_batch * batch for n in divisors(batch)}
-    fits = [n for n, memory in needed.items() if memory <= 0.85 * card]
-    chosen = fits[0] if fits else batch
+def measure(row: str) -> dict:
+    """Returns the record of a row: what was measured."""
+    (one, _), (two, seconds), (parted, _) = (peak(row, *p) for p in ((1, 1), (2, 1), (2, 2)))
     return {
         "img_per_s": round(2 / seconds, 3),
-        "measured": {"1 image": one, "2 images": two, "2 images in 2 parts": parted},
-        "batch_size": batch,
-        "whole": round(needed[1], 1),
-        "accumulate": chosen,
-        "in_parts": round(needed[chosen], 1),
-        "fits": bool(fits),
+        "GB": {"1 image": one, "2 images": two, "2 images in 2 parts": parted},
+        "batch_size": importlib.import_module(row.split()[0]).Args().batch_size,
     }
 
 
-def divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+def needed(measured: dict[str, float], batch: int) -> dict[int, float]:
+    """Returns {--accumulate: GB} of a step of `batch` images, for each number that divides it."""
+    one, two, parted = measured.values()
+    in_batch = max(parted - one, 0.0)
+    in_part = two - one - in_batch
+    fixed = one - in_batch - in_part
+    divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+    return {n: fixed + in_part * (batch // n) + in_batch * batch for n in divisors}
 
 
-def table(records: dict[str, dict]) -> str:
+def table(record: dict, card: float) -> str:
     """Returns a row per method."""
-    names = ["method", "images a step", "GB whole", "--accumulate", "GB in parts", "img/s"]
+    names = ["method", "images a step", "GB", f"`--accumulate` for {card:g} GB", "GB with it"]
+    names.append("img/s on the CPU")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for method, r in records.items():
-        cells = (method, *(r[key] for key in COLUMNS))
+    for method, found in sorted(record["methods"].items()):
+        batch = found["batch_size"]
+        memory = needed(found["GB"], batch)
+        fits = [n for n, size in memory.items() if size <= SHARE * card]
+        chosen = f"{fits[0]} | {memory[fits[0]]:.0f}" if fits else f"none | {memory[batch]:.0f}"
+        file, *stage = method.split()
+        cells = (
+            " ".join([f"`{file}.py`", *stage]),
+            batch,
+            f"{memory[1]:.0f}",
+            chosen,
+            f"{found['img_per_s']:.2f}",
+        )
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+    machine = record["machine"]
+    told = f"{machine['CPU']}, {machine['threads']} threads, torch {machine['versions']['torch']}"
+    return "\n".join(
+        [*lines, "", f"{told}; on a GPU: not measured. `python benchmarks/one_card.py`"]
+    )
 
 
 def main() -> None:
     methods = sorted(p.stem for p in ROOT.glob("*.py") if "\nclass Args:" in p.read_text())
+    methods.append(STAGE)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("methods", nargs="*", default=methods)
     parser.add_argument("--card", type=float, default=24.0, help="GB of the card")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--output", type=Path, default=HERE)
     args = parser.parse_args()
     file = args.output / record_path("one_card", cpu_name()).name
-    record = {"machine": machine("cpu"), "card": args.card, "methods": {}}
+    record = {"machine": machine("cpu"), "methods": {}}
     if file.exists():
         record = json.loads(file.read_text())
     for method in args.methods:
         if method not in record["methods"]:
-            record["methods"][method] = measure(method, args.card)
+            record["methods"][method] = measure(method)
             print(method, record["methods"][method], flush=True)
             write_json(file, record)
-    print(table(record["methods"]))
+    text = table(record, args.card)
+    print(text)
+    if args.output == HERE:
+        write_between(HERE.parent / "README.md", "costs", text)
 
 
 if __name__ == "__main__":

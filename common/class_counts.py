@@ -111,6 +111,18 @@ def seen_and_unseen(
     return {} if known.all() else dict(zip(titles, (known, ~known)))
 
 
+def base_and_novel(dataset: Dataset, boxed: Collection[str]) -> dict[str, np.ndarray]:
+    """Returns {"base": the classes that had boxes, "novel": the others}, each as (C,) bool.
+
+    Classes that are novel in the dataset stay so, whatever was trained. If all are base, {}.
+    boxed: names of the classes that had boxes in training
+    """
+    vocabulary = dataset.vocabulary
+    novel = {fold(vocabulary.names[label]) for label in dataset.novel}
+    seen = {fold(name) for name in boxed} - novel
+    return seen_and_unseen(vocabulary, seen, ("base", "novel"))
+
+
 def own_and_elsewhere(dataset: Dataset, label_space: LabelSpace) -> dict[str, np.ndarray]:
     """Returns {group: (C_d,) bool}: the classes that a dataset annotates, and those of others.
 

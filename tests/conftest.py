@@ -19,6 +19,7 @@ from common import distributed
 from common.command import run_command
 from common.demo import commands
 from common.parts import Parts
+from common.process import Process
 
 # small tensors: two threads that wait for each other on a busy machine are slower than one
 torch.set_num_threads(1)
@@ -194,6 +195,25 @@ def call():
             importlib.import_module(method).main()
 
     return start
+
+
+@pytest.fixture
+def train_here(monkeypatch):
+    """train_here(method, flags, evaluate): a training in this process.
+
+    evaluate: in place of the method's; None: nothing is evaluated
+    """
+
+    def train(method: str, flags: list[str], evaluate=None) -> None:
+        module = importlib.import_module(method)
+        monkeypatch.setattr(module, "evaluate", evaluate or (lambda *_: {}))
+        if evaluate is None:
+            monkeypatch.setattr(module, "evaluation_datasets", lambda *_, **__: [])
+        monkeypatch.setattr(Process, "training", None)
+        monkeypatch.setattr(sys, "argv", [f"{method}.py", *flags])
+        module.main()
+
+    return train
 
 
 @pytest.fixture(scope="session")

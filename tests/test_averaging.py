@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -10,10 +9,8 @@ from conftest import small_runs
 from safetensors.torch import load_file
 from torch import nn
 
-import scaledet
 from common.averaging import MEAN, keep_mean, swap
 from common.optim import sgd
-from common.process import Process
 
 
 def adamw(parameters):
@@ -56,7 +53,7 @@ def test_an_update_that_is_left_out_moves_no_mean():
         assert torch.equal(optimizer.state[weight][MEAN], before) == bool(found_inf)
 
 
-def train(folder, tiny_root, monkeypatch, *flags):
+def train(folder, tiny_root, train_here, *flags):
     """Trains four steps. Returns the saved weights, and those of each evaluation."""
     seen = []
 
@@ -64,19 +61,16 @@ def train(folder, tiny_root, monkeypatch, *flags):
         seen.append({name: t.clone() for name, t in model.state_dict().items()})
         return {"coco": {"AP": len(seen) / 10}}
 
-    monkeypatch.setattr(scaledet, "evaluate", evaluate)
-    monkeypatch.setattr(Process, "training", None)
     run = small_runs("scaledet", folder, tiny_root, steps=4)[0]
     run += ["--checkpoint-every", "2", "--eval-every", "2", *flags]
-    monkeypatch.setattr(sys, "argv", ["scaledet.py", *run])
-    scaledet.main()
+    train_here("scaledet", run, evaluate)
     return load_file(folder / "weights.safetensors"), seen
 
 
-def test_means_are_evaluated_and_saved_and_survive_a_restart(tiny_root, tmp_path, monkeypatch):
+def test_means_are_evaluated_and_saved_and_survive_a_restart(tiny_root, tmp_path, train_here):
     run = tmp_path / "run"
-    saved, seen = train(run, tiny_root, monkeypatch, "--ema", "0.5")
-    plain, unaveraged = train(tmp_path / "plain", tiny_root, monkeypatch)
+    saved, seen = train(run, tiny_root, train_here, "--ema", "0.5")
+    plain, unaveraged = train(tmp_path / "plain", tiny_root, train_here)
     at = "checkpoint-0000004/weights.safetensors"
     raw = load_file(run / at)
     assert all(torch.equal(raw[n], plain[n]) for n in plain)  # the training is the same one
@@ -88,7 +82,7 @@ def test_means_are_evaluated_and_saved_and_survive_a_restart(tiny_root, tmp_path
 
     shutil.rmtree((run / at).parent)
     (run / "weights.safetensors").unlink()
-    again, _ = train(run, tiny_root, monkeypatch, "--ema", "0.5")
+    again, _ = train(run, tiny_root, train_here, "--ema", "0.5")
     assert all(torch.equal(again[n], saved[n]) for n in saved)
     steps = [json.loads(x)["step"] for x in (run / "evaluations.jsonl").read_text().splitlines()]
     assert steps == [2, 4]

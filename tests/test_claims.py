@@ -4,34 +4,36 @@ import argparse
 import json
 import math
 import shutil
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from conftest import REPO, small_flags
 
-from benchmarks.claims import runs, summary
+from benchmarks.claims import runs
 from benchmarks.claims.__main__ import STUDIES, Sitting, missing, write_tables
-from benchmarks.claims.runs import Run, command_of, read_records
-from benchmarks.claims.study import Effect, Study
-from benchmarks.claims.summary import Difference, difference, effect_rows, variant_table
+from benchmarks.claims.runs import Records, Run, command_of, read_records, start, stop_all
+from benchmarks.claims.study import Effect, Study, ap50
+from benchmarks.claims.summary import Difference, difference, effect_rows, number, variant_table
 from common.errors import InputError
 
 SMALL = Study(
     "small",
     "Is b better?",
     {"a": ("plain", "scaledet.py --lam 0"), "b": ("ours", "scaledet.py --weights {a}")},
-    {"coco AP": ("coco", "AP")},
-    (Effect("b", "a", "coco AP", "ours is better"),),
+    {"AP50": ap50("coco"), "mean": ap50("coco", "o365")},
+    (Effect("b", "a", "AP50", "ours is better"),),
 )
 
 
-def record(variant: str, seed: int, value: float | None, study: Study = SMALL) -> dict:
-    run = {"variant": variant, "seed": seed, "command": study.command(variant), "peak_gb": 1.0}
-    run |= {"img_per_s": 2.0, "args": {"environment": {"revision": "abc"}}}
-    return run | {"metrics": {"coco": {"AP": value}}}
+def record(variant: str, seed: int, value: float | None) -> dict:
+    run = {"variant": variant, "seed": seed, "digest": SMALL.digest(variant), "revision": "abc"}
+    run |= {"resumed": False, "jobs": 1, "img_per_s": 2.0, "peak_gb": 1.0}
+    return run | {"metrics": {"coco": {"AP50": value}, "o365": {"AP50": 0.5}}}
 
 
-def records(a: list[float], b: list[float]) -> summary.Records:
+def records(a: list[float], b: list[float]) -> Records:
     found = {("a", seed): record("a", seed, value) for seed, value in enumerate(a)}
     return found | {("b", seed): record("b", seed, value) for seed, value in enumerate(b)}
 
@@ -54,15 +56,19 @@ def test_each_variant_trains_and_its_tables_are_written(
         given = [part for part in command[1:] if part != "--tiny"]
         done = run(*given, *small, "--data-root", tiny_root, method=method)
         assert done.returncode == 0, done.stderr
-        return {"seconds": 1, "cpu_seconds": 1, "peak_gb": 1.0, "threads": "1"}
+        return {"seconds": 1, "cpu_seconds": 1, "peak_gb": 1.0}
 
     monkeypatch.setattr(runs, "start", start)
     sitting(tmp_path, name).run_all()
     study = STUDIES[name]
     found = read_records(study, tmp_path / "json")
     assert [variant for variant, _ in found] == list(study.variants)
-    for title, metric in study.columns.values():
-        assert any(metric in record["metrics"].get(title, {}) for record in found.values())
+    for record in found.values():  # a metric of few images may be None
+        for metrics in record["metrics"].values():
+            metrics.update({name: 0.5 for name, value in metrics.items() if value is None})
+    for effect in study.effects:
+        if "precision" not in effect.column:  # of --tiny alone, without which images are few
+            assert difference(study, found, effect)
 
     monkeypatch.setattr(runs, "start", None)  # nothing is repeated
     sitting(tmp_path, name).run_all()
@@ -70,7 +76,7 @@ def test_each_variant_trains_and_its_tables_are_written(
     shutil.copytree(REPO / "docs", docs)
     write_tables([study], tmp_path / "json", docs)
     text = (docs / (study.page or "claims.md")).read_text()
-    assert all(f"| {words} |" in text for words, _ in study.variants.values())
+    assert all(f"| {label} |" in text for label, _ in study.variants.values())
     assert (docs / "claims" / f"{name}.png").stat().st_size > 5000
 
 
@@ -78,16 +84,22 @@ def test_each_variant_trains_and_its_tables_are_written(
 def test_effects_name_variants_and_columns(study):
     for effect in study.effects:
         assert {effect.better, effect.worse} <= study.variants.keys()
-        assert effect.column in study.columns
-    order = list(study.variants)
-    for variant in order:  # a run may start from one that comes after it: it is run before
-        assert set(study.needs(variant)) <= set(order) - {variant}
+        assert {effect.column, effect.worse_column or effect.column} <= study.columns.keys()
+    for variant in study.variants:
+        assert study.ancestors(variant) <= study.variants.keys() - {variant}
 
 
 def test_a_command_names_the_folder_of_its_seed(tmp_path):
     command = command_of(Run(SMALL, "b", 2), tmp_path)
-    assert command[:3] == ["scaledet.py", "--weights", str(tmp_path / "small/a-2")]
-    assert command[3:] == ["--tiny", "--seed", "2", "--output", str(tmp_path / "small/b-2")]
+    a, b = (tmp_path / f"small/{name}-2-{SMALL.digest(name)}" for name in "ab")
+    assert command == [*f"scaledet.py --weights {a} --tiny --seed 2 --output {b}".split()]
+
+
+def test_a_changed_command_is_another_run():
+    changed = replace(SMALL, variants=SMALL.variants | {"a": ("plain", "scaledet.py --lam 2")})
+    assert all(changed.digest(name) != SMALL.digest(name) for name in "ab")
+    relabelled = replace(SMALL, variants=SMALL.variants | {"a": ("other", "scaledet.py --lam 0")})
+    assert all(relabelled.digest(name) == SMALL.digest(name) for name in "ab")
 
 
 def test_a_difference_is_of_the_same_seeds():
@@ -106,6 +118,8 @@ def test_a_difference_is_of_the_same_seeds():
         ([0.1, 0.11, 0.12], "shown"),
         ([-0.1, -0.11, -0.12], "the opposite"),
         ([0.1, -0.11, 0.12], "not clear"),
+        ([0.1, 0.2, 0.3], "not clear"),  # more than two standard errors, but p is .07
+        ([0.1, 0.2, 0.3, 0.2, 0.2], "shown"),
     ],
 )
 def test_verdicts(values, verdict):
@@ -120,9 +134,20 @@ def test_p_is_that_of_the_paired_test():
 
 def test_tables():
     found = records([0.1, 0.2, 0.3], [0.2, 0.4, 0.6])
-    assert "| plain | .200 ± .100 | 3 |" in variant_table(SMALL, found)
+    assert "| plain | .200 ± .100 | .350 ± .050 | 3 |" in variant_table(SMALL, found)
     (row,) = effect_rows(SMALL, found)
-    assert row.endswith("| +0.200 ± 0.058 (p 0.07) | 3 | shown |")
+    assert row.endswith("| +0.200 ± 0.058 (p 0.07) | 3 | not clear |")
+    costs = replace(SMALL, costs=True)
+    assert "| 3 | 2.0 | 1.0 |" in variant_table(costs, found)
+    for run in found.values():  # its speed is not that of a whole run alone on the machine
+        run["resumed"] = True
+    assert "| 3 |  |  |" in variant_table(costs, found)
+    assert [number(x) for x in (0.1234, 1.0, 10.2)] == [".123", "1.000", "10.200"]
+
+
+def test_an_effect_may_be_of_two_columns():
+    effect = Effect("a", "a", "AP50", "", "mean")
+    assert difference(SMALL, records([0.1], []), effect).values == pytest.approx([0.1 - 0.3])
 
 
 def test_effects_that_are_not_clear_get_more_seeds():
@@ -135,35 +160,77 @@ def test_effects_that_are_not_clear_get_more_seeds():
 
 
 def test_runs_of_another_command_do_not_count(tmp_path, capsys):
-    old = record("a", 0, 0.1) | {"command": "scaledet.py"}
+    old = record("a", 0, 0.1) | {"digest": "0"}
     (tmp_path / "small.json").write_text(json.dumps([old, record("b", 0, 0.1)]))
     assert list(read_records(SMALL, tmp_path)) == [("b", 0)]
-    assert "1 runs are of commands that the study has no more" in capsys.readouterr().out
+    assert "1 runs are of commands that have changed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("minutes, expected", [(60.0, ["a-0", "b-0", "a-1", "b-1"]), (0.0, [])])
-def test_a_run_comes_after_those_that_it_needs(tmp_path, monkeypatch, minutes, expected):
+@pytest.fixture
+def executed(monkeypatch):
+    """The runs in their order. No training takes place."""
     started = []
 
-    def execute(run, work):
+    def execute(run, work, revision, jobs):
         started.append(f"{run.variant}-{run.seed}")
-        (work / str(run)).mkdir(parents=True)
-        (work / str(run) / "results.json").write_text("{}")
+        run.folder(work).mkdir(parents=True)
+        (run.folder(work) / "results.json").write_text("{}")
         return record(run.variant, run.seed, {"a": 0.1, "b": 0.2}[run.variant] + run.seed / 100)
 
     monkeypatch.setattr("benchmarks.claims.__main__.execute", execute)
     monkeypatch.setitem(STUDIES, "small", SMALL)
-    sitting(tmp_path, "small", seeds=2, minutes=minutes).run_all()
-    assert started == expected
-    if expected:  # another machine has the records, but not the folders
-        shutil.rmtree(tmp_path / "work")
-        (tmp_path / "json" / "small.json").write_text(json.dumps([record("a", 0, 0.15)]))
-        started.clear()
-        sitting(tmp_path, "small").run_all()
-        assert started[:2] == ["a-0", "b-0"]
-        assert read_records(SMALL, tmp_path / "json")["a", 0]["metrics"]["coco"]["AP"] == 0.15
+    return started
+
+
+def test_no_run_begins_when_the_time_is_over(tmp_path, executed):
+    sitting(tmp_path, "small", minutes=0.0).run_all()
+    assert not executed
+
+
+def test_runs_that_have_ended_are_not_repeated(tmp_path, executed):
+    sitting(tmp_path, "small", seeds=2).run_all()
+    assert executed == ["a-0", "b-0", "a-1", "b-1"]
+    sitting(tmp_path, "small", seeds=2).run_all()
+    assert len(executed) == 4
+
+
+def test_a_repeated_run_replaces_what_came_of_it(tmp_path, executed):
+    """On another machine there are the records, but not the folders that the next run needs."""
+    sitting(tmp_path, "small", seeds=2).run_all()
+    shutil.rmtree(tmp_path / "work")
+    rows = [record("a", 0, 0.9), record("b", 0, 0.9), record("a", 1, 0.9)]
+    (tmp_path / "json" / "small.json").write_text(json.dumps(rows))
+    executed.clear()
+    sitting(tmp_path, "small", seeds=2).run_all()
+    assert executed == ["a-1", "b-1"]  # the weights of a-0 and b-0 are needed by none
+    found = read_records(SMALL, tmp_path / "json")
+    values = {key: run["metrics"]["coco"]["AP50"] for key, run in found.items()}
+    assert values["a", 0] == values["b", 0] == 0.9 and values["a", 1] == pytest.approx(0.11)
+
+    shutil.rmtree(tmp_path / "work")
+    three = replace(SMALL, variants=SMALL.variants | {"c": ("more", "scaledet.py --weights {a}")})
+    assert [str(run) for run in missing(three, 1, found)] == ["small/c-0"]
 
 
 def test_a_failed_run_names_its_log(tmp_path):
     with pytest.raises(InputError, match=r"python nothing.py: exit code 2, see .*x.log"):
-        runs.start(["nothing.py"], tmp_path / "x.log")
+        start(["nothing.py"], tmp_path / "x.log")
+
+
+def test_a_failure_stops_the_others(tmp_path, monkeypatch):
+    """One of two trainings at once fails; the other would take a minute."""
+    (tmp_path / "slow.py").write_text("import time; time.sleep(60)")
+    slow, failing = str(tmp_path / "slow.py"), "nothing.py"
+    both = {"a": ("", failing), "b": ("", slow), "c": ("", slow)}
+    monkeypatch.setitem(STUDIES, "small", replace(SMALL, variants=both, effects=()))
+    monkeypatch.setattr(
+        "benchmarks.claims.__main__.execute",
+        lambda run, work, revision, jobs: start([run.study.command(run.variant)], tmp_path / "log"),
+    )
+    begin = time.monotonic()
+    runner = sitting(tmp_path, "small", jobs=2)
+    monkeypatch.setattr(runner, "chains", lambda: [[Run(STUDIES["small"], v, 0)] for v in "bac"])
+    with pytest.raises(InputError, match=r"nothing.py: exit code 2"):
+        runner.run_all()
+    assert time.monotonic() - begin < 20
+    stop_all()  # none is left

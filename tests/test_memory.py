@@ -10,7 +10,6 @@ from conftest import METHODS, small_runs
 import scaledet
 from common import memory
 from common.errors import InputError
-from common.process import Process
 
 CPU = torch.device("cpu")
 GB = 10**9
@@ -79,15 +78,10 @@ def test_a_measured_training_ends_after_its_first_steps(tiny_root, tmp_path, mon
 
 
 @pytest.mark.parametrize("method", ["scaledet", "unidetector"])
-def test_the_log_says_what_a_step_takes(method, tiny_root, tmp_path, monkeypatch, caplog):
+def test_the_log_says_what_a_step_takes(method, tiny_root, tmp_path, train_here, caplog):
     caplog.set_level("INFO", logger="concord")
-    module = __import__(method)
-    monkeypatch.setattr(module, "evaluate", lambda *_: {})
-    monkeypatch.setattr(module, "evaluation_datasets", lambda *_, **__: [])
-    monkeypatch.setattr(Process, "training", None)
     flags = flags_of(method, tmp_path / "run", tiny_root)
-    monkeypatch.setattr(sys, "argv", [method, *flags, "--batch-size", "4", "--accumulate", "8"])
-    module.main()
+    train_here(method, [*flags, "--batch-size", "4", "--accumulate", "8"])
     told = [line for line in caplog.messages if line.startswith("a step of 4 images in 4 parts")]
     assert told and told[0].endswith("GB")
 

@@ -1,9 +1,7 @@
 """--dataset-ratios, and what a training tells of its datasets."""
 
-import importlib
 import logging
 import re
-import sys
 from itertools import islice
 from types import SimpleNamespace
 
@@ -14,7 +12,6 @@ from test_data import labelled
 
 from common.errors import InputError
 from common.preview import items_of_datasets, tell_mixture
-from common.process import Process
 from common.sampling import (
     ClassAwareSampler,
     RepeatFactorSampler,
@@ -76,7 +73,7 @@ def test_classes_share_the_ratio_of_their_dataset():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_follows_the_ratios_and_says_so(
-    method, tiny_root, tmp_path, monkeypatch, caplog
+    method, tiny_root, tmp_path, train_here, caplog
 ):
     caplog.set_level(logging.INFO, logger="concord")
     flags = small_runs(method, tmp_path / "run", tiny_root, steps=1)[0]
@@ -84,12 +81,7 @@ def test_every_method_follows_the_ratios_and_says_so(
     flags[place] = SEVERAL.get(method, flags[place])
     names = flags[place].split(",")
     ratios = ",".join(f"{name}={ratio}" for name, ratio in zip(names, (1, 3, 1)))
-    module = importlib.import_module(method)
-    monkeypatch.setattr(module, "evaluate", lambda *_: {})
-    monkeypatch.setattr(module, "evaluation_datasets", lambda *_, **__: [])
-    monkeypatch.setattr(Process, "training", None)
-    monkeypatch.setattr(sys, "argv", [f"{method}.py", *flags, "--dataset-ratios", ratios])
-    module.main()
+    train_here(method, [*flags, "--dataset-ratios", ratios])
     told = [
         re.match(r"(\S+): .*; (\d+)% of all that is seen, each image about once in", line)
         for line in caplog.messages

@@ -1,6 +1,5 @@
 """--accumulate: a batch in parts trains as the undivided batch does."""
 
-import importlib
 from collections import namedtuple
 from dataclasses import dataclass
 
@@ -10,15 +9,13 @@ from conftest import METHODS, small_runs
 from torch import nn
 
 from common.parts import Parts, in_parts, join
-from common.process import Process
 from common.runlog import RunLog
 
 
-def gradients(method, folder, tiny_root, monkeypatch, parts: int) -> list[dict]:
+def gradients(method, folder, tiny_root, monkeypatch, train_here, parts: int) -> list[dict]:
     """The gradients of the first step of each stage of a training, by parameter, and the loss."""
     flags = small_runs(method, folder, tiny_root, steps=1)[0]
     flags += ["--accumulate", str(parts), "--batch-size", "4", "--amp", "off", "--lr", "1e-9"]
-    module = importlib.import_module(method)
     found = []
     check_finite = RunLog.check_finite
 
@@ -29,20 +26,19 @@ def gradients(method, folder, tiny_root, monkeypatch, parts: int) -> list[dict]:
         return check_finite(run_log, losses, step, batch)
 
     monkeypatch.setattr(RunLog, "check_finite", spy)
-    monkeypatch.setattr(module, "evaluate", lambda *_: {})
-    monkeypatch.setattr(module, "evaluation_datasets", lambda *_, **__: [])
-    monkeypatch.setattr("sys.argv", [f"{method}.py", *flags])
-    monkeypatch.setattr(Process, "training", None)
-    module.main()
+    train_here(method, flags)
     monkeypatch.setattr(RunLog, "check_finite", check_finite)
     return found
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_gradients_are_those_of_the_undivided_batch(method, tiny_root, tmp_path, monkeypatch):
+def test_the_gradients_are_those_of_the_undivided_batch(
+    method, tiny_root, tmp_path, monkeypatch, train_here
+):
     """In parts of two and one images, with all counts of the losses."""
     whole, parted = (
-        gradients(method, tmp_path / str(parts), tiny_root, monkeypatch, parts) for parts in (1, 3)
+        gradients(method, tmp_path / str(parts), tiny_root, monkeypatch, train_here, parts)
+        for parts in (1, 3)
     )
     assert len(whole) == len(parted) > 0
     for one, other in zip(whole, parted):

@@ -15,9 +15,7 @@ import pytest
 from conftest import REPO, small_runs
 from PIL import Image
 
-import scaledet
 from common.errors import InputError
-from common.process import Process
 from common.track import tracker
 
 SETTINGS = {"datasets": "coco,o365", "lr": 1e-3, "jitter": (0.8, 1.5), "steps": None}
@@ -275,16 +273,12 @@ def test_the_real_mlflow(folder, tmp_path):
     assert read(text, **variables) == "[(20, 1.5), (40, 1.5)]"
 
 
-def test_a_training_sends_its_numbers(seen, tiny_root, tmp_path, monkeypatch):
+def test_a_training_sends_its_numbers(seen, tiny_root, tmp_path, train_here):
     """Losses, evaluations on the way and the last one, to one run, whose id is kept."""
     run = small_runs("scaledet", tmp_path / "run", tiny_root, steps=2)[0]
     run += ["--track", "wandb", "--eval-every", "1"]
-    monkeypatch.setattr(
-        scaledet, "evaluate", lambda *_: {"coco": {"AP": 0.5, "APl": math.nan}, "o365": {"AP": 0}}
-    )
-    monkeypatch.setattr(Process, "training", None)
-    monkeypatch.setattr(sys, "argv", ["scaledet.py", *run])
-    scaledet.main()
+    results = {"coco": {"AP": 0.5, "APl": math.nan}, "o365": {"AP": 0}}
+    train_here("scaledet", run, lambda *_: results)
     begun = [given for what, *rest in seen if what == "begin" for given in rest]
     assert len(begun) == 2 and begun[0]["id"] == begun[1]["id"]
     assert begun[0]["config"]["datasets"] == "coco,o365"

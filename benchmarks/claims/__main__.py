@@ -1,23 +1,27 @@
 """Tries the papers' claims on the generated datasets.
 
-    python -m benchmarks.claims                          # all studies: about 12 hours of two cores
+    python -m benchmarks.claims                          # all studies: about 15 hours of two cores
     python -m benchmarks.claims --study scaledet detic --minutes 60
     python -m benchmarks.claims --tables                 # trains nothing, writes tables and plots
 
 Each study trains the variants of a method that differ in one thing, with several seeds. Runs that
-are done are not repeated, and one that was stopped goes on, so the command may be stopped at any
+have ended are not repeated, and one that was stopped goes on, so the command may be stopped at any
 time. A run is a record in benchmarks/claims/<study>.json, with its settings, metrics and commit.
-Effects within two standard errors of 0 get up to five seeds. The tables go to the methods' pages
-in docs/, and all effects to docs/claims.md.
+An effect that is not clear gets five seeds. The tables go to the methods' pages in docs/, and all
+effects to docs/claims.md.
 """
 
 import argparse
+import os
 import shutil
+import signal
+import sys
 import threading
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -25,15 +29,24 @@ from benchmarks.claims import summary
 from benchmarks.claims.across import ACROSS
 from benchmarks.claims.detectors import DETECTORS
 from benchmarks.claims.finetuning import FINETUNING
-from benchmarks.claims.runs import Run, execute, is_whole, read_records, write_records
+from benchmarks.claims.runs import (
+    Records,
+    Run,
+    code_revision,
+    execute,
+    read_records,
+    stop_all,
+    write_records,
+)
 from benchmarks.claims.segmenters import SEGMENTERS
 from benchmarks.claims.study import Study
 from benchmarks.report import write_between
+from common.errors import InputError, tell
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
 STUDIES = {study.name: study for study in (*DETECTORS, *SEGMENTERS, FINETUNING, *ACROSS)}
-MOST_SEEDS = 5  # of the two variants of an effect that is not clear
+MOST_SEEDS = 5  # when an effect is not clear, its two variants get as many
 
 
 def parse() -> argparse.Namespace:
@@ -50,10 +63,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="the run folders")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the json files")
     parser.add_argument("--tables", action="store_true", help="trains nothing")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.work, args.output = args.work.resolve(), args.output.resolve()
+    return args
 
 
-def missing(study: Study, seeds: int, records: summary.Records) -> list[Run]:
+def missing(study: Study, seeds: int, records: Records) -> list[Run]:
     """Returns the runs that a study lacks; if none, those of effects that are not clear."""
     runs = [Run(study, variant, seed) for seed in range(seeds) for variant in study.variants]
     if seeds >= summary.LEAST_SEEDS and all(run.key in records for run in runs):
@@ -71,8 +86,9 @@ class Sitting:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.end = time.monotonic() + 60 * args.minutes
+        self.revision = code_revision()
         self.records = {name: read_records(STUDIES[name], args.output) for name in args.study}
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # of the records
 
     def chains(self) -> list[list[Run]]:
         """Returns the missing runs, a list per seed and study: a run may start from another."""
@@ -83,63 +99,83 @@ class Sitting:
         return [chains[key] for key in sorted(chains, key=lambda key: key[0])]
 
     def run_all(self) -> None:
-        """Runs what is missing, on --jobs threads, with a bar."""
+        """Runs what is missing, --jobs at once, with a bar.
+
+        If one fails, or this process is asked to stop, the others stop, too.
+        """
         while (chains := self.chains()) and time.monotonic() < self.end:
             total = sum(map(len, chains))
             with tqdm(total=total, unit="run") as bar, ThreadPoolExecutor(self.args.jobs) as pool:
-                for done in [pool.submit(self.run_chain, chain, bar) for chain in chains]:
-                    done.result()
+                futures = [pool.submit(self.run_chain, chain, bar) for chain in chains]
+                try:
+                    for future in as_completed(futures):
+                        future.result()
+                except BaseException:
+                    self.end = time.monotonic()
+                    stop_all()
+                    raise
 
     def run_chain(self, chain: list[Run], bar: tqdm) -> None:
-        """Runs a chain, one after the other."""
+        """Runs a chain, one after the other, until the time is over."""
         for run in chain:
             if run.key not in self.records[run.study.name]:
-                self.run(run, bar)
+                try:
+                    self.run(run, bar)
+                except BaseException:
+                    self.end = time.monotonic()  # before this thread takes the next chain
+                    raise
+            if time.monotonic() > self.end:
+                return
             bar.update()
 
     def run(self, run: Run, bar: tqdm) -> None:
-        """Runs one training, after those whose folders it needs and that are not there.
+        """Runs one training, after those whose folders it needs and that are not here.
 
-        Does nothing when the time is over. A run that has a record keeps it.
+        A run that is repeated, since its folder is not here, replaces its record. The records of
+        the runs that started from the old one are dropped: they are missing, and repeated, too.
         """
-        for variant in run.study.needs(run.variant):
-            needed = Run(run.study, variant, run.seed)
-            if not is_whole(needed, self.args.work):
-                self.run(needed, bar)
+        for parent in run.parents:
+            if not parent.has_ended(self.args.work):
+                self.run(parent, bar)
         if time.monotonic() > self.end:
             return
         bar.set_description(str(run))
-        record = execute(run, self.args.work.absolute())
+        record = execute(run, self.args.work, self.revision, self.args.jobs)
         with self.lock:
             records = self.records[run.study.name]
-            records.setdefault(run.key, record)
+            for variant, seed in list(records):
+                if seed == run.seed and run.variant in run.study.ancestors(variant):
+                    del records[variant, seed]
+            records[run.key] = record
             write_records(run.study, records, self.args.output)
 
 
 def write_tables(studies: list[Study], folder: Path, docs: Path) -> None:
     """Writes the tables of the pages in `docs`, docs/claims.md, and the plots."""
     effects, parts = [], []
+    (docs / "claims").mkdir(exist_ok=True)
     for study in studies:
         records = read_records(study, folder)
         if not records:
             continue
         plot = f"claims/{study.name}.png"
-        (docs / "claims").mkdir(exist_ok=True)
         summary.draw(study, records, docs / plot)
         text = f"{summary.text_of(study, records)}\n\n![{study.question}]({plot})"
         if study.page:
             write_between(docs / study.page, "claims", text)
             link = f"[{study.name}]({study.page})"
-            rows = summary.effect_rows(study, records)
-            effects += [f"| {link} {row}" for row in rows]
+            effects += [f"| {link} {row}" for row in summary.effect_rows(study, records)]
         else:
-            parts.append(text)
-    table = summary.effect_table(effects, ["study", *summary.EFFECTS])
-    write_between(docs / "claims.md", "claims", "\n\n".join([table, *parts]))
+            parts.append(f"## {study.name.capitalize()}\n\n{text}")
+    if effects or parts:
+        table = summary.effect_table(effects, ["study", *summary.EFFECTS])
+        write_between(docs / "claims.md", "claims", "\n\n".join([table, *parts]))
 
 
 def main() -> None:
     args = parse()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.jobs)))
+    signal.signal(signal.SIGTERM, _interrupt)
     if not args.tables:
         args.output.mkdir(parents=True, exist_ok=True)
         Sitting(args).run_all()
@@ -150,5 +186,16 @@ def main() -> None:
     write_tables(list(STUDIES.values()), args.output, docs)
 
 
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        tell(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        tell("stopped; the same command goes on")
+        sys.exit(130)

@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from common.errors import InputError
 from common.files import atomic_path
 
 ROOT = Path(__file__).resolve().parents[2]
+Records = dict[tuple[str, int], dict]  # of a study: {(variant, seed): record}
+_children: set[subprocess.Popen] = set()
+_lock = threading.Lock()  # of _children
 
 
 @dataclass(frozen=True)
@@ -30,34 +34,54 @@ class Run:
     def key(self) -> tuple[str, int]:
         return self.variant, self.seed
 
+    @property
+    def parents(self) -> list["Run"]:
+        """The runs whose folders it starts from."""
+        return [Run(self.study, name, self.seed) for name in self.study.parents(self.variant)]
+
     def __str__(self) -> str:
         return f"{self.study.name}/{self.variant}-{self.seed}"
+
+    def folder(self, work: Path) -> Path:
+        """Returns the run folder: a changed command has another one."""
+        return work / f"{self}-{self.study.digest(self.variant)}"
+
+    def has_ended(self, work: Path) -> bool:
+        return (self.folder(work) / "results.json").exists()
 
 
 def command_of(run: Run, work: Path) -> list[str]:
     """Returns the arguments of `python`: the command of the variant, for its seed and folder."""
-    needed = [Run(run.study, variant, run.seed) for variant in run.study.needs(run.variant)]
-    folders = {other.variant: shlex.quote(str(work / str(other))) for other in needed}
+    folders = {parent.variant: shlex.quote(str(parent.folder(work))) for parent in run.parents}
     parts = shlex.split(run.study.command(run.variant).format(**folders))
-    return [*parts, "--tiny", "--seed", str(run.seed), "--output", str(work / str(run))]
+    return [*parts, "--tiny", "--seed", str(run.seed), "--output", str(run.folder(work))]
 
 
-def execute(run: Run, work: Path) -> dict:
+def execute(run: Run, work: Path, revision: str, jobs: int) -> dict:
     """Runs the command and returns its record. Raises InputError if it fails.
 
-    A training that was stopped goes on from its last checkpoint. Its record then has the time and
-    memory of the last part.
+    A training that was stopped goes on from its last checkpoint. The record then says "resumed":
+    its time, speed and memory are those of the last part.
+
+    revision: the commit; jobs: the number of trainings at once, which shapes the speed
     """
-    folder = work / str(run)
+    folder = run.folder(work)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    resumed = any(folder.glob("checkpoint-*"))
     used = start(command_of(run, work), folder.with_name(f"{folder.name}.log"))
+    settings = json.loads((folder / "args.json").read_text())
     return {
         "variant": run.variant,
         "seed": run.seed,
         "command": run.study.command(run.variant),
+        "digest": run.study.digest(run.variant),
+        "revision": revision,
+        "resumed": resumed,
+        "jobs": jobs,
+        "threads": os.environ.get("OMP_NUM_THREADS", ""),
         **used,
         "img_per_s": speed_of(folder / "metrics.jsonl"),
-        "args": json.loads((folder / "args.json").read_text()),
+        "args": settings,
         "metrics": json.loads((folder / "results.json").read_text()),
     }
 
@@ -67,20 +91,27 @@ def start(command: list[str], log: Path) -> dict[str, Any]:
     begin = time.monotonic()
     with log.open("a") as file:
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=file, stderr=file)
-        try:
-            _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:
-            process.terminate()  # it writes a checkpoint
-            process.wait()
-            raise
-    if code := os.waitstatus_to_exitcode(status):
-        raise InputError(f"{shlex.join(['python', *command])}: exit code {code}, see {log}")
+        with _lock:
+            _children.add(process)
+        _, status, usage = os.wait4(process.pid, 0)
+        with _lock:
+            _children.discard(process)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        text = shlex.join(["python", *command])
+        raise InputError(f"{text}: exit code {process.returncode}, see {log}")
     return {
         "seconds": round(time.monotonic() - begin),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime),
         "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 2),
-        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
     }
+
+
+def stop_all() -> None:
+    """Asks all trainings to stop: each writes a checkpoint."""
+    with _lock:
+        for process in _children:
+            process.terminate()
 
 
 def speed_of(metrics: Path) -> float | None:
@@ -92,28 +123,34 @@ def speed_of(metrics: Path) -> float | None:
     return round(median(speeds), 2) if speeds else None
 
 
-def is_whole(run: Run, work: Path) -> bool:
-    """Tells if the folder of a run is there, and the run has ended."""
-    return (work / str(run) / "results.json").exists()
+def code_revision() -> str:
+    """Returns the commit, with + if files but the results of the claims differ from it."""
+    results = [":!benchmarks/claims/*.json", ":!docs", ":!README.md"]
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    status = [*git, "status", "--porcelain", "--", ".", *results]
+    changed = subprocess.run(status, capture_output=True, text=True).stdout
+    return commit.stdout.strip() + ("+" if changed.strip() else "")
 
 
 # -- Records ---------------------------------------------------------------------------------------
 
 
-def read_records(study: Study, folder: Path) -> dict[tuple[str, int], dict]:
-    """Returns {(variant, seed): record} of a study. Those of other commands are left out."""
+def read_records(study: Study, folder: Path) -> Records:
+    """Returns the records of a study. Those of commands that have changed are left out."""
     file = folder / f"{study.name}.json"
     records = json.loads(file.read_text()) if file.exists() else []
     kept = {}
     for record in records:
-        if record["command"] == study.variants.get(record["variant"], ("", ""))[1]:
-            kept[record["variant"], record["seed"]] = record
+        variant = record["variant"]
+        if variant in study.variants and record["digest"] == study.digest(variant):
+            kept[variant, record["seed"]] = record
     if len(kept) < len(records):
-        print(f"{file}: {len(records) - len(kept)} runs are of commands that the study has no more")
+        print(f"{file}: {len(records) - len(kept)} runs are of commands that have changed")
     return kept
 
 
-def write_records(study: Study, records: dict[tuple[str, int], dict], folder: Path) -> None:
+def write_records(study: Study, records: Records, folder: Path) -> None:
     """Writes the records of a study, a line each, in the order of its variants."""
     order = list(study.variants)
     rows = sorted(records.values(), key=lambda row: (order.index(row["variant"]), row["seed"]))

@@ -1,17 +1,29 @@
 """A study: variants of a method, the metrics they are compared by, and the effects to look for."""
 
+import hashlib
 import string
 from dataclasses import dataclass
+
+Metric = tuple[str, str]  # title in results.json, and the metric below it
+
+
+def ap50(*titles: str) -> tuple[Metric, ...]:
+    """Returns the AP50 of some titles in results.json: a column is their mean."""
+    return tuple((title, "AP50") for title in titles)
 
 
 @dataclass(frozen=True)
 class Effect:
-    """A claim: variant `better` has a higher value than variant `worse` in a column."""
+    """A claim: variant `better` has a higher value in a column than variant `worse`.
+
+    worse_column: the column of `worse`, if it is another one
+    """
 
     better: str
     worse: str
     column: str
     claim: str
+    worse_column: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,30 +32,40 @@ class Study:
 
     name:     of the json file, and of the plot
     question: what the variants answer, in a sentence
-    variants: {key: (the words of the table, the command)}. A command is "METHOD.py FLAGS"; --tiny,
-              --seed and --output are added. {key} in it is the run folder of that variant.
-    columns:  {heading: (title in results.json, metric)}
+    variants: {variant: (label in the table, command)}. A command is "METHOD.py FLAGS"; --tiny,
+              --seed and --output are added. "{other}" in it is the run folder of that variant.
+    columns:  {heading: the metrics whose mean it shows}
     effects:  what the paper claims, or what the comparison is made for
-    page:     of docs/, which gets the table
-    note:     why a claim may not show here
+    page:     of docs/, which gets the table; "" for docs/claims.md
+    note:     what a reader must know of the comparison, or why a claim may not show here
     costs:    whether the table also has the speed and the memory of each variant
     """
 
     name: str
     question: str
     variants: dict[str, tuple[str, str]]
-    columns: dict[str, tuple[str, str]]
+    columns: dict[str, tuple[Metric, ...]]
     effects: tuple[Effect, ...]
     page: str = ""
     note: str = ""
     costs: bool = False
 
-    def words(self, variant: str) -> str:
+    def label(self, variant: str) -> str:
         return self.variants[variant][0]
 
     def command(self, variant: str) -> str:
         return self.variants[variant][1]
 
-    def needs(self, variant: str) -> list[str]:
+    def parents(self, variant: str) -> list[str]:
         """Returns the variants whose run folders a command names."""
         return [name for _, name, _, _ in string.Formatter().parse(self.command(variant)) if name]
+
+    def ancestors(self, variant: str) -> set[str]:
+        """Returns the parents, their parents, and so on."""
+        parents = self.parents(variant)
+        return set(parents).union(*map(self.ancestors, parents))
+
+    def digest(self, variant: str) -> str:
+        """Returns a hash of the command and those of its ancestors: a changed one is a new run."""
+        commands = [self.command(name) for name in (variant, *sorted(self.ancestors(variant)))]
+        return hashlib.sha256("\n".join(commands).encode()).hexdigest()[:8]

@@ -7,24 +7,24 @@ from statistics import mean, stdev
 
 from scipy.stats import ttest_1samp
 
+from benchmarks.claims.runs import Records
 from benchmarks.claims.study import Effect, Study
 from common.files import atomic_path
 
 LEAST_SEEDS = 3  # that say whether an effect is clear
-Records = dict[tuple[str, int], dict]  # of a study: {(variant, seed): record}
+CLEAR = 0.05  # the largest p of a clear effect
 
 
 def value_of(study: Study, record: dict, column: str) -> float:
-    """Returns a metric of a record; NaN if the run has no such metric."""
-    title, metric = study.columns[column]
-    value = record["metrics"].get(title, {}).get(metric)
-    return math.nan if value is None else value
+    """Returns the mean of a column's metrics in a record; NaN if the run lacks one of them."""
+    values = [record["metrics"].get(title, {}).get(name) for title, name in study.columns[column]]
+    return math.nan if None in values else mean(values)
 
 
 def values_of(study: Study, records: Records, variant: str, column: str) -> dict[int, float]:
-    """Returns {seed: value} of a variant, without those that have no value."""
+    """Returns {seed: value} of a variant, without the seeds that have no value."""
     values = {}
-    for (name, seed), record in sorted(records.items(), key=lambda item: item[0][1]):
+    for (name, seed), record in sorted(records.items()):
         value = value_of(study, record, column)
         if name == variant and not math.isnan(value):
             values[seed] = value
@@ -60,8 +60,7 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the mean is more than two standard errors from 0."""
-        return abs(self.mean) > 2 * self.error
+        return self.p < CLEAR
 
     @property
     def verdict(self) -> str:
@@ -76,7 +75,7 @@ class Difference:
 def difference(study: Study, records: Records, effect: Effect) -> Difference | None:
     """Returns the differences of the seeds that both variants have; None without one."""
     better = values_of(study, records, effect.better, effect.column)
-    worse = values_of(study, records, effect.worse, effect.column)
+    worse = values_of(study, records, effect.worse, effect.worse_column or effect.column)
     seeds = sorted(better.keys() & worse.keys())
     return Difference([better[seed] - worse[seed] for seed in seeds]) if seeds else None
 
@@ -86,7 +85,8 @@ def difference(study: Study, records: Records, effect: Effect) -> Difference | N
 
 def number(value: float) -> str:
     """Formats a metric as papers do: .123."""
-    return f"{value:.3f}".replace("0.", ".", 1)
+    text = f"{value:.3f}"
+    return text.removeprefix("0") if value < 1 else text
 
 
 def variant_table(study: Study, records: Records) -> str:
@@ -99,17 +99,25 @@ def variant_table(study: Study, records: Records) -> str:
         own = [record for (name, _), record in records.items() if name == variant]
         if not own:
             continue
-        cells = [study.words(variant)]
+        cells = [study.label(variant)]
         for column in study.columns:
             values = list(values_of(study, records, variant, column).values())
             spread = f" ± {number(stdev(values))}" if len(values) > 1 else ""
             cells.append(f"{number(mean(values))}{spread}" if values else "")
         cells.append(str(len(own)))
         if study.costs:
-            cells.append(f"{mean(record['img_per_s'] for record in own):.1f}")
-            cells.append(f"{max(record['peak_gb'] for record in own):.1f}")
+            cells += costs_of(own)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def costs_of(records: list[dict]) -> tuple[str, str]:
+    """Returns the images per second and the GB of runs that nothing stopped or slowed down."""
+    whole = [r for r in records if not r["resumed"] and r["jobs"] == 1 and r["img_per_s"]]
+    if not whole:
+        return "", ""
+    speed = mean(record["img_per_s"] for record in whole)
+    return f"{speed:.1f}", f"{max(record['peak_gb'] for record in whole):.1f}"
 
 
 def effect_rows(study: Study, records: Records) -> list[str]:
@@ -119,11 +127,14 @@ def effect_rows(study: Study, records: Records) -> list[str]:
         found = difference(study, records, effect)
         if found is None:
             continue
-        pair = f"{study.words(effect.better)} − {study.words(effect.worse)}"
+        pair = f"{study.label(effect.better)} − {study.label(effect.worse)}"
         size = f"{found.mean:+.3f}"
         if len(found.values) > 1:
             size += f" ± {found.error:.3f} (p {found.p:.2f})"
-        cells = [effect.claim, pair, effect.column, size, str(len(found.values)), found.verdict]
+        column = effect.column
+        if effect.worse_column:
+            column += f" − {effect.worse_column}"
+        cells = [effect.claim, pair, column, size, str(len(found.values)), found.verdict]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 
@@ -138,16 +149,16 @@ def effect_table(rows: list[str], headings: list[str] = EFFECTS) -> str:
 
 def text_of(study: Study, records: Records) -> str:
     """Returns what a page says of a study: its question, tables and note."""
-    revisions = {record["args"]["environment"]["revision"] for record in records.values()}
+    revisions = {record["revision"] for record in records.values()}
     parts = [study.question, variant_table(study, records)]
     if rows := effect_rows(study, records):
         parts.append(effect_table(rows))
     if study.note:
         parts.append(study.note)
     parts.append(
-        f"`python -m benchmarks.claims --study {study.name}` repeats it; each run stands in "
-        f"`benchmarks/claims/{study.name}.json`, with its settings and commit "
-        f"({', '.join(sorted(revisions))})."
+        f"`python -m benchmarks.claims --study {study.name}` repeats it. Each run is in "
+        f"`benchmarks/claims/{study.name}.json` with its settings. "
+        f"Commits: {', '.join(sorted(revisions))}."
     )
     return "\n\n".join(parts)
 
@@ -175,7 +186,7 @@ def draw(study: Study, records: Records, path: Path) -> None:
         axes.set_title(column, size=9)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_yticks(range(len(variants)), [study.words(v) for v in variants], size=8)
+    panels[0][0].set_yticks(range(len(variants)), [study.label(v) for v in variants], size=8)
     panels[0][0].invert_yaxis()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
