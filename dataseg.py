@@ -41,7 +41,7 @@ Note: a poly schedule, the crops of semantic datasets (0.5 to 2 of 640) and the 
 Note: segments that a crop leaves empty are dropped, also those of panoptic maps.
 
     python dataseg.py --datasets ade20k,coco-panoptic,o365 --tiny   # minutes on a CPU
-    python dataseg.py --datasets ade20k,coco-panoptic,o365 --data-root DATA              # one GPU
+    python dataseg.py --datasets ade20k,coco-panoptic,o365 --data-root DATA --accumulate 8  # 16 GB
     torchrun --nproc-per-node 8 dataseg.py --datasets ade20k,coco-panoptic,o365 --data-root DATA
     python dataseg.py --predict photo.jpg --vocabulary "cat, grass" --weights runs/...
 """

@@ -40,7 +40,7 @@ background, not a vector; the multi-head baseline; masks alone, unmerged; a pipe
 each rank with its own dataset; MaskFormer's panoptic rule and less weight decay.
 
     python lmseg.py --datasets ade20k,coco-panoptic --tiny          # minutes on a CPU
-    python lmseg.py --datasets ade20k,cityscapes --data-root DATA                        # one GPU
+    python lmseg.py --datasets ade20k,cityscapes --data-root DATA --accumulate 4  # 15 GB
     torchrun --nproc-per-node 8 lmseg.py --datasets ade20k,cityscapes --data-root DATA
     python lmseg.py --predict photo.jpg --vocabulary "cat, grass" --weights runs/...
 """

@@ -42,7 +42,7 @@ Note: a class that an image shows only as a crowd is a negative of the presence,
 Note: cells that propose nothing are never selected. 300 detections (theirs 100), as LVIS wants.
 
     python metr.py --datasets coco,cityscapes-instances --tiny                 # minutes on a CPU
-    python metr.py --datasets coco,o365,oid --data-root DATA                             # one GPU
+    python metr.py --datasets coco,o365,oid --data-root DATA --accumulate 2  # 18 GB
     torchrun --nproc-per-node 8 metr.py --datasets coco,o365,oid --data-root DATA
     python metr.py --predict photo.jpg --vocabulary "cat, traffic cone" --weights runs/...
 """

@@ -49,7 +49,7 @@ Note: text embeddings are frozen and of unit norm. The biases of the class layer
   that the norm does not matter for the logits at first. It does for the task tokens.
 
     python omdet.py --datasets coco,o365 --tiny      # minutes on a CPU
-    python omdet.py --datasets coco,lvis,o365 --data-root DATA                           # one GPU
+    python omdet.py --datasets coco,lvis,o365 --data-root DATA --accumulate 2  # 17 GB
     torchrun --nproc-per-node 8 omdet.py --datasets coco,lvis,o365 --data-root DATA
     python omdet.py --predict photo.jpg --vocabulary "cat, traffic cone" --weights runs/...
 """

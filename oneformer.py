@@ -39,7 +39,7 @@ diff with dataseg.py shows: the drawn task; queries made of task and image; the 
 loss; a linear classifier per dataset; masks alone, unmerged; official files with a --test-longest.
 
     python oneformer.py --datasets coco-panoptic,ade20k-panoptic --tiny   # minutes on a CPU
-    python oneformer.py --datasets coco-panoptic --data-root DATA              # one GPU
+    python oneformer.py --datasets coco-panoptic --data-root DATA --accumulate 8  # 13 GB
     torchrun --nproc-per-node 8 oneformer.py --datasets coco-panoptic --data-root DATA
     python oneformer.py --predict photo.jpg --task instance --weights runs/...
 """

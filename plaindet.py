@@ -38,7 +38,7 @@ Note: Detection Hub (Meng et al., CVPR 2023, arXiv 2206.03484) is --queries-from
   kernels are left out: see docs/plaindet.md.
 
     python plaindet.py --datasets coco,lvis,oid --tiny      # minutes on a CPU
-    python plaindet.py --datasets coco,lvis,o365,oid --data-root DATA                    # one GPU
+    python plaindet.py --datasets coco,lvis,o365,oid --data-root DATA --accumulate 4  # 15 GB
     torchrun --nproc-per-node 8 plaindet.py --datasets coco,lvis,o365,oid --data-root DATA
     python plaindet.py --predict photo.jpg --vocabulary "cat, traffic cone" --weights runs/...
 """

@@ -47,7 +47,7 @@ Note: the paper takes the label of the highest similarity. Like Detic, we keep e
   threshold, unless --one-class-per-proposal.
 
     python scaledet.py --datasets coco,o365 --tiny          # minutes on a CPU
-    python scaledet.py --datasets lvis,coco,o365,oid500 --data-root DATA                 # one GPU
+    python scaledet.py --datasets lvis,coco,o365,oid500 --data-root DATA --accumulate 8  # 12 GB
     torchrun --nproc-per-node 8 scaledet.py --datasets lvis,coco,o365,oid500 --data-root DATA
     python scaledet.py --predict photo.jpg --vocabulary "cat, traffic cone" --weights runs/...
 """

@@ -38,7 +38,7 @@ diff with scaledet.py shows: two networks trained one after the other; no cascad
 columns of the image's own dataset; calibration; known and unknown classes in the table.
 
     python unidetector.py --datasets coco,o365 --tiny                   # minutes on a CPU
-    python unidetector.py --datasets coco,o365,oid500 --data-root DATA  # one GPU, all images
+    python unidetector.py --datasets coco,o365,oid500 --data-root DATA --accumulate 2  # 13 GB
     torchrun --nproc-per-node 8 unidetector.py --datasets coco@35000,o365@3.5%,oid500@4.5%  # paper
     python unidetector.py --stage classifier --weights runs/... --datasets coco,o365
     python unidetector.py --predict photo.jpg --prior runs/.../prior-coco.json --weights runs/...

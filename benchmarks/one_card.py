@@ -11,8 +11,8 @@ and for the default batch size the least --accumulate with which that is below 8
 a GPU the layers run in bfloat16, which takes less. The rate is that of two images a step, on as
 many threads as OMP_NUM_THREADS says.
 
-Backbones have random weights where none can be downloaded, and the text is MiniLM's. The classifier
-of unidetector.py is measured with torchvision's ResNet-50 in place of CLIP's.
+Backbones have random weights where none can be downloaded, and the text is MiniLM's. Of
+unidetector.py the localizer is measured; its classifier, a second network, is not.
 
 Writes one_card-<machine>.json, and the table of the README. A method that the file holds already is
 not measured again.
@@ -48,13 +48,11 @@ DATASETS = {
     "oneformer": "coco-panoptic",
     "groupsoftmax": "coco,oid",
 }
-STAGE = "unidetector classifier"  # measured beside the localizer
 SHARE = 0.85  # of the card may be taken
 
 
-def flags_of(row: str) -> list[str]:
+def flags_of(method: str) -> list[str]:
     """Returns the flags that undo --tiny, but for what is KEPT of it."""
-    method = row.split()[0]
     module = importlib.import_module(method)
     defaults = {field.name: field.default for field in fields(module.Args)}
     flags = ["--tiny", "--datasets", DATASETS.get(method, "coco,o365"), "--workers", "0"]
@@ -66,15 +64,14 @@ def flags_of(row: str) -> list[str]:
         else:
             flags += [flag, *map(str, value if isinstance(value, tuple) else [value])]
     if method == "unidetector":
-        flags += ["--classifier-backbone", "resnet50"]
-    steps = "--steps 0 --classifier-steps" if row == STAGE else "--steps"
-    return [*flags, *steps.split(), str(PROBE_STEPS)]
+        flags += ["--stage", "localizer"]
+    return [*flags, "--steps", str(PROBE_STEPS)]
 
 
-def peak(row: str, images: int, parts: int) -> tuple[float, float]:
+def peak(method: str, images: int, parts: int) -> tuple[float, float]:
     """Returns the peak GB of a training of PROBE_STEPS steps, and the seconds of the last step."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, f"{row.split()[0]}.py", *flags_of(row)]
+        command = [sys.executable, f"{method}.py", *flags_of(method)]
         command += ["--batch-size", str(images), "--accumulate", str(parts), "--output", folder]
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | {MEASURE: "1"}, capture_output=True, text=True
@@ -85,13 +82,13 @@ def peak(row: str, images: int, parts: int) -> tuple[float, float]:
     return found["peak"] / 1e9, found["seconds"]
 
 
-def measure(row: str) -> dict:
-    """Returns the record of a row: what was measured."""
-    (one, _), (two, seconds), (parted, _) = (peak(row, *p) for p in ((1, 1), (2, 1), (2, 2)))
+def measure(method: str) -> dict:
+    """Returns the record of a method: what was measured."""
+    (one, _), (two, seconds), (parted, _) = (peak(method, *p) for p in ((1, 1), (2, 1), (2, 2)))
     return {
         "img_per_s": round(2 / seconds, 3),
         "GB": {"1 image": one, "2 images": two, "2 images in 2 parts": parted},
-        "batch_size": importlib.import_module(row.split()[0]).Args().batch_size,
+        "batch_size": importlib.import_module(method).Args().batch_size,
     }
 
 
@@ -115,14 +112,7 @@ def table(record: dict, card: float) -> str:
         memory = needed(found["GB"], batch)
         fits = [n for n, size in memory.items() if size <= SHARE * card]
         chosen = f"{fits[0]} | {memory[fits[0]]:.0f}" if fits else f"none | {memory[batch]:.0f}"
-        file, *stage = method.split()
-        cells = (
-            " ".join([f"`{file}.py`", *stage]),
-            batch,
-            f"{memory[1]:.0f}",
-            chosen,
-            f"{found['img_per_s']:.2f}",
-        )
+        cells = (f"`{method}.py`", batch, f"{memory[1]:.0f}", chosen, f"{found['img_per_s']:.2f}")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     machine = record["machine"]
     told = f"{machine['CPU']}, {machine['threads']} threads, torch {machine['versions']['torch']}"
@@ -133,7 +123,6 @@ def table(record: dict, card: float) -> str:
 
 def main() -> None:
     methods = sorted(p.stem for p in ROOT.glob("*.py") if "\nclass Args:" in p.read_text())
-    methods.append(STAGE)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("methods", nargs="*", default=methods)
     parser.add_argument("--card", type=float, default=24.0, help="GB of the card")
