@@ -130,6 +130,8 @@ def parse_args(
         if args.eval_only or args.predict:
             saved |= metadata.get("own_head", {})
         repeated = list(model_fields)
+        if (args.eval_only or args.predict) and saved.get("amp") == "off":
+            repeated.append("amp")  # the results of a training in float32 do not change
         if args.eval_only:
             repeated += CLASS_FIELDS
         if args.eval_only and args.eval_datasets:
@@ -250,13 +252,14 @@ def is_of(value: object, kind: Any) -> bool:
 def saved_args(args_class: type[T], metadata: dict) -> T:
     """Returns an `args_class` with the settings saved in `metadata`, as `read_metadata` returns it.
 
-    A field that was not saved has its default, and so has --amp, which fits this machine, not that
-    of the training. Raises InputError for a value that does not fit.
+    A field that was not saved has its default. After a training in float32, --amp is off. After one
+    in bfloat16 it has its default, since this machine may be another one.
+    Raises InputError for a value that does not fit.
     """
     default = args_class()
     saved = metadata["args"] | metadata.get("own_head", {})
     args = with_saved(default, saved, vars(default).keys(), metadata["file"])
-    return dataclasses.replace(args, amp=default.amp)
+    return args if args.amp == "off" else dataclasses.replace(args, amp=default.amp)
 
 
 def check_numbers(args: Any) -> None:

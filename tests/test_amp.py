@@ -15,6 +15,7 @@ from torch import nn
 import scaledet
 from common import cascade, centernet, distributed, oln, retinanet, rpn
 from common.batch import collate
+from common.checkpoint import save_weights
 from common.clip_resnet import RegionClassifier
 from common.command import parse_args, saved_args
 from common.dataset_heads import DatasetHeads
@@ -301,7 +302,26 @@ def test_a_resumed_run_keeps_its_precision_on_another_machine(tmp_path, monkeypa
         assert ("--amp off instead of on" in caplog.text) == (amp == "off")
 
 
-def test_loaded_weights_have_the_precision_of_the_machine():
-    saved = {"args": asdict(scaledet.Args(amp="on", lr=1.0)), "file": "weights"}
-    args = saved_args(scaledet.Args, saved)
-    assert (args.amp, args.lr) == ("auto", 1.0)
+@pytest.mark.parametrize("saved, loaded", [("on", "auto"), ("auto", "auto"), ("off", "off")])
+def test_bfloat16_depends_on_the_machine_but_float32_stays(saved, loaded):
+    metadata = {"args": asdict(scaledet.Args(amp=saved, lr=1.0)), "file": "weights"}
+    args = saved_args(scaledet.Args, metadata)
+    assert (args.amp, args.lr) == (loaded, 1.0)
+
+
+@pytest.mark.parametrize(
+    "flags, amp",
+    [
+        (["--eval-only"], "off"),
+        (["--predict", "a.jpg"], "off"),
+        (["--eval-only", "--amp", "on"], "on"),
+        (["--datasets", "coco"], "auto"),  # a training of its own
+    ],
+)
+def test_results_of_a_float32_training_stay_in_float32(flags, amp, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    metadata = {"method": "scaledet", "args": asdict(scaledet.Args(amp="off"))}
+    save_weights(weights, nn.Linear(1, 1), space(), metadata)
+    settings = (scaledet.Args, scaledet.METHOD, scaledet.TINY, scaledet.MODEL_FIELDS)
+    args = parse_args(*settings, argv=["--weights", str(weights), *flags])
+    assert args.amp == amp
