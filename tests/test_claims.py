@@ -39,7 +39,7 @@ def records(a: list[float], b: list[float]) -> Records:
 
 
 def sitting(tmp_path, name: str, **changes) -> Sitting:
-    args = {"study": [name], "seeds": 1, "minutes": 60.0, "jobs": 1, "work": tmp_path / "work"}
+    args = {"method": [name], "seeds": 1, "minutes": 60.0, "jobs": 1, "work": tmp_path / "work"}
     args |= {"output": tmp_path / "json"} | changes
     args["output"].mkdir(exist_ok=True)
     return Sitting(argparse.Namespace(**args))
@@ -137,7 +137,7 @@ def test_tables():
     found = records([0.1, 0.2, 0.3], [0.2, 0.4, 0.6])
     assert "| plain | .200 ± .100 | .350 ± .050 | 3 |" in variant_table(SMALL, found)
     (row,) = effect_rows(SMALL, found)
-    assert row.endswith("| +0.200 ± 0.058 (p 0.07) | 3 | not clear |")
+    assert row.endswith("| +0.200 ± 0.058 (p 0.074) | 3 | not clear |")
     costs = replace(SMALL, costs=True)
     assert "| 3 | 2.0 | 1.0 |" in variant_table(costs, found)
     for run in found.values():  # its speed is not that of a whole run alone on the machine

@@ -1,7 +1,7 @@
 """Tries the papers' claims on the generated datasets.
 
     python -m benchmarks.claims                          # all studies: about 15 hours of two cores
-    python -m benchmarks.claims --study scaledet detic --minutes 60
+    python -m benchmarks.claims --method scaledet detic --minutes 60
     python -m benchmarks.claims --tables                 # trains nothing, writes tables and plots
 
 Each study trains the variants of a method that differ in one thing, with several seeds. Runs that
@@ -56,7 +56,13 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(STUDIES))
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        choices=STUDIES,
+        default=list(STUDIES),
+        help="studies of these methods; or finetuning, and all detectors or segmenters compared",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of each variant")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="then no run begins")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
@@ -87,13 +93,13 @@ class Sitting:
         self.args = args
         self.end = time.monotonic() + 60 * args.minutes
         self.revision = code_revision()
-        self.records = {name: read_records(STUDIES[name], args.output) for name in args.study}
+        self.records = {name: read_records(STUDIES[name], args.output) for name in args.method}
         self.lock = threading.Lock()  # of the records
 
     def chains(self) -> list[list[Run]]:
         """Returns the missing runs, a list per seed and study: a run may start from another."""
         chains = defaultdict(list)
-        for name in self.args.study:
+        for name in self.args.method:
             for run in missing(STUDIES[name], self.args.seeds, self.records[name]):
                 chains[run.seed, name].append(run)
         return [chains[key] for key in sorted(chains, key=lambda key: key[0])]

@@ -130,7 +130,7 @@ def effect_rows(study: Study, records: Records) -> list[str]:
         pair = f"{study.label(effect.better)} − {study.label(effect.worse)}"
         size = f"{found.mean:+.3f}"
         if len(found.values) > 1:
-            size += f" ± {found.error:.3f} (p {found.p:.2f})"
+            size += f" ± {found.error:.3f} (p {found.p:.2g})"
         column = effect.column
         if effect.worse_column:
             column += f" − {effect.worse_column}"
@@ -156,8 +156,8 @@ def text_of(study: Study, records: Records) -> str:
     if study.note:
         parts.append(study.note)
     parts.append(
-        f"`python -m benchmarks.claims --study {study.name}` repeats it. Each run is in "
-        f"`benchmarks/claims/{study.name}.json` with its settings. "
+        f"`python -m benchmarks.claims --method {study.name} --output FOLDER` repeats it. "
+        f"`benchmarks/claims/{study.name}.json` has the settings and metrics of each run. "
         f"Commits: {', '.join(sorted(revisions))}."
     )
     return "\n\n".join(parts)
