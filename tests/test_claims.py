@@ -16,7 +16,9 @@ from benchmarks.claims.__main__ import STUDIES, Sitting, missing, write_tables
 from benchmarks.claims.runs import Records, Run, command_of, read_records, start, stop_all
 from benchmarks.claims.study import Effect, Study, ap50
 from benchmarks.claims.summary import Difference, difference, effect_rows, number, variant_table
+from benchmarks.claims.text_merges import TABLE, similar_pairs
 from common.errors import InputError
+from common.merges import write_groups
 
 SMALL = Study(
     "small",
@@ -94,6 +96,11 @@ def test_a_command_names_the_folder_of_its_seed(tmp_path):
     command = command_of(Run(SMALL, "b", 2), tmp_path)
     a, b = (tmp_path / f"small/{name}-2-{SMALL.digest(name)}" for name in "ab")
     assert command == [*f"scaledet.py --weights {a} --tiny --seed 2 --output {b}".split()]
+
+
+def test_the_table_of_similar_names_is_made_by_its_command(tmp_path):
+    write_groups(tmp_path / "a.csv", ["coco", "oid"], *similar_pairs())
+    assert (tmp_path / "a.csv").read_text() == TABLE.read_text()
 
 
 def test_a_changed_command_is_another_run():
