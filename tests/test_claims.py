@@ -1,6 +1,7 @@
 """The claims: every variant trains two steps, and what is made of its numbers."""
 
 import argparse
+import importlib
 import json
 import math
 import shutil
@@ -9,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tyro
 from conftest import REPO, small_flags
 
 from benchmarks.claims import runs
@@ -29,6 +31,9 @@ SMALL = Study(
 )
 
 
+SLOW = {"scaledet", "detic", "unidetector", "plaindet", "detectors"}  # half a minute each
+
+
 def record(variant: str, seed: int, value: float | None) -> dict:
     run = {"variant": variant, "seed": seed, "digest": SMALL.digest(variant), "revision": "abc"}
     run |= {"resumed": False, "jobs": 1, "img_per_s": 2.0, "peak_gb": 1.0}
@@ -47,7 +52,9 @@ def sitting(tmp_path, name: str, **changes) -> Sitting:
     return Sitting(argparse.Namespace(**args))
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in SLOW else []) for name in STUDIES]
+)
 def test_each_variant_trains_and_its_tables_are_written(
     name, tmp_path, tiny_root, run, monkeypatch
 ):
@@ -90,6 +97,14 @@ def test_effects_name_variants_and_columns(study):
         assert {effect.column, effect.worse_column or effect.column} <= study.columns.keys()
     for variant in study.variants:
         assert study.ancestors(variant) <= study.variants.keys() - {variant}
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
+def test_methods_have_the_flags_of_all_variants(study, tmp_path):
+    for variant in study.variants:
+        file, *flags = command_of(Run(study, variant, 0), tmp_path)
+        module = importlib.import_module(file.removesuffix(".py"))
+        tyro.cli(module.Args, args=flags)
 
 
 def test_a_command_names_the_folder_of_its_seed(tmp_path):
