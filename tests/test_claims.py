@@ -85,6 +85,7 @@ def test_each_variant_trains_and_its_tables_are_written(
     docs = tmp_path / "docs"
     shutil.copytree(REPO / "docs", docs)
     write_tables([study], tmp_path / "json", docs)
+    assert f"{len(found)} runs of {3 * len(found)} so far" in (docs / "claims.md").read_text()
     text = (docs / (study.page or "claims.md")).read_text()
     assert all(f"| {label} |" in text for label, _ in study.variants.values())
     assert (docs / "claims" / f"{name}.png").stat().st_size > 5000

@@ -156,14 +156,20 @@ class Sitting:
             write_records(run.study, records, self.args.output)
 
 
+def wanted(studies: list[Study]) -> int:
+    """Returns the number of runs of all variants with the least number of seeds."""
+    return summary.LEAST_SEEDS * sum(len(study.variants) for study in studies)
+
+
 def write_tables(studies: list[Study], folder: Path, docs: Path) -> None:
     """Writes the tables of the pages in `docs`, docs/claims.md, and the plots."""
-    effects, parts = [], []
+    effects, parts, every = [], [], []
     (docs / "claims").mkdir(exist_ok=True)
     for study in studies:
         records = read_records(study, folder)
         if not records:
             continue
+        every += records.values()
         plot = f"claims/{study.name}.png"
         summary.draw(study, records, docs / plot)
         text = f"{summary.text_of(study, records)}\n\n![{study.question}]({plot})"
@@ -173,9 +179,11 @@ def write_tables(studies: list[Study], folder: Path, docs: Path) -> None:
             effects += [f"| {link} {row}" for row in summary.effect_rows(study, records)]
         else:
             parts.append(f"## {study.name.capitalize()}\n\n{text}")
-    if effects or parts:
+    if every:
         table = summary.effect_table(effects, ["study", *summary.EFFECTS])
-        write_between(docs / "claims.md", "claims", "\n\n".join([table, *parts]))
+        hours = sum(record["seconds"] for record in every) / 3600
+        told = f"{len(every)} runs of {wanted(studies)} so far; they took {hours:.1f} hours."
+        write_between(docs / "claims.md", "claims", "\n\n".join([told, table, *parts]))
 
 
 def main() -> None:
