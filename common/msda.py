@@ -390,7 +390,12 @@ if triton is not None:
     KERNELS["cuda"] = (_forward_triton, _backward_triton)
 
 
-@torch.library.custom_op("concord::msda", mutates_args=())
+# The schemas are written out: torch 2.6 does not read them from list[int] and tuple[Tensor, ...].
+@torch.library.custom_op(
+    "concord::msda",
+    mutates_args=(),
+    schema="(Tensor value, Tensor offsets, Tensor logits, Tensor reference, int[] sizes) -> Tensor",
+)
 def _msda(
     value: Tensor, offsets: Tensor, logits: Tensor, reference: Tensor, sizes: list[int]
 ) -> Tensor:
@@ -405,7 +410,12 @@ def _(value, offsets, logits, reference, sizes):
     return value.new_empty(batch, offsets.shape[1], heads * d, dtype=dtype)
 
 
-@torch.library.custom_op("concord::msda_backward", mutates_args=())
+@torch.library.custom_op(
+    "concord::msda_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor value, Tensor offsets, Tensor logits, Tensor reference,"
+    " Tensor out, int[] sizes) -> (Tensor, Tensor, Tensor)",
+)
 def _msda_backward(
     grad: Tensor,
     value: Tensor,

@@ -23,7 +23,13 @@ from common.targets import true_rows
 MOST_ENTRIES = 2**20  # of bins and cells that are held at once, about 50 bytes each
 
 
-@torch.library.custom_op("concord::roi_align", mutates_args=())
+# The schemas are written out: torch 2.6 does not read them from list[Tensor] and list[int].
+@torch.library.custom_op(
+    "concord::roi_align",
+    mutates_args=(),
+    schema="(Tensor[] features, int[] strides, Tensor boxes, Tensor image, Tensor level,"
+    " int resolution) -> Tensor",
+)
 def roi_align(
     features: list[Tensor],
     strides: list[int],
@@ -295,7 +301,12 @@ def _(features, strides, boxes, image, level, resolution):
     return features[0].new_empty(len(boxes), channels, resolution, resolution)
 
 
-@torch.library.custom_op("concord::roi_align_backward", mutates_args=())
+@torch.library.custom_op(
+    "concord::roi_align_backward",
+    mutates_args=(),
+    schema="(Tensor gradient, int[] sizes, int[] strides, Tensor boxes, Tensor image, Tensor level,"
+    " int resolution) -> Tensor[]",
+)
 def _roi_align_backward(
     gradient: Tensor,
     sizes: list[int],
