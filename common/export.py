@@ -135,8 +135,14 @@ def transform_of(args: Args, module: ModuleType, model: nn.Module) -> ResizeShor
 def trace(exported: Exported, image: Tensor, args: Args) -> torch.export.ExportedProgram:
     """Traces the model on an image (3, H, W), with symbols for what may differ.
 
-    Raises InputError if torch cannot trace it.
+    Raises InputError if torch cannot trace it, or is too old for sizes with a range.
     """
+    ranged = args.text_input or not args.static
+    if ranged and not callable(torch.export.Dim.DYNAMIC):
+        raise InputError(
+            f"inputs whose size may differ need a newer torch than {torch.__version__}: "
+            "pip install -U torch torchvision, or give --static and no --text-input"
+        )
     inputs = [image[None]]
     shapes: list[dict | None] = [None]
     if not args.static:

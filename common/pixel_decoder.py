@@ -191,8 +191,8 @@ class PixelDecoder(nn.Module):
 
         All are float32. Under autocast too, the tokens are, to which each layer adds a little.
         """
-        res2, *levels = features
-        levels.reverse()
+        res2 = features[0]
+        levels = features[:0:-1]  # of strides 32, 16 and 8
         shapes = []
         areas = []
         pixels = []

@@ -96,6 +96,8 @@ def photo(number: int, size: tuple[int, int]) -> torch.Tensor:
 
 def exported_file(method: str, form: str, folder, weights=None, **more):
     """Exports a small model; returns the file, the method file, the model and its classes."""
+    if not callable(torch.export.Dim.DYNAMIC):
+        pytest.skip("torch is too old for sizes with a range")
     weights = weights or make_weights(method, folder)
     vocabulary = "coco" if method in ONE_DATASET else ""
     path = folder / f"{method}{export.ENDINGS[form]}"

@@ -15,6 +15,7 @@ import torch
 from conftest import REPO, run_method, small_runs, stand_alone
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
+from torch.distributed import checkpoint
 from torch.distributed.tensor import DTensor
 
 import scaledet
@@ -27,6 +28,10 @@ from common.fsdp import Sharding, blocks, leave_out_unused, make_whole, set_shar
 from common.labels import LabelSpace, Vocabulary
 from common.optim import sgd
 from common.rescue import LastStep, rescue
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(checkpoint, "HuggingFaceStorageWriter"), reason="torch is too old for --fsdp"
+)
 
 # -- a small model on ranks of its own -------------------------------------------------------------
 
