@@ -122,6 +122,10 @@ def test_the_table_of_similar_names_is_made_by_its_command(tmp_path):
 def test_a_changed_command_is_another_run():
     changed = replace(SMALL, variants=SMALL.variants | {"a": ("plain", "scaledet.py --lam 2")})
     assert all(changed.digest(name) != SMALL.digest(name) for name in "ab")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.claims.study.tiny_settings", lambda file: "lr 1")
+        other = SMALL.digest("a")
+    assert other != SMALL.digest("a")
     relabelled = replace(SMALL, variants=SMALL.variants | {"a": ("other", "scaledet.py --lam 0")})
     assert all(relabelled.digest(name) == SMALL.digest(name) for name in "ab")
 

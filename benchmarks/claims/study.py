@@ -1,9 +1,14 @@
 """A study: variants of a method, the metrics they are compared by, and the effects to look for."""
 
+import functools
 import hashlib
 import string
 from dataclasses import dataclass
+from pathlib import Path
 
+from common.flag_check import read_names
+
+ROOT = Path(__file__).resolve().parents[2]
 Metric = tuple[str, str]  # title in results.json, and the metric below it
 
 
@@ -66,6 +71,18 @@ class Study:
         return set(parents).union(*map(self.ancestors, parents))
 
     def digest(self, variant: str) -> str:
-        """Returns a hash of the command and those of its ancestors: a changed one is a new run."""
-        commands = [self.command(name) for name in (variant, *sorted(self.ancestors(variant)))]
-        return hashlib.sha256("\n".join(commands).encode()).hexdigest()[:8]
+        """Returns a hash of what makes a run another one.
+
+        These are its command, those of its ancestors, and the settings of --tiny of each method.
+        """
+        parts = []
+        for name in (variant, *sorted(self.ancestors(variant))):
+            command = self.command(name)
+            parts += [command, tiny_settings(command.split()[0])]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+
+
+@functools.cache
+def tiny_settings(file: str) -> str:
+    """Returns the settings of --tiny that stand in a method file."""
+    return repr(sorted(read_names(ROOT / file, "TINY")["TINY"].items()))
