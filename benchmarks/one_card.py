@@ -30,7 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.paired import HERE, cpu_name, machine, record_path, write_json
-from benchmarks.report import write_between
+from benchmarks.report import markdown_row, markdown_table, write_between
 from common.memory import MEASURE, PROBE_STEPS, RECORD
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,19 +106,18 @@ def table(record: dict, card: float) -> str:
     """Returns a row per method."""
     names = ["method", "images a step", "GB", f"`--accumulate` for {card:g} GB", "GB with it"]
     names.append("img/s on the CPU")
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    lines = []
     for method, found in sorted(record["methods"].items()):
         batch = found["batch_size"]
         memory = needed(found["GB"], batch)
         fits = [n for n, size in memory.items() if size <= SHARE * card]
         chosen = f"{fits[0]} | {memory[fits[0]]:.0f}" if fits else f"none | {memory[batch]:.0f}"
         cells = (f"`{method}.py`", batch, f"{memory[1]:.0f}", chosen, f"{found['img_per_s']:.2f}")
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append(markdown_row(cells))
     machine = record["machine"]
     told = f"{machine['CPU']}, {machine['threads']} threads, torch {machine['versions']['torch']}"
-    return "\n".join(
-        [*lines, "", f"{told}; on a GPU: not measured. `python benchmarks/one_card.py`"]
-    )
+    rows = markdown_table(names, lines)
+    return f"{rows}\n\n{told}; on a GPU: not measured. `python benchmarks/one_card.py`"
 
 
 def main() -> None:

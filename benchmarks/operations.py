@@ -7,6 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import detectors, segmenters
 from benchmarks.paired import HERE, Options, run, wait
+from benchmarks.report import markdown_row, markdown_table
 from benchmarks.small_step import longest
 
 TOP = 10
@@ -41,21 +42,20 @@ def cell(key: str, calls: float, share: float) -> str:
 def profiles(options: Options) -> str:
     """Returns a markdown table of the top operations of four methods, side by side."""
     columns = {name: top_operations(name, options) for name in STEPS}
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines = []
     for of_methods in zip(*columns.values()):
-        cells = [cell(*operation) for operation in of_methods]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(markdown_row(cell(*operation) for operation in of_methods))
+    return markdown_table(columns, lines)
 
 
 def small_profiles() -> str:
     """Returns a markdown table of the top operations of all methods with --tiny, a row each."""
-    lines = ["| method | operations |", "|---|---|"]
+    lines = []
     for path in sorted(HERE.parent.glob("*.py")):
         if "\nDEMO = " in path.read_text():
             module = "benchmarks.small_step"
             command = [sys.executable, "-m", module, path.stem, str(SMALL_TOP)]
             output = run(command).splitlines()[-1]
             cells = [cell(*operation) for operation in json.loads(output)]
-            lines.append(f"| {path.stem} | {', '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append(markdown_row([path.stem, ", ".join(cells)]))
+    return markdown_table(["method", "operations"], lines)

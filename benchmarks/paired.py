@@ -273,10 +273,21 @@ def machine(device: str) -> dict:
     }
 
 
-def revision() -> str:
-    """Returns the commit, with + if files differ from it; "" outside a git repository."""
-    described = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
-    done = subprocess.run(described, cwd=HERE, capture_output=True, text=True)
+def revision(*results: str) -> str:
+    """Returns the commit, with + if files differ from it; "" outside a git repository.
+
+    results: patterns of files from the root of the repository that may differ, and be new. Without
+             them, new files do not count
+    """
+    commit = _git("describe", "--always", "--exclude=*")
+    new = "normal" if results else "no"
+    ignored = [f":!{pattern}" for pattern in results]
+    changed = _git("status", "--porcelain", f"--untracked-files={new}", "--", ".", *ignored)
+    return commit + ("+" if changed else "")
+
+
+def _git(*command: str) -> str:
+    done = subprocess.run(["git", *command], cwd=HERE.parent, capture_output=True, text=True)
     return done.stdout.strip()
 
 

@@ -2,6 +2,7 @@
 
 import re
 import statistics
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from benchmarks.paired import Row
@@ -27,6 +28,16 @@ def digits(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
+def markdown_row(cells: Iterable[object]) -> str:
+    """Returns a line of a markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def markdown_table(headings: Collection[str], lines: Iterable[str]) -> str:
+    """Returns a markdown table. lines: of `markdown_row`"""
+    return "\n".join([markdown_row(headings), "|---" * len(headings) + "|", *lines])
+
+
 def cell(row: Row, name: str) -> str:
     """Returns the name, the median and the range of one side."""
     values = row.values.get(name)
@@ -41,10 +52,8 @@ def cell(row: Row, name: str) -> str:
 
 def table(rows: list[Row]) -> str:
     """Returns a markdown table of rows."""
-    lines = [
-        "| what | mode | ours | peer | ratio | of CPU time | at least | holds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    headings = ["what", "mode", "ours", "peer", "ratio", "of CPU time", "at least", "holds"]
+    lines = []
     for row in rows:
         ratio, cpu = row.ratio(), row.ratio("cpu")
         cells = [
@@ -59,8 +68,8 @@ def table(rows: list[Row]) -> str:
         ]
         if row.note:
             cells[0] += f"; {row.note}"
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(markdown_row(cells))
+    return markdown_table(headings, lines)
 
 
 def described(machine: dict) -> str:

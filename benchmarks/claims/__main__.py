@@ -29,23 +29,17 @@ from benchmarks.claims import summary
 from benchmarks.claims.across import ACROSS
 from benchmarks.claims.detectors import DETECTORS
 from benchmarks.claims.finetuning import FINETUNING
-from benchmarks.claims.runs import (
-    Records,
-    Run,
-    code_revision,
-    execute,
-    read_records,
-    stop_all,
-    write_records,
-)
+from benchmarks.claims.runs import Records, Run, execute, read_records, stop_all, write_records
 from benchmarks.claims.segmenters import SEGMENTERS
 from benchmarks.claims.study import Study
-from benchmarks.report import write_between
+from benchmarks.paired import revision
+from benchmarks.report import markdown_table, write_between
 from common.errors import InputError, tell
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
 STUDIES = {study.name: study for study in (*DETECTORS, *SEGMENTERS, FINETUNING, *ACROSS)}
+RESULTS = ("benchmarks/claims/*.json", "docs", "README.md")  # that runs write, or their tables
 MOST_SEEDS = 5  # when an effect is not clear, its two variants get as many
 
 
@@ -92,7 +86,7 @@ class Sitting:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.end = time.monotonic() + 60 * args.minutes
-        self.revision = code_revision()
+        self.revision = revision(*RESULTS)
         self.records = {name: read_records(STUDIES[name], args.output) for name in args.method}
         self.lock = threading.Lock()  # of the records
 
@@ -156,11 +150,6 @@ class Sitting:
             write_records(run.study, records, self.args.output)
 
 
-def wanted(studies: list[Study]) -> int:
-    """Returns the number of runs of all variants with the least number of seeds."""
-    return summary.LEAST_SEEDS * sum(len(study.variants) for study in studies)
-
-
 def write_tables(studies: list[Study], folder: Path, docs: Path) -> None:
     """Writes the tables of the pages in `docs`, docs/claims.md, and the plots."""
     effects, parts, every = [], [], []
@@ -180,9 +169,10 @@ def write_tables(studies: list[Study], folder: Path, docs: Path) -> None:
         else:
             parts.append(f"## {study.name.capitalize()}\n\n{text}")
     if every:
-        table = summary.effect_table(effects, ["study", *summary.EFFECTS])
+        table = markdown_table(["study", *summary.EFFECTS], effects)
+        wanted = summary.LEAST_SEEDS * sum(len(study.variants) for study in studies)
         hours = sum(record["seconds"] for record in every) / 3600
-        told = f"{len(every)} runs of {wanted(studies)} so far; they took {hours:.1f} hours."
+        told = f"{len(every)} runs of {wanted} so far; they took {hours:.1f} hours."
         write_between(docs / "claims.md", "claims", "\n\n".join([told, table, *parts]))
 
 

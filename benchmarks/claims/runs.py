@@ -12,11 +12,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.claims.study import Study
+from benchmarks.claims.study import ROOT, Study
+from common.curves import read_steps
 from common.errors import InputError
 from common.files import atomic_path
 
-ROOT = Path(__file__).resolve().parents[2]
 Records = dict[tuple[str, int], dict]  # of a study: {(variant, seed): record}
 _children: set[subprocess.Popen] = set()
 _lock = threading.Lock()  # of _children
@@ -69,7 +69,7 @@ def execute(run: Run, work: Path, revision: str, jobs: int) -> dict:
     folder.parent.mkdir(parents=True, exist_ok=True)
     resumed = any(folder.glob("checkpoint-*"))
     used = start(command_of(run, work), folder.with_name(f"{folder.name}.log"))
-    settings = json.loads((folder / "args.json").read_text())
+    settings = (folder / "args.json").read_text().replace(f"{work}{os.sep}", "")  # of any machine
     return {
         "variant": run.variant,
         "seed": run.seed,
@@ -81,7 +81,7 @@ def execute(run: Run, work: Path, revision: str, jobs: int) -> dict:
         "threads": os.environ.get("OMP_NUM_THREADS", ""),
         **used,
         "img_per_s": speed_of(folder / "metrics.jsonl"),
-        "args": settings,
+        "args": json.loads(settings),
         "metrics": json.loads((folder / "results.json").read_text()),
     }
 
@@ -116,21 +116,8 @@ def stop_all() -> None:
 
 def speed_of(metrics: Path) -> float | None:
     """Returns the median images per second of a training; None if there was none."""
-    if not metrics.exists():
-        return None
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    speeds = [line["img_per_s"] for line in lines if "img_per_s" in line]
+    speeds = [line["img_per_s"] for line in read_steps(metrics) if "img_per_s" in line]
     return round(median(speeds), 2) if speeds else None
-
-
-def code_revision() -> str:
-    """Returns the commit, with + if files but the results of the claims differ from it."""
-    results = [":!benchmarks/claims/*.json", ":!docs", ":!README.md"]
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    status = [*git, "status", "--porcelain", "--", ".", *results]
-    changed = subprocess.run(status, capture_output=True, text=True).stdout
-    return commit.stdout.strip() + ("+" if changed.strip() else "")
 
 
 # -- Records ---------------------------------------------------------------------------------------

@@ -9,10 +9,12 @@ from scipy.stats import ttest_1samp
 
 from benchmarks.claims.runs import Records
 from benchmarks.claims.study import Effect, Study
+from benchmarks.report import markdown_row, markdown_table
 from common.files import atomic_path
 
 LEAST_SEEDS = 3  # that say whether an effect is clear
 CLEAR = 0.05  # the largest p of a clear effect
+EFFECTS = ["claim", "difference of", "in", "mean ± standard error", "seeds", "shown?"]
 
 
 def value_of(study: Study, record: dict, column: str) -> float:
@@ -94,7 +96,7 @@ def variant_table(study: Study, records: Records) -> str:
     headings = ["variant", *study.columns, "seeds"]
     if study.costs:
         headings += ["img/s", "GB"]
-    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    lines = []
     for variant in study.variants:
         own = [record for (name, _), record in records.items() if name == variant]
         if not own:
@@ -107,8 +109,8 @@ def variant_table(study: Study, records: Records) -> str:
         cells.append(str(len(own)))
         if study.costs:
             cells += costs_of(own)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(markdown_row(cells))
+    return markdown_table(headings, lines)
 
 
 def costs_of(records: list[dict]) -> tuple[str, str]:
@@ -135,16 +137,8 @@ def effect_rows(study: Study, records: Records) -> list[str]:
         if effect.worse_column:
             column += f" − {effect.worse_column}"
         cells = [effect.claim, pair, column, size, str(len(found.values)), found.verdict]
-        rows.append(f"| {' | '.join(cells)} |")
+        rows.append(markdown_row(cells))
     return rows
-
-
-EFFECTS = ["claim", "difference of", "in", "mean ± standard error", "seeds", "shown?"]
-
-
-def effect_table(rows: list[str], headings: list[str] = EFFECTS) -> str:
-    """Returns the table of rows of effects."""
-    return "\n".join([f"| {' | '.join(headings)} |", "|---" * len(headings) + "|", *rows])
 
 
 def text_of(study: Study, records: Records) -> str:
@@ -152,7 +146,7 @@ def text_of(study: Study, records: Records) -> str:
     revisions = {record["revision"] for record in records.values()}
     parts = [study.question, variant_table(study, records)]
     if rows := effect_rows(study, records):
-        parts.append(effect_table(rows))
+        parts.append(markdown_table(EFFECTS, rows))
     if study.note:
         parts.append(study.note)
     parts.append(
@@ -168,15 +162,13 @@ def text_of(study: Study, records: Records) -> str:
 
 def draw(study: Study, records: Records, path: Path) -> None:
     """Draws a panel per metric: a bar per variant, and a dot per seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # without pyplot, matplotlib draws with Agg
 
     variants = [v for v in study.variants if any(name == v for name, _ in records)]
     columns = len(study.columns)
     size = (2.2 + 2.6 * columns, 0.9 + 0.34 * len(variants))
-    figure, panels = pyplot.subplots(1, columns, figsize=size, sharey=True, squeeze=False)
+    figure = Figure(figsize=size)
+    panels = figure.subplots(1, columns, sharey=True, squeeze=False)
     for axes, column in zip(panels[0], study.columns):
         for row, variant in enumerate(variants):
             values = list(values_of(study, records, variant, column).values())
@@ -190,4 +182,3 @@ def draw(study: Study, records: Records, path: Path) -> None:
     panels[0][0].invert_yaxis()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
-    pyplot.close(figure)
