@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from common.errors import InputError
@@ -46,9 +47,11 @@ def heed_signals() -> Iterator[None]:
 
     While `LastStep.is_busy`, a signal is only noted, and `check_asked` raises `Stop` later. Signals
     after the first change nothing. A signal that is ignored already, as under nohup, stays ignored.
-    Data loading processes ignore all signals, since they end with the process that they serve.
+    Data loading processes ignore all signals, since they end with the process that they serve. A
+    thread of theirs that hands it a batch just then does not report the lost connection.
     """
     owner = os.getpid()
+    report = sys.excepthook
 
     def on_signal(number: int, frame: object) -> None:
         if os.getpid() != owner or Process.asked or Process.ending:
@@ -58,6 +61,10 @@ def heed_signals() -> Iterator[None]:
         if not (training and training.is_busy):
             raise Stop(number)
 
+    def on_error(kind: type[BaseException], error: BaseException, trace: TracebackType) -> None:
+        if os.getpid() == owner or not issubclass(kind, (ConnectionError, EOFError)):
+            report(kind, error, trace)
+
     before = {}
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
@@ -65,9 +72,11 @@ def heed_signals() -> Iterator[None]:
                 before[number] = signal.signal(number, on_signal)
     Process.asked, Process.ending, Process.training = 0, False, None
     Process.heeding = bool(before)
+    sys.excepthook = on_error
     try:
         yield
     finally:
+        sys.excepthook = report
         Process.heeding, Process.training = False, None
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -5,6 +5,7 @@ import importlib
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -31,7 +32,7 @@ from common.command import run_command
 from common.curves import draw_panels
 from common.distributed import _join
 from common.errors import InputError
-from common.process import unlock
+from common.process import heed_signals, unlock
 from common.replay import FIELDS, read_record
 from common.rescue import LOWER, explain
 from common.runlog import RunLog
@@ -331,6 +332,23 @@ def test_handlers_are_as_before_after_a_command(flags, tmp_path, command):
     before = [signal.getsignal(number) for number in SIGNALS]
     command("--resume", tmp_path / "none")
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def _report_two_errors():
+    """What a thread of a data loading process does with its errors."""
+    for error in (ConnectionResetError("the trainer is gone"), ValueError("a real error")):
+        sys.excepthook(type(error), error, None)
+
+
+def test_a_loading_process_does_not_report_that_its_trainer_is_gone(capfd):
+    before = sys.excepthook
+    with heed_signals():
+        process = multiprocessing.get_context("fork").Process(target=_report_two_errors)
+        process.start()
+        process.join()
+    errors = capfd.readouterr().err
+    assert "a real error" in errors and "the trainer is gone" not in errors
+    assert sys.excepthook is before
 
 
 @pytest.mark.parametrize("workers", [0, 2])
