@@ -428,9 +428,10 @@ def test_the_shape_of_the_attention_is_in_the_weights(trained):
     assert args.backbone == "tf_efficientnet_lite0"
 
 
-def test_weights_with_attention_do_not_fit_the_control(trained, fails):
+def test_weights_with_attention_do_not_fit_the_control(trained, fails, tmp_path):
     folder, flags = trained
-    line = fails(*flags, "--no-attention", "--weights", folder, method="domain_attention")
+    flags = [*flags, "--no-attention", "--output", tmp_path / "run"]
+    line = fails(*flags, "--weights", folder, method="domain_attention")
     assert "adapters" in line or "bn3" in line
 
 

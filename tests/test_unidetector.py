@@ -1263,5 +1263,6 @@ def test_text_of_another_width(trained, tmp_path, fails):
         "--output",
         tmp_path / "o",
     ]
+    other += ["--output", tmp_path / "run"]
     line = fails("--predict", "x.jpg", "--vocabulary", "dragon", *other, method="unidetector")
     assert "text embeddings have 512 dimensions, this model needs 384" in line
