@@ -17,7 +17,14 @@ from benchmarks.claims import runs
 from benchmarks.claims.__main__ import STUDIES, Sitting, missing, write_tables
 from benchmarks.claims.runs import Records, Run, command_of, read_records, start, stop_all
 from benchmarks.claims.study import Effect, Study, ap50
-from benchmarks.claims.summary import Difference, difference, effect_rows, number, variant_table
+from benchmarks.claims.summary import (
+    Difference,
+    difference,
+    effect_rows,
+    number,
+    overview_row,
+    variant_table,
+)
 from benchmarks.claims.text_merges import TABLE, similar_pairs
 from common.errors import InputError
 from common.merges import write_groups
@@ -83,7 +90,8 @@ def test_each_variant_trains_and_its_tables_are_written(
     sitting(tmp_path, name).run_all()
     docs = tmp_path / "docs"
     shutil.copytree(REPO / "docs", docs)
-    write_tables([study], tmp_path / "json", docs)
+    shutil.copy(REPO / "README.md", tmp_path)
+    write_tables([study], tmp_path / "json", tmp_path)
     assert f"{len(found)} runs of {3 * len(found)} so far" in (docs / "claims.md").read_text()
     text = (docs / (study.page or "claims.md")).read_text()
     assert all(f"| {label} |" in text for label, _ in study.variants.values())
@@ -151,6 +159,13 @@ def test_a_difference_is_of_the_same_seeds():
 )
 def test_verdicts(values, verdict):
     assert Difference(values).verdict == verdict
+
+
+def test_the_overview_sorts_the_claims_by_verdict():
+    few = records([0.1, 0.2], [0.3, 0.4])
+    assert overview_row(SMALL, few, "small") == ""
+    shown = records([0.1, 0.2, 0.3], [0.41, 0.5, 0.6])
+    assert overview_row(SMALL, shown, "small") == f"| small | {SMALL.effects[0].claim} |  |  |"
 
 
 def test_p_is_that_of_the_paired_test():

@@ -7,8 +7,8 @@
 Each study trains the variants of a method that differ in one thing, with several seeds. Runs that
 have ended are not repeated, and one that was stopped goes on, so the command may be stopped at any
 time. A run is a record in benchmarks/claims/<study>.json, with its settings, metrics and commit.
-An effect that is not clear gets five seeds. The tables go to the methods' pages in docs/, and all
-effects to docs/claims.md.
+An effect that is not clear gets five seeds. The tables go to the methods' pages in docs/, all
+effects to docs/claims.md, and what they show to README.md.
 """
 
 import argparse
@@ -31,13 +31,12 @@ from benchmarks.claims.detectors import DETECTORS
 from benchmarks.claims.finetuning import FINETUNING
 from benchmarks.claims.runs import Records, Run, execute, read_records, stop_all, write_records
 from benchmarks.claims.segmenters import SEGMENTERS
-from benchmarks.claims.study import Study
+from benchmarks.claims.study import ROOT, Study
 from benchmarks.paired import revision
 from benchmarks.report import markdown_table, write_between
 from common.errors import InputError, tell
 
 HERE = Path(__file__).resolve().parent
-DOCS = HERE.parents[1] / "docs"
 STUDIES = {study.name: study for study in (*DETECTORS, *SEGMENTERS, FINETUNING, *ACROSS)}
 RESULTS = ("benchmarks/claims/*.json", "docs", "README.md")  # that runs write, or their tables
 MOST_SEEDS = 5  # when an effect is not clear, its two variants get as many
@@ -150,10 +149,11 @@ class Sitting:
             write_records(run.study, records, self.args.output)
 
 
-def write_tables(studies: list[Study], folder: Path, docs: Path) -> None:
-    """Writes the tables of the pages in `docs`, docs/claims.md, and the plots."""
-    effects, parts, every = [], [], []
+def write_tables(studies: list[Study], folder: Path, root: Path) -> None:
+    """Writes the tables of README.md and of the pages in docs/, both in `root`, and the plots."""
+    docs = root / "docs"
     (docs / "claims").mkdir(exist_ok=True)
+    overview, effects, parts, every = [], [], [], []
     for study in studies:
         records = read_records(study, folder)
         if not records:
@@ -166,6 +166,8 @@ def write_tables(studies: list[Study], folder: Path, docs: Path) -> None:
             write_between(docs / study.page, "claims", text)
             link = f"[{study.name}]({study.page})"
             effects += [f"| {link} {row}" for row in summary.effect_rows(study, records)]
+            link = f"[{study.name}](docs/{study.page})"
+            overview.append(summary.overview_row(study, records, link))
         else:
             parts.append(f"## {study.name.capitalize()}\n\n{text}")
     if every:
@@ -174,6 +176,8 @@ def write_tables(studies: list[Study], folder: Path, docs: Path) -> None:
         hours = sum(record["seconds"] for record in every) / 3600
         told = f"{len(every)} runs of {wanted} so far; they took {hours:.1f} hours."
         write_between(docs / "claims.md", "claims", "\n\n".join([told, table, *parts]))
+        table = markdown_table(["study", *summary.VERDICTS], filter(None, overview))
+        write_between(root / "README.md", "claims", table)
 
 
 def main() -> None:
@@ -183,11 +187,12 @@ def main() -> None:
     if not args.tables:
         args.output.mkdir(parents=True, exist_ok=True)
         Sitting(args).run_all()
-    docs = DOCS
+    root = ROOT
     if args.output != HERE:
-        docs = args.output / "docs"
-        shutil.copytree(DOCS, docs, dirs_exist_ok=True)
-    write_tables(list(STUDIES.values()), args.output, docs)
+        root = args.output
+        shutil.copytree(ROOT / "docs", root / "docs", dirs_exist_ok=True)
+        shutil.copy(ROOT / "README.md", root)
+    write_tables(list(STUDIES.values()), args.output, root)
 
 
 def _interrupt(*_: object) -> NoReturn:

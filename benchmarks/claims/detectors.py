@@ -31,7 +31,7 @@ SCALEDET = Study(
         Effect("soft", "hard", ELSEWHERE, "the soft loss helps elsewhere"),
         Effect("soft", "raw", TRAINED, "rescaled cosines are better than raw ones"),
         Effect("soft", "own", TRAINED, "negatives of all datasets are better"),
-        Effect("soft", "own", ELSEWHERE, "and elsewhere"),
+        Effect("soft", "own", ELSEWHERE, "they are better elsewhere, too"),
         Effect("soft", "o365", ELSEWHERE, "two datasets beat one elsewhere"),
         Effect("four", "soft", ELSEWHERE, "four datasets beat two elsewhere"),
     ),
@@ -62,11 +62,11 @@ DETIC = Study(
     {"base AP50": (("coco-base", "AP50 base"),), "novel AP50": (("coco-base", "AP50 novel"),)},
     (
         Effect("max_size", "longer", "novel AP50", "image labels teach novel classes"),
-        Effect("max_size", "image", "novel AP50", "the largest proposal beats the whole image"),
-        Effect("max_size", "max_score", "novel AP50", "it beats the highest score"),
-        Effect("max_size", "first", "novel AP50", "it beats the highest objectness"),
-        Effect("max_size", "wsddn", "novel AP50", "it beats WSDDN"),
-        Effect("upper", "max_size", "novel AP50", "boxes would teach more"),
+        Effect("max_size", "image", "novel AP50", "the largest box beats the whole image"),
+        Effect("max_size", "max_score", "novel AP50", "the largest box beats the highest score"),
+        Effect("max_size", "first", "novel AP50", "the largest box beats the highest objectness"),
+        Effect("max_size", "wsddn", "novel AP50", "the largest box beats WSDDN"),
+        Effect("upper", "max_size", "novel AP50", "boxes teach novel classes more"),
     ),
     "detic.md",
     "With image labels, half of the 400 steps are of images with boxes. The weight of the image "
@@ -137,7 +137,9 @@ UNIDET = Study(
         Effect("unified", "partitioned", BOTH, "the unified detector beats the partitioned one"),
         Effect("unified", "names", BOTH, "learned merges beat equal names"),
         Effect("unified", "text", BOTH, "learned merges beat similar names"),
-        Effect("learned", "names", "precision of the merges", "and are more often right"),
+        Effect(
+            "learned", "names", "precision of the merges", "learned merges are right more often"
+        ),
         Effect("learned", "partitioned", BOTH, "merging without training costs nothing"),
     ),
     "unidet.md",
@@ -194,9 +196,9 @@ GROUPSOFTMAX = Study(
     },
     (
         Effect("groups", "coco", "coco AP50", "a coarse dataset helps the fine one"),
-        Effect("groups", "plain", "coco AP50", "groups beat plain softmax: fine dataset"),
-        Effect("groups", "plain", "oid-top AP50", "coarse dataset"),
-        Effect("groups", "plain", "fine AP50 where labels are coarse", "fine classes in it"),
+        Effect("groups", "plain", "coco AP50", "groups help the fine dataset"),
+        Effect("groups", "plain", "oid-top AP50", "groups help the coarse dataset"),
+        Effect("groups", "plain", "fine AP50 where labels are coarse", "groups find fine classes"),
     ),
     "groupsoftmax.md",
 )
@@ -259,7 +261,7 @@ PLAINDET = Study(
         Effect("queries", "text", MEAN, "composed queries help"),
         Effect("hub", "text", MEAN, "queries adapted to the dataset help (Detection Hub)"),
         Effect("whole", "queries", MEAN, "sampling by hardness helps"),
-        Effect("whole", "equal", MEAN, "it is the hardness that helps"),
+        Effect("whole", "equal", MEAN, "it is the hardness that helps, not the sizes"),
     ),
     "plaindet.md",
     "Sampling by hardness also draws small datasets more often: its weights are those of `equal` "

@@ -95,8 +95,8 @@ ONEFORMER = Study(
         "PQ if told instance": (("cityscapes-panoptic (the task is instance)", "PQ"),),
     },
     (
-        Effect("with", "without", PQ, "the contrastive loss helps"),
-        Effect("with", "without", "mIoU", "the contrastive loss helps"),
+        Effect("with", "without", PQ, "the contrastive loss helps PQ"),
+        Effect("with", "without", "mIoU", "the contrastive loss helps mIoU"),
         Effect("with", "with", PQ, "the model listens to the task", "PQ if told instance"),
     ),
     "oneformer.md",

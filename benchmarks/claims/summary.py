@@ -15,6 +15,7 @@ from common.files import atomic_path
 LEAST_SEEDS = 3  # that say whether an effect is clear
 CLEAR = 0.05  # the largest p of a clear effect
 EFFECTS = ["claim", "difference of", "in", "mean ± standard error", "seeds", "shown?"]
+VERDICTS = ["shown", "not clear", "the opposite"]
 
 
 def value_of(study: Study, record: dict, column: str) -> float:
@@ -69,9 +70,10 @@ class Difference:
         """What becomes of the claim."""
         if len(self.values) < LEAST_SEEDS:
             return f"{len(self.values)} of {LEAST_SEEDS} seeds"
+        shown, unclear, opposite = VERDICTS
         if not self.is_clear:
-            return "not clear"
-        return "shown" if self.mean > 0 else "the opposite"
+            return unclear
+        return shown if self.mean > 0 else opposite
 
 
 def difference(study: Study, records: Records, effect: Effect) -> Difference | None:
@@ -139,6 +141,18 @@ def effect_rows(study: Study, records: Records) -> list[str]:
         cells = [effect.claim, pair, column, size, str(len(found.values)), found.verdict]
         rows.append(markdown_row(cells))
     return rows
+
+
+def overview_row(study: Study, records: Records, link: str) -> str:
+    """Returns the claims of a study, a cell per verdict; "" without a verdict."""
+    claims = {verdict: [] for verdict in VERDICTS}
+    for effect in study.effects:
+        found = difference(study, records, effect)
+        if found and found.verdict in claims:
+            claims[found.verdict].append(effect.claim)
+    if not any(claims.values()):
+        return ""
+    return markdown_row([link, *("; ".join(texts) for texts in claims.values())])
 
 
 def text_of(study: Study, records: Records) -> str:
