@@ -4,11 +4,11 @@
     python -m benchmarks.claims --method scaledet detic --minutes 60
     python -m benchmarks.claims --tables                 # trains nothing, writes tables and plots
 
-Each study trains the variants of a method that differ in one thing, with several seeds. Runs that
-have ended are not repeated, and one that was stopped goes on, so the command may be stopped at any
-time. A run is a record in benchmarks/claims/<study>.json, with its settings, metrics and commit.
-An effect that is not clear gets five seeds. The tables go to the methods' pages in docs/, all
-effects to docs/claims.md, and what they show to README.md.
+Each study trains variants that differ in one thing, with several seeds. Runs that have ended are
+not repeated, and one that was stopped goes on, so the command may be stopped at any time. A run is
+a record in benchmarks/claims/<study>.json, with its settings, metrics and commit. An effect that is
+not clear gets five seeds. The tables go to the methods' pages in docs/, all effects to
+docs/claims.md, and the verdicts to README.md.
 """
 
 import argparse
@@ -38,7 +38,8 @@ from common.errors import InputError, tell
 
 HERE = Path(__file__).resolve().parent
 STUDIES = {study.name: study for study in (*DETECTORS, *SEGMENTERS, FINETUNING, *ACROSS)}
-RESULTS = ("benchmarks/claims/*.json", "docs", "README.md")  # that runs write, or their tables
+# what this command writes: a difference in it is no change of the code
+RESULTS = ("benchmarks/claims/*.json", "docs", "README.md")
 MOST_SEEDS = 5  # when an effect is not clear, its two variants get as many
 
 
@@ -59,11 +60,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="of each variant")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="then no run begins")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
-    parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="the run folders")
+    parser.add_argument("--work", type=Path, help="the run folders; else runs/claims, or in OUTPUT")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the json files")
     parser.add_argument("--tables", action="store_true", help="trains nothing")
     args = parser.parse_args()
-    args.work, args.output = args.work.resolve(), args.output.resolve()
+    if min(args.seeds, args.jobs) < 1:
+        parser.error("--seeds and --jobs are at least 1")
+    args.output = args.output.resolve()
+    own = ROOT / "runs/claims" if args.output == HERE else args.output / "runs"
+    args.work = (args.work or own).resolve()
     return args
 
 
@@ -71,8 +76,10 @@ def missing(study: Study, seeds: int, records: Records) -> list[Run]:
     """Returns the runs that a study lacks; if none, those of effects that are not clear."""
     runs = [Run(study, variant, seed) for seed in range(seeds) for variant in study.variants]
     if seeds >= summary.LEAST_SEEDS and all(run.key in records for run in runs):
+        # without later seeds: a sitting that ends after the fourth one must not decide
+        first = {run.key: records[run.key] for run in runs}
         for effect in study.effects:
-            found = summary.difference(study, records, effect)
+            found = summary.difference(study, first, effect)
             if found is not None and not found.is_clear:
                 for seed in range(seeds, MOST_SEEDS):
                     runs += [Run(study, v, seed) for v in (effect.worse, effect.better)]
@@ -80,17 +87,20 @@ def missing(study: Study, seeds: int, records: Records) -> list[Run]:
 
 
 class Sitting:
-    """The runs of one call of the command, until its minutes are over."""
+    """Runs the trainings that are missing, until the minutes are over."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.end = time.monotonic() + 60 * args.minutes
-        self.revision = revision(*RESULTS)
         self.records = {name: read_records(STUDIES[name], args.output) for name in args.method}
-        self.lock = threading.Lock()  # of the records
+        self.lock = threading.Lock()  # of the records and their files
 
     def chains(self) -> list[list[Run]]:
-        """Returns the missing runs, a list per seed and study: a run may start from another."""
+        """Returns the missing runs in lists, low seeds first.
+
+        A list has those of one seed and study. They may need each other's folders, so they run one
+        after the other.
+        """
         chains = defaultdict(list)
         for name in self.args.method:
             for run in missing(STUDIES[name], self.args.seeds, self.records[name]):
@@ -105,8 +115,8 @@ class Sitting:
         while (chains := self.chains()) and time.monotonic() < self.end:
             total = sum(map(len, chains))
             with tqdm(total=total, unit="run") as bar, ThreadPoolExecutor(self.args.jobs) as pool:
-                futures = [pool.submit(self.run_chain, chain, bar) for chain in chains]
                 try:
+                    futures = [pool.submit(self.run_chain, chain, bar) for chain in chains]
                     for future in as_completed(futures):
                         future.result()
                 except BaseException:
@@ -128,10 +138,11 @@ class Sitting:
             bar.update()
 
     def run(self, run: Run, bar: tqdm) -> None:
-        """Runs one training, after those whose folders it needs and that are not here.
+        """Runs a training, and before it the parents that have not ended in --work.
 
-        A run that is repeated, since its folder is not here, replaces its record. The records of
-        the runs that started from the old one are dropped: they are missing, and repeated, too.
+        None begins when the time is over. A parent that is repeated, since its folder is not here,
+        replaces its record. The records of the runs that started from the old one are dropped: they
+        are missing, and repeated, too.
         """
         for parent in run.parents:
             if not parent.has_ended(self.args.work):
@@ -139,45 +150,52 @@ class Sitting:
         if time.monotonic() > self.end:
             return
         bar.set_description(str(run))
-        record = execute(run, self.args.work, self.revision, self.args.jobs)
+        record = execute(run, self.args.work, revision(*RESULTS), self.args.jobs)
         with self.lock:
             records = self.records[run.study.name]
             for variant, seed in list(records):
                 if seed == run.seed and run.variant in run.study.ancestors(variant):
+                    bar.write(f"{run} is repeated, so that of {variant} is dropped")
                     del records[variant, seed]
             records[run.key] = record
             write_records(run.study, records, self.args.output)
 
 
 def write_tables(studies: list[Study], folder: Path, root: Path) -> None:
-    """Writes the tables of README.md and of the pages in docs/, both in `root`, and the plots."""
+    """Writes what the records in `folder` say into the pages below `root`, and the plots.
+
+    The pages are README.md, docs/claims.md and those of the studies.
+    """
     docs = root / "docs"
     (docs / "claims").mkdir(exist_ok=True)
-    overview, effects, parts, every = [], [], [], []
+    verdicts, effects, parts, every = [], [], [], []
     for study in studies:
-        records = read_records(study, folder)
-        if not records:
-            continue
-        every += records.values()
-        plot = f"claims/{study.name}.png"
-        summary.draw(study, records, docs / plot)
-        text = f"{summary.text_of(study, records)}\n\n![{study.question}]({plot})"
+        text = f"No run has ended yet: `python -m benchmarks.claims --method {study.name}` trains."
+        if records := read_records(study, folder):
+            plot = f"claims/{study.name}.png"
+            summary.draw(study, records, docs / plot)
+            text = f"{summary.text_of(study, records)}\n\n![{study.question}]({plot})"
         if study.page:
             write_between(docs / study.page, "claims", text)
-            link = f"[{study.name}]({study.page})"
-            effects += [f"| {link} {row}" for row in summary.effect_rows(study, records)]
+            effects += summary.effect_rows(study, records, f"[{study.name}]({study.page})")
             link = f"[{study.name}](docs/{study.page})"
-            overview.append(summary.overview_row(study, records, link))
+            verdicts.append(summary.overview_row(study, records, link))
         else:
             parts.append(f"## {study.name.capitalize()}\n\n{text}")
-    if every:
-        table = markdown_table(["study", *summary.EFFECTS], effects)
-        wanted = summary.LEAST_SEEDS * sum(len(study.variants) for study in studies)
-        hours = sum(record["seconds"] for record in every) / 3600
-        told = f"{len(every)} runs of {wanted} so far; they took {hours:.1f} hours."
-        write_between(docs / "claims.md", "claims", "\n\n".join([told, table, *parts]))
-        table = markdown_table(["study", *summary.VERDICTS], filter(None, overview))
-        write_between(root / "README.md", "claims", table)
+        every += records.values()
+    first = sum(record["seed"] < summary.LEAST_SEEDS for record in every)
+    wanted = summary.LEAST_SEEDS * sum(len(study.variants) for study in studies)
+    hours = sum(record["seconds"] for record in every) / 3600
+    told = (
+        f"{first} of the {wanted} runs with the first {summary.LEAST_SEEDS} seeds have ended, and "
+    )
+    told += (
+        f"{len(every) - first} with more seeds. All took {hours:.1f} hours, one after the other."
+    )
+    table = markdown_table(["study", *summary.EFFECTS], effects)
+    write_between(docs / "claims.md", "claims", "\n\n".join([told, table, *parts]))
+    table = markdown_table(["study", *summary.VERDICTS], filter(None, verdicts))
+    write_between(root / "README.md", "claims", table)
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """A study: variants of a method, the metrics they are compared by, and the effects to look for."""
 
-import functools
 import hashlib
 import string
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ def ap50(*titles: str) -> tuple[Metric, ...]:
 
 @dataclass(frozen=True)
 class Effect:
-    """A claim: variant `better` has a higher value in a column than variant `worse`.
+    """What is claimed: variant `better` has a higher value in a column than variant `worse`.
 
     worse_column: the column of `worse`, if it is another one
+    ours: whether the question is ours, and no claim of the paper
     """
 
     better: str
@@ -29,15 +29,16 @@ class Effect:
     column: str
     claim: str
     worse_column: str = ""
+    ours: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # hashed by identity, as its dicts have no hash
 class Study:
     """Variants that are trained alike but for what a paper claims to matter.
 
     name:     of the json file, and of the plot
     question: what the variants answer, in a sentence
-    variants: {variant: (label in the table, command)}. A command is "METHOD.py FLAGS"; --tiny,
+    variants: {variant: (label in the tables, command)}. A command is "METHOD.py FLAGS"; --tiny,
               --seed and --output are added. "{other}" in it is the run folder of that variant.
     columns:  {heading: the metrics whose mean it shows}
     effects:  what the paper claims, or what the comparison is made for
@@ -71,9 +72,9 @@ class Study:
         return set(parents).union(*map(self.ancestors, parents))
 
     def digest(self, variant: str) -> str:
-        """Returns a hash of what makes a run another one.
+        """Returns a hash of the commands of a variant and its ancestors, and their --tiny settings.
 
-        These are its command, those of its ancestors, and the settings of --tiny of each method.
+        Other changes of the code do not show in it; the record of a run has the commit.
         """
         parts = []
         for name in (variant, *sorted(self.ancestors(variant))):
@@ -82,7 +83,6 @@ class Study:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
-@functools.cache
 def tiny_settings(file: str) -> str:
     """Returns the settings of --tiny that stand in a method file."""
     return repr(sorted(read_names(ROOT / file, "TINY")["TINY"].items()))

@@ -18,19 +18,18 @@ EFFECTS = ["claim", "difference of", "in", "mean ± standard error", "seeds", "s
 VERDICTS = ["shown", "not clear", "the opposite"]
 
 
-def value_of(study: Study, record: dict, column: str) -> float:
-    """Returns the mean of a column's metrics in a record; NaN if the run lacks one of them."""
-    values = [record["metrics"].get(title, {}).get(name) for title, name in study.columns[column]]
-    return math.nan if None in values else mean(values)
-
-
 def values_of(study: Study, records: Records, variant: str, column: str) -> dict[int, float]:
-    """Returns {seed: value} of a variant, without the seeds that have no value."""
+    """Returns {seed: value} of a variant: the mean of the column's metrics.
+
+    A seed whose run lacks one of them is left out.
+    """
     values = {}
     for (name, seed), record in sorted(records.items()):
-        value = value_of(study, record, column)
-        if name == variant and not math.isnan(value):
-            values[seed] = value
+        if name == variant:
+            found = record["metrics"]
+            metrics = [found.get(title, {}).get(key) for title, key in study.columns[column]]
+            if None not in metrics:
+                values[seed] = mean(metrics)
     return values
 
 
@@ -67,7 +66,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """What becomes of the claim."""
+        """One of VERDICTS, or the number of seeds if these are too few."""
         if len(self.values) < LEAST_SEEDS:
             return f"{len(self.values)} of {LEAST_SEEDS} seeds"
         shown, unclear, opposite = VERDICTS
@@ -115,17 +114,30 @@ def variant_table(study: Study, records: Records) -> str:
     return markdown_table(headings, lines)
 
 
+def are_costs(record: dict) -> bool:
+    """Whether the speed of a run counts: nothing stopped it, and no other training ran beside."""
+    return not record["resumed"] and record["jobs"] == 1 and bool(record["img_per_s"])
+
+
 def costs_of(records: list[dict]) -> tuple[str, str]:
-    """Returns the images per second and the GB of runs that nothing stopped or slowed down."""
-    whole = [r for r in records if not r["resumed"] and r["jobs"] == 1 and r["img_per_s"]]
+    """Returns the images per second and the GB of runs, as `are_costs` allows."""
+    whole = list(filter(are_costs, records))
     if not whole:
         return "", ""
     speed = mean(record["img_per_s"] for record in whole)
     return f"{speed:.1f}", f"{max(record['peak_gb'] for record in whole):.1f}"
 
 
-def effect_rows(study: Study, records: Records) -> list[str]:
-    """Returns a row per effect that was measured: its mean, standard error, p and verdict."""
+def claim_of(effect: Effect) -> str:
+    """Returns the claim, and whose it is."""
+    return f"{effect.claim} (ours)" if effect.ours else effect.claim
+
+
+def effect_rows(study: Study, records: Records, *first: str) -> list[str]:
+    """Returns a row per effect that was measured: its mean, standard error, p and verdict.
+
+    first: cells before these
+    """
     rows = []
     for effect in study.effects:
         found = difference(study, records, effect)
@@ -138,18 +150,21 @@ def effect_rows(study: Study, records: Records) -> list[str]:
         column = effect.column
         if effect.worse_column:
             column += f" − {effect.worse_column}"
-        cells = [effect.claim, pair, column, size, str(len(found.values)), found.verdict]
+        cells = [*first, claim_of(effect), pair, column, size, len(found.values), found.verdict]
         rows.append(markdown_row(cells))
     return rows
 
 
 def overview_row(study: Study, records: Records, link: str) -> str:
-    """Returns the claims of a study, a cell per verdict; "" without a verdict."""
+    """Returns a row of the README: `link`, and the claims of a study, a cell per verdict.
+
+    "" if there is no verdict yet
+    """
     claims = {verdict: [] for verdict in VERDICTS}
     for effect in study.effects:
         found = difference(study, records, effect)
-        if found and found.verdict in claims:
-            claims[found.verdict].append(effect.claim)
+        if found is not None and found.verdict in claims:
+            claims[found.verdict].append(claim_of(effect))
     if not any(claims.values()):
         return ""
     return markdown_row([link, *("; ".join(texts) for texts in claims.values())])
@@ -163,6 +178,14 @@ def text_of(study: Study, records: Records) -> str:
         parts.append(markdown_table(EFFECTS, rows))
     if study.note:
         parts.append(study.note)
+    parts.append(
+        "± is the standard deviation over the seeds, and of a difference the standard error of the "
+        "mean. In the plot a bar is the mean, and a dot is a seed."
+    )
+    if study.costs:
+        alone = filter(are_costs, records.values())
+        machines = sorted({f"{r['cpu']}, {r['threads']} threads" for r in alone})
+        parts.append(f"Speed: the median of a training. GB: the most. On {'; '.join(machines)}.")
     parts.append(
         f"`python -m benchmarks.claims --method {study.name} --output FOLDER` repeats it. "
         f"`benchmarks/claims/{study.name}.json` has the settings and metrics of each run. "
@@ -179,10 +202,10 @@ def draw(study: Study, records: Records, path: Path) -> None:
     from matplotlib.figure import Figure  # without pyplot, matplotlib draws with Agg
 
     variants = [v for v in study.variants if any(name == v for name, _ in records)]
-    columns = len(study.columns)
-    size = (2.2 + 2.6 * columns, 0.9 + 0.34 * len(variants))
+    number_of_panels = len(study.columns)
+    size = (2.2 + 2.6 * number_of_panels, 0.9 + 0.34 * len(variants))
     figure = Figure(figsize=size)
-    panels = figure.subplots(1, columns, sharey=True, squeeze=False)
+    panels = figure.subplots(1, number_of_panels, sharey=True, squeeze=False)
     for axes, column in zip(panels[0], study.columns):
         for row, variant in enumerate(variants):
             values = list(values_of(study, records, variant, column).values())
