@@ -143,7 +143,9 @@ def effect_rows(study: Study, records: Records, *first: str) -> list[str]:
         found = difference(study, records, effect)
         if found is None:
             continue
-        pair = f"{study.label(effect.better)} − {study.label(effect.worse)}"
+        pair = study.label(effect.better)
+        if effect.worse != effect.better:
+            pair += f" − {study.label(effect.worse)}"
         size = f"{found.mean:+.3f}"
         if len(found.values) > 1:
             size += f" ± {found.error:.3f} (p {found.p:.2g})"

@@ -2,9 +2,9 @@
 
     python -m benchmarks.claims.text_merges
 
-Writes text_merges.csv, a label space for unidet.py: pairs with a cosine of MiniLM's embeddings of
-THRESHOLD or more, the most similar first, each class in one pair at most. The threshold is the best
-one by the true pairs, which no training knows: it is the upper bound of merging by text.
+Writes text_merges.csv, a label space for unidet.py: pairs of names whose MiniLM embeddings have a
+cosine of at least THRESHOLD, the most similar first, each class in one pair at most. The threshold
+is the best one by the true pairs, which no training knows: merging by text can do no better.
 """
 
 from pathlib import Path
