@@ -98,7 +98,7 @@ def test_each_variant_trains_and_its_tables_are_written(
     shutil.copytree(REPO / "docs", docs)
     shutil.copy(REPO / "README.md", tmp_path)
     write_tables([study], tmp_path / "json", tmp_path)
-    assert f"{len(found)} of the {3 * len(found)} runs" in (docs / "claims.md").read_text()
+    assert f"{len(found)} of {3 * len(found)} runs" in (docs / "claims.md").read_text()
     text = (docs / (study.page or "claims.md")).read_text()
     assert all(f"| {label} |" in text for label, _ in study.variants.values())
     assert (docs / "claims" / f"{name}.png").stat().st_size > 5000

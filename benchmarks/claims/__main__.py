@@ -183,15 +183,12 @@ def write_tables(studies: list[Study], folder: Path, root: Path) -> None:
         else:
             parts.append(f"## {study.name.capitalize()}\n\n{text}")
         every += records.values()
-    first = sum(record["seed"] < summary.LEAST_SEEDS for record in every)
-    wanted = summary.LEAST_SEEDS * sum(len(study.variants) for study in studies)
+    seeds = summary.LEAST_SEEDS
+    first = sum(record["seed"] < seeds for record in every)
+    wanted = seeds * sum(len(study.variants) for study in studies)
     hours = sum(record["seconds"] for record in every) / 3600
-    told = (
-        f"{first} of the {wanted} runs with the first {summary.LEAST_SEEDS} seeds have ended, and "
-    )
-    told += (
-        f"{len(every) - first} with more seeds. All took {hours:.1f} hours, one after the other."
-    )
+    told = f"{first} of {wanted} runs with {seeds} seeds each have ended, and {len(every) - first} "
+    told += f"with the further seeds of unclear effects. Together they took {hours:.1f} hours."
     table = markdown_table(["study", *summary.EFFECTS], effects)
     write_between(docs / "claims.md", "claims", "\n\n".join([told, table, *parts]))
     table = markdown_table(["study", *summary.VERDICTS], filter(None, verdicts))

@@ -186,8 +186,9 @@ def text_of(study: Study, records: Records) -> str:
     )
     if study.costs:
         alone = filter(are_costs, records.values())
-        machines = sorted({f"{r['cpu']}, {r['threads']} threads" for r in alone})
-        parts.append(f"Speed: the median of a training. GB: the most. On {'; '.join(machines)}.")
+        machines = {f"{record['cpu']}, {record['threads']} threads" for record in alone}
+        where = "; ".join(sorted(machines)) or "not measured yet"
+        parts.append(f"Speed is the median of a training, memory the most ({where}).")
     parts.append(
         f"`python -m benchmarks.claims --method {study.name} --output FOLDER` repeats it. "
         f"`benchmarks/claims/{study.name}.json` has the settings and metrics of each run. "
