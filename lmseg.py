@@ -720,8 +720,8 @@ def load(
 def main() -> None:
     args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
     device = setup_device(args)
-    factor = args.image_size / 512
-    size = round(factor * DAA["coco-panoptic"].base) if args.tiny else 0  # of generated images
+    sized = replace(args, daa=True)  # the generated images are the same with --no-daa
+    size = test_transform(sized, "coco-panoptic").size if args.tiny else 0
     training = not (args.predict or args.eval_only)
     if training:
         datasets = training_datasets(args, size, True, SUPERVISION)

@@ -115,7 +115,7 @@ def variant_table(study: Study, records: Records) -> str:
 
 
 def are_costs(record: dict) -> bool:
-    """Whether the speed of a run counts: nothing stopped it, and no other training ran beside."""
+    """Returns whether the speed of a run counts: it was neither stopped nor beside another one."""
     return not record["resumed"] and record["jobs"] == 1 and bool(record["img_per_s"])
 
 
