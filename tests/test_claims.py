@@ -11,14 +11,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import tyro
 from conftest import REPO, small_flags
 
-from benchmarks.claims import runs
+import dataseg
+import unidetector
+from benchmarks.claims import dataseg_backgrounds, runs, unidetector_coupled
 from benchmarks.claims.__main__ import STUDIES, Sitting, missing, write_tables
 from benchmarks.claims.across import ACROSS
 from benchmarks.claims.runs import Records, Run, command_of, read_records, start
-from benchmarks.claims.study import Effect, Study, ap50
+from benchmarks.claims.study import Effect, Study, ap50, module_of
 from benchmarks.claims.summary import (
     Difference,
     difference,
@@ -29,8 +32,11 @@ from benchmarks.claims.summary import (
     variant_table,
 )
 from benchmarks.claims.text_merges import TABLE, similar_pairs
+from common.command import parse_args
 from common.errors import InputError
+from common.labels import Vocabulary
 from common.merges import write_groups
+from common.targets import Targets
 
 SMALL = Study(
     "small",
@@ -54,6 +60,12 @@ def records(a: list[float], b: list[float]) -> Records:
     return found | {("b", seed): record("b", seed, value) for seed, value in enumerate(b)}
 
 
+def in_python(command: list[str]) -> list[str]:
+    """Returns the module that a command runs, and its flags."""
+    first = 2 if command[0] == "-m" else 1
+    return [module_of(" ".join(command)), *command[first:]]
+
+
 def sitting(tmp_path, name: str, **changes) -> Sitting:
     args = {"method": [name], "seeds": 1, "minutes": 60.0, "jobs": 1, "work": tmp_path / "work"}
     args |= {"output": tmp_path / "json"} | changes
@@ -68,11 +80,13 @@ def test_each_variant_trains_and_its_tables_are_written(
     name, tmp_path, tiny_root, run, monkeypatch
 ):
     def start(command, log):
-        method = command[0].removesuffix(".py")
+        method, *flags = in_python(command)
         # settings of a model are those of its training
         small = [] if "--eval-only" in command else small_flags(method, 2)
+        if method.endswith("_coupled"):
+            small += ["--classifier-steps", "0"]  # it has one stage
         # the images are few, and no --tiny generates them
-        given = [part.replace("@100", "@6") for part in command[1:] if part != "--tiny"]
+        given = [part.replace("@100", "@6") for part in flags if part != "--tiny"]
         done = run(*given, *small, "--data-root", tiny_root, method=method)
         assert done.returncode == 0, done.stderr
         return {"seconds": 1, "peak_gb": 1.0}
@@ -116,8 +130,8 @@ def test_effects_name_variants_and_columns(study):
 @pytest.mark.parametrize("study", ACROSS, ids=lambda study: study.name)
 def test_all_methods_of_a_comparison_take_as_many_steps(study, tmp_path):
     for variant in study.variants:
-        file, *flags = command_of(Run(study, variant, 0), tmp_path)
-        module = importlib.import_module(file.removesuffix(".py"))
+        name, *flags = in_python(command_of(Run(study, variant, 0), tmp_path))
+        module = importlib.import_module(name)
         settings = (module.Args, module.METHOD, module.TINY, module.MODEL_FIELDS)
         args = module.parse_args(*settings, argv=flags)
         steps = args.steps + getattr(args, "classifier_steps", 0)
@@ -127,8 +141,8 @@ def test_all_methods_of_a_comparison_take_as_many_steps(study, tmp_path):
 @pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
 def test_methods_have_the_flags_of_all_variants(study, tmp_path):
     for variant in study.variants:
-        file, *flags = command_of(Run(study, variant, 0), tmp_path)
-        module = importlib.import_module(file.removesuffix(".py"))
+        name, *flags = in_python(command_of(Run(study, variant, 0), tmp_path))
+        module = importlib.import_module(name)
         tyro.cli(module.Args, args=flags)
 
 
@@ -147,7 +161,7 @@ def test_a_changed_command_is_another_run():
     changed = replace(SMALL, variants=SMALL.variants | {"a": ("plain", "scaledet.py --lam 2")})
     assert all(changed.digest(name) != SMALL.digest(name) for name in "ab")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("benchmarks.claims.study.tiny_settings", lambda file: "lr 1")
+        patch.setattr("benchmarks.claims.study.tiny_settings", lambda module: "lr 1")
         other = SMALL.digest("a")
     assert other != SMALL.digest("a")
     relabelled = replace(SMALL, variants=SMALL.variants | {"a": ("other", "scaledet.py --lam 0")})
@@ -294,3 +308,45 @@ def test_a_failure_stops_the_others(tmp_path, monkeypatch):
         runner.run_all()
     assert time.monotonic() - begin < 20
     assert not runs._children
+
+
+# -- What no flag of a method does -----------------------------------------------------------------
+
+
+def small_args(module, *flags: str):
+    small = [*small_flags(module.METHOD, 1), *flags]
+    return parse_args(module.Args, module.METHOD, module.TINY, module.MODEL_FIELDS, argv=small)
+
+
+def test_the_coupled_classifier_learns_on_the_maps_of_the_localizer():
+    args = small_args(unidetector_coupled, "--datasets", "coco")
+    label_space = unidetector.build_label_space(args, [Vocabulary("coco", ("cat", "dog"))])
+    model = unidetector_coupled.Coupled(args, label_space, pretrained=False)
+    names = [name for name, _ in model.named_parameters()]
+    assert not any("classifiers" in name and "backbone" in name for name in names)
+    images = torch.randint(0, 256, (1, 3, 96, 96), dtype=torch.uint8)
+    boxes = torch.tensor([[10.0, 10.0, 60.0, 70.0]])
+    targets = [Targets(boxes, torch.tensor([1]), slice(0, 2))]
+    outputs, losses = model(images, [(96, 96)], targets, label_space.text, None, [0])
+    assert {name.split("_")[1] for name in losses} == {"rpn", "roi"}
+    outputs.logits.square().sum().backward()
+    shared = model.localizer.backbone
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in shared.parameters())
+    # P3 to P5, whose strides the classifier pools with
+    every, own = shared(images / 255), model.classifiers[0].regions.backbone(images / 255)
+    assert (len(every), len(own)) == (5, 3)
+    assert all(torch.equal(a, b) for a, b in zip(every[1:4], own))
+
+
+def test_each_dataset_has_its_background():
+    args = small_args(dataseg_backgrounds, "--datasets", "coco-panoptic,ade20k")
+    vocabularies = [Vocabulary("a", ("cat", "dog")), Vocabulary("b", ("cat", "sky", "road"))]
+    label_space = dataseg.build_label_space(args, vocabularies)
+    model = dataseg_backgrounds.Model(args, label_space, pretrained=False)
+    shared = dataseg.Model(args, label_space, pretrained=False)
+    shared.load_state_dict(model.state_dict(), strict=False)
+    z = torch.randn(1, 1, 4, args.channels)
+    a, b = (label_space.part(name).text for name in "ab")
+    for text, row in ((a, 0), (b, 1), (b[1:], 1)):
+        shared.background.data = model.backgrounds[row].data
+        assert torch.equal(model.classify(z, text), shared.classify(z, text))

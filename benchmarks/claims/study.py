@@ -38,7 +38,8 @@ class Study:
 
     name:     of the json file, and of the plot
     question: what the variants answer, in a sentence
-    variants: {variant: (label in the tables, command)}. A command is "METHOD.py FLAGS"; --tiny,
+    variants: {variant: (label in the tables, command)}. A command is what follows "python":
+              "METHOD.py FLAGS", or "-m MODULE FLAGS" for what no flag of the method does. --tiny,
               --seed and --output are added. "{other}" in it is the run folder of that variant.
     columns:  {heading: the metrics whose mean it shows}
     effects:  what the paper claims, or what the comparison is made for
@@ -79,10 +80,17 @@ class Study:
         parts = []
         for name in (variant, *sorted(self.ancestors(variant))):
             command = self.command(name)
-            parts += [command, tiny_settings(command.split()[0])]
+            parts += [command, tiny_settings(module_of(command))]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
-def tiny_settings(file: str) -> str:
-    """Returns the settings of --tiny that stand in a method file."""
-    return repr(sorted(read_names(ROOT / file, "TINY")["TINY"].items()))
+def module_of(command: str) -> str:
+    """Returns the module that a command runs, such as scaledet or benchmarks.claims.other."""
+    first, *rest = command.split()
+    return rest[0] if first == "-m" else first.removesuffix(".py")
+
+
+def tiny_settings(module: str) -> str:
+    """Returns the settings of --tiny that stand in a module."""
+    file = ROOT / f"{module.replace('.', '/')}.py"
+    return repr(sorted(read_names(file, "TINY")["TINY"].items()))
