@@ -20,6 +20,7 @@ import unidetector
 from benchmarks.claims import dataseg_backgrounds, runs, unidetector_coupled
 from benchmarks.claims.__main__ import STUDIES, Sitting, missing, write_tables
 from benchmarks.claims.across import ACROSS
+from benchmarks.claims.merges import FOLDER, TABLES
 from benchmarks.claims.runs import Records, Run, command_of, read_records, start
 from benchmarks.claims.study import Effect, Study, ap50, module_of
 from benchmarks.claims.summary import (
@@ -31,7 +32,6 @@ from benchmarks.claims.summary import (
     values_of,
     variant_table,
 )
-from benchmarks.claims.text_merges import TABLE, similar_pairs
 from common.command import parse_args
 from common.errors import InputError
 from common.labels import Vocabulary
@@ -152,9 +152,10 @@ def test_a_command_names_the_folder_of_its_seed(tmp_path):
     assert command == f"scaledet.py --weights {a} --tiny --seed 2 --output {b}".split()
 
 
-def test_the_table_of_similar_names_is_made_by_its_command(tmp_path):
-    write_groups(tmp_path / "a.csv", ["coco", "oid"], *similar_pairs())
-    assert (tmp_path / "a.csv").read_text() == TABLE.read_text()
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_of_merges_are_made_by_their_command(name, tmp_path):
+    write_groups(tmp_path / name, ["coco", "oid"], *TABLES[name]())
+    assert (tmp_path / name).read_text() == (FOLDER / name).read_text()
 
 
 def test_a_changed_command_is_another_run():

@@ -162,6 +162,10 @@ UNIDET = Study(
             "retrained, similar names merged",
             f"{MERGED} --stage unified --label-space benchmarks/claims/text_merges.csv",
         ),
+        "random": (
+            "retrained, 40 random pairs merged",
+            f"{MERGED} --stage unified --label-space benchmarks/claims/random_merges.csv",
+        ),
     },
     {
         "coco AP50": ap50("coco"),
@@ -174,6 +178,7 @@ UNIDET = Study(
         Effect("unified", "partitioned", BOTH, "the unified detector beats the partitioned one"),
         Effect("unified", "names", BOTH, "learned merges beat equal names"),
         Effect("unified", "text", BOTH, "learned merges beat similar names"),
+        Effect("unified", "random", BOTH, "learned merges beat random ones", ours=True),
         Effect("partitioned", "learned", BOTH, "merging without training costs some AP"),
         Effect("unified", "learned", BOTH, "retraining wins it back"),
     ),
