@@ -4,10 +4,12 @@ import argparse
 import importlib
 import json
 import math
+import shlex
 import shutil
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from conftest import REPO, small_flags
 
 import dataseg
 import unidetector
-from benchmarks.claims import dataseg_backgrounds, runs, unidetector_coupled
+from benchmarks.claims import dataseg_backgrounds, halves, runs, unidetector_coupled
 from benchmarks.claims.__main__ import STUDIES, Sitting, missing, write_tables
 from benchmarks.claims.across import ACROSS
 from benchmarks.claims.merges import FOLDER, TABLES
@@ -45,7 +47,13 @@ SMALL = Study(
     {"AP50": ap50("coco"), "mean": ap50("coco", "o365")},
     (Effect("b", "a", "AP50", "ours is better"),),
 )
-SLOW = {"scaledet", "detic", "unidetector", "plaindet", "detectors"}  # of the long tests alone
+# of the long tests alone
+SLOW = {"scaledet", "detic", "unidetector", "plaindet", "halves", "detectors"}
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+    monkeypatch.setattr(halves, "LIMIT", 24)
 
 
 def record(variant: str, seed: int, value: float | None) -> dict:
@@ -156,6 +164,28 @@ def test_a_command_names_the_folder_of_its_seed(tmp_path):
 def test_the_tables_of_merges_are_made_by_their_command(name, tmp_path):
     write_groups(tmp_path / name, ["coco", "oid"], *TABLES[name]())
     assert (tmp_path / name).read_text() == (FOLDER / name).read_text()
+
+
+def test_each_half_has_images_and_classes_of_its_own(tmp_path):
+    flag, datasets = shlex.split(halves.make_halves(tmp_path)["halves"])
+    assert flag == "--datasets"
+    (source,) = tmp_path.glob("data/*/coco/annotations/instances_train2017.json")
+    source = json.loads(source.read_text())
+    parts = []
+    for text in datasets.split(","):
+        _, file = text.split("=")
+        file, images = file.split(":")
+        parts.append(json.loads(Path(file).read_text()))
+        assert all((Path(images) / row["file_name"]).exists() for row in parts[-1]["images"])
+    for key in ("images", "categories"):
+        first, second = ([row["id"] for row in part[key]] for part in parts)
+        assert sorted(first + second) == sorted(row["id"] for row in source[key])
+        assert abs(len(first) - len(second)) <= 1
+    for part in parts:
+        images, classes = ({row["id"] for row in part[key]} for key in ("images", "categories"))
+        shown = [row for row in source["annotations"] if row["image_id"] in images]
+        kept = [row for row in shown if row["category_id"] in classes]
+        assert part["annotations"] == kept and 0 < len(kept) < len(shown)
 
 
 def test_a_changed_command_is_another_run():

@@ -29,6 +29,7 @@ from benchmarks.claims import summary
 from benchmarks.claims.across import ACROSS
 from benchmarks.claims.detectors import DETECTORS
 from benchmarks.claims.finetuning import FINETUNING
+from benchmarks.claims.halves import HALVES
 from benchmarks.claims.runs import Records, Run, execute, read_records, stop_all, write_records
 from benchmarks.claims.segmenters import SEGMENTERS
 from benchmarks.claims.study import ROOT, Study
@@ -37,7 +38,7 @@ from benchmarks.report import markdown_table, write_between
 from common.errors import InputError, tell
 
 HERE = Path(__file__).resolve().parent
-STUDIES = {study.name: study for study in (*DETECTORS, *SEGMENTERS, FINETUNING, *ACROSS)}
+STUDIES = {study.name: study for study in (*DETECTORS, *SEGMENTERS, FINETUNING, HALVES, *ACROSS)}
 # what this command writes: a difference in it is no change of the code
 RESULTS = ("benchmarks/claims/*.json", "docs", "README.md")
 MOST_SEEDS = 5  # when an effect is not clear, its two variants get as many
@@ -55,7 +56,7 @@ def parse() -> argparse.Namespace:
         nargs="+",
         choices=STUDIES,
         default=list(STUDIES),
-        help="studies of these methods; or finetuning, and all detectors or segmenters compared",
+        help="studies of these methods; or finetuning, halves, detectors, segmenters: of several",
     )
     parser.add_argument("--seeds", type=int, default=3, help="of each variant")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="then no run begins")

@@ -55,8 +55,10 @@ class Run:
 
 def command_of(run: Run, work: Path) -> list[str]:
     """Returns the arguments of `python`: the command of the variant, for its seed and folder."""
-    folders = {parent.variant: shlex.quote(str(parent.folder(work))) for parent in run.parents}
-    parts = shlex.split(run.study.command(run.variant).format(**folders))
+    named = {parent.variant: shlex.quote(str(parent.folder(work))) for parent in run.parents}
+    if run.study.make:
+        named |= run.study.make(work)
+    parts = shlex.split(run.study.command(run.variant).format(**named))
     return [*parts, "--tiny", "--seed", str(run.seed), "--output", str(run.folder(work))]
 
 

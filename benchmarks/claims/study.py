@@ -2,6 +2,7 @@
 
 import hashlib
 import string
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +41,14 @@ class Study:
     question: what the variants answer, in a sentence
     variants: {variant: (label in the tables, command)}. A command is what follows "python":
               "METHOD.py FLAGS", or "-m MODULE FLAGS" for what no flag of the method does. --tiny,
-              --seed and --output are added. "{other}" in it is the run folder of that variant.
+              --seed and --output are added. "{other}" in it is the run folder of that variant,
+              or what `make` returns by that name.
     columns:  {heading: the metrics whose mean it shows}
     effects:  what the paper claims, or what the comparison is made for
     page:     of docs/, which gets the table; "" for docs/claims.md
     note:     what a reader must know of the comparison, or why a claim may not show here
     costs:    whether the table also has the speed and the memory of each variant
+    make:     writes data of the study below a folder, and returns {name: flags}
     """
 
     name: str
@@ -56,6 +59,7 @@ class Study:
     page: str = ""
     note: str = ""
     costs: bool = False
+    make: Callable[[Path], dict[str, str]] | None = None
 
     def label(self, variant: str) -> str:
         return self.variants[variant][0]
@@ -65,7 +69,8 @@ class Study:
 
     def parents(self, variant: str) -> list[str]:
         """Returns the variants whose run folders a command names."""
-        return [name for _, name, _, _ in string.Formatter().parse(self.command(variant)) if name]
+        names = [name for _, name, _, _ in string.Formatter().parse(self.command(variant))]
+        return [name for name in names if name in self.variants]
 
     def ancestors(self, variant: str) -> set[str]:
         """Returns the parents, their parents, and so on."""

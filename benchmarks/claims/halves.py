@@ -1,0 +1,82 @@
+"""Two datasets that label different objects: what finds the classes of both?
+
+The images and the classes of the generated coco are parted in two. Each half of the images keeps
+the boxes of its half of the classes, so it shows objects that only the other half labels.
+"""
+
+import json
+import os
+import shlex
+from pathlib import Path
+
+from benchmarks.claims.across import FLAGS
+from benchmarks.claims.study import Effect, Study, ap50
+from common.datasets.tiny.generate import generate
+from common.files import atomic_path
+
+NAMES = ("even", "odd")
+LIMIT = None  # images that are generated; None: all
+
+
+def make_halves(work: Path) -> dict[str, str]:
+    """Writes both datasets below `work`. Returns the flag that names them, as {"halves": flag}."""
+    root = generate("coco", work / "data", workers=os.cpu_count(), limit=LIMIT)
+    source = json.loads((root / "coco/annotations/instances_train2017.json").read_text())
+    parts = []
+    for half, name in enumerate(NAMES):
+        categories = source["categories"][half::2]
+        images = source["images"][half::2]
+        ids = {row["id"] for row in categories}
+        shown = {row["id"] for row in images}
+        annotations = [
+            row
+            for row in source["annotations"]
+            if row["image_id"] in shown and row["category_id"] in ids
+        ]
+        file = root / f"{name}.json"
+        with atomic_path(file) as path:
+            rows = {"images": images, "annotations": annotations, "categories": categories}
+            path.write_text(json.dumps(rows))
+        parts.append(f"{name}={file}:{root / 'coco/train2017'}")
+    return {"halves": f"--datasets {shlex.quote(','.join(parts))}"}
+
+
+ON = "{halves} --eval-datasets coco --batch-size 8 --base-batch-size 8"
+AP50 = "AP50 of all classes"
+HALVES = Study(
+    "halves",
+    "Two datasets label different halves of the classes. Which method finds them all?",
+    {
+        "all_boxes": (
+            "`scaledet.py`, one dataset with all boxes",
+            "scaledet.py --datasets coco --steps 600",
+        ),
+        "scaledet": ("`scaledet.py`", f"scaledet.py {ON} {FLAGS['scaledet']}"),
+        "own": (
+            "`scaledet.py`, own negatives",
+            f"scaledet.py {ON} {FLAGS['scaledet']} --neg-scope own",
+        ),
+        "detic": ("`detic.py`", f"detic.py {ON} {FLAGS['detic']}"),
+        "unified": (
+            "`unidetector.py`, one label space",
+            f"unidetector.py {ON} {FLAGS['unidetector']} --structure unified",
+        ),
+        "unidetector": ("`unidetector.py`", f"unidetector.py {ON} {FLAGS['unidetector']}"),
+        "plaindet": ("`plaindet.py`", f"plaindet.py {ON} {FLAGS['plaindet']}"),
+        "omdet": ("`omdet.py`", f"omdet.py {ON} {FLAGS['omdet']}"),
+        "metr": ("`metr.py`", f"metr.py {ON} {FLAGS['metr']}"),
+    },
+    {AP50: ap50("coco")},
+    (
+        Effect("own", "scaledet", AP50, "own negatives find more of all classes", ours=True),
+        Effect("unidetector", "unified", AP50, "own names find more than one label space"),
+        Effect("all_boxes", "own", AP50, "boxes of all classes are worth more", ours=True),
+    ),
+    note="`even` has every second class and every second image of the generated `coco`, `odd` has "
+    "the rest. An image shows objects of both, and has the boxes of its own classes. The models "
+    "are tested with all boxes of all classes, by name; methods without text cannot be. All take "
+    "600 steps of 8 images. Boxes that are missing are background for the proposals of all "
+    "methods. `category_extended.py` is made for this case, and has [a study of its "
+    "own](category_extended.md).",
+    make=make_halves,
+)
