@@ -19,10 +19,16 @@ from conftest import REPO, small_flags
 
 import dataseg
 import unidetector
-from benchmarks.claims import dataseg_backgrounds, halves, runs, unidetector_coupled
+from benchmarks.claims import (
+    dataseg_backgrounds,
+    halves,
+    runs,
+    study,
+    unidet_shuffled,
+    unidetector_coupled,
+)
 from benchmarks.claims.__main__ import STUDIES, Sitting, missing, write_tables
 from benchmarks.claims.across import ACROSS
-from benchmarks.claims.merges import FOLDER, TABLES
 from benchmarks.claims.runs import Records, Run, command_of, read_records, start
 from benchmarks.claims.study import Effect, Study, ap50, module_of
 from benchmarks.claims.summary import (
@@ -34,11 +40,12 @@ from benchmarks.claims.summary import (
     values_of,
     variant_table,
 )
+from benchmarks.claims.text_merges import TABLE, similar_pairs
 from common.command import parse_args
 from common.errors import InputError
-from common.labels import Vocabulary
+from common.labels import LabelSpace, Vocabulary
 from common.merges import write_groups
-from common.targets import Targets
+from common.optim import parameter_groups
 
 SMALL = Study(
     "small",
@@ -160,10 +167,9 @@ def test_a_command_names_the_folder_of_its_seed(tmp_path):
     assert command == f"scaledet.py --weights {a} --tiny --seed 2 --output {b}".split()
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_the_tables_of_merges_are_made_by_their_command(name, tmp_path):
-    write_groups(tmp_path / name, ["coco", "oid"], *TABLES[name]())
-    assert (tmp_path / name).read_text() == (FOLDER / name).read_text()
+def test_the_table_of_similar_names_is_made_by_its_command(tmp_path):
+    write_groups(tmp_path / "a.csv", ["coco", "oid"], *similar_pairs())
+    assert (tmp_path / "a.csv").read_text() == TABLE.read_text()
 
 
 def test_each_half_has_images_and_classes_of_its_own(tmp_path):
@@ -349,35 +355,106 @@ def small_args(module, *flags: str):
     return parse_args(module.Args, module.METHOD, module.TINY, module.MODEL_FIELDS, argv=small)
 
 
-def test_the_coupled_classifier_learns_on_the_maps_of_the_localizer():
-    args = small_args(unidetector_coupled, "--datasets", "coco")
-    label_space = unidetector.build_label_space(args, [Vocabulary("coco", ("cat", "dog"))])
-    model = unidetector_coupled.Coupled(args, label_space, pretrained=False)
-    names = [name for name, _ in model.named_parameters()]
-    assert not any("classifiers" in name and "backbone" in name for name in names)
-    images = torch.randint(0, 256, (1, 3, 96, 96), dtype=torch.uint8)
-    boxes = torch.tensor([[10.0, 10.0, 60.0, 70.0]])
-    targets = [Targets(boxes, torch.tensor([1]), slice(0, 2))]
-    outputs, losses = model(images, [(96, 96)], targets, label_space.text, None, [0])
-    assert {name.split("_")[1] for name in losses} == {"rpn", "roi"}
-    outputs.logits.square().sum().backward()
-    shared = model.localizer.backbone
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in shared.parameters())
-    # P3 to P5, whose strides the classifier pools with
-    every, own = shared(images / 255), model.classifiers[0].regions.backbone(images / 255)
+def test_a_coupled_step_trains_localizer_and_classifier(tmp_path, tiny_root, monkeypatch):
+    """It trains each part of the network, on proposals as well as on the ground truth."""
+    regions = []
+
+    class Spy(unidetector_coupled.Coupled):
+        def forward(self, *given):
+            self.before = {name: p.clone() for name, p in self.named_parameters()}
+            outputs, losses = super().forward(*given)
+            regions.extend(map(len, outputs.boxes))
+            assert {name.split("_")[1] for name in losses} == {"rpn", "roi"}
+            return outputs, losses
+
+    trained = []
+    for name in ("Model", "train_stage", "TINY"):  # main changes them
+        monkeypatch.setattr(unidetector, name, getattr(unidetector, name))
+    monkeypatch.setattr(unidetector_coupled, "Coupled", Spy)
+    monkeypatch.setattr(
+        unidetector, "evaluate", lambda args, model, *_: trained.append(model) or {}
+    )
+    monkeypatch.setattr(unidetector, "report", lambda *_: None)
+    flags = [*small_flags("unidetector", 1), "--classifier-steps", "0", "--datasets", "coco"]
+    flags += ["--data-root", str(tiny_root), "--output", str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", ["unidetector.py", *flags])
+    unidetector_coupled.main()
+    (model,) = trained
+    after = dict(model.named_parameters())
+    assert not any("classifiers" in name and "backbone" in name for name in after)
+    for part in ("localizer.backbone", "localizer.rpn", "localizer.fc", "classifiers.0"):
+        names = [name for name in after if name.startswith(part)]
+        assert any(not torch.equal(after[name], model.before[name]) for name in names), part
+    assert max(regions) > 12  # more than the boxes of an image
+
+    # P3 to P5, whose strides the classifier pools with, and a gradient into them
+    images = torch.rand(1, 3, 96, 96)
+    every, own = model.localizer.backbone(images), model.classifiers[0].regions.backbone(images)
     assert (len(every), len(own)) == (5, 3)
     assert all(torch.equal(a, b) for a, b in zip(every[1:4], own))
+    model.classifiers[0].requires_grad_(False)
+    x, _ = model.classifiers[0](images.byte(), [(96, 96)], [torch.tensor([[0.0, 0.0, 60.0, 70.0]])])
+    assert x.requires_grad
+
+
+def test_the_coupled_training_has_one_stage():
+    label_space = unidetector.build_label_space(
+        small_args(unidetector), [Vocabulary("a", ("cat",))]
+    )
+    with pytest.raises(InputError, match="--classifier-steps 0"):
+        unidetector_coupled.Coupled(small_args(unidetector), label_space)
+    args = small_args(unidetector_coupled, "--classifier-steps", "0")
+    clip = replace(args, classifier_backbone="RN50/openai")
+    as_wide = LabelSpace([Vocabulary("a", ("cat",), text=torch.ones(1, 1024))])
+    with pytest.raises(InputError, match="must be a timm model"):
+        unidetector_coupled.Coupled(clip, as_wide, pretrained=False)
 
 
 def test_each_dataset_has_its_background():
-    args = small_args(dataseg_backgrounds, "--datasets", "coco-panoptic,ade20k")
-    vocabularies = [Vocabulary("a", ("cat", "dog")), Vocabulary("b", ("cat", "sky", "road"))]
+    args = small_args(dataseg_backgrounds)
+    names = {"a": ("cat", "dog", "sky"), "b": ("cat", "sky")}
+    vocabularies = [Vocabulary(*item) for item in names.items()]
     label_space = dataseg.build_label_space(args, vocabularies)
+    torch.manual_seed(0)
     model = dataseg_backgrounds.Model(args, label_space, pretrained=False)
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
     shared = dataseg.Model(args, label_space, pretrained=False)
-    shared.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(drawn, torch.rand(1))
+    assert shared.load_state_dict(model.state_dict(), strict=False).missing_keys == ["background"]
+    decay = {
+        id(p): group["weight_decay"]
+        for group in parameter_groups(model, 0.05)
+        for p in group["params"]
+    }
     z = torch.randn(1, 1, 4, args.channels)
     a, b = (label_space.part(name).text for name in "ab")
-    for text, row in ((a, 0), (b, 1), (b[1:], 1)):
-        shared.background.data = model.backgrounds[row].data
-        assert torch.equal(model.classify(z, text), shared.classify(z, text))
+    for text, row in ((a, 0), (b, 1), (a[1:], 0)):
+        own, other = (getattr(model, f"background_{i}") for i in (row, 1 - row))
+        shared.background.data = own.data
+        model.zero_grad()
+        logits = model.classify(z, text)
+        assert torch.equal(logits, shared.classify(z, text))
+        logits.sum().backward()
+        assert own.grad is not None and other.grad is None
+        assert decay[id(own)] == 0
+
+
+def test_shuffled_merges_join_the_same_classes_in_other_pairs():
+    groups = [{"coco": f"a{i}", "oid": f"b{i}"} for i in range(9)]
+    first, second = (unidet_shuffled.shuffle(groups, seed) for seed in (0, 1))
+    assert first != second
+    for shuffled in (first, second):
+        assert [group["coco"] for group in shuffled] == [group["coco"] for group in groups]
+        assert sorted(group["oid"] for group in shuffled) == [group["oid"] for group in groups]
+        assert not any(group in groups for group in shuffled)
+
+
+def test_a_changed_file_of_the_claims_is_another_run(tmp_path, monkeypatch):
+    folder = tmp_path / "benchmarks/claims"
+    folder.mkdir(parents=True)
+    (folder / "a.csv").write_text("1")
+    (folder / "b.py").write_text("2")
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    command = "-m benchmarks.claims.b --label-space benchmarks/claims/a.csv"
+    assert study.own_files(command) == ["2", "1"]

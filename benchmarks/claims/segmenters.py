@@ -88,8 +88,8 @@ DATASEG = Study(
         Effect("joint", "sum", "ade20k mIoU", "the maximum beats the sum", ours=True),
     ),
     "dataseg.md",
-    "A dataset is seen as often in all variants, 450 steps for `ade20k` and 675 for the others, so "
-    "that a joint training has more steps in all.",
+    "On average, a dataset is seen as often in all variants: for 450 steps `ade20k`, for 675 each "
+    "other. So a joint training has more steps in all.",
 )
 
 PQ = "PQ"

@@ -78,14 +78,15 @@ class Study:
         return set(parents).union(*map(self.ancestors, parents))
 
     def digest(self, variant: str) -> str:
-        """Returns a hash of the commands of a variant and its ancestors, and their --tiny settings.
+        """Returns a hash of what makes a variant and its ancestors what they are.
 
-        Other changes of the code do not show in it; the record of a run has the commit.
+        These are the commands, the --tiny settings, and the files of benchmarks/claims that they
+        name. Other changes of the code do not show in it; the record of a run has the commit.
         """
         parts = []
         for name in (variant, *sorted(self.ancestors(variant))):
             command = self.command(name)
-            parts += [command, tiny_settings(module_of(command))]
+            parts += [command, tiny_settings(module_of(command)), *own_files(command)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
@@ -93,6 +94,17 @@ def module_of(command: str) -> str:
     """Returns the module that a command runs, such as scaledet or benchmarks.claims.other."""
     first, *rest = command.split()
     return rest[0] if first == "-m" else first.removesuffix(".py")
+
+
+def own_files(command: str) -> list[str]:
+    """Returns the texts of the module and the tables of this package that a command names."""
+    texts = []
+    for word in command.split():
+        if word.startswith("benchmarks.claims."):
+            word = f"{word.replace('.', '/')}.py"
+        if word.startswith("benchmarks/claims/"):
+            texts.append((ROOT / word).read_text())
+    return texts
 
 
 def tiny_settings(module: str) -> str:

@@ -2,13 +2,15 @@
 
     python -m benchmarks.claims.unidetector_coupled --datasets coco,o365 --tiny
 
-The flags are those of unidetector.py, with a timm model as --classifier-backbone and no
---classifier-steps. Each of the --steps trains all losses. The classifier learns from the proposals
-of that step, and reads the feature maps of the localizer, so that both shape them.
+The flags are those of unidetector.py, with a timm model as --classifier-backbone and no second
+stage. Each of the --steps trains all losses. The classifier reads the feature maps of the
+localizer, so that both shape them, and learns from the localizer's current proposals.
 
-Note: the end-to-end baseline of the official code has a plain RPN and no objectness in its scores
-  (zhenyuw16/UniDetector:configs/*/clip_end2end*). This one has those of the localizer, so that
-  only the coupling differs.
+Note: as in the first stage of unidetector.py, gradients are not clipped. In its second stage they
+  are. The proposals are those of the augmented image. There, they are those of the original one.
+Note: the end-to-end baseline of the official code has a plain RPN, and neither objectness nor
+  calibration in its scores (zhenyuw16/UniDetector:configs/*/clip_end2end*). This one is scored as
+  unidetector.py is.
 """
 
 from types import SimpleNamespace
@@ -18,17 +20,22 @@ from torch import Tensor, nn
 
 import unidetector
 from common.backbone import Backbone
+from common.clip_resnet import FPNRegions
 from common.command import run_command
 from common.errors import InputError
+from common.labels import LabelSpace
 from common.targets import Targets
 
 Args, METHOD, MODEL_FIELDS = unidetector.Args, unidetector.METHOD, unidetector.MODEL_FIELDS
-# as many steps as both stages of unidetector.py have
-TINY = unidetector.TINY | {"steps": 700, "classifier_steps": 0}
+# as many steps as the classifier of unidetector.py has; its localizer has 250
+TINY = unidetector.TINY | {"steps": 450, "classifier_steps": 0}
 
 
 class SharedMaps:
-    """The backbone of a classifier: P3 to P5 of the localizer. It is no module of its own."""
+    """P3 to P5 of the localizer, for a classifier.
+
+    It is no module, so that the weights are counted and saved once.
+    """
 
     def __init__(self, backbone: Backbone):
         """backbone: of the localizer, with P2 to P6"""
@@ -42,9 +49,14 @@ class SharedMaps:
 class Coupled(unidetector.Model):
     """The classifiers read the feature maps of the localizer. Its forward pass has all losses."""
 
-    def __init__(self, *given, **settings):
-        super().__init__(*given, **settings)
+    def __init__(self, args: Args, label_space: LabelSpace, *given, **settings):
+        """Raises InputError for another stage, and for a CLIP ResNet as classifier."""
+        if args.stage != "both" or args.classifier_steps != 0:
+            raise InputError("one stage trains everything: --stage both --classifier-steps 0")
+        super().__init__(args, label_space, *given, **settings)
         for classifier in self.classifiers:
+            if not isinstance(classifier.regions, FPNRegions):
+                raise InputError("--classifier-backbone must be a timm model, as --backbone is")
             del classifier.regions.backbone
             classifier.regions.backbone = SharedMaps(self.localizer.backbone)
 
@@ -62,7 +74,7 @@ class Coupled(unidetector.Model):
         proposals: None,
         owners: list[int],
     ) -> tuple[unidetector.RegionOutput, dict[str, Tensor]]:
-        """Returns the classifier's outputs on the proposals of now, and the localizer's losses."""
+        """Returns the classifier's outputs on the current proposals, and the localizer's losses."""
         _, losses = super().forward(images, sizes, targets, text)
         with torch.no_grad():
             batch = SimpleNamespace(images=images, sizes=sizes)
@@ -76,8 +88,6 @@ def main() -> None:
     train_stage = unidetector.train_stage
 
     def train_everything(args: Args, model: Coupled, part: str, *given) -> None:
-        if part == "classifiers":
-            raise InputError("--classifier-steps is 0 here: --steps train everything")
         train_stage(args, model, "everything", *given)
 
     unidetector.Model = Coupled
