@@ -65,7 +65,7 @@ def few_images(monkeypatch):
 
 def record(variant: str, seed: int, value: float | None) -> dict:
     run = {"variant": variant, "seed": seed, "digest": SMALL.digest(variant), "revision": "abc"}
-    run |= {"resumed": False, "jobs": 1, "img_per_s": 2.0, "peak_gb": 1.0}
+    run |= {"resumed": False, "jobs": 1, "img_per_s": 2.0, "peak_gb": 1.0, "seconds": 90}
     run |= {"cpu": "a CPU", "threads": "2"}
     return run | {"metrics": {"coco": {"AP50": value}, "o365": {"AP50": 0.5}}}
 
@@ -244,14 +244,14 @@ def test_p_is_that_of_the_paired_test():
 
 def test_tables():
     found = records([0.1, 0.2, 0.3], [0.2, 0.4, 0.6])
-    assert "| plain | .200 ± .100 | .350 ± .050 | 3 |" in variant_table(SMALL, found)
+    assert "| plain | .200 ± .100 | .350 ± .050 | 3 | 1.5 |" in variant_table(SMALL, found)
     (row,) = effect_rows(SMALL, found)
     assert row.endswith("| +0.200 ± 0.058 (p 0.074) | 3 | not clear |")
     costs = replace(SMALL, costs=True)
-    assert "| 3 | 2.0 | 1.0 |" in variant_table(costs, found)
+    assert "| 3 | 1.5 | 2.0 | 1.0 |" in variant_table(costs, found)
     for run in found.values():  # its speed is not that of a whole run alone on the machine
         run["resumed"] = True
-    assert "| 3 |  |  |" in variant_table(costs, found)
+    assert "| 3 |  |  |  |" in variant_table(costs, found)
     assert [number(x) for x in (0.1234, 1.0, 10.2)] == [".123", "1.000", "10.200"]
 
 

@@ -93,8 +93,8 @@ def number(value: float) -> str:
 
 
 def variant_table(study: Study, records: Records) -> str:
-    """Returns a row per variant: mean and standard deviation over its seeds."""
-    headings = ["variant", *study.columns, "seeds"]
+    """Returns a row per variant: mean and standard deviation over its seeds, and what it costs."""
+    headings = ["variant", *study.columns, "seeds", "minutes"]
     if study.costs:
         headings += ["img/s", "GB"]
     lines = []
@@ -107,11 +107,17 @@ def variant_table(study: Study, records: Records) -> str:
             values = list(values_of(study, records, variant, column).values())
             spread = f" ± {number(stdev(values))}" if len(values) > 1 else ""
             cells.append(f"{number(mean(values))}{spread}" if values else "")
-        cells.append(str(len(own)))
+        cells += [str(len(own)), minutes_of(own)]
         if study.costs:
             cells += costs_of(own)
         lines.append(markdown_row(cells))
     return markdown_table(headings, lines)
+
+
+def minutes_of(records: list[dict]) -> str:
+    """Returns the mean minutes of the runs that were not stopped; "" without one."""
+    seconds = [record["seconds"] for record in records if not record["resumed"]]
+    return f"{mean(seconds) / 60:.1f}" if seconds else ""
 
 
 def are_costs(record: dict) -> bool:
@@ -180,9 +186,12 @@ def text_of(study: Study, records: Records) -> str:
         parts.append(markdown_table(EFFECTS, rows))
     if study.note:
         parts.append(study.note)
+    timed = [record for record in records.values() if not record["resumed"]]
+    machines = {f"{record['jobs']} at once on {record['cpu']}" for record in timed}
     parts.append(
         "± is the standard deviation over the seeds, and of a difference the standard error of the "
-        "mean. In the plot a bar is the mean, and a dot is a seed."
+        "mean. In the plot a bar is the mean, and a dot is a seed. Minutes are those of a run, "
+        f"{' or '.join(sorted(machines))}."
     )
     if study.costs:
         alone = filter(are_costs, records.values())
