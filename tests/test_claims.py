@@ -32,9 +32,10 @@ from benchmarks.claims.across import ACROSS
 from benchmarks.claims.runs import Records, Run, command_of, read_records, start
 from benchmarks.claims.study import Effect, Study, ap50, module_of
 from benchmarks.claims.summary import (
+    EFFECTS,
     Difference,
     difference,
-    effect_rows,
+    effect_table,
     number,
     overview_row,
     values_of,
@@ -245,7 +246,7 @@ def test_p_is_that_of_the_paired_test():
 def test_tables():
     found = records([0.1, 0.2, 0.3], [0.2, 0.4, 0.6])
     assert "| plain | .200 ± .100 | .350 ± .050 | 3 | 1.5 |" in variant_table(SMALL, found)
-    (row,) = effect_rows(SMALL, found)
+    *_, row = effect_table(SMALL, found, EFFECTS).splitlines()
     assert row.endswith("| +0.200 ± 0.058 (p 0.074) | 3 | not clear |")
     costs = replace(SMALL, costs=True)
     assert "| 3 | 1.5 | 2.0 | 1.0 |" in variant_table(costs, found)

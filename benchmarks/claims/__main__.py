@@ -169,31 +169,43 @@ def write_tables(studies: list[Study], folder: Path, root: Path) -> None:
     """
     docs = root / "docs"
     (docs / "claims").mkdir(exist_ok=True)
-    verdicts, effects, parts, every = [], [], [], []
+    verdicts, parts, waiting, every = [], [], [], []
     for study in studies:
+        records = read_records(study, folder)
+        every += records.values()
         text = f"No run has ended yet: `python -m benchmarks.claims --method {study.name}` trains."
-        if records := read_records(study, folder):
+        if records:
             plot = f"claims/{study.name}.png"
             summary.draw(study, records, docs / plot)
             text = f"{summary.text_of(study, records)}\n\n![{study.question}]({plot})"
+        link = f"claims.md#{study.name}"
         if study.page:
+            link = f"{study.page}#the-claims-on-generated-data"
             write_between(docs / study.page, "claims", text)
-            effects += summary.effect_rows(study, records, f"[{study.name}]({study.page})")
-            link = f"[{study.name}](docs/{study.page})"
-            verdicts.append(summary.overview_row(study, records, link))
-        else:
-            parts.append(f"## {study.name.capitalize()}\n\n{text}")
-        every += records.values()
-    seeds = summary.LEAST_SEEDS
-    first = sum(record["seed"] < seeds for record in every)
-    wanted = seeds * sum(len(study.variants) for study in studies)
-    hours = sum(record["seconds"] for record in every) / 3600
-    told = f"{first} of {wanted} runs with {seeds} seeds each have ended, and {len(every) - first} "
-    told += f"with the further seeds of unclear effects. Together they took {hours:.1f} hours."
-    table = markdown_table(["study", *summary.EFFECTS], effects)
-    write_between(docs / "claims.md", "claims", "\n\n".join([told, table, *parts]))
+            text = f"{study.question} [Variants, means and plot]({link})\n\n"
+            text += summary.effect_table(study, records, summary.SHORT)
+        if not records:
+            waiting.append(study.name)
+            continue
+        parts.append(f"## {study.name}\n\n{text}")
+        verdicts.append(summary.overview_row(study, records, f"[{study.name}](docs/{link})"))
+    if waiting:
+        parts.append(f"No run of these has ended yet: {', '.join(waiting)}.")
+    write_between(docs / "claims.md", "claims", "\n\n".join([count_of(studies, every), *parts]))
     table = markdown_table(["study", *summary.VERDICTS], filter(None, verdicts))
     write_between(root / "README.md", "claims", table)
+
+
+def count_of(studies: list[Study], records: list[dict]) -> str:
+    """Returns a sentence on how many runs have ended, and how long they took."""
+    seeds = summary.LEAST_SEEDS
+    first = sum(record["seed"] < seeds for record in records)
+    wanted = seeds * sum(len(study.variants) for study in studies)
+    hours = sum(record["seconds"] / record["jobs"] for record in records) / 3600
+    return (
+        f"{first} of {wanted} runs with {seeds} seeds each have ended, and {len(records) - first} "
+        f"with the further seeds of unclear effects. They took {hours:.1f} hours of two cores."
+    )
 
 
 def main() -> None:

@@ -5,26 +5,26 @@ from benchmarks.claims.study import Effect, Study, ap50
 TWO = "--datasets coco,o365"
 UNSEEN = "--eval-datasets coco,o365,lineart"
 TRAINED = "mean AP50 of coco and o365"
-ELSEWHERE = "lineart AP50, never trained on"
+LINEART = "lineart AP50, never trained on"
 
 SCALEDET = Study(
     "scaledet",
     "Does the soft loss help, which negatives, and how many datasets?",
     {
-        "hard": ("hard loss", f"scaledet.py {TWO} {UNSEEN} --lam 0"),
-        "soft": ("hard and soft loss", f"scaledet.py {TWO} {UNSEEN}"),
-        "raw": ("soft loss of raw cosines", f"scaledet.py {TWO} {UNSEEN} --sim-norm none"),
-        "strong": ("hard and 10 times the soft loss", f"scaledet.py {TWO} {UNSEEN} --lam 10"),
-        "own": ("both losses, own negatives", f"scaledet.py {TWO} {UNSEEN} --neg-scope own"),
-        "o365": ("both losses, o365 alone", f"scaledet.py --datasets o365 {UNSEEN}"),
-        "lvis": ("both losses, lvis alone", f"scaledet.py --datasets lvis {UNSEEN}"),
-        "three": ("both losses, coco, o365, oid", f"scaledet.py --datasets coco,o365,oid {UNSEEN}"),
-        "four": (
-            "both losses, coco, o365, oid, lvis",
-            f"scaledet.py --datasets coco,o365,oid,lvis {UNSEEN}",
+        "hard": ("coco and o365, hard loss", f"scaledet.py {TWO} {UNSEEN} --lam 0"),
+        "soft": ("coco and o365, hard and soft loss", f"scaledet.py {TWO} {UNSEEN}"),
+        "raw": (
+            "coco and o365, soft loss of raw cosines",
+            f"scaledet.py {TWO} {UNSEEN} --sim-norm none",
         ),
+        "strong": ("coco and o365, 10 times the soft loss", f"scaledet.py {TWO} {UNSEEN} --lam 10"),
+        "own": ("coco and o365, own negatives", f"scaledet.py {TWO} {UNSEEN} --neg-scope own"),
+        "o365": ("o365", f"scaledet.py --datasets o365 {UNSEEN}"),
+        "lvis": ("lvis", f"scaledet.py --datasets lvis {UNSEEN}"),
+        "three": ("coco, o365, oid", f"scaledet.py --datasets coco,o365,oid {UNSEEN}"),
+        "four": ("coco, o365, oid, lvis", f"scaledet.py --datasets coco,o365,oid,lvis {UNSEEN}"),
         "four_own": (
-            "the four, own negatives",
+            "coco, o365, oid, lvis, own negatives",
             f"scaledet.py --datasets coco,o365,oid,lvis {UNSEEN} --neg-scope own",
         ),
     },
@@ -32,28 +32,37 @@ SCALEDET = Study(
         "coco AP50": ap50("coco"),
         "o365 AP50": ap50("o365"),
         TRAINED: ap50("coco", "o365"),
-        ELSEWHERE: ap50("lineart"),
+        LINEART: ap50("lineart"),
     },
     (
         Effect("soft", "hard", TRAINED, "the soft loss helps on the training datasets"),
-        Effect("soft", "hard", ELSEWHERE, "the soft loss helps elsewhere"),
+        Effect("soft", "hard", LINEART, "the soft loss helps on lineart"),
         Effect("soft", "raw", TRAINED, "rescaled cosines beat raw ones", ours=True),
-        Effect("strong", "hard", ELSEWHERE, "ten times the soft loss helps elsewhere", ours=True),
-        Effect("soft", "own", TRAINED, "negatives of all datasets beat own ones", ours=True),
-        Effect("soft", "own", ELSEWHERE, "they beat own ones elsewhere, too", ours=True),
-        Effect("soft", "o365", ELSEWHERE, "coco and o365 beat o365 alone elsewhere"),
-        Effect("three", "soft", ELSEWHERE, "a third dataset helps elsewhere"),
-        Effect("four", "lvis", ELSEWHERE, "four datasets beat the best one elsewhere"),
-        Effect("four_own", "lvis", ELSEWHERE, "they do with own negatives", ours=True),
-        Effect("four_own", "four", TRAINED, "four need own negatives", ours=True),
+        Effect("strong", "hard", LINEART, "ten times the soft loss helps on lineart", ours=True),
+        Effect("own", "soft", TRAINED, "own negatives beat those of two datasets", ours=True),
+        Effect(
+            "own", "soft", LINEART, "own negatives beat those of two datasets on lineart", ours=True
+        ),
+        Effect("four_own", "four", TRAINED, "own negatives beat those of four datasets", ours=True),
+        Effect("soft", "o365", LINEART, "coco and o365 beat o365 alone on lineart"),
+        Effect("three", "soft", LINEART, "a third dataset helps lineart"),
+        Effect("four", "lvis", LINEART, "four datasets beat lvis alone on lineart"),
+        Effect(
+            "four_own",
+            "lvis",
+            LINEART,
+            "four with own negatives beat lvis alone on lineart",
+            ours=True,
+        ),
     ),
     "scaledet.md",
-    "All variants take 600 steps of 8 images, so of more datasets each is seen less; by default a "
-    "training is as much longer as it has datasets. `lineart` has the art of `o365`, in black and "
-    "white, and `lvis` shows more of it than any other dataset. That negatives of all datasets are "
-    "meant is our reading of the paper; UniDetector claims the contrary for its classifier. An "
-    "object is then a negative of the other datasets' words for it (cell phone, Mobile phone), of "
-    "which four datasets have many.",
+    "The soft loss and negatives of all datasets are on where nothing else is said. All variants "
+    "take 600 steps of 8 images. With more datasets, each is seen less; by default, a training is "
+    "as much longer as it has datasets. `lineart` has the art of `o365`, in black and white, and "
+    "`lvis` shows more of it than any other dataset. That negatives of all datasets are meant is "
+    "our reading of the paper; UniDetector claims the contrary for its classifier. An object is "
+    "then a negative of the other datasets' words for it (cell phone, Mobile phone), of which "
+    "four datasets have many.",
 )
 
 BOXES = "detic.py --datasets coco-base"
@@ -66,11 +75,11 @@ DETIC = Study(
         "boxes": ("boxes, 280 steps", BOXES),
         "longer": ("boxes, 680 steps", f"{BOXES} --steps 400 --weights {{boxes}}"),
         "max_size": ("image label to the largest proposal", LABELS),
-        "image": ("to the whole image", f"{LABELS} --image-label-loss image"),
-        "max_score": ("to the highest score", f"{LABELS} --image-label-loss max_score"),
-        "first": ("to the highest objectness", f"{LABELS} --image-label-loss first"),
+        "image": ("image label to the whole image", f"{LABELS} --image-label-loss image"),
+        "max_score": ("image label to the highest score", f"{LABELS} --image-label-loss max_score"),
+        "first": ("image label to the highest objectness", f"{LABELS} --image-label-loss first"),
         "wsddn": (
-            "to all proposals, weighted (WSDDN)",
+            "image label to all proposals, weighted (WSDDN)",
             f"{LABELS} --image-label-loss wsddn --image-label-weight 50",
         ),
         "all": ("boxes of novel classes, too, 280 steps", ALL),
@@ -86,12 +95,13 @@ DETIC = Study(
         Effect("upper", "max_size", "novel AP50", "boxes teach novel classes more", ours=True),
     ),
     "detic.md",
-    "With image labels, half of 400 more steps are of images with boxes. The weight of the image "
-    "labels, .5, was chosen with the largest proposal; WSDDN has 50, since its loss is a mean over "
-    "100 columns where the others are sums. An image with a label shows one object on a quarter of "
-    "its area. The largest of 32 proposals is then nearly the whole image, and teaches what the "
-    "whole image teaches. The proposal of the highest objectness mostly is the object, also where "
-    "its class is novel. The paper's images are ImageNet's, whose objects are larger.",
+    "With image labels, 400 steps follow the first 280. Half of them are of images with boxes. "
+    "The weight of the image labels, .5, was chosen with the largest proposal; WSDDN has 50, "
+    "since its loss is a mean over 100 columns where the others are sums. An image with a label "
+    "shows one object on a quarter of its area. The largest of 32 proposals is then nearly the "
+    "whole image, and teaches what the whole image teaches. The proposal of the highest "
+    "objectness mostly is the object, also where its class is novel. The paper's images are "
+    "ImageNet's, whose objects are larger.",
 )
 
 THREE_SETS = f"{TWO} --eval-datasets coco,o365,lvis"
@@ -115,7 +125,6 @@ UNIDETECTOR = Study(
     },
     {
         "known AP50": (("lvis", "AP50 known"),),
-        "known AP50, gamma 0": (("lvis (no calibration)", "AP50 known"),),
         "unknown AP50": (("lvis", "AP50 unknown"),),
         UNCALIBRATED: (("lvis (no calibration)", "AP50 unknown"),),
         "lvis AP50": ap50("lvis"),
@@ -129,7 +138,7 @@ UNIDETECTOR = Study(
             "partitioned",
             "partitioned",
             "unknown AP50",
-            "calibration helps unknown classes",
+            "calibration of gamma .6 helps unknown classes",
             UNCALIBRATED,
         ),
         Effect("partitioned", "gamma3", "unknown AP50", "gamma .6 beats .3", ours=True),
@@ -140,7 +149,7 @@ UNIDETECTOR = Study(
     "no other is named. Calibration multiplies the scores of a class by one number, so it changes "
     "which detections are among the 300 of an image, and no ranking within a class. The localizer "
     "has 250 steps, the classifier 450, and the coupled network 450, scored like the others. The "
-    "paper's has a plain RPN, and neither objectness nor calibration.",
+    "paper's coupled baseline has a plain RPN. It uses neither objectness nor calibration.",
 )
 
 PAIR = "--datasets coco,oid"
@@ -165,7 +174,7 @@ UNIDET = Study(
             f"{MERGED} --stage unified --label-space benchmarks/claims/text_merges.csv",
         ),
         "shuffled": (
-            "retrained, learned merges shuffled",
+            "retrained, the learned merges shuffled",
             f"-m benchmarks.claims.unidet_shuffled {PAIR} --stage unified"
             " --label-space {learned}/label_space.csv",
         ),
@@ -182,8 +191,10 @@ UNIDET = Study(
         Effect("unified", "names", BOTH, "learned merges beat equal names"),
         Effect("unified", "text", BOTH, "learned merges beat similar names"),
         Effect("unified", "shuffled", BOTH, "learned merges beat shuffled ones", ours=True),
-        Effect("partitioned", "learned", BOTH, "merging without training costs some AP"),
-        Effect("unified", "learned", BOTH, "retraining wins it back"),
+        Effect("partitioned", "learned", BOTH, "merging the heads without training costs some AP"),
+        Effect(
+            "unified", "learned", BOTH, "retraining on the learned merges beats merging the heads"
+        ),
     ),
     "unidet.md",
     "The retrained detectors start anew and take as many steps as the partitioned one. Merges are "
@@ -194,7 +205,7 @@ UNIDET = Study(
 PARTS = "category_extended.py --datasets cityscapes-common,cityscapes-rare"
 PARTS += " --eval-datasets cityscapes-common"
 MINED = f"{PARTS} --pseudo-boxes {{whole}}"
-NOT_OWN = "elsewhere AP50"
+NOT_OWN = "AP50 of unannotated classes"
 CATEGORY_EXTENDED = Study(
     "category_extended",
     "What supervises objects that a dataset does not annotate?",
@@ -206,7 +217,10 @@ CATEGORY_EXTENDED = Study(
         ),
         "first": ("negatives without a conflict", f"{PARTS} --stage first"),
         "full": ("mined boxes, all else background", f"{MINED} --pseudo-negatives plain"),
-        "positives": ("mined boxes, no background", f"{MINED} --pseudo-negatives conflict_free"),
+        "positives": (
+            "mined boxes, negatives without a conflict",
+            f"{MINED} --pseudo-negatives conflict_free",
+        ),
         "whole": ("mined boxes, weighted background", PARTS),
     },
     {
@@ -217,12 +231,13 @@ CATEGORY_EXTENDED = Study(
         Effect("aware", "plain", NOT_OWN, "the loss of 2001.04621 beats plain training"),
         Effect("first", "plain", NOT_OWN, "conflict-free negatives beat plain training"),
         Effect("first", "aware", NOT_OWN, "conflict-free negatives beat those of 2001.04621"),
-        Effect("whole", "first", NOT_OWN, "mined boxes help"),
-        Effect("whole", "positives", NOT_OWN, "weighted background beats none"),
+        Effect("whole", "first", NOT_OWN, "the second training helps"),
+        Effect("positives", "first", NOT_OWN, "mined boxes alone help", ours=True),
+        Effect("whole", "positives", NOT_OWN, "weighted background helps the second training"),
         Effect("whole", "full", NOT_OWN, "weighted background beats full background"),
     ),
     "category_extended.md",
-    "Elsewhere: classes that the training images of `cityscapes-common` show but do not annotate. "
+    "The training images of `cityscapes-common` show the unannotated classes, too. "
     "A first training mines the boxes, and a second one of as many steps begins anew: so the "
     "variants with mined boxes all have the same boxes.",
 )
@@ -285,7 +300,10 @@ PLAINDET = Study(
     "plaindet",
     "What do text classifiers, composed queries and sampling by hardness add?",
     {
-        "joint": ("one linear classifier, equal names apart", f"{CONTROL} --classifier joint"),
+        "joint": (
+            "one linear classifier, classes of other datasets negative",
+            f"{CONTROL} --classifier joint",
+        ),
         "heads": ("a linear classifier per dataset", f"{CONTROL} --classifier heads"),
         "text": ("text classifier, plain queries", CONTROL),
         "hub": (
@@ -293,7 +311,7 @@ PLAINDET = Study(
             f"{PLAIN} --queries-from text_dataset --sampling size",
         ),
         "queries": ("text classifier, composed queries", f"{PLAIN} --sampling size"),
-        "equal": ("composed queries, sampling if equally hard", f"{PLAIN} {EQUAL}"),
+        "equal": ("composed queries, small datasets sampled more", f"{PLAIN} {EQUAL}"),
         "whole": ("composed queries, sampling by hardness", PLAIN),
     },
     {
@@ -311,10 +329,10 @@ PLAINDET = Study(
         Effect("whole", "equal", MEAN, "it is the hardness that helps, not the sizes", ours=True),
     ),
     "plaindet.md",
-    "Sampling by hardness also draws small datasets more often. `sampling if equally hard` has its "
-    "weights where all losses are the same. A text classifier compares unit vectors as wide as the "
-    "text, a linear one does not. The calibration of the text is off: MiniLM's texts share too "
-    "little.",
+    "Sampling by hardness also draws small datasets more often. `small datasets sampled more` has "
+    "its weights where all losses are the same. A text classifier compares unit vectors as wide "
+    "as the text, a linear one does not. The calibration of the text is off: MiniLM's texts share "
+    "too little.",
 )
 
 OMDET = Study(
@@ -328,7 +346,7 @@ OMDET = Study(
     SCALEDET.columns,
     (
         Effect("merged", "none", TRAINED, "task tokens in the decoder help"),
-        Effect("merged", "o365", ELSEWHERE, "coco and o365 beat o365 alone elsewhere"),
+        Effect("merged", "o365", LINEART, "coco and o365 beat o365 alone on lineart"),
     ),
     "omdet.md",
     "All variants take 900 steps, and all select their queries by the task.",

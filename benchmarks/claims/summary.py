@@ -15,6 +15,7 @@ from common.files import atomic_path
 LEAST_SEEDS = 3  # that say whether an effect is clear
 CLEAR = 0.05  # the largest p of a clear effect
 EFFECTS = ["claim", "difference of", "in", "mean ± standard error", "seeds", "shown?"]
+SHORT = ["shown?", "claim", "in", "mean ± standard error", "seeds"]
 VERDICTS = ["shown", "not clear", "the opposite"]
 
 
@@ -139,11 +140,8 @@ def claim_of(effect: Effect) -> str:
     return f"{effect.claim} (ours)" if effect.ours else effect.claim
 
 
-def effect_rows(study: Study, records: Records, *first: str) -> list[str]:
-    """Returns a row per effect that was measured: its mean, standard error, p and verdict.
-
-    first: cells before these
-    """
+def effect_cells(study: Study, records: Records) -> list[dict[str, str]]:
+    """Returns {heading: cell} of each effect that was measured. The headings are EFFECTS."""
     rows = []
     for effect in study.effects:
         found = difference(study, records, effect)
@@ -158,9 +156,15 @@ def effect_rows(study: Study, records: Records, *first: str) -> list[str]:
         column = effect.column
         if effect.worse_column:
             column += f" − {effect.worse_column}"
-        cells = [*first, claim_of(effect), pair, column, size, len(found.values), found.verdict]
-        rows.append(markdown_row(cells))
+        cells = [claim_of(effect), pair, column, size, str(len(found.values)), found.verdict]
+        rows.append(dict(zip(EFFECTS, cells)))
     return rows
+
+
+def effect_table(study: Study, records: Records, headings: list[str]) -> str:
+    """Returns a row per effect that was measured; "" without one. headings: some of EFFECTS"""
+    rows = [[cells[h] for h in headings] for cells in effect_cells(study, records)]
+    return markdown_table(headings, map(markdown_row, rows)) if rows else ""
 
 
 def overview_row(study: Study, records: Records, link: str) -> str:
@@ -182,15 +186,16 @@ def text_of(study: Study, records: Records) -> str:
     """Returns what a page says of a study: its question, tables and note."""
     revisions = {record["revision"] for record in records.values()}
     parts = [study.question, variant_table(study, records)]
-    if rows := effect_rows(study, records):
-        parts.append(markdown_table(EFFECTS, rows))
+    if table := effect_table(study, records, EFFECTS):
+        parts.append(table)
     if study.note:
         parts.append(study.note)
     timed = [record for record in records.values() if not record["resumed"]]
     machines = {f"{record['jobs']} at once on {record['cpu']}" for record in timed}
     parts.append(
         "± is the standard deviation over the seeds, and of a difference the standard error of the "
-        "mean. In the plot a bar is the mean, and a dot is a seed. Minutes are those of a run, "
+        "mean. In the plot a bar is the mean, and a dot is a seed. Minutes are those of a run that "
+        "was not stopped, without the runs that it starts from, "
         f"{' or '.join(sorted(machines))}."
     )
     if study.costs:
@@ -227,7 +232,8 @@ def draw(study: Study, records: Records, path: Path) -> None:
         axes.set_title(column, size=9)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_yticks(range(len(variants)), [study.label(v) for v in variants], size=8)
+    labels = [study.label(variant).replace("`", "") for variant in variants]
+    panels[0][0].set_yticks(range(len(variants)), labels, size=8)
     panels[0][0].invert_yaxis()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
