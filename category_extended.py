@@ -71,7 +71,6 @@ from common.command import COUNT, SIDE, Range, given, parse_args, run_command, s
 from common.compiling import compilable
 from common.convert import convert_if_official, refuse
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
-from common.datasets.subset import drop_empty
 from common.distributed import (
     amp_context,
     in_parallel,
@@ -719,7 +718,7 @@ def main() -> None:
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
-        datasets = [drop_empty(d) for d in training_datasets(args, size)]
+        datasets = training_datasets(args, size)  # also images without a box: some are mined
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:
         model, label_space = load(args.weights, args, device)

@@ -20,8 +20,8 @@ L_s, x_s         losses, factors
 
 Note: we could not read the paper. All numbers are those of its authors' code. Where that has
   several (batches of 16 or 64, other exponents than 0.7), the one that its configuration runs.
-Note: which CLIP, and whether t(c) - t(NULL) is normalised, is not said. Here rows have norm 1 and
-  share the scale 1 / tau; officially their norm is the scale. --text-encoder FILE normalises, too.
+Note: which CLIP, and whether t(c) - t(NULL) is normalised, is not said. Here rows, also of a FILE,
+  have norm 1; queries and logits divide them by tau. Officially their norm is this scale.
 Note: the official attention gives an image the weights p of another one of the batch (its mask is
   tiled in the wrong order). Here each image has its own.
 Note: the first stage scores objects by a column for each dataset. The official one has a column for
@@ -421,7 +421,7 @@ class Model(nn.Module):
             if self.args.queries_from == "boxes":
                 q, position = self.composer(boxes)
             else:
-                q, position = self.composer(maps[-1], classes.text, dataset), 0.0
+                q, position = self.composer(maps[-1], classes.text / self.args.tau, dataset), 0.0
                 q = q[:, : boxes.shape[1]]  # a small image has fewer cells than queries
             hidden, refined = self.decoder(q, position, boxes, memory)
             logits = self.classify(hidden, classes)

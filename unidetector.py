@@ -686,7 +686,7 @@ def evaluate(
                     _, prior = read_prior(args.prior, dataset.vocabulary)
             for row, regions in images.items():
                 detections[row] = classify(model, regions, space, prior, limit)
-            results[title] = evaluate_detections(dataset, detections, groups)
+            results[title] = evaluate_detections(dataset, detections, groups, title != name)
             draw_predictions(dataset, detections, folder, title, args.score_threshold)
     return results
 

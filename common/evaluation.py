@@ -43,7 +43,10 @@ class Evaluated(Protocol):
 
 
 def evaluate_detections(
-    dataset: Evaluated, predictions: Predictions, groups: dict[str, np.ndarray] | None = None
+    dataset: Evaluated,
+    predictions: Predictions,
+    groups: dict[str, np.ndarray] | None = None,
+    control: bool = False,
 ) -> Scores:
     """Computes the metrics of `dataset.metric` over all images of the dataset, in 0..1.
 
@@ -51,6 +54,7 @@ def evaluate_detections(
                  original image, `labels` (N,) in the dataset's vocabulary, `scores` (N,), `size`
                  (height, width), and optionally `segmentations`, N RLEs
     groups:      name -> (C,) bool, the classes of the group, for example the novel ones
+    control:     whether the result is a baseline: its mistakes are not drawn
 
     Returns METRICS[dataset.metric]. If dataset and predictions have segmentations, MASK_METRICS
     are added with the prefix "mask "; a box without a mask is neither hit nor miss in them, and
@@ -69,7 +73,8 @@ def evaluate_detections(
     _check_complete(dataset, predictions)
     if dataset.index.image_labels is not None:
         return label_accuracy(dataset.index, dataset.vocabulary, predictions, groups)
-    evidence = Evidence(dataset, dict(predictions))  # a copy: a caller may fill its own again
+    # a copy: a caller may fill its own again
+    evidence = None if control else Evidence(dataset, dict(predictions))
     dataset = as_predicted(dataset, predictions)
     truth = truth_table(dataset.index, predictions)
     found = prediction_table(dataset, predictions)

@@ -124,6 +124,7 @@ def test_evidence_is_of_its_own_predictions():
     results = evaluate_detections(dataset, predictions)
     predictions[2] = predict()
     assert len(results.evidence.predictions[2]["scores"]) == 1
+    assert evaluate_detections(dataset, predictions, control=True).evidence is None
 
 
 def many(counts) -> Mistakes:

@@ -101,6 +101,17 @@ def test_composed_queries_by_the_formula():
         torch.testing.assert_close(found[image], wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("queries", ["classes", "text_dataset"])
+def test_queries_are_composed_of_the_text_that_the_logits_read(queries):
+    """Officially its norm is the scale of the logits, here 1 / tau."""
+    classes = space(a=5)
+    model, (pixels, sizes) = model_of(classes, queries_from=queries), images()
+    given = []
+    model.composer.register_forward_pre_hook(lambda _, arguments: given.append(arguments[1]))
+    model(pixels, sizes, 0, classes)
+    torch.testing.assert_close(given[0], classes.text / model.args.tau)
+
+
 @pytest.mark.parametrize("queries", ["classes", "text_dataset", "boxes"])
 def test_permuted_classes_permute_the_logits_alone(queries):
     classes = space(a=5)

@@ -671,15 +671,16 @@ def test_passes_of_the_evaluation(tiny_root, tmp_path, monkeypatch):
         "eta": torch.rand(20),
     }
     regions |= {"proposals": {}, "size": (96, 96)}
-    calls, evaluated, classify = [], [], unidetector.classify
+    calls, evaluated, controls, classify = [], [], [], unidetector.classify
 
     def spy_classify(of_model, given, classes, prior, limit):
         assert of_model is model and given is regions
         calls.append((classes, prior))
         return classify(of_model, given, classes, prior, limit)
 
-    def spy_evaluation(dataset, found, groups):
+    def spy_evaluation(dataset, found, groups, control):
         evaluated.append(dict(found))
+        controls.append(control)
         return {}
 
     for name in ("recall", "draw_predictions"):
@@ -697,6 +698,7 @@ def test_passes_of_the_evaluation(tiny_root, tmp_path, monkeypatch):
         "lvis",
         "lvis (shuffled text)",
     ]
+    assert controls == [True, False, True, False, True]  # their mistakes are not drawn
     assert [len(found[0]["scores"]) for found in evaluated] == [100, 100, 300, 300, 300]
     calls = calls[::2]  # of the first image
     for plain, calibrated in ((0, 1), (2, 3)):

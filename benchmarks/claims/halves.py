@@ -77,7 +77,9 @@ HALVES = Study(
     note="`even` has every second class and every second image of the generated `coco`, `odd` has "
     "the rest. An image shows objects of both, and has the boxes of its own classes. The models "
     "are tested with all boxes of all classes, by name, after 600 steps of 8 images, 300 for each "
-    "stage of UniDetector. For the proposals an object without a box is background in all of "
+    "stage of UniDetector. An object of the other half is a negative of its own class, which is "
+    "a positive more often: that lowers its scores, and hardly changes their order. For the "
+    "proposals an object without a box is background in all of "
     "them. `category_extended.py` is made for this case, and has [a study of its "
     "own](category_extended.md).",
     make=make_halves,
