@@ -71,6 +71,7 @@ from common.command import COUNT, SIDE, Range, given, parse_args, run_command, s
 from common.compiling import compilable
 from common.convert import convert_if_official, refuse
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
+from common.datasets.subset import refuse_without_boxes
 from common.distributed import (
     amp_context,
     in_parallel,
@@ -718,7 +719,8 @@ def main() -> None:
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
-        datasets = training_datasets(args, size)  # also images without a box: some are mined
+        datasets = training_datasets(args, size)  # images without a box may get mined ones
+        refuse_without_boxes(datasets)
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:
         model, label_space = load(args.weights, args, device)

@@ -668,19 +668,3 @@ def test_stages_start_from_files(tiny_root, tmp_path, call, fails, monkeypatch, 
         assert not target.scope[target.labels[-1]]
         assert target.scope[target.labels[:-1]].all()
     assert (tmp_path / "second" / "weights.safetensors").exists()
-
-
-def test_images_without_a_box_are_mined_and_trained_on(tmp_path, call, monkeypatch):
-    """As in the official configurations; the other detectors leave them out."""
-    given, seen = [labelled("a", [[0], [], [1]], 3)], []
-
-    def stop(args, datasets, *_):
-        seen.extend(map(len, datasets))
-        raise InputError("enough")
-
-    monkeypatch.setattr(method, "training_datasets", lambda *_: given)
-    monkeypatch.setattr(method, "evaluation_datasets", lambda *_: [])
-    monkeypatch.setattr(method, "train", stop)
-    with pytest.raises(InputError, match="enough"):
-        call("--datasets", "a", "--output", tmp_path / "run", method="category_extended")
-    assert seen == [3]

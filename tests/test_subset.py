@@ -14,7 +14,7 @@ from PIL import Image
 import detic
 from common.datasets import evaluation_datasets, training_datasets
 from common.datasets.names import load_datasets
-from common.datasets.subset import drop_empty, edit_classes, read_renames
+from common.datasets.subset import drop_empty, edit_classes, read_renames, refuse_without_boxes
 from common.errors import InputError
 from common.labels import LabelSpace
 
@@ -93,12 +93,17 @@ def test_images_without_a_box_are_left_out(sparse, caplog, side, rows, line):
 def test_a_dataset_without_an_image_left_is_refused(sparse):
     (dataset,) = load_datasets(sparse, "train")
     crowds = replace(dataset, index=dataset.index.keep(dataset.index.ignore))
-    with pytest.raises(InputError, match="sparse: no image has a box to train on"):
-        drop_empty(crowds)
+    for refuse in (drop_empty, lambda dataset: refuse_without_boxes([dataset])):
+        with pytest.raises(InputError, match="sparse: no image has a box to train on"):
+            refuse(crowds)
+    refuse_without_boxes([dataset, dataset.select(np.zeros(len(dataset), bool))])
 
 
-@pytest.mark.parametrize("method, side", [("scaledet", 0), ("detic", 0), ("unidetector", 32)])
-def test_detectors_train_on_images_with_boxes(sparse, tmp_path, call, monkeypatch, method, side):
+@pytest.mark.parametrize(
+    "method, images", [("scaledet", 4), ("detic", 4), ("unidetector", 2), ("category_extended", 6)]
+)
+def test_detectors_train_on_images_with_boxes(sparse, tmp_path, call, monkeypatch, method, images):
+    """UniDetector leaves out small ones, too; the category-extended detector mines in all."""
     trained = []
 
     def train(args, datasets, *others):
@@ -107,10 +112,12 @@ def test_detectors_train_on_images_with_boxes(sparse, tmp_path, call, monkeypatc
 
     monkeypatch.setattr(importlib.import_module(method), "train", train)
     folder = str(tmp_path / "run")
-    flags = ["--text-encoder", "minilm", "--prompts", "name", "--output", folder]
+    flags = ["--output", folder]
+    if method != "category_extended":  # it has no text
+        flags += ["--text-encoder", "minilm", "--prompts", "name"]
     with pytest.raises(InputError, match="enough"):
         call("--datasets", sparse, *flags, "--eval-datasets", sparse, method=method)
-    assert [len(dataset) for dataset in trained] == [2 if side else 4]
+    assert [len(dataset) for dataset in trained] == [images]
 
 
 def test_detic_keeps_images_without_a_box_beside_image_labels(sparse, tmp_path, call, monkeypatch):

@@ -19,6 +19,7 @@ from common.errors import InputError
 from common.labels import Vocabulary, fold
 
 log = logging.getLogger("concord")
+NO_BOX = "%s: no image has a box to train on; take the dataset out"
 
 
 def edit_classes(datasets: list[Dataset], classes: str, rename: str, split: str) -> list[Dataset]:
@@ -99,13 +100,20 @@ def drop_empty(dataset: Dataset, least_side: int = 0) -> Dataset:
     if kept.all():
         return dataset
     if not kept.any():
-        raise InputError(f"{dataset.name}: no image has a box to train on; take the dataset out")
+        raise InputError(NO_BOX % dataset.name)
     reasons = f"{(~boxed).sum()} without a box"
     if least_side:
         reasons += f", {small.sum()} with a side below {least_side} pixels"
     message = "%s: %d of %d images are not trained on (%s)"
     log.info(message, dataset.name, (~kept).sum(), len(kept), reasons)
     return dataset.select(kept)
+
+
+def refuse_without_boxes(datasets: list[Dataset]) -> None:
+    """Raises InputError if a dataset has images, and none of them has a box to train on."""
+    for dataset in datasets:
+        if len(dataset) and dataset.index.ignore.all():
+            raise InputError(NO_BOX % dataset.name)
 
 
 def read_renames(path: str) -> dict[str, str]:
