@@ -63,7 +63,7 @@ SCALEDET = Study(
     "our reading of the paper; UniDetector claims the contrary for its classifier. An object is "
     "then a negative of the other datasets' words for it (cell phone, Mobile phone), of which "
     "four datasets have many. The cosines with fixed texts are ordered by similarity without a "
-    "soft loss. Its gradient is at most a sixth of the hard loss's. Ten times as strong, it "
+    "soft loss. Its gradient is small beside that of the hard loss. Ten times as strong, it "
     "opposes the hard loss: it raises what that lowers.",
 )
 
@@ -100,8 +100,8 @@ DETIC = Study(
     "With image labels, 400 steps follow the first 280. Half of them are of images with boxes. "
     "The weight of the image labels, .5, was chosen with the largest proposal; WSDDN has 50, "
     "since its loss is a mean over 100 columns where the others are sums. An image with a label "
-    "shows one object on a quarter of its area. The largest of 32 proposals is then nearly the "
-    "whole image, and teaches what the whole image teaches. The proposal of the highest "
+    "shows one object, much smaller than the image. The largest of 32 proposals is then nearly "
+    "the whole image, and teaches what the whole image teaches. The proposal of the highest "
     "objectness mostly is the object, also where its class is novel. The paper's images are "
     "ImageNet's, whose objects are larger.",
 )
@@ -243,7 +243,7 @@ CATEGORY_EXTENDED = Study(
     "A first training mines the boxes, and a second one of as many steps begins anew: so the "
     "variants with mined boxes all have the same boxes. Objects of these images hardly ever lie in "
     "the box of another. So the conflict that the later paper avoids is rare here, and its first "
-    "loss gives up nine of ten negatives that are right.",
+    "loss gives up many negatives that are right.",
 )
 
 FINE = "groupsoftmax.py --datasets coco --eval-datasets coco"
