@@ -56,7 +56,16 @@ SMALL = Study(
     (Effect("b", "a", "AP50", "ours is better"),),
 )
 # of the long tests alone
-SLOW = {"scaledet", "detic", "unidetector", "plaindet", "halves", "detectors"}
+SLOW = {
+    "scaledet",
+    "detic",
+    "unidetector",
+    "plaindet",
+    "dataseg",
+    "finetuning",
+    "halves",
+    "detectors",
+}
 
 
 @pytest.fixture(autouse=True)
