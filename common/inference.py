@@ -109,6 +109,7 @@ def evaluate_dataset(
     Returns {title: {metric: value}} on rank 0 and {} on the other ranks.
     """
     title = title or dataset.name
+    control = title != dataset.name
     of_segments = dataset.metric in ("miou", "pq")
     run = _predict_segments if of_segments else predict_dataset
     predicted = run(predict, dataset, transform, args.workers, title)
@@ -120,19 +121,18 @@ def evaluate_dataset(
         results = segment_results(counts, dataset.vocabulary)
         scores = {row: score for row, (score, _) in worst.items()}
         shown = {row: prediction for row, (_, prediction) in worst.items()}
-        results.evidence = Evidence(dataset, shown, scores, counts.get("semantic"))
+        if not control:
+            results.evidence = Evidence(dataset, shown, scores, counts.get("semantic"))
         if things:
             of_things = thing_results(dataset, things, args.data_root)
             results |= of_things
             results.classes |= of_things.classes
     else:
         predictions = predicted
-        results = evaluate_detections(dataset, predictions, groups)
+        results = evaluate_detections(dataset, predictions, groups, control)
     if dataset.trained_on:
         log.warning("%s: these are results on its TRAINING images", title)
     draw_predictions(dataset, predictions, folder, title, args.score_threshold)
-    if title != dataset.name:
-        results.evidence = None  # a control
     return {title: results}
 
 

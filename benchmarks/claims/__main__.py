@@ -178,15 +178,16 @@ def write_tables(studies: list[Study], folder: Path, root: Path) -> None:
             plot = f"claims/{study.name}.png"
             summary.draw(study, records, docs / plot)
             text = f"{summary.text_of(study, records)}\n\n![{study.question}]({plot})"
-        link = f"claims.md#{study.name}"
         if study.page:
-            link = f"{study.page}#the-claims-on-generated-data"
             write_between(docs / study.page, "claims", text)
-            text = f"{study.question} [Variants, means and plot]({link})\n\n"
-            text += summary.effect_table(study, records, summary.SHORT)
         if not records:
             waiting.append(study.name)
             continue
+        link = f"claims.md#{study.name}"
+        if study.page:
+            link = f"{study.page}#the-claims-on-generated-data"
+            text = f"{study.question} [Variants, means and plot]({link})\n\n"
+            text += summary.effect_table(study, records, summary.SHORT)
         parts.append(f"## {study.name}\n\n{text}")
         verdicts.append(summary.overview_row(study, records, f"[{study.name}](docs/{link})"))
     if waiting:
