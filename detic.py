@@ -37,8 +37,7 @@ Note: the paper's COCO split has Faster R-CNN C4. Here coco-base has the same de
 diff with scaledet.py shows: labels merged, not concatenated; a mask head; image-label losses, no
 soft loss; batches of one dataset each; base and novel classes in the results.
 
-    python detic.py --datasets coco-base --tiny             # stage 1: minutes on a CPU
-    python detic.py --datasets coco-base,in21k --tiny --weights runs/detic-...      # stage 2
+    ./run.sh detic                                          # both stages: minutes on a CPU
     torchrun --nproc-per-node 8 detic.py --datasets lvis-base,in-l --data-root DATA --weights ...
     python detic.py --predict photo.jpg --vocabulary "cat, traffic cone" --weights runs/...
 """
@@ -104,7 +103,8 @@ METHOD = Path(__file__).stem
 ImageLabelLoss = Literal["max_size", "max_score", "first", "image", "min_loss", "wsddn"]
 DEMO = [  # the demonstration of ./run.sh
     "--datasets coco-base --tiny --output {output}-boxes",
-    "--datasets coco-base,in21k --tiny --steps 400 --weights {output}-boxes --output {output}",
+    "--datasets coco-base,in21k --tiny --steps 400 --weights {output}-boxes --output {output}"
+    " --dataset-sizes in21k=192 --dataset-batches in21k=8 --dataset-ratios coco-base=1,in21k=1",
 ]
 
 # -- Args ------------------------------------------------------------------------------------------

@@ -311,11 +311,16 @@ class Model(nn.Module):
         return stages, logits, losses
 
     def detect(
-        self, features: list[Tensor], sizes: list[tuple[int, int]], columns: Tensor
+        self,
+        features: list[Tensor],
+        sizes: list[tuple[int, int]],
+        columns: Tensor,
+        objectness: bool = True,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the boxes of the last stage, B tensors (Q, 4), and scores, B tensors (Q, C).
 
         As in Detic's code, s = sqrt(p o), p the stages' mean sigmoid(logits), o the objectness.
+        Without `objectness` the score is p, as in UniDet's code.
         """
         with amp_context(self.args.amp, features[0].device):
             proposals, _ = self.centernet(features)  # of each image: boxes (Q, 4), objectness (Q,)
@@ -324,7 +329,9 @@ class Model(nn.Module):
             logits = [classify(s.hidden).float() for classify, s in zip(self.classifiers, stages)]
         mean = torch.stack([x[:, columns].sigmoid() for x in logits]).mean(0)  # (R, C)
         probabilities = mean.split([len(b) for b in boxes])  # B tensors (Q, C)
-        scores = [(p * o[:, None]).sqrt() for p, (_, o) in zip(probabilities, proposals)]
+        scores = probabilities
+        if objectness:
+            scores = [(p * o[:, None]).sqrt() for p, (_, o) in zip(probabilities, proposals)]
         return self.cascade.refine(stages[-1], sizes), scores
 
 
@@ -469,8 +476,10 @@ def merge_heads(model: Model, label_space: LabelSpace) -> Model:
 
 
 @torch.no_grad()
-def predict(model: Model, batch: Batch, label_space: LabelSpace) -> list[dict]:
-    """Returns the detections of each image, in pixels of its original size.
+def predict(
+    model: Model, batch: Batch, label_space: LabelSpace, objectness: bool = True
+) -> list[dict]:
+    """Returns the detections of each image, in pixels of its original size. See `Model.detect`.
 
     Each image has a dictionary like torchvision's: boxes (N, 4), scores (N,), and labels (N,), as
     columns of label_space. It also has N class_names and size (height, width).
@@ -480,7 +489,7 @@ def predict(model: Model, batch: Batch, label_space: LabelSpace) -> list[dict]:
     batch = batch.to(device)
     features = model.extract(batch.images, batch.sizes)
     columns = model.columns_of(label_space).to(device)
-    all_boxes, all_scores = model.detect(features, batch.sizes, columns)
+    all_boxes, all_scores = model.detect(features, batch.sizes, columns, objectness)
     detections = []
     for i, (boxes, scores) in enumerate(zip(all_boxes, all_scores)):
         boxes, scores, labels = select_detections(boxes, scores, model.args.one_class_per_proposal)
@@ -505,10 +514,11 @@ def learn_label_space(
 ) -> tuple[list[Group], list[float]]:
     """Runs all classifiers on all datasets and chooses the merges. Returns them and their c_t.
 
+    As in the notebook, a class must have a probability above 0.1, and objectness does not count.
     datasets: those of the label space, with other images than the training's. Every rank calls it.
     """
     found = []
-    predictor = partial(predict, model, label_space=label_space)
+    predictor = partial(predict, model, label_space=label_space, objectness=False)
     for dataset in datasets:
         transform = ResizeShortest(args.test_size)
         title = f"{dataset.name}, by all classifiers"

@@ -161,6 +161,7 @@ def test_score_is_the_root_of_mean_probability_and_objectness(monkeypatch):
     columns = model.columns_of(LabelSpace([B]))
     assert columns.tolist() == [4, 1, 5]
     _, scores = model.detect([torch.zeros(1)], sizes, columns)
+    _, probabilities = model.detect([torch.zeros(1)], sizes, columns, objectness=False)
     rows = [(0, 0, 0.9), (0, 1, 0.4), (1, 0, 0.6)]
     for region, (image, row, o) in enumerate(rows):
         for column, c in enumerate((4, 1, 5)):
@@ -169,6 +170,7 @@ def test_score_is_the_root_of_mean_probability_and_objectness(monkeypatch):
                 logit = (h[region] @ classifier.weight[c] + classifier.bias[c]).item()
                 p += 1 / (1 + math.exp(-logit)) / 3
             assert scores[image][row, column].item() == pytest.approx(math.sqrt(p * o), rel=1e-4)
+            assert probabilities[image][row, column].item() == pytest.approx(p, rel=1e-4)
 
 
 def test_columns_are_those_of_a_dataset_or_all():
@@ -502,6 +504,7 @@ def test_label_space_is_learned_from_all_scores_above_a_tenth(monkeypatch):
     }
 
     def predicted(predictor, dataset, *given) -> dict:
+        assert predictor.keywords["objectness"] is False
         return {0: own[dataset.name]}
 
     monkeypatch.setattr(unidet, "predict_dataset", predicted)

@@ -24,7 +24,10 @@ ACROSS_DETECTORS = Study(
     note="This is no ranking of the methods. Learning rates and frozen parts are those of each "
     "demonstration: `category_extended.py`, `plaindet.py`, `omdet.py` and `metr.py` have a frozen "
     "backbone, and DETRs need longer trainings than these. `unidet.py` and `category_extended.py` "
-    "run their first stage alone; the steps of `unidetector.py` are those of both its stages.",
+    "run their first stage alone; the steps of `unidetector.py` are those of both its stages, each "
+    "of a network of its own. Learning rates for batches of 4 are not raised for these of 8. Speed "
+    "includes the decoding of images. Memory is that of the process, of which the libraries are a "
+    "large part.",
     costs=True,
 )
 
@@ -44,7 +47,10 @@ ACROSS_SEGMENTERS = Study(
         "ade20k mIoU": (("ade20k-panoptic", "mIoU"),),
     },
     (),
-    note="The settings are those of each demonstration, with a frozen backbone.",
+    note="The settings are those of each demonstration, with a frozen backbone. `lmseg.py` has "
+    "crops of 130 pixels of `ade20k-panoptic` and images of 162 of `coco-panoptic`, the others "
+    "have 160. Speed includes the decoding of images. Memory is that of the process, of which the "
+    "libraries are a large part.",
     costs=True,
 )
 

@@ -36,6 +36,7 @@ FINETUNING = Study(
         Effect("before", "alone", OLD, "oid alone unteaches coco and o365", ours=True),
         Effect("replay", "alone", OLD, "a replay keeps coco and o365", ours=True),
         Effect("names", "alone", OLD, "old names as negatives keep coco and o365", ours=True),
+        Effect("replay", "names", OLD, "images replayed beat old names alone", ours=True),
         Effect("alone", "short", "oid AP50", "the old weights help oid", ours=True),
         Effect(
             "alone",
@@ -47,8 +48,10 @@ FINETUNING = Study(
         Effect("alone", "replay", "oid AP50", "a replay costs some AP on oid", ours=True),
     ),
     "finetuning.md",
-    "The first training has 600 steps, the second 300. Half of the images of the replay are of "
-    "oid. The images of oid have art of their own. They show its own classes alone, all with "
+    "The first training has 600 steps, the second 300, at a quarter of the learning rate that the "
+    "trainings from scratch have. Half of the images of the replay are of oid, and old names are "
+    "negatives in it, too. The images of oid have art of their own. They show its own classes "
+    "alone, all with "
     "boxes. A third of them have the name of an old one: a part of what is unlearned is the "
     "style. An old name is a wrong negative where oid has another word for the class (Cattle, "
     "cow).",

@@ -77,10 +77,11 @@ HALVES = Study(
     note="`even` has every second class and every second image of the generated `coco`, `odd` has "
     "the rest. An image shows objects of both, and has the boxes of its own classes. The models "
     "are tested with all boxes of all classes, by name, after 600 steps of 8 images, 300 for each "
-    "stage of UniDetector. An object of the other half is a negative of its own class, which is "
-    "a positive more often: that lowers its scores, and hardly changes their order. For the "
-    "proposals an object without a box is background in all of "
-    "them. `category_extended.py` is made for this case, and has [a study of its "
+    "stage of UniDetector. This is a mild case: each class has boxes in half of the images, and "
+    "all images have one style. An object that is a negative of its class in one half is a "
+    "positive in the other. That lowers scores, which AP does not see unless their order changes. "
+    "For the proposals an object without a box is background in all of them. "
+    "`category_extended.py` is made for harder cases, and has [a study of its "
     "own](category_extended.md).",
     make=make_halves,
 )
