@@ -103,8 +103,8 @@ METHOD = Path(__file__).stem
 ImageLabelLoss = Literal["max_size", "max_score", "first", "image", "min_loss", "wsddn"]
 DEMO = [  # the demonstration of ./run.sh
     "--datasets coco-base --tiny --output {output}-boxes",
-    "--datasets coco-base,in21k --tiny --steps 400 --weights {output}-boxes --output {output}"
-    " --dataset-sizes in21k=192 --dataset-batches in21k=8 --dataset-ratios coco-base=1,in21k=1",
+    "--datasets coco-base,in21k --dataset-sizes in21k=160 --tiny --steps 400"
+    " --weights {output}-boxes --output {output}",
 ]
 
 # -- Args ------------------------------------------------------------------------------------------

@@ -69,9 +69,8 @@ SCALEDET = Study(
 
 BOXES = "detic.py --datasets coco-base"
 ALL = "detic.py --datasets coco --eval-datasets coco-base"
-LABELS = "detic.py --datasets coco-base,in21k --steps 400 --weights {boxes}"
-LABELS += " --dataset-sizes in21k=192 --dataset-batches in21k=8"
-LABELS += " --dataset-ratios coco-base=1,in21k=1"
+LABELS = "detic.py --datasets coco-base,in21k --dataset-sizes in21k=160 --steps 400"
+LABELS += " --weights {boxes}"
 DETIC = Study(
     "detic",
     "What do image-level labels add, and which proposal should get them?",
@@ -102,7 +101,7 @@ DETIC = Study(
     "With image labels, 400 steps follow the first 280. Half of them are of images with boxes. "
     "The weight of the image labels is .5, since .1 teaches little in these steps; WSDDN has 50, "
     "since its loss is a mean over 100 columns where the others are sums. Images with labels have "
-    "the size of those with boxes, officially half of it: at half of these 192 pixels, all levels "
+    "160 pixels, those with boxes 192, officially 320 and 640: at half of 192 pixels, all levels "
     "of the pyramid but one propose boxes as large as the image. In the paper, the largest box, "
     "the whole image and the highest objectness are within a point of AP, and far above the other "
     "two.",
