@@ -40,7 +40,6 @@ columns of the image's own dataset; calibration; known and unknown classes in th
     python unidetector.py --datasets coco,o365 --tiny                   # minutes on a CPU
     python unidetector.py --datasets coco,o365,oid500 --data-root DATA --accumulate 2  # 13 GB
     torchrun --nproc-per-node 8 unidetector.py --datasets coco@35000,o365@3.5%,oid500@4.5%  # paper
-    python unidetector.py --stage classifier --weights runs/... --datasets coco,o365
     python unidetector.py --predict photo.jpg --prior runs/.../prior-coco.json --weights runs/...
 """
 
@@ -258,6 +257,7 @@ TINY = {
     "checkpoint_every": 200,
     "workers": 0,
     "tau": 0.05,
+    "beta": 0.7,  # 0.3 is for the wider logits of tau 0.01
     "rpn_proposals": 100,
     "rois_per_image": 64,
     "channels": 64,

@@ -18,9 +18,11 @@ import tyro
 from conftest import REPO, small_flags
 
 import dataseg
+import domain_attention
 import unidetector
 from benchmarks.claims import (
     dataseg_backgrounds,
+    domain_attention_fixed,
     halves,
     runs,
     study,
@@ -448,6 +450,21 @@ def test_each_dataset_has_its_background():
         logits.sum().backward()
         assert own.grad is not None and other.grad is None
         assert decay[id(own)] == 0
+
+
+def test_fixed_gates_are_the_same_for_all_images(monkeypatch):
+    args = small_args(domain_attention_fixed, "--backbone", "resnet10t")
+    label_space = domain_attention.build_label_space(args, [Vocabulary("a", ("cat",))])
+    monkeypatch.setattr(domain_attention, "main", lambda: None)
+    monkeypatch.setattr(domain_attention, "DomainAttention", None)
+    domain_attention_fixed.main()
+    model = domain_attention.Model(args, label_space, pretrained=False)
+    gates = [m for m in model.modules() if isinstance(m, domain_attention_fixed.FixedGates)]
+    assert gates
+    x = torch.rand(2, len(gates[0].logits), 3, 3) + 0.1
+    torch.testing.assert_close(gates[0](x), 0.9 * x)
+    gates[0](x).sum().backward()
+    assert gates[0].logits.grad.abs().min() > 0
 
 
 def test_shuffled_merges_join_the_same_classes_in_other_pairs():
