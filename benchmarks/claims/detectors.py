@@ -228,6 +228,7 @@ CATEGORY_EXTENDED = Study(
             "mined boxes, negatives without a conflict",
             f"{MINED} --pseudo-negatives conflict_free",
         ),
+        "unmined": ("no mined boxes, weighted background", f"{MINED} --least-confidence 1"),
         "whole": ("mined boxes, weighted background", PARTS),
     },
     {
@@ -242,6 +243,9 @@ CATEGORY_EXTENDED = Study(
         Effect("positives", "first", NOT_OWN, "mined boxes alone help", ours=True),
         Effect("whole", "positives", NOT_OWN, "weighted background helps the second training"),
         Effect("whole", "full", NOT_OWN, "weighted background beats full background"),
+        Effect(
+            "whole", "unmined", NOT_OWN, "mined boxes help beside weighted background", ours=True
+        ),
     ),
     "category_extended.md",
     "The training images of `cityscapes-common` show the unannotated classes, too. "
