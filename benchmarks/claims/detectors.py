@@ -315,7 +315,7 @@ DOMAIN_ATTENTION = Study(
         Effect("bank", "without", MEAN, "a bank of adapters helps"),
         Effect("one", "without", MEAN, "one adapter a block helps", ours=True),
         Effect("bank", "one", MEAN, "a bank beats one adapter", ours=True),
-        Effect("fixed", "without", MEAN, "gates help that are the same for all images", ours=True),
+        Effect("fixed", "without", MEAN, "gates that are the same for all images help", ours=True),
         Effect(
             "bank",
             "fixed",

@@ -51,8 +51,7 @@ FINETUNING = Study(
     "The first training has 600 steps, the second 300, at a quarter of the learning rate that the "
     "trainings from scratch have. Half of the images of the replay are of oid, and old names are "
     "negatives in it, too. The images of oid have art of their own. They show its own classes "
-    "alone, all with "
-    "boxes. A third of them have the name of an old one: a part of what is unlearned is the "
-    "style. An old name is a wrong negative where oid has another word for the class (Cattle, "
-    "cow).",
+    "alone, all with boxes. A third of them have the name of an old one: a part of what is "
+    "unlearned is the style. An old name is a wrong negative where oid has another word for the "
+    "class (Cattle, cow).",
 )
