@@ -187,7 +187,8 @@ def write_tables(studies: list[Study], folder: Path, root: Path) -> None:
         if study.page:
             link = f"{study.page}#the-claims-on-generated-data"
             text = f"{study.question} [Variants, means and plot]({link})\n\n"
-            text += summary.effect_table(study, records, summary.SHORT)
+            table = summary.effect_table(study, records, summary.SHORT)
+            text += table or "No claim has both of its variants yet."
         parts.append(f"## {study.name}\n\n{text}")
         verdicts.append(summary.overview_row(study, records, f"[{study.name}](docs/{link})"))
     if waiting:
@@ -201,11 +202,12 @@ def count_of(studies: list[Study], records: list[dict]) -> str:
     """Returns a sentence on how many runs have ended, and how long they took."""
     seeds = summary.LEAST_SEEDS
     first = sum(record["seed"] < seeds for record in records)
-    wanted = seeds * sum(len(study.variants) for study in studies)
+    variants = sum(len(study.variants) for study in studies)
     hours = sum(record["seconds"] / record["jobs"] for record in records) / 3600
     return (
-        f"{first} of {wanted} runs with {seeds} seeds each have ended, and {len(records) - first} "
-        f"with the further seeds of unclear effects. They took {hours:.1f} hours of two cores."
+        f"{first} of {seeds * variants} runs have ended ({variants} variants, {seeds} seeds), and "
+        f"{len(records) - first} with the further seeds of unclear effects. They took {hours:.1f} "
+        "hours of two cores."
     )
 
 

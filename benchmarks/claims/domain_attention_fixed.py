@@ -14,7 +14,8 @@ import domain_attention
 from common.command import run_command
 
 Args, METHOD = domain_attention.Args, domain_attention.METHOD
-MODEL_FIELDS, TINY = domain_attention.MODEL_FIELDS, domain_attention.TINY
+MODEL_FIELDS = domain_attention.MODEL_FIELDS
+TINY = domain_attention.TINY
 
 
 class FixedGates(nn.Module):

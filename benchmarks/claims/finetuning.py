@@ -33,7 +33,9 @@ FINETUNING = Study(
         "lineart AP50, never trained on": ap50("lineart"),
     },
     (
-        Effect("before", "alone", OLD, "oid alone unteaches coco and o365", ours=True),
+        Effect(
+            "before", "alone", OLD, "training on oid alone costs AP on coco and o365", ours=True
+        ),
         Effect("replay", "alone", OLD, "a replay keeps coco and o365", ours=True),
         Effect("names", "alone", OLD, "old names as negatives keep coco and o365", ours=True),
         Effect("replay", "names", OLD, "images replayed beat old names alone", ours=True),
@@ -51,7 +53,7 @@ FINETUNING = Study(
     "The first training has 600 steps, the second 300, at a quarter of the learning rate that the "
     "trainings from scratch have. Half of the images of the replay are of oid, and old names are "
     "negatives in it, too. The images of oid have art of their own. They show its own classes "
-    "alone, all with boxes. A third of them have the name of an old one: a part of what is "
-    "unlearned is the style. An old name is a wrong negative where oid has another word for the "
+    "alone, all with boxes. A third of the classes share their name with an old one. "
+    "These lose AP by style. An old name is a wrong negative where oid has another word for the "
     "class (Cattle, cow).",
 )

@@ -78,9 +78,10 @@ HALVES = Study(
     "the rest. An image shows objects of both, and has the boxes of its own classes. The models "
     "are tested with all boxes of all classes, by name, after 600 steps of 8 images, 300 for each "
     "stage of UniDetector. This is a mild case: each class has boxes in half of the images, and "
-    "all images have one style. An object that is a negative of its class in one half is a "
-    "positive in the other. That lowers scores, which AP does not see unless their order changes. "
-    "For the proposals an object without a box is background in all of them. "
+    "all images have one style. The objects of a class are positives in one half of the images and "
+    "negatives in the other. These negatives lower its scores, which AP does not see unless their "
+    "order changes. Every variant with halves trains its proposals with unlabelled objects as "
+    "background. "
     "`category_extended.py` is made for harder cases, and has [a study of its "
     "own](category_extended.md).",
     make=make_halves,
