@@ -45,6 +45,7 @@ if __name__ == "__main__":
 import logging
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations, product
@@ -260,6 +261,8 @@ class Model(nn.Module):
     Each of the three stages scores its regions for U classes and refines their boxes.
     """
 
+    objectness = True  # whether it counts in the scores
+
     def __init__(self, args: Args, label_space: LabelSpace, pretrained: bool = True):
         super().__init__()
         self.args = args
@@ -311,16 +314,12 @@ class Model(nn.Module):
         return stages, logits, losses
 
     def detect(
-        self,
-        features: list[Tensor],
-        sizes: list[tuple[int, int]],
-        columns: Tensor,
-        objectness: bool = True,
+        self, features: list[Tensor], sizes: list[tuple[int, int]], columns: Tensor
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the boxes of the last stage, B tensors (Q, 4), and scores, B tensors (Q, C).
 
         As in Detic's code, s = sqrt(p o), p the stages' mean sigmoid(logits), o the objectness.
-        Without `objectness` the score is p, as in UniDet's code.
+        Without `self.objectness`, s = p, as in UniDet's code.
         """
         with amp_context(self.args.amp, features[0].device):
             proposals, _ = self.centernet(features)  # of each image: boxes (Q, 4), objectness (Q,)
@@ -329,10 +328,8 @@ class Model(nn.Module):
             logits = [classify(s.hidden).float() for classify, s in zip(self.classifiers, stages)]
         mean = torch.stack([x[:, columns].sigmoid() for x in logits]).mean(0)  # (R, C)
         probabilities = mean.split([len(b) for b in boxes])  # B tensors (Q, C)
-        scores = probabilities
-        if objectness:
-            scores = [(p * o[:, None]).sqrt() for p, (_, o) in zip(probabilities, proposals)]
-        return self.cascade.refine(stages[-1], sizes), scores
+        scores = [(p * o[:, None]).sqrt() for p, (_, o) in zip(probabilities, proposals)]
+        return self.cascade.refine(stages[-1], sizes), scores if self.objectness else probabilities
 
 
 # -- Losses ----------------------------------------------------------------------------------------
@@ -476,10 +473,8 @@ def merge_heads(model: Model, label_space: LabelSpace) -> Model:
 
 
 @torch.no_grad()
-def predict(
-    model: Model, batch: Batch, label_space: LabelSpace, objectness: bool = True
-) -> list[dict]:
-    """Returns the detections of each image, in pixels of its original size. See `Model.detect`.
+def predict(model: Model, batch: Batch, label_space: LabelSpace) -> list[dict]:
+    """Returns the detections of each image, in pixels of its original size.
 
     Each image has a dictionary like torchvision's: boxes (N, 4), scores (N,), and labels (N,), as
     columns of label_space. It also has N class_names and size (height, width).
@@ -489,7 +484,7 @@ def predict(
     batch = batch.to(device)
     features = model.extract(batch.images, batch.sizes)
     columns = model.columns_of(label_space).to(device)
-    all_boxes, all_scores = model.detect(features, batch.sizes, columns, objectness)
+    all_boxes, all_scores = model.detect(features, batch.sizes, columns)
     detections = []
     for i, (boxes, scores) in enumerate(zip(all_boxes, all_scores)):
         boxes, scores, labels = select_detections(boxes, scores, model.args.one_class_per_proposal)
@@ -518,7 +513,9 @@ def learn_label_space(
     datasets: those of the label space, with other images than the training's. Every rank calls it.
     """
     found = []
-    predictor = partial(predict, model, label_space=label_space, objectness=False)
+    by_class = copy(model)
+    by_class.objectness = False
+    predictor = partial(predict, by_class, label_space=label_space)
     for dataset in datasets:
         transform = ResizeShortest(args.test_size)
         title = f"{dataset.name}, by all classifiers"

@@ -64,6 +64,7 @@ ALLOWED = {
     "list[Prediction]": "UniDet's prediction is the logits alone",
     "list[TextScores]": "ScaleDet's is the scores by text",
     "return stages,": "the same",
+    "self.objectness": "UniDet learns its merges from the probabilities of the classes alone",
     "classify(s.hidden": "UniDet has no text, and ScaleDet needs the cosine, too",
     "predictions = [Prediction(": "ScaleDet needs the cosine, too",
     "warn_of_overlap(": "UniDet learns its merges on further datasets",

@@ -161,7 +161,8 @@ def test_score_is_the_root_of_mean_probability_and_objectness(monkeypatch):
     columns = model.columns_of(LabelSpace([B]))
     assert columns.tolist() == [4, 1, 5]
     _, scores = model.detect([torch.zeros(1)], sizes, columns)
-    _, probabilities = model.detect([torch.zeros(1)], sizes, columns, objectness=False)
+    model.objectness = False
+    _, probabilities = model.detect([torch.zeros(1)], sizes, columns)
     rows = [(0, 0, 0.9), (0, 1, 0.4), (1, 0, 0.6)]
     for region, (image, row, o) in enumerate(rows):
         for column, c in enumerate((4, 1, 5)):
@@ -504,12 +505,14 @@ def test_label_space_is_learned_from_all_scores_above_a_tenth(monkeypatch):
     }
 
     def predicted(predictor, dataset, *given) -> dict:
-        assert predictor.keywords["objectness"] is False
+        assert predictor.args[0].objectness is False
         return {0: own[dataset.name]}
 
     monkeypatch.setattr(unidet, "predict_dataset", predicted)
     space = LabelSpace([first, second])
-    groups, costs = unidet.learn_label_space(unidet.Args(), None, space, datasets)
+    model = unidet.Model(SMALL, space, pretrained=False)
+    groups, costs = unidet.learn_label_space(unidet.Args(), model, space, datasets)
+    assert model.objectness
     assert groups == [{"first": "a", "second": "x"}] and costs == [0]
 
 
