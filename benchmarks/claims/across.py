@@ -25,9 +25,7 @@ ACROSS_DETECTORS = Study(
     "demonstration: `category_extended.py`, `plaindet.py`, `omdet.py` and `metr.py` have a frozen "
     "backbone, and DETRs need longer trainings than these. `unidet.py` and `category_extended.py` "
     "run their first stage alone; the steps of `unidetector.py` are those of both its stages, each "
-    "of a network of its own. Learning rates for batches of 4 are not raised for these of 8. Speed "
-    "includes the decoding of images. Memory is that of the process, of which the libraries are a "
-    "large part.",
+    "of a network of its own. Learning rates for batches of 4 are not raised for these of 8.",
     costs=True,
 )
 
@@ -49,8 +47,7 @@ ACROSS_SEGMENTERS = Study(
     (),
     note="The settings are those of each demonstration, with a frozen backbone. `lmseg.py` has "
     "crops of 130 pixels of `ade20k-panoptic` and images of 162 of `coco-panoptic`, the others "
-    "have 160. Speed includes the decoding of images. Memory is that of the process, of which the "
-    "libraries are a large part.",
+    "have 160.",
     costs=True,
 )
 

@@ -295,19 +295,22 @@ GROUPSOFTMAX = Study(
     "a class that the table does not name for them: there, a coarse label is a wrong negative.",
 )
 
-DOMAINS = "domain_attention.py --datasets coco,o365,oid"
+DOMAINS = "--datasets coco,o365,oid"
 MEAN = "mean AP50"
 DOMAIN_ATTENTION = Study(
     "domain_attention",
     "Do adapters that the image chooses help a shared backbone?",
     {
-        "without": ("one backbone, no adapters", f"{DOMAINS} --no-attention"),
+        "without": ("one backbone, no adapters", f"domain_attention.py {DOMAINS} --no-attention"),
         "fixed": (
             "gates that are the same for all images",
-            DOMAINS.replace("domain_attention.py", "-m benchmarks.claims.domain_attention_fixed"),
+            f"-m benchmarks.claims.domain_attention_fixed {DOMAINS}",
         ),
-        "one": ("one adapter a block", f"{DOMAINS} --adapters 1"),
-        "bank": ("a bank of adapters a block, mixed by the image", DOMAINS),
+        "one": ("one adapter a block", f"domain_attention.py {DOMAINS} --adapters 1"),
+        "bank": (
+            "a bank of adapters a block, mixed by the image",
+            f"domain_attention.py {DOMAINS}",
+        ),
     },
     {
         "coco AP50": ap50("coco"),

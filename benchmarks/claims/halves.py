@@ -81,8 +81,7 @@ HALVES = Study(
     "all images have one style. The objects of a class are positives in one half of the images and "
     "negatives in the other. These negatives lower its scores, which AP does not see unless their "
     "order changes. Every variant with halves trains its proposals with unlabelled objects as "
-    "background. "
-    "`category_extended.py` is made for harder cases, and has [a study of its "
+    "background. `category_extended.py` is made for harder cases, and has [a study of its "
     "own](category_extended.md).",
     make=make_halves,
 )

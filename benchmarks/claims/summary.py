@@ -202,7 +202,10 @@ def text_of(study: Study, records: Records) -> str:
         alone = filter(are_costs, records.values())
         machines = {f"{record['cpu']}, {record['threads']} threads" for record in alone}
         where = "; ".join(sorted(machines)) or "not measured yet"
-        parts.append(f"Speed is the median of a training, memory the most ({where}).")
+        parts.append(
+            "Speed is the median of a training, with the decoding of images. Memory is the most of "
+            f"the process, of which the libraries are a large part ({where})."
+        )
     parts.append(
         f"`python -m benchmarks.claims --method {study.name} --output FOLDER` repeats it. "
         f"`benchmarks/claims/{study.name}.json` has the settings and metrics of each run. "
