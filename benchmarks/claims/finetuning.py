@@ -54,6 +54,6 @@ FINETUNING = Study(
     "trainings from scratch have. Half of the images of the replay are of oid, and old names are "
     "negatives in it, too. The images of oid have art of their own. They show its own classes "
     "alone, all with boxes. A third of the classes share their name with an old one. "
-    "These lose AP by style. An old name is a wrong negative where oid has another word for the "
-    "class (Cattle, cow).",
+    "What these lose is probably due to the art. An old name is a wrong negative where oid has "
+    "another word for the class (Cattle, cow).",
 )

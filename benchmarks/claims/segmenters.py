@@ -49,8 +49,8 @@ LMSEG = Study(
     "All variants take as many steps, so a dataset alone is seen twice as often. The temperature "
     "of text is .03, as these steps need; linear classifiers have none. Without augmentation per "
     "dataset both datasets have that of `ade20k`, in training and at test time: coco is seen at "
-    "104 pixels, not 162, with other crops and with changes of colour. So a part of the gain is "
-    "resolution. The paper trains either semantic or panoptic models. This one is both, so text "
+    "104 pixels, not 162, with other crops and with changes of colour. So a part of the gain may "
+    "be resolution. The paper trains either semantic or panoptic models. This one is both, so text "
     "may also tell it the task.",
 )
 
