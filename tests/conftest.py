@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.run as torchrun
+from torch.distributed import checkpoint
 from torch.distributed.launcher.api import elastic_launch
 
 from common import distributed
@@ -26,6 +27,9 @@ torch.set_num_threads(1)
 distributed.CPU_TESTS = {}  # --amp auto is float32, whatever the CPU is built for
 
 REPO = Path(__file__).resolve().parent.parent
+WITH_FSDP = pytest.mark.skipif(
+    not hasattr(checkpoint, "HuggingFaceStorageWriter"), reason="torch is too old for --fsdp"
+)
 METHODS = sorted(p.stem for p in REPO.glob("*.py") if "\nclass Args:" in p.read_text())
 REAL = Path(os.environ.get("CONCORD_REAL", REPO / "../shared/real"))
 # A model and a run of seconds. A pip package has the backbone's weights, so that no test uses the

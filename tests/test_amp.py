@@ -238,7 +238,8 @@ def test_all_layers_of_a_model_run_in_bfloat16(
         assert len(seen) > len(others) + 20
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     assert all(loss.isfinite() for loss in losses.values())
-    assert float(losses["loss"]) == pytest.approx(float(exact["loss"]), rel=0.06)
+    # not closer: with random weights, rounding selects other cells and regions
+    assert float(losses["loss"]) == pytest.approx(float(exact["loss"]), rel=0.2)
 
 
 # -- the choice ------------------------------------------------------------------------------------

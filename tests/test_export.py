@@ -398,7 +398,13 @@ def test_nms_of_onnx_is_that_of_torch(tmp_path):
     with export_parts.exportable(operator=True):
         program = torch.export.export(Nms(), (every, scores))
     table = {torch.ops.concord.nms.default: export_parts.onnx_nms()}
-    file = torch.onnx.export(program, dynamo=True, custom_translation_table=table, verbose=False)
+    file = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=export.OPSET,
+        custom_translation_table=table,
+        verbose=False,
+    )
     file.save(tmp_path / "nms.onnx")
     session = InferenceSession(tmp_path / "nms.onnx")
     names = [entry.name for entry in session.get_inputs()]

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, run_method, small_runs, stand_alone
+from conftest import REPO, WITH_FSDP, run_method, small_runs, stand_alone
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
-from torch.distributed import checkpoint
 from torch.distributed.tensor import DTensor
 
 import scaledet
@@ -29,9 +28,7 @@ from common.labels import LabelSpace, Vocabulary
 from common.optim import sgd
 from common.rescue import LastStep, rescue
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(checkpoint, "HuggingFaceStorageWriter"), reason="torch is too old for --fsdp"
-)
+pytestmark = WITH_FSDP
 
 # -- a small model on ranks of its own -------------------------------------------------------------
 

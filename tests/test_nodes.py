@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, small_runs, stand_alone
+from conftest import REPO, WITH_FSDP, small_runs, stand_alone
 
 from common.checkpoint import checkpoints
 from common.command import run_command
@@ -100,6 +100,7 @@ def test_a_training_on_two_machines(machines, train, monkeypatch):
     assert [path.name for path in checkpoints(second)][-1] == "checkpoint-0000002"
 
 
+@WITH_FSDP
 def test_fsdp_needs_a_shared_run_folder(train):
     line = "error: the ranks 1 do not see shards of rank 0, where with --fsdp each rank writes"
     assert all(line in each for each in train("--fsdp", "--output", "shards", code=1))

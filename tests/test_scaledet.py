@@ -115,8 +115,9 @@ def test_scaledet_lowest_cosine_is_that_of_all_blocks():
 
 @pytest.mark.parametrize("norm", ["none", "minmax"])
 def test_scaledet_label_similarity_of_one_label(norm):
-    assert whole_similarity(unit_rows(1), norm).tolist() == [[1]]
-    assert whole_similarity(unit_rows(1).expand(2, -1), norm).tolist() == [[1, 1], [1, 1]]
+    row = unit_rows(1)
+    torch.testing.assert_close(whole_similarity(row, norm), torch.ones(1, 1))
+    torch.testing.assert_close(whole_similarity(row.expand(2, -1), norm), torch.ones(2, 2))
 
 
 def test_scaledet_eq6_hard_label():

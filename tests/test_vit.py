@@ -348,7 +348,7 @@ def weights(model: nn.Module) -> list[Tensor]:
 def test_a_step_and_a_prediction(method, name, factor, tiny_root, tmp_path, monkeypatch):
     """A tuned ViT moves, a frozen one does not."""
     module = importlib.import_module(method)
-    flags = small_runs(method, tmp_path, tiny_root, steps=1)[0]
+    flags = small_runs(method, tmp_path / "run", tiny_root, steps=1)[0]
     flags += ["--backbone", name, "--backbone-factor", str(factor)]
     fields = {field.name for field in dataclasses.fields(module.Args)}
     if "classifier_backbone" in fields:

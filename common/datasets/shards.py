@@ -255,7 +255,8 @@ def _read_headers(path: Path, labelled: bool = True) -> tuple[list[tuple], dict[
     images, labels, num_others = [], {}, 0
     try:
         with tarfile.open(path, "r:") as tar:  # the colon: a compressed file has no offsets
-            for member in iter(tar.next, None):
+            # at the end of an empty tar file, tarfile of Python 3.10 cannot read on
+            for member in iter(tar.next, None) if tar.offset else ():
                 tar.members = []  # otherwise the headers of all images stay in memory
                 place = PurePosixPath(member.name)
                 _check_member(path, member)
