@@ -116,9 +116,12 @@ def variant_table(study: Study, records: Records) -> str:
 
 
 def minutes_of(records: list[dict]) -> str:
-    """Returns the mean minutes of the runs that were not stopped; "" without one."""
+    """Returns the minutes of the fastest run that was not stopped; "" without one.
+
+    The others may have shared the machine with more than each other.
+    """
     seconds = [record["seconds"] for record in records if not record["resumed"]]
-    return f"{mean(seconds) / 60:.1f}" if seconds else ""
+    return f"{min(seconds) / 60:.1f}" if seconds else ""
 
 
 def are_costs(record: dict) -> bool:
@@ -194,8 +197,8 @@ def text_of(study: Study, records: Records) -> str:
     machines = {f"{record['jobs']} at once on {record['cpu']}" for record in timed}
     parts.append(
         "± is the standard deviation over the seeds, and of a difference the standard error of the "
-        "mean. In the plot a bar is the mean, and a dot is a seed. Minutes are those of a run that "
-        "was not stopped, without the runs that it starts from, "
+        "mean. In the plot a bar is the mean, and a dot is a seed. Minutes are those of the fastest "
+        "run that was not stopped, without the runs that it starts from, "
         f"{' or '.join(sorted(machines))}."
     )
     if study.costs:
