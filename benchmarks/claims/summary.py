@@ -197,8 +197,8 @@ def text_of(study: Study, records: Records) -> str:
     machines = {f"{record['jobs']} at once on {record['cpu']}" for record in timed}
     parts.append(
         "± is the standard deviation over the seeds, and of a difference the standard error of the "
-        "mean. In the plot a bar is the mean, and a dot is a seed. Minutes are those of the fastest "
-        "run that was not stopped, without the runs that it starts from, "
+        "mean. In the plot a bar is the mean, and a dot is a seed. Minutes are those of the "
+        "fastest run that was not stopped, without the runs that it starts from, "
         f"{' or '.join(sorted(machines))}."
     )
     if study.costs:
