@@ -95,7 +95,14 @@ from common.official_detectors import convert_centernet2_boxes
 from common.optim import learning_rate, scaled_lr, set_learning_rate, trained_groups
 from common.parts import in_parts
 from common.runlog import RunLog, make_run_folder, report
-from common.sampling import Mixture, RepeatFactorSampler, image_ratios, make_loader, repeat_factors
+from common.sampling import (
+    Mixture,
+    RepeatFactorSampler,
+    image_ratios,
+    make_loader,
+    refuse_empty,
+    repeat_factors,
+)
 from common.targets import Targets, true_rows
 from common.text import embed, known_vocabularies
 from common.text_classifier import TextClassifier, TextScores
@@ -511,6 +518,8 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     A batch may mix datasets. Skips the first `start` batches. Compiled models get images of one
     shape.
     """
+    if args.neg_scope == "own":
+        refuse_empty(datasets)
     sides = {d.name: args.image_size for d in datasets}
     transforms = {name: LargeScaleJitter(side, args.jitter) for name, side in sides.items()}
     factors = repeat_factors(datasets, args.repeat_threshold, image_ratios(args, datasets))

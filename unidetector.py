@@ -102,7 +102,7 @@ from common.oln import BOX_WEIGHTS, OLN, loss_roi_box
 from common.optim import scaled_lr, set_learning_rate, sgd, stepped_learning_rate, trained_groups
 from common.proposals import fingerprint, with_proposals
 from common.runlog import RunLog, make_run_folder, report
-from common.sampling import Mixture, image_ratios, make_loader, make_sampler
+from common.sampling import Mixture, image_ratios, make_loader, make_sampler, refuse_empty
 from common.targets import Targets, match_regions
 from common.text import embed, known_vocabularies
 from common.transforms import ResizeShortest, ResizeShortestRange
@@ -533,12 +533,12 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
 
     A batch may mix datasets, by default in natural proportions. Skips the first `start` batches.
     """
+    refuse_empty(datasets)
     resize = ResizeShortestRange(args.image_size // 2, args.image_size)
     place = (args.seed, start * args.batch_size, rank(), world_size())
     sampler = make_sampler(args.sampler, datasets, image_ratios(args, datasets), *place)
     mixture = Mixture(datasets, {d.name: resize for d in datasets}, args.seed)
-    batch_size = args.batch_size // world_size()
-    return make_loader(mixture, args, sampler=sampler, batch_size=batch_size)
+    return make_loader(mixture, args, sampler=sampler, batch_size=args.batch_size // world_size())
 
 
 def train(

@@ -101,14 +101,14 @@ def first_rows(parts: Sequence) -> np.ndarray:
 
 
 def refuse_empty(parts: Sequence) -> None:
-    """Raises InputError if a dataset has no image, where each image trains its own classes alone.
+    """Raises InputError if a dataset has no image, where no image of another trains its classes.
 
     parts: of each dataset something of the length of its images
     """
     if not all(map(len, parts)):
         raise InputError(
             "a dataset of the training has no images (@0), so that its classes are negatives of"
-            " others; but here an image trains the classes of its own dataset alone; leave it out"
+            " others; but here no image of another dataset trains them; leave it out"
         )
 
 

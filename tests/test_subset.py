@@ -3,12 +3,14 @@
 import importlib
 import json
 import tarfile
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import METHODS, small_runs
 from PIL import Image
 
 import detic
@@ -191,6 +193,27 @@ def test_a_part_is_not_larger_than_the_whole(boxes, caplog):
     for limit, count in (("3", 3), ("0%", 0), ("1%", 0)):
         with pytest.raises(InputError, match=f"mine@{limit} are {count} images of 2; write 1 to 2"):
             load_datasets(boxes.replace("=", f"@{limit}="), "train")
+
+
+OTHERS = {"detic": "oid", "oneformer": "coco-panoptic"}  # for methods that train on one dataset
+OWN = ["--neg-scope", "own"]
+TAKE_NAMES_ALONE = {"scaledet", "category_extended", "groupsoftmax"}
+
+
+@pytest.mark.parametrize("method, more", [*((m, []) for m in METHODS), ("scaledet", OWN)], ids=str)
+def test_classes_without_images_are_negatives_or_refused(
+    method, more, train_here, tiny_root, tmp_path
+):
+    flags = small_runs(method, tmp_path, tiny_root, steps=1)[0]
+    place = flags.index("--datasets") + 1
+    names = flags[place].split(",")
+    if len(names) == 1:
+        names.append(OTHERS[method])
+    flags[place] = ",".join(names) + "@0"
+    taken = method in TAKE_NAMES_ALONE and not more
+    refusal = pytest.raises(InputError, match=r"a dataset of the training has no images \(@0\)")
+    with nullcontext() if taken else refusal:
+        train_here(method, [*flags, *more])
 
 
 def test_names_are_mapped_before_they_are_selected(boxes, tmp_path, caplog):

@@ -77,14 +77,16 @@ HALVES = Study(
     note="`even` has every second class and every second image of the generated `coco`, `odd` has "
     "the rest. An image shows objects of both, and has the boxes of its own classes. The models "
     "are tested with all boxes of all classes, by name, after 600 steps of 8 images, 300 for each "
-    "stage of UniDetector. This is a mild case: each class has boxes in half of the images, and "
-    "all images have one style. The objects of a class are positives in one half of the images and "
-    "negatives in the other. These negatives lower its scores, which AP does not see unless their "
-    "order changes. Own negatives forgo what is certain, too: a box of one half shows no class of "
-    "the other. We looked at the boxes with a score of .3 or more that two trained models of "
-    "`scaledet.py` find. With own negatives, more objects have a box of their class, and several "
-    "times as many boxes lie on an object of the other half. Every variant with halves trains its "
-    "proposals with unlabelled objects as background. `category_extended.py` is made for harder "
-    "cases, and has [a study of its own](category_extended.md).",
+    "stage of UniDetector. This is a mild case: of the images that show a class about half have "
+    "its boxes, and all images have one style. Images without a box of their half are left out. "
+    "With negatives of both datasets, half of a class's objects are negatives. This probably "
+    "lowers its scores, and AP sees their order alone. With own negatives, no box of one half is "
+    "a negative for the classes of the other, which would be true ones. By hand, we looked at one "
+    "trained `scaledet.py` of each kind, at boxes with a score of .3 or more. With own negatives, "
+    "more objects have a box of their class, but several times as many boxes give an object a "
+    "class of the other half. Every variant with halves trains its proposals with unlabelled "
+    "objects as background; `scaledet.py` leaves out those that score .85 or more. "
+    "`category_extended.py` is made for harder cases, and has [a study of its "
+    "own](category_extended.md).",
     make=make_halves,
 )

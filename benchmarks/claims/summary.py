@@ -197,9 +197,10 @@ def text_of(study: Study, records: Records) -> str:
     machines = {f"{record['jobs']} at once on {record['cpu']}" for record in timed}
     parts.append(
         "± is the standard deviation over the seeds, and of a difference the standard error of the "
-        "mean. In the plot a bar is the mean, and a dot is a seed. Minutes are those of the "
-        "fastest run that was not stopped, without the runs that it starts from, "
-        f"{' or '.join(sorted(machines))}."
+        "mean. A difference is that of the seeds which both variants have. In the plot a bar is "
+        "the mean, and a dot is a seed. Minutes are those of the fastest run that was not stopped, "
+        f"without the runs that it starts from, {' or '.join(sorted(machines))}. Other work ran "
+        "beside some: they say little about which variant is faster."
     )
     if study.costs:
         alone = filter(are_costs, records.values())
