@@ -33,6 +33,7 @@ ALLOWED = {
     "evaluation_datasets(args": "methods differ in the supervision that they read",
     "predictor = partial(": "segmenters predict for a task",
     "make_sampler(": "UniDetector has a choice of samplers",
+    "refuse_empty(": "in ScaleDet it depends on --neg-scope",
     "run_log.step(": "batches of several datasets have no curves of their own",
     "make_loader(": "some models are compiled for one shape, and the samplers differ",
     "build_dataloader(args, datasets, start": "LMSeg's crops have several shapes",
