@@ -238,8 +238,8 @@ def test_all_layers_of_a_model_run_in_bfloat16(
         assert len(seen) > len(others) + 20
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     assert all(loss.isfinite() for loss in losses.values())
-    # not closer: with random weights, rounding selects other cells and regions
-    assert float(losses["loss"]) == pytest.approx(float(exact["loss"]), rel=0.2)
+    # with random weights, rounding selects other cells and regions: up to .1 in the seeds tried
+    assert float(losses["loss"]) == pytest.approx(float(exact["loss"]), rel=0.12)
 
 
 # -- the choice ------------------------------------------------------------------------------------

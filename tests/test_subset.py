@@ -201,9 +201,7 @@ TAKE_NAMES_ALONE = {"scaledet", "category_extended", "groupsoftmax"}
 
 
 @pytest.mark.parametrize("method, more", [*((m, []) for m in METHODS), ("scaledet", OWN)], ids=str)
-def test_classes_without_images_are_negatives_or_refused(
-    method, more, train_here, tiny_root, tmp_path
-):
+def test_classes_without_images_are_taken_or_refused(method, more, train_here, tiny_root, tmp_path):
     flags = small_runs(method, tmp_path, tiny_root, steps=1)[0]
     place = flags.index("--datasets") + 1
     names = flags[place].split(",")

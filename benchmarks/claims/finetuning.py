@@ -57,6 +57,7 @@ FINETUNING = Study(
     "as often: this may be all that the replay costs. Old names are negatives in it, too. The "
     "images of oid show its own classes alone, all with boxes. They are the drawings of coco in "
     "other colours; o365 has other drawings. Of coco's 61 classes 48 have their name in oid, too, "
-    "and 52 of o365's 102. Alone, oid costs o365 more than coco, probably due to the drawings. An "
-    "old name is a wrong negative where oid has another word for the class (Cattle, cow).",
+    "and 52 of o365's 102. Training on oid alone costs o365 more than coco, probably due to the "
+    "drawings. An old name is a wrong negative where oid has another word for the class (Cattle, "
+    "cow).",
 )

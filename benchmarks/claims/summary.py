@@ -200,7 +200,7 @@ def text_of(study: Study, records: Records) -> str:
         "mean. A difference is that of the seeds which both variants have. In the plot a bar is "
         "the mean, and a dot is a seed. Minutes are those of the fastest run that was not stopped, "
         f"without the runs that it starts from, {' or '.join(sorted(machines))}. Other work ran "
-        "beside some: they say little about which variant is faster."
+        "beside some runs, so minutes say little about which variant is faster."
     )
     if study.costs:
         alone = filter(are_costs, records.values())
