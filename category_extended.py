@@ -46,7 +46,6 @@ diff with unidet.py shows: RetinaNet; one column per name; weights of negatives;
 if __name__ == "__main__":
     import common.early  # noqa: F401  # wrong flags are told before the imports below
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -81,6 +80,7 @@ from common.distributed import (
     setup_device,
     world_size,
 )
+from common.effects import tell_idle
 from common.errors import InputError
 from common.inference import (
     evaluate_dataset,
@@ -101,7 +101,6 @@ from common.transforms import ResizeShortest, ResizeShortestRange
 # Shapes: B images, L levels, A anchors of an image, N ground truths of an image, C classes of the
 # label space, P detections of all dropout runs, H W pixels.
 
-log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
 DATASETS = "--datasets cityscapes-common,cityscapes-rare --tiny --eval-datasets cityscapes-common"
 DEMO = [  # the demonstration of ./run.sh: two controls, then the method
@@ -212,7 +211,7 @@ class Args:
     norm: Literal["none", "group"] = "none"  # code
     """group: GroupNorm in the towers of the head; a short training learns far more"""
     frozen: Literal["stem", "all"] = "stem"  # code
-    """what is not trained of the backbone: stem and first stage (of a ResNet), or all"""
+    """not trained: stem and first stage of a ResNet; or all, unless --backbone-factor is given"""
 
 
 # the defaults under --tiny: a small model for a CPU
@@ -237,6 +236,11 @@ TINY = {
 }
 # the settings that --weights restores: those that shape the model and its inputs
 MODEL_FIELDS = ["backbone", "test_size", "channels", "convs", "norm"]
+IDLE = {  # settings without an effect in a stage
+    "first": ["pseudo_negatives", "dropout_runs", "least_confidence"],
+    "mine": ["steps", "lr", "batch_size", "negatives", "pseudo_negatives", "least_confidence"],
+    "second": ["negatives", "dropout_runs"],
+}
 OFFICIAL = refuse("is of mmdetection and does not fit: P6 is made of other maps here")
 
 # -- Model -----------------------------------------------------------------------------------------
@@ -584,6 +588,8 @@ def train(
     """
     if args.stage == "mine" and not args.weights:
         raise InputError("--stage mine needs --weights: the run folder of a first training")
+    if args.pseudo_boxes and args.stage != "second" and (args.weights or args.stage != "all"):
+        raise InputError("--pseudo-boxes take the place of the first training: give --stage second")
     epochs = max(1, 12 * sum(map(len, datasets)) // args.batch_size)
     steps = given(args.steps, epochs)
     switch = 0 if args.stage in ("mine", "second") else steps
@@ -719,6 +725,9 @@ def main() -> None:
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
+        tell_idle(args, TINY, IDLE.get(args.stage, ()), f"--stage {args.stage}")
+        if args.pseudo_boxes:
+            tell_idle(args, TINY, IDLE["second"], "--pseudo-boxes")
         datasets = training_datasets(args, size)  # images without a box may get mined ones
         refuse_without_boxes(datasets)
         label_space = build_label_space(args, [d.vocabulary for d in datasets])

@@ -56,7 +56,6 @@ Note: segments that a crop leaves empty are dropped, also those of panoptic maps
 if __name__ == "__main__":
     import common.early  # noqa: F401  # wrong flags are told before the imports below
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -102,7 +101,6 @@ from common.transforms import LargeScaleJitter, ResizeShortest
 # R matched pairs of query and target, P points, S pixels of a feature level, H W pixels, h w cells
 # of stride 4.
 
-log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
 DEMO = [  # the demonstration of ./run.sh
     "--datasets ade20k,coco-panoptic,o365 --tiny --dataset-ratios ade20k=2,coco-panoptic=3,o365=3"
@@ -250,7 +248,7 @@ TINY = {
 }
 # the settings that --weights restores: those that shape the model and its inputs
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "queries", "channels"]
-MODEL_FIELDS += ["encoder_layers", "decoder_layers", "object_threshold", "test_size"]
+MODEL_FIELDS += ["encoder_layers", "decoder_layers", "object_threshold", "merge", "test_size"]
 SUPERVISION = ("boxes", "instances", "semantic", "panoptic")  # what it can learn from
 OFFICIAL = convert_mask2former_base  # a training can start from official weights
 EVALUATION = {"o365": "o365-instances"}  # 1000 images of its validation set, with masks

@@ -257,7 +257,7 @@ TINY = {
 }
 # the settings that --weights restores: those that shape the model and its inputs
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias"]
-MODEL_FIELDS += ["channels", "fc_dim", "masks", "image_label_loss"]
+MODEL_FIELDS += ["channels", "fc_dim", "masks", "image_label_loss", "one_class_per_proposal"]
 SUPERVISION = ("boxes", "instances", "image_labels")  # what it can learn from
 OFFICIAL = convert_centernet2  # official weights can be loaded, too
 

@@ -49,7 +49,6 @@ Note: per-dataset BatchNorm (off in the code) is left out.
 if __name__ == "__main__":
     import common.early  # noqa: F401  # wrong flags are told before the imports below
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -95,7 +94,6 @@ from common.transforms import LargeScaleJitter, ResizeShortest
 # image or adapters of a block, U classes of the model, C of the datasets asked for, C_k of dataset
 # k, c channels of a map, H W pixels.
 
-log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
 DEMO = [  # the demonstration of ./run.sh
     "--datasets coco,o365,oid --tiny --no-attention --output {output}-without",
@@ -221,7 +219,7 @@ TINY = {
 }
 # the settings that --weights restores: those that shape the model and its inputs
 MODEL_FIELDS = ["backbone", "test_size", "channels", "fc_dim"]
-MODEL_FIELDS += ["attention", "adapters", "less_blocks"]
+MODEL_FIELDS += ["attention", "adapters", "less_blocks", "one_class_per_proposal"]
 OFFICIAL = refuse("is a Faster R-CNN with anchors and does not fit")
 
 # -- Model -----------------------------------------------------------------------------------------

@@ -45,7 +45,6 @@ Note: the final score is the mean of the stages' probabilities, officially that 
 if __name__ == "__main__":
     import common.early  # noqa: F401  # wrong flags are told before the imports below
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -97,7 +96,6 @@ from common.transforms import LargeScaleJitter, ResizeShortest
 # Shapes: B images, Q proposals of an image, R regions (RoIs) of all images, N ground truths of an
 # image, C fine classes, P foreground classes of the proposals, K classes asked for, H W pixels.
 
-log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
 DEMO = [  # the demonstration of ./run.sh
     "--datasets coco,oid-top --tiny --eval-datasets coco,oid-top,oid --steps 300 --groups plain"
@@ -221,7 +219,7 @@ TINY = {
     "rois_per_image": 32,
 }
 # the settings that --weights restores: those that shape the model and its inputs
-MODEL_FIELDS = ["backbone", "test_size", "channels", "fc_dim"]
+MODEL_FIELDS = ["backbone", "test_size", "channels", "fc_dim", "one_class_per_proposal"]
 OFFICIAL = refuse("is a network of SimpleDet (MXNet) on one map of stride 16, and does not fit")
 
 # -- Model -----------------------------------------------------------------------------------------

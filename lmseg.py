@@ -55,7 +55,6 @@ each rank with its own dataset; MaskFormer's panoptic rule and less weight decay
 if __name__ == "__main__":
     import common.early  # noqa: F401  # wrong flags are told before the imports below
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -101,7 +100,6 @@ from common.transforms import DetrCrop, ResizeShortest, SegmentationCrop
 # R matched pairs of query and target, P points, S pixels of a feature level, H W pixels, h w cells
 # of stride 4.
 
-log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
 DEMO = ["--datasets ade20k,coco-panoptic --tiny"]  # the demonstration of ./run.sh
 

@@ -57,7 +57,6 @@ Note: cells that propose nothing are never selected. 300 detections (theirs 100)
 if __name__ == "__main__":
     import common.early  # noqa: F401  # wrong flags are told before the imports below
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -112,7 +111,6 @@ from common.transforms import DetrCrop, ResizeShortest
 # n queries of a class, Q = K n queries, S cells of all levels, N ground truths of an image, R
 # matched queries of all images and layers, D width of the text embeddings, d channels, H W pixels.
 
-log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
 DEMO = [  # the demonstration of ./run.sh
     "--datasets coco,cityscapes-instances --tiny --matching any --output {output}-any",

@@ -65,7 +65,6 @@ if __name__ == "__main__":
     import common.early  # noqa: F401  # wrong flags are told before the imports below
 
 import itertools
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -119,7 +118,6 @@ from common.transforms import DetrCrop, ResizeShortest
 # of the text embeddings, d channels, H W pixels, R matched queries of all images and predictions.
 # The first stage is the first of Z + 1 predictions.
 
-log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
 DEMO = [  # the demonstration of ./run.sh
     "--datasets coco,o365 --tiny --eval-datasets coco,o365,lineart --fusion none"

@@ -54,7 +54,6 @@ loss; a linear classifier per dataset; masks alone, unmerged; official files wit
 if __name__ == "__main__":
     import common.early  # noqa: F401  # wrong flags are told before the imports below
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -100,7 +99,6 @@ from common.transforms import LargeScaleJitter, ResizeShortest, uniform
 # layer), K classes of the dataset, N segments of an image, R matched pairs of query and target,
 # P points, S pixels of a feature level, H W pixels, h w cells of stride 4, U texts, T tokens.
 
-log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
 DEMO = [  # the demonstration of ./run.sh
     "--datasets cityscapes-panoptic --tiny --no-contrastive --output {output}-no-contrastive",

@@ -53,7 +53,6 @@ Note: Detection Hub (Meng et al., CVPR 2023, arXiv 2206.03484) is --queries-from
 if __name__ == "__main__":
     import common.early  # noqa: F401  # wrong flags are told before the imports below
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -114,7 +113,6 @@ from common.visualize import draw_curves
 # C classes of the dataset, D width of the text embeddings, d channels, H W pixels, h w cells of a
 # map, R matched queries of all images and layers, K datasets of the training.
 
-log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
 CONTROL = "--datasets coco,lvis,oid --tiny --queries-from boxes --sampling size"
 DEMO = [  # the demonstration of ./run.sh: two controls without text, then the method

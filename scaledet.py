@@ -62,7 +62,6 @@ Note: the paper takes the label of the highest similarity. Like Detic, we keep e
 if __name__ == "__main__":
     import common.early  # noqa: F401  # wrong flags are told before the imports below
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -111,7 +110,6 @@ from common.transforms import LargeScaleJitter, ResizeShortest
 # Shapes: B images, Q proposals of an image, R regions (RoIs) of all images, N ground truths of an
 # image, C classes of the label space, D width of the text embeddings, H W pixels.
 
-log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
 DEMO = [  # the demonstration of ./run.sh
     "--datasets coco,o365 --tiny --eval-datasets coco,o365,lineart"
@@ -253,7 +251,7 @@ TINY = {
 }
 # the settings that --weights restores: those that shape the model and its inputs
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias"]
-MODEL_FIELDS += ["channels", "fc_dim"]
+MODEL_FIELDS += ["channels", "fc_dim", "one_class_per_proposal"]
 OFFICIAL = convert_centernet2_boxes  # there are none of ScaleDet, but of the same detector
 SAME = {"fits": ["detic"], "own_head": {"masks": False}}  # Detic's network without its mask head
 

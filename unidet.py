@@ -93,6 +93,7 @@ from common.distributed import (
     setup_device,
     world_size,
 )
+from common.effects import tell_idle
 from common.errors import InputError
 from common.evaluation import ancestors
 from common.inference import (
@@ -109,7 +110,7 @@ from common.optim import learning_rate, scaled_lr, set_learning_rate, trained_gr
 from common.parts import in_parts
 from common.runlog import RunLog, keep_stage, make_run_folder, report
 from common.sampling import Mixture, image_ratios, make_loader
-from common.shares import BucketBatchSampler, image_weights
+from common.shares import BucketBatchSampler, image_weights, trained_names
 from common.targets import Targets
 from common.transforms import LargeScaleJitter, ResizeShortest
 
@@ -242,7 +243,12 @@ TINY = {
     "rois_per_image": 32,
 }
 # the settings that --weights restores: those that shape the model and its inputs
-MODEL_FIELDS = ["backbone", "test_size", "channels", "fc_dim"]
+MODEL_FIELDS = ["backbone", "test_size", "channels", "fc_dim", "one_class_per_proposal"]
+IDLE = {  # settings without an effect in a stage
+    "partitioned": ["tau", "lam"],
+    "learn": ["steps", "lr", "batch_size", "jitter", "class_aware"],
+    "unified": ["tau", "lam"],
+}
 OFFICIAL = refuse("is a Cascade R-CNN, which does not fit; --label-space reads its label space")
 
 # -- Model -----------------------------------------------------------------------------------------
@@ -543,7 +549,8 @@ def build_dataloader(args: Args, datasets: list[Dataset], start: int) -> DataLoa
     sides = {d.name: args.image_size for d in datasets}
     transforms = {name: LargeScaleJitter(side, args.jitter) for name, side in sides.items()}
     ratios = image_ratios(args, datasets, {d.name: 1 for d in datasets})
-    weights = image_weights(datasets, ratios, args.class_aware.split(","))
+    aware = trained_names("--class-aware", args.class_aware, Args.class_aware, datasets)
+    weights = image_weights(datasets, ratios, aware)
     buckets = np.repeat(np.arange(len(datasets)), [len(d) for d in datasets])
     batch_size = args.batch_size // world_size()
     place = (args.seed, start, rank(), world_size())
@@ -714,6 +721,7 @@ def main() -> None:
     training = not (args.predict or args.eval_only)
     if training:
         check_stage(args)
+        tell_idle(args, TINY, IDLE.get(args.stage, ()), f"--stage {args.stage}")
         datasets = [drop_empty(d) for d in training_datasets(args, size)]
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:

@@ -53,7 +53,6 @@ columns of the image's own dataset; calibration; known and unknown classes in th
 if __name__ == "__main__":
     import common.early  # noqa: F401  # wrong flags are told before the imports below
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -86,6 +85,7 @@ from common.convert import convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.datasets.subset import drop_empty
 from common.distributed import in_parallel, rank, same_on_ranks, setup_device, world_size
+from common.effects import tell_idle
 from common.errors import InputError
 from common.evaluation import evaluate_detections, recall
 from common.inference import (
@@ -111,11 +111,8 @@ from common.transforms import ResizeShortest, ResizeShortestRange
 # image, C classes of the label space, D width of the text embeddings, F feature channels,
 # H W pixels, h w feature cells.
 
-log = logging.getLogger("concord")
 METHOD = Path(__file__).stem
-DEMO = [  # the demonstration of ./run.sh
-    "--datasets coco,o365 --tiny --eval-datasets coco,o365,lvis"
-]
+DEMO = ["--datasets coco,o365 --tiny --eval-datasets coco,o365,lvis"]  # demonstration of ./run.sh
 
 # -- Args ------------------------------------------------------------------------------------------
 
@@ -265,7 +262,10 @@ TINY = {
 }
 # the settings that --weights restores: those that shape the model and its inputs
 MODEL_FIELDS = ["structure", "stage", "backbone", "classifier_backbone", "text_encoder", "prompts"]
+MODEL_FIELDS += ["alpha", "beta", "gamma"]
 MODEL_FIELDS += ["test_size", "tau", "channels", "fc_dim", "rpn_proposals", "test_proposals"]
+# the settings without an effect in a stage
+IDLE = {"localizer": ["classifier_steps", "classifier_lr", "prior"], "classifier": ["steps", "lr"]}
 OFFICIAL = convert_two_stages  # official weights can be loaded, too
 
 # -- Model -----------------------------------------------------------------------------------------
@@ -330,8 +330,7 @@ class Model(nn.Module):
         """
         if proposals is None:
             return None, self.localizer(images, sizes, targets)
-        num_regions = self.args.rois_per_image
-        boxes, region_targets = match_regions(proposals, targets, 0.5, num_regions)
+        boxes, region_targets = match_regions(proposals, targets, 0.5, self.args.rois_per_image)
         parts = [None] * len(images)  # embeddings (Q, D) and deltas (Q, 4) of each image
         for k, classifier in enumerate(self.classifiers):
             rows = [i for i, owner in enumerate(owners) if owner == k]
@@ -719,6 +718,7 @@ def main() -> None:
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
+        tell_idle(args, TINY, IDLE.get(args.stage, ()), f"--stage {args.stage}")
         datasets = [drop_empty(d, least_side=32) for d in training_datasets(args, size)]
         label_space = build_label_space(args, known_vocabularies(args, METHOD, datasets))
     else:

@@ -73,18 +73,19 @@ def federated_counts(
     own: the dataset of the images that are trained on; None: the images are of all datasets
 
     -1 stands for a class that takes no part in the sampling of the federated loss: one that only
-    other datasets box, and one of `own`, unless it is federated. Without a federated dataset, all
-    have -1.
+    other datasets box, one of `own`, unless it is federated, and one of a federated dataset without
+    images (@0), which is a negative of all images. Without a federated dataset, all have -1.
     """
     total = np.zeros(len(label_space))
     shared = np.zeros(len(label_space), bool)  # the classes of federated datasets
+    sampled = {dataset.name for dataset in datasets if dataset.federated and len(dataset)}
     for dataset in datasets:
-        if dataset.federated:
+        if dataset.name in sampled:
             columns = label_space.columns(dataset.name).numpy()
             shared[columns] = True
             total += np.bincount(columns, dataset.image_counts(), len(label_space))
     for dataset in datasets:
-        if not dataset.federated and dataset.supervision != "image_labels":
+        if dataset.name not in sampled and dataset.supervision != "image_labels":
             columns = label_space.columns(dataset.name).numpy()
             if dataset.name != own:
                 columns = columns[~shared[columns]]

@@ -30,6 +30,14 @@ import tyro
 from tqdm import tqdm
 
 from common.console import open_console
+from common.effects import (
+    CLASS_FIELDS,
+    DATA_FIELDS,
+    flag,
+    refuse_conflicts,
+    tell_of_effects,
+    tell_of_weights,
+)
 from common.errors import InputError, one_line, tell
 from common.process import Stop, environment_number, heed_no_more, heed_signals, is_in_group, unlock
 from common.saved import OF_A_START, hub_address, is_on_hub, own_weights, read_args, read_metadata
@@ -64,8 +72,6 @@ class Range:
         return f"between {self.low} and {self.high}"
 
 
-CLASS_FIELDS = ["classes", "rename"]  # settings of the training that --eval-only repeats
-DATA_FIELDS = ["datasets", "eval_datasets", "data_root", "tiny"]  # if it names no datasets
 PATH_FIELDS = ["data_root", "weights", "resume", "output"]
 COUNT = Range(0, 2**31 - 1)  # steps, seeds, numbers of processes
 SIDE = Range(16, 16384)  # pixels
@@ -138,36 +144,18 @@ def parse_args(
             repeated.append("datasets")  # for the names that it defines
         elif args.eval_only and not args.datasets:
             repeated += DATA_FIELDS
-            log.info("evaluates on the datasets of the training: %s", saved.get("datasets"))
             if saved.get("tiny"):  # the generated images, of the size that the training had
                 default = small
                 repeated.append("image_size")
         typed = args
         args, _ = parse(with_saved(default, saved, repeated, weights))
-        tell_of_classes(args, typed)
+        tell_of_weights(args, typed, saved, repeated)
         args.weights = weights
     check_numbers(args)
     expand_paths(args)
+    tell_of_effects(args, tiny, model_fields)
     args.workers = min(args.workers, os.cpu_count() or 1)
     return args
-
-
-def refuse_conflicts(args: Any) -> None:
-    """Raises InputError for a flag that has no effect beside another one, or needs it."""
-    if args.replay and not args.resume:
-        raise InputError(f"--replay {args.replay} needs --resume: the run folder of that training")
-    if args.predict and (args.classes or args.rename):
-        raise InputError(
-            "--classes and --rename have no effect beside --predict, which draws the classes of"
-            " --vocabulary; leave them out"
-        )
-    if args.resume:
-        for name in ("output", "weights", "predict", "eval_only"):
-            if getattr(args, name):
-                raise InputError(
-                    f"--{name.replace('_', '-')} has no effect beside --resume {args.resume}, which"
-                    " goes on with that training; leave one of them out"
-                )
 
 
 def needs_more(path: str) -> bool:
@@ -187,15 +175,6 @@ def find_weights(path: str, method: str, convert: Callable | None) -> str:
     from common.convert import convert_if_official
 
     return str(convert_if_official(path, method, convert))
-
-
-def tell_of_classes(args: Any, typed: Any) -> None:
-    """Logs in a line which of CLASS_FIELDS `args` has from the training. typed: the flags alone"""
-    added = {name: getattr(args, name) for name in CLASS_FIELDS if not getattr(typed, name)}
-    told = [(f"--{name} {value}", f'--{name} ""') for name, value in added.items() if value]
-    if told:
-        flags, remedies = (" and ".join(parts) for parts in zip(*told))
-        log.info("evaluates with %s, as it was trained; for all classes give %s", flags, remedies)
 
 
 def expand_paths(args: Any) -> None:
@@ -281,8 +260,7 @@ def check_ranges(args: Any) -> None:
     for name, value in vars(args).items():
         if fault := number_fault(value, hints[name]):
             numbers = value if isinstance(value, tuple) else (value,)
-            flag = f"--{name.replace('_', '-')} {' '.join(map(str, numbers))}"
-            raise InputError(f"{flag} {fault}")
+            raise InputError(f"{flag(name)} {' '.join(map(str, numbers))} {fault}")
 
 
 def number_fault(value: object, kind: Any) -> str:
@@ -320,17 +298,22 @@ def per_dataset(
 
     Raises InputError for a dataset that is not in `datasets`, and for a value outside 1..16384.
     """
-    flag = f"--{name.replace('_', '-')}"
     values = {d.name: special.get(d.supervision, default) for d in datasets}
     for entry in filter(None, getattr(args, name).split(",")):
-        name, _, value = (part.strip() for part in entry.partition("="))
-        if name not in values:
+        dataset, _, value = (part.strip() for part in entry.partition("="))
+        wrong = f"{flag(name)} {entry}"
+        if dataset not in values:
             raise InputError(
-                f"{flag} {entry}: no dataset '{name}' is trained on; there are {', '.join(values)}"
+                f"{wrong}: no dataset '{dataset}' is trained on; there are {', '.join(values)}"
             )
         if not (value.isdecimal() and 0 < int(value) <= 16384):
-            raise InputError(f"{flag} {entry}: write NAME=NUMBER (1 to 16384), separated by commas")
-        values[name] = int(value)
+            raise InputError(f"{wrong}: write NAME=NUMBER (1 to 16384), separated by commas")
+        values[dataset] = int(value)
+    if name != "dataset_ratios" and set(values.values()) != {default}:
+        pairs = ", ".join(f"{dataset} {value}" for dataset, value in values.items())
+        log.info(
+            "%s of each dataset: %s", {"dataset_sizes": "image size"}.get(name, "batch"), pairs
+        )
     return values
 
 

@@ -238,6 +238,8 @@ class RunLog:
         """
         self.evaluate = evaluate
         self.evaluated = evaluated
+        if self.args.eval_every and not evaluated:
+            log.info("--eval-every has no effect in the steps to %d", self.steps)
         stage_goes_on = bool(self.content[2].state)  # of the optimizer
         if stage_goes_on and not from_main(is_recorded(self.folder, self.start)):
             self._evaluate(self.start)

@@ -9,11 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from common.datasets.dataset import Dataset
+from common.datasets.known import ALIASES
 from common.distributed import same_on_ranks
 from common.errors import InputError
 from common.sampling import endless, first_rows, refuse_empty
 
 # Shapes: K datasets, I_s images of dataset s.
+
+
+def trained_names(flag: str, text: str, default: str, datasets: list[Dataset]) -> list[str]:
+    """Returns the names of datasets in `text`, by commas, which is the value of a flag.
+
+    Raises InputError for one that is not trained on. The `default` may have such names.
+    """
+    names = [ALIASES.get(name, name) for name in map(str.strip, text.split(","))]
+    trained = [dataset.name for dataset in datasets]
+    for name in names if text != default else ():
+        if name and name not in trained:
+            raise InputError(
+                f"{flag} {name}: no dataset '{name}' is trained on; there are {', '.join(trained)}"
+            )
+    return names
 
 
 def image_weights(

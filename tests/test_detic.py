@@ -5,6 +5,7 @@ The loops are written from the paper.
 
 import importlib
 import json
+import logging
 import math
 import shutil
 import sys
@@ -964,11 +965,14 @@ def test_detic_first_stage_leaves_base_and_novel(boxes_alone):
     }
 
 
-def test_detic_is_evaluated_with_the_table_that_is_named(boxes_alone, tiny_root, tmp_path, call):
+def test_detic_is_evaluated_with_the_table_that_is_named(
+    boxes_alone, tiny_root, tmp_path, call, caplog
+):
     """--eval-only with a .npy table of other rows: they are the classifier, not those of training.
 
     A table of another dataset changes nothing, nor does the one that the training had.
     """
+    caplog.set_level(logging.INFO, "concord")
     _, [stored] = detic.read_model(boxes_alone, "detic")
     np.save(tmp_path / "same.npy", stored.text.numpy())
     np.save(tmp_path / "turned.npy", stored.text.roll(1, 0).numpy())
@@ -990,6 +994,8 @@ def test_detic_is_evaluated_with_the_table_that_is_named(boxes_alone, tiny_root,
             call(*given, "--text-encoder", table, "--output", tmp_path / str(i), method="detic")
     for [text], shift in zip(seen, (0, 0, 1, 1, 0)):
         torch.testing.assert_close(text, stored.text.roll(shift, 0))
+    (line,) = [line for line in caplog.messages if "has no file for it" in line]
+    assert line.startswith("coco-base: --text-encoder voc=")
 
 
 def test_detic_trained_with_a_table_needs_it_no_more(boxes_alone, tiny_root, tmp_path, call):

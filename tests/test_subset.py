@@ -5,7 +5,6 @@ import json
 import tarfile
 from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -290,9 +289,7 @@ def test_pixels_of_other_classes_are_void(tiny_root, name, kind):
 
 
 def test_training_and_evaluation_have_the_same_classes(boxes, tmp_path):
-    args = SimpleNamespace(
-        datasets=boxes, eval_datasets="mine", data_root="", classes="dog", rename="", predict=()
-    )
+    args = detic.Args(datasets=boxes, eval_datasets="mine", classes="dog")
     (trained,) = training_datasets(args, 0)
     space = LabelSpace([trained.vocabulary], lambda names, dataset: torch.eye(len(names), 4))
     (evaluated,) = evaluation_datasets(args, space, 0)

@@ -71,6 +71,8 @@ def evaluation_datasets(
         _tell_of_others(without, text)
     datasets = load_datasets(text, "val", args.data_root, size, False, accepts)
     datasets = edit_classes(datasets, args.classes, args.rename, "val")
+    if args.eval_only:
+        log.info("evaluates %s", ", ".join(f"{d.name} ({len(d)} images)" for d in datasets))
     for i, dataset in enumerate(datasets):
         check_same_dataset(dataset, label_space)
         datasets[i] = with_table(args, dataset, label_space)
@@ -100,9 +102,11 @@ def with_table(args: Any, dataset: Dataset, label_space: LabelSpace) -> Dataset:
     encoder = getattr(args, "text_encoder", "")
     if not encoder.endswith(".npy") or not args.eval_only:
         return dataset
-    if {dataset.name, ""}.isdisjoint(tables(encoder)):
-        return dataset
     if read_metadata(args.weights)["args"].get("text_encoder") == encoder:
+        return dataset
+    if {dataset.name, ""}.isdisjoint(tables(encoder)):
+        message = "%s: --text-encoder %s has no file for it, so it keeps the text of the training"
+        log.info(message, dataset.name, encoder)
         return dataset
     log.info("%s: its classes have the rows of --text-encoder %s", dataset.name, encoder)
     return replace(dataset, vocabulary=dataset.vocabulary.with_text(label_space.embed))
