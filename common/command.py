@@ -39,7 +39,15 @@ from common.effects import (
     tell_of_weights,
 )
 from common.errors import InputError, one_line, tell
-from common.process import Stop, environment_number, heed_no_more, heed_signals, is_in_group, unlock
+from common.process import (
+    Stop,
+    environment_number,
+    heed_no_more,
+    heed_signals,
+    is_in_group,
+    leave_group,
+    unlock,
+)
 from common.saved import OF_A_START, hub_address, is_on_hub, own_weights, read_args, read_metadata
 
 log = logging.getLogger("concord")
@@ -388,7 +396,4 @@ def run_command(main: Callable[[], None]) -> None:
             fail(error)
         finally:
             unlock()
-    if is_in_group():
-        from torch import distributed
-
-        distributed.destroy_process_group()
+    leave_group()

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,6 +111,18 @@ def is_in_group() -> bool:
     """Returns whether this process has joined other ranks. Without torch it has not."""
     dist = sys.modules.get("torch.distributed")
     return dist is not None and dist.is_initialized()
+
+
+def leave_group() -> None:
+    """Leaves the other ranks, if this process has joined any.
+
+    torch 2.6 waits for the threads of Gloo and holds the GIL meanwhile. A thread that still has the
+    tensor of the last collective needs the GIL to drop it, and gets the time to do so before.
+    Source: pytorch/pytorch#154976, where torch lets go of the GIL
+    """
+    if is_in_group():
+        time.sleep(0.1)
+        sys.modules["torch.distributed"].destroy_process_group()
 
 
 def lock(folder: Path) -> None:

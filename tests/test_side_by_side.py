@@ -97,7 +97,7 @@ BUDGETS = {
     "segmenters": 2310,
     "a run": 5090,
 }
-BUDGETS |= {"faults": 2160, "seeing": 980, "hub": 560, "export": 1190}
+BUDGETS |= {"faults": 2170, "seeing": 980, "hub": 560, "export": 1190}
 GROUPS = {
     "labels & text": "labels text class_counts merges merge_scores fine_classes label_report"
     " exemplars pictures aggregator",

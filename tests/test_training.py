@@ -39,6 +39,7 @@ from common.errors import InputError
 from common.files import atomic_path, sweep
 from common.labels import LabelSpace, Vocabulary
 from common.optim import learning_rate
+from common.process import leave_group
 from common.transforms import ResizeShortest
 
 
@@ -388,6 +389,24 @@ def test_mean_over_ranks(tmp_path, forks):
         start_method=forks.get_start_method(),
     )
     assert dict(results) == {0: 3.0, 1: 3.0}
+
+
+def _leave_on_rank(rank: int, folder: str) -> None:
+    for i in range(10):
+        dist.init_process_group("gloo", init_method=f"file://{folder}/{i}", rank=rank, world_size=2)
+        dist.all_reduce(torch.ones(100_000))
+        leave_group()
+
+
+def test_ranks_part_right_after_a_collective(tmp_path, forks):
+    """With torch 2.6 they hung, more often than not."""
+    ranks = [forks.Process(target=_leave_on_rank, args=(rank, str(tmp_path))) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0]
 
 
 def _same_on_rank(rank: int, file: str, results) -> None:
