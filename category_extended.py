@@ -234,7 +234,7 @@ TINY = {
     "norm": "group",
     "frozen": "all",
 }
-# the settings that --weights restores: those that shape the model and its inputs
+# the settings that --weights restores: those of the model, its inputs and its predictions
 MODEL_FIELDS = ["backbone", "test_size", "channels", "convs", "norm"]
 IDLE = {  # settings without an effect in a stage
     "first": ["pseudo_negatives", "dropout_runs", "least_confidence"],

@@ -255,7 +255,7 @@ TINY = {
     "cls_bias": -4.6,
     "image_label_weight": 0.5,  # in a few hundred steps, 0.1 teaches next to nothing
 }
-# the settings that --weights restores: those that shape the model and its inputs
+# the settings that --weights restores: those of the model, its inputs and its predictions
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias"]
 MODEL_FIELDS += ["channels", "fc_dim", "masks", "image_label_loss", "one_class_per_proposal"]
 SUPERVISION = ("boxes", "instances", "image_labels")  # what it can learn from

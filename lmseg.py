@@ -265,7 +265,7 @@ TINY = {
     "encoder_layers": 2,
     "decoder_layers": 3,
 }
-# the settings that --weights restores: those that shape the model and its inputs
+# the settings that --weights restores: those of the model, its inputs and its predictions
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "queries", "channels"]
 MODEL_FIELDS += ["encoder_layers", "decoder_layers", "object_threshold", "panoptic_rule"]
 MODEL_FIELDS += ["image_size", "context_tokens", "cgd", "classifier", "daa"]

@@ -248,7 +248,7 @@ TINY = {
     "decoder_layers": 2,
     "prior": 0.01,
 }
-# the settings that --weights restores: those that shape the model and its inputs
+# the settings that --weights restores: those of the model, its inputs and its predictions
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "prior", "classes_kept"]
 MODEL_FIELDS += ["queries_per_class", "channels", "ffn", "encoder_layers", "decoder_layers"]
 OFFICIAL = refuse("is of another method: the code of METR comes without weights")

@@ -250,7 +250,7 @@ TINY = {
     "decoder_layers": 2,
     "cls_bias": -4.6,
 }
-# the settings that --weights restores: those that shape the model and its inputs
+# the settings that --weights restores: those of the model, its inputs and its predictions
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias", "fusion"]
 MODEL_FIELDS += ["task_size", "queries", "channels", "encoder_layers", "decoder_layers"]
 OFFICIAL = refuse("has a hybrid encoder and reads its task from a prompt; neither is here")

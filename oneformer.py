@@ -238,7 +238,7 @@ TINY = {
     "encoder_layers": 2,
     "decoder_layers": 3,
 }
-# the settings that --weights restores: those that shape the model and its inputs
+# the settings that --weights restores: those of the model, its inputs and its predictions
 MODEL_FIELDS = ["backbone", "contrastive", "context", "queries", "channels", "encoder_layers"]
 MODEL_FIELDS += ["decoder_layers", "object_threshold", "test_size", "test_longest"]
 SUPERVISION = ("semantic", "panoptic")  # what it can learn from

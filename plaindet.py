@@ -260,7 +260,7 @@ TINY = {
     "decoder_layers": 2,
     "cls_bias": -4.6,
 }
-# the settings that --weights restores: those that shape the model and its inputs
+# the settings that --weights restores: those of the model, its inputs and its predictions
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "null", "test_size", "tau", "cls_bias"]
 MODEL_FIELDS += ["classifier", "queries_from", "queries", "channels"]
 MODEL_FIELDS += ["encoder_layers", "decoder_layers"]

@@ -249,7 +249,7 @@ TINY = {
     "rois_per_image": 32,
     "cls_bias": -4.6,
 }
-# the settings that --weights restores: those that shape the model and its inputs
+# the settings that --weights restores: those of the model, its inputs and its predictions
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias"]
 MODEL_FIELDS += ["channels", "fc_dim", "one_class_per_proposal"]
 OFFICIAL = convert_centernet2_boxes  # there are none of ScaleDet, but of the same detector

@@ -242,7 +242,7 @@ TINY = {
     "fc_dim": 256,
     "rois_per_image": 32,
 }
-# the settings that --weights restores: those that shape the model and its inputs
+# the settings that --weights restores: those of the model, its inputs and its predictions
 MODEL_FIELDS = ["backbone", "test_size", "channels", "fc_dim", "one_class_per_proposal"]
 IDLE = {  # settings without an effect in a stage
     "partitioned": ["tau", "lam"],

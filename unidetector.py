@@ -260,7 +260,7 @@ TINY = {
     "channels": 64,
     "fc_dim": 256,
 }
-# the settings that --weights restores: those that shape the model and its inputs
+# the settings that --weights restores: those of the model, its inputs and its predictions
 MODEL_FIELDS = ["structure", "stage", "backbone", "classifier_backbone", "text_encoder", "prompts"]
 MODEL_FIELDS += ["alpha", "beta", "gamma"]
 MODEL_FIELDS += ["test_size", "tau", "channels", "fc_dim", "rpn_proposals", "test_proposals"]

@@ -126,7 +126,7 @@ def parse_args(
     default = small if "--tiny" in argv else args_class()
     args, unknown = parse(default)
     if unknown:
-        flags = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(args_class)]
+        flags = [flag(field.name) for field in dataclasses.fields(args_class)]
         near = difflib.get_close_matches(unknown[0], flags, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
         raise InputError(f"unknown argument '{unknown[0]:.60}'; {hint}")
@@ -319,9 +319,8 @@ def per_dataset(
         values[dataset] = int(value)
     if name != "dataset_ratios" and set(values.values()) != {default}:
         pairs = ", ".join(f"{dataset} {value}" for dataset, value in values.items())
-        log.info(
-            "%s of each dataset: %s", {"dataset_sizes": "image size"}.get(name, "batch"), pairs
-        )
+        what = "image size" if name == "dataset_sizes" else "batch"
+        log.info("%s of each dataset: %s", what, pairs)
     return values
 
 

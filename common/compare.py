@@ -14,6 +14,7 @@ from typing import Annotated
 
 import tyro
 
+from common.effects import flag
 from common.errors import InputError, tell
 
 # settings of the machine, and those that name a run
@@ -74,7 +75,7 @@ def differences(settings: list[dict]) -> list[str]:
     for name in names:
         values = [json.dumps(args.get(name)) for args in settings]
         if len(set(values)) > 1:
-            lines.append(f"--{name.replace('_', '-')}: {' | '.join(values)}")
+            lines.append(f"{flag(name)}: {' | '.join(values)}")
     return lines
 
 

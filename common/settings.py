@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from common.checkpoint import checkpoint_step, checkpoints, stored_names
+from common.effects import flag
 from common.errors import InputError
 from common.labels import LabelSpace
 from common.saved import OF_A_START, read_args
@@ -75,7 +76,7 @@ def _differences(saved: dict, given: dict) -> dict[str, list]:
 
 
 def _flag(name: str) -> str:
-    return name if name == "ranks" else "--" + name.replace("_", "-")
+    return name if name == "ranks" else flag(name)
 
 
 def _check_label_space(folder: Path, label_space: LabelSpace) -> None:

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common.checkpoint import cached_rows, last_checkpoint, read_model
+from common.effects import TEXT_FIELDS
 from common.errors import InputError, first_line
 from common.files import NO_ARRAY
 from common.hub import hub
@@ -425,8 +426,7 @@ def known_vocabularies(args: Any, method: str, datasets: list) -> list[Vocabular
     if not path:
         return vocabularies
     metadata, stored = read_model(path, method)
-    of_text = ("text_encoder", "prompts", "null")
-    given = [name for name in of_text if hasattr(args, name)]
+    given = [name for name in TEXT_FIELDS if hasattr(args, name)]
     same_text = all(metadata["args"].get(name) == getattr(args, name) for name in given)
     if not same_text or stored[0].text is None:
         return vocabularies
