@@ -78,6 +78,7 @@ from common.convert import convert_if_official, refuse
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.datasets.subset import drop_empty
 from common.distributed import amp_context, in_parallel, rank, setup_device, world_size
+from common.effects import tell_idle
 from common.errors import InputError
 from common.evaluation import ancestors
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
@@ -623,6 +624,8 @@ def main() -> None:
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
+        if not args.attention:
+            tell_idle(args, TINY, ["adapters", "less_blocks"], "--no-attention")
         datasets = [drop_empty(d) for d in training_datasets(args, size)]
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:

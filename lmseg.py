@@ -78,6 +78,7 @@ from common.convert import convert_if_official
 from common.dataset_heads import DatasetHeads
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.distributed import amp_context, in_parallel, rank, setup_device, world_size
+from common.effects import tell_idle
 from common.inference import evaluate_dataset, predict_each, predict_files
 from common.labels import LabelSpace, Vocabulary, fold
 from common.mask_losses import MaskOutput, loss_dice, loss_mask, mask_cost, masks_per_rank
@@ -722,6 +723,8 @@ def main() -> None:
     size = test_transform(sized, "coco-panoptic").size if args.tiny else 0
     training = not (args.predict or args.eval_only)
     if training:
+        if args.classifier == "heads":
+            tell_idle(args, TINY, ["tau", "cgd"], "--classifier heads")
         datasets = training_datasets(args, size, True, SUPERVISION)
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:

@@ -9,6 +9,8 @@ import pytest
 import category_extended
 import dataseg
 import detic
+import domain_attention
+import lmseg
 import plaindet
 import scaledet
 import unidet
@@ -179,6 +181,28 @@ def test_settings_of_a_stage_that_does_not_run_are_told(module, tiny, caplog):
         flag = "--" + names[0].replace("_", "-")
         assert caplog.messages == [f"no effect with {stage}: {flag}"]
         caplog.clear()
+
+
+@pytest.mark.parametrize(
+    ("module", "without", "flags"),
+    [
+        (lmseg, ["--classifier", "heads"], ["--tau", "0.5", "--cgd", "off"]),
+        (domain_attention, ["--no-attention"], ["--adapters", "5", "--less-blocks"]),
+    ],
+)
+def test_settings_of_a_part_that_is_left_out_are_told(module, without, flags, monkeypatch, caplog):
+    def start(*more: str) -> list[str]:
+        caplog.clear()
+        argv = [module.METHOD, "--datasets", "unknown", "--device", "cpu", *more]
+        monkeypatch.setattr("sys.argv", argv)
+        with pytest.raises(InputError):  # of the dataset: nothing is trained here
+            module.main()
+        return [line for line in caplog.messages if "no effect" in line]
+
+    names = ", ".join(name for name in flags if name.startswith("--"))
+    assert start(*without, *flags) == [f"no effect with {' '.join(without)}: {names}"]
+    assert not start(*without)
+    assert not start(*flags)
 
 
 def test_sizes_that_differ_by_dataset_are_told(caplog, tiny_root):
