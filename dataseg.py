@@ -31,7 +31,8 @@ Note: ViTDet-L is --backbone vit_large_patch16_224.mae. All datasets are tested 
 Note: MERGE is the union, the largest logit at each pixel (we could not check the paper's operator).
   In training, a merged target is matched to one proposal. Unmatched ones join it that predict its
   class and lie in it by more than half; others are background. If all joined, wherever they lie,
-  none would learn background. --no-merge-in-training supervises the matched one alone.
+  none would learn background. In the class loss they have the weight of background, which is ours:
+  many join. --no-merge-in-training supervises the matched one alone.
 Note: semantic maps are made of the unions, each with the probability of its surest member. --merge
   sum is Mask2Former's inference: the sum over all proposals weighted by class probability.
 Note: the scale s is learned, from 1 / 0.07 and at most 100, as CLIP's. Text is CLIP's 80 templates,
@@ -454,18 +455,16 @@ def join_members(
 
 
 @compilable
-def loss_class(logits: Tensor, classes: Tensor) -> Tensor:
-    """Sec. 3, classification: cross-entropy, in which background has weight 0.1.
+def loss_class(logits: Tensor, classes: Tensor, matched: Tensor) -> Tensor:
+    """Sec. 3, classification: cross-entropy, in which unmatched queries have weight 0.1.
 
-    logits: (Z, B, Q, K + 1); classes: (Z, B, Q), K on background
+    logits: (Z, B, Q, K + 1); classes: (Z, B, Q), K on background; matched: (Z, B, Q) bool
 
     Weighted mean over the B Q queries of each prediction, sum over the Z predictions.
     """
-    weight = torch.ones(logits.shape[-1], device=logits.device)
-    weight[-1].fill_(0.1)
-    each = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight, reduction="none")
-    each = each.view(len(logits), -1)  # (Z, B * Q)
-    return (each.sum(1) / weight[classes].flatten(1).sum(1)).sum()
+    each = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), reduction="none")
+    weight = torch.where(matched, 1.0, 0.1).flatten(1)  # (Z, B * Q)
+    return ((each.view_as(weight) * weight).sum(1) / weight.sum(1)).sum()
 
 
 @compilable
@@ -499,6 +498,7 @@ def compute_losses(
     num_masks = masks_per_rank(targets, output.logits.device)
     background = output.logits.shape[-1] - 1
     classes = torch.full(output.logits.shape[:-1], background, device=num_masks.device)  # (Z, B, Q)
+    matched = torch.zeros_like(classes, dtype=torch.bool)
     sampled = []
     projected = []
     pairs = match(args, output, targets)
@@ -506,6 +506,7 @@ def compute_losses(
     members = join_members(output, pairs, targets, merged) if merges else []
     for i, (t, p) in enumerate(zip(targets, pairs)):
         classes[p.z, i, p.query] = t.labels[p.target]
+        matched[p.z, i, p.query] = True
         masks = output.masks(p.z, i, p.query)  # (R, h, w)
         if members:
             pair, query = members[i]
@@ -519,7 +520,7 @@ def compute_losses(
             rows, columns = rasterise(t.boxes, masks.shape[-2:])
             box = p.target[masked:]
             projected.append((masks[masked:], rows[box], columns[box]))
-    losses = {"loss_class": 2 * loss_class(output.logits, classes)}
+    losses = {"loss_class": 2 * loss_class(output.logits, classes, matched)}
     if sampled:
         logits, truth = (torch.cat(part) for part in zip(*sampled))  # (R, P)
         losses["loss_mask"] = 5 * loss_mask(logits, truth, num_masks)

@@ -152,16 +152,19 @@ ALONE = torch.zeros(3, dtype=torch.bool)
 def test_class_loss_is_the_sum_over_depths_of_weighted_means():
     logits, classes = 3 * torch.randn(3, 2, 4, 6), torch.randint(6, (3, 2, 4))
     classes[0], classes[1, 0] = 5, torch.tensor([0, 5, 2, 5])  # a depth of background alone
+    matched = (classes < 5) & (torch.rand(3, 2, 4) < 0.7)  # others of a class join its union
+    assert (matched != (classes < 5)).any() and matched.any()
     expected = 0.0
     for depth in range(3):
         loss = weights = 0.0
         for image, query in itertools.product(range(2), range(4)):
             label = classes[depth, image, query].item()
-            weight = 0.1 if label == 5 else 1.0
+            weight = 1.0 if matched[depth, image, query] else 0.1
             loss -= weight * math.log(softmax(logits[depth, image, query].tolist())[label])
             weights += weight
         expected += loss / weights
-    assert dataseg.loss_class(logits, classes).item() == pytest.approx(expected, rel=1e-5)
+    found = dataseg.loss_class(logits, classes, matched)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_mask_losses_at_points():
@@ -333,7 +336,7 @@ def test_loss_of_all_depths_and_images(kind, cells, monkeypatch):
                 sides = (side[n].tolist() for side in rasterise(t.boxes, (6, 8)))
                 expected["loss_projection"] += 5 * projection(masks[z, i, q].tolist(), *sides) / 6
     expected = {name: value for name, value in expected.items() if value}
-    expected["loss_class"] = 2 * dataseg.loss_class(output.logits, labels).item()
+    expected["loss_class"] = 2 * dataseg.loss_class(output.logits, labels, labels < 3).item()
     losses = dataseg.compute_losses(SMALL, output, targets, ALONE)
     assert losses.keys() == expected.keys() | {"loss"}
     for name, value in expected.items():
@@ -523,7 +526,10 @@ def test_joined_queries_are_supervised_as_one_mask(cells, monkeypatch):
     monkeypatch.setattr(
         dataseg,
         "loss_class",
-        lambda x, own: classes.append(own[0, 0].tolist()) or loss_class(x, own),
+        lambda x, own, matched: (
+            classes.append((own[0, 0].tolist(), matched[0, 0].tolist()))
+            or loss_class(x, own, matched)
+        ),
     )
     for on, members in ((True, [0, 1, 2]), (False, [1])):
         args, masks.grad = replace(SMALL, merge_in_training=on), None
@@ -542,7 +548,8 @@ def test_joined_queries_are_supervised_as_one_mask(cells, monkeypatch):
         best = torch.tensor(members)[masks[0, members].argmax(0)]  # (h, w)
         assert all(torch.equal(reached[q], (best == q) & (q in members)) for q in (0, 1, 2))
         assert reached[3].all() and not reached[4:].any()
-    assert classes == [[1, 1, 1, 0, 3, 3], [3, 1, 3, 0, 3, 3]]
+    matched = [False, True, False, True, False, False]  # members are not, and weigh less
+    assert classes == [([1, 1, 1, 0, 3, 3], matched), ([3, 1, 3, 0, 3, 3], matched)]
 
 
 def merged(masks, probabilities, classes):
