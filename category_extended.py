@@ -80,7 +80,6 @@ from common.distributed import (
     setup_device,
     world_size,
 )
-from common.effects import tell_idle
 from common.errors import InputError
 from common.inference import (
     evaluate_dataset,
@@ -236,10 +235,13 @@ TINY = {
 }
 # the settings that --weights restores: those of the model, its inputs and its predictions
 MODEL_FIELDS = ["backbone", "test_size", "channels", "convs", "norm"]
-IDLE = {  # settings without an effect in a stage
-    "first": ["pseudo_negatives", "dropout_runs", "least_confidence"],
-    "mine": ["steps", "lr", "batch_size", "negatives", "pseudo_negatives", "least_confidence"],
-    "second": ["negatives", "dropout_runs"],
+IDLE = {  # {(a setting, its value): settings that have no effect then}
+    ("stage", "first"): ["pseudo_negatives", "dropout_runs", "least_confidence"],
+    ("stage", "mine"): [
+        *("steps", "lr", "batch_size", "negatives", "pseudo_negatives", "least_confidence")
+    ],
+    ("stage", "second"): ["negatives", "dropout_runs"],
+    ("pseudo_boxes", True): ["negatives", "dropout_runs"],
 }
 OFFICIAL = refuse("is of mmdetection and does not fit: P6 is made of other maps here")
 
@@ -720,14 +722,11 @@ def load(
 
 
 def main() -> None:
-    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
+    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL, idle=IDLE)
     device = setup_device(args)
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
-        tell_idle(args, TINY, IDLE.get(args.stage, ()), f"--stage {args.stage}")
-        if args.pseudo_boxes:
-            tell_idle(args, TINY, IDLE["second"], "--pseudo-boxes")
         datasets = training_datasets(args, size)  # images without a box may get mined ones
         refuse_without_boxes(datasets)
         label_space = build_label_space(args, [d.vocabulary for d in datasets])

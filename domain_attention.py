@@ -78,7 +78,6 @@ from common.convert import convert_if_official, refuse
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.datasets.subset import drop_empty
 from common.distributed import amp_context, in_parallel, rank, setup_device, world_size
-from common.effects import tell_idle
 from common.errors import InputError
 from common.evaluation import ancestors
 from common.inference import evaluate_dataset, predict_each, predict_files, to_detection
@@ -221,6 +220,8 @@ TINY = {
 # the settings that --weights restores: those of the model, its inputs and its predictions
 MODEL_FIELDS = ["backbone", "test_size", "channels", "fc_dim"]
 MODEL_FIELDS += ["attention", "adapters", "less_blocks", "one_class_per_proposal"]
+# {(a setting, its value): settings that have no effect then}
+IDLE = {("attention", False): ["adapters", "less_blocks"]}
 OFFICIAL = refuse("is a Faster R-CNN with anchors and does not fit")
 
 # -- Model -----------------------------------------------------------------------------------------
@@ -619,13 +620,11 @@ def load(
 
 
 def main() -> None:
-    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
+    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL, idle=IDLE)
     device = setup_device(args)
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
-        if not args.attention:
-            tell_idle(args, TINY, ["adapters", "less_blocks"], "--no-attention")
         datasets = [drop_empty(d) for d in training_datasets(args, size)]
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:

@@ -78,7 +78,6 @@ from common.convert import convert_if_official
 from common.dataset_heads import DatasetHeads
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.distributed import amp_context, in_parallel, rank, setup_device, world_size
-from common.effects import tell_idle
 from common.inference import evaluate_dataset, predict_each, predict_files
 from common.labels import LabelSpace, Vocabulary, fold
 from common.mask_losses import MaskOutput, loss_dice, loss_mask, mask_cost, masks_per_rank
@@ -270,6 +269,8 @@ TINY = {
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "queries", "channels"]
 MODEL_FIELDS += ["encoder_layers", "decoder_layers", "object_threshold", "panoptic_rule"]
 MODEL_FIELDS += ["image_size", "context_tokens", "cgd", "classifier", "daa"]
+# {(a setting, its value): settings that have no effect then}
+IDLE = {("classifier", "heads"): ["text_encoder", "prompts", "context_tokens", "tau", "cgd"]}
 SUPERVISION = ("semantic", "panoptic")  # what it can learn from
 OFFICIAL = convert_mask2former  # official weights can be loaded, too, with their own head
 BACKGROUND = "background"
@@ -717,14 +718,12 @@ def load(
 
 
 def main() -> None:
-    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
+    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL, idle=IDLE)
     device = setup_device(args)
     sized = replace(args, daa=True)  # the generated images are the same with --no-daa
     size = test_transform(sized, "coco-panoptic").size if args.tiny else 0
     training = not (args.predict or args.eval_only)
     if training:
-        if args.classifier == "heads":
-            tell_idle(args, TINY, ["tau", "cgd"], "--classifier heads")
         datasets = training_datasets(args, size, True, SUPERVISION)
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:

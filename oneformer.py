@@ -241,6 +241,8 @@ TINY = {
 # the settings that --weights restores: those of the model, its inputs and its predictions
 MODEL_FIELDS = ["backbone", "contrastive", "context", "queries", "channels", "encoder_layers"]
 MODEL_FIELDS += ["decoder_layers", "object_threshold", "test_size", "test_longest"]
+# {(a setting, its value): settings that have no effect then}
+IDLE = {("contrastive", False): ["context"]}
 SUPERVISION = ("semantic", "panoptic")  # what it can learn from
 OFFICIAL = convert_oneformer  # official weights can be loaded, too, with their own head
 
@@ -722,7 +724,7 @@ def load(
 
 
 def main() -> None:
-    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
+    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL, idle=IDLE)
     device = setup_device(args)
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)

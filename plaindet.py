@@ -33,9 +33,8 @@ Note: images of all datasets have the repeat factors of LVIS. Those of OpenImage
 Note: the losses of period k decide the sampling of period k + 2, so that a resumed run samples
   alike. Officially they wait for the end of a pass over the images.
 Note: classes of no dataset of the training use the queries of the one with the nearest mean text.
-Note: Detection Hub (Meng et al., CVPR 2023, arXiv 2206.03484) is --queries-from text_dataset: a
-  token of the dataset and its class embeddings adapt the queries, after the abstract. Its dynamic
-  kernels are left out: see docs/plaindet.md.
+Note: Detection Hub (arXiv 2206.03484) is --queries-from text_dataset, after the abstract: a token
+  of the dataset and its class embeddings adapt the queries. Its dynamic kernels are left out.
 
     python plaindet.py --datasets coco,lvis,oid --tiny      # minutes on a CPU
     python plaindet.py --datasets coco,lvis,o365,oid --data-root DATA --accumulate 4  # 15 GB
@@ -200,8 +199,7 @@ class Args:
     sampling: Literal["hardness", "size"] = "hardness"  # code
     """of the datasets, by the losses of their boxes; control: by their numbers of images"""
     period: Annotated[int, Range(1)] = 2000  # code
-    """steps between two measurements of the hardness; above the batches that are drawn ahead, two
-    for each of --workers"""
+    """steps between two measurements of the hardness; at least twice --workers"""
     image_size: Annotated[int, SIDE] = 800  # code
     """largest short side of training images, pixels (DETR's augmentation: 0.6 to 1 of it)"""
     test_size: Annotated[int, SIDE] = 800  # code
@@ -264,6 +262,11 @@ TINY = {
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "null", "test_size", "tau", "cls_bias"]
 MODEL_FIELDS += ["classifier", "queries_from", "queries", "channels"]
 MODEL_FIELDS += ["encoder_layers", "decoder_layers"]
+IDLE = {  # {(a setting, its value): settings that have no effect then}
+    ("classifier", "heads"): ["text_encoder", "prompts", "null"],
+    ("classifier", "joint"): ["text_encoder", "prompts", "null"],
+    ("sampling", "size"): ["period"],
+}
 OFFICIAL = refuse("needs the class embeddings of its training, which it does not hold")
 HEADS, LEVELS, POINTS = 8, 4, 4  # of the attention; the last two of the deformable one
 DECAYS = (37 / 40, 79 / 80)  # of the steps, at which the learning rate falls to a tenth
@@ -616,11 +619,9 @@ def train(
     """
     # set up: data, model, optimizer
     label_space = label_space.to(device)
-    supervision = []
-    for dataset in datasets:
-        joint = args.classifier == "joint"
-        classes = label_space if joint else label_space.part(dataset.name)
-        supervision.append(Supervision.of(args, dataset, classes, device))
+    joint = args.classifier == "joint"
+    spaces = [label_space if joint else label_space.part(d.name) for d in datasets]
+    supervision = [Supervision.of(args, d, own, device) for d, own in zip(datasets, spaces)]
 
     checkpoint = last_checkpoint(folder, args.replay)
     weights = checkpoint or args.weights
@@ -722,7 +723,7 @@ def load(
 
 
 def main() -> None:
-    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
+    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL, idle=IDLE)
     device = setup_device(args)
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)

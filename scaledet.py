@@ -252,6 +252,8 @@ TINY = {
 # the settings that --weights restores: those of the model, its inputs and its predictions
 MODEL_FIELDS = ["backbone", "text_encoder", "prompts", "test_size", "tau", "cls_bias"]
 MODEL_FIELDS += ["channels", "fc_dim", "one_class_per_proposal"]
+# {(a setting, its value): settings that have no effect then}
+IDLE = {("lam", 0): ["sim_norm"]}
 OFFICIAL = convert_centernet2_boxes  # there are none of ScaleDet, but of the same detector
 SAME = {"fits": ["detic"], "own_head": {"masks": False}}  # Detic's network without its mask head
 
@@ -630,7 +632,7 @@ def load(
 
 
 def main() -> None:
-    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
+    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL, idle=IDLE)
     device = setup_device(args)
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)

@@ -93,7 +93,6 @@ from common.distributed import (
     setup_device,
     world_size,
 )
-from common.effects import tell_idle
 from common.errors import InputError
 from common.evaluation import ancestors
 from common.inference import (
@@ -244,10 +243,10 @@ TINY = {
 }
 # the settings that --weights restores: those of the model, its inputs and its predictions
 MODEL_FIELDS = ["backbone", "test_size", "channels", "fc_dim", "one_class_per_proposal"]
-IDLE = {  # settings without an effect in a stage
-    "partitioned": ["tau", "lam"],
-    "learn": ["steps", "lr", "batch_size", "jitter", "class_aware"],
-    "unified": ["tau", "lam"],
+IDLE = {  # {(a setting, its value): settings that have no effect then}
+    ("stage", "partitioned"): ["tau", "lam"],
+    ("stage", "learn"): ["steps", "lr", "batch_size", "jitter", "class_aware"],
+    ("stage", "unified"): ["tau", "lam"],
 }
 OFFICIAL = refuse("is a Cascade R-CNN, which does not fit; --label-space reads its label space")
 
@@ -715,13 +714,12 @@ def load(
 
 
 def main() -> None:
-    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
+    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL, idle=IDLE)
     device = setup_device(args)
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
         check_stage(args)
-        tell_idle(args, TINY, IDLE.get(args.stage, ()), f"--stage {args.stage}")
         datasets = [drop_empty(d) for d in training_datasets(args, size)]
         label_space = build_label_space(args, [d.vocabulary for d in datasets])
     else:

@@ -85,7 +85,6 @@ from common.convert import convert_if_official
 from common.datasets import Dataset, evaluation_datasets, training_datasets, warn_of_overlap
 from common.datasets.subset import drop_empty
 from common.distributed import in_parallel, rank, same_on_ranks, setup_device, world_size
-from common.effects import tell_idle
 from common.errors import InputError
 from common.evaluation import evaluate_detections, recall
 from common.inference import (
@@ -264,8 +263,10 @@ TINY = {
 MODEL_FIELDS = ["structure", "stage", "backbone", "classifier_backbone", "text_encoder", "prompts"]
 MODEL_FIELDS += ["alpha", "beta", "gamma"]
 MODEL_FIELDS += ["test_size", "tau", "channels", "fc_dim", "rpn_proposals", "test_proposals"]
-# the settings without an effect in a stage
-IDLE = {"localizer": ["classifier_steps", "classifier_lr", "prior"], "classifier": ["steps", "lr"]}
+IDLE = {  # {(a setting, its value): settings that have no effect then}
+    ("stage", "localizer"): ["classifier_steps", "classifier_lr", "prior"],
+    ("stage", "classifier"): ["steps", "lr"],
+}
 OFFICIAL = convert_two_stages  # official weights can be loaded, too
 
 # -- Model -----------------------------------------------------------------------------------------
@@ -711,14 +712,13 @@ def load(
 
 
 def main() -> None:
-    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL)
+    args = parse_args(Args, METHOD, TINY, MODEL_FIELDS, OFFICIAL, idle=IDLE)
     if args.stage == "classifier" and not (args.weights or args.resume):
         raise InputError("--stage classifier needs --weights: the run folder of a localizer")
     device = setup_device(args)
     size = args.image_size if args.tiny else 0  # of generated images
     training = not (args.predict or args.eval_only)
     if training:
-        tell_idle(args, TINY, IDLE.get(args.stage, ()), f"--stage {args.stage}")
         datasets = [drop_empty(d, least_side=32) for d in training_datasets(args, size)]
         label_space = build_label_space(args, known_vocabularies(args, METHOD, datasets))
     else:

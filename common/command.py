@@ -94,6 +94,7 @@ def parse_args(
     convert: Callable | None = None,
     argv: list[str] | None = None,
     early: bool = False,
+    idle: dict | None = None,
 ) -> T:
     """Parses the command line and returns it as an `args_class`.
 
@@ -112,6 +113,7 @@ def parse_args(
     argv:    the flags; by default sys.argv[1:]
     early:   leaves out what official weights bring, since their conversion needs torch, and
              weights on the hub, since their download needs a network
+    idle:    {(field, its value): fields that have no effect then}, for the log
 
     Raises InputError for an unknown flag, with the nearest one, for a number out of its range, and
     for saved settings that cannot be read or do not fit. tyro itself reports a value of another
@@ -161,7 +163,7 @@ def parse_args(
         args.weights = weights
     check_numbers(args)
     expand_paths(args)
-    tell_of_effects(args, tiny, model_fields)
+    tell_of_effects(args, tiny, model_fields, idle or {})
     args.workers = min(args.workers, os.cpu_count() or 1)
     return args
 

@@ -99,20 +99,25 @@ def has_text(args: Any) -> bool:
     return hasattr(args, "text_encoder") and getattr(args, "classifier", "text") == "text"
 
 
-def tell_of_effects(args: Any, tiny: dict, model_fields: Iterable[str]) -> None:
+def tell_of_effects(args: Any, tiny: dict, model_fields: Iterable[str], idle: dict) -> None:
     """Logs which flags have no effect in this start, or take the place of others.
 
     tiny: {field: default under --tiny}; model_fields: the settings that shape the model
+    idle: {(field, its value): fields that have no effect then}; True: any value but ""
     """
-    if hasattr(args, "text_encoder") and not has_text(args):
-        tell_idle(args, tiny, [*TEXT_FIELDS, "context_tokens"], f"--classifier {args.classifier}")
+    for (name, value), fields in idle.items():
+        given = getattr(args, name)
+        if isinstance(value, bool) and bool(given) == value:
+            tell_idle(args, tiny, fields, flag(name) if value else flag(f"no_{name}"))
+        elif given == value:
+            tell_idle(args, tiny, fields, f"{flag(name)} {value}")
     if args.predict or args.eval_only:
-        idle = [*OF_TRAINING]
+        fields = [*OF_TRAINING]
         if not args.tiny and "image_size" not in model_fields:
-            idle.append("image_size")  # otherwise it is that of generated or of test images
+            fields.append("image_size")  # otherwise it is that of generated or of test images
         if args.eval_only:
-            idle.append("task")  # it is that of the annotations
-        tell_idle(args, tiny, idle, "--eval-only" if args.eval_only else "--predict")
+            fields.append("task")  # it is that of the annotations
+        tell_idle(args, tiny, fields, "--eval-only" if args.eval_only else "--predict")
     elif args.dataset_ratios and hasattr(args, "sampling"):
         tell("--dataset-ratios takes the place of --sampling %s", args.sampling)
 

@@ -5,12 +5,14 @@ import logging
 from dataclasses import replace
 
 import pytest
+from conftest import METHODS
 
 import category_extended
 import dataseg
 import detic
 import domain_attention
 import lmseg
+import oneformer
 import plaindet
 import scaledet
 import unidet
@@ -19,7 +21,7 @@ from common.checkpoint import save_weights
 from common.class_counts import federated_counts
 from common.command import parse_args, per_dataset
 from common.datasets import load_datasets
-from common.effects import refuse_conflicts, tell_idle
+from common.effects import flag, refuse_conflicts, tell_of_effects
 from common.errors import InputError
 from common.labels import LabelSpace, Vocabulary
 from common.shares import trained_names
@@ -27,6 +29,7 @@ from common.text import embed
 
 PREDICT = ["--predict", "a.jpg", "--weights", "w"]
 EVALUATE = ["--eval-only", "--weights", "w"]
+WITH_IDLE = [m for m in map(importlib.import_module, METHODS) if hasattr(m, "IDLE")]
 
 
 @pytest.fixture(autouse=True)
@@ -128,18 +131,6 @@ def test_another_text_is_told(parse, caplog):
     assert not told()
 
 
-def test_a_model_without_text_has_no_use_for_an_encoder(caplog):
-    flags = ["--tiny", "--datasets", "coco", "--prompts", "a"]
-    for classifier, told in (
-        ("heads", ["no effect with --classifier heads: --prompts"]),
-        ("text", []),
-    ):
-        settings = (plaindet.Args, "plaindet", plaindet.TINY, plaindet.MODEL_FIELDS)
-        parse_args(*settings, argv=[*flags, "--classifier", classifier])
-        assert caplog.messages == told
-        caplog.clear()
-
-
 @pytest.mark.parametrize(
     ("module", "flags", "idle"),
     [
@@ -169,25 +160,40 @@ def test_ratios_in_place_of_the_sampling_are_told(caplog):
     assert len(caplog.messages) == 1
 
 
-@pytest.mark.parametrize("module", [category_extended, unidet, unidetector])
+@pytest.mark.parametrize("module", WITH_IDLE)
 @pytest.mark.parametrize("tiny", [False, True])
-def test_settings_of_a_stage_that_does_not_run_are_told(module, tiny, caplog):
-    for stage, names in module.IDLE.items():
-        args = module.Args(**module.TINY if tiny else {}, tiny=tiny)
-        args = replace(args, stage=stage)
-        tell_idle(args, module.TINY, names, stage)
-        assert not caplog.messages
-        tell_idle(replace(args, **{names[0]: "another"}), module.TINY, names, stage)
-        flag = "--" + names[0].replace("_", "-")
-        assert caplog.messages == [f"no effect with {stage}: {flag}"]
-        caplog.clear()
+def test_settings_without_an_effect_are_told(module, tiny, caplog):
+    defaults = module.Args(**module.TINY if tiny else {}, tiny=tiny)
+    for (name, value), fields in module.IDLE.items():
+        idle = replace(defaults, **{name: value})
+        assert idle != defaults
+        for changed in (None, *fields):
+            args = replace(idle, **{changed: "another"}) if changed else idle
+            tell_of_effects(args, module.TINY, module.MODEL_FIELDS, {(name, value): fields})
+            told = [f"no effect with {shown(name, value)}: {flag(changed)}"] if changed else []
+            assert caplog.messages == told
+            caplog.clear()
+
+
+def shown(name: str, value: object) -> str:
+    """Returns the flag that sets the field."""
+    if isinstance(value, bool):
+        return flag(name) if value else flag(f"no_{name}")
+    return f"{flag(name)} {value}"
 
 
 @pytest.mark.parametrize(
     ("module", "without", "flags"),
     [
-        (lmseg, ["--classifier", "heads"], ["--tau", "0.5", "--cgd", "off"]),
+        (lmseg, ["--classifier", "heads"], ["--prompts", "a", "--tau", "0.5", "--cgd", "off"]),
+        (plaindet, ["--classifier", "heads"], ["--prompts", "name"]),
+        (plaindet, ["--sampling", "size"], ["--period", "50"]),
         (domain_attention, ["--no-attention"], ["--adapters", "5", "--less-blocks"]),
+        (oneformer, ["--no-contrastive"], ["--context", "4"]),
+        (scaledet, ["--lam", "0"], ["--sim-norm", "none"]),
+        (category_extended, ["--pseudo-boxes", "runs/a"], ["--negatives", "plain"]),
+        (unidet, ["--stage", "partitioned"], ["--lam", "1"]),
+        (unidetector, ["--stage", "localizer"], ["--classifier-lr", "1"]),
     ],
 )
 def test_settings_of_a_part_that_is_left_out_are_told(module, without, flags, monkeypatch, caplog):
@@ -200,7 +206,8 @@ def test_settings_of_a_part_that_is_left_out_are_told(module, without, flags, mo
         return [line for line in caplog.messages if "no effect" in line]
 
     names = ", ".join(name for name in flags if name.startswith("--"))
-    assert start(*without, *flags) == [f"no effect with {' '.join(without)}: {names}"]
+    mode = " ".join(without).removesuffix(" runs/a")
+    assert start(*without, *flags) == [f"no effect with {mode}: {names}"]
     assert not start(*without)
     assert not start(*flags)
 

@@ -41,6 +41,7 @@ ALLOWED = {
     "test_transform(model.args": "LMSeg has a test size for each dataset",
     "parameter_groups(": "the papers' weight decay",
     "image_ratios(args": "the papers sample the datasets by other ratios",
+    "idle=IDLE": "in some methods, a setting leaves others without an effect",
     'metadata = {"method"': "ScaleDet's weights are those of Detic, too",
     "keep_stage(": "the stages of the papers",
     "for dataset in datasets:": "what is prepared for each dataset",
