@@ -115,8 +115,8 @@ def tell_of_effects(args: Any, tiny: dict, model_fields: Iterable[str], idle: di
         fields = [*OF_TRAINING]
         if not args.tiny and "image_size" not in model_fields:
             fields.append("image_size")  # otherwise it is that of generated or of test images
-        if args.eval_only:
-            fields.append("task")  # it is that of the annotations
+        # --eval-only has the task of the annotations, --predict reads no dataset
+        fields.append("task" if args.eval_only else "data_root")
         tell_idle(args, tiny, fields, "--eval-only" if args.eval_only else "--predict")
     elif args.dataset_ratios and hasattr(args, "sampling"):
         tell("--dataset-ratios takes the place of --sampling %s", args.sampling)

@@ -137,6 +137,7 @@ def test_another_text_is_told(parse, caplog):
         (scaledet, ["--eval-only", "--lr", "1", "--batch-size", "1"], "--lr, --batch-size"),
         (scaledet, ["--predict", "a.jpg", "--image-size", "320"], "--image-size"),
         (dataseg, ["--eval-only", "--datasets", "coco", "--task", "semantic"], "--task"),
+        (dataseg, ["--predict", "a.jpg", "--data-root", "data"], "--data-root"),
     ],
 )
 def test_flags_of_a_training_are_told_without_one(module, flags, idle, parse, caplog):
