@@ -41,7 +41,6 @@ HERE = Path(__file__).resolve().parent
 STUDIES = {study.name: study for study in (*DETECTORS, *SEGMENTERS, FINETUNING, HALVES, *ACROSS)}
 # what this command writes: a difference in it is no change of the code
 RESULTS = ("benchmarks/claims/*.json", "docs", "README.md")
-MOST_SEEDS = 5  # when an effect is not clear, its two variants get as many
 
 
 def parse() -> argparse.Namespace:
@@ -77,12 +76,12 @@ def missing(study: Study, seeds: int, records: Records) -> list[Run]:
     """Returns the runs that a study lacks; if none, those of effects that are not clear."""
     runs = [Run(study, variant, seed) for seed in range(seeds) for variant in study.variants]
     if seeds >= summary.LEAST_SEEDS and all(run.key in records for run in runs):
-        # without later seeds: a sitting that ends after the fourth one must not decide
+        # without later seeds, which do not decide whether they are needed
         first = {run.key: records[run.key] for run in runs}
         for effect in study.effects:
             found = summary.difference(study, first, effect)
             if found is not None and not found.is_clear:
-                for seed in range(seeds, MOST_SEEDS):
+                for seed in range(seeds, summary.MOST_SEEDS):
                     runs += [Run(study, v, seed) for v in (effect.worse, effect.better)]
     return [run for run in dict.fromkeys(runs) if run.key not in records]
 

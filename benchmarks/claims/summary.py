@@ -13,6 +13,7 @@ from benchmarks.report import markdown_row, markdown_table
 from common.files import atomic_path
 
 LEAST_SEEDS = 3  # that say whether an effect is clear
+MOST_SEEDS = 5  # when an effect is not clear, its two variants get as many
 CLEAR = 0.05  # the largest p of a clear effect
 EFFECTS = ["claim", "difference of", "in", "mean ± standard error", "seeds", "shown?"]
 SHORT = ["shown?", "claim", "in", "mean ± standard error", "seeds"]
@@ -68,8 +69,11 @@ class Difference:
     @property
     def verdict(self) -> str:
         """One of VERDICTS, or the number of seeds if these are too few."""
-        if len(self.values) < LEAST_SEEDS:
-            return f"{len(self.values)} of {LEAST_SEEDS} seeds"
+        count = len(self.values)
+        if count < LEAST_SEEDS:
+            return f"{count} of {LEAST_SEEDS} seeds"
+        if LEAST_SEEDS < count < MOST_SEEDS:  # a stop between must not decide
+            return f"{count} of {MOST_SEEDS} seeds"
         shown, unclear, opposite = VERDICTS
         if not self.is_clear:
             return unclear
