@@ -2,7 +2,7 @@
 
 Claim. The classes of other datasets are not supervised: a step trains on one dataset, and queries
 are compared with its classes and one learned background alone. Semantic, panoptic and instance
-segmentation are one problem: mask proposals, each with a class embedding. They differ in which
+segmentation are one problem: mask proposals, each with a class embedding. Tasks differ in which
 proposals are merged: all of a class (semantic), those of stuff (panoptic), none (instance). So one
 network with shared weights learns from semantic maps, panoptic maps and mere boxes.
 
@@ -26,13 +26,12 @@ Gu et al., arXiv 2306.01736.
 
 Note: no model code was released. What we could not check in the paper has Mask2Former's value:
   pixel decoder, 100 queries, losses and their weights, AdamW, learning rate, clipping, batch size,
-  thresholds. The projection loss has the weight of mask and dice together, background 0.1.
+  thresholds. Each of the two projections has weight 5, as mask and dice have.
 Note: ViTDet-L is --backbone vit_large_patch16_224.mae. All datasets are tested at one size, 800.
 Note: MERGE is the union, the largest logit at each pixel (we could not check the paper's operator).
-  In training, a merged target is matched to one proposal. Unmatched ones join it that predict its
-  class and lie in it by more than half; others are background. If all joined, wherever they lie,
-  none would learn background. In the class loss they have the weight of background, which is ours:
-  many join. --no-merge-in-training supervises the matched one alone.
+  In training, a merged target is matched to one proposal. An unmatched one joins it if it predicts
+  its class and lies in it by more than half; all others are background. This rule is ours, and so
+  is that those that join weigh 0.1 in the class loss. With --no-merge-in-training none joins.
 Note: semantic maps are made of the unions, each with the probability of its surest member. --merge
   sum is Mask2Former's inference: the sum over all proposals weighted by class probability.
 Note: the scale s is learned, from 1 / 0.07 and at most 100, as CLIP's. Text is CLIP's 80 templates,
@@ -203,7 +202,7 @@ class Args:
     merge: Literal["max", "sum"] = "max"  # ours
     """semantic maps: the union of a class's proposals, or the sum over all, weighted by class"""
     merge_in_training: bool = True  # paper
-    """supervise the proposals of a merged class as one mask, not the matched one alone"""
+    """supervise the proposals of a merged class as one mask; off: all but one as background"""
     task: Literal["semantic", "panoptic", "instance"] = "panoptic"  # ours
     """what --predict writes: semantic maps, panoptic maps, or instances"""
     object_threshold: Annotated[float, Range(0, 1)] = 0.8  # base
@@ -434,8 +433,8 @@ def join_members(
     """MERGE in training: finds unmatched queries that join the pair of a merged target.
 
     Such a query predicts the target's class, and more than half of its mask lies in the target. It
-    joins in its own prediction z only. Returns of each image the pair and the query of its members,
-    (members,) each. merged: (K,) bool. There are two waits for the device.
+    may join in one prediction z and not in another. Returns for each image the pair and the query
+    of its members, (members,) each. merged: (K,) bool. There are two waits for the device.
     """
     flags = []
     for i, (t, p) in enumerate(zip(targets, pairs)):
@@ -456,9 +455,10 @@ def join_members(
 
 @compilable
 def loss_class(logits: Tensor, classes: Tensor, matched: Tensor) -> Tensor:
-    """Sec. 3, classification: cross-entropy, in which unmatched queries have weight 0.1.
+    """Sec. 3, classification: cross-entropy, in which queries that are not matched have weight 0.1.
 
-    logits: (Z, B, Q, K + 1); classes: (Z, B, Q), K on background; matched: (Z, B, Q) bool
+    logits: (Z, B, Q, K + 1); classes: (Z, B, Q), K on background
+    matched: (Z, B, Q) bool, False also for those that join a union
 
     Weighted mean over the B Q queries of each prediction, sum over the Z predictions.
     """
@@ -490,9 +490,10 @@ def compute_losses(
     """L = sum over predictions of 2 L_class + 5 (L_mask + L_dice), or 2 L_class + 5 L_projection.
 
     The second form is for objects without a mask (`loss_projection`, `rasterise`).
-    `loss_class` is of all queries; those without a target have class K. `loss_mask` and `loss_dice`
-    are of the pairs of `match` at args.points points (`sample_pairs`); num_masks: `masks_per_rank`.
-    merged: (K,) bool. A pair with members (`join_members`) has the maximum of their mask logits.
+    `loss_class` is of all queries. Unmatched ones have class K, members (`join_members`) that of
+    their pair. `loss_mask` and `loss_dice` are of the pairs of `match` at args.points points
+    (`sample_pairs`); num_masks: `masks_per_rank`. merged: (K,) bool. The mask of a pair with
+    members is the maximum of its own logits and theirs.
     Returns every term, times its weight, and their sum as `loss`.
     """
     num_masks = masks_per_rank(targets, output.logits.device)

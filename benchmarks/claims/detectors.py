@@ -19,6 +19,10 @@ SCALEDET = Study(
         ),
         "strong": ("coco and o365, 10 times the soft loss", f"scaledet.py {TWO} {UNSEEN} --lam 10"),
         "own": ("coco and o365, own negatives", f"scaledet.py {TWO} {UNSEEN} --neg-scope own"),
+        "bfloat16": (
+            "coco and o365, hard and soft loss, in bfloat16",
+            f"scaledet.py {TWO} {UNSEEN} --amp on",
+        ),
         "o365": ("o365", f"scaledet.py --datasets o365 {UNSEEN}"),
         "lvis": ("lvis", f"scaledet.py --datasets lvis {UNSEEN}"),
         "three": ("coco, o365, oid", f"scaledet.py --datasets coco,o365,oid {UNSEEN}"),
@@ -44,6 +48,7 @@ SCALEDET = Study(
             "own", "soft", LINEART, "own negatives beat those of two datasets on lineart", ours=True
         ),
         Effect("four_own", "four", TRAINED, "own negatives beat those of four datasets", ours=True),
+        Effect("soft", "bfloat16", TRAINED, "bfloat16 costs some AP", ours=True),
         Effect("soft", "o365", LINEART, "coco and o365 beat o365 in as many steps on lineart"),
         Effect(
             "own",

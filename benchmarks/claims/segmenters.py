@@ -85,6 +85,7 @@ DATASEG = Study(
             "all three, proposals not merged in training",
             f"dataseg.py {ALL} --no-merge-in-training",
         ),
+        "bfloat16": ("all three, in bfloat16", f"dataseg.py {ALL} --amp on"),
         "backgrounds": (
             "all three, a background for each",
             f"-m benchmarks.claims.dataseg_backgrounds {ALL}",
@@ -140,6 +141,8 @@ DATASEG = Study(
         Effect("joint", "off", "coco PQ", "merging in training helps panoptic maps", ours=True),
         Effect("joint", "sum", "ade20k mIoU", "the maximum beats the sum", ours=True),
         Effect("joint", "off_sum", "ade20k mIoU", "merging beats Mask2Former's sums", ours=True),
+        Effect("joint", "bfloat16", "ade20k mIoU", "bfloat16 costs some mIoU", ours=True),
+        Effect("joint", "bfloat16", "coco PQ", "bfloat16 costs some PQ", ours=True),
     ),
     "dataseg.md",
     "A joint training has 1800 steps: on average 450 of `ade20k` and 675 of each of the others. A "
