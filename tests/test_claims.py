@@ -152,6 +152,15 @@ def test_effects_name_variants_and_columns(study):
         assert {effect.column, effect.worse_column or effect.column} <= study.columns.keys()
     for variant in study.variants:
         assert study.ancestors(variant) <= study.variants.keys() - {variant}
+        assert len(study.parents(variant)) <= 1  # two could be of two chains, and run twice
+
+
+def test_runs_wait_only_for_those_whose_folder_they_need(tmp_path):
+    chains = sitting(tmp_path, "unidet", seeds=2).chains()
+    assert [[run.variant for run in chain] for chain in chains] == [
+        *(["partitioned", "learned", "unified", "shuffled"], ["names"], ["text"]) * 2
+    ]
+    assert [{run.seed for run in chain} for chain in chains] == [{0}] * 3 + [{1}] * 3
 
 
 @pytest.mark.parametrize("study", ACROSS, ids=lambda study: study.name)

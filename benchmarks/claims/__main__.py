@@ -98,13 +98,13 @@ class Sitting:
     def chains(self) -> list[list[Run]]:
         """Returns the missing runs in lists, low seeds first.
 
-        A list has those of one seed and study. They may need each other's folders, so they run one
-        after the other.
+        A list has a variant and those that need its folder, of one seed. They run one after the
+        other.
         """
         chains = defaultdict(list)
         for name in self.args.method:
             for run in missing(STUDIES[name], self.args.seeds, self.records[name]):
-                chains[run.seed, name].append(run)
+                chains[run.seed, name, run.study.root(run.variant)].append(run)
         return [chains[key] for key in sorted(chains, key=lambda key: key[0])]
 
     def run_all(self) -> None:

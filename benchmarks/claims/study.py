@@ -77,6 +77,11 @@ class Study:
         parents = self.parents(variant)
         return set(parents).union(*map(self.ancestors, parents))
 
+    def root(self, variant: str) -> str:
+        """Returns the first of the variants that lead to this one, each the parent of the next."""
+        parents = self.parents(variant)
+        return self.root(parents[0]) if parents else variant
+
     def digest(self, variant: str) -> str:
         """Returns a hash of what makes a variant and its ancestors what they are.
 
