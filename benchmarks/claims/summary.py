@@ -73,7 +73,7 @@ class Difference:
         if count < LEAST_SEEDS:
             return f"{count} of {LEAST_SEEDS} seeds"
         if LEAST_SEEDS < count < MOST_SEEDS:  # a stop between must not decide
-            return f"{count} of {MOST_SEEDS} seeds"
+            return Difference(self.values[:LEAST_SEEDS]).verdict
         shown, unclear, opposite = VERDICTS
         if not self.is_clear:
             return unclear
