@@ -463,7 +463,7 @@ def loss_class(logits: Tensor, classes: Tensor, matched: Tensor) -> Tensor:
     Weighted mean over the B Q queries of each prediction, sum over the Z predictions.
     """
     each = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), reduction="none")
-    weight = torch.where(matched, 1.0, 0.1).flatten(1)  # (Z, B * Q)
+    weight = matched.float().clamp(min=0.1).flatten(1)  # (Z, B * Q)
     return ((each.view_as(weight) * weight).sum(1) / weight.sum(1)).sum()
 
 
