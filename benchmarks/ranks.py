@@ -128,7 +128,7 @@ def first_step(method: str, changes: dict, root: Path, folder: Path, launch: dic
     runlog.RunLog.batches = lambda log, loader, *given: enumerate(loader, 1)
     runlog.RunLog.check_finite = lambda *given: recorder.finished(*given)
     args = settings(module, changes, root, folder / "run")
-    module.parse_args = lambda *given: args
+    module.parse_args = lambda *_, **__: args
     setup_device = module.setup_device
 
     def setup_alike(*given):  # the same initial weights on all ranks
