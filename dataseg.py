@@ -507,7 +507,7 @@ def compute_losses(
     members = join_members(output, pairs, targets, merged) if merges else []
     for i, (t, p) in enumerate(zip(targets, pairs)):
         classes[p.z, i, p.query] = t.labels[p.target]
-        matched[p.z, i, p.query] = p.query >= 0  # a constant would make the device wait
+        matched[p.z, i, p.query] = p.query >= 0  # all; the host would wait to copy a constant
         masks = output.masks(p.z, i, p.query)  # (R, h, w)
         if members:
             pair, query = members[i]
