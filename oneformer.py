@@ -686,7 +686,7 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Evaluates each dataset by its own metric, on its own classes alone. Draws pictures.
 
-    With --sentences each, panoptic datasets are evaluated again with each of the task sentences.
+    With --sentences each, all are evaluated again with each of the task sentences.
     Returns {dataset: {metric: value}} on rank 0, {} on other ranks.
     """
     results = {}
@@ -695,8 +695,7 @@ def evaluate(
         classes = label_space.swap(dataset.vocabulary)
         predictor = partial(predict, model, label_space=classes, task=TASKS[dataset.supervision])
         results |= evaluate_dataset(predictor, dataset, transform, args, folder)
-        controls = args.sentences == "each" and dataset.supervision == "panoptic"
-        for name in TASK_NAMES if controls else ():
+        for name in TASK_NAMES if args.sentences == "each" else ():
             control = partial(predictor, sentence=name)
             title = f"{dataset.name} (the task is {name})"
             results |= evaluate_dataset(control, dataset, transform, args, folder, title)

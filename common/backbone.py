@@ -24,6 +24,7 @@ from common.weight_files import load_backbone_file
 log = logging.getLogger("concord")
 
 STRIDES = [8, 16, 32, 64, 128]  # P3 to P7
+STEM = ("conv1.", "bn1.", "layer1.")  # stem and first stage of timm's ResNets
 LITE0 = "tf_efficientnet_lite0"
 DROP_PATH = (0.2, 0.3)  # of Swin's and ConvNeXt's models below and from the size "base" on
 
@@ -106,6 +107,9 @@ class Backbone(nn.Module):
         self.register_buffer("std", std.view(3, 1, 1) * 255, persistent=False)
         frozen = from_main(pretrained and load_pretrained(self.body, name, file, build))
         self.register_buffer("frozen_norm", torch.tensor(frozen))  # saved with the weights
+        has_stem = any(key.startswith(STEM) for key, _ in self.body.named_parameters())
+        if freeze_stem and frozen and not has_stem:
+            log.info("backbone %s: no stem is frozen, since it is no ResNet", name)
 
     def train(self, mode: bool = True) -> "Backbone":
         """Sets the mode, but keeps frozen what is: pretrained BatchNorm, the stem, the timm model.
@@ -122,7 +126,7 @@ class Backbone(nn.Module):
                     module.requires_grad_(False)
             if self.freeze_stem:
                 for name, parameter in self.body.named_parameters():
-                    if name.startswith(("conv1.", "bn1.", "layer1.")):
+                    if name.startswith(STEM):
                         parameter.requires_grad_(False)
         if self.factor == 0:
             self.body.requires_grad_(False).eval()

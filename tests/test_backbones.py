@@ -478,6 +478,16 @@ def test_a_vit_starts_from_a_file_of_mae(tmp_path, caplog):
     assert "not used: 1 of 'cls_token', 2 of 'norm'" in caplog.text
 
 
+@pytest.mark.parametrize("name, is_told", [("resnet18", False), (SWIN, True)])
+def test_a_stem_that_cannot_be_frozen_is_told(name, is_told, monkeypatch, caplog):
+    """Only a ResNet has what the setting freezes."""
+    monkeypatch.setattr(common.backbone, "load_pretrained", lambda *_: True)
+    with caplog.at_level("INFO", "concord"):
+        body = Backbone(name, 0, strides=ALL, freeze_stem=True).train().body
+    assert any(not parameter.requires_grad for parameter in body.parameters()) != is_told
+    assert ("no stem is frozen, since it is no ResNet" in caplog.text) == is_told
+
+
 @pytest.mark.parametrize(
     "change, words",
     [

@@ -326,7 +326,7 @@ def test_oneformer_thresholds_of_panoptic_maps(monkeypatch):
 
 @pytest.mark.parametrize("sentences", ["own", "each"])
 def test_oneformer_evaluates_the_task_of_a_dataset(sentences, datasets, tmp_path, monkeypatch):
-    """With --sentences each, panoptic datasets are evaluated with each of the sentences, too."""
+    """With --sentences each, a dataset is evaluated with each of the sentences, too."""
     given = []
 
     def evaluate_dataset(predictor, dataset, transform, args, folder, title=""):
@@ -342,10 +342,10 @@ def test_oneformer_evaluates_the_task_of_a_dataset(sentences, datasets, tmp_path
     space = oneformer.build_label_space(args, [d.vocabulary for d in datasets])
     found = oneformer.evaluate(args, None, space, datasets, tmp_path)
     words = ["", "semantic", "instance", "panoptic"][: 4 if sentences == "each" else 1]
-    wanted = [(["coco-panoptic"], "panoptic, things", word) for word in words]
-    assert given == [*wanted, (["ade20k"], "semantic", "")]
-    titles = [f"coco-panoptic (the task is {word})" for word in words[1:]]
-    assert list(found) == ["coco-panoptic", *titles, "ade20k"]
+    tasks = {"coco-panoptic": "panoptic, things", "ade20k": "semantic"}
+    assert given == [([name], task, word) for name, task in tasks.items() for word in words]
+    titles = ["", *(f" (the task is {word})" for word in words[1:])]
+    assert list(found) == [name + title for name in tasks for title in titles]
 
 
 # -- training --------------------------------------------------------------------------------------
