@@ -125,7 +125,7 @@ class Args:
     tiny: bool = False
     """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
     dataset_ratios: str = ""
-    """images sampled per dataset, as a=1,b=4; auto: root of their numbers; empty: as the paper"""
+    """images sampled per dataset, as a=1,b=4; auto: root of their numbers; empty: the method's"""
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
@@ -195,7 +195,7 @@ class Args:
     base_batch_size: Annotated[int, Range(1)] = 16  # base
     """batch size that --lr is meant for"""
     backbone_factor: Annotated[float | None, Range(0, 100)] = None  # base
-    """learning rate of the backbone / --lr; 0 freezes it; None: 0.1, and ViTDet's decay in a ViT"""
+    """learning rate of the backbone / --lr; 0 freezes it; None: 0.1; ViT: 1, ViTDet's decay"""
     jitter: Annotated[tuple[float, float], Range(above=0, high=100)] = (0.1, 2.0)  # base
     """scale range of large-scale jitter; 1 fits the image into the square"""
     task: Literal["semantic", "panoptic", "instance"] = "panoptic"  # ours

@@ -131,7 +131,7 @@ class Args:
     tiny: bool = False
     """generated stand-ins of the datasets and a small model: a run of minutes on a CPU"""
     dataset_ratios: str = ""
-    """images sampled per dataset, as a=1,b=4; auto: root of their numbers; empty: as the paper"""
+    """images sampled per dataset, as a=1,b=4; auto: root of their numbers; empty: the method's"""
     eval_only: bool = False
     """evaluate --weights instead of training"""
     weights: str = ""
