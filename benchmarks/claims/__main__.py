@@ -1,6 +1,6 @@
 """Tries the papers' claims on the generated datasets.
 
-    python -m benchmarks.claims                          # all studies: about 15 hours of two cores
+    python -m benchmarks.claims                          # all studies: about 20 hours of two cores
     python -m benchmarks.claims --method scaledet detic --minutes 60
     python -m benchmarks.claims --tables                 # trains nothing, writes tables and plots
 
