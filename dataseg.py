@@ -114,7 +114,7 @@ class Args:
     datasets: str = ""
     """datasets to train on, by commas: name, name:split, name@1000, my=annotations.json:images/"""
     eval_datasets: str = ""
-    """datasets to evaluate; empty: val splits (o365: o365-instances; ade20k: its panoptic, too)"""
+    """datasets to evaluate; empty: the val split of each training dataset"""
     classes: str = ""
     """the only classes to train and evaluate: "car, bus", or a .txt file; empty: all"""
     rename: str = ""
