@@ -686,7 +686,7 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Evaluates each dataset by its own metric, on its own classes alone. Draws pictures.
 
-    With --sentences each, all are evaluated again with each of the task sentences.
+    With --sentences each, they are evaluated again with each of the task sentences.
     Returns {dataset: {metric: value}} on rank 0, {} on other ranks.
     """
     results = {}

@@ -109,7 +109,11 @@ class Backbone(nn.Module):
         self.register_buffer("frozen_norm", torch.tensor(frozen))  # saved with the weights
         has_stem = any(key.startswith(STEM) for key, _ in self.body.named_parameters())
         if freeze_stem and frozen and not has_stem:
-            log.info("backbone %s: no stem is frozen, since it is no ResNet", name)
+            log.info(
+                "backbone %s: no stem is frozen, since it is no ResNet; "
+                "--backbone-factor 0 freezes all of it",
+                name,
+            )
 
     def train(self, mode: bool = True) -> "Backbone":
         """Sets the mode, but keeps frozen what is: pretrained BatchNorm, the stem, the timm model.

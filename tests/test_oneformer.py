@@ -326,7 +326,7 @@ def test_oneformer_thresholds_of_panoptic_maps(monkeypatch):
 
 @pytest.mark.parametrize("sentences", ["own", "each"])
 def test_oneformer_evaluates_the_task_of_a_dataset(sentences, datasets, tmp_path, monkeypatch):
-    """With --sentences each, a dataset is evaluated with each of the sentences, too."""
+    """With --sentences each, datasets are evaluated with each of the sentences, too."""
     given = []
 
     def evaluate_dataset(predictor, dataset, transform, args, folder, title=""):
